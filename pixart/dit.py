@@ -1,0 +1,127 @@
+"""DiT, the class-conditional transformer that stage 1 trains (Peebles & Xie 2023, adaLN-Zero)."""
+
+# B batch, N image tokens, D width, C channels, P patch size, h x w latent size
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pixart.layers import (
+    MLP,
+    ScalarEmbedder,
+    SelfAttention,
+    modulate,
+    position_embedding,
+    unpatchify,
+    xavier_,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of a DiT; the defaults are DiT-XL/2 at 256 pixels.
+
+    `timestep_shift` is 0 in the official code and 1 in diffusers, see `frequency_embedding`: weights work well only
+    with the one they were trained with.
+    """
+
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 72
+    patch_size: int = 2
+    in_channels: int = 4
+    out_channels: int = 8  # noise and, with twice as many channels as in, its learned variance
+    num_classes: int = 1000
+    sample_size: int = 32  # latent side at which positions are 0, 1, 2, ...
+    timestep_shift: int = 0
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_heads * self.head_dim
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, both scaled, shifted and gated by the block's own adaLN layer."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, num_heads)
+        self.mlp = MLP(width, 4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Give [B, N, D] from x [B, N, D] and condition [B, D]."""
+        shifts_scales_gates = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)  # six [B, 1, D]
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
+        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+
+
+class DiT(nn.Module):
+    """Predict the noise in latents of a class, and the variance of the reverse step.
+
+    Set `checkpoint_activations` to recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        width, patch_size = config.width, config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_channels, width, patch_size, stride=patch_size)
+        self.timestep_embed = ScalarEmbedder(width, frequency_shift=config.timestep_shift)
+        self.label_embed = nn.Embedding(config.num_classes + 1, width)  # the last is the null class
+        self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads) for _ in range(config.num_layers))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        self.apply(xavier_)
+        for weight in (
+            self.timestep_embed.hidden.weight,
+            self.timestep_embed.out.weight,
+            self.label_embed.weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        # adaLN-Zero: every block begins as the identity, and the output as zero
+        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.final):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def null_label(self) -> int:
+        """Label of the null class, which stands for a dropped label in classifier-free guidance."""
+        return self.config.num_classes
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
+
+        timesteps [B] lie in [0, 1000); labels [B] are classes, `null_label` where dropped. Without labels (None) the
+        condition is the timestep alone, c = 0, as re-parameterisation needs it (PixArt section 2.3).
+        """
+        config = self.config
+        height, width = latents.shape[-2] // config.patch_size, latents.shape[-1] // config.patch_size
+        x = self.patch_embed(latents).flatten(2).transpose(1, 2)  # [B, N, D]
+        positions = position_embedding(
+            height,
+            width,
+            channels=config.width,
+            base_size=config.sample_size // config.patch_size,
+            scale=1.0,
+            device=x.device,
+        )
+        x = x + positions.to(x.dtype)
+        condition = self.timestep_embed(timesteps)  # [B, D]
+        if labels is not None:
+            condition = condition + self.label_embed(labels)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
+        shift, scale = self.final_modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
+        return unpatchify(self.final(modulate(x, shift, scale)), height, width, patch_size=config.patch_size)

@@ -1,0 +1,125 @@
+"""Layers that PixArt and the class-conditional DiT share."""
+
+# B batch, N image tokens, L text tokens, D width, H heads, E head width, P patch size, C channels
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCY_CHANNELS = 256
+MAX_PERIOD = 10_000
+
+
+def frequency_embedding(values: Tensor, *, shift: int = 0) -> Tensor:
+    """Sinusoids of a scalar, cosines first: [B] -> fp32 [B, 256] (Dhariwal & Nichol 2021; PixArt A.5).
+
+    `shift` 0 spaces the periods over [1, 10000), 1 over [1, 10000].
+    """
+    half = FREQUENCY_CHANNELS // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / (half - shift)
+    angles = values.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)  # [B, 128]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(
+    height: int, width: int, *, channels: int, base_size: int, scale: float, device: torch.device | None = None
+) -> Tensor:
+    """Sin-cos positions of a height x width grid of tokens: fp32 [N, D], row by row, first half for the column.
+
+    Whatever its size, the grid spans [0, base_size / scale), so a model keeps its sense of place when resolution
+    or aspect ratio change (the trick of DiffFit, PixArt A.5).
+    """
+
+    def axis(size: int) -> Tensor:
+        positions = torch.arange(size, dtype=torch.float64, device=device) * (base_size / size / scale)
+        exponents = torch.arange(channels // 4, dtype=torch.float64, device=device) / (channels // 4)
+        angles = positions[:, None] * MAX_PERIOD**-exponents  # [size, D/4]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # [size, D/2]
+
+    columns = axis(width)[None, :, :].expand(height, -1, -1)
+    rows = axis(height)[:, None, :].expand(-1, width, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then the shift and scale of adaLN: x [B, N, D], both others [B, 1, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, *, patch_size: int) -> Tensor:
+    """Turn [B, N, P*P*C] for a height x width grid of tokens into the image [B, C, height*P, width*P]."""
+    patches = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (height, width))  # [B, h, w, P, P, C]
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def xavier_(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for a linear layer or a patch convolution; other modules stay."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ScalarEmbedder(nn.Module):
+    """Sinusoids of a scalar and a two-layer SiLU MLP: [B] -> [B, channels] (timesteps; sizes at 1024px)."""
+
+    def __init__(self, channels: int, *, frequency_shift: int = 0) -> None:
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.hidden = nn.Linear(FREQUENCY_CHANNELS, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Give [B, channels] for values [B]; the sinusoids are fp32 whatever the weights are."""
+        frequencies = frequency_embedding(values, shift=self.frequency_shift)
+        return self.out(F.silu(self.hidden(frequencies.to(self.hidden.weight.dtype))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among the image tokens."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give [B, N, D] for x [B, N, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, E]
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the image tokens over the text tokens that `mask` keeps."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], text [B, L, D] and the boolean mask [B, 1, 1, L] (None keeps all)."""
+        query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
+        key_value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1))  # [B, L, 2, H, E]
+        key, value = key_value.permute(2, 0, 3, 1, 4)  # each [B, H, L, E]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with tanh-approximated GELU between them."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(in_channels, hidden_channels)
+        self.out = nn.Linear(hidden_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give [B, N, out_channels] for x [B, N, in_channels]."""
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
