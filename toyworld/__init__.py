@@ -1,0 +1,1 @@
+"""A world small enough to run the whole house on two CPU cores: scenes, wording, embedded models, judge."""

@@ -1,0 +1,150 @@
+"""The judge: looks at a picture and says which objects of a scene are in it, with right place, colour and shape.
+
+It cuts a crop around each of the five anchors and lets a small trained network say what is there; so it works at any
+resolution and aspect ratio, and its scores mean the same for all of them. Objects away from the anchors are not seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from toyworld.render import ANCHORS
+from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
+from toyworld.zoo.judge_net import CROP_PIXELS, EMPTY, JudgeNet
+
+# B crops, P crop pixels
+
+WEIGHTS = Path(__file__).parent / "weights" / "judge"
+
+_CROP_FRACTION = 0.46  # of the shorter side
+_CROPS_PER_CALL = 512
+
+
+@dataclass(frozen=True)
+class ObjectHit:
+    """What the judge finds of one object of a scene."""
+
+    item: SceneObject
+    has_position: bool  # something is at its anchor
+    has_colour: bool  # and it has the right colour
+    has_shape: bool  # and it has the right shape
+
+    @property
+    def is_right(self) -> bool:
+        """Right colour and shape at the right place."""
+        return self.has_colour and self.has_shape
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One picture against its scene."""
+
+    hits: tuple[ObjectHit, ...]
+    num_extra: int  # anchors that should be empty and are not
+
+    @property
+    def is_right(self) -> bool:
+        """Every object right and nothing extra."""
+        return self.num_extra == 0 and all(hit.is_right for hit in self.hits)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Fractions over all objects of many pictures, as they go into summary.json."""
+
+    position: float
+    colour: float
+    shape: float
+    all: float
+    extra: float  # extra objects per picture
+
+    @staticmethod
+    def of(verdicts: Sequence[Verdict]) -> "Score":
+        """The mean of these verdicts; ValueError when there are none."""
+        hits = [hit for verdict in verdicts for hit in verdict.hits]
+        if not hits:
+            raise ValueError("no objects to score")
+        return Score(
+            position=float(np.mean([hit.has_position for hit in hits])),
+            colour=float(np.mean([hit.has_colour for hit in hits])),
+            shape=float(np.mean([hit.has_shape for hit in hits])),
+            all=float(np.mean([hit.is_right for hit in hits])),
+            extra=float(np.mean([verdict.num_extra for verdict in verdicts])),
+        )
+
+
+class Judge:
+    """Scores pictures against scenes."""
+
+    def __init__(self, net: JudgeNet) -> None:
+        self._net = net.eval()
+
+    @staticmethod
+    def load(path: Path | str = WEIGHTS) -> "Judge":
+        """The judge whose weights lie in this folder."""
+        net = JudgeNet()
+        net.load_state_dict({k: v.float() for k, v in load_file(Path(path) / "model.safetensors").items()})
+        return Judge(net)
+
+    def score(self, image: Image.Image, scene: Scene) -> Verdict:
+        """Judge one picture."""
+        return self.score_batch([image], [scene])[0]
+
+    def score_batch(self, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> list[Verdict]:
+        """Judge many pictures; their sizes may differ."""
+        if len(images) != len(scenes):
+            raise ValueError(f"{len(images)} images but {len(scenes)} scenes")
+        crops = [crop for image in images for crop in anchor_crops(image)]
+        found = self._look(crops)
+        num_anchors = len(POSITIONS)
+        return [_verdict(scene, found[i * num_anchors : (i + 1) * num_anchors]) for i, scene in enumerate(scenes)]
+
+    @torch.no_grad()
+    def _look(self, crops: list[np.ndarray]) -> list[tuple[int, int]]:
+        """Shape (or EMPTY) and colour found in each crop."""
+        found: list[tuple[int, int]] = []
+        for start in range(0, len(crops), _CROPS_PER_CALL):
+            shape_logits, colour_logits = self._net(crops_to_tensor(crops[start : start + _CROPS_PER_CALL]))
+            found += zip(shape_logits.argmax(dim=1).tolist(), colour_logits.argmax(dim=1).tolist(), strict=True)
+        return found
+
+
+def _verdict(scene: Scene, found: Sequence[tuple[int, int]]) -> Verdict:
+    at = dict(zip(POSITIONS, found, strict=True))
+    hits = []
+    for item in scene.objects:
+        shape, colour = at.pop(item.position)
+        is_there = shape != EMPTY
+        hits.append(
+            ObjectHit(
+                item=item,
+                has_position=is_there,
+                has_colour=is_there and COLOURS[colour] == item.colour,
+                has_shape=is_there and SHAPES[shape] == item.shape,
+            )
+        )
+    return Verdict(tuple(hits), num_extra=sum(shape != EMPTY for shape, _ in at.values()))
+
+
+def anchor_crops(image: Image.Image) -> list[np.ndarray]:
+    """The five crops around the anchors in the order of POSITIONS, uint8 [P, P, 3]; edges are continued outwards."""
+    side = round(_CROP_FRACTION * min(image.size))
+    pixels = np.pad(np.asarray(image.convert("RGB")), ((side, side), (side, side), (0, 0)), mode="edge")
+    crops = []
+    for position in POSITIONS:
+        x, y = ANCHORS[position]
+        left, top = round(x * image.width + side / 2), round(y * image.height + side / 2)
+        crop = Image.fromarray(pixels[top : top + side, left : left + side])
+        crops.append(np.asarray(crop.resize((CROP_PIXELS, CROP_PIXELS), Image.Resampling.BILINEAR)))
+    return crops
+
+
+def crops_to_tensor(crops: Sequence[np.ndarray]) -> Tensor:
+    """Crops as the network takes them, float32 [B, 3, P, P] in -1 to 1."""
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
