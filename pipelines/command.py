@@ -1,0 +1,68 @@
+"""The command line all rooms share: `python -m <room> --recipe R --run RUN [--stage N] [--set key=value] [--plan]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.progress import console
+from pipelines.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a user asked of a room; `stage` is None for rooms without stages."""
+
+    recipe: Recipe
+    run: Path
+    stage: int | None
+    is_plan: bool
+
+
+def parse_command(
+    room: str, description: str, *, argv: Sequence[str] | None = None, stages: Sequence[int] = ()
+) -> Command:
+    """Parse a room's command line; `stages` lists the values `--stage` may take, and is empty if there is no choice."""
+    parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
+    parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run; each stage writes one sub-folder")
+    if stages:
+        parser.add_argument("--stage", type=int, choices=stages, required=True, help="training stage of the paper")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe key",
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
+    options = parser.parse_args(argv)
+    return Command(
+        recipe=load_recipe(options.recipe, options.overrides),
+        run=options.run,
+        stage=options.stage if stages else None,
+        is_plan=options.plan,
+    )
+
+
+def run_command(room: str, main: Callable[[], None]) -> int:
+    """Run a room's `main`; a mistake of the user's ends in one clear message and exit status 2, not in a traceback.
+
+    `ATELIER_TRACEBACK=1` in the environment shows the traceback all the same.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if isinstance(error, UnicodeError) or os.environ.get("ATELIER_TRACEBACK"):
+            raise
+        console.print(f"[bold red]{room}:[/] ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print(f"[bold]{room}:[/] interrupted; the same command continues")
+        return 130
+    sys.stdout.flush()
+    return 0

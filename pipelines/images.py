@@ -1,0 +1,132 @@
+"""One way to decode, turn, resize and crop an image, and the paper's 40 aspect-ratio buckets."""
+
+import functools
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MIN_SIDE_PIXELS = 2
+# (height, width) of SDXL's 40 training buckets in sixteenths of the base resolution.
+SDXL_BUCKETS = (
+    *((8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23)),
+    *((11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17), (15, 16)),
+    *((16, 16), (16, 15), (17, 15), (17, 14), (18, 14), (18, 13), (19, 13), (20, 12), (21, 12), (22, 11)),
+    *((23, 11), (24, 10), (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8)),
+)
+
+
+class SampleReject(Exception):
+    """A fault of the data, not of the code: the sample becomes a counted row with `reason`."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """What `resize_and_crop` did, in pixels: the size after resizing and the corner of the crop within it."""
+
+    resized_width: int
+    resized_height: int
+    x: int
+    y: int
+    scale: float
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Decode `data` to an 8-bit RGB image, turned as its EXIF orientation says; animations give their first frame.
+
+    Palette, grey, CMYK, 16-bit and transparent images are converted; transparency is laid over white.
+
+    Raises:
+        SampleReject: `empty_image`, `not_an_image`, `too_many_pixels`, `too_small` or `corrupt_image`.
+    """
+    if not data:
+        raise SampleReject("empty_image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise SampleReject("not_an_image", str(error)) from None
+    except Image.DecompressionBombError as error:
+        raise SampleReject("too_many_pixels", str(error)) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise SampleReject("corrupt_image", str(error)) from None
+    if image.width * image.height > max_pixels:
+        raise SampleReject("too_many_pixels", f"{image.width} x {image.height} > {max_pixels}")
+    if min(image.size) < MIN_SIDE_PIXELS:
+        raise SampleReject("too_small", f"{image.width} x {image.height}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:
+        raise SampleReject("corrupt_image", str(error)) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _sixteen_bit_to_rgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    # PIL clips 16-bit grey to 255 instead of scaling it, which turns photographs white.
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, width_pixels: int, height_pixels: int) -> tuple[Image.Image, Crop]:
+    """Scale `image` until it covers the target, then cut the centre; gives the image and what was done."""
+    scale = max(width_pixels / image.width, height_pixels / image.height)
+    resized_width = max(width_pixels, round(image.width * scale))
+    resized_height = max(height_pixels, round(image.height * scale))
+    x, y = (resized_width - width_pixels) // 2, (resized_height - height_pixels) // 2
+    if (resized_width, resized_height) != image.size:
+        image = image.resize((resized_width, resized_height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    cropped = image.crop((x, y, x + width_pixels, y + height_pixels))
+    crop = Crop(resized_width=resized_width, resized_height=resized_height, x=x, y=y, scale=scale)
+    return cropped, crop
+
+
+@functools.cache
+def aspect_buckets(base_resolution: int, *, multiple: int = 16) -> tuple[tuple[int, int], ...]:
+    """Return the distinct (height, width) buckets, in pixels, by rising height / width from 0.25 to 4.
+
+    At 256, 512 and 1024 these are the paper's 40 buckets (A.5, "mirroring the method used in SDXL": SDXL's table,
+    appendix I). At other resolutions the same table is scaled and rounded to `multiple` (VAE factor 8 times patch
+    size 2), where several of the 40 may fall together.
+
+    Raises:
+        ValueError: `base_resolution` is not a positive multiple of `multiple`.
+    """
+    if base_resolution <= 0 or base_resolution % multiple:
+        raise ValueError(f"resolution {base_resolution} is not a positive multiple of {multiple}")
+    unit_pixels = base_resolution / 16
+
+    def side(units: int) -> int:
+        return max(multiple, round(units * unit_pixels / multiple) * multiple)
+
+    buckets = {(side(height), side(width)) for height, width in SDXL_BUCKETS}
+    return tuple(sorted(buckets, key=lambda size: (size[0] / size[1], size)))
+
+
+def nearest_bucket(width_pixels: int, height_pixels: int, base_resolution: int) -> tuple[int, int]:
+    """Return the (height, width) bucket whose aspect ratio is nearest to the image's, on a logarithmic scale."""
+    target = np.log(height_pixels / width_pixels)
+    buckets = aspect_buckets(base_resolution)
+    return min(buckets, key=lambda size: (abs(np.log(size[0] / size[1]) - target), size))
