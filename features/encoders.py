@@ -1,0 +1,217 @@
+"""The frozen T5 and VAE of the paper behind two small classes; sampling uses the same ones as feature extraction."""
+
+# B batch, L text tokens (with padding), D text width, C latent channels, H W pixels, h w latent height and width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.models import resolve_model
+from pipelines.progress import get_logger
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+log = get_logger("features")
+Item = TypeVar("Item")
+
+FP16_REFUSAL = "T5 was trained in bfloat16 and its activations overflow float16, which gives inf and nan embeddings"
+TEXT_DTYPES = ("bfloat16", "float32")
+LATENT_DTYPES = ("float32", "bfloat16")
+
+
+def clean_prompt(text: str) -> str:
+    """Return `text` as T5 sees it: lower case, without surrounding space, as diffusers' PixArt pipelines do."""
+    return text.lower().strip()
+
+
+def run_in_batches(
+    items: Sequence[Item], encode: Callable[[Sequence[Item]], list[Any]], *, batch_size: int
+) -> Iterator[Any]:
+    """Yield one result per item, in order; when a batch does not fit the device's memory it is halved, and stays so.
+
+    Raises:
+        torch.OutOfMemoryError: a single item does not fit.
+    """
+    import torch
+
+    start = 0
+    while start < len(items):
+        try:
+            results = encode(items[start : start + batch_size])
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = max(1, batch_size // 2)
+            torch.cuda.empty_cache()
+            log.warning(f"out of memory: going on with batches of {batch_size}")
+            continue
+        start += len(results)
+        yield from results
+
+
+def _require_complete(model_id: str, class_name: str, loading: dict[str, Any]) -> None:
+    """Refuse a checkpoint that would leave weights at their random start: the loaders only log that."""
+    wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading.get(kind, ())]
+    if wrong or loading.get("error_msgs"):
+        some = ", ".join(sorted(wrong)[:3]) or str(loading["error_msgs"][0])
+        raise ValueError(
+            f"{model_id} does not hold the weights of a {class_name}: {len(wrong)} would stay random ({some}, ...). "
+            f"Save the model as a {class_name}; the encoder of a T5ForConditionalGeneration alone has other key names"
+        )
+
+
+@dataclass
+class TextEncoder:
+    """The encoder half of a T5 and its tokenizer; make it with `load`.
+
+    Attributes:
+        max_tokens: longest embedding; longer prompts are truncated, the end-of-sequence token kept.
+        d_text: width of an embedding.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_tokens: int
+    d_text: int
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls, model: str, revision: str | None = None, *, max_tokens: int, device: str = "cpu", dtype: str = "bfloat16"
+    ) -> TextEncoder:
+        """Load a local folder or hub id.
+
+        Raises:
+            ValueError: `dtype` is not bfloat16 or float32, or the checkpoint lacks weights of the encoder.
+        """
+        if dtype not in TEXT_DTYPES:
+            reason = f": {FP16_REFUSAL}" if dtype == "float16" else ""
+            raise ValueError(f"features.text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
+        import torch
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        source = resolve_model(model, revision)
+        loaded: Any = T5EncoderModel.from_pretrained(
+            source.location,
+            revision=source.revision or "main",
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+        )
+        encoder, loading = loaded
+        _require_complete(model, "T5EncoderModel", loading)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        target = torch.device(device)
+        encoder = encoder.to(target).eval().requires_grad_(False)
+        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, cleaned and cut at `max_tokens`, the end-of-sequence token included."""
+        if not texts:
+            return []
+        cleaned = [clean_prompt(text) for text in texts]
+        return self.tokenizer(cleaned, truncation=True, max_length=self.max_tokens, add_special_tokens=True).input_ids
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> list[torch.Tensor]:
+        """Return one embedding [num_tokens, D] per text, real tokens only, in the model's dtype, on the CPU.
+
+        Texts of like length share a batch and are padded to the longest of it, never to `max_tokens`. Values may be
+        nan or inf where the model overflows: the caller decides what to do with the sample.
+        """
+        ids = self.tokenize(texts)
+        order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+        results = run_in_batches([ids[index] for index in order], self._encode_batch, batch_size=batch_size)
+        embeddings = dict(zip(order, results, strict=True))
+        return [embeddings[index] for index in range(len(ids))]
+
+    def _encode_batch(self, ids: Sequence[list[int]]) -> list[torch.Tensor]:
+        import torch
+
+        lengths = [len(tokens) for tokens in ids]
+        input_ids = torch.full((len(ids), max(lengths)), self.tokenizer.pad_token_id)  # [B, L]
+        mask = torch.zeros_like(input_ids)
+        for row, tokens in enumerate(ids):
+            input_ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        with torch.inference_mode():
+            hidden = self.model(input_ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        hidden = hidden.cpu()  # [B, L, D]
+        return [hidden[row, :length].clone() for row, length in enumerate(lengths)]
+
+
+@dataclass
+class LatentCodec:
+    """An `AutoencoderKL`: images to the mean and deviation of their latents, and back; make it with `load`.
+
+    Latents are unscaled here: `scaling_factor` and `shift_factor` are for who trains or samples on them.
+    """
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    channels: int
+    downsample: int
+    scaling_factor: float
+    shift_factor: float
+
+    @classmethod
+    def load(
+        cls, model: str, revision: str | None = None, *, device: str = "cpu", dtype: str = "float32"
+    ) -> LatentCodec:
+        """Load a local folder or hub id.
+
+        Raises:
+            ValueError: `dtype` is not float32 or bfloat16, or the checkpoint lacks weights of the VAE.
+        """
+        if dtype not in LATENT_DTYPES:
+            reason = ": this VAE overflows float16 and gives black images" if dtype == "float16" else ""
+            raise ValueError(f"features.latent_dtype {dtype} is not one of {', '.join(LATENT_DTYPES)}{reason}")
+        import torch
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        source = resolve_model(model, revision)
+        loaded: Any = AutoencoderKL.from_pretrained(
+            source.location, revision=source.revision, torch_dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        vae, loading = loaded
+        _require_complete(model, "AutoencoderKL", loading)
+        vae = vae.to(torch.device(device)).eval().requires_grad_(False)
+        if torch.device(device).type == "cuda":
+            # What tensor cores want; on a CPU it makes the convolutions eight times slower.
+            vae = vae.to(memory_format=torch.channels_last)
+        return cls(
+            vae,
+            torch.device(device),
+            getattr(torch, dtype),
+            channels=vae.config.latent_channels,
+            downsample=2 ** (len(vae.config.block_out_channels) - 1),
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor or 0.0,
+        )
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of the latents, fp32 [B, C, h, w] on the CPU, unscaled.
+
+        Args:
+            images: [B, 3, H, W], uint8, or floats in [-1, 1]; H and W multiples of `downsample`.
+        """
+        import torch
+
+        if images.dtype == torch.uint8:
+            images = images.to(self.device).to(torch.float32) / 127.5 - 1.0
+        with torch.inference_mode():
+            distribution = self.model.encode(images.to(self.device, self.dtype)).latent_dist
+        return distribution.mean.float().cpu(), distribution.std.float().cpu()  # [B, C, h, w]
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Return one image per unscaled latent of [B, C, h, w]."""
+        import torch
+        from PIL import Image
+
+        with torch.inference_mode():
+            images = self.model.decode(latents.to(self.device, self.dtype)).sample  # [B, 3, H, W]
+        pixels = ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]

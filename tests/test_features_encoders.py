@@ -1,0 +1,163 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_encoders import save_codec, save_text_encoder
+from transformers import T5EncoderModel
+
+from features.encoders import LatentCodec, TextEncoder, clean_prompt, run_in_batches
+
+TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    return str(save_text_encoder(tmp_path_factory.mktemp("t5")))
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    return LatentCodec.load(str(save_codec(tmp_path_factory.mktemp("vae"))))
+
+
+def load(folder, dtype="float32", max_tokens=40):
+    return TextEncoder.load(folder, max_tokens=max_tokens, dtype=dtype)
+
+
+def test_only_real_tokens_come_back(text_folder):
+    embeddings = load(text_folder).encode(TEXTS)
+    # One token per character and the end of the sequence; the long one is cut at max_tokens.
+    assert [len(embedding) for embedding in embeddings] == [13, 1, 29, 40, 18, 13]
+    assert {embedding.shape[1] for embedding in embeddings} == {32}
+
+
+def test_a_truncated_text_keeps_the_end_of_sequence_token(text_folder):
+    (ids,) = load(text_folder).tokenize(["x" * 70])
+    assert len(ids) == 40
+    assert ids[-1] == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_embeddings_do_not_depend_on_padding_or_batch(text_folder, batch_size):
+    encoder = load(text_folder)
+    alone = [encoder.encode([text])[0] for text in TEXTS]
+    for single, batched in zip(alone, encoder.encode(TEXTS, batch_size=batch_size), strict=True):
+        torch.testing.assert_close(batched, single, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_equal_those_of_padding_every_text_to_the_limit(text_folder):
+    encoder = load(text_folder)
+    padded = encoder.tokenizer(
+        [clean_prompt(text) for text in TEXTS],
+        padding="max_length",
+        max_length=40,
+        truncation=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        hidden = encoder.model(padded.input_ids, attention_mask=padded.attention_mask).last_hidden_state
+    for row, embedding in enumerate(encoder.encode(TEXTS)):
+        torch.testing.assert_close(embedding, hidden[row, : len(embedding)], atol=1e-5, rtol=1e-5)
+
+
+def test_text_is_seen_as_diffusers_pipelines_see_it(text_folder):
+    encoder = load(text_folder)
+    assert clean_prompt(" A Red\n") == "a red"
+    assert torch.equal(encoder.encode(["A Red CIRCLE "])[0], encoder.encode(["a red circle"])[0])
+
+
+def test_bfloat16_is_near_float32(text_folder):
+    exact = load(text_folder).encode(TEXTS)
+    for short, long in zip(load(text_folder, "bfloat16").encode(TEXTS), exact, strict=True):
+        assert short.dtype == torch.bfloat16
+        torch.testing.assert_close(short.float(), long, atol=0.15, rtol=0.05)
+
+
+def test_float16_text_is_refused_with_the_key_and_the_reason(text_folder):
+    with pytest.raises(ValueError, match=r"features\.text_dtype float16.*overflow"):
+        load(text_folder, "float16")
+
+
+def test_a_full_t5_checkpoint_gives_its_encoder(tmp_path):
+    folder = str(save_text_encoder(tmp_path / "full", is_full_model=True))
+    assert load(folder).encode(["a red circle"])[0].shape == (13, 32)
+
+
+def test_a_checkpoint_without_encoder_weights_is_refused(tmp_path):
+    folder = str(save_text_encoder(tmp_path / "full", is_full_model=True))
+    from transformers import T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration.from_pretrained(folder)
+    # The trap of lab and forum alike: this saves key names that T5EncoderModel does not know.
+    model.encoder.save_pretrained(folder)
+    with pytest.raises(ValueError, match="would stay random"):
+        load(folder)
+
+
+def test_missing_model_folder_is_named():
+    with pytest.raises(FileNotFoundError, match=r"\./no-such-model"):
+        load("./no-such-model")
+
+
+def test_codec_gives_the_distribution_of_diffusers(codec):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8, generator=generator)
+    mean, std = codec.encode(images)
+    with torch.inference_mode():
+        expected = codec.model.encode(images.float() / 127.5 - 1.0).latent_dist
+    assert mean.shape == std.shape == (3, 4, 4, 6)
+    torch.testing.assert_close(mean, expected.mean)
+    torch.testing.assert_close(std, expected.std)
+    mean_of_floats, _ = codec.encode(images.float() / 127.5 - 1.0)
+    torch.testing.assert_close(mean_of_floats, mean)
+
+
+def test_codec_carries_the_numbers_of_its_config(codec):
+    assert (codec.channels, codec.downsample, codec.shift_factor) == (4, 8, 0.0)
+    assert codec.scaling_factor == pytest.approx(0.45)
+
+
+def test_decode_gives_rgb_images(codec):
+    images = codec.decode(torch.zeros(2, 4, 4, 6))
+    assert [(image.mode, image.size) for image in images] == [("RGB", (48, 32))] * 2
+    sample = codec.model.decode(torch.zeros(1, 4, 4, 6)).sample[0]
+    expected = ((sample.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(np.asarray(images[0]), expected)
+
+
+def test_float16_vae_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"features\.latent_dtype float16"):
+        LatentCodec.load(str(tmp_path), dtype="float16")
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
+    sizes = []
+
+    def encode(items):
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError
+        return [item * 10 for item in items]
+
+    assert list(run_in_batches(list(range(9)), encode, batch_size=8)) == [item * 10 for item in range(9)]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+
+
+def test_one_item_that_does_not_fit_is_an_error():
+    def encode(items):
+        raise torch.OutOfMemoryError("too big")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(run_in_batches([1, 2], encode, batch_size=2))
+
+
+def test_importing_encoders_loads_neither_torch_nor_transformers():
+    code = "import sys, features.encoders; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_is_complete_for_the_encoder_alone(text_folder):
+    direct = T5EncoderModel.from_pretrained(text_folder)
+    assert torch.equal(direct.shared.weight, load(text_folder).model.shared.weight)

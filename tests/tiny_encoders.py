@@ -1,0 +1,62 @@
+"""Tiny random T5 and VAE folders for tests: the real classes, saved as a hub model would be."""
+
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,'-"
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a tokenizer with one token per character and `</s>` at the end; returns the size of its vocabulary."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def text_config(vocab_size: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+
+
+def save_text_encoder(folder: Path, *, seed: int = 0, is_full_model: bool = False) -> Path:
+    """Write a random T5 encoder with its tokenizer, or the whole T5 as hub repositories have it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    config = text_config(save_tokenizer(folder))
+    model = T5ForConditionalGeneration(config) if is_full_model else T5EncoderModel(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_codec(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random f8 VAE with 4 latent channels."""
+    torch.manual_seed(seed)
+    blocks = 4
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(4, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        scaling_factor=0.45,
+    )
+    vae.save_pretrained(folder)
+    return folder
