@@ -1,0 +1,71 @@
+"""The floors of the house: which room may import which, and the size limits that keep it readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "pipelines": set(),
+    "pixart": set(),
+    "captioning": {"pipelines"},
+    "dataset_stats": {"pipelines"},
+    "features": {"pipelines"},
+    "training": {"pipelines", "pixart"},
+    "sampling": {"pipelines", "pixart", "features"},
+    "toyworld": {"pipelines", "pixart"},
+}
+FORBIDDEN_FILE_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+SOURCES = sorted(path for room in ALLOWED for path in (REPOSITORY / room).rglob("*.py"))
+
+
+def imported_modules(tree: ast.Module) -> list[str]:
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            modules.append(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_module_stays_on_its_floor(path: Path) -> None:
+    room = path.relative_to(REPOSITORY).parts[0]
+    modules = imported_modules(ast.parse(path.read_text()))
+    for module in modules:
+        target = module.split(".")[0]
+        assert target not in ALLOWED.keys() - ALLOWED[room] - {room}, f"{room} may not import {module}"
+        assert target != "torchvision", "nothing here may need torchvision"
+        if room == "sampling" and target == "features":
+            assert module == "features.encoders", "sampling may use only features.encoders of the features room"
+        if room == "pipelines":
+            assert target != "torch", "pipelines moves data and needs no torch"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_module_is_small_and_has_a_name(path: Path) -> None:
+    text = path.read_text()
+    assert path.name not in FORBIDDEN_FILE_NAMES
+    assert text.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert num_lines <= MAX_FUNCTION_LINES, f"{node.name} has {num_lines} lines"
+
+
+@pytest.mark.parametrize("room", [room for room in ALLOWED if room not in ("pipelines", "pixart")])
+def test_heavy_libraries_are_imported_where_they_are_used(room: str) -> None:
+    """`python -m room --help` and a run with nothing to do must not wait for torch, ray or deepspeed."""
+    for name in ("__init__.py", "__main__.py", "config.py"):
+        path = REPOSITORY / room / name
+        assert path.is_file(), f"{room} lacks {name}"
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                heavy = {"torch", "ray", "deepspeed", "transformers", "diffusers"}
+                tops = {module.split(".")[0] for module in imported_modules(ast.Module([node], []))}
+                assert not tops & heavy, f"{room}/{name} imports {tops & heavy} at the top"

@@ -1,0 +1,103 @@
+import pytest
+
+from pipelines.manifest import (
+    Fingerprint,
+    ShardReport,
+    StageDirectory,
+    read_manifest,
+    require_same_fingerprint,
+)
+from pipelines.models import resolve_model
+from pipelines.storage import atomic_file
+from pipelines.summary import read_summary, update_summary
+
+FINGERPRINT = Fingerprint.of({"resolution": 256, "model": {"id": "vae"}})
+
+
+def report(name: str, **changes) -> ShardReport:
+    values = {"name": name, "source": "s", "num_read": 3, "num_kept": 2, "rejected": {"corrupt_image": 1}, **changes}
+    return ShardReport(**values)
+
+
+def test_unbalanced_counts_cannot_be_reported() -> None:
+    with pytest.raises(AssertionError, match="3 read, but 2 kept and 0 rejected"):
+        report("a", rejected={})
+
+
+def test_done_means_marker_fingerprint_source_and_files(tmp_path) -> None:
+    directory = StageDirectory(tmp_path)
+    assert not directory.is_done("a", "s", FINGERPRINT)
+    directory.file("a", ".parquet").write_bytes(b"x")
+    directory.write_marker(report("a", files={".parquet": "0"}), FINGERPRINT)
+    assert directory.is_done("a", "s", FINGERPRINT)
+    assert not directory.is_done("a", "changed", FINGERPRINT)
+    assert not directory.is_done("a", "s", Fingerprint.of({"resolution": 512, "model": {"id": "vae"}}))
+    directory.file("a", ".parquet").unlink()
+    assert not directory.is_done("a", "s", FINGERPRINT)
+
+
+def test_manifest_sums_the_shards_and_survives_a_round_trip(tmp_path) -> None:
+    directory = StageDirectory(tmp_path)
+    for name in ("a", "b"):
+        directory.write_marker(report(name), FINGERPRINT)
+    directory.write_marker(report("stale"), Fingerprint.of({"resolution": 1}))
+    written = directory.write_manifest(FINGERPRINT, ["a"], upstream={"captions": "f00"}, extra={"max_tokens": 120})
+    manifest = read_manifest(tmp_path)
+    assert manifest == written
+    assert (manifest.num_read, manifest.num_kept, manifest.rejected) == (6, 4, {"corrupt_image": 2})
+    assert list(manifest.shards) == ["a", "b"]
+
+
+def test_equal_manifests_have_equal_bytes(tmp_path) -> None:
+    contents = []
+    for folder in ("one", "two"):
+        directory = StageDirectory(tmp_path / folder)
+        for name in ("b", "a") if folder == "one" else ("a", "b"):
+            directory.write_marker(report(name), FINGERPRINT)
+        directory.write_manifest(FINGERPRINT, ["a", "b"], upstream={}, extra={})
+        contents.append((tmp_path / folder / "manifest.json").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_clearing_a_marker_takes_the_manifest_with_it(tmp_path) -> None:
+    directory = StageDirectory(tmp_path)
+    directory.write_marker(report("a"), FINGERPRINT)
+    directory.write_manifest(FINGERPRINT, ["a"], upstream={}, extra={})
+    directory.clear_marker("a")
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        read_manifest(tmp_path)
+
+
+def test_a_mismatch_names_the_field_and_both_values() -> None:
+    other = Fingerprint.of({"resolution": 512, "model": {"id": "vae"}})
+    with pytest.raises(ValueError, match="features/latent: resolution is 512, but 256 is needed"):
+        require_same_fingerprint(FINGERPRINT, other, where="features/latent")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="disk"), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_summary_keys_do_not_overwrite_each_other(tmp_path) -> None:
+    update_summary(tmp_path, "seconds.captioning", 3.5)
+    update_summary(tmp_path, "seconds.stats", 1)
+    update_summary(tmp_path, "counts.captioning", {"read": 2})
+    assert read_summary(tmp_path) == {"seconds": {"captioning": 3.5, "stats": 1}, "counts": {"captioning": {"read": 2}}}
+
+
+def test_a_models_identity_is_its_content_or_its_revision(tmp_path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    before = resolve_model(str(folder)).identity
+    (folder / "config.json").write_text("{ }")
+    assert resolve_model(str(folder)).identity != before
+    assert resolve_model("google/flan-t5-xxl", "abc").identity == "google/flan-t5-xxl@abc"
+    with pytest.raises(FileNotFoundError, match="no_such does not exist"):
+        resolve_model(f"{tmp_path}/no_such")
