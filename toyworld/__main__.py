@@ -1,0 +1,66 @@
+"""`python -m toyworld world|judge|report --recipe R --run RUN [--set key=value] [--plan]`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from pipelines.command import Command, parse_command, run_command
+from pipelines.progress import get_logger
+from pipelines.recipe import DataConfig
+from toyworld.config import ToyworldConfig
+
+log = get_logger("toyworld")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the task that the first argument names."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m toyworld", description="The toy world: draw it, score it, show it")
+    parser.add_argument("task", choices=TASKS, help="; ".join(f"{name}: {text}" for name, (text, _) in TASKS.items()))
+    name = parser.parse_args(arguments[:1]).task
+    description, task = TASKS[name]
+    task(parse_command(f"toyworld {name}", description, argv=arguments[1:]))
+
+
+def _world(command: Command) -> None:
+    from toyworld.world import plan_world, write_world
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    if command.is_plan:
+        shards = plan_world(config)
+        num_images = sum(shard.stop - shard.start for shard in shards)
+        log.info(f"would write {num_images:,} images in {len(shards)} shards, and {config.num_prompts} prompts")
+        return
+    write_world(config, command.run)
+
+
+def _judge(command: Command) -> None:
+    from toyworld.scoring import sample_folders, score_run
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    if command.is_plan:
+        names = ", ".join(folder.name for folder in sample_folders(command.run)) or "none yet"
+        log.info(f"would score the captions of {command.run}, and the samples of: {names}")
+        return
+    score_run(config, command.run)
+
+
+def _report(command: Command) -> None:
+    from toyworld.report import write_report
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    data = command.recipe.table("data", DataConfig)
+    if command.is_plan:
+        log.info(f"would write {command.run / 'index.html'}")
+        return
+    write_report(command.recipe.path, command.run, config=config, data=data)
+
+
+TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
+    "world": ("Write the raw shards of the toy world, their truth and unseen prompts", _world),
+    "judge": ("Score captions and samples against the scenes they belong to", _judge),
+    "report": ("Write the run's page, index.html, from whatever stages have finished", _report),
+}
+
+if __name__ == "__main__":
+    sys.exit(run_command("toyworld", main))
