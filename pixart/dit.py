@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pixart.layers import (
     MLP,
+    PatchEmbed,
     ScalarEmbedder,
     SelfAttention,
     modulate,
-    position_embedding,
     unpatchify,
     xavier_,
 )
@@ -36,6 +36,12 @@ class DiTConfig:
     num_classes: int = 1000
     sample_size: int = 32  # latent side at which positions are 0, 1, 2, ...
     timestep_shift: int = 0
+
+    def __post_init__(self) -> None:
+        if self.width % 4:
+            raise ValueError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
+        if self.sample_size % self.patch_size:
+            raise ValueError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
     def width(self) -> int:
@@ -71,7 +77,9 @@ class DiT(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         width, patch_size = config.width, config.patch_size
-        self.patch_embed = nn.Conv2d(config.in_channels, width, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(
+            config.in_channels, width, patch_size=patch_size, base_size=config.sample_size // patch_size
+        )
         self.timestep_embed = ScalarEmbedder(width, frequency_shift=config.timestep_shift)
         self.label_embed = nn.Embedding(config.num_classes + 1, width)  # the last is the null class
         self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads) for _ in range(config.num_layers))
@@ -81,16 +89,14 @@ class DiT(nn.Module):
 
     def _initialize(self) -> None:
         self.apply(xavier_)
-        for weight in (
-            self.timestep_embed.hidden.weight,
-            self.timestep_embed.out.weight,
-            self.label_embed.weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        # adaLN-Zero: every block begins as the identity, and the output as zero
-        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.final):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.timestep_embed.hidden, self.timestep_embed.out, self.label_embed):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero: every block begins as the identity, and the output as zero (biases are zero already)
+        nn.init.zeros_(self.final_modulation.weight)
+        nn.init.zeros_(self.final.weight)
+        for module in self.modules():
+            if isinstance(module, DiTBlock):
+                nn.init.zeros_(module.modulation.weight)
 
     @property
     def null_label(self) -> int:
@@ -103,18 +109,7 @@ class DiT(nn.Module):
         timesteps [B] lie in [0, 1000); labels [B] are classes, `null_label` where dropped. Without labels (None) the
         condition is the timestep alone, c = 0, as re-parameterisation needs it (PixArt section 2.3).
         """
-        config = self.config
-        height, width = latents.shape[-2] // config.patch_size, latents.shape[-1] // config.patch_size
-        x = self.patch_embed(latents).flatten(2).transpose(1, 2)  # [B, N, D]
-        positions = position_embedding(
-            height,
-            width,
-            channels=config.width,
-            base_size=config.sample_size // config.patch_size,
-            scale=1.0,
-            device=x.device,
-        )
-        x = x + positions.to(x.dtype)
+        x = self.patch_embed(latents)  # [B, N, D]
         condition = self.timestep_embed(timesteps)  # [B, D]
         if labels is not None:
             condition = condition + self.label_embed(labels)
@@ -124,4 +119,5 @@ class DiT(nn.Module):
             else:
                 x = block(x, condition)
         shift, scale = self.final_modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
-        return unpatchify(self.final(modulate(x, shift, scale)), height, width, patch_size=config.patch_size)
+        patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
+        return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)

@@ -48,10 +48,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def unpatchify(tokens: Tensor, height: int, width: int, *, patch_size: int) -> Tensor:
-    """Turn [B, N, P*P*C] for a height x width grid of tokens into the image [B, C, height*P, width*P]."""
-    patches = tokens.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (height, width))  # [B, h, w, P, P, C]
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+def unpatchify(patches: Tensor, *, height: int, width: int, patch_size: int) -> Tensor:
+    """Turn patches [B, N, P*P*C] into the image [B, C, height, width]."""
+    rows, columns = height // patch_size, width // patch_size
+    grid = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, columns))  # [B, h/P, w/P, P, P, C]
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def xavier_(module: nn.Module) -> None:
@@ -60,6 +61,33 @@ def xavier_(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Latents to tokens with positions, for any latent size that patches divide.
+
+    Positions are computed for each input and never stored: `base_size` tokens span [0, base_size / scale).
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, patch_size: int, base_size: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.base_size = base_size
+        self.scale = scale
+        self.projection = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Give [B, N, D] for latents [B, C, h, w], row by row."""
+        patches = self.projection(latents)  # [B, D, h/P, w/P]
+        _, channels, height, width = patches.shape
+        positions = position_embedding(
+            height,
+            width,
+            channels=channels,
+            base_size=self.base_size,
+            scale=self.scale,
+            device=latents.device,
+        )
+        return patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
 
 
 class ScalarEmbedder(nn.Module):

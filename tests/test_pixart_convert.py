@@ -1,0 +1,163 @@
+"""Weights to and from diffusers' folders and the original files."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+from pixart.convert import load_diffusers, load_original, save_diffusers
+from pixart.dit import DiT, DiTConfig
+from pixart.layouts import export_weights, original_layout
+from pixart.model import PixArt, PixArtConfig
+
+PIXART = PixArtConfig(
+    num_layers=2, num_heads=2, head_dim=12, caption_channels=20, sample_size=12, interpolation_scale=1.5
+)
+SIZED = PixArtConfig(num_layers=1, num_heads=2, head_dim=12, caption_channels=20, has_size_condition=True)
+DIT = DiTConfig(num_layers=3, num_heads=2, head_dim=12, num_classes=10, sample_size=8, timestep_shift=1)
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def assert_same_model(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    assert type(actual) is type(expected)
+    assert actual.config == expected.config
+    weights = expected.state_dict()
+    assert actual.state_dict().keys() == weights.keys()
+    for key, value in actual.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert all(parameter.requires_grad for parameter in actual.parameters())
+
+
+@pytest.mark.parametrize("model", [PixArt(PIXART), PixArt(SIZED), DiT(DIT)], ids=["pixart", "sized", "dit"])
+def test_folder_round_trip_is_exact(tmp_path, model):
+    save_diffusers(randomise(model), tmp_path)
+    assert_same_model(load_diffusers(tmp_path), model)
+
+
+def test_diffusers_opens_our_pixart(tmp_path):
+    model = randomise(PixArt(PIXART))
+    save_diffusers(model, tmp_path)
+    reference, info = PixArtTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    latents, text, timesteps = torch.randn(2, 4, 10, 16), torch.randn(2, 5, 20), torch.tensor([9, 900])
+    expected = reference(latents, encoder_hidden_states=text, timestep=timesteps).sample
+    torch.testing.assert_close(model(latents, timesteps, text), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_opens_our_dit(tmp_path):
+    model = randomise(DiT(DIT))
+    save_diffusers(model, tmp_path)
+    reference, info = DiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    latents, labels, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 10]), torch.tensor([9, 900])
+    expected = reference.eval()(latents, class_labels=labels, timestep=timesteps).sample
+    torch.testing.assert_close(model(latents, timesteps, labels), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
+def test_we_open_folders_of_diffusers(tmp_path, shard_size):
+    reference = randomise(
+        PixArtTransformer2DModel(
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            cross_attention_dim=24,
+            caption_channels=20,
+            sample_size=128,
+        )
+    )
+    reference.save_pretrained(tmp_path, max_shard_size=shard_size)
+    model = load_diffusers(tmp_path)
+    # what diffusers reads from a sample size of 128
+    assert model.config.has_size_condition and model.config.interpolation_scale == 2
+    latents, text, timesteps = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 20), torch.tensor([9])
+    added = {"resolution": torch.tensor([[1024.0, 1024.0]]), "aspect_ratio": torch.tensor([[1.0]])}
+    expected = reference(latents, encoder_hidden_states=text, timestep=timesteps, added_cond_kwargs=added).sample
+    actual = model(latents, timesteps, text, size=torch.tensor([[1024.0, 1024.0, 1.0]]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_we_open_folders_from_before_the_classes_were_split(tmp_path):
+    save_diffusers(randomise(PixArt(PIXART)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
+    assert isinstance(load_diffusers(tmp_path), PixArt)
+
+
+def test_timestep_shift_of_a_dit_survives_or_is_overridden(tmp_path):
+    save_diffusers(DiT(DiTConfig(num_layers=1, num_heads=2, head_dim=12, timestep_shift=0)), tmp_path)
+    assert load_diffusers(tmp_path).config.timestep_shift == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["timestep_shift"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_diffusers(tmp_path).config.timestep_shift == 1
+    assert load_diffusers(tmp_path, timestep_shift=0).config.timestep_shift == 0
+
+
+def test_disagreeing_copies_are_refused(tmp_path):
+    reference = DiTTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=12, num_embeds_ada_norm=10, sample_size=8
+    )
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.norm1.emb.\S+ differs from transformer_blocks.0"):
+        load_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_fn": "geglu"}, "activation_fn geglu, only gelu-approximate"),
+        ({"norm_type": "layer_norm"}, "not a PixArt or DiT transformer"),
+        ({"num_layers": 3}, r"missing \['transformer_blocks.2"),
+        ({"num_layers": 1}, r"unexpected \['transformer_blocks.1"),
+        ({"caption_channels": 24}, r"give \(24, 20\), .* needs \(24, 24\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, change, message):
+    save_diffusers(PixArt(PIXART), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize("model", [PixArt(SIZED), DiT(DIT)], ids=["pixart", "dit"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "ema"])
+def test_original_files_round_trip(tmp_path, model, wrapper):
+    weights = export_weights(randomise(model), original_layout(model.config))
+    weights["pos_embed"] = torch.zeros(1, 16, 24)
+    if isinstance(model, PixArt):
+        weights["y_embedder.y_embedding"] = torch.zeros(120, 20)
+    torch.save({wrapper: weights} if wrapper else weights, tmp_path / "model.pth")
+    assert_same_model(load_original(tmp_path / "model.pth", model.config), model)
+
+
+def test_original_layouts_have_the_published_names():
+    pixart = {name for names in original_layout(SIZED).values() for name in names}
+    assert {
+        "x_embedder.proj.weight",
+        "t_embedder.mlp.2.bias",
+        "t_block.1.weight",
+        "y_embedder.y_proj.fc1.weight",
+        "csize_embedder.mlp.0.weight",
+        "ar_embedder.mlp.2.weight",
+        "blocks.0.scale_shift_table",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.cross_attn.kv_linear.bias",
+        "blocks.0.mlp.fc2.weight",
+        "final_layer.scale_shift_table",
+        "final_layer.linear.weight",
+    } <= pixart
+    dit = {name for names in original_layout(DIT).values() for name in names}
+    assert {
+        "y_embedder.embedding_table.weight",
+        "blocks.2.adaLN_modulation.1.weight",
+        "final_layer.adaLN_modulation.1.bias",
+    } <= dit
