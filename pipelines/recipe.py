@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from pipelines.shards import expand_shards
+
 TABLES = (
     "data",
     "toyworld",

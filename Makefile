@@ -1,0 +1,116 @@
+# Every stage is `python -m <room> --recipe R --run RUN`; this file only names them and brings up the environment.
+
+RECIPE ?= recipes/pixart-alpha.toml
+RUN ?= runs/default
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+PY := $(VENV)/bin/python
+
+# Variables a user may type behind a target; each becomes one `--set` of the recipe. Texts go through the
+# environment (make exports what is typed on its command line), so that the shell never reads inside them.
+FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set $(pair))
+DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
+TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
+SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
+	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
+	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED))
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PLAN=1 SET='table.key=value …'"
+	@echo "             SHARDS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… FROM_SCRATCH=1"
+
+$(READY): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $(READY)
+
+# -- the demo ---------------------------------------------------------------------------------------------------------
+
+DEMO := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo
+
+.PHONY: demo
+demo: $(READY)  ## Everything on the toy world: captions, statistics, features, three stages, samples, one page
+	@$(MAKE) $(DEMO) world caption stats
+	@set -e; for stage in 1 2 3; do $(MAKE) $(DEMO) features train sample STAGE=$$stage; done
+	@$(MAKE) $(DEMO) judge report
+
+RAW := --no-print-directory RECIPE=recipes/toyworld-raw.toml RUN=runs/demo-raw
+
+.PHONY: demo-raw
+demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense captions
+	@mkdir -p runs/demo-raw/training
+	@for part in raw captions training/stage1; do ln -sfn $(CURDIR)/runs/demo/$$part runs/demo-raw/$$part; done
+	@$(MAKE) $(RAW) features train sample STAGE=2
+	@$(MAKE) $(RAW) judge report
+
+.PHONY: world
+world: $(READY)  ## Write the toy world's raw shards, their truth and the prompts
+	@$(PY) -m toyworld world $(FLAGS)
+
+.PHONY: judge
+judge: $(READY)  ## Score captions and samples against the toy world's truth
+	@$(PY) -m toyworld judge $(FLAGS)
+
+.PHONY: report
+report: $(READY)  ## Write the run's index.html
+	@$(PY) -m toyworld report $(FLAGS)
+
+.PHONY: zoo
+zoo: $(READY)  ## Train the embedded toy models anew (about an hour on two cores)
+	@$(PY) -m toyworld.zoo
+
+# -- the stages -------------------------------------------------------------------------------------------------------
+
+.PHONY: caption
+caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')
+	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS)
+
+.PHONY: stats
+stats: $(READY)  ## Captions -> noun statistics and report.html
+	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS)
+
+.PHONY: features
+features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)
+	@$(PY) -m features $(FLAGS) --stage $(STAGE) $(DATA_FLAGS)
+
+.PHONY: train
+train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8)
+	@$(PY) -m training $(FLAGS) --stage $(STAGE) $(DATA_FLAGS) $(TRAIN_FLAGS)
+
+.PHONY: sample
+sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT='…')
+	@$(PY) -m sampling $(FLAGS) --stage $(STAGE) $(SAMPLE_FLAGS)
+
+.PHONY: nltk-data
+nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
+	@$(PY) -m dataset_stats.nltk_data
+
+.PHONY: need-stage
+need-stage:
+	@test -n "$(STAGE)" || { echo "make: say which stage, for example STAGE=2" >&2; exit 2; }
+
+# -- quality ----------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(READY)  ## Run all tests
+	@$(VENV)/bin/pytest
+
+.PHONY: check
+check: $(READY)  ## Lint, formatting, types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright
+
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
+
+.PHONY: bench $(BENCHMARKS)
+bench: $(BENCHMARKS)  ## Run every benchmark (make bench-stats runs one)
+
+$(BENCHMARKS): bench-%: $(READY)
+	@$(PY) -m benchmarks.$*
