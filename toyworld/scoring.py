@@ -1,0 +1,299 @@
+"""Scores where truth is known: captions against their scenes, samples against the scenes of their prompts."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.models import resolve_model
+from pipelines.progress import get_logger
+from pipelines.storage import atomic_file, sha256_file, sha256_text
+from pipelines.summary import update_summary
+from toyworld.config import ToyworldConfig
+from toyworld.scenes import Scene
+from toyworld.wording import caption_hits, parse_caption
+
+if TYPE_CHECKING:
+    from toyworld.judge import Verdict
+
+log = get_logger("toyworld")
+
+SCORING_VERSION = 1  # raise it when what the numbers mean changes
+CAPTIONS_NAME = "captions"
+# What the demo promises of its samples, shown beside the scores.
+TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
+CAPTION_HITS_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("dataset", pa.string()),
+        ("hits", pa.list_(pa.bool_())),
+        ("num_invented", pa.int32()),
+        ("num_named_in_alt_text", pa.int32()),
+        ("num_named_in_caption", pa.int32()),
+    ]
+)
+VERDICT_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("file", pa.string()),
+        ("prompt", pa.string()),
+        (
+            "objects",
+            pa.list_(
+                pa.struct(
+                    [
+                        *((name, pa.string()) for name in ("shape", "colour", "size", "position")),
+                        *((name, pa.bool_()) for name in ("has_position", "has_colour", "has_shape")),
+                    ]
+                )
+            ),
+        ),
+        ("num_extra", pa.int32()),
+        ("is_right", pa.bool_()),
+    ]
+)
+
+
+def score_run(config: ToyworldConfig, run: Path) -> None:
+    """Score the captions and every folder of samples of a run, as far as they exist; see `runs/<name>/judge/`.
+
+    Raises:
+        FileNotFoundError: the run has no raw truth, so that there is nothing to score against.
+    """
+    truth, prompts = run / "raw" / "truth.parquet", run / "raw" / "prompts.jsonl"
+    if not truth.is_file() or not prompts.is_file():
+        raise FileNotFoundError(
+            f"{truth.parent} holds no toy world: only captions and samples of known scenes have scores"
+        )
+    score_captions(run)
+    for folder in sample_folders(run):
+        judge_samples(config, run, folder)
+
+
+def sample_folders(run: Path) -> list[Path]:
+    """Return the folders below `run/samples` that sampling has finished, such as `samples/stage2`."""
+    return sorted(path.parent for path in (run / "samples").glob("*/samples.parquet"))
+
+
+# Captions
+
+
+def score_captions(run: Path) -> None:
+    """Compare every caption with its scene; write `judge/captions.parquet` and `captioning.accuracy` of the summary.
+
+    An object counts as right when the caption names it with its shape, colour and position. Rejected samples and
+    samples without a known scene are counted as rejects, not as misses.
+    """
+    sources = sorted((run / "captions").glob("*.parquet"))
+    if not sources:
+        log.info("captions: none yet")
+        return
+    directory = StageDirectory(run / "judge")
+    fingerprint = Fingerprint.of({"version": SCORING_VERSION})
+    identity = _files_identity([*sources, run / "raw" / "truth.parquet"])
+    if directory.is_done(CAPTIONS_NAME, identity, fingerprint):
+        log.info("captions: nothing to do, their scores are up to date")
+        return
+    start_seconds = time.monotonic()
+    directory.clear_marker(CAPTIONS_NAME)
+    scenes = _read_truth(run / "raw" / "truth.parquet")
+    rows: list[dict[str, Any]] = []
+    rejected = {"rejected_upstream": 0, "no_scene": 0}
+    for row in _caption_rows(sources):
+        scene = scenes.get((row["shard"], row["key"]))
+        if row["reject"] is not None or row["caption"] is None:
+            rejected["rejected_upstream"] += 1
+        elif scene is None:
+            rejected["no_scene"] += 1
+        else:
+            rows.append(_caption_score(row, *scene))
+    _write_rows(directory.file(CAPTIONS_NAME, ".parquet"), rows, CAPTION_HITS_SCHEMA)
+    _write_report(directory, CAPTIONS_NAME, identity, fingerprint, num_kept=len(rows), rejected=rejected)
+    _summarize_captions(run, rows)
+    update_summary(run, "seconds.judge_captions", round(time.monotonic() - start_seconds, 1))
+
+
+def _read_truth(path: Path) -> dict[tuple[str, str], tuple[str, Scene]]:
+    """Dataset and scene by (shard, key)."""
+    return {
+        (row["shard"], row["key"]): (row["dataset"], Scene.from_json(row["scene"]))
+        for row in pq.read_table(path).to_pylist()
+    }
+
+
+def _caption_rows(sources: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in sources:
+        yield from pq.read_table(path, columns=["key", "shard", "alt_text", "caption", "reject"]).to_pylist()
+
+
+def _caption_score(row: Mapping[str, Any], dataset: str, scene: Scene) -> dict[str, Any]:
+    caption = row["caption"]
+    known = {(item.shape, item.colour, item.position) for item in scene.objects}
+    said = {(mention.shape, mention.colour, mention.position) for mention in parse_caption(caption)}
+    return {
+        "key": row["key"],
+        "shard": row["shard"],
+        "dataset": dataset,
+        "hits": caption_hits(scene, caption),
+        "num_invented": len(said - known),
+        "num_named_in_alt_text": _num_named(scene, row["alt_text"] or ""),
+        "num_named_in_caption": _num_named(scene, caption),
+    }
+
+
+def _num_named(scene: Scene, text: str) -> int:
+    """Objects whose shape and colour the text names, wherever it puts them: alt texts hardly say where."""
+    said = {(mention.shape, mention.colour) for mention in parse_caption(text)}
+    return sum((item.shape, item.colour) in said for item in scene.objects)
+
+
+def _summarize_captions(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        log.warning("captions: none of them belongs to a known scene")
+        return
+    total = _caption_figures(rows)
+    names = sorted({row["dataset"] for row in rows})
+    by_dataset = {name: _caption_figures([row for row in rows if row["dataset"] == name]) for name in names}
+    for key, value in {**total, "by_dataset": by_dataset}.items():
+        update_summary(run, f"captioning.{key}", value)
+    log.info(f"captions: {total['right']:,} of {total['objects']:,} objects right ({total['accuracy']:.1%})")
+
+
+def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    num_objects = sum(len(row["hits"]) for row in rows)
+    num_right = sum(sum(row["hits"]) for row in rows)
+    return {
+        "captions": len(rows),
+        "objects": num_objects,
+        "right": num_right,
+        "accuracy": num_right / num_objects,
+        "invented_per_caption": sum(row["num_invented"] for row in rows) / len(rows),
+        "named_in_alt_text": sum(row["num_named_in_alt_text"] for row in rows) / num_objects,
+        "named_in_caption": sum(row["num_named_in_caption"] for row in rows) / num_objects,
+    }
+
+
+# Samples
+
+
+def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
+    """Judge the samples in `folder` against the scenes of their prompts; write `judge/<folder>.parquet`.
+
+    A sample counts only if `prompts.jsonl` has its key with the same prompt: a prompt of the user's own has no scene.
+    """
+    name = folder.name
+    directory = StageDirectory(run / "judge")
+    judge_source = resolve_model(config.judge)
+    fingerprint = Fingerprint.of({"version": SCORING_VERSION, "judge": judge_source.identity})
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    files = [folder / row["file"] for row in samples]
+    identity = _files_identity([run / "raw" / "prompts.jsonl", folder / "samples.parquet", *files])
+    if directory.is_done(name, identity, fingerprint):
+        log.info(f"{name}: nothing to do, its scores are up to date")
+        return
+    start_seconds = time.monotonic()
+    directory.clear_marker(name)
+    scenes = read_prompt_scenes(run)
+    known = [row for row in samples if (row["key"], row["prompt"]) in scenes]
+    wanted = [scenes[row["key"], row["prompt"]] for row in known]
+    verdicts = _judge_files([folder / row["file"] for row in known], wanted, Path(judge_source.location))
+    rows = [_verdict_row(row, verdict) for row, verdict in zip(known, verdicts, strict=True)]
+    _write_rows(directory.file(name, ".parquet"), rows, VERDICT_SCHEMA)
+    rejected = {"no_scene": len(samples) - len(known)}
+    _write_report(directory, name, identity, fingerprint, num_kept=len(rows), rejected=rejected)
+    _summarize_verdicts(run, name, verdicts)
+    update_summary(run, f"seconds.judge_{name}", round(time.monotonic() - start_seconds, 1))
+
+
+def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:
+    """Return the scene of each (key, prompt) in the run's `prompts.jsonl`."""
+    lines = (run / "raw" / "prompts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {(row["key"], row["prompt"]): Scene.from_json(json.dumps(row["scene"])) for row in rows}
+
+
+def _judge_files(files: Sequence[Path], scenes: Sequence[Scene], judge_folder: Path) -> "list[Verdict]":
+    if not files:
+        return []
+    from toyworld.judge import Judge
+
+    images = []
+    for path in files:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    return Judge.load(judge_folder).score_batch(images, scenes)
+
+
+def _verdict_row(sample: Mapping[str, Any], verdict: "Verdict") -> dict[str, Any]:
+    objects = [
+        {
+            **asdict(hit.item),
+            "has_position": hit.has_position,
+            "has_colour": hit.has_colour,
+            "has_shape": hit.has_shape,
+        }
+        for hit in verdict.hits
+    ]
+    return {
+        "key": sample["key"],
+        "file": sample["file"],
+        "prompt": sample["prompt"],
+        "objects": objects,
+        "num_extra": verdict.num_extra,
+        "is_right": verdict.is_right,
+    }
+
+
+def _summarize_verdicts(run: Path, name: str, verdicts: "Sequence[Verdict]") -> None:
+    if not verdicts:
+        log.info(f"{name}: none of its samples belongs to a known scene")
+        return
+    from toyworld.judge import Score
+
+    score = asdict(Score.of(verdicts))
+    num_objects = sum(len(verdict.hits) for verdict in verdicts)
+    update_summary(run, f"judge.{name}", {**score, "num_objects": num_objects, "num_images": len(verdicts)})
+    parts = ", ".join(f"{axis} {score[axis]:.1%}" for axis in ("position", "colour", "shape", "all"))
+    log.info(f"{name}: {parts}, {score['extra']:.2f} extra per image ({num_objects} objects, {len(verdicts)} images)")
+
+
+# Files
+
+
+def _files_identity(paths: Sequence[Path]) -> str:
+    return sha256_text("\n".join(f"{path.name} {sha256_file(path)}" for path in paths))
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+
+
+def _write_report(
+    directory: StageDirectory,
+    name: str,
+    identity: str,
+    fingerprint: Fingerprint,
+    *,
+    num_kept: int,
+    rejected: Mapping[str, int],
+) -> None:
+    directory.write_marker(
+        ShardReport(
+            name=name,
+            source=identity,
+            num_read=num_kept + sum(rejected.values()),
+            num_kept=num_kept,
+            rejected={reason: count for reason, count in rejected.items() if count},
+            files={".parquet": sha256_file(directory.file(name, ".parquet"))},
+        ),
+        fingerprint,
+    )
