@@ -45,6 +45,11 @@ class DataConfig(StageConfig):
         description="Largest image that is decoded, in pixels; larger ones are rejected",
     )
 
+    def paths(self, run: Path) -> list[str]:
+        """Return the raw shards of a run, sorted by name, with `{run}` filled in; raises as `expand_shards` does."""
+        patterns = [self.shards] if isinstance(self.shards, str) else self.shards
+        return expand_shards([pattern.replace("{run}", str(run)) for pattern in patterns])
+
 
 Config = TypeVar("Config", bound=StageConfig)
 
