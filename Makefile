@@ -10,6 +10,7 @@ PY := $(VENV)/bin/python
 # Variables a user may type behind a target; each becomes one `--set` of the recipe. Texts go through the
 # environment (make exports what is typed on its command line), so that the shell never reads inside them.
 FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set $(pair))
+STAGE_FLAGS = --stage $(STAGE) $(if $(PHASE),--phase $(PHASE))
 DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
 TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
 SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
@@ -22,7 +23,7 @@ SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PLAN=1 SET='table.key=value …'"
+	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… FROM_SCRATCH=1"
 
 $(READY): requirements.lock
@@ -77,15 +78,15 @@ stats: $(READY)  ## Captions -> noun statistics and report.html
 
 .PHONY: features
 features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)
-	@$(PY) -m features $(FLAGS) --stage $(STAGE) $(DATA_FLAGS)
+	@$(PY) -m features $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS)
 
 .PHONY: train
 train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8)
-	@$(PY) -m training $(FLAGS) --stage $(STAGE) $(DATA_FLAGS) $(TRAIN_FLAGS)
+	@$(PY) -m training $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS) $(TRAIN_FLAGS)
 
 .PHONY: sample
 sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT='…')
-	@$(PY) -m sampling $(FLAGS) --stage $(STAGE) $(SAMPLE_FLAGS)
+	@$(PY) -m sampling $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS)
 
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed

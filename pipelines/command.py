@@ -13,12 +13,19 @@ from pipelines.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a user asked of a room; `stage` is None for rooms without stages."""
+    """What a user asked of a room; `stage` is None for rooms without stages, `phase` for a stage's own values."""
 
     recipe: Recipe
     run: Path
     stage: int | None
+    phase: str | None
     is_plan: bool
+
+    @property
+    def stage_name(self) -> str:
+        """Name of the stage's folders: `stage2`, or `stage3-512` for a phase of it."""
+        assert self.stage is not None, "this room has no stages"
+        return f"stage{self.stage}" + (f"-{self.phase}" if self.phase else "")
 
 
 def parse_command(
@@ -30,6 +37,7 @@ def parse_command(
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; each stage writes one sub-folder")
     if stages:
         parser.add_argument("--stage", type=int, choices=stages, required=True, help="training stage of the paper")
+        parser.add_argument("--phase", help="phase of the stage, such as 512 of stage 3 (Table 4); default: its first")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -40,10 +48,12 @@ def parse_command(
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
     options = parser.parse_args(argv)
+    phase = options.phase if stages else None
     return Command(
-        recipe=load_recipe(options.recipe, options.overrides),
+        recipe=load_recipe(options.recipe, options.overrides, phase=phase),
         run=options.run,
         stage=options.stage if stages else None,
+        phase=phase,
         is_plan=options.plan,
     )
 

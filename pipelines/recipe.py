@@ -82,14 +82,16 @@ def _describe(path: Path, table: str, item: Mapping[str, Any]) -> str:
     return f"{path}: {key} = {item['input']!r}: {item['msg']}"
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, phase: str | None = None) -> Recipe:
     """Read a recipe and apply overrides such as `training.stage2.num_steps=10`.
 
-    An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string.
+    An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string. With `phase`
+    the tables `[*.stageN.phases.<phase>]` are laid over their `[*.stageN]`, as stage 3 of the paper has phases of
+    rising resolution (Table 4).
 
     Raises:
         FileNotFoundError: the recipe does not exist.
-        ValueError: it is not TOML, has an unknown table, or an override is not `table.key=value`.
+        ValueError: it is not TOML, has an unknown table or no such phase, or an override is not `table.key=value`.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,12 +100,24 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
+    _choose_phase(tables, phase, path=path)
     for override in overrides:
         _apply(tables, override)
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
         raise ValueError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
     return Recipe(path, tables)
+
+
+def _choose_phase(tables: dict[str, Any], phase: str | None, *, path: Path) -> None:
+    known: set[str] = set()
+    for table in [table for table in tables.values() if isinstance(table, dict)]:
+        for stage in [value for value in table.values() if isinstance(value, dict)]:
+            phases = stage.pop("phases", {})
+            known |= phases.keys()
+            stage.update(phases.get(phase, {}))
+    if phase is not None and phase not in known:
+        raise ValueError(f"{path}: there is no phase {phase!r}; phases are {', '.join(sorted(known)) or 'none'}")
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:

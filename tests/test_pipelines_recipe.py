@@ -60,3 +60,13 @@ def test_unknown_table_and_broken_toml_are_refused(recipe_path) -> None:
         load_recipe(recipe_path)
     with pytest.raises(FileNotFoundError):
         load_recipe(recipe_path.parent / "other.toml")
+
+
+def test_a_phase_is_laid_over_its_stage(recipe_path) -> None:
+    recipe_path.write_text(
+        "[features.stage2]\nnum_steps = 7\n[features.stage2.phases.512]\nnum_steps = 9\n[features]\nresolution = 64\n"
+    )
+    assert load_recipe(recipe_path).table("features", Table).stage2.num_steps == 7
+    assert load_recipe(recipe_path, phase="512").table("features", Table).stage2.num_steps == 9
+    with pytest.raises(ValueError, match="no phase '1024'; phases are 512"):
+        load_recipe(recipe_path, phase="1024")
