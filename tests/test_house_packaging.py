@@ -1,0 +1,77 @@
+"""What a newcomer types must exist: Make targets with their help, packages that install, pins that match the ranges."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+ROOMS = ("captioning", "dataset_stats", "features", "training", "sampling", "toyworld")
+INTERNAL_TARGETS = {"need-stage"}
+
+
+def test_every_make_target_is_in_help() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^\.PHONY: ([a-z-]+)", makefile, re.MULTILINE)) - INTERNAL_TARGETS
+    shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert targets == set(re.findall(r"^  make ([a-z-]+)", shown, re.MULTILINE))
+    assert {"demo", "test", "check", "caption", "stats", "features", "train", "sample", "bench"} <= targets
+
+
+def test_the_wheel_holds_every_module_and_the_toy_weights(tmp_path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("pixart_atelier-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    rooms = (*ROOMS, "pipelines", "pixart")
+    expected = {name for name in tracked.splitlines() if name.split("/")[0] in rooms and "/" in name}
+    assert expected - names == set()
+
+
+def test_pins_satisfy_the_ranges() -> None:
+    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
+    pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+    assert pins["torch"] == "2.13.0"
+    assert not {"torchvision", "torchaudio"} & pins.keys()
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    for requirement in (Requirement(text) for group in groups for text in group):
+        assert requirement.name in pins, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(pins[requirement.name]), (
+            f"{requirement} does not admit {pins[requirement.name]}"
+        )
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_help_needs_neither_torch_nor_ray(room: str) -> None:
+    """Captions, statistics and sampling install without DeepSpeed; help comes at once, whatever is installed."""
+    blocked = ("torch", "ray", "deepspeed", "transformers", "diffusers", "nltk", "numba")
+    block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+    script = f"{block}import runpy; sys.argv = ['{room}', '--help']; runpy.run_module('{room}', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage: python -m " + room in result.stdout
+
+
+def test_a_missing_recipe_is_one_line() -> None:
+    command = [sys.executable, "-m", "captioning", "--recipe", "recipes/no.toml", "--run", "runs/x"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "captioning: recipe recipes/no.toml does not exist"
