@@ -12,17 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
-from toyworld.render import ANCHORS
 from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
-from toyworld.zoo.judge_net import CROP_PIXELS, EMPTY, JudgeNet
-
-# B crops, P crop pixels
+from toyworld.zoo.judge_net import EMPTY, JudgeNet, anchor_crops, crops_to_tensor
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge"
 
-_CROP_FRACTION = 0.46  # of the shorter side
 _CROPS_PER_CALL = 512
 
 
@@ -116,7 +111,7 @@ class Judge:
 
 
 def _verdict(scene: Scene, found: Sequence[tuple[int, int]]) -> Verdict:
-    at = dict(zip(POSITIONS, found, strict=True))
+    at: dict[str, tuple[int, int]] = dict(zip(POSITIONS, found, strict=True))
     hits = []
     for item in scene.objects:
         shape, colour = at.pop(item.position)
@@ -130,21 +125,3 @@ def _verdict(scene: Scene, found: Sequence[tuple[int, int]]) -> Verdict:
             )
         )
     return Verdict(tuple(hits), num_extra=sum(shape != EMPTY for shape, _ in at.values()))
-
-
-def anchor_crops(image: Image.Image) -> list[np.ndarray]:
-    """The five crops around the anchors in the order of POSITIONS, uint8 [P, P, 3]; edges are continued outwards."""
-    side = round(_CROP_FRACTION * min(image.size))
-    pixels = np.pad(np.asarray(image.convert("RGB")), ((side, side), (side, side), (0, 0)), mode="edge")
-    crops = []
-    for position in POSITIONS:
-        x, y = ANCHORS[position]
-        left, top = round(x * image.width + side / 2), round(y * image.height + side / 2)
-        crop = Image.fromarray(pixels[top : top + side, left : left + side])
-        crops.append(np.asarray(crop.resize((CROP_PIXELS, CROP_PIXELS), Image.Resampling.BILINEAR)))
-    return crops
-
-
-def crops_to_tensor(crops: Sequence[np.ndarray]) -> Tensor:
-    """Crops as the network takes them, float32 [B, 3, P, P] in -1 to 1."""
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -117,7 +117,7 @@ def _favour(options: Sequence[str], favourite: int, rng: np.random.Generator) ->
     """Mostly the favourite, now and then any of them."""
     if rng.random() < _FAVOURITE_PROBABILITY:
         return options[favourite]
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _join(phrases: list[str]) -> str:
@@ -219,7 +219,7 @@ def parse_caption(text: str) -> list[ObjectMention]:
     """
     mentions: list[ObjectMention] = []
     for sentence in re.split(r"[.!?;]\s", text.lower() + " "):
-        mentions.extend(_parse_sentence(re.findall(r"[a-z]+(?:-[a-z]+)*", sentence)))
+        mentions.extend(_parse_sentence(re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", sentence)))
     return mentions
 
 

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterable
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
 
@@ -48,10 +51,10 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(_orthogonalize(nesterov).view_as(weight), alpha=-group["lr"] * scale)
 
 
-class Trainer:
+class Trainer(Generic[ModelT]):
     """Optimizers, learning-rate curve and averaged weights of one training of fixed length."""
 
-    def __init__(self, model: nn.Module, *, num_steps: int, learning_rate: float, average_decay: float = 0.99) -> None:
+    def __init__(self, model: ModelT, *, num_steps: int, learning_rate: float, average_decay: float = 0.99) -> None:
         weights = [p for p in model.parameters() if p.requires_grad]
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         matrices = [p for p in weights if p.ndim >= 2 and id(p) not in embeddings]
@@ -82,9 +85,9 @@ class Trainer:
         self._averaged.update_parameters(self._model)
 
     @property
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> ModelT:
         """The model with averaged weights: what is shipped."""
-        return self._averaged.module
+        return cast(ModelT, self._averaged.module)
 
     def _lr_factor(self) -> float:
         warm_up = min(1.0, (self._num_done + 1) / 50)

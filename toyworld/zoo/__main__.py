@@ -1,0 +1,62 @@
+"""`python -m toyworld.zoo [vae] [t5] [llava] [judge] [dit]`: train embedded models anew and overwrite their weights."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from pipelines.command import run_command
+from pipelines.progress import get_logger
+
+log = get_logger("toyworld.zoo")
+
+NAMES = ("vae", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+def train(name: str, weights: Path) -> None:
+    """Train one model and save it in its folder below `weights`."""
+    import torch
+
+    torch.set_num_threads(1)  # the networks are too small for more
+    folder, vae_folder = weights / name, weights / "vae"
+    if name == "vae":
+        from toyworld.zoo import vae
+
+        vae.train(folder)
+    elif name == "t5":
+        from toyworld.zoo import text_encoder
+
+        text_encoder.train(folder)
+    elif name == "llava":
+        from toyworld.zoo import captioner
+
+        captioner.train(folder)
+    elif name == "judge":
+        from toyworld.zoo import judge_net
+
+        judge_net.train(folder, vae_folder=vae_folder)
+    else:
+        from toyworld.zoo import class_conditional
+
+        class_conditional.train(folder, vae_folder=vae_folder)
+
+
+def main() -> None:
+    """Train the models that are named, or all."""
+    parser = argparse.ArgumentParser(prog="python -m toyworld.zoo", description="Train the embedded models anew.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"any of {', '.join(NAMES)}; all when none is given")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder that holds one folder per model")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in NAMES:
+            raise ValueError(f"{name!r} is not one of {', '.join(NAMES)}")
+    for name in NAMES:
+        if name in arguments.names or not arguments.names:
+            start = time.monotonic()
+            train(name, arguments.weights)
+            log.info("%s trained in %.0f minutes", name, (time.monotonic() - start) / 60)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("zoo", main))
