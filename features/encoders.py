@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 FP16_REFUSAL = "T5 was trained in bfloat16 and its activations overflow float16, which gives inf and nan embeddings"
 TEXT_DTYPES = ("bfloat16", "float32")
-LATENT_DTYPES = ("float32", "bfloat16")
+VAE_DTYPES = ("float32", "bfloat16")
 
 
 def clean_prompt(text: str) -> str:
@@ -28,29 +28,43 @@ def clean_prompt(text: str) -> str:
     return text.lower().strip()
 
 
-def run_in_batches(
-    items: Sequence[Item], encode: Callable[[Sequence[Item]], list[Any]], *, batch_size: int
-) -> Iterator[Any]:
-    """Yield one result per item, in order; when a batch does not fit the device's memory it is halved, and stays so.
+class Batches:
+    """Cuts work into batches of `size`; a batch that does not fit the device's memory halves the size for good."""
 
-    Raises:
-        torch.OutOfMemoryError: a single item does not fit.
-    """
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], list[Any]]) -> Iterator[Any]:
+        """Yield one result of `encode` per item, in order.
+
+        Raises:
+            torch.OutOfMemoryError: a single item does not fit.
+        """
+        import torch
+
+        start = 0
+        while start < len(items):
+            try:
+                results = encode(items[start : start + self.size])
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise
+                self.size //= 2
+                torch.cuda.empty_cache()
+                log.warning(f"out of memory: going on with batches of {self.size}")
+                continue
+            start += len(results)
+            yield from results
+
+
+def select_device(device: str, *, num_threads: int) -> str:
+    """Turn `auto` into `cuda` or `cpu`, and give torch `num_threads` threads on the CPU."""
     import torch
 
-    start = 0
-    while start < len(items):
-        try:
-            results = encode(items[start : start + batch_size])
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size = max(1, batch_size // 2)
-            torch.cuda.empty_cache()
-            log.warning(f"out of memory: going on with batches of {batch_size}")
-            continue
-        start += len(results)
-        yield from results
+    torch.set_num_threads(num_threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def _require_complete(model_id: str, class_name: str, loading: dict[str, Any]) -> None:
@@ -78,10 +92,18 @@ class TextEncoder:
     max_tokens: int
     d_text: int
     device: torch.device
+    batches: Batches
 
     @classmethod
     def load(
-        cls, model: str, revision: str | None = None, *, max_tokens: int, device: str = "cpu", dtype: str = "bfloat16"
+        cls,
+        model: str,
+        revision: str | None = None,
+        *,
+        max_tokens: int,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        batch_size: int = 64,
     ) -> TextEncoder:
         """Load a local folder or hub id.
 
@@ -106,7 +128,7 @@ class TextEncoder:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
         target = torch.device(device)
         encoder = encoder.to(target).eval().requires_grad_(False)
-        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target)
+        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target, Batches(batch_size))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, cleaned and cut at `max_tokens`, the end-of-sequence token included."""
@@ -115,7 +137,7 @@ class TextEncoder:
         cleaned = [clean_prompt(text) for text in texts]
         return self.tokenizer(cleaned, truncation=True, max_length=self.max_tokens, add_special_tokens=True).input_ids
 
-    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> list[torch.Tensor]:
+    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Return one embedding [num_tokens, D] per text, real tokens only, in the model's dtype, on the CPU.
 
         Texts of like length share a batch and are padded to the longest of it, never to `max_tokens`. Values may be
@@ -123,7 +145,7 @@ class TextEncoder:
         """
         ids = self.tokenize(texts)
         order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-        results = run_in_batches([ids[index] for index in order], self._encode_batch, batch_size=batch_size)
+        results = self.batches.run([ids[index] for index in order], self._encode_batch)
         embeddings = dict(zip(order, results, strict=True))
         return [embeddings[index] for index in range(len(ids))]
 
@@ -166,15 +188,19 @@ class LatentCodec:
         Raises:
             ValueError: `dtype` is not float32 or bfloat16, or the checkpoint lacks weights of the VAE.
         """
-        if dtype not in LATENT_DTYPES:
+        if dtype not in VAE_DTYPES:
             reason = ": this VAE overflows float16 and gives black images" if dtype == "float16" else ""
-            raise ValueError(f"features.latent_dtype {dtype} is not one of {', '.join(LATENT_DTYPES)}{reason}")
+            raise ValueError(f"features.vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
         import torch
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         source = resolve_model(model, revision)
         loaded: Any = AutoencoderKL.from_pretrained(
-            source.location, revision=source.revision, torch_dtype=getattr(torch, dtype), output_loading_info=True
+            source.location,
+            revision=source.revision,
+            torch_dtype=getattr(torch, dtype),
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
         vae, loading = loaded
         _require_complete(model, "AutoencoderKL", loading)

@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import save_codec, save_text_encoder
 from transformers import T5EncoderModel
 
-from features.encoders import LatentCodec, TextEncoder, clean_prompt, run_in_batches
+from features.encoders import Batches, LatentCodec, TextEncoder, clean_prompt
 
 TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
 
@@ -22,8 +22,8 @@ def codec(tmp_path_factory):
     return LatentCodec.load(str(save_codec(tmp_path_factory.mktemp("vae"))))
 
 
-def load(folder, dtype="float32", max_tokens=40):
-    return TextEncoder.load(folder, max_tokens=max_tokens, dtype=dtype)
+def load(folder, dtype="float32", batch_size=64):
+    return TextEncoder.load(folder, max_tokens=40, dtype=dtype, batch_size=batch_size)
 
 
 def test_only_real_tokens_come_back(text_folder):
@@ -41,9 +41,9 @@ def test_a_truncated_text_keeps_the_end_of_sequence_token(text_folder):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_embeddings_do_not_depend_on_padding_or_batch(text_folder, batch_size):
-    encoder = load(text_folder)
+    encoder = load(text_folder, batch_size=batch_size)
     alone = [encoder.encode([text])[0] for text in TEXTS]
-    for single, batched in zip(alone, encoder.encode(TEXTS, batch_size=batch_size), strict=True):
+    for single, batched in zip(alone, encoder.encode(TEXTS), strict=True):
         torch.testing.assert_close(batched, single, atol=1e-5, rtol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_decode_gives_rgb_images(codec):
 
 
 def test_float16_vae_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features\.latent_dtype float16"):
+    with pytest.raises(ValueError, match=r"features\.vae_dtype float16"):
         LatentCodec.load(str(tmp_path), dtype="float16")
 
 
@@ -141,7 +141,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
             raise torch.OutOfMemoryError
         return [item * 10 for item in items]
 
-    assert list(run_in_batches(list(range(9)), encode, batch_size=8)) == [item * 10 for item in range(9)]
+    batches = Batches(8)
+    assert list(batches.run(list(range(9)), encode)) == [item * 10 for item in range(9)]
+    assert batches.size == 2
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
 
 
@@ -150,7 +152,7 @@ def test_one_item_that_does_not_fit_is_an_error():
         raise torch.OutOfMemoryError("too big")
 
     with pytest.raises(torch.OutOfMemoryError):
-        list(run_in_batches([1, 2], encode, batch_size=2))
+        list(Batches(2).run([1, 2], encode))
 
 
 def test_importing_encoders_loads_neither_torch_nor_transformers():

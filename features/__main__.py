@@ -1,0 +1,91 @@
+"""`python -m features --recipe R --run RUN --stage N [--plan]`: captions and images of a stage to features."""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from features.config import STAGES
+from features.jobs import Inputs, Job, latent_job, manifest_extra, prepare, read_inputs, text_job
+from features.plan import print_plan, require_space
+from pipelines.command import parse_command, run_command
+from pipelines.engine import run_over_shards
+from pipelines.manifest import Manifest
+from pipelines.models import require_model
+from pipelines.progress import get_logger
+from pipelines.summary import update_summary
+
+log = get_logger("features")
+
+# Reconstructions of the right VAE have 25 dB and more.
+SUSPICIOUS_PSNR_DB = 20.0
+
+
+def main() -> None:
+    """Compute the features one stage trains on, or print what that would take."""
+    start_seconds = time.monotonic()
+    command = parse_command("features", "Captions and images to T5 and VAE features.", stages=STAGES)
+    inputs = read_inputs(command)
+    if command.is_plan:
+        print_plan(inputs)
+        return
+    jobs = ([text_job(inputs)] if inputs.stage.text else []) + [latent_job(inputs)]
+    is_done = [job.is_done() for job in jobs]
+    if not all(is_done):
+        require_space(inputs)
+    manifests = {job.family: run_job(job, inputs) for job in jobs}
+    if not all(is_done):
+        _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
+
+
+def run_job(job: Job, inputs: Inputs) -> Manifest:
+    """Compute what is pending of one family and return the directory's manifest."""
+    prepare(job)
+    is_done = job.is_done()
+    if not is_done:
+        require_model(job.model, key=job.model_key)
+    manifest = run_over_shards(
+        job.worker_class,
+        job.worker_config,
+        sources=job.sources,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        engine=inputs.engine,
+        max_reject_fraction=inputs.features.max_reject_fraction,
+        room=f"features {job.family}",
+        upstream=job.upstream,
+        extra={} if is_done else manifest_extra(job, inputs),
+    )
+    if not is_done and job.family == "latents":
+        _report_preview(job.worker_config.preview_path, manifest.shards[job.sources[0].name].details)
+    return manifest
+
+
+def _report_preview(path: Path, details: dict[str, Any]) -> None:
+    psnr_db = details.get("preview_psnr_db")
+    if psnr_db is None:
+        return
+    log.info(f"{path}: the VAE reconstructs images with {psnr_db:.1f} dB")
+    if psnr_db < SUSPICIOUS_PSNR_DB:
+        log.warning(f"{path}: {psnr_db:.1f} dB is too low for the right VAE; look at the picture before training")
+
+
+def _summarize(inputs: Inputs, jobs: list[Job], manifests: dict[str, Manifest], *, seconds: float) -> None:
+    counts: dict[str, Any] = {}
+    for job in jobs:
+        reports = [manifests[job.family].shards[source.name] for source in job.sources]
+        rejected = sum((Counter(report.rejected) for report in reports), Counter())
+        counts[job.family] = {
+            "read": sum(report.num_read for report in reports),
+            "kept": sum(report.num_kept for report in reports),
+            "rejected": dict(sorted(rejected.items())),
+        }
+    update_summary(inputs.run, f"seconds.features.stage{inputs.stage_number}", round(seconds, 1))
+    update_summary(inputs.run, f"counts.features.stage{inputs.stage_number}", counts)
+    parts = ", ".join(f"{count['kept']:,} of {count['read']:,} {family}" for family, count in counts.items())
+    log.info(f"stage {inputs.stage_number}: {parts} in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("features", main))

@@ -1,0 +1,119 @@
+"""`[features]`: which encoders make the features of each training stage, from which shards, at which resolution."""
+
+from typing import Literal
+
+import pydantic
+
+from features.encoders import FP16_REFUSAL, TEXT_DTYPES, VAE_DTYPES
+from pipelines.recipe import StageConfig
+
+STAGES = (1, 2, 3)
+# VAE factor 8 times patch size 2: a side must be a whole number of patches.
+RESOLUTION_MULTIPLE = 16
+
+
+class FeatureStageConfig(StageConfig):
+    """`[features.stageN]`: what training stage N will read."""
+
+    shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names this stage reads")
+    resolution: int = pydantic.Field(
+        ge=RESOLUTION_MULTIPLE,
+        le=4096,
+        description="Base resolution in pixels, a multiple of 16; area of a bucket is its square",
+    )
+    buckets: bool = pydantic.Field(
+        default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"
+    )
+    text: bool = pydantic.Field(
+        default=True, description="Whether captions are encoded; false for class labels (stage 1, `.cls` members)"
+    )
+    caption_column: Literal["caption", "alt_text"] = pydantic.Field(
+        default="caption", description="Column of captions/<shard>.parquet to encode: dense captions or raw alt texts"
+    )
+
+    @pydantic.field_validator("resolution")
+    @classmethod
+    def _check_resolution(cls, value: int) -> int:
+        if value % RESOLUTION_MULTIPLE:
+            raise ValueError(f"resolution {value} is not a multiple of 16 (VAE factor 8 times patch size 2)")
+        return value
+
+
+class FeaturesConfig(StageConfig):
+    """Recipe table `[features]`."""
+
+    text_model: str = pydantic.Field(description="T5 encoder: hub id or local folder (paper: Flan-T5-XXL)")
+    text_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
+    text_dtype: str = pydantic.Field(
+        default="bfloat16", description="Compute dtype of T5: bfloat16 or float32; embeddings are stored as bfloat16"
+    )
+    max_tokens: int = pydantic.Field(
+        default=120,
+        ge=1,
+        le=512,
+        description="Longest caption in T5 tokens, the last one included (alpha 120, Sigma 300)",
+    )
+    text_batch_size: int = pydantic.Field(
+        default=64, ge=1, description="Captions encoded at once; halved when too many"
+    )
+    vae_model: str = pydantic.Field(description="AutoencoderKL: hub id or local folder (paper: the LDM VAE)")
+    vae_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
+    vae_dtype: str = pydantic.Field(
+        default="float32", description="Compute dtype of the VAE: float32 or bfloat16; latents are stored as float16"
+    )
+    vae_batch_size: int = pydantic.Field(default=32, ge=1, description="Images encoded at once; halved when too many")
+    device: Literal["auto", "cpu", "cuda"] = pydantic.Field(
+        default="auto", description="Where the encoders run; auto = the GPU where torch sees one"
+    )
+    decode_threads: int = pydantic.Field(default=2, ge=1, description="Threads per worker that decode images ahead")
+    max_reject_fraction: float = pydantic.Field(
+        default=0.05, ge=0.0, le=1.0, description="Largest part of the samples that may be rejected, per directory"
+    )
+    num_preview_images: int = pydantic.Field(
+        default=8, ge=1, le=64, description="Images decoded again for the preview grid of a job"
+    )
+    stage1: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 1, class-conditional")
+    stage2: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 2, text to image")
+    stage3: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 3, high resolution")
+
+    @pydantic.field_validator("text_dtype")
+    @classmethod
+    def _check_text_dtype(cls, value: str) -> str:
+        if value not in TEXT_DTYPES:
+            reason = f": {FP16_REFUSAL}" if value == "float16" else ""
+            raise ValueError(f"text_dtype {value} is not one of {', '.join(TEXT_DTYPES)}{reason}")
+        return value
+
+    @pydantic.field_validator("vae_dtype")
+    @classmethod
+    def _check_vae_dtype(cls, value: str) -> str:
+        if value not in VAE_DTYPES:
+            raise ValueError(f"vae_dtype {value} is not one of {', '.join(VAE_DTYPES)}")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _check_shared_directories(self) -> "FeaturesConfig":
+        # Stages of one resolution share features/latent-<resolution>, so they must mean the same latents by it.
+        buckets: dict[int, tuple[int, bool]] = {}
+        for stage in STAGES:
+            config = getattr(self, f"stage{stage}")
+            if config is None:
+                continue
+            other, is_bucketed = buckets.setdefault(config.resolution, (stage, config.buckets))
+            if is_bucketed != config.buckets:
+                raise ValueError(
+                    f"stage{stage}.buckets {config.buckets} differs from stage{other}.buckets {is_bucketed} at the "
+                    f"same resolution {config.resolution}; the two would share one folder of latents"
+                )
+        return self
+
+    def stage(self, number: int) -> FeatureStageConfig:
+        """Return `[features.stage<number>]`.
+
+        Raises:
+            ValueError: the recipe has no such table.
+        """
+        config = getattr(self, f"stage{number}")
+        if config is None:
+            raise ValueError(f"features.stage{number} is missing: the recipe does not say what stage {number} reads")
+        return config

@@ -1,0 +1,243 @@
+"""What one `make features STAGE=n` has to do: a text job and a latent job, each with its sources and fingerprint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from features.config import FeaturesConfig, FeatureStageConfig
+from features.latents import LatentWorker, LatentWorkerConfig
+from features.text import TextWorker, TextWorkerConfig
+from pipelines.command import Command
+from pipelines.engine import EngineConfig
+from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
+from pipelines.images import aspect_buckets
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_manifest, require_same
+from pipelines.models import ModelSource, resolve_model
+from pipelines.pieces import ShardWorker, Source
+from pipelines.recipe import DataConfig
+from pipelines.shards import select_shards, shard_source
+from pipelines.storage import sha256_file
+
+# Raised when a change of code changes the features of unchanged inputs.
+CODE_VERSION = 1
+# What diffusers' AutoencoderKL assumes for a config without these keys, as older VAEs have.
+VAE_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A command's settings, and the raw shards of its stage."""
+
+    run: Path
+    stage_number: int
+    stage: FeatureStageConfig
+    features: FeaturesConfig
+    engine: EngineConfig
+    data: DataConfig
+    raw: list[Source]
+
+    @property
+    def num_threads(self) -> int:
+        """Threads torch may use in a worker."""
+        return max(1, int(self.engine.cpus_per_worker))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One family of features to compute; `model_key` is the recipe key that names its encoder."""
+
+    family: str
+    worker_class: type[ShardWorker]
+    worker_config: Any
+    sources: list[Source]
+    output: StageDirectory
+    fingerprint: Fingerprint
+    upstream: dict[str, str]
+    model: ModelSource
+    model_key: str
+
+    def pending(self) -> list[Source]:
+        """Return the sources that are not done yet."""
+        return [
+            source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
+        ]
+
+    def is_done(self) -> bool:
+        """Whether nothing is pending and the manifest is that of these settings."""
+        if self.pending() or not (self.output.path / MANIFEST_NAME).is_file():
+            return False
+        return read_manifest(self.output.path).fingerprint.digest == self.fingerprint.digest
+
+
+def read_inputs(command: Command) -> Inputs:
+    """Validate the recipe's tables and describe the raw shards of the stage.
+
+    Raises:
+        ValueError, FileNotFoundError: a key is wrong or a shard pattern matches nothing; names it.
+    """
+    assert command.stage is not None
+    features = command.recipe.table("features", FeaturesConfig)
+    data = command.recipe.table("data", DataConfig)
+    stage = features.stage(command.stage)
+    paths = select_shards(data.paths(command.run), stage.shards, key=f"features.stage{command.stage}.shards")
+    return Inputs(
+        run=command.run,
+        stage_number=command.stage,
+        stage=stage,
+        features=features,
+        engine=command.recipe.table("engine", EngineConfig),
+        data=data,
+        raw=[shard_source(path, dialect=data.dialect) for path in paths],
+    )
+
+
+def text_job(inputs: Inputs) -> Job:
+    """Describe the encoding of the stage's captions.
+
+    Raises:
+        FileNotFoundError: captioning has not finished.
+        ValueError: a shard has no captions, or they were made from another tar than the one there is now.
+    """
+    features, column = inputs.features, inputs.stage.caption_column
+    captions = read_manifest(inputs.run / "captions")
+    sources = []
+    for raw in inputs.raw:
+        path = inputs.run / "captions" / f"{raw.name}.parquet"
+        if raw.name not in captions.shards:
+            raise ValueError(f"{path.parent}: shard {raw.name} has no captions; run `make caption` on it first")
+        report = captions.shards[raw.name]
+        require_same("source", raw.identity, report.source, where=str(path))
+        identity = report.files[path.suffix]
+        sources.append(Source(name=raw.name, path=str(path), identity=identity, num_samples=report.num_read))
+    model = resolve_model(features.text_model, features.text_revision)
+    output = StageDirectory(text_directory(inputs.run, column))
+    return Job(
+        family="text",
+        worker_class=TextWorker,
+        worker_config=TextWorkerConfig(
+            model=features.text_model,
+            revision=features.text_revision,
+            dtype=features.text_dtype,
+            max_tokens=features.max_tokens,
+            batch_size=features.text_batch_size,
+            device=features.device,
+            num_threads=inputs.num_threads,
+            caption_column=column,
+            directory=output.path,
+        ),
+        sources=sources,
+        output=output,
+        # Batch and slice sizes are left out: they move embeddings by less than bfloat16 resolves.
+        fingerprint=Fingerprint.of(
+            {
+                "family": "text",
+                "code_version": CODE_VERSION,
+                "text_model": model.identity,
+                "text_dtype": features.text_dtype,
+                "max_tokens": features.max_tokens,
+                "caption_column": column,
+                "captions": captions.fingerprint.digest,
+            }
+        ),
+        upstream={"captions": captions.fingerprint.digest},
+        model=model,
+        model_key="features.text_model",
+    )
+
+
+def latent_job(inputs: Inputs) -> Job:
+    """Describe the encoding of the stage's images."""
+    features, stage = inputs.features, inputs.stage
+    model = resolve_model(features.vae_model, features.vae_revision)
+    output = StageDirectory(latent_directory(inputs.run, stage.resolution))
+    return Job(
+        family="latents",
+        worker_class=LatentWorker,
+        worker_config=LatentWorkerConfig(
+            model=features.vae_model,
+            revision=features.vae_revision,
+            dtype=features.vae_dtype,
+            batch_size=features.vae_batch_size,
+            device=features.device,
+            num_threads=inputs.num_threads,
+            decode_threads=features.decode_threads,
+            resolution=stage.resolution,
+            is_bucketed=stage.buckets,
+            dialect=inputs.data.dialect,
+            max_pixels=inputs.data.max_pixels,
+            preview_shard=inputs.raw[0].name,
+            preview_path=output.path / f"preview-stage{inputs.stage_number}.png",
+            num_preview_images=features.num_preview_images,
+        ),
+        sources=inputs.raw,
+        output=output,
+        fingerprint=Fingerprint.of(
+            {
+                "family": "latents",
+                "code_version": CODE_VERSION,
+                "vae_model": model.identity,
+                "vae_dtype": features.vae_dtype,
+                "resolution": stage.resolution,
+                "buckets": stage.buckets,
+                "dialect": inputs.data.dialect,
+                "max_pixels": inputs.data.max_pixels,
+            }
+        ),
+        upstream={},
+        model=model,
+        model_key="features.vae_model",
+    )
+
+
+def read_model_config(model: ModelSource) -> dict[str, Any] | None:
+    """Return a model's `config.json`, or None when it is neither in a local folder nor in the hub cache."""
+    folder = Path(model.location)
+    if folder.is_dir():
+        return json.loads((folder / "config.json").read_text())
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(model.location, "config.json", revision=model.revision)
+    return json.loads(Path(path).read_text()) if isinstance(path, str) else None
+
+
+def manifest_extra(job: Job, inputs: Inputs) -> dict[str, Any]:
+    """Return the numbers later stages read from the manifest, so that no recipe types them a second time."""
+    config = read_model_config(job.model)
+    assert config is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
+    features, stage = inputs.features, inputs.stage
+    if job.family == "text":
+        text = {
+            "model": features.text_model,
+            "revision": features.text_revision,
+            "dtype": features.text_dtype,
+            "max_tokens": features.max_tokens,
+            "d_text": config["d_model"],
+        }
+        return {"text": text, "caption_column": stage.caption_column}
+    config = VAE_DEFAULTS | config
+    vae = {
+        "model": features.vae_model,
+        "revision": features.vae_revision,
+        "dtype": features.vae_dtype,
+        "channels": config["latent_channels"],
+        "scaling_factor": config["scaling_factor"],
+        "shift_factor": config["shift_factor"] or 0.0,
+    }
+    sizes = aspect_buckets(stage.resolution) if stage.buckets else ((stage.resolution, stage.resolution),)
+    return {"vae": vae, "resolution": stage.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
+
+
+def prepare(job: Job) -> None:
+    """Check what a pending job is about to read, and repeat what a lost file needs.
+
+    Raises:
+        ValueError: a caption file is not the one its manifest describes; names it.
+    """
+    if job.family != "text":
+        return
+    for source in job.pending():
+        require_same("sha256", source.identity, sha256_file(Path(source.path)), where=source.path)
+    if not (job.output.path / NULL_CAPTION_FILE).is_file():
+        # The workers write it, so one shard has to be done again.
+        job.output.clear_marker(job.sources[0].name)

@@ -1,0 +1,62 @@
+"""A picture of what the VAE does to the images: originals above their reconstructions."""
+
+# H W pixels, C latent channels, h w latent height and width
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from features.encoders import LatentCodec
+from pipelines.storage import atomic_file
+
+CELL_PIXELS = 192
+GAP_PIXELS = 4
+
+
+def write_preview(path: Path, originals: Sequence[np.ndarray], codec: LatentCodec) -> float:
+    """Write the grid of `originals` (uint8 [H, W, 3]) above what their latent means decode to.
+
+    Returns the mean PSNR of the reconstructions in dB: about 30 and more for the right VAE, under 20 for a wrong one.
+    """
+    reconstructions = [_reconstruct(original, codec) for original in originals]
+    columns = [
+        (Image.fromarray(original), reconstruction)
+        for original, reconstruction in zip(originals, reconstructions, strict=True)
+    ]
+    with atomic_file(path) as temporary:
+        _draw_grid(columns).save(temporary, format="PNG")
+    pairs = zip(originals, reconstructions, strict=True)
+    return round(float(np.mean([_psnr_db(original, np.asarray(image)) for original, image in pairs])), 2)
+
+
+def _reconstruct(original: np.ndarray, codec: LatentCodec) -> Image.Image:
+    import torch
+
+    mean, _ = codec.encode(torch.from_numpy(original).permute(2, 0, 1)[None])  # [1, C, h, w]
+    return codec.decode(mean)[0]
+
+
+def _psnr_db(original: np.ndarray, reconstruction: np.ndarray) -> float:
+    error = np.mean((original.astype(np.float64) - reconstruction.astype(np.float64)) ** 2)
+    return float(10.0 * np.log10(255.0**2 / max(error, 1e-3)))
+
+
+def _draw_grid(columns: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    cells = [tuple(_fit(image) for image in column) for column in columns]
+    cell_width = max(image.width for column in cells for image in column) + GAP_PIXELS
+    cell_height = max(image.height for column in cells for image in column) + GAP_PIXELS
+    size = (len(cells) * cell_width + GAP_PIXELS, 2 * cell_height + GAP_PIXELS)
+    grid = Image.new("RGB", size, "white")
+    for x, column in enumerate(cells):
+        for y, image in enumerate(column):
+            grid.paste(image, (GAP_PIXELS + x * cell_width, GAP_PIXELS + y * cell_height))
+    return grid
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    scale = CELL_PIXELS / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -1,0 +1,328 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from feature_run import encoded, picture, write_captions, write_raw, write_recipe, write_run
+from PIL import Image
+
+import features.__main__ as features_main
+from features.encoders import LatentCodec, TextEncoder
+from pipelines.feature_store import load_index, read_payload
+from pipelines.images import aspect_buckets, resize_and_crop
+from pipelines.manifest import read_manifest
+
+
+def extract(run: Path, *overrides: str, stage: int = 2, plan: bool = False) -> None:
+    """Run the room's main as its command line does."""
+    arguments = ["features", "--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", str(stage)]
+    arguments += [part for override in overrides for part in ("--set", override)] + ["--plan"] * plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        features_main.main()
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = write_run(tmp_path_factory.mktemp("features"))
+    extract(run)
+    return run
+
+
+def open_tar(directory: Path, name: str) -> np.ndarray:
+    return np.memmap(directory / f"{name}.tar", np.uint8, mode="r")
+
+
+def test_text_payloads_are_the_embeddings_of_the_captions(finished):
+    directory = finished / "features" / "text"
+    encoder = TextEncoder.load(str(finished.parent / "t5"), max_tokens=40, dtype="float32")
+    captions = pq.read_table(finished / "captions" / "laion_00001.parquet").to_pylist()
+    tar = open_tar(directory, "laion_00001")
+    rows = load_index(directory, ["laion_00001"]).to_pylist()
+    assert [row["key"] for row in rows] == [caption["key"] for caption in captions]
+    for row, caption in zip(rows, captions, strict=True):
+        (expected,) = encoder.encode([caption["caption"]])
+        payload = read_payload(tar, row["offset"], dtype="uint16", shape=(row["num_tokens"], 32))
+        stored = torch.from_numpy(payload.copy()).view(torch.bfloat16)
+        assert row["nbytes"] == payload.nbytes
+        torch.testing.assert_close(stored.float(), expected, atol=0.02, rtol=0.01)
+        assert (row["weight"], row["caption_index"], row["shard"]) == (1.0, 0, "laion_00001")
+
+
+def test_latent_payloads_are_the_codec_s(finished):
+    directory = finished / "features" / "latent-32"
+    codec = LatentCodec.load(str(finished.parent / "vae"))
+    tar = open_tar(directory, "laion_00000")
+    for index, row in enumerate(load_index(directory, ["laion_00000"]).to_pylist()):
+        cropped, _ = resize_and_crop(picture(index, width=40 + 8 * (index % 5), height=40), 32, 32)
+        mean, std = codec.encode(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None])
+        for name, expected in (("mean", mean), ("std", std)):
+            stored = read_payload(tar, row[f"{name}_offset"], dtype="float16", shape=(4, 4, 4))
+            np.testing.assert_allclose(stored, expected[0].numpy(), atol=2e-3, rtol=2e-3)
+        assert (row["bucket"], row["original_width"], row["original_height"]) == ("32x32", 40 + 8 * (index % 5), 40)
+        assert row["label"] is None
+
+
+def test_counts_balance_and_upstream_rejects_are_carried(finished):
+    text = read_manifest(finished / "features" / "text")
+    assert (text.num_read, text.num_kept, text.rejected) == (40, 39, {"caption:loop": 1})
+    (row,) = [row for row in load_index(finished / "features" / "text", ["laion_00000"]).to_pylist() if row["reject"]]
+    assert (row["key"], row["reject"], row["offset"]) == ("00000002", "caption:loop", None)
+    latents = read_manifest(finished / "features" / "latent-32")
+    assert (latents.num_read, latents.num_kept, latents.rejected) == (40, 40, {})
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["counts"]["features"]["stage2"]["text"] == {
+        "read": 40,
+        "kept": 39,
+        "rejected": {"caption:loop": 1},
+    }
+    assert summary["seconds"]["features"]["stage2"] > 0
+
+
+def test_manifest_carries_what_later_stages_need(finished):
+    text = read_manifest(finished / "features" / "text")
+    captions = read_manifest(finished / "captions")
+    assert text.upstream == {"captions": captions.fingerprint.digest}
+    assert text.extra["text"] | {"model": ""} == {
+        "model": "",
+        "revision": None,
+        "dtype": "float32",
+        "max_tokens": 40,
+        "d_text": 32,
+    }
+    latents = read_manifest(finished / "features" / "latent-32").extra
+    assert latents["vae"]["scaling_factor"] == pytest.approx(0.45)
+    assert (latents["vae"]["shift_factor"], latents["vae"]["channels"]) == (0.0, 4)
+    assert (latents["resolution"], latents["buckets"]) == (32, ["32x32"])
+
+
+def test_null_caption_is_the_embedding_of_nothing(finished):
+    stored = safetensors.torch.load_file(finished / "features" / "text" / "null.safetensors")["embedding_0"]
+    (expected,) = TextEncoder.load(str(finished.parent / "t5"), max_tokens=40, dtype="float32").encode([""])
+    assert torch.equal(stored, expected.to(torch.bfloat16))
+
+
+def test_preview_shows_originals_above_reconstructions(finished):
+    with Image.open(finished / "features" / "latent-32" / "preview-stage2.png") as preview:
+        assert preview.size == (3 * 36 + 4, 2 * 36 + 4)
+        original, _ = resize_and_crop(picture(0, width=40, height=40), 32, 32)
+        np.testing.assert_array_equal(np.asarray(preview)[4:36, 4:36], np.asarray(original))
+    report = read_manifest(finished / "features" / "latent-32").shards["laion_00000"]
+    assert 0 < report.details["preview_psnr_db"] < 60
+
+
+def test_bytes_do_not_depend_on_workers_or_cuts(finished, tmp_path):
+    run = write_run(tmp_path)
+    extract(run, "engine.in_process=false", "engine.num_workers=2", "engine.cpus_per_worker=0.5")
+    expected, found = files_of(finished / "features"), files_of(run / "features")
+    assert expected.keys() == found.keys()
+    different = {name for name in expected if expected[name] != found[name]}
+    # Only the manifests name the models' folders, which are the other run's.
+    assert different <= {"text/manifest.json", "latent-32/manifest.json"}
+
+
+def test_a_second_run_does_nothing_and_needs_no_torch(finished):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "features").rglob("*")}
+    recipe = finished.parent / "recipe.toml"
+    code = (
+        "import sys, features.__main__ as room\n"
+        f"sys.argv = ['features', '--recipe', {str(recipe)!r}, '--run', {str(finished)!r}, '--stage', '2']\n"
+        "room.main()\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'diffusers', 'ray')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nothing to do") == 2
+    assert {path: path.stat().st_mtime_ns for path in (finished / "features").rglob("*")} == before
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path, num_shards=1, samples_per_shard=10)
+
+
+def test_another_resolution_goes_to_another_folder_and_leaves_the_text(run):
+    extract(run)
+    before = files_of(run / "features" / "text") | files_of(run / "features" / "latent-32")
+    extract(run, stage=3)
+    assert files_of(run / "features" / "text") | files_of(run / "features" / "latent-32") == before
+    buckets = load_index(run / "features" / "latent-48", ["laion_00000"]).column("bucket").to_pylist()
+    assert set(buckets) <= {f"{height}x{width}" for height, width in aspect_buckets(48)}
+    assert len(set(buckets)) > 1
+    assert read_manifest(run / "features" / "latent-48").extra["buckets"] != buckets
+
+
+@pytest.mark.parametrize("override", ["features.max_tokens=5", "features.text_dtype=bfloat16"])
+def test_a_changed_setting_recomputes_the_text_only(run, override):
+    extract(run)
+    before = files_of(run / "features")
+    extract(run, override)
+    after = files_of(run / "features")
+    assert after["text/laion_00000.tar"] != before["text/laion_00000.tar"]
+    assert after["latent-32/.done/laion_00000.json"] == before["latent-32/.done/laion_00000.json"]
+
+
+def test_another_caption_column_goes_beside_and_counts_what_has_no_text(run):
+    extract(run)
+    before = files_of(run / "features" / "text")
+    extract(run, "features.stage2.caption_column=alt_text")
+    assert files_of(run / "features" / "text") == before
+    manifest = read_manifest(run / "features" / "text-alt_text")
+    assert manifest.extra["caption_column"] == "alt_text"
+    assert manifest.rejected == {"caption:loop": 1, "no_alt_text": 2}
+
+
+def test_new_captions_are_encoded_anew(run):
+    extract(run)
+    before = files_of(run / "features" / "text")
+    write_captions(run, [run / "raw" / "laion_00000.tar"], rejects={}, prompt="another")
+    extract(run)
+    manifest = read_manifest(run / "features" / "text")
+    assert manifest.num_kept == 10
+    assert manifest.upstream["captions"] == read_manifest(run / "captions").fingerprint.digest
+    assert files_of(run / "features" / "text") != before
+
+
+def test_captions_of_another_tar_are_refused_by_field(run):
+    write_raw(run / "raw" / "laion_00000.tar", [{"key": "1", "png": encoded(picture(1)), "txt": "", "json": "{}"}])
+    with pytest.raises(ValueError, match=r"laion_00000\.parquet: source is"):
+        extract(run)
+
+
+def test_captions_changed_behind_their_manifest_are_refused_by_field(run):
+    path = run / "captions" / "laion_00000.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 5), path)
+    with pytest.raises(ValueError, match=r"laion_00000\.parquet: sha256 is"):
+        extract(run)
+
+
+def test_a_shard_without_captions_is_named(run):
+    write_raw(run / "raw" / "laion_00007.tar", [{"key": "1", "png": encoded(picture(1)), "txt": "", "json": "{}"}])
+    with pytest.raises(ValueError, match="shard laion_00007 has no captions"):
+        extract(run)
+
+
+def test_missing_captions_are_named(run):
+    (run / "captions" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"captions/manifest\.json"):
+        extract(run)
+
+
+def test_a_lost_null_caption_is_written_again(run):
+    extract(run)
+    path = run / "features" / "text" / "null.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    extract(run)
+    assert path.read_bytes() == before
+
+
+def test_an_embedding_that_is_not_finite_is_a_counted_reject(run):
+    # The captions with this letter overflow, as fp16 did for some words.
+    captions = pq.read_table(run / "captions" / "laion_00000.parquet").to_pylist()
+    letter = "q"
+    expected = sum(letter in caption["caption"] for caption in captions if not caption["reject"])
+    assert 0 < expected < 9
+    weights = run.parent / "t5" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    vocabulary = json.loads((run.parent / "t5" / "tokenizer.json").read_text())["model"]["vocab"]
+    tensors["shared.weight"][vocabulary[letter]] = float("inf")
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="max_reject_fraction"):
+        extract(run, "features.max_reject_fraction=0.1")
+    assert not (run / "features" / "text" / "manifest.json").exists()
+    extract(run, "features.max_reject_fraction=1.0")
+    manifest = read_manifest(run / "features" / "text")
+    assert manifest.rejected == {"caption:loop": 1, "non_finite_text": expected}
+    assert manifest.num_kept == 9 - expected
+
+
+def test_a_latent_that_is_not_finite_is_a_counted_reject(run):
+    weights = run.parent / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["quant_conv.bias"][0] = 1e6
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    extract(run, "features.max_reject_fraction=1.0")
+    assert read_manifest(run / "features" / "latent-32").rejected == {"non_finite_latent": 10}
+
+
+def test_odd_images_are_turned_converted_or_rejected_with_a_reason(run):
+    tall = picture(5, width=64, height=32)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    samples = {
+        "turned": {"jpg": encoded(tall, "JPEG", exif=exif, quality=95)},
+        "grey": {"png": encoded(tall.convert("L"))},
+        "palette": {"gif": encoded(tall.convert("P"), "GIF")},
+        "alpha": {"png": encoded(tall.convert("RGBA"))},
+        "cmyk": {"jpg": encoded(tall.convert("CMYK"), "JPEG")},
+        "deep": {"png": encoded(Image.fromarray(np.full((40, 40), 60000, np.uint16)))},
+        "cut": {"jpg": encoded(tall, "JPEG")[:200]},
+        "junk": {"jpg": b"<html>not found</html>"},
+        "empty": {"jpg": b""},
+        "huge": {"png": encoded(Image.new("1", (400, 400)))},
+        "blind": {"txt": b"no image"},
+    }
+    write_raw(run / "raw" / "laion_00000.tar", [{"key": key, **members} for key, members in samples.items()])
+    write_captions(run, [run / "raw" / "laion_00000.tar"], rejects={})
+    extract(run, "data.max_pixels=100000", stage=3)
+    rows = {row["key"]: row for row in load_index(run / "features" / "latent-48", ["laion_00000"]).to_pylist()}
+    reasons = {key: row["reject"] for key, row in rows.items() if row["reject"]}
+    assert reasons == {
+        "cut": "corrupt_image",
+        "junk": "not_an_image",
+        "empty": "empty_image",
+        "huge": "too_many_pixels",
+        "blind": "no_image",
+    }
+    assert (rows["turned"]["original_width"], rows["turned"]["original_height"]) == (32, 64)
+    height, width = map(int, rows["turned"]["bucket"].split("x"))
+    assert height > width
+    assert (rows["turned"]["height"], rows["turned"]["width"]) == (height // 8, width // 8)
+    for row in rows.values():
+        if row["reject"] is None:
+            crop_height, crop_width = map(int, row["bucket"].split("x"))
+            assert row["crop_x"] == (row["resized_width"] - crop_width) // 2
+            assert row["crop_y"] == (row["resized_height"] - crop_height) // 2
+
+
+def test_stage_1_takes_labels_and_no_text(tmp_path):
+    run = tmp_path / "run"
+    samples = [{"key": f"n01_{index}", "png": encoded(picture(index)), "cls": str(index % 3)} for index in range(9)]
+    del samples[4]["cls"]
+    write_raw(run / "raw" / "imagenet_00000.tar", samples)
+    write_recipe(tmp_path)
+    extract(run, stage=1)
+    assert not (run / "features" / "text").exists()
+    rows = load_index(run / "features" / "latent-32", ["imagenet_00000"]).to_pylist()
+    assert [row["label"] for row in rows] == [0, 1, 2, 0, None, 2, 0, 1, 2]
+    assert [row["reject"] for row in rows if row["reject"]] == ["no_label"]
+
+
+def test_stages_of_one_resolution_share_the_folder(tmp_path):
+    run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
+    write_raw(run / "raw" / "imagenet_00000.tar", [{"key": "a", "png": encoded(picture(0)), "cls": "7"}])
+    extract(run, stage=1)
+    extract(run, stage=2)
+    manifest = read_manifest(run / "features" / "latent-32")
+    assert list(manifest.shards) == ["imagenet_00000", "laion_00000"]
+    assert {path.name for path in (run / "features" / "latent-32").glob("preview*")} == {
+        "preview-stage1.png",
+        "preview-stage2.png",
+    }
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_runs(run, monkeypatch):
+    monkeypatch.setattr("features.plan._free_bytes", lambda path: 1000)
+    with pytest.raises(ValueError, match=r"stage 2 need about .* but only 1\.0 kB"):
+        extract(run)
+    assert not (run / "features").exists()
