@@ -1,0 +1,86 @@
+"""`[dataset_stats]`: which caption sets to compare, and how nouns are found and shown."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.recipe import StageConfig
+
+
+class CaptionSet(StageConfig):
+    """One caption set: which files it is in and which column holds its text."""
+
+    shards: list[str] = Field(
+        default=["*"],
+        min_length=1,
+        description='Names (fnmatch patterns) of shards of RUN/captions ("captions") or of data.shards ("raw")',
+    )
+    files: str | list[str] = Field(
+        default="",
+        description="Files of the other layouts: brace ranges, globs, folders or fsspec URLs",
+    )
+    layout: Literal["captions", "raw", "parquet", "jsonl", "csv", "text"] = Field(
+        default="captions",
+        description="captions: this pipeline's Parquet; raw: alt texts of the raw shards; parquet, jsonl, csv: any "
+        "file with a text column; text: one .txt per image, in folders or tars (SAM-LLaVA)",
+    )
+    column: str = Field(default="caption", min_length=1, description="Column that holds the text; unused by raw, text")
+
+
+class DatasetStatsConfig(StageConfig):
+    """`[dataset_stats]`: noun statistics of any caption sets (paper, section 2.4 and Table 1)."""
+
+    sets: dict[str, CaptionSet] = Field(
+        default={"alt-text": CaptionSet(column="alt_text"), "caption": CaptionSet(column="caption")},
+        min_length=1,
+        description="Caption sets by name, in the order of the table; every name is a row of Table 1",
+    )
+    tagger: Literal["auto", "nltk", "textblob"] = Field(
+        default="auto",
+        description="auto: NLTK's averaged perceptron where its data is installed, else TextBlob's lexicon",
+    )
+    valid_threshold: int = Field(
+        default=10, ge=0, description="A distinct noun is valid when it occurs more often than this (occurrences)"
+    )
+    text_model: str = Field(
+        default="",
+        description="Folder or hub id whose T5 tokenizer measures lengths; empty: features.text_model of the recipe",
+    )
+    text_revision: str | None = Field(default=None, description="Revision of text_model on the hub")
+    text_limits: list[int] = Field(
+        default=[120, 300], min_length=1, description="Lengths (T5 tokens, end token included) a caption is checked for"
+    )
+    boilerplate: list[str] = Field(
+        default=["the image", "this image", "in the image", "in this image", "the picture", "the photo"],
+        description="Openings (any case) that say nothing about the image",
+    )
+    max_characters: int = Field(
+        default=100_000, ge=1, description="Longest caption that is counted (characters); longer ones are rejected"
+    )
+    max_reject_fraction: float = Field(
+        default=0.5, ge=0, le=1, description="Share of rejected captions at which the stage fails"
+    )
+    num_table_nouns: int = Field(
+        default=3000, ge=10, description="Nouns in the report's table, most frequent first; nouns.parquet has all"
+    )
+    num_gallery_images: int = Field(default=24, ge=0, description="Sampled images in the report's gallery")
+    seed: int = Field(default=0, ge=0, description="Seed of the gallery's sample")
+
+    @field_validator("sets")
+    @classmethod
+    def _check_names(cls, sets: dict[str, CaptionSet]) -> dict[str, CaptionSet]:
+        # Names become column names of nouns.parquet and keys of summary.json.
+        for name in sets:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name == "noun":
+                raise ValueError(f"{name!r} cannot name a caption set: use letters, digits and . _ + -")
+        return sets
+
+    @field_validator("text_limits")
+    @classmethod
+    def _check_limits(cls, limits: list[int]) -> list[int]:
+        if min(limits) < 2:
+            raise ValueError("a limit below 2 tokens leaves no room for text")
+        return limits

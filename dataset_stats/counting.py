@@ -1,0 +1,184 @@
+"""Captions to noun counts: fold case, tokenise, tag, count."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numba import njit
+
+from dataset_stats.chunk_kernels import Tokens
+from dataset_stats.chunks import ChunkTokenizer, Vocabulary
+from dataset_stats.perceptron import CONTEXT_MARKERS
+from dataset_stats.taggers import Tagger
+
+# The compiled tables are rebuilt when they reach this many distinct words, which bounds memory (about 0.5 GB).
+MAX_WORDS = 1_000_000
+CAPTIONS_PER_BATCH = 2048
+NOUN_PREFIX = "NN"
+
+NOUN_SCHEMA = pa.schema(
+    [
+        pa.field("noun", pa.string(), nullable=False),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CaptionLengths:
+    """Tokens (NLTK's, punctuation included) and nouns of each caption, int32 [num_captions]."""
+
+    num_tokens: np.ndarray
+    num_nouns: np.ndarray
+
+
+class NounCounter:
+    """Counts the nouns of captions; a noun is a case-folded token that the tagger gives a tag of the NN family.
+
+    Captions are case-folded before anything else (`str.casefold`), so re-casing a caption changes nothing.
+    """
+
+    def __init__(self, tagger: Tagger) -> None:
+        self._tagger = tagger
+        self._nouns = pa.Table.from_batches([], schema=NOUN_SCHEMA)
+        self._start_tables()
+
+    def count(self, captions: Sequence[str], *, first_row: int = 0) -> CaptionLengths:
+        """Add the captions' nouns to the counts; `first_row` is the row number of the first caption."""
+        rows = np.arange(first_row, first_row + len(captions), dtype=np.int64)
+        return self.count_rows(captions, rows)
+
+    def count_rows(self, captions: Sequence[str], rows: np.ndarray) -> CaptionLengths:
+        """Add the captions' nouns to the counts; `rows` int64 [num_captions] says which rows they are."""
+        return self._each_batch(captions, rows, is_counted=True)
+
+    def measure(self, captions: Sequence[str]) -> CaptionLengths:
+        """Tokens and nouns of captions without counting them."""
+        return self._each_batch(captions, np.zeros(len(captions), dtype=np.int64), is_counted=False)
+
+    def tags(self, caption: str) -> list[list[tuple[str, str]]]:
+        """Tokens and tags of a caption, sentence by sentence."""
+        tokens = self._tokenize([caption.casefold()])
+        tags = self._tagger.tag(tokens.words, tokens.sentence_ends)
+        words = [self._vocabulary.words[word - len(CONTEXT_MARKERS)] for word in tokens.words.tolist()]
+        pairs = [(word, self._tagger.labels[int(tag)]) for word, tag in zip(words, tags.tolist(), strict=True)]
+        bounds = [0, *tokens.sentence_ends.tolist()]
+        return [pairs[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+    def take(self) -> pa.Table:
+        """Give the counts so far, sorted by noun (`NOUN_SCHEMA`), and start again from zero."""
+        self._flush()
+        nouns = sum_nouns([self._nouns])
+        self._nouns = pa.Table.from_batches([], schema=NOUN_SCHEMA)
+        return nouns
+
+    def _start_tables(self) -> None:
+        self._tagger.clear()
+        self._vocabulary = Vocabulary(len(CONTEXT_MARKERS))
+        self._tokenizer = ChunkTokenizer(self._vocabulary)
+        self._num_tagger_words = 0
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._first_rows = np.zeros(0, dtype=np.int64)
+
+    def _flush(self) -> None:
+        found = np.flatnonzero(self._counts)
+        words = self._vocabulary.words
+        nouns = [words[word - len(CONTEXT_MARKERS)] for word in found]
+        table = pa.table([nouns, self._counts[found], self._first_rows[found]], schema=NOUN_SCHEMA)
+        self._nouns = pa.concat_tables([self._nouns, table])
+        self._counts[:] = 0
+
+    def _each_batch(self, captions: Sequence[str], rows: np.ndarray, *, is_counted: bool) -> CaptionLengths:
+        num_tokens = np.zeros(len(captions), dtype=np.int32)
+        num_nouns = np.zeros(len(captions), dtype=np.int32)
+        for begin in range(0, len(captions), CAPTIONS_PER_BATCH):
+            batch = slice(begin, begin + CAPTIONS_PER_BATCH)
+            if len(self._vocabulary) > MAX_WORDS:
+                self._flush()
+                self._start_tables()
+            tokens = self._tokenize([caption.casefold() for caption in captions[batch]])
+            tags = self._tagger.tag(tokens.words, tokens.sentence_ends)
+            is_noun = np.array([label.startswith(NOUN_PREFIX) for label in self._tagger.labels], dtype=np.bool_)
+            _count_nouns(
+                tokens,
+                is_noun[tags] if len(tags) else np.zeros(0, dtype=np.bool_),
+                rows[batch],
+                (self._counts, self._first_rows),
+                (num_tokens[batch], num_nouns[batch]),
+                is_counted,
+            )
+        return CaptionLengths(num_tokens, num_nouns)
+
+    def _tokenize(self, captions: list[str]) -> Tokens:
+        column = pa.array(captions, type=pa.large_string())
+        _, offsets, data = column.buffers()
+        tokens = self._tokenizer.tokenize(
+            np.frombuffer(data, dtype=np.uint8) if data else np.zeros(0, dtype=np.uint8),
+            np.frombuffer(offsets, dtype=np.int64)[: len(captions) + 1],
+        )
+        if len(tokens.slow_captions):
+            tokens = self._add_slow_captions(tokens, captions)
+        self._tagger.add_words(self._vocabulary.words[self._num_tagger_words :])
+        self._num_tagger_words = len(self._vocabulary.words)
+        missing = len(self._vocabulary) - len(self._counts)
+        if missing > 0:
+            # Room for as many again, so that growing stays cheap.
+            room = np.zeros(missing + len(self._counts), dtype=np.int64)
+            self._counts = np.concatenate([self._counts, room])
+            self._first_rows = np.concatenate([self._first_rows, room])
+        return tokens
+
+    def _add_slow_captions(self, tokens: Tokens, captions: list[str]) -> Tokens:
+        words, ends, owners = [], [], []
+        num_words = len(tokens.words)
+        for caption in tokens.slow_captions.tolist():
+            for sentence in self._tokenizer.tokenize_with_nltk(captions[caption]):
+                words += sentence
+                ends.append(num_words + len(words))
+                owners.append(caption)
+        return Tokens(
+            np.concatenate([tokens.words, np.array(words, dtype=np.int32)]),
+            np.concatenate([tokens.sentence_ends, np.array(ends, dtype=np.int64)]),
+            np.concatenate([tokens.sentence_captions, np.array(owners, dtype=np.int64)]),
+            tokens.slow_captions,
+        )
+
+
+def sum_nouns(tables: Sequence[pa.Table]) -> pa.Table:
+    """Add up tables of `NOUN_SCHEMA`: one row per noun, sorted by its UTF-8 bytes."""
+    table = pa.concat_tables(tables)
+    summed = table.group_by("noun", use_threads=False).aggregate([("count", "sum"), ("first_row", "min")])
+    summed = summed.select(["noun", "count_sum", "first_row_min"]).rename_columns(NOUN_SCHEMA.names)
+    return summed.sort_by("noun").cast(NOUN_SCHEMA).combine_chunks()
+
+
+@njit(cache=True, nogil=True)
+def _count_nouns(
+    tokens: Tokens,
+    is_noun: np.ndarray,
+    rows: np.ndarray,
+    totals: tuple[np.ndarray, np.ndarray],
+    lengths: tuple[np.ndarray, np.ndarray],
+    is_counted: bool,
+) -> None:
+    counts, first_rows = totals
+    num_tokens, num_nouns = lengths
+    begin = 0
+    for sentence in range(len(tokens.sentence_ends)):
+        end = tokens.sentence_ends[sentence]
+        caption = tokens.sentence_captions[sentence]
+        num_tokens[caption] += end - begin
+        for i in range(begin, end):
+            if is_noun[i]:
+                num_nouns[caption] += 1
+                if is_counted:
+                    word = tokens.words[i]
+                    if counts[word] == 0 or rows[caption] < first_rows[word]:
+                        first_rows[word] = rows[caption]
+                    counts[word] += 1
+        begin = end

@@ -1,0 +1,31 @@
+"""Finds the T5 tokenizer that measures how much of a caption the text encoder reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.models import resolve_model
+from pipelines.progress import get_logger
+
+log = get_logger("dataset_stats")
+
+
+def find_text_tokenizer(model_id: str, revision: str | None) -> str:
+    """Path of the model's `tokenizer.json`, or an empty string, with a warning, where it cannot be had."""
+    source = resolve_model(model_id, revision)
+    folder = Path(source.location)
+    if folder.is_dir():
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; features.text_model must hold a fast tokenizer")
+        return str(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(source.location, "tokenizer.json", revision=source.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        log.warning(
+            f"T5 lengths are not measured: the tokenizer of {model_id} is out of reach ({type(error).__name__})"
+        )
+        return ""

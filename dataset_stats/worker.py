@@ -1,0 +1,135 @@
+"""Counts the nouns of one shard: the map step, run by the engine."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataset_stats.captions import Address, CaptionRow, read_rows
+from dataset_stats.counting import NounCounter, sum_nouns
+from dataset_stats.taggers import TaggerSource, load_tagger
+from pipelines.pieces import Piece, PieceReport
+from pipelines.storage import atomic_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NOUNS, CAPTIONS = ".nouns.parquet", ".captions.parquet"
+ROW_GROUP_SIZE = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountConfig:
+    """What a worker needs; `text_tokenizer` is the path of a tokenizer.json, or empty to measure no T5 lengths."""
+
+    tagger: TaggerSource
+    text_tokenizer: str
+    text_limits: tuple[int, ...]
+    boilerplate: tuple[str, ...]
+    max_characters: int
+
+
+class NounCountWorker:
+    """Writes a shard's nouns (noun, count, first row) and the figures of each of its captions."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (NOUNS, CAPTIONS)
+
+    def __init__(self, config: CountConfig) -> None:
+        self._config = config
+        self._counter = NounCounter(load_tagger(config.tagger))
+        self._text_tokenizer = _load_tokenizer(config.text_tokenizer) if config.text_tokenizer else None
+        self._boilerplate = tuple(opening.casefold() for opening in config.boilerplate)
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        """Count the rows of a piece."""
+        rejected: Counter[str] = Counter()
+        tables, row_number = [], piece.start
+        for rows in read_rows(Address.parse(piece.source.path), piece.start, piece.stop):
+            rejects = [self._reject(row) for row in rows]
+            rejected.update(reject for reject in rejects if reject)
+            tables.append(self._measure(rows, rejects, first_row=row_number))
+            row_number += len(rows)
+        num_read, num_rejected = row_number - piece.start, rejected.total()
+        _write(pa.concat_tables(tables) if tables else self._measure([], [], first_row=0), piece.output(CAPTIONS))
+        _write(self._counter.take(), piece.output(NOUNS))
+        return PieceReport(num_read=num_read, num_kept=num_read - num_rejected, rejected=dict(rejected))
+
+    @staticmethod
+    def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
+        """Add up the nouns of the parts and put their captions one after the other."""
+        _write(sum_nouns([pq.read_table(part[NOUNS]) for part in parts]), outputs[NOUNS])
+        _write(pa.concat_tables([pq.read_table(part[CAPTIONS]) for part in parts]), outputs[CAPTIONS])
+
+    def _reject(self, row: CaptionRow) -> str | None:
+        if row.reject:
+            return row.reject
+        if row.text is None or not row.text.strip():
+            return "no_text"
+        return "too_long" if len(row.text) > self._config.max_characters else None
+
+    def _measure(self, rows: Sequence[CaptionRow], rejects: Sequence[str | None], *, first_row: int) -> pa.Table:
+        kept = [index for index, reject in enumerate(rejects) if reject is None]
+        texts = [rows[index].text or "" for index in kept]
+        lengths = self._counter.count_rows(texts, first_row + np.array(kept, dtype=np.int64))
+        columns: dict[str, tuple[Any, pa.DataType]] = {
+            "num_tokens": (lengths.num_tokens, pa.int32()),
+            "num_nouns": (lengths.num_nouns, pa.int32()),
+            "is_boilerplate": ([self._is_boilerplate(text) for text in texts], pa.bool_()),
+        }
+        if self._text_tokenizer is not None:
+            columns |= self._measure_truncation(self._text_tokenizer, texts, lengths.num_nouns)
+        positions = np.full(len(rows), -1, dtype=np.int64)
+        positions[kept] = np.arange(len(kept))
+        take = pa.array(positions, mask=positions < 0)
+        return pa.table(
+            {
+                "key": pa.array([row.key for row in rows], pa.string()),
+                **{name: pa.array(values, kind).take(take) for name, (values, kind) in columns.items()},
+                "flags": pa.array([list(row.flags) for row in rows], pa.list_(pa.string())),
+                "reject": pa.array(rejects, pa.string()),
+            }
+        )
+
+    def _is_boilerplate(self, text: str) -> bool:
+        return text.casefold().lstrip().startswith(self._boilerplate)
+
+    def _measure_truncation(
+        self, tokenizer: Tokenizer, texts: Sequence[str], num_nouns: np.ndarray
+    ) -> dict[str, tuple[Any, pa.DataType]]:
+        # The feature stage gives T5 lower-case text without surrounding space.
+        cleaned = [text.lower().strip() for text in texts]
+        lengths = np.array([len(code.ids) for code in tokenizer.encode_batch_fast(cleaned)], dtype=np.int32)
+        columns: dict[str, tuple[Any, pa.DataType]] = {"num_text_tokens": (lengths, pa.int32())}
+        for limit in self._config.text_limits:
+            longer = np.flatnonzero(lengths > limit)
+            # The end token takes the last place, so limit - 1 tokens of text are kept.
+            ends = [tokenizer.encode(cleaned[index]).offsets[limit - 2][1] for index in longer]
+            kept_texts = [cleaned[index][:end] for index, end in zip(longer, ends, strict=True)]
+            lost = np.zeros(len(texts), dtype=np.int32)
+            lost[longer] = np.maximum(num_nouns[longer] - self._counter.measure(kept_texts).num_nouns, 0)
+            columns[f"nouns_lost_{limit}"] = (lost, pa.int32())
+        return columns
+
+
+def _load_tokenizer(path: str) -> Tokenizer:
+    # The workers are the parallelism; threads of the tokeniser would only get in their way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=ROW_GROUP_SIZE)
