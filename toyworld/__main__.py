@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from pipelines.command import Command, parse_command, run_command
 from pipelines.progress import get_logger
-from pipelines.recipe import DataConfig
 from toyworld.config import ToyworldConfig
 
 log = get_logger("toyworld")
@@ -48,12 +47,10 @@ def _judge(command: Command) -> None:
 def _report(command: Command) -> None:
     from toyworld.report import write_report
 
-    config = command.recipe.table("toyworld", ToyworldConfig)
-    data = command.recipe.table("data", DataConfig)
     if command.is_plan:
         log.info(f"would write {command.run / 'index.html'}")
         return
-    write_report(command.recipe.path, command.run, config=config, data=data)
+    write_report(command.recipe, command.run)
 
 
 TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {

@@ -144,7 +144,7 @@ def _caption_score(row: Mapping[str, Any], dataset: str, scene: Scene) -> dict[s
         "dataset": dataset,
         "hits": caption_hits(scene, caption),
         "num_invented": len(said - known),
-        "num_named_in_alt_text": _num_named(scene, row["alt_text"] or ""),
+        "num_named_in_alt_text": _num_named(scene, row["alt_text"]) if row["alt_text"] else None,
         "num_named_in_caption": _num_named(scene, caption),
     }
 
@@ -159,16 +159,20 @@ def _summarize_captions(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         log.warning("captions: none of them belongs to a known scene")
         return
-    total = _caption_figures(rows)
+    total: dict[str, Any] = _caption_figures(rows)
     names = sorted({row["dataset"] for row in rows})
     by_dataset = {name: _caption_figures([row for row in rows if row["dataset"] == name]) for name in names}
     for key, value in {**total, "by_dataset": by_dataset}.items():
-        update_summary(run, f"captioning.{key}", value)
+        if value is not None:
+            update_summary(run, f"captioning.{key}", value)
     log.info(f"captions: {total['right']:,} of {total['objects']:,} objects right ({total['accuracy']:.1%})")
 
 
-def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     num_objects = sum(len(row["hits"]) for row in rows)
+    with_alt_text = [row for row in rows if row["num_named_in_alt_text"] is not None]
+    num_alt_objects = sum(len(row["hits"]) for row in with_alt_text)
+    num_alt_named = sum(row["num_named_in_alt_text"] for row in with_alt_text)
     num_right = sum(sum(row["hits"]) for row in rows)
     return {
         "captions": len(rows),
@@ -176,7 +180,7 @@ def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "right": num_right,
         "accuracy": num_right / num_objects,
         "invented_per_caption": sum(row["num_invented"] for row in rows) / len(rows),
-        "named_in_alt_text": sum(row["num_named_in_alt_text"] for row in rows) / num_objects,
+        "named_in_alt_text": num_alt_named / num_alt_objects if with_alt_text else None,
         "named_in_caption": sum(row["num_named_in_caption"] for row in rows) / num_objects,
     }
 
@@ -191,11 +195,8 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     """
     name = folder.name
     directory = StageDirectory(run / "judge")
-    judge_source = resolve_model(config.judge)
-    fingerprint = Fingerprint.of({"version": SCORING_VERSION, "judge": judge_source.identity})
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
-    files = [folder / row["file"] for row in samples]
-    identity = _files_identity([run / "raw" / "prompts.jsonl", folder / "samples.parquet", *files])
+    fingerprint, identity = _judging_inputs(config, run, folder)
     if directory.is_done(name, identity, fingerprint):
         log.info(f"{name}: nothing to do, its scores are up to date")
         return
@@ -204,13 +205,31 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     scenes = read_prompt_scenes(run)
     known = [row for row in samples if (row["key"], row["prompt"]) in scenes]
     wanted = [scenes[row["key"], row["prompt"]] for row in known]
-    verdicts = _judge_files([folder / row["file"] for row in known], wanted, Path(judge_source.location))
+    judge_folder = Path(resolve_model(config.judge).location)
+    verdicts = _judge_files([folder / row["file"] for row in known], wanted, judge_folder)
     rows = [_verdict_row(row, verdict) for row, verdict in zip(known, verdicts, strict=True)]
     _write_rows(directory.file(name, ".parquet"), rows, VERDICT_SCHEMA)
     rejected = {"no_scene": len(samples) - len(known)}
     _write_report(directory, name, identity, fingerprint, num_kept=len(rows), rejected=rejected)
     _summarize_verdicts(run, name, verdicts)
     update_summary(run, f"seconds.judge_{name}", round(time.monotonic() - start_seconds, 1))
+
+
+def read_verdicts(config: ToyworldConfig, run: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of `judge/<folder>.parquet`; none where the judge has not seen just these samples."""
+    directory = StageDirectory(run / "judge")
+    fingerprint, identity = _judging_inputs(config, run, folder)
+    if not directory.is_done(folder.name, identity, fingerprint):
+        return []
+    return pq.read_table(directory.file(folder.name, ".parquet")).to_pylist()
+
+
+def _judging_inputs(config: ToyworldConfig, run: Path, folder: Path) -> tuple[Fingerprint, str]:
+    """What scores of a folder's samples depend on: the judge, and the identity of samples and prompts."""
+    fingerprint = Fingerprint.of({"version": SCORING_VERSION, "judge": resolve_model(config.judge).identity})
+    names = pq.read_table(folder / "samples.parquet", columns=["file"]).column("file").to_pylist()
+    prompts = run / "raw" / "prompts.jsonl"
+    return fingerprint, _files_identity([prompts, folder / "samples.parquet", *(folder / name for name in names)])
 
 
 def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:

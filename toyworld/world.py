@@ -235,9 +235,9 @@ def write_world(config: ToyworldConfig, run: Path) -> None:
     names = [shard.path for shard in planned]
     extra = {"num_prompts": config.num_prompts, "held_out_percent": HELD_OUT_PERCENT}
     manifest = raw.write_manifest(fingerprint, names, upstream={}, extra=extra)
-    update_summary(run, "seconds.toyworld", round(time.monotonic() - start_seconds, 1))
+    update_summary(run, "seconds.world", round(time.monotonic() - start_seconds, 1))
     counts = {dataset.name: dataset.num_images for dataset in datasets(config)}
-    update_summary(run, "counts.toyworld", {"read": manifest.num_read, "kept": manifest.num_kept, "rejected": {}})
+    update_summary(run, "counts.world", {"read": manifest.num_read, "kept": manifest.num_kept, "rejected": {}})
     drawn = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     log.info(f"wrote {len(pending)} shards to {raw.path} ({drawn}) and {config.num_prompts} prompts")
 

@@ -1,0 +1,218 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.recipe import load_recipe
+from pipelines.summary import update_summary
+from toyworld import judge as judge_module
+from toyworld.charts import Scale, loss_chart
+from toyworld.config import ToyworldConfig
+from toyworld.judge import ObjectHit, Verdict
+from toyworld.render import render
+from toyworld.report import write_report
+from toyworld.scoring import read_prompt_scenes, score_run
+from toyworld.world import write_world
+
+HOSTILE = "<script>alert(1)</script> & \"quotes\" 'é' 红"
+
+
+class WrongColourJudge:
+    """Finds everything, but the first object of each scene in the wrong colour."""
+
+    @classmethod
+    def load(cls, path):
+        return cls()
+
+    def score_batch(self, images, scenes):
+        return [
+            Verdict(tuple(ObjectHit(item, True, n > 0, True) for n, item in enumerate(scene.objects)), num_extra=0)
+            for scene in scenes
+        ]
+
+
+class Page(HTMLParser):
+    """Collects a page's references, ids and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.references, self.ids, self.tags, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href"):
+                self.references.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_recipe(run):
+    path = run / "small.toml"
+    path.write_text(
+        '[data]\nshards = "{run}/raw/*/*.tar"\n'
+        "[toyworld]\nnum_laion = 12\nnum_sa = 8\nnum_hq = 4\nnum_imagenet = 4\nnum_prompts = 6\n"
+        f"broken_fraction = 0.0\nnum_report_examples = 8\njudge = {json.dumps(str(run / 'raw'))}\n"
+        "[dataset_stats.sets]\nraw = {}\ndense = {}\n"
+    )
+    return load_recipe(path)
+
+
+def write_captions(run):
+    rows = {}
+    for row in pq.read_table(run / "raw" / "truth.parquet").to_pylist():
+        if row["dataset"] != "imagenet":
+            caption = row["description"] if row["key"] != "sa_3" else f"Nothing to see. {HOSTILE}"
+            text = {"key": row["key"], "shard": row["shard"], "alt_text": HOSTILE, "caption": caption, "reject": None}
+            rows.setdefault(row["shard"], []).append(text)
+    schema = pa.schema([(name, pa.string()) for name in ("key", "shard", "alt_text", "caption", "reject")])
+    directory = StageDirectory(run / "captions")
+    fingerprint = Fingerprint.of({})
+    for shard, texts in rows.items():
+        directory.path.mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(texts, schema=schema), directory.file(shard, ".parquet"))
+        count = len(texts)
+        report = ShardReport(name=shard, source="-", num_read=count + 2, num_kept=count, rejected={"corrupt_image": 2})
+        directory.write_marker(report, fingerprint)
+    directory.write_manifest(fingerprint, sorted(rows), upstream={}, extra={})
+
+
+def write_samples(run):
+    folder = run / "samples" / "stage2"
+    folder.mkdir(parents=True)
+    rows = []
+    for (key, prompt), scene in read_prompt_scenes(run).items():
+        render(scene, 64, 48, rng=np.random.default_rng(0)).save(folder / f"{key}.png")
+        rows.append({"key": key, "prompt": prompt, "seed": 0, "file": f"{key}.png", "width": 64, "height": 48})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("demo")
+    recipe = write_recipe(run)
+    write_world(recipe.table("toyworld", ToyworldConfig), run)
+    write_captions(run)
+    write_samples(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge_module, "Judge", WrongColourJudge)
+        score_run(recipe.table("toyworld", ToyworldConfig), run)
+    update_summary(run, "seconds.captioning", 75)
+    update_summary(run, "seconds.training.stage2", 61.0)
+    figures = {"distinct_nouns": 40, "valid_distinct_nouns": 10, "total_nouns": 900, "nouns_per_image": 2.5}
+    for name in ("dense", "raw"):
+        update_summary(run, f"dataset_stats.{name}", figures)
+    (run / "training" / "stage2").mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 3, 4, 3, 4, 5)]
+    (run / "training" / "stage2" / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return write_report(load_recipe(finished / "small.toml"), finished).read_text()
+
+
+def test_page_stands_alone_and_its_links_exist(finished, page):
+    parsed = Page(page)
+    assert len(page) < 3e6 and "script" not in parsed.tags and "link" not in parsed.tags
+    assert "@import" not in page and "url(" not in page
+    for reference in parsed.references:
+        if reference.startswith("#"):
+            assert reference[1:] in parsed.ids
+        elif not reference.startswith("data:image/"):
+            assert (finished / reference).is_file(), reference
+    assert "samples/stage2/grid.png" in parsed.references and "summary.json" in parsed.references
+
+
+def test_texts_from_the_data_are_escaped(page):
+    assert "<script" not in page
+    assert HOSTILE in Page(page).text
+
+
+def test_page_shows_what_the_stages_made(page):
+    text = " ".join(Page(page).text.split())
+    assert "24 captions 6 rejected: corrupt image" in text
+    assert "1 min 15 s" in text and "1 min 01 s" in text
+    assert "5 steps" in text and "0.200 at the end" in text
+    assert "10 / 40" in text and "25.0%" in text
+    assert text.index("raw 10 / 40") < text.index("dense 10 / 40")
+    assert "wrong colour" in text and "✗" in text
+
+
+def test_page_shows_misses_among_the_captions(page):
+    assert "Nothing to see." in Page(page).text
+
+
+def test_missing_stages_are_not_run_yet(page, tmp_path):
+    assert "make train STAGE=1" in page and "make train STAGE=2" not in page
+    run = tmp_path / "empty"
+    run.mkdir()
+    text = Page(write_report(write_recipe(run), run).read_text()).text
+    for command in ("make stats", "make train STAGE=3", "make sample STAGE=2", "make judge"):
+        assert command in text
+
+
+def test_marks_of_other_samples_are_not_shown(finished, page, tmp_path):
+    assert Page(page).text.count("wrong colour") == 6
+    image = finished / "samples" / "stage2" / "prompt_0000.png"
+    before = image.read_bytes()
+    try:
+        Image.new("RGB", (64, 48), "red").save(image)
+        later = write_report(load_recipe(finished / "small.toml"), finished).read_text()
+    finally:
+        image.write_bytes(before)
+    assert "wrong colour" not in later
+
+
+def test_companion_run_is_compared(finished):
+    other = finished.with_name(finished.name + "-raw")
+    update_summary(
+        other,
+        "judge.stage2",
+        {"position": 0.5, "colour": 0.125, "shape": 0.1, "all": 0.0, "extra": 1.0, "num_objects": 8, "num_images": 6},
+    )
+    text = Page(write_report(load_recipe(finished / "small.toml"), finished).read_text()).text
+    assert f"Stage 2 on alt texts ({other.name})" in text and "12.5%" in text
+
+
+def test_report_needs_a_run(finished):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        write_report(load_recipe(finished / "small.toml"), finished / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "losses", [[0.5], [0.1] * 50, list(np.geomspace(2, 0.01, 4000)), [1.0, math.nan, 0.5, math.inf, 0.2]]
+)
+def test_loss_chart_stays_inside_its_frame(losses):
+    svg = loss_chart(list(enumerate(losses, 1)), label="a <loss>")
+    assert "&lt;loss&gt;" in svg and "nan" not in svg and "inf" not in svg
+    for points in re.findall(r'points="([^"]*)"', svg):
+        places = [tuple(map(float, pair.split(","))) for pair in points.split()]
+        assert 1 <= len(places) <= 360
+        assert all(0 <= x <= 360 and 0 <= y <= 210 for x, y in places)
+    assert svg.count("<text") >= 4
+
+
+def test_loss_chart_without_losses_says_so():
+    with pytest.raises(ValueError, match="stage 1: no loss is finite and positive"):
+        loss_chart([(1, math.nan)], label="stage 1")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.05, 1.4), (0.2, 0.26), (1e-4, 3.0)])
+def test_logarithmic_ticks_are_round_and_inside(low, high):
+    ticks = Scale(low, high, 0, 100, is_log=True).ticks()
+    assert 2 <= len(ticks) <= 8 and all(low <= value <= high for value in ticks)
+    assert all(float(f"{value:.2g}") == value for value in ticks)

@@ -1,0 +1,106 @@
+"""Loss curves as inline SVG on a logarithmic axis: no script, no colours of their own, legible in light and dark."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 30
+MAX_POINTS = 360
+SMOOTHING_PARTS = 40  # the smoothed line averages over about a fortieth of the run
+MIN_RATIO = 1.2  # of highest to lowest loss on the axis: noise does not look like a trend
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values from low..high to SVG units from start..stop, linearly or by their logarithm."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    is_log: bool = False
+
+    def place(self, value: float) -> float:
+        """Position of a value."""
+        low, high, at = (math.log(item) if self.is_log else item for item in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """Three to six round values between low and high."""
+        if self.is_log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+                values = [float(f"{factor * 10.0**power:.3g}") for power in powers for factor in factors]
+                inside = [value for value in values if self.low <= value <= self.high]
+                if len(inside) >= 3:
+                    return inside
+        return self._linear_ticks()
+
+    def _linear_ticks(self) -> list[float]:
+        rough = (self.high - self.low) / 4
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [round(step * number, 10) for number in range(first, last + 1)]
+
+
+def loss_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
+    """Return an SVG of (step, loss): each step faintly, and a running mean over it; `label` is read to the blind.
+
+    Losses that are not finite and positive leave no point.
+
+    Raises:
+        ValueError: no loss is finite and positive.
+    """
+    drawn = [(step, loss) for step, loss in points if math.isfinite(loss) and loss > 0]
+    if not drawn:
+        raise ValueError(f"{label}: no loss is finite and positive")
+    low, high = (extreme(loss for _, loss in drawn) for extreme in (min, max))
+    if high / low < MIN_RATIO:
+        low, high = low / math.sqrt(MIN_RATIO), high * math.sqrt(MIN_RATIO)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
+    x = Scale(drawn[0][0], max(drawn[-1][0], drawn[0][0] + 1), LEFT, WIDTH - RIGHT)
+    smooth = _thin(_smoothed(drawn))
+    parts = [*_grid(x, y), _line(_thin(drawn), x, y, name="raw"), _line(smooth, x, y, name="smooth")]
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return Markup(svg)
+
+
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means over windows centred on each point, which do not lag behind a falling loss; narrower at the ends."""
+    sums = [0.0, *itertools.accumulate(loss for _, loss in points)]
+    reach = len(points) // SMOOTHING_PARTS // 2
+    smooth = []
+    for position, (step, _) in enumerate(points):
+        half = min(reach, position, len(points) - 1 - position)
+        total = sums[position + half + 1] - sums[position - half]
+        smooth.append((step, total / (2 * half + 1)))
+    return smooth
+
+
+def _thin(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    if len(points) <= MAX_POINTS:
+        return points
+    return [points[round(number * (len(points) - 1) / (MAX_POINTS - 1))] for number in range(MAX_POINTS)]
+
+
+def _line(points: Sequence[tuple[int, float]], x: Scale, y: Scale, *, name: str) -> str:
+    path = " ".join(f"{x.place(step):.1f},{y.place(loss):.1f}" for step, loss in points)
+    return f'<polyline class="{name}" points="{path}"/>'
+
+
+def _grid(x: Scale, y: Scale) -> list[str]:
+    parts = []
+    for value in y.ticks():
+        at = y.place(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{at + 3.5:.1f}" text-anchor="end">{value:g}</text>')
+    for value in x.ticks():
+        at = x.place(value)
+        anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">{value:,g}</text>')
+    return parts

@@ -1,0 +1,180 @@
+"""Pictures of the run's page: captioned images with their truth, and samples with the judge's marks, embedded."""
+
+import base64
+import io
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.images import decode_image
+from pipelines.recipe import DataConfig
+from pipelines.shards import open_shard, shard_name
+from toyworld.config import ToyworldConfig
+from toyworld.scenes import NUM_CLASSES, Scene, SceneObject, class_name
+from toyworld.scoring import read_verdicts
+
+MAX_SIDE_PIXELS = 160  # of embedded pictures: sharp on a phone, small in the file
+MISSES_SHOWN = 4  # one in so many captions shown is a miss, if there are any
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One object of a scene, and whether it was found; `fault` says what is wrong."""
+
+    text: str
+    is_right: bool
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionExample:
+    """An image of a raw shard with the text it came with, its caption, and the truth."""
+
+    shard: str
+    key: str
+    picture: str
+    alt_text: str
+    caption: str
+    marks: list[Mark]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleExample:
+    """A sampled image with its prompt; no marks where the prompt's scene is unknown."""
+
+    key: str
+    picture: str
+    width: int
+    height: int
+    prompt: str
+    marks: list[Mark]
+    num_extra: int
+
+
+def _object_text(item: SceneObject) -> str:
+    return f"{item.size} {item.colour} {item.shape}, {item.position}"
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def embed_picture(image: Image.Image) -> str:
+    """Return a data URI of the image, made smaller if it is large."""
+    image = image.copy()
+    image.thumbnail((MAX_SIDE_PIXELS, MAX_SIDE_PIXELS), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[CaptionExample]:
+    """Return captions spread evenly over all scored ones, a quarter of them misses if there are so many.
+
+    Empty where the captions have not been scored against the toy world's truth.
+
+    Raises:
+        FileNotFoundError: a shard that was captioned is not there any more.
+    """
+    hits_path = run / "judge" / "captions.parquet"
+    if not hits_path.is_file():
+        return []
+    rows = pq.read_table(hits_path, columns=["key", "shard", "hits"]).to_pylist()
+    missed = _spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
+    chosen = missed + _spread([row for row in rows if all(row["hits"])], count - len(missed))
+    chosen.sort(key=lambda row: (row["shard"], row["key"]))
+    paths = {shard_name(path): path for path in data.paths(run)}
+    examples = []
+    for shard, group in _by_shard(chosen).items():
+        if shard not in paths:
+            raise FileNotFoundError(f"data.shards: captions exist for {shard}, but the shard is not there")
+        examples += _shard_examples(run, data, paths[shard], group)
+    return examples
+
+
+def _by_shard(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["shard"]].append(row)
+    return groups
+
+
+def _shard_examples(run: Path, data: DataConfig, path: str, rows: Sequence[Mapping[str, Any]]) -> list[CaptionExample]:
+    shard = shard_name(path)
+    columns = ["key", "alt_text", "caption"]
+    texts = {
+        row["key"]: row for row in pq.read_table(run / "captions" / f"{shard}.parquet", columns=columns).to_pylist()
+    }
+    scenes = _read_scenes(run, shard)
+    examples = []
+    with open_shard(path, data.dialect) as raw:
+        samples = {sample.key: sample for sample in raw.samples}
+        for row in rows:
+            key = row["key"]
+            image = decode_image(raw.image_bytes(samples[key]), max_pixels=data.max_pixels)
+            marks = [
+                Mark(_object_text(item), is_right)
+                for item, is_right in zip(scenes[key].objects, row["hits"], strict=True)
+            ]
+            examples.append(
+                CaptionExample(
+                    shard=shard,
+                    key=key,
+                    picture=embed_picture(image),
+                    alt_text=texts[key]["alt_text"] or "",
+                    caption=texts[key]["caption"],
+                    marks=marks,
+                )
+            )
+    return examples
+
+
+def _read_scenes(run: Path, shard: str) -> dict[str, Scene]:
+    table = pq.read_table(run / "raw" / "truth.parquet", columns=["key", "scene"], filters=[("shard", "=", shard)])
+    return {row["key"]: Scene.from_json(row["scene"]) for row in table.to_pylist()}
+
+
+def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[SampleExample]:
+    """Return samples of a folder such as `samples/stage2`, evenly spaced, marked where the judge has seen them."""
+    verdicts = {row["file"]: row for row in read_verdicts(config, run, folder)}
+    examples = []
+    for row in _spread(pq.read_table(folder / "samples.parquet").to_pylist(), config.num_report_examples):
+        verdict = verdicts.get(row["file"])
+        with Image.open(folder / row["file"]) as image:
+            picture = embed_picture(image.convert("RGB"))
+        examples.append(
+            SampleExample(
+                key=row["key"],
+                picture=picture,
+                width=row["width"],
+                height=row["height"],
+                prompt=_prompt_text(row),
+                marks=[_sample_mark(item) for item in verdict["objects"]] if verdict else [],
+                num_extra=verdict["num_extra"] if verdict else 0,
+            )
+        )
+    return examples
+
+
+def _prompt_text(sample: Mapping[str, Any]) -> str:
+    """The prompt, or for a class-conditional sample what its class shows."""
+    match = re.fullmatch(r"class (\d+)", sample["prompt"])
+    label = int(match.group(1)) if match else NUM_CLASSES
+    return f"{sample['prompt']}: {class_name(label)}" if label < NUM_CLASSES else sample["prompt"]
+
+
+def _sample_mark(found: Mapping[str, Any]) -> Mark:
+    item = SceneObject(found["shape"], found["colour"], found["size"], found["position"])
+    if not found["has_position"]:
+        return Mark(_object_text(item), is_right=False, fault="missing")
+    wrong = [axis for axis in ("colour", "shape") if not found[f"has_{axis}"]]
+    return Mark(_object_text(item), is_right=not wrong, fault=f"wrong {' and '.join(wrong)}" if wrong else "")

@@ -1,0 +1,309 @@
+"""The run's page, `index.html`: one file that shows what every stage made, from whatever has finished so far."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow.parquet as pq
+from markupsafe import Markup
+
+from pipelines.manifest import MANIFEST_NAME, read_manifest
+from pipelines.progress import get_logger
+from pipelines.recipe import DataConfig, Recipe
+from pipelines.storage import atomic_write_bytes
+from pipelines.summary import read_summary
+from toyworld.charts import loss_chart
+from toyworld.config import ToyworldConfig
+from toyworld.gallery import SampleExample, caption_examples, sample_examples
+from toyworld.scoring import TARGETS, sample_folders
+
+log = get_logger("toyworld")
+
+PAGE_NAME = "index.html"
+METRICS_NAME = "metrics.jsonl"
+TEMPLATES = Path(__file__).parent / "templates"
+STAGES = {  # section 2.2 of the paper
+    "stage1": ("Stage 1", "pixel dependency", "a class-conditional DiT"),
+    "stage2": ("Stage 2", "text-image alignment", "cross-attention to T5, on dense captions"),
+    "stage3": ("Stage 3", "high resolution and aesthetics", "larger images of many aspect ratios"),
+}
+COMPANION_SUFFIX = "-raw"  # `make demo-raw`: the same run on alt texts
+LINKS = (
+    ("stats/report.html", "noun statistics: every number with its definition, the noun table, examples"),
+    ("stats/report.md", "the same numbers as Markdown"),
+    ("summary.json", "all figures of the run, for machines"),
+    ("raw/manifest.json", "raw shards with their hashes"),
+    ("captions/manifest.json", "captions: settings, counts, rejects"),
+)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A row of the flow: what a stage did, how long it took, what it turned away."""
+
+    title: str
+    what: str
+    anchor: str = ""
+    amounts: list[str] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    is_done: bool = False
+    share_percent: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """The loss of one training stage."""
+
+    title: str
+    detail: str
+    chart: Markup | None
+    num_steps: int = 0
+    last_loss: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Some samples of a stage, and where all of them are."""
+
+    name: str
+    title: str
+    detail: str
+    num_images: int
+    examples: list[SampleExample]
+    grid_file: str | None
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The judge's figures for one folder of samples of this run or of its companion."""
+
+    title: str
+    figures: Mapping[str, float]
+
+
+def write_report(recipe: Recipe, run: Path) -> Path:
+    """Write `run/index.html` and return its path; stages that have not finished are shown as not run yet.
+
+    Raises:
+        FileNotFoundError: there is no such run, or a captioned shard is gone.
+    """
+    config = recipe.table("toyworld", ToyworldConfig)
+    data = recipe.table("data", DataConfig)
+    if not run.is_dir():
+        raise FileNotFoundError(f"run {run} does not exist")
+    summary = read_summary(run)
+    seconds = _flatten(summary.get("seconds", {}))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration, "number": _number}
+    page = environment.get_template("index.html.jinja").render(
+        name=run.resolve().name,
+        recipe=recipe.path.name,
+        total_seconds=sum(seconds.values()),
+        steps=_flow(run, seconds),
+        captioning=summary.get("captioning", {}),
+        captions=caption_examples(run, data, count=config.num_report_examples),
+        nouns=_noun_rows(recipe, summary),
+        curves=_curves(run),
+        grids=_grids(config, run),
+        scores=_score_rows(run, summary),
+        judged=summary.get("judge", {}),
+        targets=TARGETS,
+        links=[(path, what) for path, what in LINKS if (run / path).is_file()],
+    )
+    atomic_write_bytes(run / PAGE_NAME, page.encode())
+    log.info(f"wrote {run / PAGE_NAME} ({len(page) / 1e6:.1f} MB)")
+    return run / PAGE_NAME
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}{key}_") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# The flow
+
+
+def _flow(run: Path, seconds: Mapping[str, float]) -> list[Step]:
+    steps = {  # by the stage's prefix in the summary's seconds
+        "world": _manifest_step(
+            run / "raw", title="Raw shards", what="img2dataset, SA-1B and ImageNet-style tars", unit="images"
+        ),
+        "captioning": _manifest_step(
+            run / "captions",
+            title="Captions",
+            what="LLaVA describes every image in detail",
+            unit="captions",
+            anchor="captions",
+        ),
+        "dataset_stats": _manifest_step(
+            run / "stats", title="Noun statistics", what="what the captions gained", unit="texts", anchor="nouns"
+        ),
+        "features": _features_step(run),
+        **{f"training_{name}": _training_step(run, name) for name in STAGES},
+        "sampling": _sampling_step(run),
+        "judge": _judge_step(run),
+    }
+    for prefix, step in steps.items():
+        known = [value for key, value in seconds.items() if key.startswith(prefix)]
+        step.seconds = sum(known) if known else None
+    longest = max((step.seconds or 0.0 for step in steps.values()), default=0.0)
+    for step in steps.values():
+        step.share_percent = round(100 * (step.seconds or 0.0) / longest, 1) if longest else 0.0
+    return list(steps.values())
+
+
+def _manifest_step(folder: Path, *, title: str, what: str, unit: str, anchor: str = "") -> Step:
+    step = Step(title=title, what=what, anchor=anchor)
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        step.amounts.append(f"{manifest.num_kept:,} {unit}")
+        step.rejected = manifest.rejected
+        step.is_done = True
+    return step
+
+
+def _features_step(run: Path) -> Step:
+    """One row for all feature folders, which share the features stage's seconds."""
+    total = Step(title="Features", what="T5 and VAE run once, and never again")
+    rejected: Counter[str] = Counter()
+    folders = [path.parent for path in (run / "features").glob(f"*/{MANIFEST_NAME}")]
+    texts = sorted(folder for folder in folders if not folder.name.startswith("latent-"))
+    latents = sorted(set(folders) - set(texts), key=lambda folder: int(folder.name.removeprefix("latent-")))
+    for folder in (*texts, *latents):
+        unit = f"latents at {folder.name.removeprefix('latent-')} px" if folder in latents else "texts"
+        step = _manifest_step(folder, title="", what="", unit=unit)
+        total.amounts += step.amounts
+        total.is_done = True
+        rejected.update(step.rejected)
+    total.rejected = dict(rejected.most_common())
+    return total
+
+
+def _training_step(run: Path, name: str) -> Step:
+    title, goal, _ = STAGES[name]
+    losses = _read_losses(run / "training" / name / METRICS_NAME)
+    amounts = [f"{losses[-1][0]:,} steps"] if losses else []
+    return Step(title=title, what=goal, anchor="training", amounts=amounts, is_done=bool(losses))
+
+
+def _sampling_step(run: Path) -> Step:
+    counts = [pq.read_metadata(folder / "samples.parquet").num_rows for folder in sample_folders(run)]
+    amounts = [" + ".join(f"{count:,}" for count in counts) + " images"] if counts else []
+    what = "DPM-Solver++ draws unseen scenes"
+    return Step(title="Samples", what=what, anchor="samples", amounts=amounts, is_done=bool(counts))
+
+
+def _judge_step(run: Path) -> Step:
+    counts = [pq.read_metadata(path).num_rows for path in sorted((run / "judge").glob("stage*.parquet"))]
+    amounts = [f"{sum(counts):,} images"] if counts else []
+    what = "scores samples against the scenes of their prompts"
+    return Step(title="Judge", what=what, anchor="scores", amounts=amounts, is_done=bool(counts))
+
+
+# Sections
+
+
+def _noun_rows(recipe: Recipe, summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Figures of each caption set, in the recipe's order."""
+    figures = summary.get("dataset_stats", {})
+    order = list(recipe.tables.get("dataset_stats", {}).get("sets", {}))
+    names = sorted(figures, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return [(name, figures[name]) for name in names]
+
+
+def _read_losses(path: Path) -> list[tuple[int, float]]:
+    """(step, finite loss) in order; a resumed run repeats steps, of which the last counts."""
+    if not path.is_file():
+        return []
+    # Only whole lines: training may be writing the last one right now.
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    losses = {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
+    return sorted(losses.items())
+
+
+def _curves(run: Path) -> list[Curve]:
+    curves = []
+    for name, (title, goal, detail) in STAGES.items():
+        losses = _read_losses(run / "training" / name / METRICS_NAME)
+        if not losses:
+            curves.append(Curve(title=f"{title}: {goal}", detail=detail, chart=None))
+            continue
+        tail = [loss for _, loss in losses[-max(1, len(losses) // 20) :]]
+        last_loss = sum(tail) / len(tail)
+        label = f"Loss of {title.lower()} over {losses[-1][0]} steps, {last_loss:.3f} at the end"
+        curves.append(
+            Curve(
+                title=f"{title}: {goal}",
+                detail=detail,
+                chart=loss_chart(losses, label=label),
+                num_steps=losses[-1][0],
+                last_loss=last_loss,
+            )
+        )
+    return curves
+
+
+def _grids(config: ToyworldConfig, run: Path) -> list[Grid]:
+    found = {folder.name: folder for folder in sample_folders(run)}
+    grids = []
+    for name in [*STAGES, *sorted(found.keys() - STAGES.keys())]:
+        title, goal, detail = STAGES.get(name, (name, "", ""))
+        folder = found.get(name)
+        grids.append(
+            Grid(
+                name=name,
+                title=f"{title}: {goal}" if goal else title,
+                detail=detail,
+                num_images=pq.read_metadata(folder / "samples.parquet").num_rows if folder else 0,
+                examples=sample_examples(config, run, folder) if folder else [],
+                grid_file=f"samples/{name}/grid.png" if folder and (folder / "grid.png").is_file() else None,
+            )
+        )
+    return grids
+
+
+def _score_rows(run: Path, summary: Mapping[str, Any]) -> list[ScoreRow]:
+    """The judge's figures of this run, then those of the run that differs from it only in its captions."""
+    rows = [ScoreRow(_stage_title(name), figures) for name, figures in sorted(summary.get("judge", {}).items())]
+    name = run.resolve().name
+    is_raw = name.endswith(COMPANION_SUFFIX)
+    companion = run.resolve().with_name(name.removesuffix(COMPANION_SUFFIX) if is_raw else name + COMPANION_SUFFIX)
+    figures = read_summary(companion).get("judge", {}).get("stage2")
+    if figures:
+        kind = "dense captions" if is_raw else "alt texts"
+        rows.append(ScoreRow(f"Stage 2 on {kind} ({companion.name})", figures))
+    return rows
+
+
+def _stage_title(name: str) -> str:
+    return STAGES[name][0] if name in STAGES else name
