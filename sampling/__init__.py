@@ -1,0 +1,1 @@
+"""Checkpoint and prompts to images: samplers, guidance, aspect ratios, grids."""

@@ -1,0 +1,85 @@
+"""From prompts to single images: size, seed and file of each."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipelines.progress import get_logger
+from sampling.checkpoints import Checkpoint
+from sampling.config import SamplingConfig
+from sampling.prompts import NUM_SEEDS, Prompt
+
+log = get_logger("sampling")
+
+SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """One image to draw: what, from which seed, how large in pixels, and its file's name."""
+
+    key: str
+    prompt: str
+    label: int | None
+    seed: int
+    width: int
+    height: int
+    file: str
+
+
+def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, checkpoint: Checkpoint) -> list[ImageRequest]:
+    """Return the images of all prompts, in order; further images of a prompt take the next seeds.
+
+    Raises:
+        ValueError: sampling.size is not a multiple of 16, or two images would share a file.
+    """
+    requests: list[ImageRequest] = []
+    for prompt in prompts:
+        height, width = _size_of(prompt, config, checkpoint)
+        for number in range(config.images_per_prompt):
+            suffix = f"-{number}" if number else ""
+            requests.append(
+                ImageRequest(
+                    key=prompt.key,
+                    prompt=prompt.text,
+                    label=prompt.label,
+                    seed=(prompt.seed + number) % NUM_SEEDS,
+                    width=width,
+                    height=height,
+                    file=f"{prompt.key}{suffix}.png",
+                )
+            )
+    repeated = [name for name, count in Counter(request.file for request in requests).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two images would be called {repeated[0]}: give the prompts other keys")
+    return requests
+
+
+def warn_of_untrained_size(config: SamplingConfig, checkpoint: Checkpoint) -> None:
+    """Log a warning when sampling.size is none of the sizes that the model has seen."""
+    if config.size is None:
+        return
+    width, height = _parse_size(config.size)
+    if (height, width) not in checkpoint.buckets:
+        log.warning(
+            f"sampling.size {config.size}: {checkpoint.name} was trained at {checkpoint.resolution} pixels, in "
+            f"{len(checkpoint.buckets)} sizes, and not at this one"
+        )
+
+
+def _size_of(prompt: Prompt, config: SamplingConfig, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return (height, width): the size asked for, or the trained one of the nearest aspect ratio."""
+    if config.size is not None:
+        width, height = _parse_size(config.size)
+        return height, width
+    target = -math.log(prompt.aspect_ratio)
+    return min(checkpoint.buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - target), size))
+
+
+def _parse_size(size: str) -> tuple[int, int]:
+    width, height = (int(side) for side in size.split("x"))
+    for side in (width, height):
+        if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
+            raise ValueError(f"sampling.size {size}: {side} is not a positive multiple of {SIZE_MULTIPLE}")
+    return width, height

@@ -1,0 +1,72 @@
+"""A run with tiny random models and checkpoints of all three stages, as training leaves them, for tests of sampling."""
+
+import json
+from pathlib import Path
+
+import torch
+from tiny_encoders import save_codec, save_text_encoder
+
+from pixart.convert import save_diffusers
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
+
+MAX_TOKENS = 40
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+DIT = DiTConfig(num_layers=2, num_heads=2, head_dim=12, num_classes=5, sample_size=4)
+PIXART = PixArtConfig(num_layers=2, num_heads=2, head_dim=12, caption_channels=32, sample_size=4)
+PROMPTS = [
+    {"key": "wide", "prompt": "a red circle, left", "aspect_ratio": 1.5, "scene": {}},
+    {"key": "tall", "prompt": "two blue squares on a dark table", "aspect_ratio": 0.66, "scene": {}},
+    {"key": "square", "prompt": "a star", "scene": {}},
+]
+
+
+def randomised(model: PixArt | DiT, seed: int = 0) -> PixArt | DiT:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def save_checkpoint(
+    run: Path, stage: int, model: PixArt | DiT, *, buckets: tuple[str, ...] = (), step: int = 7
+) -> Path:
+    """Write what training leaves of a stage, less the optimizer's state."""
+    is_dit = isinstance(model, DiT)
+    folder = run / "training" / f"stage{stage}" / f"step-{step}"
+    save_diffusers(model, folder / "model")
+    text = {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS, "d_text": 32}
+    trainer = {
+        "stage": stage,
+        "step": step,
+        "weights": "ema",
+        "kind": "dit" if is_dit else "pixart",
+        "resolution": 32,
+        "buckets": list(buckets),
+        "vae": {"model": str(run / "vae"), "revision": None, "scaling_factor": 0.45, "shift_factor": 0.0},
+        "text": None if is_dit else text,
+        "schedule": SCHEDULE,
+    }
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    (folder.parent / "latest").write_text(folder.name)
+
+
+def make_run(run: Path) -> Path:
+    """Write encoders, prompts and one checkpoint per stage."""
+    save_text_encoder(run / "t5")
+    save_codec(run / "vae")
+    (run / "raw").mkdir()
+    (run / "raw" / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    save_checkpoint(run, 1, randomised(DiT(DIT)))
+    save_checkpoint(run, 2, randomised(PixArt(PIXART)))
+    save_checkpoint(run, 3, randomised(PixArt(PIXART)), buckets=("32x32", "32x48", "48x32"))
+    return run
+
+
+def write_recipe(run: Path, **sampling: object) -> Path:
+    """Write a recipe whose [sampling] differs from a quick default as given; returns its path."""
+    table = {"prompts": "{run}/raw/prompts.jsonl", "num_steps": 3, "text_dtype": "float32", "batch_size": 2} | sampling
+    lines = [f"{name} = {json.dumps(value)}" for name, value in table.items()]
+    path = run / "recipe.toml"
+    path.write_text("\n".join(["[sampling]", *lines]) + "\n")
+    return path

@@ -1,0 +1,270 @@
+"""`python -m sampling` on checkpoints of tiny random models: contract, resume, parity with diffusers' pipeline."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from PIL import Image
+from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
+from transformers import AutoTokenizer, T5EncoderModel
+
+from pipelines.manifest import read_manifest
+from pixart.convert import save_diffusers
+from pixart.model import PixArt
+from sampling import renderer
+from sampling.__main__ import main
+from sampling.denoise import draw_noise, make_generators
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def sample(run: Path, stage: int, *flags: str, **table: object) -> None:
+    main(["--recipe", str(write_recipe(run, **table)), "--run", str(run), "--stage", str(stage), *flags])
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the keys of all images drawn from now on."""
+    drawn: list[str] = []
+    draw = renderer.Renderer.draw
+
+    def recording(self, requests):
+        drawn.extend(request.key for request in requests)
+        return draw(self, requests)
+
+    monkeypatch.setattr(renderer.Renderer, "draw", recording)
+    return drawn
+
+
+def test_stage_2_writes_the_contract(run):
+    sample(run, 2)
+    folder = run / "samples" / "stage2"
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [(row["key"], row["prompt"]) for row in rows] == [(row["key"], row["prompt"]) for row in PROMPTS]
+    manifest = read_manifest(folder)
+    assert (manifest.num_read, manifest.num_kept, manifest.rejected) == (3, 3, {})
+    for row in rows:
+        assert row["file"] == f"{row['key']}.png"
+        with Image.open(folder / row["file"]) as image:
+            assert image.size == (row["width"], row["height"]) == (32, 32)
+            assert image.info["prompt"] == row["prompt"]
+            assert image.info["seed"] == str(row["seed"])
+            assert image.info["fingerprint"] == manifest.fingerprint.digest
+            assert image.info["checkpoint"] == manifest.upstream["checkpoint"]
+            assert json.loads(image.info["settings"])["num_steps"] == 3
+    assert (folder / "grid.png").is_file()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["counts"]["sampling_stage2"] == {"read": 3, "kept": 3, "rejected": {}}
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+def test_stage_1_draws_every_class(run):
+    sample(run, 1)
+    rows = pq.read_table(run / "samples" / "stage1" / "samples.parquet").to_pylist()
+    assert [row["prompt"] for row in rows] == [f"class {label}" for label in range(DIT.num_classes)]
+    sample(run, 1, classes=[4, 2])
+    rows = pq.read_table(run / "samples" / "stage1" / "samples.parquet").to_pylist()
+    assert [row["key"] for row in rows] == ["class_0004", "class_0002"]
+
+
+def test_stage_3_takes_the_nearest_trained_aspect_ratio(run):
+    sample(run, 3)
+    rows = pq.read_table(run / "samples" / "stage3" / "samples.parquet").to_pylist()
+    assert {row["key"]: (row["width"], row["height"]) for row in rows} == {
+        "wide": (48, 32),
+        "tall": (32, 48),
+        "square": (32, 32),
+    }
+
+
+def test_a_second_run_does_nothing_and_loads_nothing(run):
+    sample(run, 2)
+    grid = run / "samples" / "stage2" / "grid.png"
+    before = grid.stat().st_mtime_ns
+    command = [sys.executable, "-X", "importtime", "-m", "sampling", "--recipe", str(run / "recipe.toml")]
+    result = subprocess.run([*command, "--run", str(run), "--stage", "2"], capture_output=True, text=True, check=True)
+    assert "nothing to do" in result.stderr
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")}
+    assert not imported & {"torch", "transformers", "diffusers", "ray"}
+    assert grid.stat().st_mtime_ns == before
+
+
+def test_only_missing_or_stale_images_are_drawn(run, monkeypatch):
+    drawn = count_draws(monkeypatch)
+    sample(run, 2)
+    folder = run / "samples" / "stage2"
+    before = {path.name: pixels(path) for path in folder.glob("*.png")}
+    drawn.clear()
+    (folder / "tall.png").unlink()
+    (folder / "square.png").write_bytes(b"\x89PNG half a file")
+    sample(run, 2)
+    assert sorted(drawn) == ["square", "tall"]
+    for name, expected in before.items():
+        assert np.abs(pixels(folder / name) - expected).max() <= 1
+    drawn.clear()
+    sample(run, 2, images_per_prompt=2)
+    assert len(drawn) == 3
+    drawn.clear()
+    sample(run, 2, guidance_scale=1.0)
+    assert len(drawn) == 3
+    drawn.clear()
+    save_checkpoint(run, 2, randomised(PixArt(PIXART), seed=1), step=8)
+    sample(run, 2, guidance_scale=1.0)
+    assert len(drawn) == 3
+
+
+def test_an_interrupted_run_continues(run, monkeypatch):
+    draw = renderer.Renderer.draw
+    num_batches = 0
+
+    def failing(self, requests):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 2:
+            raise KeyboardInterrupt
+        return draw(self, requests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renderer.Renderer, "draw", failing)
+        with pytest.raises(KeyboardInterrupt):
+            sample(run, 2)
+    folder = run / "samples" / "stage2"
+    assert len(list(folder.glob("*.png"))) == 2
+    assert not (folder / "samples.parquet").exists()
+    drawn = count_draws(monkeypatch)
+    sample(run, 2)
+    assert len(drawn) == 1
+    assert read_manifest(folder).num_kept == 3
+
+
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+def test_images_do_not_depend_on_the_batch(run, solver):
+    sample(run, 2, batch_size=3, solver=solver)
+    folder = run / "samples" / "stage2"
+    together = {path.name: pixels(path) for path in folder.glob("*.png") if path.name != "grid.png"}
+    for path in folder.glob("*.png"):
+        path.unlink()
+    sample(run, 2, batch_size=1, solver=solver)
+    assert len(together) == 3
+    for name, expected in together.items():
+        assert np.abs(pixels(folder / name) - expected).max() <= 1
+
+
+def test_images_per_prompt_are_single_images_of_their_seeds(run):
+    sample(run, 2, prompt="a green star", images_per_prompt=2, seed=5)
+    folder = run / "samples" / "stage2-prompt"
+    second = pq.read_table(folder / "samples.parquet").to_pylist()[1]
+    expected = pixels(folder / second["file"])
+    sample(run, 2, prompt="a green star", seed=6)
+    (row,) = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert row["seed"] == second["seed"] == 6
+    assert np.abs(pixels(folder / row["file"]) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+@pytest.mark.parametrize("size", ["32x32", "48x32"])
+def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size):
+    prompt, seed = "A red circle, left", 11
+    sample(run, 2, prompt=prompt, seed=seed, num_steps=20, guidance_scale=guidance_scale, size=size)
+    folder = run / "samples" / "stage2-prompt"
+    (row,) = pq.read_table(folder / "samples.parquet").to_pylist()
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(run / "t5"),
+        text_encoder=T5EncoderModel.from_pretrained(run / "t5"),
+        vae=AutoencoderKL.from_pretrained(run / "vae"),
+        transformer=PixArtTransformer2DModel.from_pretrained(run / "training" / "stage2" / "step-7" / "model"),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        prompt,
+        num_inference_steps=20,
+        guidance_scale=guidance_scale,
+        width=row["width"],
+        height=row["height"],
+        latents=draw_noise(make_generators([seed]), (4, row["height"] // 8, row["width"] // 8)),
+        use_resolution_binning=False,
+        clean_caption=False,
+        max_sequence_length=MAX_TOKENS,
+    ).images[0]
+    actual = pixels(folder / row["file"])
+    assert actual.std() > 1
+    assert np.abs(actual - np.asarray(image).astype(int)).max() <= 2
+
+
+def test_a_bare_transformer_folder_takes_its_encoders_from_features(run):
+    save_diffusers(randomised(PixArt(replace(PIXART, sample_size=8))), run / "pipeline" / "transformer")
+    recipe = write_recipe(run, checkpoint=str(run / "pipeline"))
+    features = f'[features]\ntext_model = "{run / "t5"}"\nvae_model = "{run / "vae"}"\nmax_tokens = 40\n'
+    recipe.write_text(recipe.read_text() + features)
+    main(["--recipe", str(recipe), "--run", str(run), "--stage", "2"])
+    rows = pq.read_table(run / "samples" / "stage2" / "samples.parquet").to_pylist()
+    assert {(row["width"], row["height"]) for row in rows} == {(80, 48), (48, 80), (64, 64)}
+
+
+def test_plan_writes_nothing(run, capsys):
+    sample(run, 3, "--plan")
+    output = " ".join(capsys.readouterr().err.split())
+    assert "would draw 3 of 3 images" in output and "18 passes" in output
+    assert not (run / "samples").exists()
+
+
+def test_truncation_names_the_lost_words(run, capsys):
+    sample(run, 2, prompt="a circle " * 5 + "and a purple elephant")
+    # the tiny tokenizer has one token per character, and the log wraps
+    printed = "".join(capsys.readouterr().err.split())
+    assert "promptof" in printed and "purpleelephant" in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "table", "message"),
+    [
+        (2, {"prompts": "{run}/none.txt"}, r"sampling\.prompts .*none\.txt does not exist"),
+        (1, {"prompt": "a fox"}, "knows classes, not text"),
+        (1, {"classes": [5]}, r"sampling\.classes 5: stage 1, step 7 has 5 classes"),
+        (2, {"prompt": "  "}, "the prompt is empty"),
+        (2, {"size": "33x32"}, "33 is not a positive multiple of 16"),
+        (2, {"solver": "euler"}, r"sampling\.solver = 'euler'"),
+        (2, {"checkpoint": "no/such/folder/here"}, r"features\.text_model"),
+    ],
+)
+def test_mistakes_get_one_clear_line(run, stage, table, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sample(run, stage, **table)
+
+
+def test_missing_checkpoint_names_the_command(run):
+    (run / "training" / "stage2" / "latest").unlink()
+    with pytest.raises(FileNotFoundError, match=r"make train RUN=.* STAGE=2"):
+        sample(run, 2)
+
+
+def test_another_vae_scale_is_refused(run):
+    config = run / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.45", "0.18215"))
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.18215, but 0\.45 is needed"):
+        sample(run, 2)
+    assert not list((run / "samples" / "stage2").glob("*.png"))
+
+
+def test_broken_weights_leave_no_image(run):
+    model = randomised(PixArt(PIXART))
+    torch.nn.init.constant_(model.final.bias, torch.nan)
+    save_checkpoint(run, 2, model)
+    with pytest.raises(ValueError, match="not finite"):
+        sample(run, 2)
+    assert not list((run / "samples" / "stage2").glob("*.png"))

@@ -1,0 +1,77 @@
+"""Solvers against the exact answer for Gaussian data, whose score is known in closed form."""
+
+import pytest
+import torch
+
+from sampling.denoise import denoise, draw_noise, make_generators
+from sampling.solvers import make_solver
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+MEAN, STD = 0.7, 0.4
+ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+def exact_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Give E[noise | x_t] for x_0 ~ N(MEAN, STD^2), and the lower bound of the variance."""
+    alpha_bar = ALPHAS_CUMPROD[timestep.long()].float()
+    variance = alpha_bar * STD**2 + 1 - alpha_bar
+    noise = (1 - alpha_bar).sqrt() * (latents - alpha_bar.sqrt() * MEAN) / variance
+    return torch.cat([noise, -torch.ones_like(noise)], dim=1)
+
+
+def run(solver: str, num_steps: int, num_images: int = 4) -> torch.Tensor:
+    generators = make_generators(list(range(num_images)))
+    noise = draw_noise(generators, (4, 16, 16))
+    return denoise(exact_noise, noise, make_solver(solver, SCHEDULE, num_steps=num_steps), generators=generators)
+
+
+def test_dpm_solver_converges_to_the_probability_flow():
+    # the flow maps x_T to x_0 linearly: same quantile of N(MEAN, STD^2) as of the prior
+    noise = draw_noise(make_generators([0, 1, 2, 3]), (4, 16, 16))
+    alpha_bar = ALPHAS_CUMPROD[-1]
+    start_std = (alpha_bar * STD**2 + 1 - alpha_bar).sqrt()
+    expected = MEAN + STD * (noise - alpha_bar.sqrt() * MEAN) / start_std
+    errors = [
+        (run("dpm-solver++", num_steps) - expected).square().mean().sqrt().item() for num_steps in (5, 10, 20, 50)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.1 * STD
+    assert errors[-1] < 0.01 * STD
+
+
+def test_one_step_of_iddpm_is_refused():
+    with pytest.raises(ValueError, match=r"sampling\.num_steps 1: iddpm needs at least 2"):
+        make_solver("iddpm", SCHEDULE, num_steps=1)
+
+
+@pytest.mark.parametrize(("solver", "num_steps"), [("iddpm", 200), ("sa-solver", 40)])
+def test_stochastic_solvers_reach_the_distribution(solver, num_steps):
+    latents = run(solver, num_steps, num_images=16)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert latents.std().item() == pytest.approx(STD, rel=0.05)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 14, 15, 16, 50])
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+def test_every_step_count_ends_finite_and_without_noise(solver, num_steps):
+    if solver == "iddpm":
+        num_steps = max(num_steps, 2)
+    latents = run(solver, num_steps, num_images=1)
+    assert latents.isfinite().all()
+    assert latents.abs().max() < MEAN + 6 * STD
+
+
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+def test_an_image_does_not_depend_on_its_batch(solver):
+    together = run(solver, 7, num_images=3)
+    generators = make_generators([2])
+    noise = draw_noise(generators, (4, 16, 16))
+    alone = denoise(exact_noise, noise, make_solver(solver, SCHEDULE, num_steps=7), generators=generators)
+    torch.testing.assert_close(together[2:], alone)
+
+
+def test_non_finite_latents_are_refused():
+    solver = make_solver("dpm-solver++", SCHEDULE, num_steps=2)
+    noise = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="not finite"):
+        denoise(lambda x, t: torch.full((1, 8, 2, 2), torch.nan), noise, solver, generators=make_generators([0]))
