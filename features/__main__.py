@@ -81,10 +81,10 @@ def _summarize(inputs: Inputs, jobs: list[Job], manifests: dict[str, Manifest], 
             "kept": sum(report.num_kept for report in reports),
             "rejected": dict(sorted(rejected.items())),
         }
-    update_summary(inputs.run, f"seconds.features.stage{inputs.stage_number}", round(seconds, 1))
-    update_summary(inputs.run, f"counts.features.stage{inputs.stage_number}", counts)
+    update_summary(inputs.run, f"seconds.features.{inputs.stage_name}", round(seconds, 1))
+    update_summary(inputs.run, f"counts.features.{inputs.stage_name}", counts)
     parts = ", ".join(f"{count['kept']:,} of {count['read']:,} {family}" for family, count in counts.items())
-    log.info(f"stage {inputs.stage_number}: {parts} in {seconds:.0f} s")
+    log.info(f"{inputs.stage_name}: {parts} in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

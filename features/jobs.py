@@ -30,7 +30,7 @@ class Inputs:
     """A command's settings, and the raw shards of its stage."""
 
     run: Path
-    stage_number: int
+    stage_name: str
     stage: FeatureStageConfig
     features: FeaturesConfig
     engine: EngineConfig
@@ -80,10 +80,10 @@ def read_inputs(command: Command) -> Inputs:
     features = command.recipe.table("features", FeaturesConfig)
     data = command.recipe.table("data", DataConfig)
     stage = features.stage(command.stage)
-    paths = select_shards(data.paths(command.run), stage.shards, key=f"features.stage{command.stage}.shards")
+    paths = select_shards(data.paths(command.run), stage.shards, key=f"features.{command.stage_name}.shards")
     return Inputs(
         run=command.run,
-        stage_number=command.stage,
+        stage_name=command.stage_name,
         stage=stage,
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
@@ -167,7 +167,7 @@ def latent_job(inputs: Inputs) -> Job:
             dialect=inputs.data.dialect,
             max_pixels=inputs.data.max_pixels,
             preview_shard=inputs.raw[0].name,
-            preview_path=output.path / f"preview-stage{inputs.stage_number}.png",
+            preview_path=output.path / f"preview-{inputs.stage_name}.png",
             num_preview_images=features.num_preview_images,
         ),
         sources=inputs.raw,

@@ -143,18 +143,20 @@ def _find_tokenizer(model: ModelSource) -> Path | None:
 
 def print_plan(inputs: Inputs) -> None:
     """Print what the stage would write, with sizes."""
-    table = Table(title=f"features, stage {inputs.stage_number}: {', '.join(inputs.stage.shards)}")
-    for heading in ("directory", "model", "samples", "to do", "bytes/sample", "to write", "total"):
-        table.add_column(heading, justify="left" if heading in ("directory", "model") else "right")
+    table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.stage.shards)}", title_justify="left")
+    table.add_column("family")
+    for heading in ("samples", "to do", "bytes/sample", "to write", "total"):
+        table.add_column(heading, justify="right")
     families = plan_families(inputs)
     for family in families:
-        total = family.num_samples * family.bytes_per_sample
-        sizes = (f"{family.bytes_per_sample:,}", format_bytes(family.pending_bytes), format_bytes(total))
-        counts = (f"{family.num_samples:,}", f"{family.pending_samples:,}")
-        table.add_row(str(family.directory), family.model, *counts, *sizes)
+        total = format_bytes(family.num_samples * family.bytes_per_sample)
+        counts = (f"{family.num_samples:,}", f"{family.pending_samples:,}", f"{family.bytes_per_sample:,}")
+        table.add_row(family.family, *counts, format_bytes(family.pending_bytes), total)
     console.print(table)
     for family in families:
-        console.print(f"{family.family}: {family.basis}", markup=False)
+        console.print(
+            f"{family.family}: {family.model} -> {family.directory}; {family.basis}", markup=False, soft_wrap=True
+        )
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")
 
 
@@ -167,7 +169,7 @@ def require_space(inputs: Inputs) -> None:
     needed, free = sum(family.pending_bytes for family in plan_families(inputs)), _free_bytes(inputs.run)
     if needed > free:
         raise ValueError(
-            f"{inputs.run}: features of stage {inputs.stage_number} need about {format_bytes(needed)}, but only "
+            f"{inputs.run}: features of {inputs.stage_name} need about {format_bytes(needed)}, but only "
             f"{format_bytes(free)} are free on this disk"
         )
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_encoders import save_codec, save_text_encoder
 
 from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
-from pipelines.shards import shard_source
+from pipelines.shards import open_shard, shard_source
 from pipelines.storage import sha256_file
 
 WORDS = ("red", "blue", "circle", "star", "on the left", "small", "large", "a green square", "and", "striped")
@@ -58,8 +58,8 @@ def write_captions(run: Path, raw_paths: Sequence[Path], *, rejects: Mapping[str
     fingerprint = Fingerprint.of({"prompt": prompt})
     for path in raw_paths:
         source = shard_source(str(path))
-        with tarfile.open(path) as archive:
-            keys = list(dict.fromkeys(name.partition(".")[0] for name in archive.getnames()))
+        with open_shard(str(path)) as raw:
+            keys = [sample.key for sample in raw.samples]
         texts = [caption_of(index) for index in range(len(keys))]
         reasons = [rejects.get(key) for key in keys]
         table = pa.table(

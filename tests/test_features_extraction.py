@@ -323,6 +323,6 @@ def test_stages_of_one_resolution_share_the_folder(tmp_path):
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_runs(run, monkeypatch):
     monkeypatch.setattr("features.plan._free_bytes", lambda path: 1000)
-    with pytest.raises(ValueError, match=r"stage 2 need about .* but only 1\.0 kB"):
+    with pytest.raises(ValueError, match=r"stage2 need about .* but only 1\.0 kB"):
         extract(run)
     assert not (run / "features").exists()
