@@ -137,6 +137,12 @@ def test_page_stands_alone_and_its_links_exist(finished, page):
     assert "samples/stage2/grid.png" in parsed.references and "summary.json" in parsed.references
 
 
+def test_unchanged_page_is_left_alone(finished, page):
+    written_at = (finished / "index.html").stat().st_mtime_ns
+    write_report(load_recipe(finished / "small.toml"), finished)
+    assert (finished / "index.html").stat().st_mtime_ns == written_at
+
+
 def test_texts_from_the_data_are_escaped(page):
     assert "<script" not in page
     assert HOSTILE in Page(page).text

@@ -35,7 +35,10 @@ class PixelJudge:
         PixelJudge.num_calls += 1
         return [self._score(image, scene) for image, scene in zip(images, scenes, strict=True)]
 
-    def _score(self, image, scene):
+    def look(self, images):
+        return [{place: ("circle", colour) for place, colour in self._colours(image).items()} for image in images]
+
+    def _colours(self, image):
         seen = {}
         for position in POSITIONS:
             x, y = ANCHORS[position]
@@ -44,6 +47,10 @@ class PixelJudge:
             colour = min(distances, key=lambda name: distances[name])
             if distances[colour] < 30:
                 seen[position] = colour
+        return seen
+
+    def _score(self, image, scene):
+        seen = self._colours(image)
         hits = tuple(
             ObjectHit(item, item.position in seen, seen.get(item.position) == item.colour, item.position in seen)
             for item in scene.objects
@@ -129,6 +136,21 @@ def test_changed_prompt_is_not_judged_by_an_old_scene(run):
     judge_samples(ToyworldConfig(judge=str(run / "raw")), run, folder)
     assert "judge" not in read_summary(run)
     assert pq.read_table(run / "judge" / "stage2.parquet").num_rows == 0
+
+
+def test_class_samples_are_right_wherever_the_object_stands(run):
+    pictures = {"two": SCENES["a"], "one": SCENES["b"], "other": SCENES["b"]}
+    folder = write_samples(run, "stage1", pictures, prompt="class 2")  # blue circle
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    rows[2]["prompt"] = "class 0"  # red circle
+    rows.append(rows[1] | {"key": "foreign", "prompt": "class 980"})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    judge_samples(ToyworldConfig(judge=str(run / "raw")), run, folder)
+    score = read_summary(run)["judge"]["stage1"]
+    assert score["num_images"] == 3 and score["position"] == 1.0
+    assert score["colour"] == pytest.approx(2 / 3) and score["extra"] == pytest.approx(1 / 3)
+    verdicts = pq.read_table(run / "judge" / "stage1.parquet").to_pylist()
+    assert [row["objects"][0]["has_colour"] for row in verdicts] == [True, True, False]
 
 
 def test_scores_are_only_computed_when_samples_change(run):

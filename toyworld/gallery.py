@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from pipelines.images import decode_image
 from pipelines.recipe import DataConfig
 from pipelines.shards import open_shard, shard_name
 from toyworld.config import ToyworldConfig
-from toyworld.scenes import NUM_CLASSES, Scene, SceneObject, class_name
-from toyworld.scoring import read_verdicts
+from toyworld.scenes import Scene, SceneObject, class_name
+from toyworld.scoring import class_of, read_verdicts
 
 MAX_SIDE_PIXELS = 160  # of embedded pictures: sharp on a phone, small in the file
 MISSES_SHOWN = 4  # one in so many captions shown is a miss, if there are any
@@ -167,14 +166,15 @@ def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[Sam
 
 def _prompt_text(sample: Mapping[str, Any]) -> str:
     """The prompt, or for a class-conditional sample what its class shows."""
-    match = re.fullmatch(r"class (\d+)", sample["prompt"])
-    label = int(match.group(1)) if match else NUM_CLASSES
-    return f"{sample['prompt']}: {class_name(label)}" if label < NUM_CLASSES else sample["prompt"]
+    label = class_of(sample["prompt"])
+    return sample["prompt"] if label is None else f"{sample['prompt']}: {class_name(label)}"
 
 
 def _sample_mark(found: Mapping[str, Any]) -> Mark:
     item = SceneObject(found["shape"], found["colour"], found["size"], found["position"])
+    # A class says nothing of size and place.
+    text = _object_text(item) if item.size else f"{item.colour} {item.shape}"
     if not found["has_position"]:
-        return Mark(_object_text(item), is_right=False, fault="missing")
+        return Mark(text, is_right=False, fault="missing")
     wrong = [axis for axis in ("colour", "shape") if not found[f"has_{axis}"]]
-    return Mark(_object_text(item), is_right=not wrong, fault=f"wrong {' and '.join(wrong)}" if wrong else "")
+    return Mark(text, is_right=not wrong, fault=f"wrong {' and '.join(wrong)}" if wrong else "")

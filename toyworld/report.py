@@ -29,13 +29,13 @@ METRICS_NAME = "metrics.jsonl"
 TEMPLATES = Path(__file__).parent / "templates"
 STAGES = {  # section 2.2 of the paper
     "stage1": ("Stage 1", "pixel dependency", "a class-conditional DiT"),
-    "stage2": ("Stage 2", "text-image alignment", "cross-attention to T5, on dense captions"),
+    "stage2": ("Stage 2", "text-image alignment", "texts come in through cross-attention to T5"),
     "stage3": ("Stage 3", "high resolution and aesthetics", "larger images of many aspect ratios"),
 }
 COMPANION_SUFFIX = "-raw"  # `make demo-raw`: the same run on alt texts
 LINKS = (
     ("stats/report.html", "noun statistics: every number with its definition, the noun table, examples"),
-    ("stats/report.md", "the same numbers as Markdown"),
+    ("stats/table1.md", "Table 1 of the paper for this run, as Markdown"),
     ("summary.json", "all figures of the run, for machines"),
     ("raw/manifest.json", "raw shards with their hashes"),
     ("captions/manifest.json", "captions: settings, counts, rejects"),
@@ -122,9 +122,13 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         targets=TARGETS,
         links=[(path, what) for path, what in LINKS if (run / path).is_file()],
     )
-    atomic_write_bytes(run / PAGE_NAME, page.encode())
-    log.info(f"wrote {run / PAGE_NAME} ({len(page) / 1e6:.1f} MB)")
-    return run / PAGE_NAME
+    path = run / PAGE_NAME
+    if path.is_file() and path.read_bytes() == page.encode():
+        log.info(f"nothing to do: {path} is up to date")
+        return path
+    atomic_write_bytes(path, page.encode())
+    log.info(f"wrote {path} ({len(page) / 1e6:.1f} MB)")
+    return path
 
 
 def _percent(fraction: float) -> str:

@@ -1,6 +1,7 @@
 """Scores where truth is known: captions against their scenes, samples against the scenes of their prompts."""
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from pipelines.progress import get_logger
 from pipelines.storage import atomic_file, sha256_file, sha256_text
 from pipelines.summary import update_summary
 from toyworld.config import ToyworldConfig
-from toyworld.scenes import Scene
+from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
 from toyworld.wording import caption_hits, parse_caption
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     """Judge the samples in `folder` against the scenes of their prompts; write `judge/<folder>.parquet`.
 
     A sample counts only if `prompts.jsonl` has its key with the same prompt: a prompt of the user's own has no scene.
+    A class-conditional sample ("class 7") should show one object of that shape and colour, wherever it likes.
     """
     name = folder.name
     directory = StageDirectory(run / "judge")
@@ -203,10 +205,11 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     start_seconds = time.monotonic()
     directory.clear_marker(name)
     scenes = read_prompt_scenes(run)
-    known = [row for row in samples if (row["key"], row["prompt"]) in scenes]
-    wanted = [scenes[row["key"], row["prompt"]] for row in known]
+    wanted = [scenes.get((row["key"], row["prompt"]), class_of(row["prompt"])) for row in samples]
+    known = [row for row, target in zip(samples, wanted, strict=True) if target is not None]
     judge_folder = Path(resolve_model(config.judge).location)
-    verdicts = _judge_files([folder / row["file"] for row in known], wanted, judge_folder)
+    targets = [target for target in wanted if target is not None]
+    verdicts = _judge_files([folder / row["file"] for row in known], targets, judge_folder)
     rows = [_verdict_row(row, verdict) for row, verdict in zip(known, verdicts, strict=True)]
     _write_rows(directory.file(name, ".parquet"), rows, VERDICT_SCHEMA)
     rejected = {"no_scene": len(samples) - len(known)}
@@ -239,7 +242,14 @@ def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:
     return {(row["key"], row["prompt"]): Scene.from_json(json.dumps(row["scene"])) for row in rows}
 
 
-def _judge_files(files: Sequence[Path], scenes: Sequence[Scene], judge_folder: Path) -> "list[Verdict]":
+def class_of(prompt: str) -> int | None:
+    """Return the toy class that a class-conditional sample's prompt names ("class 7"), or None."""
+    match = re.fullmatch(r"class (\d+)", prompt)
+    label = int(match.group(1)) if match else NUM_CLASSES
+    return label if label < NUM_CLASSES else None
+
+
+def _judge_files(files: Sequence[Path], targets: Sequence[Scene | int], judge_folder: Path) -> "list[Verdict]":
     if not files:
         return []
     from toyworld.judge import Judge
@@ -248,7 +258,24 @@ def _judge_files(files: Sequence[Path], scenes: Sequence[Scene], judge_folder: P
     for path in files:
         with Image.open(path) as image:
             images.append(image.convert("RGB"))
-    return Judge.load(judge_folder).score_batch(images, scenes)
+    judge = Judge.load(judge_folder)
+    scenes = [
+        target if isinstance(target, Scene) else _class_scene(target, judge.look([image])[0])
+        for image, target in zip(images, targets, strict=True)
+    ]
+    return judge.score_batch(images, scenes)
+
+
+def _class_scene(label: int, seen: Mapping[str, tuple[str, str]]) -> Scene:
+    """The scene of one object of a class, placed where the picture shows what is most like it."""
+    colour, shape = class_name(label).split()
+
+    def likeness(position: str) -> int:
+        seen_shape, seen_colour = seen[position]
+        return (seen_shape == shape) + (seen_colour == colour)
+
+    position = max(seen, key=likeness, default=POSITIONS[0])
+    return Scene((SceneObject(shape, colour, size="", position=position),), background="", pattern="")
 
 
 def _verdict_row(sample: Mapping[str, Any], verdict: "Verdict") -> dict[str, Any]:
