@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Give [B, N, D] for x [B, N, D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, E]
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, H, N, E]
         return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
@@ -135,7 +135,7 @@ class CrossAttention(nn.Module):
         """Give [B, N, D] from x [B, N, D], text [B, L, D] and the boolean mask [B, 1, 1, L] (None keeps all)."""
         query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
         key_value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1))  # [B, L, 2, H, E]
-        key, value = key_value.permute(2, 0, 3, 1, 4)  # each [B, H, L, E]
+        key, value = (part.transpose(1, 2) for part in key_value.unbind(2))  # each [B, H, L, E]
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
