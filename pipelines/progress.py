@@ -10,7 +10,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LOG_INTERVAL_SECONDS = 30.0
+LOG_FILE_COLUMNS = 160
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    # A log file has no width, and rich would wrap its lines at 80 columns.
+    console.width = LOG_FILE_COLUMNS
 
 
 def get_logger(room: str) -> logging.Logger:
