@@ -1,0 +1,204 @@
+"""A tiny run for the training tests: feature directories with random tensors, a recipe, and commands to train on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.feature_store import (
+    LATENT_SCHEMA,
+    NULL_CAPTION_FILE,
+    TEXT_SCHEMA,
+    FeatureTarWriter,
+    latent_directory,
+    text_directory,
+    write_index,
+    write_tensors,
+)
+from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.storage import sha256_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHANNELS, D_TEXT, MAX_TOKENS, NUM_CLASSES = 4, 16, 12, 5
+VAE = {"model": "toy/vae", "revision": None, "scaling_factor": 0.5, "shift_factor": 0.1}
+TEXT = {"model": "toy/t5", "revision": None, "max_tokens": MAX_TOKENS, "d_text": D_TEXT}
+RECIPE = """
+[features]
+text_model = "toy/t5"
+vae_model = "toy/vae"
+max_tokens = 12
+
+[features.stage1]
+shards = ["imagenet_*"]
+resolution = 32
+text = false
+
+[features.stage2]
+shards = ["laion_*"]
+resolution = 32
+
+[features.stage3]
+shards = ["hq_*"]
+resolution = 64
+buckets = true
+
+[model]
+num_layers = 2
+num_heads = 2
+head_dim = 8
+num_classes = 5
+
+[training]
+num_processes = 2
+threads_per_process = 1
+dtype = "fp32"
+zero_stage = 0
+global_batch_size = 8
+num_steps = 12
+learning_rate = 1e-3
+gradient_clip = 1.0
+ema_decay = 0.9
+log_every = 2
+checkpoint_every = 6
+
+[training.stage3]
+interpolation_scale = 2.0
+"""
+
+
+def bfloat16_bits(array: np.ndarray) -> np.ndarray:
+    return (np.ascontiguousarray(array, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets: list[str], is_bucketed: bool) -> None:
+    """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject."""
+    directory = StageDirectory(latent_directory(run, resolution))
+    directory.path.mkdir(parents=True, exist_ok=True)
+    fingerprint = Fingerprint.of({"family": "latents", "resolution": resolution, "buckets": is_bucketed})
+    for name, num_samples in shards.items():
+        random = np.random.default_rng(len(name) * 1000 + num_samples)
+        rows = []
+        with FeatureTarWriter(directory.file(name, ".tar")) as tar:
+            for i in range(num_samples):
+                row = {"key": f"{name}_{i:03d}", "shard": name, "reject": "undecodable"}
+                if i % 7 != 6:
+                    bucket = buckets[i % len(buckets)]
+                    height, width = (int(side) // 8 for side in bucket.split("x"))
+                    mean = random.standard_normal((CHANNELS, height, width)).astype(np.float16)
+                    std = np.full_like(mean, 0.1)
+                    offsets = tar.add(row["key"], {"mean": mean, "std": std})
+                    row |= {
+                        "mean_offset": offsets["mean"],
+                        "std_offset": offsets["std"],
+                        "nbytes": mean.nbytes,
+                        "channels": CHANNELS,
+                        "height": height,
+                        "width": width,
+                        "bucket": bucket,
+                        "label": i % NUM_CLASSES if name.startswith("imagenet") else None,
+                        "reject": None,
+                    }
+                rows.append(row)
+        write_index(directory.file(name, ".parquet"), rows, LATENT_SCHEMA)
+        _finish(directory, name, rows, fingerprint)
+    extra = {"vae": VAE, "resolution": resolution, "buckets": buckets}
+    directory.write_manifest(fingerprint, list(shards), upstream={}, extra=extra)
+
+
+def write_text(run: Path, shards: dict[str, int], *, max_tokens: int = MAX_TOKENS) -> None:
+    """Write captions of random embeddings: one or two per sample, none for every eleventh."""
+    directory = StageDirectory(text_directory(run))
+    directory.path.mkdir(parents=True, exist_ok=True)
+    fingerprint = Fingerprint.of({"family": "text", "max_tokens": max_tokens})
+    write_tensors(directory.path / NULL_CAPTION_FILE, {"embedding_0": np.full((2, D_TEXT), 0x3F80, np.uint16)})
+    for name, num_samples in shards.items():
+        random = np.random.default_rng(len(name) * 77 + num_samples)
+        rows, samples = [], []
+        with FeatureTarWriter(directory.file(name, ".tar")) as tar:
+            for i in range(num_samples):
+                key = f"{name}_{i:03d}"
+                if i % 11 == 10:
+                    rows.append({"key": key, "shard": name, "caption_index": 0, "reject": "empty"})
+                    samples.append(rows[-1])
+                    continue
+                captions = [
+                    random.standard_normal((int(random.integers(1, max_tokens)), D_TEXT)) for _ in range(1 + i % 2)
+                ]
+                bits = {f"embedding_{j}": bfloat16_bits(caption) for j, caption in enumerate(captions)}
+                offsets = tar.add(key, bits)
+                rows += [
+                    {
+                        "key": key,
+                        "shard": name,
+                        "caption_index": j,
+                        "offset": offsets[f"embedding_{j}"],
+                        "nbytes": caption.nbytes,
+                        "num_tokens": len(caption),
+                        "weight": 3.0 if j == 0 else 1.0,
+                        "reject": None,
+                    }
+                    for j, caption in enumerate(bits.values())
+                ]
+                samples.append(rows[-1])
+        write_index(directory.file(name, ".parquet"), rows, TEXT_SCHEMA)
+        _finish(directory, name, samples, fingerprint)
+    directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": TEXT | {"max_tokens": max_tokens}})
+
+
+def _finish(directory: StageDirectory, name: str, rows: list[dict], fingerprint: Fingerprint) -> None:
+    rejects = [row["reject"] for row in rows if row["reject"] is not None]
+    report = ShardReport(
+        name=name,
+        source="test",
+        num_read=len(rows),
+        num_kept=len(rows) - len(rejects),
+        rejected={reason: rejects.count(reason) for reason in set(rejects)},
+        files={suffix: sha256_file(directory.file(name, suffix)) for suffix in (".tar", ".parquet")},
+    )
+    directory.write_marker(report, fingerprint)
+
+
+def make_run(folder: Path) -> Path:
+    """Write `recipe.toml` and the features of all three stages; returns the run's folder."""
+    run = folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(RECIPE)
+    write_latents(run, 32, {"imagenet_0": 30, "laion_0": 40, "laion_1": 23}, buckets=["32x32"], is_bucketed=False)
+    write_latents(run, 64, {"hq_0": 60}, buckets=["64x64", "80x48", "48x80"], is_bucketed=True)
+    write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60})
+    return run
+
+
+def arguments(run: Path, stage: int, **settings: object) -> list[str]:
+    """Command line of a stage; `settings` become `--set training.<name>=<value>`."""
+    recipe = run.parent / "recipe.toml"
+    flags = ["--recipe", str(recipe), "--run", str(run), "--stage", str(stage)]
+    for name, value in settings.items():
+        flags += ["--set", f"training.{name}={json.dumps(value)}"]
+    return flags
+
+
+def start(run: Path, stage: int, *, module: str = "training", **settings: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments(run, stage, **settings)],
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(run: Path, stage: int, *, status: int = 0, **settings: object) -> str:
+    """Run a stage to its end and return what it said."""
+    process = start(run, stage, **settings)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == status, said
+    return said
+
+
+def metrics(run: Path, stage: int) -> list[dict]:
+    lines = (run / "training" / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,139 @@
+"""Checkpoints: `step-<k>/` with DeepSpeed's state, the EMA weights as a diffusers folder, and `trainer.json`.
+
+A folder is written under a temporary name, fsynced and renamed; `latest` moves last. So a process killed at any time
+leaves the former checkpoint in force. The EMA is kept once: the fp32 weights of `model/` are its state.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.storage import atomic_write_bytes, atomic_write_json, fsync_directory
+
+if TYPE_CHECKING:
+    from training.ema import EMA
+    from training.zero import ZeroModel
+
+LATEST = "latest"
+TRAINER = "trainer.json"
+MODEL = "model"
+STATE = "deepspeed"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder and its `trainer.json`."""
+
+    path: Path
+    trainer: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer["step"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage had done all its steps."""
+        return self.step >= self.trainer["num_steps"]
+
+
+def find_checkpoint(stage_directory: Path) -> Checkpoint | None:
+    """Return the checkpoint that `latest` names, or the newest complete one should that be gone; None if none is."""
+    latest = stage_directory / LATEST
+    names = [latest.read_text().strip()] if latest.is_file() else []
+    names += sorted((path.name for path in stage_directory.glob("step-*")), key=_step_of, reverse=True)
+    for name in names:
+        if (stage_directory / name / TRAINER).is_file():
+            return open_checkpoint(stage_directory / name)
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in folder `path`."""
+    return Checkpoint(path, json.loads((path / TRAINER).read_text()))
+
+
+def _step_of(name: str) -> int:
+    suffix = name.removeprefix("step-")
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def save_checkpoint(
+    stage_directory: Path, *, model: "ZeroModel", ema: "EMA", trainer: dict[str, Any], num_kept: int
+) -> None:
+    """Write the checkpoint of `trainer["step"]` and drop all but the newest `num_kept`; all ranks must call it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
+    """
+    import torch.distributed as dist
+
+    from training.zero import UNIVERSAL_CHECKPOINT_INFO
+
+    is_writer = dist.get_rank() == 0
+    final = stage_directory / f"step-{trainer['step']}"
+    temporary = stage_directory / f".{final.name}.tmp"
+    if is_writer:
+        for stale in stage_directory.glob(".step-*.tmp"):
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    model.engine.save_checkpoint(
+        str(temporary), tag=STATE, client_state=dict(UNIVERSAL_CHECKPOINT_INFO), save_latest=False
+    )
+    weights = ema.gather()
+    if not is_writer:
+        return
+    _save_model(model.engine.module, weights, temporary / MODEL)
+    atomic_write_json(temporary / TRAINER, trainer)
+    _fsync_tree(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_directory(stage_directory)
+    atomic_write_bytes(stage_directory / LATEST, f"{final.name}\n".encode())
+    for old in sorted(stage_directory.glob("step-*"), key=lambda path: _step_of(path.name))[:-num_kept]:
+        shutil.rmtree(old)
+
+
+def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:
+    import torch
+
+    from pixart.convert import save_diffusers
+
+    with torch.device("meta"):
+        model = type(module)(module.config)
+    model.load_state_dict(weights, assign=True)
+    save_diffusers(model, folder)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_directory(path)
+    fsync_directory(folder)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, model: "ZeroModel", ema: "EMA") -> None:
+    """Put weights, optimizer and average back as they were; all ranks must call it.
+
+    Raises:
+        ValueError: the folder holds weights but no training state.
+    """
+    from pixart.convert import load_diffusers
+
+    state = checkpoint.path / STATE
+    if not state.is_dir():
+        raise ValueError(
+            f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
+            "start from it with training.init_from and another RUN"
+        )
+    model.engine.load_checkpoint(str(checkpoint.path), tag=STATE)
+    ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())

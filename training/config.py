@@ -1,0 +1,116 @@
+"""`[model]` and `[training]`: the network's shape and how each stage trains it (paper section 3.1, A.5 and Table 4)."""
+
+from typing import Literal
+
+import pydantic
+
+from pipelines.recipe import Recipe, StageConfig
+
+STAGES = (1, 2, 3)
+SCRATCH = "scratch"
+
+
+class ModelConfig(StageConfig):
+    """Recipe table `[model]`: what is the same in all stages; widths that data decide come from the manifests."""
+
+    num_layers: int = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
+    num_heads: int = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
+    head_dim: int = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
+    patch_size: int = pydantic.Field(default=2, ge=1, description="Side of a patch of latents that makes one token")
+    num_classes: int = pydantic.Field(
+        default=1000, ge=1, description="Class labels of stage 1, the null class not counted (ImageNet: 1000)"
+    )
+
+
+class StageTraining(StageConfig):
+    """Every setting of one stage: `[training]` with `[training.stageN]` laid over it."""
+
+    init_from: str | None = pydantic.Field(
+        default=None,
+        description="Weights to start from: a diffusers folder or hub id, a checkpoint folder, or 'scratch'; "
+        "null = the EMA weights of the former stage (stage 1: scratch). Resuming is automatic and another thing",
+    )
+    num_steps: int = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
+    global_batch_size: int = pydantic.Field(
+        default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
+    )
+    gradient_accumulation_steps: int = pydantic.Field(
+        default=1, ge=1, description="Micro-batches whose gradients make one step"
+    )
+    num_processes: int = pydantic.Field(
+        default=0,
+        ge=0,
+        description="Ranks on this machine; 0 = one per GPU, without a GPU two on two cores",
+    )
+    threads_per_process: int = pydantic.Field(
+        default=0, ge=0, description="OMP_NUM_THREADS of a rank; 0 = the machine's cores divided by the ranks"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = pydantic.Field(
+        default=1, description="What DeepSpeed shards: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights"
+    )
+    dtype: Literal["bf16", "fp32"] = pydantic.Field(
+        default="bf16", description="Compute precision; master weights, optimizer and EMA are fp32 either way"
+    )
+    checkpoint_activations: bool = pydantic.Field(
+        default=False, description="Recompute blocks in the backward pass: less memory, about a third slower"
+    )
+    learning_rate: float = pydantic.Field(default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)")
+    warmup_steps: int = pydantic.Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate")
+    decay_fraction: float = pydantic.Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Last part of the stage, in which the rate falls linearly to 0",
+    )
+    adam_betas: tuple[float, float] = pydantic.Field(
+        default=(0.9, 0.999), strict=False, description="Decay of AdamW's first and second moments"
+    )
+    adam_epsilon: float = pydantic.Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = pydantic.Field(default=0.03, ge=0, description="AdamW's decoupled weight decay (paper: 0.03)")
+    gradient_clip: float = pydantic.Field(default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)")
+    ema_decay: float = pydantic.Field(default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average")
+    caption_dropout: float = pydantic.Field(
+        default=0.1, ge=0, le=1, description="Part of the captions (stage 1: labels) replaced by the null one"
+    )
+    min_snr_gamma: float | None = pydantic.Field(
+        default=None, gt=0, description="Cap of the loss weight by signal-to-noise ratio (min-SNR); null = none"
+    )
+    interpolation_scale: float = pydantic.Field(
+        default=1.0, gt=0, description="Position scale: base resolution relative to the one positions were learnt at"
+    )
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63, description="Decides data order, noise and fresh weights")
+    shards_per_block: int = pydantic.Field(
+        default=16, ge=1, description="Shards among whose samples are shuffled; more mix better, keep more files open"
+    )
+    prefetch_batches: int = pydantic.Field(default=2, ge=1, description="Micro-batches a rank reads ahead")
+    log_every: int = pydantic.Field(default=10, ge=1, description="Steps between lines of metrics.jsonl")
+    checkpoint_every: int = pydantic.Field(default=1000, ge=1, description="Steps between checkpoints")
+    keep_checkpoints: int = pydantic.Field(default=2, ge=1, description="Newest checkpoints that are kept")
+    max_skipped_steps: int = pydantic.Field(
+        default=10, ge=1, description="Updates in a row that may be skipped for non-finite gradients before giving up"
+    )
+    dollars_per_device_hour: float = pydantic.Field(
+        default=1.6, ge=0, description="Price of a device hour; 1.6 = the paper's 26,000 USD for 675 A100 days"
+    )
+    watts_per_device: float = pydantic.Field(
+        default=400.0, ge=0, description="Power of a device, for the CO2 estimate; 400 = TDP of an A100 SXM"
+    )
+    co2_kilograms_per_kilowatt_hour: float = pydantic.Field(
+        default=0.48, ge=0, description="Carbon intensity of the electricity; 0.48 = world average of 2023 (Ember)"
+    )
+
+
+def stage_training(recipe: Recipe, stage: int) -> StageTraining:
+    """Return the settings of `stage`.
+
+    Raises:
+        ValueError: a key of `[training]` or `[training.stageN]` is unknown or wrong; names it.
+    """
+    shared = dict(recipe.tables.get("training", {}))
+    laid_over = {f"training.stage{number}": shared.pop(f"stage{number}", {}) for number in STAGES}
+    # Every table is checked by itself, so that an error names the line that is wrong, used by this stage or not.
+    separate = Recipe(recipe.path, {"training": shared, **laid_over})
+    for name in separate.tables:
+        separate.table(name, StageTraining)
+    name = f"training.stage{stage}"
+    return Recipe(recipe.path, {name: shared | laid_over[name]}).table(name, StageTraining)

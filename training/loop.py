@@ -1,0 +1,180 @@
+"""The training loop: next batch, loss, backward, step, log, maybe save."""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.progress import ProgressBar
+from training.batch import Batch
+from training.checkpoint import save_checkpoint
+from training.config import StageTraining
+from training.ema import EMA
+from training.health import SkipCounter, StepLosses, stop_on_non_finite
+from training.metrics import LossWindow, MetricsLog, costs
+from training.objective import Denoising
+from training.zero import Update, ZeroModel
+
+
+class Clock:
+    """Seconds of training, over all resumes, and of waiting for data since the last line of metrics."""
+
+    def __init__(self, elapsed_seconds: float = 0.0) -> None:
+        self._start_seconds = time.monotonic() - elapsed_seconds
+        self._lap_seconds = time.monotonic()
+        self._wait_seconds = 0.0
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds of training so far."""
+        return time.monotonic() - self._start_seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what happens inside as waiting for data."""
+        start_seconds = time.monotonic()
+        yield
+        self._wait_seconds += time.monotonic() - start_seconds
+
+    def lap(self, num_samples: int) -> dict[str, float]:
+        """Return the speed since the last lap, in which `num_samples` were trained on, and start the next."""
+        now_seconds = time.monotonic()
+        seconds = now_seconds - self._lap_seconds
+        figures = {
+            "images_per_second": num_samples / seconds,
+            "data_wait_fraction": self._wait_seconds / seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+        self._lap_seconds, self._wait_seconds = now_seconds, 0.0
+        return figures
+
+
+@dataclass(kw_only=True)
+class Session:
+    """What the loop works with, and how far it has come; `metrics` and `progress_bar` are rank 0's alone."""
+
+    model: ZeroModel
+    ema: EMA
+    objective: Denoising
+    batches: Iterator[Batch]
+    settings: StageTraining
+    directory: Path
+    trainer: dict[str, Any]
+    stop: threading.Event
+    clock: Clock
+    skips: SkipCounter
+    window: LossWindow
+    step: int = 0
+    metrics: MetricsLog | None = None
+    progress_bar: ProgressBar | None = None
+
+
+def train(session: Session) -> None:
+    """Train to the end of the stage, or until `session.stop` is set on any rank; ends with a checkpoint.
+
+    Raises:
+        UnhealthyTrainingError: a loss is not finite, or too many updates in a row were skipped.
+    """
+    settings, model = session.settings, session.model
+    is_stopping = False
+    while session.step < settings.num_steps and not is_stopping:
+        losses = _forward_backward(session)
+        is_stopping = losses.share(is_stopping=session.stop.is_set())
+        if losses.has_non_finite:
+            stop_on_non_finite(losses, session.directory, step=session.step)
+        is_logged = (session.step + 1) % settings.log_every == 0 or session.step + 1 == settings.num_steps
+        before = [master.detach().clone() for master in model.masters] if is_logged else None
+
+        learning_rate = learning_rate_at(settings, session.step)
+        update = model.update(learning_rate)
+        if not update.is_skipped:
+            session.ema.update()
+        session.step += 1
+        session.skips.count(update, step=session.step)
+
+        session.window.add(losses)
+        if before is not None:
+            _log(session, update, learning_rate=learning_rate, update_norm=_distance(before, model))
+        if session.progress_bar is not None:
+            session.progress_bar.advance()
+        if is_stopping or session.step == settings.num_steps or session.step % settings.checkpoint_every == 0:
+            save(session)
+
+
+def _forward_backward(session: Session) -> StepLosses:
+    """Accumulate the gradient of one step over its micro-batches; returns this rank's losses."""
+    model, objective = session.model, session.objective
+    losses = StepLosses(objective.diffusion.num_train_timesteps)
+    for _ in range(session.settings.gradient_accumulation_steps):
+        with session.clock.waiting():
+            batch = next(session.batches).to(model.device)
+        loss = objective.loss(model.engine, batch)
+        model.engine.backward(loss.total.mean())
+        losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
+    return losses
+
+
+def learning_rate_at(settings: StageTraining, step: int) -> float:
+    """Return the learning rate of `step`, counted from 0: linear warm-up, constant, and a linear end if one is set."""
+    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    num_decay_steps = settings.decay_fraction * settings.num_steps
+    remaining = min(1.0, (settings.num_steps - step) / (num_decay_steps + 1))
+    return settings.learning_rate * warmup * remaining
+
+
+def _distance(before: list[Tensor], model: ZeroModel) -> float:
+    """Return the norm of the last update of all master weights: 0 if it was skipped."""
+    pairs = zip(model.masters, before, strict=True)
+    total = torch.stack([(master.detach() - old).square().sum().double() for master, old in pairs]).sum()
+    if model.is_sharded:
+        dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def _log(session: Session, update: Update, *, learning_rate: float, update_norm: float) -> None:
+    settings = session.settings
+    losses, num_steps = session.window.flush()
+    speed = session.clock.lap(num_steps * settings.global_batch_size)
+    if session.metrics is None:
+        return
+    record = {
+        "step": session.step,
+        "num_samples_seen": session.step * settings.global_batch_size,
+        **losses,
+        "gradient_norm": update.gradient_norm if math.isfinite(update.gradient_norm) else None,
+        "update_norm": update_norm,
+        "skipped_steps": session.skips.total,
+        "learning_rate": learning_rate,
+        **speed,
+        **costs(settings, elapsed_seconds=speed["elapsed_seconds"], num_devices=dist.get_world_size()),
+    }
+    session.metrics.write(record)
+    if session.progress_bar is not None:
+        session.progress_bar.note = f"loss {losses['loss']:.4f} · data wait {speed['data_wait_fraction']:.0%}"
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint of the session; all ranks must call it."""
+    trainer = session.trainer | {
+        "step": session.step,
+        "num_samples_seen": session.step * session.settings.global_batch_size,
+        "elapsed_seconds": session.clock.elapsed_seconds,
+        "skipped_steps": session.skips.total,
+        "skipped_in_a_row": session.skips.in_a_row,
+        "window": session.window.state,
+    }
+    save_checkpoint(
+        session.directory,
+        model=session.model,
+        ema=session.ema,
+        trainer=trainer,
+        num_kept=session.settings.keep_checkpoints,
+    )

@@ -1,0 +1,85 @@
+"""The network a stage trains, and the weights it starts from (paper section 2.2 and 2.3)."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from pixart.convert import load_diffusers
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
+from pixart.reparameterize import reparameterize
+from training.index import Survey
+from training.stage import StageJob
+
+
+def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
+    """Return the shape of the stage's network: the recipe's `[model]`, and what the features decide.
+
+    Raises:
+        ValueError: the data have more classes than `model.num_classes`.
+    """
+    shared: dict[str, Any] = {
+        "num_layers": job.model.num_layers,
+        "num_heads": job.model.num_heads,
+        "head_dim": job.model.head_dim,
+        "patch_size": job.model.patch_size,
+        "in_channels": survey.channels,
+        "out_channels": 2 * survey.channels,
+        "sample_size": job.features.latent_manifest.extra["resolution"] // survey.downsample,
+    }
+    text = job.features.text_encoder
+    if text is not None:
+        scale = job.settings.interpolation_scale
+        return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale)
+    if survey.max_label >= job.model.num_classes:
+        raise ValueError(
+            f"model.num_classes is {job.model.num_classes}, "
+            f"but {job.features.latents} has class label {survey.max_label}"
+        )
+    return DiTConfig(**shared, num_classes=job.model.num_classes)
+
+
+def count_parameters(config: DiTConfig | PixArtConfig) -> int:
+    """Return the number of parameters of a network, without making it."""
+    with torch.device("meta"):
+        network = PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """Return the stage's network with the weights it starts from, fp32 on the CPU, the same on every rank.
+
+    Stage 1 starts from a DiT, stage 2 from a DiT that it re-parameterises or from a PixArt, stage 3 from a PixArt.
+
+    Raises:
+        ValueError: the weights are of another kind, shape or resolution; names the recipe key.
+    """
+    torch.manual_seed(job.settings.seed)
+    if job.start.folder is None:
+        return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+    key = f"training.{job.command.stage_name}.init_from ({job.start.folder})"
+    former = load_diffusers(job.start.folder).float()
+    if isinstance(config, DiTConfig):
+        if not isinstance(former, DiT):
+            raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")
+        config = dataclasses.replace(config, timestep_shift=former.config.timestep_shift)
+        _require_same_config(config, former.config, key=key)
+        return former
+    if isinstance(former, DiT):
+        if job.stage != 2:
+            raise ValueError(f"{key} is a class-conditional DiT, but stage {job.stage} starts from a PixArt")
+        return reparameterize(former, config)
+    # Only the positions change between resolutions, and they are computed.
+    positions = {"sample_size": config.sample_size, "interpolation_scale": config.interpolation_scale}
+    _require_same_config(config, dataclasses.replace(former.config, **positions), key=key)
+    network = PixArt(config)
+    network.load_state_dict(former.state_dict())
+    return network
+
+
+def _require_same_config(wanted: DiTConfig | PixArtConfig, found: DiTConfig | PixArtConfig, *, key: str) -> None:
+    for name, value in dataclasses.asdict(wanted).items():
+        other = getattr(found, name)
+        if value != other:
+            raise ValueError(f"{key} has {name} {other}, but the recipe and the features give {value}")

@@ -1,0 +1,152 @@
+"""A training stage, resolved and checked before anything heavy is imported: settings, features, where it starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.command import Command
+from pipelines.manifest import Fingerprint
+from pipelines.models import resolve_model
+from training.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
+from training.features import StageFeatures, open_features
+
+SURVEY = "samples.json"
+# Settings that may change between a run and its resume: they move no sample and no weight beyond rounding.
+FREE_SETTINGS = {
+    "num_steps",
+    "init_from",
+    "num_processes",
+    "threads_per_process",
+    "gradient_accumulation_steps",
+    "checkpoint_activations",
+    "prefetch_batches",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "dollars_per_device_hour",
+    "watts_per_device",
+    "co2_kilograms_per_kilowatt_hour",
+}
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Weights a stage starts from: a diffusers folder, or None for fresh ones. `identity` changes with the weights."""
+
+    folder: Path | None
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """One `python -m training`: everything that is decided before the ranks start."""
+
+    command: Command
+    stage: int
+    settings: StageTraining
+    model: ModelConfig
+    features: StageFeatures
+    start: StartingPoint
+    directory: Path
+    fingerprint: Fingerprint
+
+    @property
+    def resume(self) -> Checkpoint | None:
+        """The stage's own newest checkpoint, which it continues from."""
+        return find_checkpoint(self.directory)
+
+
+def open_stage(command: Command) -> StageJob:
+    """Resolve a command and check it against what is on disk.
+
+    Raises:
+        FileNotFoundError: features or the former stage's checkpoint are missing; says which command makes them.
+        ValueError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
+    """
+    assert command.stage is not None
+    settings = stage_training(command.recipe, command.stage)
+    model = command.recipe.table("model", ModelConfig)
+    features = open_features(command)
+    directory = command.run / "training" / command.stage_name
+    start = _starting_point(command, settings, directory)
+    job = StageJob(
+        command=command,
+        stage=command.stage,
+        settings=settings,
+        model=model,
+        features=features,
+        start=start,
+        directory=directory,
+        fingerprint=_fingerprint(command.stage, settings, model=model, features=features, start=start),
+    )
+    if job.resume is not None:
+        _require_same_job(job, job.resume)
+    return job
+
+
+def _fingerprint(
+    stage: int, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
+) -> Fingerprint:
+    fields: dict[str, Any] = {"stage": stage, "training.init_from": start.identity, **features.fingerprint_fields()}
+    fields |= {f"model.{name}": value for name, value in model.model_dump(mode="json").items()}
+    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
+    return Fingerprint.of(fields | {f"training.{name}": value for name, value in chosen.items()})
+
+
+def _require_same_job(job: StageJob, checkpoint: Checkpoint) -> None:
+    made_with, wanted = checkpoint.trainer["fingerprint"], job.fingerprint.fields
+    for name in sorted(made_with.keys() | wanted.keys()):
+        if made_with.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "
+                f"but it is {wanted.get(name)!r} now; remove {job.directory} to train anew, or choose another RUN"
+            )
+
+
+def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
+    key = f"training.{command.stage_name}.init_from"
+    if settings.init_from == SCRATCH or (settings.init_from is None and command.stage == 1):
+        return StartingPoint(None, SCRATCH)
+    if settings.init_from is None:
+        assert command.stage is not None
+        former = command.run / "training" / f"stage{command.stage - 1}"
+        checkpoint = find_checkpoint(former)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"{former} has no checkpoint: stage {command.stage} starts from the weights of stage "
+                f"{command.stage - 1}; run `make train STAGE={command.stage - 1} RUN={command.run}` first or set {key}"
+            )
+        return _from_checkpoint(checkpoint, key)
+    path = Path(settings.init_from.replace("{run}", str(command.run)))
+    if directory in (path, *path.parents):
+        raise ValueError(
+            f"{key} = {settings.init_from!r} is this stage's own folder; resuming is automatic and needs no key"
+        )
+    checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
+    if checkpoint is not None:
+        return _from_checkpoint(checkpoint, key)
+    if (path / STATE).is_dir():
+        raise ValueError(f"{key} = {settings.init_from!r} is a checkpoint without {TRAINER}: it was not written whole")
+    return _from_model(settings.init_from.replace("{run}", str(command.run)))
+
+
+def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
+    if not checkpoint.is_finished:
+        raise ValueError(
+            f"{checkpoint.path.parent} has done {checkpoint.step} of {checkpoint.trainer['num_steps']} steps; "
+            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
+        )
+    return StartingPoint(checkpoint.path / MODEL, f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}")
+
+
+def _from_model(model_id: str) -> StartingPoint:
+    """Find a diffusers folder by path or hub id; a pipeline's is its `transformer` part."""
+    source = resolve_model(model_id)
+    folder = Path(source.location)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=["transformer/*"]))
+    return StartingPoint(folder / "transformer" if (folder / "transformer").is_dir() else folder, source.identity)

@@ -1,0 +1,204 @@
+"""One rank of a stage: `python -m training.worker` with the arguments of `python -m training`, under RANK, WORLD_SIZE.
+
+The launcher starts the ranks of one machine; `torchrun` or Slurm may start those of several.
+"""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.command import parse_command, run_command
+from pipelines.progress import progress_bar
+from pipelines.storage import atomic_write_bytes
+from pixart.diffusion import Diffusion
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
+from training.batch import BatchAssembler
+from training.checkpoint import load_checkpoint
+from training.config import STAGES
+from training.ema import EMA
+from training.health import SkipCounter
+from training.index import FeatureIndex, Survey, load_survey
+from training.launch import ERROR_FOLDER, LOST_CONTACT
+from training.loop import Clock, Session, train
+from training.metrics import LossWindow, MetricsLog
+from training.networks import network_config, starting_network
+from training.objective import SCHEDULE, Denoising
+from training.plan import Plan
+from training.preflight import make_survey
+from training.reader import BatchReader
+from training.stage import SURVEY, StageJob, open_stage
+from training.zero import ZeroModel, initialize_ranks
+
+
+def main() -> None:
+    """Train one stage on this rank."""
+    job = open_stage(parse_command("training.worker", "One rank of a training stage.", stages=STAGES))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    initialize_ranks()
+    try:
+        run_rank(job, stop)
+        dist.barrier()
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise OSError(LOST_CONTACT) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; what that rank says is the message that matters."""
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "Connection closed"))
+
+
+def run_rank(job: StageJob, stop: threading.Event) -> None:
+    """Build model, average and reader, resume if there is a checkpoint, and train."""
+    settings, resume = job.settings, job.resume
+    survey = shared_survey(job)
+    config = network_config(job, survey)
+    network = starting_network(job, config)
+    network.checkpoint_activations = settings.checkpoint_activations
+    model = ZeroModel(network, settings)
+    ema = EMA(model, settings.ema_decay)
+    trainer: dict[str, Any] = {"step": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    if resume is not None:
+        load_checkpoint(resume, model=model, ema=ema)
+        trainer = resume.trainer
+    is_first = dist.get_rank() == 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(_reader(job, survey, start_step=trainer["step"]))
+        remaining_steps = settings.num_steps - trainer["step"]
+        title = f"training {job.command.stage_name}"
+        session = Session(
+            model=model,
+            ema=ema,
+            objective=_objective(job, network, model),
+            batches=iter(reader),
+            settings=settings,
+            directory=job.directory,
+            trainer=describe(job, survey, network_config=network.config),
+            stop=stop,
+            clock=Clock(trainer["elapsed_seconds"]),
+            skips=SkipCounter(
+                settings.max_skipped_steps, total=trainer["skipped_steps"], in_a_row=trainer["skipped_in_a_row"]
+            ),
+            window=LossWindow(trainer.get("window")),
+            step=trainer["step"],
+            metrics=stack.enter_context(MetricsLog(job.directory, step=trainer["step"])) if is_first else None,
+            progress_bar=stack.enter_context(progress_bar(title, remaining_steps, unit="steps")) if is_first else None,
+        )
+        train(session)
+
+
+def shared_survey(job: StageJob) -> Survey:
+    """Return the survey of the stage's samples; rank 0 makes it where the launcher has not."""
+    if dist.get_rank() == 0:
+        make_survey(job)
+    dist.barrier()
+    survey = load_survey(job.directory / SURVEY, identity=job.fingerprint.digest)
+    assert survey is not None, f"{job.directory} is not seen by this rank: RUN must be a folder all machines share"
+    return survey
+
+
+def _reader(job: StageJob, survey: Survey, *, start_step: int) -> BatchReader:
+    settings = job.settings
+    index = FeatureIndex(job.features.latents, job.features.text, survey.shards)
+    plan = Plan(
+        survey.counts,
+        batch_size=settings.global_batch_size,
+        seed=settings.seed,
+        shards_per_block=settings.shards_per_block,
+    )
+    assembler = BatchAssembler(
+        index,
+        buckets=survey.buckets,
+        seed=settings.seed,
+        stage=job.stage,
+        caption_dropout=settings.caption_dropout,
+    )
+    return BatchReader(
+        plan,
+        assembler,
+        steps=range(start_step, settings.num_steps),
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        num_micro_batches=settings.gradient_accumulation_steps,
+        prefetch_batches=settings.prefetch_batches,
+        is_pinned=torch.cuda.is_available(),
+    )
+
+
+def _objective(job: StageJob, network: DiT | PixArt, model: ZeroModel) -> Denoising:
+    diffusion = Diffusion(
+        SCHEDULE["num_train_timesteps"],
+        beta_start=SCHEDULE["beta_start"],
+        beta_end=SCHEDULE["beta_end"],
+        device=model.device,
+    )
+    return Denoising(
+        diffusion=diffusion,
+        scaling_factor=job.features.vae["scaling_factor"],
+        shift_factor=job.features.vae["shift_factor"],
+        null_label=network.null_label if isinstance(network, DiT) else None,
+        dtype=model.dtype,
+        min_snr_gamma=job.settings.min_snr_gamma,
+    )
+
+
+def describe(job: StageJob, survey: Survey, *, network_config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+    """Return what `trainer.json` says about the stage, all that sampling and a resume need to know."""
+    is_pixart = isinstance(network_config, PixArtConfig)
+    return {
+        "stage": job.stage,
+        "stage_name": job.command.stage_name,
+        "kind": "pixart" if is_pixart else "dit",
+        "weights": "ema",
+        "num_steps": job.settings.num_steps,
+        "num_ranks": dist.get_world_size(),
+        "zero_stage": job.settings.zero_stage,
+        "dtype": job.settings.dtype,
+        "seed": job.settings.seed,
+        "plan_fingerprint": job.fingerprint.digest,
+        "fingerprint": job.fingerprint.fields,
+        "resolution": job.features.latent_manifest.extra["resolution"],
+        "buckets": survey.buckets,
+        "vae": job.features.vae,
+        "text": job.features.text_encoder,
+        "schedule": SCHEDULE,
+        "interpolation_scale": network_config.interpolation_scale if is_pixart else 1.0,
+    }
+
+
+def _leave_with_parent() -> None:
+    """End this rank at once when the launcher is killed: a second run must not find it still writing."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+def run() -> int:
+    """Run `main`; returns the exit status. Under the launcher a failing rank leaves its message in a file."""
+    folder = os.environ.get(ERROR_FOLDER)
+    if folder is None:
+        return run_command("training", main)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("ATELIER_TRACEBACK"):
+            raise
+        atomic_write_bytes(Path(folder) / os.environ["RANK"], str(error).encode())
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,180 @@
+"""The model under DeepSpeed: one way to update it and to get at its fp32 master weights, whatever ZeRO shards."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.config import StageTraining
+
+# Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
+UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did: norm of the whole gradient before clipping; skipped if that was not finite."""
+
+    gradient_norm: float
+    is_skipped: bool
+
+
+def deepspeed_config(settings: StageTraining, num_ranks: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a stage."""
+    num_micro_batches = settings.gradient_accumulation_steps
+    config: dict[str, Any] = {
+        "train_batch_size": settings.global_batch_size,
+        "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
+        "gradient_accumulation_steps": num_micro_batches,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "bf16": {"enabled": settings.dtype == "bf16"},
+    }
+    if not _clips_by_itself(settings):
+        config["gradient_clipping"] = settings.gradient_clip
+    return config
+
+
+def _clips_by_itself(settings: StageTraining) -> bool:
+    """Whether DeepSpeed has no optimizer of its own (no sharding, fp32): it would clip without telling the norm."""
+    return settings.zero_stage == 0 and settings.dtype == "fp32"
+
+
+class ZeroModel:
+    """A model, its AdamW and DeepSpeed's engine around both.
+
+    `masters` are the fp32 weights this rank updates: all of them without sharding, else its share, flattened.
+    """
+
+    def __init__(self, model: nn.Module, settings: StageTraining) -> None:
+        deepspeed = _import_deepspeed()
+        self.settings = settings
+        self._names = [name for name, _ in model.named_parameters()]
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(settings, dist.get_world_size())
+        )
+        self.masters = self._find_masters()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute precision."""
+        return torch.bfloat16 if self.settings.dtype == "bf16" else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device(self.engine.device)
+
+    def _find_masters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        match self.settings.zero_stage:
+            case 3:
+                return list(optimizer.fp32_partitioned_groups_flat)
+            case 1 | 2:
+                return list(optimizer.single_partition_of_fp32_groups)
+            case _ if self.settings.dtype == "bf16":
+                return [weight for group in optimizer.fp32_groups for weight in group]
+            case _:
+                return [weight.data for weight in self.engine.module.parameters()]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has only its share of `masters`."""
+        return self.settings.zero_stage > 0
+
+    def update(self, learning_rate: float) -> Update:
+        """Clip the gradient, step the optimizer, forget the gradient; one that is not finite changes nothing."""
+        engine = self.engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not _clips_by_itself(self.settings):
+            engine.step()
+            norm = float(engine.get_global_grad_norm())
+            return Update(norm, is_skipped=bool(engine.optimizer.overflow))
+        parameters = list(engine.module.parameters())
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip))
+        is_skipped = not torch.tensor(norm).isfinite().item()
+        if is_skipped:
+            engine.zero_grad()
+        engine.step()
+        return Update(norm, is_skipped)
+
+    def gather_masters(self) -> dict[str, Tensor]:
+        """Return the whole fp32 weights by name, on the CPU; all ranks must call it, and only rank 0 gets them."""
+        is_writer = dist.get_rank() == 0
+        weights: dict[str, Tensor] = {}
+        for name, weight in self._whole_masters():
+            if is_writer:
+                weights[name] = weight.detach().to("cpu", copy=True)
+        return weights
+
+    def _whole_masters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+            weight = safe_get_full_fp32_param(parameter) if self.is_sharded else self.masters[position]
+            assert weight is not None, f"DeepSpeed keeps no fp32 master of {name}"
+            yield name, weight
+
+    def scatter_masters(self, weights: dict[str, Tensor]) -> None:
+        """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+            if self.is_sharded:
+                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+            else:
+                self.masters[position].copy_(weights[name])
+
+    @contextlib.contextmanager
+    def masters_as(self, values: list[Tensor]) -> Iterator[None]:
+        """Exchange the masters with `values`, shard by shard, and exchange them back at the end.
+
+        In between, what gathers or scatters masters works on `values`: so an average of the masters needs no
+        knowledge of how ZeRO lays them out.
+        """
+        self._exchange(values)
+        try:
+            yield
+        finally:
+            self._exchange(values)
+
+    def _exchange(self, values: list[Tensor]) -> None:
+        for master, value in zip(self.masters, values, strict=True):
+            kept = master.detach().clone()
+            master.data.copy_(value)
+            value.copy_(kept)
+
+
+def initialize_ranks() -> None:
+    """Join the process group that the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) describes: NCCL or gloo."""
+    deepspeed = _import_deepspeed()
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if has_cuda else "gloo")
+    deepspeed.init_distributed("nccl" if has_cuda else "gloo")
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed, quiet, and without the shared-memory kernel it would compile for half a minute on a CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # That kernel serves tensor-parallel inference; gloo and NCCL do what training needs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
