@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 
 # Variables a user may type behind a target; each becomes one `--set` of the recipe. Texts go through the
 # environment (make exports what is typed on its command line), so that the shell never reads inside them.
-FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set $(pair))
+FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set '$(pair)')
 STAGE_FLAGS = --stage $(STAGE) $(if $(PHASE),--phase $(PHASE))
 DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
 TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
@@ -41,7 +41,9 @@ demo: $(READY)  ## Everything on the toy world: captions, statistics, features, 
 	@set -e; for stage in 1 2 3; do $(MAKE) $(DEMO) features train sample STAGE=$$stage; done
 	@$(MAKE) $(DEMO) judge report
 
-RAW := --no-print-directory RECIPE=recipes/toyworld-raw.toml RUN=runs/demo-raw
+# SA-1B has no text of its own, so alt texts exist for the LAION-like half only. The demo's page then shows both runs.
+RAW := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo-raw \
+	SET='features.stage2.caption_column="alt_text" features.stage2.shards=["laion_*"]'
 
 .PHONY: demo-raw
 demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense captions
@@ -49,6 +51,7 @@ demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense c
 	@for part in raw captions training/stage1; do ln -sfn $(CURDIR)/runs/demo/$$part runs/demo-raw/$$part; done
 	@$(MAKE) $(RAW) features train sample STAGE=2
 	@$(MAKE) $(RAW) judge report
+	@$(MAKE) $(DEMO) report
 
 .PHONY: world
 world: $(READY)  ## Write the toy world's raw shards, their truth and the prompts
