@@ -113,6 +113,7 @@ def run_job(job: Job, *, run: Path) -> None:
     start_seconds = time.monotonic()
     pending = job.pending()
     job.directory.clear_marker(REPORT_NAME)
+    log.info(f"{job.checkpoint.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     if pending:
         _draw(job, pending)
     _write_table(folder / f"{REPORT_NAME}.parquet", job.requests)
