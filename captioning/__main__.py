@@ -1,0 +1,77 @@
+"""`python -m captioning --recipe R --run RUN [--set key=value] [--plan]`: raw shards to captions/<shard>.parquet."""
+
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from captioning.job import Job, read_job
+from captioning.plan import print_plan
+from captioning.table import judge_directory_again
+from captioning.worker import CaptionWorker
+from pipelines.command import parse_command, run_command
+from pipelines.engine import run_over_shards
+from pipelines.manifest import Manifest
+from pipelines.models import require_model
+from pipelines.progress import get_logger
+from pipelines.summary import update_summary
+
+log = get_logger("captioning")
+
+
+def main() -> None:
+    """Caption the recipe's shards, or print what that would take."""
+    start_seconds = time.monotonic()
+    command = parse_command("captioning", "Raw shards to dense captions.")
+    job = read_job(command)
+    if command.is_plan:
+        print_plan(job)
+        return
+    is_done = job.is_done()
+    if not is_done:
+        require_model(job.model, key="captioning.model")
+    manifest = caption_shards(job)
+    if not is_done:
+        seconds = time.monotonic() - start_seconds
+        counts = _counts(job, manifest)
+        update_summary(command.run, "seconds.captioning", round(seconds, 1))
+        update_summary(command.run, "counts.captioning", counts)
+        log.info(f"{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}")
+
+
+def caption_shards(job: Job) -> Manifest:
+    """Caption what is pending, after judging anew what was judged under other thresholds."""
+    if not job.is_judged():
+        judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
+        if judged:
+            log.info(f"captioning.quality has changed: judged {len(judged)} shards again, without captioning them")
+    return run_over_shards(
+        CaptionWorker,
+        job.worker_config,
+        sources=job.sources,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        engine=job.engine,
+        max_reject_fraction=job.config.max_reject_fraction,
+        room="captioning",
+        extra=job.extra,
+    )
+
+
+def _counts(job: Job, manifest: Manifest) -> dict[str, Any]:
+    reports = [manifest.shards[source.name] for source in job.sources]
+    rejected = sum((Counter(report.rejected) for report in reports), Counter())
+    return {
+        "read": sum(report.num_read for report in reports),
+        "kept": sum(report.num_kept for report in reports),
+        "rejected": dict(sorted(rejected.items())),
+    }
+
+
+def _describe(counts: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts["rejected"].items())
+    return f"; rejected: {reasons}" if reasons else ""
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("captioning", main))

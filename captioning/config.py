@@ -1,0 +1,102 @@
+"""The recipe table `[captioning]`."""
+
+import hashlib
+import string
+from collections.abc import Sequence
+
+from pydantic import Field, field_validator
+
+from pipelines.recipe import StageConfig
+
+DESCRIBE = "Describe this image and its style in a very detailed manner"
+DEFAULT_PROMPTS = {
+    "default": DESCRIBE,
+    "img2dataset": DESCRIBE + '. The image is known to have the following alt text: "{alt_text}"',
+}
+OFF_FRAME_PHRASES = (
+    "out of frame",
+    "outside the frame",
+    "outside of the frame",
+    "beyond the frame",
+    "off-camera",
+    "off camera",
+    "not visible in the image",
+    "not shown in the image",
+    "cannot be seen in the image",
+)
+
+
+class QualityConfig(StageConfig):
+    """`[captioning.quality]`: what is flagged. Changing it rewrites flags and never captions an image again."""
+
+    ngram_words: int = Field(default=4, ge=1, le=20, description="Length of the word n-grams counted for loops")
+    max_repeated_ngram_ratio: float = Field(
+        default=0.3, ge=0, le=1, description="Captions with a larger share of repeated n-grams get the flag `loop`"
+    )
+    min_alt_text_overlap: float = Field(
+        default=0.0, ge=0, le=1, description="Captions with a smaller share of the alt text's words get `off_alt_text`"
+    )
+    off_frame_phrases: Sequence[str] = Field(
+        default=OFF_FRAME_PHRASES, description="Phrases about what is not in the picture, case-folded: `off_frame`"
+    )
+    strip_boilerplate: bool = Field(
+        default=False,
+        description="Whether `caption` loses a prefix like 'The image features', which `caption_raw` keeps",
+    )
+
+
+class CaptioningConfig(StageConfig):
+    """`[captioning]`: the model, what it is asked, and how it decodes."""
+
+    model: str = Field(
+        default="llava-hf/llava-1.5-7b-hf", description="Hub id or local folder of a LLaVA-1.5 or LLaVA-NeXT model"
+    )
+    revision: str | None = Field(default=None, description="Commit of the hub model; pin it for a run that matters")
+    shards: Sequence[str] = Field(default=("*",), min_length=1, description="Names of the shards to caption (fnmatch)")
+    prompts: dict[str, str] = Field(
+        default=DEFAULT_PROMPTS,
+        description="What is asked, by shard name (fnmatch), else by dialect, else `default`; {alt_text} is filled in",
+    )
+    max_alt_text_chars: int = Field(
+        default=300, ge=1, description="Characters of an alt text that go into the prompt; the column keeps all"
+    )
+    max_aspect_ratio: float = Field(
+        default=20.0, ge=1, description="Images whose long side is more than this times the short one are rejected"
+    )
+    dtype: str = Field(
+        default="auto",
+        pattern="^(auto|float32|bfloat16|float16)$",
+        description="Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU",
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    batch_size: int = Field(default=32, ge=1, description="Captions decoded at a time; more is faster as memory allows")
+    max_new_tokens: int = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
+    temperature: float = Field(
+        default=0.0, ge=0, le=2, description="0 decodes greedily; LLaVA's own demo and the paper's code use 0.2"
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the sampling, which each key turns into its own")
+    num_decode_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that decode and resize images ahead of the device"
+    )
+    max_reject_fraction: float = Field(
+        default=0.05, ge=0, le=1, description="Share of samples that may be unusable before the command fails"
+    )
+    quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, prompts: dict[str, str]) -> dict[str, str]:
+        merged = DEFAULT_PROMPTS | prompts
+        for name, template in merged.items():
+            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+            if fields - {"alt_text"} or "<image>" in template:
+                raise ValueError(f"prompt {name!r} may hold {{alt_text}} and no other placeholder, nor <image>")
+        if "{alt_text}" in merged["default"]:
+            raise ValueError("prompt 'default' may not hold {alt_text}: it is what images without one are asked")
+        return merged
+
+    @property
+    def prompts_sha256(self) -> str:
+        """Hash of the prompts' text, for the manifest."""
+        lines = "\0".join(f"{name}\0{self.prompts[name]}" for name in sorted(self.prompts))
+        return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""Continuous batching: every row decodes its own caption, and a finished row makes room for the next image.
+
+`model.generate` keeps a batch until its longest caption ends. Here finished rows are replaced from the queue, and when
+the queue is empty the batch shrinks. Which rows share a batch depends only on the order of the prompts, never on time.
+"""
+
+# B rows in use, R prompts admitted, L prompt tokens, T cached tokens, V vocabulary
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from captioning.engine import FinishReason
+from captioning.slots import SlotCache
+
+IMAGE_INPUTS = ("pixel_values", "image_sizes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A tokenized request: `input_ids` int64 [L], image tokens expanded, and the processor's tensors of one image."""
+
+    input_ids: Tensor
+    image_inputs: dict[str, Tensor]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """The new tokens of one prompt, without the end token."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingSettings:
+    """How to decode: at most `num_slots` rows at a time; `temperature` 0 is greedy."""
+
+    num_slots: int
+    max_new_tokens: int
+    temperature: float
+    end_token_ids: frozenset[int]
+    pad_token_id: int
+
+
+@dataclass(kw_only=True)
+class _Row:
+    # `length` counts the tokens in the cache; the last of `token_ids` is not among them, it is fed next.
+    index: int
+    length: int
+    uniforms: list[float]
+    token_ids: list[int] = field(default_factory=list)
+    is_finished: bool = False
+
+
+class ContinuousDecoder:
+    """Continues prompts of a vision-language model of transformers whose layers are plain attention (LLaVA and kin)."""
+
+    def __init__(self, model: Any, settings: DecodingSettings) -> None:
+        self._model = model
+        self._settings = settings
+        self._text_config = model.config.get_text_config()
+        self._cache = SlotCache(self._text_config.num_hidden_layers, num_slots=settings.num_slots, device=model.device)
+        # Prompts are admitted some at a time: one by one would starve the device.
+        self._refill = max(1, settings.num_slots // 4)
+        self._rows: list[_Row] = []
+        self._results: list[Continuation | None] = []
+
+    @torch.inference_mode()
+    def decode(self, prompts: Iterable[Prompt]) -> list[Continuation]:
+        """Return the continuation of every prompt, in order; prompts are taken as slots become free.
+
+        Raises:
+            ValueError: a prompt and its continuation may not fit the model's context, or its logits are not finite.
+        """
+        queue = iter(prompts)
+        self._rows, self._results = [], []
+        while self._admit(queue) or self._rows:
+            if self._rows:
+                self._step()
+        results = [result for result in self._results if result is not None]
+        assert len(results) == len(self._results), "every prompt is continued"
+        return results
+
+    def _admit(self, queue: Iterator[Prompt]) -> bool:
+        if self._settings.num_slots - len(self._rows) < self._refill:
+            return False
+        admitted = list(islice(queue, self._refill))
+        if admitted:
+            self._prefill(admitted)
+        return bool(admitted)
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        self._require_room(max(lengths))
+        self._cache.reserve(max(lengths) + self._settings.max_new_tokens)
+        prefilled = DynamicCache(config=self._text_config)
+        inputs = pad_left(prompts, pad_token_id=self._settings.pad_token_id)
+        logits = self._forward(inputs, prefilled)
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"captioning.dtype {self._model.dtype}: the model's logits are not finite")
+        self._cache.store(prefilled, lengths, first_slot=len(self._rows))
+        rows = [
+            _Row(index=len(self._results) + number, length=length, uniforms=self._draw_uniforms(prompt.seed))
+            for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        self._rows += rows
+        self._results += [None] * len(rows)
+        self._append(rows, self._choose(logits, rows))
+
+    def _step(self) -> None:
+        rows = self._rows
+        self._cache.use([row.length for row in rows])
+        positions = self._cache.lengths[:, None]  # [B, 1]
+        columns = torch.arange(self._cache.longest + 1, device=positions.device)  # [T]
+        inputs = {
+            "input_ids": torch.tensor([row.token_ids[-1:] for row in rows]),  # [B, 1]
+            "attention_mask": (columns <= positions)[:, None, None],  # [B, 1, 1, T]
+            "position_ids": positions,
+        }
+        logits = self._forward(inputs, self._cache)
+        for row in rows:
+            row.length += 1
+        self._append(rows, self._choose(logits, rows))
+
+    def _forward(self, inputs: dict[str, Tensor], cache: Any) -> Tensor:
+        model = self._model
+        on_device = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in inputs.items()
+        }
+        return model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [B, V]
+
+    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+        if self._settings.temperature == 0:
+            return logits.argmax(-1).tolist()
+        cumulative = torch.softmax(logits.double() / self._settings.temperature, -1).cumsum(-1)  # [B, V]
+        uniforms = cumulative.new_tensor([row.uniforms[len(row.token_ids)] for row in rows])
+        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # [B, 1]
+        return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+
+    def _draw_uniforms(self, seed: int) -> list[float]:
+        if self._settings.temperature == 0:
+            return []
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(self._settings.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
+
+    def _append(self, rows: Sequence[_Row], tokens: Sequence[int]) -> None:
+        for row, token in zip(rows, tokens, strict=True):
+            is_end = token in self._settings.end_token_ids
+            if not is_end:
+                row.token_ids.append(token)
+            if is_end or len(row.token_ids) == self._settings.max_new_tokens:
+                row.is_finished = True
+                reason: FinishReason = "stop" if is_end else "length"
+                self._results[row.index] = Continuation(token_ids=row.token_ids, finish_reason=reason)
+        self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        # The rows in use are always the first slots: the last unfinished row moves into a finished one's place.
+        rows = self._rows
+        slot = 0
+        while slot < len(rows):
+            if not rows[slot].is_finished:
+                slot += 1
+                continue
+            last = rows.pop()
+            if slot < len(rows) and not last.is_finished:
+                self._cache.move(len(rows), slot, last.length)
+                rows[slot] = last
+
+    def _require_room(self, prompt_length: int) -> None:
+        context = getattr(self._text_config, "max_position_embeddings", None)
+        if context is not None and prompt_length + self._settings.max_new_tokens > context:
+            raise ValueError(
+                f"captioning.max_new_tokens {self._settings.max_new_tokens} after a prompt of {prompt_length} tokens "
+                f"does not fit the model's context of {context} tokens"
+            )
+
+
+def pad_left(prompts: Sequence[Prompt], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Batch prompts for one forward pass: ids, mask and positions [R, max L], padded on the left, and image tensors.
+
+    On the right, padding would stand between a prompt and its first new token. Positions count real tokens only.
+    """
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt.input_ids) :] = prompt.input_ids
+        attention_mask[row, longest - len(prompt.input_ids) :] = 1
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    for name in prompts[0].image_inputs:
+        batch[name] = _stack([prompt.image_inputs[name] for prompt in prompts])
+    return batch
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    # LLaVA-NeXT cuts an image into tiles [1, tiles, 3, height, width]; images with fewer are padded with empty ones.
+    if tensors[0].ndim < 5:
+        return torch.cat(list(tensors))
+    most = max(tensor.shape[1] for tensor in tensors)
+    padding = [(0, 0) * (tensor.ndim - 2) + (0, most - tensor.shape[1]) for tensor in tensors]
+    return torch.cat([torch.nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])

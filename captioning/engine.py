@@ -1,0 +1,56 @@
+"""What captions images: the small protocol behind which every engine stands."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """An image, what to ask about it, and a seed of its own, so that sampling does not depend on its neighbours."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What the model said; `num_tokens` counts its tokens without the end token.
+
+    `finish_reason` is `length` when the caption was cut at `captioning.max_new_tokens`, and `stop` otherwise.
+    """
+
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+class CaptionEngine(Protocol):
+    """Captions images in two steps, so that the first can run ahead on the CPU while the device is busy."""
+
+    is_exact: bool
+    """Whether greedy captions are the same to the letter at any batch size (float32)."""
+
+    def prepare(self, request: Request) -> Any:
+        """Turn a request into what the device needs; called from several threads."""
+        ...
+
+    def caption(self, prepared: Iterable[Any]) -> list[Caption]:
+        """Return one caption per prepared request, in order; takes the next request only when there is room for it."""
+        ...
+
+    def probe(self, prepared: Iterable[Any]) -> list[Caption]:
+        """Return short greedy captions, whatever the settings: for the canary."""
+        ...
+
+
+def sample_seed(seed: int, shard: str, key: str) -> int:
+    """Return the seed of one sample: 63 bits that depend on nothing but the recipe's seed, the shard and the key."""
+    digest = hashlib.sha256(f"{seed}\0{shard}\0{key}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

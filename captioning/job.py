@@ -1,0 +1,116 @@
+"""What one `make caption` has to do: sources, fingerprint and the folder they go to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captioning.config import CaptioningConfig
+from captioning.worker import CaptionWorkerConfig
+from pipelines.command import Command
+from pipelines.engine import EngineConfig
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, Manifest, StageDirectory, read_manifest
+from pipelines.models import ModelSource, resolve_model
+from pipelines.pieces import Source
+from pipelines.recipe import DataConfig
+from pipelines.shards import open_shard, select_shards
+
+# Raised when a change of code changes the captions of unchanged inputs.
+CODE_VERSION = 1
+# These change speed, or what is flagged, and no caption. At another batch size float32 rounds differently in the last
+# digit: captions could differ where two words tie to seven digits.
+NOT_IN_FINGERPRINT = {"model", "revision", "shards", "device", "batch_size", "num_decode_threads"} | {
+    "max_reject_fraction",
+    "quality",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command's settings and the raw shards it covers; `dialects` has the layout of each by name."""
+
+    config: CaptioningConfig
+    data: DataConfig
+    engine: EngineConfig
+    model: ModelSource
+    sources: list[Source]
+    dialects: dict[str, str]
+    output: StageDirectory
+    fingerprint: Fingerprint
+
+    @property
+    def worker_config(self) -> CaptionWorkerConfig:
+        """What each worker process is given."""
+        return CaptionWorkerConfig(
+            captioning=self.config,
+            dialect=self.data.dialect,
+            max_pixels=self.data.max_pixels,
+            num_threads=max(1, int(self.engine.cpus_per_worker)),
+        )
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the manifest tells later stages and people."""
+        return {
+            "model": self.config.model,
+            "revision": self.config.revision,
+            "prompts": dict(self.config.prompts),
+            "prompts_sha256": self.config.prompts_sha256,
+            "quality": self.config.quality.model_dump(mode="json"),
+        }
+
+    def pending(self) -> list[Source]:
+        """Return the shards that are not done yet."""
+        return [
+            source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
+        ]
+
+    def is_done(self) -> bool:
+        """Whether nothing is pending and the manifest is that of these settings."""
+        manifest = self._manifest()
+        return manifest is not None and not self.pending()
+
+    def is_judged(self) -> bool:
+        """Whether the captions that are there have been judged under the recipe's thresholds."""
+        manifest = self._manifest()
+        return manifest is not None and manifest.extra["quality"] == self.extra["quality"]
+
+    def _manifest(self) -> Manifest | None:
+        if not (self.output.path / MANIFEST_NAME).is_file():
+            return None
+        manifest = read_manifest(self.output.path)
+        return manifest if manifest.fingerprint.digest == self.fingerprint.digest else None
+
+
+def read_job(command: Command) -> Job:
+    """Validate the recipe's tables and read the headers of the raw shards.
+
+    Raises:
+        ValueError, FileNotFoundError: a key is wrong, or a shard or the model is not there; names it.
+    """
+    config = command.recipe.table("captioning", CaptioningConfig)
+    data = command.recipe.table("data", DataConfig)
+    engine = command.recipe.table("engine", EngineConfig)
+    paths = select_shards(data.paths(command.run), config.shards, key="captioning.shards")
+    model = resolve_model(config.model, config.revision)
+    sources, dialects = _read_shards(paths, data.dialect)
+    settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    fields = {"code_version": CODE_VERSION, "model": model.identity, "max_pixels": data.max_pixels, **settings}
+    return Job(
+        config=config,
+        data=data,
+        engine=engine,
+        model=model,
+        sources=sources,
+        dialects=dialects,
+        output=StageDirectory(Path(command.run) / "captions"),
+        fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
+    )
+
+
+def _read_shards(paths: list[str], dialect: str) -> tuple[list[Source], dict[str, str]]:
+    sources, dialects = [], {}
+    for path in paths:
+        with open_shard(path, dialect) as raw:
+            sources.append(Source(name=raw.name, path=path, identity=raw.identity, num_samples=len(raw.samples)))
+            dialects[raw.name] = raw.dialect
+    return sources, dialects

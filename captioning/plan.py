@@ -1,0 +1,43 @@
+"""What captioning a run would take: shards, samples, prompts and bytes, without loading a model."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from captioning.job import Job
+from captioning.prompts import template_for
+from pipelines.pieces import Source
+from pipelines.progress import console
+
+# A row with a caption of about 100 words, compressed.
+BYTES_PER_ROW = 450
+
+
+def print_plan(job: Job) -> None:
+    """Print shards, samples, prompts and estimated sizes."""
+    pending = job.pending()
+    table = Table(title=f"Captions of {len(job.sources)} shards into {job.output.path}")
+    for column in ("prompt", "shards", "samples", "to do", "about"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    names = {source.name for source in pending}
+    for template, sources in _by_prompt(job).items():
+        todo = sum(source.num_samples for source in sources if source.name in names)
+        total = sum(source.num_samples for source in sources)
+        size = f"{todo * BYTES_PER_ROW / 1e6:,.1f} MB"
+        table.add_row(template, f"{len(sources):,}", f"{total:,}", f"{todo:,}", size)
+    console.print(table)
+    config = job.config
+    decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
+    console.print(f"model    {config.model} ({job.model.identity})", soft_wrap=True)
+    console.print(
+        f"decoding {decoding}, at most {config.max_new_tokens} tokens, {config.batch_size} captions at a time"
+    )
+    console.print(f"prompts  sha256 {config.prompts_sha256}")
+
+
+def _by_prompt(job: Job) -> dict[str, Sequence[Source]]:
+    groups: dict[str, list[Source]] = {}
+    for source in job.sources:
+        template = template_for(source.name, job.dialects[source.name], job.config.prompts)
+        groups.setdefault(template, []).append(source)
+    return dict(groups)

@@ -1,0 +1,24 @@
+"""What the model is asked about an image: the recipe's prompt for its shard, with the alt text filled in."""
+
+import fnmatch
+from collections.abc import Mapping
+
+
+def template_for(shard: str, dialect: str, prompts: Mapping[str, str]) -> str:
+    """Return the prompt template of a shard: by a pattern that fits its name, else by its dialect, else the default."""
+    for pattern, template in prompts.items():
+        if pattern not in ("default", dialect) and fnmatch.fnmatchcase(shard, pattern):
+            return template
+    return prompts.get(dialect, prompts["default"])
+
+
+def fill_prompt(template: str, alt_text: str | None, *, default: str, max_alt_text_chars: int) -> str:
+    """Return the prompt of one image; `default` where the template wants an alt text and the image has none.
+
+    White space inside the alt text becomes single spaces and its length is bounded, so that no page of text that
+    somebody put into an `alt` attribute crowds out the question.
+    """
+    if "{alt_text}" not in template:
+        return template
+    words = " ".join((alt_text or "").split())[:max_alt_text_chars].strip()
+    return template.replace("{alt_text}", words) if words else default

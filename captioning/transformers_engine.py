@@ -1,0 +1,168 @@
+"""The in-process engine: LLaVA-1.5 and LLaVA-NeXT of transformers, with continuous batching."""
+
+# N image tokens, L prompt tokens
+
+import dataclasses
+import re
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from captioning.config import CaptioningConfig
+from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engine import Caption, Request
+from pipelines.models import resolve_model
+
+PROBE_TOKENS = 32
+# LLaVA-1.5's own, for processors that come without a chat template.
+PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
+
+
+class TransformersEngine:
+    """A LLaVA loaded in this process; see `CaptionEngine` for the three methods."""
+
+    def __init__(self, config: CaptioningConfig, *, num_threads: int) -> None:
+        """Load the model and correct its processor.
+
+        Raises:
+            ValueError: the model is not there, or lacks weights; names `captioning.model`.
+        """
+        torch.set_num_threads(num_threads)
+        transformers_logging.disable_progress_bar()
+        device = _choose_device(config.device)
+        dtype = _choose_dtype(config.dtype, device)
+        self.is_exact = dtype == torch.float32
+        self._model = _load_model(config, dtype).to(device).eval()
+        self._processor = _load_processor(config, self._model)
+        self._tokenizer = self._processor.tokenizer
+        self._special_tokens = re.compile("|".join(re.escape(token) for token in self._all_special_tokens()))
+        # The tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
+        self._lock = threading.Lock()
+        end_token_ids = _end_token_ids(self._model, self._tokenizer)
+        pad_token_id = self._tokenizer.pad_token_id
+        settings = DecodingSettings(
+            num_slots=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            end_token_ids=end_token_ids,
+            pad_token_id=pad_token_id if pad_token_id is not None else min(end_token_ids),
+        )
+        self._decoder = ContinuousDecoder(self._model, settings)
+        self._probe_settings = dataclasses.replace(
+            settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
+        )
+
+    def prepare(self, request: Request) -> Prompt:
+        """Return the request as token ids and pixels, on the CPU.
+
+        Raises:
+            AssertionError: the prompt does not hold exactly one image, or its pixels are not finite.
+        """
+        text = self._wrap(request.prompt)
+        # Some chat templates write the begin token themselves.
+        begin = self._tokenizer.bos_token
+        has_begin = begin is not None and text.startswith(begin)
+        with self._lock:
+            inputs = self._processor(
+                images=request.image, text=text, return_tensors="pt", add_special_tokens=not has_begin
+            )
+        pixels = inputs["pixel_values"]
+        assert len(pixels) == 1 and pixels.numel() > 0, "one image goes to the model"
+        assert bool(torch.isfinite(pixels).all()), "pixels are finite"
+        return Prompt(
+            input_ids=inputs["input_ids"][0],  # [L]
+            image_inputs={name: inputs[name] for name in IMAGE_INPUTS if name in inputs},
+            seed=request.seed,
+        )
+
+    def caption(self, prepared: Iterable[Prompt]) -> list[Caption]:
+        """Return one caption per prompt, in order."""
+        return self._continue(self._decoder, prepared)
+
+    def probe(self, prepared: Iterable[Prompt]) -> list[Caption]:
+        """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
+        return self._continue(ContinuousDecoder(self._model, self._probe_settings), prepared)
+
+    def _continue(self, decoder: ContinuousDecoder, prepared: Iterable[Prompt]) -> list[Caption]:
+        continuations = decoder.decode(prepared)
+        texts = self._tokenizer.batch_decode([item.token_ids for item in continuations], skip_special_tokens=True)
+        return [
+            Caption(text=text.strip(), num_tokens=len(item.token_ids), finish_reason=item.finish_reason)
+            for text, item in zip(texts, continuations, strict=True)
+        ]
+
+    def _wrap(self, prompt: str) -> str:
+        image_token = self._processor.image_token
+        # An alt text may hold anything, `<image>` and `</s>` too.
+        prompt = self._special_tokens.sub(" ", prompt)
+        if self._processor.chat_template is None:
+            text = PLAIN_TEMPLATE.format(image_token=image_token, prompt=prompt)
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            messages = [{"role": "user", "content": content}]
+            text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert text.count(image_token) == 1, f"one image per prompt, not {text.count(image_token)}: {text!r}"
+        return text
+
+    def _all_special_tokens(self) -> list[str]:
+        tokens = {self._processor.image_token, *self._tokenizer.all_special_tokens}
+        return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:
+    source = resolve_model(config.model, config.revision)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source.location,
+            revision=source.revision or "main",
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(f"captioning.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model, loading = loaded
+    missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind])
+    if missing:
+        raise ValueError(
+            f"captioning.model {config.model!r} lacks weights of a {type(model).__name__}: {len(missing)} would stay "
+            f"random ({', '.join(missing[:3])}, ...)"
+        )
+    return model
+
+
+def _load_processor(config: CaptioningConfig, model: Any) -> Any:
+    """Load the processor and make it agree with the model, whose config knows what its hub files may have wrong."""
+    source = resolve_model(config.model, config.revision)
+    processor = AutoProcessor.from_pretrained(source.location, revision=source.revision or "main")
+    processor.tokenizer.padding_side = "left"
+    processor.patch_size = model.config.vision_config.patch_size
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+    embeddings = getattr(model.model.vision_tower, "embeddings", None)
+    processor.num_additional_image_tokens = int(hasattr(embeddings, "class_embedding"))
+    assert processor.tokenizer.padding_side == "left"
+    return processor
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    ids = frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
+    assert ids, "the model knows how to end a caption"
+    return ids
