@@ -18,7 +18,7 @@ from toyworld.zoo.judge_net import EMPTY, JudgeNet, anchor_crops, crops_to_tenso
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge"
 
-_CROPS_PER_CALL = 512
+_BATCH_SIZE = 100
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,42 @@ class Judge:
         """Judge many pictures; their sizes may differ."""
         if len(images) != len(scenes):
             raise ValueError(f"{len(images)} images but {len(scenes)} scenes")
-        crops = [crop for image in images for crop in anchor_crops(image)]
-        found = self._look(crops)
-        num_anchors = len(POSITIONS)
-        return [_verdict(scene, found[i * num_anchors : (i + 1) * num_anchors]) for i, scene in enumerate(scenes)]
+        return [_verdict(scene, seen) for scene, seen in zip(scenes, self.look(images), strict=True)]
 
     @torch.no_grad()
-    def _look(self, crops: list[np.ndarray]) -> list[tuple[int, int]]:
-        """Shape (or EMPTY) and colour found in each crop."""
-        found: list[tuple[int, int]] = []
-        for start in range(0, len(crops), _CROPS_PER_CALL):
-            shape_logits, colour_logits = self._net(crops_to_tensor(crops[start : start + _CROPS_PER_CALL]))
-            found += zip(shape_logits.argmax(dim=1).tolist(), colour_logits.argmax(dim=1).tolist(), strict=True)
-        return found
+    def look(self, images: Sequence[Image.Image]) -> list[dict[str, tuple[str, str]]]:
+        """What is in each picture, whatever it should show: position to (shape, colour), empty anchors left out."""
+        return [
+            seen for start in range(0, len(images), _BATCH_SIZE) for seen in self._look(images[start:][:_BATCH_SIZE])
+        ]
+
+    def _look(self, images: Sequence[Image.Image]) -> list[dict[str, tuple[str, str]]]:
+        crops = [crop for image in images for crop in anchor_crops(image)]
+        shape_logits, colour_logits = self._net(crops_to_tensor(crops))
+        by_image = (len(images), len(POSITIONS))
+        shapes = shape_logits.argmax(dim=1).view(by_image).tolist()
+        colours = colour_logits.argmax(dim=1).view(by_image).tolist()
+        return [
+            {
+                position: (SHAPES[shape], COLOURS[colour])
+                for position, shape, colour in zip(POSITIONS, shapes[i], colours[i], strict=True)
+                if shape != EMPTY
+            }
+            for i in range(len(images))
+        ]
 
 
-def _verdict(scene: Scene, found: Sequence[tuple[int, int]]) -> Verdict:
-    at: dict[str, tuple[int, int]] = dict(zip(POSITIONS, found, strict=True))
+def _verdict(scene: Scene, seen: dict[str, tuple[str, str]]) -> Verdict:
     hits = []
     for item in scene.objects:
-        shape, colour = at.pop(item.position)
-        is_there = shape != EMPTY
+        shape, colour = seen.get(item.position, (None, None))
         hits.append(
             ObjectHit(
                 item=item,
-                has_position=is_there,
-                has_colour=is_there and COLOURS[colour] == item.colour,
-                has_shape=is_there and SHAPES[shape] == item.shape,
+                has_position=shape is not None,
+                has_colour=colour == item.colour,
+                has_shape=shape == item.shape,
             )
         )
-    return Verdict(tuple(hits), num_extra=sum(shape != EMPTY for shape, _ in at.values()))
+    wanted = {item.position for item in scene.objects}
+    return Verdict(tuple(hits), num_extra=len(seen.keys() - wanted))

@@ -45,7 +45,7 @@ log = get_logger("toyworld.zoo")
 
 SEED = 2
 LANGUAGE_SEED = 102
-NUM_STEPS = 1500
+NUM_STEPS = 900
 BATCH_SIZE = 32
 MAX_NEW_TOKENS = 90
 _LEARNING_RATE = 2e-3

@@ -27,7 +27,7 @@ from toyworld.zoo.optimizer import Trainer
 log = get_logger("toyworld.zoo")
 
 SEED = 5
-NUM_STEPS = 6000
+NUM_STEPS = 4000
 BATCH_SIZE = 128
 NUM_SCENES = 30_000
 _LEARNING_RATE = 2e-3
