@@ -15,7 +15,8 @@ DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
 TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
 SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
 	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
-	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED))
+	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \
+	$(if $(SIZE),--set sampling.size=$(SIZE))
 
 .DEFAULT_GOAL := help
 
@@ -24,7 +25,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
-	@echo "             SHARDS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… FROM_SCRATCH=1"
+	@echo "             SHARDS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)

@@ -17,12 +17,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the samples of one training stage's checkpoint."""
     command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, stages=STAGES)
     config = command.recipe.table("sampling", SamplingConfig)
-    assert command.stage is not None
     if config.checkpoint is None:
-        checkpoint = open_run_checkpoint(command.run, command.stage)
+        checkpoint = open_run_checkpoint(command.run, command.stage_name)
     else:
         checkpoint = open_transformer_folder(Path(config.checkpoint), encoder_config(command.recipe))
-    name = f"stage{command.stage}" if config.prompt is None else f"stage{command.stage}-prompt"
+    name = command.stage_name if config.prompt is None else f"{command.stage_name}-prompt"
     job = make_job(config, checkpoint, run=command.run, name=name)
     if command.is_plan:
         for line in describe_job(job):

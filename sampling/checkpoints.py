@@ -54,23 +54,23 @@ class Checkpoint:
         return load_diffusers(self.model_folder).eval().requires_grad_(False)
 
 
-def open_run_checkpoint(run: Path, stage: int) -> Checkpoint:
-    """Open what `latest` points to in `RUN/training/stage<N>`; the weights are read later.
+def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
+    """Open what `latest` points to in `RUN/training/<stage name>`; the weights are read later.
 
     Raises:
         FileNotFoundError: the stage has no checkpoint yet.
         ValueError: the checkpoint has no EMA weights.
     """
-    stage_folder = run / "training" / f"stage{stage}"
+    stage_folder = run / "training" / stage_name
     latest = stage_folder / "latest"
     if not latest.is_file():
-        raise FileNotFoundError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage}` first")
+        raise FileNotFoundError(f"{stage_folder} has no checkpoint yet: train {stage_name} first (make train)")
     folder = stage_folder / latest.read_text(encoding="utf-8").strip()
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
         raise ValueError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
     return Checkpoint(
-        name=f"stage {stage}, step {trainer['step']}",
+        name=f"{stage_name.replace('stage', 'stage ')}, step {trainer['step']}",
         kind=trainer["kind"],
         model_folder=folder / "model",
         identity=resolve_model(str(folder / "model")).identity,
