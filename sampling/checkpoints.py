@@ -64,7 +64,8 @@ def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
     stage_folder = run / "training" / stage_name
     latest = stage_folder / "latest"
     if not latest.is_file():
-        raise FileNotFoundError(f"{stage_folder} has no checkpoint yet: train {stage_name} first (make train)")
+        stage = stage_name.removeprefix("stage").replace("-", " PHASE=")
+        raise FileNotFoundError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage}` first")
     folder = stage_folder / latest.read_text(encoding="utf-8").strip()
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
