@@ -26,7 +26,8 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("num_tokens", pa.int32()),
         ("finish_reason", pa.string()),
-        ("flags", pa.list_(pa.string())),
+        # Named as Parquet names it, so that a table read back is written as it was.
+        ("flags", pa.list_(pa.field("element", pa.string()))),
         ("repeated_ngram_ratio", pa.float32()),
         ("alt_text_overlap", pa.float32()),
         ("width", pa.int32()),

@@ -88,11 +88,13 @@ class TransformersEngine:
         return self._continue(ContinuousDecoder(self._model, self._probe_settings), prepared)
 
     def _continue(self, decoder: ContinuousDecoder, prepared: Iterable[Prompt]) -> list[Caption]:
-        continuations = decoder.decode(prepared)
-        texts = self._tokenizer.batch_decode([item.token_ids for item in continuations], skip_special_tokens=True)
         return [
-            Caption(text=text.strip(), num_tokens=len(item.token_ids), finish_reason=item.finish_reason)
-            for text, item in zip(texts, continuations, strict=True)
+            Caption(
+                text=self._tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),
+                num_tokens=len(continuation.token_ids),
+                finish_reason=continuation.finish_reason,
+            )
+            for continuation in decoder.decode(prepared)
         ]
 
     def _wrap(self, prompt: str) -> str:

@@ -12,7 +12,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -99,6 +102,36 @@ def save_llava(folder: Path, *, seed: int = 0, is_blind: bool = False, has_chat_
         patch_size=14,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE if has_chat_template else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_llava_next(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random LLaVA-NeXT, which cuts images into tiles by their aspect ratio."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    side = IMAGE_PIXELS
+    tilings = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    config = LlavaNextConfig(
+        vision_config=vision_config(),
+        text_config=text_config(len(tokenizer)),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=tilings,
+        image_seq_length=(IMAGE_PIXELS // PATCH_PIXELS) ** 2,
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    widen_features(model, is_blind=False)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": side}
+    crop_size = {"height": side, "width": side}
+    LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size=size, crop_size=crop_size, image_grid_pinpoints=tilings),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
 

@@ -1,0 +1,134 @@
+"""Continuous batching gives what `model.generate` gives one by one, whatever shares the batch."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt, pad_left
+from tests.tiny_models import IMAGE_PIXELS, save_llava
+
+END, PAD, IMAGE, NUM_IMAGE_TOKENS = 2, 0, 3, 16
+GREEDY = DecodingSettings(
+    num_slots=4, max_new_tokens=40, temperature=0.0, end_token_ids=frozenset([END]), pad_token_id=PAD
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Any:
+    folder = save_llava(tmp_path_factory.mktemp("llava"))
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """24 prompts of 20 to 60 tokens, each with its own image."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(24):
+        text = torch.from_numpy(rng.integers(4, 60, int(rng.integers(3, 43))))
+        input_ids = torch.cat([torch.tensor([1]), torch.full((NUM_IMAGE_TOKENS,), IMAGE), text])
+        pixels = torch.from_numpy(rng.normal(size=(1, 3, IMAGE_PIXELS, IMAGE_PIXELS)).astype(np.float32))
+        made.append(Prompt(input_ids=input_ids, image_inputs={"pixel_values": pixels}, seed=number))
+    return made
+
+
+@pytest.fixture(scope="module")
+def generated(model, prompts) -> list[list[int]]:
+    """New tokens of `model.generate`, one prompt at a time, without the end token."""
+    outputs = []
+    for prompt in prompts:
+        inputs = pad_left([prompt], pad_token_id=PAD)
+        del inputs["position_ids"]
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
+        new = output[0, len(prompt.input_ids) :].tolist()
+        outputs.append([token for token in new if token != END])
+    return outputs
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8, 64])
+def test_greedy_is_generate_whatever_shares_the_batch(model, prompts, generated, num_slots: int) -> None:
+    lengths = [len(tokens) for tokens in generated]
+    assert min(lengths) < 10 and max(lengths) == GREEDY.max_new_tokens, "the captions' lengths vary"
+    decoder = ContinuousDecoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
+    results = decoder.decode(iter(prompts))
+    assert [result.token_ids for result in results] == generated
+    reasons = ["length" if length == GREEDY.max_new_tokens else "stop" for length in lengths]
+    assert [result.finish_reason for result in results] == reasons
+    # Used again, shorter prompts first: slots hold the leftovers of longer ones.
+    again = decoder.decode(sorted(prompts, key=lambda prompt: len(prompt.input_ids)))
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+    assert [result.token_ids for result in again] == [generated[index] for index in by_length]
+
+
+def test_sampling_depends_on_the_seed_and_on_nothing_else(model, prompts, generated) -> None:
+    def sample(num_slots: int, chosen: list[Prompt]) -> list[list[int]]:
+        settings = dataclasses.replace(GREEDY, num_slots=num_slots, temperature=0.8)
+        return [result.token_ids for result in ContinuousDecoder(model, settings).decode(chosen)]
+
+    together = sample(8, prompts)
+    assert together == sample(1, prompts)
+    assert together[::-1] == sample(5, prompts[::-1])
+    assert together != generated
+    reseeded = [dataclasses.replace(prompt, seed=prompt.seed + 100) for prompt in prompts]
+    assert together != sample(8, reseeded)
+
+
+def test_sampling_follows_the_models_probabilities(model, prompts) -> None:
+    """First tokens of one prompt under 2000 seeds have the frequencies of softmax(logits / temperature)."""
+    settings = dataclasses.replace(GREEDY, num_slots=250, max_new_tokens=1, temperature=2.0)
+    copies = [dataclasses.replace(prompts[0], seed=seed) for seed in range(2000)]
+    results = ContinuousDecoder(model, settings).decode(copies)
+    tokens = [result.token_ids[0] if result.token_ids else END for result in results]
+    with torch.inference_mode():
+        logits = model(**pad_left(prompts[:1], pad_token_id=PAD)).logits[0, -1]
+    expected = torch.softmax(logits / 2.0, -1)
+    found = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / len(tokens)
+    assert (found - expected).abs().max() < 0.04
+
+
+def test_padding_stands_on_the_left_and_positions_count_real_tokens(prompts) -> None:
+    short, long = sorted(prompts[:2], key=lambda prompt: len(prompt.input_ids))
+    batch = pad_left([short, long], pad_token_id=PAD)
+    num_padding = len(long.input_ids) - len(short.input_ids)
+    assert num_padding > 0
+    assert batch["attention_mask"][0].tolist() == [0] * num_padding + [1] * len(short.input_ids)
+    assert batch["input_ids"][0, num_padding:].tolist() == short.input_ids.tolist()
+    assert batch["position_ids"][0, num_padding:].tolist() == list(range(len(short.input_ids)))
+    assert batch["pixel_values"].shape[0] == 2
+
+
+def test_no_prompt_gives_no_caption(model) -> None:
+    assert ContinuousDecoder(model, GREEDY).decode([]) == []
+
+
+def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
+    """The queue is never read further ahead than the slots: images wait in the loader, not in the decoder."""
+    taken, most = 0, 0
+    decoder = ContinuousDecoder(model, GREEDY)
+
+    def queue():
+        nonlocal taken, most
+        for prompt in prompts:
+            taken += 1
+            finished = sum(result is not None for result in decoder._results)
+            most = max(most, taken - finished)
+            yield prompt
+
+    decoder.decode(queue())
+    assert taken == len(prompts) and most <= GREEDY.num_slots
+
+
+def test_a_caption_that_cannot_fit_is_refused_by_name(model, prompts) -> None:
+    settings = dataclasses.replace(GREEDY, max_new_tokens=500)
+    with pytest.raises(ValueError, match=r"captioning.max_new_tokens 500 .*context of 512 tokens"):
+        ContinuousDecoder(model, settings).decode(prompts)
+
+
+def test_broken_weights_are_noticed(model, prompts) -> None:
+    broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
+    with pytest.raises(ValueError, match="logits are not finite"):
+        ContinuousDecoder(model, GREEDY).decode([broken])

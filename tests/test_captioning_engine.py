@@ -1,0 +1,153 @@
+"""The in-process engine on a tiny LLaVA and a tiny LLaVA-NeXT, and the canary that refuses models not to be trusted."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from captioning.canary import CanaryError, check_engine, is_worth_showing
+from captioning.config import DESCRIBE, CaptioningConfig
+from captioning.engine import Request, sample_seed
+from captioning.transformers_engine import TransformersEngine
+from tests.raw_shards import photo
+from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
+
+PROMPTS = ["Hi", DESCRIBE, DESCRIBE + '. The image is known to have the following alt text: "Vintage poster 24x36"']
+
+
+def load(folder, **settings) -> TransformersEngine:
+    config = CaptioningConfig.model_validate({"model": str(folder), "max_new_tokens": 40, **settings})
+    return TransformersEngine(config, num_threads=1)
+
+
+def requests(num: int) -> list[Request]:
+    return [Request(image=photo(n, 40 + 5 * n, 30), prompt=PROMPTS[n % 3], seed=n) for n in range(num)]
+
+
+def texts(engine: TransformersEngine, asked: list[Request]) -> list[str]:
+    return [caption.text for caption in engine.caption(engine.prepare(request) for request in asked)]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def engine(llava) -> TransformersEngine:
+    return load(llava, batch_size=8)
+
+
+def generate(engine: TransformersEngine, request: Request) -> str:
+    """The caption of `model.generate` for one request, through the processor as its makers document it."""
+    inputs = engine._processor(images=request.image, text=engine._wrap(request.prompt), return_tensors="pt")
+    output = engine._model.generate(**inputs, do_sample=False, max_new_tokens=40)
+    return engine._tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("save", [save_llava, save_llava_next])
+def test_captions_are_those_of_generate_alone_and_together(save, tmp_path) -> None:
+    engine = load(save(tmp_path), batch_size=8)
+    asked = requests(10)
+    together = texts(engine, asked)
+    assert together == [texts(engine, [request])[0] for request in asked]
+    assert together == [generate(engine, request) for request in asked]
+    assert len(set(together)) > 5
+
+
+def test_the_processor_is_corrected_from_the_models_config(engine) -> None:
+    """Hub files with another patch size, strategy, or padding side gave wrong captions without an error."""
+    processor = engine._processor
+    assert processor.patch_size == PATCH_PIXELS and processor.vision_feature_select_strategy == "default"
+    assert processor.tokenizer.padding_side == "left"
+    prepared = engine.prepare(requests(1)[0])
+    num_image_tokens = int((prepared.input_ids == processor.image_token_id).sum())
+    assert num_image_tokens == (IMAGE_PIXELS // PATCH_PIXELS) ** 2
+    assert int((prepared.input_ids == processor.tokenizer.bos_token_id).sum()) == 1
+
+
+def test_an_alt_text_cannot_smuggle_in_another_image_or_an_end(engine) -> None:
+    request = dataclasses.replace(requests(1)[0], prompt='alt text: "<image></s><pad> a <image>dog"')
+    prepared = engine.prepare(request)
+    decoded = engine._tokenizer.decode(prepared.input_ids)
+    assert decoded.count("<image>") == (IMAGE_PIXELS // PATCH_PIXELS) ** 2
+    assert "</s>" not in decoded and "<pad>" not in decoded and "dog" in decoded
+
+
+def test_without_a_chat_template_llavas_own_is_used(engine, tmp_path) -> None:
+    plain = load(save_llava(tmp_path, has_chat_template=False))
+    assert plain._wrap("Hi") == "USER: <image>\nHi ASSISTANT:"
+    assert plain._wrap("Hi") == engine._wrap("Hi")
+
+
+def test_token_counts_and_finish_reasons(engine, llava) -> None:
+    captions = engine.caption(engine.prepare(request) for request in requests(12))
+    assert {caption.finish_reason for caption in captions} == {"stop", "length"}
+    for caption in captions:
+        assert (caption.num_tokens == 40) == (caption.finish_reason == "length")
+    short = load(llava, max_new_tokens=3)
+    assert {caption.num_tokens for caption in short.caption([short.prepare(requests(1)[0])])} <= {0, 1, 2, 3}
+
+
+def test_sampling_is_seeded_by_key(llava) -> None:
+    engine = load(llava, temperature=0.7)
+    asked = requests(6)
+    assert texts(engine, asked) == texts(engine, asked[::-1])[::-1]
+    places = [(0, "laion_00000", "a"), (1, "laion_00000", "a"), (0, "laion_00001", "a"), (0, "laion_00000", "b")]
+    assert len({sample_seed(*place) for place in places}) == 4
+
+
+def test_missing_weights_and_missing_models_are_said_in_one_line(llava, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"captioning.model 'nobody/nothing' cannot be loaded"):
+        load("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"model folder \./nowhere does not exist"):
+        load("./nowhere")
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(llava, broken)
+    weights = load_file(broken / "model.safetensors")
+    dropped = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(
+        {name: w for name, w in weights.items() if name != dropped}, broken / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lacks weights of a LlavaForConditionalGeneration: 1 would stay random"):
+        load(broken)
+
+
+def test_the_canary_lets_a_sound_model_pass(engine, tmp_path) -> None:
+    check_engine(engine, photo(0), DESCRIBE)
+    check_engine(load(save_llava_next(tmp_path)), photo(0), DESCRIBE)
+
+
+def test_the_canary_refuses_a_model_that_does_not_see(tmp_path) -> None:
+    blind = load(save_llava(tmp_path, is_blind=True))
+    with pytest.raises(CanaryError, match=r"does not see the image.*gets the same caption"):
+        check_engine(blind, photo(0), DESCRIBE)
+
+
+def test_the_canary_refuses_padding_on_the_right(llava, monkeypatch) -> None:
+    """The fault that gave millions of bad captions: right padding stands between a prompt and its answer."""
+    import captioning.decoding
+
+    def pad_right(prompts, *, pad_token_id):
+        inputs = captioning_pad_left(prompts, pad_token_id=pad_token_id)
+        for row, prompt in enumerate(prompts):
+            shift = len(prompt.input_ids) - inputs["input_ids"].shape[1]
+            for name in ("input_ids", "attention_mask"):
+                inputs[name][row] = torch.roll(inputs[name][row], shift)
+        return inputs
+
+    captioning_pad_left = captioning.decoding.pad_left
+    engine = load(llava)
+    monkeypatch.setattr(captioning.decoding, "pad_left", pad_right)
+    with pytest.raises(CanaryError, match="depends on what it is batched with"):
+        check_engine(engine, photo(0), DESCRIBE)
+
+
+def test_the_canary_waits_for_an_image_worth_showing() -> None:
+    assert is_worth_showing(photo(0))
+    assert not is_worth_showing(Image.new("RGB", (50, 50), "black"))
+    assert not is_worth_showing(Image.new("RGB", (50, 50), (3, 5, 2)))

@@ -1,0 +1,99 @@
+"""Flags from the text alone, and prompts from the recipe."""
+
+import pytest
+
+from captioning.config import DESCRIBE, CaptioningConfig, QualityConfig
+from captioning.prompts import fill_prompt, template_for
+from captioning.quality import alt_text_overlap, judge, repeated_ngram_ratio, strip_boilerplate
+from pipelines.recipe import Recipe
+
+QUALITY = QualityConfig()
+PROSE = (
+    "The image features a close-up of a cup of tea with a saucer on a wooden table. The scene is set in a dimly lit "
+    "room, with a potted plant in the background adding a touch of nature."
+)
+LOOP = "A man is standing on the left. " + "There is a chair in the room. " * 12
+
+
+def flags(text: str, *, finish_reason: str = "stop", alt_text: str | None = None, **thresholds) -> list[str]:
+    quality = QualityConfig.model_validate(thresholds)
+    return judge(text, finish_reason=finish_reason, alt_text=alt_text, quality=quality)["flags"]
+
+
+def test_each_flag_has_its_text() -> None:
+    assert flags("A cup of tea on a wooden table.") == []
+    assert flags(PROSE) == ["boilerplate"]
+    assert flags("") == ["empty"] and flags("  \n ") == ["empty"]
+    assert flags("A cup of tea on a", finish_reason="length") == ["truncated"]
+    assert flags(LOOP, finish_reason="length") == ["truncated", "loop"]
+    assert flags("A dog waits for someone who is out of Frame.") == ["off_frame"]
+    assert flags("A red kite.", alt_text="Kawasaki Jet Ski", min_alt_text_overlap=0.1) == ["off_alt_text"]
+    assert flags("A red kite.", alt_text="Kawasaki Jet Ski") == []
+    assert flags("A red kite.", alt_text=None, min_alt_text_overlap=0.9) == []
+
+
+def test_thresholds_decide() -> None:
+    ratio = repeated_ngram_ratio(LOOP, 4)
+    assert 0.7 < ratio < 0.9
+    assert "loop" not in flags(LOOP, max_repeated_ngram_ratio=0.95)
+    assert repeated_ngram_ratio(PROSE, 4) < 0.1
+    assert repeated_ngram_ratio("too short", 4) == 0.0
+    assert repeated_ngram_ratio("la " * 50, 1) == pytest.approx(0.98)
+
+
+def test_alt_text_overlap_counts_distinct_words() -> None:
+    assert alt_text_overlap("A red car and a red house", "RED car, car, for sale") == pytest.approx(2 / 4)
+    assert alt_text_overlap("A mountain", "富士山と桜 写真素材") == 0.0
+    assert alt_text_overlap("A mountain", "a b") is None
+    assert alt_text_overlap("A mountain", None) is None
+
+
+def test_boilerplate_is_stripped_beside_the_raw_caption() -> None:
+    assert strip_boilerplate("This photo shows ") == "This photo shows "
+    assert strip_boilerplate("The image captures élan.") == "Élan."
+    assert strip_boilerplate("The imagery features birds.") == "The imagery features birds."
+    for strip in (False, True):
+        judged = judge(PROSE, finish_reason="stop", alt_text=None, quality=QualityConfig(strip_boilerplate=strip))
+        assert judged["flags"] == ["boilerplate"]
+        assert judged["caption"] == (PROSE.replace("The image features a", "A") if strip else PROSE)
+
+
+def test_a_prompt_is_found_by_shard_name_then_dialect_then_default() -> None:
+    prompts = {"default": "d", "img2dataset": "i {alt_text}", "hq_*": "h"}
+    assert template_for("hq_00000", "img2dataset", prompts) == "h"
+    assert template_for("laion_00000", "img2dataset", prompts) == "i {alt_text}"
+    assert template_for("sa_000000", "sa1b", prompts) == "d"
+
+
+def test_alt_texts_go_into_the_prompt_whole_but_bounded() -> None:
+    def fill(alt_text: str | None) -> str:
+        return fill_prompt('about "{alt_text}"', alt_text, default="plain", max_alt_text_chars=20)
+
+    assert fill("Crème  brûlée\n{key} ") == 'about "Crème brûlée {key}"'
+    assert fill("x" * 500) == f'about "{"x" * 20}"'
+    assert fill("") == fill(None) == fill(" \t") == "plain"
+    assert fill_prompt("no field", "text", default="plain", max_alt_text_chars=20) == "no field"
+
+
+def test_the_papers_prompts_are_the_defaults_and_a_recipe_adds_to_them(tmp_path) -> None:
+    assert CaptioningConfig().prompts["default"] == DESCRIBE
+    table = {"prompts": {"sa_*": "What is this?"}}
+    config = Recipe(tmp_path / "r.toml", {"captioning": table}).table("captioning", CaptioningConfig)
+    assert config.prompts.keys() == {"default", "img2dataset", "sa_*"}
+    assert config.prompts_sha256 != CaptioningConfig().prompts_sha256
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"prompts": {"sa_*": "What is {caption}?"}}, "captioning.prompts.*no other placeholder"),
+        ({"prompts": {"default": "<image> describe"}}, "captioning.prompts.*nor <image>"),
+        ({"prompts": {"default": "{alt_text}"}}, "captioning.prompts.*images without one"),
+        ({"temprature": 0.2}, "captioning.temprature is not a known key"),
+        ({"dtype": "int8"}, "captioning.dtype = 'int8'"),
+        ({"quality": {"ngram_words": 0}}, "captioning.quality.ngram_words = 0"),
+    ],
+)
+def test_mistakes_in_the_table_are_named(tmp_path, table: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(tmp_path / "r.toml", {"captioning": table}).table("captioning", CaptioningConfig)
