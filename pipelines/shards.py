@@ -238,6 +238,8 @@ def _add_member(samples: dict[str, RawSample], name: str, member: Member, *, is_
     if not stem or not extension:
         stem, extension = file_name, ""
     key = f"{folder}/{stem}" if folder else stem
+    # Names in an old encoding come with bytes that no UTF-8 file could hold; `\xe8` is readable and stays unique.
+    key = key.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
     sample = samples.setdefault(key, RawSample(key))
     extension = extension.lower()
     if extension in sample.members:

@@ -127,6 +127,15 @@ def test_links_and_names_that_leave_the_tar_are_no_samples(worker, tmp_path) -> 
     assert rows.keys() == {"sa_1"} and report.details["unusable_members"] == 2
 
 
+def test_keys_in_any_script_and_encoding(worker, tmp_path) -> None:
+    """Names that are no UTF-8 (an old tar, written on an old machine) get a readable key; dots belong to the suffix."""
+    names = ["\u65e5\u672c\u8a9e.jpg", "folder.v1/caf\u00e9.jpg", "cr\udce8me.jpg", "a.b.jpg"]
+    shard = write_tar(tmp_path / "old.tar", [(name, encode(photo(number))) for number, name in enumerate(names)])
+    report, rows, _ = caption(worker, shard, tmp_path / "parts")
+    assert list(rows) == ["\u65e5\u672c\u8a9e", "folder.v1/caf\u00e9", "cr\\xe8me", "a"]
+    assert report.rejected == {"no_image": 1} and rows["a"]["reject"] == "no_image"
+
+
 def test_parts_joined_are_the_whole(worker, tmp_path) -> None:
     shard = write_laion(tmp_path / "laion_00000.tar", 20)
     _, _, whole = caption(worker, shard, tmp_path / "whole")
