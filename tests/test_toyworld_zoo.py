@@ -1,0 +1,187 @@
+"""The embedded models meet their bars on held-out scenes, opened by the code that opens a hub id."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, T5EncoderModel
+
+from pixart.convert import load_diffusers
+from pixart.dit import DiT
+from toyworld.judge import WEIGHTS as JUDGE_WEIGHTS
+from toyworld.judge import Judge
+from toyworld.scenes import POSITIONS, Scene, class_name, random_scene
+from toyworld.wording import alt_text, caption_hits, dense_caption, describe, parse_caption
+from toyworld.zoo import vae as zoo_vae
+from toyworld.zoo.captioner import greedy_captions
+from toyworld.zoo.vision_tower import picture_of
+
+WEIGHTS = JUDGE_WEIGHTS.parent
+SAM_PROMPT = "Describe this image and its style in a very detailed manner"
+LAION_PROMPT = SAM_PROMPT + '. The image is known to have the following alt text: "{}"'
+
+
+def test_all_weights_together_are_at_most_12_megabytes():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
+
+# VAE
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 96), (128, 128), (128, 64), (80, 112)])
+def test_vae_reaches_28_decibels(width: int, height: int):
+    vae = zoo_vae.load(WEIGHTS / "vae")
+    images = zoo_vae.image_batch(np.random.default_rng(21), 64, width=width, height=height)
+    assert zoo_vae.mean_psnr(vae, images) >= 28
+
+
+def test_scaling_factor_gives_latents_unit_deviation():
+    vae = zoo_vae.load(WEIGHTS / "vae")
+    images = zoo_vae.image_batch(np.random.default_rng(22), 200, width=64, height=64)
+    with torch.no_grad():
+        latents = zoo_vae.encode(vae, images).sample() * vae.config["scaling_factor"]
+    assert latents.std().item() == pytest.approx(1, abs=0.05)
+
+
+# Text encoder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(WEIGHTS / "t5")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return T5EncoderModel.from_pretrained(WEIGHTS / "t5").eval()
+
+
+def test_every_text_round_trips_and_captions_fit_120_tokens(tokenizer):
+    rng = np.random.default_rng(23)
+    for _ in range(500):
+        scene = random_scene(rng)
+        for text in (dense_caption(scene, rng), describe(scene), alt_text(scene, rng), "いろは ★ naïve\n"):
+            tokens = tokenizer(text).input_ids
+            assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+            assert len(tokens) <= 120
+    assert tokenizer.model_max_length == 120
+
+
+def test_the_empty_text_encodes(tokenizer, encoder):
+    tokens = tokenizer("", return_tensors="pt")
+    assert tokens.input_ids.tolist() == [[tokenizer.eos_token_id]]
+    with torch.no_grad():
+        states = encoder(**tokens).last_hidden_state
+    assert states.shape == (1, 1, encoder.config.d_model)
+    assert states.dtype == torch.float32
+    assert states.isfinite().all()
+
+
+def object_states(tokenizer, encoder, scenes: list[Scene], attribute: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """State of each object's shape or colour word in a canonical description, and the object's position."""
+    states, places = [], []
+    for scene in scenes:
+        tokens = tokenizer(describe(scene), return_tensors="pt", return_offsets_mapping=True)
+        offsets = tokens.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            hidden = encoder(**tokens).last_hidden_state[0]
+        end = 0
+        for item in scene.objects:
+            start = describe(scene).index(getattr(item, attribute), end)
+            end = describe(scene).index(item.position, start)
+            states.append(hidden[next(i for i, (begin, stop) in enumerate(offsets) if begin <= start < stop)])
+            places.append(POSITIONS.index(item.position))
+    return torch.stack(states), torch.tensor(places)
+
+
+@pytest.mark.parametrize("attribute", ["shape", "colour"])
+def test_the_words_for_an_object_know_its_place(tokenizer, encoder, attribute: str):
+    """Without this a text of several objects is a bag of words."""
+    rng = np.random.default_rng(24)
+    states, places = object_states(
+        tokenizer, encoder, [random_scene(rng, num_objects=3) for _ in range(250)], attribute
+    )
+    states = torch.cat([states, torch.ones(len(states), 1)], dim=1)
+    wanted = torch.nn.functional.one_hot(places, len(POSITIONS)).float()
+    probe = torch.linalg.lstsq(states[:500], wanted[:500]).solution
+    guessed = (states[500:] @ probe).argmax(dim=1)
+    assert (guessed == places[500:]).float().mean().item() >= 0.95
+
+
+# Captioner
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    model = AutoModelForImageTextToText.from_pretrained(WEIGHTS / "llava").eval()
+    return model, AutoProcessor.from_pretrained(WEIGHTS / "llava")
+
+
+def asked_pictures(count: int, seed: int) -> tuple[list[Scene], list[Image.Image], list[str]]:
+    """Held-out scenes at many sizes and aspect ratios; every other prompt carries an alt text."""
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng) for _ in range(count)]
+    images = [picture_of(scene, rng) for scene in scenes]
+    requests = [SAM_PROMPT if i % 2 else LAION_PROMPT.format(alt_text(s, rng)) for i, s in enumerate(scenes)]
+    return scenes, images, requests
+
+
+def test_captions_name_90_percent_of_objects(captioner):
+    scenes, images, requests = asked_pictures(200, seed=25)
+    captions = []
+    for start in range(0, len(scenes), 50):
+        captions += greedy_captions(*captioner, images[start : start + 50], requests[start : start + 50])
+    hits = [caption_hits(scene, text) for scene, text in zip(scenes, captions, strict=True)]
+    assert np.mean([hit for of_scene in hits for hit in of_scene]) >= 0.9
+    assert np.mean([hit for of_scene in hits[::2] for hit in of_scene]) >= 0.9  # with alt texts, often wrong
+    num_named = [len(parse_caption(text)) for text in captions]
+    assert np.mean([n == len(scene.objects) for n, scene in zip(num_named, scenes, strict=True)]) >= 0.95
+    num_words = [len(text.split()) for text in captions]
+    assert np.std(num_words) > 5
+    assert 0 < sum(text.startswith("The image features") for text in captions) < 150
+
+
+def test_captions_do_not_depend_on_the_batch(captioner):
+    _, images, requests = asked_pictures(4, seed=26)
+    together = greedy_captions(*captioner, images, requests)
+    alone = [greedy_captions(*captioner, [i], [r])[0] for i, r in zip(images, requests, strict=True)]
+    assert together == alone
+
+
+def test_a_black_picture_gets_another_caption(captioner):
+    _, images, _ = asked_pictures(1, seed=27)
+    black = Image.new("RGB", images[0].size)
+    seen, unseen = greedy_captions(*captioner, [images[0], black], [SAM_PROMPT] * 2)
+    assert seen != unseen
+
+
+# Class-conditional DiT
+
+
+def sample_classes(dit: DiT, labels: torch.Tensor, *, guidance: float) -> list[Image.Image]:
+    vae = zoo_vae.load(WEIGHTS / "vae")
+    scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(15)
+    latents = torch.randn(len(labels), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        moments = timestep.expand(2 * len(labels))
+        both = torch.cat([labels, torch.full_like(labels, dit.null_label)])
+        noise = dit(latents.repeat(2, 1, 1, 1), moments, both)[:, :4]
+        with_class, without = noise.chunk(2)
+        latents = scheduler.step(without + guidance * (with_class - without), timestep, latents).prev_sample
+    decoded = zoo_vae.decode(vae, latents / vae.config["scaling_factor"]).clamp(-1, 1)
+    return [Image.fromarray(p) for p in ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
+@torch.no_grad()
+def test_class_samples_show_their_class():
+    dit = load_diffusers(WEIGHTS / "dit").float().eval()
+    assert isinstance(dit, DiT)
+    labels = torch.arange(24).repeat(4)
+    seen = Judge.load().look(sample_classes(dit, labels, guidance=3.0))
+    shown = [{f"{colour} {shape}" for shape, colour in of_image.values()} for of_image in seen]
+    accuracy = np.mean([class_name(label) in of_image for label, of_image in zip(labels.tolist(), shown, strict=True)])
+    assert accuracy >= 0.8
