@@ -39,10 +39,20 @@ PUNCTUATION, LOWER, UPPER, OTHER = range(4)
 NO_BREAKS, ALL_BREAKS = 0b0000, 0b1111
 
 _LONE_CLOSERS = re.compile(r"[\])}>\"'»”’]+")
-_PLAIN_WORD = re.compile(r"[A-Za-z]{2,}")
-_PLAIN_SENTENCE_END = re.compile(r"[A-Za-z]{2,}[.?!]")
+# Words with at most one mark behind them, of which NLTK makes the word and the mark; a full stop stays with its word
+# inside a sentence. They are most of any text, so NLTK is not asked about them, but for the words it splits.
+_PLAIN_MARKS = frozenset(",;:.?!")
+_SPLIT_WORDS = frozenset({"cannot", "gimme", "gonna", "gotta", "lemme", "wanna"})
+_FINAL_PERIOD = re.compile(r"[^.]\.[\])}>\"'»”’]*\Z")
+_ANY_PERIOD = re.compile(r"[.?!]")
+_QUOTES = ("'", '"')
 # Joins chunks so that NLTK tokenises many at once; a private-use character that no rule of NLTK's knows.
 _DIVIDER = "\ue000"
+
+
+# Tokens inside, at the start, at the end and as the whole of a sentence.
+_Positions = tuple[list[str], list[str], list[str], list[str]]
+_PERIODS = (".", "?", "!")
 
 
 class Vocabulary:
@@ -160,22 +170,37 @@ class ChunkTokenizer:
         new_bytes = self._arena.values[starts[0] :].tobytes()
         ends = (starts - starts[0]).tolist()
         chunks = [new_bytes[begin:end].decode("utf-8") for begin, end in itertools.pairwise(ends)]
-        described = [self._flags_and_breaks(chunk) for chunk in chunks]
-        flags = [flag for flag, _ in described]
+        flags, breaks, followers, unknown = [], [], [], []
+        pool = _TokenPool(len(self._tokens), len(chunks))
+        for index, chunk in enumerate(chunks):
+            word = chunk if chunk.isalpha() else chunk[:-1]
+            mark = chunk[len(word) :]
+            if _is_plain(word, mark):
+                is_end = mark != "" and mark in _PERIODS
+                flags.append(ENDS_WITH_PERIOD if is_end else 0)
+                breaks.append(ALL_BREAKS if is_end else NO_BREAKS)
+                followers.append(LOWER if chunk[0].islower() else UPPER)
+                pool.add_plain(index, word, mark)
+                continue
+            flag, chunk_breaks = self._flags_and_breaks(chunk)
+            flags.append(flag)
+            breaks.append(chunk_breaks)
+            followers.append(self._follower_kind(chunk))
+            if not flag & IS_SLOW:
+                unknown.append(index)
+        for index, positions in zip(unknown, self._ask_positions([chunks[index] for index in unknown]), strict=True):
+            pool.add(index, positions)
         self._flags.extend(flags)
-        self._breaks.extend([breaks for _, breaks in described])
-        self._follower.extend([self._follower_kind(chunk) for chunk in chunks])
-        self._add_tokens(chunks, flags)
+        self._breaks.extend(breaks)
+        self._follower.extend(followers)
+        self._tokens.extend(self.vocabulary.ids(pool.tokens))
+        self._spans.extend(pool.spans)
 
     def _flags_and_breaks(self, chunk: str) -> tuple[int, int]:
-        if _PLAIN_WORD.fullmatch(chunk):
-            return 0, NO_BREAKS
-        if _PLAIN_SENTENCE_END.fullmatch(chunk):
-            return ENDS_WITH_PERIOD, ALL_BREAKS
         if self._is_exotic(chunk):
             return IS_SLOW, NO_BREAKS
-        flags = HAS_OUTER_QUOTE * (chunk[0] in "\"'" or chunk[-1] == "'")
-        if not any(character in chunk for character in ".?!"):
+        flags = HAS_OUTER_QUOTE * (chunk[0] in _QUOTES or chunk[-1] == "'")
+        if _ANY_PERIOD.search(chunk) is None:
             return flags, NO_BREAKS
         flags += HAS_INNER_BREAK * self._sentences.text_contains_sentbreak(chunk)
         flags += ENDS_WITH_PERIOD * (chunk[-1] in ".?!")
@@ -188,7 +213,8 @@ class ChunkTokenizer:
         return (
             self._opens_with_closers.match(chunk) is not None
             or _LONE_CLOSERS.fullmatch(chunk) is not None
-            or any(character.isspace() or character == _DIVIDER for character in chunk)
+            or chunk.split() != [chunk]  # white space that is no separator here
+            or _DIVIDER in chunk
         )
 
     def _try_followers(self, chunk: str) -> tuple[int, int]:
@@ -205,53 +231,36 @@ class ChunkTokenizer:
         return flags, breaks
 
     def _follower_kind(self, chunk: str) -> int:
-        if _PLAIN_WORD.fullmatch(chunk):
-            return LOWER if chunk[0].islower() else UPPER
-        token = next(iter(self._sentences._lang_vars.word_tokenize(chunk)), "(")
-        if token in self._sentences.PUNCTUATION:
-            return PUNCTUATION
-        if token[0].islower():
+        if chunk[0].islower():
             return LOWER
-        return UPPER if token[0].isupper() else OTHER
+        if chunk[0].isupper():
+            return UPPER
+        marks = self._sentences.PUNCTUATION
+        is_mark = chunk[0] in marks and self._sentences._lang_vars.word_tokenize(chunk)[0] in marks
+        return PUNCTUATION if is_mark else OTHER
 
-    def _add_tokens(self, chunks: Sequence[str], flags: Sequence[int]) -> None:
-        # Only these may be tokenised differently at the ends of a sentence.
-        is_single = [
-            not flag & IS_SLOW
-            and (flag & HAS_OUTER_QUOTE or ("." in chunk and not _PLAIN_SENTENCE_END.fullmatch(chunk)))
-            for chunk, flag in zip(chunks, flags, strict=True)
-        ]
-        joined = [
-            "" if single or flag & IS_SLOW else chunk
-            for chunk, flag, single in zip(chunks, flags, is_single, strict=True)
-        ]
-        stems = [chunk[:-1] if _PLAIN_SENTENCE_END.fullmatch(chunk) else "" for chunk in chunks]
-        inside_tokens, stem_tokens = self._tokenize_joined(joined), self._tokenize_joined(stems)
-        spans = []
-        for index, chunk in enumerate(chunks):
-            inside = inside_tokens[index]
-            if is_single[index]:
-                positions = self._tokenize_at_every_position(chunk)
-            elif stems[index]:
-                last = [*stem_tokens[index], chunk[-1]]
-                positions = [inside, inside, last, last]
+    def _ask_positions(self, chunks: Sequence[str]) -> list[_Positions]:
+        """Tokens of chunks inside, at the start, at the end and as the whole of a sentence."""
+        stems = [chunk[:-1] if len(chunk) > 1 and chunk[-1] == "." != chunk[-2] else "" for chunk in chunks]
+        positions = []
+        for chunk, stem, inside, stem_tokens in zip(
+            chunks, stems, self._tokenize_joined(chunks), self._tokenize_joined(stems), strict=True
+        ):
+            if chunk[0] in _QUOTES and chunk[1:2] in _QUOTES:
+                positions.append(self._tokenize_at_every_position(chunk))
+            elif stem:
+                last = [*stem_tokens, "."]
+                positions.append((inside, inside, last, last))
+            elif chunk[-1] == "'" or _FINAL_PERIOD.search(chunk):
+                last = self._word_tokenizer.tokenize(f"{_DIVIDER} {chunk}")[1:]
+                positions.append((inside, inside, last, last))
             else:
-                positions = [inside] * NUM_POSITIONS
-            spans.append(self._store_positions(positions))
-        self._spans.extend(spans)
-
-    def _store_positions(self, positions: Sequence[Sequence[str]]) -> list[int]:
-        spans: list[int] = []
-        for index, words in enumerate(positions):
-            if index and words == positions[index - 1]:
-                spans += spans[-2:]
-                continue
-            begin = len(self._tokens)
-            self._tokens.extend(self.vocabulary.ids(words))
-            spans += [begin, len(self._tokens)]
-        return spans
+                positions.append((inside, inside, inside, inside))
+        return positions
 
     def _tokenize_joined(self, chunks: Sequence[str]) -> list[list[str]]:
+        if not chunks:
+            return []
         divider = f" {_DIVIDER} "
         tokens = self._word_tokenizer.tokenize(f"{_DIVIDER} {divider.join(chunks)} {_DIVIDER}")
         groups: list[list[str]] = []
@@ -263,11 +272,51 @@ class ChunkTokenizer:
         assert len(groups) == len(chunks), "the word tokeniser changed the dividers"
         return groups
 
-    def _tokenize_at_every_position(self, chunk: str) -> list[list[str]]:
+    def _tokenize_at_every_position(self, chunk: str) -> _Positions:
         tokenize = self._word_tokenizer.tokenize
-        return [
+        return (
             tokenize(f"{_DIVIDER} {chunk} {_DIVIDER}")[1:-1],
             tokenize(f"{chunk} {_DIVIDER}")[:-1],
             tokenize(f"{_DIVIDER} {chunk}")[1:],
             tokenize(chunk),
-        ]
+        )
+
+
+def _is_plain(word: str, mark: str) -> bool:
+    return (
+        len(word) > 1
+        and word.isalpha()
+        and word.isascii()
+        and (not mark or mark in _PLAIN_MARKS)
+        and word.lower() not in _SPLIT_WORDS
+    )
+
+
+class _TokenPool:
+    """Token lists of new chunks, laid end to end behind `num_stored` earlier tokens, and where each position's are."""
+
+    def __init__(self, num_stored: int, num_chunks: int) -> None:
+        self.tokens: list[str] = []
+        self.spans: list[tuple[int, ...]] = [(num_stored,) * (2 * NUM_POSITIONS)] * num_chunks
+        self._num_stored = num_stored
+
+    def add_plain(self, index: int, word: str, mark: str) -> None:
+        """A word and its mark; a full stop stays with its word inside a sentence."""
+        span = self._append([word, mark] if mark else [word])
+        inside = self._append([word + mark]) if mark == "." else span
+        self.spans[index] = inside + inside + span + span
+
+    def add(self, index: int, positions: _Positions) -> None:
+        """Tokens of a chunk at the four positions; lists that are the same object are stored once."""
+        spans: dict[int, tuple[int, int]] = {}
+        row: tuple[int, ...] = ()
+        for words in positions:
+            if id(words) not in spans:
+                spans[id(words)] = self._append(words)
+            row += spans[id(words)]
+        self.spans[index] = row
+
+    def _append(self, words: Sequence[str]) -> tuple[int, int]:
+        begin = self._num_stored + len(self.tokens)
+        self.tokens += words
+        return begin, begin + len(words)

@@ -42,6 +42,18 @@ THOUSANDTHS = 1000
 ) = range(11)
 NUM_WORD_COLUMNS = 11
 NUM_FEATURES = 14
+# NLTK's names of the features that depend on one word only, in the order of the columns.
+WORD_FEATURES = (
+    "i suffix",
+    "i pref1",
+    "i word",
+    "i-1 word",
+    "i-1 suffix",
+    "i-2 word",
+    "i+1 word",
+    "i+1 suffix",
+    "i+2 word",
+)
 
 
 class PerceptronWeights(NamedTuple):
@@ -78,10 +90,14 @@ class PerceptronTagger:
         self.labels = (*self.classes, *START_MARKERS, *extra_tags)
         self._tag_ids = {label: index for index, label in enumerate(self.labels)}
         self._tag_dictionary = tag_dictionary
-        self._row_of = {feature: index for index, feature in enumerate(weights, start=1)}
+        self._rows_of = _rows_by_name(weights)
+        self._word_rows = [self._rows_of.get(name, {}) for name in WORD_FEATURES]
         self._normalize = NltkPerceptronTagger(load=False).normalize
         self._tag_word_ids: dict[str, int] = {}
         self._weights = self._build_weights(weights)
+        # Most distinct words of a large set are in none of the tables, and one look-up says so.
+        named = [self._rows_of.get(name, {}) for name in WORD_FEATURES if name.endswith("word")]
+        self._known_words = set(self._tag_word_ids).union(*named)
         self._words = GrowingArray(np.int32, num_columns=NUM_WORD_COLUMNS)
         self.clear()
 
@@ -92,7 +108,12 @@ class PerceptronTagger:
 
     def add_words(self, words: Sequence[str]) -> None:
         """Give the next word ids to `words`; the first word added has id 4, after the context markers."""
-        self._words.extend([self._word_columns(word, self._normalize(word)) for word in words])
+        self._words.extend(
+            [
+                self._word_columns(word, word.lower() if word.isalpha() and word.isascii() else self._normalize(word))
+                for word in words
+            ]
+        )
 
     def tag(self, words: np.ndarray, sentence_ends: np.ndarray) -> np.ndarray:
         """Tags of a run of sentences.
@@ -120,26 +141,21 @@ class PerceptronTagger:
             raise ValueError("perceptron weights are not multiples of 0.001; expected NLTK's averaged weights")
         return PerceptronWeights(
             rows=thousandths.astype(np.int32),
-            bias=self._row("bias"),
+            bias=self._rows_of.get("bias ", {}).get("", 0),
             previous_tag=self._tag_rows("i-1 tag"),
             second_previous_tag=self._tag_rows("i-2 tag"),
-            tag_pair=np.stack([self._tag_rows(f"i tag+i-2 tag {label}") for label in self.labels]),
-            tag_word=self._tag_word_rows(weights),
+            tag_pair=np.stack([self._tag_rows("i tag+i-2", prefix=f"tag {label} ") for label in self.labels]),
+            tag_word=self._tag_word_rows(),
         )
 
-    def _row(self, feature: str) -> int:
-        return self._row_of.get(feature, 0)
+    def _tag_rows(self, name: str, *, prefix: str = "") -> np.ndarray:
+        rows = self._rows_of.get(name, {})
+        return np.array([rows.get(prefix + label, 0) for label in self.labels], dtype=np.int32)
 
-    def _tag_rows(self, name: str) -> np.ndarray:
-        return np.array([self._row(f"{name} {label}") for label in self.labels], dtype=np.int32)
-
-    def _tag_word_rows(self, weights: Mapping[str, Mapping[str, float]]) -> np.ndarray:
+    def _tag_word_rows(self) -> np.ndarray:
         table: list[list[int]] = [[0] * len(self.labels)]  # entry 0: the word was never seen with a tag before it
-        for feature, row in self._row_of.items():
-            name, _, context = feature.partition(" word ")
-            if name != "i-1 tag+i":
-                continue
-            tag, _, word = context.partition(" ")
+        for context, row in self._rows_of.get("i-1 tag+i", {}).items():
+            _, tag, word = context.split(" ", 2)
             if tag not in self._tag_ids:
                 continue
             index = self._tag_word_ids.setdefault(word, len(table))
@@ -148,21 +164,36 @@ class PerceptronTagger:
             table[index][self._tag_ids[tag]] = row
         return np.array(table, dtype=np.int32)
 
-    def _word_columns(self, word: str, normalized: str) -> list[int]:
+    def _word_columns(self, word: str, normalized: str) -> tuple[int, ...]:
+        suffix, prefix, itself, previous, previous_suffix, second_previous, after, after_suffix, second_after = (
+            self._word_rows
+        )
+        normalized_suffix = normalized[-3:]
         fixed_tag = self._tag_dictionary.get(word)
-        return [
-            self._row(f"i suffix {word[-3:]}"),
-            self._row(f"i pref1 {word[:1]}"),
-            self._row(f"i word {normalized}"),
-            self._tag_word_ids.get(normalized, 0),
-            self._row(f"i-1 word {normalized}"),
-            self._row(f"i-1 suffix {normalized[-3:]}"),
-            self._row(f"i-2 word {normalized}"),
-            self._row(f"i+1 word {normalized}"),
-            self._row(f"i+1 suffix {normalized[-3:]}"),
-            self._row(f"i+2 word {normalized}"),
+        is_known = normalized in self._known_words
+        return (
+            suffix.get(word[-3:], 0),
+            prefix.get(word[:1], 0),
+            itself.get(normalized, 0) if is_known else 0,
+            self._tag_word_ids.get(normalized, 0) if is_known else 0,
+            previous.get(normalized, 0) if is_known else 0,
+            previous_suffix.get(normalized_suffix, 0),
+            second_previous.get(normalized, 0) if is_known else 0,
+            after.get(normalized, 0) if is_known else 0,
+            after_suffix.get(normalized_suffix, 0),
+            second_after.get(normalized, 0) if is_known else 0,
             self._tag_ids[fixed_tag] if fixed_tag else -1,
-        ]
+        )
+
+
+def _rows_by_name(weights: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:
+    """Row of each feature, by the feature's name (its first two words) and what follows the name."""
+    rows: dict[str, dict[str, int]] = {}
+    for row, feature in enumerate(weights, start=1):
+        kind, _, rest = feature.partition(" ")
+        what, _, context = rest.partition(" ")
+        rows.setdefault(f"{kind} {what}", {})[context] = row
+    return rows
 
 
 @njit(cache=True, nogil=True)

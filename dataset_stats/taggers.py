@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +134,10 @@ class LexiconTagger:
         from textblob.en import parser
 
         self._parser = parser
+        with warnings.catch_warnings():
+            # TextBlob reads its lexicon at the first word and leaves the file for the garbage collector to close.
+            warnings.simplefilter("ignore", ResourceWarning)
+            self._parser.find_tags(["a"])
         self.labels: list[str] = []
         self._label_ids: dict[str, int] = {}
         self._tag_of_word: list[int] = []

@@ -1,0 +1,216 @@
+"""`make bench-stats`: captions to noun counts, against NLTK's own functions on the same captions, one core each.
+
+Captions are generated: half dense ones as LLaVA writes them, half alt texts as shops write them, with a long-tailed
+vocabulary drawn from TextBlob's lexicon. As in Table 1 of the paper, alt texts have many more distinct words.
+`SCALE=1` (or `--scale`) counts 100,000 and then 1,000,000 of them in processes of their own and compares time and
+peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from nltk.tag.perceptron import PerceptronTagger as NltkTagger
+from nltk.tokenize.destructive import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+from rich.console import Console
+from rich.table import Table
+
+from dataset_stats.counting import NounCounter
+from dataset_stats.perceptron import PerceptronTagger
+from dataset_stats.taggers import NLTK_PARTS, LexiconTagger, find_tagger, read_nltk_part
+
+RESULT = Path(__file__).parent / "results" / "stats.json"
+ZIPF_EXPONENT = 1.07
+ZIPF_SHIFT = 2.7
+NUM_DENSE_WORDS = 6000  # of each kind; alt texts use the whole lexicon
+SCALE_CAPTIONS = (100_000, 1_000_000)
+TRAINING_CAPTIONS = 300
+DENSE = (
+    "The image features a {j} {n} {v} near a {j} {n}.",
+    "There are several {n}s in the scene, including a {n}, a {j} {n} and {d} {n}s.",
+    'The {n} has a sign that says "{n} {n}", and its {n} is {j}.',
+    "In the background, a {n} can be seen {v} next to the {n}'s {n}, giving the {n} a {j} look.",
+    "Overall, the style of the image is {j}, with a {j}-{j} {n} that isn't {v}.",
+)
+ALT = (
+    "{j} {n} {n} - {n} {d}",
+    "{n} for {n}, {j} {n} ({d} pcs)",
+    "IMG_{d}.jpg",
+    "Buy {n} {n} | {n}.com",
+    "{n} {v} in {n}, stock photo",
+)
+
+
+class CaptionMaker:
+    """Makes captions with a long-tailed vocabulary; the same seed gives the same captions."""
+
+    def __init__(self, seed: int) -> None:
+        from textblob.en import lexicon
+
+        self._rng = np.random.default_rng(seed)
+        words: dict[str, list[str]] = {"n": [], "j": [], "v": []}
+        kinds = {"NN": "n", "NNP": "n", "JJ": "j", "VBG": "v"}
+        lexicon.load()
+        for word, tag in dict.items(lexicon):
+            if tag in kinds and word.isalpha():
+                words[kinds[tag]].append(word)
+        self._words = {kind: self._rng.permutation(sorted(found)) for kind, found in words.items()}
+        self._cumulative = {kind: self._zipf(len(found)) for kind, found in self._words.items()}
+        self._dense = {kind: self._zipf(min(NUM_DENSE_WORDS, len(found))) for kind, found in self._words.items()}
+
+    def captions(self, count: int) -> Iterator[str]:
+        """Yield `count` captions, dense ones and alt texts in turn."""
+        for index in range(count):
+            if index % 2:
+                yield self._fill(ALT[self._rng.integers(len(ALT))], self._cumulative)
+                continue
+            forms = self._rng.integers(0, len(DENSE), self._rng.integers(2, 5))
+            yield " ".join(self._fill(DENSE[form], self._dense) for form in forms)
+
+    def _zipf(self, count: int) -> np.ndarray:
+        weights = (np.arange(count) + ZIPF_SHIFT) ** -ZIPF_EXPONENT
+        return np.cumsum(weights / weights.sum())
+
+    def _fill(self, form: str, cumulative: dict[str, np.ndarray]) -> str:
+        parts = form.split("{")
+        filled = [parts[0]]
+        for part in parts[1:]:
+            kind, rest = part[0], part[2:]
+            filled.append(str(self._rng.integers(1, 10_000)) if kind == "d" else self._word(kind, cumulative))
+            filled.append(rest)
+        return "".join(filled)
+
+    def _word(self, kind: str, cumulative: dict[str, np.ndarray]) -> str:
+        index = np.searchsorted(cumulative[kind], self._rng.random() * cumulative[kind][-1])
+        return str(self._words[kind][min(index, len(cumulative[kind]) - 1)])
+
+
+def load_taggers(captions: Sequence[str]) -> tuple[NltkTagger, PerceptronTagger, str]:
+    """NLTK's tagger and ours over the same weights: the installed ones, or ones trained here on `captions`."""
+    source = find_tagger("auto")
+    reference = NltkTagger(load=False)
+    if source.name == "nltk":
+        reference.decode_json_params([json.loads(read_nltk_part(Path(source.folder), part)) for part in NLTK_PARTS])
+        kind = "installed weights"
+    else:
+        teacher = NounCounter(LexiconTagger())
+        reference.train([sentence for text in captions for sentence in teacher.tags(text)], nr_iter=3)
+        kind = "weights trained for this benchmark (NLTK's are not installed)"
+    return reference, PerceptronTagger(reference.model.weights, reference.tagdict, reference.classes), kind
+
+
+def count_with_nltk(captions: Sequence[str], tagger: NltkTagger) -> tuple[Counter[str], int]:
+    """Nouns and number of tokens by NLTK's own functions."""
+    split, tokenize = PunktSentenceTokenizer().tokenize, NLTKWordTokenizer().tokenize
+    nouns: Counter[str] = Counter()
+    num_tokens = 0
+    for caption in captions:
+        for sentence in split(caption.casefold()):
+            tagged = tagger.tag(tokenize(sentence))
+            num_tokens += len(tagged)
+            nouns.update(word for word, tag in tagged if tag.startswith("NN"))
+    return nouns, num_tokens
+
+
+def compare(num_captions: int) -> dict[str, object]:
+    """Run both on the same captions; neither loading nor compiling is timed; seconds are CPU seconds."""
+    captions = list(CaptionMaker(0).captions(num_captions))
+    reference, tagger, kind = load_taggers(captions[:TRAINING_CAPTIONS])
+    NounCounter(tagger).count(captions[:2])
+    counter = NounCounter(tagger)
+    start_seconds = time.process_time()
+    counter.count(captions)
+    nouns = counter.take()
+    our_seconds = time.process_time() - start_seconds
+    start_seconds = time.process_time()
+    expected, num_tokens = count_with_nltk(captions, reference)
+    nltk_seconds = time.process_time() - start_seconds
+    found = dict(zip(nouns["noun"].to_pylist(), nouns["count"].to_pylist(), strict=True))
+    return {
+        "ratio_nltk": round(nltk_seconds / our_seconds, 1),
+        "identical": found == dict(expected),
+        "num_captions": num_captions,
+        "num_tokens": num_tokens,
+        "distinct_nouns": len(found),
+        "nltk_seconds": round(nltk_seconds, 3),
+        "our_seconds": round(our_seconds, 3),
+        "weights": kind,
+        "nltk": version("nltk"),
+    }
+
+
+def count_generated(num_captions: int) -> dict[str, float]:
+    """Count generated captions in this process; peak memory is the process's, caption making included."""
+    maker = CaptionMaker(0)
+    _, tagger, _ = load_taggers(list(maker.captions(TRAINING_CAPTIONS)))
+    counter = NounCounter(tagger)
+    seconds, block = 0.0, 10_000
+    for start in range(0, num_captions, block):
+        captions = list(maker.captions(min(block, num_captions - start)))
+        start_seconds = time.process_time()
+        counter.count(captions)
+        seconds += time.process_time() - start_seconds
+    start_seconds = time.process_time()
+    distinct = len(counter.take())
+    seconds += time.process_time() - start_seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return {
+        "num_captions": num_captions,
+        "seconds": round(seconds, 2),
+        "peak_gigabytes": round(peak, 2),
+        "distinct_nouns": distinct,
+    }
+
+
+def measure_scale() -> dict[str, object]:
+    """Count 10 times as many captions: time should grow 10 times, memory hardly."""
+    runs = []
+    for num_captions in SCALE_CAPTIONS:
+        command = [sys.executable, "-m", "benchmarks.stats", "--count", str(num_captions)]
+        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    small, large = runs
+    return {
+        "scale": runs,
+        "ratio_seconds_10x": round(large["seconds"] / small["seconds"], 1),
+        "peak_gigabytes": large["peak_gigabytes"],
+    }
+
+
+def main() -> None:
+    """Print a table, and as last line one JSON object; write the same to benchmarks/results/stats.json."""
+    parser = argparse.ArgumentParser(description="Noun counting against NLTK's own functions.")
+    parser.add_argument("--captions", type=int, default=100_000)
+    parser.add_argument("--scale", action="store_true", default=os.environ.get("SCALE") == "1")
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.count:
+        print(json.dumps(count_generated(options.count)))
+        return
+    result = compare(options.captions)
+    if options.scale:
+        result |= measure_scale()
+    table = Table("", "seconds", "captions/s", "tokens/s", title=f"{options.captions:,} captions, {result['weights']}")
+    for name, key in (("NLTK", "nltk_seconds"), ("dataset_stats", "our_seconds")):
+        seconds = float(str(result[key]))
+        rates = [f"{int(str(result[count])) / seconds:,.0f}" for count in ("num_captions", "num_tokens")]
+        table.add_row(name, f"{seconds:.2f}", *rates)
+    Console().print(table)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Counting: case, odd captions, tables that start anew, and the bounded merge."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset_stats import counting, merge
+from dataset_stats.counting import NOUN_SCHEMA, NounCounter, sum_nouns
+from dataset_stats.merge import merge_counts
+from dataset_stats.taggers import LexiconTagger
+
+CAPTIONS = [
+    "A red dog sits on a bench. The dog's hat isn't blue!",
+    "Two dogs, one cat (and a cat) near the water.",
+    "",
+    "日本 😀 \x00 <script>alert(1)</script> =SUM(A1)",
+]
+
+
+@pytest.fixture(scope="module")
+def tagger() -> LexiconTagger:
+    return LexiconTagger()
+
+
+def as_dict(table: pa.Table) -> dict[str, int]:
+    return dict(zip(table["noun"].to_pylist(), table["count"].to_pylist(), strict=True))
+
+
+def test_counts_nouns_tokens_and_first_rows(tagger):
+    counter = NounCounter(tagger)
+    lengths = counter.count(CAPTIONS[:3], first_row=7)
+    nouns = counter.take()
+    assert as_dict(nouns)["dog"] == 2 and as_dict(nouns)["cat"] == 2
+    assert nouns["noun"].to_pylist() == sorted(nouns["noun"].to_pylist())
+    first_rows = dict(zip(nouns["noun"].to_pylist(), nouns["first_row"].to_pylist(), strict=True))
+    assert (first_rows["dog"], first_rows["cat"]) == (7, 8)
+    assert lengths.num_nouns.sum() == sum(as_dict(nouns).values())
+    assert lengths.num_tokens[2] == lengths.num_nouns[2] == 0
+    assert len(counter.take()) == 0
+
+
+words = st.sampled_from(["the", "a", "red", "Dog", "cats", "Run", "quickly", "CAFÉ", "Straße", "sits.", "on,", "it's", "(two)", "U.S.", "“Sale”", "3rd"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(captions=st.lists(st.lists(words, max_size=9).map(" ".join), min_size=1, max_size=5))
+def test_recasing_changes_nothing(tagger, captions):
+    def count(change) -> dict[str, int]:
+        counter = NounCounter(tagger)
+        counter.count([change(caption) for caption in captions])
+        return as_dict(counter.take())
+
+    assert count(str.lower) == count(str.upper) == count(str.title) == count(str.swapcase)
+
+
+def test_one_batch_equals_many(tagger, monkeypatch):
+    captions = CAPTIONS * 30
+    whole = NounCounter(tagger)
+    whole_lengths = whole.count(captions)
+    expected = whole.take()
+    monkeypatch.setattr(counting, "CAPTIONS_PER_BATCH", 7)
+    monkeypatch.setattr(counting, "MAX_WORDS", 20)  # the tables start anew over and over
+    small = NounCounter(tagger)
+    lengths = small.count(captions)
+    assert small.take().equals(expected)
+    assert np.array_equal(lengths.num_nouns, whole_lengths.num_nouns)
+
+
+def test_a_caption_of_a_megabyte(tagger):
+    counter = NounCounter(tagger)
+    lengths = counter.count(["dog " * 250_000, "x" * 1_000_000])
+    assert lengths.num_nouns.tolist() == [250_000, 1]
+    assert as_dict(counter.take())["dog"] == 250_000
+
+
+def noun_table(counts: dict[str, int]) -> pa.Table:
+    rows = sorted(counts.items(), key=lambda item: item[0].encode())
+    return pa.table([[noun for noun, _ in rows], [count for _, count in rows], [0] * len(rows)], schema=NOUN_SCHEMA)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sets=st.lists(
+        st.lists(
+            st.dictionaries(st.text("abé日z", max_size=3), st.integers(1, 9), max_size=12), min_size=1, max_size=7
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    batch=st.integers(1, 5),
+)
+def test_merge_adds_up_whatever_the_batches(tmp_path_factory, sets, batch):
+    folder = tmp_path_factory.mktemp("merge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "ROWS_PER_BATCH", batch)
+        patch.setattr(merge, "MAX_OPEN_FILES", 2)
+        paths: dict[str, list] = {}
+        for number, shards in enumerate(sets):
+            for shard, counts in enumerate(shards):
+                path = folder / f"{number}-{shard}.parquet"
+                pq.write_table(noun_table(counts), path)
+                paths.setdefault(f"set{number}", []).append(path)
+        merge_counts(paths, folder / "nouns.parquet", scratch=folder / "scratch")
+    merged = pq.read_table(folder / "nouns.parquet")
+    nouns = merged["noun"].to_pylist()
+    assert nouns == sorted(set(nouns), key=str.encode)
+    for number, shards in enumerate(sets):
+        expected: dict[str, int] = {}
+        first: dict[str, int] = {}
+        for shard, counts in enumerate(shards):
+            for noun, count in counts.items():
+                expected[noun] = expected.get(noun, 0) + count
+                first.setdefault(noun, shard << merge.ROW_BITS)
+        found = dict(zip(nouns, merged[f"set{number}"].to_pylist(), strict=True))
+        rows = dict(zip(nouns, merged[f"set{number} first_row"].to_pylist(), strict=True))
+        assert {noun: count for noun, count in found.items() if count} == expected
+        assert {noun: row for noun, row in rows.items() if row is not None} == first
+
+
+def test_sum_nouns_sorts_by_bytes():
+    table = sum_nouns([noun_table({"b": 1, "é": 2}), noun_table({"b": 2, "日": 1})])
+    assert as_dict(table) == {"b": 3, "é": 2, "日": 1}
+    assert json.dumps(table["noun"].to_pylist()) == json.dumps(["b", "é", "日"])
