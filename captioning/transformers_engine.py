@@ -23,7 +23,11 @@ PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
 
 
 class TransformersEngine:
-    """A LLaVA loaded in this process; see `CaptionEngine` for the three methods."""
+    """A LLaVA loaded in this process; see `CaptionEngine` for the three methods.
+
+    Attributes:
+        model, processor, tokenizer: those of transformers, the processor corrected from the model's config.
+    """
 
     def __init__(self, config: CaptioningConfig, *, num_threads: int) -> None:
         """Load the model and correct its processor.
@@ -36,14 +40,14 @@ class TransformersEngine:
         device = _choose_device(config.device)
         dtype = _choose_dtype(config.dtype, device)
         self.is_exact = dtype == torch.float32
-        self._model = _load_model(config, dtype).to(device).eval()
-        self._processor = _load_processor(config, self._model)
-        self._tokenizer = self._processor.tokenizer
+        self.model = _load_model(config, dtype).to(device).eval()
+        self.processor = _load_processor(config, self.model)
+        self.tokenizer = self.processor.tokenizer
         self._special_tokens = re.compile("|".join(re.escape(token) for token in self._all_special_tokens()))
         # The tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
         self._lock = threading.Lock()
-        end_token_ids = _end_token_ids(self._model, self._tokenizer)
-        pad_token_id = self._tokenizer.pad_token_id
+        end_token_ids = _end_token_ids(self.model, self.tokenizer)
+        pad_token_id = self.tokenizer.pad_token_id
         settings = DecodingSettings(
             num_slots=config.batch_size,
             max_new_tokens=config.max_new_tokens,
@@ -51,7 +55,7 @@ class TransformersEngine:
             end_token_ids=end_token_ids,
             pad_token_id=pad_token_id if pad_token_id is not None else min(end_token_ids),
         )
-        self._decoder = ContinuousDecoder(self._model, settings)
+        self._decoder = ContinuousDecoder(self.model, settings)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
@@ -64,10 +68,10 @@ class TransformersEngine:
         """
         text = self._wrap(request.prompt)
         # Some chat templates write the begin token themselves.
-        begin = self._tokenizer.bos_token
+        begin = self.tokenizer.bos_token
         has_begin = begin is not None and text.startswith(begin)
         with self._lock:
-            inputs = self._processor(
+            inputs = self.processor(
                 images=request.image, text=text, return_tensors="pt", add_special_tokens=not has_begin
             )
         pixels = inputs["pixel_values"]
@@ -85,12 +89,12 @@ class TransformersEngine:
 
     def probe(self, prepared: Iterable[Prompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
-        return self._continue(ContinuousDecoder(self._model, self._probe_settings), prepared)
+        return self._continue(ContinuousDecoder(self.model, self._probe_settings), prepared)
 
     def _continue(self, decoder: ContinuousDecoder, prepared: Iterable[Prompt]) -> list[Caption]:
         return [
             Caption(
-                text=self._tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),
+                text=self.tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),
                 num_tokens=len(continuation.token_ids),
                 finish_reason=continuation.finish_reason,
             )
@@ -98,20 +102,20 @@ class TransformersEngine:
         ]
 
     def _wrap(self, prompt: str) -> str:
-        image_token = self._processor.image_token
+        image_token = self.processor.image_token
         # An alt text may hold anything, `<image>` and `</s>` too.
         prompt = self._special_tokens.sub(" ", prompt)
-        if self._processor.chat_template is None:
+        if self.processor.chat_template is None:
             text = PLAIN_TEMPLATE.format(image_token=image_token, prompt=prompt)
         else:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             messages = [{"role": "user", "content": content}]
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text.count(image_token) == 1, f"one image per prompt, not {text.count(image_token)}: {text!r}"
         return text
 
     def _all_special_tokens(self) -> list[str]:
-        tokens = {self._processor.image_token, *self._tokenizer.all_special_tokens}
+        tokens = {self.processor.image_token, *self.tokenizer.all_special_tokens}
         return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
 
 

@@ -1,0 +1,154 @@
+"""`make bench-caption`: continuous batching against `model.generate` over fixed batches in arrival order.
+
+The same model, images, prompts and batch width on both sides, preprocessing included; half of the prompts carry an alt
+text. Captions end where the model ends them, so their lengths vary as they do in use. The greedy captions are compared.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from captioning.config import CaptioningConfig
+from captioning.engine import Request
+from captioning.loading import read_ahead
+from captioning.prompts import fill_prompt
+from captioning.transformers_engine import TransformersEngine
+from toyworld.render import render
+from toyworld.scenes import random_scene
+from toyworld.wording import alt_text
+
+RESULT = Path(__file__).parent / "results" / "caption.json"
+SEED = 7
+SIDE_PIXELS = 96
+
+
+def make_requests(count: int, config: CaptioningConfig) -> list[Request]:
+    """Images of generated scenes, every other one with a LAION-style alt text in its prompt."""
+    rng = np.random.default_rng(SEED)
+    requests = []
+    for number in range(count):
+        scene = random_scene(rng)
+        image = render(scene, SIDE_PIXELS, SIDE_PIXELS, rng=rng)
+        template = config.prompts["img2dataset" if number % 2 else "default"]
+        prompt = fill_prompt(template, alt_text(scene, rng), default=config.prompts["default"], max_alt_text_chars=300)
+        requests.append(Request(image=image, prompt=prompt, seed=number))
+    return requests
+
+
+def caption_with_generate(
+    engine: TransformersEngine, requests: Sequence[Request], config: CaptioningConfig
+) -> list[str]:
+    """What captioning scripts do: fixed batches in arrival order, each as slow as its longest caption."""
+    processor, texts = engine.processor, []
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        messages = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.prompt}]}]
+            for request in batch
+        ]
+        prompts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
+        images = [request.image for request in batch]
+        inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        inputs = inputs.to(engine.model.device, engine.model.dtype)
+        with torch.inference_mode():
+            output = engine.model.generate(**inputs, do_sample=False, max_new_tokens=config.max_new_tokens)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        texts += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return texts
+
+
+def caption_with_engine(engine: TransformersEngine, requests: Sequence[Request], config: CaptioningConfig) -> list[str]:
+    """What `python -m captioning` does once an image is decoded."""
+    prepared = read_ahead(requests, engine.prepare, num_threads=config.num_decode_threads)
+    return [caption.text for caption in engine.caption(prepared)]
+
+
+def fastest(functions: Sequence[Callable[[], object]], *, num_rounds: int) -> list[float]:
+    """Seconds of the fastest round of each function, taken in turns so that a busy machine slows all alike."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(num_rounds):
+        for function, rounds in zip(functions, seconds, strict=True):
+            start_seconds = time.perf_counter()
+            function()
+            rounds.append(time.perf_counter() - start_seconds)
+    return [min(rounds) for rounds in seconds]
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Caption the same requests both ways; gives the figures of the last line."""
+    table = {"model": options.model, "batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    config = CaptioningConfig.model_validate(table)
+    engine = TransformersEngine(config, num_threads=options.threads)
+    requests = make_requests(options.images, config)
+    ours, theirs = caption_with_engine(engine, requests, config), caption_with_generate(engine, requests, config)
+    num_tokens = [len(engine.tokenizer(text, add_special_tokens=False).input_ids) for text in ours]
+    our_seconds, generate_seconds = fastest(
+        [
+            lambda: caption_with_engine(engine, requests, config),
+            lambda: caption_with_generate(engine, requests, config),
+        ],
+        num_rounds=options.rounds,
+    )
+    return {
+        "ratio_generate": round(generate_seconds / our_seconds, 2),
+        "identical": ours == theirs,
+        "num_different": sum(our != other for our, other in zip(ours, theirs, strict=True)),
+        "captions_per_second": round(len(requests) / our_seconds, 1),
+        "generate_captions_per_second": round(len(requests) / generate_seconds, 1),
+        "num_images": len(requests),
+        "batch_size": config.batch_size,
+        "caption_tokens": {
+            "mean": round(float(np.mean(num_tokens)), 1),
+            "p5": int(np.percentile(num_tokens, 5)),
+            "p95": int(np.percentile(num_tokens, 95)),
+            "max": max(num_tokens),
+        },
+        "device": torch.cuda.get_device_name() if engine.model.device.type == "cuda" else platform.machine(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "threads": options.threads,
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def print_table(figures: dict[str, object]) -> None:
+    """Show both ways side by side."""
+    table = Table(title=f"{figures['num_images']} images, {figures['batch_size']} at a time, {figures['device']}")
+    table.add_column("")
+    table.add_column("captions/s", justify="right")
+    table.add_row("model.generate, fixed batches", str(figures["generate_captions_per_second"]))
+    table.add_row("captioning", str(figures["captions_per_second"]))
+    table.add_row("ratio", str(figures["ratio_generate"]))
+    Console().print(table)
+
+
+def main() -> None:
+    """Print a table, and as last line one JSON object; write the same to benchmarks/results/caption.json."""
+    parser = argparse.ArgumentParser(description="Continuous batching against model.generate.")
+    parser.add_argument("--model", default="toyworld/weights/llava", help="hub id or local folder")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each, of which the fastest counts")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch, for both")
+    figures = measure(parser.parse_args())
+    print_table(figures)
+    RESULT.parent.mkdir(exist_ok=True)
+    line = json.dumps(figures)
+    RESULT.write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
