@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, T5EncoderModel
 
 from pixart.convert import load_diffusers
@@ -13,7 +14,10 @@ from toyworld.judge import WEIGHTS as JUDGE_WEIGHTS
 from toyworld.judge import Judge
 from toyworld.scenes import POSITIONS, Scene, class_name, random_scene
 from toyworld.wording import alt_text, caption_hits, dense_caption, describe, parse_caption
+from toyworld.zoo import captioner as captioner_training
+from toyworld.zoo import class_conditional, judge_training, text_encoder, vision_tower
 from toyworld.zoo import vae as zoo_vae
+from toyworld.zoo.__main__ import NAMES, train
 from toyworld.zoo.captioner import greedy_captions
 from toyworld.zoo.vision_tower import picture_of
 
@@ -185,3 +189,26 @@ def test_class_samples_show_their_class():
     shown = [{f"{colour} {shape}" for shape, colour in of_image.values()} for of_image in seen]
     accuracy = np.mean([class_name(label) in of_image for label, of_image in zip(labels.tolist(), shown, strict=True)])
     assert accuracy >= 0.8
+
+
+# Training
+
+
+def test_every_model_can_be_trained_anew(tmp_path, monkeypatch):
+    """One step each: what `make zoo` writes has the files, shapes and dtypes that are shipped."""
+    for module in (zoo_vae, text_encoder, vision_tower, captioner_training, judge_training, class_conditional):
+        monkeypatch.setattr(module, "NUM_STEPS", 1)
+    monkeypatch.setattr(class_conditional, "NUM_SCENES", 100)
+    for name in NAMES:
+        train(name, tmp_path)
+        written = {path.name: path for path in (tmp_path / name).iterdir()}
+        shipped = {path.name: path for path in (WEIGHTS / name).iterdir()}
+        assert written.keys() == shipped.keys(), name
+        for file in written:
+            if file.endswith(".safetensors"):
+                new, old = load_file(written[file]), load_file(shipped[file])
+                assert {k: (v.shape, v.dtype) for k, v in new.items()} == {
+                    k: (v.shape, v.dtype) for k, v in old.items()
+                }
+            elif file.startswith("tokenizer"):
+                assert written[file].read_bytes() == shipped[file].read_bytes()  # seeded

@@ -33,9 +33,9 @@ def train(name: str, weights: Path) -> None:
 
         captioner.train(folder)
     elif name == "judge":
-        from toyworld.zoo import judge_net
+        from toyworld.zoo import judge_training
 
-        judge_net.train(folder, vae_folder=vae_folder)
+        judge_training.train(folder, vae_folder=vae_folder)
     else:
         from toyworld.zoo import class_conditional
 

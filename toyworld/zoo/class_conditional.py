@@ -3,7 +3,7 @@
 24 classes, shape x colour. As in ImageNet a label names one thing in a picture that may show more: half of the scenes
 hold a single object, the others are labelled with one of theirs at random. So it learns what pictures of this world
 look like and how a thing is drawn, but nothing of words, and nothing that ties a place to anything. It sees labels
-while it is trained. Latents come from the embedded VAE. About 25 minutes on one core.
+while it is trained. Latents come from the embedded VAE. 15 minutes on one core.
 """
 
 from pathlib import Path

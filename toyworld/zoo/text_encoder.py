@@ -2,7 +2,7 @@
 
 It is trained on text alone: from a caption or prompt, its states must tell what the text puts at each anchor (`slots`;
 the answers are the text's own parse). A T5 of this size with random weights is a bag of words, which a diffusion model
-cannot tell apart into two objects. About 4 minutes on one core.
+cannot tell apart into two objects. 4 minutes on one core.
 """
 
 from dataclasses import replace
@@ -103,6 +103,7 @@ def train(folder: Path) -> None:
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     tokenizer = build_tokenizer(rng)
+    tokenizer.save_pretrained(folder)  # before its first call, whose padding it would remember
     probed = Probed(build(), SlotReadout(_WIDTH, num_slots=_NUM_SLOTS))
     trainer = Trainer(probed, num_steps=NUM_STEPS, learning_rate=_LEARNING_RATE)
     for step in range(NUM_STEPS):
@@ -117,4 +118,3 @@ def train(folder: Path) -> None:
             accuracy = {k: round(v, 3) for k, v in slot_accuracy(logits, targets).items()}
             log.info("t5 step %d loss %.4f %s", step + 1, loss.item(), accuracy)
     save_half(trainer.averaged.encoder, folder)
-    tokenizer.save_pretrained(folder)
