@@ -24,6 +24,7 @@ from pipelines.pieces import (
 )
 from pipelines.progress import ProgressBar, get_logger, progress_bar
 from pipelines.recipe import StageConfig
+from pipelines.storage import exclusive
 
 log = get_logger("engine")
 
@@ -74,6 +75,7 @@ def run_over_shards(
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
         ValueError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
+            Or another process is writing `output`.
     """
     pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
     if not pending and (output.path / MANIFEST_NAME).is_file():
@@ -82,13 +84,14 @@ def run_over_shards(
         if manifest.fingerprint.digest == fingerprint.digest and wanted <= manifest.shards.keys():
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
-    for source in pending:
-        output.clear_marker(source.name)
-    if pending:
-        _run_pending(worker_class, config, pending, output, fingerprint=fingerprint, engine=engine, room=room)
-    _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
-    names = [source.name for source in sources]
-    return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
+    with exclusive(output.path):
+        for source in pending:
+            output.clear_marker(source.name)
+        if pending:
+            _run_pending(worker_class, config, pending, output, fingerprint=fingerprint, engine=engine, room=room)
+        _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+        names = [source.name for source in sources]
+        return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
 
 
 def _run_pending(
@@ -103,7 +106,9 @@ def _run_pending(
 ) -> None:
     num_workers = 1 if engine.in_process else engine.num_workers or _default_num_workers(engine)
     pieces = cut_into_pieces(pending, output, num_workers=num_workers, samples_per_slice=engine.samples_per_slice)
-    reports = {index: read_piece_report(piece, fingerprint) for index, piece in enumerate(pieces)}
+    reports = {
+        index: read_piece_report(piece, fingerprint, worker_class.suffixes) for index, piece in enumerate(pieces)
+    }
     waiting = [index for index, report in reports.items() if report is None]
     for index in waiting:
         pieces[index].output(".attempts").unlink(missing_ok=True)

@@ -108,10 +108,13 @@ def cut_into_pieces(
     return pieces
 
 
-def read_piece_report(piece: Piece, fingerprint: Fingerprint) -> PieceReport | None:
-    """Return the report of a piece that an earlier, interrupted run finished under the same settings, or None."""
+def read_piece_report(piece: Piece, fingerprint: Fingerprint, suffixes: Sequence[str]) -> PieceReport | None:
+    """Return the report of a piece that an earlier, interrupted run finished under the same settings, or None.
+
+    A run killed while it put a shard in place has moved some of the part files: such a piece is not finished.
+    """
     path = piece.output(".report")
-    if not path.is_file():
+    if not path.is_file() or not all(piece.output(suffix).is_file() for suffix in suffixes):
         return None
     content = json.loads(path.read_text())
     if content["fingerprint"] != fingerprint.digest or content["source"] != piece.source.identity:

@@ -1,6 +1,7 @@
 """Reading through fsspec, and writing so that a killed process never leaves a file that looks whole."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -59,6 +60,22 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold a directory for writing; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process is writing the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+        yield
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

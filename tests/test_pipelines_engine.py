@@ -75,6 +75,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def test_two_processes_cannot_write_one_directory(tmp_path, sources) -> None:
+    script = (
+        "import sys; from pathlib import Path; from pipelines.storage import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is being written by another process"):
+            run(tmp_path, "a", sources)
+        holder.kill()
+    assert run(tmp_path, "a", sources).num_read == 147
+
+
 def test_cutting_changes_no_byte_and_counts_balance(tmp_path, sources) -> None:
     """One worker takes whole shards, two Ray workers take pieces of two shards: the same files either way."""
     one = run(tmp_path, "one", sources[:2])
@@ -151,6 +166,16 @@ def test_an_empty_shard_is_a_done_shard(tmp_path) -> None:
     empty = Source(name="empty", path="", identity="e", num_samples=0)
     manifest = run(tmp_path, "a", [empty])
     assert manifest.shards["empty"].num_read == 0
+
+
+def test_a_run_killed_between_moving_files_and_marking_them_redoes_the_shard(tmp_path, sources, monkeypatch) -> None:
+    def die(*_) -> None:
+        raise RuntimeError("killed here")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
+        patch.setattr(StageDirectory, "write_marker", die)
+        run(tmp_path, "a", sources)
+    assert run(tmp_path, "a", sources).num_read == 147
 
 
 @pytest.mark.parametrize("delay_seconds", [0.0, 0.3])
