@@ -68,7 +68,11 @@ class CaptioningConfig(StageConfig):
         pattern="^(auto|float32|bfloat16|float16)$",
         description="Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU",
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one",
+    )
     batch_size: int = Field(default=32, ge=1, description="Captions decoded at a time; more is faster as memory allows")
     max_new_tokens: int = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
     temperature: float = Field(

@@ -77,7 +77,7 @@ class ContinuousDecoder:
         """Return the continuation of every prompt, in order; prompts are taken as slots become free.
 
         Raises:
-            ValueError: a prompt and its continuation may not fit the model's context, or its logits are not finite.
+            ValueError: the model's logits are not finite.
         """
         queue = iter(prompts)
         self._rows, self._results = [], []
@@ -98,7 +98,6 @@ class ContinuousDecoder:
 
     def _prefill(self, prompts: Sequence[Prompt]) -> None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        self._require_room(max(lengths))
         self._cache.reserve(max(lengths) + self._settings.max_new_tokens)
         prefilled = DynamicCache(config=self._text_config)
         inputs = pad_left(prompts, pad_token_id=self._settings.pad_token_id)
@@ -174,14 +173,6 @@ class ContinuousDecoder:
             if slot < len(rows) and not last.is_finished:
                 self._cache.move(len(rows), slot, last.length)
                 rows[slot] = last
-
-    def _require_room(self, prompt_length: int) -> None:
-        context = getattr(self._text_config, "max_position_embeddings", None)
-        if context is not None and prompt_length + self._settings.max_new_tokens > context:
-            raise ValueError(
-                f"captioning.max_new_tokens {self._settings.max_new_tokens} after a prompt of {prompt_length} tokens "
-                f"does not fit the model's context of {context} tokens"
-            )
 
 
 def pad_left(prompts: Sequence[Prompt], *, pad_token_id: int) -> dict[str, Tensor]:

@@ -31,6 +31,10 @@ class Caption:
     finish_reason: FinishReason
 
 
+class PromptTooLongError(ValueError):
+    """A prompt leaves no room for its caption in the model's context; says how long each is."""
+
+
 class CaptionEngine(Protocol):
     """Captions images in two steps, so that the first can run ahead on the CPU while the device is busy."""
 
@@ -38,7 +42,11 @@ class CaptionEngine(Protocol):
     """Whether greedy captions are the same to the letter at any batch size (float32)."""
 
     def prepare(self, request: Request) -> Any:
-        """Turn a request into what the device needs; called from several threads."""
+        """Turn a request into what the device needs; called from several threads.
+
+        Raises:
+            PromptTooLongError: the model's context does not hold the prompt and the longest caption.
+        """
         ...
 
     def caption(self, prepared: Iterable[Any]) -> list[Caption]:

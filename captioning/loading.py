@@ -5,13 +5,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from captioning.config import CaptioningConfig
-from captioning.engine import CaptionEngine, Request, sample_seed
+from captioning.engine import CaptionEngine, PromptTooLongError, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
 from pipelines.images import SampleReject, decode_image
 from pipelines.shards import RawSample, RawShard
@@ -98,8 +98,14 @@ class ShardLoader:
             request = self.request(sample, row["alt_text"])
         except SampleReject as reject:
             return LoadedSample(row={**row, "reject": reject.reason}, prepared=None)
+        try:
+            prepared = self._engine.prepare(request)
+        except PromptTooLongError:
+            # An alt text of the longest kind, in a script that takes a token per byte: the image is asked without it.
+            request = replace(request, prompt=self._config.prompts["default"])
+            prepared = self._engine.prepare(request)
         size = {"width": request.image.width, "height": request.image.height}
-        return LoadedSample(row={**row, **size, "prompt": request.prompt}, prepared=self._engine.prepare(request))
+        return LoadedSample(row={**row, **size, "prompt": request.prompt}, prepared=prepared)
 
 
 def _require_shape(image: Image.Image, max_aspect_ratio: float) -> None:

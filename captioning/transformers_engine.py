@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
 from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
-from captioning.engine import Caption, Request
+from captioning.engine import Caption, PromptTooLongError, Request
 from pipelines.models import resolve_model
 
 PROBE_TOKENS = 32
@@ -55,17 +55,14 @@ class TransformersEngine:
             end_token_ids=end_token_ids,
             pad_token_id=pad_token_id if pad_token_id is not None else min(end_token_ids),
         )
+        self._max_new_tokens, self._batch_size = config.max_new_tokens, config.batch_size
         self._decoder = ContinuousDecoder(self.model, settings)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
 
     def prepare(self, request: Request) -> Prompt:
-        """Return the request as token ids and pixels, on the CPU.
-
-        Raises:
-            AssertionError: the prompt does not hold exactly one image, or its pixels are not finite.
-        """
+        """Return the request as token ids and pixels, on the CPU; see `CaptionEngine`."""
         text = self._wrap(request.prompt)
         # Some chat templates write the begin token themselves.
         begin = self.tokenizer.bos_token
@@ -77,6 +74,7 @@ class TransformersEngine:
         pixels = inputs["pixel_values"]
         assert len(pixels) == 1 and pixels.numel() > 0, "one image goes to the model"
         assert bool(torch.isfinite(pixels).all()), "pixels are finite"
+        self._require_room(inputs["input_ids"].shape[1])
         return Prompt(
             input_ids=inputs["input_ids"][0],  # [L]
             image_inputs={name: inputs[name] for name in IMAGE_INPUTS if name in inputs},
@@ -92,14 +90,29 @@ class TransformersEngine:
         return self._continue(ContinuousDecoder(self.model, self._probe_settings), prepared)
 
     def _continue(self, decoder: ContinuousDecoder, prepared: Iterable[Prompt]) -> list[Caption]:
+        try:
+            continuations = decoder.decode(prepared)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"captioning.batch_size {self._batch_size} with captioning.max_new_tokens {self._max_new_tokens} does "
+                f"not fit the memory of {self.model.device}; finished shards stay, try a smaller batch"
+            ) from error
         return [
             Caption(
                 text=self.tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),
                 num_tokens=len(continuation.token_ids),
                 finish_reason=continuation.finish_reason,
             )
-            for continuation in decoder.decode(prepared)
+            for continuation in continuations
         ]
+
+    def _require_room(self, prompt_length: int) -> None:
+        context = self.model.config.get_text_config().max_position_embeddings
+        if prompt_length + self._max_new_tokens > context:
+            raise PromptTooLongError(
+                f"captioning.max_new_tokens {self._max_new_tokens} after a prompt of {prompt_length} tokens does not "
+                f"fit the model's context of {context} tokens"
+            )
 
     def _wrap(self, prompt: str) -> str:
         image_token = self.processor.image_token
@@ -120,8 +133,11 @@ class TransformersEngine:
 
 
 def _choose_device(device: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if has_gpu else "cpu")
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"captioning.device is {device}, but torch {torch.__version__} sees no GPU")
     return torch.device(device)
 
 
@@ -160,8 +176,9 @@ def _load_processor(config: CaptioningConfig, model: Any) -> Any:
     processor.tokenizer.padding_side = "left"
     processor.patch_size = model.config.vision_config.patch_size
     processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-    embeddings = getattr(model.model.vision_tower, "embeddings", None)
-    processor.num_additional_image_tokens = int(hasattr(embeddings, "class_embedding"))
+    tower = model.model.vision_tower
+    has_class_token = any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+    processor.num_additional_image_tokens = int(has_class_token)
     assert processor.tokenizer.padding_side == "left"
     return processor
 

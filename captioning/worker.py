@@ -84,7 +84,7 @@ class CaptionWorker:
             except SampleReject:
                 continue
             if is_worth_showing(request.image):
-                check_engine(self._engine, request.image, request.prompt)
+                check_engine(self._engine, request.image, self._settings.prompts["default"])
                 self._is_checked = True
                 return
 

@@ -122,12 +122,6 @@ def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
     assert taken == len(prompts) and most <= GREEDY.num_slots
 
 
-def test_a_caption_that_cannot_fit_is_refused_by_name(model, prompts) -> None:
-    settings = dataclasses.replace(GREEDY, max_new_tokens=500)
-    with pytest.raises(ValueError, match=r"captioning.max_new_tokens 500 .*context of 512 tokens"):
-        ContinuousDecoder(model, settings).decode(prompts)
-
-
 def test_broken_weights_are_noticed(model, prompts) -> None:
     broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
     with pytest.raises(ValueError, match="logits are not finite"):

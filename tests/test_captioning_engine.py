@@ -9,7 +9,7 @@ from PIL import Image
 
 from captioning.canary import CanaryError, check_engine, is_worth_showing
 from captioning.config import DESCRIBE, CaptioningConfig
-from captioning.engine import Request, sample_seed
+from captioning.engine import PromptTooLongError, Request, sample_seed
 from captioning.transformers_engine import TransformersEngine
 from tests.raw_shards import photo
 from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
@@ -115,6 +115,26 @@ def test_missing_weights_and_missing_models_are_said_in_one_line(llava, tmp_path
     )
     with pytest.raises(ValueError, match=r"lacks weights of a LlavaForConditionalGeneration: 1 would stay random"):
         load(broken)
+
+
+def test_settings_the_machine_cannot_meet_are_named(llava, monkeypatch) -> None:
+    engine = load(llava, max_new_tokens=500)
+    with pytest.raises(PromptTooLongError, match=r"captioning.max_new_tokens 500 .*context of 512 tokens"):
+        engine.prepare(requests(1)[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"captioning.device is cuda:1, but torch .* sees no GPU"):
+        load(llava, device="cuda:1")
+
+
+def test_too_little_memory_is_said_with_the_way_out(llava, monkeypatch) -> None:
+    engine = load(llava)
+
+    def fail(prompts):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine._decoder, "decode", fail)
+    with pytest.raises(ValueError, match=r"captioning.batch_size 32 .* try a smaller batch"):
+        texts(engine, requests(1))
 
 
 def test_the_canary_lets_a_sound_model_pass(engine, tmp_path) -> None:

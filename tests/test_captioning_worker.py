@@ -30,7 +30,7 @@ from tests.tiny_models import save_llava
 
 
 def make_worker(model: Path, *, dialect: str = "auto") -> CaptionWorker:
-    table = {"model": str(model), "max_new_tokens": 24, "batch_size": 8}
+    table = {"model": str(model), "max_new_tokens": 24, "batch_size": 8, "max_alt_text_chars": 600}
     captioning = CaptioningConfig.model_validate(table)
     config = CaptionWorkerConfig(captioning=captioning, dialect=dialect, max_pixels=1_000_000, num_threads=1)
     return CaptionWorker(config)
@@ -75,6 +75,16 @@ def test_laion_and_sa1b_shards_as_published(worker, tmp_path) -> None:
     assert {row["prompt"] for row in rows.values()} == {DESCRIBE}
     assert {row["alt_text"] for row in rows.values()} == {None}
     assert len({row["caption"] for row in rows.values()}) > 10
+
+
+def test_an_endless_alt_text_does_not_stop_the_job(worker, tmp_path) -> None:
+    """600 characters are over the tiny model's context: the image is asked without its alt text, and keeps it."""
+    good, alt_text = encode(photo(0)), "pu-erh tea " * 1000
+    members = [*laion_members("a", good, "short"), *laion_members("b", good, alt_text)]
+    report, rows, _ = caption(worker, write_tar(tmp_path / "laion_00000.tar", members), tmp_path / "parts")
+    assert report.num_kept == 2 and rows["a"]["prompt"].endswith('"short"')
+    assert rows["b"]["prompt"] == DESCRIBE and rows["b"]["alt_text"] == alt_text.strip()
+    assert rows["b"]["caption"]
 
 
 def test_odd_images_are_captioned(worker, tmp_path) -> None:
