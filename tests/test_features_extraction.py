@@ -13,9 +13,12 @@ from PIL import Image
 
 import features.__main__ as features_main
 from features.encoders import LatentCodec, TextEncoder
+from features.jobs import latent_job, read_inputs, text_job
+from pipelines.command import parse_command
 from pipelines.feature_store import load_index, read_payload
 from pipelines.images import aspect_buckets, resize_and_crop
-from pipelines.manifest import read_manifest
+from pipelines.manifest import StageDirectory, read_manifest
+from pipelines.pieces import cut_into_pieces, finish_shard
 
 
 def extract(run: Path, *overrides: str, stage: int = 2, plan: bool = False) -> None:
@@ -120,14 +123,39 @@ def test_preview_shows_originals_above_reconstructions(finished):
     assert 0 < report.details["preview_psnr_db"] < 60
 
 
-def test_bytes_do_not_depend_on_workers_or_cuts(finished, tmp_path):
+def test_bytes_do_not_depend_on_cuts(finished, tmp_path):
+    """Every slice a piece of its own, joined again, for both families."""
+    inputs = read_inputs(
+        parse_command(
+            "features",
+            "",
+            argv=["--recipe", str(finished.parent / "recipe.toml"), "--run", str(finished), "--stage", "2"],
+            stages=(2,),
+        )
+    )
+    for job in (text_job(inputs), latent_job(inputs)):
+        output = StageDirectory(tmp_path / job.family)
+        worker = job.worker_class(job.worker_config)
+        pieces = cut_into_pieces(job.sources, output, num_workers=100, samples_per_slice=8)
+        assert len(pieces) == 6
+        by_source = {piece.source.name: [] for piece in pieces}
+        for piece in pieces:
+            piece.folder.mkdir(parents=True, exist_ok=True)
+            by_source[piece.source.name].append((piece, worker(piece)))
+        for parts in by_source.values():
+            finish_shard(job.worker_class, parts, output, fingerprint=job.fingerprint)
+        for path in output.path.glob("laion_*"):
+            assert path.read_bytes() == (job.output.path / path.name).read_bytes(), path
+
+
+def test_ray_workers_write_the_same_bytes(finished, tmp_path):
     run = write_run(tmp_path)
-    extract(run, "engine.in_process=false", "engine.num_workers=2", "engine.cpus_per_worker=0.5")
-    expected, found = files_of(finished / "features"), files_of(run / "features")
+    overrides = ("engine.in_process=false", "engine.num_workers=2", "engine.cpus_per_worker=0.5")
+    extract(run, "features.stage2.text=false", *overrides)
+    expected, found = (files_of(folder / "features" / "latent-32") for folder in (finished, run))
     assert expected.keys() == found.keys()
-    different = {name for name in expected if expected[name] != found[name]}
-    # Only the manifests name the models' folders, which are the other run's.
-    assert different <= {"text/manifest.json", "latent-32/manifest.json"}
+    # Only the manifest names the model's folder, which is the other run's.
+    assert {name for name in expected if expected[name] != found[name]} <= {"manifest.json"}
 
 
 def test_a_second_run_does_nothing_and_needs_no_torch(finished):
