@@ -1,7 +1,6 @@
 """A tiny run for the training tests: feature directories with random tensors, a recipe, and commands to train on it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -185,7 +184,6 @@ def start(run: Path, stage: int, *, module: str = "training", **settings: object
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments(run, stage, **settings)],
         cwd=REPOSITORY,
-        env=os.environ | {"COLUMNS": "200"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -193,10 +191,14 @@ def start(run: Path, stage: int, *, module: str = "training", **settings: object
 
 def train(run: Path, stage: int, *, status: int = 0, **settings: object) -> str:
     """Run a stage to its end and return what it said."""
-    process = start(run, stage, **settings)
-    _, said = process.communicate(timeout=120)
+    return finish(start(run, stage, **settings), status=status)
+
+
+def finish(process: subprocess.Popen[str], *, status: int = 0, timeout_seconds: float = 120) -> str:
+    """Wait for a command to end with `status`; returns what it said, unwrapped."""
+    _, said = process.communicate(timeout=timeout_seconds)
     assert process.returncode == status, said
-    return said
+    return " ".join(said.split())
 
 
 def metrics(run: Path, stage: int) -> list[dict]:

@@ -8,7 +8,7 @@ from pipelines.progress import get_logger
 from pipelines.summary import update_summary
 from training.config import STAGES
 from training.launch import run_ranks
-from training.preflight import Preflight, inspect_stage, print_preflight
+from training.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.stage import StageJob, open_stage
 
 log = get_logger("training")
@@ -24,8 +24,9 @@ def main() -> None:
         log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
         return
     preflight = inspect_stage(job)
-    print_preflight(job, preflight)
+    print_plan(job, preflight)
     if command.is_plan:
+        _print_weights(job, preflight)
         return
     is_finished = run_ranks(
         sys.argv[1:],
@@ -37,6 +38,13 @@ def main() -> None:
     _report(job, preflight, is_finished=is_finished, seconds=former_seconds + time.monotonic() - start_seconds)
 
 
+def _print_weights(job: StageJob, preflight: Preflight) -> None:
+    from training.networks import blank_network, count_parameters, network_config
+
+    network = blank_network(network_config(job, preflight.survey))
+    print_weights(job, num_parameters=count_parameters(network), num_ranks=preflight.num_ranks)
+
+
 def _report(job: StageJob, preflight: Preflight, *, is_finished: bool, seconds: float) -> None:
     checkpoint = job.resume
     assert checkpoint is not None, "ranks that end well leave a checkpoint"
@@ -45,7 +53,7 @@ def _report(job: StageJob, preflight: Preflight, *, is_finished: bool, seconds: 
         return
     name = job.command.stage_name
     counts = {
-        "samples": sum(map(sum, preflight.survey.counts)),
+        "samples": preflight.num_samples,
         "steps": checkpoint.step,
         "samples_seen": checkpoint.trainer["num_samples_seen"],
         "skipped_steps": checkpoint.trainer["skipped_steps"],

@@ -101,12 +101,10 @@ def save_checkpoint(
 
 
 def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:
-    import torch
-
     from pixart.convert import save_diffusers
+    from training.networks import blank_network
 
-    with torch.device("meta"):
-        model = type(module)(module.config)
+    model = blank_network(module.config)
     model.load_state_dict(weights, assign=True)
     save_diffusers(model, folder)
 

@@ -113,11 +113,12 @@ def _forward_backward(session: Session) -> StepLosses:
     """Accumulate the gradient of one step over its micro-batches; returns this rank's losses."""
     model, objective = session.model, session.objective
     losses = StepLosses(objective.diffusion.num_train_timesteps)
-    for _ in range(session.settings.gradient_accumulation_steps):
+    num_micro_batches = session.settings.gradient_accumulation_steps
+    for i in range(num_micro_batches):
         with session.clock.waiting():
             batch = next(session.batches).to(model.device)
         loss = objective.loss(model.engine, batch)
-        model.engine.backward(loss.total.mean())
+        model.backward(loss.total.mean(), is_last=i + 1 == num_micro_batches)
         losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
     return losses
 

@@ -40,10 +40,14 @@ def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
     return DiTConfig(**shared, num_classes=job.model.num_classes)
 
 
-def count_parameters(config: DiTConfig | PixArtConfig) -> int:
-    """Return the number of parameters of a network, without making it."""
+def blank_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """Return a network on the meta device, whose weights have neither memory nor values."""
     with torch.device("meta"):
-        network = PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+        return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+
+
+def count_parameters(network: DiT | PixArt) -> int:
+    """Return the number of a network's parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -73,8 +77,8 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     # Only the positions change between resolutions, and they are computed.
     positions = {"sample_size": config.sample_size, "interpolation_scale": config.interpolation_scale}
     _require_same_config(config, dataclasses.replace(former.config, **positions), key=key)
-    network = PixArt(config)
-    network.load_state_dict(former.state_dict())
+    network = blank_network(config)
+    network.load_state_dict(former.state_dict(), assign=True)
     return network
 
 

@@ -97,7 +97,8 @@ def _fingerprint(
 
 def _require_same_job(job: StageJob, checkpoint: Checkpoint) -> None:
     made_with, wanted = checkpoint.trainer["fingerprint"], job.fingerprint.fields
-    for name in sorted(made_with.keys() | wanted.keys()):
+    # A setting says more than the hash of the files it changed.
+    for name in sorted(made_with.keys() | wanted.keys(), key=lambda name: (name.endswith(".files"), name)):
         if made_with.get(name) != wanted.get(name):
             raise ValueError(
                 f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "

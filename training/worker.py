@@ -29,10 +29,10 @@ from training.index import FeatureIndex, Survey, load_survey
 from training.launch import ERROR_FOLDER, LOST_CONTACT
 from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
-from training.networks import network_config, starting_network
+from training.networks import count_parameters, network_config, starting_network
 from training.objective import SCHEDULE, Denoising
 from training.plan import Plan
-from training.preflight import make_survey
+from training.preflight import make_survey, print_weights, require_disk, require_even_batches
 from training.reader import BatchReader
 from training.stage import SURVEY, StageJob, open_stage
 from training.zero import ZeroModel, initialize_ranks
@@ -63,17 +63,21 @@ def is_lost_contact(error: RuntimeError) -> bool:
 def run_rank(job: StageJob, stop: threading.Event) -> None:
     """Build model, average and reader, resume if there is a checkpoint, and train."""
     settings, resume = job.settings, job.resume
+    require_even_batches(settings, dist.get_world_size())
     survey = shared_survey(job)
     config = network_config(job, survey)
     network = starting_network(job, config)
     network.checkpoint_activations = settings.checkpoint_activations
+    num_parameters, is_first = count_parameters(network), dist.get_rank() == 0
+    if is_first:
+        print_weights(job, num_parameters=num_parameters, num_ranks=dist.get_world_size())
+    require_disk(job, num_parameters)
     model = ZeroModel(network, settings)
     ema = EMA(model, settings.ema_decay)
     trainer: dict[str, Any] = {"step": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
     if resume is not None:
         load_checkpoint(resume, model=model, ema=ema)
         trainer = resume.trainer
-    is_first = dist.get_rank() == 0
     with ExitStack() as stack:
         reader = stack.enter_context(_reader(job, survey, start_step=trainer["step"]))
         remaining_steps = settings.num_steps - trainer["step"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +28,19 @@ class Update:
 def deepspeed_config(settings: StageTraining, num_ranks: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a stage."""
     num_micro_batches = settings.gradient_accumulation_steps
-    config: dict[str, Any] = {
+    return {
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
         "zero_optimization": {"stage": settings.zero_stage},
         "bf16": {"enabled": settings.dtype == "bf16"},
+        # 0 is off; DeepSpeed's own default is to clip at 1.
+        "gradient_clipping": 0.0 if _is_plain(settings) else settings.gradient_clip,
     }
-    if not _clips_by_itself(settings):
-        config["gradient_clipping"] = settings.gradient_clip
-    return config
 
 
-def _clips_by_itself(settings: StageTraining) -> bool:
-    """Whether DeepSpeed has no optimizer of its own (no sharding, fp32): it would clip without telling the norm."""
+def _is_plain(settings: StageTraining) -> bool:
+    """Whether we clip: without sharding, in fp32, DeepSpeed has no optimizer of its own and keeps no norm."""
     return settings.zero_stage == 0 and settings.dtype == "fp32"
 
 
@@ -94,12 +94,17 @@ class ZeroModel:
         """Whether each rank has only its share of `masters`."""
         return self.settings.zero_stage > 0
 
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch's mean loss to the step's mean; after the last one ranks share it."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss)
+
     def update(self, learning_rate: float) -> Update:
         """Clip the gradient, step the optimizer, forget the gradient; one that is not finite changes nothing."""
         engine = self.engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not _clips_by_itself(self.settings):
+        if not _is_plain(self.settings):
             engine.step()
             norm = float(engine.get_global_grad_norm())
             return Update(norm, is_skipped=bool(engine.optimizer.overflow))
@@ -171,6 +176,8 @@ def initialize_ranks() -> None:
 def _import_deepspeed() -> Any:
     """Import DeepSpeed, quiet, and without the shared-memory kernel it would compile for half a minute on a CPU."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed's calls of collectives that torch has renamed; on every rank, at its first step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.utils import logger
 

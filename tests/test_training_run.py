@@ -1,0 +1,175 @@
+"""`python -m training` with two real gloo ranks: kills, signals, resumes, bad data; each ends well or in one line."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_run import finish, make_run, metrics, start, train
+
+from pipelines.feature_store import latent_directory
+from pixart.convert import load_diffusers
+from pixart.model import PixArt
+
+NUM_STEPS = 200
+TIMINGS = {"images_per_second", "data_wait_fraction", "elapsed_seconds", "device_days", "dollars", "co2_kilograms"}
+pytestmark = pytest.mark.slow
+
+
+def stage2(run: Path) -> Path:
+    return run / "training" / "stage2"
+
+
+def settings(**changed: object) -> dict[str, object]:
+    return {"init_from": "scratch", "num_steps": NUM_STEPS, "log_every": 4, "checkpoint_every": 25} | changed
+
+
+def ema_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(stage2(run) / f"step-{step}" / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def untimed(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def rank_processes(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run = make_run(tmp_path_factory.mktemp("straight"))
+    train(run, 2, **settings())
+    return run
+
+
+def test_killed_stopped_and_resumed_equals_undisturbed(straight: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    killed = start(run, 2, **settings())
+    wait_for(lambda: (stage2(run) / "latest").is_file())
+    ranks = rank_processes(killed.pid)
+    killed.kill()
+    killed.communicate(timeout=60)
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    (stage2(run) / ".step-199.tmp").mkdir()
+    killed_after = json.loads((stage2(run) / (stage2(run) / "latest").read_text().strip() / "trainer.json").read_text())
+    assert killed_after["step"] < NUM_STEPS
+
+    stopped = start(run, 2, **settings())
+    wait_for(lambda: (stage2(run) / "latest").read_text().strip() != f"step-{killed_after['step']}")
+    stopped.terminate()
+    assert "the same command continues" in finish(stopped)
+
+    said = train(run, 2, **settings())
+    assert "resume after step" in said
+    for name, weight in ema_weights(straight, NUM_STEPS).items():
+        assert torch.equal(weight, ema_weights(run, NUM_STEPS)[name]), name
+    states = [
+        stage2(path) / f"step-{NUM_STEPS}" / "deepspeed" / "mp_rank_00_model_states.pt" for path in (straight, run)
+    ]
+    ours, theirs = (torch.load(path, weights_only=False) for path in states)
+    assert all(torch.equal(ours["module"][name], theirs["module"][name]) for name in ours["module"])
+    moments = [[state["exp_avg"] for state in each["optimizer"]["state"].values()] for each in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    assert untimed(metrics(run, 2)) == untimed(metrics(straight, 2))
+    assert not list(stage2(run).glob(".step-*.tmp"))
+    assert len(list(stage2(run).glob("step-*"))) == 2, "training.keep_checkpoints"
+    again = train(run, 2, **settings())
+    assert "nothing to do" in again
+
+
+def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
+    folder = stage2(straight) / f"step-{NUM_STEPS}"
+    trainer = json.loads((folder / "trainer.json").read_text())
+    expected = {"stage": 2, "kind": "pixart", "weights": "ema", "dtype": "fp32", "resolution": 32, "num_ranks": 2}
+    assert expected.items() <= trainer.items()
+    assert trainer["buckets"] == ["32x32"]
+    assert trainer["vae"]["scaling_factor"] == 0.5
+    assert trainer["text"]["max_tokens"] == 12
+    assert trainer["schedule"]["beta_schedule"] == "linear"
+    model = load_diffusers(folder / "model")
+    assert isinstance(model, PixArt)
+    assert model.config.sample_size == 4
+    assert all(weight.dtype == torch.float32 for weight in model.state_dict().values())
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["counts"]["training"]["stage2"]["steps"] == NUM_STEPS
+    assert summary["seconds"]["training"]["stage2"] > 0
+
+
+def test_world_size_and_accumulation_change_no_loss(straight: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    train(run, 2, **settings(num_steps=8, num_processes=1, gradient_accumulation_steps=2))
+    pairs = list(zip(metrics(run, 2), metrics(straight, 2), strict=False))
+    assert len(pairs) == 2
+    for alone, together in pairs:
+        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
+        assert alone["gradient_norm"] == pytest.approx(together["gradient_norm"], rel=1e-4)
+
+
+def test_stages_follow_each_other(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for stage in (1, 2, 3):
+        train(run, stage, num_steps=3, num_processes=1, zero_stage=1, dtype="bf16")
+    model = load_diffusers(run / "training" / "stage3" / "step-3" / "model")
+    assert isinstance(model, PixArt)
+    assert (model.config.sample_size, model.config.interpolation_scale) == (8, 2.0)
+    assert metrics(run, 3)[-1]["step"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_keys(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    directory = latent_directory(run, 32)
+    rows = [row for row in pq.read_table(directory / "laion_1.parquet").to_pylist() if row["reject"] is None]
+    with (directory / "laion_1.tar").open("r+b") as tar:
+        for row in rows:
+            tar.seek(row["mean_offset"])
+            tar.write(np.full(1, np.nan, np.float16).tobytes())
+    said = train(run, 2, status=2, **settings())
+    assert "is not finite, first laion_1_" in said
+    assert "Traceback" not in said
+    (dump,) = stage2(run).glob("non-finite-step-*.json")
+    content = json.loads(dump.read_text())
+    assert len(content["samples"]) == 8, "all samples of the global batch, from both ranks"
+    assert all(key.startswith("laion_1_") for key in content["non_finite"])
+    checkpoint = stage2(run) / "latest"
+    if checkpoint.is_file():
+        assert all(weight.isfinite().all() for weight in ema_weights(run, int(checkpoint.read_text()[5:])).values())
+
+
+def test_a_rank_that_dies_ends_the_others_with_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    process = start(run, 2, **settings(num_steps=100_000))
+    wait_for(lambda: (stage2(run) / "latest").is_file())
+    ranks = rank_processes(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    said = finish(process, status=2, timeout_seconds=60)
+    assert "rank 1 was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{ranks[0]}").exists()
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first = start(run, 2, **settings(num_steps=100_000))
+    wait_for(lambda: (stage2(run) / "latest").is_file())
+    said = train(run, 2, status=2, **settings(num_steps=100_000))
+    assert "is being trained by another process" in said
+    first.send_signal(signal.SIGINT)
+    assert "interrupted; the same command continues" in finish(first, status=130)

@@ -1,0 +1,218 @@
+"""What is decided before ranks start: settings, features, starting point, and refusals that name the field."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_run import REPOSITORY, arguments, make_run, write_text
+
+from pipelines.command import parse_command
+from pipelines.feature_store import text_directory
+from pipelines.recipe import load_recipe
+from training.checkpoint import find_checkpoint
+from training.config import STAGES, ModelConfig, StageTraining, stage_training
+from training.loop import learning_rate_at
+from training.metrics import LossWindow, MetricsLog, costs
+from training.preflight import rank_bytes, require_even_batches
+from training.stage import StageJob, open_stage
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def job_of(run: Path, stage: int, **settings: object) -> StageJob:
+    return open_stage(parse_command("training", "", argv=arguments(run, stage, **settings), stages=STAGES))
+
+
+def job_with(run: Path, override: str) -> StageJob:
+    argv = [*arguments(run, 2, init_from="scratch"), "--set", override]
+    return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+
+
+def write_checkpoint(job: StageJob, *, step: int, num_steps: int = 12) -> Path:
+    folder = job.directory / f"step-{step}"
+    (folder / "deepspeed").mkdir(parents=True)
+    (folder / "model").mkdir()
+    trainer = {
+        "step": step,
+        "num_steps": num_steps,
+        "plan_fingerprint": job.fingerprint.digest,
+        "fingerprint": job.fingerprint.fields,
+    }
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    (job.directory / "latest").write_text(f"step-{step}\n")
+    return folder
+
+
+def test_a_stage_overrides_the_shared_table() -> None:
+    recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml")
+    assert stage_training(recipe, 1).init_from == "toyworld/weights/dit"
+    assert stage_training(recipe, 2).init_from is None
+    assert stage_training(recipe, 2).global_batch_size == 64
+
+
+@pytest.mark.parametrize("name", ["toyworld.toml", "pixart-alpha.toml"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_shipped_recipes_parse(name: str, stage: int) -> None:
+    recipe = load_recipe(REPOSITORY / "recipes" / name)
+    assert stage_training(recipe, stage).num_steps > 0
+    assert recipe.table("model", ModelConfig).patch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stage2.learning_rat=1", r"training\.stage2\.learning_rat is not a known key"),
+        ("training.stage3.zero_stage=4", r"training\.stage3\.zero_stage = 4"),
+        ("training.dtype='fp16'", r"training\.dtype = 'fp16'"),
+        ("training.num_steps='100'", r"training\.num_steps = '100'"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_table(override: str, message: str) -> None:
+    recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml", [override])
+    with pytest.raises(ValueError, match=message):
+        stage_training(recipe, 2)
+
+
+def test_features_must_exist_and_be_what_the_recipe_says(run: Path) -> None:
+    with pytest.raises(ValueError, match="max_tokens is 12, but 20 is needed"):
+        job_with(run, "features.max_tokens=20")
+    with pytest.raises(ValueError, match="vae_model is 'toy/vae', but 'other/vae' is needed"):
+        job_with(run, "features.vae_model=other/vae")
+    with pytest.raises(FileNotFoundError, match=r"latent-512 does not exist.*run `make features STAGE=2 RUN="):
+        job_with(run, "features.stage2.resolution=512")
+    with pytest.raises(ValueError, match=r"features\.stage2\.shards: pattern 'sa_\*' matches none"):
+        job_with(run, 'features.stage2.shards=["sa_*"]')
+    shutil.rmtree(text_directory(run))
+    write_text(run, {"laion_0": 40})
+    with pytest.raises(ValueError, match="lacks shard laion_1"):
+        job_of(run, 2, init_from="scratch")
+
+
+def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
+    job = job_of(run, 2, init_from="scratch")
+    write_checkpoint(job, step=6)
+    assert job_of(run, 2, init_from="scratch", num_steps=50, log_every=7).resume is not None, "these may change"
+    with pytest.raises(ValueError, match=r"trained with training\.learning_rate 0\.001, but it is 0\.5 now"):
+        job_of(run, 2, init_from="scratch", learning_rate=0.5)
+    shutil.rmtree(text_directory(run))
+    write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60}, max_tokens=11)
+    recipe = (run.parent / "recipe.toml").read_text()
+    (run.parent / "recipe.toml").write_text(recipe.replace("max_tokens = 12", "max_tokens = 11"))
+    with pytest.raises(ValueError, match=r"trained with text\.max_tokens 12, but it is 11 now"):
+        job_of(run, 2, init_from="scratch")
+
+
+def test_stages_start_from_the_former_one(run: Path) -> None:
+    assert job_of(run, 1).start.folder is None
+    with pytest.raises(FileNotFoundError, match=r"stage1 has no checkpoint.*run `make train STAGE=1"):
+        job_of(run, 2)
+    first = write_checkpoint(job_of(run, 1), step=6)
+    with pytest.raises(ValueError, match=r"stage1 has done 6 of 12 steps; finish that stage first"):
+        job_of(run, 2)
+    shutil.rmtree(first)
+    folder = write_checkpoint(job_of(run, 1), step=12)
+    assert job_of(run, 2).start.folder == folder / "model"
+    assert job_of(run, 2, init_from=str(folder)).start == job_of(run, 2).start
+    with pytest.raises(ValueError, match="is this stage's own folder; resuming is automatic"):
+        job_of(run, 1, init_from="{run}/training/stage1")
+    with pytest.raises(FileNotFoundError, match="model folder /nowhere/at/all does not exist"):
+        job_of(run, 2, init_from="/nowhere/at/all")
+
+
+def test_half_written_checkpoints_are_ignored(run: Path) -> None:
+    job = job_of(run, 1)
+    assert job.resume is None
+    whole = write_checkpoint(job, step=6)
+    (job.directory / ".step-9.tmp" / "model").mkdir(parents=True)
+    (job.directory / "step-9" / "model").mkdir(parents=True)
+    assert job.resume is not None
+    assert job.resume.path == whole
+    (job.directory / "latest").write_text("step-9\n")
+    checkpoint = find_checkpoint(job.directory)
+    assert checkpoint is not None
+    assert checkpoint.path == whole
+
+
+def test_a_finished_stage_does_nothing_and_loads_no_torch(run: Path) -> None:
+    write_checkpoint(job_of(run, 1), step=12)
+    code = (
+        "import sys; sys.argv[1:] = sys.argv[1:]\n"
+        "from training.__main__ import main\n"
+        "main()\n"
+        "assert not {'torch', 'deepspeed', 'diffusers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments(run, 1)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: stage1 has done its 12 steps" in done.stderr
+
+
+def test_batches_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size 8 is not a multiple of 6: 3 ranks times .* 2"):
+        require_even_batches(StageTraining(global_batch_size=8, gradient_accumulation_steps=2), 3)
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    settings = StageTraining(learning_rate=1.0, warmup_steps=9, num_steps=100, decay_fraction=0.2)
+    rates = [learning_rate_at(settings, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert set(rates[9:80]) == {1.0}
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[80:]))
+    constant = StageTraining(learning_rate=2e-5, num_steps=100)
+    assert {learning_rate_at(constant, step) for step in range(100)} == {2e-5}
+
+
+class Losses:
+    sums = (1.0, 2.0, *[0.0] * 8)
+    counts = (1.0, 3.0, *[0.0] * 8)
+    squared_error = 2.0
+
+
+def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    def lines() -> list[Any]:
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    with MetricsLog(tmp_path, step=0) as metrics:
+        for step in (2, 4, 6):
+            metrics.write({"step": step, "loss": 1.0, "loss_by_timestep": [0.5, None]})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    with MetricsLog(tmp_path, step=4) as metrics:
+        metrics.write({"step": 6, "loss": 2.0, "loss_by_timestep": []})
+    assert [(line["step"], line["loss"]) for line in lines()] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_a_loss_window_goes_through_a_checkpoint() -> None:
+    window = LossWindow()
+    window.add(Losses())  # pyright: ignore[reportArgumentType]
+    window = LossWindow(json.loads(json.dumps(window.state)))
+    window.add(Losses())  # pyright: ignore[reportArgumentType]
+    losses, num_steps = window.flush()
+    assert num_steps == 2
+    assert losses["loss"] == pytest.approx(6 / 8)
+    assert losses["mse"] == pytest.approx(4 / 8)
+    assert losses["loss_by_timestep"] == pytest.approx([1.0, 2 / 3, *[None] * 8])
+    assert window.state == LossWindow().state
+
+
+def test_costs_and_memory_follow_their_formulas() -> None:
+    settings = StageTraining(dollars_per_device_hour=2.0, watts_per_device=500.0, co2_kilograms_per_kilowatt_hour=0.4)
+    spent = costs(settings, elapsed_seconds=7200, num_devices=4)
+    assert spent == pytest.approx({"device_days": 1 / 3, "dollars": 16.0, "co2_kilograms": 1.6})
+    sizes = {
+        (zero_stage, dtype): rank_bytes(StageTraining(zero_stage=zero_stage, dtype=dtype), 100, num_ranks=4)
+        for zero_stage in (0, 1, 2, 3)
+        for dtype in ("fp32", "bf16")
+    }
+    assert sizes[0, "fp32"] == 100 * (4 + 4 + 8 + 4)
+    assert sizes[0, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4)
+    assert sizes[3, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4) // 4

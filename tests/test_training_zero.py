@@ -1,0 +1,76 @@
+"""What ZeRO shards must not matter: two real gloo ranks try every stage in fp32 and bf16."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.launch import _environment
+
+STAGES = ("0", "1", "2", "3")
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp(request.param)
+    script = Path(__file__).with_name("zero_ranks.py")
+    environment = os.environ | _environment(2, threads_per_rank=1, errors=str(folder))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder), request.param, *STAGES],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return {"dtype": {"name": request.param}} | {
+        stage: json.loads((folder / f"{request.param}-{stage}.json").read_text()) for stage in STAGES
+    }
+
+
+@pytest.mark.slow
+def test_all_stages_give_the_same_losses_and_average(results: dict[str, dict[str, Any]]) -> None:
+    tolerance = 1e-5 if results["dtype"]["name"] == "fp32" else 2e-2
+    for stage in STAGES[1:]:
+        assert results[stage]["losses"] == pytest.approx(results["0"]["losses"], rel=tolerance)
+        assert results[stage]["norms"] == pytest.approx(results["0"]["norms"], rel=tolerance)
+        if results["dtype"]["name"] == "fp32":  # Adam turns bf16's rounding of small gradients into whole steps
+            assert results[stage]["ema"] == pytest.approx(results["0"]["ema"], rel=tolerance, abs=tolerance)
+    assert len(set(results["0"]["losses"])) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulated_gradients_are_those_of_the_whole_batch(results: dict[str, dict[str, Any]], stage: str) -> None:
+    tolerance = 1e-5 if results["dtype"]["name"] == "fp32" else 5e-2
+    whole = zip(results[stage]["losses"], results[stage]["norms"], strict=True)
+    for accumulated, expected in zip(results[stage]["accumulated"], whole, strict=False):
+        assert accumulated == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_saving_and_loading_changes_nothing(results: dict[str, dict[str, Any]], stage: str) -> None:
+    assert results[stage]["is_ema_fp32"]
+    assert results[stage]["ema_survives_disk"]
+    assert results[stage]["resumes_exactly"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_infinite_gradient_changes_no_weight(results: dict[str, dict[str, Any]], stage: str) -> None:
+    assert results[stage]["skips_infinite"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_huge_gradient_moves_weights_by_the_clipped_amount(results: dict[str, dict[str, Any]], stage: str) -> None:
+    assert results[stage]["huge_norm"] == pytest.approx(1e6 * results[stage]["norms"][0], rel=1e-2)
+    assert results[stage]["huge_first_moment"] == pytest.approx(0.1 * 0.01, rel=1e-2)
