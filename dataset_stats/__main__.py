@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import caption_sources
 from dataset_stats.config import DatasetStatsConfig
@@ -19,12 +20,16 @@ from pipelines.pieces import Source
 from pipelines.progress import get_logger
 from pipelines.recipe import DataConfig
 from pipelines.shards import expand_shards
-from pipelines.storage import sha256_file
+from pipelines.storage import atomic_write_bytes, sha256_file
 from pipelines.summary import update_summary
+
+if TYPE_CHECKING:
+    from dataset_stats.measures import Definition, SetMeasures
+    from dataset_stats.vocabulary import Vocabulary
 
 COUNT_VERSION = 1  # raise when counting gives other numbers
 REPORT_VERSION = 1  # raise when the report shows other things
-OUTPUTS = ("table1.md", "nouns.parquet")
+OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
 log = get_logger("dataset_stats")
 
 
@@ -37,6 +42,8 @@ class Job:
     tagger: TaggerSource
     text_tokenizer: str
     sources: dict[str, list[Source]]  # by set
+    raw_shards: list[str]  # for the gallery's images; empty where there are none
+    max_pixels: int
 
     @property
     def folder(self) -> Path:
@@ -104,7 +111,8 @@ def _plan(command: Command) -> Job:
     layouts = {caption_set.layout for caption_set in config.sets.values()}
     captions_folder = command.run / "captions"
     captions = read_manifest(captions_folder) if "captions" in layouts else None
-    raw_shards = _raw_shards(command) if "raw" in layouts else []
+    data = command.recipe.table("data", DataConfig)
+    raw_shards = _raw_shards(command, data, is_needed="raw" in layouts)
     sources = {
         name: caption_sources(
             name, caption_set, captions=captions, captions_folder=captions_folder, raw_shards=raw_shards
@@ -117,13 +125,20 @@ def _plan(command: Command) -> Job:
         tagger=find_tagger(config.tagger),
         text_tokenizer=_find_text_tokenizer(command, config),
         sources=sources,
+        raw_shards=raw_shards,
+        max_pixels=data.max_pixels,
     )
 
 
-def _raw_shards(command: Command) -> list[str]:
-    spec = command.recipe.table("data", DataConfig).shards
-    patterns = [spec] if isinstance(spec, str) else spec
-    return expand_shards([pattern.replace("{run}", str(command.run)) for pattern in patterns])
+def _raw_shards(command: Command, data: DataConfig, *, is_needed: bool) -> list[str]:
+    patterns = [data.shards] if isinstance(data.shards, str) else data.shards
+    try:
+        return expand_shards([pattern.replace("{run}", str(command.run)) for pattern in patterns])
+    except FileNotFoundError as error:
+        if is_needed:
+            raise
+        log.info(f"the gallery will have no images: {error}")
+        return []
 
 
 def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
@@ -179,46 +194,79 @@ def _count(job: Job) -> Manifest:
 
 
 def _report(job: Job, counts: Manifest) -> None:
-    from dataset_stats.measures import as_json, count_vocabulary, definitions, measure_set, table1
+    from dataset_stats.measures import as_json, definitions, measure_set, table1
     from dataset_stats.merge import merge_counts
+    from dataset_stats.vocabulary import write_vocabulary
     from dataset_stats.worker import CAPTIONS, NOUNS
-    from pipelines.storage import atomic_write_bytes
 
-    directory = StageDirectory(job.folder / "counts")
+    config, directory = job.config, StageDirectory(job.folder / "counts")
     names = {name: [source.name for source in sources] for name, sources in job.sources.items()}
-    scratch = job.folder / ".merge"
-    merge_counts(
-        {name: [directory.file(shard, NOUNS) for shard in shards] for name, shards in names.items()},
-        job.folder / "nouns.parquet",
-        scratch=scratch,
-    )
-    shutil.rmtree(scratch)
     measures = {
         name: measure_set(
             [counts.shards[shard] for shard in shards],
             [directory.file(shard, CAPTIONS) for shard in shards],
-            limits=job.config.text_limits,
+            limits=config.text_limits,
         )
         for name, shards in names.items()
     }
-    count_vocabulary(measures, job.folder / "nouns.parquet", valid_threshold=job.config.valid_threshold)
+    scratch = job.folder / ".merge"
+    merged = scratch / "nouns.parquet"
+    noun_files = {name: [directory.file(shard, NOUNS) for shard in shards] for name, shards in names.items()}
+    merge_counts(noun_files, merged, scratch=scratch)
+    vocabulary = write_vocabulary(
+        merged,
+        job.folder,
+        measures=measures,
+        valid_threshold=config.valid_threshold,
+        num_top=config.num_table_nouns,
+    )
+    shutil.rmtree(scratch)
     meanings = definitions(
-        valid_threshold=job.config.valid_threshold,
-        limits=job.config.text_limits,
-        boilerplate=job.config.boilerplate,
+        valid_threshold=config.valid_threshold, limits=config.text_limits, boilerplate=config.boilerplate
     )
     text = table1(measures, tagger=job.tagger.title, definition_list=meanings)
     atomic_write_bytes(job.folder / "table1.md", text.encode())
-    _finish(
-        job, {name: measure.summary() for name, measure in measures.items()}, extra=as_json(measures), counts=counts
-    )
+    _write_report(job, measures, vocabulary, meanings)
+    summary = {name: measure.summary() for name, measure in measures.items()}
+    _finish(job, summary, extra=as_json(measures), counts=counts)
     for name, m in measures.items():
         ratio = f"{m.valid_distinct_nouns:,}/{m.distinct_nouns:,} = {m.valid_fraction:.1%}"
         log.info(f"{name}: VN/DN {ratio}, {m.nouns_per_image:.1f} nouns per image, {m.num_captions:,} captions")
     log.info(f"report: {job.folder / OUTPUTS[0]}")
 
 
-def _finish(job: Job, summary: dict, *, extra: dict, counts: Manifest) -> None:
+def _write_report(
+    job: Job, measures: dict[str, SetMeasures], vocabulary: Vocabulary, meanings: list[Definition]
+) -> None:
+    from dataset_stats.gallery import example_captions, sample_gallery
+    from dataset_stats.report import ReportData, write_report
+
+    gallery = sample_gallery(
+        job.sources,
+        job.raw_shards,
+        num_images=job.config.num_gallery_images,
+        seed=job.config.seed,
+        max_pixels=job.max_pixels,
+    )
+    hint = "" if job.tagger.name == "nltk" else f"For NLTK's averaged perceptron: {HOW_TO_INSTALL}."
+    write_report(
+        job.folder / "report.html",
+        ReportData(
+            run_name=job.command.run.absolute().name,
+            tagger=job.tagger.title,
+            tagger_hint=hint,
+            measures=measures,
+            definitions=meanings,
+            vocabulary=vocabulary,
+            examples=example_captions(vocabulary.top, job.sources),
+            gallery=gallery,
+            valid_threshold=job.config.valid_threshold,
+            limits=job.config.text_limits,
+        ),
+    )
+
+
+def _finish(job: Job, summary: dict[str, Any], *, extra: dict[str, Any], counts: Manifest) -> None:
     directory = StageDirectory(job.folder)
     fingerprint = job.report_fingerprint
     for name, sources in job.sources.items():

@@ -148,7 +148,9 @@ class LexiconTagger:
 
     def add_words(self, words: Sequence[str]) -> None:
         """Give the next word ids, from 4 on, to `words`."""
-        for _, label in self._parser.find_tags(list(words)):
+        for word, label in self._parser.find_tags(list(words)):
+            if label.startswith("NN") and not any(character.isalnum() for character in word):
+                label = "SYM"  # the lexicon takes every unknown mark for a noun
             number = self._label_ids.setdefault(label, len(self.labels))
             if number == len(self.labels):
                 self.labels.append(label)

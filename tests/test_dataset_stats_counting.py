@@ -44,7 +44,26 @@ def test_counts_nouns_tokens_and_first_rows(tagger):
     assert len(counter.take()) == 0
 
 
-words = st.sampled_from(["the", "a", "red", "Dog", "cats", "Run", "quickly", "CAFÉ", "Straße", "sits.", "on,", "it's", "(two)", "U.S.", "“Sale”", "3rd"])
+words = st.sampled_from(
+    [
+        "the",
+        "a",
+        "red",
+        "Dog",
+        "cats",
+        "Run",
+        "quickly",
+        "CAFÉ",
+        "Straße",
+        "sits.",
+        "on,",
+        "it's",
+        "(two)",
+        "U.S.",
+        "“Sale”",
+        "3rd",
+    ]
+)
 
 
 @settings(max_examples=60, deadline=None)

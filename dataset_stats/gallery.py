@@ -1,0 +1,142 @@
+"""Example captions and images for the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from dataset_stats.captions import Address, read_rows
+from dataset_stats.merge import ROW_BITS
+from pipelines.images import SampleReject, decode_image
+from pipelines.pieces import Source
+from pipelines.shards import open_shard, shard_name
+
+EXAMPLE_CHARACTERS = 240
+THUMBNAIL_PIXELS = 288
+THUMBNAIL_QUALITY = 78
+MAX_GALLERY_SHARDS = 6
+MAX_ROWS = 1 << ROW_BITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryItem:
+    """One sampled image; `image` is a data URL, empty where the raw shard is not at hand."""
+
+    key: str
+    shard: str
+    image: str
+    texts: dict[str, str]  # by caption set, "alt text" where no set shows it
+
+
+def example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]) -> list[str]:
+    """One caption for each noun of `top`: the first one of the set in which the noun is most frequent."""
+    names = list(sources)
+    wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    best = top[names].to_numpy().argmax(axis=1)
+    for index, set_number in enumerate(best):
+        name = names[set_number]
+        shard, row = divmod(int(top[f"{name} first_row"].iloc[index]), 1 << ROW_BITS)
+        wanted.setdefault((name, shard), []).append((row, index))
+    examples = [""] * len(top)
+    for (name, shard), places in wanted.items():
+        texts = _texts(sources[name][shard], {row for row, _ in places})
+        for row, index in places:
+            examples[index] = _shorten(texts[row])
+    return examples
+
+
+def _texts(source: Source, rows: set[int]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    number = 0
+    for block in read_rows(Address.parse(source.path), 0, max(rows) + 1):
+        for row in block:
+            if number in rows:
+                texts[number] = row.text or ""
+            number += 1
+    return texts
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
+
+
+def sample_gallery(
+    sources: Mapping[str, Sequence[Source]], raw_shards: Sequence[str], *, num_images: int, seed: int, max_pixels: int
+) -> list[GalleryItem]:
+    """Sampled images with the texts that the sets have about them; the same seed gives the same sample.
+
+    Only sets over this pipeline's captions take part, since only there the key leads back to the image.
+    """
+    by_shard: dict[str, dict[str, Address]] = {}
+    for name, shard_sources in sources.items():
+        for source in shard_sources:
+            address = Address.parse(source.path)
+            if address.layout == "captions":
+                by_shard.setdefault(shard_name(address.path), {})[name] = address
+    if not by_shard or not num_images:
+        return []
+    rng = random.Random(seed)
+    raw_paths = {shard_name(path): path for path in raw_shards}
+    shards = _choose_shards(by_shard, rng)
+    items: list[GalleryItem] = []
+    for number, shard in enumerate(shards):
+        share = (num_images - len(items)) // (len(shards) - number)
+        items += _sample_shard(shard, by_shard[shard], raw_paths.get(shard), share, rng, max_pixels)
+    return items
+
+
+def _choose_shards(by_shard: Mapping[str, Mapping[str, Address]], rng: random.Random) -> list[str]:
+    """Shards with several texts per image first, since comparing them is what the gallery is for."""
+    most = max(len(sets) for sets in by_shard.values())
+    rich = sorted(shard for shard, sets in by_shard.items() if len(sets) == most)
+    others = sorted(by_shard.keys() - set(rich))
+    chosen = rng.sample(rich, min(MAX_GALLERY_SHARDS - min(2, len(others)), len(rich)))
+    return sorted(chosen) + sorted(rng.sample(others, min(MAX_GALLERY_SHARDS - len(chosen), len(others))))
+
+
+def _sample_shard(
+    shard: str, sets: Mapping[str, Address], raw_path: str | None, count: int, rng: random.Random, max_pixels: int
+) -> list[GalleryItem]:
+    addresses = dict(sets)
+    any_address = next(iter(sets.values()))
+    if all(address.column != "alt_text" for address in sets.values()) and _has_alt_texts(any_address.path):
+        addresses = {"alt text": replace(any_address, column="alt_text"), **addresses}
+    texts: dict[str, dict[str, str]] = {}
+    for name, address in addresses.items():
+        for block in read_rows(address, 0, MAX_ROWS):
+            for row in block:
+                if row.reject is None and row.text:
+                    texts.setdefault(row.key, {})[name] = row.text
+    complete = sorted(key for key, found in texts.items() if all(name in found for name in sets))
+    keys = sorted(rng.sample(complete, min(count, len(complete))))
+    images = _thumbnails(raw_path, keys, max_pixels) if raw_path else {}
+    return [GalleryItem(key=key, shard=shard, image=images.get(key, ""), texts=texts[key]) for key in keys]
+
+
+def _has_alt_texts(path: str) -> bool:
+    return "alt_text" in pq.read_schema(path).names
+
+
+def _thumbnails(raw_path: str, keys: Sequence[str], max_pixels: int) -> dict[str, str]:
+    images = {}
+    with open_shard(raw_path) as raw:
+        by_key = {sample.key: sample for sample in raw.samples if sample.reject is None}
+        for key in keys:
+            if key not in by_key:
+                continue
+            try:
+                image = decode_image(raw.image_bytes(by_key[key]), max_pixels=max_pixels)
+            except SampleReject:
+                continue  # its row says so; the gallery shows the text alone
+            image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            buffer = io.BytesIO()
+            image.save(buffer, format="WEBP", quality=THUMBNAIL_QUALITY)
+            images[key] = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return images

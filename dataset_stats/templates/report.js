@@ -1,0 +1,134 @@
+"use strict";
+const root = document.documentElement;
+const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+
+// Charts: plotly.js is unpacked once; its colours are the page's, so a change of theme redraws.
+const charts = JSON.parse(document.getElementById("chart-data").textContent);
+const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+function axis(title, extra) {
+  return { title: { text: title, standoff: 8 }, gridcolor: colour("--rule"), zerolinecolor: colour("--rule"),
+    linecolor: colour("--rule"), automargin: true, ...extra };
+}
+
+const layout = () => ({
+  font: { family: getComputedStyle(document.body).fontFamily, color: colour("--ink"), size: 13 },
+  paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 54, r: 16, t: 22, b: 44 },
+  hoverlabel: { font: { size: 13 } },
+});
+const options = { responsive: true, displaylogo: false, displayModeBar: false };
+
+function drawBars(chart) {
+  const trace = {
+    type: "bar", orientation: "h", x: chart.values, y: chart.names, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
+    marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--rule" : "--accent")) },
+    text: chart.values, texttemplate: "%{text:.1%}", textposition: "outside", cliponaxis: false,
+    textfont: { color: colour("--ink") },
+  };
+  const top = Math.max(...chart.values, 0.01) * 1.4;
+  Plotly.react(chart.id, [trace], {
+    ...layout(), margin: { l: 20, r: 16, t: 8, b: 30 }, bargap: 0.35,
+    xaxis: axis("", { tickformat: ".0%", range: [0, top], nticks: 5 }), yaxis: axis("", { autorange: "reversed", ticksuffix: "  ", showgrid: false }),
+  }, options);
+}
+
+function draw(chart) {
+  if (chart.kind === "bars") { drawBars(chart); return; }
+  const series = colour("--series").split(",").map((text) => text.trim());
+  const traces = chart.traces.map((trace, index) => ({
+    ...trace, type: "scatter", mode: "lines", line: { color: series[index % series.length], width: 2.2 },
+    hovertemplate: chart.percent ? "%{x}: %{y:.1%}" : "rank %{x:,}: %{y:,}",
+  }));
+  const line = (shape) => ({ type: "line", line: { color: colour("--soft"), width: 1.2, dash: "dot" }, ...shape });
+  const shapes = (chart.lines_x || []).map((x) => line({ x0: x, x1: x, yref: "paper", y0: 0, y1: 1 }));
+  const note = { showarrow: false, font: { color: colour("--soft"), size: 11.5 } };
+  const annotations = (chart.lines_x || []).map((x) => ({ ...note, x, yref: "paper", y: 1, yanchor: "bottom", text: `${x}` }));
+  if (chart.line_y) {
+    shapes.push(line({ xref: "paper", x0: 0, x1: 1, y0: chart.line_y, y1: chart.line_y }));
+    annotations.push({ ...note, xref: "paper", x: 1, xanchor: "right", y: Math.log10(chart.line_y), yanchor: "bottom", text: chart.line_text });
+  }
+  Plotly.react(chart.id, traces, {
+    ...layout(),
+    xaxis: axis(chart.x, chart.log ? { type: "log", dtick: 1 } : { rangemode: "tozero" }),
+    yaxis: axis(chart.y, chart.log ? { type: "log", dtick: 1 } : { rangemode: "tozero", tickformat: ".0%" }),
+    legend: { orientation: "h", y: -0.28, x: 0 }, shapes, annotations,
+  }, options);
+}
+
+async function unpackPlotly() {
+  const packed = document.getElementById("plotly-packed");
+  const bytes = Uint8Array.from(atob(packed.textContent), (character) => character.charCodeAt(0));
+  packed.remove();
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(stream).text();
+  document.head.append(script);
+}
+
+const drawAll = () => charts.forEach(draw);
+unpackPlotly().then(() => {
+  drawAll();
+  root.dataset.charts = "drawn";
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+});
+document.getElementById("theme").addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  if (window.Plotly) drawAll();
+});
+
+// Noun table: rows are text, never HTML.
+const nouns = JSON.parse(document.getElementById("noun-data").textContent);
+const body = document.querySelector("#noun-table tbody");
+const buttons = [...document.querySelectorAll("#noun-table button")];
+const search = document.getElementById("search");
+const more = document.getElementById("more");
+const PAGE = 100;
+let shown = PAGE, column = null, direction = -1;
+
+function cell(kind, text, className) {
+  const element = document.createElement(kind);
+  element.textContent = text;
+  if (className) element.className = className;
+  return element;
+}
+
+function caption(noun, text) {
+  const element = document.createElement("td");
+  const place = text.toLowerCase().indexOf(noun);
+  if (place < 0) { element.textContent = text; return element; }
+  const marked = document.createElement("mark");
+  marked.textContent = text.slice(place, place + noun.length);
+  element.append(text.slice(0, place), marked, text.slice(place + noun.length));
+  return element;
+}
+
+function show() {
+  const wanted = search.value.trim().toLowerCase();
+  let rows = nouns.filter((row) => !wanted || row[0].includes(wanted) || row[row.length - 1].toLowerCase().includes(wanted));
+  if (wanted) rows.sort((a, b) => b[0].includes(wanted) - a[0].includes(wanted));
+  if (column === 0) rows = rows.slice().sort((a, b) => direction * (a[0] < b[0] ? -1 : 1));
+  else if (column !== null) rows = rows.slice().sort((a, b) => direction * (a[column] - b[column]));
+  body.replaceChildren(...rows.slice(0, shown).map((row) => {
+    const line = document.createElement("tr");
+    const head = cell("th", row[0]);
+    head.scope = "row";
+    line.append(head, ...row.slice(1, -1).map((count) => cell("td", count.toLocaleString("en"), "n")), caption(row[0], row[row.length - 1]));
+    return line;
+  }));
+  document.getElementById("found").textContent = `${rows.length.toLocaleString("en")} of ${nouns.length.toLocaleString("en")} nouns`;
+  more.hidden = rows.length <= shown;
+}
+
+for (const button of buttons) {
+  button.addEventListener("click", () => {
+    const chosen = Number(button.dataset.column);
+    direction = chosen === column ? -direction : (chosen === 0 ? 1 : -1);
+    column = chosen;
+    for (const other of buttons) other.removeAttribute("aria-sort");
+    button.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
+    show();
+  });
+}
+search.addEventListener("input", () => { shown = PAGE; show(); });
+more.addEventListener("click", () => { shown += PAGE * 3; show(); });
+show();

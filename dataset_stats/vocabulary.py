@@ -1,0 +1,124 @@
+"""One pass over the merged nouns: DN and VN, the files for analysts, and what the report shows of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataset_stats.measures import SetMeasures
+from pipelines.storage import atomic_file
+
+ROWS_PER_BATCH = 65_536
+NUM_CHANGES = 15  # nouns shown as gained and as lost
+NUM_ZIPF_POINTS = 200
+PER_CAPTIONS = 1000
+# A spreadsheet takes a cell that starts with one of these for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass
+class Vocabulary:
+    """What the report shows of the nouns.
+
+    Attributes:
+        top: the most frequent nouns over all sets: noun, one count column per set, `<set> first_row`.
+        gained: by set, the nouns whose rate rose most against the first set: noun, before, after (per 1000 captions).
+        lost: by set, the nouns whose rate fell most.
+        zipf: by set, (rank, occurrences) at about evenly spaced logarithms of the rank.
+    """
+
+    top: pd.DataFrame
+    gained: dict[str, pd.DataFrame] = field(default_factory=dict)
+    lost: dict[str, pd.DataFrame] = field(default_factory=dict)
+    zipf: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+def write_vocabulary(
+    merged: Path, folder: Path, *, measures: Mapping[str, SetMeasures], valid_threshold: int, num_top: int
+) -> Vocabulary:
+    """Write nouns.parquet and nouns.csv, fill in DN and VN of `measures`, and give what the report shows.
+
+    Args:
+        merged: file of `merge_counts`.
+        folder: RUN/stats.
+    """
+    names = list(measures)
+    collector = _Collector(names, measures, num_top=num_top)
+    schema = pa.schema([pa.field("noun", pa.string())] + [pa.field(name, pa.int64()) for name in names])
+    with (
+        pq.ParquetFile(merged) as source,
+        atomic_file(folder / "nouns.parquet") as parquet_path,
+        pq.ParquetWriter(parquet_path, schema, compression="zstd") as parquet,
+        atomic_file(folder / "nouns.csv") as csv_path,
+        csv_path.open("w", newline="", encoding="utf-8") as csv_file,
+    ):
+        rows = csv.writer(csv_file)
+        rows.writerow(["noun", *names])
+        for batch in source.iter_batches(batch_size=ROWS_PER_BATCH):
+            frame = batch.to_pandas()
+            frame[names] = frame[names].fillna(0).astype(np.int64)
+            parquet.write_table(pa.Table.from_pandas(frame[["noun", *names]], schema=schema, preserve_index=False))
+            rows.writerows(
+                [safe_cell(noun), *counts] for noun, *counts in frame[["noun", *names]].itertuples(index=False)
+            )
+            collector.add(frame)
+    return collector.finish(valid_threshold=valid_threshold)
+
+
+def safe_cell(text: str) -> str:
+    """`text` as a CSV cell that no spreadsheet runs as a formula."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+class _Collector:
+    def __init__(self, names: Sequence[str], measures: Mapping[str, SetMeasures], *, num_top: int) -> None:
+        self._names = list(names)
+        self._measures = measures
+        self._num_top = num_top
+        self._tops = pd.DataFrame()
+        self._changes: dict[str, pd.DataFrame] = {}
+        self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+
+    def add(self, frame: pd.DataFrame) -> None:
+        totals = frame[self._names].sum(axis=1)
+        both: list[pd.DataFrame] = [self._tops, frame.assign(total=totals)]
+        # Ties go to the noun that comes first, so that the same counts give the same report.
+        self._tops = pd.concat(both).sort_values(["total", "noun"], ascending=[False, True]).head(self._num_top)
+        baseline = self._names[0]
+        for name in self._names[1:]:
+            before, after = self._rate(frame, baseline), self._rate(frame, name)
+            new = pd.DataFrame({"noun": frame["noun"], "before": before, "after": after, "change": after - before})
+            both = [self._changes.get(name, pd.DataFrame()), new]
+            change = pd.concat(both).sort_values(["change", "noun"])
+            keep = min(NUM_CHANGES, len(change) // 2 + 1)
+            self._changes[name] = pd.concat([change.head(keep), change.tail(keep)]).drop_duplicates("noun")
+        for name in self._names:
+            counts = frame[name].to_numpy()
+            self._counts[name].append(counts[counts > 0])
+
+    def finish(self, *, valid_threshold: int) -> Vocabulary:
+        vocabulary = Vocabulary(top=self._tops.reset_index(drop=True))
+        for name, measure in self._measures.items():
+            counts = np.sort(np.concatenate(self._counts[name]))[::-1]
+            measure.distinct_nouns = len(counts)
+            measure.valid_distinct_nouns = int((counts > valid_threshold).sum())
+            assert int(counts.sum()) == measure.total_nouns, f"{name}: merged nouns do not add up to the captions'"
+            if len(counts):
+                ranks = np.unique(np.geomspace(1, len(counts), NUM_ZIPF_POINTS).astype(int))
+                vocabulary.zipf[name] = [(int(rank), int(counts[rank - 1])) for rank in ranks]
+        for name, change in self._changes.items():
+            gained = change.query("change > 0").sort_values(["change", "noun"], ascending=[False, True])
+            lost = change.query("change < 0").sort_values(["change", "noun"])
+            vocabulary.gained[name] = gained.head(NUM_CHANGES)
+            vocabulary.lost[name] = lost.head(NUM_CHANGES)
+        return vocabulary
+
+    def _rate(self, frame: pd.DataFrame, name: str) -> np.ndarray:
+        return frame[name].to_numpy() * (PER_CAPTIONS / max(self._measures[name].num_captions, 1))
