@@ -1,5 +1,7 @@
 """What one `make caption` has to do: sources, fingerprint and the folder they go to."""
 
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from pipelines.engine import EngineConfig
 from pipelines.manifest import MANIFEST_NAME, Fingerprint, Manifest, StageDirectory, read_manifest
 from pipelines.models import ModelSource, resolve_model
 from pipelines.pieces import Source
+from pipelines.progress import get_logger
 from pipelines.recipe import DataConfig
-from pipelines.shards import open_shard, select_shards
+from pipelines.shards import open_shard, select_shards, shard_name
+
+log = get_logger("captioning")
 
 # Raised when a change of code changes the captions of unchanged inputs.
 CODE_VERSION = 1
@@ -90,7 +95,7 @@ def read_job(command: Command) -> Job:
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
     engine = command.recipe.table("engine", EngineConfig)
-    paths = select_shards(data.paths(command.run), config.shards, key="captioning.shards")
+    paths = _select(data.paths(command.run), config.shards)
     model = resolve_model(config.model, config.revision)
     sources, dialects = _read_shards(paths, data.dialect)
     settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
@@ -105,6 +110,14 @@ def read_job(command: Command) -> Job:
         output=StageDirectory(Path(command.run) / "captions"),
         fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
     )
+
+
+def _select(paths: list[str], patterns: Sequence[str]) -> list[str]:
+    """Return the shards that fit some pattern; a recipe for several datasets is used on one of them, too."""
+    fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
+    for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
+        log.warning(f"captioning.shards: {pattern!r} fits none of the {len(paths)} shards")
+    return select_shards(paths, fitting or patterns, key="captioning.shards")
 
 
 def _read_shards(paths: list[str], dialect: str) -> tuple[list[Source], dict[str, str]]:

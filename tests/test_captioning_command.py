@@ -190,6 +190,17 @@ def test_what_is_missing_is_said_in_one_line(finished, option: str, message: str
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_recipe_for_several_datasets_captions_one_of_them(finished) -> None:
+    """`make caption SHARDS='/data/sa_*.tar'` with the paper's recipe, which names other datasets too."""
+    sa = str(finished / "raw" / "sa_*.tar")
+    options = ["--set", f"data.shards={sa}", "--set", "captioning.shards=['sa_*', 'hq_*']", "--plan"]
+    line = [sys.executable, "-m", *arguments(finished, *options)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 0 and "Captions of 1 shards" in said
+    assert "captioning.shards: 'hq_*' fits none of the 1 shards" in said
+
+
 def test_the_recipes_of_the_house_parse() -> None:
     from captioning.config import CaptioningConfig
     from pipelines.recipe import load_recipe
