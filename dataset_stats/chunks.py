@@ -39,9 +39,9 @@ PUNCTUATION, LOWER, UPPER, OTHER = range(4)
 NO_BREAKS, ALL_BREAKS = 0b0000, 0b1111
 
 _LONE_CLOSERS = re.compile(r"[\])}>\"'»”’]+")
-# Words with at most one mark behind them, of which NLTK makes the word and the mark; a full stop stays with its word
-# inside a sentence. They are most of any text, so NLTK is not asked about them, but for the words it splits.
-_PLAIN_MARKS = frozenset(",;:.?!")
+# Words and numbers with at most one mark behind them: NLTK makes the word and the mark of them, and a full stop stays
+# with its word inside a sentence. They are most of any text, so NLTK is asked only about the words it splits.
+_PLAIN_MARKS = frozenset([*",;:.?!", "'s"])
 _SPLIT_WORDS = frozenset({"cannot", "gimme", "gonna", "gotta", "lemme", "wanna"})
 _FINAL_PERIOD = re.compile(r"[^.]\.[\])}>\"'»”’]*\Z")
 _ANY_PERIOD = re.compile(r"[.?!]")
@@ -173,13 +173,12 @@ class ChunkTokenizer:
         flags, breaks, followers, unknown = [], [], [], []
         pool = _TokenPool(len(self._tokens), len(chunks))
         for index, chunk in enumerate(chunks):
-            word = chunk if chunk.isalpha() else chunk[:-1]
-            mark = chunk[len(word) :]
+            word, mark = _split_mark(chunk)
             if _is_plain(word, mark):
                 is_end = mark != "" and mark in _PERIODS
                 flags.append(ENDS_WITH_PERIOD if is_end else 0)
                 breaks.append(ALL_BREAKS if is_end else NO_BREAKS)
-                followers.append(LOWER if chunk[0].islower() else UPPER)
+                followers.append(LOWER if chunk[0].islower() else UPPER if chunk[0].isupper() else OTHER)
                 pool.add_plain(index, word, mark)
                 continue
             flag, chunk_breaks = self._flags_and_breaks(chunk)
@@ -282,12 +281,20 @@ class ChunkTokenizer:
         )
 
 
+def _split_mark(chunk: str) -> tuple[str, str]:
+    if chunk.isalnum():
+        return chunk, ""
+    num_marks = 2 if chunk.endswith("'s") else 1
+    return chunk[:-num_marks], chunk[-num_marks:]
+
+
 def _is_plain(word: str, mark: str) -> bool:
     return (
-        len(word) > 1
-        and word.isalpha()
+        word.isalnum()
         and word.isascii()
         and (not mark or mark in _PLAIN_MARKS)
+        # Before a full stop, Punkt looks at numbers and single letters more closely.
+        and (mark != "." or (len(word) > 1 and word.isalpha()))
         and word.lower() not in _SPLIT_WORDS
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from pathlib import PurePath
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -36,7 +37,8 @@ class DatasetStatsConfig(StageConfig):
     sets: dict[str, CaptionSet] = Field(
         default={"alt-text": CaptionSet(column="alt_text"), "caption": CaptionSet(column="caption")},
         min_length=1,
-        description="Caption sets by name, in the order of the table; every name is a row of Table 1",
+        description="Caption sets by name, in the order of the table; every name is a row of Table 1. On the command "
+        "line also as text: 'laion=laion_*#alt_text,mine=data/*.parquet#TEXT'",
     )
     tagger: Literal["auto", "nltk", "textblob"] = Field(
         default="auto",
@@ -69,6 +71,11 @@ class DatasetStatsConfig(StageConfig):
     num_gallery_images: int = Field(default=24, ge=0, description="Sampled images in the report's gallery")
     seed: int = Field(default=0, ge=0, description="Seed of the gallery's sample")
 
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _read_text(cls, sets: Any) -> Any:
+        return dict(_parse_set(item) for item in sets.split(",")) if isinstance(sets, str) else sets
+
     @field_validator("sets")
     @classmethod
     def _check_names(cls, sets: dict[str, CaptionSet]) -> dict[str, CaptionSet]:
@@ -84,3 +91,17 @@ class DatasetStatsConfig(StageConfig):
         if min(limits) < 2:
             raise ValueError("a limit below 2 tokens leaves no room for text")
         return limits
+
+
+def _parse_set(item: str) -> tuple[str, dict[str, Any]]:
+    """Read `name=files#column`; what has neither a suffix nor a folder names shards of RUN/captions."""
+    name, equals, rest = item.strip().partition("=")
+    files, _, column = rest.partition("#")
+    if not equals or not files:
+        raise ValueError(f"{item!r} is not of the form name=files#column")
+    suffix = PurePath(files).suffix
+    fields: dict[str, Any] = {"column": column} if column else {}
+    if "/" not in files and not suffix:
+        return name, {"layout": "captions", "shards": [files], **fields}
+    layout = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv"}.get(suffix, "text")
+    return name, {"layout": layout, "files": files, **fields}

@@ -102,7 +102,7 @@ def noun_table(counts: dict[str, int]) -> pa.Table:
     return pa.table([[noun for noun, _ in rows], [count for _, count in rows], [0] * len(rows)], schema=NOUN_SCHEMA)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     sets=st.lists(
         st.lists(

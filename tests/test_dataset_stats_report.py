@@ -223,6 +223,17 @@ def test_sets_in_other_layouts_go_through_the_stage(run):
     assert (web["num_captions"], web["valid_distinct_nouns"]) == (20, 2)
 
 
+def test_sets_can_be_given_on_one_line(run):
+    table = run.parent / "web.csv"
+    table.write_text("text\nA dog.\nTwo dogs.\n")
+    run_stage(run, f"dataset_stats.sets=alt=laion_0#alt_text,web={table}#text")
+    summary = read_summary(run)["dataset_stats"]
+    assert list(summary) == ["alt", "web"]
+    assert (summary["alt"]["num_captions"], summary["web"]["total_nouns"]) == (20, 2)
+    with pytest.raises(ValueError, match="name=files#column"):
+        run_stage(run, "dataset_stats.sets=laion_0")
+
+
 @pytest.mark.parametrize("name", ["noun", "a b", "=x"])
 def test_set_names_that_break_columns_are_refused(run, name):
     with pytest.raises(ValueError, match="cannot name a caption set"):

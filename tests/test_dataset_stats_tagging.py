@@ -169,7 +169,7 @@ def test_weights_that_are_not_averaged_are_refused():
 
 
 needs_nltk_data = pytest.mark.skipif(
-    not os.environ.get("NLTK_DATA"), reason="NLTK_DATA does not name a folder with averaged_perceptron_tagger_eng"
+    find_tagger("auto").name != "nltk", reason="averaged_perceptron_tagger_eng is not installed: make nltk-data"
 )
 
 

@@ -21,7 +21,7 @@ const options = { responsive: true, displaylogo: false, displayModeBar: false };
 function drawBars(chart) {
   const trace = {
     type: "bar", orientation: "h", x: chart.values, y: chart.names, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
-    marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--rule" : "--accent")) },
+    marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--soft" : "--accent")), opacity: chart.is_paper.map((isPaper) => isPaper ? 0.45 : 1) },
     text: chart.values, texttemplate: "%{text:.1%}", textposition: "outside", cliponaxis: false,
     textfont: { color: colour("--ink") },
   };
