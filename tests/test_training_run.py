@@ -112,14 +112,35 @@ def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
     assert summary["seconds"]["training"]["stage2"] > 0
 
 
-def test_world_size_and_accumulation_change_no_loss(straight: Path, tmp_path: Path) -> None:
+def every_step(**changed: object) -> dict[str, object]:
+    return settings(log_every=1, checkpoint_every=100, global_batch_size=12) | changed
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    run = make_run(tmp_path_factory.mktemp("two_ranks"))
+    train(run, 2, **every_step(num_steps=12))
+    return metrics(run, 2)
+
+
+def assert_same_losses(found: list[dict], expected: list[dict]) -> None:
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    norms = [[line["gradient_norm"] for line in lines] for lines in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_world_size_and_accumulation_change_no_loss(two_ranks: list[dict], tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    train(run, 2, **settings(num_steps=8, num_processes=1, gradient_accumulation_steps=2))
-    pairs = list(zip(metrics(run, 2), metrics(straight, 2), strict=False))
-    assert len(pairs) == 2
-    for alone, together in pairs:
-        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
-        assert alone["gradient_norm"] == pytest.approx(together["gradient_norm"], rel=1e-4)
+    train(run, 2, **every_step(num_steps=6, num_processes=1, gradient_accumulation_steps=3))
+    assert_same_losses(metrics(run, 2), two_ranks[:6])
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_resume_at_another_world_size(two_ranks: list[dict], tmp_path: Path, zero_stage: int) -> None:
+    run = make_run(tmp_path)
+    for num_processes, num_steps in ((2, 4), (1, 8), (3, 12)):
+        train(run, 2, **every_step(num_steps=num_steps, num_processes=num_processes, zero_stage=zero_stage))
+    assert_same_losses(metrics(run, 2), two_ranks)
 
 
 def test_stages_follow_each_other(tmp_path: Path) -> None:

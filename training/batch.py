@@ -6,6 +6,7 @@ nor gradient accumulation, nor a resume changes them.
 
 # B samples of a micro-batch, C latent channels, h x w latent size, L text tokens, D text width
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +74,7 @@ class Buffers:
 
     def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
         """Return a tensor of `shape` that holds whatever it held before."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         memory = self._memory.get(name)
         if memory is None or memory.numel() < size:
             memory = self._memory[name] = torch.empty(size, dtype=dtype, pin_memory=self._is_pinned)
@@ -115,7 +116,7 @@ class BatchAssembler:
         self._buckets = buckets
         self._caption_dropout = caption_dropout
         self._random = SampleRandom(seed, stage)
-        self._tar = lru_cache(maxsize=NUM_OPEN_TARS)(_map_tar)
+        self._tar = lru_cache(maxsize=NUM_OPEN_TARS)(self._map_tar)
         self._null_text = None if index.text is None else _load_null_text(index.text)
 
     def assemble(self, buffers: Buffers, planned: PlannedBatch, positions: range) -> Batch:
@@ -178,10 +179,10 @@ class BatchAssembler:
             shape = (int(table.channels[row]), int(table.heights[row]), int(table.widths[row]))
             if shape != mean.shape[1:]:
                 raise ValueError(
-                    f"{self._path(shard, self._index.latents)}: latents of {keys[i]} are {shape}, "
+                    f"shard {self._index.shards[shard]}: latents of {keys[i]} are {shape}, "
                     f"but {mean.shape[1:]} in other samples of the same bucket"
                 )
-            tar = self._tar(self._path(shard, self._index.latents))
+            tar = self._tar(self._index.latents, shard)
             for moment, offset in ((mean, table.mean_offsets[row]), (std, table.std_offsets[row])):
                 moment[i] = self._payload(shard, tar, int(offset), key=keys[i], dtype="float16", shape=shape)
 
@@ -204,7 +205,7 @@ class BatchAssembler:
                 payloads.append(self._null_text)
                 continue
             caption = table.choose_caption(row, float(choices[i]))
-            tar = self._tar(self._path(shard, self._index.text))
+            tar = self._tar(self._index.text, shard)
             shape = (int(table.caption_tokens[caption]), width)
             offset = int(table.caption_offsets[caption])
             payloads.append(self._payload(shard, tar, offset, key=keys[i], dtype="uint16", shape=shape))
@@ -216,23 +217,20 @@ class BatchAssembler:
             bits[i, lengths[i] :] = 0
         return text, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
-    def _path(self, shard: int, directory: Path) -> Path:
-        return directory / f"{self._index.shards[shard]}.tar"
+    def _map_tar(self, directory: Path, shard: int) -> np.ndarray:
+        # A plain view: slices of np.memmap itself are several times slower to make.
+        return np.asarray(np.memmap(directory / f"{self._index.shards[shard]}.tar", np.uint8, mode="r"))
 
     def _payload(
         self, shard: int, tar: np.ndarray, offset: int, *, key: str, dtype: str, shape: tuple[int, ...]
     ) -> np.ndarray:
-        end = offset + int(np.prod(shape)) * 2
+        end = offset + math.prod(shape) * 2
         if end > len(tar):
             raise ValueError(
                 f"shard {self._index.shards[shard]}: sample {key} ends at byte {end}, but its tar has {len(tar)}; "
                 "the tar was cut short, make its features again"
             )
         return read_payload(tar, offset, dtype=dtype, shape=shape)
-
-
-def _map_tar(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, mode="r")
 
 
 def _load_null_text(directory: Path) -> np.ndarray:

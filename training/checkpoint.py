@@ -7,6 +7,9 @@ leaves the former checkpoint in force. The EMA is kept once: the fp32 weights of
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
 STATE = "deepspeed"
+UNIVERSAL_STATE = "deepspeed-universal"
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,38 @@ def _fsync_tree(folder: Path) -> None:
     fsync_directory(folder)
 
 
+def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
+    """Whether the state is in shards of another number of ranks, which DeepSpeed loads only after a conversion."""
+    return checkpoint.trainer["zero_stage"] > 0 and checkpoint.trainer["num_ranks"] != num_ranks
+
+
+def _convert_to_universal(folder: Path) -> None:
+    """Write the shards in `deepspeed/` anew as one file per weight, in `deepspeed-universal/`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".universal-") as temporary:
+        output = Path(temporary) / UNIVERSAL_STATE
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *("--input_folder", str(folder / STATE), "--output_folder", str(output)),
+                *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise ValueError(f"{folder} cannot be converted for another number of ranks:\n{done.stdout[-2000:]}")
+        output.rename(folder / UNIVERSAL_STATE)
+
+
 def load_checkpoint(checkpoint: Checkpoint, *, model: "ZeroModel", ema: "EMA") -> None:
     """Put weights, optimizer and average back as they were; all ranks must call it.
 
     Raises:
         ValueError: the folder holds weights but no training state.
     """
+    import torch.distributed as dist
+
     from pixart.convert import load_diffusers
 
     state = checkpoint.path / STATE
@@ -133,5 +163,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: "ZeroModel", ema: "EMA") -
             f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
             "start from it with training.init_from and another RUN"
         )
-    model.engine.load_checkpoint(str(checkpoint.path), tag=STATE)
+    tag = STATE
+    if needs_universal(checkpoint, dist.get_world_size()):
+        tag = UNIVERSAL_STATE
+        if dist.get_rank() == 0 and not (checkpoint.path / tag).is_dir():
+            _convert_to_universal(checkpoint.path)
+        dist.barrier()
+    model.engine.load_checkpoint(str(checkpoint.path), tag=tag)
     ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())

@@ -21,7 +21,7 @@ from pixart.diffusion import Diffusion
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.batch import BatchAssembler
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, needs_universal
 from training.config import STAGES
 from training.ema import EMA
 from training.health import SkipCounter
@@ -72,7 +72,8 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     if is_first:
         print_weights(job, num_parameters=num_parameters, num_ranks=dist.get_world_size())
     require_disk(job, num_parameters)
-    model = ZeroModel(network, settings)
+    is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
+    model = ZeroModel(network, settings, loads_universal=is_elastic)
     ema = EMA(model, settings.ema_decay)
     trainer: dict[str, Any] = {"step": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
     if resume is not None:

@@ -25,14 +25,15 @@ class Update:
     is_skipped: bool
 
 
-def deepspeed_config(settings: StageTraining, num_ranks: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for a stage."""
+def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
     num_micro_batches = settings.gradient_accumulation_steps
     return {
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
         "zero_optimization": {"stage": settings.zero_stage},
+        "checkpoint": {"load_universal": loads_universal},
         "bf16": {"enabled": settings.dtype == "bf16"},
         # 0 is off; DeepSpeed's own default is to clip at 1.
         "gradient_clipping": 0.0 if _is_plain(settings) else settings.gradient_clip,
@@ -50,7 +51,7 @@ class ZeroModel:
     `masters` are the fp32 weights this rank updates: all of them without sharding, else its share, flattened.
     """
 
-    def __init__(self, model: nn.Module, settings: StageTraining) -> None:
+    def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
         deepspeed = _import_deepspeed()
         self.settings = settings
         self._names = [name for name, _ in model.named_parameters()]
@@ -63,7 +64,9 @@ class ZeroModel:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(settings, dist.get_world_size())
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
         )
         self.masters = self._find_masters()
 
@@ -135,13 +138,22 @@ class ZeroModel:
 
     def scatter_masters(self, weights: dict[str, Tensor]) -> None:
         """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
             if self.is_sharded:
-                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+                self._scatter(parameter, weights[name].to(self.device))
             else:
                 self.masters[position].copy_(weights[name])
+
+    def _scatter(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.settings.zero_stage < 3:
+            safe_set_full_fp32_param(parameter, weight)
+            return
+        # Setting a full weight under ZeRO 3 fails where the ranks do not divide it: the last share is padded.
+        share = safe_get_local_fp32_param(parameter).numel()
+        padded = nn.functional.pad(weight.flatten(), (0, share * dist.get_world_size() - weight.numel()))
+        safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
 
     @contextlib.contextmanager
     def masters_as(self, values: list[Tensor]) -> Iterator[None]:
