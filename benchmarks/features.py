@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,9 @@ def make_encoder(width: int, *, num_layers: int, batch_size: int, device: str) -
         feed_forward_proj="gated-gelu",
     )
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: torch.nn.Module = T5EncoderModel(config)
-    model = model.to(torch.device(device), dtype).eval().requires_grad_(False)
+    # Its type stubs hide nn.Module.to.
+    model: Any = T5EncoderModel(config)
+    model = model.to(device, dtype).eval().requires_grad_(False)
     return TextEncoder(model, encoder.tokenizer, MAX_TOKENS, width, encoder.device, Batches(batch_size))
 
 
