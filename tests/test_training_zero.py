@@ -61,6 +61,7 @@ def test_saving_and_loading_changes_nothing(results: dict[str, dict[str, Any]], 
     assert results[stage]["is_ema_fp32"]
     assert results[stage]["ema_survives_disk"]
     assert results[stage]["resumes_exactly"]
+    assert results[stage]["refuses_foreign_pickles"]
 
 
 @pytest.mark.slow

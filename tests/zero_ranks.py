@@ -4,6 +4,7 @@ Usage: python zero_ranks.py FOLDER dtype zero_stage...
 """
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     model, ema = new_model(settings)
     steps = [train_step(model, ema, step) for step in range(4)]
     by_hand = ema.gather()
-    save_checkpoint(folder, model=model, ema=ema, trainer={"step": 4, "num_steps": 9}, num_kept=1)
+    trainer = {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "num_ranks": dist.get_world_size()}
+    save_checkpoint(folder, model=model, ema=ema, trainer=trainer, num_kept=1)
     dist.barrier()
     on = [train_step(model, ema, step) for step in range(4, 6)]
 
@@ -92,10 +94,25 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         "is_ema_fp32": all(value.dtype == torch.float32 for value in by_hand.values()),
         "ema_survives_disk": is_same(by_hand, loaded),
         "resumes_exactly": on == again and same_masters and same_ema,
+        "refuses_foreign_pickles": refuses_foreign_pickles(huge, folder / "step-4"),
         "skips_infinite": bool(skipped["skipped"]) and same_after_skip,
         "huge_norm": shout["norm"],
         "huge_first_moment": moment_norm(huge),
     }
+
+
+def refuses_foreign_pickles(model: ZeroModel, checkpoint: Path) -> bool:
+    """Whether state that holds more than tensors and DeepSpeed's own records is not unpickled."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in (checkpoint / "deepspeed").glob("*model_states.pt"):
+            torch.save({"module": checkpoint}, path)
+    dist.barrier()
+    try:
+        model.load_state(checkpoint, "deepspeed")
+    except pickle.UnpicklingError as error:
+        return "PosixPath" in str(error)
+    return False
 
 
 def moment_norm(model: ZeroModel) -> float:

@@ -169,5 +169,5 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: "ZeroModel", ema: "EMA") -
         if dist.get_rank() == 0 and not (checkpoint.path / tag).is_dir():
             _convert_to_universal(checkpoint.path)
         dist.barrier()
-    model.engine.load_checkpoint(str(checkpoint.path), tag=tag)
+    model.load_state(checkpoint.path, tag)
     ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from training.health import SkipCounter, StepLosses, stop_on_non_finite
 from training.metrics import LossWindow, MetricsLog, costs
 from training.objective import Denoising
 from training.zero import Update, ZeroModel
+
+GIGABYTE = 1e9
+KIBIBYTE = 1024  # unit of ru_maxrss on Linux
 
 
 class Clock:
@@ -155,11 +159,19 @@ def _log(session: Session, update: Update, *, learning_rate: float, update_norm:
         "skipped_steps": session.skips.total,
         "learning_rate": learning_rate,
         **speed,
+        "peak_memory_gigabytes": _peak_memory_gigabytes(session.model.device),
         **costs(settings, elapsed_seconds=speed["elapsed_seconds"], num_devices=dist.get_world_size()),
     }
     session.metrics.write(record)
     if session.progress_bar is not None:
         session.progress_bar.note = f"loss {losses['loss']:.4f} · data wait {speed['data_wait_fraction']:.0%}"
+
+
+def _peak_memory_gigabytes(device: torch.device) -> float:
+    """Return the most memory this rank has used so far: of its GPU, or of its process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIGABYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE / GIGABYTE
 
 
 def save(session: Session) -> None:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from training.config import StageTraining
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,21 @@ class ZeroModel:
         share = safe_get_local_fp32_param(parameter).numel()
         padded = nn.functional.pad(weight.flatten(), (0, share * dist.get_world_size() - weight.numel()))
         safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
+
+    def load_state(self, folder: Path, tag: str) -> None:
+        """Load what `engine.save_checkpoint` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # DeepSpeed asks torch for an unrestricted load; the variable is torch's way to overrule that.
+        former = os.environ.get(WEIGHTS_ONLY)
+        os.environ[WEIGHTS_ONLY] = "1"
+        try:
+            with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+                self.engine.load_checkpoint(str(folder), tag=tag)
+        finally:
+            os.environ[WEIGHTS_ONLY] = former or "0"
 
     @contextlib.contextmanager
     def masters_as(self, values: list[Tensor]) -> Iterator[None]:
