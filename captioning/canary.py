@@ -1,7 +1,6 @@
 """A look at the model before it captions millions of images: does it see them, and does batching leave it alone?"""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,7 +51,9 @@ def check_engine(engine: CaptionEngine, image: Image.Image, prompt: str) -> None
 
 
 def _probe(engine: CaptionEngine, requests: Sequence[Request]) -> list[str]:
-    prepared: list[Any] = [engine.prepare(request) for request in requests]
+    prepared = engine.prepare(requests)
+    if None in prepared:
+        raise ValueError("captioning.max_new_tokens and the default prompt do not fit the model's context")
     return [caption.text for caption in engine.probe(prepared)]
 
 

@@ -1,7 +1,7 @@
 """What captions images: the small protocol behind which every engine stands."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -31,21 +31,16 @@ class Caption:
     finish_reason: FinishReason
 
 
-class PromptTooLongError(ValueError):
-    """A prompt leaves no room for its caption in the model's context; says how long each is."""
-
-
 class CaptionEngine(Protocol):
     """Captions images in two steps, so that the first can run ahead on the CPU while the device is busy."""
 
     is_exact: bool
     """Whether greedy captions are the same to the letter at any batch size (float32)."""
 
-    def prepare(self, request: Request) -> Any:
-        """Turn a request into what the device needs; called from several threads.
+    def prepare(self, requests: Sequence[Request]) -> list[Any]:
+        """Turn requests into what the device needs; called from several threads.
 
-        Raises:
-            PromptTooLongError: the model's context does not hold the prompt and the longest caption.
+        None stands for a prompt that leaves no room for its caption in the model's context.
         """
         ...
 

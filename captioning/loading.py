@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from captioning.config import CaptioningConfig
-from captioning.engine import CaptionEngine, PromptTooLongError, Request, sample_seed
+from captioning.engine import CaptionEngine, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
 from pipelines.images import SampleReject, decode_image
 from pipelines.shards import RawSample, RawShard
@@ -19,8 +19,10 @@ from pipelines.shards import RawSample, RawShard
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Prepared images kept ready: about 1.4 MB each for LLaVA-1.5.
-READ_AHEAD_SAMPLES = 64
+# A processor's call costs more than the work on one small image.
+PREPARED_TOGETHER = 8
+# Groups of prepared images kept ready: about 11 MB each for LLaVA-1.5.
+READ_AHEAD_GROUPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,15 @@ class ShardLoader:
 
     def load(self, samples: Sequence[RawSample]) -> Iterator[LoadedSample]:
         """Yield samples in order, decoded and prepared ahead of the consumer."""
-        ahead = read_ahead(samples, self._load_one, num_threads=self._config.num_decode_threads)
+        groups = [samples[start : start + PREPARED_TOGETHER] for start in range(0, len(samples), PREPARED_TOGETHER)]
+        ahead = read_ahead(groups, self._load_group, num_threads=self._config.num_decode_threads)
         while True:
             start_seconds = time.monotonic()
-            loaded = next(ahead, None)
+            group = next(ahead, None)
             self.wait_seconds += time.monotonic() - start_seconds
-            if loaded is None:
+            if group is None:
                 return
-            yield loaded
+            yield from group
 
     def alt_text(self, sample: RawSample) -> str | None:
         """Return the text that came with an image, as it is.
@@ -91,21 +94,31 @@ class ShardLoader:
         )
         return Request(image=image, prompt=prompt, seed=sample_seed(self._config.seed, self._raw.name, sample.key))
 
-    def _load_one(self, sample: RawSample) -> LoadedSample:
+    def _load_group(self, samples: Sequence[RawSample]) -> list[LoadedSample]:
+        opened = [self._open(sample) for sample in samples]
+        requests = {index: request for index, (_, request) in enumerate(opened) if request is not None}
+        prepared = dict(zip(requests, self._engine.prepare(list(requests.values())), strict=True))
+        for index in [index for index, result in prepared.items() if result is None]:
+            # An alt text of the longest kind, in a script that takes a token per byte: the image is asked without it.
+            requests[index] = replace(requests[index], prompt=self._config.prompts["default"])
+            prepared[index] = self._engine.prepare([requests[index]])[0]
+            if prepared[index] is None:
+                raise ValueError(
+                    f"captioning.max_new_tokens {self._config.max_new_tokens} and the default prompt do not fit the "
+                    f"model's context with {self._raw.name}/{samples[index].key}"
+                )
+        for index, request in requests.items():
+            opened[index][0]["prompt"] = request.prompt
+        return [LoadedSample(row=row, prepared=prepared.get(index)) for index, (row, _) in enumerate(opened)]
+
+    def _open(self, sample: RawSample) -> tuple[dict[str, Any], Request | None]:
         row = {"key": sample.key, "shard": self._raw.name, "flags": [], "reject": None}
         try:
             row["alt_text"] = self.alt_text(sample)
             request = self.request(sample, row["alt_text"])
         except SampleReject as reject:
-            return LoadedSample(row={**row, "reject": reject.reason}, prepared=None)
-        try:
-            prepared = self._engine.prepare(request)
-        except PromptTooLongError:
-            # An alt text of the longest kind, in a script that takes a token per byte: the image is asked without it.
-            request = replace(request, prompt=self._config.prompts["default"])
-            prepared = self._engine.prepare(request)
-        size = {"width": request.image.width, "height": request.image.height}
-        return LoadedSample(row={**row, **size, "prompt": request.prompt}, prepared=prepared)
+            return {**row, "reject": reject.reason}, None
+        return {**row, "width": request.image.width, "height": request.image.height}, request
 
 
 def _require_shape(image: Image.Image, max_aspect_ratio: float) -> None:
@@ -116,13 +129,13 @@ def _require_shape(image: Image.Image, max_aspect_ratio: float) -> None:
 
 
 def read_ahead(items: Iterable[Item], function: Callable[[Item], Result], *, num_threads: int) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed by threads at most `READ_AHEAD_SAMPLES` items ahead."""
+    """Yield `function(item)` in order, computed by threads at most `READ_AHEAD_GROUPS` items ahead."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
     window: deque[Future[Result]] = deque()
     try:
         for item in items:
             window.append(pool.submit(function, item))
-            if len(window) > READ_AHEAD_SAMPLES:
+            if len(window) > READ_AHEAD_GROUPS:
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()

@@ -5,16 +5,17 @@
 import dataclasses
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
 from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
-from captioning.engine import Caption, PromptTooLongError, Request
+from captioning.engine import Caption, Request
 from pipelines.models import resolve_model
 
 PROBE_TOKENS = 32
@@ -55,31 +56,37 @@ class TransformersEngine:
             end_token_ids=end_token_ids,
             pad_token_id=pad_token_id if pad_token_id is not None else min(end_token_ids),
         )
+        self._context = self.model.config.get_text_config().max_position_embeddings
         self._max_new_tokens, self._batch_size = config.max_new_tokens, config.batch_size
         self._decoder = ContinuousDecoder(self.model, settings)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
 
-    def prepare(self, request: Request) -> Prompt:
-        """Return the request as token ids and pixels, on the CPU; see `CaptionEngine`."""
-        text = self._wrap(request.prompt)
+    def prepare(self, requests: Sequence[Request]) -> list[Prompt | None]:
+        """Return each request as token ids and pixels on the CPU, or None; see `CaptionEngine`."""
+        if not requests:
+            return []
+        texts = [self._wrap(request.prompt) for request in requests]
         # Some chat templates write the begin token themselves.
         begin = self.tokenizer.bos_token
-        has_begin = begin is not None and text.startswith(begin)
+        has_begin = begin is not None and texts[0].startswith(begin)
         with self._lock:
             inputs = self.processor(
-                images=request.image, text=text, return_tensors="pt", add_special_tokens=not has_begin
+                images=[request.image for request in requests], text=texts, add_special_tokens=not has_begin
             )
-        pixels = inputs["pixel_values"]
-        assert len(pixels) == 1 and pixels.numel() > 0, "one image goes to the model"
-        assert bool(torch.isfinite(pixels).all()), "pixels are finite"
-        self._require_room(inputs["input_ids"].shape[1])
-        return Prompt(
-            input_ids=inputs["input_ids"][0],  # [L]
-            image_inputs={name: inputs[name] for name in IMAGE_INPUTS if name in inputs},
-            seed=request.seed,
-        )
+        return [self._make_prompt(inputs, row, seed=request.seed) for row, request in enumerate(requests)]
+
+    def _make_prompt(self, inputs: Any, row: int, *, seed: int) -> Prompt | None:
+        input_ids = torch.tensor(inputs["input_ids"][row])  # [L]
+        image_inputs = {
+            name: torch.as_tensor(np.asarray(inputs[name][row]))[None] for name in IMAGE_INPUTS if name in inputs
+        }
+        pixels = image_inputs["pixel_values"]
+        assert pixels.numel() > 0 and bool(torch.isfinite(pixels).all()), "an image has finite pixels"
+        if len(input_ids) + self._max_new_tokens > self._context:
+            return None
+        return Prompt(input_ids=input_ids, image_inputs=image_inputs, seed=seed)
 
     def caption(self, prepared: Iterable[Prompt]) -> list[Caption]:
         """Return one caption per prompt, in order."""
@@ -105,14 +112,6 @@ class TransformersEngine:
             )
             for continuation in continuations
         ]
-
-    def _require_room(self, prompt_length: int) -> None:
-        context = self.model.config.get_text_config().max_position_embeddings
-        if prompt_length + self._max_new_tokens > context:
-            raise PromptTooLongError(
-                f"captioning.max_new_tokens {self._max_new_tokens} after a prompt of {prompt_length} tokens does not "
-                f"fit the model's context of {context} tokens"
-            )
 
     def _wrap(self, prompt: str) -> str:
         image_token = self.processor.image_token

@@ -9,7 +9,7 @@ import pytest
 
 from captioning.canary import CanaryError
 from captioning.config import DESCRIBE, CaptioningConfig
-from captioning.loading import READ_AHEAD_SAMPLES, read_ahead
+from captioning.loading import READ_AHEAD_GROUPS, read_ahead
 from captioning.table import SCHEMA
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
 from pipelines.pieces import Piece, PieceReport
@@ -167,13 +167,13 @@ def test_reading_ahead_keeps_order_is_bounded_and_raises() -> None:
 
     def square(number: int) -> int:
         started.append(number)
-        if number == 150:
+        if number == 50:
             raise ZeroDivisionError
         return number * number
 
     ahead = read_ahead(range(1000), square, num_threads=3)
     assert [next(ahead) for _ in range(20)] == [number * number for number in range(20)]
-    assert len(started) <= 20 + READ_AHEAD_SAMPLES + 1
+    assert len(started) <= 20 + READ_AHEAD_GROUPS + 1
     with pytest.raises(ZeroDivisionError):
         list(ahead)
-    assert len(started) < 300
+    assert len(started) < 100
