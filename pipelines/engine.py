@@ -82,6 +82,7 @@ def run_over_shards(
         manifest = read_manifest(output.path)
         wanted = {source.name for source in sources}
         if manifest.fingerprint.digest == fingerprint.digest and wanted <= manifest.shards.keys():
+            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
     with exclusive(output.path):

@@ -151,6 +151,8 @@ def test_too_many_rejects_fail_by_name_and_keep_the_work(tmp_path, sources) -> N
     run(tmp_path, "a", sources, limit=0.2)
     assert calls(tmp_path, "a") == before
     assert read_manifest(tmp_path / "a").num_read == 147
+    with pytest.raises(ValueError, match=r"max_reject_fraction = 5\.0%"):
+        run(tmp_path, "a", sources, limit=0.05)
 
 
 def test_pieces_cover_every_sample_once_for_any_number_of_workers(tmp_path, sources) -> None:
