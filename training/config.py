@@ -46,7 +46,7 @@ class StageTraining(StageConfig):
         default=0, ge=0, description="OMP_NUM_THREADS of a rank; 0 = the machine's cores divided by the ranks"
     )
     zero_stage: Literal[0, 1, 2, 3] = pydantic.Field(
-        default=1, description="What DeepSpeed shards: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights"
+        default=0, description="What DeepSpeed shards: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights"
     )
     dtype: Literal["bf16", "fp32"] = pydantic.Field(
         default="bf16", description="Compute precision; master weights, optimizer and EMA are fp32 either way"
