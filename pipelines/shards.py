@@ -155,14 +155,20 @@ class RawShard:
         return self.read(sample.members[sample.image_extension])
 
     def alt_text(self, sample: RawSample) -> str | None:
-        """Return the text that came with the image, or None; undecodable bytes become U+FFFD."""
+        """Return the text that came with the image, or None; undecodable bytes of a text file become U+FFFD.
+
+        Raises:
+            ValueError: the JSON that would hold it is no JSON.
+        """
         if self.dialect == "sa1b":
             return None
         for extension in ("txt", "caption", "text"):
             if extension in sample.members:
                 return self.read(sample.members[extension]).decode("utf-8", errors="replace").strip()
         if self.dialect == "img2dataset" and "json" in sample.members:
-            return json.loads(self.read(sample.members["json"])).get("caption")
+            record = json.loads(self.read(sample.members["json"]))
+            caption = record.get("caption") if isinstance(record, dict) else None
+            return caption if isinstance(caption, str) else None
         return None
 
     def label(self, sample: RawSample) -> int | None:
