@@ -25,7 +25,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
-	@echo "             SHARDS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1"
+	@echo "             SHARDS='…' SETS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -78,7 +78,7 @@ caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.
 
 .PHONY: stats
 stats: $(READY)  ## Captions -> noun statistics and report.html
-	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS)
+	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS) $(if $(SETS),--set "dataset_stats.sets=$$SETS")
 
 .PHONY: features
 features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)

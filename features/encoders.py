@@ -115,7 +115,9 @@ class TextEncoder:
             raise ValueError(f"features.text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
         import torch
         from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         source = resolve_model(model, revision)
         loaded: Any = T5EncoderModel.from_pretrained(
             source.location,

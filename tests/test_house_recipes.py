@@ -11,7 +11,8 @@ from pipelines.engine import EngineConfig
 from pipelines.recipe import DataConfig, load_recipe
 from sampling.config import SamplingConfig
 from toyworld.config import ToyworldConfig
-from training.config import ModelConfig, feature_input, stage_training
+from training.config import ModelConfig, stage_training
+from training.features import read_feature_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))
@@ -42,14 +43,14 @@ def test_recipe_parses_in_every_room(path: Path) -> None:
         recipe.table(name, model)
     for stage in (1, 2, 3):
         stage_training(recipe, stage)
-        feature_input(recipe, stage)
+        read_feature_table(recipe, stage)
 
 
 @pytest.mark.parametrize(("stage", "phase"), TABLE_4)
 def test_the_papers_recipe_is_table_4(stage: int, phase: str | None) -> None:
     recipe = load_recipe(REPOSITORY / "recipes/pixart-alpha.toml", phase=phase)
     training = stage_training(recipe, stage)
-    resolution = feature_input(recipe, stage).resolution
+    resolution = read_feature_table(recipe, stage).resolution
     assert (resolution, training.num_steps, training.global_batch_size) == TABLE_4[stage, phase]
     assert training.learning_rate == 2e-5
     assert (training.weight_decay, training.gradient_clip, training.ema_decay) == (0.03, 0.01, 0.9999)
