@@ -1,0 +1,118 @@
+"""What a stage starts from, what cannot be started from, and when training gives up."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training_run import D_TEXT, arguments, make_run
+
+from pipelines.command import parse_command
+from pixart.convert import save_diffusers
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
+from training.config import STAGES
+from training.health import SkipCounter, UnhealthyTrainingError
+from training.index import Survey
+from training.networks import blank_network, count_parameters, network_config, starting_network
+from training.preflight import make_survey, require_disk
+from training.stage import StageJob, open_stage
+from training.zero import Update
+
+SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("networks"))
+
+
+def open_job(run: Path, stage: int, **settings: object) -> tuple[StageJob, Survey]:
+    argv = arguments(run, stage, **({"init_from": "scratch"} | settings))
+    job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    job.directory.mkdir(parents=True, exist_ok=True)
+    return job, make_survey(job)
+
+
+def saved(network: DiT | PixArt, folder: Path) -> str:
+    save_diffusers(network, folder)
+    return str(folder)
+
+
+def start(run: Path, stage: int, folder: str) -> DiT | PixArt:
+    job, survey = open_job(run, stage, init_from=folder)
+    return starting_network(job, network_config(job, survey))
+
+
+def test_shapes_come_from_the_recipe_and_the_features(run: Path) -> None:
+    dit = network_config(*open_job(run, 1))
+    assert dit == DiTConfig(**SHAPE, num_classes=5)
+    pixart = network_config(*open_job(run, 3))
+    expected = PixArtConfig(**(SHAPE | {"sample_size": 8}), caption_channels=D_TEXT, interpolation_scale=2.0)
+    assert pixart == expected
+    assert count_parameters(blank_network(expected)) == count_parameters(PixArt(expected))
+
+
+def test_labels_beyond_the_classes_are_refused(run: Path) -> None:
+    job, survey = open_job(run, 1)
+    with pytest.raises(ValueError, match=r"model\.num_classes is 5, but .*latent-32 has class label 7"):
+        network_config(job, dataclasses.replace(survey, max_label=7))
+
+
+def test_stage_2_reparameterises_a_dit_and_stage_3_moves_the_positions(run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    dit = DiT(DiTConfig(**SHAPE, num_classes=5))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pixart = start(run, 2, saved(dit, tmp_path / "dit"))
+    assert isinstance(pixart, PixArt)
+    latents, text = torch.randn(2, 4, 4, 4), torch.randn(2, 3, D_TEXT)
+    moment = torch.tensor([500, 500])
+    torch.testing.assert_close(pixart(latents, moment, text), dit(latents, moment, None), rtol=1e-5, atol=1e-5)
+    larger = start(run, 3, saved(pixart, tmp_path / "pixart"))
+    assert isinstance(larger, PixArt)
+    assert (larger.config.sample_size, larger.config.interpolation_scale) == (8, 2.0)
+    assert all(torch.equal(value, pixart.state_dict()[name]) for name, value in larger.state_dict().items())
+    fresh, again = (starting_network(*with_config(run, 2)) for _ in range(2))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def with_config(run: Path, stage: int) -> tuple[StageJob, DiTConfig | PixArtConfig]:
+    job, survey = open_job(run, stage)
+    return job, network_config(job, survey)
+
+
+def test_each_stage_refuses_weights_of_another_kind_or_size(run: Path, tmp_path: Path) -> None:
+    dit = saved(DiT(DiTConfig(**SHAPE, num_classes=5)), tmp_path / "dit")
+    pixart = saved(PixArt(PixArtConfig(**SHAPE, caption_channels=D_TEXT)), tmp_path / "pixart")
+    wide = saved(PixArt(PixArtConfig(**(SHAPE | {"head_dim": 12}), caption_channels=D_TEXT)), tmp_path / "wide")
+    with pytest.raises(ValueError, match="is a PixArt, but stage 1 trains a class-conditional DiT"):
+        start(run, 1, pixart)
+    with pytest.raises(ValueError, match="is a class-conditional DiT, but stage 3 starts from a PixArt"):
+        start(run, 3, dit)
+    with pytest.raises(ValueError, match=r"training\.stage2\.init_from .* has head_dim 12, but .* give 8"):
+        start(run, 2, wide)
+    larger = saved(DiT(DiTConfig(**(SHAPE | {"sample_size": 8}), num_classes=5)), tmp_path / "larger")
+    with pytest.raises(ValueError, match="has sample_size 8, but the recipe and the features give 4"):
+        start(run, 1, larger)
+
+
+def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _ = open_job(run, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50e9))
+    require_disk(job, 500_000_000)
+    with pytest.raises(ValueError, match=r"has 50\.00 GB free, but 3 checkpoints .* need 60\.00 GB"):
+        require_disk(job, 1_000_000_000)
+
+
+def test_skips_in_a_row_end_training_and_single_ones_do_not() -> None:
+    skips = SkipCounter(3)
+    skipped, taken = Update(float("inf"), is_skipped=True), Update(1.0, is_skipped=False)
+    for step, update in enumerate([skipped, skipped, taken, skipped, skipped]):
+        skips.count(update, step=step)
+    assert (skips.total, skips.in_a_row) == (4, 2)
+    resumed = SkipCounter(3, total=skips.total, in_a_row=skips.in_a_row)
+    with pytest.raises(UnhealthyTrainingError, match=r"step 5: the last 3 updates were skipped"):
+        resumed.count(skipped, step=5)
