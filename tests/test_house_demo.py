@@ -1,0 +1,101 @@
+"""The demo's commands on a tiny recipe, end to end: every stage, every plan, and a second time with nothing to do."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = (
+    "toyworld.num_laion=24",
+    "toyworld.num_sa=24",
+    "toyworld.num_hq=12",
+    "toyworld.num_imagenet=24",
+    "toyworld.samples_per_shard=12",
+    "toyworld.num_prompts=4",
+    "toyworld.broken_fraction=0.1",
+    "engine.in_process=true",
+    "captioning.max_reject_fraction=0.5",
+    "features.max_reject_fraction=0.5",
+    "training.num_processes=1",
+    "training.global_batch_size=8",
+    "training.stage1.num_steps=2",
+    "training.stage2.num_steps=3",
+    "training.stage3.num_steps=2",
+    "sampling.num_steps=2",
+    "sampling.classes=[0, 13]",
+)
+STAGES = [
+    ("toyworld", "world"),
+    ("captioning",),
+    ("dataset_stats",),
+    *((room, "--stage", stage) for stage in "123" for room in ("features", "training", "sampling")),
+    ("toyworld", "judge"),
+    ("toyworld", "report"),
+]
+
+
+def command(run: Path, stage: tuple[str, ...], *more: str) -> str:
+    room, *arguments = stage
+    task = arguments[:1] if room == "toyworld" else []
+    overrides = [argument for pair in TINY for argument in ("--set", pair)]
+    line = [sys.executable, "-m", room, *task, "--recipe", "recipes/toyworld.toml", "--run", str(run), *overrides]
+    line += [*arguments[len(task) :], *more]
+    result = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{stage}: {result.stderr}"
+    return result.stderr + result.stdout
+
+
+def digests(run: Path) -> dict[str, str]:
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    for stage in STAGES:
+        command(folder, stage, "--plan") if stage[0] != "sampling" else None
+        command(folder, stage)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_sample_is_accounted_for_from_shard_to_score(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    captions = summary["counts"]["captioning"]
+    assert captions["read"] == 24 + 24 + 12
+    assert captions["rejected"]["corrupt_image"] == captions["read"] - captions["kept"] > 0
+    text = summary["counts"]["features"]["stage2"]["text"]
+    assert text["read"] == 24 + 24
+    assert text["rejected"] == {"caption:corrupt_image": captions["rejected"]["corrupt_image"]}
+    assert summary["captioning"]["accuracy"] > 0.9
+    raw, dense = summary["dataset_stats"]["LAION"], summary["dataset_stats"]["LAION-LLaVA"]
+    assert dense["nouns_per_image"] > 2 * raw["nouns_per_image"]
+    assert summary["judge"].keys() == {"stage1", "stage2", "stage3"}
+    assert [summary["judge"][f"stage{stage}"]["num_images"] for stage in (1, 2, 3)] == [2, 4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_sample_is_swapped_for_another(run: Path) -> None:
+    """Keys of captions, text and latents are the same, shard by shard and in the same order."""
+    for path in sorted((run / "captions").glob("laion_*.parquet")):
+        keys = pq.read_table(path)["key"].to_pylist()
+        for family in ("text", "latent-64"):
+            assert pq.read_table(run / "features" / family / path.name)["key"].to_pylist() == keys
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_second_time_changes_no_byte_and_says_so(run: Path) -> None:
+    before = digests(run)
+    for stage in STAGES:
+        output = command(run, stage)
+        assert "nothing to do" in output or stage[0] == "dataset_stats" or stage[-1] == "report", f"{stage}: {output}"
+    assert digests(run) == before
