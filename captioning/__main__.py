@@ -14,6 +14,7 @@ from pipelines.engine import run_over_shards
 from pipelines.manifest import Manifest
 from pipelines.models import require_model
 from pipelines.progress import get_logger
+from pipelines.shards import remember_shards
 from pipelines.summary import update_summary
 
 log = get_logger("captioning")
@@ -30,6 +31,7 @@ def main() -> None:
     is_done = job.is_done()
     if not is_done:
         require_model(job.model, key="captioning.model")
+    remember_shards(command.run, [source.path for source in job.sources])
     manifest = caption_shards(job)
     if not is_done:
         seconds = time.monotonic() - start_seconds

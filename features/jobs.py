@@ -16,7 +16,7 @@ from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_
 from pipelines.models import ModelSource, resolve_model
 from pipelines.pieces import ShardWorker, Source
 from pipelines.recipe import DataConfig
-from pipelines.shards import select_shards, shard_source
+from pipelines.shards import recall_shards, select_shards, shard_source
 from pipelines.storage import sha256_file
 
 # Raised when a change of code changes the features of unchanged inputs.
@@ -80,7 +80,7 @@ def read_inputs(command: Command) -> Inputs:
     features = command.recipe.table("features", FeaturesConfig)
     data = command.recipe.table("data", DataConfig)
     stage = features.stage(command.stage)
-    paths = select_shards(data.paths(command.run), stage.shards, key=f"features.{command.stage_name}.shards")
+    paths = select_shards(_raw_shards(command, data), stage.shards, key=f"features.{command.stage_name}.shards")
     return Inputs(
         run=command.run,
         stage_name=command.stage_name,
@@ -90,6 +90,16 @@ def read_inputs(command: Command) -> Inputs:
         data=data,
         raw=[shard_source(path, dialect=data.dialect) for path in paths],
     )
+
+
+def _raw_shards(command: Command, data: DataConfig) -> list[str]:
+    """Return the shards that `[data]` names or, if it names none, those that captioning read."""
+    try:
+        return data.paths(command.run)
+    except FileNotFoundError:
+        if remembered := recall_shards(command.run):
+            return remembered
+        raise
 
 
 def text_job(inputs: Inputs) -> Job:

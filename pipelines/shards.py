@@ -15,10 +15,11 @@ from typing import BinaryIO
 import fsspec
 
 from pipelines.pieces import Source
-from pipelines.storage import is_remote, open_binary
+from pipelines.storage import atomic_write_json, is_remote, open_binary
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TAIL_BYTES = 512
+REMEMBERED_NAME = "shards.json"
 BRACE = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -276,3 +277,21 @@ def shard_source(path: str, *, dialect: str = "auto") -> Source:
     """Describe a raw tar as a source for `run_over_shards`; reads its headers."""
     with open_shard(path, dialect) as raw:
         return Source(name=raw.name, path=path, identity=raw.identity, num_samples=len(raw.samples))
+
+
+def remember_shards(run: Path, paths: Sequence[str]) -> None:
+    """Note in `RUN/shards.json` where shards were found, so that SHARDS need not be typed for every stage."""
+    known = _remembered(run)
+    found = known | {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in paths}
+    if found != known:
+        atomic_write_json(run / REMEMBERED_NAME, found)
+
+
+def recall_shards(run: Path) -> list[str]:
+    """Return the shards that earlier stages of the run have read, sorted by name."""
+    return [path for _, path in sorted(_remembered(run).items())]
+
+
+def _remembered(run: Path) -> dict[str, str]:
+    path = run / REMEMBERED_NAME
+    return json.loads(path.read_text()) if path.is_file() else {}

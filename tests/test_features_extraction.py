@@ -19,6 +19,7 @@ from pipelines.feature_store import load_index, read_payload
 from pipelines.images import aspect_buckets, resize_and_crop
 from pipelines.manifest import StageDirectory, read_manifest
 from pipelines.pieces import cut_into_pieces, finish_shard
+from pipelines.shards import remember_shards
 
 
 def extract(run: Path, *overrides: str, stage: int = 2, plan: bool = False) -> None:
@@ -237,6 +238,17 @@ def test_a_shard_without_captions_is_named(run):
     write_raw(run / "raw" / "laion_00007.tar", [{"key": "1", "png": encoded(picture(1)), "txt": "", "json": "{}"}])
     with pytest.raises(ValueError, match="shard laion_00007 has no captions"):
         extract(run)
+
+
+def test_shards_named_for_captioning_need_not_be_named_again(finished, tmp_path):
+    """`make caption SHARDS=… RUN=r` and then `make features RUN=r`: the recipe's own pattern matches nothing."""
+    run = write_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no shard matches"):
+        extract(run, "data.shards={run}/elsewhere/*.tar")
+    remember_shards(run, [str(path) for path in (run / "raw").rglob("*.tar")])
+    extract(run, "data.shards={run}/elsewhere/*.tar")
+    tars = [files_of(folder / "features" / "text")["laion_00000.tar"] for folder in (run, finished)]
+    assert tars[0] == tars[1]
 
 
 def test_missing_captions_are_named(run):

@@ -93,6 +93,14 @@ def test_no_sample_is_swapped_for_another(run: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_the_run_knows_where_its_shards_were_found(run: Path) -> None:
+    shards = json.loads((run / "shards.json").read_text())
+    assert set(shards) == {path.stem for path in (run / "captions").glob("*.parquet")}
+    assert all(Path(path).is_file() for path in shards.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_time_changes_no_byte_and_says_so(run: Path) -> None:
     before = digests(run)
     for stage in STAGES:
