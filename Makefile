@@ -44,7 +44,7 @@ demo: $(READY)  ## Everything on the toy world: captions, statistics, features, 
 
 # SA-1B has no text of its own, so alt texts exist for the LAION-like half only. The demo's page then shows both runs.
 RAW := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo-raw \
-	SET='features.stage2.caption_column="alt_text" features.stage2.shards=["laion_*"]'
+	SET='features.stage2.captions=[{column="alt_text"}] features.stage2.shards=["laion_*"]'
 
 .PHONY: demo-raw
 demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense captions

@@ -12,6 +12,20 @@ STAGES = (1, 2, 3)
 RESOLUTION_MULTIPLE = 16
 
 
+class CaptionConfig(StageConfig):
+    """One entry of `[features.stageN] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
+
+    column: str = pydantic.Field(
+        pattern="^[a-z][a-z0-9_]*$", description="Column to encode: caption (dense), alt_text (raw), or one you added"
+    )
+    weight: float = pydantic.Field(
+        default=1.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Share of the samples' draws, relative to the other captions a sample has",
+    )
+
+
 class FeatureStageConfig(StageConfig):
     """`[features.stageN]`: what training stage N will read."""
 
@@ -27,9 +41,24 @@ class FeatureStageConfig(StageConfig):
     text: bool = pydantic.Field(
         default=True, description="Whether captions are encoded; false for class labels (stage 1, `.cls` members)"
     )
-    caption_column: Literal["caption", "alt_text"] = pydantic.Field(
-        default="caption", description="Column of captions/<shard>.parquet to encode: dense captions or raw alt texts"
+    captions: list[CaptionConfig] = pydantic.Field(
+        default=[CaptionConfig(column="caption")],
+        min_length=1,
+        description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
+
+    @property
+    def caption_columns(self) -> list[str]:
+        """Columns of `captions`, in order."""
+        return [caption.column for caption in self.captions]
+
+    @pydantic.field_validator("captions")
+    @classmethod
+    def _check_captions(cls, value: list[CaptionConfig]) -> list[CaptionConfig]:
+        columns = [caption.column for caption in value]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
+        return value
 
     @pydantic.field_validator("resolution")
     @classmethod
@@ -45,7 +74,10 @@ class FeaturesConfig(StageConfig):
     text_model: str = pydantic.Field(description="T5 encoder: hub id or local folder (paper: Flan-T5-XXL)")
     text_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
     text_dtype: str = pydantic.Field(
-        default="bfloat16", description="Compute dtype of T5: bfloat16 or float32; embeddings are stored as bfloat16"
+        default="bfloat16", description="Compute dtype of T5: bfloat16 or float32; how it is stored is text_storage"
+    )
+    text_storage: Literal["bfloat16", "float8_e4m3", "int8"] = pydantic.Field(
+        default="bfloat16", description="Stored dtype of embeddings; the 8-bit ones have a float32 scale per token"
     )
     max_tokens: int = pydantic.Field(
         default=120,
@@ -94,11 +126,21 @@ class FeaturesConfig(StageConfig):
     @pydantic.model_validator(mode="after")
     def _check_shared_directories(self) -> "FeaturesConfig":
         # Stages of one resolution share features/latent-<resolution>, so they must mean the same latents by it.
+        # The same holds for the weights of the captions, which are in the index of features/text*.
         buckets: dict[int, tuple[int, bool]] = {}
+        weights: dict[tuple[str, ...], tuple[int, list[float]]] = {}
         for stage in STAGES:
             config = getattr(self, f"stage{stage}")
             if config is None:
                 continue
+            if config.text:
+                wanted = [caption.weight for caption in config.captions]
+                other, found = weights.setdefault(tuple(config.caption_columns), (stage, wanted))
+                if found != wanted:
+                    raise ValueError(
+                        f"stage{stage}.captions has weights {wanted}, but stage{other}.captions {found} for the same "
+                        "columns; the two would share one folder of text features"
+                    )
             other, is_bucketed = buckets.setdefault(config.resolution, (stage, config.buckets))
             if is_bucketed != config.buckets:
                 raise ValueError(

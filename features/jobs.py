@@ -20,7 +20,7 @@ from pipelines.shards import recall_shards, select_shards, shard_source
 from pipelines.storage import sha256_file
 
 # Raised when a change of code changes the features of unchanged inputs.
-CODE_VERSION = 1
+CODE_VERSION = 2
 # What diffusers' AutoencoderKL assumes for a config without these keys, as older VAEs have.
 VAE_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4}
 
@@ -109,7 +109,7 @@ def text_job(inputs: Inputs) -> Job:
         FileNotFoundError: captioning has not finished.
         ValueError: a shard has no captions, or they were made from another tar than the one there is now.
     """
-    features, column = inputs.features, inputs.stage.caption_column
+    features, columns = inputs.features, inputs.stage.caption_columns
     captions = read_manifest(inputs.run / "captions")
     sources = []
     for raw in inputs.raw:
@@ -121,7 +121,7 @@ def text_job(inputs: Inputs) -> Job:
         identity = report.files[path.suffix]
         sources.append(Source(name=raw.name, path=str(path), identity=identity, num_samples=report.num_read))
     model = resolve_model(features.text_model, features.text_revision)
-    output = StageDirectory(text_directory(inputs.run, column))
+    output = StageDirectory(text_directory(inputs.run, columns))
     return Job(
         family="text",
         worker_class=TextWorker,
@@ -129,11 +129,12 @@ def text_job(inputs: Inputs) -> Job:
             model=features.text_model,
             revision=features.text_revision,
             dtype=features.text_dtype,
+            storage=features.text_storage,
             max_tokens=features.max_tokens,
             batch_size=features.text_batch_size,
             device=features.device,
             num_threads=inputs.num_threads,
-            caption_column=column,
+            caption_weights={caption.column: caption.weight for caption in inputs.stage.captions},
             directory=output.path,
         ),
         sources=sources,
@@ -145,8 +146,10 @@ def text_job(inputs: Inputs) -> Job:
                 "code_version": CODE_VERSION,
                 "text_model": model.identity,
                 "text_dtype": features.text_dtype,
+                "text_storage": features.text_storage,
                 "max_tokens": features.max_tokens,
-                "caption_column": column,
+                "caption_columns": columns,
+                "caption_weights": [caption.weight for caption in inputs.stage.captions],
                 "captions": captions.fingerprint.digest,
             }
         ),
@@ -221,10 +224,11 @@ def manifest_extra(job: Job, inputs: Inputs) -> dict[str, Any]:
             "model": features.text_model,
             "revision": features.text_revision,
             "dtype": features.text_dtype,
+            "storage": features.text_storage,
             "max_tokens": features.max_tokens,
             "d_text": config["d_model"],
         }
-        return {"text": text, "caption_column": stage.caption_column}
+        return {"text": text, "captions": [caption.model_dump() for caption in stage.captions]}
     config = VAE_DEFAULTS | config
     vae = {
         "model": features.vae_model,

@@ -14,7 +14,7 @@ import numpy as np
 
 from features.encoders import Batches, LatentCodec, select_device
 from features.preview import write_preview
-from pipelines.feature_store import LATENT_SCHEMA, FeatureTarWriter, join_shards, write_index
+from pipelines.feature_store import LATENT_SCHEMA, FeatureTarWriter, join_shards, payload_crc32, write_index
 from pipelines.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
 from pipelines.pieces import Piece, PieceReport
 from pipelines.shards import RawSample, RawShard, open_shard
@@ -195,6 +195,7 @@ def _store(picture: _Picture, tar: FeatureTarWriter) -> dict[str, Any]:
         "mean_offset": offsets["mean"],
         "std_offset": offsets["std"],
         "nbytes": mean.nbytes,
+        "crc32": payload_crc32(mean, std),
         "channels": channels,
         "height": height,
         "width": width,

@@ -77,7 +77,7 @@ def _plan_text(inputs: Inputs) -> FamilyPlan:
         num_tokens, basis = _mean_tokens(job.sources, model, inputs)
     return FamilyPlan(
         family="text",
-        directory=text_directory(inputs.run, inputs.stage.caption_column),
+        directory=text_directory(inputs.run, inputs.stage.caption_columns),
         model=features.text_model,
         num_samples=num_samples,
         pending_samples=pending_samples,
@@ -109,7 +109,7 @@ def _count(sources: Sequence[Source]) -> int:
 
 def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) -> tuple[float, str]:
     """Return the mean length of some captions, spread over all shards, in T5's tokens."""
-    column = inputs.stage.caption_column
+    column = inputs.stage.caption_columns[0]
     texts: list[str] = []
     for source in sources[:: max(1, len(sources) // 10)]:
         values = pq.read_table(source.path, columns=[column]).column(column).drop_null()

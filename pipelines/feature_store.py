@@ -2,12 +2,16 @@
 
 A shard is `<name>.tar` with one member `<key>.safetensors` per kept sample, and `<name>.parquet` with one row per
 sample (per caption in the text family), rejected ones too. Offsets in the index are absolute positions in the tar,
-so a reader maps the tar and never parses a header. numpy has no bfloat16: BF16 tensors are uint16 arrays of raw bits.
+so a reader maps the tar and never parses a header. numpy has neither bfloat16 nor float8: BF16 tensors are uint16
+arrays of raw bits, F8_E4M3 tensors uint8 ones.
 """
+
+# L tokens of a caption, D text width
 
 import json
 import shutil
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +29,10 @@ TAR_BLOCK_BYTES = 512
 TAR_END = bytes(2 * TAR_BLOCK_BYTES)
 # Payloads start at multiples of a cache line, both in the member and in the tar (members start at multiples of 512).
 PAYLOAD_ALIGNMENT_BYTES = 64
-SAFETENSORS_DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}
+SAFETENSORS_DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "uint8": "F8_E4M3", "int8": "I8"}
+# How captions may be stored (`features.text_storage`), and the numpy dtype of the stored values [L, D]. The 8-bit ones
+# come with one float32 scale per token [L]: value = stored * scale[token].
+TEXT_STORAGE_DTYPES = {"bfloat16": "uint16", "float8_e4m3": "uint8", "int8": "int8"}
 NULL_CAPTION_FILE = "null.safetensors"
 MEMBER_SUFFIX = ".safetensors"
 
@@ -35,7 +42,9 @@ TEXT_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("caption_index", pa.int32()),
         ("offset", pa.int64()),
+        ("scale_offset", pa.int64()),
         ("nbytes", pa.int64()),
+        ("crc32", pa.uint32()),
         ("num_tokens", pa.int32()),
         ("weight", pa.float32()),
         ("reject", pa.string()),
@@ -48,6 +57,7 @@ LATENT_SCHEMA = pa.schema(
         ("mean_offset", pa.int64()),
         ("std_offset", pa.int64()),
         ("nbytes", pa.int64()),
+        ("crc32", pa.uint32()),
         ("channels", pa.int32()),
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -64,9 +74,9 @@ LATENT_SCHEMA = pa.schema(
 )
 
 
-def text_directory(run: Path, caption_column: str = "caption") -> Path:
-    """Return where a run keeps its text features: `features/text`, or `features/text-<column>` for another column."""
-    name = "text" if caption_column == "caption" else f"text-{caption_column}"
+def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",)) -> Path:
+    """Return where a run keeps its text features: `features/text`, or `features/text-<column>+<column>` for others."""
+    name = "text" if tuple(caption_columns) == ("caption",) else f"text-{'+'.join(caption_columns)}"
     return run / "features" / name
 
 
@@ -94,7 +104,7 @@ def serialize_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, dict[st
     """Return `tensors` in the safetensors format, and where each payload starts in it.
 
     Raises:
-        TypeError: a tensor is not float16, float32 or uint16 (raw bfloat16 bits).
+        TypeError: a tensor is not float16, float32, int8, uint16 (raw bfloat16 bits) or uint8 (raw float8_e4m3 bits).
     """
     header: dict[str, Any] = {}
     offsets: dict[str, int] = {}
@@ -115,6 +125,14 @@ def serialize_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, dict[st
     payloads = (np.ascontiguousarray(array).tobytes() for array in tensors.values())
     data = b"".join((len(text).to_bytes(8, "little"), text, *payloads))
     return data, {name: start + offset for name, offset in offsets.items()}
+
+
+def payload_crc32(*payloads: np.ndarray) -> int:
+    """Return the CRC-32 of payloads laid end to end: of a caption its values and scale, of a latent mean and std."""
+    crc = 0
+    for payload in payloads:
+        crc = zlib.crc32(np.ascontiguousarray(payload).data, crc)
+    return crc
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -51,7 +51,9 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class PieceReport:
-    """What happened to the samples of a piece; numbers in `details` are summed over a shard's pieces.
+    """What happened to the samples of a piece.
+
+    Over a shard's pieces, numbers in `details` are summed; of those called `max_*` the largest is taken.
 
     `wait_seconds` is how long the device waited for data: it is shown, and never written.
     """
@@ -158,7 +160,9 @@ def _sum_reports(source: Source, reports: Sequence[PieceReport], outputs: Mappin
     for report in reports:
         rejected.update(report.rejected)
         for key, value in report.details.items():
-            details[key] = details[key] + value if key in details else value
+            if key in details:
+                value = max(details[key], value) if key.startswith("max_") else details[key] + value
+            details[key] = value
     return ShardReport(
         name=source.name,
         source=source.identity,

@@ -47,4 +47,4 @@ def test_stages_of_one_resolution_must_agree_on_buckets():
 def test_a_stage_without_a_table_is_named():
     with pytest.raises(ValueError, match=r"features\.stage1 is missing"):
         table().stage(1)
-    assert table().stage(2).caption_column == "caption"
+    assert table().stage(2).caption_columns == ["caption"]

@@ -100,6 +100,7 @@ def test_manifest_carries_what_later_stages_need(finished):
         "model": "",
         "revision": None,
         "dtype": "float32",
+        "storage": "bfloat16",
         "max_tokens": 40,
         "d_text": 32,
     }
@@ -203,10 +204,10 @@ def test_a_changed_setting_recomputes_the_text_only(run, override):
 def test_another_caption_column_goes_beside_and_counts_what_has_no_text(run):
     extract(run)
     before = files_of(run / "features" / "text")
-    extract(run, "features.stage2.caption_column=alt_text")
+    extract(run, 'features.stage2.captions=[{column="alt_text"}]')
     assert files_of(run / "features" / "text") == before
     manifest = read_manifest(run / "features" / "text-alt_text")
-    assert manifest.extra["caption_column"] == "alt_text"
+    assert manifest.extra["captions"] == [{"column": "alt_text", "weight": 1.0}]
     assert manifest.rejected == {"caption:loop": 1, "no_alt_text": 2}
 
 

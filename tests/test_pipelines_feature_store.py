@@ -200,5 +200,6 @@ def test_all_rejected_shard_is_an_empty_tar_with_an_index(tmp_path):
 
 def test_directories_of_a_run(tmp_path):
     assert text_directory(tmp_path) == tmp_path / "features" / "text"
-    assert text_directory(tmp_path, "alt_text") == tmp_path / "features" / "text-alt_text"
+    assert text_directory(tmp_path, ["alt_text"]) == tmp_path / "features" / "text-alt_text"
+    assert text_directory(tmp_path, ["caption", "alt_text"]) == tmp_path / "features" / "text-caption+alt_text"
     assert latent_directory(tmp_path, 64) == tmp_path / "features" / "latent-64"

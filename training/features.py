@@ -13,6 +13,15 @@ from pipelines.recipe import Recipe
 from pipelines.shards import select_shards
 
 
+class CaptionTable(pydantic.BaseModel):
+    """An entry of `captions`: a column of the captions, and how often training draws it."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+
+    column: str
+    weight: float = 1.0
+
+
 class FeatureTable(pydantic.BaseModel):
     """What training reads of `[features]` and `[features.stageN]`; the features room owns and validates the tables."""
 
@@ -21,7 +30,8 @@ class FeatureTable(pydantic.BaseModel):
     shards: list[str]
     resolution: int
     buckets: bool = False
-    caption_column: str = "caption"
+    captions: list[CaptionTable] = [CaptionTable(column="caption")]
+    text_storage: str = "bfloat16"
     vae_model: str
     vae_revision: str | None = None
     text_model: str
@@ -101,7 +111,7 @@ def open_features(command: Command) -> StageFeatures:
     shards = [str(name) for name in select_shards(sorted(latent_manifest.shards), table.shards, key=pattern_key)]
     text, text_manifest = None, None
     if command.stage > 1:
-        text = text_directory(command.run, table.caption_column)
+        text = text_directory(command.run, [caption.column for caption in table.captions])
         text_manifest = _read(text, command)
         _check_text(text, text_manifest, table=table, run=command.run)
         for name in shards:
@@ -130,6 +140,10 @@ def _check_text(directory: Path, manifest: Manifest, *, table: FeatureTable, run
     where = str(directory)
     require_same("text_model", table.text_model, encoder["model"], where=where)
     require_same("text_revision", table.text_revision, encoder["revision"], where=where)
+    require_same("text_storage", table.text_storage, encoder.get("storage", "bfloat16"), where=where)
+    if "captions" in manifest.extra:
+        captions = [caption.model_dump() for caption in table.captions]
+        require_same("captions", captions, manifest.extra["captions"], where=where)
     if table.max_tokens is not None:
         require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)
     if (run / "captions" / "manifest.json").is_file():
