@@ -12,7 +12,7 @@ from pipelines.recipe import DataConfig, load_recipe
 from sampling.config import SamplingConfig
 from toyworld.config import ToyworldConfig
 from training.config import ModelConfig, stage_training
-from training.features import read_feature_table
+from training.data.features import read_feature_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))

@@ -14,8 +14,8 @@ from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.config import STAGES
+from training.data.index import Survey
 from training.health import SkipCounter, UnhealthyTrainingError
-from training.index import Survey
 from training.networks import blank_network, count_parameters, network_config, starting_network
 from training.preflight import make_survey, require_disk
 from training.stage import StageJob, open_stage

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.plan import Plan, PlannedBatch
+from training.data.plan import Plan, PlannedBatch
 
 
 def samples_of(batch: PlannedBatch) -> list[tuple[int, int, int]]:

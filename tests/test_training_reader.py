@@ -11,10 +11,10 @@ from safetensors.torch import load
 from training_run import make_run
 
 from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
-from training.batch import Batch, BatchAssembler
-from training.index import FeatureIndex
-from training.plan import Plan
-from training.reader import BatchReader
+from training.data.batch import Batch, BatchAssembler
+from training.data.index import FeatureIndex
+from training.data.plan import Plan
+from training.data.reader import BatchReader
 
 SHARDS = ["laion_0", "laion_1"]
 

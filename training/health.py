@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.storage import atomic_write_bytes
-from training.batch import Batch
+from training.data.batch import Batch
 from training.metrics import NUM_TIMESTEP_BINS
 from training.zero import Update
 

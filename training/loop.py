@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.progress import ProgressBar
-from training.batch import Batch
 from training.checkpoint import save_checkpoint
 from training.config import StageTraining
+from training.data.batch import Batch
 from training.ema import EMA
 from training.health import SkipCounter, StepLosses, stop_on_non_finite
 from training.metrics import LossWindow, MetricsLog, costs

@@ -9,7 +9,7 @@ from pixart.convert import load_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
-from training.index import Survey
+from training.data.index import Survey
 from training.stage import StageJob
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pixart.diffusion import Diffusion, DiffusionLoss
-from training.batch import Batch
+from training.data.batch import Batch
 
 # The noise schedule of DiT and PixArt, in the words of diffusers' schedulers.
 SCHEDULE: dict[str, Any] = {

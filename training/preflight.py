@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.progress import console
 from training.config import StageTraining
-from training.index import FeatureIndex, Survey, load_survey, save_survey
+from training.data.index import FeatureIndex, Survey, load_survey, save_survey
 from training.stage import SURVEY, StageJob
 
 GIGABYTE = 1e9

@@ -9,7 +9,7 @@ from pipelines.manifest import Fingerprint
 from pipelines.models import resolve_model
 from training.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
-from training.features import StageFeatures, open_features
+from training.data.features import StageFeatures, open_features
 
 SURVEY = "samples.json"
 # Settings that may change between a run and its resume: they move no sample and no weight beyond rounding.

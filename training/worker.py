@@ -20,20 +20,20 @@ from pipelines.storage import atomic_write_bytes
 from pixart.diffusion import Diffusion
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
-from training.batch import BatchAssembler
 from training.checkpoint import load_checkpoint, needs_universal
 from training.config import STAGES
+from training.data.batch import BatchAssembler
+from training.data.index import FeatureIndex, Survey, load_survey
+from training.data.plan import Plan
+from training.data.reader import BatchReader
 from training.ema import EMA
 from training.health import SkipCounter
-from training.index import FeatureIndex, Survey, load_survey
 from training.launch import ERROR_FOLDER, LOST_CONTACT
 from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
 from training.networks import count_parameters, network_config, starting_network
 from training.objective import SCHEDULE, Denoising
-from training.plan import Plan
 from training.preflight import make_survey, print_weights, require_disk, require_even_batches
-from training.reader import BatchReader
 from training.stage import SURVEY, StageJob, open_stage
 from training.zero import ZeroModel, initialize_ranks
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from training.batch import Batch, BatchAssembler, Buffers
-from training.plan import Plan
+from training.data.batch import Batch, BatchAssembler, Buffers
+from training.data.plan import Plan
 
 
 class BatchReader:

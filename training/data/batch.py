@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.feature_store import NULL_CAPTION_FILE, read_payload
-from training.index import FeatureIndex, ShardTable
-from training.plan import PlannedBatch
+from training.data.index import FeatureIndex, ShardTable
+from training.data.plan import PlannedBatch
 
 NUM_OPEN_TARS = 512
 

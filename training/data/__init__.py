@@ -1,0 +1,1 @@
+"""What training reads: which features, in which order, and their bytes in the batch."""
