@@ -1,10 +1,12 @@
 """Reading through fsspec, and writing so that a killed process never leaves a file that looks whole."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -38,11 +40,11 @@ def open_binary(url: str) -> Iterator[BinaryIO]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path`.
 
-    After an exception the temporary file is removed and `path` is as it was. The temporary name carries the
-    process id, so that two processes writing the same file cannot mix their bytes.
+    After an exception the temporary file is removed and `path` is as it was. The temporary name is random, so that
+    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -51,6 +53,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what `atomic_file` left in `directory` when its process was killed; the caller holds the directory."""
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def fsync_directory(directory: Path) -> None:
@@ -66,8 +74,10 @@ def fsync_directory(directory: Path) -> None:
 def exclusive(directory: Path) -> Iterator[None]:
     """Hold a directory for writing; the lock goes with the process, however it ends.
 
+    On NFS the lock holds between nodes too; one of a node that has lost power ends with the server's lease.
+
     Raises:
-        ValueError: another process is writing the directory.
+        ValueError: another process is writing the directory, or its storage has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
@@ -75,6 +85,13 @@ def exclusive(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise ValueError(
+                f"{directory}: this storage has no file locks ({error.strerror}), so two commands could write it at "
+                "once; mount it with locks (Lustre: -o flock; NFS: without nolock)"
+            ) from None
         yield
 
 
