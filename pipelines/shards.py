@@ -1,50 +1,35 @@
-"""Raw shards: webdataset tars as their makers ship them, grouped by key from the tar's headers and never guessed at."""
+"""Raw shards: webdataset tars as their makers ship them, found by pattern and read by place."""
 
 import contextlib
 import fnmatch
-import hashlib
-import itertools
 import json
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import fsspec
 
 from pipelines.pieces import Source
-from pipelines.storage import atomic_write_json, is_remote, open_binary
+from pipelines.progress import get_logger, progress_bar
+from pipelines.raw_samples import Member, RawSample
+from pipelines.remote import list_urls
+from pipelines.shard_headers import HeaderCache, ShardHeaders, ShardSummary, read_headers
+from pipelines.storage import RangeFile, atomic_write_json, is_remote, open_ranges
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-TAIL_BYTES = 512
 REMEMBERED_NAME = "shards.json"
+# Headers of remote shards are waited for, not computed.
+HEADER_THREADS = 32
+FAULTS_NAMED = 5
 BRACE = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a tar: its name and where its bytes are."""
-
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass
-class RawSample:
-    """All members of one key; `reject` says why it cannot be used, `image_extension` which member is its image."""
-
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    image_extension: str | None = None
-    reject: str | None = None
+log = get_logger("shards")
 
 
 def shard_name(path: str) -> str:
-    """Return the name of a shard: its file name without `.tar`, `.parquet`."""
+    """Return the name of a shard: its file name without `.tar`, `.parquet` and what follows `?` in a web address."""
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
     return path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".tar").removesuffix(".parquet")
 
 
@@ -95,18 +80,19 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
 
 
 def _match(pattern: str) -> list[str]:
+    # In a web address `?` begins the query.
+    magic = "*[" if pattern.startswith(("http://", "https://")) else "*?["
+    has_magic = any(character in pattern for character in magic)
     if is_remote(pattern):
-        filesystem, path = fsspec.core.url_to_fs(pattern)
-        if not any(character in pattern for character in "*?["):
-            return [pattern]
-        found = [str(filesystem.unstrip_protocol(name)) for name in filesystem.glob(path)]
-    elif Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).glob("*.tar")]
-    elif any(character in pattern for character in "*?["):
+        # Whether a single remote shard is there is found when it is opened.
+        found = list_urls(pattern) if has_magic or pattern.endswith("/") else [pattern]
+    elif Path(pattern.removeprefix("file://")).is_dir():
+        found = [str(path) for path in Path(pattern.removeprefix("file://")).glob("*.tar")]
+    elif has_magic:
         anchor = Path(pattern).anchor
         found = [str(path) for path in Path(anchor or ".").glob(pattern.removeprefix(anchor))]
     else:
-        found = [pattern] if Path(pattern).is_file() else []
+        found = [pattern] if Path(pattern.removeprefix("file://")).is_file() else []
     if not found:
         raise FileNotFoundError(f"data.shards: no shard matches {pattern}")
     return found
@@ -126,29 +112,37 @@ def select_shards(paths: Sequence[str], patterns: Sequence[str], *, key: str) ->
 
 
 class RawShard:
-    """An open raw tar: samples in order of first appearance, read by offset.
+    """An open raw tar: samples in order of first appearance, read by place, from any thread.
 
     Attributes:
         name: file name without `.tar`.
         dialect: `img2dataset`, `sa1b`, `imagenet` or `generic`.
-        identity: hex digest over every header and the last block of every payload, so that a changed shard is
-            noticed without reading it whole.
-        samples: one `RawSample` per key; those with `reject` set are faulty (`duplicate_member`, `no_image`,
-            `several_images`, `cut_off`).
+        identity: see `TarContents`.
+        samples: one `RawSample` per key; those with `reject` set are faulty, see `group_samples`.
         unusable: names of links, devices and paths that leave the tar; they are not samples and are listed apart.
+        fault: what is wrong with the tar as a whole, such as that it is cut off; None if nothing is.
     """
 
-    def __init__(self, path: str, file: BinaryIO, dialect: str) -> None:
+    def __init__(self, path: str, file: RangeFile, headers: ShardHeaders, *, dialect: str) -> None:
         self.path = path
         self.name = shard_name(path)
         self._file = file
-        self.samples, self.identity, self.unusable = _group_members(path, file)
-        self.dialect = _detect_dialect(self.samples) if dialect == "auto" else dialect
+        self.samples = headers.samples
+        self.identity = headers.summary.identity
+        self.unusable = headers.summary.unusable
+        self.fault = headers.summary.fault
+        self.dialect = headers.summary.dialect if dialect == "auto" else dialect
 
     def read(self, member: Member) -> bytes:
-        """Return a member's bytes."""
-        self._file.seek(member.offset)
-        return self._file.read(member.size)
+        """Return a member's bytes.
+
+        Raises:
+            OSError: they cannot be had, or the tar has become shorter; names the shard.
+        """
+        data = self._file.read(member.offset, member.size)
+        if len(data) != member.size:
+            raise OSError(f"{self.path}: ends at byte {member.offset + len(data):,}; it has changed while it was read")
+        return data
 
     def image_bytes(self, sample: RawSample) -> bytes:
         """Return the encoded image of a sample that is not rejected."""
@@ -181,102 +175,91 @@ class RawShard:
 
 
 @contextlib.contextmanager
-def open_shard(path: str, dialect: str = "auto") -> Iterator[RawShard]:
-    """Open a raw tar, local or remote, and group its members by key.
+def open_shard(
+    path: str, dialect: str = "auto", *, run: Path | None = None, identity: str | None = None
+) -> Iterator[RawShard]:
+    """Open a raw tar, local or remote, with its members grouped by key.
+
+    Args:
+        dialect: how members are to be read; `auto` looks at them.
+        run: where headers that a command has read before are found; without it they are read from the tar.
+        identity: of the tar that is expected.
 
     Raises:
-        ValueError: the file is not a tar at all, or cannot seek; names the shard.
+        ValueError: the file is not a tar, cannot be read by place, or has changed; names the shard.
+        OSError: it cannot be read; names the shard.
     """
-    with open_binary(path) as file:
-        if not file.seekable():
-            raise ValueError(f"{path}: this storage cannot seek, so members cannot be grouped by key")
-        yield RawShard(path, file, dialect)
+    with open_ranges(path) as file:
+        headers = HeaderCache(run).headers(path, file.stamp) if run else None
+        headers = headers or _read_headers(path, file)
+        if identity not in (None, headers.summary.identity):
+            raise ValueError(f"{path} has changed since this command began; run it again")
+        yield RawShard(path, file, headers, dialect=dialect)
 
 
-def _group_members(path: str, file: BinaryIO) -> tuple[list[RawSample], str, list[str]]:
-    samples: dict[str, RawSample] = {}
-    unusable: list[str] = []
-    digest = hashlib.sha256()
-    size = file.seek(0, 2)
-    for info in _headers(path, file):
-        file.seek(max(0, info.offset_data + info.size - TAIL_BYTES))
-        digest.update(
-            f"{info.name}\0{info.size}\0{int(info.mtime)}\0{info.offset_data}\0".encode(errors="surrogateescape")
-        )
-        digest.update(file.read(min(TAIL_BYTES, info.size)))
-        name = info.name.removeprefix("./")
-        if info.isdir():
-            continue
-        if not info.isreg() or name.startswith("/") or ".." in name.split("/"):
-            unusable.append(info.name)
-            continue
-        _add_member(
-            samples,
-            name,
-            Member(info.name, info.offset_data, info.size),
-            is_cut=info.offset_data + info.size > size,
-        )
-    for sample in samples.values():
-        _choose_image(sample)
-    digest.update(str(size).encode())
-    return list(samples.values()), digest.hexdigest(), unusable
-
-
-def _headers(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    file.seek(0)
+def _read_headers(path: str, file: RangeFile) -> ShardHeaders:
     try:
-        archive = tarfile.open(fileobj=file, mode="r:", ignore_zeros=False)  # noqa: SIM115 - the caller owns the file
-    except tarfile.TarError as error:
+        return read_headers(file)
+    except ValueError as error:
         raise ValueError(f"{path} is not a readable tar: {error}") from None
-    while True:
-        try:
-            info = archive.next()
-        except (tarfile.TarError, OSError):
-            # A tar cut in the middle: what came before is usable, and the last member is seen to be cut by its size.
-            return
-        if info is None:
-            return
-        yield info
 
 
-def _add_member(samples: dict[str, RawSample], name: str, member: Member, *, is_cut: bool) -> None:
-    folder, _, file_name = name.rpartition("/")
-    stem, _, extension = file_name.partition(".")
-    if not stem or not extension:
-        stem, extension = file_name, ""
-    key = f"{folder}/{stem}" if folder else stem
-    # Names in an old encoding come with bytes that no UTF-8 file could hold; `\xe8` is readable and stays unique.
-    key = key.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
-    sample = samples.setdefault(key, RawSample(key))
-    extension = extension.lower()
-    if extension in sample.members:
-        sample.reject = "duplicate_member"
-    elif is_cut:
-        sample.reject = sample.reject or "cut_off"
-    sample.members.setdefault(extension, member)
+@dataclass(frozen=True, kw_only=True)
+class ShardDescription:
+    """A shard as a source for `run_over_shards`, and its dialect."""
+
+    source: Source
+    dialect: str
 
 
-def _choose_image(sample: RawSample) -> None:
-    images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
-    if len(images) == 1:
-        sample.image_extension = images[0]
-    sample.reject = sample.reject or (None if len(images) == 1 else "several_images" if images else "no_image")
+def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | None = None) -> list[ShardDescription]:
+    """Describe raw tars, in order, from their headers; with `run`, those are read once and remembered there.
 
+    Tars that are cut off or damaged are logged: what can be read of them is used.
 
-def _detect_dialect(samples: Sequence[RawSample]) -> str:
-    first = list(itertools.islice((sample for sample in samples if sample.reject is None), 100))
-    if first and all("cls" in sample.members for sample in first):
-        return "imagenet"
-    if first and all("txt" in sample.members for sample in first) and any("json" in sample.members for sample in first):
-        return "img2dataset"
-    is_sa = first and all(re.fullmatch(r"(.*/)?sa_\d+", sample.key) and "json" in sample.members for sample in first)
-    return "sa1b" if is_sa else "generic"
+    Raises:
+        ValueError: some files are no tars, or cannot be read by place; names them.
+        OSError: a shard cannot be read; names it.
+    """
+    with progress_bar("shards", len(paths), unit="shards") as progress, ThreadPoolExecutor(HEADER_THREADS) as pool:
+
+        def summarize(path: str) -> ShardSummary | ValueError:
+            try:
+                return _summarize(path, run)
+            except ValueError as error:
+                return error
+
+        summaries = []
+        for summary in pool.map(summarize, paths):
+            summaries.append(summary)
+            progress.advance(note="reading headers")
+    if errors := [str(summary) for summary in summaries if isinstance(summary, ValueError)]:
+        more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
+        raise ValueError("\n".join([*errors[:FAULTS_NAMED], *more]))
+    described = []
+    for path, summary in zip(paths, summaries, strict=True):
+        if summary.fault is not None:
+            log.warning(f"{path}: {summary.fault}")
+        source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
+        described.append(ShardDescription(source=source, dialect=summary.dialect if dialect == "auto" else dialect))
+    return described
 
 
 def shard_source(path: str, *, dialect: str = "auto") -> Source:
-    """Describe a raw tar as a source for `run_over_shards`; reads its headers."""
-    with open_shard(path, dialect) as raw:
-        return Source(name=raw.name, path=path, identity=raw.identity, num_samples=len(raw.samples))
+    """Describe one raw tar as a source for `run_over_shards`; reads its headers."""
+    return describe_shards([path], dialect=dialect)[0].source
+
+
+def _summarize(path: str, run: Path | None) -> ShardSummary:
+    with open_ranges(path) as file:
+        if run is None:
+            return _read_headers(path, file).summary
+        cache = HeaderCache(run)
+        if (known := cache.summary(path, file.stamp)) is not None:
+            return known
+        headers = _read_headers(path, file)
+        cache.remember(path, headers)
+        return headers.summary
 
 
 def remember_shards(run: Path, paths: Sequence[str]) -> None:

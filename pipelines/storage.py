@@ -1,19 +1,57 @@
-"""Reading through fsspec, and writing so that a killed process never leaves a file that looks whole."""
+"""Reading files by ranges, local or remote, and writing so that a killed process never leaves a half-written file."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
-import fsspec
+from pipelines.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
+
+
+class RangeFile(Protocol):
+    """A file that is read by place, from any thread.
+
+    Attributes:
+        size: in bytes.
+        stamp: changes when the content does, without a look at the content; None where that cannot be known.
+    """
+
+    size: int
+    stamp: str | None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        ...
+
+
+class LocalFile:
+    """A `RangeFile` on a mounted file system; the stamp follows size, modification and change of the inode."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self.stamp: str | None = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        data = os.pread(self._descriptor, size, offset)
+        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
 
 
 def is_remote(url: str) -> bool:
@@ -22,18 +60,54 @@ def is_remote(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_binary(url: str) -> Iterator[BinaryIO]:
-    """Open a local path or fsspec URL for seekable reading.
+def open_ranges(url: str) -> Iterator[RangeFile]:
+    """Open a local path or fsspec URL for reading by ranges.
 
     Raises:
         FileNotFoundError: names the URL that does not exist.
+        ValueError, OSError: see `RemoteFile`.
     """
+    file = RemoteFile(url) if is_remote(url) else LocalFile(Path(url.removeprefix("file://")))
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+@contextlib.contextmanager
+def open_binary(url: str) -> Iterator[BinaryIO]:
+    """Open a local path or fsspec URL as a seekable file; raises as `open_ranges` does."""
     if not is_remote(url):
         with Path(url.removeprefix("file://")).open("rb") as file:
             yield file
         return
-    with fsspec.open(url, "rb") as file:
+    with open_ranges(url) as ranges, io.BufferedReader(_RangeStream(ranges)) as file:
         yield cast(BinaryIO, file)
+
+
+class _RangeStream(io.RawIOBase):
+    """A `RangeFile` with a position, for readers of other formats."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def test_keys_in_any_script_and_encoding(worker, tmp_path) -> None:
     shard = write_tar(tmp_path / "old.tar", [(name, encode(photo(number))) for number, name in enumerate(names)])
     report, rows, _ = caption(worker, shard, tmp_path / "parts")
     assert list(rows) == ["\u65e5\u672c\u8a9e", "folder.v1/caf\u00e9", "cr\\xe8me", "a"]
-    assert report.rejected == {"no_image": 1} and rows["a"]["reject"] == "no_image"
+    assert report.rejected == {"dotted_name": 1} and rows["a"]["reject"] == "dotted_name"
 
 
 def test_parts_joined_are_the_whole(worker, tmp_path) -> None:

@@ -46,7 +46,7 @@ def test_faulty_keys_are_named_not_guessed(tmp_path) -> None:
     )
     with open_shard(path) as raw:
         rejects = {sample.key: sample.reject for sample in raw.samples}
-    assert rejects == {"a": "duplicate_member", "b": "no_image", "c": "several_images", "d": "no_image"}
+    assert rejects == {"a": "duplicate_member", "b": "no_image", "c": "several_images", "d": "dotted_name"}
 
 
 def test_unsafe_members_are_not_samples(tmp_path) -> None:
