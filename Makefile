@@ -94,7 +94,7 @@ sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT
 
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
-	@$(PY) -m dataset_stats.nltk_data
+	@$(PY) -m dataset_stats.tagging.nltk_data
 
 .PHONY: need-stage
 need-stage:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import caption_sources
 from dataset_stats.config import DatasetStatsConfig
-from dataset_stats.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
+from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine import EngineConfig, run_over_shards
 from pipelines.manifest import Fingerprint, Manifest, ShardReport, StageDirectory, read_manifest
@@ -25,7 +25,7 @@ from pipelines.summary import update_summary
 
 if TYPE_CHECKING:
     from dataset_stats.measures import Definition, SetMeasures
-    from dataset_stats.vocabulary import Vocabulary
+    from dataset_stats.noun_table import Vocabulary
 
 COUNT_VERSION = 1  # raise when counting gives other numbers
 REPORT_VERSION = 1  # raise when the report shows other things
@@ -196,7 +196,7 @@ def _count(job: Job) -> Manifest:
 def _report(job: Job, counts: Manifest) -> None:
     from dataset_stats.measures import as_json, definitions, measure_set, table1
     from dataset_stats.merge import merge_counts
-    from dataset_stats.vocabulary import write_vocabulary
+    from dataset_stats.noun_table import write_vocabulary
     from dataset_stats.worker import CAPTIONS, NOUNS
 
     config, directory = job.config, StageDirectory(job.folder / "counts")

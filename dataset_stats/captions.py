@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dataset_stats.config import CaptionSet
 from pipelines.manifest import Manifest
 from pipelines.pieces import Source
-from pipelines.shards import expand_shards, open_shard, select_shards, shard_name
+from pipelines.shards import describe_shards, expand_shards, open_shard, select_shards, shard_name
 from pipelines.storage import is_remote, open_binary, sha256_text
 
 ROWS_PER_BLOCK = 16_384
@@ -85,7 +85,13 @@ def caption_sources(
         ]
     if caption_set.layout == "raw":
         paths = select_shards(raw_shards, caption_set.shards, key=f"{key}.shards")
-    elif caption_set.files:
+        addresses = [Address(layout="raw", column=column, path=path) for path in paths]
+        described = describe_shards(paths, run=captions_folder.parent)
+        return [
+            replace(shard.source, name=_source_name(address), path=str(address))
+            for address, shard in zip(addresses, described, strict=True)
+        ]
+    if caption_set.files:
         paths = _expand_files(caption_set)
     else:
         raise ValueError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
@@ -128,11 +134,16 @@ def _file_source(address: Address) -> Source:
     else:
         identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"
     return Source(
-        name=f"{Path(shard_name(path)).stem}-{sha256_text(path)[:8]}.{address.layout}-{address.column}",
+        name=_source_name(address),
         path=str(address),
         identity=identity,
         num_samples=_count_rows(address),
     )
+
+
+def _source_name(address: Address) -> str:
+    name = Path(shard_name(address.path)).stem
+    return f"{name}-{sha256_text(address.path)[:8]}.{address.layout}-{address.column}"
 
 
 def _count_rows(address: Address) -> int:
@@ -249,8 +260,11 @@ def _read_raw(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
         for sample in shard.samples[start:stop]:
             if sample.reject:
                 yield CaptionRow(key=sample.key, text=None, reject=sample.reject)
-            else:
+                continue
+            try:
                 yield _row(sample.key, shard.alt_text(sample))
+            except ValueError:
+                yield CaptionRow(key=sample.key, text=None, reject="corrupt_alt_text")
 
 
 _READERS: dict[str, Callable[[Address, int, int], Iterator[CaptionRow]]] = {

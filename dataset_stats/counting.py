@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
-from dataset_stats.chunk_kernels import Tokens
-from dataset_stats.chunks import ChunkTokenizer, Vocabulary
-from dataset_stats.perceptron import CONTEXT_MARKERS
-from dataset_stats.taggers import Tagger
+from dataset_stats.tagging.chunk_kernels import Tokens
+from dataset_stats.tagging.chunks import ChunkTokenizer, Vocabulary
+from dataset_stats.tagging.perceptron import CONTEXT_MARKERS
+from dataset_stats.tagging.taggers import Tagger
 
 # The compiled tables are rebuilt when they reach this many distinct words, which bounds memory (about 0.5 GB).
 MAX_WORDS = 1_000_000
@@ -98,7 +98,7 @@ class NounCounter:
         num_nouns = np.zeros(len(captions), dtype=np.int32)
         for begin in range(0, len(captions), CAPTIONS_PER_BATCH):
             batch = slice(begin, begin + CAPTIONS_PER_BATCH)
-            if len(self._vocabulary) > MAX_WORDS:
+            if self._vocabulary.num_ids > MAX_WORDS:
                 self._flush()
                 self._start_tables()
             tokens = self._tokenize([caption.casefold() for caption in captions[batch]])
@@ -125,7 +125,7 @@ class NounCounter:
             tokens = self._add_slow_captions(tokens, captions)
         self._tagger.add_words(self._vocabulary.words[self._num_tagger_words :])
         self._num_tagger_words = len(self._vocabulary.words)
-        missing = len(self._vocabulary) - len(self._counts)
+        missing = self._vocabulary.num_ids - len(self._counts)
         if missing > 0:
             # Room for as many again, so that growing stays cheap.
             room = np.zeros(missing + len(self._counts), dtype=np.int64)

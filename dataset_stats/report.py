@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from dataset_stats.gallery import GalleryItem
 from dataset_stats.measures import PAPER_ROWS, Definition, SetMeasures
-from dataset_stats.vocabulary import PER_CAPTIONS, Vocabulary
+from dataset_stats.noun_table import PER_CAPTIONS, Vocabulary
 from pipelines.storage import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"

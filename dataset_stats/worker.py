@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
-from dataset_stats.taggers import TaggerSource, load_tagger
+from dataset_stats.tagging.taggers import TaggerSource, load_tagger
 from pipelines.pieces import Piece, PieceReport
 from pipelines.storage import atomic_file
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dataset_stats import counting, merge
 from dataset_stats.counting import NOUN_SCHEMA, NounCounter, sum_nouns
 from dataset_stats.merge import merge_counts
-from dataset_stats.taggers import LexiconTagger
+from dataset_stats.tagging.taggers import LexiconTagger
 
 CAPTIONS = [
     "A red dog sits on a bench. The dog's hat isn't blue!",

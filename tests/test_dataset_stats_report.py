@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset_stats import nltk_data, worker
+from dataset_stats import worker
 from dataset_stats.__main__ import main
 from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter
-from dataset_stats.taggers import LexiconTagger, find_tagger
-from dataset_stats.vocabulary import safe_cell
+from dataset_stats.noun_table import safe_cell
+from dataset_stats.tagging import nltk_data
+from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
 from pipelines.manifest import Fingerprint, ShardReport, StageDirectory, read_manifest
 from pipelines.storage import sha256_file
 from pipelines.summary import read_summary

@@ -15,10 +15,10 @@ from nltk.tag.perceptron import PerceptronTagger as NltkTagger
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-from dataset_stats.chunks import ChunkTokenizer, Vocabulary
 from dataset_stats.counting import NounCounter
-from dataset_stats.perceptron import CONTEXT_MARKERS, PerceptronTagger
-from dataset_stats.taggers import NLTK_PARTS, find_tagger, load_tagger, nltk_data_folders, read_nltk_part
+from dataset_stats.tagging.chunks import ChunkTokenizer, Vocabulary
+from dataset_stats.tagging.perceptron import CONTEXT_MARKERS, PerceptronTagger
+from dataset_stats.tagging.taggers import NLTK_PARTS, find_tagger, load_tagger, nltk_data_folders, read_nltk_part
 
 WORDS = [
     "the",
@@ -216,7 +216,7 @@ def test_data_is_searched_where_nltk_searches(monkeypatch, tmp_path):
 
 
 def test_without_data_the_lexicon_serves_and_nltk_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("dataset_stats.taggers.nltk_data_folders", lambda: [tmp_path])
+    monkeypatch.setattr("dataset_stats.tagging.taggers.nltk_data_folders", lambda: [tmp_path])
     source = find_tagger("auto")
     assert source.name == "textblob"
     with pytest.raises(FileNotFoundError, match="make nltk-data"):

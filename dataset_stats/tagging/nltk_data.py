@@ -1,4 +1,4 @@
-"""`python -m dataset_stats.nltk_data` (`make nltk-data`): install NLTK's tagger weights once, checksummed."""
+"""`python -m dataset_stats.tagging.nltk_data` (`make nltk-data`): install NLTK's tagger weights once, checksummed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 
-from dataset_stats.taggers import NLTK_TAGGER, nltk_data_folders
+from dataset_stats.tagging.taggers import NLTK_TAGGER, nltk_data_folders
 from pipelines.command import run_command
 from pipelines.progress import get_logger
 from pipelines.storage import atomic_write_bytes
@@ -29,7 +29,7 @@ log = get_logger("dataset_stats")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Install the weights into the first folder NLTK searches, unless they are there already."""
-    parser = argparse.ArgumentParser(prog="python -m dataset_stats.nltk_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dataset_stats.tagging.nltk_data", description=__doc__)
     parser.add_argument("--url", default=OFFICIAL_URL, help="a mirror of the zip file; checked like the official one")
     options = parser.parse_args(argv)
     folder = nltk_data_folders()[0] / "taggers" / NLTK_TAGGER

@@ -17,8 +17,8 @@ import numpy as np
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-from dataset_stats.arrays import GrowingArray
-from dataset_stats.chunk_kernels import (
+from dataset_stats.tagging.arrays import GrowingArray
+from dataset_stats.tagging.chunk_kernels import (
     ENDS_WITH_PERIOD,
     HAS_INNER_BREAK,
     HAS_OUTER_QUOTE,
@@ -39,10 +39,16 @@ PUNCTUATION, LOWER, UPPER, OTHER = range(4)
 NO_BREAKS, ALL_BREAKS = 0b0000, 0b1111
 
 _LONE_CLOSERS = re.compile(r"[\])}>\"'»”’]+")
-# Words and numbers with at most one mark behind them: NLTK makes the word and the mark of them, and a full stop stays
-# with its word inside a sentence. They are most of any text, so NLTK is asked only about the words it splits.
-_PLAIN_MARKS = frozenset([*",;:.?!", "'s"])
-_SPLIT_WORDS = frozenset({"cannot", "gimme", "gonna", "gotta", "lemme", "wanna"})
+# Plain chunks: a word, a number, or several joined by single marks, with at most one mark on each side. NLTK makes the
+# word and the marks of them, and a full stop stays with its word inside a sentence. They are most of any text, so NLTK
+# is asked only about the others; a test compares both ways.
+_PLAIN = re.compile(
+    r"([(\"]?)([A-Za-z0-9]+(?:[-_/][A-Za-z0-9]+)*)('s|[,;:?!)\"]|)"  # (1984  white-red,  dog's  "sale
+    r"|()((?![A-Za-z]\.)[A-Za-z]+(?:-[A-Za-z]+)*)(\.)"  # bench. but not A. or 5., which Punkt looks at more closely
+    r"|()([A-Za-z0-9_]+\.[A-Za-z0-9]+)([,;:]|)"  # img_1234.jpg
+)
+_SPLIT_WORDS = frozenset({"cannot", "gimme", "gonna", "gotta", "lemme", "wanna"})  # NLTK makes two tokens of them
+_PARTS = re.compile(r"[^a-z0-9]")
 _FINAL_PERIOD = re.compile(r"[^.]\.[\])}>\"'»”’]*\Z")
 _ANY_PERIOD = re.compile(r"[.?!]")
 _QUOTES = ("'", '"')
@@ -52,30 +58,34 @@ _DIVIDER = "\ue000"
 
 # Tokens inside, at the start, at the end and as the whole of a sentence.
 _Positions = tuple[list[str], list[str], list[str], list[str]]
-_PERIODS = (".", "?", "!")
+_PERIODS = frozenset(".?!")
 
 
-class Vocabulary:
-    """Words and their ids, which start after `first_id` reserved ones."""
+class Vocabulary(dict[str, int]):
+    """Ids of words, which start after `first_id` reserved ones; asking for a new word gives it the next id.
+
+    Attributes:
+        words: the words in the order of their ids.
+    """
 
     def __init__(self, first_id: int) -> None:
+        super().__init__()
         self.first_id = first_id
         self.words: list[str] = []
-        self._ids: dict[str, int] = {}
 
-    def __len__(self) -> int:
+    def __missing__(self, word: str) -> int:
+        number = self[word] = self.num_ids
+        self.words.append(word)
+        return number
+
+    @property
+    def num_ids(self) -> int:
+        """Ids given so far, the reserved ones included."""
         return self.first_id + len(self.words)
 
     def ids(self, words: Sequence[str]) -> list[int]:
         """Ids of `words`; new words are added."""
-        ids = []
-        for word in words:
-            number = self._ids.get(word)
-            if number is None:
-                number = self._ids[word] = len(self)
-                self.words.append(word)
-            ids.append(number)
-        return ids
+        return [self[word] for word in words]
 
 
 class ChunkTokenizer:
@@ -99,6 +109,7 @@ class ChunkTokenizer:
         self._breaks = GrowingArray(np.uint8)
         self._follower = GrowingArray(np.uint8)
         self._spans = GrowingArray(np.int32, num_columns=NUM_POSITIONS * 2)
+        self._most_tokens = GrowingArray(np.int64)  # at the position with most
         self._tokens = GrowingArray(np.int32)
 
     @property
@@ -114,9 +125,7 @@ class ChunkTokenizer:
             offsets: int64 [num_captions + 1], where each caption begins and ends in `data`.
         """
         chunks, caption_ends, spacing = self._look_up(data, offsets)
-        spans = self._spans.values[chunks]
-        num_tokens = int((spans[:, 1::2] - spans[:, ::2]).max(axis=1).sum()) if len(chunks) else 0
-        words = np.empty(num_tokens, dtype=np.int32)
+        words = np.empty(int(self._most_tokens.values[chunks].sum()), dtype=np.int32)
         sentence_ends = np.empty(len(chunks), dtype=np.int64)
         sentence_captions = np.empty(len(chunks), dtype=np.int64)
         table = ChunkProperties(
@@ -169,31 +178,30 @@ class ChunkTokenizer:
         starts = self._starts.values[first:]
         new_bytes = self._arena.values[starts[0] :].tobytes()
         ends = (starts - starts[0]).tolist()
-        chunks = [new_bytes[begin:end].decode("utf-8") for begin, end in itertools.pairwise(ends)]
-        flags, breaks, followers, unknown = [], [], [], []
-        pool = _TokenPool(len(self._tokens), len(chunks))
-        for index, chunk in enumerate(chunks):
-            word, mark = _split_mark(chunk)
-            if _is_plain(word, mark):
-                is_end = mark != "" and mark in _PERIODS
-                flags.append(ENDS_WITH_PERIOD if is_end else 0)
-                breaks.append(ALL_BREAKS if is_end else NO_BREAKS)
-                followers.append(LOWER if chunk[0].islower() else UPPER if chunk[0].isupper() else OTHER)
-                pool.add_plain(index, word, mark)
-                continue
-            flag, chunk_breaks = self._flags_and_breaks(chunk)
-            flags.append(flag)
-            breaks.append(chunk_breaks)
-            followers.append(self._follower_kind(chunk))
-            if not flag & IS_SLOW:
-                unknown.append(index)
-        for index, positions in zip(unknown, self._ask_positions([chunks[index] for index in unknown]), strict=True):
-            pool.add(index, positions)
-        self._flags.extend(flags)
-        self._breaks.extend(breaks)
-        self._follower.extend(followers)
-        self._tokens.extend(self.vocabulary.ids(pool.tokens))
-        self._spans.extend(pool.spans)
+        new = _NewChunks(self.vocabulary, len(self._tokens))
+        asked: list[tuple[int, str]] = []
+        for index, (begin, end) in enumerate(itertools.pairwise(ends)):
+            chunk = new_bytes[begin:end].decode()
+            plain = _PLAIN.fullmatch(chunk)
+            if plain is not None:
+                last = plain.lastindex or 0
+                opening, word, closing = plain[last - 2], plain[last - 1], plain[last]
+                if not _is_split(word):
+                    new.add_plain(opening, word, closing)
+                    continue
+            flags, breaks = self._flags_and_breaks(chunk)
+            new.add(flags, breaks, self._follower_kind(chunk))
+            if not flags & IS_SLOW:
+                asked.append((index, chunk))
+        for (index, _), positions in zip(asked, self._ask_positions([chunk for _, chunk in asked]), strict=True):
+            new.set_positions(index, positions)
+        rows = np.array(new.rows, dtype=np.int32).reshape(-1, _NewChunks.ROW_LENGTH)
+        for column, table in enumerate((self._flags, self._breaks, self._follower)):
+            table.extend(rows[:, column])
+        spans = rows[:, 3:]
+        self._spans.extend(spans)
+        self._most_tokens.extend((spans[:, 1::2] - spans[:, ::2]).max(axis=1))
+        self._tokens.extend(new.tokens)
 
     def _flags_and_breaks(self, chunk: str) -> tuple[int, int]:
         if self._is_exotic(chunk):
@@ -281,49 +289,63 @@ class ChunkTokenizer:
         )
 
 
-def _split_mark(chunk: str) -> tuple[str, str]:
-    if chunk.isalnum():
-        return chunk, ""
-    num_marks = 2 if chunk.endswith("'s") else 1
-    return chunk[:-num_marks], chunk[-num_marks:]
+def _is_split(word: str) -> bool:
+    word = word.lower()
+    if word.isalnum():
+        return word in _SPLIT_WORDS
+    return not _SPLIT_WORDS.isdisjoint(_PARTS.split(word))
 
 
-def _is_plain(word: str, mark: str) -> bool:
-    return (
-        word.isalnum()
-        and word.isascii()
-        and (not mark or mark in _PLAIN_MARKS)
-        # Before a full stop, Punkt looks at numbers and single letters more closely.
-        and (mark != "." or (len(word) > 1 and word.isalpha()))
-        and word.lower() not in _SPLIT_WORDS
-    )
+class _NewChunks:
+    """Properties of chunks met for the first time.
 
+    Attributes:
+        rows: one row of `ROW_LENGTH` numbers per chunk, end to end: flags, breaks, follower, spans.
+        tokens: word ids that the spans are slices of.
+    """
 
-class _TokenPool:
-    """Token lists of new chunks, laid end to end behind `num_stored` earlier tokens, and where each position's are."""
+    ROW_LENGTH = 3 + 2 * NUM_POSITIONS
 
-    def __init__(self, num_stored: int, num_chunks: int) -> None:
-        self.tokens: list[str] = []
-        self.spans: list[tuple[int, ...]] = [(num_stored,) * (2 * NUM_POSITIONS)] * num_chunks
-        self._num_stored = num_stored
+    def __init__(self, vocabulary: Vocabulary, num_stored_tokens: int) -> None:
+        self.rows: list[int] = []
+        self.tokens: list[int] = []
+        self._vocabulary = vocabulary
+        self._num_stored = num_stored_tokens
 
-    def add_plain(self, index: int, word: str, mark: str) -> None:
-        """A word and its mark; a full stop stays with its word inside a sentence."""
-        span = self._append([word, mark] if mark else [word])
-        inside = self._append([word + mark]) if mark == "." else span
-        self.spans[index] = inside + inside + span + span
+    def add(self, flags: int, breaks: int, follower: int) -> None:
+        """A chunk without tokens; `set_positions` gives it some."""
+        self.rows += (flags, breaks, follower, *((self._num_stored,) * (2 * NUM_POSITIONS)))
 
-    def add(self, index: int, positions: _Positions) -> None:
-        """Tokens of a chunk at the four positions; lists that are the same object are stored once."""
-        spans: dict[int, tuple[int, int]] = {}
-        row: tuple[int, ...] = ()
+    def add_plain(self, opening: str, word: str, closing: str) -> None:
+        """A word between two marks, each of which may be empty."""
+        vocabulary, tokens = self._vocabulary, self.tokens
+        begin = last = self._num_stored + len(tokens)
+        follower = LOWER if word[0].islower() else UPPER if word[0].isupper() else OTHER
+        flags, breaks = 0, NO_BREAKS
+        if opening:
+            flags, follower = HAS_OUTER_QUOTE * (opening == '"'), OTHER
+            tokens.append(vocabulary["``" if opening == '"' else opening])
+        elif closing == ".":
+            tokens.append(vocabulary[word + closing])  # the one token it is inside a sentence
+            last += 1
+        tokens.append(vocabulary[word])
+        if closing:
+            tokens.append(vocabulary["''" if closing == '"' else closing])
+            if closing in _PERIODS:
+                flags, breaks = flags | ENDS_WITH_PERIOD, ALL_BREAKS
+        end = self._num_stored + len(tokens)
+        inside_end = end if last == begin else last
+        self.rows += (flags, breaks, follower, begin, inside_end, begin, inside_end, last, end, last, end)
+
+    def set_positions(self, index: int, positions: _Positions) -> None:
+        """Tokens of chunk `index` at the four positions; lists that are the same object are stored once."""
+        stored: dict[int, tuple[int, int]] = {}
+        spans: list[int] = []
         for words in positions:
-            if id(words) not in spans:
-                spans[id(words)] = self._append(words)
-            row += spans[id(words)]
-        self.spans[index] = row
-
-    def _append(self, words: Sequence[str]) -> tuple[int, int]:
-        begin = self._num_stored + len(self.tokens)
-        self.tokens += words
-        return begin, begin + len(words)
+            if id(words) not in stored:
+                begin = self._num_stored + len(self.tokens)
+                self.tokens += self._vocabulary.ids(words)
+                stored[id(words)] = (begin, begin + len(words))
+            spans += stored[id(words)]
+        stop = (index + 1) * self.ROW_LENGTH
+        self.rows[stop - len(spans) : stop] = spans

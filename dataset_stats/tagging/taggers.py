@@ -99,7 +99,7 @@ def load_tagger(source: TaggerSource) -> Tagger:
     """Load the tagger that `source` names; reads files, never the network."""
     if source.name == "textblob":
         return LexiconTagger()
-    from dataset_stats.perceptron import PerceptronTagger
+    from dataset_stats.tagging.perceptron import PerceptronTagger
 
     weights, tag_dictionary, classes = (json.loads(read_nltk_part(Path(source.folder), part)) for part in NLTK_PARTS)
     return PerceptronTagger(weights, tag_dictionary, classes)
@@ -158,6 +158,6 @@ class LexiconTagger:
 
     def tag(self, words: np.ndarray, sentence_ends: np.ndarray) -> np.ndarray:
         """Tags of a run of sentences, int16 [num_tokens], indices into `labels`."""
-        from dataset_stats.perceptron import CONTEXT_MARKERS
+        from dataset_stats.tagging.perceptron import CONTEXT_MARKERS
 
         return np.array(self._tag_of_word, dtype=np.int16)[words - len(CONTEXT_MARKERS)]
