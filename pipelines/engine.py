@@ -1,43 +1,46 @@
 """`run_over_shards`: map a worker over shards with a Ray Data actor pool; resume, retry, quarantine, and account."""
 
 import contextlib
-import json
-import logging
-import os
-import traceback
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import pydantic
 
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, Manifest, StageDirectory, read_manifest
+from pipelines.cluster import WorkerResources, choose_num_workers, run_on_ray
+from pipelines.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, StageDirectory, read_manifest
 from pipelines.pieces import (
+    PARTS_FOLDER,
     Piece,
     PieceReport,
     ShardWorker,
     Source,
     cut_into_pieces,
     finish_shard,
-    read_piece_report,
-    write_piece_report,
+    finished_pieces,
 )
-from pipelines.progress import ProgressBar, get_logger, progress_bar
+from pipelines.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
 from pipelines.recipe import StageConfig
-from pipelines.storage import exclusive
+from pipelines.runner import Outcome, PieceRunner, claimed, describe_disk_error
+from pipelines.storage import exclusive, fsync_directory, remove_temporary_files
 
-log = get_logger("engine")
+GIGABYTE = 10**9
 
 
 class EngineConfig(StageConfig):
     """`[engine]`: how work is spread; none of it changes a byte of the outputs but `samples_per_slice`."""
 
     num_workers: int = pydantic.Field(
-        default=0, ge=0, description="Worker processes; 0 = one per GPU, or one per CPU core where there is no GPU"
+        default=0, ge=0, description="Worker processes; 0 = as many as GPUs, or CPU cores if workers need no GPU, allow"
     )
     cpus_per_worker: float = pydantic.Field(default=1.0, gt=0, description="CPU cores Ray reserves for each worker")
     gpus_per_worker: float = pydantic.Field(
         default=0.0, ge=0, description="GPUs Ray reserves for each worker; 0.5 puts two workers on one GPU"
+    )
+    memory_gigabytes_per_worker: float = pydantic.Field(
+        default=0.0, ge=0, description="Memory Ray reserves for each worker, in 10^9 bytes; 0 reserves none"
     )
     samples_per_slice: int = pydantic.Field(
         default=256, ge=1, description="Samples that are batched together; shards are cut only between slices"
@@ -48,6 +51,12 @@ class EngineConfig(StageConfig):
     in_process: bool = pydantic.Field(
         default=False, description="Run the worker in this process, without Ray: for debugging and tests"
     )
+
+    @property
+    def worker_resources(self) -> WorkerResources:
+        """What Ray reserves for each worker."""
+        memory_bytes = int(self.memory_gigabytes_per_worker * GIGABYTE)
+        return WorkerResources(cpus=self.cpus_per_worker, gpus=self.gpus_per_worker, memory_bytes=memory_bytes)
 
 
 class QuarantinedShardError(ValueError):
@@ -77,56 +86,82 @@ def run_over_shards(
         ValueError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
             Or another process is writing `output`.
     """
-    pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
-    if not pending and (output.path / MANIFEST_NAME).is_file():
-        manifest = read_manifest(output.path)
-        wanted = {source.name for source in sources}
-        if manifest.fingerprint.digest == fingerprint.digest and wanted <= manifest.shards.keys():
+    try:
+        manifest = _finished_manifest(sources, output, fingerprint)
+        if manifest is not None:
             _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
-    with exclusive(output.path):
-        for source in pending:
-            output.clear_marker(source.name)
-        if pending:
-            _run_pending(worker_class, config, pending, output, fingerprint=fingerprint, engine=engine, room=room)
-        _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
-        names = [source.name for source in sources]
-        return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
+        with exclusive(output.path):
+            _run_pending(worker_class, config, sources, output, fingerprint=fingerprint, engine=engine, room=room)
+            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+            names = [source.name for source in sources]
+            return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
+    except OSError as error:
+        if message := describe_disk_error(error, output.path):
+            raise ValueError(message) from error
+        raise
+
+
+def _finished_manifest(sources: Sequence[Source], output: StageDirectory, fingerprint: Fingerprint) -> Manifest | None:
+    if not (output.path / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(output.path)
+    is_finished = manifest.fingerprint.digest == fingerprint.digest and all(
+        source.name in manifest.shards and output.is_done(source.name, source.identity, fingerprint)
+        for source in sources
+    )
+    return manifest if is_finished else None
 
 
 def _run_pending(
     worker_class: type[ShardWorker],
     config: Any,
-    pending: Sequence[Source],
+    sources: Sequence[Source],
     output: StageDirectory,
     *,
     fingerprint: Fingerprint,
     engine: EngineConfig,
     room: str,
 ) -> None:
-    num_workers = 1 if engine.in_process else engine.num_workers or _default_num_workers(engine)
-    pieces = cut_into_pieces(pending, output, num_workers=num_workers, samples_per_slice=engine.samples_per_slice)
-    reports = {
-        index: read_piece_report(piece, fingerprint, worker_class.suffixes) for index, piece in enumerate(pieces)
+    # Asked anew under the lock: another command may have finished shards in the meantime.
+    pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
+    _clear(output, pending)
+    if not pending:
+        return
+    num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
+    cut = {"samples_per_slice": engine.samples_per_slice}
+    found = {
+        source.name: finished_pieces(source, output, fingerprint, worker_class.suffixes, **cut) for source in pending
     }
-    waiting = [index for index, report in reports.items() if report is None]
-    for index in waiting:
-        pieces[index].output(".attempts").unlink(missing_ok=True)
-    tally = _Tally(worker_class, pieces, output, fingerprint)
-    num_samples = sum(source.num_samples for source in pending)
-    runner_arguments = (worker_class, config, pieces, fingerprint, engine.max_shard_attempts)
-    with progress_bar(room, num_samples) as progress:
-        for index, report in reports.items():
-            if report is not None:
-                tally.add(index, report, progress)
-        if engine.in_process:
-            runner = _PieceRunner(*runner_arguments)
-            results: Iterator[tuple[int, PieceReport | None]] = (runner.run(index) for index in waiting)
-        else:
-            results = _run_with_ray(runner_arguments, waiting, engine, num_workers=num_workers)
-        for index, report in results:
-            tally.add(index, report, progress)
+    finished = {name: [piece for piece, _ in parts] for name, parts in found.items()}
+    waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
+    for piece in waiting:
+        (piece.folder / f"{piece.span}.attempts").unlink(missing_ok=True)
+    tally = _Tally(worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending))
+    tally.expect([*waiting, *(piece for pieces in finished.values() for piece in pieces)])
+    with claimed(output) as claim, progress_bar(room, sum(source.num_samples for source in sources)) as progress:
+        progress.skip(progress.total - sum(piece.stop - piece.start for piece in waiting))
+        for parts in found.values():
+            for piece, report in parts:
+                tally.add(piece, report)
+        runner = PieceRunner(
+            worker_class,
+            config,
+            waiting,
+            fingerprint=fingerprint,
+            max_attempts=engine.max_shard_attempts,
+            claim=claim,
+        )
+        for index, outcome in _outcomes(runner, waiting, engine, num_workers=num_workers, progress=progress):
+            piece = replace(waiting[index], attempt=outcome.attempt)
+            if outcome.num_deaths:
+                place = f"{piece.source.name}, samples {piece.start:,} to {piece.stop:,}"
+                get_logger(room).warning(f"{place}: {outcome.num_deaths} workers died with it")
+            tally.add(piece, outcome.report)
+            progress.advance(piece.stop - piece.start if outcome.report else 0, note=tally.note())
+        get_logger(room).info(tally.summary(progress))
+    _drop_parts(output, fingerprint)
     if tally.quarantined:
         names = ", ".join(sorted(tally.quarantined))
         raise QuarantinedShardError(
@@ -134,145 +169,112 @@ def _run_pending(
         )
 
 
+def _clear(output: StageDirectory, pending: Sequence[Source]) -> None:
+    """Remove the markers of what is to be done again, and what killed drivers left half-written."""
+    markers = output.path / MARKER_FOLDER
+    for directory in (output.path, markers):
+        remove_temporary_files(directory)
+    for source in pending:
+        output.clear_marker(source.name)
+    if markers.is_dir():
+        # No power cut may bring an old marker back after its files have been replaced.
+        fsync_directory(markers)
+
+
+def _drop_parts(output: StageDirectory, fingerprint: Fingerprint) -> None:
+    """Remove what workers that outlived an earlier driver wrote after their shard was done."""
+    parts = output.path / PARTS_FOLDER
+    for folder in parts.iterdir():
+        if output.report(folder.name, fingerprint) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        parts.rmdir()
+
+
+def _outcomes(
+    runner: PieceRunner, waiting: Sequence[Piece], engine: EngineConfig, *, num_workers: int, progress: ProgressBar
+) -> Iterator[tuple[int, Outcome]]:
+    def show(num_samples: int) -> None:
+        progress.under_way = num_samples
+
+    if engine.in_process:
+        for index in range(len(waiting)):
+            outcome = runner.run(index, on_slice=show)
+            show(0)
+            yield index, outcome
+        return
+    yield from run_on_ray(
+        runner,
+        range(len(waiting)),
+        num_workers=num_workers,
+        resources=engine.worker_resources,
+        on_progress=show,
+    )
+
+
 class _Tally:
-    """Collects piece reports in the driver and finishes a shard as soon as all of its pieces are there."""
+    """Collects piece reports in the driver, and finishes a shard as soon as all of its pieces are there."""
 
     def __init__(
         self,
         worker_class: type[ShardWorker],
-        pieces: Sequence[Piece],
         output: StageDirectory,
         fingerprint: Fingerprint,
+        *,
+        num_shards: int,
+        num_done: int,
     ) -> None:
         self._worker_class = worker_class
-        self._pieces = pieces
         self._output = output
         self._fingerprint = fingerprint
-        self._reports: dict[int, PieceReport] = {}
-        self._indices: dict[str, list[int]] = {}
-        for index, piece in enumerate(pieces):
-            self._indices.setdefault(piece.source.name, []).append(index)
+        self._num_shards = num_shards
+        self._num_done = num_done
+        self._num_expected: Counter[str] = Counter()
+        self._parts: dict[str, list[tuple[Piece, PieceReport]]] = {}
         self.quarantined: set[str] = set()
-        self._num_rejected = 0
+        self._num_read = 0
+        self._rejected: Counter[str] = Counter()
         self._wait_seconds = 0.0
-        self._busy_seconds = 1e-9
+        self._busy_seconds = 0.0
+        self._peak = (0, "")
 
-    def add(self, index: int, report: PieceReport | None, progress: ProgressBar) -> None:
+    def expect(self, pieces: Sequence[Piece]) -> None:
+        """Say which pieces there are; a shard is whole when all of its own have been added."""
+        self._num_expected.update(piece.source.name for piece in pieces)
+
+    def add(self, piece: Piece, report: PieceReport | None) -> None:
         """Count one piece; `report` is None when it killed its worker too often."""
-        piece = self._pieces[index]
+        name = piece.source.name
         if report is None:
-            self.quarantined.add(piece.source.name)
+            self.quarantined.add(name)
             return
-        self._reports[index] = report
-        self._num_rejected += sum(report.rejected.values())
+        self._num_read += report.num_read
+        self._rejected.update(report.rejected)
         self._wait_seconds += report.wait_seconds
         self._busy_seconds += report.busy_seconds
-        wait_fraction = self._wait_seconds / (self._wait_seconds + self._busy_seconds)
-        note = f"{self._num_rejected:,} rejected · device waits {wait_fraction:.0%}"
-        progress.advance(piece.stop - piece.start, note=note)
-        indices = self._indices[piece.source.name]
-        if all(other in self._reports for other in indices):
-            parts = [(self._pieces[other], self._reports[other]) for other in indices]
-            finish_shard(self._worker_class, parts, self._output, fingerprint=self._fingerprint)
+        self._peak = max(self._peak, (report.peak_memory_bytes, name))
+        parts = self._parts.setdefault(name, [])
+        parts.append((piece, report))
+        if len(parts) == self._num_expected[name]:
+            parts.sort(key=lambda part: part[0].start)
+            finish_shard(self._worker_class, self._parts.pop(name), self._output, fingerprint=self._fingerprint)
+            self._num_done += 1
 
+    def note(self) -> str:
+        """Return what the progress view says beside the rate."""
+        seconds = self._wait_seconds + self._busy_seconds
+        memory_bytes, name = self._peak
+        parts = (
+            f"{self._num_done:,}/{self._num_shards:,} shards",
+            f"device waits {self._wait_seconds / seconds:.0%}" if seconds else "",
+            describe_rejects(self._rejected, num_read=self._num_read),
+            f"peak {memory_bytes / GIGABYTE:.1f} GB ({name})" if memory_bytes else "",
+        )
+        return " · ".join(part for part in parts if part)
 
-class _PieceRunner:
-    """Lives in a worker process: holds the loaded worker, counts attempts on disk, writes piece reports."""
-
-    def __init__(
-        self,
-        worker_class: type[ShardWorker],
-        config: Any,
-        pieces: Sequence[Piece],
-        fingerprint: Fingerprint,
-        max_attempts: int,
-    ) -> None:
-        self._load = lambda: worker_class(config)
-        self._worker: ShardWorker | None = None
-        self._pieces = pieces
-        self._fingerprint = fingerprint
-        self._max_attempts = max_attempts
-
-    def run(self, index: int) -> tuple[int, PieceReport | None]:
-        piece = self._pieces[index]
-        piece.folder.mkdir(parents=True, exist_ok=True)
-        attempts = piece.output(".attempts")
-        if attempts.is_file() and attempts.stat().st_size >= self._max_attempts:
-            return index, None
-        with attempts.open("ab") as file:
-            file.write(b".")
-        self._worker = self._worker or self._load()
-        report = self._worker(piece)
-        write_piece_report(piece, report, self._fingerprint)
-        return index, report
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Run one piece for Ray Data; errors meant for the user travel as rows, as Ray would drop their type."""
-        index = int(row["item"])
-        try:
-            report = self.run(index)[1]
-        except (ValueError, OSError) as error:
-            return {"index": index, "report": "", "error": str(error), "traceback": traceback.format_exc()}
-        return {"index": index, "report": json.dumps(report and asdict(report)), "error": "", "traceback": ""}
-
-
-def _default_num_workers(engine: EngineConfig) -> int:
-    if engine.gpus_per_worker:
-        ray = _start_ray()
-        return max(1, int(ray.cluster_resources().get("GPU", 0) / engine.gpus_per_worker))
-    if "RAY_ADDRESS" in os.environ:
-        return max(1, int(_start_ray().cluster_resources().get("CPU", 1) / engine.cpus_per_worker))
-    return max(1, int((os.cpu_count() or 1) / engine.cpus_per_worker))
-
-
-def _start_ray() -> Any:
-    """Connect to the cluster of `RAY_ADDRESS`, or start a local Ray; gives the `ray` module."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-    import ray.data
-
-    if not ray.is_initialized():
-        with _quiet_banner():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
-
-
-@contextlib.contextmanager
-def _quiet_banner() -> Iterator[None]:
-    # Ray's C++ core announces its log level on file descriptor 2, whatever the level is.
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
-def _run_with_ray(
-    runner_arguments: tuple[Any, ...], waiting: Sequence[int], engine: EngineConfig, *, num_workers: int
-) -> Iterator[tuple[int, PieceReport | None]]:
-    if not waiting:
-        return
-    ray = _start_ray()
-    # One block per piece: a worker that dies loses one piece, and Ray hands just that piece to another.
-    dataset = ray.data.from_items(list(waiting), override_num_blocks=len(waiting)).map(
-        _PieceRunner,
-        fn_constructor_args=runner_arguments,
-        compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(waiting))),
-        num_cpus=engine.cpus_per_worker,
-        num_gpus=engine.gpus_per_worker or None,
-    )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            error = ValueError(row["error"])
-            error.add_note(f"in a worker process:\n{row['traceback']}")
-            raise error
-        report = json.loads(row["report"])
-        yield int(row["index"]), PieceReport(**report) if report else None
+    def summary(self, progress: ProgressBar) -> str:
+        """Return the line that ends the run."""
+        return f"{progress.num_new:,} samples in {clock(progress.elapsed_seconds)} · {progress.rate()} · {self.note()}"
 
 
 def _require_few_rejects(

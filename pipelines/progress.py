@@ -1,16 +1,22 @@
-"""One style of log lines and one progress bar for every stage."""
+"""One style of log lines and one progress view for every stage."""
 
 import contextlib
+import datetime
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
 
 LOG_INTERVAL_SECONDS = 30.0
-LOG_FILE_COLUMNS = 160
+LOG_FILE_COLUMNS = 200
+MAX_REASONS_SHOWN = 3
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal:
     # A log file has no width, and rich would wrap its lines at 80 columns.
@@ -36,8 +42,29 @@ def _add_room(record: logging.LogRecord) -> bool:
     return True
 
 
+def describe_rejects(rejected: Mapping[str, int], *, num_read: int) -> str:
+    """Return the rejects with their share and their largest reasons, empty if there are none."""
+    num_rejected = sum(rejected.values())
+    if not num_rejected:
+        return ""
+    largest = sorted(rejected.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in largest[:MAX_REASONS_SHOWN])
+    more = ", …" if len(largest) > MAX_REASONS_SHOWN else ""
+    return f"{num_rejected:,} rejected ({num_rejected / num_read:.1%}): {reasons}{more}"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 class ProgressBar:
-    """Counts samples towards a total; draws a bar on a terminal and logs a line every 30 s elsewhere."""
+    """Counts samples towards a total, and says how fast.
+
+    Attributes:
+        note: shown below the bar and behind the log line: rejects, loss, waiting for data.
+        under_way: units of work that has begun and not ended; they count as done until `advance` counts them.
+    """
 
     def __init__(self, description: str, total: int, *, unit: str = "samples") -> None:
         self.description = description
@@ -45,49 +72,82 @@ class ProgressBar:
         self.unit = unit
         self.done = 0
         self.note = ""
+        self.under_way = 0
+        self._num_skipped = 0
         self._start_seconds = time.monotonic()
-        self._last_log_seconds = self._start_seconds
-        self._logger = get_logger(description.split()[0])
-        self._bar: tuple[Progress, TaskID] | None = None
+
+    def skip(self, count: int) -> None:
+        """Count what an earlier run has done: it is no part of the rate."""
+        self.done += count
+        self._num_skipped += count
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more; `note` is shown behind the rate (rejects, loss, device wait)."""
+        """Count `count` more; `note` replaces the note."""
         self.done += count
         self.note = note or self.note
-        if self._bar is not None:
-            bar, task = self._bar
-            bar.update(task, completed=self.done, rate=self._rate(), note=self.note)
-        elif time.monotonic() - self._last_log_seconds >= LOG_INTERVAL_SECONDS:
-            self._last_log_seconds = time.monotonic()
-            self._logger.info(self._line())
 
-    def _rate(self) -> str:
-        elapsed_seconds = max(time.monotonic() - self._start_seconds, 1e-6)
-        return f"{self.done / elapsed_seconds:.1f} {self.unit}/s"
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds since the bar was made."""
+        return max(time.monotonic() - self._start_seconds, 1e-6)
 
-    def _line(self) -> str:
-        elapsed_seconds = max(time.monotonic() - self._start_seconds, 1e-6)
-        remaining_seconds = (self.total - self.done) * elapsed_seconds / max(self.done, 1)
-        return (
-            f"{self.done:,}/{self.total:,} {self.unit} · {self._rate()} · {remaining_seconds:.0f} s left · {self.note}"
-        )
+    @property
+    def num_new(self) -> int:
+        """How many have been done since the bar was made."""
+        return self._reached() - self._num_skipped
+
+    def _reached(self) -> int:
+        return min(self.done + self.under_way, self.total)
+
+    def rate(self) -> str:
+        """Return the rate since the bar was made."""
+        return f"{self.num_new / self.elapsed_seconds:.1f} {self.unit}/s"
+
+    def _time_left(self) -> str:
+        if self.num_new <= 0:
+            return "-:--:--"
+        return clock((self.total - self._reached()) * self.elapsed_seconds / self.num_new)
+
+    def line(self) -> str:
+        """Return what a log file is told."""
+        counts = f"{self._reached():,}/{self.total:,} {self.unit}"
+        return " · ".join(filter(None, (counts, self.rate(), f"{self._time_left()} left", self.note)))
+
+    def __rich__(self) -> Group:
+        """Return what a terminal is shown: two lines, cut at its width."""
+        grid = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None, None, None):
+            grid.add_column(no_wrap=True, ratio=ratio)
+        reached = self._reached()
+        bar = Bar(total=max(self.total, 1), completed=reached, width=None)
+        counts = f"{reached:,}/{self.total:,}"
+        grid.add_row(Text(self.description, style="bold"), bar, counts, self.rate(), f"{self._time_left()} left")
+        return Group(grid, Text(f"  {self.note}", no_wrap=True, overflow="ellipsis", style="dim"))
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int, *, unit: str = "samples") -> Iterator[ProgressBar]:
-    """Show progress towards `total`; the first word of `description` names the room."""
+def progress_bar(
+    description: str, total: int, *, unit: str = "samples", log_interval_seconds: float = LOG_INTERVAL_SECONDS
+) -> Iterator[ProgressBar]:
+    """Show progress towards `total`: a bar on a terminal, elsewhere a line every `log_interval_seconds`.
+
+    The first word of `description` names the room. The line comes also when nothing has moved.
+    """
     progress = ProgressBar(description, total, unit=unit)
-    if not console.is_terminal:
-        yield progress
+    if console.is_terminal:
+        with Live(progress, console=console, transient=True, refresh_per_second=2):
+            yield progress
         return
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        progress._bar = (bar, bar.add_task(description, total=total, rate="", note=""))
+    logger, is_over = get_logger(description.split()[0]), threading.Event()
+
+    def log_regularly() -> None:
+        while not is_over.wait(log_interval_seconds):
+            logger.info(progress.line())
+
+    thread = threading.Thread(target=log_regularly, name="progress", daemon=True)
+    thread.start()
+    try:
         yield progress
+    finally:
+        is_over.set()
+        thread.join()
