@@ -159,7 +159,7 @@ class RemoteFile:
         self._windows.clear()
 
     def _next_window(self, offset: int) -> int:
-        for start, data in self._windows:
+        for start, data in reversed(self._windows):
             if start <= offset <= start + len(data) + MAX_GAP_BYTES:
                 return min(2 * len(data), MAX_WINDOW_BYTES)
         return MIN_WINDOW_BYTES

@@ -1,0 +1,96 @@
+"""Web servers for tests of remote storage: a folder over HTTP with range requests, without them, or out of order."""
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@dataclass
+class WebServer:
+    """A running server; `ranges` has (name, first, stop) of every range sent, `num_whole` counts whole files sent."""
+
+    url: str
+    folder: Path
+    has_ranges: bool
+    num_drops: int = 0  # so many answers are cut in the middle
+    num_busy: int = 0  # so many requests are told to come back later
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
+    bytes_sent: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, name: str) -> bool:
+        """Count one down, if there is one left."""
+        with self.lock:
+            left = getattr(self, name)
+            setattr(self, name, max(0, left - 1))
+            return left > 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: WebServer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        state, name = self.state, self.path.partition("?")[0].lstrip("/")
+        path = state.folder / name
+        if path.is_dir():
+            links = "".join(f'<a href="{child.name}">{child.name}</a>' for child in sorted(path.iterdir()))
+            return self._send(200, links.encode(), with_body=with_body, headers={"Content-Type": "text/html"})
+        if not path.is_file():
+            return self._send(404, b"", with_body=with_body)
+        if with_body and state.take("num_busy"):
+            return self._send(503, b"", with_body=True)
+        data, status, headers = path.read_bytes(), 200, {"ETag": f'"{path.stat().st_mtime_ns}"'}
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match and state.has_ranges:
+            first, last = int(match[1]), min(int(match[2]), len(data) - 1)
+            headers["Content-Range"], status = f"bytes {first}-{last}/{len(data)}", 206
+            data = data[first : last + 1]
+            state.ranges.append((name, first, last + 1))
+        return self._send(status, data, with_body=with_body, headers=headers)
+
+    def _send(self, status: int, data: bytes, *, with_body: bool, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if not with_body:
+            return
+        if len(data) > 1 and status == 206 and self.state.take("num_drops"):
+            data = data[: len(data) // 2]
+            self.close_connection = True
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that has read enough
+            for start in range(0, len(data), 1 << 16):
+                self.wfile.write(data[start : start + (1 << 16)])
+                self.state.bytes_sent += len(data[start : start + (1 << 16)])
+
+
+@contextlib.contextmanager
+def serve_folder(folder: Path, *, has_ranges: bool = True) -> Iterator[WebServer]:
+    """Serve a folder on loopback."""
+    handler = type("Handler", (_Handler,), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        state = WebServer(f"http://127.0.0.1:{server.server_address[1]}", folder, has_ranges)
+        handler.state = state
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,154 @@
+"""Remote storage against real servers on loopback: few requests, nothing unneeded, and errors that name the URL."""
+
+import os
+import socket
+import time
+
+import pytest
+
+import pipelines.remote
+from pipelines.pieces import Source
+from pipelines.remote import MAX_WINDOW_BYTES, READ_ATTEMPTS, RemoteFile, storage_environment
+from pipelines.shards import describe_shards, expand_shards, open_shard, shard_source
+from pipelines.storage import open_binary, open_ranges
+from tests.raw_shards import encode, laion_members, photo, sa1b_members, write_laion, write_tar
+from tests.storage_servers import serve_folder
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch) -> None:
+    monkeypatch.setattr(pipelines.remote, "FIRST_WAIT_SECONDS", 0.001)
+
+
+def test_ranges_of_local_and_remote_files_are_the_same(tmp_path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "data.bin").write_bytes(data)
+    with serve_folder(tmp_path) as server:
+        for url in (str(tmp_path / "data.bin"), f"file://{tmp_path}/data.bin", f"{server.url}/data.bin"):
+            with open_ranges(url) as file:
+                assert file.size == len(data) and file.stamp
+                for offset, size in ((0, 10), (5, 40_000), (1_000_000, 1_500_000), (2_999_990, 100), (3_000_000, 5)):
+                    assert file.read(offset, size) == data[offset : offset + size]
+            with open_binary(url) as stream:
+                stream.seek(-500, os.SEEK_END)
+                assert stream.read() == data[-500:]
+                assert stream.seek(7) == 7 and stream.read(3) == data[7:10]
+
+
+def test_a_tar_of_small_members_takes_few_requests(tmp_path) -> None:
+    """A shard as img2dataset writes it: headers, then every image and text, each in about one pass over the bytes."""
+    members = []
+    for number in range(300):
+        members += laion_members(f"{number:09d}", os.urandom(20_000), "alt")
+    path = write_tar(tmp_path / "laion_00000.tar", members)
+    size = path.stat().st_size
+    with serve_folder(tmp_path) as server:
+        url = f"{server.url}/laion_00000.tar"
+        assert shard_source(url).identity == shard_source(str(path)).identity
+        # Windows double up to their largest size.
+        most = 12 + size // MAX_WINDOW_BYTES
+        assert len(server.ranges) <= most and server.bytes_sent < 1.2 * size
+        with open_shard(url) as raw:
+            server.ranges.clear()
+            server.bytes_sent = 0
+            for sample in raw.samples:
+                assert raw.image_bytes(sample) and raw.alt_text(sample) == "alt"
+        assert len(server.ranges) <= most and server.bytes_sent < 1.2 * size
+
+
+def test_the_masks_of_sa1b_are_not_read(tmp_path, monkeypatch) -> None:
+    """Of a JSON of masks, its last block is read for the shard's identity; over the web, what a short window has."""
+    masks = [("./sa_1.json", b'{"annotations": [' + b" " * 3_000_000 + b"]}"), ("./sa_1.jpg", os.urandom(400_000))]
+    masks += [("./sa_2.jpg", os.urandom(400_000)), ("./sa_2.json", b"{" + b" " * 2_000_000 + b"}")]
+    path = write_tar(tmp_path / "sa_000000.tar", masks)
+    read: list[tuple[int, int]] = []
+    true_pread = os.pread
+
+    def counted(descriptor: int, size: int, offset: int) -> bytes:
+        read.append((offset, offset + size))
+        return true_pread(descriptor, size, offset)
+
+    def read_all(url: str) -> dict[str, tuple[int, int]]:
+        with open_shard(url) as raw:
+            assert raw.dialect == "sa1b" and [sample.reject for sample in raw.samples] == [None, None]
+            for sample in raw.samples:
+                assert len(raw.image_bytes(sample)) == 400_000 and raw.alt_text(sample) is None
+            json_members = {sample.key: sample.members["json"] for sample in raw.samples}
+        return {key: (member.offset, member.offset + member.size) for key, member in json_members.items()}
+
+    def bytes_in(span: tuple[int, int]) -> int:
+        return sum(max(0, min(stop, span[1]) - max(start, span[0])) for start, stop in read)
+
+    monkeypatch.setattr(os, "pread", counted)
+    spans = read_all(str(path))
+    assert {key: bytes_in(span) for key, span in spans.items()} == {"sa_1": 512, "sa_2": 512}
+    with serve_folder(tmp_path) as server:
+        read_all(f"{server.url}/sa_000000.tar")
+        read[:] = [(first, stop) for _, first, stop in server.ranges]
+        assert all(bytes_in(span) <= 2 * pipelines.remote.MIN_WINDOW_BYTES for span in spans.values())
+        assert len(server.ranges) <= 9  # one per member, one per image, the first header, a probe for ranges
+
+
+def test_a_server_without_ranges_is_refused_before_anything_is_downloaded(tmp_path) -> None:
+    write_laion(tmp_path / "laion_00000.tar", 2)
+    with (tmp_path / "laion_00000.tar").open("ab") as file:
+        file.write(bytes(30_000_000))
+    with serve_folder(tmp_path, has_ranges=False) as server:
+        with pytest.raises(ValueError, match=r"http://.*laion_00000.tar: .*does not answer range requests.*download"):
+            describe_shards([f"{server.url}/laion_00000.tar"])
+        time.sleep(0.2)
+        assert server.bytes_sent < 20_000_000  # what was under way when the connection was closed
+
+
+@pytest.mark.parametrize("fault", ["num_drops", "num_busy"])
+def test_dropped_connections_are_retried_a_bounded_number_of_times(tmp_path, fault: str) -> None:
+    path = write_laion(tmp_path / "laion_00000.tar", 4)
+    with serve_folder(tmp_path) as server:
+        url = f"{server.url}/laion_00000.tar"
+        setattr(server, fault, READ_ATTEMPTS - 1)
+        assert shard_source(url).identity == shard_source(str(path)).identity
+        assert getattr(server, fault) == 0
+        setattr(server, fault, 1000)
+        with pytest.raises(ConnectionError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts"):
+            describe_shards([url])
+        assert getattr(server, fault) == 1000 - READ_ATTEMPTS
+
+
+def test_a_server_that_is_gone_and_a_file_that_is_not_there_are_told_apart(tmp_path) -> None:
+    with serve_folder(tmp_path) as server:
+        url = f"{server.url}/gone.tar"
+        with pytest.raises(FileNotFoundError, match=rf"{url}: does not exist"):
+            RemoteFile(url)
+    with socket.socket() as unserved:
+        unserved.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unserved.getsockname()[1]}/gone.tar"
+    with pytest.raises(ConnectionError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts: .*[Cc]onnect"):
+        RemoteFile(url)
+
+
+def test_a_protocol_without_its_package_says_what_to_install() -> None:
+    with pytest.raises(ValueError, match=r"gs://bucket/a.tar: gs:// needs a package.*gcsfs"):
+        describe_shards(["gs://bucket/a.tar"])
+    with pytest.raises(ValueError, match=r"gs://bucket/\*.tar: gs:// needs a package.*gcsfs"):
+        expand_shards("gs://bucket/*.tar")
+    with pytest.raises(ValueError, match=r"s4://bucket/a.tar: Protocol not known: s4"):
+        describe_shards(["s4://bucket/a.tar"])
+
+
+def test_web_addresses_globs_and_queries(tmp_path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / "data" / f"sa_00000{number}.tar", sa1b_members(number, encode(photo(number))))
+    with serve_folder(tmp_path) as server:
+        names = [f"{server.url}/data/sa_00000{number}.tar" for number in range(3)]
+        assert expand_shards(f"{server.url}/data/sa_*.tar") == expand_shards(f"{server.url}/data/") == names
+        braces = f"{server.url}/data/sa_{{000000..000001}}.tar"
+        assert expand_shards(braces) == names[:2]
+        (signed,) = expand_shards(names[0] + "?X-Signature=abc&X-Expires=60")
+        source = shard_source(signed)
+        assert isinstance(source, Source) and (source.name, source.num_samples) == ("sa_000000", 1)
+
+
+def test_workers_elsewhere_get_what_storage_needs_and_nothing_else() -> None:
+    environment = {"AWS_ENDPOINT_URL": "http://minio:9000", "AWS_SECRET_ACCESS_KEY": "s", "FSSPEC_S3_KEY": "k"}
+    environment |= {"HF_TOKEN": "t", "GOOGLE_APPLICATION_CREDENTIALS": "/key.json", "https_proxy": "http://proxy"}
+    assert storage_environment({**environment, "HOME": "/root", "PATH": "/bin", "HF_HOME": "/cache"}) == environment
