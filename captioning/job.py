@@ -15,7 +15,7 @@ from pipelines.models import ModelSource, resolve_model
 from pipelines.pieces import Source
 from pipelines.progress import get_logger
 from pipelines.recipe import DataConfig
-from pipelines.shards import open_shard, select_shards, shard_name
+from pipelines.shards import describe_shards, select_shards, shard_name
 
 log = get_logger("captioning")
 
@@ -41,6 +41,7 @@ class Job:
     dialects: dict[str, str]
     output: StageDirectory
     fingerprint: Fingerprint
+    run: Path
 
     @property
     def worker_config(self) -> CaptionWorkerConfig:
@@ -50,6 +51,7 @@ class Job:
             dialect=self.data.dialect,
             max_pixels=self.data.max_pixels,
             num_threads=max(1, int(self.engine.cpus_per_worker)),
+            run=self.run.absolute(),
         )
 
     @property
@@ -97,7 +99,7 @@ def read_job(command: Command) -> Job:
     engine = command.recipe.table("engine", EngineConfig)
     paths = _select(data.paths(command.run), config.shards)
     model = resolve_model(config.model, config.revision)
-    sources, dialects = _read_shards(paths, data.dialect)
+    shards = describe_shards(paths, dialect=data.dialect, run=command.run)
     settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
     fields = {"code_version": CODE_VERSION, "model": model.identity, "max_pixels": data.max_pixels, **settings}
     return Job(
@@ -105,10 +107,11 @@ def read_job(command: Command) -> Job:
         data=data,
         engine=engine,
         model=model,
-        sources=sources,
-        dialects=dialects,
+        sources=[shard.source for shard in shards],
+        dialects={shard.source.name: shard.dialect for shard in shards},
         output=StageDirectory(Path(command.run) / "captions"),
         fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
+        run=command.run,
     )
 
 
@@ -118,12 +121,3 @@ def _select(paths: list[str], patterns: Sequence[str]) -> list[str]:
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
         log.warning(f"captioning.shards: {pattern!r} fits none of the {len(paths)} shards")
     return select_shards(paths, fitting or patterns, key="captioning.shards")
-
-
-def _read_shards(paths: list[str], dialect: str) -> tuple[list[Source], dict[str, str]]:
-    sources, dialects = [], {}
-    for path in paths:
-        with open_shard(path, dialect) as raw:
-            sources.append(Source(name=raw.name, path=path, identity=raw.identity, num_samples=len(raw.samples)))
-            dialects[raw.name] = raw.dialect
-    return sources, dialects

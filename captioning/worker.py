@@ -21,12 +21,18 @@ from pipelines.storage import atomic_file
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionWorkerConfig:
-    """What a worker process needs to know; `num_threads` is for the model's arithmetic on a CPU."""
+    """What a worker process needs to know.
+
+    Attributes:
+        num_threads: for the model's arithmetic on a CPU.
+        run: where the headers of the shards are remembered; None reads them from the tars.
+    """
 
     captioning: CaptioningConfig
     dialect: str
     max_pixels: int
     num_threads: int
+    run: Path | None = None
 
 
 class CaptionWorker:
@@ -51,12 +57,15 @@ class CaptionWorker:
         """
         start_seconds = time.monotonic()
         rows: list[dict[str, Any]] = []
-        with open_shard(piece.source.path, self._config.dialect) as raw:
+        source, run = piece.source, self._config.run
+        with open_shard(source.path, self._config.dialect, run=run, identity=source.identity) as raw:
             loader = ShardLoader(raw, self._settings, self._engine, max_pixels=self._config.max_pixels)
             self._check_engine(loader, raw.samples[piece.start : piece.stop])
             for start, stop in piece.slices():
                 rows += self._caption_slice(loader, raw.samples[start:stop])
-            num_unusable = len(raw.unusable) if piece.start == 0 else 0
+            # Of the tar as a whole: told once, by the first piece.
+            faults = {"unusable_members": len(raw.unusable), "damaged_tars": int(raw.fault is not None)}
+            faults = {name: count for name, count in faults.items() if count and piece.start == 0}
         with atomic_file(piece.output(".parquet")) as path:
             write_rows(rows, path, quality=self._settings.quality)
         rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
@@ -65,7 +74,7 @@ class CaptionWorker:
             num_read=len(rows),
             num_kept=len(rows) - rejected.total(),
             rejected=dict(rejected),
-            details=details | ({"unusable_members": num_unusable} if num_unusable else {}),
+            details=details | faults,
             wait_seconds=loader.wait_seconds,
             busy_seconds=time.monotonic() - start_seconds - loader.wait_seconds,
         )
