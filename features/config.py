@@ -85,8 +85,10 @@ class FeaturesConfig(StageConfig):
         le=512,
         description="Longest caption in T5 tokens, the last one included (alpha 120, Sigma 300)",
     )
-    text_batch_size: int = pydantic.Field(
-        default=64, ge=1, description="Captions encoded at once; halved when too many"
+    text_batch_tokens: int | None = pydantic.Field(
+        default=None,
+        ge=1,
+        description="Tokens encoded at once, padding too; null = 8192 on a GPU, 1024 on a CPU; halved when too many",
     )
     vae_model: str = pydantic.Field(description="AutoencoderKL: hub id or local folder (paper: the LDM VAE)")
     vae_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")

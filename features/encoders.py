@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 FP16_REFUSAL = "T5 was trained in bfloat16 and its activations overflow float16, which gives inf and nan embeddings"
 TEXT_DTYPES = ("bfloat16", "float32")
 VAE_DTYPES = ("float32", "bfloat16")
+# Tokens of a batch, padding included: enough to keep a GPU busy; few enough for activations to stay in a CPU's cache.
+DEFAULT_BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
 
 
 def clean_prompt(text: str) -> str:
@@ -29,32 +31,49 @@ def clean_prompt(text: str) -> str:
 
 
 class Batches:
-    """Cuts work into batches of `size`; a batch that does not fit the device's memory halves the size for good."""
+    """Cuts work into batches that cost at most `size`; one that does not fit the memory halves the size for good.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: captions are counted in tokens with their padding, images one by one.
+        cost: of the first item of a batch, and so of each other: items come largest first, or all alike.
+    """
+
+    def __init__(self, size: int, *, cost: Callable[[Any], int] = lambda item: 1) -> None:
         self.size = size
+        self._cost = cost
 
     def run(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], list[Any]]) -> Iterator[Any]:
         """Yield one result of `encode` per item, in order.
 
         Raises:
-            torch.OutOfMemoryError: a single item does not fit.
+            torch.OutOfMemoryError, RuntimeError: a single item does not fit; the latter is what a CPU raises.
         """
         import torch
 
         start = 0
         while start < len(items):
+            cost = self._cost(items[start])
+            batch = items[start : start + max(1, self.size // cost)]
             try:
-                results = encode(items[start : start + self.size])
-            except torch.OutOfMemoryError:
-                if self.size == 1:
+                results = encode(batch)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or len(batch) == 1:
                     raise
-                self.size //= 2
+                results = None
+            # Out here the error and its frames are gone, and with them what they held of the memory.
+            if results is None:
+                self.size = len(batch) // 2 * cost
                 torch.cuda.empty_cache()
-                log.warning(f"out of memory: going on with batches of {self.size}")
+                log.warning(f"out of memory: going on with batches of {len(batch) // 2}")
                 continue
             start += len(results)
             yield from results
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def select_device(device: str, *, num_threads: int) -> str:
@@ -76,6 +95,22 @@ def _require_complete(model_id: str, class_name: str, loading: dict[str, Any]) -
             f"{model_id} does not hold the weights of a {class_name}: {len(wrong)} would stay random ({some}, ...). "
             f"Save the model as a {class_name}; the encoder of a T5ForConditionalGeneration alone has other key names"
         )
+
+
+def text_batches(num_tokens: int) -> Batches:
+    """Return batches of token lists, longest first, of at most `num_tokens` with padding."""
+    return Batches(num_tokens, cost=len)
+
+
+def fuse_gelu(model: Any) -> Any:
+    """Give a T5 encoder the tanh-approximated GELU as one kernel; transformers' "gelu_new" makes it of eight."""
+    import torch
+
+    for block in model.encoder.block:
+        feed_forward = block.layer[-1].DenseReluDense
+        if type(feed_forward.act).__name__ == "NewGELUActivation":
+            feed_forward.act = torch.nn.GELU(approximate="tanh")
+    return model
 
 
 @dataclass
@@ -103,9 +138,11 @@ class TextEncoder:
         max_tokens: int,
         device: str = "cpu",
         dtype: str = "bfloat16",
-        batch_size: int = 64,
+        batch_tokens: int | None = None,
     ) -> TextEncoder:
         """Load a local folder or hub id.
+
+        `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device.
 
         Raises:
             ValueError: `dtype` is not bfloat16 or float32, or the checkpoint lacks weights of the encoder.
@@ -129,8 +166,9 @@ class TextEncoder:
         _require_complete(model, "T5EncoderModel", loading)
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
         target = torch.device(device)
-        encoder = encoder.to(target).eval().requires_grad_(False)
-        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target, Batches(batch_size))
+        encoder = fuse_gelu(encoder.to(target).eval().requires_grad_(False))
+        batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[target.type])
+        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target, batches)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, cleaned and cut at `max_tokens`, the end-of-sequence token included."""

@@ -16,7 +16,7 @@ from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_
 from pipelines.models import ModelSource, resolve_model
 from pipelines.pieces import ShardWorker, Source
 from pipelines.recipe import DataConfig
-from pipelines.shards import recall_shards, select_shards, shard_source
+from pipelines.shards import describe_shards, recall_shards, select_shards
 from pipelines.storage import sha256_file
 
 # Raised when a change of code changes the features of unchanged inputs.
@@ -88,7 +88,7 @@ def read_inputs(command: Command) -> Inputs:
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
-        raw=[shard_source(path, dialect=data.dialect) for path in paths],
+        raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
     )
 
 
@@ -131,7 +131,7 @@ def text_job(inputs: Inputs) -> Job:
             dtype=features.text_dtype,
             storage=features.text_storage,
             max_tokens=features.max_tokens,
-            batch_size=features.text_batch_size,
+            batch_tokens=features.text_batch_tokens,
             device=features.device,
             num_threads=inputs.num_threads,
             caption_weights={caption.column: caption.weight for caption in inputs.stage.captions},
@@ -179,6 +179,7 @@ def latent_job(inputs: Inputs) -> Job:
             is_bucketed=stage.buckets,
             dialect=inputs.data.dialect,
             max_pixels=inputs.data.max_pixels,
+            run=inputs.run.absolute(),
             preview_shard=inputs.raw[0].name,
             preview_path=output.path / f"preview-{inputs.stage_name}.png",
             num_preview_images=features.num_preview_images,

@@ -38,7 +38,7 @@ class TextWorkerConfig:
     dtype: str
     storage: str
     max_tokens: int
-    batch_size: int
+    batch_tokens: int | None
     device: str
     num_threads: int
     caption_weights: dict[str, float]
@@ -67,7 +67,7 @@ class TextWorker:
             max_tokens=config.max_tokens,
             device=select_device(config.device, num_threads=config.num_threads),
             dtype=config.dtype,
-            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
         )
         # Every worker writes the same bytes, each atomically, so it does not matter which one is last.
         (null_embedding,) = self._encoder.encode([""])

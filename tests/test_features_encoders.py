@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import save_codec, save_text_encoder
 from transformers import T5EncoderModel
 
-from features.encoders import Batches, LatentCodec, TextEncoder, clean_prompt
+from features.encoders import Batches, LatentCodec, TextEncoder, clean_prompt, text_batches
 
 TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
 
@@ -22,8 +22,8 @@ def codec(tmp_path_factory):
     return LatentCodec.load(str(save_codec(tmp_path_factory.mktemp("vae"))))
 
 
-def load(folder, dtype="float32", batch_size=64):
-    return TextEncoder.load(folder, max_tokens=40, dtype=dtype, batch_size=batch_size)
+def load(folder, dtype="float32", batch_tokens=1024):
+    return TextEncoder.load(folder, max_tokens=40, dtype=dtype, batch_tokens=batch_tokens)
 
 
 def test_only_real_tokens_come_back(text_folder):
@@ -39,16 +39,17 @@ def test_a_truncated_text_keeps_the_end_of_sequence_token(text_folder):
     assert ids[-1] == 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_embeddings_do_not_depend_on_padding_or_batch(text_folder, batch_size):
-    encoder = load(text_folder, batch_size=batch_size)
+@pytest.mark.parametrize("batch_tokens", [1, 80, 1024])
+def test_embeddings_do_not_depend_on_padding_or_batch(text_folder, batch_tokens):
+    encoder = load(text_folder, batch_tokens=batch_tokens)
     alone = [encoder.encode([text])[0] for text in TEXTS]
     for single, batched in zip(alone, encoder.encode(TEXTS), strict=True):
         torch.testing.assert_close(batched, single, atol=1e-5, rtol=1e-5)
 
 
-def test_embeddings_equal_those_of_padding_every_text_to_the_limit(text_folder):
+def test_embeddings_equal_those_of_transformers_padding_every_text_to_the_limit(text_folder):
     encoder = load(text_folder)
+    model = T5EncoderModel.from_pretrained(text_folder)
     padded = encoder.tokenizer(
         [clean_prompt(text) for text in TEXTS],
         padding="max_length",
@@ -57,7 +58,7 @@ def test_embeddings_equal_those_of_padding_every_text_to_the_limit(text_folder):
         return_tensors="pt",
     )
     with torch.inference_mode():
-        hidden = encoder.model(padded.input_ids, attention_mask=padded.attention_mask).last_hidden_state
+        hidden = model(padded.input_ids, attention_mask=padded.attention_mask).last_hidden_state
     for row, embedding in enumerate(encoder.encode(TEXTS)):
         torch.testing.assert_close(embedding, hidden[row, : len(embedding)], atol=1e-5, rtol=1e-5)
 
@@ -132,19 +133,67 @@ def test_float16_vae_is_refused(tmp_path):
         LatentCodec.load(str(tmp_path), dtype="float16")
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
+# Small enough to be written down, too large for any machine: what an allocator says to it is the real thing.
+IMPOSSIBLE_BYTES = 1 << 50
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: its allocator cannot be asked for too much")
     sizes = []
 
     def encode(items):
         sizes.append(len(items))
         if len(items) > 3:
-            raise torch.OutOfMemoryError
+            torch.empty(IMPOSSIBLE_BYTES, dtype=torch.uint8, device=device)
         return [item * 10 for item in items]
 
     batches = Batches(8)
     assert list(batches.run(list(range(9)), encode)) == [item * 10 for item in range(9)]
     assert batches.size == 2
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
+
+
+def test_a_text_batch_that_does_not_fit_is_halved_in_tokens(text_folder, monkeypatch):
+    encoder = load(text_folder)
+    expected = encoder.encode(TEXTS)
+    shapes = []
+    forward = encoder.model.forward
+
+    def hungry(input_ids, **arguments):
+        shapes.append(tuple(input_ids.shape))
+        if input_ids.numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids, **arguments)
+
+    monkeypatch.setattr(encoder.model, "forward", hungry)
+    found = encoder.encode(TEXTS)
+    # The longest first, then as many as fit 40 tokens of the shortened budget.
+    assert shapes == [(6, 40), (3, 40), (1, 40), (1, 29), (2, 18), (2, 13)]
+    assert encoder.batches.size == 40
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_hold_as_many_texts_as_their_tokens_allow():
+    widths = []
+
+    def encode(items):
+        widths.append([len(item) for item in items])
+        return list(items)
+
+    items = ["x" * length for length in (50, 30, 30, 20, 10, 10, 10, 10, 5)]
+    assert list(text_batches(60).run(items, encode)) == items
+    assert widths == [[50], [30, 30], [20, 10, 10], [10, 10, 5]]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def encode(items):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        list(Batches(4).run([1, 2, 3, 4], encode))
 
 
 def test_one_item_that_does_not_fit_is_an_error():
