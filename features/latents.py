@@ -23,7 +23,11 @@ from pipelines.storage import atomic_file
 
 @dataclass(frozen=True, kw_only=True)
 class LatentWorkerConfig:
-    """What a `LatentWorker` needs; it writes `preview_path` when it comes by the start of `preview_shard`."""
+    """What a `LatentWorker` needs; it writes `preview_path` when it comes by the start of `preview_shard`.
+
+    Attributes:
+        run: where the headers of the raw shards are remembered.
+    """
 
     model: str
     revision: str | None
@@ -36,6 +40,7 @@ class LatentWorkerConfig:
     is_bucketed: bool
     dialect: str
     max_pixels: int
+    run: Path
     preview_shard: str
     preview_path: Path
     num_preview_images: int
@@ -72,8 +77,9 @@ class LatentWorker:
         self._wait_seconds, start_seconds = 0.0, time.perf_counter()
         rows: list[dict[str, Any]] = []
         details: dict[str, Any] = {}
+        source, run = piece.source, self._config.run
         with (
-            open_shard(piece.source.path, self._config.dialect) as raw,
+            open_shard(source.path, self._config.dialect, run=run, identity=source.identity) as raw,
             atomic_file(piece.output(".tar")) as tar_path,
             FeatureTarWriter(tar_path) as tar,
         ):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipelines.progress import console
 from pipelines.recipe import Recipe, load_recipe
+from pipelines.storage import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ def parse_command(
     """Parse a room's command line; `stages` lists the values `--stage` may take, and is empty if there is no choice."""
     parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
     parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run; each stage writes one sub-folder")
+    parser.add_argument("--run", required=True, help="local folder of the run; each stage writes one sub-folder")
     if stages:
         parser.add_argument("--stage", type=int, choices=stages, required=True, help="training stage of the paper")
         parser.add_argument("--phase", help="phase of the stage, such as 512 of stage 3 (Table 4); default: its first")
@@ -51,11 +52,19 @@ def parse_command(
     phase = options.phase if stages else None
     return Command(
         recipe=load_recipe(options.recipe, options.overrides, phase=phase),
-        run=options.run,
+        run=_run_folder(options.run),
         stage=options.stage if stages else None,
         phase=phase,
         is_plan=options.plan,
     )
+
+
+def _run_folder(text: str) -> Path:
+    if is_remote(text):
+        raise ValueError(
+            f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"
+        )
+    return Path(text)
 
 
 def run_command(room: str, main: Callable[[], None]) -> int:

@@ -94,8 +94,10 @@ def retry(url: str, call: Callable[[], Result]) -> Result:
 
 def _explain(error: Exception) -> tuple[type[OSError], str]:
     """Return the kind of a failure, `ConnectionError` for one that may pass, and what to tell about it."""
-    # fsspec's web file system calls everything "not found", a server that is down, too: its cause knows better.
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    cause: BaseException = error
+    if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.startswith(("aiohttp", "asyncio")):
+        # fsspec's web file system calls everything "not found", a server that is down, too: its cause knows better.
+        cause = error.__cause__ or error
     reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
     status = getattr(cause, "status", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
