@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KeyValue = tuple[Tensor, Tensor]  # keys and values of a text, each [B, H, L, E]
 FREQUENCY_CHANNELS = 256
 MAX_PERIOD = 10_000
 
@@ -131,12 +132,15 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], text [B, L, D] and the boolean mask [B, 1, 1, L] (None keeps all)."""
+    def read(self, text: Tensor) -> KeyValue:
+        """Give the keys and values, each [B, H, L, E], of text [B, L, D]."""
+        key, value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each [B, L, H, E]
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], the text as `read` and the boolean mask [B, 1, 1, L] (None keeps all)."""
         query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
-        key_value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1))  # [B, L, 2, H, E]
-        key, value = (part.transpose(1, 2) for part in key_value.unbind(2))  # each [B, H, L, E]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(query, *text, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 

@@ -1,8 +1,11 @@
 """PixArt, the text-to-image diffusion transformer (PixArt-alpha, Chen et al. 2023, section 2.3)."""
 
-# B batch, N image tokens, L text tokens, D width, C latent channels, P patch size, h x w latent size
+# B batch, N image tokens, L text tokens, D width, H heads, E head width, C latent channels, P patch size,
+# h x w latent size
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pixart.layers import (
     MLP,
     CrossAttention,
+    KeyValue,
     PatchEmbed,
     ScalarEmbedder,
     SelfAttention,
@@ -66,12 +70,18 @@ class PixArtBlock(nn.Module):
         self.mlp = MLP(width, 4 * width, width)
         self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)  # E of the paper
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None, global_modulation: Tensor) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], text [B, L, D], its mask [B, 1, 1, L] and the shared S [B, 6, D]."""
+    def forward(
+        self, x: Tensor, text: Tensor | KeyValue, text_mask: Tensor | None, global_modulation: Tensor
+    ) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], the text with its mask [B, 1, 1, L] and the shared S [B, 6, D].
+
+        The text is [B, L, D], or what `cross_attention.read` gives of it.
+        """
+        key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
         shifts_scales_gates = (self.modulation + global_modulation).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
         x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
-        x = x + self.cross_attention(x, text, text_mask)
+        x = x + self.cross_attention(x, key_value, text_mask)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
@@ -116,19 +126,29 @@ class PixArt(nn.Module):
         nn.init.normal_(self.global_modulation.weight, std=0.02)
         nn.init.zeros_(self.final.weight)
 
+    def read_text(self, text: Tensor) -> list[KeyValue]:
+        """Give each block's keys and values of the text encoder's output [B, L, caption_channels].
+
+        `forward` takes them in its place: a sampler reads a text once, and not again at every step.
+        """
+        projected = self.caption_projection(text)  # [B, L, D]
+        blocks = cast("list[PixArtBlock]", list(self.blocks))
+        return [block.cross_attention.read(projected) for block in blocks]
+
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor,
+        text: Tensor | Sequence[KeyValue],
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 
-        timesteps [B] lie in [0, 1000); text [B, L, caption_channels] is the text encoder's output and text_mask [B, L]
-        is True at its real tokens (None: all are), of which each text needs one. `size` [B, 3], for models with
-        `has_size_condition` and no other, holds height and width in pixels and the aspect ratio height / width.
+        timesteps [B] lie in [0, 1000); text [B, L, caption_channels] is the text encoder's output, or what `read_text`
+        gives of it, and text_mask [B, L] is True at its real tokens (None: all are), of which each text needs one.
+        `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
+        aspect ratio height / width.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         condition = self.timestep_embed(timesteps)  # [B, D]
@@ -138,14 +158,15 @@ class PixArt(nn.Module):
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)
         global_modulation = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
-        text = self.caption_projection(text)  # [B, L, D]
+        # While training each block reads the text itself: recomputed keys and values need not be kept.
+        texts = [self.caption_projection(text)] * len(self.blocks) if isinstance(text, Tensor) else text
         if text_mask is not None:
             text_mask = text_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
-        for block in self.blocks:
+        for block, block_text in zip(self.blocks, texts, strict=True):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, text, text_mask, global_modulation, use_reentrant=False)
+                x = checkpoint(block, x, block_text, text_mask, global_modulation, use_reentrant=False)
             else:
-                x = block(x, text, text_mask, global_modulation)
+                x = block(x, block_text, text_mask, global_modulation)
         shift, scale = (self.final_modulation + condition[:, None]).chunk(2, dim=1)
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)

@@ -40,13 +40,14 @@ def predict_from_text(
     text = pad_sequence([row.to(weight) for row in rows], batch_first=True)  # [B or 2B, L, d_text]
     lengths = torch.tensor([len(row) for row in rows], device=weight.device)
     mask = torch.arange(text.shape[1], device=weight.device) < lengths[:, None]  # [B or 2B, L]
+    read = model.read_text(text)
     size = None
     if model.config.has_size_condition:
         height, width = size_pixels
         size = torch.tensor([[height, width, height / width]], device=weight.device).expand(len(rows), 3)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        return model(latents.to(weight.dtype), timestep.expand(len(latents)), text, mask, size).float()
+        return model(latents.to(weight.dtype), timestep.expand(len(latents)), read, mask, size).float()
 
     return _guided(predict, guidance_scale) if is_guided else predict
 

@@ -179,3 +179,10 @@ def test_impossible_shapes_are_refused():
         PixArtConfig(num_heads=1, head_dim=10)
     with pytest.raises(ValueError, match="sample_size 9"):
         PixArtConfig(sample_size=9)
+
+
+def test_text_may_be_read_beforehand():
+    model = randomised(TINY)
+    latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
+    expected = model(latents, timesteps, text, mask)
+    assert torch.equal(model(latents, timesteps, model.read_text(text), mask), expected)

@@ -19,6 +19,7 @@ class Counting(torch.nn.Module):
     def __init__(self, model: PixArt) -> None:
         super().__init__()
         self.model, self.config, self.final, self.num_rows = model, model.config, model.final, 0
+        self.read_text = model.read_text
 
     def forward(self, latents, *arguments):
         self.num_rows += len(latents)
