@@ -14,6 +14,8 @@ BLOCK_BYTES = 512
 RECORD_BYTES = 10_240
 # The last bytes of every payload are part of a tar's identity: a change of content shows there in nearly all formats.
 TAIL_BYTES = 512
+# PAX headers and long names are a few blocks.
+MAX_EXTRA_BYTES = 1 << 20
 ZEROS = bytes(BLOCK_BYTES)
 REGULAR_TYPES = (b"0", b"\0", b"7")
 # Hard and symbolic links, devices, folders and pipes have no payload, whatever their size field says.
@@ -87,6 +89,8 @@ class _Walk:
                 kind = _checked_type(block)
                 size = _number(block[124:136])
                 if kind in (b"x", b"g", b"L", b"K"):
+                    if not 0 <= size <= MAX_EXTRA_BYTES:
+                        raise _HeaderError("an extra header of that size is damage")
                     payload = self._file.read(self._offset + BLOCK_BYTES, size)
                     if kind == b"x":
                         pax = self._global_pax | _pax_records(payload)
@@ -199,7 +203,7 @@ def _entry(
     if size < 0:
         raise _HeaderError("a negative size")
     if kind == b"5" or (kind == b"\0" and name.endswith(b"/")):
-        sort = "folder"
+        name, sort = name.rstrip(b"/"), "folder"
     else:
         sort = "file" if kind in REGULAR_TYPES and not is_sparse else "other"
     return TarEntry(name.decode("utf-8", errors="surrogateescape"), sort, offset, size, modified_seconds)

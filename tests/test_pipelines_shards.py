@@ -1,9 +1,21 @@
 import io
+import logging
+import os
+import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 
-from pipelines.shards import expand_braces, expand_shards, open_shard, select_shards, shard_source
+import pipelines.shard_headers
+from pipelines.shards import (
+    describe_shards,
+    expand_braces,
+    expand_shards,
+    open_shard,
+    select_shards,
+    shard_source,
+)
 
 
 def write_tar(path, members: list[tuple[str, bytes]], *, tar_format: int = tarfile.PAX_FORMAT) -> str:
@@ -114,3 +126,130 @@ def test_missing_shards_and_equal_names_are_refused(tmp_path) -> None:
         write_tar(tmp_path / folder / "a.tar", [])
     with pytest.raises(ValueError, match="have the same name 'a'"):
         expand_shards([str(tmp_path / "one"), str(tmp_path / "two")])
+
+
+def test_dots_in_names_belong_to_the_key_only_where_the_standard_finds_no_image(tmp_path) -> None:
+    """webdataset's key ends at the first dot. Where that finds no image at all, the last dot is tried."""
+    names = ["v1.photo.jpg", "v1.photo.txt", "v2.photo.jpg", "v2.photo.txt", "www.site.com_a.png"]
+    with open_shard(write_tar(tmp_path / "dotted.tar", [(name, b"x") for name in names])) as raw:
+        assert {
+            sample.key: (sample.image_extension, list(sample.members), sample.reject) for sample in raw.samples
+        } == {
+            "v1.photo": ("jpg", ["jpg", "txt"], None),
+            "v2.photo": ("jpg", ["jpg", "txt"], None),
+            "www.site.com_a": ("png", ["png"], None),
+        }
+    # Beside ordinary samples, nothing is guessed: a mask is not taken for a picture.
+    names = ["a.jpg", "a.seg.png", "b.seg.png", "c.v2.jpg", "c.v3.jpg", "d.seg.npy"]
+    with open_shard(write_tar(tmp_path / "mixed.tar", [(name, b"x") for name in names])) as raw:
+        rejects = {sample.key: sample.reject for sample in raw.samples}
+    assert rejects == {"a": None, "b": "dotted_name", "c": "dotted_name", "d": "no_image"}
+
+
+def test_names_that_are_odd_but_usable(tmp_path) -> None:
+    names = [
+        "A.JPG",
+        "\u5bcc\u58eb.Jpeg",
+        "in/a.folder.v1/b.jpg",
+        "in/a.folder.v1/b.txt",
+        ".hidden.jpg",
+        "no_extension",
+    ]
+    with open_shard(write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])) as raw:
+        samples = {sample.key: (sample.image_extension, sample.reject) for sample in raw.samples}
+    assert samples == {
+        "A": ("jpg", None),
+        "\u5bcc\u58eb": ("jpeg", None),
+        "in/a.folder.v1/b": ("jpg", None),
+        ".hidden.jpg": (None, "no_image"),
+        "no_extension": (None, "no_image"),
+    }
+
+
+def count_headers(monkeypatch) -> list[str]:
+    """Note every walk over a tar's headers."""
+    walks: list[str] = []
+    walk = pipelines.shard_headers.read_tar
+
+    def counted(file):
+        walks.append("walk")
+        return walk(file)
+
+    monkeypatch.setattr(pipelines.shard_headers, "read_tar", counted)
+    return walks
+
+
+def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypatch) -> None:
+    walks = count_headers(monkeypatch)
+    members = [
+        ("sa_1.jpg", b"x" * 700),
+        ("sa_1.json", b"{}"),
+        ("../up.jpg", b""),
+        ("sa_2.json", b"{}"),
+        ("a.b.jpg", b""),
+    ]
+    paths = [write_tar(tmp_path / f"{number}.tar", [*members, (f"{number}.jpg", b"y")]) for number in range(5)]
+    run = tmp_path / "run"
+    first = describe_shards(paths, run=run)
+    assert len(walks) == 5
+    assert describe_shards(paths, run=run) == first == describe_shards(paths)
+    assert len(walks) == 10  # the five without a run
+    with open_shard(paths[3], run=run, identity=first[3].source.identity) as known, open_shard(paths[3]) as read:
+        assert len(walks) == 11
+        assert (known.samples, known.unusable, known.dialect) == (read.samples, read.unusable, read.dialect)
+        assert (known.identity, known.fault, read.unusable) == (read.identity, None, ["../up.jpg"])
+    # The same size and time of modification: the inode's own time tells.
+    times = Path(paths[3]).stat()
+    write_tar(tmp_path / "3.tar", [*members, ("3.jpg", b"z")])
+    os.utime(paths[3], ns=(times.st_atime_ns, times.st_mtime_ns))
+    walks.clear()
+    again = describe_shards(paths, run=run)
+    assert len(walks) == 1 and [a == b for a, b in zip(first, again, strict=True)] == [True, True, True, False, True]
+    with (
+        pytest.raises(ValueError, match=r"3\.tar has changed since this command began"),
+        open_shard(paths[3], run=run, identity=first[3].source.identity),
+    ):
+        pass
+    # What is remembered is a copy: without it, or with one of another version, the tar is read.
+    for file in (run / ".headers").iterdir():
+        file.write_bytes(b'{"format": 0, "stamp": "old"}\n')
+    assert describe_shards(paths, run=run) == again
+    shutil.rmtree(run / ".headers")
+    assert describe_shards(paths, run=run) == again
+
+
+def test_the_recipe_decides_the_dialect_of_remembered_headers_too(tmp_path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", b"t"), ("a.json", b"{}")])
+    for dialect, expected in (
+        ("auto", "img2dataset"),
+        ("generic", "generic"),
+        ("sa1b", "sa1b"),
+        ("auto", "img2dataset"),
+    ):
+        assert describe_shards([path], dialect=dialect, run=tmp_path)[0].dialect == expected
+        with open_shard(path, dialect, run=tmp_path) as raw:
+            assert raw.dialect == expected and raw.alt_text(raw.samples[0]) == (None if dialect == "sa1b" else "t")
+
+
+def test_faulty_tars_are_all_named_at_once_and_damaged_ones_are_logged(tmp_path, caplog, monkeypatch) -> None:
+    paths = []
+    for number in range(7):
+        paths.append(tmp_path / f"bad_{number}.tar")
+        paths[-1].write_bytes(b"<html>" * 200)
+    with pytest.raises(ValueError, match=r"bad_0\.tar is not a readable tar: [\s\S]*bad_4[\s\S]*and 2 more"):
+        describe_shards([str(path) for path in paths])
+    cut = tmp_path / "cut.tar"
+    write_tar(cut, [("a.jpg", b"x" * 512), ("b.jpg", b"y" * 512)])
+    cut.write_bytes(cut.read_bytes()[:2048])
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert describe_shards([str(cut)])[0].source.num_samples == 2
+    assert "cut.tar: cut off: 2,048 bytes, and no end-of-archive mark" in caplog.text
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_an_error_not_a_broken_image(tmp_path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 5000)])
+    with open_shard(path) as raw:
+        os.truncate(path, 2000)
+        with pytest.raises(OSError, match=r"x\.tar: ends at byte 2,000; it has changed"):
+            raw.image_bytes(raw.samples[0])
