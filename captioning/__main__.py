@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from captioning.earlier import clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.job import Job, read_job
 from captioning.plan import print_plan
 from captioning.table import judge_directory_again
@@ -12,9 +13,10 @@ from captioning.worker import CaptionWorker
 from pipelines.command import parse_command, run_command
 from pipelines.engine import run_over_shards
 from pipelines.manifest import Manifest
-from pipelines.models import require_model
+from pipelines.models import require_model, resolve_model
 from pipelines.progress import get_logger
 from pipelines.shards import remember_shards
+from pipelines.storage import exclusive
 from pipelines.summary import update_summary
 
 log = get_logger("captioning")
@@ -30,7 +32,7 @@ def main() -> None:
         return
     is_done = job.is_done()
     if not is_done:
-        require_model(job.model, key="captioning.model")
+        _require_models(job)
     remember_shards(command.run, [source.path for source in job.sources])
     manifest = caption_shards(job)
     if not is_done:
@@ -47,17 +49,47 @@ def caption_shards(job: Job) -> Manifest:
         judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
         if judged:
             log.info(f"captioning.quality has changed: judged {len(judged)} shards again, without captioning them")
-    return run_over_shards(
-        CaptionWorker,
-        job.worker_config,
-        sources=job.sources,
-        output=job.output,
-        fingerprint=job.fingerprint,
-        engine=job.engine,
-        max_reject_fraction=job.config.max_reject_fraction,
-        room="captioning",
-        extra=job.extra,
-    )
+    _set_aside(job)
+    try:
+        return run_over_shards(
+            CaptionWorker,
+            job.worker_config,
+            sources=job.sources,
+            output=job.output,
+            fingerprint=job.fingerprint,
+            engine=job.engine,
+            max_reject_fraction=job.config.max_reject_fraction,
+            room="captioning",
+            extra=job.extra,
+        )
+    finally:
+        clear_earlier(job.output, job.sources, job.fingerprint)
+
+
+def _set_aside(job: Job) -> None:
+    clear_earlier(job.output, job.sources, job.fingerprint)
+    names = job.to_complete()
+    if not names and not job.config.retry_rejects:
+        return
+    with exclusive(job.output.path):
+        set_aside(job.output, names, job.sources, job.fingerprint)
+        if job.config.retry_rejects:
+            forget_parts_with_rejects(job.output)
+    if names:
+        log.info(f"{len(names)} shards keep their captions: rejects are tried again, other limits and scores applied")
+
+
+def _require_models(job: Job) -> None:
+    """Find out that a model or a server is missing before any work starts."""
+    if job.config.engine == "openai":
+        # The client is of no use to the other engine.
+        from captioning.server import require_server
+
+        require_server(job.config.server, job.worker_config.api_key)
+    else:
+        require_model(job.model, key="captioning.model")
+    if job.config.clip_model is not None:
+        require_model(resolve_model(job.config.clip_model), key="captioning.clip_model")
 
 
 def _counts(job: Job, manifest: Manifest) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from captioning.engine import CaptionEngine, Request
+from captioning.engine import CaptionEngine, Refusal, Request
 
 SHORT_PROMPT = "Describe this image."
 LONG_TAIL = " Mention what is in the foreground, what is in the background, and where everything is."
@@ -54,7 +54,12 @@ def _probe(engine: CaptionEngine, requests: Sequence[Request]) -> list[str]:
     prepared = engine.prepare(requests)
     if None in prepared:
         raise ValueError("captioning.max_new_tokens and the default prompt do not fit the model's context")
-    return [caption.text for caption in engine.probe(prepared)]
+    texts = []
+    for request, caption in zip(requests, engine.probe(prepared), strict=True):
+        if isinstance(caption, Refusal):
+            raise CanaryError(f"the first request is refused ({caption.reason}): {request.prompt!r}: {caption.detail}")
+        texts.append(caption.text)
+    return texts
 
 
 def _agree(alone: str, together: str, *, is_exact: bool) -> bool:

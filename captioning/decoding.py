@@ -16,8 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from captioning.engine import FinishReason
+from captioning.llama_step import LlamaStep
 from captioning.slots import SlotCache
 
+# A prefill waits for this share of the slots to be free.
+REFILL_DIVISOR = 8
 IMAGE_INPUTS = ("pixel_values", "image_sizes")
 
 
@@ -55,31 +58,39 @@ class _Row:
     index: int
     length: int
     uniforms: list[float]
+    # Tokens of prompt and caption, bool [V]; None without a repetition penalty.
+    seen: Tensor | None
     token_ids: list[int] = field(default_factory=list)
     is_finished: bool = False
 
 
 class ContinuousDecoder:
-    """Continues prompts of a vision-language model of transformers whose layers are plain attention (LLaVA and kin)."""
+    """Continues prompts of a vision-language model of transformers whose text model is Llama-like."""
 
-    def __init__(self, model: Any, settings: DecodingSettings) -> None:
+    def __init__(self, model: Any, settings: DecodingSettings, *, step: LlamaStep) -> None:
         self._model = model
         self._settings = settings
+        self._next_logits = step
         self._text_config = model.config.get_text_config()
-        self._cache = SlotCache(self._text_config.num_hidden_layers, num_slots=settings.num_slots, device=model.device)
+        self._cache = SlotCache(num_slots=settings.num_slots)
         # Prompts are admitted some at a time: one by one would starve the device.
-        self._refill = max(1, settings.num_slots // 4)
+        self._refill = max(1, settings.num_slots // REFILL_DIVISOR)
+        self._penalty = 1.0
         self._rows: list[_Row] = []
         self._results: list[Continuation | None] = []
 
     @torch.inference_mode()
-    def decode(self, prompts: Iterable[Prompt]) -> list[Continuation]:
+    def decode(self, prompts: Iterable[Prompt], *, repetition_penalty: float = 1.0) -> list[Continuation]:
         """Return the continuation of every prompt, in order; prompts are taken as slots become free.
+
+        `repetition_penalty` is that of transformers (arXiv 1909.05858): logits of tokens that stand in the prompt or in
+        the caption so far are divided by it where they are positive, and multiplied where they are negative.
 
         Raises:
             ValueError: the model's logits are not finite.
         """
         queue = iter(prompts)
+        self._penalty = repetition_penalty
         self._rows, self._results = [], []
         while self._admit(queue) or self._rows:
             if self._rows:
@@ -106,7 +117,12 @@ class ContinuousDecoder:
             raise ValueError(f"captioning.dtype {self._model.dtype}: the model's logits are not finite")
         self._cache.store(prefilled, lengths, first_slot=len(self._rows))
         rows = [
-            _Row(index=len(self._results) + number, length=length, uniforms=self._draw_uniforms(prompt.seed))
+            _Row(
+                index=len(self._results) + number,
+                length=length,
+                uniforms=self._draw_uniforms(prompt.seed),
+                seen=self._mark_seen(prompt, logits),
+            )
             for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
         self._rows += rows
@@ -114,16 +130,10 @@ class ContinuousDecoder:
         self._append(rows, self._choose(logits, rows))
 
     def _step(self) -> None:
-        rows = self._rows
-        self._cache.use([row.length for row in rows])
-        positions = self._cache.lengths[:, None]  # [B, 1]
-        columns = torch.arange(self._cache.longest + 1, device=positions.device)  # [T]
-        inputs = {
-            "input_ids": torch.tensor([row.token_ids[-1:] for row in rows]),  # [B, 1]
-            "attention_mask": (columns <= positions)[:, None, None],  # [B, 1, 1, T]
-            "position_ids": positions,
-        }
-        logits = self._forward(inputs, self._cache)
+        rows, device = self._rows, self._model.device
+        token_ids = torch.tensor([row.token_ids[-1] for row in rows], device=device)  # [B]
+        lengths = [row.length for row in rows]
+        logits = self._next_logits(token_ids, torch.tensor(lengths, device=device), self._cache, longest=max(lengths))
         for row in rows:
             row.length += 1
         self._append(rows, self._choose(logits, rows))
@@ -134,9 +144,24 @@ class ContinuousDecoder:
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in inputs.items()
         }
-        return model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [B, V]
+        return model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [R, V]
+
+    def _mark_seen(self, prompt: Prompt, logits: Tensor) -> Tensor | None:
+        if self._penalty == 1.0:
+            return None
+        seen = torch.zeros_like(logits[0], dtype=torch.bool)
+        seen[prompt.input_ids.to(seen.device)] = True
+        return seen
+
+    def _penalise(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+        marks = [row.seen for row in rows if row.seen is not None]
+        if not marks:
+            return logits
+        penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
+        return torch.where(torch.stack(marks), penalised, logits)
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+        logits = self._penalise(logits, rows)
         if self._settings.temperature == 0:
             return logits.argmax(-1).tolist()
         cumulative = torch.softmax(logits.double() / self._settings.temperature, -1).cumsum(-1)  # [B, V]
@@ -155,6 +180,8 @@ class ContinuousDecoder:
             is_end = token in self._settings.end_token_ids
             if not is_end:
                 row.token_ids.append(token)
+                if row.seen is not None:
+                    row.seen[token] = True
             if is_end or len(row.token_ids) == self._settings.max_new_tokens:
                 row.is_finished = True
                 reason: FinishReason = "stop" if is_end else "length"

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 FinishReason = Literal["stop", "length"]
+# The canary needs the first words only.
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,23 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """What the model said; `num_tokens` counts its tokens without the end token.
+    """What the model said; `num_tokens` counts its tokens without the end token, or as the server counts them.
 
-    `finish_reason` is `length` when the caption was cut at `captioning.max_new_tokens`, and `stop` otherwise.
+    `finish_reason` is `length` when the caption was cut at `captioning.max_new_tokens`, and `stop` otherwise. A server
+    that reports no token usage leaves `num_tokens` None.
     """
 
     text: str
-    num_tokens: int
+    num_tokens: int | None
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why there is no caption of one image, whatever becomes of the others; `reason` goes into the row's `reject`."""
+
+    reason: str
+    detail: str
 
 
 class CaptionEngine(Protocol):
@@ -44,11 +55,14 @@ class CaptionEngine(Protocol):
         """
         ...
 
-    def caption(self, prepared: Iterable[Any]) -> list[Caption]:
-        """Return one caption per prepared request, in order; takes the next request only when there is room for it."""
+    def caption(self, prepared: Iterable[Any], *, repetition_penalty: float = 1.0) -> Sequence[Caption | Refusal]:
+        """Return one caption per prepared request, in order; takes the next request only when there is room for it.
+
+        `repetition_penalty` is that of transformers; 1 is none.
+        """
         ...
 
-    def probe(self, prepared: Iterable[Any]) -> list[Caption]:
+    def probe(self, prepared: Iterable[Any]) -> Sequence[Caption | Refusal]:
         """Return short greedy captions, whatever the settings: for the canary."""
         ...
 

@@ -1,12 +1,14 @@
 """What one `make caption` has to do: sources, fingerprint and the folder they go to."""
 
 import fnmatch
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from captioning.config import CaptioningConfig
+from captioning.earlier import EARLIER_FOLDER, to_set_aside, updatable
 from captioning.worker import CaptionWorkerConfig
 from pipelines.command import Command
 from pipelines.engine import EngineConfig
@@ -20,13 +22,15 @@ from pipelines.shards import describe_shards, select_shards, shard_name
 log = get_logger("captioning")
 
 # Raised when a change of code changes the captions of unchanged inputs.
-CODE_VERSION = 1
+CODE_VERSION = 2
 # These change speed, or what is flagged, and no caption. At another batch size float32 rounds differently in the last
 # digit: captions could differ where two words tie to seven digits.
-NOT_IN_FINGERPRINT = {"model", "revision", "shards", "device", "batch_size", "num_decode_threads"} | {
-    "max_reject_fraction",
-    "quality",
+NOT_IN_FINGERPRINT = {
+    *("model", "revision", "shards", "device", "batch_size", "num_decode_threads"),
+    *("max_reject_fraction", "retry_rejects", "quality", "server", "clip_model"),
 }
+# Of the server, what changes what it is asked.
+SERVER_FIELDS = {"image_short_side_pixels", "penalty_parameter"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,10 @@ class Job:
             dialect=self.data.dialect,
             max_pixels=self.data.max_pixels,
             num_threads=max(1, int(self.engine.cpus_per_worker)),
+            settings=updatable(self.fingerprint),
             run=self.run.absolute(),
+            earlier=(self.output.path / EARLIER_FOLDER).absolute(),
+            api_key=os.environ.get(self.config.server.api_key_variable, ""),
         )
 
     @property
@@ -63,6 +70,8 @@ class Job:
             "prompts": dict(self.config.prompts),
             "prompts_sha256": self.config.prompts_sha256,
             "quality": self.config.quality.model_dump(mode="json"),
+            "engine": self.config.engine,
+            "clip_model": self.config.clip_model,
         }
 
     def pending(self) -> list[Source]:
@@ -71,10 +80,18 @@ class Job:
             source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
         ]
 
+    def to_complete(self) -> list[str]:
+        """Return the finished shards that are completed rather than captioned: rejects, other limits, CLIP scores.
+
+        Raises:
+            ValueError: rejects are to be tried again of captions that were made under other settings.
+        """
+        return to_set_aside(self.output, self.sources, self.fingerprint, retry_rejects=self.config.retry_rejects)
+
     def is_done(self) -> bool:
         """Whether nothing is pending and the manifest is that of these settings."""
         manifest = self._manifest()
-        return manifest is not None and not self.pending()
+        return manifest is not None and not self.pending() and not self.to_complete()
 
     def is_judged(self) -> bool:
         """Whether the captions that are there have been judged under the recipe's thresholds."""
@@ -98,10 +115,19 @@ def read_job(command: Command) -> Job:
     data = command.recipe.table("data", DataConfig)
     engine = command.recipe.table("engine", EngineConfig)
     paths = _select(data.paths(command.run), config.shards)
-    model = resolve_model(config.model, config.revision)
+    model = _find_model(config, engine)
     shards = describe_shards(paths, dialect=data.dialect, run=command.run)
+    clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    fields = {"code_version": CODE_VERSION, "model": model.identity, "max_pixels": data.max_pixels, **settings}
+    if config.engine == "openai":
+        settings["server"] = config.server.model_dump(mode="json", include=SERVER_FIELDS)
+    fields = {
+        "code_version": CODE_VERSION,
+        "model": model.identity,
+        "max_pixels": data.max_pixels,
+        "clip_model": clip,
+        **settings,
+    }
     return Job(
         config=config,
         data=data,
@@ -113,6 +139,19 @@ def read_job(command: Command) -> Job:
         fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
         run=command.run,
     )
+
+
+def _find_model(config: CaptioningConfig, engine: EngineConfig) -> ModelSource:
+    if config.engine == "transformers":
+        return resolve_model(config.model, config.revision)
+    if engine.gpus_per_worker:
+        raise ValueError(
+            f"engine.gpus_per_worker is {engine.gpus_per_worker}, but workers of captioning.engine = 'openai' use no "
+            "GPU: set it to 0, and engine.num_workers to a few"
+        )
+    # What the server loads under this name is not known here; `revision` is the user's word for it.
+    identity = f"{config.model}@{config.revision or 'main'} of a server"
+    return ModelSource(location=config.model, revision=config.revision, identity=identity)
 
 
 def _select(paths: list[str], patterns: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """From a raw shard to requests that are ready for the device: reading, decoding and preprocessing run ahead of it."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,10 +26,11 @@ READ_AHEAD_GROUPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedSample:
-    """A sample on its way: its row so far, and what the engine takes; `prepared` is None for a rejected one."""
+    """A sample on its way: its row so far, what the engine takes and what CLIP takes; None for a rejected one."""
 
     row: dict[str, Any]
     prepared: Any | None
+    look: Any | None
 
 
 class ShardLoader:
@@ -40,14 +40,22 @@ class ShardLoader:
         wait_seconds: how long the consumer of `load` has waited for data.
     """
 
-    def __init__(self, raw: RawShard, config: CaptioningConfig, engine: CaptionEngine, *, max_pixels: int) -> None:
+    def __init__(
+        self,
+        raw: RawShard,
+        config: CaptioningConfig,
+        engine: CaptionEngine,
+        *,
+        max_pixels: int,
+        look: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
         self._raw = raw
         self._config = config
         self._engine = engine
         self._max_pixels = max_pixels
+        # What else is done with each image while it is there.
+        self._look = look
         self._template = template_for(raw.name, raw.dialect, config.prompts)
-        # Threads share the shard's file and its position.
-        self._lock = threading.Lock()
         self.wait_seconds = 0.0
 
     def load(self, samples: Sequence[RawSample]) -> Iterator[LoadedSample]:
@@ -71,10 +79,18 @@ class ShardLoader:
         if sample.reject is not None:
             raise SampleReject(sample.reject)
         try:
-            with self._lock:
-                return self._raw.alt_text(sample)
+            return self._raw.alt_text(sample)
         except ValueError as error:
             raise SampleReject("corrupt_alt_text", str(error)) from None
+
+    def limit_of(self, width: int, height: int) -> str | None:
+        """Return the reason why an image of this size (pixels) is rejected, or None."""
+        if width * height > self._max_pixels:
+            return "too_many_pixels"
+        # A processor that scales the short side to 336 pixels would turn a 2 x 5000 line into 280 million pixels.
+        if max(width, height) / min(width, height) > self._config.max_aspect_ratio:
+            return "too_elongated"
+        return None
 
     def request(self, sample: RawSample, alt_text: str | None) -> Request:
         """Return what to ask about a sample.
@@ -82,10 +98,9 @@ class ShardLoader:
         Raises:
             SampleReject: the image cannot be used.
         """
-        with self._lock:
-            data = self._raw.image_bytes(sample)
-        image = decode_image(data, max_pixels=self._max_pixels)
-        _require_shape(image, self._config.max_aspect_ratio)
+        image = decode_image(self._raw.image_bytes(sample), max_pixels=self._max_pixels)
+        if (reason := self.limit_of(*image.size)) is not None:
+            raise SampleReject(reason, f"{image.width} x {image.height}")
         prompt = fill_prompt(
             self._template,
             alt_text,
@@ -109,7 +124,11 @@ class ShardLoader:
                 )
         for index, request in requests.items():
             opened[index][0]["prompt"] = request.prompt
-        return [LoadedSample(row=row, prepared=prepared.get(index)) for index, (row, _) in enumerate(opened)]
+        looks = {index: self._look(request.image) for index, request in requests.items()} if self._look else {}
+        return [
+            LoadedSample(row=row, prepared=prepared.get(index), look=looks.get(index))
+            for index, (row, _) in enumerate(opened)
+        ]
 
     def _open(self, sample: RawSample) -> tuple[dict[str, Any], Request | None]:
         row = {"key": sample.key, "shard": self._raw.name, "flags": [], "reject": None}
@@ -119,13 +138,6 @@ class ShardLoader:
         except SampleReject as reject:
             return {**row, "reject": reject.reason}, None
         return {**row, "width": request.image.width, "height": request.image.height}, request
-
-
-def _require_shape(image: Image.Image, max_aspect_ratio: float) -> None:
-    # A processor that scales the short side to 336 pixels would turn a 2 x 5000 line into 280 million pixels.
-    ratio = max(image.size) / min(image.size)
-    if ratio > max_aspect_ratio:
-        raise SampleReject("too_elongated", f"{image.width} x {image.height}")
 
 
 def read_ahead(items: Iterable[Item], function: Callable[[Item], Result], *, num_threads: int) -> Iterator[Result]:

@@ -14,7 +14,7 @@ BOILERPLATE = re.compile(
 )
 WORD = re.compile(r"\w+")
 MIN_ALT_WORD_LETTERS = 3
-FLAGS = ("empty", "truncated", "loop", "boilerplate", "off_frame", "off_alt_text")
+FLAGS = ("empty", "truncated", "loop", "boilerplate", "off_frame", "off_alt_text", "retried")
 
 
 def repeated_ngram_ratio(text: str, ngram_words: int) -> float:
@@ -38,18 +38,23 @@ def strip_boilerplate(text: str) -> str:
     return text[match.end(1) : match.end(2)].upper() + text[match.end(2) :] if match else text
 
 
-def judge(caption_raw: str, *, finish_reason: str, alt_text: str | None, quality: QualityConfig) -> Mapping[str, Any]:
-    """Return the columns that depend on `quality`: `caption`, `flags`, `repeated_ngram_ratio`, `alt_text_overlap`."""
+def judge(row: Mapping[str, Any], quality: QualityConfig) -> Mapping[str, Any]:
+    """Return the columns that depend on `quality`: `caption`, `flags`, `repeated_ngram_ratio`, `alt_text_overlap`.
+
+    Of `row` they need `caption_raw`, `first_caption`, `finish_reason` and `alt_text`.
+    """
+    caption_raw, alt_text = row["caption_raw"], row["alt_text"]
     ratio = repeated_ngram_ratio(caption_raw, quality.ngram_words)
     overlap = alt_text_overlap(caption_raw, alt_text)
     folded = caption_raw.casefold()
     signs = {
         "empty": not caption_raw.strip(),
-        "truncated": finish_reason == "length",
+        "truncated": row["finish_reason"] == "length",
         "loop": ratio > quality.max_repeated_ngram_ratio,
         "boilerplate": BOILERPLATE.match(caption_raw) is not None,
         "off_frame": any(phrase.casefold() in folded for phrase in quality.off_frame_phrases),
         "off_alt_text": overlap is not None and overlap < quality.min_alt_text_overlap,
+        "retried": row["first_caption"] is not None,
     }
     return {
         "caption": strip_boilerplate(caption_raw) if quality.strip_boilerplate else caption_raw,

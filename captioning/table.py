@@ -1,6 +1,7 @@
 """`captions/<shard>.parquet`: its columns, its bytes, and how its flags are written anew when thresholds change."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDir
 from pipelines.pieces import PARTS_FOLDER
 from pipelines.storage import atomic_file, sha256_file
 
-# `caption_raw` is what the model said; `caption` differs from it only where boilerplate is stripped.
+# `caption_raw` is what the model said; `caption` differs from it only where boilerplate is stripped. `first_caption` is
+# what it said before, where that was a loop and it was asked again.
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -23,6 +25,7 @@ SCHEMA = pa.schema(
         ("alt_text", pa.string()),
         ("caption", pa.string()),
         ("caption_raw", pa.string()),
+        ("first_caption", pa.string()),
         ("prompt", pa.string()),
         ("num_tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -30,6 +33,7 @@ SCHEMA = pa.schema(
         ("flags", pa.list_(pa.field("element", pa.string()))),
         ("repeated_ngram_ratio", pa.float32()),
         ("alt_text_overlap", pa.float32()),
+        ("clip_score", pa.float32()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("reject", pa.string()),
@@ -38,6 +42,7 @@ SCHEMA = pa.schema(
 # Fixed, so that a shard's bytes do not depend on how many parts it was written in.
 ROWS_PER_GROUP = 10_000
 QUALITY_KEY = b"atelier.quality"
+SETTINGS_KEY = b"atelier.settings"
 
 
 def quality_digest(quality: QualityConfig) -> str:
@@ -45,14 +50,24 @@ def quality_digest(quality: QualityConfig) -> str:
     return hashlib.sha256(quality.model_dump_json().encode()).hexdigest()
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, *, quality: QualityConfig) -> None:
-    """Write rows that were judged under `quality`."""
-    metadata = {QUALITY_KEY: quality_digest(quality).encode()}
+def write_rows(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, quality: QualityConfig, settings: Mapping[str, Any]
+) -> None:
+    """Write rows that were judged under `quality` and made under `settings`, those of `UPDATABLE`."""
+    metadata = {
+        QUALITY_KEY: quality_digest(quality).encode(),
+        SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode(),
+    }
     _write(pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata(metadata)), path)
 
 
 def _write(table: pa.Table, path: Path) -> None:
     pq.write_table(table.combine_chunks(), path, row_group_size=ROWS_PER_GROUP, compression="zstd")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings a file's rows were made under, empty for a file that does not say."""
+    return json.loads((pq.read_schema(path).metadata or {}).get(SETTINGS_KEY, b"{}"))
 
 
 def join_files(parts: Sequence[Path], output: Path) -> None:
@@ -96,18 +111,17 @@ def _judge_shard_again(
     directory: StageDirectory, report: ShardReport, *, fingerprint: Fingerprint, quality: QualityConfig
 ) -> None:
     path = directory.file(report.name, ".parquet")
-    rows = [_judge_row_again(row, quality) for row in pq.read_table(path).to_pylist()]
+    rows = [judge_row_again(row, quality) for row in pq.read_table(path).to_pylist()]
+    settings = read_settings(path)
     details = {key: value for key, value in report.details.items() if not key.startswith("flag_")}
     with atomic_file(path) as temporary:
-        write_rows(rows, temporary, quality=quality)
+        write_rows(rows, temporary, quality=quality, settings=settings)
         # The marker comes first here: a run that dies in between finds the old file, and writes the same bytes again.
         files = {".parquet": sha256_file(temporary)}
         report = replace(report, files=files, details={**details, **count_flags(rows)})
         directory.write_marker(report, fingerprint)
 
 
-def _judge_row_again(row: dict[str, Any], quality: QualityConfig) -> dict[str, Any]:
-    if row["reject"] is not None:
-        return row
-    judged = judge(row["caption_raw"], finish_reason=row["finish_reason"], alt_text=row["alt_text"], quality=quality)
-    return {**row, **judged}
+def judge_row_again(row: Mapping[str, Any], quality: QualityConfig) -> dict[str, Any]:
+    """Return a row with the columns that depend on `quality` made anew."""
+    return dict(row) if row["reject"] is not None else {**row, **judge(row, quality)}

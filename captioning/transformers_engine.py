@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
 from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
-from captioning.engine import Caption, Request
+from captioning.devices import choose_device, choose_dtype
+from captioning.engine import PROBE_TOKENS, Caption, Request
+from captioning.llama_step import LlamaStep
 from pipelines.models import resolve_model
 
-PROBE_TOKENS = 32
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
 
@@ -38,8 +39,8 @@ class TransformersEngine:
         """
         torch.set_num_threads(num_threads)
         transformers_logging.disable_progress_bar()
-        device = _choose_device(config.device)
-        dtype = _choose_dtype(config.dtype, device)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
         self.is_exact = dtype == torch.float32
         self.model = _load_model(config, dtype).to(device).eval()
         self.processor = _load_processor(config, self.model)
@@ -58,7 +59,8 @@ class TransformersEngine:
         )
         self._context = self.model.config.get_text_config().max_position_embeddings
         self._max_new_tokens, self._batch_size = config.max_new_tokens, config.batch_size
-        self._decoder = ContinuousDecoder(self.model, settings)
+        self._step = LlamaStep(self.model)
+        self._decoder = ContinuousDecoder(self.model, settings, step=self._step)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
@@ -88,17 +90,20 @@ class TransformersEngine:
             return None
         return Prompt(input_ids=input_ids, image_inputs=image_inputs, seed=seed)
 
-    def caption(self, prepared: Iterable[Prompt]) -> list[Caption]:
+    def caption(self, prepared: Iterable[Prompt], *, repetition_penalty: float = 1.0) -> list[Caption]:
         """Return one caption per prompt, in order."""
-        return self._continue(self._decoder, prepared)
+        return self._continue(self._decoder, prepared, repetition_penalty=repetition_penalty)
 
     def probe(self, prepared: Iterable[Prompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
-        return self._continue(ContinuousDecoder(self.model, self._probe_settings), prepared)
+        decoder = ContinuousDecoder(self.model, self._probe_settings, step=self._step)
+        return self._continue(decoder, prepared, repetition_penalty=1.0)
 
-    def _continue(self, decoder: ContinuousDecoder, prepared: Iterable[Prompt]) -> list[Caption]:
+    def _continue(
+        self, decoder: ContinuousDecoder, prepared: Iterable[Prompt], *, repetition_penalty: float
+    ) -> list[Caption]:
         try:
-            continuations = decoder.decode(prepared)
+            continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"captioning.batch_size {self._batch_size} with captioning.max_new_tokens {self._max_new_tokens} does "
@@ -129,21 +134,6 @@ class TransformersEngine:
     def _all_special_tokens(self) -> list[str]:
         tokens = {self.processor.image_token, *self.tokenizer.all_special_tokens}
         return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-
-
-def _choose_device(device: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    if device.startswith("cuda") and not has_gpu:
-        raise ValueError(f"captioning.device is {device}, but torch {torch.__version__} sees no GPU")
-    return torch.device(device)
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, dtype)
 
 
 def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:

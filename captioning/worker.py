@@ -2,16 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from captioning.canary import check_engine, is_worth_showing
-from captioning.config import CaptioningConfig, QualityConfig
-from captioning.engine import Caption, CaptionEngine
-from captioning.loading import LoadedSample, ShardLoader
-from captioning.quality import judge
+from captioning.config import CaptioningConfig
+from captioning.earlier import read_earlier
+from captioning.engine import CaptionEngine
+from captioning.loading import ShardLoader
+from captioning.slices import SliceCaptioner
 from captioning.table import count_flags, join_files, write_rows
 from pipelines.images import SampleReject
 from pipelines.pieces import Piece, PieceReport
@@ -25,14 +26,20 @@ class CaptionWorkerConfig:
 
     Attributes:
         num_threads: for the model's arithmetic on a CPU.
+        settings: those of `earlier.UPDATABLE`, which each file carries.
         run: where the headers of the shards are remembered; None reads them from the tars.
+        earlier: the folder of the captions that are kept, and only completed.
+        api_key: of the server, from the driver's environment; it is in no file.
     """
 
     captioning: CaptioningConfig
     dialect: str
     max_pixels: int
     num_threads: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
+    earlier: Path | None = None
+    api_key: str = field(default="", repr=False)
 
 
 class CaptionWorker:
@@ -41,12 +48,15 @@ class CaptionWorker:
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     def __init__(self, config: CaptionWorkerConfig) -> None:
-        # The engine brings torch and transformers, which the driver never needs.
-        from captioning.transformers_engine import TransformersEngine
-
         self._config = config
         self._settings = config.captioning
-        self._engine: CaptionEngine = TransformersEngine(config.captioning, num_threads=config.num_threads)
+        self._engine = _load_engine(config)
+        self._scorer = None
+        if config.captioning.clip_model is not None:
+            from captioning.clip_score import ClipScorer
+
+            self._scorer = ClipScorer(config.captioning)
+        self._slices = SliceCaptioner(config.captioning, self._engine, self._scorer)
         self._is_checked = False
 
     def __call__(self, piece: Piece) -> PieceReport:
@@ -59,17 +69,24 @@ class CaptionWorker:
         rows: list[dict[str, Any]] = []
         source, run = piece.source, self._config.run
         with open_shard(source.path, self._config.dialect, run=run, identity=source.identity) as raw:
-            loader = ShardLoader(raw, self._settings, self._engine, max_pixels=self._config.max_pixels)
+            look = self._scorer.prepare if self._scorer is not None else None
+            loader = ShardLoader(raw, self._settings, self._engine, max_pixels=self._config.max_pixels, look=look)
             self._check_engine(loader, raw.samples[piece.start : piece.stop])
+            earlier = read_earlier(self._config.earlier, raw.name)
             for start, stop in piece.slices():
-                rows += self._caption_slice(loader, raw.samples[start:stop])
+                samples = raw.samples[start:stop]
+                if earlier is None:
+                    rows += self._slices.caption(loader, samples)
+                    continue
+                is_scored = earlier.settings["clip_model"] == self._config.settings["clip_model"]
+                rows += self._slices.update(loader, samples, earlier.rows[start:stop], is_scored=is_scored)
             # Of the tar as a whole: told once, by the first piece.
             faults = {"unusable_members": len(raw.unusable), "damaged_tars": int(raw.fault is not None)}
             faults = {name: count for name, count in faults.items() if count and piece.start == 0}
         with atomic_file(piece.output(".parquet")) as path:
-            write_rows(rows, path, quality=self._settings.quality)
+            write_rows(rows, path, quality=self._settings.quality, settings=self._config.settings)
         rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
-        details = {"num_tokens": sum(row.get("num_tokens", 0) for row in rows), **count_flags(rows)}
+        details = {"num_tokens": sum(row.get("num_tokens") or 0 for row in rows), **count_flags(rows)}
         return PieceReport(
             num_read=len(rows),
             num_kept=len(rows) - rejected.total(),
@@ -97,31 +114,13 @@ class CaptionWorker:
                 self._is_checked = True
                 return
 
-    def _caption_slice(self, loader: ShardLoader, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        captions = iter(self._engine.caption(_take_prepared(loader.load(samples), rows=rows)))
-        finished = [
-            row if row["reject"] is not None else _finish_row(row, next(captions), self._settings.quality)
-            for row in rows
-        ]
-        assert len(rows) == len(samples) and next(captions, None) is None, "one row per sample, one caption per image"
-        return finished
 
+def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:
+    # Each brings libraries that the driver, or the other, never needs.
+    if config.captioning.engine == "openai":
+        from captioning.openai_engine import OpenAIEngine
 
-def _take_prepared(samples: Iterable[LoadedSample], *, rows: list[dict[str, Any]]) -> Iterator[Any]:
-    """Note every sample's row, and yield what goes to the engine."""
-    for sample in samples:
-        rows.append(sample.row)
-        if sample.row["reject"] is None:
-            yield sample.prepared
+        return OpenAIEngine(config.captioning, api_key=config.api_key)
+    from captioning.transformers_engine import TransformersEngine
 
-
-def _finish_row(row: Mapping[str, Any], caption: Caption, quality: QualityConfig) -> dict[str, Any]:
-    judged = judge(caption.text, finish_reason=caption.finish_reason, alt_text=row["alt_text"], quality=quality)
-    return {
-        **row,
-        "caption_raw": caption.text,
-        "num_tokens": caption.num_tokens,
-        "finish_reason": caption.finish_reason,
-        **judged,
-    }
+    return TransformersEngine(config.captioning, num_threads=config.num_threads)

@@ -9,12 +9,17 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt, pad_left
+from captioning.llama_step import LlamaStep
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
 END, PAD, IMAGE, NUM_IMAGE_TOKENS = 2, 0, 3, 16
 GREEDY = DecodingSettings(
     num_slots=4, max_new_tokens=40, temperature=0.0, end_token_ids=frozenset([END]), pad_token_id=PAD
 )
+
+
+def make_decoder(model: Any, settings: DecodingSettings) -> ContinuousDecoder:
+    return ContinuousDecoder(model, settings, step=LlamaStep(model))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def generated(model, prompts) -> list[list[int]]:
 def test_greedy_is_generate_whatever_shares_the_batch(model, prompts, generated, num_slots: int) -> None:
     lengths = [len(tokens) for tokens in generated]
     assert min(lengths) < 10 and max(lengths) == GREEDY.max_new_tokens, "the captions' lengths vary"
-    decoder = ContinuousDecoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
+    decoder = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
     results = decoder.decode(iter(prompts))
     assert [result.token_ids for result in results] == generated
     reasons = ["length" if length == GREEDY.max_new_tokens else "stop" for length in lengths]
@@ -67,7 +72,7 @@ def test_greedy_is_generate_whatever_shares_the_batch(model, prompts, generated,
 def test_sampling_depends_on_the_seed_and_on_nothing_else(model, prompts, generated) -> None:
     def sample(num_slots: int, chosen: list[Prompt]) -> list[list[int]]:
         settings = dataclasses.replace(GREEDY, num_slots=num_slots, temperature=0.8)
-        return [result.token_ids for result in ContinuousDecoder(model, settings).decode(chosen)]
+        return [result.token_ids for result in make_decoder(model, settings).decode(chosen)]
 
     together = sample(8, prompts)
     assert together == sample(1, prompts)
@@ -81,7 +86,7 @@ def test_sampling_follows_the_models_probabilities(model, prompts) -> None:
     """First tokens of one prompt under 2000 seeds have the frequencies of softmax(logits / temperature)."""
     settings = dataclasses.replace(GREEDY, num_slots=250, max_new_tokens=1, temperature=2.0)
     copies = [dataclasses.replace(prompts[0], seed=seed) for seed in range(2000)]
-    results = ContinuousDecoder(model, settings).decode(copies)
+    results = make_decoder(model, settings).decode(copies)
     tokens = [result.token_ids[0] if result.token_ids else END for result in results]
     with torch.inference_mode():
         logits = model(**pad_left(prompts[:1], pad_token_id=PAD)).logits[0, -1]
@@ -102,13 +107,13 @@ def test_padding_stands_on_the_left_and_positions_count_real_tokens(prompts) -> 
 
 
 def test_no_prompt_gives_no_caption(model) -> None:
-    assert ContinuousDecoder(model, GREEDY).decode([]) == []
+    assert make_decoder(model, GREEDY).decode([]) == []
 
 
 def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
     """The queue is never read further ahead than the slots: images wait in the loader, not in the decoder."""
     taken, most = 0, 0
-    decoder = ContinuousDecoder(model, GREEDY)
+    decoder = make_decoder(model, GREEDY)
 
     def queue():
         nonlocal taken, most
@@ -125,4 +130,4 @@ def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
 def test_broken_weights_are_noticed(model, prompts) -> None:
     broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
     with pytest.raises(ValueError, match="logits are not finite"):
-        ContinuousDecoder(model, GREEDY).decode([broken])
+        make_decoder(model, GREEDY).decode([broken])

@@ -128,7 +128,7 @@ def test_settings_the_machine_cannot_meet_are_named(llava, monkeypatch) -> None:
 def test_too_little_memory_is_said_with_the_way_out(llava, monkeypatch) -> None:
     engine = load(llava)
 
-    def fail(prompts):
+    def fail(prompts, *, repetition_penalty):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(engine._decoder, "decode", fail)

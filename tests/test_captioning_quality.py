@@ -15,9 +15,18 @@ PROSE = (
 LOOP = "A man is standing on the left. " + "There is a chair in the room. " * 12
 
 
+def as_row(caption_raw: str, finish_reason: str, alt_text: str | None, first_caption: str | None = None) -> dict:
+    return {
+        "caption_raw": caption_raw,
+        "finish_reason": finish_reason,
+        "alt_text": alt_text,
+        "first_caption": first_caption,
+    }
+
+
 def flags(text: str, *, finish_reason: str = "stop", alt_text: str | None = None, **thresholds) -> list[str]:
     quality = QualityConfig.model_validate(thresholds)
-    return judge(text, finish_reason=finish_reason, alt_text=alt_text, quality=quality)["flags"]
+    return judge(as_row(text, finish_reason, alt_text), quality)["flags"]
 
 
 def test_each_flag_has_its_text() -> None:
@@ -53,7 +62,7 @@ def test_boilerplate_is_stripped_beside_the_raw_caption() -> None:
     assert strip_boilerplate("The image captures élan.") == "Élan."
     assert strip_boilerplate("The imagery features birds.") == "The imagery features birds."
     for strip in (False, True):
-        judged = judge(PROSE, finish_reason="stop", alt_text=None, quality=QualityConfig(strip_boilerplate=strip))
+        judged = judge(as_row(PROSE, "stop", None), QualityConfig(strip_boilerplate=strip))
         assert judged["flags"] == ["boilerplate"]
         assert judged["caption"] == (PROSE.replace("The image features a", "A") if strip else PROSE)
 

@@ -1,0 +1,144 @@
+"""Captions that are there already and only need completing: rejects tried again, other limits, a CLIP score.
+
+A finished shard that needs it is set aside in `captions/.earlier/`: file first, then a note of what it was made from,
+and only then is its marker removed. The worker takes from it every row that stands and makes the others. Killed at any
+moment, the next run goes on from there; the bytes are those of a run that never knew anything else.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from captioning.table import read_settings
+from pipelines.manifest import (
+    MANIFEST_NAME,
+    MARKER_FOLDER,
+    Fingerprint,
+    StageDirectory,
+    read_manifest,
+    require_same_fingerprint,
+)
+from pipelines.pieces import PARTS_FOLDER, Source
+from pipelines.storage import atomic_file, atomic_write_json
+
+EARLIER_FOLDER = ".earlier"
+# Fields of the fingerprint that decide which samples have a caption, and what is measured of it, but not its words.
+UPDATABLE = ("max_pixels", "max_aspect_ratio", "clip_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """The rows of a shard as they were, one per sample, and the settings of `UPDATABLE` they were made under."""
+
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def updatable(fingerprint: Fingerprint) -> dict[str, Any]:
+    """Return the fields of `UPDATABLE`."""
+    return {name: fingerprint.fields[name] for name in UPDATABLE}
+
+
+def read_earlier(folder: Path | None, name: str) -> Earlier | None:
+    """Return what was set aside of a shard, or None; `set_aside` has made sure that it may be used."""
+    path = (folder or Path()) / f"{name}.parquet"
+    if folder is None or not path.with_suffix(".json").is_file():
+        return None
+    return Earlier(rows=pq.read_table(path).to_pylist(), settings=read_settings(path))
+
+
+def to_set_aside(
+    output: StageDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, retry_rejects: bool
+) -> list[str]:
+    """Return the finished shards that need completing.
+
+    Raises:
+        ValueError: rejects are to be tried again of captions that were made under other settings; names the field.
+    """
+    names = []
+    for source in sources:
+        path = output.file(source.name, ".parquet")
+        if not path.is_file() or not (output.path / MARKER_FOLDER / f"{source.name}.json").is_file():
+            continue
+        settings = read_settings(path)
+        report = output.report(source.name, _with(fingerprint, settings))
+        if report is None or report.source != source.identity:
+            if report is None and retry_rejects:
+                _refuse(output, source.name, fingerprint)
+            continue
+        if settings != updatable(fingerprint) or (retry_rejects and report.rejected):
+            names.append(source.name)
+    return names
+
+
+def set_aside(
+    output: StageDirectory, names: Sequence[str], sources: Sequence[Source], fingerprint: Fingerprint
+) -> None:
+    """Set finished shards aside, to be completed by the run that follows."""
+    folder = output.path / EARLIER_FOLDER
+    identities = {source.name: source.identity for source in sources}
+    for name in names:
+        folder.mkdir(exist_ok=True)
+        (output.path / MANIFEST_NAME).unlink(missing_ok=True)
+        path = output.file(name, ".parquet")
+        with atomic_file(folder / f"{name}.parquet") as temporary:
+            temporary.unlink(missing_ok=True)
+            _link(path, temporary)
+        digest = _with(fingerprint, read_settings(path)).digest
+        atomic_write_json(folder / f"{name}.json", {"source": identities[name], "fingerprint": digest})
+        output.clear_marker(name)
+
+
+def forget_parts_with_rejects(output: StageDirectory) -> None:
+    """Let an interrupted run's parts be made again where they hold rejects, but not those of shards set aside."""
+    for path in sorted((output.path / PARTS_FOLDER).glob("*/*.report")):
+        is_retried = (output.path / EARLIER_FOLDER / f"{path.parent.name}.json").is_file()
+        if not is_retried and json.loads(path.read_text())["report"]["rejected"]:
+            path.unlink()
+
+
+def clear_earlier(output: StageDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
+    """Forget what was set aside of shards that are done, and what the recipe or the tars have left behind."""
+    folder = output.path / EARLIER_FOLDER
+    by_name = {source.name: source for source in sources}
+    for path in sorted(folder.glob("*.json")):
+        note, source = json.loads(path.read_text()), by_name.get(path.stem)
+        file = path.with_suffix(".parquet")
+        if source is None:
+            continue
+        is_done = output.is_done(source.name, source.identity, fingerprint)
+        expected = {"source": source.identity, "fingerprint": _with(fingerprint, read_settings(file)).digest}
+        if is_done or note != expected:
+            path.unlink()
+            file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
+    return Fingerprint.of({**fingerprint.fields, **settings})
+
+
+def _refuse(output: StageDirectory, name: str, fingerprint: Fingerprint) -> None:
+    if (output.path / MANIFEST_NAME).is_file():
+        require_same_fingerprint(
+            fingerprint, read_manifest(output.path).fingerprint, where="captioning.retry_rejects (RETRY=1)"
+        )
+    raise ValueError(
+        f"captioning.retry_rejects (RETRY=1): the captions of {name} were made under other settings than these; "
+        f"only {', '.join(UPDATABLE)} may differ. Without RETRY=1 they are all made anew"
+    )
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:
+        # Some shared storage has no hard links.
+        shutil.copyfile(path, target)

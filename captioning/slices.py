@@ -1,0 +1,118 @@
+"""One slice of a shard: caption what is new, ask again where a caption loops, score, and keep what is there."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from captioning.config import CaptioningConfig
+from captioning.engine import Caption, CaptionEngine, Refusal
+from captioning.loading import LoadedSample, ShardLoader
+from captioning.quality import judge, repeated_ngram_ratio
+from captioning.table import judge_row_again
+from pipelines.shards import RawSample
+
+if TYPE_CHECKING:
+    # They bring torch, which the driver never needs.
+    from captioning.clip_score import ClipScorer, ImageEmbeddings
+
+Row = dict[str, Any]
+
+
+class SliceCaptioner:
+    """Turns the samples of a slice into rows; nothing it does depends on the slices before."""
+
+    def __init__(self, config: CaptioningConfig, engine: CaptionEngine, scorer: "ClipScorer | None") -> None:
+        self._config = config
+        self._engine = engine
+        self._scorer = scorer
+
+    def caption(self, loader: ShardLoader, samples: Sequence[RawSample]) -> list[Row]:
+        """Return one row per sample, rejected ones too."""
+        rows: list[Row] = []
+        images = self._scorer.collect() if self._scorer is not None else None
+        captions = iter(self._engine.caption(_take(loader.load(samples), rows=rows, images=images)))
+        said = {index: next(captions) for index, row in enumerate(rows) if row["reject"] is None}
+        assert len(rows) == len(samples) and next(captions, None) is None, "one row per sample, one caption per image"
+        second = self._ask_again(loader, samples, said)
+        for index, caption in said.items():
+            rows[index] = self._finish(rows[index], caption, second.get(index))
+        if images is not None:
+            # The image of a refused one was seen too; its score goes the way of its caption.
+            scores = images.scores([rows[index].get("caption_raw") or "" for index in said])
+            for index, score in zip(said, scores, strict=True):
+                rows[index]["clip_score"] = score if rows[index]["reject"] is None else None
+        return rows
+
+    def update(
+        self, loader: ShardLoader, samples: Sequence[RawSample], earlier: Sequence[Row], *, is_scored: bool
+    ) -> list[Row]:
+        """Return the rows of `samples`, where `earlier` ones that hold a caption stay as they are.
+
+        Captioned is what was rejected, or what the recipe's limits would reject now. Kept captions are scored by CLIP
+        unless they are (`is_scored`) by the model of the recipe.
+        """
+        again = [
+            index
+            for index, row in enumerate(earlier)
+            if row["reject"] is not None or loader.limit_of(row["width"], row["height"]) is not None
+        ]
+        rows = [judge_row_again(row, self._config.quality) for row in earlier]
+        if not is_scored:
+            self._score(loader, samples, rows, [index for index in range(len(rows)) if index not in set(again)])
+        for index, row in zip(again, self.caption(loader, [samples[index] for index in again]), strict=True):
+            rows[index] = row
+        return rows
+
+    def _ask_again(
+        self, loader: ShardLoader, samples: Sequence[RawSample], said: Mapping[int, Caption | Refusal]
+    ) -> dict[int, Caption]:
+        """Return the second try of every caption that loops, by index. Loops are few: their images are read again."""
+        settings = self._config.loop_retry
+        looping = [
+            index
+            for index, caption in said.items()
+            if isinstance(caption, Caption)
+            and repeated_ngram_ratio(caption.text, settings.ngram_words) > settings.max_repeated_ngram_ratio
+        ]
+        if settings.repetition_penalty == 1.0 or not looping:
+            return {}
+        loaded = loader.load([samples[index] for index in looping])
+        captions = self._engine.caption(
+            (sample.prepared for sample in loaded), repetition_penalty=settings.repetition_penalty
+        )
+        return {
+            index: caption for index, caption in zip(looping, captions, strict=True) if isinstance(caption, Caption)
+        }
+
+    def _finish(self, row: Row, said: Caption | Refusal, second: Caption | None) -> Row:
+        if isinstance(said, Refusal):
+            return {**row, "reject": said.reason}
+        kept = second or said
+        row = {
+            **row,
+            "caption_raw": kept.text,
+            "first_caption": said.text if second is not None else None,
+            "num_tokens": kept.num_tokens,
+            "finish_reason": kept.finish_reason,
+        }
+        return {**row, **judge(row, self._config.quality)}
+
+    def _score(self, loader: ShardLoader, samples: Sequence[RawSample], rows: list[Row], kept: Sequence[int]) -> None:
+        scores: Iterable[float | None] = [None] * len(kept)
+        if self._scorer is not None:
+            images = self._scorer.collect()
+            for sample in loader.load([samples[index] for index in kept]):
+                images.add(sample.look)
+            scores = images.scores([rows[index]["caption_raw"] for index in kept])
+        for index, score in zip(kept, scores, strict=True):
+            rows[index]["clip_score"] = score
+
+
+def _take(samples: Iterable[LoadedSample], *, rows: list[Row], images: "ImageEmbeddings | None") -> Iterator[Any]:
+    """Note every sample's row, and yield what goes to the engine."""
+    for sample in samples:
+        rows.append(sample.row)
+        if sample.row["reject"] is not None:
+            continue
+        if images is not None:
+            images.add(sample.look)
+        yield sample.prepared
