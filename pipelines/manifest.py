@@ -145,8 +145,12 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the stage that writes {directory} has not finished")
-    content = json.loads(path.read_text())
-    require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=str(path))
+    return parse_manifest(json.loads(path.read_text()), where=str(path))
+
+
+def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
+    """Return the manifest in the JSON object `content`, read from `where`; raises as `read_manifest` does."""
+    require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=where)
     content["fingerprint"] = Fingerprint(**content["fingerprint"])
     content["shards"] = {name: ShardReport(**report) for name, report in content["shards"].items()}
     return Manifest(**content)

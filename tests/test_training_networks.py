@@ -14,10 +14,10 @@ from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.config import STAGES
-from training.data.index import Survey
+from training.data.survey import Survey
 from training.health import SkipCounter, UnhealthyTrainingError
 from training.networks import blank_network, count_parameters, network_config, starting_network
-from training.preflight import make_survey, require_disk
+from training.preflight import require_disk, survey_stage
 from training.stage import StageJob, open_stage
 from training.zero import Update
 
@@ -33,7 +33,7 @@ def open_job(run: Path, stage: int, **settings: object) -> tuple[StageJob, Surve
     argv = arguments(run, stage, **({"init_from": "scratch"} | settings))
     job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
     job.directory.mkdir(parents=True, exist_ok=True)
-    return job, make_survey(job)
+    return job, survey_stage(job)
 
 
 def saved(network: DiT | PixArt, folder: Path) -> str:

@@ -1,20 +1,29 @@
 """Batches hold what plain safetensors reads, and random numbers that depend on step and position alone."""
 
+import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
-from training_run import make_run
+from training_run import make_run, write_text
 
 from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
-from training.data.batch import Batch, BatchAssembler
+from training.data.assembly import BatchAssembler
+from training.data.batch import Batch
+from training.data.directories import open_directory
+from training.data.features import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader
+from training.data.survey import Survey, make_survey, survey_shards
 
 SHARDS = ["laion_0", "laion_1"]
 
@@ -24,8 +33,54 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("reader"))
 
 
-def open_index(run: Path) -> FeatureIndex:
-    return FeatureIndex(latent_directory(run, 32), text_directory(run), SHARDS)
+def open_index(run: Path, shards: list[str] = SHARDS, *, resolution: int = 32, has_text: bool = True) -> FeatureIndex:
+    latents = open_directory(str(latent_directory(run, resolution)))
+    text = open_directory(str(text_directory(run))) if has_text else None
+    return FeatureIndex([Dataset(run=str(run), latents=latents, text=text, shards=shards)])
+
+
+def survey_of(index: FeatureIndex) -> Survey:
+    return make_survey(index, survey_shards(index, range(len(index))))
+
+
+def open_reader(
+    index: FeatureIndex,
+    *,
+    steps: range,
+    batch_size: int = 12,
+    stage: int = 2,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_micro_batches: int = 1,
+    dropout: float = 0.1,
+    checks_payloads: bool = False,
+    survey: Survey | None = None,
+) -> BatchReader:
+    survey = survey or survey_of(index)
+    plan = Plan(
+        survey.counts,
+        weights=[dataset.weight for dataset in index.datasets],
+        batch_size=batch_size,
+        seed=5,
+        shards_per_block=2,
+    )
+    assembler = BatchAssembler(
+        index.datasets[0],
+        buckets=survey.buckets,
+        seed=5,
+        stage=stage,
+        caption_dropout=dropout,
+        checks_payloads=checks_payloads,
+    )
+    return BatchReader(
+        plan, index, assembler, steps=steps, rank=rank, num_ranks=num_ranks, num_micro_batches=num_micro_batches
+    )
+
+
+def batches_of(reader: BatchReader) -> list[Batch]:
+    """All batches, copied out of the reader's buffers."""
+    with reader:
+        return [clone(packed.to(torch.device("cpu"))) for packed in reader]
 
 
 def read_tars(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -42,18 +97,21 @@ def read_tars(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 def read_batches(
     run: Path, *, steps: range, num_ranks: int = 1, num_micro_batches: int = 1, dropout: float = 0.1
 ) -> list[Batch]:
-    """All samples of the global batches, rank after rank, copied out of the readers' buffers."""
-    batches = []
-    for rank in range(num_ranks):
-        index = open_index(run)
-        survey = index.survey()
-        plan = Plan(survey.counts, batch_size=12, seed=5, shards_per_block=2)
-        assembler = BatchAssembler(index, buckets=survey.buckets, seed=5, stage=2, caption_dropout=dropout)
-        with BatchReader(
-            plan, assembler, steps=steps, rank=rank, num_ranks=num_ranks, num_micro_batches=num_micro_batches
-        ) as reader:
-            batches += [clone(batch) for batch in reader]
-    return batches
+    """All samples of the global batches, rank after rank."""
+    return [
+        batch
+        for rank in range(num_ranks)
+        for batch in batches_of(
+            open_reader(
+                open_index(run),
+                steps=steps,
+                rank=rank,
+                num_ranks=num_ranks,
+                num_micro_batches=num_micro_batches,
+                dropout=dropout,
+            )
+        )
+    ]
 
 
 def clone(batch: Batch) -> Batch:
@@ -125,49 +183,152 @@ def test_steps_and_stages_draw_other_numbers(run: Path) -> None:
 
 
 def test_labels_are_read_where_there_is_no_text(run: Path) -> None:
-    index = FeatureIndex(latent_directory(run, 32), None, ["imagenet_0"])
-    survey = index.survey()
+    index = open_index(run, ["imagenet_0"], has_text=False)
+    survey = survey_of(index)
     assert survey.max_label == 4
     assert (survey.channels, survey.downsample) == (4, 8)
-    plan = Plan(survey.counts, batch_size=6, seed=0, shards_per_block=1)
-    assembler = BatchAssembler(index, buckets=survey.buckets, seed=0, stage=1, caption_dropout=0.1)
-    with BatchReader(plan, assembler, steps=range(3), rank=0, num_ranks=1) as reader:
-        for batch in reader:
-            assert batch.text is None
-            assert batch.labels is not None
-            assert batch.labels.tolist() == [int(key[-3:]) % 5 for key in batch.keys]
+    for batch in batches_of(open_reader(index, steps=range(3), batch_size=6, stage=1)):
+        assert batch.text is None
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [int(key[-3:]) % 5 for key in batch.keys]
 
 
 def test_buckets_do_not_mix(run: Path) -> None:
-    index = FeatureIndex(latent_directory(run, 64), text_directory(run), ["hq_0"])
-    survey = index.survey()
-    assert survey.buckets == ["48x80", "64x64", "80x48"]
-    plan = Plan(survey.counts, batch_size=4, seed=0, shards_per_block=1)
-    assembler = BatchAssembler(index, buckets=survey.buckets, seed=0, stage=3, caption_dropout=0.1)
-    with BatchReader(plan, assembler, steps=range(20), rank=0, num_ranks=1) as reader:
-        shapes = {(batch.bucket, tuple(batch.mean.shape)) for batch in reader}
+    index = open_index(run, ["hq_0"], resolution=64)
+    assert survey_of(index).buckets == ["48x80", "64x64", "80x48"]
+    batches = batches_of(open_reader(index, steps=range(20), batch_size=4, stage=3))
+    shapes = {(batch.bucket, tuple(batch.mean.shape)) for batch in batches}
     assert shapes == {("48x80", (4, 4, 6, 10)), ("64x64", (4, 4, 8, 8)), ("80x48", (4, 4, 10, 6))}
 
 
-def test_a_tar_cut_short_is_named_by_the_iterator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["float8_e4m3", "int8"])
+def test_compact_captions_are_the_stored_values_times_their_scale(tmp_path: Path, storage: str) -> None:
     run = make_run(tmp_path)
+    shutil.rmtree(text_directory(run))
+    write_text(run, {"laion_0": 40, "laion_1": 23}, storage=storage)
+    stored = read_tars(text_directory(run))
+    null = next(iter(load((text_directory(run) / NULL_CAPTION_FILE).read_bytes()).values()))
+    num_dropped = 0
+    for key, _, _, text, batch, i in samples(
+        batches_of(open_reader(open_index(run), steps=range(12), checks_payloads=True))
+    ):
+        num_dropped += int(batch.is_dropped[i])
+        parts = [(f"embedding_{k}", f"scale_{k}") for k in range(2) if f"embedding_{k}" in stored[key]]
+        values = [(stored[key][value].float() * stored[key][scale][:, None]).bfloat16() for value, scale in parts]
+        assert any(torch.equal(text, value) for value in ([null] if batch.is_dropped[i] else values))
+        assert batch.text is not None
+        assert batch.text_mask is not None
+        assert not batch.text[i][~batch.text_mask[i]].any()
+    assert num_dropped
+
+
+def test_a_batch_of_dropped_captions_alone_is_the_null_record(run: Path) -> None:
+    batches = batches_of(open_reader(open_index(run), steps=range(2), batch_size=2, dropout=1.0))
+    assert all(torch.equal(batch.text, torch.ones(2, 2, 16, dtype=torch.bfloat16)) for batch in batches)
+
+
+def test_datasets_are_mixed_by_weight_and_read_from_their_own_folders(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path)
+    shutil.rmtree(text_directory(other))
+    write_text(other, {"laion_0": 40, "laion_1": 23}, storage="bfloat16", seed=1)
+    index = FeatureIndex(
+        [
+            replace(open_index(run).datasets[0], weight=0.25),
+            replace(open_index(other, ["laion_0"]).datasets[0], weight=0.75),
+        ]
+    )
+    texts = [read_tars(text_directory(folder)) for folder in (run, other)]
+    found = [0, 0]
+    for key, _, _, text, _, _ in samples(batches_of(open_reader(index, steps=range(40), dropout=0.0))):
+        is_from = [any(torch.equal(text, caption) for caption in source[key].values()) for source in texts]
+        assert sum(is_from) == 1, "the same keys, but each dataset's own captions"
+        found[is_from.index(True)] += 1
+    assert found == pytest.approx([120, 360], abs=3)
+
+
+def test_the_same_key_in_two_shards_is_two_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for directory in (latent_directory(run, 32), text_directory(run)):
+        for suffix in (".tar", ".parquet"):
+            shutil.copy(directory / f"laion_0{suffix}", directory / f"laion_1{suffix}")
+    index = open_index(run)
+    (num_samples,) = survey_of(index).num_samples
+    batches = batches_of(open_reader(index, steps=range(num_samples // 2), batch_size=2))
+    assert set(Counter(key for batch in batches for key in batch.keys).values()) == {2}, "drawn once from each shard"
+
+
+def test_a_key_twice_in_one_index_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    path = latent_directory(run, 32) / "laion_1.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), path)
+    with pytest.raises(ValueError, match=r"shard laion_1 of .*latent-32: key laion_1_003 is there twice"):
+        survey_of(open_index(run))
+
+
+@pytest.mark.parametrize("family", ["latent-32", "text"])
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_a_missing_file_in_the_middle_is_named_before_training(tmp_path: Path, family: str, suffix: str) -> None:
+    run = make_run(tmp_path)
+    (run / "features" / family / f"laion_1{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{family}/laion_1\{suffix}.* missing"):
+        survey_of(open_index(run))
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(num_bytes)
+
+
+def test_a_cut_tar_is_named_before_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    cut(text_directory(run) / "laion_1.tar", 9000)
+    with pytest.raises(ValueError, match=r"shard laion_1: .*text/laion_1.tar has 9000 bytes, but .* cut short"):
+        survey_of(open_index(run))
+
+
+def test_a_tar_cut_or_lost_while_training_is_named_by_the_iterator(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    index = open_index(run)
+    survey = survey_of(index)
     tar = latent_directory(run, 32) / "laion_1.tar"
-    with tar.open("r+b") as file:
-        file.truncate(tar.stat().st_size // 2)
+    cut(tar, tar.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"shard laion_1: sample laion_1_\d+ ends at byte \d+, but its tar has \d+"):
-        read_batches(run, steps=range(10))
+        batches_of(open_reader(index, steps=range(10), survey=survey))
+    tar.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard laion_1: .*laion_1.tar is missing; make its features again"):
+        batches_of(open_reader(index, steps=range(10), survey=survey))
+
+
+@pytest.mark.parametrize(("family", "what"), [("latent-32", "latents"), ("text", "a caption")])
+def test_a_flipped_byte_is_named_on_the_rank_that_reads_it(tmp_path: Path, family: str, what: str) -> None:
+    run = make_run(tmp_path)
+    index = open_index(run)
+    table = index.table(1)
+    row = next(row for row in range(20) if table.caption_starts[row + 1] - table.caption_starts[row] == 1)
+    offset = int(table.std_offsets[row] if family == "latent-32" else table.caption_offsets[table.caption_starts[row]])
+    with (run / "features" / family / "laion_1.tar").open("r+b") as file:
+        file.seek(offset + 1)
+        flipped = file.read(1)[0] ^ 1
+        file.seek(offset + 1)
+        file.write(bytes([flipped]))
+    key = table.keys[row].as_py()
+    failed = []
+    for rank in range(3):
+        try:
+            batches_of(open_reader(index, steps=range(4), rank=rank, num_ranks=3, dropout=0, checks_payloads=True))
+        except ValueError as error:
+            assert f"shard laion_1: {what} of sample {key} has CRC-32" in str(error)
+            failed.append(rank)
+    assert len(failed) == 1, "48 of 50 samples are read once, the changed one among them, by one of three ranks"
 
 
 def test_leaving_the_reader_early_stops_its_thread(run: Path) -> None:
-    index = open_index(run)
-    survey = index.survey()
-    plan = Plan(survey.counts, batch_size=12, seed=5, shards_per_block=2)
-    assembler = BatchAssembler(index, buckets=survey.buckets, seed=5, stage=2, caption_dropout=0.1)
-    with BatchReader(plan, assembler, steps=range(1000), rank=0, num_ranks=1) as reader:
+    with open_reader(open_index(run), steps=range(1000)) as reader:
         next(iter(reader))
     assert not reader._thread.is_alive()
 
 
 def test_a_sample_without_label_is_refused_in_stage_1(run: Path) -> None:
     with pytest.raises(ValueError, match="shard laion_0: sample laion_0_000 has no class label"):
-        FeatureIndex(latent_directory(run, 32), None, ["laion_0"]).survey()
+        survey_of(open_index(run, ["laion_0"], has_text=False))

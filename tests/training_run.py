@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from features.quantization import store_text
 from pipelines.feature_store import (
     LATENT_SCHEMA,
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
     FeatureTarWriter,
     latent_directory,
+    payload_crc32,
     text_directory,
     write_index,
     write_tensors,
@@ -68,10 +71,6 @@ interpolation_scale = 2.0
 """
 
 
-def bfloat16_bits(array: np.ndarray) -> np.ndarray:
-    return (np.ascontiguousarray(array, dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
 def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets: list[str], is_bucketed: bool) -> None:
     """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject."""
     directory = StageDirectory(latent_directory(run, resolution))
@@ -93,6 +92,7 @@ def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets
                         "mean_offset": offsets["mean"],
                         "std_offset": offsets["std"],
                         "nbytes": mean.nbytes,
+                        "crc32": payload_crc32(mean, std),
                         "channels": CHANNELS,
                         "height": height,
                         "width": width,
@@ -107,14 +107,21 @@ def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets
     directory.write_manifest(fingerprint, list(shards), upstream={}, extra=extra)
 
 
-def write_text(run: Path, shards: dict[str, int], *, max_tokens: int = MAX_TOKENS) -> None:
+def write_text(
+    run: Path,
+    shards: dict[str, int],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    storage: str = "bfloat16",
+    seed: int = 0,
+) -> None:
     """Write captions of random embeddings: one or two per sample, none for every eleventh."""
     directory = StageDirectory(text_directory(run))
     directory.path.mkdir(parents=True, exist_ok=True)
-    fingerprint = Fingerprint.of({"family": "text", "max_tokens": max_tokens})
+    fingerprint = Fingerprint.of({"family": "text", "max_tokens": max_tokens, "storage": storage})
     write_tensors(directory.path / NULL_CAPTION_FILE, {"embedding_0": np.full((2, D_TEXT), 0x3F80, np.uint16)})
     for name, num_samples in shards.items():
-        random = np.random.default_rng(len(name) * 77 + num_samples)
+        random = np.random.default_rng(len(name) * 77 + num_samples + seed)
         rows, samples = [], []
         with FeatureTarWriter(directory.file(name, ".tar")) as tar:
             for i in range(num_samples):
@@ -123,28 +130,39 @@ def write_text(run: Path, shards: dict[str, int], *, max_tokens: int = MAX_TOKEN
                     rows.append({"key": key, "shard": name, "caption_index": 0, "reject": "empty"})
                     samples.append(rows[-1])
                     continue
-                captions = [
-                    random.standard_normal((int(random.integers(1, max_tokens)), D_TEXT)) for _ in range(1 + i % 2)
-                ]
-                bits = {f"embedding_{j}": bfloat16_bits(caption) for j, caption in enumerate(captions)}
-                offsets = tar.add(key, bits)
-                rows += [
-                    {
-                        "key": key,
-                        "shard": name,
-                        "caption_index": j,
-                        "offset": offsets[f"embedding_{j}"],
-                        "nbytes": caption.nbytes,
-                        "num_tokens": len(caption),
-                        "weight": 3.0 if j == 0 else 1.0,
-                        "reject": None,
-                    }
-                    for j, caption in enumerate(bits.values())
-                ]
+                shapes = [(int(random.integers(1, max_tokens)), D_TEXT) for _ in range(1 + i % 2)]
+                embeddings = [torch.from_numpy(random.standard_normal(shape)) for shape in shapes]
+                rows += write_captions(tar, key, embeddings, storage=storage, shard=name)
                 samples.append(rows[-1])
         write_index(directory.file(name, ".parquet"), rows, TEXT_SCHEMA)
         _finish(directory, name, samples, fingerprint)
-    directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": TEXT | {"max_tokens": max_tokens}})
+    text = TEXT | {"max_tokens": max_tokens, "storage": storage}
+    directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": text})
+
+
+def write_captions(
+    tar: FeatureTarWriter, key: str, embeddings: list[torch.Tensor], *, storage: str, shard: str
+) -> list[dict]:
+    """Write one sample's captions; returns their index rows. The first is drawn three times as often as the others."""
+    stored = [store_text(embedding, storage) for embedding in embeddings]
+    tensors = {f"embedding_{j}": text.values for j, text in enumerate(stored)}
+    tensors |= {f"scale_{j}": text.scale for j, text in enumerate(stored) if text.scale is not None}
+    offsets = tar.add(key, tensors)
+    return [
+        {
+            "key": key,
+            "shard": shard,
+            "caption_index": j,
+            "offset": offsets[f"embedding_{j}"],
+            "scale_offset": offsets.get(f"scale_{j}"),
+            "nbytes": text.values.nbytes,
+            "crc32": payload_crc32(*[part for part in (text.values, text.scale) if part is not None]),
+            "num_tokens": len(text.values),
+            "weight": 3.0 if j == 0 else 1.0,
+            "reject": None,
+        }
+        for j, text in enumerate(stored)
+    ]
 
 
 def _finish(directory: StageDirectory, name: str, rows: list[dict], fingerprint: Fingerprint) -> None:

@@ -22,6 +22,25 @@ class ModelConfig(StageConfig):
     )
 
 
+class DatasetConfig(StageConfig):
+    """One entry of `[[training.stageN.datasets]]`: shards that are mixed into the stage by weight."""
+
+    run: str = pydantic.Field(
+        default="{run}",
+        min_length=1,
+        description="Run whose features are read: a folder or an fsspec URL (s3://bucket/runs/x); {run} is this run",
+    )
+    shards: list[str] | None = pydantic.Field(
+        default=None, min_length=1, description="Shell patterns of shard names; null = those of features.stageN.shards"
+    )
+    weight: float = pydantic.Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of the samples drawn, relative to the other datasets of the stage",
+    )
+
+
 class StageTraining(StageConfig):
     """Every setting of one stage: `[training]` with `[training.stageN]` laid over it."""
 
@@ -29,6 +48,11 @@ class StageTraining(StageConfig):
         default=None,
         description="Weights to start from: a diffusers folder or hub id, a checkpoint folder, or 'scratch'; "
         "null = the EMA weights of the former stage (stage 1: scratch). Resuming is automatic and another thing",
+    )
+    datasets: list[DatasetConfig] = pydantic.Field(
+        default=[DatasetConfig()],
+        min_length=1,
+        description="What is read, mixed by weight; by default the features of this run that features.stageN names",
     )
     num_steps: int = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
     global_batch_size: int = pydantic.Field(
@@ -83,6 +107,16 @@ class StageTraining(StageConfig):
         default=16, ge=1, description="Shards among whose samples are shuffled; more mix better, keep more files open"
     )
     prefetch_batches: int = pydantic.Field(default=2, ge=1, description="Micro-batches a rank reads ahead")
+    check_payloads: bool = pydantic.Field(
+        default=False, description="Compare the CRC-32 of every payload read with the index; reading is then slower"
+    )
+    cache_dir: str = pydantic.Field(
+        default="{run}/training/cache",
+        description="Folder for copies of remote features, one for all ranks of a host; best on a local disk",
+    )
+    cache_gigabytes: float = pydantic.Field(
+        default=100.0, gt=0, allow_inf_nan=False, description="Most disk space that copies of remote features may take"
+    )
     log_every: int = pydantic.Field(default=10, ge=1, description="Steps between lines of metrics.jsonl")
     checkpoint_every: int = pydantic.Field(default=1000, ge=1, description="Steps between checkpoints")
     keep_checkpoints: int = pydantic.Field(default=2, ge=1, description="Newest checkpoints that are kept")

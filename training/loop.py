@@ -17,7 +17,7 @@ from torch import Tensor
 from pipelines.progress import ProgressBar
 from training.checkpoint import save_checkpoint
 from training.config import StageTraining
-from training.data.batch import Batch
+from training.data.batch import PackedBatch
 from training.ema import EMA
 from training.health import SkipCounter, StepLosses, stop_on_non_finite
 from training.metrics import LossWindow, MetricsLog, costs
@@ -68,7 +68,7 @@ class Session:
     model: ZeroModel
     ema: EMA
     objective: Denoising
-    batches: Iterator[Batch]
+    batches: Iterator[PackedBatch]
     settings: StageTraining
     directory: Path
     trainer: dict[str, Any]

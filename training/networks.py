@@ -9,7 +9,7 @@ from pixart.convert import load_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
-from training.data.index import Survey
+from training.data.survey import Survey
 from training.stage import StageJob
 
 
@@ -26,7 +26,7 @@ def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
         "patch_size": job.model.patch_size,
         "in_channels": survey.channels,
         "out_channels": 2 * survey.channels,
-        "sample_size": job.features.latent_manifest.extra["resolution"] // survey.downsample,
+        "sample_size": job.features.resolution // survey.downsample,
     }
     text = job.features.text_encoder
     if text is not None:
@@ -35,7 +35,7 @@ def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
     if survey.max_label >= job.model.num_classes:
         raise ValueError(
             f"model.num_classes is {job.model.num_classes}, "
-            f"but {job.features.latents} has class label {survey.max_label}"
+            f"but {job.features.datasets[0].latents} has class label {survey.max_label}"
         )
     return DiTConfig(**shared, num_classes=job.model.num_classes)
 

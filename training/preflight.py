@@ -5,14 +5,19 @@ The launcher knows the data; weights are counted where torch is loaded anyway, i
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.progress import console
 from training.config import StageTraining
-from training.data.index import FeatureIndex, Survey, load_survey, save_survey
+from training.data.cache import remote_size
+from training.data.index import FeatureIndex
+from training.data.plan import Plan
+from training.data.survey import Survey, load_survey, make_survey, save_survey, survey_shards
 from training.stage import SURVEY, StageJob
 
 GIGABYTE = 1e9
+NUM_SIZE_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +30,8 @@ class Preflight:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
-        return sum(map(sum, self.survey.counts))
+        """Samples of all datasets."""
+        return sum(self.survey.num_samples)
 
 
 def inspect_stage(job: StageJob) -> Preflight:
@@ -39,8 +44,10 @@ def inspect_stage(job: StageJob) -> Preflight:
     num_ranks = settings.num_processes or default_num_ranks()
     require_even_batches(settings, num_ranks)
     job.directory.mkdir(parents=True, exist_ok=True)
+    survey = survey_stage(job)
+    _require_cache(job, survey)
     return Preflight(
-        survey=make_survey(job),
+        survey=survey,
         num_ranks=num_ranks,
         threads_per_rank=settings.threads_per_process or max(1, (os.cpu_count() or 1) // num_ranks),
     )
@@ -56,14 +63,46 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
         )
 
 
-def make_survey(job: StageJob) -> Survey:
+def survey_stage(job: StageJob) -> Survey:
     """Return the survey of the stage's samples, made once and kept beside its checkpoints."""
     path, identity = job.directory / SURVEY, job.fingerprint.digest
     survey = load_survey(path, identity=identity)
     if survey is None:
-        survey = FeatureIndex(job.features.latents, job.features.text, job.features.shards).survey()
+        index = FeatureIndex(job.features.datasets)
+        survey = make_survey(index, survey_shards(index, range(len(index))))
         save_survey(survey, path, identity=identity)
     return survey
+
+
+def stage_plan(job: StageJob, survey: Survey) -> Plan:
+    """Return the order of the stage's samples."""
+    settings = job.settings
+    return Plan(
+        survey.counts,
+        weights=[dataset.weight for dataset in job.features.datasets],
+        batch_size=settings.global_batch_size,
+        seed=settings.seed,
+        shards_per_block=settings.shards_per_block,
+    )
+
+
+def _require_cache(job: StageJob, survey: Survey) -> None:
+    """Refuse a cache that cannot hold the remote shards that are mixed at a time: it would fetch them over and over."""
+    index = FeatureIndex(job.features.datasets)
+    urls = []
+    for shard in stage_plan(job, survey).shards_around(0).tolist():
+        dataset = index.dataset(shard)
+        for directory in (dataset.latents, dataset.text):
+            if directory is not None and directory.cache is not None:
+                urls += [directory.url(index.name(shard), suffix) for suffix in (".tar", ".parquet")]
+    with ThreadPoolExecutor(NUM_SIZE_THREADS) as pool:
+        needed_gigabytes = sum(pool.map(remote_size, urls)) / GIGABYTE
+    if needed_gigabytes > job.settings.cache_gigabytes:
+        raise ValueError(
+            f"training.cache_gigabytes = {job.settings.cache_gigabytes:g} is less than the {needed_gigabytes:.3g} GB "
+            f"of the {len(urls) // 2} remote tars that are mixed at a time; raise it, or lower "
+            f"training.shards_per_block = {job.settings.shards_per_block}"
+        )
 
 
 def default_num_ranks() -> int:
@@ -79,14 +118,32 @@ def print_plan(job: StageJob, preflight: Preflight) -> None:
     num_micro_batches = settings.gradient_accumulation_steps
     micro_batch_size = settings.global_batch_size // (num_ranks * num_micro_batches)
     buckets = survey.buckets[0] if len(survey.buckets) == 1 else f"{len(survey.buckets)} buckets"
-    num_epochs = settings.num_steps * settings.global_batch_size / preflight.num_samples
     split = f"{num_ranks} ranks x {num_micro_batches} micro-batches x {micro_batch_size}"
     console.print(f"[bold]training {job.command.stage_name}[/] · {job.directory}")
-    _print("data", f"{preflight.num_samples:,} samples in {len(survey.shards)} shards, {buckets}")
-    _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {num_epochs:,.2f} epochs")
+    _print_datasets(job, survey)
+    _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
     _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}, {preflight.threads_per_rank} CPU threads a rank")
     if job.resume is not None:
         _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}")
+
+
+def _print_datasets(job: StageJob, survey: Survey) -> None:
+    """Print a line for each dataset: its share of the samples drawn, and how often each of its samples is drawn."""
+    settings, features = job.settings, job.features
+    total_weight = sum(dataset.weight for dataset in features.datasets)
+    for dataset, num_samples in zip(features.datasets, survey.num_samples, strict=True):
+        share = dataset.weight / total_weight
+        num_epochs = settings.num_steps * settings.global_batch_size * share / num_samples
+        mixed = "" if len(features.datasets) == 1 else f"{share:.2%} of every batch, "
+        where = dataset.latents if dataset.text is None else f"{dataset.latents} and {dataset.text}"
+        shards = f"{num_samples:,} samples in {len(dataset.shards):,} shards"
+        _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
+    if features.unused_shards:
+        first = ", ".join(features.unused_shards[:3])
+        _print("not read", f"{len(features.unused_shards):,} shards of features.{job.command.stage_name}: {first} …")
+    caches = [dataset.latents.cache for dataset in features.datasets if dataset.latents.cache is not None]
+    if caches:
+        _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
 
 
 def print_weights(job: StageJob, *, num_parameters: int, num_ranks: int) -> None:

@@ -11,9 +11,10 @@ from training.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoi
 from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
 from training.data.features import StageFeatures, open_features
 
-SURVEY = "samples.json"
+SURVEY = "survey.json"
 # Settings that may change between a run and its resume: they move no sample and no weight beyond rounding.
 FREE_SETTINGS = {
+    "datasets",  # their features identify them, wherever they lie
     "num_steps",
     "init_from",
     "num_processes",
@@ -21,6 +22,9 @@ FREE_SETTINGS = {
     "gradient_accumulation_steps",
     "checkpoint_activations",
     "prefetch_batches",
+    "check_payloads",
+    "cache_dir",
+    "cache_gigabytes",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -68,7 +72,7 @@ def open_stage(command: Command) -> StageJob:
     assert command.stage is not None
     settings = stage_training(command.recipe, command.stage)
     model = command.recipe.table("model", ModelConfig)
-    features = open_features(command)
+    features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     start = _starting_point(command, settings, directory)
     job = StageJob(

@@ -22,10 +22,10 @@ from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.checkpoint import load_checkpoint, needs_universal
 from training.config import STAGES
-from training.data.batch import BatchAssembler
-from training.data.index import FeatureIndex, Survey, load_survey
-from training.data.plan import Plan
+from training.data.assembly import BatchAssembler
+from training.data.index import FeatureIndex
 from training.data.reader import BatchReader
+from training.data.survey import ShardSurvey, Survey, load_survey, make_survey, save_survey, survey_shards
 from training.ema import EMA
 from training.health import SkipCounter
 from training.launch import ERROR_FOLDER, LOST_CONTACT
@@ -33,7 +33,7 @@ from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
 from training.networks import count_parameters, network_config, starting_network
 from training.objective import SCHEDULE, Denoising
-from training.preflight import make_survey, print_weights, require_disk, require_even_batches
+from training.preflight import print_weights, require_disk, require_even_batches, stage_plan
 from training.stage import SURVEY, StageJob, open_stage
 from training.zero import ZeroModel, initialize_ranks
 
@@ -105,33 +105,37 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
 
 
 def shared_survey(job: StageJob) -> Survey:
-    """Return the survey of the stage's samples; rank 0 makes it where the launcher has not."""
-    if dist.get_rank() == 0:
-        make_survey(job)
+    """Return the survey of the stage's samples; where the launcher has not made it, each rank counts some shards."""
+    path, identity = job.directory / SURVEY, job.fingerprint.digest
+    is_there = [load_survey(path, identity=identity) is not None]
+    dist.broadcast_object_list(is_there, src=0)
+    if not is_there[0]:
+        index = FeatureIndex(job.features.datasets)
+        mine = survey_shards(index, range(dist.get_rank(), len(index), dist.get_world_size()))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            shards: list[ShardSurvey] = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(index))]
+            save_survey(make_survey(index, shards), path, identity=identity)
     dist.barrier()
-    survey = load_survey(job.directory / SURVEY, identity=job.fingerprint.digest)
+    survey = load_survey(path, identity=identity)
     assert survey is not None, f"{job.directory} is not seen by this rank: RUN must be a folder all machines share"
     return survey
 
 
 def _reader(job: StageJob, survey: Survey, *, start_step: int) -> BatchReader:
-    settings = job.settings
-    index = FeatureIndex(job.features.latents, job.features.text, survey.shards)
-    plan = Plan(
-        survey.counts,
-        batch_size=settings.global_batch_size,
-        seed=settings.seed,
-        shards_per_block=settings.shards_per_block,
-    )
+    settings, datasets = job.settings, job.features.datasets
     assembler = BatchAssembler(
-        index,
+        datasets[0],
         buckets=survey.buckets,
         seed=settings.seed,
         stage=job.stage,
         caption_dropout=settings.caption_dropout,
+        checks_payloads=settings.check_payloads,
     )
     return BatchReader(
-        plan,
+        stage_plan(job, survey),
+        FeatureIndex(datasets),
         assembler,
         steps=range(start_step, settings.num_steps),
         rank=dist.get_rank(),
@@ -174,7 +178,7 @@ def describe(job: StageJob, survey: Survey, *, network_config: DiTConfig | PixAr
         "seed": job.settings.seed,
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
-        "resolution": job.features.latent_manifest.extra["resolution"],
+        "resolution": job.features.resolution,
         "buckets": survey.buckets,
         "vae": job.features.vae,
         "text": job.features.text_encoder,

@@ -1,5 +1,6 @@
-"""The features a stage trains on: which directories and shards, and whether they are what the recipe says."""
+"""The features a stage trains on: which datasets, directories and shards, and whether they are what the recipe says."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,15 @@ import pydantic
 
 from pipelines.command import Command
 from pipelines.feature_store import latent_directory, text_directory
-from pipelines.manifest import Fingerprint, Manifest, read_manifest, require_same
+from pipelines.manifest import Fingerprint, read_manifest, require_same
 from pipelines.recipe import Recipe
 from pipelines.shards import select_shards
+from pipelines.storage import is_remote
+from training.config import DatasetConfig, StageTraining
+from training.data.cache import ShardCache
+from training.data.directories import FeatureDirectory, open_directory
+
+GIGABYTE = 1e9
 
 
 class CaptionTable(pydantic.BaseModel):
@@ -40,34 +47,61 @@ class FeatureTable(pydantic.BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageFeatures:
-    """Feature directories of a stage, checked; `text` is None for stage 1, which is conditioned on class labels."""
+class Dataset:
+    """Feature directories of a dataset and the shards read of them; `text` is None for stage 1, which has labels."""
 
-    latents: Path
-    latent_manifest: Manifest
-    text: Path | None
-    text_manifest: Manifest | None
+    run: str
+    latents: FeatureDirectory
+    text: FeatureDirectory | None
     shards: list[str]
+    weight: float = 1.0
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
+        fields: dict[str, Any] = {}
+        for family, directory in (("latents", self.latents), ("text", self.text)):
+            if directory is not None:
+                manifest = directory.manifest
+                fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
+                files = {name: manifest.shards[name].files for name in self.shards}
+                fields[f"{family}.files"] = Fingerprint.of(files).digest
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFeatures:
+    """Datasets of a stage, checked against the recipe and each other.
+
+    `unused_shards` are those that `features.stageN.shards` names and no dataset reads.
+    """
+
+    datasets: list[Dataset]
+    unused_shards: list[str]
+
+    @property
+    def resolution(self) -> int:
+        """Base resolution in pixels."""
+        return self.datasets[0].latents.manifest.extra["resolution"]
 
     @property
     def vae(self) -> dict[str, Any]:
         """Model, revision, scaling_factor and shift_factor of the VAE."""
-        return self.latent_manifest.extra["vae"]
+        return self.datasets[0].latents.manifest.extra["vae"]
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
         """Model, revision, max_tokens and d_text of the text encoder."""
-        return self.text_manifest.extra["text"] if self.text_manifest else None
+        text = self.datasets[0].text
+        return text.manifest.extra["text"] if text is not None else None
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
-        families = {"latents": self.latent_manifest, "text": self.text_manifest}
+        """Return what identifies the data of all datasets, and how they are mixed; not where they lie."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint_fields()
         fields: dict[str, Any] = {}
-        for family, manifest in families.items():
-            if manifest is not None:
-                fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
-                files = {name: manifest.shards[name].files for name in self.shards}
-                fields[f"{family}.files"] = Fingerprint.of(files).digest
+        for number, dataset in enumerate(self.datasets):
+            own = dataset.fingerprint_fields() | {"weight": dataset.weight}
+            fields |= {f"datasets.{number}.{name}": value for name, value in own.items()}
         return fields
 
 
@@ -88,56 +122,109 @@ def read_feature_table(recipe: Recipe, stage: int) -> FeatureTable:
         raise ValueError(f"{recipe.path}: features.{key} of stage {stage}: {first['msg']}") from None
 
 
-def open_features(command: Command) -> StageFeatures:
+def open_features(command: Command, settings: StageTraining) -> StageFeatures:
     """Find the features of a command's stage and check them against the recipe and the captions they came from.
 
     Raises:
         FileNotFoundError: features of this stage have not been made.
-        ValueError: they were made with other settings, or from other captions; names the field and both values.
+        ValueError: they were made with other settings, or from other captions, or two datasets share a shard; names
+            the field and both values.
     """
     assert command.stage is not None
     table = read_feature_table(command.recipe, command.stage)
-    latents = latent_directory(command.run, table.resolution)
-    latent_manifest = _read(latents, command)
-    vae = latent_manifest.extra["vae"]
+    cache_dir = Path(settings.cache_dir.replace("{run}", str(command.run)))
+    cache = ShardCache(cache_dir, int(settings.cache_gigabytes * GIGABYTE))
+    datasets = [
+        _open_dataset(command, config, table=table, cache=cache, key=f"training.{command.stage_name}.datasets.{number}")
+        for number, config in enumerate(settings.datasets)
+    ]
+    _require_apart(datasets, key=f"training.{command.stage_name}.datasets")
+    _require_alike(datasets)
+    return StageFeatures(datasets=datasets, unused_shards=_unused_shards(command, datasets, table=table))
+
+
+def _open_dataset(
+    command: Command, config: DatasetConfig, *, table: FeatureTable, cache: ShardCache, key: str
+) -> Dataset:
+    run = config.run.replace("{run}", str(command.run)).rstrip("/")
+    latents = _open(run, latent_directory(Path(), table.resolution), command, cache=cache)
+    vae = latents.manifest.extra["vae"]
     for field_name, expected, found in (
-        ("resolution", table.resolution, latent_manifest.extra["resolution"]),
-        ("buckets", table.buckets, latent_manifest.fingerprint.fields.get("buckets", table.buckets)),
+        ("resolution", table.resolution, latents.manifest.extra["resolution"]),
+        ("buckets", table.buckets, latents.manifest.fingerprint.fields.get("buckets", table.buckets)),
         ("vae_model", table.vae_model, vae["model"]),
         ("vae_revision", table.vae_revision, vae["revision"]),
     ):
         require_same(field_name, expected, found, where=str(latents))
-    pattern_key = f"features.{command.stage_name}.shards"
-    shards = [str(name) for name in select_shards(sorted(latent_manifest.shards), table.shards, key=pattern_key)]
-    text, text_manifest = None, None
-    if command.stage > 1:
-        text = text_directory(command.run, [caption.column for caption in table.captions])
-        text_manifest = _read(text, command)
-        _check_text(text, text_manifest, table=table, run=command.run)
+    patterns, pattern_key = config.shards, f"{key}.shards"
+    if patterns is None:
+        patterns, pattern_key = table.shards, f"features.{command.stage_name}.shards"
+    shards = select_shards(sorted(latents.manifest.shards), patterns, key=pattern_key)
+    text = None
+    if command.stage is not None and command.stage > 1:
+        text = _open(run, text_directory(Path(), [caption.column for caption in table.captions]), command, cache=cache)
+        _check_text(text, table=table, run=run)
         for name in shards:
-            if name not in text_manifest.shards:
-                raise ValueError(f"{text} lacks shard {name}, which {latents} has; run `{_make_features(command)}`")
-    return StageFeatures(
-        latents=latents, latent_manifest=latent_manifest, text=text, text_manifest=text_manifest, shards=shards
-    )
+            if name not in text.manifest.shards:
+                message = f"{text} lacks shard {name}, which {latents} has; run `{_make_features(command, run)}`"
+                raise ValueError(message)
+    return Dataset(run=run, latents=latents, text=text, shards=shards, weight=config.weight)
 
 
-def _make_features(command: Command) -> str:
+def _require_apart(datasets: Sequence[Dataset], *, key: str) -> None:
+    """Refuse a shard that two datasets read: it would be drawn twice in an epoch."""
+    owners: dict[tuple[str, str], int] = {}
+    for number, dataset in enumerate(datasets):
+        for name in dataset.shards:
+            folder = dataset.latents.location
+            folder = folder if is_remote(folder) else str(Path(folder).resolve())
+            other = owners.setdefault((folder, name), number)
+            if other != number:
+                raise ValueError(
+                    f"{key}.{other} and {key}.{number} both read shard {name} of {dataset.run}; "
+                    "narrow the shards of one of them"
+                )
+
+
+def _require_alike(datasets: Sequence[Dataset]) -> None:
+    """Refuse datasets that one network cannot be trained on; names and revisions have been compared with the recipe."""
+    first, *others = datasets
+    for other in others:
+        for name in ("channels", "scaling_factor", "shift_factor"):
+            values = [dataset.latents.manifest.extra["vae"].get(name) for dataset in (first, other)]
+            require_same(f"vae.{name}", *values, where=str(other.latents))
+        if first.text is not None and other.text is not None:
+            widths = [directory.manifest.extra["text"]["d_text"] for directory in (first.text, other.text)]
+            require_same("text.d_text", *widths, where=str(other.text))
+
+
+def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: FeatureTable) -> list[str]:
+    own = [dataset for dataset in datasets if dataset.run == str(command.run)]
+    if not own:
+        return []
+    named = select_shards(sorted(own[0].latents.manifest.shards), table.shards, key="features.shards")
+    used = {name for dataset in own for name in dataset.shards}
+    return [name for name in named if name not in used]
+
+
+def _make_features(command: Command, run: str) -> str:
     phase = f" PHASE={command.phase}" if command.phase else ""
-    return f"make features STAGE={command.stage}{phase} RUN={command.run}"
+    return f"make features STAGE={command.stage}{phase} RUN={run}"
 
 
-def _read(directory: Path, command: Command) -> Manifest:
-    if not directory.is_dir():
+def _open(run: str, relative: Path, command: Command, *, cache: ShardCache) -> FeatureDirectory:
+    location = f"{run}/{relative.as_posix()}"
+    if not is_remote(location) and not Path(location).is_dir():
         raise FileNotFoundError(
-            f"{directory} does not exist: stage {command.stage} has no features; run `{_make_features(command)}` first"
+            f"{location} does not exist: stage {command.stage} has no features; "
+            f"run `{_make_features(command, run)}` first"
         )
-    return read_manifest(directory)
+    return open_directory(location, cache)
 
 
-def _check_text(directory: Path, manifest: Manifest, *, table: FeatureTable, run: Path) -> None:
+def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -> None:
+    manifest, where = directory.manifest, str(directory)
     encoder = manifest.extra["text"]
-    where = str(directory)
     require_same("text_model", table.text_model, encoder["model"], where=where)
     require_same("text_revision", table.text_revision, encoder["revision"], where=where)
     require_same("text_storage", table.text_storage, encoder.get("storage", "bfloat16"), where=where)
@@ -146,6 +233,6 @@ def _check_text(directory: Path, manifest: Manifest, *, table: FeatureTable, run
         require_same("captions", captions, manifest.extra["captions"], where=where)
     if table.max_tokens is not None:
         require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)
-    if (run / "captions" / "manifest.json").is_file():
-        captions = read_manifest(run / "captions").fingerprint.digest
+    if not is_remote(run) and (Path(run) / "captions" / "manifest.json").is_file():
+        captions = read_manifest(Path(run) / "captions").fingerprint.digest
         require_same("captions", captions, manifest.upstream.get("captions"), where=where)

@@ -1,32 +1,33 @@
-"""What a stage trains on: the shards of its feature directories, and where each sample's payloads lie.
+"""Where each sample's payloads lie in the shards of a stage's datasets.
 
 Latents and captions are joined by key, shard by shard and only when a shard is needed, so that a rank holds the
 tables of the few shards around its position, not of the whole data set.
 """
 
-# S shards, K buckets, n samples of a shard
+# n samples of a shard
 
-import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.feature_store import load_index
-from pipelines.storage import atomic_write_json
+from training.data.cache import ShardFile
+from training.data.directories import FeatureDirectory
+from training.data.features import Dataset
 
 LATENT_COLUMNS = (
-    "key", "mean_offset", "std_offset", "channels", "height", "width", "bucket", "label", "reject",
+    "key", "mean_offset", "std_offset", "crc32", "channels", "height", "width", "bucket", "label", "reject",
 )  # fmt: skip
-TEXT_COLUMNS = ("key", "offset", "num_tokens", "weight", "reject")
-NUM_COUNTING_THREADS = 8
-NUM_CACHED_TABLES = 256
+TEXT_COLUMNS = ("key", "offset", "scale_offset", "crc32", "num_tokens", "weight", "reject")
+NUM_CACHED_TABLES = 64
+# How long to wait for another process to close files of a full cache.
+WAIT_SECONDS = 60.0
+NOT_THERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +36,35 @@ class ShardTable:
 
     Captions of row i are [caption_starts[i], caption_starts[i + 1]) of the caption arrays; `caption_shares` is each
     caption's cumulative share of its sample's weight, so a uniform number picks one. Without text all are empty.
+    Labels, checksums and offsets of scales are -1 where there is none.
     """
 
+    name: str
     keys: pa.Array
     bucket_names: list[str]
     bucket_starts: np.ndarray
     mean_offsets: np.ndarray
     std_offsets: np.ndarray
+    latent_crcs: np.ndarray
     channels: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
     labels: np.ndarray
     caption_starts: np.ndarray
     caption_offsets: np.ndarray
+    scale_offsets: np.ndarray
+    caption_crcs: np.ndarray
     caption_tokens: np.ndarray
     caption_shares: np.ndarray
 
-    def row(self, bucket_name: str, ordinal: int) -> int:
-        """Return the row of the `ordinal`-th sample of a bucket."""
-        return int(self.bucket_starts[self.bucket_names.index(bucket_name)]) + ordinal
+    @cached_property
+    def first_rows(self) -> dict[str, int]:
+        """The first row of each bucket."""
+        return dict(zip(self.bucket_names, self.bucket_starts.tolist(), strict=False))
+
+    def latent_shape(self, row: int) -> tuple[int, int, int]:
+        """Return channels, height and width of a row's latents."""
+        return int(self.channels[row]), int(self.heights[row]), int(self.widths[row])
 
     def choose_caption(self, row: int, draw: float) -> int:
         """Return the caption of a row that the uniform number `draw` in [0, 1) picks, by weight."""
@@ -67,108 +78,104 @@ class ShardTable:
         return dict(zip(self.bucket_names, counts, strict=True))
 
 
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard's table, and its tars mapped into memory as bytes; close it when no batch needs it any more."""
+
+    table: ShardTable
+    latents: np.ndarray
+    text: np.ndarray | None
+    files: list[ShardFile]
+
+    def close(self) -> None:
+        """Let a cache remove the files. Their mapping stays valid as long as somebody holds the arrays."""
+        for file in self.files:
+            file.close()
+
+
 class FeatureIndex:
-    """The joined index of a stage's shards.
+    """The joined index of a stage's shards, numbered through its datasets: all of the first, then of the second."""
 
-    Args:
-        latents: directory of the latents, `features/latent-<resolution>`.
-        text: directory of the embeddings, or None for stage 1, which is conditioned on labels.
-        shards: names of the shards, in any order that is always the same.
-    """
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = list(datasets)
+        self._shards = [(dataset, name) for dataset in datasets for name in dataset.shards]
+        self.table: Callable[[int], ShardTable] = lru_cache(maxsize=NUM_CACHED_TABLES)(self.load_table)
 
-    def __init__(self, latents: Path, text: Path | None, shards: Sequence[str]) -> None:
-        self.latents = latents
-        self.text = text
-        self.shards = list(shards)
-        self.table: Callable[[int], ShardTable] = lru_cache(maxsize=NUM_CACHED_TABLES)(self._load)
+    def __len__(self) -> int:
+        return len(self._shards)
 
-    def survey(self) -> "Survey":
-        """Count all samples; reads every shard's index once.
+    def name(self, shard: int) -> str:
+        """Return a shard's name."""
+        return self._shards[shard][1]
+
+    def dataset(self, shard: int) -> Dataset:
+        """Return the dataset a shard belongs to."""
+        return self._shards[shard][0]
+
+    def open(self, shard: int, *, wait_seconds: float = 0.0) -> OpenShard:
+        """Map a shard's tars; remote ones are downloaded into their cache first.
 
         Raises:
-            FileNotFoundError, ValueError: a shard's index is missing or cannot be used; names the shard.
+            CacheFullError: the cache has no room, also after `wait_seconds`.
+            FileNotFoundError, ValueError, OSError: a file is missing or cannot be used; names it.
         """
-        with ThreadPoolExecutor(NUM_COUNTING_THREADS) as pool:
-            shards = list(pool.map(lambda shard: _describe(self._load(shard)), range(len(self.shards))))
-        buckets = sorted({name for shard in shards for name in shard.counts}, key=bucket_size)
-        if not buckets:
-            raise ValueError(f"{self.latents}: no sample of {len(self.shards)} shards has all its features")
-        channels = {size for shard in shards for size in shard.channels}
-        downsample = {size for shard in shards for size in shard.downsample}
-        if len(channels) > 1 or len(downsample) > 1:
-            raise ValueError(f"{self.latents}: latents of several VAEs: channels {channels}, pixels each {downsample}")
-        return Survey(
-            shards=self.shards,
-            buckets=buckets,
-            counts=[[shard.counts.get(name, 0) for name in buckets] for shard in shards],
-            channels=channels.pop(),
-            downsample=downsample.pop(),
-            max_label=max(shard.max_label for shard in shards),
-        )
+        dataset, name = self._shards[shard]
+        table = self.table(shard)
+        directories = [dataset.latents] if dataset.text is None else [dataset.latents, dataset.text]
+        files: list[ShardFile] = []
+        try:
+            for directory in directories:
+                files.append(directory.open(name, ".tar", wait_seconds=wait_seconds))
+            tars = [_map(file, name) for file in files]
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
+        return OpenShard(table, tars[0], tars[1] if dataset.text is not None else None, files)
 
-    def _load(self, shard: int) -> ShardTable:
-        name = self.shards[shard]
-        latents = load_index(self.latents, [name], columns=LATENT_COLUMNS)
-        latents = latents.filter(pc.field("reject").is_null())
-        if self.text is None:
-            return _sort_by_bucket(latents, _labels(latents, name), captions=None)
-        captions = load_index(self.text, [name], columns=TEXT_COLUMNS)
-        captions = captions.filter(pc.field("reject").is_null())
+    def stop(self) -> None:
+        """Give up downloads that are under way; nothing remote can be opened any more."""
+        for dataset in self.datasets:
+            if dataset.latents.cache is not None:
+                dataset.latents.cache.stop()
+
+    def load_table(self, shard: int) -> ShardTable:
+        """Read a shard's indices.
+
+        Raises:
+            FileNotFoundError, ValueError, OSError: an index is missing or cannot be used; names the shard.
+        """
+        dataset, name = self._shards[shard]
+        latents = _load(dataset.latents, name, LATENT_COLUMNS)
+        _require_unique(latents["key"], name, dataset.latents)
+        if dataset.text is None:
+            return _sort_by_bucket(name, latents, _labels(latents, name), captions=None)
+        captions = _load(dataset.text, name, TEXT_COLUMNS)
         has_caption = _call("is_in", latents["key"], value_set=captions["key"].combine_chunks())
         latents = latents.filter(has_caption)
-        return _sort_by_bucket(latents, np.full(len(latents), -1), captions=captions)
+        return _sort_by_bucket(name, latents, np.full(len(latents), NOT_THERE), captions=captions)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What all shards hold together.
-
-    Attributes:
-        shards, buckets: names, in the order of the rows and columns of `counts`.
-        counts: number of samples by shard and bucket.
-        channels: of the latents.
-        downsample: pixels of one latent, each way.
-        max_label: largest class label, -1 without labels.
-    """
-
-    shards: list[str]
-    buckets: list[str]
-    counts: list[list[int]]
-    channels: int
-    downsample: int
-    max_label: int
+def _load(directory: FeatureDirectory, name: str, columns: Sequence[str]) -> pa.Table:
+    with directory.open(name, ".parquet", wait_seconds=WAIT_SECONDS) as file:
+        return load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
 
 
-class _ShardSurvey(NamedTuple):
-    counts: dict[str, int]
-    channels: set[int]
-    downsample: set[int]
-    max_label: int
+def _map(file: ShardFile, shard: str) -> np.ndarray:
+    try:
+        # A plain view: slices of np.memmap itself are several times slower to make.
+        return np.asarray(np.memmap(file.path, np.uint8, mode="r"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"shard {shard}: {file.path} is missing; make its features again") from None
+    except ValueError as error:
+        raise ValueError(f"shard {shard}: {file.path} cannot be read: {error}; make its features again") from None
 
 
-def _describe(table: ShardTable) -> _ShardSurvey:
-    # A shard's buckets are those it has samples of, so each has a first row.
-    first_heights = table.heights[table.bucket_starts[:-1]].tolist()
-    heights = [bucket_size(name)[0] for name in table.bucket_names]
-    return _ShardSurvey(
-        counts=table.bucket_counts(),
-        channels={int(value) for value in table.channels},
-        downsample={pixels // size for pixels, size in zip(heights, first_heights, strict=True)},
-        max_label=int(table.labels.max(initial=-1)),
-    )
-
-
-def save_survey(survey: Survey, path: Path, *, identity: str) -> None:
-    """Keep a survey, so that ranks and later runs need not read every shard's index again."""
-    atomic_write_json(path, {"identity": identity, **asdict(survey)})
-
-
-def load_survey(path: Path, *, identity: str) -> Survey | None:
-    """Return the survey kept at `path` if it is of the data that `identity` stands for."""
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())
-    return Survey(**content) if content.pop("identity") == identity else None
+def _require_unique(keys: pa.ChunkedArray, shard: str, directory: FeatureDirectory) -> None:
+    counts = keys.value_counts()
+    if len(counts) < len(keys):
+        key = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
+        raise ValueError(f"shard {shard} of {directory}: key {key} is there twice, so its caption is not certain")
 
 
 def bucket_size(name: str) -> tuple[int, int]:
@@ -189,7 +196,7 @@ def _labels(latents: pa.Table, shard: str) -> np.ndarray:
     return labels.to_numpy().astype(np.int64)
 
 
-def _sort_by_bucket(latents: pa.Table, labels: np.ndarray, *, captions: pa.Table | None) -> ShardTable:
+def _sort_by_bucket(name: str, latents: pa.Table, labels: np.ndarray, *, captions: pa.Table | None) -> ShardTable:
     buckets = latents["bucket"].to_pylist()
     names = sorted(set(buckets), key=bucket_size)
     codes = np.array([names.index(bucket) for bucket in buckets], dtype=np.int64)
@@ -198,31 +205,33 @@ def _sort_by_bucket(latents: pa.Table, labels: np.ndarray, *, captions: pa.Table
     keys = latents["key"].combine_chunks()
 
     def column(name: str) -> np.ndarray:
-        return latents[name].to_numpy().astype(np.int64)
+        return _integers(latents[name])
 
-    starts, offsets, tokens, shares = _group_captions(keys, captions)
     return ShardTable(
+        name=name,
         keys=keys,
         bucket_names=names,
         bucket_starts=np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(names)))]),
         mean_offsets=column("mean_offset"),
         std_offsets=column("std_offset"),
+        latent_crcs=column("crc32"),
         channels=column("channels"),
         heights=column("height"),
         widths=column("width"),
         labels=labels[order],
-        caption_starts=starts,
-        caption_offsets=offsets,
-        caption_tokens=tokens,
-        caption_shares=shares,
+        **_group_captions(keys, captions),
     )
 
 
-def _group_captions(keys: pa.Array, captions: pa.Table | None) -> tuple[np.ndarray, ...]:
+def _integers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.int64()).fill_null(NOT_THERE).to_numpy()
+
+
+def _group_captions(keys: pa.Array, captions: pa.Table | None) -> dict[str, np.ndarray]:
     """Sort captions by the row of their sample; captions of samples without latents are left out."""
     if captions is None:
-        empty = np.zeros(0, dtype=np.int64)
-        return np.zeros(len(keys) + 1, dtype=np.int64), empty, empty, np.zeros(0)
+        empty = dict.fromkeys(("caption_offsets", "scale_offsets", "caption_crcs", "caption_tokens"), np.zeros(0, int))
+        return empty | {"caption_starts": np.zeros(len(keys) + 1, dtype=np.int64), "caption_shares": np.zeros(0)}
     rows = _call("index_in", captions["key"], value_set=keys).fill_null(-1).to_numpy()
     order = np.argsort(rows, kind="stable")
     order = order[np.searchsorted(rows[order], 0) :]
@@ -231,7 +240,11 @@ def _group_captions(keys: pa.Array, captions: pa.Table | None) -> tuple[np.ndarr
     starts = np.searchsorted(rows, np.arange(len(keys) + 1))
     cumulative = np.concatenate([[0.0], np.cumsum(weights)])
     before, total = cumulative[starts[rows]], cumulative[starts[rows + 1]] - cumulative[starts[rows]]
-    shares = (cumulative[1:] - before) / total
-    offsets = captions["offset"].to_numpy().astype(np.int64)[order]
-    tokens = captions["num_tokens"].to_numpy().astype(np.int64)[order]
-    return starts, offsets, tokens, shares
+    return {
+        "caption_starts": starts,
+        "caption_offsets": _integers(captions["offset"])[order],
+        "scale_offsets": _integers(captions["scale_offset"])[order],
+        "caption_crcs": _integers(captions["crc32"])[order],
+        "caption_tokens": _integers(captions["num_tokens"])[order],
+        "caption_shares": (cumulative[1:] - before) / total,
+    }

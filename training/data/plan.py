@@ -1,29 +1,34 @@
-"""The order of all samples: a pure function of (counts, seed, step), the same for any number of ranks and workers.
+"""The order of all samples: a pure function of (counts, weights, seed, step), the same for any number of ranks.
 
-Epoch after epoch the shards are shuffled and cut into blocks; inside a block the samples of each bucket are shuffled.
-So every bucket has one endless stream of samples, and its batch k is samples [k*B, (k+1)*B) of the stream. A batch
-takes its turn in the block where its last sample lies; within a block the buckets' batches are shuffled. What does
-not fill a batch at the end of a block or of an epoch is therefore carried over: in every epoch each sample is drawn
-exactly once. All of this follows from the number of samples per shard and bucket, so any step is found without
-walking to it.
+Every dataset has an endless stream of samples for each bucket (`SampleStream`). Time goes in rounds: a round ends where
+the dataset of the largest weight ends a block, and by then every other dataset has been drawn in proportion to its
+weight. In a round each bucket gets the next samples of all datasets, evenly interleaved: that is the bucket's own
+endless stream, and its batch k is samples [k*B, (k+1)*B) of it. A batch takes its turn in the round where its last
+sample lies; within a round the buckets' batches are shuffled. What does not fill a batch is therefore carried over to
+the next round, block and epoch: no sample is lost or drawn twice in an epoch of its dataset. All of this follows from
+the number of samples per shard and bucket, so any step is found without walking to it.
 """
 
-# S shards, K buckets, B samples in a global batch
+# S shards, K buckets, M datasets, B samples in a global batch
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-SHARD_ORDER, BATCH_ORDER, SAMPLE_ORDER = range(3)
+from training.data.stream import BATCH_ORDER, SampleStream, shuffled
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """One global batch: sample i is the `ordinals[i]`-th sample of `bucket` in shard `shards[i]`, in index order."""
+    """One global batch: sample i is the `ordinals[i]`-th sample of `bucket` in shard `shards[i]`, in index order.
+
+    Shards are numbered through all datasets: those of the first, then those of the second, and so on.
+    """
 
     step: int
     bucket: int
@@ -31,102 +36,132 @@ class PlannedBatch:
     ordinals: np.ndarray
 
 
-class _Epoch(NamedTuple):
-    """Layout of an epoch: shard order [S], and after each block the bucket totals [blocks, K] and steps [blocks]."""
-
-    shard_order: np.ndarray
-    bucket_ends: np.ndarray
-    step_ends: np.ndarray
-
-
 class Plan:
     """Gives the samples of any step.
 
     Args:
-        counts: number of samples by shard and bucket, [S, K].
+        counts: of each dataset, the number of samples by shard and bucket, [S, K]; K is the same for all.
+        weights: share of each dataset in the samples drawn, relative to the others'; the decimal that is written is
+            what counts, so 0.3 is 3/10.
         batch_size: samples in a global batch, over all ranks and gradient accumulation.
         seed: decides the order.
-        shards_per_block: shards among whose samples are shuffled; more mix better and keep more tars open.
+        shards_per_block: shards of a dataset among whose samples are shuffled; more mix better and keep more tars open.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: a dataset has no samples.
     """
 
-    def __init__(self, counts: ArrayLike, *, batch_size: int, seed: int, shards_per_block: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
+    def __init__(
+        self,
+        counts: Sequence[ArrayLike],
+        *,
+        weights: Sequence[float] = (1.0,),
+        batch_size: int,
+        seed: int,
+        shards_per_block: int,
+    ) -> None:
+        assert len(counts) == len(weights)
         self.batch_size = batch_size
-        self.seed = seed
-        self.shards_per_block = shards_per_block
-        self.bucket_sizes = self.counts.sum(axis=0)
-        self.num_samples = int(self.bucket_sizes.sum())
-        if self.num_samples == 0:
-            raise ValueError("there are no samples to train on")
-        self._epoch = lru_cache(maxsize=4)(self._lay_out_epoch)
-        self._permutation = lru_cache(maxsize=256)(self._shuffle)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Average number of steps that draw every sample once."""
-        return self.num_samples / self.batch_size
+        self._seed = seed
+        self._streams = [
+            SampleStream(table, number=number, seed=seed, shards_per_block=shards_per_block)
+            for number, table in enumerate(counts)
+        ]
+        for number, stream in enumerate(self._streams):
+            if stream.num_samples == 0:
+                raise ValueError(f"there are no samples to train on in dataset {number + 1} of {len(counts)}")
+        sizes = [len(stream.counts) for stream in self._streams]
+        self._first_shards = np.cumsum([0, *sizes[:-1]])
+        exact = [Fraction(str(weight)) for weight in weights]
+        self._pacer = exact.index(max(exact))
+        self._paces = [weight / exact[self._pacer] for weight in exact]
+        self._ends = lru_cache(maxsize=1024)(self._count_round)
+        self._order = lru_cache(maxsize=64)(self._interleave)
 
     def batch(self, step: int) -> PlannedBatch:
         """Return the samples of `step`, counted from 0."""
-        epoch_index = self.epoch_of(step)
-        epoch = self._epoch(epoch_index)
-        block = int(np.searchsorted(epoch.step_ends, step, side="right"))
-        ends = epoch.bucket_ends[block] // self.batch_size
-        previous = epoch.bucket_ends[block - 1] if block else epoch_index * self.bucket_sizes
-        starts = previous // self.batch_size
-        # The batches that this block completes, bucket by bucket; the step takes one of them in shuffled order.
-        order = self._permutation(BATCH_ORDER, epoch_index, block, 0, int((ends - starts).sum()))
-        index = int(order[step - int(starts.sum())])
+        number = self._round_of(step)
+        starts, ends = self._batches_before(number), self._batches_before(number + 1)
+        # The batches that this round completes, bucket by bucket; the step takes one of them in shuffled order.
         cumulative = np.cumsum(ends - starts)
+        epoch, block = divmod(number, self._streams[self._pacer].num_blocks)
+        order = shuffled(self._seed, BATCH_ORDER, epoch=epoch, block=block, bucket=0, size=int(cumulative[-1]))
+        index = int(order[step - int(starts.sum())])
         bucket = int(np.searchsorted(cumulative, index, side="right"))
-        batch_of_bucket = int(ends[bucket] - (cumulative[bucket] - index))
-        return self._gather(step, bucket, batch_of_bucket * self.batch_size)
+        start = int(ends[bucket] - (cumulative[bucket] - index)) * self.batch_size
+        return self._gather(step, bucket, start)
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch in which the last sample of `step` is drawn."""
-        epoch = max(0, step * self.batch_size // self.num_samples - 1)
-        while self._steps_before(epoch + 1) <= step:
-            epoch += 1
-        return epoch
+    def shards_around(self, step: int) -> np.ndarray:
+        """Return the shards, of all datasets, that are being mixed at `step`."""
+        number = self._round_of(step)
+        pairs = zip(self._drawn(number), self._drawn(number + 1), strict=True)
+        found = [stream.shards_between(*pair) for stream, pair in zip(self._streams, pairs, strict=True)]
+        return np.concatenate([shards + first for shards, first in zip(found, self._first_shards, strict=True)])
 
-    def _steps_before(self, epoch: int) -> int:
-        return int((epoch * self.bucket_sizes // self.batch_size).sum())
+    def _round_of(self, step: int) -> int:
+        """Return the round that completes the batch of `step`."""
+        pacer = self._streams[self._pacer]
+        share = 1 / sum(self._paces)
+        num_buckets = len(pacer.bucket_sizes)
+        # At least this many samples are drawn by then, and at most so many more wait for their batch to fill.
+        fewest = step * self.batch_size
+        most = (step + 1 + num_buckets) * self.batch_size + len(self._streams) * (num_buckets + 1)
+        first = int(fewest * share) // pacer.num_samples * pacer.num_blocks
+        last = (int(most * share) // pacer.num_samples + 1) * pacer.num_blocks
+        rounds = range(first + 1, last + 1)
+        return first + bisect_right(rounds, step, key=lambda number: int(self._batches_before(number).sum()))
+
+    def _drawn(self, number: int) -> list[int]:
+        """Return how many samples of each dataset are drawn before round `number`."""
+        paced = self._streams[self._pacer].samples_in_blocks(number)
+        return [int(paced * pace) for pace in self._paces]
+
+    def _count_round(self, number: int) -> np.ndarray:
+        """Return how many samples of each dataset each bucket has got before round `number`, [M, K]."""
+        pairs = zip(self._streams, self._drawn(number), strict=True)
+        return np.stack([stream.progress(num_samples) for stream, num_samples in pairs])
+
+    def _batches_before(self, number: int) -> np.ndarray:
+        return self._ends(number).sum(axis=0) // self.batch_size
 
     def _gather(self, step: int, bucket: int, start: int) -> PlannedBatch:
-        """Collect samples [start, start + B) of the bucket's stream, which may cross blocks and epochs."""
-        shards, ordinals = [], []
-        for part_shards, part_ordinals in self._stretches(bucket, start, start + self.batch_size):
-            shards.append(part_shards)
-            ordinals.append(part_ordinals)
+        """Collect samples [start, start + B) of the bucket's stream, which may cross rounds and epochs."""
+        parts = list(self._stretches(bucket, start, start + self.batch_size, last=self._round_of(step)))
+        shards, ordinals = zip(*parts, strict=True)
         return PlannedBatch(step, bucket, np.concatenate(shards), np.concatenate(ordinals))
 
-    def _stretches(self, bucket: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _stretches(self, bucket: int, start: int, stop: int, *, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first = 0
         while start < stop:
-            epoch_index = start // int(self.bucket_sizes[bucket])
-            epoch = self._epoch(epoch_index)
-            block = int(np.searchsorted(epoch.bucket_ends[:, bucket], start, side="right"))
-            end = int(epoch.bucket_ends[block, bucket])
-            block_shards = epoch.shard_order[block * self.shards_per_block : (block + 1) * self.shards_per_block]
-            sizes = self.counts[block_shards, bucket]
-            first = end - int(sizes.sum())
-            permutation = self._permutation(SAMPLE_ORDER, epoch_index, block, bucket, end - first)
-            chosen = permutation[start - first : min(stop, end) - first]
-            shard_ends = np.cumsum(sizes)
-            position = np.searchsorted(shard_ends, chosen, side="right")
-            yield block_shards[position], chosen - (shard_ends - sizes)[position]
-            start = min(stop, end)
+            # The round in which the bucket's stream gets its sample `start`; usually the last one or the one before.
+            recent = max(first, last - 1)
+            first = recent if self._size(bucket, recent) <= start else first
+            number = first + bisect_right(
+                range(first + 1, last + 1), start, key=lambda number: self._size(bucket, number)
+            )
+            before = self._size(bucket, number)
+            end = min(stop, self._size(bucket, number + 1))
+            yield self._take(number, bucket, start - before, end - before)
+            start, first = end, number + 1
 
-    def _lay_out_epoch(self, epoch: int) -> _Epoch:
-        order = self._shuffle(SHARD_ORDER, epoch, 0, 0, len(self.counts))
-        starts = np.arange(0, len(order), self.shards_per_block)
-        per_block = np.add.reduceat(self.counts[order], starts, axis=0)
-        bucket_ends = epoch * self.bucket_sizes + np.cumsum(per_block, axis=0)
-        return _Epoch(order, bucket_ends, (bucket_ends // self.batch_size).sum(axis=1))
+    def _size(self, bucket: int, number: int) -> int:
+        return int(self._ends(number)[:, bucket].sum())
 
-    def _shuffle(self, purpose: int, epoch: int, block: int, bucket: int, size: int) -> np.ndarray:
-        # Raw Philox words are the same in every version of numpy; Generator.permutation need not be.
-        words = np.random.Philox(key=[self.seed, purpose], counter=[0, bucket, block, epoch]).random_raw(size)
-        return np.argsort(words, kind="stable")
+    def _take(self, number: int, bucket: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return places [start, stop) of what the bucket gets in a round."""
+        order = self._order(number, bucket)
+        chosen = order[start:stop]
+        shards, ordinals = np.empty(len(chosen), dtype=np.int64), np.empty(len(chosen), dtype=np.int64)
+        for dataset in np.unique(chosen).tolist():
+            is_its = chosen == dataset
+            first = int(self._ends(number)[dataset, bucket]) + int(np.count_nonzero(order[:start] == dataset))
+            found = self._streams[dataset].take(bucket, first, first + int(is_its.sum()))
+            shards[is_its] = found[0] + self._first_shards[dataset]
+            ordinals[is_its] = found[1]
+        return shards, ordinals
+
+    def _interleave(self, number: int, bucket: int) -> np.ndarray:
+        """Return the dataset of each sample a bucket gets in a round: sample i of n stands at (i + 1/2) / n."""
+        sizes = (self._ends(number + 1) - self._ends(number))[:, bucket]
+        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist() if size])
+        return np.repeat(np.arange(len(sizes)), sizes)[np.argsort(places, kind="stable")]

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from training.data.batch import Batch, BatchAssembler, Buffers
+from training.data.assembly import BatchAssembler
+from training.data.batch import Buffers, PackedBatch
+from training.data.index import FeatureIndex
 from training.data.plan import Plan
+from training.data.window import ShardWindow
 
 
 class BatchReader:
@@ -20,6 +23,7 @@ class BatchReader:
     def __init__(
         self,
         plan: Plan,
+        index: FeatureIndex,
         assembler: BatchAssembler,
         *,
         steps: range,
@@ -31,13 +35,14 @@ class BatchReader:
     ) -> None:
         assert plan.batch_size % (num_ranks * num_micro_batches) == 0
         self._plan = plan
+        self._index = index
         self._assembler = assembler
         self._steps = steps
         num_samples = plan.batch_size // (num_ranks * num_micro_batches)
         starts = [(rank * num_micro_batches + i) * num_samples for i in range(num_micro_batches)]
         self._positions = [range(start, start + num_samples) for start in starts]
         self._free: queue.SimpleQueue[Buffers | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[tuple[Batch, Buffers] | BaseException | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[PackedBatch, Buffers] | BaseException | None] = queue.SimpleQueue()
         # One batch in the loop's hands, one being filled, the others ready.
         for _ in range(prefetch_batches + 2):
             self._free.put(Buffers(is_pinned=is_pinned))
@@ -55,7 +60,7 @@ class BatchReader:
         self._free.put(None)
         self._thread.join()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         while (item := self._ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -64,14 +69,16 @@ class BatchReader:
             self._free.put(buffers)
 
     def _read_ahead(self) -> None:
+        positions = range(self._positions[0].start, self._positions[-1].stop)
         try:
-            for step in self._steps:
-                planned = self._plan.batch(step)
-                for positions in self._positions:
-                    buffers = self._free.get()
-                    if buffers is None or self._is_closed:
-                        return
-                    self._ready.put((self._assembler.assemble(buffers, planned, positions), buffers))
+            with ShardWindow(self._plan, self._index, steps=self._steps, positions=positions) as window:
+                for _ in self._steps:
+                    planned, shards = window.advance()
+                    for part in self._positions:
+                        buffers = self._free.get()
+                        if buffers is None or self._is_closed:
+                            return
+                        self._ready.put((self._assembler.assemble(buffers, planned, part, shards), buffers))
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001  the loop's thread raises it
             self._ready.put(error)

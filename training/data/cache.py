@@ -1,0 +1,245 @@
+"""A bounded folder of local copies of remote files, shared by all processes that use it.
+
+A file is kept under the SHA-256 its manifest gives it, and checked against it after download, so a copy is never stale
+and never half. Least recently used files make room. What is locked is not removed: whoever opens a file holds a shared
+`flock` on it until it is closed, and the lock goes with the process, however it ends. A download holds an exclusive
+lock on its temporary file: others that want the same file wait for it instead of fetching it too, and take over if its
+process dies. Locks work between the hosts that share a disk where the file system passes `flock` on, as NFSv4 does.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import fsspec
+
+from pipelines.storage import open_binary
+
+GIGABYTE = 1e9
+CHUNK_BYTES = 8 << 20
+NUM_ATTEMPTS = 3
+RETRY_SECONDS = 1.0
+POLL_SECONDS = 0.2
+PARTIAL_SUFFIX = ".partial"
+LOCK_NAME = ".lock"
+
+
+class CacheFullError(ValueError):
+    """No room for a file: everything else in the cache is in use."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A local file to read; a cached one stays in the cache until it is closed. Use as a context manager."""
+
+    path: Path
+    descriptor: int | None = None
+
+    def close(self) -> None:
+        """Allow the cache to remove the file."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ShardCache:
+    """Opens remote files through local copies.
+
+    Args:
+        directory: of the copies; made if missing.
+        max_bytes: most bytes they may take together, unfinished downloads included.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._is_stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Give up what other threads are downloading; nothing can be opened any more."""
+        self._is_stopping.set()
+
+    def open(self, url: str, sha256: str, *, wait_seconds: float = 0.0) -> ShardFile:
+        """Return the local copy of `url`, downloaded if need be.
+
+        Args:
+            url: any fsspec URL; the copy has its file name.
+            sha256: of its bytes.
+            wait_seconds: how long to wait for other processes to close files when there is no room.
+
+        Raises:
+            CacheFullError: there is no room; names the recipe keys and sizes.
+            OSError: the file cannot be fetched, or is not the one its manifest describes, after several attempts.
+        """
+        path = self.directory / sha256 / url.rsplit("/", 1)[-1]
+        deadline_seconds = time.monotonic() + wait_seconds
+        while True:
+            if (file := _lock_copy(path)) is not None:
+                return file
+            with _lock_download(path) as descriptor:
+                if descriptor is None or path.exists():
+                    continue  # somebody else has just finished it
+                try:
+                    self._download(url, sha256, path, descriptor)
+                except CacheFullError:
+                    # An empty temporary file would make others wait for nothing.
+                    _partial(path).unlink()
+                    if time.monotonic() >= deadline_seconds:
+                        raise
+                    time.sleep(POLL_SECONDS)
+
+    def _download(self, url: str, sha256: str, path: Path, descriptor: int) -> None:
+        """Fill the locked temporary file, check it and give it its name."""
+        problem = ""
+        for attempt in range(NUM_ATTEMPTS):
+            if self._is_stopping.wait(RETRY_SECONDS * attempt):
+                break
+            try:
+                size = remote_size(url)
+                self._reserve(descriptor, size, url)
+                found, num_bytes = self._copy(url, descriptor)
+            except CacheFullError:
+                raise
+            except Exception as error:  # noqa: BLE001  each protocol's library has its own errors
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if num_bytes != size:
+                problem = f"{num_bytes} of its {size} bytes came"
+            elif found != sha256:
+                problem = f"its SHA-256 is {found}, but the manifest beside it says {sha256}"
+            else:
+                os.fsync(descriptor)
+                _partial(path).rename(path)
+                return
+        os.ftruncate(descriptor, 0)
+        raise OSError(f"{url} could not be fetched in {NUM_ATTEMPTS} attempts: {problem}")
+
+    def _reserve(self, descriptor: int, size: int, url: str) -> None:
+        """Give the temporary file its final size, so that every process counts it, once there is room for it."""
+        with (self.directory / LOCK_NAME).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.ftruncate(descriptor, 0)
+            entries = sorted(self._entries())
+            used = sum(num_bytes for _, num_bytes, _ in entries)
+            for _, num_bytes, path in entries:
+                if used + size <= self.max_bytes:
+                    break
+                if _remove_if_unused(path):
+                    used -= num_bytes
+            if used + size > self.max_bytes:
+                raise CacheFullError(
+                    f"training.cache_gigabytes = {self.max_bytes / GIGABYTE:g} has no room in {self.directory} for "
+                    f"{url} ({size / GIGABYTE:.3g} GB): {used / GIGABYTE:.3g} GB are in use; raise it, or lower "
+                    "training.shards_per_block"
+                )
+            os.ftruncate(descriptor, size)
+
+    def _copy(self, url: str, descriptor: int) -> tuple[str, int]:
+        """Copy a remote file's bytes to a descriptor; returns their SHA-256 and number."""
+        digest, position = hashlib.sha256(), 0
+        with open_binary(url) as remote:
+            while chunk := remote.read(CHUNK_BYTES):
+                if self._is_stopping.is_set():
+                    raise OSError("the reader was left")
+                digest.update(chunk)
+                position += os.pwrite(descriptor, chunk, position)
+        return digest.hexdigest(), position
+
+    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+        """Yield time of last use, size and path of every file, unfinished ones too."""
+        for path in self.directory.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it meanwhile
+                status = path.stat()
+                yield status.st_mtime, status.st_size, path
+
+
+def remote_size(url: str) -> int:
+    """Return the bytes of a remote file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        OSError: the server cannot be reached, or does not tell.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        size = filesystem.info(path)["size"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url} does not exist") from None
+    except Exception as error:  # each protocol's library has its own errors
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+    if size is None:
+        raise OSError(f"{url}: the server does not tell its size")
+    return size
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def _lock_copy(path: Path) -> ShardFile | None:
+    """Return a finished copy, locked against removal and marked as just used; None if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_nlink == 0:  # removed between opening and locking
+        os.close(descriptor)
+        return None
+    os.utime(path)
+    return ShardFile(path, descriptor)
+
+
+@contextlib.contextmanager
+def _lock_download(path: Path) -> Iterator[int | None]:
+    """Hold a copy's temporary file; yields its descriptor, or None if another process finished or removed it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # its folder was removed with another file, just now
+        yield None
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        status = os.fstat(descriptor)
+        try:
+            is_current = _partial(path).stat().st_ino == status.st_ino and status.st_nlink > 0
+        except FileNotFoundError:
+            is_current = False
+        yield descriptor if is_current else None
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_unused(path: Path) -> bool:
+    """Remove a file that no process has open, a download left by a killed process too; returns whether it did."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another file of the same hash, or one being fetched again
+            path.parent.rmdir()
+        return True
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""Feature directories, on a disk or behind a URL."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from pipelines.storage import is_remote, open_binary
+from training.data.cache import ShardCache, ShardFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureDirectory:
+    """Shards of one family of features; `cache` is None for a local folder."""
+
+    location: str
+    manifest: Manifest
+    cache: ShardCache | None = None
+
+    def __str__(self) -> str:
+        return self.location
+
+    def url(self, name: str, suffix: str) -> str:
+        """Return where a shard's file is."""
+        return f"{self.location}/{name}{suffix}"
+
+    def open(self, name: str, suffix: str, *, wait_seconds: float = 0.0) -> ShardFile:
+        """Return a shard's file as a local one: itself, or its copy in the cache; raises as `ShardCache.open` does."""
+        if self.cache is None:
+            return ShardFile(Path(self.url(name, suffix)))
+        sha256 = self.manifest.shards[name].files[suffix]
+        return self.cache.open(self.url(name, suffix), sha256, wait_seconds=wait_seconds)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return a small file that no manifest lists."""
+        with open_binary(f"{self.location}/{name}") as file:
+            return file.read()
+
+
+def open_directory(location: str, cache: ShardCache | None = None) -> FeatureDirectory:
+    """Read the manifest of a feature directory; one behind a URL needs a `cache`.
+
+    Raises:
+        FileNotFoundError: it does not exist, or the stage that writes it has not finished.
+        OSError: the URL cannot be read.
+        ValueError: the manifest is of another schema version.
+    """
+    if not is_remote(location):
+        return FeatureDirectory(location=location, manifest=read_manifest(Path(location)))
+    assert cache is not None
+    return FeatureDirectory(location=location, manifest=_read_manifest(location), cache=cache)
+
+
+def _read_manifest(location: str) -> Manifest:
+    url = f"{location}/{MANIFEST_NAME}"
+    try:
+        with open_binary(url) as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url} does not exist: there are no finished features at {location}") from None
+    except Exception as error:  # each protocol's library has its own errors
+        raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+    return parse_manifest(content, where=url)
