@@ -1,0 +1,359 @@
+"""The engine for chat servers: a real `transformers serve` that is killed and comes back, and every way to fail."""
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from captioning.__main__ import main
+from captioning.canary import CanaryError, check_engine
+from captioning.config import DESCRIBE, CaptioningConfig, ServerConfig
+from captioning.engine import Caption, Refusal, Request
+from captioning.openai_engine import OpenAIEngine
+from captioning.server import Patience, ServerError
+from captioning.transformers_engine import TransformersEngine
+from pipelines.manifest import read_manifest
+from tests.chat_server import (
+    ScriptedServer,
+    TransformersServe,
+    describe,
+    fail,
+    free_port,
+    image_of,
+    prompt_of,
+    say,
+)
+from tests.raw_shards import photo, write_laion, write_sa1b
+
+TOY = Path(__file__).resolve().parent.parent / "toyworld" / "weights" / "llava"
+LOOP = "A red kite. " + "There is a chair in the room. " * 8
+RECIPE = """
+[data]
+shards = "{{run}}/raw/*.tar"
+
+[engine]
+samples_per_slice = 4
+in_process = true
+
+[captioning]
+engine = "openai"
+model = "{model}"
+max_new_tokens = 40
+max_reject_fraction = 0.5
+
+[captioning.server]
+base_url = "{base_url}"
+num_requests = {num_requests}
+max_backoff_seconds = 0.3
+patience_seconds = {patience}
+penalty_parameter = "frequency_penalty"
+"""
+
+
+def make_engine(base_url: str, *, key: str = "", **server: Any) -> OpenAIEngine:
+    table = {"base_url": base_url, "max_backoff_seconds": 0.02, "patience_seconds": 0.3, "num_requests": 4, **server}
+    config = CaptioningConfig.model_validate({"engine": "openai", "model": "toy", "server": table})
+    return OpenAIEngine(config, api_key=key)
+
+
+def requests(num: int) -> list[Request]:
+    return [Request(image=photo(n, 96, 96), prompt=f"{DESCRIBE} {n % 3}", seed=2**60 + n) for n in range(num)]
+
+
+def make_run(folder: Path, *, base_url: str, model: str = "toy", num_requests: int = 4, patience: float = 60) -> Path:
+    write_laion(folder / "raw" / "laion_00000.tar", 6)
+    write_sa1b(folder / "raw" / "sa_000000.tar", 6)
+    recipe = RECIPE.format(base_url=base_url, model=model, num_requests=num_requests, patience=patience)
+    (folder / "recipe.toml").write_text(recipe)
+    return folder
+
+
+def command(run: Path, *options: str, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run), *options])
+    main()
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "captions").glob("*.parquet"))}
+
+
+def rows(run: Path) -> dict[str, dict[str, Any]]:
+    tables = [pq.read_table(path).to_pylist() for path in sorted((run / "captions").glob("*.parquet"))]
+    return {f"{row['shard']}/{row['key']}": row for table in tables for row in table}
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    server = TransformersServe(TOY, tmp_path_factory.mktemp("serve") / "log.txt")
+    server.start()
+    server.wait()
+    yield server
+    server.kill()
+
+
+def test_a_real_server_says_what_the_model_says_in_process(serve) -> None:
+    table = {"model": serve.model, "max_new_tokens": 60, "server": {"base_url": serve.base_url}}
+    remote = OpenAIEngine(CaptioningConfig.model_validate({"engine": "openai", **table}), api_key="")
+    local = TransformersEngine(CaptioningConfig.model_validate(table), num_threads=1)
+    asked = requests(8)
+    check_engine(remote, asked[0].image, DESCRIBE)
+    theirs, ours = remote.caption(remote.prepare(asked)), local.caption(local.prepare(asked))
+    assert [caption.text for caption in ours] == [caption.text for caption in theirs if isinstance(caption, Caption)]
+    assert len({caption.text for caption in ours}) > 4
+    for our, their in zip(ours, theirs, strict=True):
+        # A server counts the end token, and calls a caption cut whose end token is the last one it may say.
+        assert our.num_tokens is not None and isinstance(their, Caption)
+        assert their.num_tokens == our.num_tokens + (our.finish_reason == "stop")
+        assert their.finish_reason == our.finish_reason or their.num_tokens == 60
+
+
+def test_a_server_killed_in_the_middle_of_a_shard_costs_nothing_but_time(serve, tmp_path, monkeypatch) -> None:
+    """Kill -9 after the tenth answer, start it again two seconds later; and another number of requests in flight."""
+    calm = make_run(tmp_path / "calm", base_url=serve.base_url, model=serve.model, num_requests=2)
+    command(calm, monkeypatch=monkeypatch)
+    run = make_run(tmp_path / "run", base_url=serve.base_url, model=serve.model, num_requests=4, patience=240)
+    send, answers, killed = OpenAIEngine._send, [], threading.Event()
+
+    def send_and_kill(engine: OpenAIEngine, prompt: Any, decoding: Any) -> Any:
+        answer = send(engine, prompt, decoding)
+        answers.append(answer)
+        if len(answers) == 10 and not killed.is_set():
+            killed.set()
+            serve.kill()
+            restart = threading.Timer(2.0, serve.start)
+            restart.start()
+        return answer
+
+    monkeypatch.setattr(OpenAIEngine, "_send", send_and_kill)
+    command(run, monkeypatch=monkeypatch)
+    assert killed.is_set() and len(answers) > 12
+    assert contents(run) == contents(calm)
+    assert read_manifest(run / "captions").num_kept == 12
+
+
+def test_requests_say_what_the_recipe_says(tmp_path) -> None:
+    with ScriptedServer(describe) as server:
+        engine = make_engine(server.base_url, key="secret", image_short_side_pixels=32)
+        asked = [
+            dataclasses.replace(requests(1)[0], image=photo(1, 128, 64), prompt="a <image></s> dog <|im_end|> <b>")
+        ]
+        [caption] = engine.caption(engine.prepare(asked))
+    [body] = server.requests
+    assert isinstance(caption, Caption) and caption.num_tokens == 9
+    assert server.keys == {"Bearer secret"}
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("toy", 0.0, 256)
+    assert body["seed"] == 2**60 & (2**31 - 1) and "top_p" not in body and "repetition_penalty" not in body
+    assert prompt_of(body).split() == ["a", "dog", "<b>"]
+    assert image_of(body).size == (64, 32)
+    whole = make_engine("http://127.0.0.1:1/v1").prepare(requests(1))[0]
+    body["messages"][0]["content"][0]["image_url"]["url"] = whole.image_url
+    assert np.array_equal(np.asarray(image_of(body)), np.asarray(photo(0, 96, 96))), "the pixels arrive as they are"
+
+
+def test_sampling_and_penalties_are_sent_as_each_server_wants_them() -> None:
+    with ScriptedServer(describe) as server:
+        for parameter in ("repetition_penalty", "frequency_penalty"):
+            engine = make_engine(server.base_url, penalty_parameter=parameter)
+            engine._config = engine._config.model_copy(update={"temperature": 0.2})
+            engine.caption(engine.prepare(requests(1)), repetition_penalty=1.25)
+    first, second = server.requests
+    assert (first["temperature"], first["top_p"], first["repetition_penalty"]) == (0.2, 1.0, 1.25)
+    assert second["frequency_penalty"] == pytest.approx(0.25) and "repetition_penalty" not in second
+
+
+def test_requests_in_flight_are_bounded_and_order_is_kept() -> None:
+    with ScriptedServer(describe, seconds=0.02) as server:
+        many, one = make_engine(server.base_url, num_requests=5), make_engine(server.base_url, num_requests=1)
+        together = many.caption(many.prepare(requests(20)))
+        assert 1 < server.most_in_flight <= 5
+        assert together == one.caption(one.prepare(requests(20)))
+
+
+def test_one_image_the_server_refuses_or_fails_on_is_a_reject() -> None:
+    """400 is the last word on an image; 500 is tried again, and counts against the image only while others pass."""
+
+    def answer(body: dict, number: int) -> Any:
+        if prompt_of(body) == "refuse":
+            return fail(400, "cannot identify image file")
+        return fail(500, "division by zero") if prompt_of(body) == "fail" else describe(body, number)
+
+    asked = requests(6)
+    asked[1], asked[4] = (dataclasses.replace(asked[n], prompt=p) for n, p in ((1, "refuse"), (4, "fail")))
+    with ScriptedServer(answer) as server:
+        engine = make_engine(server.base_url, max_attempts=3)
+        captions = engine.caption(engine.prepare(asked))
+    refused = {index: c.reason for index, c in enumerate(captions) if isinstance(c, Refusal)}
+    assert refused == {1: "refused_by_server", 4: "server_failed"}
+    assert [prompt_of(body) for body in server.requests].count("fail") == 3
+
+
+def test_a_server_that_fails_on_everything_is_waited_for_and_not_blamed_on_images() -> None:
+    """Busy, starting and broken for the first twelve requests; then every image has its caption."""
+    faults = [429, 503, 500, 502] * 3
+    with ScriptedServer(lambda body, n: fail(faults[n - 1], "not now") if n <= 12 else describe(body, n)) as server:
+        engine = make_engine(server.base_url, max_attempts=2, patience_seconds=30)
+        captions = engine.caption(engine.prepare(requests(5)))
+    assert all(isinstance(caption, Caption) for caption in captions)
+    with ScriptedServer(lambda body, n: fail(500, "out of memory")) as server:
+        engine = make_engine(server.base_url, max_attempts=2)
+        with pytest.raises(
+            ServerError, match=r"has not answered for .*patience_seconds 0.3; .*500.*what is done stays"
+        ):
+            engine.caption(engine.prepare(requests(5)))
+
+
+def test_an_answer_that_does_not_come_is_a_failure() -> None:
+    with ScriptedServer(describe, seconds=0.5) as server:
+        engine = make_engine(server.base_url, timeout_seconds=0.1, max_attempts=1)
+        with pytest.raises(ServerError, match=r"has not answered for .*APITimeoutError"):
+            engine.caption(engine.prepare(requests(2)))
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "OPENAI_API_KEY"), (403, "api_key_variable"), (404, "does not know captioning.model 'toy'")],
+)
+def test_a_wrong_key_or_model_ends_the_job_at_once(status: int, message: str) -> None:
+    with ScriptedServer(lambda body, n: fail(status, "no")) as server:
+        engine = make_engine(server.base_url, key="sk-secret", num_requests=1, patience_seconds=600)
+        with pytest.raises(ServerError, match=message) as error:
+            engine.caption(engine.prepare(requests(3)))
+    assert "sk-secret" not in str(error.value) and len(server.requests) == 1
+
+
+def test_a_blind_server_or_one_that_refuses_the_first_request_stops_the_job() -> None:
+    with ScriptedServer(lambda body, n: say("A room.")) as server, pytest.raises(CanaryError, match="does not see"):
+        check_engine(make_engine(server.base_url), photo(0), DESCRIBE)
+    with (
+        ScriptedServer(lambda body, n: fail(400, "Server is pinned to 'other'")) as server,
+        pytest.raises(CanaryError, match=r"first request is refused.*pinned to 'other'"),
+    ):
+        check_engine(make_engine(server.base_url), photo(0), DESCRIBE)
+
+
+def test_pauses_grow_within_their_bounds_and_patience_counts_silence_only() -> None:
+    now = [0.0]
+    server = ServerConfig(max_backoff_seconds=4.0, patience_seconds=0.05)
+    patience = Patience(server, clock=lambda: now[0])
+    pauses = [[patience.backoff_seconds(attempt) for _ in range(50)] for attempt in range(8)]
+    for attempt, some in enumerate(pauses):
+        bound = min(4.0, 0.5 * 2**attempt)
+        assert bound / 2 <= min(some) < max(some) <= bound
+    assert patience.backoff_seconds(0, 100.0) <= 4.0
+    patience = Patience(ServerConfig(max_backoff_seconds=0.001, patience_seconds=10), clock=lambda: now[0])
+    patience.wait(0, "x")
+    now[0] = 9.0
+    patience.wait(0, "x")
+    patience.heard()
+    now[0] = 100.0
+    patience.wait(0, "x")
+    now[0] = 111.0
+    with pytest.raises(ServerError, match="has not answered for 11 s"):
+        patience.wait(0, "x")
+
+
+def test_the_key_is_in_no_file_and_the_address_in_no_fingerprint(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    run = tmp_path
+    with ScriptedServer(describe) as server:
+        command(make_run(run, base_url=server.base_url), monkeypatch=monkeypatch)
+        assert server.keys == {"Bearer sk-very-secret"}
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 6 and all(b"sk-very-secret" not in path.read_bytes() for path in files)
+    before = contents(run)
+    # The server is away now, and nothing is left to ask it.
+    monkeypatch.setattr(OpenAIEngine, "__init__", None)
+    command(run, "--set", "captioning.server.base_url=http://127.0.0.1:1/v1", monkeypatch=monkeypatch)
+    assert contents(run) == before
+
+
+def test_a_server_that_never_comes_back_leaves_what_is_done(tmp_path, monkeypatch) -> None:
+    with ScriptedServer(describe) as whole:
+        calm = make_run(tmp_path / "calm", base_url=whole.base_url)
+        command(calm, monkeypatch=monkeypatch)
+    fall = len(whole.requests) - 3
+    run = make_run(tmp_path / "run", base_url="http://127.0.0.1:1/v1", patience=0.5)
+    with ScriptedServer(lambda body, n: describe(body, n) if n < fall else fail(503, "gone")) as server:
+        option = ["--set", f"captioning.server.base_url={server.base_url}"]
+        with pytest.raises(ServerError, match="bring the server back and run the same command again"):
+            command(run, *option, monkeypatch=monkeypatch)
+    assert list(contents(run)) == ["laion_00000.parquet"]
+    with ScriptedServer(describe) as server:
+        option = ["--set", f"captioning.server.base_url={server.base_url}"]
+        command(run, *option, monkeypatch=monkeypatch)
+        asked_again = len(server.requests)
+    assert contents(run) == contents(calm) and asked_again < len(whole.requests)
+
+
+def test_no_server_at_all_is_said_before_any_work(tmp_path, monkeypatch) -> None:
+    run = make_run(tmp_path, base_url=f"http://127.0.0.1:{free_port()}/v1", patience=0.2)
+    with pytest.raises(ServerError, match=r"captioning.server.base_url .* has not answered"):
+        command(run, monkeypatch=monkeypatch)
+    with pytest.raises(ValueError, match=r"engine.gpus_per_worker is 1.0, but workers of captioning.engine = 'openai'"):
+        command(run, "--set", "engine.gpus_per_worker=1.0", monkeypatch=monkeypatch)
+
+
+def test_a_server_without_usage_or_with_a_filter(tmp_path, monkeypatch) -> None:
+    """No token counts: the column is null. Filtered answers are rejects. Cut ones are flagged."""
+
+    def answer(body: dict, number: int) -> Any:
+        reasons = {0: "length", 1: "content_filter"}
+        probe = body["max_tokens"] == 32
+        index = image_of(body).tobytes()[0] % 3
+        status, content = describe(body, number)
+        content["choices"][0]["finish_reason"] = "stop" if probe else reasons.get(index, "stop")
+        del content["usage"]
+        return status, content
+
+    with ScriptedServer(answer) as server:
+        run = make_run(tmp_path, base_url=server.base_url)
+        command(run, "--set", "captioning.max_reject_fraction=1.0", monkeypatch=monkeypatch)
+    found = rows(run).values()
+    assert {row["finish_reason"] for row in found} == {"length", "stop", None}
+    for row in found:
+        assert row["num_tokens"] is None
+        assert (row["reject"] == "refused_by_server") == (row["caption"] is None)
+        assert ("truncated" in row["flags"]) == (row["finish_reason"] == "length")
+    manifest = read_manifest(run / "captions")
+    assert manifest.rejected == {"refused_by_server": sum(row["reject"] is not None for row in found)}
+
+
+def test_a_loop_is_asked_again_once_with_a_penalty(tmp_path, monkeypatch) -> None:
+    """One image loops and gets better, another loops for ever; the rest is left alone."""
+
+    def answer(body: dict, number: int) -> Any:
+        kind = image_of(body).tobytes()[0] % 3
+        if body["max_tokens"] == 32 or kind == 0 or (kind == 1 and "frequency_penalty" in body):
+            return describe(body, number)
+        return say(LOOP)
+
+    with ScriptedServer(answer) as server:
+        run = make_run(tmp_path, base_url=server.base_url)
+        command(run, monkeypatch=monkeypatch)
+    found = list(rows(run).values())
+    retried = [row for row in found if row["first_caption"] is not None]
+    again = [body for body in server.requests if "frequency_penalty" in body]
+    assert 0 < len(retried) < len(found) and len(again) == len(retried)
+    assert all(body["frequency_penalty"] == pytest.approx(0.1) for body in again)
+    for row in found:
+        assert ("retried" in row["flags"]) == (row["first_caption"] == LOOP.strip())
+        assert ("loop" in row["flags"]) == (row["caption_raw"] == LOOP.strip())
+    assert {"loop" in row["flags"] for row in retried} == {True, False}
+    assert read_manifest(run / "captions").extra["engine"] == "openai"
+
+
+def test_a_penalty_the_server_does_not_know_is_said_by_its_key(tmp_path, monkeypatch) -> None:
+    def answer(body: dict, number: int) -> Any:
+        if "repetition_penalty" in body:
+            return fail(422, "Unexpected fields in the request: {'repetition_penalty'}")
+        return describe(body, number) if body["max_tokens"] == 32 else say(LOOP)
+
+    with ScriptedServer(answer) as server:
+        run = make_run(tmp_path, base_url=server.base_url)
+        option = ["--set", "captioning.server.penalty_parameter=repetition_penalty"]
+        with pytest.raises(ServerError, match=r"captioning.server.penalty_parameter 'repetition_penalty' is not what"):
+            command(run, *option, monkeypatch=monkeypatch)
