@@ -1,5 +1,6 @@
 """One way to decode, turn, resize and crop an image, and the paper's 40 aspect-ratio buckets."""
 
+import contextlib
 import functools
 import io
 import warnings
@@ -9,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE_PIXELS = 2
+# What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
 # (height, width) of SDXL's 40 training buckets in sixteenths of the base resolution.
 SDXL_BUCKETS = (
     *((8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23)),
@@ -16,6 +19,10 @@ SDXL_BUCKETS = (
     *((16, 16), (16, 15), (17, 15), (17, 14), (18, 14), (18, 13), (19, 13), (20, 12), (21, 12), (22, 11)),
     *((23, 11), (24, 10), (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8)),
 )
+
+# Of a million pictures from the web, thousands have odd metadata; and sizes are checked here, not by Pillow.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+Image.MAX_IMAGE_PIXELS = None
 
 
 class SampleReject(Exception):
@@ -41,41 +48,49 @@ class Crop:
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode `data` to an 8-bit RGB image, turned as its EXIF orientation says; animations give their first frame.
 
-    Palette, grey, CMYK, 16-bit and transparent images are converted; transparency is laid over white.
+    JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP, JPEG 2000 and PPM are decoded, whatever the member is called. Palette,
+    grey, CMYK, 16-bit and transparent images are converted; transparency is laid over white. The declared size is
+    looked at before a pixel is decoded.
 
     Raises:
-        SampleReject: `empty_image`, `not_an_image`, `too_many_pixels`, `too_small` or `corrupt_image`.
+        SampleReject: `empty_image`, `not_an_image`, `unsupported_image` (HEIC, JPEG XL, or colours that cannot be
+            converted), `too_many_pixels`, `too_small` or `corrupt_image`.
     """
     if not data:
         raise SampleReject("empty_image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise SampleReject("not_an_image", str(error)) from None
-    except Image.DecompressionBombError as error:
-        raise SampleReject("too_many_pixels", str(error)) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise SampleReject("corrupt_image", str(error)) from None
+        raise SampleReject("unsupported_image" if _is_unsupported(data) else "not_an_image", str(error)) from None
+    except Exception as error:  # whatever the bytes lead a decoder into
+        raise SampleReject("corrupt_image", str(error)) from error
     if image.width * image.height > max_pixels:
         raise SampleReject("too_many_pixels", f"{image.width} x {image.height} > {max_pixels}")
     if min(image.size) < MIN_SIDE_PIXELS:
         raise SampleReject("too_small", f"{image.width} x {image.height}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:
-        raise SampleReject("corrupt_image", str(error)) from None
+        image.load()
+    except Exception as error:
+        raise SampleReject("corrupt_image", str(error)) from error
+    # Pictures with damaged EXIF are common, and are shown as they are stored.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    try:
+        return _to_rgb(image)
+    except (ValueError, OSError) as error:
+        raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
+
+
+def _is_unsupported(data: bytes) -> bool:
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif")
+    return is_heif or data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL "))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith(("I", "F")):
-        return _sixteen_bit_to_rgb(image)
+        return _deep_grey_to_rgb(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -83,11 +98,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
-    # PIL clips 16-bit grey to 255 instead of scaling it, which turns photographs white.
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    # PIL clips deep grey to 255 instead of scaling it, which turns photographs white.
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    brightest = float(values.max(initial=0))
+    if image.mode == "F":  # by custom 0 to 1, or the numbers of 8 or 16 bits
+        white = next((value for value in (1.0, 255.0, 65535.0) if brightest <= value), brightest)
+    else:
+        white = max(65535.0, brightest)
+    return Image.fromarray((values.clip(0, white) * (255.0 / white)).astype(np.uint8)).convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, width_pixels: int, height_pixels: int) -> tuple[Image.Image, Crop]:

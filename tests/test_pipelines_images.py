@@ -1,4 +1,7 @@
 import io
+import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -61,19 +64,115 @@ def test_animation_gives_its_first_frame() -> None:
     assert decode_image(data, max_pixels=MAX_PIXELS).getpixel((1, 1)) == (0, 255, 0)
 
 
+def test_deep_grey_is_scaled_by_its_kind_not_by_its_brightest_pixel() -> None:
+    dark = np.full((4, 4), 200, np.uint16)  # of 65,535: nearly black
+    assert decode_image(encode(Image.fromarray(dark), "PNG"), max_pixels=MAX_PIXELS).getpixel((1, 1)) == (0, 0, 0)
+    for white in (1.0, 255.0, 65535.0):
+        values = np.full((4, 4), white / 2, np.float32)
+        values[0, 0], values[3, 3] = white, np.nan
+        decoded = decode_image(encode(Image.fromarray(values), "TIFF"), max_pixels=MAX_PIXELS)
+        assert [decoded.getpixel(at) for at in ((0, 0), (1, 1), (3, 3))] == [(255,) * 3, (127,) * 3, (0,) * 3]
+
+
+def noise(width: int = 32, height: int = 24) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def test_faulty_bytes_are_rejected_with_a_reason() -> None:
-    good = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
+    good = encode(noise(64, 64), "JPEG")
     cases = {
-        "empty_image": b"",
-        "not_an_image": b"<html>404</html>",
-        "corrupt_image": good[: len(good) // 2],
-        "too_many_pixels": encode(Image.new("L", (1001, 1000)), "PNG"),
-        "too_small": encode(Image.new("RGB", (1, 50)), "PNG"),
+        "empty_image": [b""],
+        "not_an_image": [b"<html>404</html>", bytes(5000), b"%PDF-1.7", b"\x00\x00\x00\x20ftypisom" + bytes(100)],
+        "corrupt_image": [good[: len(good) // 2], good[:30], encode(noise(), "PNG")[:60] + bytes(400)],
+        "too_many_pixels": [encode(Image.new("L", (1001, 1000)), "PNG"), encode(Image.new("1", (5000, 900)), "TIFF")],
+        "too_small": [encode(Image.new("RGB", (1, 50)), "PNG")],
+        "unsupported_image": [
+            b"\x00\x00\x00\x18ftypheic" + bytes(200),  # HEIC
+            b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a" + bytes(200),  # JPEG XL
+        ],
     }
-    for reason, data in cases.items():
-        with pytest.raises(SampleReject) as error:
-            decode_image(data, max_pixels=MAX_PIXELS)
-        assert error.value.reason == reason
+    for reason, faulty in cases.items():
+        for data in faulty:
+            with pytest.raises(SampleReject) as error:
+                decode_image(data, max_pixels=MAX_PIXELS)
+            assert error.value.reason == reason, data[:40]
+
+
+def empty_png(width: int, height: int, *, bits: int, colour_type: int) -> bytes:
+    """A PNG of that size without a pixel in it."""
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)),
+        (b"IDAT", b""),
+    ):
+        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return png
+
+
+def test_a_bomb_is_refused_by_its_declared_size_and_larger_pictures_can_be_allowed() -> None:
+    bomb = empty_png(40_000, 40_000, bits=8, colour_type=2)  # 4.8 GB of pixels
+    with pytest.raises(SampleReject, match="too_many_pixels: 40000 x 40000 > 1000000"):
+        decode_image(bomb, max_pixels=MAX_PIXELS)
+    # Pillow's own limit, twice 89 million pixels, does not stand in the way of a recipe that allows more.
+    with pytest.raises(SampleReject, match="corrupt_image"):
+        decode_image(empty_png(20_000, 9_500, bits=1, colour_type=0), max_pixels=190_000_000)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow's, which production ignores
+def test_damaged_exif_costs_no_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    data = encode(left_red_right_blue(), "JPEG", exif=exif)
+    start = data.index(b"Exif\0\0") + 6
+    for damage in (b"XX", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff"):
+        damaged = data[:start] + damage + data[start + len(damage) :]
+        assert decode_image(damaged, max_pixels=MAX_PIXELS).size == (16, 8)
+
+
+def test_bytes_that_start_programs_are_no_image() -> None:
+    """Pillow hands EPS to Ghostscript; a tar from the web must not reach it."""
+    with pytest.raises(SampleReject, match="not_an_image"):
+        decode_image(encode(noise(), "EPS"), max_pixels=MAX_PIXELS)
+
+
+FORMATS = {
+    "JPEG": {"exif": b""},
+    "JPEG ": {"progressive": True},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "WEBP ": {"save_all": True, "append_images": [noise().rotate(180)]},
+    "GIF": {"save_all": True, "append_images": [noise().rotate(180)]},
+    "BMP": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "TIFF ": {"compression": "jpeg"},
+    "AVIF": {"quality": 100},
+    "JPEG2000": {},
+    "MPO": {"save_all": True, "append_images": [noise().rotate(180)]},
+    "PPM": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_no_damage_gives_anything_but_a_picture_or_a_reason(file_format: str, capfd) -> None:
+    data = encode(noise(), file_format.strip(), **FORMATS[file_format])
+    whole = np.asarray(decode_image(data, max_pixels=MAX_PIXELS)).astype(int)
+    assert np.abs(whole - np.asarray(noise())).mean() < 60  # the first frame, not the turned one
+    rng = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 2, 20))):
+            damaged[rng.randrange(rng.choice((len(data), min(len(data), 200))))] = rng.choice(
+                (0, 255, rng.randrange(256))
+            )
+        try:
+            decoded = decode_image(
+                bytes(damaged[: rng.choice((None, rng.randrange(len(data))))]), max_pixels=MAX_PIXELS
+            )
+        except SampleReject:
+            continue
+        assert decoded.mode == "RGB" and decoded.width * decoded.height <= MAX_PIXELS
+    capfd.readouterr()  # libtiff writes to standard error
 
 
 @pytest.mark.parametrize("base", [256, 512, 1024])
