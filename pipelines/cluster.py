@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.pieces import PieceReport
+from pipelines.remote import adopt_storage_environment, storage_environment
 from pipelines.runner import Outcome, PieceRunner, describe_disk_error
 
 # How often the driver asks how far the pieces under way have come.
@@ -100,7 +101,8 @@ def choose_num_workers(num_workers: int, resources: WorkerResources) -> int:
 class _PieceActor:
     """What Ray Data puts into its actor pool."""
 
-    def __init__(self, runner: PieceRunner, gauge: Any) -> None:
+    def __init__(self, runner: PieceRunner, gauge: Any, environment: dict[str, str]) -> None:
+        adopt_storage_environment(environment)
         self._runner = runner
         self._gauge = gauge
 
@@ -160,7 +162,7 @@ def run_on_ray(
     # One block per piece: a worker that dies loses one piece, and Ray hands just that piece to another.
     dataset = ray.data.from_items(list(waiting), override_num_blocks=len(waiting)).map(
         _PieceActor,
-        fn_constructor_args=(runner, gauge),
+        fn_constructor_args=(runner, gauge, storage_environment()),
         # One piece at a time: those that waited in a worker's queue would wait for its node to come back.
         compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(waiting)), max_tasks_in_flight_per_actor=1),
         num_cpus=resources.cpus,

@@ -41,6 +41,12 @@ def storage_environment(environment: Mapping[str, str] = os.environ) -> dict[str
     return {name: value for name, value in environment.items() if name.upper().startswith(ENVIRONMENT_PREFIXES)}
 
 
+def adopt_storage_environment(variables: Mapping[str, str]) -> None:
+    """Take over what `storage_environment` gave in the process that asked for the work."""
+    os.environ.update(variables)
+    fsspec.config.set_conf_env(fsspec.config.conf, dict(variables))
+
+
 def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL, and the path within it.
 

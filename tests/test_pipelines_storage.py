@@ -3,14 +3,18 @@
 import os
 import socket
 import time
+from typing import ClassVar
 
+import fsspec
 import pytest
 
 import pipelines.remote
-from pipelines.pieces import Source
+from pipelines.engine import EngineConfig, run_over_shards
+from pipelines.manifest import Fingerprint, StageDirectory
+from pipelines.pieces import Piece, PieceReport, Source
 from pipelines.remote import MAX_WINDOW_BYTES, READ_ATTEMPTS, RemoteFile, storage_environment
 from pipelines.shards import describe_shards, expand_shards, open_shard, shard_source
-from pipelines.storage import open_binary, open_ranges
+from pipelines.storage import atomic_file, open_binary, open_ranges
 from tests.raw_shards import encode, laion_members, photo, sa1b_members, write_laion, write_tar
 from tests.storage_servers import serve_folder
 
@@ -146,6 +150,56 @@ def test_web_addresses_globs_and_queries(tmp_path) -> None:
         (signed,) = expand_shards(names[0] + "?X-Signature=abc&X-Expires=60")
         source = shard_source(signed)
         assert isinstance(source, Source) and (source.name, source.num_samples) == ("sa_000000", 1)
+
+
+class MemberWorker:
+    """Counts the bytes of a shard's images."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".txt",)
+
+    def __init__(self, config: None) -> None:
+        pass
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        with open_shard(piece.source.path) as raw, atomic_file(piece.output(".txt")) as path:
+            path.write_text(str(sum(len(raw.image_bytes(sample)) for sample in raw.samples)))
+        return PieceReport(num_read=piece.stop, num_kept=piece.stop)
+
+
+def test_ray_workers_read_with_the_credentials_of_the_command(tmp_path, monkeypatch) -> None:
+    """Ray was started before they were set, as on a cluster: its processes know of no endpoint and no key."""
+    import boto3
+    import ray
+    from moto.server import ThreadedMotoServer
+
+    path = write_laion(tmp_path / "laion_00000.tar", 3)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setattr(fsspec.config, "conf", {"s3": {"endpoint_url": f"http://{host}:{port}"}})
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="raw")
+        client.upload_file(str(path), "raw", "laion_00000.tar")
+        client.close()
+        run_over_shards(
+            MemberWorker,
+            None,
+            sources=[shard_source("s3://raw/laion_00000.tar")],
+            output=StageDirectory(tmp_path / "out"),
+            fingerprint=Fingerprint.of({}),
+            engine=EngineConfig(num_workers=1),
+            max_reject_fraction=0.0,
+            room="test",
+        )
+    finally:
+        server.stop()
+        ray.shutdown()
+    assert int((tmp_path / "out" / "laion_00000.txt").read_text()) > 100
 
 
 def test_workers_elsewhere_get_what_storage_needs_and_nothing_else() -> None:
