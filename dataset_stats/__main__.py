@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_stats.captions import caption_sources
 from dataset_stats.config import DatasetStatsConfig
+from dataset_stats.sources import Inputs, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine import EngineConfig, run_over_shards
@@ -24,31 +24,49 @@ from pipelines.storage import atomic_write_bytes, sha256_file
 from pipelines.summary import update_summary
 
 if TYPE_CHECKING:
-    from dataset_stats.measures import Definition, SetMeasures
-    from dataset_stats.noun_table import Vocabulary
+    from dataset_stats.measures import SetMeasures
+    from dataset_stats.noun_table import NounTable
+    from dataset_stats.report.table1 import Definition
 
-COUNT_VERSION = 1  # raise when counting gives other numbers
-REPORT_VERSION = 1  # raise when the report shows other things
+COUNT_VERSION = 2  # raise when counting gives other numbers
+REPORT_VERSION = 2  # raise when the report shows other things
 OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
 log = get_logger("dataset_stats")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of the stage: what it reads, with which tagger, and where it writes."""
+    """One run of the stage: what it reads, with which tagger, and where it writes.
+
+    Attributes:
+        sources: by set; cut down to the sample where there is one.
+        set_sizes: samples in each whole set.
+        raw_shards: for the gallery's images; empty where there are none.
+    """
 
     command: Command
     config: DatasetStatsConfig
     tagger: TaggerSource
     text_tokenizer: str
-    sources: dict[str, list[Source]]  # by set
-    raw_shards: list[str]  # for the gallery's images; empty where there are none
+    sources: dict[str, list[Source]]
+    set_sizes: dict[str, int]
+    raw_shards: list[str]
     max_pixels: int
 
     @property
+    def is_sample(self) -> bool:
+        """Whether this is an estimate from a sample."""
+        return self.config.sample > 0
+
+    @property
     def folder(self) -> Path:
-        """RUN/stats."""
-        return self.command.run / "stats"
+        """RUN/stats; an estimate keeps to a folder and a key of its own, so that it never passes for a full count."""
+        return self.command.run / ("stats-sample" if self.is_sample else "stats")
+
+    @property
+    def summary_key(self) -> str:
+        """Where the numbers go in summary.json."""
+        return "dataset_stats_sample" if self.is_sample else "dataset_stats"
 
     @property
     def all_sources(self) -> list[Source]:
@@ -69,6 +87,7 @@ class Job:
                 "text_limits": self.config.text_limits,
                 "boilerplate": self.config.boilerplate,
                 "max_characters": self.config.max_characters,
+                "keeps_nouns": self.is_sample,
             }
         )
 
@@ -81,6 +100,7 @@ class Job:
                 "version": REPORT_VERSION,
                 "counts": self.count_fingerprint.digest,
                 "config": self.config.model_dump(mode="json"),
+                "set_sizes": self.set_sizes,
                 "sources": {
                     name: [f"{source.name}:{source.identity}" for source in sources]
                     for name, sources in self.sources.items()
@@ -103,7 +123,7 @@ def main() -> None:
     _say_tagger(job.tagger)
     counts = _count(job)
     _report(job, counts)
-    update_summary(command.run, "seconds.dataset_stats", round(time.monotonic() - start_seconds, 1))
+    update_summary(command.run, f"seconds.{job.summary_key}", round(time.monotonic() - start_seconds, 1))
 
 
 def _plan(command: Command) -> Job:
@@ -113,18 +133,18 @@ def _plan(command: Command) -> Job:
     captions = read_manifest(captions_folder) if "captions" in layouts else None
     data = command.recipe.table("data", DataConfig)
     raw_shards = _raw_shards(command, data, is_needed="raw" in layouts)
-    sources = {
-        name: caption_sources(
-            name, caption_set, captions=captions, captions_folder=captions_folder, raw_shards=raw_shards
-        )
-        for name, caption_set in config.sets.items()
-    }
+    inputs = Inputs(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards)
+    whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
+    sources = whole
+    if config.sample:
+        sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
     return Job(
         command=command,
         config=config,
         tagger=find_tagger(config.tagger),
         text_tokenizer=_find_text_tokenizer(command, config),
         sources=sources,
+        set_sizes={name: sum(source.num_samples for source in found) for name, found in whole.items()},
         raw_shards=raw_shards,
         max_pixels=data.max_pixels,
     )
@@ -147,7 +167,7 @@ def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
     revision = config.text_revision if config.text_model else features.get("text_revision")
     if not model_id:
         return ""
-    from dataset_stats.text_tokenizer import find_text_tokenizer
+    from dataset_stats.tagging.text_tokenizer import find_text_tokenizer
 
     return find_text_tokenizer(model_id, revision)
 
@@ -155,7 +175,8 @@ def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
 def _show_plan(job: Job) -> None:
     for name, sources in job.sources.items():
         num_captions = sum(source.num_samples for source in sources)
-        log.info(f"{name}: {len(sources):,} shards, {num_captions:,} samples")
+        drawn = f" drawn of {job.set_sizes[name]:,}" if job.is_sample else ""
+        log.info(f"{name}: {len(sources):,} shards, {num_captions:,} samples{drawn}")
     log.info(f"tagger: {job.tagger.title}")
 
 
@@ -183,6 +204,7 @@ def _count(job: Job) -> Manifest:
             text_limits=tuple(job.config.text_limits),
             boilerplate=tuple(job.config.boilerplate),
             max_characters=job.config.max_characters,
+            keeps_nouns=job.is_sample,
         ),
         sources=job.all_sources,
         output=StageDirectory(job.folder / "counts"),
@@ -194,52 +216,85 @@ def _count(job: Job) -> Manifest:
 
 
 def _report(job: Job, counts: Manifest) -> None:
-    from dataset_stats.measures import as_json, definitions, measure_set, table1
-    from dataset_stats.merge import merge_counts
-    from dataset_stats.noun_table import write_vocabulary
-    from dataset_stats.worker import CAPTIONS, NOUNS
+    from dataset_stats.measures import as_json, measure_set
+    from dataset_stats.report.table1 import definitions, table1
+    from dataset_stats.worker import CAPTIONS
 
     config, directory = job.config, StageDirectory(job.folder / "counts")
-    names = {name: [source.name for source in sources] for name, sources in job.sources.items()}
     measures = {
         name: measure_set(
-            [counts.shards[shard] for shard in shards],
-            [directory.file(shard, CAPTIONS) for shard in shards],
+            [counts.shards[source.name] for source in sources],
+            [directory.file(source.name, CAPTIONS) for source in sources],
             limits=config.text_limits,
         )
-        for name, shards in names.items()
+        for name, sources in job.sources.items()
     }
+    for name, measure in measures.items():
+        if not measure.num_captions:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in measure.rejected.items())
+            raise ValueError(
+                f"dataset_stats.sets.{name}: none of its {measure.num_read:,} samples has a text ({reasons})"
+            )
+    noun_table = _merge(job, measures, directory)
+    meanings = definitions(
+        measures,
+        valid_threshold=config.valid_threshold,
+        limits=config.text_limits,
+        boilerplate=config.boilerplate,
+    )
+    text = table1(measures, tagger=job.tagger.title, definition_list=meanings)
+    atomic_write_bytes(job.folder / "table1.md", text.encode())
+    _write_report(job, measures, noun_table, meanings)
+    summary = {name: measure.summary() for name, measure in measures.items()}
+    _finish(job, summary, extra=as_json(measures), counts=counts)
+    for name, m in measures.items():
+        ratio = f"{m.valid_distinct_nouns:,}/{m.distinct_nouns:,} = {m.valid_fraction:.1%}"
+        drawn = f" (a sample of {job.set_sizes[name]:,})" if job.is_sample else ""
+        log.info(f"{name}: VN/DN {ratio}, {m.nouns_per_image:.1f} nouns per image, {m.num_captions:,} captions{drawn}")
+    log.info(f"report: {job.folder / OUTPUTS[0]}")
+
+
+def _merge(job: Job, measures: dict[str, SetMeasures], directory: StageDirectory) -> NounTable:
+    """Add up the shards' nouns; fills in what `measures` still lack: DN and VN, and the errors of a sample."""
+    from dataset_stats.estimate import estimate_set
+    from dataset_stats.merge import merge_counts
+    from dataset_stats.noun_table import write_noun_table
+    from dataset_stats.tagging.plurals import PluralFolder
+    from dataset_stats.worker import CAPTIONS, NOUNS
+
+    config = job.config
+    singular = PluralFolder() if config.fold_plurals else None
+    names = {name: [source.name for source in sources] for name, sources in job.sources.items()}
     scratch = job.folder / ".merge"
     merged = scratch / "nouns.parquet"
     noun_files = {name: [directory.file(shard, NOUNS) for shard in shards] for name, shards in names.items()}
     merge_counts(noun_files, merged, scratch=scratch)
-    vocabulary = write_vocabulary(
+    noun_table = write_noun_table(
         merged,
         job.folder,
         measures=measures,
         valid_threshold=config.valid_threshold,
         num_top=config.num_table_nouns,
+        singular=singular,
     )
     shutil.rmtree(scratch)
-    meanings = definitions(
-        valid_threshold=config.valid_threshold, limits=config.text_limits, boilerplate=config.boilerplate
-    )
-    text = table1(measures, tagger=job.tagger.title, definition_list=meanings)
-    atomic_write_bytes(job.folder / "table1.md", text.encode())
-    _write_report(job, measures, vocabulary, meanings)
-    summary = {name: measure.summary() for name, measure in measures.items()}
-    _finish(job, summary, extra=as_json(measures), counts=counts)
-    for name, m in measures.items():
-        ratio = f"{m.valid_distinct_nouns:,}/{m.distinct_nouns:,} = {m.valid_fraction:.1%}"
-        log.info(f"{name}: VN/DN {ratio}, {m.nouns_per_image:.1f} nouns per image, {m.num_captions:,} captions")
-    log.info(f"report: {job.folder / OUTPUTS[0]}")
+    if job.is_sample:
+        for name, measure in measures.items():
+            measure.estimate = estimate_set(
+                [directory.file(shard, CAPTIONS) for shard in names[name]],
+                num_samples=job.set_sizes[name],
+                seed=config.seed,
+                valid_threshold=config.valid_threshold,
+                singular=singular,
+            )
+    return noun_table
 
 
 def _write_report(
-    job: Job, measures: dict[str, SetMeasures], vocabulary: Vocabulary, meanings: list[Definition]
+    job: Job, measures: dict[str, SetMeasures], noun_table: NounTable, meanings: list[Definition]
 ) -> None:
-    from dataset_stats.gallery import example_captions, sample_gallery
-    from dataset_stats.report import ReportData, write_report
+    from dataset_stats.report.gallery import example_captions, sample_gallery
+    from dataset_stats.report.page import ReportData, write_report
 
     gallery = sample_gallery(
         job.sources,
@@ -257,8 +312,8 @@ def _write_report(
             tagger_hint=hint,
             measures=measures,
             definitions=meanings,
-            vocabulary=vocabulary,
-            examples=example_captions(vocabulary.top, job.sources),
+            noun_table=noun_table,
+            examples=example_captions(noun_table.top, job.sources),
             gallery=gallery,
             valid_threshold=job.config.valid_threshold,
             limits=job.config.text_limits,
@@ -279,9 +334,14 @@ def _finish(job: Job, summary: dict[str, Any], *, extra: dict[str, Any], counts:
             rejected=summary[name]["rejected"],
         )
         directory.write_marker(set_report, fingerprint)
-    update_summary(job.command.run, "dataset_stats", summary)
+    update_summary(job.command.run, job.summary_key, summary)
     upstream = {"counts": counts.fingerprint.digest}
-    extra = {"sets": extra, "tagger": job.tagger.title, "valid_threshold": job.config.valid_threshold}
+    extra = {
+        "sets": extra,
+        "tagger": job.tagger.title,
+        "valid_threshold": job.config.valid_threshold,
+        "sample": {"size": job.config.sample, "seed": job.config.seed} if job.is_sample else None,
+    }
     directory.write_manifest(fingerprint, list(job.sources), upstream=upstream, extra=extra)
 
 

@@ -1,4 +1,4 @@
-"""Where captions come from: one small reader per layout, all giving the same rows."""
+"""Rows of captions: one small reader per layout, all giving the same rows."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset_stats.config import CaptionSet
-from pipelines.manifest import Manifest
-from pipelines.pieces import Source
-from pipelines.shards import describe_shards, expand_shards, open_shard, select_shards, shard_name
-from pipelines.storage import is_remote, open_binary, sha256_text
+from pipelines.shards import open_shard
+from pipelines.storage import is_remote, open_binary
 
 ROWS_PER_BLOCK = 16_384
+ADDRESS_SEPARATOR = "#"
+# Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
+IMG2DATASET_COLUMNS = {"key", "status", "error_message"}
+Item = TypeVar("Item")
+Rows = range | np.ndarray  # ascending row numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,121 +41,99 @@ class CaptionRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowSample:
+    """Rows drawn from a source, described so shortly that every worker draws them again."""
+
+    num_rows: int
+    num_chosen: int
+    seeds: tuple[int, int]
+
+    def rows(self) -> np.ndarray:
+        """Ascending row numbers, int64 [num_chosen]."""
+        rng = np.random.default_rng(self.seeds)
+        return np.sort(rng.choice(self.num_rows, self.num_chosen, replace=False))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Address:
     """What a worker must know to read a source; travels as the source's path."""
 
     layout: str
     column: str
     path: str
+    sample: RowSample | None = None
 
     def __str__(self) -> str:
-        return f"{self.layout}#{self.column}#{self.path}"
+        sample = self.sample
+        drawn = f"{sample.num_chosen}/{sample.num_rows}/{sample.seeds[0]}/{sample.seeds[1]}" if sample else ""
+        return ADDRESS_SEPARATOR.join([self.layout, drawn, self.column, self.path])
 
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read back what `str` gave."""
-        layout, column, path = text.split("#", 2)
-        return cls(layout=layout, column=column, path=path)
-
-
-def caption_sources(
-    name: str, caption_set: CaptionSet, *, captions: Manifest | None, captions_folder: Path, raw_shards: Sequence[str]
-) -> list[Source]:
-    """Sources of the caption set `name`.
-
-    Args:
-        captions: manifest of RUN/captions, for the "captions" layout.
-        captions_folder: RUN/captions.
-        raw_shards: paths of data.shards, for the "raw" layout.
-
-    Raises:
-        ValueError: a shard pattern matches nothing, or `files` is missing.
-    """
-    key = f"dataset_stats.sets.{name}"
-    column = caption_set.column
-    if caption_set.layout == "captions":
-        assert captions is not None, "the captions layout needs the captions manifest"
-        shards = select_shards(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
-        return [
-            Source(
-                name=f"{shard}.{column}",
-                path=str(Address(layout="captions", column=column, path=str(captions_folder / f"{shard}.parquet"))),
-                identity=captions.shards[shard].files[".parquet"],
-                num_samples=captions.shards[shard].num_read,
-            )
-            for shard in shards
-        ]
-    if caption_set.layout == "raw":
-        paths = select_shards(raw_shards, caption_set.shards, key=f"{key}.shards")
-        addresses = [Address(layout="raw", column=column, path=path) for path in paths]
-        described = describe_shards(paths, run=captions_folder.parent)
-        return [
-            replace(shard.source, name=_source_name(address), path=str(address))
-            for address, shard in zip(addresses, described, strict=True)
-        ]
-    if caption_set.files:
-        paths = _expand_files(caption_set)
-    else:
-        raise ValueError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
-    return [_file_source(Address(layout=caption_set.layout, column=column, path=path)) for path in paths]
+        layout, drawn, column, path = text.split(ADDRESS_SEPARATOR, 3)
+        sample = None
+        if drawn:
+            num_chosen, num_rows, *seeds = (int(part) for part in drawn.split("/"))
+            sample = RowSample(num_rows=num_rows, num_chosen=num_chosen, seeds=(seeds[0], seeds[1]))
+        return cls(layout=layout, column=column, path=path, sample=sample)
 
 
 def read_rows(address: Address, start: int, stop: int) -> Iterator[list[CaptionRow]]:
-    """Yield the rows [start, stop) of a source in blocks of bounded size, in order.
+    """Yield the rows [start, stop) of a source in blocks of bounded size, in order; of a sample, those of the sample.
 
     Raises:
         ValueError: the column does not exist; names the columns there are.
     """
-    reader = _READERS[address.layout]
-    rows = reader(address, start, stop)
+    chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
+    rows = _READERS[address.layout](address, chosen)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
 
 
-def _expand_files(caption_set: CaptionSet) -> list[str]:
-    if caption_set.layout == "text":
-        patterns = [caption_set.files] if isinstance(caption_set.files, str) else caption_set.files
-        folders = [pattern for pattern in patterns if Path(pattern).is_dir() and any(Path(pattern).glob("*.txt"))]
-        tars = [pattern for pattern in patterns if pattern not in folders]
-        return folders + (expand_shards(tars) if tars else [])
-    return expand_shards(caption_set.files)
+def count_rows(address: Address) -> int:
+    """Number of rows of a file or folder; those of the "captions" and "raw" layouts are known from elsewhere.
 
-
-def _file_source(address: Address) -> Source:
-    path = address.path
-    if is_remote(path):
-        filesystem, inner = fsspec.core.url_to_fs(path)
-        info = filesystem.info(inner)
-        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
-        identity = f"{info['size']}:{stamp}"
-    elif Path(path).is_dir():
-        files = sorted(Path(path).glob("*.txt"))
-        identity = sha256_text(
-            "".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}\n" for file in files)
-        )
-    else:
-        identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"
-    return Source(
-        name=_source_name(address),
-        path=str(address),
-        identity=identity,
-        num_samples=_count_rows(address),
-    )
-
-
-def _source_name(address: Address) -> str:
-    name = Path(shard_name(address.path)).stem
-    return f"{name}-{sha256_text(address.path)[:8]}.{address.layout}-{address.column}"
-
-
-def _count_rows(address: Address) -> int:
+    Raises:
+        ValueError: the column does not exist; names the columns there are.
+    """
     if address.layout == "parquet":
         with open_binary(address.path) as file:
-            return pq.ParquetFile(file).metadata.num_rows
+            parquet = pq.ParquetFile(file)
+            _require_column(address, parquet.schema_arrow.names)
+            return parquet.metadata.num_rows
     if address.layout == "jsonl":
         with open_binary(address.path) as file:
-            return sum(1 for _ in file)
-    return sum(1 for _ in _READERS[address.layout](address, 0, 2**62))
+            first = file.readline()
+            record = _json_object(first)
+            if record is not None:
+                _require_column(address, list(record))
+            return sum(1 for _ in file) + bool(first)
+    if address.layout == "csv":
+        return sum(1 for _ in _read_csv(address, range(2**62)))
+    if _is_folder(address.path):
+        return len(text_files(address.path))
+    with open_shard(address.path) as shard:
+        return sum("txt" in sample.members for sample in shard.samples)
+
+
+def text_files(folder: str) -> list[Path]:
+    """The `.txt` files of a folder and of the folders in it, in the order of their paths."""
+    return sorted(Path(folder).rglob("*.txt"))
+
+
+def _is_folder(path: str) -> bool:
+    return not is_remote(path) and Path(path).is_dir()
+
+
+def _pick(items: Iterable[Item], rows: Rows) -> Iterator[tuple[int, Item]]:
+    """The items at the given places, with their places."""
+    if isinstance(rows, range):
+        yield from itertools.islice(enumerate(items), rows.start, rows.stop)
+        return
+    numbered = enumerate(items)
+    for row in rows.tolist():
+        yield next(pair for pair in numbered if pair[0] == row)
 
 
 def _require_column(address: Address, columns: Sequence[str]) -> None:
@@ -161,8 +141,8 @@ def _require_column(address: Address, columns: Sequence[str]) -> None:
         raise ValueError(f"{address.path}: no column {address.column!r}; columns are {', '.join(columns)}")
 
 
-def _read_captions(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
-    for row in _parquet_rows(address, start, stop, columns=("key", address.column, "flags", "reject")):
+def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:
+    for row in _parquet_rows(address, rows, columns=("key", address.column, "flags", "reject")):
         flags = row.get("flags") or ()
         caption = _row(row["key"], row[address.column])
         yield replace(
@@ -172,27 +152,34 @@ def _read_captions(address: Address, start: int, stop: int) -> Iterator[CaptionR
         )
 
 
-def _read_parquet(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
-    rows = _parquet_rows(address, start, stop, columns=("key", "__key__", "id", address.column))
-    for index, row in enumerate(rows, start=start):
-        key = row.get("key") or row.get("__key__") or row.get("id") or index
-        yield _row(str(key), row[address.column])
+def _read_parquet(address: Address, rows: Rows) -> Iterator[CaptionRow]:
+    columns = ("key", "__key__", "id", "status", "error_message", address.column)
+    for number, row in zip(rows, _parquet_rows(address, rows, columns=columns), strict=False):
+        key = row.get("key") or row.get("__key__") or row.get("id") or number
+        if row.keys() >= IMG2DATASET_COLUMNS and row["status"] != "success":
+            yield CaptionRow(key=str(key), text=None, reject=row["status"] or "no_status")
+        else:
+            yield _row(str(key), row[address.column])
 
 
-def _parquet_rows(address: Address, start: int, stop: int, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(address: Address, rows: Rows, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     with open_binary(address.path) as file:
         parquet = pq.ParquetFile(file)
         _require_column(address, parquet.schema_arrow.names)
         present = [column for column in dict.fromkeys(columns) if column in parquet.schema_arrow.names]
+        wanted = np.arange(rows.start, min(rows.stop, parquet.metadata.num_rows)) if isinstance(rows, range) else rows
         position = 0
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
-            begin, end = max(start - position, 0), min(stop - position, num_rows)
-            position += num_rows
+            begin, end = np.searchsorted(wanted, (position, position + num_rows))
             if begin < end:
-                table = parquet.read_row_group(group, columns=present).slice(begin, end - begin)
+                table = parquet.read_row_group(group, columns=present)
+                inside = wanted[begin:end] - position
+                is_run = inside[-1] - inside[0] + 1 == len(inside)
+                table = table.slice(inside[0], len(inside)) if is_run else table.take(inside)
                 for batch in table.to_batches(max_chunksize=ROWS_PER_BLOCK):
                     yield from _bytes_for_text(batch, address.column).to_pylist()
+            position += num_rows
 
 
 def _bytes_for_text(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
@@ -216,48 +203,50 @@ def _row(key: str, text: Any) -> CaptionRow:
     return CaptionRow(key=key, text=text)
 
 
-def _read_jsonl(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
+def _read_jsonl(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     with open_binary(address.path) as file:
-        for index, line in itertools.islice(enumerate(file), start, stop):
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError):
+        for index, line in _pick(file, rows):
+            record = _json_object(line)
+            if record is None:
                 yield CaptionRow(key=str(index), text=None, reject="not_json")
-                continue
-            if not isinstance(record, dict):
-                yield CaptionRow(key=str(index), text=None, reject="not_json")
-                continue
-            if index == 0:
-                _require_column(address, list(record))
-            yield _row(str(record.get("key", index)), record.get(address.column))
+            else:
+                yield _row(str(record.get("key", index)), record.get(address.column))
 
 
-def _read_csv(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _read_csv(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     with open_binary(address.path) as file:
         # surrogateescape keeps bytes that are not UTF-8 recognisable, row by row.
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters would end the run
         records = csv.DictReader(lines)
         _require_column(address, list(records.fieldnames or []))
-        for index, record in itertools.islice(enumerate(records), start, stop):
+        for index, record in _pick(records, rows):
             text = record.get(address.column)
             raw = None if text is None else text.encode("utf-8", errors="surrogateescape")
             yield _row(str(record.get("key") or index), raw)
 
 
-def _read_text(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
-    if not is_remote(address.path) and Path(address.path).is_dir():
-        for path in sorted(Path(address.path).glob("*.txt"))[start:stop]:
+def _read_text(address: Address, rows: Rows) -> Iterator[CaptionRow]:
+    if _is_folder(address.path):
+        for _, path in _pick(text_files(address.path), rows):
             yield _row(path.stem, path.read_bytes())
         return
     with open_shard(address.path) as shard:
-        with_text = [sample for sample in shard.samples if "txt" in sample.members]
-        for sample in with_text[start:stop]:
+        for _, sample in _pick((sample for sample in shard.samples if "txt" in sample.members), rows):
             yield _row(sample.key, shard.read(sample.members["txt"]))
 
 
-def _read_raw(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
+def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     with open_shard(address.path) as shard:
-        for sample in shard.samples[start:stop]:
+        for _, sample in _pick(shard.samples, rows):
             if sample.reject:
                 yield CaptionRow(key=sample.key, text=None, reject=sample.reject)
                 continue
@@ -267,7 +256,7 @@ def _read_raw(address: Address, start: int, stop: int) -> Iterator[CaptionRow]:
                 yield CaptionRow(key=sample.key, text=None, reject="corrupt_alt_text")
 
 
-_READERS: dict[str, Callable[[Address, int, int], Iterator[CaptionRow]]] = {
+_READERS: dict[str, Callable[[Address, Rows], Iterator[CaptionRow]]] = {
     "captions": _read_captions,
     "raw": _read_raw,
     "parquet": _read_parquet,

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 
 from pipelines.recipe import StageConfig
 
+MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
+
 
 class CaptionSet(StageConfig):
     """One caption set: which files it is in and which column holds its text."""
@@ -47,6 +49,15 @@ class DatasetStatsConfig(StageConfig):
     valid_threshold: int = Field(
         default=10, ge=0, description="A distinct noun is valid when it occurs more often than this (occurrences)"
     )
+    fold_plurals: bool = Field(
+        default=True,
+        description="Show, as lines of their own, DN and VN with plurals counted as their singulars",
+    )
+    sample: int = Field(
+        default=0,
+        ge=0,
+        description="Samples drawn from each set for an estimate with standard errors, in RUN/stats-sample; 0: all",
+    )
     text_model: str = Field(
         default="",
         description="Folder or hub id whose T5 tokenizer measures lengths; empty: features.text_model of the recipe",
@@ -69,21 +80,29 @@ class DatasetStatsConfig(StageConfig):
         default=3000, ge=10, description="Nouns in the report's table, most frequent first; nouns.parquet has all"
     )
     num_gallery_images: int = Field(default=24, ge=0, description="Sampled images in the report's gallery")
-    seed: int = Field(default=0, ge=0, description="Seed of the gallery's sample")
+    seed: int = Field(default=0, ge=0, description="Seed of the gallery and of `sample`")
 
     @field_validator("sets", mode="before")
     @classmethod
     def _read_text(cls, sets: Any) -> Any:
-        return dict(_parse_set(item) for item in sets.split(",")) if isinstance(sets, str) else sets
+        # A comma before the next "name=" ends a set; other commas belong to brace lists.
+        return dict(_parse_set(item) for item in re.split(r",(?=[^,{}]+=)", sets)) if isinstance(sets, str) else sets
 
     @field_validator("sets")
     @classmethod
     def _check_names(cls, sets: dict[str, CaptionSet]) -> dict[str, CaptionSet]:
         # Names become column names of nouns.parquet and keys of summary.json.
         for name in sets:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name == "noun":
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name in ("noun", "singular"):
                 raise ValueError(f"{name!r} cannot name a caption set: use letters, digits and . _ + -")
         return sets
+
+    @field_validator("sample")
+    @classmethod
+    def _check_sample(cls, sample: int) -> int:
+        if 0 < sample < MIN_SAMPLE:
+            raise ValueError(f"{sample} samples are too few for an estimate; use at least {MIN_SAMPLE}, or 0 for all")
+        return sample
 
     @field_validator("text_limits")
     @classmethod

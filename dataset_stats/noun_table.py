@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataset_stats.measures import SetMeasures
@@ -24,7 +25,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass
-class Vocabulary:
+class NounTable:
     """What the report shows of the nouns.
 
     Attributes:
@@ -40,18 +41,26 @@ class Vocabulary:
     zipf: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
-def write_vocabulary(
-    merged: Path, folder: Path, *, measures: Mapping[str, SetMeasures], valid_threshold: int, num_top: int
-) -> Vocabulary:
+def write_noun_table(
+    merged: Path,
+    folder: Path,
+    *,
+    measures: Mapping[str, SetMeasures],
+    valid_threshold: int,
+    num_top: int,
+    singular: Callable[[str], str] | None,
+) -> NounTable:
     """Write nouns.parquet and nouns.csv, fill in DN and VN of `measures`, and give what the report shows.
 
     Args:
         merged: file of `merge_counts`.
         folder: RUN/stats.
+        singular: folds plurals; gives both files a column `singular` and `measures` the folded DN and VN.
     """
     names = list(measures)
     collector = _Collector(names, measures, num_top=num_top)
-    schema = pa.schema([pa.field("noun", pa.string())] + [pa.field(name, pa.int64()) for name in names])
+    columns = ["noun", *(["singular"] if singular else []), *names]
+    schema = pa.schema([pa.field(name, pa.int64() if name in measures else pa.string()) for name in columns])
     with (
         pq.ParquetFile(merged) as source,
         atomic_file(folder / "nouns.parquet") as parquet_path,
@@ -60,16 +69,40 @@ def write_vocabulary(
         csv_path.open("w", newline="", encoding="utf-8") as csv_file,
     ):
         rows = csv.writer(csv_file)
-        rows.writerow(["noun", *names])
+        rows.writerow(columns)
         for batch in source.iter_batches(batch_size=ROWS_PER_BATCH):
             frame = batch.to_pandas()
             frame[names] = frame[names].fillna(0).astype(np.int64)
-            parquet.write_table(pa.Table.from_pandas(frame[["noun", *names]], schema=schema, preserve_index=False))
+            if singular:
+                frame["singular"] = [singular(noun) for noun in frame["noun"]]
+            parquet.write_table(pa.Table.from_pandas(frame[columns], schema=schema, preserve_index=False))
             rows.writerows(
-                [safe_cell(noun), *counts] for noun, *counts in frame[["noun", *names]].itertuples(index=False)
+                [safe_cell(value) if isinstance(value, str) else value for value in row]
+                for row in frame[columns].itertuples(index=False)
             )
             collector.add(frame)
-    return collector.finish(valid_threshold=valid_threshold)
+    table = collector.finish(valid_threshold=valid_threshold)
+    if singular:
+        _fold(folder / "nouns.parquet", collector.plurals, measures, valid_threshold=valid_threshold)
+    return table
+
+
+def _fold(nouns: Path, plurals: pd.DataFrame, measures: Mapping[str, SetMeasures], *, valid_threshold: int) -> None:
+    """Fill in the folded DN and VN: what the plurals and their singulars count for apart, and what they do together."""
+    kept = [plurals]
+    with pq.ParquetFile(nouns) as source:
+        for batch in source.iter_batches(batch_size=ROWS_PER_BATCH):
+            kept.append(
+                batch.filter(pc.is_in(batch["noun"], pa.array(plurals["singular"].unique(), pa.string()))).to_pandas()
+            )
+    # A singular may itself be a plural that is folded further ("glasses" of "glass"): each noun is taken once.
+    apart = pd.concat(kept).drop_duplicates("noun")
+    together = apart.groupby("singular")[list(measures)].sum()
+    for name, measure in measures.items():
+        merged_away = (apart[name] > 0).sum() - (together[name] > 0).sum()
+        gained = (together[name] > valid_threshold).sum() - (apart[name] > valid_threshold).sum()
+        measure.folded_distinct_nouns = measure.distinct_nouns - int(merged_away)
+        measure.folded_valid_distinct_nouns = measure.valid_distinct_nouns + int(gained)
 
 
 def safe_cell(text: str) -> str:
@@ -83,10 +116,14 @@ class _Collector:
         self._measures = measures
         self._num_top = num_top
         self._tops = pd.DataFrame()
+        self.plurals = pd.DataFrame({"noun": [], "singular": [], **{name: [] for name in names}})
         self._changes: dict[str, pd.DataFrame] = {}
         self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def add(self, frame: pd.DataFrame) -> None:
+        if "singular" in frame:
+            # Only words of the lexicon are folded, so these stay few.
+            self.plurals = pd.concat([self.plurals, frame[frame["singular"] != frame["noun"]]])
         totals = frame[self._names].sum(axis=1)
         both: list[pd.DataFrame] = [self._tops, frame.assign(total=totals)]
         # Ties go to the noun that comes first, so that the same counts give the same report.
@@ -103,8 +140,8 @@ class _Collector:
             counts = frame[name].to_numpy()
             self._counts[name].append(counts[counts > 0])
 
-    def finish(self, *, valid_threshold: int) -> Vocabulary:
-        vocabulary = Vocabulary(top=self._tops.reset_index(drop=True))
+    def finish(self, *, valid_threshold: int) -> NounTable:
+        table = NounTable(top=self._tops.reset_index(drop=True))
         for name, measure in self._measures.items():
             counts = np.sort(np.concatenate(self._counts[name]))[::-1]
             measure.distinct_nouns = len(counts)
@@ -112,13 +149,13 @@ class _Collector:
             assert int(counts.sum()) == measure.total_nouns, f"{name}: merged nouns do not add up to the captions'"
             if len(counts):
                 ranks = np.unique(np.geomspace(1, len(counts), NUM_ZIPF_POINTS).astype(int))
-                vocabulary.zipf[name] = [(int(rank), int(counts[rank - 1])) for rank in ranks]
+                table.zipf[name] = [(int(rank), int(counts[rank - 1])) for rank in ranks]
         for name, change in self._changes.items():
             gained = change.query("change > 0").sort_values(["change", "noun"], ascending=[False, True])
             lost = change.query("change < 0").sort_values(["change", "noun"])
-            vocabulary.gained[name] = gained.head(NUM_CHANGES)
-            vocabulary.lost[name] = lost.head(NUM_CHANGES)
-        return vocabulary
+            table.gained[name] = gained.head(NUM_CHANGES)
+            table.lost[name] = lost.head(NUM_CHANGES)
+        return table
 
     def _rate(self, frame: pd.DataFrame, name: str) -> np.ndarray:
         return frame[name].to_numpy() * (PER_CAPTIONS / max(self._measures[name].num_captions, 1))

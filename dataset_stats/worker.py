@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
+from dataset_stats.tagging.text_tokenizer import load_text_tokenizer
 from pipelines.pieces import Piece, PieceReport
 from pipelines.storage import atomic_file
 
@@ -28,13 +28,19 @@ ROW_GROUP_SIZE = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class CountConfig:
-    """What a worker needs; `text_tokenizer` is the path of a tokenizer.json, or empty to measure no T5 lengths."""
+    """What a worker needs.
+
+    Attributes:
+        text_tokenizer: path of a tokenizer.json, or empty to measure no T5 lengths.
+        keeps_nouns: whether each caption's row lists its nouns, from which a sample's standard errors are taken.
+    """
 
     tagger: TaggerSource
     text_tokenizer: str
     text_limits: tuple[int, ...]
     boilerplate: tuple[str, ...]
     max_characters: int
+    keeps_nouns: bool = False
 
 
 class NounCountWorker:
@@ -45,7 +51,7 @@ class NounCountWorker:
     def __init__(self, config: CountConfig) -> None:
         self._config = config
         self._counter = NounCounter(load_tagger(config.tagger))
-        self._text_tokenizer = _load_tokenizer(config.text_tokenizer) if config.text_tokenizer else None
+        self._text_tokenizer = load_text_tokenizer(config.text_tokenizer) if config.text_tokenizer else None
         self._boilerplate = tuple(opening.casefold() for opening in config.boilerplate)
 
     def __call__(self, piece: Piece) -> PieceReport:
@@ -84,6 +90,8 @@ class NounCountWorker:
             "num_nouns": (lengths.num_nouns, pa.int32()),
             "is_boilerplate": ([self._is_boilerplate(text) for text in texts], pa.bool_()),
         }
+        if self._config.keeps_nouns:
+            columns["nouns"] = (self._counter.nouns(texts), pa.list_(pa.string()))
         if self._text_tokenizer is not None:
             columns |= self._measure_truncation(self._text_tokenizer, texts, lengths.num_nouns)
         positions = np.full(len(rows), -1, dtype=np.int64)
@@ -117,17 +125,6 @@ class NounCountWorker:
             lost[longer] = np.maximum(num_nouns[longer] - self._counter.measure(kept_texts).num_nouns, 0)
             columns[f"nouns_lost_{limit}"] = (lost, pa.int32())
         return columns
-
-
-def _load_tokenizer(path: str) -> Tokenizer:
-    # The workers are the parallelism; threads of the tokeniser would only get in their way.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _write(table: pa.Table, path: Path) -> None:

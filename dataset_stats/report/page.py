@@ -14,9 +14,10 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from dataset_stats.gallery import GalleryItem
-from dataset_stats.measures import PAPER_ROWS, Definition, SetMeasures
-from dataset_stats.noun_table import PER_CAPTIONS, Vocabulary
+from dataset_stats.measures import SetMeasures
+from dataset_stats.noun_table import PER_CAPTIONS, NounTable
+from dataset_stats.report.gallery import GalleryItem
+from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, plus_minus, sample_note
 from pipelines.storage import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,7 +34,7 @@ class ReportData:
     tagger_hint: str
     measures: Mapping[str, SetMeasures]
     definitions: Sequence[Definition]
-    vocabulary: Vocabulary
+    noun_table: NounTable
     examples: Sequence[str]
     gallery: Sequence[GalleryItem]
     valid_threshold: int
@@ -53,12 +54,16 @@ def write_report(path: Path, data: ReportData) -> None:
     html = environment.get_template("report.html.jinja").render(
         data=data,
         paper_rows=PAPER_ROWS,
+        findings=findings(data.measures, valid_threshold=data.valid_threshold),
+        sample_note=sample_note(data.measures),
+        is_sample=any(measure.estimate for measure in data.measures.values()),
+        pm=plus_minus,
         per_captions=PER_CAPTIONS,
         flags=sorted({flag for measure in data.measures.values() for flag in measure.flags}),
         rejects=sorted({reason for measure in data.measures.values() for reason in measure.rejected}),
         has_lengths=any(measure.num_text_tokens is not None for measure in data.measures.values()),
         charts=_charts(data),
-        nouns=_noun_rows(data.vocabulary.top, list(data.measures), data.examples),
+        nouns=_noun_rows(data.noun_table.top, list(data.measures), data.examples),
         plotly=_packed_plotly(),
     )
     atomic_write_bytes(path, html.encode())
@@ -89,7 +94,7 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
         {
             "name": name,
             "x": list(range(MAX_CHART_NOUNS + 1)),
-            "y": _shares(_fold(measure.nouns_per_caption, MAX_CHART_NOUNS), measure.num_captions),
+            "y": _shares(_fold(measure.noun_histogram, MAX_CHART_NOUNS), measure.num_captions),
         }
         for name, measure in data.measures.items()
     ]
@@ -97,18 +102,18 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
         _ratio_chart(data.measures),
         {
             "id": "chart-nouns",
-            "kind": "line",
+            "kind": "steps",
             "traces": _trim_right(nouns),
-            "x": "nouns in a caption",
+            "x": f"nouns in a caption ({MAX_CHART_NOUNS}: that many or more)",
             "y": "share of captions",
-            "percent": True,
+            "width": 1,
         },
         {
             "id": "chart-zipf",
             "kind": "line",
             "traces": [
                 {"name": name, "x": [rank for rank, _ in points], "y": [count for _, count in points]}
-                for name, points in data.vocabulary.zipf.items()
+                for name, points in data.noun_table.zipf.items()
             ],
             "x": "rank of the noun",
             "y": "occurrences",
@@ -117,7 +122,7 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
             "line_text": f"valid: more than {data.valid_threshold}",
         },
     ]
-    lengths = {name: measure for name, measure in data.measures.items() if measure.text_tokens_per_caption}
+    lengths = {name: measure for name, measure in data.measures.items() if measure.text_token_histogram}
     if lengths:
         charts.append(_length_chart(lengths, data.limits))
     return charts
@@ -131,26 +136,27 @@ def _ratio_chart(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
         "kind": "bars",
         "names": [name for name, _, _ in bars],
         "values": [round(value, 4) for _, value, _ in bars],
+        "errors": [measure.error("valid_fraction") for measure in measures.values()] + [None] * len(PAPER_ROWS),
         "is_paper": [is_paper for _, _, is_paper in bars],
     }
 
 
 def _length_chart(measures: Mapping[str, SetMeasures], limits: Sequence[int]) -> dict[str, Any]:
-    longest = max(max(i for i, n in enumerate(m.text_tokens_per_caption) if n or i == 0) for m in measures.values())
+    longest = max(max(i for i, n in enumerate(m.text_token_histogram) if n or i == 0) for m in measures.values())
     width = max(1, -(-(longest + 1) // NUM_LENGTH_BARS))
     traces = []
     for name, measure in measures.items():
-        values = measure.text_tokens_per_caption[: longest + 1]
+        values = measure.text_token_histogram[: longest + 1]
         bars = [sum(values[start : start + width]) for start in range(0, len(values), width)]
         middles = [start + (width - 1) / 2 for start in range(0, len(values), width)]
         traces.append({"name": name, "x": middles, "y": _shares(bars, measure.num_captions)})
     return {
         "id": "chart-lengths",
-        "kind": "line",
+        "kind": "steps",
         "traces": traces,
         "x": "T5 tokens in a caption" + (f" (bins of {width})" if width > 1 else ""),
         "y": "share of captions",
-        "percent": True,
+        "width": width,
         "lines_x": [limit for limit in limits if limit <= 2 * longest],
     }
 

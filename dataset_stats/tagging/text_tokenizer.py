@@ -1,11 +1,16 @@
-"""Finds the T5 tokenizer that measures how much of a caption the text encoder reads."""
+"""The T5 tokenizer, which measures how much of a caption the text encoder reads."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.models import resolve_model
 from pipelines.progress import get_logger
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 log = get_logger("dataset_stats")
 
@@ -29,3 +34,15 @@ def find_text_tokenizer(model_id: str, revision: str | None) -> str:
             f"T5 lengths are not measured: the tokenizer of {model_id} is out of reach ({type(error).__name__})"
         )
         return ""
+
+
+def load_text_tokenizer(path: str) -> Tokenizer:
+    """Tokenizer of a `tokenizer.json`, which neither cuts nor pads."""
+    # The workers are the parallelism; threads of the tokeniser would only get in their way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

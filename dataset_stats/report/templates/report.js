@@ -22,6 +22,7 @@ function drawBars(chart) {
   const trace = {
     type: "bar", orientation: "h", x: chart.values, y: chart.names, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
     marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--soft" : "--accent")), opacity: chart.is_paper.map((isPaper) => isPaper ? 0.45 : 1) },
+    error_x: { type: "data", array: chart.errors, visible: chart.errors.some((error) => error), color: colour("--ink"), thickness: 1.2 },
     text: chart.values, texttemplate: "%{text:.1%}", textposition: "outside", cliponaxis: false,
     textfont: { color: colour("--ink") },
   };
@@ -32,12 +33,26 @@ function drawBars(chart) {
   }, options);
 }
 
+// A histogram as steps: sets lie over each other and stay comparable, which filled bars would not.
+function stepTrace(trace, chart) {
+  const x = [], y = [];
+  trace.x.forEach((middle, index) => {
+    x.push(middle - chart.width / 2, middle + chart.width / 2);
+    y.push(trace.y[index], trace.y[index]);
+  });
+  const labels = trace.x.flatMap((middle) => chart.width === 1 ? [middle, middle] : Array(2).fill(`${Math.ceil(middle - chart.width / 2)}–${Math.floor(middle + chart.width / 2)}`));
+  return { name: trace.name, x: [x[0], ...x, x[x.length - 1]], y: [0, ...y, 0], text: [labels[0], ...labels, labels[labels.length - 1]] };
+}
+
 function draw(chart) {
   if (chart.kind === "bars") { drawBars(chart); return; }
   const series = colour("--series").split(",").map((text) => text.trim());
+  const isSteps = chart.kind === "steps";
   const traces = chart.traces.map((trace, index) => ({
-    ...trace, type: "scatter", mode: "lines", line: { color: series[index % series.length], width: 2.2 },
-    hovertemplate: chart.percent ? "%{x}: %{y:.1%}" : "rank %{x:,}: %{y:,}",
+    ...(isSteps ? stepTrace(trace, chart) : trace), type: "scatter", mode: "lines",
+    line: { color: series[index % series.length], width: 2 },
+    ...(isSteps ? { fill: "tozeroy", fillcolor: `${series[index % series.length]}1f` } : {}),
+    hovertemplate: isSteps ? "%{text}: %{y:.1%}" : "rank %{x:,}: %{y:,}",
   }));
   const line = (shape) => ({ type: "line", line: { color: colour("--soft"), width: 1.2, dash: "dot" }, ...shape });
   const shapes = (chart.lines_x || []).map((x) => line({ x0: x, x1: x, yref: "paper", y0: 0, y1: 1 }));
@@ -124,8 +139,8 @@ for (const button of buttons) {
     const chosen = Number(button.dataset.column);
     direction = chosen === column ? -direction : (chosen === 0 ? 1 : -1);
     column = chosen;
-    for (const other of buttons) other.removeAttribute("aria-sort");
-    button.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
+    for (const other of buttons) other.closest("th").removeAttribute("aria-sort");
+    button.closest("th").setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
     show();
   });
 }

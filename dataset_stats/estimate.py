@@ -1,0 +1,171 @@
+"""What a sample says about the whole set: the standard error of every number.
+
+A sample is drawn without replacement, each row alike (`sample_sources`). Two kinds of numbers come of it.
+
+Means and shares, such as nouns per image, estimate those of the whole set. Their errors have closed forms (Cochran,
+"Sampling Techniques", chapters 2 and 6), with the factor 1 - n/N for a sample of n from N.
+
+DN, VN and VN/DN depend on how much text was read and are *not* those of the whole set: they are the numbers of n
+captions, and their error says how much another n captions would differ. Its size is taken from the sample itself: from
+random halves and quarters of the sample, whose spread is that of captions drawn without replacement from n, and the
+step from a quarter to a half is repeated once, to n.
+"""
+
+# n rows drawn, N rows in the set, k of the n are captions, T nouns in them, D distinct ones
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+NUM_SUBSAMPLES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A set's sample, and the standard errors of its numbers.
+
+    Attributes:
+        num_samples: samples in the whole set.
+        num_drawn: samples drawn of them.
+        errors: standard error by name of the number, as in `SetMeasures.errors`.
+        whole_captions: captions in the whole set, estimated, and the standard error.
+        whole_total_nouns: total nouns of the whole set, estimated, and the standard error.
+        rate_errors: by noun, the standard error of its occurrences per caption.
+    """
+
+    num_samples: int
+    num_drawn: int
+    errors: dict[str, float]
+    whole_captions: tuple[float, float]
+    whole_total_nouns: tuple[float, float]
+    rate_errors: dict[str, float] = field(repr=False)
+
+
+def estimate_set(
+    caption_files: Sequence[Path],
+    *,
+    num_samples: int,
+    seed: int,
+    valid_threshold: int,
+    singular: Callable[[str], str] | None,
+) -> Estimate:
+    """Standard errors of a sampled set's numbers.
+
+    Args:
+        caption_files: the caption files of the set's shards, with a column `nouns`.
+        num_samples: samples in the whole set.
+    """
+    rows = pa.concat_tables([pq.read_table(path) for path in caption_files])
+    captions = rows.filter(pc.field("reject").is_null())
+    unread = max(1 - len(rows) / num_samples, 0.0)
+    errors = {name: error * unread**0.5 for name, error in _mean_errors(rows, captions).items()}
+    nouns = captions["nouns"].combine_chunks()
+    owners = pc.list_parent_indices(nouns).to_numpy()  # int64 [T]
+    words = pc.list_flatten(nouns).dictionary_encode()
+    codes = words.indices.to_numpy()  # int32 [T]
+    distinct = words.dictionary.to_pylist()
+    rng = np.random.default_rng(seed)
+    drawn = (codes, owners, len(captions))
+    kinds = {"": np.arange(len(distinct))}
+    if singular is not None:
+        kinds["folded_"] = np.unique([singular(noun) for noun in distinct], return_inverse=True)[1]
+    for prefix, of_noun in kinds.items():
+        spread = _distinct_errors(drawn, of_noun, valid_threshold=valid_threshold, rng=rng)
+        errors |= {f"{prefix}{name}": error * unread**0.5 for name, error in spread.items()}
+    per_row = np.zeros(len(rows))
+    per_row[: len(captions)] = captions["num_nouns"].to_numpy()
+    is_caption = np.arange(len(rows)) < len(captions)
+    rates = _rate_errors(drawn, len(distinct)) * unread**0.5
+    return Estimate(
+        num_samples=num_samples,
+        num_drawn=len(rows),
+        errors=errors,
+        whole_captions=_total(is_caption, num_samples, unread),
+        whole_total_nouns=_total(per_row, num_samples, unread),
+        rate_errors=dict(zip(distinct, rates.tolist(), strict=True)),
+    )
+
+
+def _mean_errors(rows: pa.Table, captions: pa.Table) -> dict[str, float]:
+    """Errors of the means and shares, for a set without end."""
+    nouns = captions["num_nouns"].to_numpy()
+    errors = {
+        "total_nouns": _mean_error(nouns) * len(nouns),
+        "nouns_per_image": _mean_error(nouns),
+        "tokens_per_caption": _mean_error(captions["num_tokens"].to_numpy()),
+        "boilerplate_fraction": _mean_error(captions["is_boilerplate"].to_numpy(zero_copy_only=False)),
+    }
+    owners = pc.list_parent_indices(captions["flags"].combine_chunks())
+    flags = pc.list_flatten(captions["flags"].combine_chunks())
+    for flag in pc.unique(flags).to_pylist():
+        has_flag = np.zeros(len(captions))
+        has_flag[owners.filter(pc.equal(flags, flag)).to_numpy()] = 1
+        errors[f"flag_fraction.{flag}"] = _mean_error(has_flag)
+    for reason in pc.unique(rows["reject"]).drop_null().to_pylist():
+        is_reject = pc.fill_null(pc.equal(rows["reject"], reason), False).to_numpy()
+        errors[f"reject_fraction.{reason}"] = _mean_error(is_reject)
+    if "num_text_tokens" in captions.column_names:
+        lengths = captions["num_text_tokens"].to_numpy()
+        errors["text_tokens_per_caption"] = _mean_error(lengths)
+        for column in captions.column_names:
+            if column.startswith("nouns_lost_"):
+                limit = column.removeprefix("nouns_lost_")
+                errors[f"over_limit_fraction.{limit}"] = _mean_error(lengths > int(limit))
+                errors[f"nouns_lost_fraction.{limit}"] = _ratio_error(captions[column].to_numpy(), nouns)
+    return errors
+
+
+def _mean_error(values: np.ndarray) -> float:
+    """s / sqrt(k)."""
+    return float(values.astype(np.float64).std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def _ratio_error(parts: np.ndarray, wholes: np.ndarray) -> float:
+    """Of sum(parts) / sum(wholes): the error of the mean of the residuals, over the mean of the wholes."""
+    if not wholes.sum():
+        return 0.0
+    return _mean_error(parts - wholes * (parts.sum() / wholes.sum())) / float(wholes.mean())
+
+
+def _total(values: np.ndarray, num_samples: int, unread: float) -> tuple[float, float]:
+    return float(values.mean() * num_samples), _mean_error(values) * num_samples * unread**0.5
+
+
+def _rate_errors(drawn: tuple[np.ndarray, np.ndarray, int], num_distinct: int) -> np.ndarray:
+    codes, owners, num_captions = drawn
+    pairs, times = np.unique(owners * max(num_distinct, 1) + codes, return_counts=True)
+    squares = np.bincount(pairs % max(num_distinct, 1), weights=times.astype(np.float64) ** 2, minlength=num_distinct)
+    rates = np.bincount(codes, minlength=num_distinct) / max(num_captions, 1)
+    variances = squares / max(num_captions, 1) - rates**2
+    return np.sqrt(np.maximum(variances, 0) / max(num_captions - 1, 1))
+
+
+def _distinct_errors(
+    drawn: tuple[np.ndarray, np.ndarray, int], of_noun: np.ndarray, *, valid_threshold: int, rng: np.random.Generator
+) -> dict[str, float]:
+    """Errors of DN, VN and VN/DN, for a set without end."""
+    codes, owners, num_captions = drawn
+    kinds = of_noun[codes]
+    spreads = []
+    for size in (num_captions // 4, num_captions // 2):
+        numbers = np.zeros((NUM_SUBSAMPLES, 3))
+        for row in numbers:
+            chosen = np.zeros(num_captions, dtype=np.bool_)
+            chosen[rng.permutation(num_captions)[:size]] = True
+            counts = np.bincount(kinds[chosen[owners]])
+            dn, vn = (counts > 0).sum(), (counts > valid_threshold).sum()
+            row[:] = dn, vn, vn / max(dn, 1)
+        # Drawn from n captions, `size` of them vary less than if drawn from a set without end.
+        spreads.append(numbers.var(axis=0, ddof=1) / (1 - size / max(num_captions, 1)))
+    quarter, half = spreads
+    # A mean's variance halves as captions double, a total's doubles; these numbers are in between.
+    growth = np.clip(np.divide(half, quarter, out=np.ones(3), where=quarter > 0), 0.5, 2.0)
+    dn, vn, ratio = np.sqrt(half * growth).tolist()
+    return {"distinct_nouns": dn, "valid_distinct_nouns": vn, "valid_fraction": ratio}

@@ -1,0 +1,249 @@
+"""Table 1 of the paper for this run's sets, in Markdown, with what every number means and what the numbers say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dataset_stats.measures import SetMeasures
+
+# A set with hardly a noun below the threshold has a closed vocabulary, unless it has hardly any nouns at all.
+CLOSED_FRACTION = 0.9
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A row of Table 1 as the paper prints it (it prints 13.3 % for 85K/646K)."""
+
+    name: str
+    valid_of_distinct: str
+    valid_percent: float
+    total_nouns: str
+    nouns_per_image: str
+
+
+PAPER_ROWS = (
+    PaperRow("LAION", "210K/2461K", 8.5, "72.0M", "6.4"),
+    PaperRow("LAION-LLaVA", "85K/646K", 13.3, "233.9M", "20.9"),
+    PaperRow("SAM-LLaVA", "23K/124K", 18.6, "327.9M", "29.3"),
+    PaperRow("Internal", "152K/582K", 26.1, "136.6M", "12.2"),
+)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A number's short name, its meaning and its formula, for people who have not read the paper."""
+
+    name: str
+    meaning: str
+    formula: str
+
+
+def definitions(
+    measures: Mapping[str, SetMeasures], *, valid_threshold: int, limits: Sequence[int], boilerplate: Sequence[str]
+) -> list[Definition]:
+    """What every number means, with the thresholds that are in force."""
+    shown = ", ".join(f'"{opening}"' for opening in boilerplate)
+    lost = " and ".join(str(limit) for limit in limits)
+    items = [
+        Definition("Captions", "Samples with a text that was counted.", "samples read - samples rejected"),
+        Definition(
+            "Noun",
+            "A token the tagger gives a tag of the NN family (NN, NNS, NNP, NNPS). Captions are case-folded first, so "
+            '"Dog" and "dog" are one noun and re-casing a caption changes nothing. Singular and plural are two nouns.',
+            "tag starts with NN",
+        ),
+        Definition("DN", "Distinct nouns: how many different nouns occur.", "number of different nouns"),
+        Definition(
+            "VN",
+            f"Valid distinct nouns: distinct nouns that occur more than {valid_threshold} times.",
+            f"number of nouns with occurrences > {valid_threshold}",
+        ),
+        Definition(
+            "VN/DN",
+            "Share of the vocabulary that is seen often enough to be learned. It falls as a set grows.",
+            "VN / DN",
+        ),
+        Definition("Total nouns", "All occurrences of all nouns.", "sum of occurrences"),
+        Definition("Nouns per image", "How much a caption says; s.d. is over captions.", "total nouns / captions"),
+        Definition(
+            "Tokens per caption",
+            "Length in words as NLTK cuts them; punctuation marks are tokens too.",
+            "tokens / captions",
+        ),
+        Definition("Boilerplate", f"Captions that open with an empty phrase: {shown}.", "such captions / captions"),
+        Definition(
+            "T5 tokens per caption",
+            "Length in tokens of the text encoder's tokenizer, the end token included.",
+            "T5 tokens / captions",
+        ),
+        Definition(
+            "Over the limit",
+            f"Captions with more T5 tokens than the model reads ({lost}); the end token counts.",
+            "captions with T5 tokens > limit / captions",
+        ),
+        Definition(
+            "Nouns lost",
+            "Nouns the text encoder never sees because the caption is cut at the limit; the share is of all nouns.",
+            "nouns of the caption - nouns of its part within the limit, summed",
+        ),
+        Definition(
+            "Flags", "What captioning noticed (loops, cut-off answers, ...).", "captions with the flag / captions"
+        ),
+        Definition(
+            "Rejected",
+            "Samples without a usable text, by reason; they are in no other number.",
+            "such samples / samples read",
+        ),
+    ]
+    if any(measure.folded_distinct_nouns is not None for measure in measures.values()):
+        folded = Definition(
+            "Plurals folded",
+            'DN and VN once more, with plurals counted as their singulars ("dogs" as "dog"), where TextBlob\'s lexicon '
+            "confirms the pair. The paper does not fold; the numbers above do not either.",
+            "DN and VN of the column `singular` of nouns.parquet",
+        )
+        items.insert(5, folded)
+    if any(measure.estimate for measure in measures.values()):
+        items.insert(
+            0,
+            Definition(
+                "±",
+                "Standard error of a sample drawn without replacement. Means and shares estimate the whole set. DN, VN "
+                "and VN/DN are those of a sample of this size, not of the whole set; ± is their spread over samples.",
+                "closed forms with 1 - n/N; DN, VN, VN/DN from random halves and quarters of the sample",
+            ),
+        )
+    return items
+
+
+def findings(measures: Mapping[str, SetMeasures], *, valid_threshold: int) -> list[str]:
+    """What the numbers say, one sentence each: every set against the first, and what VN/DN cannot show here."""
+    baseline_name, *others = measures
+    baseline = measures[baseline_name]
+    sentences = []
+    for name in others:
+        m = measures[name]
+        if not (baseline.nouns_per_image and m.distinct_nouns):
+            continue
+        sentences.append(
+            f"{name} has {m.nouns_per_image:.1f} nouns per image where {baseline_name} has "
+            f"{baseline.nouns_per_image:.1f} ({m.nouns_per_image / baseline.nouns_per_image:.1f} times as many); its "
+            f"VN/DN is {m.valid_fraction:.1%} where {baseline_name}'s is {baseline.valid_fraction:.1%}."
+        )
+    closed = [name for name, m in measures.items() if m.distinct_nouns and m.valid_fraction >= CLOSED_FRACTION]
+    if closed:
+        listed = ", ".join(f"{name} ({measures[name].distinct_nouns:,} nouns)" for name in closed)
+        sentences.append(
+            f"Nearly every noun of {listed} occurs more than {valid_threshold} times: a closed vocabulary. VN/DN then "
+            "says that few words are used often, not that much is described; the paper's sets, with 124K to 2461K "
+            "nouns, are not of this kind."
+        )
+    sizes = [m.num_captions for m in measures.values()]
+    if max(sizes) > 2 * max(min(sizes), 1):
+        sentences.append(
+            "The sets differ much in size, and VN/DN falls as a set grows: compare it at one size (SAMPLE=n)."
+        )
+    return sentences
+
+
+def plus_minus(m: SetMeasures, name: str, form: str) -> str:
+    """The standard error of a sample's number as " ± x"; nothing where all captions were counted."""
+    error = m.error(name)
+    return "" if error is None else f" ± {form.format(error)}"
+
+
+def sample_note(measures: Mapping[str, SetMeasures]) -> str:
+    """One paragraph that says what was drawn, or nothing where all captions were counted."""
+    drawn = {name: m.estimate for name, m in measures.items() if m.estimate}
+    if not drawn:
+        return ""
+    sizes = "; ".join(f"{name} {e.num_drawn:,} of {e.num_samples:,} samples" for name, e in drawn.items())
+    wholes = "; ".join(
+        f"{name} {e.whole_total_nouns[0]:,.0f} ± {e.whole_total_nouns[1]:,.0f}" for name, e in drawn.items()
+    )
+    return (
+        f"An estimate, not a full count: {sizes}. ± is one standard error. Means and shares estimate the whole set; "
+        "DN, VN and VN/DN are those of a sample of this size and say nothing about the whole set's. "
+        f"Total nouns of the whole sets, estimated: {wholes}."
+    )
+
+
+def table1(measures: Mapping[str, SetMeasures], *, tagger: str, definition_list: Sequence[Definition]) -> str:
+    """All numbers in Markdown: this run's sets, the paper's rows, length and faults, and what the numbers mean."""
+    note = sample_note(measures)
+    lines = ["# Noun statistics (Table 1)" + (": an estimate from a sample" if note else ""), ""]
+    if note:
+        lines += [f"**{note}**", ""]
+    lines += [
+        "| Caption set | VN/DN | Total nouns | Nouns per image | Captions | Tokens per caption |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [line for name, m in measures.items() for line in _rows(name, m)]
+    lines += [
+        f"| {row.name} (the paper's) | {row.valid_of_distinct} = {row.valid_percent}% | {row.total_nouns} "
+        f"| {row.nouns_per_image} | | |"
+        for row in PAPER_ROWS
+    ]
+    lines += ["", f"Tagger: {tagger}.", "", *_quality(measures), "", "| Number | Meaning | Formula |", "|---|---|---|"]
+    lines += [f"| {item.name} | {item.meaning} | {item.formula} |" for item in definition_list]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(name: str, m: SetMeasures) -> list[str]:
+    def counts(prefix: str, valid: int, distinct: int, fraction: float) -> str:
+        vn = f"{valid:,}{plus_minus(m, f'{prefix}valid_distinct_nouns', '{:,.0f}')}"
+        dn = f"{distinct:,}{plus_minus(m, f'{prefix}distinct_nouns', '{:,.0f}')}"
+        slash = " / " if m.estimate else "/"
+        return f"{vn}{slash}{dn} = {fraction:.1%}{plus_minus(m, f'{prefix}valid_fraction', '{:.2%}')}"
+
+    rows = [
+        f"| {name} | {counts('', m.valid_distinct_nouns, m.distinct_nouns, m.valid_fraction)} "
+        f"| {m.total_nouns:,}{plus_minus(m, 'total_nouns', '{:,.0f}')} "
+        f"| {m.nouns_per_image:.1f}{plus_minus(m, 'nouns_per_image', '{:.2f}')} | {m.num_captions:,} "
+        f"| {m.tokens_per_caption:.1f}{plus_minus(m, 'tokens_per_caption', '{:.2f}')} |"
+    ]
+    if m.folded_distinct_nouns is not None:
+        valid, distinct = m.folded_valid_distinct_nouns or 0, m.folded_distinct_nouns
+        rows.append(
+            f"| {name}, plurals folded | {counts('folded_', valid, distinct, m.folded_valid_fraction)} | | | | |"
+        )
+    return rows
+
+
+def _quality(measures: Mapping[str, SetMeasures]) -> list[str]:
+    """Length and faults, one line per number and one column per set."""
+
+    def share(m: SetMeasures, count: int, error_name: str) -> str:
+        return f"{count:,} ({m.fraction(count):.1%}{plus_minus(m, error_name, '{:.2%}')})"
+
+    limits = sorted({limit for m in measures.values() for limit in m.num_over_limit}, key=int)
+    rows = {"Boilerplate": [share(m, m.num_boilerplate, "boilerplate_fraction") for m in measures.values()]}
+    if limits:
+        rows["T5 tokens per caption"] = [
+            f"{m.text_tokens_per_caption or 0:.1f}{plus_minus(m, 'text_tokens_per_caption', '{:.2f}')}"
+            for m in measures.values()
+        ]
+    for limit in limits:
+        rows[f"Over {limit} T5 tokens"] = [
+            share(m, m.num_over_limit.get(limit, 0), f"over_limit_fraction.{limit}") for m in measures.values()
+        ]
+        rows[f"Nouns lost at {limit}"] = [
+            f"{m.nouns_lost.get(limit, 0):,} ({m.lost_fraction(limit):.1%}"
+            f"{plus_minus(m, f'nouns_lost_fraction.{limit}', '{:.2%}')})"
+            for m in measures.values()
+        ]
+    for flag in sorted({flag for m in measures.values() for flag in m.flags}):
+        rows[f"Flag: {flag}"] = [share(m, m.flags.get(flag, 0), f"flag_fraction.{flag}") for m in measures.values()]
+    for reason in sorted({reason for m in measures.values() for reason in m.rejected}):
+        rows[f"Rejected: {reason}"] = [
+            f"{m.rejected.get(reason, 0):,} ({m.reject_fraction(reason):.1%}"
+            f"{plus_minus(m, f'reject_fraction.{reason}', '{:.2%}')})"
+            for m in measures.values()
+        ]
+    head = f"| Length and faults | {' | '.join(measures)} |"
+    return [
+        head,
+        "|---" * (len(measures) + 1) + "|",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
+    ]
