@@ -9,6 +9,7 @@ from typing import Any
 from features.config import STAGES
 from features.jobs import Inputs, Job, latent_job, manifest_extra, prepare, read_inputs, text_job
 from features.plan import print_plan, require_space
+from features.quantization import summarize_storage
 from pipelines.command import parse_command, run_command
 from pipelines.engine import run_over_shards
 from pipelines.manifest import Manifest
@@ -41,7 +42,9 @@ def main() -> None:
 
 def run_job(job: Job, inputs: Inputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
-    prepare(job)
+    for change in job.changed_settings():
+        log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
+    prepare(job, inputs)
     is_done = job.is_done()
     if not is_done:
         require_model(job.model, key=job.model_key)
@@ -59,7 +62,21 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
     )
     if not is_done and job.family == "latents":
         _report_preview(job.worker_config.preview_path, manifest.shards[job.sources[0].name].details)
+    if not is_done and job.family == "text":
+        _report_storage(job, manifest, inputs)
     return manifest
+
+
+def _report_storage(job: Job, manifest: Manifest, inputs: Inputs) -> None:
+    storage = inputs.features.text_storage
+    figures = summarize_storage([manifest.shards[source.name].details for source in job.sources])
+    if figures is not None:
+        log.info(
+            f"{storage} text takes {figures['size']:.1%} of bfloat16; "
+            f"relative RMS error {figures['relative_rms_error']:.2%}, cosine {figures['cosine']:.5f}, "
+            f"largest error {figures['max_error']:.2%} of a token's largest value"
+        )
+        update_summary(inputs.run, f"features.{inputs.stage_name}.text_storage", {"storage": storage, **figures})
 
 
 def _report_preview(path: Path, details: dict[str, Any]) -> None:

@@ -139,10 +139,12 @@ class TextEncoder:
         device: str = "cpu",
         dtype: str = "bfloat16",
         batch_tokens: int | None = None,
+        tokenizer: str | None = None,
     ) -> TextEncoder:
         """Load a local folder or hub id.
 
-        `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device.
+        `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device. `tokenizer` is
+        a folder, where the tokenizer does not lie beside the weights.
 
         Raises:
             ValueError: `dtype` is not bfloat16 or float32, or the checkpoint lacks weights of the encoder.
@@ -164,11 +166,11 @@ class TextEncoder:
         )
         encoder, loading = loaded
         _require_complete(model, "T5EncoderModel", loading)
-        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        tokenizes = AutoTokenizer.from_pretrained(tokenizer or source.location, revision=source.revision)
         target = torch.device(device)
         encoder = fuse_gelu(encoder.to(target).eval().requires_grad_(False))
         batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[target.type])
-        return cls(encoder, tokenizer, max_tokens, encoder.config.d_model, target, batches)
+        return cls(encoder, tokenizes, max_tokens, encoder.config.d_model, target, batches)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, cleaned and cut at `max_tokens`, the end-of-sequence token included."""

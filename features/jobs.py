@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from features.captions import caption_sources, remember_identities, require_unchanged
 from features.config import FeaturesConfig, FeatureStageConfig
 from features.latents import LatentWorker, LatentWorkerConfig
 from features.text import TextWorker, TextWorkerConfig
@@ -12,12 +13,11 @@ from pipelines.command import Command
 from pipelines.engine import EngineConfig
 from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
 from pipelines.images import aspect_buckets
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_manifest, require_same
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_manifest
 from pipelines.models import ModelSource, resolve_model
 from pipelines.pieces import ShardWorker, Source
 from pipelines.recipe import DataConfig
 from pipelines.shards import describe_shards, recall_shards, select_shards
-from pipelines.storage import sha256_file
 
 # Raised when a change of code changes the features of unchanged inputs.
 CODE_VERSION = 2
@@ -61,6 +61,16 @@ class Job:
         """Return the sources that are not done yet."""
         return [
             source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
+        ]
+
+    def changed_settings(self) -> list[str]:
+        """Return `field: old -> new` of each setting by which what is in `output` differs from this job."""
+        if not (self.output.path / MANIFEST_NAME).is_file():
+            return []
+        found, wanted = read_manifest(self.output.path).fingerprint.fields, self.fingerprint.fields
+        names = sorted(found.keys() | wanted.keys())
+        return [
+            f"{name}: {found.get(name)} -> {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
         ]
 
     def is_done(self) -> bool:
@@ -107,21 +117,13 @@ def text_job(inputs: Inputs) -> Job:
 
     Raises:
         FileNotFoundError: captioning has not finished.
-        ValueError: a shard has no captions, or they were made from another tar than the one there is now.
+        ValueError: a shard has no captions, they were made from another tar than the one there is now, or lack a
+            column.
     """
     features, columns = inputs.features, inputs.stage.caption_columns
     captions = read_manifest(inputs.run / "captions")
-    sources = []
-    for raw in inputs.raw:
-        path = inputs.run / "captions" / f"{raw.name}.parquet"
-        if raw.name not in captions.shards:
-            raise ValueError(f"{path.parent}: shard {raw.name} has no captions; run `make caption` on it first")
-        report = captions.shards[raw.name]
-        require_same("source", raw.identity, report.source, where=str(path))
-        identity = report.files[path.suffix]
-        sources.append(Source(name=raw.name, path=str(path), identity=identity, num_samples=report.num_read))
-    model = resolve_model(features.text_model, features.text_revision)
     output = StageDirectory(text_directory(inputs.run, columns))
+    model = resolve_model(features.text_model, features.text_revision)
     return Job(
         family="text",
         worker_class=TextWorker,
@@ -137,7 +139,7 @@ def text_job(inputs: Inputs) -> Job:
             caption_weights={caption.column: caption.weight for caption in inputs.stage.captions},
             directory=output.path,
         ),
-        sources=sources,
+        sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
         output=output,
         # Batch and slice sizes are left out: they move embeddings by less than bfloat16 resolves.
         fingerprint=Fingerprint.of(
@@ -243,7 +245,7 @@ def manifest_extra(job: Job, inputs: Inputs) -> dict[str, Any]:
     return {"vae": vae, "resolution": stage.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 
-def prepare(job: Job) -> None:
+def prepare(job: Job, inputs: Inputs) -> None:
     """Check what a pending job is about to read, and repeat what a lost file needs.
 
     Raises:
@@ -251,8 +253,10 @@ def prepare(job: Job) -> None:
     """
     if job.family != "text":
         return
+    captions = read_manifest(inputs.run / "captions")
     for source in job.pending():
-        require_same("sha256", source.identity, sha256_file(Path(source.path)), where=source.path)
+        require_unchanged(source, captions)
+    remember_identities(job.sources, captions=captions, directory=job.output.path)
     if not (job.output.path / NULL_CAPTION_FILE).is_file():
         # The workers write it, so one shard has to be done again.
         job.output.clear_marker(job.sources[0].name)

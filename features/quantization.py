@@ -2,8 +2,9 @@
 
 # L tokens of a caption, D text width
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -83,4 +84,23 @@ def measure_error(embedding: "torch.Tensor", restored: "torch.Tensor") -> dict[s
         "squared_error_ppb": round(squared * BILLION),
         "cosine_distance_ppb": round((1.0 - cosine) * BILLION),
         "max_error": round((error.abs().amax(dim=1) / peak).max().item(), 6),
+    }
+
+
+def summarize_storage(details: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Sum up what 8-bit storage saved and lost over the `details` of shards; None where text is stored in bfloat16.
+
+    Returns `size` (of the same in bfloat16), `relative_rms_error` (root of the captions' mean of squared error over
+    squared norm), `cosine` (mean over captions) and `max_error` (of a value, as part of its token's largest).
+    """
+    shards = [shard for shard in details if "stored_bytes" in shard]
+    if not shards:
+        return None
+    totals = {name: sum(shard[name] for shard in shards) for name in shards[0] if not name.startswith("max_")}
+    num_captions = totals["num_captions"]
+    return {
+        "size": round(totals["stored_bytes"] / totals["bfloat16_bytes"], 4),
+        "relative_rms_error": round((totals["squared_error_ppb"] / BILLION / num_captions) ** 0.5, 6),
+        "cosine": round(1.0 - totals["cosine_distance_ppb"] / BILLION / num_captions, 8),
+        "max_error": max(shard["max_error"] for shard in shards),
     }

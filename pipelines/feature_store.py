@@ -140,6 +140,18 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     atomic_write_bytes(path, serialize_tensors(tensors)[0])
 
 
+def serialize_member(key: str, tensors: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, int]]:
+    """Return a tar member with its header and padding, and where each tensor's payload starts in it."""
+    data, offsets = serialize_tensors(tensors)
+    info = tarfile.TarInfo(escape_key(key) + MEMBER_SUFFIX)
+    info.size = len(data)
+    info.mode = 0o644
+    # GNU format also holds names over 100 bytes, which escaped keys may have.
+    header = info.tobuf(tarfile.GNU_FORMAT, "ascii", "strict")
+    padding = bytes(-len(data) % TAR_BLOCK_BYTES)
+    return b"".join((header, data, padding)), {name: len(header) + offset for name, offset in offsets.items()}
+
+
 class FeatureTarWriter:
     """Writes a webdataset tar whose bytes depend on keys and tensors alone: fixed times, owners and modes.
 
@@ -152,16 +164,10 @@ class FeatureTarWriter:
 
     def add(self, key: str, tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Append member `<escaped key>.safetensors`; returns the offset in the tar of each tensor's payload."""
-        data, offsets = serialize_tensors(tensors)
-        info = tarfile.TarInfo(escape_key(key) + MEMBER_SUFFIX)
-        info.size = len(data)
-        info.mode = 0o644
-        # GNU format also holds names over 100 bytes, which escaped keys may have.
-        header = info.tobuf(tarfile.GNU_FORMAT, "ascii", "strict")
-        padding = bytes(-len(data) % TAR_BLOCK_BYTES)
-        self._file.write(b"".join((header, data, padding)))
-        start = self._position + len(header)
-        self._position = start + len(data) + len(padding)
+        data, offsets = serialize_member(key, tensors)
+        self._file.write(data)
+        start = self._position
+        self._position += len(data)
         return {name: start + offset for name, offset in offsets.items()}
 
     def __enter__(self) -> Self:

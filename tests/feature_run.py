@@ -1,6 +1,7 @@
 """A small run folder for feature tests: raw tars, captions as the captioning stage leaves them, tiny encoders."""
 
 import io
+import sys
 import tarfile
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from tiny_encoders import save_codec, save_text_encoder
 
+import features.__main__ as features_main
 from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
 from pipelines.shards import open_shard, shard_source
 from pipelines.storage import sha256_file
@@ -131,6 +134,15 @@ def write_run(folder: Path, *, num_shards: int = 2, samples_per_shard: int = 20)
     write_captions(run, paths, rejects={"00000002": "loop"})
     write_recipe(folder)
     return run
+
+
+def extract(run: Path, *overrides: str, stage: int = 2, plan: bool = False) -> None:
+    """Run the room's main as its command line does."""
+    arguments = ["features", "--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", str(stage)]
+    arguments += [part for override in overrides for part in ("--set", override)] + ["--plan"] * plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        features_main.main()
 
 
 def write_recipe(folder: Path) -> Path:

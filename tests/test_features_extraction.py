@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-from feature_run import encoded, picture, write_captions, write_raw, write_recipe, write_run
+from feature_run import encoded, extract, picture, write_captions, write_raw, write_recipe, write_run
 from PIL import Image
 
-import features.__main__ as features_main
 from features.encoders import LatentCodec, TextEncoder
 from features.jobs import latent_job, read_inputs, text_job
 from pipelines.command import parse_command
@@ -20,15 +19,6 @@ from pipelines.images import aspect_buckets, resize_and_crop
 from pipelines.manifest import StageDirectory, read_manifest
 from pipelines.pieces import cut_into_pieces, finish_shard
 from pipelines.shards import remember_shards
-
-
-def extract(run: Path, *overrides: str, stage: int = 2, plan: bool = False) -> None:
-    """Run the room's main as its command line does."""
-    arguments = ["features", "--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", str(stage)]
-    arguments += [part for override in overrides for part in ("--set", override)] + ["--plan"] * plan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        features_main.main()
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -3,9 +3,8 @@ import subprocess
 import sys
 
 import pytest
-from feature_run import write_run
+from feature_run import extract, write_run
 from rich.console import Console
-from test_features_extraction import extract
 
 from features import plan
 from features.jobs import read_inputs

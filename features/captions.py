@@ -1,0 +1,91 @@
+"""The captions a text job encodes, and their identity: what of them decides the embeddings, and nothing else."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.manifest import Manifest, require_same
+from pipelines.pieces import Source
+from pipelines.storage import atomic_write_json, sha256_file, sha256_text
+
+# In a directory of text features: the identity of each shard's captions, and the Parquet file it was taken from.
+IDENTITIES_NAME = ".captions.json"
+NUM_READERS = 8
+
+
+def caption_sources(
+    run: Path, raw: Sequence[Source], columns: Sequence[str], *, captions: Manifest, directory: Path
+) -> list[Source]:
+    """Describe the captions of raw shards as sources of a text job that writes `directory`.
+
+    A source's identity is a hash over keys, the texts of `columns` and who is rejected: new flags, or thresholds that
+    reject nobody else, leave the embeddings as they are. It is read anew only where the Parquet file has changed.
+
+    Raises:
+        ValueError: a shard has no captions, they were made from another tar than the one there is now, or a column is
+            missing; names shard and field.
+    """
+    known = _read_identities(directory)
+
+    def describe(shard: Source) -> Source:
+        path = run / "captions" / f"{shard.name}.parquet"
+        if shard.name not in captions.shards:
+            raise ValueError(f"{path.parent}: shard {shard.name} has no captions; run `make caption` on it first")
+        report = captions.shards[shard.name]
+        require_same("source", shard.identity, report.source, where=str(path))
+        file, identity = known.get(shard.name, ("", ""))
+        if file != report.files[path.suffix]:
+            identity = text_identity(path, columns)
+        return Source(name=shard.name, path=str(path), identity=identity, num_samples=report.num_read)
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return list(pool.map(describe, raw))
+
+
+def text_identity(path: Path, columns: Sequence[str]) -> str:
+    """Return a hash over what `columns` of a captions file give a text encoder.
+
+    Raises:
+        ValueError: the file is no Parquet, or lacks a column of texts; names both.
+    """
+    wanted = ["key", *columns, "reject"]
+    try:
+        schema = pq.read_schema(path)
+        for column in wanted:
+            position = schema.get_field_index(column)
+            if position < 0 or not pa.types.is_string(schema.field(position).type):
+                raise ValueError(
+                    f"{path}: there is no column {column!r} of texts, which features.stageN.captions names"
+                )
+        table = pq.read_table(path, columns=wanted)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not readable as Parquet: {error}") from None
+    return sha256_text(json.dumps([table.column(column).to_pylist() for column in wanted], ensure_ascii=False))
+
+
+def require_unchanged(source: Source, captions: Manifest) -> None:
+    """Check that a captions file is the one its manifest describes.
+
+    Raises:
+        ValueError: it is not; names the file and both hashes.
+    """
+    path = Path(source.path)
+    expected = captions.shards[source.name].files[path.suffix]
+    require_same("sha256", expected, sha256_file(path), where=source.path)
+
+
+def remember_identities(sources: Sequence[Source], *, captions: Manifest, directory: Path) -> None:
+    """Keep what `caption_sources` found out, so that the next command need not read the captions."""
+    known = _read_identities(directory)
+    found = {source.name: [captions.shards[source.name].files[".parquet"], source.identity] for source in sources}
+    if known | found != known:
+        atomic_write_json(directory / IDENTITIES_NAME, known | found)
+
+
+def _read_identities(directory: Path) -> dict[str, list[str]]:
+    path = directory / IDENTITIES_NAME
+    return json.loads(path.read_text()) if path.is_file() else {}
