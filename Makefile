@@ -25,7 +25,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
-	@echo "             SHARDS='…' SETS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1"
+	@echo "             SHARDS='…' SETS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -74,7 +74,7 @@ zoo: $(READY)  ## Train the embedded toy models anew (about an hour on two cores
 
 .PHONY: caption
 caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')
-	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS)
+	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS) $(if $(RETRY),--set captioning.retry_rejects=true)
 
 .PHONY: stats
 stats: $(READY)  ## Captions -> noun statistics and report.html
@@ -83,6 +83,14 @@ stats: $(READY)  ## Captions -> noun statistics and report.html
 .PHONY: features
 features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)
 	@$(PY) -m features $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS)
+
+.PHONY: buckets
+buckets: $(READY) need-stage  ## Images per aspect bucket, crop, upscaling and rejects, from headers alone (STAGE=3)
+	@$(PY) -m features.buckets $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS)
+
+.PHONY: verify
+verify: $(READY)  ## Check every file of a run against its manifests, name the first bad shard and key
+	@$(PY) -m pipelines.verify --run $(RUN)
 
 .PHONY: train
 train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8)

@@ -131,3 +131,46 @@ def test_broken_weights_are_noticed(model, prompts) -> None:
     broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
     with pytest.raises(ValueError, match="logits are not finite"):
         make_decoder(model, GREEDY).decode([broken])
+
+
+@pytest.mark.parametrize("num_slots", [1, 8])
+def test_a_repetition_penalty_is_that_of_generate(model, prompts, generated, num_slots: int) -> None:
+    """Tokens of the prompt count as said, image tokens too, whatever shares the batch; and the next call has none."""
+    decoder = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
+    results = decoder.decode(prompts[:12], repetition_penalty=1.3)
+    for prompt, result in zip(prompts[:12], results, strict=True):
+        inputs = pad_left([prompt], pad_token_id=PAD)
+        del inputs["position_ids"]
+        options = {"do_sample": False, "max_new_tokens": GREEDY.max_new_tokens, "repetition_penalty": 1.3}
+        new = model.generate(**inputs, **options)[0, len(prompt.input_ids) :].tolist()
+        assert result.token_ids == [token for token in new if token != END]
+    assert [result.token_ids for result in results] != generated[:12]
+    assert [result.token_ids for result in decoder.decode(prompts[:12])] == generated[:12]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts, tmp_path) -> None:
+    """Grouped heads without biases, and with biases on queries, keys and values."""
+    other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text=kind)).eval()
+    for name, parameter in other.model.language_model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    results = make_decoder(other, GREEDY).decode(prompts[:8])
+    for prompt, result in zip(prompts[:8], results, strict=True):
+        inputs = pad_left([prompt], pad_token_id=PAD)
+        del inputs["position_ids"]
+        new = other.generate(**inputs, do_sample=False, max_new_tokens=40)[0, len(prompt.input_ids) :].tolist()
+        assert result.token_ids == [token for token in new if token != END]
+
+
+def test_a_text_model_of_another_kind_is_refused_by_name(tmp_path) -> None:
+    other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text="gemma")).eval()
+    with pytest.raises(ValueError, match=r'a GemmaModel .* others by captioning.engine = "openai"'):
+        LlamaStep(other)
+
+
+def test_weights_laid_side_by_side_are_held_once(model) -> None:
+    LlamaStep(model)
+    attention = model.model.language_model.layers[0].self_attn
+    storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    assert len(storages) == 1

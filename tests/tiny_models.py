@@ -7,8 +7,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
     CLIPVisionConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,7 +22,10 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
@@ -49,8 +57,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def text_config(vocab_size: int) -> LlamaConfig:
-    return LlamaConfig(
+TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "gemma": GemmaConfig}
+
+
+def text_config(vocab_size: int, *, kind: str = "llama") -> PreTrainedConfig:
+    return TEXT_CONFIGS[kind](
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
@@ -62,6 +73,8 @@ def text_config(vocab_size: int) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.35,  # large, so that greedy captions vary with the image and end by themselves
+        **({"sliding_window": None} if kind == "mistral" else {}),
+        **({"head_dim": 8} if kind == "gemma" else {}),
     )
 
 
@@ -79,13 +92,15 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def save_llava(folder: Path, *, seed: int = 0, is_blind: bool = False, has_chat_template: bool = True) -> Path:
+def save_llava(
+    folder: Path, *, seed: int = 0, is_blind: bool = False, has_chat_template: bool = True, text: str = "llama"
+) -> Path:
     """Write a random LLaVA; a blind one has a projector that gives the same features for every image."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=vision_config(),
-        text_config=text_config(len(tokenizer)),
+        text_config=text_config(len(tokenizer), kind=text),
         image_token_index=SPECIAL_TOKENS.index("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -133,6 +148,30 @@ def save_llava_next(folder: Path, *, seed: int = 0) -> Path:
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random CLIP that reads 77 tokens, one per character."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        projection_dim=16,
+        initializer_range=0.3,
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision_config().to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+    CLIPProcessor(CLIPImageProcessorPil(size=size, do_center_crop=False), tokenizer).save_pretrained(folder)
     return folder
 
 
