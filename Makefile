@@ -18,6 +18,9 @@ SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),
 	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \
 	$(if $(SIZE),--set sampling.size=$(SIZE))
 
+STATS_FLAGS = $(if $(SETS),--set "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--set dataset_stats.sample=$(SAMPLE)) \
+	$(if $(SEED),--set dataset_stats.seed=$(SEED))
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -25,7 +28,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
-	@echo "             SHARDS='…' SETS='…' PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
+	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -77,8 +80,8 @@ caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.
 	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS) $(if $(RETRY),--set captioning.retry_rejects=true)
 
 .PHONY: stats
-stats: $(READY)  ## Captions -> noun statistics and report.html
-	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS) $(if $(SETS),--set "dataset_stats.sets=$$SETS")
+stats: $(READY)  ## Captions -> noun statistics and report.html (SETS='name=files#column,…' SAMPLE=10000 SEED=0)
+	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS) $(STATS_FLAGS)
 
 .PHONY: features
 features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)
