@@ -17,6 +17,7 @@ from pipelines.runner import Outcome, PieceRunner, describe_disk_error
 
 # How often the driver asks how far the pieces under way have come.
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +48,29 @@ def start_ray() -> Any:
 
     if ray.is_initialized():
         return ray
-    address = os.environ.get("RAY_ADDRESS", "")
+    _require_reachable(os.environ.get("RAY_ADDRESS", ""))
+    with _quiet_banner():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+def _require_reachable(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would wait for minutes, and then end the process."""
     if "://" in address:
         raise ValueError(
             f"RAY_ADDRESS = {address!r} is not the address of a cluster, such as 10.0.0.1:6379 or auto; "
             "from outside the cluster use `ray job submit`, see docs/CLUSTER.md"
         )
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
     try:
-        with _quiet_banner():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ValueError(f"RAY_ADDRESS = {address!r}: no Ray answers there: {str(error).splitlines()[0]}") from None
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    return ray
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ValueError(f"RAY_ADDRESS = {address!r}: no Ray answers there: {error}") from None
 
 
 @contextlib.contextmanager

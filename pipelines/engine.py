@@ -261,20 +261,21 @@ class _Tally:
             self._num_done += 1
 
     def note(self) -> str:
-        """Return what the progress view says beside the rate."""
+        """Return what the progress view says beside the rate; rejects have a line of their own."""
         seconds = self._wait_seconds + self._busy_seconds
         memory_bytes, name = self._peak
         parts = (
             f"{self._num_done:,}/{self._num_shards:,} shards",
             f"device waits {self._wait_seconds / seconds:.0%}" if seconds else "",
-            describe_rejects(self._rejected, num_read=self._num_read),
-            f"peak {memory_bytes / GIGABYTE:.1f} GB ({name})" if memory_bytes else "",
+            f"peak memory {memory_bytes / GIGABYTE:.1f} GB ({name})" if memory_bytes else "",
         )
-        return " · ".join(part for part in parts if part)
+        rejects = describe_rejects(self._rejected, num_read=self._num_read)
+        return "\n".join(line for line in (" · ".join(part for part in parts if part), rejects) if line)
 
     def summary(self, progress: ProgressBar) -> str:
         """Return the line that ends the run."""
-        return f"{progress.num_new:,} samples in {clock(progress.elapsed_seconds)} · {progress.rate()} · {self.note()}"
+        counts = f"{progress.num_new:,} samples in {clock(progress.elapsed_seconds)}"
+        return " · ".join([counts, progress.rate(), *self.note().splitlines()])
 
 
 def _require_few_rejects(

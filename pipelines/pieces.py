@@ -119,9 +119,9 @@ def cut_into_pieces(
     cuts_per_source = max(1, math.ceil(2 * num_workers / max(1, len(sources))))
     pieces = []
     for source in sources:
+        num_slices = max(1, math.ceil(source.num_samples / samples_per_slice))
+        step = math.ceil(num_slices / min(cuts_per_source, num_slices)) * samples_per_slice
         for gap_start, gap_stop in _gaps(source.num_samples, (finished or {}).get(source.name, ())):
-            num_slices = max(1, math.ceil((gap_stop - gap_start) / samples_per_slice))
-            step = math.ceil(num_slices / min(cuts_per_source, num_slices)) * samples_per_slice
             pieces += [
                 Piece(
                     source=source,

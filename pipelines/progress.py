@@ -62,7 +62,7 @@ class ProgressBar:
     """Counts samples towards a total, and says how fast.
 
     Attributes:
-        note: shown below the bar and behind the log line: rejects, loss, waiting for data.
+        note: shown below the bar and behind the log line: rejects, loss, waiting for data; it may have several lines.
         under_way: units of work that has begun and not ended; they count as done until `advance` counts them.
     """
 
@@ -111,10 +111,10 @@ class ProgressBar:
     def line(self) -> str:
         """Return what a log file is told."""
         counts = f"{self._reached():,}/{self.total:,} {self.unit}"
-        return " · ".join(filter(None, (counts, self.rate(), f"{self._time_left()} left", self.note)))
+        return " · ".join([counts, self.rate(), f"{self._time_left()} left", *self.note.splitlines()])
 
     def __rich__(self) -> Group:
-        """Return what a terminal is shown: two lines, cut at its width."""
+        """Return what a terminal is shown: the bar and the note's lines, cut at its width."""
         grid = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None, None, None):
             grid.add_column(no_wrap=True, ratio=ratio)
@@ -122,7 +122,8 @@ class ProgressBar:
         bar = Bar(total=max(self.total, 1), completed=reached, width=None)
         counts = f"{reached:,}/{self.total:,}"
         grid.add_row(Text(self.description, style="bold"), bar, counts, self.rate(), f"{self._time_left()} left")
-        return Group(grid, Text(f"  {self.note}", no_wrap=True, overflow="ellipsis", style="dim"))
+        notes = (Text(f"  {line}", no_wrap=True, overflow="ellipsis", style="dim") for line in self.note.splitlines())
+        return Group(grid, *notes)
 
 
 @contextlib.contextmanager
