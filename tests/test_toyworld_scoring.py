@@ -51,11 +51,13 @@ class PixelJudge:
 
     def _score(self, image, scene):
         seen = self._colours(image)
+        shapes = {item.position: item.shape for item in scene.objects}
         hits = tuple(
             ObjectHit(item, item.position in seen, seen.get(item.position) == item.colour, item.position in seen)
             for item in scene.objects
         )
-        return Verdict(hits, num_extra=len(seen.keys() - {item.position for item in scene.objects}))
+        found = {position: (shapes.get(position, "star"), colour) for position, colour in seen.items()}
+        return Verdict(hits, num_extra=len(seen.keys() - shapes.keys()), seen=found)
 
 
 @pytest.fixture
@@ -126,9 +128,26 @@ def test_samples_are_scored_against_the_scene_of_their_prompt(run):
     assert score["num_objects"] == 3 and score["num_images"] == 2
     assert score["position"] == 1.0 and score["colour"] == pytest.approx(2 / 3) == score["all"]
     assert score["extra"] == 0.5
+    assert score["axes"]["colour_binding"] == {"score": 0.0, "num_images": 1}
+    assert score["axes"]["count"] == {"score": 0.5, "num_images": 2}
+    written = json.loads((run / "judge" / "stage2.json").read_text())
+    assert written["axes"] == score["axes"] and written["samples_fingerprint"] is None
+    assert set(json.loads((run / "judge" / ".done" / "stage2.json").read_text())["report"]["files"]) == {
+        ".json",
+        ".parquet",
+    }
     rows = {row["key"]: row for row in pq.read_table(run / "judge" / "stage2.parquet").to_pylist()}
     assert [item["has_colour"] for item in rows["a"]["objects"]] == [True, False]
     assert rows["b"]["num_extra"] == 1 and not rows["b"]["is_right"] and "c" not in rows
+
+
+def test_samples_of_the_evaluation_are_judged_too_and_stay_out_of_the_summary(run):
+    folder = write_samples(run, "stage2", {"a": SCENES["a"]})
+    (run / "evaluation" / "samples").mkdir(parents=True)
+    folder.rename(run / "evaluation" / "samples" / "stage2-cfg3")
+    score_run(ToyworldConfig(judge=str(run / "raw")), run)
+    assert json.loads((run / "judge" / "stage2-cfg3.json").read_text())["axes"]["spatial"]["score"] == 1.0
+    assert "judge" not in read_summary(run)
 
 
 def test_changed_prompt_is_not_judged_by_an_old_scene(run):

@@ -4,8 +4,8 @@ It cuts a crop around each of the five anchors and lets a small trained network 
 resolution and aspect ratio, and its scores mean the same for all of them. Objects away from the anchors are not seen.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Verdict:
 
     hits: tuple[ObjectHit, ...]
     num_extra: int  # anchors that should be empty and are not
+    seen: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # position to (shape, colour) in the picture
 
     @property
     def is_right(self) -> bool:
@@ -133,4 +134,4 @@ def _verdict(scene: Scene, seen: dict[str, tuple[str, str]]) -> Verdict:
             )
         )
     wanted = {item.position for item in scene.objects}
-    return Verdict(tuple(hits), num_extra=len(seen.keys() - wanted))
+    return Verdict(tuple(hits), num_extra=len(seen.keys() - wanted), seen=seen)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
 from pipelines.models import resolve_model
 from pipelines.progress import get_logger
-from pipelines.storage import atomic_file, sha256_file, sha256_text
+from pipelines.storage import atomic_file, atomic_write_json, sha256_file, sha256_text
 from pipelines.summary import update_summary
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = get_logger("toyworld")
 
-SCORING_VERSION = 1  # raise it when what the numbers mean changes
+SCORING_VERSION = 2  # raise it when what the numbers mean changes
 CAPTIONS_NAME = "captions"
 # What the demo promises of its samples, shown beside the scores.
 TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
@@ -80,8 +80,9 @@ def score_run(config: ToyworldConfig, run: Path) -> None:
 
 
 def sample_folders(run: Path) -> list[Path]:
-    """Return the folders below `run/samples` that sampling has finished, such as `samples/stage2`."""
-    return sorted(path.parent for path in (run / "samples").glob("*/samples.parquet"))
+    """Return the folders of finished samples, such as `samples/stage2`, and those that evaluation had drawn."""
+    parents = (run / "samples", run / "evaluation" / "samples")
+    return [path.parent for parent in parents for path in sorted(parent.glob("*/samples.parquet"))]
 
 
 # Captions
@@ -190,7 +191,9 @@ def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | Non
 
 
 def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
-    """Judge the samples in `folder` against the scenes of their prompts; write `judge/<folder>.parquet`.
+    """Judge the samples in `folder` against the scenes of their prompts.
+
+    Writes `judge/<folder>.parquet`, one row a sample, and `judge/<folder>.json`, the scores, which evaluation reads.
 
     A sample counts only if `prompts.jsonl` has its key with the same prompt: a prompt of the user's own has no scene.
     A class-conditional sample ("class 7") should show one object of that shape and colour, wherever it likes.
@@ -213,8 +216,16 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     rows = [_verdict_row(row, verdict) for row, verdict in zip(known, verdicts, strict=True)]
     _write_rows(directory.file(name, ".parquet"), rows, VERDICT_SCHEMA)
     rejected = {"no_scene": len(samples) - len(known)}
+    if verdicts:
+        figures = _figures(verdicts)
+        _write_figures(directory.file(name, ".json"), figures, config, folder)
+        _log_figures(name, figures)
+        if folder.parent == run / "samples":
+            update_summary(run, f"judge.{name}", figures)
+    else:
+        log.info(f"{name}: none of its samples belongs to a known scene")
+        directory.file(name, ".json").unlink(missing_ok=True)
     _write_report(directory, name, identity, fingerprint, num_kept=len(rows), rejected=rejected)
-    _summarize_verdicts(run, name, verdicts)
     update_summary(run, f"seconds.judge_{name}", round(time.monotonic() - start_seconds, 1))
 
 
@@ -298,17 +309,28 @@ def _verdict_row(sample: Mapping[str, Any], verdict: "Verdict") -> dict[str, Any
     }
 
 
-def _summarize_verdicts(run: Path, name: str, verdicts: "Sequence[Verdict]") -> None:
-    if not verdicts:
-        log.info(f"{name}: none of its samples belongs to a known scene")
-        return
+def _figures(verdicts: "Sequence[Verdict]") -> dict[str, Any]:
+    from toyworld.axes import score_axes
     from toyworld.judge import Score
 
-    score = asdict(Score.of(verdicts))
     num_objects = sum(len(verdict.hits) for verdict in verdicts)
-    update_summary(run, f"judge.{name}", {**score, "num_objects": num_objects, "num_images": len(verdicts)})
-    parts = ", ".join(f"{axis} {score[axis]:.1%}" for axis in ("position", "colour", "shape", "all"))
-    log.info(f"{name}: {parts}, {score['extra']:.2f} extra per image ({num_objects} objects, {len(verdicts)} images)")
+    axes = {name: asdict(axis) for name, axis in score_axes(verdicts).items()}
+    return {**asdict(Score.of(verdicts)), "num_objects": num_objects, "num_images": len(verdicts), "axes": axes}
+
+
+def _write_figures(path: Path, figures: Mapping[str, Any], config: ToyworldConfig, folder: Path) -> None:
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    samples_fingerprint = read_manifest(folder).fingerprint.digest if has_manifest else None
+    judge = {"judge": config.judge, "judge_fingerprint": resolve_model(config.judge).identity}
+    atomic_write_json(path, {**figures, **judge, "samples_fingerprint": samples_fingerprint})
+
+
+def _log_figures(name: str, figures: Mapping[str, Any]) -> None:
+    parts = ", ".join(f"{axis} {figures[axis]:.1%}" for axis in ("position", "colour", "shape", "all"))
+    counts = f"{figures['num_objects']} objects, {figures['num_images']} images"
+    log.info(f"{name}: {parts}, {figures['extra']:.2f} extra per image ({counts})")
+    axes = {axis: score for axis, score in figures["axes"].items() if score["num_images"]}
+    log.info(f"{name}: " + ", ".join(f"{axis} {score['score']:.1%}" for axis, score in axes.items()))
 
 
 # Files
@@ -339,7 +361,11 @@ def _write_report(
             num_read=num_kept + sum(rejected.values()),
             num_kept=num_kept,
             rejected={reason: count for reason, count in rejected.items() if count},
-            files={".parquet": sha256_file(directory.file(name, ".parquet"))},
+            files={
+                suffix: sha256_file(directory.file(name, suffix))
+                for suffix in (".parquet", ".json")
+                if directory.file(name, suffix).is_file()
+            },
         ),
         fingerprint,
     )
