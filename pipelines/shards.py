@@ -20,6 +20,7 @@ REMEMBERED_NAME = "shards.json"
 # Headers of remote shards are waited for, not computed.
 HEADER_THREADS = 32
 FAULTS_NAMED = 5
+NAMES_SHOWN = 3
 BRACE = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -240,6 +241,9 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
     for path, summary in zip(paths, summaries, strict=True):
         if summary.fault is not None:
             log.warning(f"{path}: {summary.fault}")
+        if summary.unusable:
+            some = ", ".join(summary.unusable[:NAMES_SHOWN]) + (", ..." if len(summary.unusable) > NAMES_SHOWN else "")
+            log.warning(f"{path}: {len(summary.unusable)} members are no samples: {some}")
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
         described.append(ShardDescription(source=source, dialect=summary.dialect if dialect == "auto" else dialect))
     return described

@@ -56,6 +56,10 @@ def odd_images() -> dict[str, tuple[str, bytes]]:
         "turned": ("jpg", encode(picture, exif=turned)),
         "animated": ("gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:])),
         "webp": ("webp", encode(picture, "WEBP")),
+        "animated_webp": ("webp", encode(frames[0], "WEBP", save_all=True, append_images=frames[1:])),
+        "avif": ("avif", encode(picture, "AVIF")),
+        "progressive": ("jpeg", encode(picture, progressive=True)),
+        "tiff": ("tif", encode(picture, "TIFF")),
         "wrong_name": ("jpg", encode(picture, "PNG")),
     }
 
@@ -68,6 +72,8 @@ def broken_images() -> dict[str, tuple[bytes, str]]:
         "error_page": (b"<!DOCTYPE html><html><body>403 Forbidden</body></html>", "not_an_image"),
         "truncated": (good[: len(good) // 2], "corrupt_image"),
         "corrupt": (encode(photo(1, 200, 150), "PNG")[:60] + b"\x00" * 400, "corrupt_image"),
+        "heic": (b"\x00\x00\x00\x18ftypheic" + bytes(200), "unsupported_image"),
+        "postscript": (encode(photo(1), "EPS"), "not_an_image"),
         "bomb": (encode(Image.new("1", (2000, 1500)), "PNG"), "too_many_pixels"),
         "one_pixel_wide": (encode(photo(1, 1, 50), "PNG"), "too_small"),
         "a_line": (encode(photo(1, 400, 4), "PNG"), "too_elongated"),

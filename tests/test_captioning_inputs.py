@@ -1,14 +1,20 @@
 """The whole captioning command on shards in object storage and on the web, and on tars that people make by hand."""
 
+import io
+import logging
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 import pipelines.remote
 from captioning.__main__ import main
-from tests.raw_shards import write_laion, write_sa1b
+from pipelines.manifest import read_manifest
+from tests.raw_shards import encode, photo, write_laion, write_sa1b, write_tar
 from tests.storage_servers import serve_folder
 from tests.tiny_models import save_llava
 
@@ -163,3 +169,86 @@ def test_a_remote_run_folder_is_refused(recipe, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(sys, "argv", ["captioning", "--recipe", str(recipe), "--run", "s3://atelier/run"])
         main()
     assert not list(tmp_path.iterdir())
+
+
+def rows_of(run: Path, shard: str) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in pq.read_table(run / "captions" / f"{shard}.parquet").to_pylist()}
+
+
+def test_faulty_samples_and_tars_are_rows_counts_and_warnings(recipe, tmp_path, caplog, monkeypatch) -> None:
+    """A shard with every fault that headers show, one cut in the middle, one with members that are no samples."""
+    good = encode(photo(0))
+    write_tar(
+        tmp_path / "raw" / "faults.tar",
+        [
+            *((f"good_{number}.jpg", encode(photo(number))) for number in range(8)),
+            *(("twice.jpg", good), ("twice.jpg", good), ("alone.json", b"{}"), ("alone.txt", b"text")),
+            *(("both.jpg", good), ("both.png", good), ("mask.seg.png", good), ("www.v2.jpg", good)),
+            *((f"empty_{number}.jpg", b"") for number in range(3)),
+            ("\u5bcc\u58eb/\u5c71.jpg", good),
+        ],
+    )
+    whole = write_tar(tmp_path / "cut.tar", [(f"{number}.png", encode(photo(number), "PNG")) for number in range(9)])
+    (tmp_path / "raw" / "cut.tar").write_bytes(whole.read_bytes()[: 8 * whole.stat().st_size // 10])
+    with tarfile.open(tmp_path / "raw" / "odd.tar", "w") as archive:
+        for number, name in enumerate(("ok.jpg", "../up.jpg", "/etc/abs.jpg", "a/../../b.jpg", "link.jpg")):
+            info = tarfile.TarInfo(name)
+            info.size = len(good)
+            if number == 4:
+                info.type, info.size, info.linkname = tarfile.SYMTYPE, 0, "/etc/passwd"
+            archive.addfile(info, io.BytesIO(good))
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    run, shards = tmp_path / "run", f"{tmp_path}/raw"
+    with pytest.raises(ValueError, match=r"9 of 27 samples rejected \(33.3%\).*: empty_image 3, dotted_name 2, \w+ 1$"):
+        caption(recipe, run, shards)
+    assert "cut.tar: cut off" in caplog.text
+    assert "odd.tar: 4 members are no samples: ../up.jpg, /etc/abs.jpg, a/../../b.jpg, ..." in caplog.text
+    # All that was done is valid: with a higher ceiling nothing is captioned again.
+    done = {path: path.read_bytes() for path in (run / "captions" / ".done").iterdir()}
+    monkeypatch.setattr("captioning.worker.CaptionWorker", None)
+    caption(recipe, run, shards, "--set", "captioning.max_reject_fraction=0.5")
+    assert {path: path.read_bytes() for path in done} == done and len(done) == 3
+    rejects = {key: row["reject"] for shard in ("faults", "cut", "odd") for key, row in rows_of(run, shard).items()}
+    expected = {"twice": "duplicate_member", "alone": "no_image", "both": "several_images"}
+    expected |= {"mask": "dotted_name", "www": "dotted_name"}
+    expected |= {f"empty_{number}": "empty_image" for number in range(3)}
+    cut = [key for key, reject in rejects.items() if reject == "cut_off"]
+    assert {key: reject for key, reject in rejects.items() if reject and key not in cut} == expected and len(cut) == 1
+    assert all(row["caption"] for row in rows_of(run, "faults").values() if row["reject"] is None)
+    assert rows_of(run, "odd").keys() == {"ok"} and "\u5bcc\u58eb/\u5c71" in rejects
+    shards_done = read_manifest(run / "captions").shards
+    assert shards_done["odd"].details["unusable_members"] == 4 and shards_done["cut"].details["damaged_tars"] == 1
+
+
+def test_dialects_are_detected_and_the_recipe_can_say_otherwise(recipe, tmp_path) -> None:
+    """The prompt holds the alt text of an img2dataset tar; a recipe that calls it generic has another prompt."""
+    good = encode(photo(0))
+    write_tar(tmp_path / "raw" / "pairs.tar", [("a.png", good), ("a.txt", b"a red kite"), ("a.json", b"{}")])
+    write_tar(tmp_path / "raw" / "classes.tar", [("n01440764_18.JPEG", good), ("n01440764_18.cls", b"0")])
+    write_tar(tmp_path / "raw" / "pictures.tar", [("in/some folder/one.WEBP", encode(photo(1), "WEBP"))])
+    caption(recipe, tmp_path / "auto", f"{tmp_path}/raw")
+    prompts = {name: list(rows_of(tmp_path / "auto", name).values()) for name in ("pairs", "classes", "pictures")}
+    assert prompts["pairs"][0]["prompt"].endswith('"a red kite"') and prompts["pairs"][0]["alt_text"] == "a red kite"
+    assert [row["reject"] for rows in prompts.values() for row in rows] == [None] * 3
+    assert prompts["classes"][0]["alt_text"] is None is prompts["pictures"][0]["alt_text"]
+    caption(recipe, tmp_path / "said", f"{tmp_path}/raw", "--set", "data.dialect=sa1b")
+    row = rows_of(tmp_path / "said", "pairs")["a"]
+    assert row["alt_text"] is None and row["prompt"] == prompts["pictures"][0]["prompt"]
+
+
+def test_make_caption_as_in_the_readme(recipe, tmp_path) -> None:
+    """The target itself, with braces in SHARDS, on tars in SA-1B's layout and in img2dataset's."""
+    for number in range(2):
+        write_sa1b(tmp_path / "data" / f"sa_{number:06d}.tar", 4, first=10 * number)
+    write_laion(tmp_path / "laion" / "00000.tar", 4)
+    shards = f"SHARDS={tmp_path}/data/sa_{{000000..000001}}.tar,{tmp_path}/laion"
+    # -o: the environment is there; bringing it up is not what this is about.
+    line = ["make", "--no-print-directory", "-o", ".venv/.ready", "caption", shards, f"RUN={tmp_path}/run"]
+    done = subprocess.run([*line, f"RECIPE={recipe}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = ["00000", "sa_000000", "sa_000001"]
+    assert sorted(path.stem for path in (tmp_path / "run" / "captions").glob("*.parquet")) == names
+    for name in names:
+        rows = rows_of(tmp_path / "run", name).values()
+        assert [row["reject"] for row in rows] == [None] * 4 and all(row["caption"] is not None for row in rows)
+        assert all((row["alt_text"] is None) == name.startswith("sa_") for row in rows)
