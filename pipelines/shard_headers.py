@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.raw_samples import Member, RawSample, detect_dialect, group_samples
-from pipelines.storage import RangeFile, atomic_write_bytes, sha256_text
+from pipelines.storage import RangeFile, atomic_write_bytes, is_remote, sha256_text
 from pipelines.tar_headers import read_tar
 
 FOLDER = ".headers"
@@ -96,7 +96,9 @@ class HeaderCache:
         atomic_write_bytes(self._file(path), first.encode() + b"\n" + zlib.compress(rest.encode(), level=1))
 
     def _file(self, path: str) -> Path:
-        return self._folder / f"{sha256_text(path)[:24]}.headers"
+        # `make caption` has the path as it was typed, later stages the absolute one.
+        place = path if is_remote(path) else str(Path(path.removeprefix("file://")).absolute())
+        return self._folder / f"{sha256_text(place)[:24]}.headers"
 
 
 def _parse_summary(line: bytes, stamp: str) -> ShardSummary | None:

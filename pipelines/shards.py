@@ -67,7 +67,8 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern matches nothing.
-        ValueError: two shards have the same name, which would make them overwrite each other's outputs.
+        ValueError: two shards have the same name, which would make them overwrite each other's outputs; or a path is
+            a pipe; or see `open_file_system`.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
     expanded = [path for pattern in patterns for part in _split_commas(pattern) for path in expand_braces(part)]
@@ -84,16 +85,19 @@ def _match(pattern: str) -> list[str]:
     # In a web address `?` begins the query.
     magic = "*[" if pattern.startswith(("http://", "https://")) else "*?["
     has_magic = any(character in pattern for character in magic)
+    path = Path(pattern.removeprefix("file://"))
     if is_remote(pattern):
         # Whether a single remote shard is there is found when it is opened.
         found = list_urls(pattern) if has_magic or pattern.endswith("/") else [pattern]
-    elif Path(pattern.removeprefix("file://")).is_dir():
-        found = [str(path) for path in Path(pattern.removeprefix("file://")).glob("*.tar")]
+    elif path.is_dir():
+        found = [str(tar) for tar in path.glob("*.tar")]
     elif has_magic:
-        anchor = Path(pattern).anchor
-        found = [str(path) for path in Path(anchor or ".").glob(pattern.removeprefix(anchor))]
+        anchor = path.anchor or "."
+        found = [str(tar) for tar in Path(anchor).glob(str(path).removeprefix(path.anchor))]
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"data.shards: {path} is a stream; members are read by their place, so a shard must be a file")
     else:
-        found = [pattern] if Path(pattern.removeprefix("file://")).is_file() else []
+        found = [str(path)] if path.is_file() else []
     if not found:
         raise FileNotFoundError(f"data.shards: no shard matches {pattern}")
     return found

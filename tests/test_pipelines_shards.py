@@ -118,6 +118,16 @@ def test_braces_globs_folders_and_lists(tmp_path) -> None:
         select_shards(paths, ["c_*"], key="features.stage2.shards")
 
 
+def test_local_addresses_and_streams(tmp_path, monkeypatch) -> None:
+    path = write_tar(tmp_path / "a.tar", [])
+    assert expand_shards(f"file://{path}") == expand_shards(f"file://{tmp_path}/*.tar") == [path]
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards("*.tar") == expand_shards("a.tar") == ["a.tar"]
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ValueError, match=r"pipe\.tar is a stream; members are read by their place"):
+        expand_shards(str(tmp_path / "pipe.tar"))
+
+
 def test_missing_shards_and_equal_names_are_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no shard matches .*gone_2\.tar"):
         expand_shards(f"{tmp_path}/gone_{{2..3}}.tar")
@@ -198,6 +208,11 @@ def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypa
         assert len(walks) == 11
         assert (known.samples, known.unusable, known.dialect) == (read.samples, read.unusable, read.dialect)
         assert (known.identity, known.fault, read.unusable) == (read.identity, None, ["../up.jpg"])
+    monkeypatch.chdir(tmp_path)
+    assert [shard.source.identity for shard in describe_shards(["1.tar", f"file://{paths[2]}"], run=run)] == [
+        shard.source.identity for shard in first[1:3]
+    ]
+    assert len(walks) == 11
     # The same size and time of modification: the inode's own time tells.
     times = Path(paths[3]).stat()
     write_tar(tmp_path / "3.tar", [*members, ("3.jpg", b"z")])
