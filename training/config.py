@@ -54,6 +54,11 @@ class StageTraining(StageConfig):
         min_length=1,
         description="What is read, mixed by weight; by default the features of this run that features.stageN names",
     )
+    timestep_shift: Literal[0, 1] | None = pydantic.Field(
+        default=None,
+        description="Of a DiT in diffusers' layout that init_from names: 0 for official weights that were converted, "
+        "such as facebook/DiT-XL-2-256; null = what its config says, else 1 as in diffusers",
+    )
     num_steps: int = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
     global_batch_size: int = pydantic.Field(
         default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
@@ -106,6 +111,13 @@ class StageTraining(StageConfig):
     shards_per_block: int = pydantic.Field(
         default=16, ge=1, description="Shards among whose samples are shuffled; more mix better, keep more files open"
     )
+    validation_shards: list[str] = pydantic.Field(
+        default=[], description="Shell patterns of shard names that are kept out of training, for the validation loss"
+    )
+    validate_every: int = pydantic.Field(default=1000, ge=1, description="Steps between validations")
+    num_validation_samples: int = pydantic.Field(
+        default=2048, ge=1, description="Samples of a validation at most, rounded down to whole global batches"
+    )
     prefetch_batches: int = pydantic.Field(default=2, ge=1, description="Micro-batches a rank reads ahead")
     check_payloads: bool = pydantic.Field(
         default=False, description="Compare the CRC-32 of every payload read with the index; reading is then slower"
@@ -122,6 +134,11 @@ class StageTraining(StageConfig):
     keep_checkpoints: int = pydantic.Field(default=2, ge=1, description="Newest checkpoints that are kept")
     max_skipped_steps: int = pydantic.Field(
         default=10, ge=1, description="Updates in a row that may be skipped for non-finite gradients before giving up"
+    )
+    device_peak_teraflops: float | None = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Dense bf16 peak of a device, of which MFU is a share; null = its data sheet's, where we know it",
     )
     dollars_per_device_hour: float = pydantic.Field(
         default=1.6, ge=0, description="Price of a device hour; 1.6 = the paper's 26,000 USD for 675 A100 days"

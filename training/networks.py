@@ -63,7 +63,7 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     if job.start.folder is None:
         return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
     key = f"training.{job.command.stage_name}.init_from ({job.start.folder})"
-    former = load_diffusers(job.start.folder).float()
+    former = load_diffusers(job.start.folder, timestep_shift=job.settings.timestep_shift).float()
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
             raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")

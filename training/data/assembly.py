@@ -6,7 +6,6 @@ nor gradient accumulation, nor a resume changes them.
 
 # B samples of a micro-batch, C latent channels, h x w latent size, T tokens of all its captions, D text width
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,25 +14,61 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from pipelines.feature_store import NULL_CAPTION_FILE
+from pipelines.feature_store import NULL_CAPTION_FILE, payload_crc32
 from training.data.batch import Buffers, PackedBatch, PackedText
 from training.data.features import Dataset
-from training.data.index import NOT_THERE, OpenShard
+from training.data.index import CAPTION_NUMBERS, LATENT_NUMBERS, NOT_THERE, OpenShard
 from training.data.plan import PlannedBatch
 
 # How captions are stored; the 8-bit ones have a scale per token.
 TEXT_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 SCALE_BYTES = 4
+LATENT_SHAPE = [LATENT_NUMBERS.index(name) for name in ("channels", "height", "width")]
 
 
-@dataclass(frozen=True)
-class LocatedSample:
-    """A sample to read: its row in its shard's table, and its caption; None if that is dropped or there is no text."""
+@dataclass(frozen=True, kw_only=True)
+class LocatedSamples:
+    """Samples of a micro-batch and where their payloads are.
 
-    key: str
-    shard: OpenShard
-    row: int
-    caption: int | None
+    Attributes:
+        keys: [B].
+        shards: each sample's, open, [B].
+        latents: columns `LATENT_NUMBERS`, [B, 6].
+        captions: columns `CAPTION_NUMBERS` of the caption chosen for each sample, [B, 4]; zeros without text.
+        labels: [B].
+    """
+
+    keys: list[str]
+    shards: list[OpenShard]
+    latents: np.ndarray
+    captions: np.ndarray
+    labels: np.ndarray
+
+
+def locate_samples(
+    planned: PlannedBatch, positions: range, shards: Mapping[int, OpenShard], *, bucket: str, draws: np.ndarray
+) -> LocatedSamples:
+    """Look up the samples at `positions` of a global batch; uniform numbers `draws` [B] choose their captions."""
+    part = slice(positions.start, positions.stop)
+    numbers, ordinals = planned.shards[part], planned.ordinals[part]
+    order = np.argsort(numbers, kind="stable")
+    latents = np.empty((len(order), len(LATENT_NUMBERS)), dtype=np.int64)
+    captions = np.zeros((len(order), len(CAPTION_NUMBERS)), dtype=np.int64)
+    keys, labels = np.empty(len(order), dtype=object), np.empty(len(order), dtype=np.int64)
+    cuts = np.flatnonzero(np.diff(numbers[order])) + 1
+    for mine in np.split(order, cuts):
+        shard = shards[int(numbers[mine[0]])]
+        table, rows = shard.table, shard.table.first_rows[bucket] + ordinals[mine]
+        keys[mine], latents[mine], labels[mine] = table.keys[rows], table.latents[rows], table.labels[rows]
+        if shard.text is not None:
+            captions[mine] = table.captions[table.choose_captions(rows, draws[mine])]
+    return LocatedSamples(
+        keys=keys.tolist(),
+        shards=[shards[number] for number in numbers.tolist()],
+        latents=latents,
+        captions=captions,
+        labels=labels,
+    )
 
 
 class SampleRandom:
@@ -95,35 +130,27 @@ class BatchAssembler:
             ValueError: a tar is shorter than its index says, bytes have changed, or shapes differ in a bucket; names
                 shard and key.
         """
-        part = slice(positions.start, positions.stop)
-        tables = [shards[shard] for shard in planned.shards[part].tolist()]
         bucket = self._buckets[planned.bucket]
-        rows = [
-            shard.table.first_rows[bucket] + ordinal
-            for shard, ordinal in zip(tables, planned.ordinals[part].tolist(), strict=True)
-        ]
-        shape = (len(rows), *tables[0].table.latent_shape(rows[0]))  # [B, C, h, w]
+        first = shards[int(planned.shards[positions.start])].table
+        row = first.first_rows[bucket] + int(planned.ordinals[positions.start])
+        shape = (len(positions), *first.latents[row, LATENT_SHAPE].tolist())  # [B, C, h, w]
         noises = [buffers.take(name, shape, dtype=torch.float32) for name in ("posterior", "noise")]
         draws = self._draw(planned.step, positions, noises)  # [B, 3]
         is_dropped = draws[:, 0] < self._caption_dropout
-        samples = [
-            locate_sample(shard, row, draw=draw, is_dropped=dropped)
-            for shard, row, draw, dropped in zip(tables, rows, draws[:, 1].tolist(), is_dropped.tolist(), strict=True)
-        ]
+        samples = locate_samples(planned, positions, shards, bucket=bucket, draws=draws[:, 1])
         mean, std = self.read_latents(buffers, samples)
-        labels = torch.tensor([int(sample.shard.table.labels[sample.row]) for sample in samples])
         return PackedBatch(
             step=planned.step,
             bucket=bucket,
-            keys=[sample.key for sample in samples],
+            keys=samples.keys,
             mean=mean,
             std=std,
             posterior_noise=noises[0],
             noise=noises[1],
             timestep_draws=torch.from_numpy(draws[:, 2].copy()),
             is_dropped=torch.from_numpy(is_dropped),
-            text=None if self._null_text is None else self.read_text(buffers, samples),
-            labels=labels if self._null_text is None else None,
+            text=None if self._null_text is None else self.read_text(buffers, samples, is_dropped=is_dropped),
+            labels=torch.from_numpy(samples.labels) if self._null_text is None else None,
         )
 
     def _draw(self, step: int, positions: range, noises: list[Tensor]) -> np.ndarray:
@@ -137,76 +164,79 @@ class BatchAssembler:
                 generator.standard_normal(out=array[i], dtype=np.float32)
         return draws
 
-    def read_latents(self, buffers: Buffers, samples: Sequence[LocatedSample]) -> tuple[Tensor, Tensor]:
+    def read_latents(self, buffers: Buffers, samples: LocatedSamples) -> tuple[Tensor, Tensor]:
         """Copy mean and std of `samples` into `buffers`, each [B, C, h, w]."""
-        first = samples[0].shard.table.latent_shape(samples[0].row)
-        moments = [buffers.take(name, (len(samples), *first), dtype=torch.float16) for name in ("mean", "std")]
-        means, stds = (moment.numpy().view(np.uint8).reshape(len(samples), -1) for moment in moments)
-        for i, sample in enumerate(samples):
-            table, row = sample.shard.table, sample.row
-            shape = table.latent_shape(row)
-            if shape != first:
-                raise ValueError(
-                    f"shard {table.name}: latents of {sample.key} are {shape}, but {first} in other samples of the "
-                    "same bucket"
-                )
-            _copy(sample, sample.shard.latents, int(table.mean_offsets[row]), means[i])
-            _copy(sample, sample.shard.latents, int(table.std_offsets[row]), stds[i])
-            if self._checks_payloads:
-                _check(sample, "latents", zlib.crc32(stds[i], zlib.crc32(means[i])), int(table.latent_crcs[row]))
+        shapes = samples.latents[:, LATENT_SHAPE]
+        if (odd := np.flatnonzero((shapes != shapes[0]).any(axis=1))).size:
+            i = int(odd[0])
+            raise ValueError(
+                f"shard {samples.shards[i].table.name}: latents of {samples.keys[i]} are {tuple(shapes[i].tolist())}, "
+                f"but {tuple(shapes[0].tolist())} in other samples of the same bucket"
+            )
+        shape = (len(shapes), *shapes[0].tolist())
+        moments = [buffers.take(name, shape, dtype=torch.float16) for name in ("mean", "std")]
+        targets = [moment.numpy().view(np.uint8).reshape(len(shapes), -1) for moment in moments]
+        tars = [shard.latents for shard in samples.shards]
+        for target, offsets in zip(targets, samples.latents.T, strict=False):
+            starts = np.arange(len(target) + 1) * target.shape[1]
+            _copy(tars, offsets, target.reshape(-1), starts, samples)
+        if self._checks_payloads:
+            found = [payload_crc32(mean, std) for mean, std in zip(*targets, strict=True)]
+            _check_crcs(samples, "latents", found, samples.latents[:, LATENT_NUMBERS.index("crc32")])
         return moments[0], moments[1]
 
-    def read_text(self, buffers: Buffers, samples: Sequence[LocatedSample]) -> PackedText:
-        """Copy the captions of `samples` into `buffers` end to end, as they are stored."""
+    def read_text(self, buffers: Buffers, samples: LocatedSamples, *, is_dropped: np.ndarray) -> PackedText:
+        """Copy the captions of `samples` into `buffers` end to end, as they are stored, those left out that dropped."""
         assert self._null_text is not None
-        chosen = [sample for sample in samples if sample.caption is not None]
-        tokens = [int(sample.shard.table.caption_tokens[sample.caption]) for sample in chosen]
-        width = self._null_text.shape[1]
-        values = buffers.take("text", (sum(tokens), width), dtype=self._text_dtype)
-        flat_values = values.view(torch.uint8).numpy().reshape(-1)
-        scale = buffers.take("scale", (sum(tokens),), dtype=torch.float32) if self._has_scale else None
-        flat_scale = np.zeros(0, np.uint8) if scale is None else scale.numpy().view(np.uint8)
-        token_bytes = width * values.element_size()
-        start = 0
-        for sample, num_tokens in zip(chosen, tokens, strict=True):
-            table, tar = sample.shard.table, sample.shard.text
-            assert tar is not None
-            payload = flat_values[start * token_bytes : (start + num_tokens) * token_bytes]
-            _copy(sample, tar, int(table.caption_offsets[sample.caption]), payload)
-            scales = flat_scale[start * SCALE_BYTES : (start + num_tokens) * SCALE_BYTES]
-            if self._has_scale:
-                _copy(sample, tar, int(table.scale_offsets[sample.caption]), scales)
-            if self._checks_payloads:
-                crc = zlib.crc32(scales, zlib.crc32(payload))
-                _check(sample, "a caption", crc, int(table.caption_crcs[sample.caption]))
-            start += num_tokens
-        is_dropped = torch.tensor([sample.caption is None for sample in samples])
-        lengths = torch.full((len(samples),), len(self._null_text))
-        lengths[~is_dropped] = torch.tensor(tokens, dtype=torch.long)
-        return PackedText(values=values, scale=scale, lengths=lengths, is_dropped=is_dropped, null=self._null_text)
-
-
-def locate_sample(shard: OpenShard, row: int, *, draw: float, is_dropped: bool) -> LocatedSample:
-    """Return the sample in a row of a shard, with the caption that the uniform number `draw` in [0, 1) picks."""
-    has_caption = shard.text is not None and not is_dropped
-    caption = shard.table.choose_caption(row, draw) if has_caption else None
-    return LocatedSample(shard.table.keys[row].as_py(), shard, row, caption)
-
-
-def _copy(sample: LocatedSample, tar: np.ndarray, offset: int, target: np.ndarray) -> None:
-    end = offset + len(target)
-    if end > len(tar):
-        raise ValueError(
-            f"shard {sample.shard.table.name}: sample {sample.key} ends at byte {end}, but its tar has {len(tar)}; "
-            "the tar was cut short, make its features again"
+        tokens = np.where(is_dropped, 0, samples.captions[:, CAPTION_NUMBERS.index("num_tokens")])
+        ends = np.concatenate([[0], np.cumsum(tokens)])
+        num_tokens, width = int(ends[-1]), self._null_text.shape[1]
+        values = buffers.take("text", (num_tokens, width), dtype=self._text_dtype)
+        targets = [(values.view(torch.uint8).numpy().reshape(-1), ends * width * values.element_size())]
+        scale = None
+        if self._has_scale:
+            scale = buffers.take("scale", (num_tokens,), dtype=torch.float32)
+            targets.append((scale.numpy().view(np.uint8), ends * SCALE_BYTES))
+        tars = [shard.text for shard in samples.shards]
+        for (target, starts), offsets in zip(targets, samples.captions.T, strict=False):
+            _copy(tars, offsets, target, starts, samples)
+        if self._checks_payloads:
+            parts = [np.split(target, starts[1:-1]) for target, starts in targets]
+            found = [payload_crc32(*payloads) for payloads in zip(*parts, strict=True)]
+            expected = np.where(is_dropped, 0, samples.captions[:, CAPTION_NUMBERS.index("crc32")])
+            _check_crcs(samples, "a caption", found, expected)
+        lengths = np.where(is_dropped, len(self._null_text), tokens)
+        return PackedText(
+            values=values,
+            scale=scale,
+            lengths=torch.from_numpy(lengths),
+            is_dropped=torch.from_numpy(is_dropped),
+            null=self._null_text,
         )
-    target[:] = tar[offset:end]
 
 
-def _check(sample: LocatedSample, what: str, found: int, expected: int) -> None:
-    if found != expected:
-        has = "has no checksum" if expected == NOT_THERE else f"has CRC-32 {expected:08x}"
-        raise ValueError(
-            f"shard {sample.shard.table.name}: {what} of sample {sample.key} {has} in the index, but {found:08x} was "
-            "read; the tar was changed or damaged, make its features again (training.check_payloads looks for this)"
-        )
+def _copy(
+    tars: Sequence[np.ndarray], offsets: np.ndarray, target: np.ndarray, starts: np.ndarray, samples: LocatedSamples
+) -> None:
+    """Copy bytes at `offsets` [B] of mapped tars to [starts[i], starts[i + 1]) of `target`."""
+    sizes = np.diff(starts)
+    # Nothing but slices in this loop: each copy sweeps the processor's caches, so all else in it would run cold.
+    rows = zip(tars, offsets.tolist(), (offsets + sizes).tolist(), starts.tolist(), starts[1:].tolist(), strict=False)
+    for i, (tar, offset, end, start, stop) in enumerate(rows):
+        if end > len(tar):
+            raise ValueError(
+                f"shard {samples.shards[i].table.name}: sample {samples.keys[i]} ends at byte {end}, but its tar has "
+                f"{len(tar)}; the tar was cut short, make its features again"
+            )
+        target[start:stop] = tar[offset:end]
+
+
+def _check_crcs(samples: LocatedSamples, what: str, found: Sequence[int], expected: np.ndarray) -> None:
+    for i, (crc, wanted) in enumerate(zip(found, expected.tolist(), strict=True)):
+        if crc != wanted:
+            has = "has no checksum" if wanted == NOT_THERE else f"has CRC-32 {wanted:08x}"
+            raise ValueError(
+                f"shard {samples.shards[i].table.name}: {what} of sample {samples.keys[i]} {has} in the index, but "
+                f"{crc:08x} was read; the tar was changed or damaged, make its features again "
+                "(training.check_payloads looks for this)"
+            )

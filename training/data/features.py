@@ -1,7 +1,7 @@
 """The features a stage trains on: which datasets, directories and shards, and whether they are what the recipe says."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,21 @@ class FeatureTable(pydantic.BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Feature directories of a dataset and the shards read of them; `text` is None for stage 1, which has labels."""
+    """Feature directories of a dataset and the shards read of them; `text` is None for stage 1, which has labels.
+
+    `validation_shards` are read for the validation loss alone.
+    """
 
     run: str
     latents: FeatureDirectory
     text: FeatureDirectory | None
     shards: list[str]
+    validation_shards: list[str] = field(default_factory=list)
     weight: float = 1.0
+
+    def held_out(self) -> "Dataset":
+        """Return the part that is kept for validation."""
+        return replace(self, shards=self.validation_shards, validation_shards=[])
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
@@ -63,7 +71,7 @@ class Dataset:
             if directory is not None:
                 manifest = directory.manifest
                 fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
-                files = {name: manifest.shards[name].files for name in self.shards}
+                files = {name: manifest.shards[name].files for name in [*self.shards, *self.validation_shards]}
                 fields[f"{family}.files"] = Fingerprint.of(files).digest
         return fields
 
@@ -77,6 +85,11 @@ class StageFeatures:
 
     datasets: list[Dataset]
     unused_shards: list[str]
+
+    @property
+    def held_out(self) -> list[Dataset]:
+        """What is kept for validation."""
+        return [dataset.held_out() for dataset in self.datasets if dataset.validation_shards]
 
     @property
     def resolution(self) -> int:
@@ -138,6 +151,7 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
         _open_dataset(command, config, table=table, cache=cache, key=f"training.{command.stage_name}.datasets.{number}")
         for number, config in enumerate(settings.datasets)
     ]
+    datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{command.stage_name}.validation_shards")
     _require_apart(datasets, key=f"training.{command.stage_name}.datasets")
     _require_alike(datasets)
     return StageFeatures(datasets=datasets, unused_shards=_unused_shards(command, datasets, table=table))
@@ -171,11 +185,34 @@ def _open_dataset(
     return Dataset(run=run, latents=latents, text=text, shards=shards, weight=config.weight)
 
 
+def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str) -> list[Dataset]:
+    """Take the shards that `patterns` name out of what is trained on.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a dataset has nothing left.
+    """
+    if not patterns:
+        return list(datasets)
+    names = {name for dataset in datasets for name in dataset.shards}
+    chosen = set(select_shards(sorted(names), patterns, key=key))
+    for dataset in datasets:
+        if chosen.issuperset(dataset.shards):
+            raise ValueError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.latents}")
+    return [
+        replace(
+            dataset,
+            shards=[name for name in dataset.shards if name not in chosen],
+            validation_shards=[name for name in dataset.shards if name in chosen],
+        )
+        for dataset in datasets
+    ]
+
+
 def _require_apart(datasets: Sequence[Dataset], *, key: str) -> None:
     """Refuse a shard that two datasets read: it would be drawn twice in an epoch."""
     owners: dict[tuple[str, str], int] = {}
     for number, dataset in enumerate(datasets):
-        for name in dataset.shards:
+        for name in [*dataset.shards, *dataset.validation_shards]:
             folder = dataset.latents.location
             folder = folder if is_remote(folder) else str(Path(folder).resolve())
             other = owners.setdefault((folder, name), number)
@@ -203,7 +240,7 @@ def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: Feat
     if not own:
         return []
     named = select_shards(sorted(own[0].latents.manifest.shards), table.shards, key="features.shards")
-    used = {name for dataset in own for name in dataset.shards}
+    used = {name for dataset in own for name in [*dataset.shards, *dataset.validation_shards]}
     return [name for name in named if name not in used]
 
 

@@ -20,10 +20,10 @@ from training.data.cache import ShardFile
 from training.data.directories import FeatureDirectory
 from training.data.features import Dataset
 
-LATENT_COLUMNS = (
-    "key", "mean_offset", "std_offset", "crc32", "channels", "height", "width", "bucket", "label", "reject",
-)  # fmt: skip
-TEXT_COLUMNS = ("key", "offset", "scale_offset", "crc32", "num_tokens", "weight", "reject")
+LATENT_NUMBERS = ("mean_offset", "std_offset", "crc32", "channels", "height", "width")
+CAPTION_NUMBERS = ("offset", "scale_offset", "crc32", "num_tokens")
+LATENT_COLUMNS = ("key", *LATENT_NUMBERS, "bucket", "label", "reject")
+TEXT_COLUMNS = ("key", *CAPTION_NUMBERS, "weight", "reject")
 NUM_CACHED_TABLES = 64
 # How long to wait for another process to close files of a full cache.
 WAIT_SECONDS = 60.0
@@ -32,29 +32,28 @@ NOT_THERE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
-    """The samples of a shard that can be trained on, sorted by bucket: rows [n], and their captions.
+    """The samples of a shard that can be trained on, sorted by bucket: rows [n], and their captions [m].
 
-    Captions of row i are [caption_starts[i], caption_starts[i + 1]) of the caption arrays; `caption_shares` is each
-    caption's cumulative share of its sample's weight, so a uniform number picks one. Without text all are empty.
-    Labels, checksums and offsets of scales are -1 where there is none.
+    Attributes:
+        name: of the shard.
+        keys: of the samples, Python strings, [n].
+        bucket_names, bucket_starts: the buckets of this shard, and the row where each starts; ends with n.
+        latents: columns `LATENT_NUMBERS`, [n, 6].
+        labels: [n]; -1 without labels.
+        captions: columns `CAPTION_NUMBERS`, [m, 4].
+        caption_starts: captions of row i are [caption_starts[i], caption_starts[i + 1]), [n + 1].
+        caption_shares: row plus the cumulative share of the sample's weight, [m]: so row plus a uniform number picks
+            a caption. Checksums and offsets of scales that the index lacks are -1.
     """
 
     name: str
-    keys: pa.Array
+    keys: np.ndarray
     bucket_names: list[str]
     bucket_starts: np.ndarray
-    mean_offsets: np.ndarray
-    std_offsets: np.ndarray
-    latent_crcs: np.ndarray
-    channels: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
+    latents: np.ndarray
     labels: np.ndarray
+    captions: np.ndarray
     caption_starts: np.ndarray
-    caption_offsets: np.ndarray
-    scale_offsets: np.ndarray
-    caption_crcs: np.ndarray
-    caption_tokens: np.ndarray
     caption_shares: np.ndarray
 
     @cached_property
@@ -62,15 +61,10 @@ class ShardTable:
         """The first row of each bucket."""
         return dict(zip(self.bucket_names, self.bucket_starts.tolist(), strict=False))
 
-    def latent_shape(self, row: int) -> tuple[int, int, int]:
-        """Return channels, height and width of a row's latents."""
-        return int(self.channels[row]), int(self.heights[row]), int(self.widths[row])
-
-    def choose_caption(self, row: int, draw: float) -> int:
-        """Return the caption of a row that the uniform number `draw` in [0, 1) picks, by weight."""
-        start, stop = int(self.caption_starts[row]), int(self.caption_starts[row + 1])
-        chosen = start + int(np.searchsorted(self.caption_shares[start:stop], draw, side="right"))
-        return min(chosen, stop - 1)
+    def choose_captions(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Return the captions of `rows` that the uniform numbers `draws` in [0, 1) pick, by weight."""
+        chosen = np.searchsorted(self.caption_shares, rows + draws, side="right")
+        return np.clip(chosen, self.caption_starts[rows], self.caption_starts[rows + 1] - 1)
 
     def bucket_counts(self) -> dict[str, int]:
         """Return the number of samples of each bucket of this shard."""
@@ -203,35 +197,31 @@ def _sort_by_bucket(name: str, latents: pa.Table, labels: np.ndarray, *, caption
     order = np.argsort(codes, kind="stable")
     latents = latents.take(order)
     keys = latents["key"].combine_chunks()
-
-    def column(name: str) -> np.ndarray:
-        return _integers(latents[name])
-
     return ShardTable(
         name=name,
-        keys=keys,
+        keys=np.array(keys.to_pylist(), dtype=object),
         bucket_names=names,
         bucket_starts=np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(names)))]),
-        mean_offsets=column("mean_offset"),
-        std_offsets=column("std_offset"),
-        latent_crcs=column("crc32"),
-        channels=column("channels"),
-        heights=column("height"),
-        widths=column("width"),
+        latents=_numbers(latents, LATENT_NUMBERS),
         labels=labels[order],
         **_group_captions(keys, captions),
     )
 
 
-def _integers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.int64()).fill_null(NOT_THERE).to_numpy()
+def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """Return integer columns side by side, int64 [rows, names]; nulls are -1."""
+    columns = [table[name].cast(pa.int64()).fill_null(NOT_THERE).to_numpy() for name in names]
+    return np.stack(columns, axis=1)
 
 
 def _group_captions(keys: pa.Array, captions: pa.Table | None) -> dict[str, np.ndarray]:
     """Sort captions by the row of their sample; captions of samples without latents are left out."""
     if captions is None:
-        empty = dict.fromkeys(("caption_offsets", "scale_offsets", "caption_crcs", "caption_tokens"), np.zeros(0, int))
-        return empty | {"caption_starts": np.zeros(len(keys) + 1, dtype=np.int64), "caption_shares": np.zeros(0)}
+        return {
+            "captions": np.zeros((0, len(CAPTION_NUMBERS)), dtype=np.int64),
+            "caption_starts": np.zeros(len(keys) + 1, dtype=np.int64),
+            "caption_shares": np.zeros(0),
+        }
     rows = _call("index_in", captions["key"], value_set=keys).fill_null(-1).to_numpy()
     order = np.argsort(rows, kind="stable")
     order = order[np.searchsorted(rows[order], 0) :]
@@ -241,10 +231,7 @@ def _group_captions(keys: pa.Array, captions: pa.Table | None) -> dict[str, np.n
     cumulative = np.concatenate([[0.0], np.cumsum(weights)])
     before, total = cumulative[starts[rows]], cumulative[starts[rows + 1]] - cumulative[starts[rows]]
     return {
+        "captions": _numbers(captions, CAPTION_NUMBERS)[order],
         "caption_starts": starts,
-        "caption_offsets": _integers(captions["offset"])[order],
-        "scale_offsets": _integers(captions["scale_offset"])[order],
-        "caption_crcs": _integers(captions["crc32"])[order],
-        "caption_tokens": _integers(captions["num_tokens"])[order],
-        "caption_shares": (cumulative[1:] - before) / total,
+        "caption_shares": rows + (cumulative[1:] - before) / total,
     }

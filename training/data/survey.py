@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.storage import atomic_write_json
-from training.data.index import FeatureIndex, ShardTable, bucket_size
+from training.data.index import LATENT_NUMBERS, FeatureIndex, ShardTable, bucket_size
 
 NUM_COUNTING_THREADS = 8
 
@@ -108,12 +108,13 @@ def load_survey(path: Path, *, identity: str) -> Survey | None:
 
 
 def _describe(table: ShardTable) -> ShardSurvey:
+    channels, latent_heights = (table.latents[:, LATENT_NUMBERS.index(name)] for name in ("channels", "height"))
     # A shard's buckets are those it has samples of, so each has a first row.
-    first_heights = table.heights[table.bucket_starts[:-1]].tolist()
+    first_heights = latent_heights[table.bucket_starts[:-1]].tolist()
     heights = [bucket_size(name)[0] for name in table.bucket_names]
     return ShardSurvey(
         counts=table.bucket_counts(),
-        channels={int(value) for value in np.unique(table.channels)},
+        channels=set(np.unique(channels).tolist()),
         downsample={pixels // size for pixels, size in zip(heights, first_heights, strict=True)},
         max_label=int(table.labels.max(initial=-1)),
     )
@@ -122,16 +123,16 @@ def _describe(table: ShardTable) -> ShardSurvey:
 def _require_whole_tars(index: FeatureIndex, shard: int, table: ShardTable) -> None:
     """Refuse a local tar that is missing or ends before its last payload; remote ones are checked when they come."""
     dataset = index.dataset(shard)
-    latent_end = int(table.std_offsets.max(initial=0))
-    text_end = int(max(table.caption_offsets.max(initial=0), table.scale_offsets.max(initial=0)))
-    for directory, end in ((dataset.latents, latent_end), (dataset.text, text_end)):
+    # Offsets are the first two columns of both.
+    pairs = ((dataset.latents, table.latents), (dataset.text, table.captions))
+    for directory, numbers in pairs:
         if directory is None or directory.cache is not None:
             continue
-        path = Path(directory.url(table.name, ".tar"))
+        path, last = Path(directory.url(table.name, ".tar")), int(numbers[:, :2].max(initial=0))
         if not path.is_file():
             raise FileNotFoundError(f"shard {table.name}: {path} is missing; make its features again")
-        if path.stat().st_size <= end:
+        if path.stat().st_size <= last:
             raise ValueError(
                 f"shard {table.name}: {path} has {path.stat().st_size} bytes, but by its index a payload starts "
-                f"at byte {end}; the tar was cut short, make its features again"
+                f"at byte {last}; the tar was cut short, make its features again"
             )
