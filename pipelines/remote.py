@@ -4,9 +4,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import fsspec
+from fsspec.config import conf, set_conf_env
 
 from pipelines.progress import get_logger
 
@@ -44,7 +45,7 @@ def storage_environment(environment: Mapping[str, str] = os.environ) -> dict[str
 def adopt_storage_environment(variables: Mapping[str, str]) -> None:
     """Take over what `storage_environment` gave in the process that asked for the work."""
     os.environ.update(variables)
-    fsspec.config.set_conf_env(fsspec.config.conf, dict(variables))
+    set_conf_env(conf, dict(variables))
 
 
 def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -70,7 +71,7 @@ def list_urls(pattern: str) -> list[str]:
     """
     file_system, path = open_file_system(pattern if "*" in pattern or "[" in pattern else pattern + "*.tar")
     file_system.invalidate_cache()
-    found = retry(pattern, lambda: file_system.glob(path))
+    found = cast(list[str], retry(pattern, lambda: file_system.glob(path)))
     return [str(file_system.unstrip_protocol(name)) for name in found]
 
 
@@ -176,10 +177,10 @@ class RemoteFile:
         self._require_ranges()
 
         def read_range() -> bytes:
-            data = self._file_system.cat_file(self._path, start=offset, end=offset + size)
+            data = cast(bytes, self._file_system.cat_file(self._path, start=offset, end=offset + size))
             if len(data) != size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came from byte {offset}")
-            return bytes(data)
+            return data
 
         return retry(self._url, read_range)
 
