@@ -19,6 +19,7 @@ TABLES = (
     "model",
     "training",
     "sampling",
+    "evaluation",
 )
 
 

@@ -10,6 +10,7 @@ from features.config import FeaturesConfig
 from pipelines.engine import EngineConfig
 from pipelines.recipe import DataConfig, load_recipe
 from sampling.config import SamplingConfig
+from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import ModelConfig, stage_training
 from training.data.features import read_feature_table
@@ -24,6 +25,7 @@ TABLES = {
     "features": FeaturesConfig,
     "model": ModelConfig,
     "sampling": SamplingConfig,
+    "evaluation": EvaluationConfig,
     "toyworld": ToyworldConfig,
 }
 # Paper, Table 4: stage, phase -> resolution, steps, batch size; the learning rate is 2e-5 throughout.

@@ -1,0 +1,1 @@
+"""Scores of checkpoints: distances to a reference set, CLIP score, curves over guidance, blind preference."""

@@ -1,0 +1,77 @@
+"""`python -m sampling.evaluation score|curve|preference|winrates --recipe R --run RUN --stage N [--set key=value]`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from pipelines.command import Command, parse_command, run_command
+from pipelines.progress import get_logger
+from sampling.config import STAGES
+
+log = get_logger("evaluation")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do one of the evaluation's tasks."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = "\n".join(f"  {name}  {description}" for name, (description, _) in TASKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m sampling.evaluation",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Scores of checkpoints.\n\n{names}",
+        usage="%(prog)s TASK --recipe R --run RUN --stage N [--set key=value] [--plan]",
+    )
+    parser.add_argument("task", choices=TASKS)
+    task = parser.parse_args(arguments[:1]).task
+    description, run_task = TASKS[task]
+    run_task(parse_command(f"sampling.evaluation {task}", description, argv=arguments[1:], stages=STAGES))
+
+
+def _score(command: Command) -> None:
+    from sampling.evaluation.scores import describe_score, score
+
+    if command.is_plan:
+        for line in describe_score(command):
+            log.info(line)
+        return
+    score(command)
+
+
+def _curve(command: Command) -> None:
+    from sampling.evaluation.curve import describe_curve, draw_curve
+
+    if command.is_plan:
+        for line in describe_curve(command):
+            log.info(line)
+        return
+    draw_curve(command)
+
+
+def _preference(command: Command) -> None:
+    from sampling.evaluation.preference import describe_page, write_page
+
+    if command.is_plan:
+        for line in describe_page(command):
+            log.info(line)
+        return
+    write_page(command)
+
+
+def _winrates(command: Command) -> None:
+    from sampling.evaluation.win_rates import count_votes, vote_files
+
+    if command.is_plan:
+        log.info(f"would count the votes of {', '.join(path.name for path in vote_files(command)) or 'no file'}")
+        return
+    count_votes(command)
+
+
+TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
+    "score": ("A table of checkpoints: distances, CLIP score, the judge's axes", _score),
+    "curve": ("FID against CLIP score over guidance scales, as CSV and plot (Figure 20)", _curve),
+    "preference": ("A blind page to compare checkpoints side by side (Figure 5)", _preference),
+    "winrates": ("Votes of that page to win rates with confidence intervals", _winrates),
+}
+
+if __name__ == "__main__":
+    sys.exit(run_command("evaluation", main))

@@ -1,0 +1,142 @@
+"""The checkpoints that are scored side by side, and the folder of samples of each."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.command import Command
+from pipelines.engine import EngineConfig
+from pipelines.storage import sha256_text
+from sampling.checkpoints import Checkpoint, find_checkpoint, open_checkpoint, open_run_checkpoint
+from sampling.config import SamplingConfig, encoder_config
+from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.prompt_sets import write_prompt_set
+from sampling.generate import Job, make_job, run_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A checkpoint, what it is called in tables, and its samples, drawn or not."""
+
+    title: str
+    checkpoint: Checkpoint
+    job: Job
+
+    @property
+    def folder(self) -> Path:
+        """Where the samples lie."""
+        return self.job.directory.path
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what decides the samples, to be printed beside the numbers."""
+        config = self.job.config
+        return {
+            "checkpoint": self.checkpoint.name,
+            "weights": weights_kind(self.checkpoint),
+            "checkpoint_fingerprint": self.checkpoint.identity,
+            "model": str(self.checkpoint.model_path),
+            "samples": str(self.folder),
+            "samples_fingerprint": self.job.fingerprint.digest,
+            "prompts": config.prompts or "classes",
+            "requests": self.job.identity,
+            "num_images": len(self.job.requests),
+            "images_per_prompt": config.images_per_prompt,
+            "seed": config.seed,
+            "solver": config.solver,
+            "num_steps": config.num_steps,
+            "guidance_scale": config.guidance_scale,
+            "negative_prompt": config.negative_prompt,
+            "size": config.size or "as trained",
+        }
+
+
+def weights_kind(checkpoint: Checkpoint) -> str:
+    """Return `ema` for a run's export, as its trainer.json says; other folders do not say."""
+    path = checkpoint.model_path.parent / "trainer.json"
+    return json.loads(path.read_text(encoding="utf-8"))["weights"] if path.is_file() else "as saved in the folder"
+
+
+def find_contestants(
+    command: Command, config: EvaluationConfig, *, guidance_scale: float | None = None
+) -> list[Contestant]:
+    """Open the stage's checkpoint and those of evaluation.compare, and settle what each is to draw.
+
+    The checkpoint of the stage with the recipe's own prompts uses `RUN/samples/<stage>`, what `make sample` draws;
+    everything else lies in `RUN/evaluation/samples/`.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint or prompt file is not there or not usable.
+    """
+    sampling = _sampling_config(command, config, guidance_scale=guidance_scale)
+    prompts = write_prompt_set(config, run=command.run)
+    if prompts is not None:
+        sampling = sampling.model_copy(update={"prompts": str(prompts), "max_prompts": None})
+    suffix = "" if prompts is None else f"-{config.prompt_set}"
+    if guidance_scale is not None:
+        suffix += f"-cfg{guidance_scale:g}"
+    is_plain = not suffix and config.images_per_prompt is None and config.num_prompts is None
+    checkpoints = [(command.stage_name, find_checkpoint(sampling, command))]
+    checkpoints += [_open_other(spec, command) for spec in config.compare]
+    contestants = []
+    for number, (name, checkpoint) in enumerate(checkpoints):
+        is_own_folder = number == 0 and is_plain
+        job = make_job(
+            sampling,
+            checkpoint,
+            run=command.run if is_own_folder else command.run / "evaluation",
+            name=name if is_own_folder else f"{name}{suffix or '-scored'}",
+            engine=command.recipe.table("engine", EngineConfig),
+        )
+        contestants.append(Contestant(title=checkpoint.name, checkpoint=checkpoint, job=job))
+    return _distinct(contestants)
+
+
+def _distinct(contestants: list[Contestant]) -> list[Contestant]:
+    identities = [item.checkpoint.identity for item in contestants]
+    for number, item in enumerate(contestants):
+        first = identities.index(item.checkpoint.identity)
+        if first < number:
+            raise ValueError(
+                f"evaluation.compare: {item.title} and {contestants[first].title} are the same weights "
+                f"({item.checkpoint.model_path})"
+            )
+    titles = [item.title for item in contestants]
+    return [
+        item
+        if titles.count(item.title) == 1
+        else Contestant(title=f"{item.title} ({item.checkpoint.model_path})", checkpoint=item.checkpoint, job=item.job)
+        for item in contestants
+    ]
+
+
+def draw_samples(contestant: Contestant, *, run: Path) -> None:
+    """Draw what is missing of a contestant's samples."""
+    run_job(contestant.job, run=run)
+
+
+def _sampling_config(command: Command, config: EvaluationConfig, *, guidance_scale: float | None) -> SamplingConfig:
+    sampling = command.recipe.table("sampling", SamplingConfig)
+    update: dict[str, Any] = {"prompt": None}
+    # Below RUN/evaluation `{run}` stands for RUN all the same.
+    for name in ("prompts", "text_embeddings"):
+        value = getattr(sampling, name)
+        update[name] = value and value.replace("{run}", str(command.run))
+    if config.images_per_prompt is not None:
+        update["images_per_prompt"] = config.images_per_prompt
+    if config.num_prompts is not None and config.prompt_set == "sampling":
+        update["max_prompts"] = config.num_prompts
+    if guidance_scale is not None:
+        update["guidance_scale"] = guidance_scale
+    return sampling.model_copy(update=update)
+
+
+def _open_other(spec: str, command: Command) -> tuple[str, Checkpoint]:
+    """Open `<run>:<stage>` or what sampling.checkpoint takes; samples are named after scored stage and weights."""
+    run, separator, stage_name = spec.rpartition(":")
+    if separator and re.fullmatch(r"stage[123](-\w+)?", stage_name):
+        checkpoint = open_run_checkpoint(Path(run), stage_name)
+    else:
+        checkpoint = open_checkpoint(spec, encoder_config(command.recipe))
+    return f"{command.stage_name}-{sha256_text(checkpoint.identity)[:8]}", checkpoint

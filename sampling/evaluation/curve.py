@@ -1,0 +1,129 @@
+"""Numbers over guidance scales, as in the paper's Figure 20: `RUN/evaluation/<stage>-curve/curve.{csv,json,html}`."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.command import Command
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
+from pipelines.progress import get_logger
+from pipelines.storage import sha256_text
+from pipelines.summary import update_summary
+from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.evaluation.scores import Meter, read_judge, write_report
+
+CURVE_VERSION = 1  # raise it when the same numbers are written in another way
+REPORT_NAME = "curve"
+DISTANCES = ("FID", "FD-", "CLIP-FD", "CMMD", "CLIP-MMD")
+
+log = get_logger("evaluation")
+
+
+def draw_curve(command: Command) -> None:
+    """Draw and score every checkpoint at every guidance scale; write table and plot.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Meter` and `find_contestants`.
+    """
+    points = _points(command)
+    meter = Meter(command)
+    if not meter.networks:
+        raise ValueError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
+    directory = StageDirectory(command.run / "evaluation" / f"{command.stage_name}-curve")
+    start_seconds = time.monotonic()
+    for _, contestant in points:
+        draw_samples(contestant, run=command.run)
+    judged = {item.folder.name: [asdict(number) for number in read_judge(item, run=command.run)] for _, item in points}
+    fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), "judged": judged})
+    identity = "sha256:" + sha256_text(json.dumps([item.inputs() for _, item in points], sort_keys=True))
+    if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():
+        log.info(f"nothing to do: {directory.file(REPORT_NAME, '.csv')} is up to date")
+        return
+    rows = [
+        {
+            "title": item.title,
+            "guidance_scale": scale,
+            "inputs": item.inputs(),
+            "numbers": [asdict(number) for number in meter.measure(item)],
+        }
+        for scale, item in points
+    ]
+    texts = {".csv": _table(rows), ".html": plot(rows, title=f"{command.run.name}, {command.stage_name}")}
+    write_report(
+        directory,
+        REPORT_NAME,
+        {"inputs": meter.inputs(), "checkpoints": rows},
+        texts,
+        fingerprint=fingerprint,
+        identity=identity,
+    )
+    update_summary(command.run, f"seconds.curve_{command.stage_name}", round(time.monotonic() - start_seconds, 1))
+    log.info(f"{directory.file(REPORT_NAME, '.html')}\n{_table(rows)}")
+
+
+def describe_curve(command: Command) -> list[str]:
+    """Return what `draw_curve` would do, line by line."""
+    return [
+        f"guidance {scale:g}: would draw {len(item.job.pending()):,} of {len(item.job.requests):,} images into "
+        f"{item.folder}"
+        for scale, item in _points(command)
+    ]
+
+
+def _points(command: Command) -> list[tuple[float, Contestant]]:
+    config = command.recipe.table("evaluation", EvaluationConfig)
+    return [
+        (scale, contestant)
+        for scale in config.guidance_scales
+        for contestant in find_contestants(command, config, guidance_scale=scale)
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(number["metric"] for row in rows for number in row["numbers"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["checkpoint", "guidance_scale", "num_images", *names])
+    for row in rows:
+        values = {number["metric"]: number["value"] for number in row["numbers"]}
+        cells = [repr(values[name]) if name in values else "" for name in names]
+        writer.writerow([row["title"], f"{row['guidance_scale']:g}", row["inputs"]["num_images"], *cells])
+    return text.getvalue()
+
+
+def plot(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
+    """Return a page that opens offline: the first distance over CLIP score, or over guidance where there is no CLIP."""
+    import plotly.graph_objects as go
+
+    metrics = [number["metric"] for number in rows[0]["numbers"]]
+    distance = next((name for name in metrics if name.startswith(DISTANCES)), metrics[0])
+    has_clip = "CLIP score" in metrics and distance != "CLIP score"
+    figure = go.Figure()
+    for checkpoint in dict.fromkeys(row["title"] for row in rows):
+        points = sorted(
+            (row["guidance_scale"], {number["metric"]: number["value"] for number in row["numbers"]})
+            for row in rows
+            if row["title"] == checkpoint
+        )
+        figure.add_scatter(
+            x=[values["CLIP score"] if has_clip else scale for scale, values in points],
+            y=[values[distance] for _, values in points],
+            text=[f"{scale:g}" for scale, _ in points],
+            name=checkpoint,
+            mode="lines+markers+text",
+            textposition="top center",
+        )
+    figure.update_layout(
+        title=f"{distance} over {'CLIP score' if has_clip else 'guidance scale'} · {title}",
+        xaxis_title="CLIP score (higher is better)" if has_clip else "guidance scale",
+        yaxis_title=f"{distance} (lower is better)",
+        showlegend=True,
+        font_family="system-ui, sans-serif",
+        template="plotly_white",
+    )
+    return figure.to_html(include_plotlyjs=True, full_html=True)

@@ -1,0 +1,269 @@
+"""A table of checkpoints and their numbers, every input beside them: `RUN/evaluation/<stage>/scores.{json,md}`."""
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.command import Command
+from pipelines.engine import EngineConfig
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
+from pipelines.progress import get_logger
+from pipelines.storage import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
+from pipelines.summary import update_summary
+from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.evaluation.distances import cmmd, frechet_distance
+from sampling.evaluation.features import Features, compute_features
+from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
+from sampling.evaluation.networks import NetworkSource, find_networks
+from sampling.evaluation.tables import render_scores
+
+SCORES_VERSION = 1  # raise it when what the numbers mean changes
+REPORT_NAME = "scores"
+FEW_IMAGES = 2048  # below it a covariance of Inception's 2048 channels has no full rank
+PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow")
+JUDGE_AXES = ("colour_binding", "shape_binding", "spatial", "complex")
+
+log = get_logger("evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """One number and what it was taken of and with.
+
+    Attributes:
+        better: "lower" or "higher".
+        num_images: samples that it is over, num_reference: images they are compared with, 0 where there are none.
+        rejected: unusable images of both, by reason.
+    """
+
+    metric: str
+    value: float
+    better: str
+    num_images: int
+    num_reference: int
+    network: str
+    network_fingerprint: str
+    resizer: str
+    rejected: dict[str, int]
+    remark: str = ""
+
+
+class Meter:
+    """Networks and reference of one evaluation; takes the numbers of any folder of samples.
+
+    Raises:
+        FileNotFoundError, ValueError: networks or reference are not there; names the recipe's key.
+    """
+
+    def __init__(self, command: Command) -> None:
+        self._config = command.recipe.table("evaluation", EvaluationConfig)
+        self._engine = command.recipe.table("engine", EngineConfig)
+        self._run = command.run
+        self._cache = self._config.folder(self._config.cache, command.run)
+        self.networks = find_networks(self._config)
+        self.reference: ImageSet | None = None
+        if self._config.reference is not None:
+            self.reference = open_reference(self._config.reference, run=command.run, cache=self._cache)
+        if self.networks and self.reference is None and not any(network.key == "clip" for network in self.networks):
+            raise ValueError("evaluation.reference is not set: a distance needs images to compare with")
+
+    def measure(self, contestant: Contestant) -> list[Number]:
+        """Return the numbers of a contestant whose samples are drawn, and of the judge where it has seen them."""
+        images = open_samples(contestant.folder, cache=self._cache, has_prompts=contestant.checkpoint.kind == "pixart")
+        numbers: list[Number] = []
+        for network in self.networks:
+            samples = self._features(images, network)
+            if self.reference is not None:
+                numbers += _distances(samples, self._features(self.reference, network))
+            score = samples.clip_score() if network.key == "clip" else None
+            if score is not None:
+                numbers.append(_number("CLIP score", score, samples, better="higher"))
+        return numbers + read_judge(contestant, run=self._run)
+
+    def _features(self, images: ImageSet, network: NetworkSource) -> Features:
+        return compute_features(images, network, cache=self._cache, config=self._config, engine=self._engine)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return reference, networks and package versions, to be printed beside the numbers."""
+        reference = None
+        if self.reference is not None:
+            reference = {
+                "images": self.reference.name,
+                "fingerprint": self.reference.identity,
+                "num_images": self.reference.num_images,
+            }
+        return {
+            "reference": reference,
+            "networks": [asdict(network) for network in self.networks],
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+
+def _distances(samples: Features, reference: Features) -> list[Number]:
+    distance = frechet_distance(samples.gaussian(), reference.gaussian())
+    smallest = min(samples.num_images, reference.num_images)
+    few = (
+        f"{smallest:,} images are few: below {FEW_IMAGES:,} a Fréchet distance is mostly bias"
+        if smallest < FEW_IMAGES
+        else ""
+    )
+    numbers = [_number(samples.network.distance, distance, samples, reference=reference, remark=few)]
+    if samples.network.mmd is not None:
+        discrepancy = cmmd(samples.embeddings(), reference.embeddings())
+        numbers.insert(0, _number(samples.network.mmd, discrepancy, samples, reference=reference))
+    return numbers
+
+
+def _number(
+    metric: str,
+    value: float,
+    samples: Features,
+    *,
+    reference: Features | None = None,
+    better: str = "lower",
+    remark: str = "",
+) -> Number:
+    rejected = dict(samples.rejected)
+    for reason, count in (reference.rejected if reference else {}).items():
+        rejected[reason] = rejected.get(reason, 0) + count
+    return Number(
+        metric=metric,
+        value=value,
+        better=better,
+        num_images=samples.num_images,
+        num_reference=reference.num_images if reference else 0,
+        network=samples.network.location,
+        network_fingerprint=samples.network.identity,
+        resizer=samples.network.resizer,
+        rejected=rejected,
+        remark=remark,
+    )
+
+
+def read_judge(contestant: Contestant, *, run: Path) -> list[Number]:
+    """Return what `make judge` found of these very samples; nothing where it has not seen them."""
+    path = run / "judge" / f"{contestant.folder.name}.json"
+    if not path.is_file():
+        return []
+    judged = json.loads(path.read_text(encoding="utf-8"))
+    if judged["samples_fingerprint"] != contestant.job.fingerprint.digest:
+        log.warning(f"{path} is of other samples: run `make judge RUN={run}` again")
+        return []
+    axes = judged["axes"]
+    return [
+        Number(
+            metric=f"judge {axis.replace('_', ' ')}",
+            value=axes[axis]["score"],
+            better="higher",
+            num_images=axes[axis]["num_images"],
+            num_reference=0,
+            network=judged["judge"],
+            network_fingerprint=judged["judge_fingerprint"],
+            resizer="crops around the anchors",
+            rejected={},
+        )
+        for axis in JUDGE_AXES
+        if axes[axis]["num_images"]
+    ]
+
+
+def score(command: Command) -> None:
+    """Draw what is missing, score every checkpoint, and write the table; a finished one is printed again.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Meter` and `find_contestants`.
+    """
+    config = command.recipe.table("evaluation", EvaluationConfig)
+    contestants = find_contestants(command, config)
+    meter = Meter(command)
+    directory = StageDirectory(command.run / "evaluation" / command.stage_name)
+    start_seconds = time.monotonic()
+    for contestant in contestants:
+        draw_samples(contestant, run=command.run)
+    fingerprint, identity = _score_inputs(meter, contestants, run=command.run)
+    is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
+    if is_done:
+        log.info(f"nothing to do: {directory.file(REPORT_NAME, '.md')} is up to date")
+    else:
+        rows = [
+            {
+                "title": item.title,
+                "inputs": item.inputs(),
+                "numbers": [asdict(number) for number in meter.measure(item)],
+            }
+            for item in contestants
+        ]
+        if not any(row["numbers"] for row in rows):
+            raise ValueError(_nothing_to_measure(command))
+        write_report(
+            directory,
+            REPORT_NAME,
+            {"inputs": meter.inputs(), "checkpoints": rows},
+            {".md": render_scores(rows, meter.inputs())},
+            fingerprint=fingerprint,
+            identity=identity,
+        )
+        update_summary(
+            command.run, f"seconds.evaluation_{command.stage_name}", round(time.monotonic() - start_seconds, 1)
+        )
+        figures = {number["metric"]: number["value"] for number in rows[0]["numbers"]}
+        update_summary(command.run, f"evaluation.{command.stage_name}", figures)
+    log.info(f"{directory.file(REPORT_NAME, '.md')}\n{directory.file(REPORT_NAME, '.md').read_text(encoding='utf-8')}")
+
+
+def describe_score(command: Command) -> list[str]:
+    """Return what `score` would do, line by line."""
+    config = command.recipe.table("evaluation", EvaluationConfig)
+    contestants = find_contestants(command, config)
+    networks = ", ".join(network.location for network in find_networks(config)) or "none"
+    lines = [f"networks: {networks}; reference: {config.reference or 'none'}"]
+    for item in contestants:
+        pending = len(item.job.pending())
+        lines.append(f"{item.title}: would draw {pending:,} of {len(item.job.requests):,} images into {item.folder}")
+    return lines
+
+
+def _nothing_to_measure(command: Command) -> str:
+    return (
+        "nothing to measure: set evaluation.inception, evaluation.clip or evaluation.vision (with "
+        f"evaluation.reference), or run `make judge RUN={command.run}` where scenes are known"
+    )
+
+
+def _score_inputs(meter: Meter, contestants: Sequence[Contestant], *, run: Path) -> tuple[Fingerprint, str]:
+    judged = {item.folder.name: [asdict(number) for number in read_judge(item, run=run)] for item in contestants}
+    fingerprint = Fingerprint.of({"version": SCORES_VERSION, **meter.inputs(), "judged": judged})
+    manifests = {item.title: sha256_file(item.folder / MANIFEST_NAME) for item in contestants}
+    inputs = [[item.title, item.inputs(), manifests[item.title]] for item in contestants]
+    return fingerprint, "sha256:" + sha256_text(json.dumps(inputs, sort_keys=True))
+
+
+def write_report(
+    directory: StageDirectory,
+    name: str,
+    value: Mapping[str, Any],
+    texts: Mapping[str, str],
+    *,
+    fingerprint: Fingerprint,
+    identity: str,
+) -> None:
+    """Write `<name>.json` and further files (suffix to text), their marker and the directory's manifest."""
+    directory.clear_marker(name)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(directory.file(name, ".json"), value)
+    for suffix, text in texts.items():
+        atomic_write_bytes(directory.file(name, suffix), text.encode())
+    num_rows = len(value["checkpoints"])
+    files = {suffix: sha256_file(directory.file(name, suffix)) for suffix in (".json", *texts)}
+    report = ShardReport(name=name, source=identity, num_read=num_rows, num_kept=num_rows, files=files)
+    directory.write_marker(report, fingerprint)
+    upstream = {
+        row["inputs"]["samples"]: read_manifest(Path(row["inputs"]["samples"])).fingerprint.digest
+        for row in value["checkpoints"]
+    }
+    directory.write_manifest(fingerprint, [name], upstream=upstream, extra={})

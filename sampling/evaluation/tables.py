@@ -1,0 +1,69 @@
+"""Scores as Markdown: one table to compare, and below it every input of every number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+def render_scores(rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> str:
+    """Return the table of checkpoints, then reference, networks, samples and packages."""
+    heads = {number["metric"]: ARROWS[number["better"]] for row in rows for number in row["numbers"]}
+    lines = ["# Scores", "", _line(["checkpoint", "images", *(f"{name} {arrow}" for name, arrow in heads.items())])]
+    lines.append(_line(["---", *("---:" for _ in range(len(heads) + 1))]))
+    for row in rows:
+        values = {number["metric"]: number["value"] for number in row["numbers"]}
+        cells = [_value(values[name]) if name in values else "–" for name in heads]
+        lines.append(_line([row["title"], f"{row['inputs']['num_images']:,}", *cells]))
+    lines += ["", *_remarks(rows), "## What each number was taken of and with", ""]
+    lines.append(_line(["checkpoint", "number", "value", "images", "reference", "unusable", "network", "resizer"]))
+    lines.append(_line(["---", "---", "---:", "---:", "---:", "---", "---", "---"]))
+    lines += [_number_line(row["title"], number) for row in rows for number in row["numbers"]]
+    lines += ["", "## Samples", ""]
+    for row in rows:
+        lines += [f"**{row['title']}**", "", *(f"- {name}: {value}" for name, value in row["inputs"].items()), ""]
+    lines += ["## Reference and packages", "", f"- reference: {_reference(inputs['reference'])}"]
+    lines += [f"- {name}: {version}" for name, version in inputs["packages"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _value(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _number_line(title: str, number: Mapping[str, Any]) -> str:
+    unusable = ", ".join(f"{reason} {count:,}" for reason, count in number["rejected"].items()) or "0"
+    fingerprint = number["network_fingerprint"].removeprefix("sha256:")[:12]
+    reference = f"{number['num_reference']:,}" if number["num_reference"] else "–"
+    return _line(
+        [
+            title,
+            number["metric"],
+            _value(number["value"]),
+            f"{number['num_images']:,}",
+            reference,
+            unusable,
+            f"{number['network']} ({fingerprint})",
+            number["resizer"],
+        ]
+    )
+
+
+def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {
+        f"{row['title']}, {number['metric']}: {number['remark']}"
+        for row in rows
+        for number in row["numbers"]
+        if number["remark"]
+    }
+    return [*(f"- {remark}" for remark in sorted(found)), ""] if found else []
+
+
+def _reference(reference: Mapping[str, Any] | None) -> str:
+    if reference is None:
+        return "none"
+    return f"{reference['images']}, {reference['num_images']:,} images, {reference['fingerprint']}"

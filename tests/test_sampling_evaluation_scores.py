@@ -1,0 +1,236 @@
+"""`make eval`: the table with every input beside the number, resumed and compared; the curve over guidance."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feature_run import picture
+from PIL import Image
+from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
+from tiny_clip import save_clip
+
+from pipelines.manifest import read_manifest
+from pixart.model import PixArt
+from sampling import renderer
+from sampling.evaluation.__main__ import main
+from sampling.evaluation.distances import cmmd
+from sampling.evaluation.networks import find_networks, load_network
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = make_run(tmp_path / "one")
+    (tmp_path / "reference").mkdir()
+    for number in range(6):
+        picture(number).save(tmp_path / "reference" / f"{number}.png")
+    return run
+
+
+def write_recipe(run: Path, evaluation: dict, **sampling: object) -> Path:
+    table = {"prompts": "{run}/raw/prompts.jsonl", "num_steps": 2, "text_dtype": "float32", "batch_size": 2} | sampling
+    tables = {"engine": {"in_process": True, "samples_per_slice": 4}, "sampling": table, "evaluation": evaluation}
+    lines = []
+    for name, values in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    path = run / "recipe.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def evaluate(run: Path, clip_folder: Path | None, *flags: str, task: str = "score", **evaluation: object) -> Path:
+    table = {"reference": str(run.parent / "reference")} | evaluation
+    if clip_folder is not None:
+        table["clip"] = str(clip_folder)
+    recipe = write_recipe(run, table)
+    main([task, "--recipe", str(recipe), "--run", str(run), "--stage", "2", *flags])
+    return run / "evaluation" / "stage2"
+
+
+def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    drawn: list[str] = []
+    draw = renderer.Renderer.draw
+
+    def recording(self, requests, *args, **kwargs):
+        drawn.extend(request.file for request in requests)
+        return draw(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(renderer.Renderer, "draw", recording)
+    return drawn
+
+
+def embeddings_of(files, clip_folder):
+    import torch
+
+    from sampling.evaluation.config import EvaluationConfig
+
+    (source,) = find_networks(EvaluationConfig(clip=str(clip_folder)))
+    network = load_network(source, device="cpu")
+    pixels = []
+    for path in files:
+        with Image.open(path) as image:
+            pixels.append(torch.from_numpy(network.prepare(image.convert("RGB"))))
+    return network.features(torch.stack(pixels)).double().numpy()
+
+
+def test_the_table_has_every_input_beside_the_number(run, clip_folder):
+    folder = evaluate(run, clip_folder)
+    value = json.loads((folder / "scores.json").read_text())
+    (row,) = value["checkpoints"]
+    numbers = {number["metric"]: number for number in row["numbers"]}
+    assert list(numbers) == ["CLIP-MMD", "CLIP-FD", "CLIP score"]
+    samples = [run / "samples" / "stage2" / f"{prompt['key']}.png" for prompt in PROMPTS]
+    reference = sorted((run.parent / "reference").glob("*.png"))
+    expected = cmmd(embeddings_of(samples, clip_folder), embeddings_of(reference, clip_folder))
+    assert numbers["CLIP-MMD"]["value"] == pytest.approx(expected, rel=1e-3)
+    for number in numbers.values():
+        assert number["num_images"] == 3 and number["network"] == str(clip_folder)
+        assert number["network_fingerprint"].startswith("sha256:") and "bicubic" in number["resizer"]
+    assert numbers["CLIP-FD"]["num_reference"] == 6 and "few" in numbers["CLIP-FD"]["remark"]
+    assert row["inputs"]["weights"] == "ema" and row["inputs"]["seed"] == 0 and row["inputs"]["num_steps"] == 2
+    assert value["inputs"]["packages"].keys() >= {"torch", "transformers", "pillow"}
+    text = (folder / "scores.md").read_text()
+    for shown in (
+        row["inputs"]["checkpoint_fingerprint"],
+        value["inputs"]["reference"]["fingerprint"],
+        value["inputs"]["packages"]["torch"],
+        "shortest side 16, centre crop 16x16",
+        "prompts.jsonl",
+        "below 2,048",
+    ):
+        assert shown in text
+    manifest = read_manifest(folder)
+    assert manifest.num_read == manifest.num_kept == 1
+    assert json.loads((run / "summary.json").read_text())["evaluation"]["stage2"].keys() == numbers.keys()
+
+
+def test_a_second_run_draws_and_measures_nothing(run, clip_folder, monkeypatch, capsys):
+    folder = evaluate(run, clip_folder)
+    before = (folder / "scores.json").stat().st_mtime_ns
+    drawn = count_draws(monkeypatch)
+    monkeypatch.setattr("sampling.evaluation.features.load_network", None)
+    evaluate(run, clip_folder)
+    assert (folder / "scores.json").stat().st_mtime_ns == before and drawn == []
+    assert "nothing to do" in capsys.readouterr().err
+    monkeypatch.undo()
+    # Another checkpoint is another number.
+    save_checkpoint(run, 2, randomised(PixArt(PIXART), seed=1), step=8)
+    evaluate(run, clip_folder)
+    assert (folder / "scores.json").stat().st_mtime_ns > before
+
+
+def test_checkpoints_are_compared_in_one_table(run, clip_folder, tmp_path):
+    other = make_run(tmp_path / "two")
+    save_checkpoint(other, 2, randomised(PixArt(PIXART), seed=5), step=9)
+    folder = evaluate(run, clip_folder, compare=[f"{other}:stage2"])
+    rows = json.loads((folder / "scores.json").read_text())["checkpoints"]
+    assert [row["title"] for row in rows] == ["stage 2, step 7", "stage 2, step 9"]
+    assert rows[0]["inputs"]["samples"] == str(run / "samples" / "stage2")
+    assert Path(rows[1]["inputs"]["samples"]).parent == run / "evaluation" / "samples"
+    assert rows[0]["inputs"]["prompts"] == rows[1]["inputs"]["prompts"]
+    first, second = ({number["metric"]: number["value"] for number in row["numbers"]} for row in rows)
+    assert first != second and first.keys() == second.keys()
+    assert not (other / "samples").exists()
+    with pytest.raises(ValueError, match=r"evaluation\.compare: .* are the same weights"):
+        evaluate(run, clip_folder, compare=[f"{run}:stage2"])
+
+
+def test_an_interrupted_evaluation_continues(run, clip_folder, monkeypatch):
+    from sampling.evaluation import features
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "load_network", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(run, clip_folder)
+    assert not (run / "evaluation" / "stage2" / "scores.json").exists()
+    drawn = count_draws(monkeypatch)
+    assert (evaluate(run, clip_folder) / "scores.json").is_file()
+    assert drawn == []
+
+
+def test_benchmark_prompts_are_drawn_into_a_folder_of_their_own(run, clip_folder, monkeypatch):
+    (run.parent / "dataset").mkdir()
+    (run.parent / "dataset" / "color_val.txt").write_text("a green bench and a blue bowl\na red car\n")
+    table = {"prompt_set": "t2i-compbench", "prompts": str(run.parent / "dataset"), "images_per_prompt": 2}
+    drawn = count_draws(monkeypatch)
+    folder = evaluate(run, clip_folder, **table)
+    expected = ["color-0000-1.png", "color-0000.png", "color-0001-1.png", "color-0001.png"]
+    assert sorted(drawn) == expected
+    samples = run / "evaluation" / "samples" / "stage2-t2i-compbench"
+    assert sorted(path.name for path in samples.glob("color*.png")) == expected
+    (samples / "color-0001.png").unlink()
+    drawn.clear()
+    evaluate(run, clip_folder, **table)
+    # Nothing but the batch that the missing image belongs to.
+    assert "color-0001.png" in drawn and len(drawn) <= 2
+    assert json.loads((folder / "scores.json").read_text())["checkpoints"][0]["inputs"]["num_images"] == 4
+    assert not (run / "samples").exists()
+
+
+def test_the_judges_axes_stand_in_the_table_where_it_saw_these_samples(run, clip_folder, capsys):
+    folder = evaluate(run, clip_folder)
+    axes = {name: {"score": 0.75, "num_images": 4} for name in ("colour_binding", "shape_binding", "spatial")}
+    axes["complex"] = {"score": 0.0, "num_images": 0}
+    judged = {"axes": axes, "judge": "toyworld/weights/judge", "judge_fingerprint": "sha256:1"}
+    (run / "judge").mkdir()
+    for digest, is_shown in ((read_manifest(run / "samples" / "stage2").fingerprint.digest, True), ("other", False)):
+        path = run / "judge" / "stage2.json"
+        path.write_text(json.dumps(judged | {"samples_fingerprint": digest}))
+        evaluate(run, clip_folder)
+        numbers = json.loads((folder / "scores.json").read_text())["checkpoints"][0]["numbers"]
+        names = [number["metric"] for number in numbers if number["metric"].startswith("judge")]
+        assert names == (["judge colour binding", "judge shape binding", "judge spatial"] if is_shown else [])
+    assert "is of other samples" in capsys.readouterr().err
+
+
+def test_the_curve_has_a_point_per_guidance_scale(run, clip_folder, monkeypatch):
+    drawn = count_draws(monkeypatch)
+    evaluate(run, clip_folder, task="curve", guidance_scales=[1.0, 4.0])
+    assert len(drawn) == 6
+    folder = run / "evaluation" / "stage2-curve"
+    with (folder / "curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["guidance_scale"] for row in rows] == ["1", "4"]
+    assert all(np.isfinite(float(row[name])) for row in rows for name in ("CLIP-MMD", "CLIP-FD", "CLIP score"))
+    assert rows[0]["CLIP-FD"] != rows[1]["CLIP-FD"]
+    page = (folder / "curve.html").read_text()
+    assert "CLIP-MMD over CLIP score" in page and "cdn.plot.ly" not in page.split("</script>")[-2]
+    drawn.clear()
+    evaluate(run, clip_folder, task="curve", guidance_scales=[1.0, 4.0])
+    assert drawn == []
+
+
+def test_plan_writes_nothing(run, clip_folder, capsys):
+    evaluate(run, clip_folder, "--plan")
+    evaluate(run, clip_folder, "--plan", task="curve", guidance_scales=[1.0, 4.0])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "would draw 3 of 3 images" in printed and "guidance 4: would draw 3 of 3" in printed
+    assert not (run / "samples").exists() and not (run / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"reference": "no/such"}, r"evaluation\.reference no/such is no folder"),
+        ({"clip": "nobody/clip"}, r"evaluation\.clip = 'nobody/clip'"),
+        ({"compare": ["no/run:stage2"]}, r"make train RUN=no/run STAGE=2"),
+        ({"guidance_scales": [0.5, 2.0]}, "at least 1"),
+        ({"prompt_set": "coco", "prompts": "none.json"}, r"captions_val2014\.json"),
+        ({"colour": 1}, r"evaluation\.colour is not a known key"),
+    ],
+)
+def test_mistakes_get_one_clear_line_and_draw_nothing(run, clip_folder, table, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate(run, None, **({"clip": str(clip_folder)} | table))
+    assert not (run / "samples").exists()
+
+
+def test_nothing_to_measure_says_what_to_set(run):
+    with pytest.raises(ValueError, match=r"evaluation\.inception.*make judge"):
+        evaluate(run, None)
