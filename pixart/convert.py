@@ -5,6 +5,9 @@ value is used or is the one we compute with.
 """
 
 import json
+import math
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from pixart.layouts import (
     original_layout,
     pixart_diffusers_layout,
 )
-from pixart.model import PixArt, PixArtConfig
+from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -38,6 +41,8 @@ FIXED_CONFIG = {
     "only_cross_attention": False,
     "upcast_attention": False,
 }
+# heads of the published models, S to XL, by width: weights do not tell
+PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
@@ -83,15 +88,66 @@ def load_diffusers(folder: Path, *, timestep_shift: int | None = None) -> PixArt
 def load_original(path: Path, config: PixArtConfig | DiTConfig) -> PixArt | DiT:
     """Open PixArt's original .pth (the EMA weights where there are any) or DiT's official .pt.
 
-    Such a file does not hold its shape: `config` says it. Positions are computed and not read; nor is PixArt's copy of
-    the null caption, which is the text encoder's output for "".
+    Such a file does not hold its shape: `config` says it, see `infer_config`. Positions are computed and not read; nor
+    is PixArt's copy of the null caption, which is the text encoder's output for "".
     """
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return load_weights(config, read_original(path), original_layout(config))
+
+
+def read_original(path: Path) -> dict[str, Tensor]:
+    """Return the weights of an original file, the EMA weights where there are any.
+
+    Raises:
+        ValueError: the file is not a checkpoint of torch, or holds more than weights.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint of torch: {str(error).splitlines()[0]}") from None
     for wrapper in ("state_dict_ema", "ema", "state_dict"):
         if wrapper in weights:
-            weights = weights[wrapper]
-            break
-    return load_weights(config, weights, original_layout(config))
+            return weights[wrapper]
+    return weights
+
+
+def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = None) -> PixArtConfig | DiTConfig:
+    """Return the shape of a published PixArt or DiT from its original weights.
+
+    `sample_size`, the side of the latents it was trained at, is read from the stored positions if it is not given.
+
+    Raises:
+        ValueError: the weights are of another model, of a width nobody has published, or hold no positions.
+    """
+    is_dit = "y_embedder.embedding_table.weight" in weights
+    if "x_embedder.proj.weight" not in weights or not (is_dit or "y_embedder.y_proj.fc1.weight" in weights):
+        raise ValueError("the weights are neither an original PixArt nor a DiT")
+    width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    if width not in PUBLISHED_HEADS:
+        raise ValueError(f"width {width} is none of {sorted(PUBLISHED_HEADS)}: the number of heads is not known")
+    has_size_condition = any(key.startswith("csize_embedder.") for key in weights)
+    if sample_size is None and "pos_embed" in weights:
+        sample_size = math.isqrt(weights["pos_embed"].shape[-2]) * patch_size
+    elif sample_size is None and has_size_condition:
+        sample_size = PIXART_XL_2_1024.sample_size  # no other model is told the size
+    elif sample_size is None:
+        raise ValueError("the weights hold no positions, so the resolution they were trained at must be given")
+    shared = {
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "num_heads": PUBLISHED_HEADS[width],
+        "head_dim": width // PUBLISHED_HEADS[width],
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "out_channels": len(weights["final_layer.linear.weight"]) // patch_size**2,
+        "sample_size": sample_size,
+    }
+    if is_dit:
+        return DiTConfig(**shared, num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1)
+    return PixArtConfig(
+        **shared,
+        caption_channels=weights["y_embedder.y_proj.fc1.weight"].shape[1],
+        interpolation_scale=_default_interpolation_scale(sample_size),
+        has_size_condition=has_size_condition,
+    )
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -148,6 +204,11 @@ def _to_pixart_json(config: PixArtConfig) -> dict[str, Any]:
     }
 
 
+def _default_interpolation_scale(sample_size: int) -> float:
+    # 1 up to 512 pixels, then in proportion: diffusers' rule, and that of PixArt's own configs
+    return max(sample_size // 64, 1)
+
+
 def _from_pixart_json(stored: dict[str, Any]) -> PixArtConfig:
     shared = _from_shared_json(stored)
     sample_size = shared["sample_size"]
@@ -156,7 +217,7 @@ def _from_pixart_json(stored: dict[str, Any]) -> PixArtConfig:
         **shared,
         caption_channels=stored["caption_channels"],
         # both defaults as diffusers has them
-        interpolation_scale=stored.get("interpolation_scale") or max(sample_size // 64, 1),
+        interpolation_scale=stored.get("interpolation_scale") or _default_interpolation_scale(sample_size),
         has_size_condition=sample_size == 128 if has_size_condition is None else has_size_condition,
     )
 

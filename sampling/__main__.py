@@ -5,29 +5,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.command import parse_command, run_command
+from pipelines.engine import EngineConfig
 from pipelines.progress import get_logger
-from sampling.checkpoints import open_run_checkpoint, open_transformer_folder
-from sampling.config import STAGES, SamplingConfig, encoder_config
-from sampling.generate import describe_job, make_job, run_job
+from sampling.checkpoints import find_checkpoint
+from sampling.config import STAGES, SamplingConfig
+from sampling.generate import Job, check_inputs, describe_job, make_job, run_job
 
 log = get_logger("sampling")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the samples of one training stage's checkpoint."""
+    """Draw the samples of one training stage's checkpoint, or only encode their prompts."""
     command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, stages=STAGES)
     config = command.recipe.table("sampling", SamplingConfig)
-    if config.checkpoint is None:
-        checkpoint = open_run_checkpoint(command.run, command.stage_name)
-    else:
-        checkpoint = open_transformer_folder(Path(config.checkpoint), encoder_config(command.recipe))
-    name = command.stage_name if config.prompt is None else f"{command.stage_name}-prompt"
-    job = make_job(config, checkpoint, run=command.run, name=name)
+    job = make_job(
+        config,
+        find_checkpoint(config, command),
+        run=command.run,
+        name=command.stage_name if config.prompt is None else f"{command.stage_name}-prompt",
+        engine=command.recipe.table("engine", EngineConfig),
+    )
     if command.is_plan:
         for line in describe_job(job):
             log.info(line)
-        return
-    run_job(job, run=command.run)
+    elif config.write_embeddings is not None:
+        _write_embeddings(job, Path(config.write_embeddings.replace("{run}", str(command.run))))
+    else:
+        run_job(job, run=command.run)
+
+
+def _write_embeddings(job: Job, path: Path) -> None:
+    from sampling.text_encoding import write_embeddings
+
+    if job.checkpoint.text is None:
+        raise ValueError(f"sampling.write_embeddings is set, but {job.checkpoint.name} knows classes, not text")
+    check_inputs(job)
+    num_prompts = write_embeddings(path, job.requests, job.config, job.checkpoint.text)
+    log.info(f"{path}: embeddings of {num_prompts:,} prompts; read them with sampling.text_encoder=precomputed")
 
 
 if __name__ == "__main__":

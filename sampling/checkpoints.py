@@ -1,4 +1,4 @@
-"""What can be sampled from: a run's checkpoint and all that it says about itself, or a diffusers transformer."""
+"""What can be sampled from, and what belongs to it: a run's checkpoint, a diffusers folder or hub id, a .pth."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.command import Command
 from pipelines.images import aspect_buckets
-from pipelines.models import resolve_model
-from sampling.config import EncoderConfig
+from pipelines.models import REPOSITORY, require_model, resolve_model
+from pipelines.storage import sha256_file
+from sampling.config import EncoderConfig, SamplingConfig, encoder_config
 
 if TYPE_CHECKING:
-    from pixart.dit import DiT
-    from pixart.model import PixArt
+    from pixart.dit import DiT, DiTConfig
+    from pixart.model import PixArt, PixArtConfig
 
 KINDS = {"ada_norm_zero": "dit", "ada_norm_single": "pixart"}
 VAE_FACTOR = 8
+ORIGINAL_SUFFIXES = (".pth", ".pt")
+# what diffusers' pipelines read of a prompt; their folders do not say
+PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+# of a hub repository, at any depth
+DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 DEFAULT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
@@ -27,18 +34,20 @@ class Checkpoint:
     Attributes:
         name: for people, such as "stage 2, step 4000".
         kind: "dit" (classes) or "pixart" (text).
-        model_folder: the diffusers folder of its weights.
+        model_path: the diffusers folder of its weights, or an original file.
         identity: hash of the weights.
         resolution: base resolution in pixels.
         buckets: (height, width) in pixels that it was trained at.
-        text: model, revision and max_tokens of its text encoder; None for a DiT.
+        text: model, revision and max_tokens of its text encoder, tokenizer where that has a folder of its own; None for
+            a DiT.
         vae: model and revision; scaling_factor and shift_factor where the training recorded them.
         schedule: of the diffusion it was trained with, as diffusers' schedulers name it.
+        original_config: shape of an original file, which does not hold it.
     """
 
     name: str
     kind: str
-    model_folder: Path
+    model_path: Path
     identity: str
     num_classes: int | None
     resolution: int
@@ -46,12 +55,29 @@ class Checkpoint:
     text: dict[str, Any] | None
     vae: dict[str, Any]
     schedule: dict[str, Any]
+    original_config: PixArtConfig | DiTConfig | None = None
 
     def load(self) -> PixArt | DiT:
         """Read the transformer, in evaluation mode, on the CPU."""
-        from pixart.convert import load_diffusers
+        from pixart.convert import load_diffusers, load_original
 
-        return load_diffusers(self.model_folder).eval().requires_grad_(False)
+        if self.original_config is not None:
+            model = load_original(self.model_path, self.original_config)
+        else:
+            model = load_diffusers(self.model_path)
+        return model.eval().requires_grad_(False)
+
+
+def find_checkpoint(config: SamplingConfig, command: Command) -> Checkpoint:
+    """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage; raises as those two do."""
+    if config.checkpoint is None:
+        return open_run_checkpoint(command.run, command.stage_name)
+    return open_checkpoint(
+        config.checkpoint,
+        encoder_config(command.recipe),
+        revision=config.checkpoint_revision,
+        resolution=config.checkpoint_resolution,
+    )
 
 
 def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
@@ -73,7 +99,7 @@ def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
     return Checkpoint(
         name=f"{stage_name.replace('stage', 'stage ')}, step {trainer['step']}",
         kind=trainer["kind"],
-        model_folder=folder / "model",
+        model_path=folder / "model",
         identity=resolve_model(str(folder / "model")).identity,
         num_classes=_read_config(folder / "model").get("num_embeds_ada_norm") if trainer["kind"] == "dit" else None,
         resolution=trainer["resolution"],
@@ -84,15 +110,90 @@ def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
     )
 
 
-def open_transformer_folder(folder: Path, encoders: EncoderConfig) -> Checkpoint:
-    """Open a diffusers folder of a PixArt or DiT transformer, or a pipeline's folder with such a `transformer/`.
+def open_checkpoint(
+    location: str, encoders: EncoderConfig | None, *, revision: str | None = None, resolution: int | None = None
+) -> Checkpoint:
+    """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, or an original .pth or .pt.
+
+    A pipeline's folder brings its text encoder, tokenizer, VAE and noise schedule; what is missing is `encoders`.
+    `resolution` in pixels is for an original file that holds no positions.
 
     Raises:
-        FileNotFoundError: there is no config.json.
-        ValueError: it is another kind of model.
+        FileNotFoundError: there is no such file, or a folder without a transformer's config.json.
+        ValueError: it is another kind of model, cannot be downloaded, or lacks encoders that nobody names.
     """
+    if location.endswith(ORIGINAL_SUFFIXES):
+        return _open_original(Path(location), encoders, resolution=resolution)
+    folder = _find_folder(location, revision)
+    if (folder / "model_index.json").is_file():
+        return _open_pipeline(folder, encoders)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
+    return _open_transformer(folder, **_encoders(location, encoders))
+
+
+def _find_folder(location: str, revision: str | None) -> Path:
+    """Return the local folder of a checkpoint; a hub id's is in the hub's cache, filled if the hub can be reached."""
+    try:
+        source = resolve_model(location, revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"sampling.checkpoint: {error}") from None
+    if Path(source.location).is_dir():
+        return Path(source.location)
+    require_model(source, key="sampling.checkpoint")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source.location, revision=revision, allow_patterns=DOWNLOADED_FILES))
+
+
+def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[str, Any]]:
+    if encoders is None:
+        raise ValueError(
+            f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
+            "features.text_model and features.vae_model"
+        )
+    return {
+        "text": {
+            "model": encoders.text_model,
+            "revision": encoders.text_revision,
+            "max_tokens": encoders.max_tokens,
+        },
+        "vae": {"model": encoders.vae_model, "revision": encoders.vae_revision},
+    }
+
+
+def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> Checkpoint:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    is_whole = (folder / "vae").is_dir() and ((folder / "text_encoder").is_dir() or "text_encoder" not in index)
+    if is_whole:
+        max_tokens = PIPELINE_TOKENS.get(index["_class_name"], 120)
+        parts: dict[str, dict[str, Any]] = {
+            "text": {
+                "model": str(folder / "text_encoder"),
+                "tokenizer": str(folder / "tokenizer"),
+                "revision": None,
+                "max_tokens": max_tokens,
+            },
+            "vae": {"model": str(folder / "vae"), "revision": None},
+        }
+    else:
+        parts = _encoders(str(folder), encoders)
+    return _open_transformer(folder / "transformer", **parts, schedule=_read_schedule(folder / "scheduler"))
+
+
+def _read_schedule(folder: Path) -> dict[str, Any]:
+    path = folder / "scheduler_config.json"
+    if not path.is_file():
+        return DEFAULT_SCHEDULE
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"{path}: prediction_type {stored['prediction_type']}, only epsilon is supported")
+    return {name: stored.get(name, value) for name, value in DEFAULT_SCHEDULE.items()}
+
+
+def _open_transformer(
+    folder: Path, *, text: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any] = DEFAULT_SCHEDULE
+) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
     config = _read_config(folder)
@@ -100,19 +201,54 @@ def open_transformer_folder(folder: Path, encoders: EncoderConfig) -> Checkpoint
     if kind is None:
         raise ValueError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
     resolution = config["sample_size"] * VAE_FACTOR
-    text = {"model": encoders.text_model, "revision": encoders.text_revision, "max_tokens": encoders.max_tokens}
     return Checkpoint(
         name=folder.parent.name if folder.name in ("transformer", "model") else folder.name,
         kind=kind,
-        model_folder=folder,
+        model_path=folder,
         identity=resolve_model(str(folder)).identity,
         num_classes=config.get("num_embeds_ada_norm") if kind == "dit" else None,
         resolution=resolution,
-        buckets=aspect_buckets(resolution) if kind == "pixart" else ((resolution, resolution),),
+        buckets=_folder_sizes(resolution, kind),
         text=text if kind == "pixart" else None,
-        vae={"model": encoders.vae_model, "revision": encoders.vae_revision},
-        schedule=DEFAULT_SCHEDULE,
+        vae=vae,
+        schedule=schedule,
     )
+
+
+def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: int | None) -> Checkpoint:
+    from pixart.convert import infer_config, read_original
+    from pixart.dit import DiTConfig
+
+    path = next((root / path for root in (Path(), REPOSITORY) if (root / path).is_file()), path)
+    if not path.is_file():
+        raise FileNotFoundError(f"sampling.checkpoint {path} does not exist")
+    weights = read_original(path)
+    try:
+        config = infer_config(weights, sample_size=None if resolution is None else resolution // VAE_FACTOR)
+    except ValueError as error:
+        raise ValueError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
+    kind = "dit" if isinstance(config, DiTConfig) else "pixart"
+    parts = _encoders(str(path), encoders)
+    if (null_caption := weights.get("y_embedder.y_embedding")) is not None:
+        parts["text"]["max_tokens"] = len(null_caption)
+    return Checkpoint(
+        name=path.stem,
+        kind=kind,
+        model_path=path,
+        identity=f"sha256:{sha256_file(path)}",
+        num_classes=config.num_classes if isinstance(config, DiTConfig) else None,
+        resolution=config.sample_size * VAE_FACTOR,
+        buckets=_folder_sizes(config.sample_size * VAE_FACTOR, kind),
+        text=parts["text"] if kind == "pixart" else None,
+        vae=parts["vae"],
+        schedule=DEFAULT_SCHEDULE,
+        original_config=config,
+    )
+
+
+def _folder_sizes(resolution: int, kind: str) -> tuple[tuple[int, int], ...]:
+    """Return the (height, width) that a checkpoint from elsewhere is drawn at: the paper's buckets, or squares."""
+    return aspect_buckets(resolution) if kind == "pixart" else ((resolution, resolution),)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

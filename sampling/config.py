@@ -17,8 +17,12 @@ class SamplingConfig(StageConfig):
     )
     prompts: str | None = pydantic.Field(
         default=None,
-        description="Prompts for stages 2 and 3: .txt (one per line) or .jsonl (key, prompt, aspect_ratio); "
-        "`{run}` stands for the run's folder",
+        description="Prompts for stages 2 and 3: .txt (one per line), .jsonl or .parquet (prompt, and if wanted key "
+        "and aspect_ratio); `{run}` stands for the run's folder",
+    )
+    prompt_column: str = pydantic.Field(
+        default="prompt",
+        description="Where .jsonl and .parquet have the prompt; caption for a captions/<shard>.parquet",
     )
     max_prompts: int | None = pydantic.Field(default=None, ge=1, description="Only the first so many; null = all")
     classes: list[int] | None = pydantic.Field(
@@ -49,12 +53,36 @@ class SamplingConfig(StageConfig):
     text_dtype: Literal["float32", "bfloat16"] = pydantic.Field(
         default="bfloat16", description="Compute dtype of the text encoder"
     )
-    num_threads: int = pydantic.Field(default=0, ge=0, description="Threads of torch on the CPU; 0 = every core")
+    text_encoder: Literal["device", "cpu", "8bit", "precomputed"] = pydantic.Field(
+        default="device",
+        description="Where prompts are encoded, before the first step: on the device, on the CPU, on the device with "
+        "8-bit weights, or earlier (see text_embeddings)",
+    )
+    text_embeddings: str = pydantic.Field(
+        default="{run}/features/text",
+        description="What text_encoder = precomputed reads: text features, by key, or a .safetensors file that "
+        "write_embeddings wrote; `{run}` as above",
+    )
+    write_embeddings: str | None = pydantic.Field(
+        default=None,
+        pattern=r"\.safetensors$",
+        description="Encode the prompts into this .safetensors file and draw nothing; `{run}` as above",
+    )
+    num_threads: int = pydantic.Field(
+        default=0, ge=0, description="Threads of torch on the CPU; 0 = every core, in a worker engine.cpus_per_worker"
+    )
+    max_images_in_process: int = pydantic.Field(
+        default=32, ge=0, description="So many missing images are drawn without starting workers; more go through Ray"
+    )
     num_grid_images: int = pydantic.Field(default=32, ge=1, description="Images at most in grid.png")
     checkpoint: str | None = pydantic.Field(
         default=None,
-        description="A diffusers PixArt or DiT transformer's folder instead of the run's checkpoint; its text encoder "
-        "and VAE are those of [features]",
+        description="Instead of the run's checkpoint: a diffusers PixArt or DiT folder (of a pipeline or of a "
+        "transformer alone), a hub id, or an original .pth; what it lacks is taken from [features]",
+    )
+    checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
+    checkpoint_resolution: int | None = pydantic.Field(
+        default=None, ge=16, multiple_of=16, description="Pixels that an original .pth without positions was trained at"
     )
 
     @pydantic.field_validator("prompt")
@@ -77,16 +105,18 @@ class EncoderConfig(pydantic.BaseModel):
     vae_revision: str | None = None
 
 
-def encoder_config(recipe: Recipe) -> EncoderConfig:
-    """Return the text encoder and VAE that `[features]` names.
+def encoder_config(recipe: Recipe) -> EncoderConfig | None:
+    """Return the text encoder and VAE that `[features]` names, None if it does not name them.
 
     Raises:
-        ValueError: the recipe does not name them.
+        ValueError: one of its values is of the wrong type.
     """
     table: dict[str, Any] = recipe.tables.get("features", {})
     try:
         return EncoderConfig.model_validate(table)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing":
+            return None
         key = ".".join(["features", *(str(part) for part in first["loc"])])
-        raise ValueError(f"{recipe.path}: {key}: {first['msg']}; sampling.checkpoint needs it") from None
+        raise ValueError(f"{recipe.path}: {key}: {first['msg']}") from None

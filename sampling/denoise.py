@@ -78,20 +78,29 @@ def _guided(predict: Predict, scale: float) -> Predict:
 
 
 @torch.inference_mode()
-def denoise(predict: Predict, noise: Tensor, solver: Solver, *, generators: list[torch.Generator]) -> Tensor:
+def denoise(
+    predict: Predict,
+    noise: Tensor,
+    solver: Solver,
+    *,
+    generators: list[torch.Generator],
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
     """Run the solver from `noise` [B, C, h, w] to clean latents [B, C, h, w], fp32.
 
-    `generators` feed the solvers that add noise on the way.
+    `generators` feed the solvers that add noise on the way; `on_step` is told how many steps are done.
 
     Raises:
         ValueError: the latents are not finite.
     """
     latents = noise.float()
-    for timestep in solver.scheduler.timesteps:
+    for num_done, timestep in enumerate(solver.scheduler.timesteps, 1):
         output = predict(latents, timestep.to(latents.device))  # [B, 2C, h, w]
         if not solver.has_learned_variance:
             output = output.chunk(2, dim=1)[0]
         latents = solver.scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
+        if on_step is not None:
+            on_step(num_done)
     if not latents.isfinite().all():
         raise ValueError("the model gave latents that are not finite: its weights or its dtype are at fault")
     return latents

@@ -2,42 +2,34 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory
-from pipelines.models import resolve_model
-from pipelines.progress import get_logger, progress_bar
+from pipelines.engine import EngineConfig, run_over_shards
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
+from pipelines.models import ModelSource, require_model, resolve_model
+from pipelines.pieces import Source
+from pipelines.progress import get_logger
 from pipelines.storage import atomic_file, sha256_file, sha256_text
 from pipelines.summary import update_summary
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
-from sampling.images import is_written, write_image
+from sampling.images import is_written
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
 
 log = get_logger("sampling")
 
-SAMPLING_VERSION = 1  # raise it when the same settings give other images
+SAMPLING_VERSION = 2  # raise it when the same settings give other images
 REPORT_NAME = "samples"
 GRID_NAME = "grid.png"
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("file", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
+MAX_LOST_SHOWN = 3
+MAX_LOST_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +41,7 @@ class Job:
     requests: list[ImageRequest]
     fingerprint: Fingerprint
     directory: StageDirectory
+    engine: EngineConfig
 
     @property
     def identity(self) -> str:
@@ -68,13 +61,14 @@ class Job:
         return [item for item in self.requests if not is_written(folder, item, fingerprint=self.fingerprint)]
 
 
-def make_job(config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str) -> Job:
+def make_job(config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig) -> Job:
     """Read the prompts and settle size, seed and file of each image of `RUN/samples/<name>`.
 
     Raises:
-        FileNotFoundError: the prompt file does not exist.
+        FileNotFoundError: the prompt file or an encoder's folder does not exist.
         ValueError: prompts, classes or size are not what the checkpoint can draw.
     """
+    config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, checkpoint, run)[: config.max_prompts]
     return Job(
         config=config,
@@ -82,6 +76,7 @@ def make_job(config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name:
         requests=make_requests(prompts, config, checkpoint),
         fingerprint=_fingerprint(config, checkpoint),
         directory=StageDirectory(run / "samples" / name),
+        engine=engine,
     )
 
 
@@ -92,7 +87,7 @@ def describe_job(job: Job) -> list[str]:
     num_passes = len(pending) * config.num_steps * (1 if config.guidance_scale == 1 else 2)
     shown = ", ".join(f"{width}x{height}" for width, height in sizes[:5]) + (", …" if len(sizes) > 5 else "")
     return [
-        f"checkpoint: {job.checkpoint.name} ({job.checkpoint.model_folder})",
+        f"checkpoint: {job.checkpoint.name} ({job.checkpoint.model_path})",
         f"would draw {len(pending):,} of {len(requests):,} images ({shown} pixels) into {job.directory.path}",
         f"{config.solver}, {config.num_steps} steps, guidance {config.guidance_scale:g}: "
         f"{num_passes:,} passes of one image through the transformer",
@@ -109,20 +104,48 @@ def run_job(job: Job, *, run: Path) -> None:
     if job.is_done():
         log.info(f"nothing to do: {len(job.requests):,} images of {folder} are done")
         return
-    warn_of_untrained_size(job.config, job.checkpoint)
     start_seconds = time.monotonic()
     pending = job.pending()
-    job.directory.clear_marker(REPORT_NAME)
     log.info(f"{job.checkpoint.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     if pending:
-        _draw(job, pending)
-    _write_table(folder / f"{REPORT_NAME}.parquet", job.requests)
+        check_inputs(job)
+        # An image that was deleted is drawn again.
+        job.directory.clear_marker(REPORT_NAME)
+    _draw(job, num_pending=len(pending))
     _write_grid(job)
-    _write_manifest(job)
     update_summary(run, f"seconds.sampling_{folder.name}", round(time.monotonic() - start_seconds, 1))
     counts = {"read": len(job.requests), "kept": len(job.requests), "rejected": {}}
     update_summary(run, f"counts.sampling_{folder.name}", counts)
     log.info(f"drew {len(pending):,} of {len(job.requests):,} images, see {folder / GRID_NAME}")
+
+
+def check_inputs(job: Job) -> None:
+    """Look at what would be wrong or odd before any model is loaded: encoders, sizes, prompts that are too long.
+
+    Raises:
+        ValueError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
+    """
+    checkpoint = job.checkpoint
+    require_model(_resolve(checkpoint, "vae", checkpoint.vae), key="features.vae_model")
+    warn_of_untrained_size(job.config, checkpoint)
+    if checkpoint.text is None or job.config.text_encoder == "precomputed":
+        return
+    require_model(_resolve(checkpoint, "text encoder", checkpoint.text), key="features.text_model")
+    from sampling.text_encoding import find_lost_words
+
+    prompts = [request.prompt for request in job.requests]
+    lost = find_lost_words([job.config.negative_prompt, *prompts], checkpoint.text)
+    for prompt, words in list(lost.items())[:MAX_LOST_SHOWN]:
+        log.warning(
+            f"the model reads {checkpoint.text['max_tokens']} tokens; of {_cut(prompt, 60)!r} these words are lost: "
+            f"{_cut(words, MAX_LOST_CHARACTERS)}"
+        )
+    if len(lost) > MAX_LOST_SHOWN:
+        log.warning(f"{len(lost):,} prompts are too long in all")
+
+
+def _cut(text: str, num_characters: int) -> str:
+    return text if len(text) <= num_characters else f"{text[:num_characters]} …"
 
 
 def _read_prompts(config: SamplingConfig, checkpoint: Checkpoint, run: Path) -> list[Prompt]:
@@ -138,47 +161,80 @@ def _read_prompts(config: SamplingConfig, checkpoint: Checkpoint, run: Path) -> 
         return [single_prompt(config.prompt, seed=config.seed)]
     if config.prompts is None:
         raise ValueError("neither sampling.prompts nor sampling.prompt is set: give a file or PROMPT='…'")
-    return read_prompts(Path(config.prompts.replace("{run}", str(run))), seed=config.seed)
+    path = Path(config.prompts.replace("{run}", str(run)))
+    return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
 def _fingerprint(config: SamplingConfig, checkpoint: Checkpoint) -> Fingerprint:
     names = ("solver", "num_steps", "guidance_scale", "negative_prompt", "dtype", "text_dtype")
     fields = {name: getattr(config, name) for name in names}
-    for name, model in (("text", checkpoint.text), ("vae", checkpoint.vae)):
-        if model is not None:
-            fields[name] = {**model, "model": resolve_model(model["model"], model["revision"]).identity}
+    if checkpoint.text is not None:
+        fields["text"] = _text_identity(config, checkpoint, checkpoint.text)
+    vae = _resolve(checkpoint, "VAE", checkpoint.vae)
     return Fingerprint.of(
-        {"version": SAMPLING_VERSION, "checkpoint": checkpoint.identity, "schedule": checkpoint.schedule, **fields}
+        {
+            "version": SAMPLING_VERSION,
+            "checkpoint": checkpoint.identity,
+            "schedule": checkpoint.schedule,
+            "vae": {**checkpoint.vae, "model": vae.identity},
+            **fields,
+        }
     )
 
 
-def _draw(job: Job, pending: Sequence[ImageRequest]) -> None:
-    from sampling.renderer import Renderer, encode_prompts
-
-    texts = {}
-    if job.checkpoint.text is not None:
-        prompts = [job.config.negative_prompt, *(request.prompt for request in pending)]
-        texts = encode_prompts(prompts, job.config, job.checkpoint)
-    renderer = Renderer(job.config, job.checkpoint, texts)
-    with progress_bar(f"sampling {job.directory.path.name}", len(pending), unit="images") as progress:
-        for batch in _batches(pending, job.config.batch_size):
-            for request, image in zip(batch, renderer.draw(batch), strict=True):
-                write_image(job.directory.path, image, request, fingerprint=job.fingerprint)
-            progress.advance(len(batch))
-
-
-def _batches(requests: Sequence[ImageRequest], batch_size: int) -> Iterator[list[ImageRequest]]:
-    by_size = sorted(requests, key=lambda request: (request.height, request.width))
-    for _, group in groupby(by_size, key=lambda request: (request.height, request.width)):
-        same_size = list(group)
-        for start in range(0, len(same_size), batch_size):
-            yield same_size[start : start + batch_size]
+def _text_identity(config: SamplingConfig, checkpoint: Checkpoint, text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the embeddings: the encoder, or the file or manifest that holds them."""
+    if config.text_encoder != "precomputed":
+        model = _resolve(checkpoint, "text encoder", text).identity
+        bits = {"weights": "int8"} if config.text_encoder == "8bit" else {}
+        return {"model": model, "max_tokens": text["max_tokens"], **bits}
+    path = Path(config.text_embeddings)
+    path = path / MANIFEST_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes a file, "
+            "`make features` the text features of a run"
+        )
+    return {"embeddings": sha256_file(path), "max_tokens": text["max_tokens"]}
 
 
-def _write_table(path: Path, requests: Sequence[ImageRequest]) -> None:
-    rows = [{name: getattr(request, name) for name in SCHEMA.names} for request in requests]
-    with atomic_file(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+def _resolve(checkpoint: Checkpoint, part: str, model: Mapping[str, Any]) -> ModelSource:
+    try:
+        return resolve_model(model["model"], model["revision"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{part} of {checkpoint.name}: {error}") from None
+
+
+def _draw(job: Job, *, num_pending: int) -> None:
+    # Only here, so that a finished job loads no model library.
+    from sampling.worker import SampleWorker, SampleWorkerConfig
+
+    # First images of all prompts come first, so that a larger N leaves their batches as they are.
+    num_images = job.config.images_per_prompt
+    by_size = sorted(job.requests, key=lambda item: (item.height, item.width, item.number % num_images, item.number))
+    run_over_shards(
+        SampleWorker,
+        SampleWorkerConfig(
+            sampling=job.config,
+            checkpoint=job.checkpoint,
+            requests=tuple(by_size),
+            fingerprint=job.fingerprint,
+            folder=job.directory.path.absolute(),
+        ),
+        sources=[Source(name=REPORT_NAME, path="", identity=job.identity, num_samples=len(by_size))],
+        output=job.directory,
+        fingerprint=job.fingerprint,
+        engine=job.engine.model_copy(
+            update={
+                "samples_per_slice": job.config.batch_size,
+                "in_process": job.engine.in_process or num_pending <= job.config.max_images_in_process,
+            }
+        ),
+        max_reject_fraction=0.0,
+        room="sampling",
+        upstream={"checkpoint": job.checkpoint.identity},
+        extra={"checkpoint": job.checkpoint.name, "resolution": job.checkpoint.resolution},
+    )
 
 
 def _write_grid(job: Job) -> None:
@@ -192,20 +248,3 @@ def _write_grid(job: Job) -> None:
     num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None
     with atomic_file(folder / GRID_NAME) as temporary:
         make_grid(samples, title=title, num_columns=num_columns).save(temporary, format="PNG")
-
-
-def _write_manifest(job: Job) -> None:
-    report = ShardReport(
-        name=REPORT_NAME,
-        source=job.identity,
-        num_read=len(job.requests),
-        num_kept=len(job.requests),
-        files={".parquet": sha256_file(job.directory.file(REPORT_NAME, ".parquet"))},
-    )
-    job.directory.write_marker(report, job.fingerprint)
-    job.directory.write_manifest(
-        job.fingerprint,
-        [REPORT_NAME],
-        upstream={"checkpoint": job.checkpoint.identity},
-        extra={"checkpoint": job.checkpoint.name, "resolution": job.checkpoint.resolution},
-    )

@@ -1,6 +1,7 @@
 """What is to be drawn: prompts or classes from a file, the recipe or the command line, and the seed of each image."""
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -8,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.progress import get_logger
+
+log = get_logger("sampling")
+
 NUM_SEEDS = 2**32
 MAX_KEY_LENGTH = 60
+MAX_KEY_BYTES = 200  # a file's name has 255 at most
+RESERVED_KEYS = ("grid",)  # grid.png is the picture of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,31 +33,32 @@ class Prompt:
     label: int | None = None
 
 
-def read_prompts(path: Path, *, seed: int) -> list[Prompt]:
-    """Read a .txt file (one prompt per line) or a .jsonl file (`prompt`, and optionally `key` and `aspect_ratio`).
+def read_prompts(path: Path, *, seed: int, column: str = "prompt") -> list[Prompt]:
+    """Read a .txt file (one prompt per line), or a .jsonl or .parquet file (`column`, if wanted `key`, `aspect_ratio`).
 
     Without a key, a prompt's first words become its key. Its seed comes from key and `seed`, so that prompts do not
-    share noise and the order of lines does not matter.
+    share noise and the order of lines does not matter. Blank lines are left out, with a warning unless they are last.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: names the line that is not JSON or has no prompt.
+        ValueError: names the file or the line that cannot be used, or both lines that share a key.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"sampling.prompts {path} does not exist")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"sampling.prompts {path} is not UTF-8 text: {error}") from None
-    if path.suffix == ".jsonl":
-        rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    elif path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in lines if line.strip()]
-    else:
-        raise ValueError(f"sampling.prompts {path} is neither .txt nor .jsonl")
+        raise FileNotFoundError(f"sampling.prompts {path} does not exist, or is no file")
+    rows = _read_parquet(path, column) if path.suffix == ".parquet" else _read_lines(path, column)
     if not rows:
         raise ValueError(f"sampling.prompts {path} holds no prompt")
-    return [_make_prompt(row, seed) for row in rows]
+    lines: dict[str, str] = {}
+    prompts = []
+    for place, row in rows:
+        prompt = _make_prompt(row, f"{path}:{place}", seed=seed)
+        if (first := lines.setdefault(prompt.key, place)) != place:
+            raise ValueError(
+                f"sampling.prompts {path}:{place} repeats key {prompt.key!r} of line {first}: each key names one file "
+                "(for several images of a prompt set N)"
+            )
+        prompts.append(prompt)
+    return prompts
 
 
 def single_prompt(text: str, *, seed: int) -> Prompt:
@@ -64,26 +75,66 @@ def class_prompts(classes: Sequence[int], *, seed: int) -> list[Prompt]:
     ]
 
 
-def _parse_row(line: str, where: str) -> dict[str, Any]:
+def _read_lines(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return line number and row of each line of a .txt or .jsonl file that is not blank."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"sampling.prompts {path} is none of .txt, .jsonl and .parquet")
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+    except (UnicodeDecodeError, PermissionError) as error:
+        raise ValueError(f"sampling.prompts {path} cannot be read as UTF-8 text: {error}") from None
+    blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
+    if blank and len(blank) < len(lines):
+        log.warning(f"sampling.prompts {path}: blank lines are left out: {', '.join(blank[:10])}")
+    written = [(str(number), line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".txt":
+        return [(number, {"prompt": line}) for number, line in written]
+    return [(number, _parse_json(line, column, f"{path}:{number}")) for number, line in written]
+
+
+def _parse_json(line: str, column: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"sampling.prompts {where} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f"sampling.prompts {where} has no text under `prompt`")
-    ratio = row.get("aspect_ratio", 1.0)
-    if not isinstance(ratio, int | float) or not ratio > 0:
+    if not isinstance(row, dict):
+        raise ValueError(f"sampling.prompts {where} has no text under `{column}`: it is no JSON object")
+    return {"prompt": row.get(column)} | {name: row[name] for name in ("key", "aspect_ratio") if name in row}
+
+
+def _read_parquet(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return number, counted from 1, and row of each row of a Parquet file."""
+    try:
+        names = pq.read_schema(path).names
+        wanted = [name for name in dict.fromkeys((column, "key", "aspect_ratio")) if name in names]
+        table = pq.read_table(path, columns=wanted)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"sampling.prompts {path} cannot be read as Parquet: {error}") from None
+    if column not in names:
+        raise ValueError(f"sampling.prompts {path} has no column {column!r}; it has {', '.join(names)}")
+    rows = table.rename_columns(["prompt" if name == column else name for name in wanted]).to_pylist()
+    return [
+        (str(number), {name: value for name, value in row.items() if name == "prompt" or value is not None})
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
+    text, ratio = row["prompt"], row.get("aspect_ratio", 1.0)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"sampling.prompts {where} has no text: the prompt is {text!r}")
+    if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
         raise ValueError(f"sampling.prompts {where}: aspect_ratio {ratio!r} is not a positive number (width / height)")
-    key = row.get("key", "")
-    if not isinstance(key, str) or re.search(r"[/\\\0]", key) or key.startswith("."):
+    key = row.get("key") or _key_of(text)
+    if (
+        not isinstance(key, str)
+        or re.search(r"[/\\\0]", key)
+        or key.startswith(".")
+        or key in RESERVED_KEYS
+        or len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES
+    ):
         raise ValueError(f"sampling.prompts {where}: key {key!r} cannot name a file")
-    return row
-
-
-def _make_prompt(row: dict[str, Any], seed: int) -> Prompt:
-    key = row.get("key") or _key_of(row["prompt"])
-    ratio = float(row.get("aspect_ratio", 1.0))
-    return Prompt(key=key, text=row["prompt"], seed=_seed_of(key, seed), aspect_ratio=ratio)
+    return Prompt(key=key, text=text, seed=_seed_of(key, seed), aspect_ratio=float(ratio))
 
 
 def _key_of(text: str) -> str:

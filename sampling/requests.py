@@ -17,8 +17,9 @@ SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """One image to draw: what, from which seed, how large in pixels, and its file's name."""
+    """One image to draw: what, from which seed, how large in pixels, and its file's name; `number` counts from 0."""
 
+    number: int
     key: str
     prompt: str
     label: int | None
@@ -41,6 +42,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, checkpoint:
             suffix = f"-{number}" if number else ""
             requests.append(
                 ImageRequest(
+                    number=len(requests),
                     key=prompt.key,
                     prompt=prompt.text,
                     label=prompt.label,

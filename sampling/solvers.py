@@ -8,6 +8,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
+# zero to fp32; at zero itself SA-Solver's coefficients are not finite
+LAST_SIGMA = 1e-8
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -40,4 +43,6 @@ def make_solver(name: str, schedule: Mapping[str, Any], *, num_steps: int) -> So
         case _:
             raise ValueError(f"sampling.solver {name} is not dpm-solver++, iddpm or sa-solver")
     scheduler.set_timesteps(num_steps)
+    if name == "sa-solver":
+        scheduler.sigmas[-1] = LAST_SIGMA  # diffusers leaves in the noise of timestep 0
     return Solver(scheduler, has_learned_variance=name == "iddpm")

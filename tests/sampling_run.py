@@ -68,5 +68,5 @@ def write_recipe(run: Path, **sampling: object) -> Path:
     table = {"prompts": "{run}/raw/prompts.jsonl", "num_steps": 3, "text_dtype": "float32", "batch_size": 2} | sampling
     lines = [f"{name} = {json.dumps(value)}" for name, value in table.items()]
     path = run / "recipe.toml"
-    path.write_text("\n".join(["[sampling]", *lines]) + "\n")
+    path.write_text("\n".join(["[engine]", "num_workers = 2", "[sampling]", *lines]) + "\n")
     return path

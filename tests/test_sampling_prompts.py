@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sampling.checkpoints import Checkpoint
@@ -13,7 +15,7 @@ from sampling.requests import make_requests
 CHECKPOINT = Checkpoint(
     name="stage 3, step 1",
     kind="pixart",
-    model_folder=Path("model"),
+    model_path=Path("model"),
     identity="x",
     num_classes=None,
     resolution=64,
@@ -57,8 +59,18 @@ def test_jsonl_gives_keys_and_aspect_ratios(tmp_path):
         ("p.jsonl", '["a"]\n', r"p\.jsonl:1 has no text"),
         ("p.jsonl", '{"prompt": "a", "key": "../x"}\n', r"p\.jsonl:1: key '\.\./x' cannot name a file"),
         ("p.jsonl", '{"prompt": "a", "aspect_ratio": 0}\n', r"aspect_ratio 0 is not a positive number"),
+        ("p.jsonl", '{"prompt": "a", "key": "grid"}\n', r"key 'grid' cannot name a file"),
+        ("p.jsonl", '{"prompt": "a", "key": "%s"}\n' % ("k" * 201), r"cannot name a file"),
+        (
+            "p.jsonl",
+            '{"key": "k", "prompt": "a"}\n{"key": "k", "prompt": "b"}\n',
+            r"p\.jsonl:2 repeats key 'k' of line 1",
+        ),
+        ("p.txt", "a fox\na cat\na fox\n", r"p\.txt:3 repeats key 'a-fox-.*' of line 1: .* set N"),
+        ("p.txt", "", "holds no prompt"),
         ("p.txt", "\n \n", "holds no prompt"),
-        ("p.csv", "a\n", "neither .txt nor .jsonl"),
+        ("p.parquet", "PAR1 and no table", r"p\.parquet cannot be read as Parquet"),
+        ("p.csv", "a\n", "none of .txt, .jsonl and .parquet"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path, name, content, message):
@@ -66,9 +78,33 @@ def test_unreadable_files_are_refused(tmp_path, name, content, message):
         read_prompts(write(tmp_path / name, content), seed=0)
 
 
+def test_parquet_has_the_columns_of_jsonl(tmp_path):
+    columns = {
+        "key": ["k", None],
+        "caption": ["a fox", "a cat"],
+        "aspect_ratio": [2.0, None],
+        "prompt": ["Describe"] * 2,
+    }
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table(columns), path)
+    first, second = read_prompts(path, seed=0, column="caption")
+    assert (first.key, first.text, first.aspect_ratio) == ("k", "a fox", 2.0)
+    assert second == read_prompts(write(tmp_path / "p.txt", "a cat"), seed=0)[0]
+    with pytest.raises(ValueError, match=r"has no column 'text'; it has key, caption, aspect_ratio, prompt"):
+        read_prompts(path, seed=0, column="text")
+    pq.write_table(pa.table({"prompt": ["a fox", None]}), path)
+    with pytest.raises(ValueError, match=r"p\.parquet:2 has no text"):
+        read_prompts(path, seed=0)
+
+
+def test_blank_lines_are_named(tmp_path, capsys):
+    assert len(read_prompts(write(tmp_path / "p.txt", "a fox\n\n \na cat\n\n"), seed=0)) == 2
+    assert "blank lines are left out: 2, 3" in " ".join(capsys.readouterr().err.split())
+
+
 def test_binary_and_missing_files_are_refused(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="as UTF-8 text"):
         read_prompts(tmp_path / "p.txt", seed=0)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_prompts(tmp_path / "none.txt", seed=0)

@@ -1,0 +1,159 @@
+"""Prompts to text embeddings, before any image is drawn: encoded here and now, or read from where they were kept."""
+
+# L text tokens, D text width
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from features.encoders import TextEncoder, clean_prompt, select_device
+from pipelines.feature_store import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, load_index, read_payload
+from pipelines.manifest import read_manifest, require_same
+from pipelines.models import resolve_model
+from pipelines.storage import atomic_file
+from sampling.config import SamplingConfig
+from sampling.int8_linear import quantize_linears
+from sampling.requests import ImageRequest
+
+STORED_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return an embedding [L, D] on the CPU for each distinct prompt of `requests`, and for the negative prompt.
+
+    `text` names the checkpoint's encoder. An encoder that this loads is gone from memory when it returns.
+
+    Raises:
+        ValueError: kept embeddings lack a prompt or were made with another token limit, or an embedding is not finite.
+    """
+    prompts = list(dict.fromkeys([config.negative_prompt, *(request.prompt for request in requests)]))
+    if config.text_encoder != "precomputed":
+        return encode_prompts(prompts, config, text)
+    path = Path(config.text_embeddings)
+    if path.suffix == ".safetensors":
+        return _read_embeddings(path, prompts, text)
+    if config.negative_prompt:
+        raise ValueError(f"sampling.negative_prompt {config.negative_prompt!r}: text features hold only that of ''")
+    captions, null = _read_features(path, [request.key for request in requests], text)
+    return {"": null, **{request.prompt: captions[request.key] for request in requests}}
+
+
+def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return an embedding [L, D] of each of the distinct `prompts`; the encoder is freed before this returns.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    device = select_device(config.device, num_threads=config.num_threads or torch.get_num_threads())
+    encoder = TextEncoder.load(
+        text["model"],
+        text["revision"],
+        max_tokens=text["max_tokens"],
+        device=device if config.text_encoder == "device" else "cpu",
+        dtype=config.text_dtype,
+        tokenizer=text.get("tokenizer"),
+    )
+    if config.text_encoder == "8bit":
+        quantize_linears(encoder.model)
+        encoder.model.to(device)
+        encoder.device = torch.device(device)
+    embeddings = dict(zip(prompts, encoder.encode(prompts), strict=True))
+    del encoder
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    for prompt, embedding in embeddings.items():
+        if not embedding.isfinite().all():
+            raise ValueError(f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}")
+    return embeddings
+
+
+def write_embeddings(
+    path: Path, requests: Sequence[ImageRequest], config: SamplingConfig, text: Mapping[str, Any]
+) -> int:
+    """Write the embeddings of all prompts of `requests` to a .safetensors file; returns how many there are."""
+    # What is written is encoded now, wherever drawing will read its embeddings from.
+    live = config.model_copy(update={"text_encoder": "device"}) if config.text_encoder == "precomputed" else config
+    embeddings = load_texts(requests, live, text)
+    # names of tensors are numbers, as safetensors keeps one name for itself
+    tensors = {str(number): embedding.contiguous() for number, embedding in enumerate(embeddings.values())}
+    metadata = {"prompts": json.dumps(list(embeddings)), "max_tokens": str(text["max_tokens"])}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    return len(embeddings)
+
+
+def find_lost_words(prompts: Sequence[str], text: Mapping[str, Any]) -> dict[str, str]:
+    """Return, of each prompt that is longer than the model reads, the words that are cut off."""
+    from transformers import AutoTokenizer
+
+    source = resolve_model(text["model"], text["revision"])
+    tokenizer = AutoTokenizer.from_pretrained(text.get("tokenizer") or source.location, revision=source.revision)
+    # what is too long is no surprise here, the tokenizer need not warn of it
+    tokenizer.model_max_length = 10**9
+    lost: dict[str, str] = {}
+    for prompt in dict.fromkeys(prompts):
+        tokens = tokenizer(clean_prompt(prompt)).input_ids
+        if len(tokens) > text["max_tokens"]:
+            # the last place is the end-of-sequence token's
+            lost[prompt] = tokenizer.decode(tokens[text["max_tokens"] - 1 :], skip_special_tokens=True)
+    return lost
+
+
+def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the `prompts` out of a file of `write_embeddings`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            require_same("max_tokens", str(text["max_tokens"]), metadata.get("max_tokens"), where=str(path))
+            numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata["prompts"]))}
+            if missing := [prompt for prompt in prompts if prompt not in numbers]:
+                raise ValueError(f"sampling.text_embeddings {path} lacks {_describe(missing)}")
+            return {prompt: file.get_tensor(numbers[prompt]) for prompt in prompts}
+    except SafetensorError as error:
+        raise ValueError(f"sampling.text_embeddings {path} cannot be read: {error}") from None
+
+
+def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """Read the first caption of each sample of `keys`, and the null caption, out of a run's text features."""
+    manifest = read_manifest(directory)
+    stored = manifest.extra["text"]
+    require_same("max_tokens", text["max_tokens"], stored["max_tokens"], where=str(directory))
+    columns = ["key", "shard", "caption_index", "offset", "scale_offset", "num_tokens", "nbytes"]
+    table = load_index(directory, sorted(manifest.shards), columns=columns)
+    is_first = (pc.field("caption_index") == 0) & pc.field("offset").is_valid()
+    found = table.filter(is_first & pc.field("key").isin(list(keys)))
+    rows = {row["key"]: row for row in found.to_pylist()}
+    if missing := [key for key in keys if key not in rows]:
+        raise ValueError(f"sampling.text_embeddings {directory} has no caption of {_describe(missing)}")
+    shards = {row["shard"] for row in rows.values()}
+    tars = {name: np.memmap(directory / f"{name}.tar", np.uint8, mode="r") for name in shards}
+    captions = {key: _restore(tars[row["shard"]], row, stored["storage"]) for key, row in rows.items()}
+    with safe_open(directory / NULL_CAPTION_FILE, framework="pt") as file:
+        return captions, file.get_tensor("embedding_0")
+
+
+def _restore(tar: np.ndarray, row: Mapping[str, Any], storage: str) -> Tensor:
+    dtype = TEXT_STORAGE_DTYPES[storage]
+    num_tokens = row["num_tokens"]
+    shape = (num_tokens, row["nbytes"] // num_tokens // np.dtype(dtype).itemsize)
+    values = torch.from_numpy(read_payload(tar, row["offset"], dtype=dtype, shape=shape).copy())  # [L, D]
+    values = values.view(STORED_DTYPES[storage])
+    if row["scale_offset"] is None:
+        return values
+    scale = torch.from_numpy(read_payload(tar, row["scale_offset"], dtype="float32", shape=(num_tokens,)).copy())
+    return values.float() * scale[:, None]
+
+
+def _describe(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+    return f"{missing[0][:80]!r}{more}"

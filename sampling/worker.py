@@ -1,0 +1,121 @@
+"""What draws images in a worker process: batches of requests to PNG files, and the rows of `samples.parquet`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+
+from pipelines.manifest import Fingerprint
+from pipelines.pieces import Piece, PieceReport
+from pipelines.storage import atomic_file
+from sampling.checkpoints import Checkpoint
+from sampling.config import SamplingConfig
+from sampling.images import is_written, write_image
+from sampling.renderer import Renderer
+from sampling.requests import ImageRequest
+from sampling.text_encoding import load_texts
+
+SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("key", pa.string()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("file", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+# The prompts of so many images are encoded at once; T5-XXL gives 1 MB for 120 tokens.
+TEXTS_AHEAD = 1024
+NUM_PNG_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleWorkerConfig:
+    """What a `SampleWorker` needs: all requests of the job in the order of work, and where their images go."""
+
+    sampling: SamplingConfig
+    checkpoint: Checkpoint
+    requests: tuple[ImageRequest, ...]
+    fingerprint: Fingerprint
+    folder: Path
+
+
+class SampleWorker:
+    """Draws the images of a piece that are missing; one table row per image, in the order of prompts.
+
+    Prompts are encoded before the first image that needs them, and the encoder is freed before anything is denoised.
+    The transformer is loaded after it, and kept.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
+
+    def __init__(self, config: SampleWorkerConfig) -> None:
+        self._config = config
+        self._texts: Mapping[str, Tensor] = {}
+        self._renderer: Renderer | None = None
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        """Draw images [piece.start, piece.stop) of the job and write their rows."""
+        writes: list[Future[None]] = []
+        with ThreadPoolExecutor(max_workers=NUM_PNG_THREADS) as pool:
+            for start, stop in piece.slices():
+                for batch in _same_size(self._config.requests[start:stop]):
+                    # A batch is drawn whole, so that its bytes do not tell whether an earlier run was killed in it.
+                    if all(self._is_written(request) for request in batch):
+                        continue
+                    images = self._draw(batch, upcoming=self._config.requests[start : piece.stop])
+                    _finish(writes)
+                    # PNGs are compressed and written while the next batch is drawn.
+                    writes = [pool.submit(self._write, *pair) for pair in zip(images, batch, strict=True)]
+            _finish(writes)
+        requests = self._config.requests[piece.start : piece.stop]
+        with atomic_file(piece.output(".parquet")) as path:
+            _write_rows(path, [_to_row(request) for request in requests])
+        return PieceReport(num_read=len(requests), num_kept=len(requests))
+
+    @staticmethod
+    def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
+        """Put the rows of all parts into one table, in the order of prompts."""
+        rows = [row for part in parts for row in pq.read_table(part[".parquet"]).to_pylist()]
+        _write_rows(outputs[".parquet"], rows)
+
+    def _is_written(self, request: ImageRequest) -> bool:
+        return is_written(self._config.folder, request, fingerprint=self._config.fingerprint)
+
+    def _write(self, image: Image.Image, request: ImageRequest) -> None:
+        write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
+
+    def _draw(self, batch: Sequence[ImageRequest], *, upcoming: Sequence[ImageRequest]) -> list[Image.Image]:
+        sampling, checkpoint = self._config.sampling, self._config.checkpoint
+        if checkpoint.text is not None and not all(request.prompt in self._texts for request in batch):
+            self._texts = load_texts(upcoming[:TEXTS_AHEAD], sampling, checkpoint.text)
+        self._renderer = self._renderer or Renderer(sampling, checkpoint)
+        return self._renderer.draw(batch, self._texts)
+
+
+def _finish(writes: Sequence[Future[None]]) -> None:
+    for write in writes:
+        write.result()
+
+
+def _same_size(requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
+    for _, group in groupby(requests, key=lambda request: (request.height, request.width)):
+        yield list(group)
+
+
+def _to_row(request: ImageRequest) -> dict[str, str | int]:
+    return {name: getattr(request, name) for name in SCHEMA.names}
+
+
+def _write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
+    rows = sorted(rows, key=lambda row: row["number"])
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
