@@ -7,9 +7,11 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE_PIXELS = 2
+# EXIF orientations that exchange width and height.
+SIDEWAYS = (5, 6, 7, 8)
 # What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
 # (height, width) of SDXL's 40 training buckets in sixteenths of the base resolution.
@@ -56,6 +58,38 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         SampleReject: `empty_image`, `not_an_image`, `unsupported_image` (HEIC, JPEG XL, or colours that cannot be
             converted), `too_many_pixels`, `too_small` or `corrupt_image`.
     """
+    image = _open_image(data, max_pixels=max_pixels)
+    try:
+        image.load()
+    except Exception as error:
+        raise SampleReject("corrupt_image", str(error)) from error
+    # Pictures with damaged EXIF are common, and are shown as they are stored.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    try:
+        return _to_rgb(image)
+    except (ValueError, OSError) as error:
+        raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
+
+
+def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Return width and height of what `decode_image` would give, without decoding a pixel.
+
+    `data` may be the start of a file, as long as it holds the header. An EXIF turn is seen if it is part of that.
+
+    Raises:
+        SampleReject: as `decode_image`, but for damage among the pixels.
+    """
+    image = _open_image(data, max_pixels=max_pixels)
+    is_on_its_side = False
+    # A TIFF's size is that after turning. For a PNG without EXIF in front of its pixels, getexif() would decode them.
+    if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
+        with contextlib.suppress(Exception):
+            is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return (image.height, image.width) if is_on_its_side else (image.width, image.height)
+
+
+def _open_image(data: bytes, *, max_pixels: int) -> Image.Image:
     if not data:
         raise SampleReject("empty_image")
     try:
@@ -68,17 +102,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise SampleReject("too_many_pixels", f"{image.width} x {image.height} > {max_pixels}")
     if min(image.size) < MIN_SIDE_PIXELS:
         raise SampleReject("too_small", f"{image.width} x {image.height}")
-    try:
-        image.load()
-    except Exception as error:
-        raise SampleReject("corrupt_image", str(error)) from error
-    # Pictures with damaged EXIF are common, and are shown as they are stored.
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    try:
-        return _to_rgb(image)
-    except (ValueError, OSError) as error:
-        raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
+    return image
 
 
 def _is_unsupported(data: bytes) -> bool:
@@ -111,15 +135,21 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_and_crop(image: Image.Image, width_pixels: int, height_pixels: int) -> tuple[Image.Image, Crop]:
     """Scale `image` until it covers the target, then cut the centre; gives the image and what was done."""
-    scale = max(width_pixels / image.width, height_pixels / image.height)
-    resized_width = max(width_pixels, round(image.width * scale))
-    resized_height = max(height_pixels, round(image.height * scale))
-    x, y = (resized_width - width_pixels) // 2, (resized_height - height_pixels) // 2
-    if (resized_width, resized_height) != image.size:
-        image = image.resize((resized_width, resized_height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    cropped = image.crop((x, y, x + width_pixels, y + height_pixels))
-    crop = Crop(resized_width=resized_width, resized_height=resized_height, x=x, y=y, scale=scale)
+    crop = plan_crop(image.width, image.height, width_pixels, height_pixels)
+    if (crop.resized_width, crop.resized_height) != image.size:
+        size = (crop.resized_width, crop.resized_height)
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    cropped = image.crop((crop.x, crop.y, crop.x + width_pixels, crop.y + height_pixels))
     return cropped, crop
+
+
+def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixels: int) -> Crop:
+    """Return what `resize_and_crop` does to an image of a size, in pixels."""
+    scale = max(width_pixels / from_width, height_pixels / from_height)
+    resized_width = max(width_pixels, round(from_width * scale))
+    resized_height = max(height_pixels, round(from_height * scale))
+    x, y = (resized_width - width_pixels) // 2, (resized_height - height_pixels) // 2
+    return Crop(resized_width=resized_width, resized_height=resized_height, x=x, y=y, scale=scale)
 
 
 @functools.cache

@@ -48,3 +48,34 @@ def test_a_stage_without_a_table_is_named():
     with pytest.raises(ValueError, match=r"features\.stage1 is missing"):
         table().stage(1)
     assert table().stage(2).caption_columns == ["caption"]
+
+
+def test_captions_of_one_column_set_share_a_folder_and_must_agree_on_weights():
+    mixed = [{"column": "caption", "weight": 0.9}, {"column": "alt_text", "weight": 0.1}]
+    stage = STAGE | {"captions": mixed}
+    assert table(stage2=stage, stage3=stage).stage(3).caption_columns == ["caption", "alt_text"]
+    other = STAGE | {"captions": [mixed[0], {"column": "alt_text", "weight": 0.5}]}
+    with pytest.raises(
+        ValueError, match=r"stage3\.captions has weights \[0\.9, 0\.5\], but stage2\.captions \[0\.9, 0\.1\]"
+    ):
+        table(stage2=stage, stage3=other)
+    table(stage2=stage, stage3=STAGE)
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([], "at least 1 item"),
+        ([{"column": "caption"}, {"column": "caption"}], "a column is named twice"),
+        ([{"column": "caption", "weight": 0.0}], "greater than 0"),
+        ([{"column": "../text"}], "match pattern"),
+    ],
+)
+def test_wrong_caption_sets_are_refused(captions, message):
+    with pytest.raises(ValueError, match=message):
+        table(stage2=STAGE | {"captions": captions})
+
+
+def test_an_unknown_storage_is_refused():
+    with pytest.raises(ValueError, match=r"features\.text_storage = 'int4'"):
+        table(text_storage="int4")
