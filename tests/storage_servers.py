@@ -32,6 +32,7 @@ class WebServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     state: WebServer
 
     def log_message(self, format: str, *args: object) -> None:
@@ -53,13 +54,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", with_body=with_body)
         if with_body and state.take("num_busy"):
             return self._send(503, b"", with_body=True)
-        data, status, headers = path.read_bytes(), 200, {"ETag": f'"{path.stat().st_mtime_ns}"'}
+        size, first, status = path.stat().st_size, 0, 200
+        last, headers = size - 1, {"ETag": f'"{path.stat().st_mtime_ns}"'}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if match and state.has_ranges:
-            first, last = int(match[1]), min(int(match[2]), len(data) - 1)
-            headers["Content-Range"], status = f"bytes {first}-{last}/{len(data)}", 206
-            data = data[first : last + 1]
+            first, last = int(match[1]), min(int(match[2]), last)
+            headers["Content-Range"], status = f"bytes {first}-{last}/{size}", 206
             state.ranges.append((name, first, last + 1))
+        with path.open("rb") as file:
+            file.seek(first)
+            data = file.read(last + 1 - first)
         return self._send(status, data, with_body=with_body, headers=headers)
 
     def _send(self, status: int, data: bytes, *, with_body: bool, headers: dict[str, str] | None = None) -> None:
