@@ -20,6 +20,7 @@ from pipelines.storage import is_remote, open_binary
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"
+PIPELINE_COLUMN = "caption"  # what captioning wrote
 # Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
 IMG2DATASET_COLUMNS = {"key", "status", "error_message"}
 Item = TypeVar("Item")
@@ -143,7 +144,8 @@ def _require_column(address: Address, columns: Sequence[str]) -> None:
 
 def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     for row in _parquet_rows(address, rows, columns=("key", address.column, "flags", "reject")):
-        flags = row.get("flags") or ()
+        # Flags are about the caption; the sample's alt text has none.
+        flags = (row.get("flags") or ()) if address.column == PIPELINE_COLUMN else ()
         caption = _row(row["key"], row[address.column])
         yield replace(
             caption,

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from dataset_stats.measures import SetMeasures
 from dataset_stats.noun_table import PER_CAPTIONS, NounTable
 from dataset_stats.report.gallery import GalleryItem
-from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, plus_minus, sample_note
+from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, plus_minus, quality_rows, sample_note
 from pipelines.storage import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -59,8 +59,7 @@ def write_report(path: Path, data: ReportData) -> None:
         is_sample=any(measure.estimate for measure in data.measures.values()),
         pm=plus_minus,
         per_captions=PER_CAPTIONS,
-        flags=sorted({flag for measure in data.measures.values() for flag in measure.flags}),
-        rejects=sorted({reason for measure in data.measures.values() for reason in measure.rejected}),
+        quality=quality_rows(data.measures),
         has_lengths=any(measure.num_text_tokens is not None for measure in data.measures.values()),
         charts=_charts(data),
         nouns=_noun_rows(data.noun_table.top, list(data.measures), data.examples),
@@ -98,13 +97,15 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
         }
         for name, measure in data.measures.items()
     ]
+    nouns = _trim_right(nouns)
     charts = [
         _ratio_chart(data.measures),
         {
             "id": "chart-nouns",
             "kind": "steps",
-            "traces": _trim_right(nouns),
-            "x": f"nouns in a caption ({MAX_CHART_NOUNS}: that many or more)",
+            "traces": nouns,
+            "x": "nouns in a caption"
+            + (f" ({MAX_CHART_NOUNS}: or more)" if any(len(t["x"]) > MAX_CHART_NOUNS for t in nouns) else ""),
             "y": "share of captions",
             "width": 1,
         },

@@ -88,7 +88,10 @@ def definitions(
             "nouns of the caption - nouns of its part within the limit, summed",
         ),
         Definition(
-            "Flags", "What captioning noticed (loops, cut-off answers, ...).", "captions with the flag / captions"
+            "Flags",
+            "What captioning noticed about its own captions (loops, cut-off answers, ...), by its thresholds and its "
+            "own list of empty openings; alt texts have none.",
+            "captions with the flag / captions",
         ),
         Definition(
             "Rejected",
@@ -185,7 +188,9 @@ def table1(measures: Mapping[str, SetMeasures], *, tagger: str, definition_list:
         f"| {row.nouns_per_image} | | |"
         for row in PAPER_ROWS
     ]
-    lines += ["", f"Tagger: {tagger}.", "", *_quality(measures), "", "| Number | Meaning | Formula |", "|---|---|---|"]
+    quality = [f"| Length and faults | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
+    quality += [f"| {name} | {' | '.join(cells)} |" for name, cells in quality_rows(measures).items()]
+    lines += ["", f"Tagger: {tagger}.", "", *quality, "", "| Number | Meaning | Formula |", "|---|---|---|"]
     lines += [f"| {item.name} | {item.meaning} | {item.formula} |" for item in definition_list]
     return "\n".join(lines) + "\n"
 
@@ -211,8 +216,8 @@ def _rows(name: str, m: SetMeasures) -> list[str]:
     return rows
 
 
-def _quality(measures: Mapping[str, SetMeasures]) -> list[str]:
-    """Length and faults, one line per number and one column per set."""
+def quality_rows(measures: Mapping[str, SetMeasures]) -> dict[str, list[str]]:
+    """Length and faults: by name of the number, one text per set."""
 
     def share(m: SetMeasures, count: int, error_name: str) -> str:
         return f"{count:,} ({m.fraction(count):.1%}{plus_minus(m, error_name, '{:.2%}')})"
@@ -241,9 +246,4 @@ def _quality(measures: Mapping[str, SetMeasures]) -> list[str]:
             f"{plus_minus(m, f'reject_fraction.{reason}', '{:.2%}')})"
             for m in measures.values()
         ]
-    head = f"| Length and faults | {' | '.join(measures)} |"
-    return [
-        head,
-        "|---" * (len(measures) + 1) + "|",
-        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
-    ]
+    return rows

@@ -22,13 +22,15 @@ function drawBars(chart) {
   const trace = {
     type: "bar", orientation: "h", x: chart.values, y: chart.names, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
     marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--soft" : "--accent")), opacity: chart.is_paper.map((isPaper) => isPaper ? 0.45 : 1) },
-    error_x: { type: "data", array: chart.errors, visible: chart.errors.some((error) => error), color: colour("--ink"), thickness: 1.2 },
-    text: chart.values, texttemplate: "%{text:.1%}", textposition: "outside", cliponaxis: false,
-    textfont: { color: colour("--ink") },
   };
-  const top = Math.max(...chart.values, 0.01) * 1.4;
+  const ends = chart.values.map((value, index) => value + (chart.errors[index] || 0));
+  const annotations = ends.map((x, index) => ({ x, y: chart.names[index], xanchor: "left", xshift: 4, showarrow: false,
+    text: `${(100 * chart.values[index]).toFixed(1)}%` }));
+  const shapes = chart.errors.flatMap((error, index) => error ? [{ type: "line", y0: chart.names[index], y1: chart.names[index],
+    x0: Math.max(chart.values[index] - error, 0), x1: ends[index], line: { color: colour("--ink"), width: 1.4 } }] : []);
+  const top = Math.max(...ends, 0.01) * 1.4;
   Plotly.react(chart.id, [trace], {
-    ...layout(), margin: { l: 20, r: 16, t: 8, b: 30 }, bargap: 0.35,
+    ...layout(), margin: { l: 20, r: 16, t: 8, b: 30 }, bargap: 0.35, annotations, shapes,
     xaxis: axis("", { tickformat: ".0%", range: [0, top], nticks: 5 }), yaxis: axis("", { autorange: "reversed", ticksuffix: "  ", showgrid: false }),
   }, options);
 }
