@@ -7,6 +7,7 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -116,7 +117,8 @@ def _sample_shard(
                     texts.setdefault(row.key, {})[name] = row.text
     complete = sorted(key for key, found in texts.items() if all(name in found for name in sets))
     keys = sorted(rng.sample(complete, min(count, len(complete))))
-    images = _thumbnails(raw_path, keys, max_pixels) if raw_path else {}
+    run = Path(any_address.path).parent.parent  # of RUN/captions/<shard>.parquet
+    images = _thumbnails(raw_path, keys, max_pixels, run=run) if raw_path else {}
     return [GalleryItem(key=key, shard=shard, image=images.get(key, ""), texts=texts[key]) for key in keys]
 
 
@@ -124,9 +126,9 @@ def _has_alt_texts(path: str) -> bool:
     return "alt_text" in pq.read_schema(path).names
 
 
-def _thumbnails(raw_path: str, keys: Sequence[str], max_pixels: int) -> dict[str, str]:
+def _thumbnails(raw_path: str, keys: Sequence[str], max_pixels: int, *, run: Path) -> dict[str, str]:
     images = {}
-    with open_shard(raw_path) as raw:
+    with open_shard(raw_path, run=run) as raw:
         by_key = {sample.key: sample for sample in raw.samples if sample.reject is None}
         for key in keys:
             if key not in by_key:
