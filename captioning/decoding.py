@@ -9,15 +9,12 @@ the queue is empty the batch shrinks. Which rows share a batch depends only on t
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from captioning.engine import FinishReason
-from captioning.llama_step import LlamaStep
-from captioning.slots import SlotCache
+from captioning.llama import LlamaForward
 
 # A prefill waits for this share of the slots to be free.
 REFILL_DIVISOR = 8
@@ -49,7 +46,6 @@ class DecodingSettings:
     max_new_tokens: int
     temperature: float
     end_token_ids: frozenset[int]
-    pad_token_id: int
 
 
 @dataclass(kw_only=True)
@@ -67,12 +63,10 @@ class _Row:
 class ContinuousDecoder:
     """Continues prompts of a vision-language model of transformers whose text model is Llama-like."""
 
-    def __init__(self, model: Any, settings: DecodingSettings, *, step: LlamaStep) -> None:
-        self._model = model
+    def __init__(self, forward: LlamaForward, settings: DecodingSettings) -> None:
+        self._forward = forward
         self._settings = settings
-        self._next_logits = step
-        self._text_config = model.config.get_text_config()
-        self._cache = SlotCache(num_slots=settings.num_slots)
+        self._cache = forward.make_cache(settings.num_slots)
         # Prompts are admitted some at a time: one by one would starve the device.
         self._refill = max(1, settings.num_slots // REFILL_DIVISOR)
         self._penalty = 1.0
@@ -110,12 +104,11 @@ class ContinuousDecoder:
     def _prefill(self, prompts: Sequence[Prompt]) -> None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
         self._cache.reserve(max(lengths) + self._settings.max_new_tokens)
-        prefilled = DynamicCache(config=self._text_config)
-        inputs = pad_left(prompts, pad_token_id=self._settings.pad_token_id)
-        logits = self._forward(inputs, prefilled)
+        images = {name: _stack([prompt.image_inputs[name] for prompt in prompts]) for name in prompts[0].image_inputs}
+        input_ids = [prompt.input_ids for prompt in prompts]
+        logits = self._forward.prefill(input_ids, images, self._cache, first_slot=len(self._rows))
         if not torch.isfinite(logits).all():
-            raise ValueError(f"captioning.dtype {self._model.dtype}: the model's logits are not finite")
-        self._cache.store(prefilled, lengths, first_slot=len(self._rows))
+            raise ValueError(f"captioning.dtype {logits.dtype}: the model's logits are not finite")
         rows = [
             _Row(
                 index=len(self._results) + number,
@@ -130,21 +123,14 @@ class ContinuousDecoder:
         self._append(rows, self._choose(logits, rows))
 
     def _step(self) -> None:
-        rows, device = self._rows, self._model.device
+        rows, device = self._rows, self._cache.keys[0].device
         token_ids = torch.tensor([row.token_ids[-1] for row in rows], device=device)  # [B]
         lengths = [row.length for row in rows]
-        logits = self._next_logits(token_ids, torch.tensor(lengths, device=device), self._cache, longest=max(lengths))
+        positions = torch.tensor(lengths, device=device)
+        logits = self._forward.step(token_ids, positions, self._cache, longest=max(lengths))
         for row in rows:
             row.length += 1
         self._append(rows, self._choose(logits, rows))
-
-    def _forward(self, inputs: dict[str, Tensor], cache: Any) -> Tensor:
-        model = self._model
-        on_device = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in inputs.items()
-        }
-        return model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [R, V]
 
     def _mark_seen(self, prompt: Prompt, logits: Tensor) -> Tensor | None:
         if self._penalty == 1.0:
@@ -200,24 +186,6 @@ class ContinuousDecoder:
             if slot < len(rows) and not last.is_finished:
                 self._cache.move(len(rows), slot, last.length)
                 rows[slot] = last
-
-
-def pad_left(prompts: Sequence[Prompt], *, pad_token_id: int) -> dict[str, Tensor]:
-    """Batch prompts for one forward pass: ids, mask and positions [R, max L], padded on the left, and image tensors.
-
-    On the right, padding would stand between a prompt and its first new token. Positions count real tokens only.
-    """
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt.input_ids) :] = prompt.input_ids
-        attention_mask[row, longest - len(prompt.input_ids) :] = 1
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    for name in prompts[0].image_inputs:
-        batch[name] = _stack([prompt.image_inputs[name] for prompt in prompts])
-    return batch
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from captioning.config import CaptioningConfig
 from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
 from captioning.devices import choose_device, choose_dtype
 from captioning.engine import PROBE_TOKENS, Caption, Request
-from captioning.llama_step import LlamaStep
+from captioning.llama import LlamaForward
 from pipelines.models import resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.
@@ -49,18 +49,16 @@ class TransformersEngine:
         # The tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
         self._lock = threading.Lock()
         end_token_ids = _end_token_ids(self.model, self.tokenizer)
-        pad_token_id = self.tokenizer.pad_token_id
         settings = DecodingSettings(
             num_slots=config.batch_size,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             end_token_ids=end_token_ids,
-            pad_token_id=pad_token_id if pad_token_id is not None else min(end_token_ids),
         )
         self._context = self.model.config.get_text_config().max_position_embeddings
         self._max_new_tokens, self._batch_size = config.max_new_tokens, config.batch_size
-        self._step = LlamaStep(self.model)
-        self._decoder = ContinuousDecoder(self.model, settings, step=self._step)
+        self._forward = LlamaForward(self.model)
+        self._decoder = ContinuousDecoder(self._forward, settings)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
@@ -96,7 +94,7 @@ class TransformersEngine:
 
     def probe(self, prepared: Iterable[Prompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
-        decoder = ContinuousDecoder(self.model, self._probe_settings, step=self._step)
+        decoder = ContinuousDecoder(self._forward, self._probe_settings)
         return self._continue(decoder, prepared, repetition_penalty=1.0)
 
     def _continue(

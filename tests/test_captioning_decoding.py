@@ -8,18 +8,22 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt, pad_left
-from captioning.llama_step import LlamaStep
+from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt
+from captioning.llama import LlamaForward
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
-END, PAD, IMAGE, NUM_IMAGE_TOKENS = 2, 0, 3, 16
-GREEDY = DecodingSettings(
-    num_slots=4, max_new_tokens=40, temperature=0.0, end_token_ids=frozenset([END]), pad_token_id=PAD
-)
+END, IMAGE, NUM_IMAGE_TOKENS = 2, 3, 16
+GREEDY = DecodingSettings(num_slots=4, max_new_tokens=40, temperature=0.0, end_token_ids=frozenset([END]))
+
+
+def alone(prompt: Prompt) -> dict[str, torch.Tensor]:
+    """What transformers takes for one prompt."""
+    input_ids = prompt.input_ids[None]
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **prompt.image_inputs}
 
 
 def make_decoder(model: Any, settings: DecodingSettings) -> ContinuousDecoder:
-    return ContinuousDecoder(model, settings, step=LlamaStep(model))
+    return ContinuousDecoder(LlamaForward(model), settings)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +50,7 @@ def generated(model, prompts) -> list[list[int]]:
     """New tokens of `model.generate`, one prompt at a time, without the end token."""
     outputs = []
     for prompt in prompts:
-        inputs = pad_left([prompt], pad_token_id=PAD)
-        del inputs["position_ids"]
+        inputs = alone(prompt)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
         new = output[0, len(prompt.input_ids) :].tolist()
         outputs.append([token for token in new if token != END])
@@ -89,21 +92,23 @@ def test_sampling_follows_the_models_probabilities(model, prompts) -> None:
     results = make_decoder(model, settings).decode(copies)
     tokens = [result.token_ids[0] if result.token_ids else END for result in results]
     with torch.inference_mode():
-        logits = model(**pad_left(prompts[:1], pad_token_id=PAD)).logits[0, -1]
+        logits = model(**alone(prompts[0])).logits[0, -1]
     expected = torch.softmax(logits / 2.0, -1)
     found = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / len(tokens)
     assert (found - expected).abs().max() < 0.04
 
 
-def test_padding_stands_on_the_left_and_positions_count_real_tokens(prompts) -> None:
-    short, long = sorted(prompts[:2], key=lambda prompt: len(prompt.input_ids))
-    batch = pad_left([short, long], pad_token_id=PAD)
-    num_padding = len(long.input_ids) - len(short.input_ids)
-    assert num_padding > 0
-    assert batch["attention_mask"][0].tolist() == [0] * num_padding + [1] * len(short.input_ids)
-    assert batch["input_ids"][0, num_padding:].tolist() == short.input_ids.tolist()
-    assert batch["position_ids"][0, num_padding:].tolist() == list(range(len(short.input_ids)))
-    assert batch["pixel_values"].shape[0] == 2
+def test_packed_prompts_read_as_each_alone(model, prompts) -> None:
+    """No padding, and nothing seeps from one prompt into the next: logits are those of transformers' forward."""
+    forward = LlamaForward(model)
+    cache = forward.make_cache(8)
+    cache.reserve(64)
+    pixels = {"pixel_values": torch.cat([prompt.image_inputs["pixel_values"] for prompt in prompts[:5]])}
+    with torch.inference_mode():
+        logits = forward.prefill([prompt.input_ids for prompt in prompts[:5]], pixels, cache, first_slot=2)
+        expected = torch.stack([model(**alone(prompt)).logits[0, -1] for prompt in prompts[:5]])
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert not cache.keys[0][:2].any() and cache.keys[0][2:7].any() and not cache.keys[0][7:].any()
 
 
 def test_no_prompt_gives_no_caption(model) -> None:
@@ -139,8 +144,7 @@ def test_a_repetition_penalty_is_that_of_generate(model, prompts, generated, num
     decoder = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
     results = decoder.decode(prompts[:12], repetition_penalty=1.3)
     for prompt, result in zip(prompts[:12], results, strict=True):
-        inputs = pad_left([prompt], pad_token_id=PAD)
-        del inputs["position_ids"]
+        inputs = alone(prompt)
         options = {"do_sample": False, "max_new_tokens": GREEDY.max_new_tokens, "repetition_penalty": 1.3}
         new = model.generate(**inputs, **options)[0, len(prompt.input_ids) :].tolist()
         assert result.token_ids == [token for token in new if token != END]
@@ -157,8 +161,7 @@ def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts
             torch.nn.init.normal_(parameter, std=0.5)
     results = make_decoder(other, GREEDY).decode(prompts[:8])
     for prompt, result in zip(prompts[:8], results, strict=True):
-        inputs = pad_left([prompt], pad_token_id=PAD)
-        del inputs["position_ids"]
+        inputs = alone(prompt)
         new = other.generate(**inputs, do_sample=False, max_new_tokens=40)[0, len(prompt.input_ids) :].tolist()
         assert result.token_ids == [token for token in new if token != END]
 
@@ -166,11 +169,11 @@ def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts
 def test_a_text_model_of_another_kind_is_refused_by_name(tmp_path) -> None:
     other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text="gemma")).eval()
     with pytest.raises(ValueError, match=r'a GemmaModel .* others by captioning.engine = "openai"'):
-        LlamaStep(other)
+        LlamaForward(other)
 
 
 def test_weights_laid_side_by_side_are_held_once(model) -> None:
-    LlamaStep(model)
+    LlamaForward(model)
     attention = model.model.language_model.layers[0].self_attn
     storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(storages) == 1

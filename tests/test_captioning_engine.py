@@ -10,6 +10,7 @@ from PIL import Image
 from captioning.canary import CanaryError, check_engine, is_worth_showing
 from captioning.config import DESCRIBE, CaptioningConfig
 from captioning.engine import Request, sample_seed
+from captioning.slots import SlotCache
 from captioning.transformers_engine import TransformersEngine
 from tests.raw_shards import photo
 from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
@@ -147,21 +148,15 @@ def test_the_canary_refuses_a_model_that_does_not_see(tmp_path) -> None:
         check_engine(blind, photo(0), DESCRIBE)
 
 
-def test_the_canary_refuses_padding_on_the_right(llava, monkeypatch) -> None:
-    """The fault that gave millions of bad captions: right padding stands between a prompt and its answer."""
-    import captioning.decoding
+def test_the_canary_refuses_captions_that_depend_on_the_batch(llava, monkeypatch) -> None:
+    """The fault that gave millions of bad captions: what a row reads depends on where in the batch it stands."""
+    store = SlotCache.store
 
-    def pad_right(prompts, *, pad_token_id):
-        inputs = captioning_pad_left(prompts, pad_token_id=pad_token_id)
-        for row, prompt in enumerate(prompts):
-            shift = len(prompt.input_ids) - inputs["input_ids"].shape[1]
-            for name in ("input_ids", "attention_mask"):
-                inputs[name][row] = torch.roll(inputs[name][row], shift)
-        return inputs
+    def store_askew(self, layer, slot, keys, values):
+        store(self, layer, slot, keys.roll(slot, dims=1), values)
 
-    captioning_pad_left = captioning.decoding.pad_left
     engine = load(llava)
-    monkeypatch.setattr(captioning.decoding, "pad_left", pad_right)
+    monkeypatch.setattr(SlotCache, "store", store_askew)
     with pytest.raises(CanaryError, match="depends on what it is batched with"):
         check_engine(engine, photo(0), DESCRIBE)
 
