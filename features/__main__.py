@@ -10,6 +10,7 @@ from features.config import STAGES
 from features.jobs import Inputs, Job, latent_job, manifest_extra, prepare, read_inputs, text_job
 from features.plan import print_plan, require_space
 from features.quantization import summarize_storage
+from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
 from pipelines.engine import run_over_shards
 from pipelines.manifest import Manifest
@@ -48,6 +49,8 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
     is_done = job.is_done()
     if not is_done:
         require_model(job.model, key=job.model_key)
+    num_pending = sum(source.num_samples for source in job.pending())
+    start_seconds = time.monotonic()
     manifest = run_over_shards(
         job.worker_class,
         job.worker_config,
@@ -60,6 +63,8 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
         upstream=job.upstream,
         extra={} if is_done else manifest_extra(job, inputs),
     )
+    if num_pending:
+        remember_speed(job, inputs, num_samples=num_pending, seconds=time.monotonic() - start_seconds)
     if not is_done and job.family == "latents":
         _report_preview(job.worker_config.preview_path, manifest.shards[job.sources[0].name].details)
     if not is_done and job.family == "text":

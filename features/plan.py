@@ -1,15 +1,17 @@
-"""What a stage's features will take: bytes per sample and in total, and whether the disk has room for them."""
+"""What a stage's features will take: bytes per sample and in total, hours, and whether the disk has room for them."""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
 
 from features.encoders import clean_prompt
-from features.jobs import VAE_DEFAULTS, Inputs, latent_job, read_model_config, text_job
+from features.jobs import VAE_DEFAULTS, Inputs, Job, latent_job, read_model_config, text_job
+from features.speed import find_speed
 from pipelines.feature_store import TAR_BLOCK_BYTES, text_directory
 from pipelines.manifest import MANIFEST_NAME
 from pipelines.models import ModelSource, resolve_model
@@ -19,15 +21,19 @@ from pipelines.progress import console
 # Width of the published T5 encoders, for planning before one is downloaded.
 PUBLISHED_D_TEXT = {"google/flan-t5-xxl": 4096, "google/flan-t5-xl": 2048, "DeepFloyd/t5-v1_1-xxl": 4096}
 DEFAULT_D_TEXT = 4096
-NUM_PROBED_CAPTIONS = 1000
+NUM_PROBED_CAPTIONS, NUM_PROBED_SHARDS = 1000, 10
 TOKENS_PER_WORD = 1.3
-# safetensors header of one tensor and of two, and a row of the index.
-TEXT_HEADER_BYTES, LATENT_HEADER_BYTES, INDEX_ROW_BYTES = 128, 192, 64
+# safetensors header of one tensor and of one more, and a row of the index.
+HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyPlan:
-    """One line of the plan; `pending_samples` are what this run would add to `directory`."""
+    """One line of the plan; `pending_samples` are what this run would add to `directory`.
+
+    `job` is None as long as captions are not there.
+    """
 
     family: str
     directory: Path
@@ -36,6 +42,7 @@ class FamilyPlan:
     pending_samples: int
     bytes_per_sample: int
     basis: str
+    job: Job | None
 
     @property
     def pending_bytes(self) -> int:
@@ -43,19 +50,31 @@ class FamilyPlan:
         return self.pending_samples * self.bytes_per_sample
 
 
-def text_bytes(num_tokens: float, d_text: int) -> int:
-    """Return the bytes one caption takes in tar and index: bf16 [num_tokens, d_text] and what goes around it."""
-    return _member_bytes(TEXT_HEADER_BYTES + round(num_tokens * d_text * 2))
+def text_bytes(num_tokens: float, d_text: int, *, storage: str = "bfloat16", num_captions: int = 1) -> int:
+    """Return the bytes a sample's captions take in tar and index: values, scales, and what goes around them.
+
+    Args:
+        num_tokens: of all captions of the sample together.
+        d_text: width of an embedding.
+        storage: as `features.text_storage`.
+        num_captions: tensors of the sample; with 8 bits each has a scale beside it.
+    """
+    is_16_bit = storage == "bfloat16"
+    num_tensors = num_captions * (1 if is_16_bit else 2)
+    payload_bytes = round(num_tokens * (2 * d_text if is_16_bit else d_text + SCALE_BYTES))
+    header_bytes = HEADER_BYTES + TENSOR_HEADER_BYTES * (num_tensors - 1)
+    return _member_bytes(header_bytes + payload_bytes, num_rows=num_captions)
 
 
 def latent_bytes(num_pixels: int, channels: int = 4) -> int:
     """Return the bytes one image takes in tar and index: mean and std, fp16, one value per channel and 8 x 8 pixels."""
-    return _member_bytes(LATENT_HEADER_BYTES + 2 * channels * (num_pixels // 64) * 2)
+    header_bytes = HEADER_BYTES + TENSOR_HEADER_BYTES
+    return _member_bytes(header_bytes + 2 * channels * (num_pixels // 64) * 2, num_rows=1)
 
 
-def _member_bytes(content_bytes: int) -> int:
+def _member_bytes(content_bytes: int, *, num_rows: int) -> int:
     padded = -(-content_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    return TAR_BLOCK_BYTES + padded + INDEX_ROW_BYTES
+    return TAR_BLOCK_BYTES + padded + num_rows * INDEX_ROW_BYTES
 
 
 def plan_families(inputs: Inputs) -> list[FamilyPlan]:
@@ -69,20 +88,22 @@ def _plan_text(inputs: Inputs) -> FamilyPlan:
     config = read_model_config(model) or {}
     d_text = config.get("d_model", PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT))
     num_samples = pending_samples = _count(inputs.raw)
-    num_tokens, basis = float(features.max_tokens), "no captions yet: at most"
-    directory = inputs.run / "captions"
-    if (directory / MANIFEST_NAME).is_file():
+    columns = inputs.stage.caption_columns
+    num_tokens, basis = float(features.max_tokens * len(columns)), "no captions yet: at most"
+    job = None
+    if (inputs.run / "captions" / MANIFEST_NAME).is_file():
         job = text_job(inputs)
         pending_samples = _count(job.pending())
         num_tokens, basis = _mean_tokens(job.sources, model, inputs)
     return FamilyPlan(
         family="text",
-        directory=text_directory(inputs.run, inputs.stage.caption_columns),
+        directory=text_directory(inputs.run, columns),
         model=features.text_model,
         num_samples=num_samples,
         pending_samples=pending_samples,
-        bytes_per_sample=text_bytes(num_tokens, d_text),
-        basis=f"{basis} {num_tokens:.0f} tokens x {d_text} bf16",
+        bytes_per_sample=text_bytes(num_tokens, d_text, storage=features.text_storage, num_captions=len(columns)),
+        basis=f"{basis} {num_tokens:.0f} tokens x {d_text} {features.text_storage}",
+        job=job,
     )
 
 
@@ -100,6 +121,7 @@ def _plan_latents(inputs: Inputs) -> FamilyPlan:
         # Every bucket has about the area of the square.
         bytes_per_sample=latent_bytes(resolution**2, config["latent_channels"]),
         basis=f"{resolution} x {resolution} pixels, {crop}: {config['latent_channels']} channels, mean and std fp16",
+        job=job,
     )
 
 
@@ -108,15 +130,17 @@ def _count(sources: Sequence[Source]) -> int:
 
 
 def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) -> tuple[float, str]:
-    """Return the mean length of some captions, spread over all shards, in T5's tokens."""
-    column = inputs.stage.caption_columns[0]
-    texts: list[str] = []
-    for source in sources[:: max(1, len(sources) // 10)]:
-        values = pq.read_table(source.path, columns=[column]).column(column).drop_null()
-        texts += values.slice(0, NUM_PROBED_CAPTIONS // 10).to_pylist()
-    texts = [clean_prompt(text) for text in texts if text.strip()]
-    if not texts:
-        return float(inputs.features.max_tokens), "no text to measure: at most"
+    """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
+    columns, limit = inputs.stage.caption_columns, inputs.features.max_tokens
+    probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
+    tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
+    kept = [table.filter(pc.field("reject").is_null()) for table in tables]
+    rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
+    samples = [[clean_prompt(row[column] or "") for column in columns] for row in rows]
+    samples = [texts for sample in samples if (texts := [text for text in sample if text])]
+    if not samples:
+        return float(limit * len(columns)), "no text to measure: at most"
+    texts = [text for sample in samples for text in sample]
     tokenizer_file = _find_tokenizer(model)
     if tokenizer_file is None:
         lengths = [TOKENS_PER_WORD * len(text.split()) + 1 for text in texts]
@@ -127,8 +151,9 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) 
         encodings = Tokenizer.from_file(str(tokenizer_file)).encode_batch(texts)
         lengths = [len(encoding.ids) for encoding in encodings]
         basis = f"mean of {len(texts)} captions:"
-    limit = inputs.features.max_tokens
-    return sum(min(length, limit) for length in lengths) / len(lengths), basis
+    if len(columns) > 1:
+        basis = f"{basis} {len(texts) / len(samples):.1f} a sample,"
+    return sum(min(length, limit) for length in lengths) / len(samples), basis
 
 
 def _find_tokenizer(model: ModelSource) -> Path | None:
@@ -142,22 +167,40 @@ def _find_tokenizer(model: ModelSource) -> Path | None:
 
 
 def print_plan(inputs: Inputs) -> None:
-    """Print what the stage would write, with sizes."""
+    """Print what the stage would write, with sizes, and how long it would take where that can be measured."""
     table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.stage.shards)}", title_justify="left")
     table.add_column("family")
-    for heading in ("samples", "to do", "bytes/sample", "to write", "total"):
+    for heading in ("samples", "to do", "bytes/sample", "to write", "total", "hours"):
         table.add_column(heading, justify="right")
     families = plan_families(inputs)
+    notes: list[str] = []
     for family in families:
+        hours, speed = _hours(family, inputs)
         total = format_bytes(family.num_samples * family.bytes_per_sample)
         counts = (f"{family.num_samples:,}", f"{family.pending_samples:,}", f"{family.bytes_per_sample:,}")
-        table.add_row(family.family, *counts, format_bytes(family.pending_bytes), total)
+        table.add_row(family.family, *counts, format_bytes(family.pending_bytes), total, hours)
+        notes += [f"{family.family}: {family.model} -> {family.directory}; {family.basis}", f"{family.family}: {speed}"]
+        for change in family.job.changed_settings() if family.job else []:
+            notes.append(f"{family.directory} was made with other settings and would be computed anew: {change}")
     console.print(table)
-    for family in families:
-        console.print(
-            f"{family.family}: {family.model} -> {family.directory}; {family.basis}", markup=False, soft_wrap=True
-        )
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")
+
+
+def _hours(family: FamilyPlan, inputs: Inputs) -> tuple[str, str]:
+    """Return the hours of a family as the table shows them, and what they rest on."""
+    if not family.pending_samples:
+        return "0", "nothing to do"
+    if family.job is None:
+        return "?", "hours are not measured: captions are not there yet; run `make caption` first"
+    speed = find_speed(family.job, inputs)
+    if isinstance(speed, str):
+        return "?", f"hours are {speed}"
+    workers = "1 worker" if speed.num_workers == 1 else f"{speed.num_workers} workers"
+    text = f"{speed.samples_per_second:,.1f} samples/s a worker, {speed.basis}; {workers}"
+    hours = speed.hours(family.pending_samples)
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}", text
 
 
 def require_space(inputs: Inputs) -> None:

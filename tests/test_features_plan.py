@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ from feature_run import extract, write_run
 from rich.console import Console
 
 from features import plan
-from features.jobs import read_inputs
+from features.jobs import latent_job, read_inputs, text_job
 from features.plan import format_bytes, latent_bytes, plan_families, text_bytes
+from features.speed import Speed, find_speed
 from pipelines.command import parse_command
 
 
@@ -23,29 +25,96 @@ def inputs_of(run, *overrides, stage=2):
     return read_inputs(parse_command("features", "", argv=arguments, stages=(1, 2, 3)))
 
 
-def test_estimates_are_near_what_is_written_and_pending_shrinks_to_nothing(run):
-    before = plan_families(inputs_of(run))
-    assert [family.pending_samples for family in before] == [24, 24]
-    extract(run)
-    for family, directory in zip(before, ("text", "latent-32"), strict=True):
-        assert family.directory == run / "features" / directory
+MIXED = 'features.stage2.captions=[{column="caption", weight=0.9}, {column="alt_text", weight=0.1}]'
+
+
+@pytest.mark.parametrize(
+    ("directory", "overrides"),
+    [
+        ("text", ()),
+        ("text", ("features.text_storage=int8",)),
+        ("text-caption+alt_text", (MIXED, "features.text_storage=float8_e4m3")),
+    ],
+)
+def test_estimates_are_near_what_is_written_and_pending_shrinks_to_nothing(run, directory, overrides):
+    before = plan_families(inputs_of(run, *overrides))
+    extract(run, *overrides)
+    for family, name in zip(before, (directory, "latent-32"), strict=True):
+        assert family.directory == run / "features" / name
         written = sum((family.directory / f"laion_0000{shard}.tar").stat().st_size for shard in range(2))
         # Small tars are mostly headers and padding, and the end of each takes 1 kB.
-        assert written == pytest.approx(family.pending_bytes, rel=0.2)
-    after = plan_families(inputs_of(run))
+        assert written == pytest.approx(family.num_samples * family.bytes_per_sample, rel=0.2)
+    after = plan_families(inputs_of(run, *overrides))
     assert [(family.num_samples, family.pending_samples) for family in after] == [(24, 0), (24, 0)]
 
 
-def test_plan_is_printed_with_sizes_and_writes_nothing(run, monkeypatch):
+def planned(run, monkeypatch, *overrides, stage=2) -> str:
     output = io.StringIO()
     monkeypatch.setattr(plan, "console", Console(file=output, width=250))
-    extract(run, stage=3, plan=True)
-    text = output.getvalue()
+    extract(run, *overrides, stage=stage, plan=True)
+    return output.getvalue()
+
+
+def test_plan_is_printed_with_sizes_and_measured_hours_and_writes_nothing(run, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    text = planned(run, monkeypatch, "features.max_tokens=30", stage=3)
     assert "latent-48" in text
-    assert "24" in text
     assert "mean of 23 captions" in text
     assert "free on this disk" in text
-    assert not (run / "features" / "latent-48").exists()
+    for family in ("text", "latents"):
+        assert re.search(
+            rf"{family}: [\d,.]+ samples/s a worker, measured now on 12 samples of laion_0000\d; 1 worker", text
+        )
+    row = next(line for line in text.splitlines() if line.startswith("│ latents"))
+    hours = float(row.split("│")[-2])
+    assert 0 < hours < 0.1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_remembered_and_its_speed_is_used_for_the_same_settings_only(tmp_path, monkeypatch):
+    run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
+    extract(run)
+    for path in (run / "features").glob("*/.done/laion_00000.json"):
+        path.unlink()
+    monkeypatch.setattr("features.speed._measure", lambda *arguments, **options: pytest.fail("it was known"))
+    inputs = inputs_of(run)
+    for job in (text_job(inputs), latent_job(inputs)):
+        speed = find_speed(job, inputs)
+        assert isinstance(speed, Speed)
+        assert (speed.basis, speed.num_workers) == ("as in the last run", 1)
+        assert 0 < speed.samples_per_second < 10_000
+    measured = []
+    monkeypatch.setattr("features.speed._measure", lambda job, inputs, *, num_workers: measured.append(job.family))
+    other = inputs_of(run, "features.max_tokens=5")
+    find_speed(text_job(other), other)
+    assert measured == ["text"]
+
+
+def test_hours_are_samples_over_all_workers():
+    assert Speed(samples_per_second=10, num_workers=8, basis="").hours(28_800_000) == 100
+
+
+def test_what_is_missing_for_the_hours_is_said_and_no_number_made_up(tmp_path, monkeypatch):
+    run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
+    models = ("features.text_model=google/flan-t5-xxl", "features.vae_model=stabilityai/sd-vae-ft-ema")
+    text = planned(run, monkeypatch, *models)
+    assert "text: hours are not measured: google/flan-t5-xxl is not here; `hf download google/flan-t5-xxl`" in text
+    assert "latents: hours are not measured: stabilityai/sd-vae-ft-ema is not here" in text
+    assert [line.split("│")[-2].strip() for line in text.splitlines() if line.startswith(("│ text", "│ latents"))] == [
+        "?",
+        "?",
+    ]
+    monkeypatch.setattr("features.speed._count_gpus", lambda: 0)
+    text = planned(run, monkeypatch, "engine.gpus_per_worker=1.0")
+    assert text.count("engine.gpus_per_worker = 1, and there is no GPU here") == 2
+    (run / "captions" / "manifest.json").unlink()
+    assert "text: hours are not measured: captions are not there yet" in planned(run, monkeypatch)
+
+
+def test_a_plan_says_which_setting_would_throw_features_away(run, monkeypatch):
+    extract(run)
+    text = planned(run, monkeypatch, "features.max_tokens=20")
+    assert "features/text was made with other settings and would be computed anew: max_tokens: 40 -> 20" in text
 
 
 def test_plan_without_captions_or_models_uses_the_upper_bound_and_published_widths(tmp_path):
@@ -54,8 +123,13 @@ def test_plan_without_captions_or_models_uses_the_upper_bound_and_published_widt
     models = ("features.text_model=google/flan-t5-xxl", "features.vae_model=stabilityai/sd-vae-ft-ema")
     text, latents = plan_families(inputs_of(run, *models, "features.max_tokens=120"))
     assert text.bytes_per_sample == text_bytes(120, 4096)
-    assert text.basis == "no captions yet: at most 120 tokens x 4096 bf16"
+    assert text.basis == "no captions yet: at most 120 tokens x 4096 bfloat16"
     assert latents.bytes_per_sample == latent_bytes(32 * 32)
+
+
+def test_8_bits_take_half_and_a_scale():
+    assert text_bytes(120, 4096, storage="int8") == pytest.approx(120 * (4096 + 4), abs=1200)
+    assert text_bytes(120, 4096, storage="float8_e4m3") == text_bytes(120, 4096, storage="int8")
 
 
 def test_bytes_per_sample_of_the_paper():
@@ -74,7 +148,8 @@ def test_format_bytes():
     ]
 
 
-def test_a_plan_of_local_models_needs_no_torch(run):
+def test_a_plan_with_nothing_to_do_needs_no_torch(run):
+    extract(run)
     code = (
         "import sys, features.__main__ as room\n"
         f"sys.argv = ['features', '--recipe', {str(run.parent / 'recipe.toml')!r}, '--run', {str(run)!r},"

@@ -1,0 +1,121 @@
+"""How fast a job's encoder is: as an earlier run found it, or measured now by the job's own worker on a few samples."""
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from features.jobs import Inputs, Job
+from features.latents import LatentWorkerConfig
+from pipelines.engine import EngineConfig
+from pipelines.models import ModelSource
+from pipelines.pieces import Piece
+from pipelines.summary import read_summary, update_summary
+
+SUMMARY_KEY = "features.speed"
+# Enough samples to fill a batch once; then as many as take about this long.
+NUM_WARM_UP_SAMPLES = 16
+MEASURED_SECONDS = 3.0
+MAX_MEASURED_SAMPLES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Samples per second of one worker, how many there will be, and where the figure comes from."""
+
+    samples_per_second: float
+    num_workers: int
+    basis: str
+
+    def hours(self, num_samples: int) -> float:
+        """Return how long `num_samples` take."""
+        return num_samples / (self.samples_per_second * self.num_workers) / 3600
+
+
+def find_speed(job: Job, inputs: Inputs) -> Speed | str:
+    """Return how fast a job with pending samples will be, or what is missing to know it."""
+    num_workers = count_workers(inputs.engine)
+    known = read_summary(inputs.run).get("features", {}).get("speed", {}).get(job.output.path.name, {})
+    if known.get("fingerprint") == job.fingerprint.digest:
+        rate = known["samples_per_second_of_a_worker"]
+        return Speed(samples_per_second=rate, num_workers=num_workers, basis="as in the last run")
+    if inputs.engine.gpus_per_worker and not _count_gpus():
+        return f"not measured: engine.gpus_per_worker = {inputs.engine.gpus_per_worker:g}, and there is no GPU here"
+    if not is_model_here(job.model):
+        return f"not measured: {job.model.location} is not here; `hf download {job.model.location}` fetches it"
+    return _measure(job, inputs, num_workers=num_workers)
+
+
+def remember_speed(job: Job, inputs: Inputs, *, num_samples: int, seconds: float) -> None:
+    """Keep what a run of the job has found, loading of the model included, for the plans of later ones."""
+    content = {
+        "fingerprint": job.fingerprint.digest,
+        "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs.engine), 4),
+    }
+    update_summary(inputs.run, f"{SUMMARY_KEY}.{job.output.path.name}", content)
+
+
+def count_workers(engine: EngineConfig) -> int:
+    """Return how many workers this machine will run; a cluster of `RAY_ADDRESS` may have more."""
+    if engine.in_process:
+        return 1
+    if engine.num_workers:
+        return engine.num_workers
+    if engine.gpus_per_worker:
+        return max(1, int(_count_gpus() / engine.gpus_per_worker))
+    return max(1, int((os.cpu_count() or 1) / engine.cpus_per_worker))
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def is_model_here(model: ModelSource) -> bool:
+    """Whether a model's weights are in a local folder or the hub cache."""
+    folder = Path(model.location)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(model.location, revision=model.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return False
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _measure(job: Job, inputs: Inputs, *, num_workers: int) -> Speed:
+    """Run the job's own worker on the first samples that are pending, in a folder that is then removed."""
+    source = max(job.pending(), key=lambda source: source.num_samples)
+    with tempfile.TemporaryDirectory(prefix="features-plan-") as folder:
+        config = job.worker_config
+        if isinstance(config, LatentWorkerConfig):
+            config = replace(config, preview_shard="")
+        else:
+            config = replace(config, directory=Path(folder))
+        worker = job.worker_class(config)
+
+        def run(num_samples: int) -> float:
+            piece = Piece(
+                source=source,
+                start=0,
+                stop=min(num_samples, source.num_samples),
+                folder=Path(folder),
+                samples_per_slice=inputs.engine.samples_per_slice,
+            )
+            start_seconds = time.perf_counter()
+            worker(piece)
+            return (time.perf_counter() - start_seconds) / piece.stop
+
+        seconds_per_sample = run(NUM_WARM_UP_SAMPLES)
+        num_samples = int(MEASURED_SECONDS / seconds_per_sample)
+        num_samples = min(source.num_samples, MAX_MEASURED_SAMPLES, max(NUM_WARM_UP_SAMPLES, num_samples))
+        seconds_per_sample = run(num_samples)
+    return Speed(
+        samples_per_second=1 / seconds_per_sample,
+        num_workers=num_workers,
+        basis=f"measured now on {num_samples} samples of {source.name}",
+    )
