@@ -68,11 +68,8 @@ class SampleWorker:
         writes: list[Future[None]] = []
         with ThreadPoolExecutor(max_workers=NUM_PNG_THREADS) as pool:
             for start, stop in piece.slices():
-                for batch in _same_size(self._config.requests[start:stop]):
-                    # A batch is drawn whole, so that its bytes do not tell whether an earlier run was killed in it.
-                    if all(self._is_written(request) for request in batch):
-                        continue
-                    images = self._draw(batch, upcoming=self._config.requests[start : piece.stop])
+                for batch in self._pending(start, stop):
+                    images = self._draw(batch, piece, start=start)
                     _finish(writes)
                     # PNGs are compressed and written while the next batch is drawn.
                     writes = [pool.submit(self._write, *pair) for pair in zip(images, batch, strict=True)]
@@ -88,28 +85,41 @@ class SampleWorker:
         rows = [row for part in parts for row in pq.read_table(part[".parquet"]).to_pylist()]
         _write_rows(outputs[".parquet"], rows)
 
-    def _is_written(self, request: ImageRequest) -> bool:
-        return is_written(self._config.folder, request, fingerprint=self._config.fingerprint)
+    def _pending(self, start: int, stop: int) -> Iterator[list[ImageRequest]]:
+        """Yield the batches of a slice that lack an image.
+
+        They are drawn whole, so that an image's bytes do not tell whether an earlier run was killed in its batch.
+        """
+        for _, group in groupby(self._config.requests[start:stop], key=lambda item: (item.height, item.width)):
+            batch = list(group)
+            if not all(is_written(self._config.folder, item, fingerprint=self._config.fingerprint) for item in batch):
+                yield batch
 
     def _write(self, image: Image.Image, request: ImageRequest) -> None:
         write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
 
-    def _draw(self, batch: Sequence[ImageRequest], *, upcoming: Sequence[ImageRequest]) -> list[Image.Image]:
+    def _draw(self, batch: Sequence[ImageRequest], piece: Piece, *, start: int) -> list[Image.Image]:
         sampling, checkpoint = self._config.sampling, self._config.checkpoint
         if checkpoint.text is not None and not all(request.prompt in self._texts for request in batch):
-            self._texts = load_texts(upcoming[:TEXTS_AHEAD], sampling, checkpoint.text)
+            self._texts = load_texts(self._upcoming(piece, start), sampling, checkpoint.text)
         self._renderer = self._renderer or Renderer(sampling, checkpoint)
         return self._renderer.draw(batch, self._texts)
+
+    def _upcoming(self, piece: Piece, start: int) -> list[ImageRequest]:
+        """Return the images to encode prompts for: all of a small job, as other pieces will follow, else the next."""
+        stop = min(start + TEXTS_AHEAD, piece.stop)
+        if len(self._config.requests) <= TEXTS_AHEAD:
+            start, stop = 0, len(self._config.requests)
+        size = piece.samples_per_slice
+        batches = (
+            batch for first in range(start, stop, size) for batch in self._pending(first, min(first + size, stop))
+        )
+        return [request for batch in batches for request in batch]
 
 
 def _finish(writes: Sequence[Future[None]]) -> None:
     for write in writes:
         write.result()
-
-
-def _same_size(requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
-    for _, group in groupby(requests, key=lambda request: (request.height, request.width)):
-        yield list(group)
 
 
 def _to_row(request: ImageRequest) -> dict[str, str | int]:

@@ -1,0 +1,177 @@
+"""Where prompts are encoded: live, in 8 bits, or earlier; and that the encoder is gone before anything is denoised."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
+
+from features.encoders import TextEncoder
+from features.quantization import store_text
+from pipelines.feature_store import (
+    NULL_CAPTION_FILE,
+    TEXT_SCHEMA,
+    FeatureTarWriter,
+    text_directory,
+    write_index,
+    write_tensors,
+)
+from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from sampling import renderer
+from sampling.__main__ import main
+from sampling.int8_linear import Int8Linear, quantize_linears
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def sample(run: Path, **table: object) -> None:
+    main(["--recipe", str(write_recipe(run, **table)), "--run", str(run), "--stage", "2"])
+
+
+def images(run: Path) -> dict[str, np.ndarray]:
+    folder = run / "samples" / "stage2"
+    return {row["key"]: np.asarray(Image.open(folder / f"{row['key']}.png")).astype(int) for row in PROMPTS}
+
+
+def largest_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> int:
+    return max(int(np.abs(first[key] - second[key]).max()) for key in first)
+
+
+def write_features(run: Path, storage: str) -> None:
+    """Write the prompts' embeddings as `make features` would have, captions with the keys of the prompt file."""
+    directory = StageDirectory(text_directory(run))
+    directory.path.mkdir(parents=True)
+    encoder = TextEncoder.load(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
+    rows = []
+    with FeatureTarWriter(directory.file("s0", ".tar")) as tar:
+        for row, embedding in zip(PROMPTS, encoder.encode([row["prompt"] for row in PROMPTS]), strict=True):
+            text = store_text(embedding, storage)
+            tensors = {"embedding_0": text.values} | ({} if text.scale is None else {"scale_0": text.scale})
+            offsets = tar.add(row["key"], tensors)
+            place = {"offset": offsets["embedding_0"], "scale_offset": offsets.get("scale_0")}
+            size = {"nbytes": text.values.nbytes, "num_tokens": len(embedding)}
+            rows.append({"key": row["key"], "shard": "s0", "caption_index": 0, **place, **size})
+    write_index(directory.file("s0", ".parquet"), rows, TEXT_SCHEMA)
+    null = store_text(encoder.encode([""])[0], "bfloat16")
+    write_tensors(directory.path / NULL_CAPTION_FILE, {"embedding_0": null.values})
+    fingerprint = Fingerprint.of({"storage": storage})
+    directory.write_marker(ShardReport(name="s0", source="x", num_read=3, num_kept=3), fingerprint)
+    text = {"max_tokens": MAX_TOKENS, "storage": storage}
+    directory.write_manifest(fingerprint, ["s0"], upstream={}, extra={"text": text})
+
+
+def test_the_encoder_is_freed_before_the_first_step(run, monkeypatch):
+    encoders: list[weakref.ref] = []
+    load, draw = TextEncoder.load, renderer.Renderer.draw
+
+    def recording(*arguments, **options):
+        encoder = load(*arguments, **options)
+        encoders.append(weakref.ref(encoder.model))
+        return encoder
+
+    def checking(self, *arguments):
+        gc.collect()
+        assert [encoder() for encoder in encoders] == [None]
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(TextEncoder, "load", recording)
+    monkeypatch.setattr(renderer.Renderer, "draw", checking)
+    sample(run)
+    assert len(images(run)) == 3
+
+
+def test_text_encoder_on_the_cpu_draws_the_same_images(run):
+    sample(run)
+    expected = images(run)
+    sample(run, text_encoder="cpu", seed=1)
+    sample(run, text_encoder="cpu")
+    assert largest_difference(images(run), expected) == 0
+
+
+def test_a_written_file_gives_the_images_of_the_encoder(run):
+    sample(run, negative_prompt="blue")
+    expected = images(run)
+    sample(run, negative_prompt="blue", write_embeddings="{run}/texts.safetensors")
+    (run / "t5").rename(run / "elsewhere")  # the machine that draws need not have the encoder
+    precomputed = {
+        "text_encoder": "precomputed",
+        "text_embeddings": "{run}/texts.safetensors",
+        "negative_prompt": "blue",
+    }
+    sample(run, **precomputed)
+    assert largest_difference(images(run), expected) == 0
+    with pytest.raises(ValueError, match=r"texts\.safetensors lacks 'a purple fox'"):
+        sample(run, **precomputed, prompt="a purple fox")
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("bfloat16", 2), ("int8", 8), ("float8_e4m3", 40)])
+def test_text_features_give_the_images_of_the_encoder(run, storage, tolerance):
+    sample(run)
+    expected = images(run)
+    write_features(run, storage)
+    sample(run, text_encoder="precomputed")
+    assert largest_difference(images(run), expected) <= tolerance
+
+
+def test_text_features_that_do_not_fit_are_refused(run):
+    write_features(run, "bfloat16")
+    for table, message in (
+        ({"prompt": "a fox"}, r"features/text has no caption of 'a-fox-"),
+        ({"negative_prompt": "blue"}, r"sampling\.negative_prompt 'blue': text features hold only that of ''"),
+        ({"text_embeddings": "{run}/none.safetensors"}, r"none\.safetensors does not exist"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sample(run, text_encoder="precomputed", **table)
+    assert not list((run / "samples").glob("*/*.png"))
+
+
+def test_eight_bits_are_eight_bits_and_close(run):
+    encoder = TextEncoder.load(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
+    (exact,) = encoder.encode(["a red circle, left"])
+    quantize_linears(encoder.model)
+    (found,) = encoder.encode(["a red circle, left"])
+    layers = [module for module in encoder.model.modules() if isinstance(module, Int8Linear)]
+    assert len(layers) == 2 * 7 and all(layer.weight.dtype == torch.int8 for layer in layers)
+    assert not any(isinstance(module, torch.nn.Linear) for module in encoder.model.modules())
+    error = (found - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+
+
+def test_eight_bits_draw_nearly_the_same_images(run):
+    sample(run)
+    expected = images(run)
+    sample(run, text_encoder="8bit")
+    assert 0 < largest_difference(images(run), expected) <= 16
+
+
+def test_eight_bit_weights_are_within_half_a_step():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 9)
+    linear.weight.data[3] = 0
+    layer = Int8Linear(linear)
+    step = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+    restored = layer.weight.float() * layer.scale[:, None]
+    assert ((restored - linear.weight).abs() <= step / 2 + 1e-7).all()
+    x = torch.randn(5, 40)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, restored, linear.bias))
+
+
+def test_an_encoder_that_overflows_leaves_no_image(run, monkeypatch):
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: [x * torch.inf for x in encode(self, texts)])
+    with pytest.raises(ValueError, match=r"gives no finite embedding of ''"):
+        sample(run)
+    assert not list((run / "samples").glob("*/*.png"))
+
+
+def test_a_missing_encoder_is_named_before_anything_is_loaded(run):
+    (run / "t5").rename(run / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"text encoder of stage 2, step 7: model folder .*t5 does not exist"):
+        sample(run)
