@@ -38,7 +38,7 @@ def start_ray() -> Any:
     """Connect to the cluster of `RAY_ADDRESS`, or start a local Ray; gives the `ray` module.
 
     Raises:
-        ValueError: there is no Ray at `RAY_ADDRESS`.
+        ValueError: there is no Ray at `RAY_ADDRESS`, or it refuses this driver.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Ray tells of a dead worker in twenty lines; the engine does in one.
@@ -49,8 +49,12 @@ def start_ray() -> Any:
     if ray.is_initialized():
         return ray
     _require_reachable(os.environ.get("RAY_ADDRESS", ""))
-    with _quiet_banner():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        with _quiet_banner():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {reason}") from error
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -1,0 +1,84 @@
+"""The same command on a Ray cluster: two nodes on loopback, one of them killed, and one that sees other storage."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.line_worker import command, contents, make_sources, run
+from tests.processes import ray_workers
+from tests.ray_nodes import SETTINGS, RayNode, start_head
+
+ENGINE = {"samples_per_slice": 8}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head node and its address. Ray's sockets need a short path."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    head, address = start_head(folder)
+    yield head, address
+    head.kill()
+    shutil.rmtree(folder)
+
+
+def start_command(line: list[str], address: str) -> subprocess.Popen:
+    environment = {**os.environ, **SETTINGS, "RAY_ADDRESS": address}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(is_true, process: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not is_true():
+        assert process.poll() is None, f"ended before {what}: {process.stderr.read() if process.stderr else ''}"
+        assert time.monotonic() < deadline, f"waited too long for {what}"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None:
+    """One worker per CPU of the cluster, of which each node has one; the second node goes while its worker is busy."""
+    head, address = cluster
+    second = RayNode(f"--address={address}", worker_ports=(27100, 27199))
+    output = tmp_path / "a"
+    # One shard and two workers: the work is cut inside the shard.
+    line = command(output, engine=ENGINE, count=1, num_samples=320, seconds_per_slice=0.15)
+    try:
+        wait_for(second.is_up, second.process, "a raylet")
+        process = start_command(line, address)
+        wait_for(lambda: ray_workers(second.process.pid), process, "work on the second node")
+        wait_for(lambda: list(output.glob(".parts/*/*.report")), process, "a finished piece")
+        assert ray_workers(head.process.pid), "the first node works, too"
+    finally:
+        second.kill()
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert "workers died with it" in errors and "Traceback" not in errors
+    run(tmp_path / "undisturbed", make_sources(1, 320))
+    assert contents(output) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_output_is_named(tmp_path, cluster) -> None:
+    """The second node has the path, too, but another disk is mounted there."""
+    _, address = cluster
+    hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs "{tmp_path}" && exec "$@"', "sh"]
+    probe = subprocess.run([*hidden, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"no right to mount a tmpfs in a namespace of its own (unshare --mount): {probe.stderr.strip()}")
+    second = RayNode(f"--address={address}", worker_ports=(27200, 27299), around=hidden)
+    output = tmp_path / "a"
+    try:
+        wait_for(second.is_up, second.process, "a raylet")
+        line = command(output, engine=ENGINE, count=4, num_samples=64, seconds_per_slice=0.2)
+        process = start_command(line, address)
+        errors = process.communicate()[1]
+    finally:
+        second.kill()
+    assert process.returncode == 2
+    assert f"does not see {output}/.parts/.claim-" in errors and "RUN must be on storage that all nodes share" in errors
+    assert "Traceback" not in errors
