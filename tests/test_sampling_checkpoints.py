@@ -1,0 +1,182 @@
+"""Checkpoints from elsewhere: diffusers' pipelines and transformers, hub ids, original files; and broken ones."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from huggingface_hub import constants
+from PIL import Image
+from sampling_run import DIT, MAX_TOKENS, PIXART, make_run, randomised, save_checkpoint, write_recipe
+from transformers import AutoTokenizer, T5EncoderModel
+
+from pipelines.recipe import load_recipe
+from pixart.convert import save_diffusers
+from pixart.dit import DiT
+from pixart.layouts import export_weights, original_layout
+from pixart.model import PixArt
+from sampling.__main__ import main
+from sampling.checkpoints import open_checkpoint, open_run_checkpoint
+from sampling.config import EncoderConfig, encoder_config
+from sampling.denoise import draw_noise, make_generators
+
+# published width and heads, one block
+WIDE = replace(PIXART, num_layers=1, num_heads=6, head_dim=64)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def encoders(run: Path) -> EncoderConfig:
+    return EncoderConfig(text_model=str(run / "t5"), vae_model=str(run / "vae"), max_tokens=MAX_TOKENS)
+
+
+def make_pipeline(run: Path) -> PixArtAlphaPipeline:
+    return PixArtAlphaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(run / "t5"),
+        text_encoder=T5EncoderModel.from_pretrained(run / "t5"),
+        vae=AutoencoderKL.from_pretrained(run / "vae"),
+        transformer=PixArtTransformer2DModel.from_pretrained(run / "training" / "stage2" / "step-7" / "model"),
+        scheduler=DPMSolverMultistepScheduler(beta_end=0.03),
+    )
+
+
+def sample(run: Path, **table: object) -> np.ndarray:
+    """Draw one image and return its pixels."""
+    table = {"prompt": "a red circle", "size": "32x32", "num_steps": 5} | table
+    main(["--recipe", str(write_recipe(run, **table)), "--run", str(run), "--stage", "2"])
+    (path,) = (path for path in (run / "samples" / "stage2-prompt").glob("*.png") if path.name != "grid.png")
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_a_pipeline_folder_brings_its_own_encoders_and_schedule(run):
+    pipeline = make_pipeline(run)
+    pipeline.save_pretrained(run / "saved")
+    for name in ("t5", "vae", "training"):
+        shutil.rmtree(run / name)
+    actual = sample(run, checkpoint=str(run / "saved"), seed=3)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = draw_noise(make_generators([3]), (4, 4, 4))
+    options = {"use_resolution_binning": False, "clean_caption": False, "width": 32, "height": 32, "latents": noise}
+    expected = pipeline("a red circle", num_inference_steps=5, **options).images[0]
+    assert np.abs(actual - np.asarray(expected).astype(int)).max() <= 2
+    checkpoint = open_checkpoint(str(run / "saved"), None)
+    assert checkpoint.text is not None and checkpoint.text["max_tokens"] == 120
+    index = run / "saved" / "model_index.json"
+    index.write_text(index.read_text().replace("PixArtAlphaPipeline", "PixArtSigmaPipeline"))
+    checkpoint = open_checkpoint(str(run / "saved"), None)
+    assert checkpoint.text is not None and checkpoint.text["max_tokens"] == 300
+
+
+def test_a_hub_id_is_found_in_the_cache_by_revision(run, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--someone--pixart" / "snapshots" / "abc"
+    make_pipeline(run).save_pretrained(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "v2").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    checkpoint = open_checkpoint("someone/pixart", None, revision="v2")
+    assert checkpoint.model_path == snapshot / "transformer"
+    with pytest.raises(
+        ValueError, match=r"sampling\.checkpoint = 'someone/pixart' \(main\) is .* not in the hub cache"
+    ):
+        open_checkpoint("someone/pixart", None)
+
+
+def test_a_bare_transformer_needs_encoders(run, encoders):
+    folder = run / "training" / "stage2" / "step-7" / "model"
+    with pytest.raises(ValueError, match=r"features\.text_model and features\.vae_model"):
+        open_checkpoint(str(folder), None)
+    checkpoint = open_checkpoint(str(folder), encoders)
+    assert checkpoint.text == {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
+    with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
+        open_checkpoint(str(folder), encoders)
+
+
+@pytest.mark.parametrize("has_positions", [True, False])
+def test_an_original_pth_draws_what_its_conversion_draws(run, has_positions):
+    model = randomised(PixArt(WIDE))
+    save_diffusers(model, run / "converted")
+    weights = export_weights(model, original_layout(WIDE))
+    if has_positions:
+        weights["pos_embed"] = torch.zeros(1, 4, 384)
+    torch.save({"state_dict": {}, "state_dict_ema": weights}, run / "PixArt.pth")
+    recipe = write_recipe(run)
+    features = f'[features]\ntext_model = "{run / "t5"}"\nvae_model = "{run / "vae"}"\nmax_tokens = 40\n'
+
+    def draw(*settings: str) -> bytes:
+        recipe.write_text(write_recipe(run, prompt="a fox", num_steps=2).read_text() + features)
+        flags = [flag for setting in settings for flag in ("--set", f"sampling.{setting}")]
+        main(["--recipe", str(recipe), "--run", str(run), "--stage", "2", *flags])
+        (path,) = (path for path in (run / "samples" / "stage2-prompt").glob("*.png") if path.name != "grid.png")
+        return Image.open(path).tobytes()
+
+    resolution = [] if has_positions else ["checkpoint_resolution=32"]
+    original = draw(f"checkpoint={run / 'PixArt.pth'}", *resolution)
+    assert original == draw(f"checkpoint={run / 'converted'}")
+
+
+def test_an_original_dit_knows_its_classes(run, encoders):
+    config = replace(DIT, num_layers=1, num_heads=6, head_dim=64)
+    weights = export_weights(randomised(DiT(config)), original_layout(config))
+    torch.save(weights | {"pos_embed": torch.zeros(1, 4, 384)}, run / "DiT.pt")
+    checkpoint = open_checkpoint(str(run / "DiT.pt"), encoders)
+    assert (checkpoint.kind, checkpoint.num_classes, checkpoint.resolution, checkpoint.text) == ("dit", 5, 32, None)
+    assert checkpoint.load().config == config
+
+
+def original_mistakes(run: Path) -> dict[str, tuple[object, str]]:
+    weights = export_weights(PixArt(WIDE), original_layout(WIDE))
+    narrow = export_weights(PixArt(PIXART), original_layout(PIXART))
+    return {
+        "positions": (weights, r"hold no positions, .* \(see sampling\.checkpoint_resolution\)"),
+        "narrow": (narrow, r"width 24 is none of \[384, 768, 1024, 1152\]"),
+        "other": ({"a": torch.zeros(1)}, "neither an original PixArt nor a DiT"),
+        "code": ({"a": Path("x")}, "is not a checkpoint of torch"),
+    }
+
+
+@pytest.mark.parametrize("name", ["positions", "narrow", "other", "code"])
+def test_originals_that_cannot_be_used_are_refused(run, encoders, name):
+    content, message = original_mistakes(run)[name]
+    torch.save(content, run / "x.pth")
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(str(run / "x.pth"), encoders)
+    (run / "x.pth").write_bytes(b"no zip, no pickle")
+    with pytest.raises(ValueError, match=r"x\.pth is not a checkpoint of torch"):
+        open_checkpoint(str(run / "x.pth"), encoders)
+
+
+def test_a_checkpoint_without_ema_is_refused(run):
+    path = run / "training" / "stage2" / "step-7" / "trainer.json"
+    path.write_text(path.read_text().replace('"ema"', '"raw"'))
+    with pytest.raises(ValueError, match="holds raw weights, samples are drawn from ema weights"):
+        open_run_checkpoint(run, "stage2")
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_nan_weights_leave_no_image(run, part):
+    model = randomised(PixArt(PIXART))
+    getattr(model.blocks[1].mlp.out, part).data[0] = torch.nan
+    save_checkpoint(run, 2, model)
+    with pytest.raises(ValueError, match="not finite: its weights or its dtype are at fault"):
+        sample(run)
+    assert not list((run / "samples" / "stage2-prompt").glob("*.png"))
+
+
+def test_wrong_encoder_settings_name_their_key(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[features]\ntext_model = "a"\nvae_model = 3\n')
+    with pytest.raises(ValueError, match=r"features\.vae_model: Input should be a valid string"):
+        encoder_config(load_recipe(recipe))
+    recipe.write_text('[features]\ntext_model = "a"\n')
+    assert encoder_config(load_recipe(recipe)) is None
