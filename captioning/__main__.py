@@ -46,7 +46,8 @@ def main() -> None:
 def caption_shards(job: Job) -> Manifest:
     """Caption what is pending, after judging anew what was judged under other thresholds."""
     if not job.is_judged():
-        judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
+        with exclusive(job.output.path):
+            judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
         if judged:
             log.info(f"captioning.quality has changed: judged {len(judged)} shards again, without captioning them")
     _set_aside(job)
