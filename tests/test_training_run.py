@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import finish, make_run, metrics, start, train
+from training_run import all_metrics, finish, make_run, metrics, start, train, validations
 
 from pipelines.feature_store import latent_directory
 from pixart.convert import load_diffusers
@@ -23,6 +23,8 @@ TIMINGS = {
     "images_per_second",
     "data_wait_fraction",
     "elapsed_seconds",
+    "teraflops_per_second",
+    "mfu",
     "peak_memory_gigabytes",
     "device_days",
     "dollars",
@@ -36,7 +38,15 @@ def stage2(run: Path) -> Path:
 
 
 def settings(**changed: object) -> dict[str, object]:
-    return {"init_from": "scratch", "num_steps": NUM_STEPS, "log_every": 4, "checkpoint_every": 25} | changed
+    validation = {"validation_shards": ["laion_1"], "num_validation_samples": 16, "validate_every": 40}
+    return {
+        "init_from": "scratch",
+        "num_steps": NUM_STEPS,
+        "log_every": 4,
+        "checkpoint_every": 25,
+        **validation,
+        **changed,
+    }
 
 
 def ema_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -95,11 +105,41 @@ def test_killed_stopped_and_resumed_equals_undisturbed(straight: Path, tmp_path:
     assert all(torch.equal(ours["module"][name], theirs["module"][name]) for name in ours["module"])
     moments = [[state["exp_avg"] for state in each["optimizer"]["state"].values()] for each in (ours, theirs)]
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
-    assert untimed(metrics(run, 2)) == untimed(metrics(straight, 2))
+    assert untimed(all_metrics(run, 2)) == untimed(all_metrics(straight, 2))
     assert not list(stage2(run).glob(".step-*.tmp"))
     assert len(list(stage2(run).glob("step-*"))) == 2, "training.keep_checkpoints"
     again = train(run, 2, **settings())
     assert "nothing to do" in again
+
+
+def test_validation_repeats_and_falls(straight: Path) -> None:
+    lines = validations(straight, 2)
+    assert [line["step"] for line in lines] == [0, 40, 80, 120, 160, 200]
+    assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
+    # The same samples, noise and timesteps every time: the same bins of timesteps are filled.
+    filled = {tuple(value is None for value in line["validation_loss_by_timestep"]) for line in lines}
+    assert len(filled) == 1
+    assert len(metrics(straight, 2)) == NUM_STEPS // 4
+
+
+def test_validation_is_the_same_for_any_number_of_ranks(straight: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    train(run, 2, **settings(num_steps=4, num_processes=1, gradient_accumulation_steps=2))
+    alone, two = (validations(path, 2)[0] for path in (run, straight))
+    assert alone["validation_loss"] == pytest.approx(two["validation_loss"], rel=1e-6)
+    assert alone["validation_mse"] == pytest.approx(two["validation_mse"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"validation_shards": ["laion_*"]}, "training.stage2.validation_shards ['laion_*'] leaves nothing to train"),
+        ({"validation_shards": ["sa_*"]}, "training.stage2.validation_shards: pattern 'sa_*' matches none"),
+        ({"num_validation_samples": 7}, "give 7 samples, fewer than one batch of training.global_batch_size 8"),
+    ],
+)
+def test_useless_validation_is_refused(changed: dict[str, object], message: str, tmp_path: Path) -> None:
+    assert message in train(make_run(tmp_path), 2, status=2, **settings(num_steps=4, num_processes=1, **changed))
 
 
 def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
@@ -169,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_keys(tmp_path: Path) -> N
         for row in rows:
             tar.seek(row["mean_offset"])
             tar.write(np.full(1, np.nan, np.float16).tobytes())
-    said = train(run, 2, status=2, **settings())
+    said = train(run, 2, status=2, **settings(validation_shards=[]))
     assert "is not finite, first laion_1_" in said
     assert "Traceback" not in said
     (dump,) = stage2(run).glob("non-finite-step-*.json")

@@ -219,6 +219,15 @@ def finish(process: subprocess.Popen[str], *, status: int = 0, timeout_seconds: 
     return " ".join(said.split())
 
 
-def metrics(run: Path, stage: int) -> list[dict]:
+def all_metrics(run: Path, stage: int) -> list[dict]:
+    """Lines of training and of validation."""
     lines = (run / "training" / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def metrics(run: Path, stage: int) -> list[dict]:
+    return [line for line in all_metrics(run, stage) if "loss" in line]
+
+
+def validations(run: Path, stage: int) -> list[dict]:
+    return [line for line in all_metrics(run, stage) if "validation_loss" in line]

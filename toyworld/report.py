@@ -251,7 +251,8 @@ def _read_losses(path: Path) -> list[tuple[int, float]]:
     # Only whole lines: training may be writing the last one right now.
     lines = path.read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    losses = {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
+    # Lines of the validation have no training loss.
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row and math.isfinite(row["loss"])}
     return sorted(losses.items())
 
 

@@ -7,6 +7,7 @@ from pipelines.command import parse_command, run_command
 from pipelines.progress import get_logger
 from pipelines.summary import update_summary
 from training.config import STAGES
+from training.gate import print_gate, samples_of
 from training.launch import run_ranks
 from training.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.stage import StageJob, open_stage
@@ -24,6 +25,9 @@ def main() -> None:
         log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
         return
     preflight = inspect_stage(job)
+    former = job.start.checkpoint
+    if former is not None and resume is None:
+        print_gate(former, samples=samples_of(former))
     print_plan(job, preflight)
     if command.is_plan:
         _print_weights(job, preflight)
@@ -61,6 +65,7 @@ def _report(job: StageJob, preflight: Preflight, *, is_finished: bool, seconds: 
     update_summary(job.command.run, f"seconds.training.{name}", round(seconds, 1))
     update_summary(job.command.run, f"counts.training.{name}", counts)
     log.info(f"{name}: {checkpoint.step:,} steps in {seconds:.0f} s, EMA weights in {checkpoint.path / 'model'}")
+    print_gate(checkpoint, samples=samples_of(checkpoint))
 
 
 if __name__ == "__main__":

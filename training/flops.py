@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
+from training.data.batch import PackedBatch
 
 # A backward pass multiplies once for the inputs and once for the weights.
 FORWARD_PASSES_PER_STEP = 3
@@ -50,9 +51,15 @@ class StepFlops:
         """
         one, two = self._forward(height, width, 1), self._forward(height, width, 2)
         # Each token of text costs the same: projection, keys, values, and its part of the attention.
-        per_token = two - one
+        per_token = two - one  # 0 for class labels
         forward = num_samples * (one - per_token) + num_text_tokens * per_token
         return FORWARD_PASSES_PER_STEP * forward
+
+    def of_batch(self, batch: PackedBatch) -> int:
+        """Return the operations of a micro-batch."""
+        num_samples, _, height, width = batch.mean.shape
+        num_text_tokens = 0 if batch.text is None else int(batch.text.lengths.sum())
+        return self.of_samples(num_samples, height=height, width=width, num_text_tokens=num_text_tokens)
 
     def _count_forward(self, height: int, width: int, num_text_tokens: int) -> int:
         config = self._config

@@ -19,12 +19,15 @@ from training.checkpoint import save_checkpoint
 from training.config import StageTraining
 from training.data.batch import PackedBatch
 from training.ema import EMA
+from training.flops import StepFlops
 from training.health import SkipCounter, StepLosses, stop_on_non_finite
 from training.metrics import LossWindow, MetricsLog, costs
 from training.objective import Denoising
+from training.validation import Validation, is_due
 from training.zero import Update, ZeroModel
 
 GIGABYTE = 1e9
+TERA = 1e12
 KIBIBYTE = 1024  # unit of ru_maxrss on Linux
 
 
@@ -35,6 +38,7 @@ class Clock:
         self._start_seconds = time.monotonic() - elapsed_seconds
         self._lap_seconds = time.monotonic()
         self._wait_seconds = 0.0
+        self._flops = 0
 
     @property
     def elapsed_seconds(self) -> float:
@@ -48,16 +52,33 @@ class Clock:
         yield
         self._wait_seconds += time.monotonic() - start_seconds
 
-    def lap(self, num_samples: int) -> dict[str, float]:
-        """Return the speed since the last lap, in which `num_samples` were trained on, and start the next."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the speed, though not out of the elapsed time."""
+        start_seconds = time.monotonic()
+        yield
+        self._lap_seconds += time.monotonic() - start_seconds
+
+    def count_flops(self, flops: int) -> None:
+        """Count floating point operations of this rank's model."""
+        self._flops += flops
+
+    def lap(self, num_samples: int, *, peak_teraflops: float | None) -> dict[str, float | None]:
+        """Return the speed since the last lap, in which `num_samples` were trained on, and start the next.
+
+        `teraflops_per_second` and `mfu`, its share of the device's peak, are this rank's.
+        """
         now_seconds = time.monotonic()
         seconds = now_seconds - self._lap_seconds
+        teraflops_per_second = self._flops / TERA / seconds
         figures = {
             "images_per_second": num_samples / seconds,
             "data_wait_fraction": self._wait_seconds / seconds,
             "elapsed_seconds": self.elapsed_seconds,
+            "teraflops_per_second": teraflops_per_second,
+            "mfu": teraflops_per_second / peak_teraflops if peak_teraflops else None,
         }
-        self._lap_seconds, self._wait_seconds = now_seconds, 0.0
+        self._lap_seconds, self._wait_seconds, self._flops = now_seconds, 0.0, 0
         return figures
 
 
@@ -76,6 +97,9 @@ class Session:
     clock: Clock
     skips: SkipCounter
     window: LossWindow
+    flops: StepFlops
+    peak_teraflops: float | None = None
+    validation: Validation | None = None
     step: int = 0
     metrics: MetricsLog | None = None
     progress_bar: ProgressBar | None = None
@@ -89,6 +113,8 @@ def train(session: Session) -> None:
     """
     settings, model = session.settings, session.model
     is_stopping = False
+    if session.step == 0:
+        _validate(session)
     while session.step < settings.num_steps and not is_stopping:
         losses = _forward_backward(session)
         is_stopping = losses.share(is_stopping=session.stop.is_set())
@@ -109,6 +135,8 @@ def train(session: Session) -> None:
             _log(session, update, learning_rate=learning_rate, update_norm=_distance(before, model))
         if session.progress_bar is not None:
             session.progress_bar.advance()
+        if is_due(session.step, every=settings.validate_every, last=settings.num_steps):
+            _validate(session)
         if is_stopping or session.step == settings.num_steps or session.step % settings.checkpoint_every == 0:
             save(session)
 
@@ -120,11 +148,25 @@ def _forward_backward(session: Session) -> StepLosses:
     num_micro_batches = session.settings.gradient_accumulation_steps
     for i in range(num_micro_batches):
         with session.clock.waiting():
-            batch = next(session.batches).to(model.device)
+            packed = next(session.batches)
+            batch = packed.to(model.device)
+        session.clock.count_flops(session.flops.of_batch(packed))
         loss = objective.loss(model.engine, batch)
         model.backward(loss.total.mean(), is_last=i + 1 == num_micro_batches)
         losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
     return losses
+
+
+def _validate(session: Session) -> None:
+    """Write the validation loss of this step, if the stage has shards for it."""
+    if session.validation is None:
+        return
+    with session.clock.paused():
+        losses = session.validation.run(
+            session.model, session.objective, directory=session.directory, step=session.step
+        )
+    if session.metrics is not None:
+        session.metrics.write({"step": session.step, **losses})
 
 
 def learning_rate_at(settings: StageTraining, step: int) -> float:
@@ -147,20 +189,22 @@ def _distance(before: list[Tensor], model: ZeroModel) -> float:
 def _log(session: Session, update: Update, *, learning_rate: float, update_norm: float) -> None:
     settings = session.settings
     losses, num_steps = session.window.flush()
-    speed = session.clock.lap(num_steps * settings.global_batch_size)
+    speed = session.clock.lap(num_steps * settings.global_batch_size, peak_teraflops=session.peak_teraflops)
     if session.metrics is None:
         return
+    norm = update.gradient_norm
     record = {
         "step": session.step,
         "num_samples_seen": session.step * settings.global_batch_size,
         **losses,
-        "gradient_norm": update.gradient_norm if math.isfinite(update.gradient_norm) else None,
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "clipped_gradient_norm": min(norm, settings.gradient_clip) if math.isfinite(norm) else None,
         "update_norm": update_norm,
         "skipped_steps": session.skips.total,
         "learning_rate": learning_rate,
         **speed,
         "peak_memory_gigabytes": _peak_memory_gigabytes(session.model.device),
-        **costs(settings, elapsed_seconds=speed["elapsed_seconds"], num_devices=dist.get_world_size()),
+        **costs(settings, elapsed_seconds=session.clock.elapsed_seconds, num_devices=dist.get_world_size()),
     }
     session.metrics.write(record)
     if session.progress_bar is not None:

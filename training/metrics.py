@@ -96,12 +96,12 @@ class MetricsLog:
         """Write one line; its numbers go to TensorBoard under their names."""
         self._file.write((json.dumps(record) + "\n").encode())
         for name, value in record.items():
-            if isinstance(value, list):
-                scalars = {f"{name}/{i}": item for i, item in enumerate(value) if item is not None}
-            else:
-                scalars = {name: value}
+            scalars = (
+                {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
             for tag, scalar in scalars.items():
-                self._board.add_scalar(tag, scalar, record["step"])
+                if scalar is not None:
+                    self._board.add_scalar(tag, scalar, record["step"])
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +114,8 @@ class MetricsLog:
 
 
 def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    """Return the whole lines of steps up to `step`; a line that was cut by a kill is not whole."""
-    if not path.is_file():
+    """Return the whole lines of steps up to `step`, none if that is the start; one that a kill has cut is not whole."""
+    if step == 0 or not path.is_file():
         return []
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return [line for line in lines if json.loads(line)["step"] <= step]

@@ -141,6 +141,9 @@ def _print_datasets(job: StageJob, survey: Survey) -> None:
     if features.unused_shards:
         first = ", ".join(features.unused_shards[:3])
         _print("not read", f"{len(features.unused_shards):,} shards of features.{job.command.stage_name}: {first} …")
+    for dataset in features.held_out:
+        count = f"{len(dataset.shards):,} shards, every {settings.validate_every:,} steps"
+        _print("validate", f"{count}; {', '.join(dataset.shards[:3])}{' …' if len(dataset.shards) > 3 else ''}")
     caches = [dataset.latents.cache for dataset in features.datasets if dataset.latents.cache is not None]
     if caches:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")

@@ -40,10 +40,14 @@ FREE_SETTINGS = {
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Weights a stage starts from: a diffusers folder, or None for fresh ones. `identity` changes with the weights."""
+    """Weights a stage starts from: a diffusers folder, or None for fresh ones. `identity` changes with the weights.
+
+    `checkpoint` is the training checkpoint they are of, if they are of one.
+    """
 
     folder: Path | None
     identity: str
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,8 @@ def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
             f"{checkpoint.path.parent} has done {checkpoint.step} of {checkpoint.trainer['num_steps']} steps; "
             f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
         )
-    return StartingPoint(checkpoint.path / MODEL, f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}")
+    identity = f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}"
+    return StartingPoint(checkpoint.path / MODEL, identity, checkpoint)
 
 
 def _from_model(model_id: str) -> StartingPoint:

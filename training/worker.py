@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from pipelines.command import parse_command, run_command
@@ -20,21 +19,21 @@ from pipelines.storage import atomic_write_bytes
 from pixart.diffusion import Diffusion
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
+from training.batches import shared_survey, training_reader
 from training.checkpoint import load_checkpoint, needs_universal
 from training.config import STAGES
-from training.data.assembly import BatchAssembler
-from training.data.index import FeatureIndex
-from training.data.reader import BatchReader
-from training.data.survey import ShardSurvey, Survey, load_survey, make_survey, save_survey, survey_shards
+from training.data.survey import Survey
 from training.ema import EMA
+from training.flops import StepFlops, device_peak_teraflops
 from training.health import SkipCounter
 from training.launch import ERROR_FOLDER, LOST_CONTACT
 from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
 from training.networks import count_parameters, network_config, starting_network
 from training.objective import SCHEDULE, Denoising
-from training.preflight import print_weights, require_disk, require_even_batches, stage_plan
-from training.stage import SURVEY, StageJob, open_stage
+from training.preflight import print_weights, require_disk, require_even_batches
+from training.stage import StageJob, open_stage
+from training.validation import open_validation
 from training.zero import ZeroModel, initialize_ranks
 
 
@@ -80,7 +79,7 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
         load_checkpoint(resume, model=model, ema=ema)
         trainer = resume.trainer
     with ExitStack() as stack:
-        reader = stack.enter_context(_reader(job, survey, start_step=trainer["step"]))
+        reader = stack.enter_context(training_reader(job, survey, start_step=trainer["step"]))
         remaining_steps = settings.num_steps - trainer["step"]
         title = f"training {job.command.stage_name}"
         session = Session(
@@ -97,53 +96,14 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
                 settings.max_skipped_steps, total=trainer["skipped_steps"], in_a_row=trainer["skipped_in_a_row"]
             ),
             window=LossWindow(trainer.get("window")),
+            flops=StepFlops(config),
+            peak_teraflops=settings.device_peak_teraflops or device_peak_teraflops(model.device),
+            validation=open_validation(job),
             step=trainer["step"],
             metrics=stack.enter_context(MetricsLog(job.directory, step=trainer["step"])) if is_first else None,
             progress_bar=stack.enter_context(progress_bar(title, remaining_steps, unit="steps")) if is_first else None,
         )
         train(session)
-
-
-def shared_survey(job: StageJob) -> Survey:
-    """Return the survey of the stage's samples; where the launcher has not made it, each rank counts some shards."""
-    path, identity = job.directory / SURVEY, job.fingerprint.digest
-    is_there = [load_survey(path, identity=identity) is not None]
-    dist.broadcast_object_list(is_there, src=0)
-    if not is_there[0]:
-        index = FeatureIndex(job.features.datasets)
-        mine = survey_shards(index, range(dist.get_rank(), len(index), dist.get_world_size()))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        if dist.get_rank() == 0:
-            shards: list[ShardSurvey] = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(index))]
-            save_survey(make_survey(index, shards), path, identity=identity)
-    dist.barrier()
-    survey = load_survey(path, identity=identity)
-    assert survey is not None, f"{job.directory} is not seen by this rank: RUN must be a folder all machines share"
-    return survey
-
-
-def _reader(job: StageJob, survey: Survey, *, start_step: int) -> BatchReader:
-    settings, datasets = job.settings, job.features.datasets
-    assembler = BatchAssembler(
-        datasets[0],
-        buckets=survey.buckets,
-        seed=settings.seed,
-        stage=job.stage,
-        caption_dropout=settings.caption_dropout,
-        checks_payloads=settings.check_payloads,
-    )
-    return BatchReader(
-        stage_plan(job, survey),
-        FeatureIndex(datasets),
-        assembler,
-        steps=range(start_step, settings.num_steps),
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
-        num_micro_batches=settings.gradient_accumulation_steps,
-        prefetch_batches=settings.prefetch_batches,
-        is_pinned=torch.cuda.is_available(),
-    )
 
 
 def _objective(job: StageJob, network: DiT | PixArt, model: ZeroModel) -> Denoising:

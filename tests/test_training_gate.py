@@ -1,0 +1,78 @@
+"""The gate between stages: each condition holds, fails, or is left to a person, by what lies in the run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from training.checkpoint import Checkpoint, open_checkpoint
+from training.gate import samples_of, stage_gate
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """A finished stage whose losses fell."""
+    folder = tmp_path / "training" / "stage2" / "step-100"
+    folder.mkdir(parents=True)
+    (folder / "trainer.json").write_text(json.dumps({"step": 100, "num_steps": 100, "skipped_steps": 0}))
+    write_metrics(folder.parent, losses=[1.0 - i / 40 for i in range(20)], validation=[1.0, 0.7, 0.69])
+    return open_checkpoint(folder)
+
+
+def write_metrics(stage: Path, *, losses: list[float], validation: list[float]) -> None:
+    lines: list[dict] = [{"step": 5 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
+    lines += [{"step": i, "validation_loss": loss} for i, loss in enumerate(validation)]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def verdicts(checkpoint: Checkpoint) -> dict[str, bool | None]:
+    return {check.name: check.holds for check in stage_gate(checkpoint, samples=samples_of(checkpoint))}
+
+
+def draw_samples(checkpoint: Checkpoint, *, seconds_later: float) -> None:
+    grid = samples_of(checkpoint) / "grid.png"
+    grid.parent.mkdir(parents=True)
+    grid.touch()
+    written = (checkpoint.path / "trainer.json").stat().st_mtime
+    os.utime(grid, (written + seconds_later, written + seconds_later))
+
+
+def test_a_healthy_stage_leaves_only_its_samples_to_be_looked_at(checkpoint: Checkpoint) -> None:
+    draw_samples(checkpoint, seconds_later=10)
+    expected = {"steps": True, "loss": True, "validation": True, "health": True, "samples": None}
+    assert verdicts(checkpoint) == expected
+
+
+def test_samples_of_an_earlier_checkpoint_do_not_count(checkpoint: Checkpoint) -> None:
+    draw_samples(checkpoint, seconds_later=-10)
+    assert verdicts(checkpoint)["samples"] is False
+
+
+def test_a_loss_that_rose_fails(checkpoint: Checkpoint) -> None:
+    write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(20)], validation=[1.0, 0.7, 0.73])
+    assert verdicts(checkpoint)["loss"] is False
+    assert verdicts(checkpoint)["validation"] is False, "4% over its lowest: it overfits"
+
+
+def test_what_was_not_measured_is_not_passed(checkpoint: Checkpoint) -> None:
+    (checkpoint.path.parent / "metrics.jsonl").unlink()
+    assert verdicts(checkpoint)["loss"] is None
+    assert verdicts(checkpoint)["validation"] is None
+
+
+@pytest.mark.parametrize(("num_skipped", "holds"), [(0, True), (1, False)])
+def test_skipped_updates_count(checkpoint: Checkpoint, num_skipped: int, holds: bool) -> None:
+    path = checkpoint.path / "trainer.json"
+    path.write_text(json.dumps(checkpoint.trainer | {"skipped_steps": num_skipped}))
+    assert verdicts(open_checkpoint(checkpoint.path))["health"] is holds
+
+
+def test_an_unfinished_stage_and_a_dump_fail(checkpoint: Checkpoint) -> None:
+    path = checkpoint.path / "trainer.json"
+    path.write_text(json.dumps(checkpoint.trainer | {"step": 60}))
+    (checkpoint.path.parent / "non-finite-step-61.json").touch()
+    found = {check.name: check for check in stage_gate(open_checkpoint(checkpoint.path), samples=Path("none"))}
+    assert found["steps"].holds is False
+    assert found["health"].holds is False
+    assert "non-finite-step-61.json" in found["health"].finding
