@@ -18,7 +18,7 @@ MIN_WINDOW_BYTES = 16 << 10
 MAX_WINDOW_BYTES = 4 << 20
 # Passing over this much costs about as long as one more request.
 MAX_GAP_BYTES = 256 << 10
-KEPT_WINDOWS = 8
+KEPT_WINDOWS = 4
 # What tells one version of a file from the next, the best first; names as the file systems of fsspec have them.
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "Last-Modified", "LastModified", "updated", "mtime")
 # What other processes of a job need to read what this one can read.

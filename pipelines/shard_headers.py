@@ -4,19 +4,29 @@ A file there is a copy of what the tar says and can be deleted at any time. It c
 and time of change (remote: the version) that it had when it was read.
 """
 
+import functools
 import json
+import multiprocessing
+import os
 import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.progress import progress_bar
 from pipelines.raw_samples import Member, RawSample, detect_dialect, group_samples
-from pipelines.storage import RangeFile, atomic_write_bytes, is_remote, sha256_text
+from pipelines.storage import RangeFile, atomic_write_bytes, is_remote, open_ranges, sha256_text
 from pipelines.tar_headers import read_tar
 
 FOLDER = ".headers"
 # Raised when tars are grouped in another way, or the files change their form.
 FORMAT_VERSION = 1
+# Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
+NUM_THREADS = 16
+SHARDS_PER_TASK = 16
+MIN_SHARDS_PER_PROCESS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +57,16 @@ class ShardHeaders:
     samples: list[RawSample]
 
 
-def read_headers(file: RangeFile) -> ShardHeaders:
-    """Read and group the headers of a tar; raises ValueError if it is none."""
-    contents = read_tar(file)
+def read_headers(path: str, file: RangeFile) -> ShardHeaders:
+    """Read and group the headers of the tar at `path`.
+
+    Raises:
+        ValueError: it is no tar; names it.
+    """
+    try:
+        contents = read_tar(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable tar: {error}") from None
     grouped = group_samples(contents.entries, num_bytes=file.size)
     summary = ShardSummary(
         stamp=file.stamp,
@@ -118,3 +135,55 @@ def _load_sample(item: list[Any]) -> RawSample:
     key, image_extension, reject, members = item
     found = {extension: Member(offset, size) for extension, offset, size in members}
     return RawSample(key=key, members=found, image_extension=image_extension, reject=reject)
+
+
+def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary | ValueError]:
+    """Return what is to be known of each shard, or what is wrong with it; what was not remembered in `run` is read.
+
+    Raises:
+        OSError: a shard cannot be read; names it.
+    """
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        found = dict(zip(paths, pool.map(functools.partial(_recall_summary, run=run), paths), strict=True))
+    unread = [path for path, summary in found.items() if summary is None]
+    tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
+    read: dict[str, ShardSummary | ValueError] = {}
+    with progress_bar("shards", len(unread), unit="shards") as progress:
+        for task, summaries in zip(tasks, _run_tasks(tasks, run), strict=True):
+            read.update(zip(task, summaries, strict=True))
+            progress.advance(len(task), note="reading headers")
+    return [summary or read[path] for path, summary in found.items()]
+
+
+def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[ShardSummary | ValueError]]:
+    read = functools.partial(_read_some, run=run)
+    num_processes = min(os.cpu_count() or 1, sum(map(len, tasks)) // MIN_SHARDS_PER_PROCESS)
+    if num_processes < 2:
+        yield from map(read, tasks)
+        return
+    # Not by fork: the threads of fsspec and Arrow would be missing in the child, and their locks held.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(read, tasks)
+
+
+def _read_some(paths: Sequence[str], *, run: Path | None) -> list[ShardSummary | ValueError]:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(functools.partial(_read_summary, run=run), paths))
+
+
+def _recall_summary(path: str, *, run: Path | None) -> ShardSummary | None:
+    if run is None:
+        return None
+    with open_ranges(path) as file:
+        return HeaderCache(run).summary(path, file.stamp)
+
+
+def _read_summary(path: str, *, run: Path | None) -> ShardSummary | ValueError:
+    try:
+        with open_ranges(path) as file:
+            headers = read_headers(path, file)
+    except ValueError as error:
+        return error
+    if run is not None:
+        HeaderCache(run).remember(path, headers)
+    return headers.summary

@@ -5,20 +5,17 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.pieces import Source
-from pipelines.progress import get_logger, progress_bar
+from pipelines.progress import get_logger
 from pipelines.raw_samples import Member, RawSample
 from pipelines.remote import list_urls
-from pipelines.shard_headers import HeaderCache, ShardHeaders, ShardSummary, read_headers
+from pipelines.shard_headers import HeaderCache, ShardHeaders, ShardSummary, read_headers, read_summaries
 from pipelines.storage import RangeFile, atomic_write_json, is_remote, open_ranges
 
 REMEMBERED_NAME = "shards.json"
-# Headers of remote shards are waited for, not computed.
-HEADER_THREADS = 32
 FAULTS_NAMED = 5
 NAMES_SHOWN = 3
 BRACE = re.compile(r"\{([^{}]*)\}")
@@ -196,17 +193,10 @@ def open_shard(
     """
     with open_ranges(path) as file:
         headers = HeaderCache(run).headers(path, file.stamp) if run else None
-        headers = headers or _read_headers(path, file)
+        headers = headers or read_headers(path, file)
         if identity not in (None, headers.summary.identity):
             raise ValueError(f"{path} has changed since this command began; run it again")
         yield RawShard(path, file, headers, dialect=dialect)
-
-
-def _read_headers(path: str, file: RangeFile) -> ShardHeaders:
-    try:
-        return read_headers(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable tar: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,23 +216,13 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
         ValueError: some files are no tars, or cannot be read by place; names them.
         OSError: a shard cannot be read; names it.
     """
-    with progress_bar("shards", len(paths), unit="shards") as progress, ThreadPoolExecutor(HEADER_THREADS) as pool:
-
-        def summarize(path: str) -> ShardSummary | ValueError:
-            try:
-                return _summarize(path, run)
-            except ValueError as error:
-                return error
-
-        summaries = []
-        for summary in pool.map(summarize, paths):
-            summaries.append(summary)
-            progress.advance(note="reading headers")
+    summaries = read_summaries(paths, run)
     if errors := [str(summary) for summary in summaries if isinstance(summary, ValueError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
         raise ValueError("\n".join([*errors[:FAULTS_NAMED], *more]))
     described = []
     for path, summary in zip(paths, summaries, strict=True):
+        assert isinstance(summary, ShardSummary), "errors have been raised"
         if summary.fault is not None:
             log.warning(f"{path}: {summary.fault}")
         if summary.unusable:
@@ -256,18 +236,6 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
 def shard_source(path: str, *, dialect: str = "auto") -> Source:
     """Describe one raw tar as a source for `run_over_shards`; reads its headers."""
     return describe_shards([path], dialect=dialect)[0].source
-
-
-def _summarize(path: str, run: Path | None) -> ShardSummary:
-    with open_ranges(path) as file:
-        if run is None:
-            return _read_headers(path, file).summary
-        cache = HeaderCache(run)
-        if (known := cache.summary(path, file.stamp)) is not None:
-            return known
-        headers = _read_headers(path, file)
-        cache.remember(path, headers)
-        return headers.summary
 
 
 def remember_shards(run: Path, paths: Sequence[str]) -> None:

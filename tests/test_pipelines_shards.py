@@ -233,6 +233,22 @@ def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypa
     assert describe_shards(paths, run=run) == again
 
 
+def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> None:
+    paths = [write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", b"x" * number)]) for number in range(12)]
+    expected = describe_shards(paths)
+    walks = count_headers(monkeypatch)
+    monkeypatch.setattr(pipelines.shard_headers, "MIN_SHARDS_PER_PROCESS", 4)
+    monkeypatch.setattr(pipelines.shard_headers, "SHARDS_PER_TASK", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert describe_shards(paths, run=tmp_path / "run") == expected and not walks
+    Path(paths[5]).write_bytes(b"<html>" * 200)
+    Path(paths[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"00\.tar"):
+        describe_shards(paths)
+    with pytest.raises(ValueError, match=r"05\.tar is not a readable tar"):
+        describe_shards(paths[1:])
+
+
 def test_the_recipe_decides_the_dialect_of_remembered_headers_too(tmp_path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", b"t"), ("a.json", b"{}")])
     for dialect, expected in (
