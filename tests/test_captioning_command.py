@@ -1,6 +1,8 @@
 """`python -m captioning` as typed: the same bytes after a kill and for any number of workers, and no work twice."""
 
+import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -209,3 +211,30 @@ def test_the_recipes_of_the_house_parse() -> None:
         load_recipe(path).table("captioning", CaptioningConfig)
     models = [load_recipe(path).tables["captioning"]["model"] for path in sorted(Path("recipes").glob("pixart*.toml"))]
     assert "llava-hf/llava-1.5-7b-hf" in models
+
+
+def documented_commands() -> list[str]:
+    lines = [line.strip() for line in Path("docs/CAPTIONING.md").read_text().splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("make caption")]
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_commands_of_the_docs_page_are_real(line: str) -> None:
+    """Each is what make turns into a command whose every key the recipe's tables take."""
+    from captioning.config import CaptioningConfig
+    from pipelines.engine import EngineConfig
+    from pipelines.recipe import DataConfig, load_recipe
+
+    # Texts reach the command through the environment; make only names them.
+    typed = shlex.split(line)
+    variables = dict(word.split("=", 1) for word in typed[2:])
+    done = subprocess.run(["make", "-n", *typed[1:]], capture_output=True, text=True, check=True)
+    [made] = [made for made in done.stdout.splitlines() if "-m captioning" in made]
+    words = shlex.split(made.replace("$SHARDS", variables["SHARDS"]))
+    overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
+    assert set(variables) <= {"SHARDS", "RUN", "PLAN", "RETRY", "SET"} and len(overrides) >= 1
+    recipe = load_recipe("recipes/pixart-alpha.toml", overrides)
+    config = recipe.table("captioning", CaptioningConfig)
+    engine, data = recipe.table("engine", EngineConfig), recipe.table("data", DataConfig)
+    assert data.shards == variables["SHARDS"] and config.retry_rejects == ("RETRY" in variables)
+    assert (config.engine == "openai") == (engine.gpus_per_worker == 0)
