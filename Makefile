@@ -17,7 +17,8 @@ SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),
 	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
 	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \
 	$(if $(SIZE),--set sampling.size=$(SIZE))
-
+EVAL_FLAGS = $(if $(REFERENCE),--set "evaluation.reference=$$REFERENCE") $(if $(CLIP),--set "evaluation.clip=$$CLIP") \
+	$(if $(INCEPTION),--set "evaluation.inception=$$INCEPTION")
 STATS_FLAGS = $(if $(SETS),--set "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--set dataset_stats.sample=$(SAMPLE)) \
 	$(if $(SEED),--set dataset_stats.seed=$(SEED))
 
@@ -29,6 +30,7 @@ help:  ## Show this list
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
+	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +104,14 @@ train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8)
 .PHONY: sample
 sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT='…')
 	@$(PY) -m sampling $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS)
+
+.PHONY: eval
+eval: $(READY) need-stage  ## Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)
+	@$(PY) -m sampling.evaluation $(or $(TASK),score) $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(EVAL_FLAGS)
+
+.PHONY: app
+app: $(READY) need-stage  ## A local page to draw from a checkpoint (STAGE=2 PORT=7860)
+	@$(PY) -m sampling.app $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(if $(PORT),--set app.port=$(PORT))
 
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed

@@ -20,6 +20,7 @@ TABLES = (
     "training",
     "sampling",
     "evaluation",
+    "app",
 )
 
 

@@ -157,16 +157,17 @@ def test_an_interrupted_evaluation_continues(run, clip_folder, monkeypatch):
 def test_benchmark_prompts_are_drawn_into_a_folder_of_their_own(run, clip_folder, monkeypatch):
     (run.parent / "dataset").mkdir()
     (run.parent / "dataset" / "color_val.txt").write_text("a green bench and a blue bowl\na red car\n")
-    table = {"prompt_set": "t2i-compbench", "prompts": str(run.parent / "dataset"), "images_per_prompt": 2}
+    table = {"prompt_set": "t2i-compbench", "prompts": str(run.parent / "dataset")}
+    n = ("--set", "sampling.images_per_prompt=2")
     drawn = count_draws(monkeypatch)
-    folder = evaluate(run, clip_folder, **table)
+    folder = evaluate(run, clip_folder, *n, **table)
     expected = ["color-0000-1.png", "color-0000.png", "color-0001-1.png", "color-0001.png"]
     assert sorted(drawn) == expected
     samples = run / "evaluation" / "samples" / "stage2-t2i-compbench"
     assert sorted(path.name for path in samples.glob("color*.png")) == expected
     (samples / "color-0001.png").unlink()
     drawn.clear()
-    evaluate(run, clip_folder, **table)
+    evaluate(run, clip_folder, *n, **table)
     # Nothing but the batch that the missing image belongs to.
     assert "color-0001.png" in drawn and len(drawn) <= 2
     assert json.loads((folder / "scores.json").read_text())["checkpoints"][0]["inputs"]["num_images"] == 4

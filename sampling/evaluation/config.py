@@ -37,10 +37,10 @@ class EvaluationConfig(StageConfig):
         description="T2I-CompBench: folder of <category>_val.txt; COCO: captions_val2014.json",
     )
     num_prompts: int | None = pydantic.Field(
-        default=None, ge=1, description="Prompts at most (T2I-CompBench: of each category); null = all; COCO: 30,000"
-    )
-    images_per_prompt: int | None = pydantic.Field(
-        default=None, ge=1, description="null = sampling.images_per_prompt; T2I-CompBench wants 10"
+        default=None,
+        ge=1,
+        description="Prompts of a benchmark (T2I-CompBench: of each category); null = all, of COCO 30,000. For the "
+        "recipe's own prompts sampling.max_prompts decides",
     )
     compare: list[str] = pydantic.Field(
         default_factory=list,

@@ -69,14 +69,14 @@ def find_contestants(
     Raises:
         FileNotFoundError, ValueError: a checkpoint or prompt file is not there or not usable.
     """
-    sampling = _sampling_config(command, config, guidance_scale=guidance_scale)
+    sampling = _sampling_config(command, guidance_scale=guidance_scale)
     prompts = write_prompt_set(config, run=command.run)
     if prompts is not None:
         sampling = sampling.model_copy(update={"prompts": str(prompts), "max_prompts": None})
     suffix = "" if prompts is None else f"-{config.prompt_set}"
     if guidance_scale is not None:
         suffix += f"-cfg{guidance_scale:g}"
-    is_plain = not suffix and config.images_per_prompt is None and config.num_prompts is None
+    is_plain = not suffix
     checkpoints = [(command.stage_name, find_checkpoint(sampling, command))]
     checkpoints += [_open_other(spec, command) for spec in config.compare]
     contestants = []
@@ -116,17 +116,13 @@ def draw_samples(contestant: Contestant, *, run: Path) -> None:
     run_job(contestant.job, run=run)
 
 
-def _sampling_config(command: Command, config: EvaluationConfig, *, guidance_scale: float | None) -> SamplingConfig:
+def _sampling_config(command: Command, *, guidance_scale: float | None) -> SamplingConfig:
     sampling = command.recipe.table("sampling", SamplingConfig)
     update: dict[str, Any] = {"prompt": None}
     # Below RUN/evaluation `{run}` stands for RUN all the same.
     for name in ("prompts", "text_embeddings"):
         value = getattr(sampling, name)
         update[name] = value and value.replace("{run}", str(command.run))
-    if config.images_per_prompt is not None:
-        update["images_per_prompt"] = config.images_per_prompt
-    if config.num_prompts is not None and config.prompt_set == "sampling":
-        update["max_prompts"] = config.num_prompts
     if guidance_scale is not None:
         update["guidance_scale"] = guidance_scale
     return sampling.model_copy(update=update)

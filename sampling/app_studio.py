@@ -1,0 +1,185 @@
+"""What the app does behind its page: one checkpoint kept in memory, one image at a time, a history on disk."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.engine import EngineConfig
+from pipelines.progress import get_logger
+from sampling.checkpoints import Checkpoint
+from sampling.config import SamplingConfig
+from sampling.generate import check_inputs, make_job
+from sampling.images import is_written, write_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sampling.renderer import Renderer
+
+MAX_HISTORY = 60
+# Embeddings of the latest prompts: another seed or scale must not load the text encoder again.
+MAX_TEXTS = 32
+
+log = get_logger("sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the page's fields say; `size` is width x height in pixels, such as 1024x768."""
+
+    prompt: str
+    negative_prompt: str
+    size: str
+    solver: str
+    num_steps: int
+    guidance_scale: float
+    seed: int
+
+
+class DrawingStopped(Exception):
+    """Somebody asked the studio to stop."""
+
+
+class Studio:
+    """Draws wishes from a checkpoint; models are loaded with the first one, and stay.
+
+    An image is the one that `make sample` draws for the same prompt, seed and settings.
+
+    Raises:
+        ValueError: the checkpoint knows classes, not text.
+    """
+
+    def __init__(
+        self, config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig
+    ) -> None:
+        if checkpoint.text is None:
+            raise ValueError(f"{checkpoint.name} knows classes, not text: the app draws from stages 2 and 3")
+        self.checkpoint = checkpoint
+        self.config = config
+        self.folder = run / "samples" / name
+        self._run, self._name, self._engine = run, name, engine
+        self._renderer: Renderer | None = None
+        self._texts: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._is_stopped = threading.Event()
+
+    def sizes(self) -> list[str]:
+        """Return the sizes that the checkpoint was trained at, widest first, the square ones in front."""
+        by_shape = sorted(self.checkpoint.buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
+        return [f"{width}x{height}" for height, width in by_shape]
+
+    def first_wish(self) -> Wish:
+        """Return what the fields show at first: the recipe's settings."""
+        config = self.config
+        return Wish(
+            prompt=config.prompt or "",
+            negative_prompt=config.negative_prompt,
+            size=config.size or self.sizes()[0],
+            solver=config.solver,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+        )
+
+    def draw(self, wish: Wish, *, on_step: Callable[[int], None]) -> Path:
+        """Draw an image and keep it in the history; returns its file.
+
+        `on_step` is told how many solver steps are done, 0 while prompts are encoded and models loaded.
+
+        Raises:
+            ValueError: a field's value is out of its bounds, or the model gives nothing finite; names the key.
+            DrawingStopped: `stop` was called.
+        """
+
+        def step(num_done: int) -> None:
+            if self._is_stopped.is_set():
+                raise DrawingStopped
+            on_step(num_done)
+
+        config = self._config_of(wish)
+        job = make_job(config, self.checkpoint, run=self._run, name=self._name, engine=self._engine)
+        (request,) = job.requests
+        # One prompt has many images here, and each is kept.
+        request = replace(request, file=f"{request.key}-{request.seed}-{job.fingerprint.digest[:8]}.png")
+        path = self.folder / request.file
+        with self._lock:
+            if is_written(self.folder, request, fingerprint=job.fingerprint):
+                path.touch()
+                return path
+            self._is_stopped.clear()
+            step(0)
+            texts = self._embeddings(config, [config.negative_prompt, request.prompt], check=lambda: check_inputs(job))
+            renderer = self._load(config)
+            (image,) = renderer.draw([request], texts, on_step=step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_image(self.folder, image, request, fingerprint=job.fingerprint)
+        return path
+
+    def stop(self) -> None:
+        """Stop the drawing that is under way, before its next step."""
+        self._is_stopped.set()
+
+    def _config_of(self, wish: Wish) -> SamplingConfig:
+        import pydantic
+
+        fields = {**wish.__dict__, "prompts": None, "images_per_prompt": 1}
+        try:
+            return SamplingConfig.model_validate(self.config.model_dump() | fields)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+    def _embeddings(
+        self, config: SamplingConfig, prompts: list[str], *, check: Callable[[], None]
+    ) -> Mapping[str, "Tensor"]:
+        from sampling.text_encoding import encode_prompts
+
+        assert self.checkpoint.text is not None
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if missing:
+            check()
+            self._texts |= encode_prompts(missing, config, self.checkpoint.text)
+            for old in [prompt for prompt in self._texts if prompt not in prompts][: -MAX_TEXTS or None]:
+                del self._texts[old]
+        return self._texts
+
+    def _load(self, config: SamplingConfig) -> "Renderer":
+        from sampling.renderer import Renderer
+
+        if self._renderer is None:
+            self._renderer = Renderer(config, self.checkpoint)
+        self._renderer.config = config
+        return self._renderer
+
+    def history(self) -> list[Path]:
+        """Return the images drawn here, the latest first, also those of earlier days."""
+        found = sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return found[:MAX_HISTORY]
+
+
+def wish_of(path: Path) -> Wish:
+    """Read back from an image's text chunks how it was drawn.
+
+    Raises:
+        ValueError: the file is no image of this app.
+    """
+    try:
+        with Image.open(path) as image:
+            info: dict[str, Any] = dict(image.info)
+            settings = json.loads(info["settings"])
+            return Wish(
+                prompt=info["prompt"],
+                negative_prompt=settings["negative_prompt"],
+                size=f"{image.width}x{image.height}",
+                solver=settings["solver"],
+                num_steps=settings["num_steps"],
+                guidance_scale=settings["guidance_scale"],
+                seed=int(info["seed"]),
+            )
+    except (KeyError, json.JSONDecodeError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path.name} does not say how it was drawn: {error}") from None

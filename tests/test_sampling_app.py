@@ -1,0 +1,272 @@
+"""`make app` in Chromium: the image of `make sample`, progress, history, errors on the page, and nobody called."""
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+from sampling_run import PIXART, make_run, randomised, save_checkpoint, write_recipe
+
+from pipelines.engine import EngineConfig
+from pixart.model import PixArt
+from sampling import app
+from sampling.__main__ import main as sample_main
+from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
+from sampling.checkpoints import open_run_checkpoint
+from sampling.config import SamplingConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHROMIUM = "/usr/bin/chromium"
+PROMPT = "a red circle, left"
+SCREENSHOT = os.environ.get("ATELIER_SCREENSHOT")
+
+
+def make_studio(run: Path, stage: int = 3) -> Studio:
+    config = SamplingConfig(num_steps=3, text_dtype="float32")
+    checkpoint = open_run_checkpoint(run, f"stage{stage}")
+    return Studio(config, checkpoint, run=run, name=f"stage{stage}-app", engine=EngineConfig(in_process=True))
+
+
+def wish(**changes: object) -> Wish:
+    table = {"prompt": PROMPT, "negative_prompt": "", "size": "48x32", "solver": "dpm-solver++", "num_steps": 3}
+    return Wish(**(table | {"guidance_scale": 4.5, "seed": 11} | changes))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def sampled(run: Path, **table: object) -> Path:
+    """The image that `make sample` draws."""
+    recipe = write_recipe(run, prompt=PROMPT, seed=11, size="48x32", **table)
+    sample_main(["--recipe", str(recipe), "--run", str(run), "--stage", "3"])
+    folder = run / "samples" / "stage3-prompt"
+    (row,) = pq.read_table(folder / "samples.parquet").to_pylist()
+    return folder / row["file"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def address(run):
+    """The app as a user starts it; ended by Ctrl-C when the tests are over."""
+    if not Path(CHROMIUM).is_file():
+        pytest.skip(f"{CHROMIUM} is not installed")
+    port = free_port()
+    flags = ["--recipe", str(write_recipe(run)), "--run", str(run), "--stage", "3", "--set", f"app.port={port}"]
+    # A proxy that nobody answers at: whatever the app wanted from elsewhere would fail.
+    environment = os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment |= {"NO_PROXY": "127.0.0.1,localhost"}
+    command = [sys.executable, "-m", "sampling.app", *flags]
+    with (run / "app.log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(port, process, run / "app.log")
+            yield f"http://127.0.0.1:{port}/"
+            assert process.poll() is None
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=30)
+
+
+def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
+    deadline_seconds = time.monotonic() + 120
+    while time.monotonic() < deadline_seconds:
+        assert process.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"the app does not answer: {log.read_text()}")
+
+
+@pytest.fixture
+def page(address):
+    """A tab of a browser, with a list of whom it tried to reach."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1240, "height": 980})
+        tab.requested = []
+        tab.on("request", lambda request: tab.requested.append(request.url))
+        tab.goto(address)
+        yield tab
+        browser.close()
+
+
+def fill(page: Page, **fields: object) -> None:
+    for name, value in fields.items():
+        box = page.locator(f"#{name} textarea, #{name} input[type=number], #{name} input:not([type=range])").first
+        box.fill(str(value))
+        box.blur()
+
+
+def shown_image(page: Page) -> np.ndarray:
+    source = page.locator("#image img").get_attribute("src")
+    data = page.request.get(source).body()
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_the_page_draws_what_make_sample_draws(page, address, run):
+    expected = sampled(run)
+    fill(page, prompt=PROMPT, seed=11, size="48x32")
+    page.locator("#draw").click()
+    expect(page.locator("#said")).to_contain_text("seed 11", timeout=60_000)
+    assert np.array_equal(shown_image(page), pixels(expected))
+    expect(page.locator("#history img")).to_have_count(1)
+    # A second image; then the first one comes back with its settings.
+    fill(page, prompt="a star", seed=12)
+    page.locator("#draw").click()
+    expect(page.locator("#said")).to_contain_text("seed 12", timeout=60_000)
+    expect(page.locator("#history img")).to_have_count(2)
+    if SCREENSHOT:
+        page.screenshot(path=SCREENSHOT)
+    page.locator("#history button:has(img)").nth(1).click()
+    expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
+    expect(page.locator("#said")).to_contain_text("seed 11")
+    assert np.array_equal(shown_image(page), pixels(expected))
+    assert [url for url in page.requested if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_progress_is_shown_and_stop_stops(page, run):
+    fill(page, prompt="a slow star", seed=13, size="48x32", steps=250)
+    page.locator("#draw").click()
+    expect(page.locator("#image").get_by_text(re.compile(r"step \d+ of 250"))).to_be_visible(timeout=60_000)
+    page.locator("#stop").click()
+    expect(page.locator(".toast-body")).to_contain_text("Nothing was kept", timeout=30_000)
+    assert not list((run / "samples" / "stage3-app").glob("a-slow-star*"))
+
+
+def test_mistakes_are_shown_on_the_page_and_leave_no_image(page, run):
+    before = sorted((run / "samples" / "stage3-app").glob("*"))
+    page.locator("#draw").click()
+    expect(page.locator(".toast-body")).to_contain_text("the prompt is empty", timeout=30_000)
+    fill(page, prompt=PROMPT, size="33x32")
+    page.locator("#draw").click()
+    expect(page.get_by_text("33 is not a positive multiple of 16")).to_be_visible(timeout=30_000)
+    assert sorted((run / "samples" / "stage3-app").glob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="/proc/net/tcp, which lists who listens, is Linux's")
+def test_only_this_machine_is_served(address):
+    port = int(address.rstrip("/").rpartition(":")[2])
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    listening = [row[1] for row in rows if row[3] == "0A"]
+    assert [local for local in listening if local.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+
+
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+def test_the_studio_draws_what_make_sample_draws(run, solver):
+    studio = make_studio(run)
+    steps: list[int] = []
+    path = studio.draw(wish(solver=solver, negative_prompt="blue"), on_step=steps.append)
+    assert steps[:2] == [0, 1] and steps[-1] == 3
+    expected = sampled(run, solver=solver, negative_prompt="blue")
+    assert np.array_equal(pixels(path), pixels(expected))
+    assert wish_of(path) == wish(solver=solver, negative_prompt="blue")
+    # Asked again it draws nothing.
+    assert studio.draw(wish(solver=solver, negative_prompt="blue"), on_step=steps.append) == path and steps[-1] == 3
+
+
+def test_settings_of_one_wish_do_not_stay_for_the_next(run, monkeypatch):
+    from sampling import text_encoding
+
+    encoded: list[str] = []
+    encode = text_encoding.encode_prompts
+
+    def counting(prompts, config, text):
+        encoded.extend(prompts)
+        return encode(prompts, config, text)
+
+    monkeypatch.setattr(text_encoding, "encode_prompts", counting)
+    studio = make_studio(run)
+    strong = studio.draw(wish(seed=21, guidance_scale=9.0), on_step=lambda step: None)
+    weak = studio.draw(wish(seed=21, guidance_scale=1.0), on_step=lambda step: None)
+    alone = make_studio(run).draw(wish(seed=22, guidance_scale=1.0), on_step=lambda step: None)
+    again = studio.draw(wish(seed=22, guidance_scale=1.0), on_step=lambda step: None)
+    assert not np.array_equal(pixels(strong), pixels(weak)) and again == alone
+    # The encoder is loaded for a new prompt, not for another seed or scale.
+    assert encoded == ["", PROMPT, "", PROMPT]
+    assert studio.history()[0] == again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"size": "big"}, "size: "),
+        ({"size": "40x32"}, "40 is not a positive multiple of 16"),
+        ({"num_steps": 0}, "num_steps: "),
+        ({"guidance_scale": 0.5}, "guidance_scale: "),
+        ({"seed": -1}, "seed: "),
+    ],
+)
+def test_a_wish_out_of_bounds_is_refused(run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_studio(run).draw(wish(**changes), on_step=lambda step: None)
+
+
+def test_broken_weights_leave_no_image(tmp_path):
+    import torch
+
+    run = make_run(tmp_path)
+    model = randomised(PixArt(PIXART))
+    torch.nn.init.constant_(model.final.bias, torch.nan)
+    save_checkpoint(run, 3, model)
+    with pytest.raises(ValueError, match="not finite"):
+        make_studio(run).draw(wish(size="32x32"), on_step=lambda step: None)
+    assert not list(run.glob("samples/**/*.png"))
+
+
+def test_classes_and_foreign_images_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="stage 1, step 7 knows classes, not text"):
+        make_studio(run, stage=1)
+    Image.new("RGB", (16, 16)).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match=r"other\.png does not say how it was drawn"):
+        wish_of(tmp_path / "other.png")
+
+
+def test_plan_serves_nothing_and_a_taken_port_is_named(run, capsys):
+    flags = ["--recipe", str(write_recipe(run)), "--run", str(run), "--stage", "2", "--set", "app.port=7999"]
+    app.main([*flags, "--plan"])
+    assert "http://127.0.0.1:7999" in "".join(capsys.readouterr().err.split())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        flags[-1] = f"app.port={port}"
+        with pytest.raises(ValueError, match=rf"app\.port {port} of 127\.0\.0\.1 cannot be used"):
+            app.main(flags)
+
+
+def test_a_stopped_drawing_is_not_kept_and_the_next_one_is_whole(run):
+    studio = make_studio(run)
+
+    def stop_at(step: int) -> None:
+        if step == 2:
+            studio.stop()
+
+    with pytest.raises(DrawingStopped):
+        studio.draw(wish(seed=31), on_step=stop_at)
+    assert not list(studio.folder.glob("*-31-*.png"))
+    assert studio.draw(wish(seed=31), on_step=lambda step: None).is_file()
