@@ -1,12 +1,9 @@
-"""`python -m captioning` as typed: the same bytes after a kill and for any number of workers, and no work twice."""
+"""`python -m captioning` as typed: what it writes and says, and no work twice."""
 
 import itertools
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,8 +21,7 @@ shards = "{{run}}/raw/*.tar"
 
 [engine]
 samples_per_slice = 8
-in_process = {in_process}
-num_workers = 2
+in_process = true
 
 [captioning]
 model = "{model}"
@@ -41,17 +37,16 @@ def model(tmp_path_factory) -> Path:
 
 
 def make_run(folder: Path, model: Path) -> Path:
-    """A run folder with three LAION shards and one of SA-1B, and two recipes: alone.toml and workers.toml."""
+    """A run folder with three LAION shards and one of SA-1B, and a recipe."""
     for number in range(3):
         write_laion(folder / "raw" / f"laion_{number:05d}.tar", 20, first=100 * number)
     write_sa1b(folder / "raw" / "sa_000000.tar", 20)
-    (folder / "alone.toml").write_text(RECIPE.format(in_process="true", model=model))
-    (folder / "workers.toml").write_text(RECIPE.format(in_process="false", model=model))
+    (folder / "recipe.toml").write_text(RECIPE.format(model=model))
     return folder
 
 
-def arguments(run: Path, *options: str, recipe: str = "alone") -> list[str]:
-    return ["captioning", "--recipe", str(run / f"{recipe}.toml"), "--run", str(run), *options]
+def arguments(run: Path, *options: str) -> list[str]:
+    return ["captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run), *options]
 
 
 def command(run: Path, *options: str, monkeypatch) -> None:
@@ -75,28 +70,6 @@ def finished(tmp_path_factory, model) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         command(run, monkeypatch=monkeypatch)
     return run
-
-
-def count_finished_parts(run: Path) -> int:
-    parts = (run / "captions" / ".parts").glob("*/*.report")
-    return len(list(parts)) + len(list((run / "captions" / ".done").glob("*.json")))
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, model, finished) -> None:
-    """Two Ray workers; kill -9 of driver and workers once the first part is finished; type it again."""
-    run = make_run(tmp_path, model)
-    line = [sys.executable, "-m", *arguments(run, recipe="workers")]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
-        deadline = time.monotonic() + 200
-        while count_finished_parts(run) == 0 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "killed in the middle, not after the end"
-    assert not (run / "captions" / "manifest.json").exists()
-    again = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert contents(run) == contents(finished)
 
 
 def test_every_sample_is_in_the_summary_and_the_manifest(finished, model) -> None:
