@@ -197,7 +197,7 @@ class BatchAssembler:
         if self._has_scale:
             scale = buffers.take("scale", (num_tokens,), dtype=torch.float32)
             targets.append((scale.numpy().view(np.uint8), ends * SCALE_BYTES))
-        tars = [shard.text for shard in samples.shards]
+        tars = [shard.text for shard in samples.shards if shard.text is not None]
         for (target, starts), offsets in zip(targets, samples.captions.T, strict=False):
             _copy(tars, offsets, target, starts, samples)
         if self._checks_payloads:

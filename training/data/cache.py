@@ -12,22 +12,16 @@ import fcntl
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import fsspec
-
-from pipelines.storage import open_binary
+from pipelines.storage import RangeFile, open_ranges
 
 GIGABYTE = 1e9
 CHUNK_BYTES = 8 << 20
-NUM_ATTEMPTS = 3
-RETRY_SECONDS = 1.0
-POLL_SECONDS = 0.2
 PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
 
@@ -74,66 +68,44 @@ class ShardCache:
         """Give up what other threads are downloading; nothing can be opened any more."""
         self._is_stopping.set()
 
-    def open(self, url: str, sha256: str, *, wait_seconds: float = 0.0) -> ShardFile:
+    def open(self, url: str, sha256: str) -> ShardFile:
         """Return the local copy of `url`, downloaded if need be.
 
         Args:
             url: any fsspec URL; the copy has its file name.
             sha256: of its bytes.
-            wait_seconds: how long to wait for other processes to close files when there is no room.
 
         Raises:
             CacheFullError: there is no room; names the recipe keys and sizes.
-            OSError: the file cannot be fetched, or is not the one its manifest describes, after several attempts.
+            OSError: the file is not the one its manifest describes.
+            FileNotFoundError, ConnectionError, ValueError: see `pipelines.remote`; network faults are tried again.
         """
         path = self.directory / sha256 / url.rsplit("/", 1)[-1]
-        deadline_seconds = time.monotonic() + wait_seconds
         while True:
             if (file := _lock_copy(path)) is not None:
                 return file
             with _lock_download(path) as descriptor:
-                if descriptor is None or path.exists():
-                    continue  # somebody else has just finished it
-                try:
+                if descriptor is not None and not path.exists():
                     self._download(url, sha256, path, descriptor)
-                except CacheFullError:
-                    # An empty temporary file would make others wait for nothing.
-                    _partial(path).unlink()
-                    if time.monotonic() >= deadline_seconds:
-                        raise
-                    time.sleep(POLL_SECONDS)
 
     def _download(self, url: str, sha256: str, path: Path, descriptor: int) -> None:
-        """Fill the locked temporary file, check it and give it its name."""
-        problem = ""
-        for attempt in range(NUM_ATTEMPTS):
-            if self._is_stopping.wait(RETRY_SECONDS * attempt):
-                break
-            try:
-                size = remote_size(url)
-                self._reserve(descriptor, size, url)
-                found, num_bytes = self._copy(url, descriptor)
-            except CacheFullError:
-                raise
-            except Exception as error:  # noqa: BLE001  each protocol's library has its own errors
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if num_bytes != size:
-                problem = f"{num_bytes} of its {size} bytes came"
-            elif found != sha256:
-                problem = f"its SHA-256 is {found}, but the manifest beside it says {sha256}"
-            else:
-                os.fsync(descriptor)
-                _partial(path).rename(path)
-                return
-        os.ftruncate(descriptor, 0)
-        raise OSError(f"{url} could not be fetched in {NUM_ATTEMPTS} attempts: {problem}")
+        """Fill the locked temporary file, check it and give it its name; whatever fails, nothing of it stays."""
+        try:
+            with open_ranges(url) as remote:
+                self._reserve(descriptor, remote.size, url)
+                found = self._copy(remote, descriptor)
+            if found != sha256:
+                raise OSError(f"{url} has SHA-256 {found}, but the manifest beside it says {sha256}; it was changed")
+            os.fsync(descriptor)
+        except BaseException:
+            _partial(path).unlink()
+            raise
+        _partial(path).rename(path)
 
     def _reserve(self, descriptor: int, size: int, url: str) -> None:
         """Give the temporary file its final size, so that every process counts it, once there is room for it."""
         with (self.directory / LOCK_NAME).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, 0)
             entries = sorted(self._entries())
             used = sum(num_bytes for _, num_bytes, _ in entries)
             for _, num_bytes, path in entries:
@@ -149,16 +121,16 @@ class ShardCache:
                 )
             os.ftruncate(descriptor, size)
 
-    def _copy(self, url: str, descriptor: int) -> tuple[str, int]:
-        """Copy a remote file's bytes to a descriptor; returns their SHA-256 and number."""
+    def _copy(self, remote: RangeFile, descriptor: int) -> str:
+        """Copy a remote file's bytes to a descriptor; returns their SHA-256."""
         digest, position = hashlib.sha256(), 0
-        with open_binary(url) as remote:
-            while chunk := remote.read(CHUNK_BYTES):
-                if self._is_stopping.is_set():
-                    raise OSError("the reader was left")
-                digest.update(chunk)
-                position += os.pwrite(descriptor, chunk, position)
-        return digest.hexdigest(), position
+        while position < remote.size:
+            if self._is_stopping.is_set():
+                raise OSError("the reader was left")
+            chunk = remote.read(position, CHUNK_BYTES)
+            digest.update(chunk)
+            position += os.pwrite(descriptor, chunk, position)
+        return digest.hexdigest()
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """Yield time of last use, size and path of every file, unfinished ones too."""
@@ -169,22 +141,9 @@ class ShardCache:
 
 
 def remote_size(url: str) -> int:
-    """Return the bytes of a remote file.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        OSError: the server cannot be reached, or does not tell.
-    """
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        size = filesystem.info(path)["size"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url} does not exist") from None
-    except Exception as error:  # each protocol's library has its own errors
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
-    if size is None:
-        raise OSError(f"{url}: the server does not tell its size")
-    return size
+    """Return the bytes of a remote file; raises as `open_ranges` does."""
+    with open_ranges(url) as file:
+        return file.size
 
 
 def _partial(path: Path) -> Path:

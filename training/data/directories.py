@@ -24,12 +24,12 @@ class FeatureDirectory:
         """Return where a shard's file is."""
         return f"{self.location}/{name}{suffix}"
 
-    def open(self, name: str, suffix: str, *, wait_seconds: float = 0.0) -> ShardFile:
+    def open(self, name: str, suffix: str) -> ShardFile:
         """Return a shard's file as a local one: itself, or its copy in the cache; raises as `ShardCache.open` does."""
         if self.cache is None:
             return ShardFile(Path(self.url(name, suffix)))
         sha256 = self.manifest.shards[name].files[suffix]
-        return self.cache.open(self.url(name, suffix), sha256, wait_seconds=wait_seconds)
+        return self.cache.open(self.url(name, suffix), sha256)
 
     def read_bytes(self, name: str) -> bytes:
         """Return a small file that no manifest lists."""
@@ -42,7 +42,7 @@ def open_directory(location: str, cache: ShardCache | None = None) -> FeatureDir
 
     Raises:
         FileNotFoundError: it does not exist, or the stage that writes it has not finished.
-        OSError: the URL cannot be read.
+        OSError, ValueError: the URL cannot be read, see `pipelines.remote`.
         ValueError: the manifest is of another schema version.
     """
     if not is_remote(location):
@@ -58,6 +58,4 @@ def _read_manifest(location: str) -> Manifest:
             content = json.load(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{url} does not exist: there are no finished features at {location}") from None
-    except Exception as error:  # each protocol's library has its own errors
-        raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
     return parse_manifest(content, where=url)

@@ -25,8 +25,6 @@ CAPTION_NUMBERS = ("offset", "scale_offset", "crc32", "num_tokens")
 LATENT_COLUMNS = ("key", *LATENT_NUMBERS, "bucket", "label", "reject")
 TEXT_COLUMNS = ("key", *CAPTION_NUMBERS, "weight", "reject")
 NUM_CACHED_TABLES = 64
-# How long to wait for another process to close files of a full cache.
-WAIT_SECONDS = 60.0
 NOT_THERE = -1
 
 
@@ -106,26 +104,39 @@ class FeatureIndex:
         """Return the dataset a shard belongs to."""
         return self._shards[shard][0]
 
-    def open(self, shard: int, *, wait_seconds: float = 0.0) -> OpenShard:
+    def fetch(self, shard: int) -> None:
+        """Read a shard's table and bring its remote tars into their cache; raises as `open` does."""
+        for file in self._open_tars(shard):
+            file.close()
+
+    def open(self, shard: int) -> OpenShard:
         """Map a shard's tars; remote ones are downloaded into their cache first.
 
         Raises:
-            CacheFullError: the cache has no room, also after `wait_seconds`.
+            CacheFullError: the cache has no room: all in it is open.
             FileNotFoundError, ValueError, OSError: a file is missing or cannot be used; names it.
         """
-        dataset, name = self._shards[shard]
-        table = self.table(shard)
-        directories = [dataset.latents] if dataset.text is None else [dataset.latents, dataset.text]
-        files: list[ShardFile] = []
+        table, files = self.table(shard), self._open_tars(shard)
         try:
-            for directory in directories:
-                files.append(directory.open(name, ".tar", wait_seconds=wait_seconds))
-            tars = [_map(file, name) for file in files]
+            tars = [_map(file, table.name) for file in files]
         except BaseException:
             for file in files:
                 file.close()
             raise
-        return OpenShard(table, tars[0], tars[1] if dataset.text is not None else None, files)
+        return OpenShard(table, tars[0], tars[1] if len(tars) > 1 else None, files)
+
+    def _open_tars(self, shard: int) -> list[ShardFile]:
+        """Open the tars of latents and, if there is text, of captions."""
+        dataset, name = self._shards[shard]
+        self.table(shard)
+        files = [dataset.latents.open(name, ".tar")]
+        if dataset.text is not None:
+            try:
+                files.append(dataset.text.open(name, ".tar"))
+            except BaseException:
+                files[0].close()
+                raise
+        return files
 
     def stop(self) -> None:
         """Give up downloads that are under way; nothing remote can be opened any more."""
@@ -151,7 +162,7 @@ class FeatureIndex:
 
 
 def _load(directory: FeatureDirectory, name: str, columns: Sequence[str]) -> pa.Table:
-    with directory.open(name, ".parquet", wait_seconds=WAIT_SECONDS) as file:
+    with directory.open(name, ".parquet") as file:
         return load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
 
 

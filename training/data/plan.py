@@ -76,6 +76,7 @@ class Plan:
         self._pacer = exact.index(max(exact))
         self._paces = [weight / exact[self._pacer] for weight in exact]
         self._ends = lru_cache(maxsize=1024)(self._count_round)
+        self._steps_before = lru_cache(maxsize=1024)(self._count_steps)
         self._order = lru_cache(maxsize=64)(self._interleave)
 
     def batch(self, step: int) -> PlannedBatch:
@@ -86,15 +87,17 @@ class Plan:
         cumulative = np.cumsum(ends - starts)
         epoch, block = divmod(number, self._streams[self._pacer].num_blocks)
         order = shuffled(self._seed, BATCH_ORDER, epoch=epoch, block=block, bucket=0, size=int(cumulative[-1]))
-        index = int(order[step - int(starts.sum())])
+        index = int(order[step - self._steps_before(number)])
         bucket = int(np.searchsorted(cumulative, index, side="right"))
         start = int(ends[bucket] - (cumulative[bucket] - index)) * self.batch_size
-        return self._gather(step, bucket, start)
+        parts = list(self._stretches(bucket, start, start + self.batch_size, last=number))
+        shards, ordinals = zip(*parts, strict=True)
+        return PlannedBatch(step, bucket, np.concatenate(shards), np.concatenate(ordinals))
 
     def shards_around(self, step: int) -> np.ndarray:
-        """Return the shards, of all datasets, that are being mixed at `step`."""
+        """Return the shards, of all datasets, of the round of `step` and the next: one batch may draw from both."""
         number = self._round_of(step)
-        pairs = zip(self._drawn(number), self._drawn(number + 1), strict=True)
+        pairs = zip(self._drawn(number), self._drawn(number + 2), strict=True)
         found = [stream.shards_between(*pair) for stream, pair in zip(self._streams, pairs, strict=True)]
         return np.concatenate([shards + first for shards, first in zip(found, self._first_shards, strict=True)])
 
@@ -109,7 +112,7 @@ class Plan:
         first = int(fewest * share) // pacer.num_samples * pacer.num_blocks
         last = (int(most * share) // pacer.num_samples + 1) * pacer.num_blocks
         rounds = range(first + 1, last + 1)
-        return first + bisect_right(rounds, step, key=lambda number: int(self._batches_before(number).sum()))
+        return first + bisect_right(rounds, step, key=self._steps_before)
 
     def _drawn(self, number: int) -> list[int]:
         """Return how many samples of each dataset are drawn before round `number`."""
@@ -124,13 +127,11 @@ class Plan:
     def _batches_before(self, number: int) -> np.ndarray:
         return self._ends(number).sum(axis=0) // self.batch_size
 
-    def _gather(self, step: int, bucket: int, start: int) -> PlannedBatch:
-        """Collect samples [start, start + B) of the bucket's stream, which may cross rounds and epochs."""
-        parts = list(self._stretches(bucket, start, start + self.batch_size, last=self._round_of(step)))
-        shards, ordinals = zip(*parts, strict=True)
-        return PlannedBatch(step, bucket, np.concatenate(shards), np.concatenate(ordinals))
+    def _count_steps(self, number: int) -> int:
+        return int(self._batches_before(number).sum())
 
     def _stretches(self, bucket: int, start: int, stop: int, *, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield samples [start, stop) of the bucket's stream, round by round up to round `last`, which has the end."""
         first = 0
         while start < stop:
             # The round in which the bucket's stream gets its sample `start`; usually the last one or the one before.

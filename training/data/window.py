@@ -1,5 +1,7 @@
-"""The shards of the next steps, opened ahead of the reader: remote ones are downloaded while earlier steps train."""
+"""The shards of the next steps: those of a step are held open, those of later steps are fetched while it trains."""
 
+import random
+import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,15 +9,20 @@ from types import TracebackType
 from typing import Self
 
 from training.data.cache import CacheFullError
-from training.data.index import WAIT_SECONDS, FeatureIndex, OpenShard
+from training.data.index import FeatureIndex, OpenShard
 from training.data.plan import Plan, PlannedBatch
 
-NUM_OPENING_THREADS = 8
+NUM_FETCHING_THREADS = 8
 NUM_STEPS_AHEAD = 32
+# How long to wait for other ranks to close what is in a full cache.
+WAIT_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 0.5
 
 
 class ShardWindow:
-    """Gives each step its planned batch and open shards, and opens those of the steps to come.
+    """Gives each step its planned batch and open shards, and fetches those of the steps to come.
+
+    What is fetched ahead lies in the cache without being held, so that no rank keeps another from what it needs now.
 
     Args:
         plan, index: what is read.
@@ -31,8 +38,9 @@ class ShardWindow:
         self._upcoming = iter(steps)
         self._positions = slice(positions.start, positions.stop)
         self._planned: deque[tuple[PlannedBatch, set[int]]] = deque()
-        self._opening: dict[int, Future[OpenShard]] = {}
-        self._pool = ThreadPoolExecutor(NUM_OPENING_THREADS, thread_name_prefix="shards")
+        self._fetching: dict[int, Future[None]] = {}
+        self._open: dict[int, OpenShard] = {}
+        self._pool = ThreadPoolExecutor(NUM_FETCHING_THREADS, thread_name_prefix="shards")
 
     def __enter__(self) -> Self:
         return self
@@ -48,43 +56,43 @@ class ShardWindow:
         """Return the next step's batch and its shards, open until the next call.
 
         Raises:
-            CacheFullError: the cache cannot hold this step's shards.
+            CacheFullError: the cache cannot hold this step's shards, though other ranks had time to make room.
             FileNotFoundError, ValueError, OSError: a shard's file cannot be used; names it.
         """
-        self._plan_ahead()
-        planned, needed = self._planned.popleft()
-        self._close_all_but(needed.union(*(shards for _, shards in self._planned)))
-        for shard in sorted(needed):
-            self._start(shard)
-        for _, shards in self._planned:
-            for shard in sorted(shards):
-                self._start(shard)
-        return planned, {shard: self._finish(shard, needed) for shard in needed}
-
-    def _plan_ahead(self) -> None:
         while len(self._planned) <= NUM_STEPS_AHEAD and (step := next(self._upcoming, None)) is not None:
             planned = self._plan.batch(step)
             self._planned.append((planned, set(planned.shards[self._positions].tolist())))
+        coming = [shard for _, shards in self._planned for shard in sorted(shards)]
+        planned, needed = self._planned.popleft()
+        self._close_all_but(needed)
+        self._fetching = {shard: future for shard, future in self._fetching.items() if shard in coming}
+        for shard in coming:
+            self._fetch(shard)
+        self._open_all(needed)
+        return planned, self._open
 
-    def _start(self, shard: int) -> None:
-        """Open a shard in the background, also if it had no room when that was tried before."""
-        future = self._opening.get(shard)
+    def _open_all(self, needed: set[int]) -> None:
+        """Open the shards of a step. Nothing is held while waiting for room, so ranks cannot wait for each other."""
+        deadline_seconds = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                for shard in sorted(needed - self._open.keys()):
+                    # Its error, if there was one, comes again; but a full cache may have room by now.
+                    self._fetching[shard].exception()
+                    self._open[shard] = self._index.open(shard)
+                return
+            except CacheFullError:
+                self._close_all_but(set())
+                if time.monotonic() > deadline_seconds:
+                    raise
+                time.sleep(random.uniform(0.0, MAX_PAUSE_SECONDS))
+
+    def _fetch(self, shard: int) -> None:
+        """Fetch a shard in the background, once; again if there was no room for it."""
+        future = self._fetching.get(shard)
         if future is None or (future.done() and isinstance(future.exception(), CacheFullError)):
-            self._opening[shard] = self._pool.submit(self._index.open, shard)
-
-    def _finish(self, shard: int, needed: set[int]) -> OpenShard:
-        try:
-            return self._opening[shard].result()
-        except CacheFullError:
-            # What is open for later steps makes room for what this one needs; then others may.
-            self._close_all_but(needed)
-            opened: Future[OpenShard] = Future()
-            opened.set_result(self._index.open(shard, wait_seconds=WAIT_SECONDS))
-            self._opening[shard] = opened
-            return opened.result()
+            self._fetching[shard] = self._pool.submit(self._index.fetch, shard)
 
     def _close_all_but(self, kept: set[int]) -> None:
-        for shard in self._opening.keys() - kept:
-            future = self._opening.pop(shard)
-            if not future.cancel() and future.exception() is None:
-                future.result().close()
+        for shard in self._open.keys() - kept:
+            self._open.pop(shard).close()
