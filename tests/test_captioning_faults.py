@@ -112,7 +112,6 @@ def test_a_full_disk_and_a_read_only_one(tmp_path, folder) -> None:
     assert done.returncode == 0, done.stderr
     full, read_only, again, finished = done.stdout.splitlines()
     assert full in {"full 2 1", "full 2 2", "full 2 3"}, "some of the four shards were done before the disk was full"
-    )
     assert (read_only, again, finished) == ("read-only 2", "again 0", "done 0")
     messages = {name: (tmp_path / f"run.{name}").read_text() for name in ("full", "read_only", "again", "done")}
     assert "the disk is full" in messages["full"] and "what is done is kept" in messages["full"]
