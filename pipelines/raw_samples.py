@@ -104,6 +104,8 @@ def _group(
 
 def _readable(name: str) -> str:
     # Names in an old encoding come with bytes that no UTF-8 file could hold; `\xe8` is readable and stays unique.
+    if name.isascii():
+        return name
     return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
 
 

@@ -178,11 +178,14 @@ class RemoteFile:
 
         def read_range() -> bytes:
             data = cast(bytes, self._file_system.cat_file(self._path, start=offset, end=offset + size))
-            if len(data) != size:
+            if len(data) < size:
                 raise ConnectionError(f"{len(data)} of {size} bytes came from byte {offset}")
             return data
 
-        return retry(self._url, read_range)
+        data = retry(self._url, read_range)
+        if len(data) > size:
+            raise ValueError(f"{self._url}: {size} bytes were asked for and {len(data)} came: the range was ignored")
+        return data
 
     def _require_ranges(self) -> None:
         """Make sure that a web server sends what is asked for, and not the whole file for every range."""

@@ -1,6 +1,7 @@
-"""Web servers for tests of remote storage: a folder over HTTP with range requests, without them, or out of order."""
+"""Web servers for tests of remote storage: a folder over HTTP with range requests, without them, or as a hub."""
 
 import contextlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -83,10 +84,36 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.bytes_sent += len(data[start : start + (1 << 16)])
 
 
+class _HubHandler(_Handler):
+    """What a Hugging Face hub answers about the data set `user/name`, whose files are the folder's."""
+
+    def do_GET(self) -> None:
+        address = self.path.partition("?")[0]
+        if match := re.fullmatch(r"/datasets/user/name/resolve/main/(.+)", address):
+            self.path = match[1]
+            return self._answer(with_body=self.command == "GET")
+        if match := re.fullmatch(r"/api/datasets/user/name/tree/main(?:/(.*))?", address):
+            children = sorted((self.state.folder / (match[1] or "")).iterdir())
+            answer: object = [self._describe(child) for child in children]
+        elif address == "/api/datasets/user/name":
+            answer = {"id": "user/name", "sha": "a" * 40, "private": False, "siblings": [], "tags": [], "downloads": 0}
+        else:
+            return self._send(404, b"{}", with_body=True)
+        return self._send(
+            200, json.dumps(answer).encode(), with_body=True, headers={"Content-Type": "application/json"}
+        )
+
+    def _describe(self, path: Path) -> dict[str, object]:
+        facts = {"path": str(path.relative_to(self.state.folder)), "oid": "0" * 40}
+        return (
+            {**facts, "type": "directory"} if path.is_dir() else {**facts, "type": "file", "size": path.stat().st_size}
+        )
+
+
 @contextlib.contextmanager
-def serve_folder(folder: Path, *, has_ranges: bool = True) -> Iterator[WebServer]:
-    """Serve a folder on loopback."""
-    handler = type("Handler", (_Handler,), {})
+def serve_folder(folder: Path, *, has_ranges: bool = True, is_hub: bool = False) -> Iterator[WebServer]:
+    """Serve a folder on loopback, as plain files or as a data set of a hub."""
+    handler = type("Handler", (_HubHandler if is_hub else _Handler,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         state = WebServer(f"http://127.0.0.1:{server.server_address[1]}", folder, has_ranges)

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from typing import ClassVar
 
@@ -150,6 +152,25 @@ def test_web_addresses_globs_and_queries(tmp_path) -> None:
         (signed,) = expand_shards(names[0] + "?X-Signature=abc&X-Expires=60")
         source = shard_source(signed)
         assert isinstance(source, Source) and (source.name, source.num_samples) == ("sa_000000", 1)
+
+
+def test_data_sets_of_a_hub(tmp_path) -> None:
+    """huggingface_hub's own client against a server that answers as a hub does; this process is told to be offline."""
+    path = write_laion(tmp_path / "data" / "00000.tar", 3)
+    script = (
+        "from pipelines.shards import expand_shards, open_shard\n"
+        "(path,) = expand_shards('hf://datasets/user/name/data/*.tar')\n"
+        "assert expand_shards('hf://datasets/user/name/data/') == [path]\n"
+        "with open_shard(path) as raw:\n"
+        "    print(raw.identity, [len(raw.image_bytes(sample)) for sample in raw.samples])"
+    )
+    with serve_folder(tmp_path, is_hub=True) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+        line = [sys.executable, "-c", script]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    with open_shard(str(path)) as raw:
+        expected = f"{raw.identity} {[len(raw.image_bytes(sample)) for sample in raw.samples]}"
+    assert done.stdout.strip() == expected, done.stderr
 
 
 class MemberWorker:
