@@ -115,7 +115,7 @@ class _Collector:
         self._names = list(names)
         self._measures = measures
         self._num_top = num_top
-        self._tops = pd.DataFrame()
+        self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} first_row" for name in names), "total"])
         self.plurals = pd.DataFrame({"noun": [], "singular": [], **{name: [] for name in names}})
         self._changes: dict[str, pd.DataFrame] = {}
         self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -125,7 +125,7 @@ class _Collector:
             # Only words of the lexicon are folded, so these stay few.
             self.plurals = pd.concat([self.plurals, frame[frame["singular"] != frame["noun"]]])
         totals = frame[self._names].sum(axis=1)
-        both: list[pd.DataFrame] = [self._tops, frame.assign(total=totals)]
+        both = [self._tops, frame.assign(total=totals)] if len(self._tops) else [frame.assign(total=totals)]
         # Ties go to the noun that comes first, so that the same counts give the same report.
         self._tops = pd.concat(both).sort_values(["total", "noun"], ascending=[False, True]).head(self._num_top)
         baseline = self._names[0]
@@ -143,7 +143,7 @@ class _Collector:
     def finish(self, *, valid_threshold: int) -> NounTable:
         table = NounTable(top=self._tops.reset_index(drop=True))
         for name, measure in self._measures.items():
-            counts = np.sort(np.concatenate(self._counts[name]))[::-1]
+            counts = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *self._counts[name]]))[::-1]
             measure.distinct_nouns = len(counts)
             measure.valid_distinct_nouns = int((counts > valid_threshold).sum())
             assert int(counts.sum()) == measure.total_nouns, f"{name}: merged nouns do not add up to the captions'"

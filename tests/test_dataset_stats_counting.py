@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from dataset_stats import counting, merge
 from dataset_stats.counting import NOUN_SCHEMA, NounCounter, sum_nouns
+from dataset_stats.measures import SetMeasures
 from dataset_stats.merge import merge_counts
+from dataset_stats.noun_table import write_noun_table
+from dataset_stats.tagging.plurals import IRREGULAR, PluralFolder
 from dataset_stats.tagging.taggers import LexiconTagger
 
 CAPTIONS = [
@@ -25,6 +28,11 @@ CAPTIONS = [
 @pytest.fixture(scope="module")
 def tagger() -> LexiconTagger:
     return LexiconTagger()
+
+
+@pytest.fixture(scope="module")
+def folder() -> PluralFolder:
+    return PluralFolder()
 
 
 def as_dict(table: pa.Table) -> dict[str, int]:
@@ -139,6 +147,77 @@ def test_merge_adds_up_whatever_the_batches(tmp_path_factory, sets, batch):
         rows = dict(zip(nouns, merged[f"set{number} first_row"].to_pylist(), strict=True))
         assert {noun: count for noun, count in found.items() if count} == expected
         assert {noun: row for noun, row in rows.items() if row is not None} == first
+
+
+def test_merging_more_files_takes_no_more_memory(tmp_path, monkeypatch):
+    """However many shards there are, at most MAX_OPEN_FILES batches of ROWS_PER_BATCH rows are in memory."""
+    monkeypatch.setattr(merge, "ROWS_PER_BATCH", 50)
+    monkeypatch.setattr(merge, "MAX_OPEN_FILES", 4)
+    largest = 0
+    original = merge._sum_rows
+
+    def spy(table: pa.Table, schema: pa.Schema) -> pa.Table:
+        nonlocal largest
+        largest = max(largest, len(table))
+        return original(table, schema)
+
+    monkeypatch.setattr(merge, "_sum_rows", spy)
+    paths = []
+    for shard in range(30):
+        paths.append(tmp_path / f"{shard}.parquet")
+        pq.write_table(noun_table({f"n{shard * 7 + number:05d}": 1 for number in range(300)}), paths[-1])
+    merge_counts({"a": paths}, tmp_path / "nouns.parquet", scratch=tmp_path / "scratch")
+    assert pq.read_table(tmp_path / "nouns.parquet")["a"].to_numpy().sum() == 30 * 300
+    assert 50 <= largest <= 4 * 50
+
+
+@pytest.mark.parametrize(
+    ("noun", "singular"),
+    [
+        ("dogs", "dog"), ("benches", "bench"), ("cities", "city"), ("knives", "knife"), ("shelves", "shelf"),
+        ("cookies", "cookie"), ("houses", "house"), ("buses", "bus"), ("men", "man"), ("children", "child"),
+        ("leaves", "leaf"), ("potatoes", "potato"), ("raincoats", "raincoat"), ("glass", "glass"), ("lens", "lens"),
+        ("dress", "dress"), ("news", "news"), ("series", "series"), ("christmas", "christmas"), ("gas", "gas"),
+        ("texas", "texas"), ("physics", "physics"), ("dog", "dog"), ("selfies", "selfies"), ("日本s", "日本s"),
+        ("s", "s"),
+    ],
+)  # fmt: skip
+def test_plurals_fold_only_where_the_lexicon_agrees(folder, noun, singular):
+    assert folder(noun) == singular
+
+
+def test_folding_finds_the_lexicons_plurals_and_leaves_its_singulars(folder):
+    tags = folder._tags
+    plurals = [word for word, tag in tags.items() if tag == "NNS" and word.isalpha() and word.islower()]
+    assert sum(folder(word) != word for word in plurals) > 0.9 * len(plurals) > 5000
+    assert all(folder(word) == word for word, tag in tags.items() if tag == "NN" and word not in IRREGULAR)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.dictionaries(
+        st.sampled_from(["dog", "dogs", "bench", "benches", "glass", "glasses", "lens", "zzton", "man", "men"]),
+        st.tuples(st.integers(0, 20), st.integers(0, 20)),
+        min_size=1,
+    )
+)
+def test_folded_numbers_are_those_of_the_singular_column(tmp_path_factory, folder, counts):
+    out = tmp_path_factory.mktemp("fold")
+    names = ["one", "two"]
+    totals = {name: sum(pair[index] for pair in counts.values()) for index, name in enumerate(names)}
+    files = {}
+    for index, name in enumerate(names):
+        pq.write_table(noun_table({noun: pair[index] for noun, pair in counts.items() if pair[index]}), out / name)
+        files[name] = [out / name]
+    merge_counts(files, out / "merged.parquet", scratch=out / "scratch")
+    measures = {name: SetMeasures(total_nouns=total, num_captions=1) for name, total in totals.items()}
+    write_noun_table(out / "merged.parquet", out, measures=measures, valid_threshold=10, num_top=10, singular=folder)
+    table = pq.read_table(out / "nouns.parquet").to_pandas()
+    for name, measure in measures.items():
+        folded = table.groupby("singular")[name].sum() if len(table) else table[name]
+        assert measure.distinct_nouns == (table[name] > 0).sum()
+        assert measure.folded_distinct_nouns == (folded > 0).sum()
+        assert measure.folded_valid_distinct_nouns == (folded > 10).sum()
 
 
 def test_sum_nouns_sorts_by_bytes():

@@ -100,6 +100,37 @@ def test_tokens_of_any_unicode_are_nltks(tokenizer, captions):
     assert our_tokens(tokenizer, captions) == [reference_tokens(caption) for caption in captions]
 
 
+MARKS = ["", *"([{<\"'“«,;:.?!-_/&%$#@*", "'s", "''", "...", "--", "n't"]
+STEMS = [
+    "a",
+    "I",
+    "dog",
+    "Dog",
+    "cannot",
+    "Gonna",
+    "wanna",
+    "x",
+    "5",
+    "1984",
+    "3rd",
+    "img_12",
+    "e",
+    "ß",
+    "日本",
+    "gimme",
+]
+chunks = st.lists(st.sampled_from(MARKS + STEMS * 2), min_size=1, max_size=5).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(words=st.lists(chunks, min_size=1, max_size=6))
+def test_plain_chunks_are_what_nltk_makes_of_them(words):
+    """Chunks that NLTK is not asked about, beside chunks that look much like them, at every place of a sentence."""
+    caption = " ".join(words)
+    for text in (caption, caption.casefold(), f"the {caption} dog.", f"{caption}. And a dog"):
+        assert our_tokens(ChunkTokenizer(Vocabulary(len(CONTEXT_MARKERS))), [text]) == [reference_tokens(text)]
+
+
 def test_ordinary_captions_need_no_help_from_nltk(tokenizer):
     captions = [
         'A red dog sits on a bench (left). It isn\'t happy; the sign says "Sale!" and more...',
@@ -161,6 +192,26 @@ def test_ties_break_by_nltks_rounding(classes, weights):
     reference.classes = reference.model.classes = classes
     expected = [tag for _, tag in reference.tag(["the", "dog", "the"])]
     assert tag_with_kernel(PerceptronTagger(weights, {}, classes), [["the", "dog", "the"]]) == [expected]
+
+
+def test_words_met_later_share_what_is_known_of_earlier_ones():
+    """Words are added in batches; a batch that brings no new profile, and one after `clear`, must tag alike."""
+    tagger = NltkTagger(load=False)
+    tagger.train(
+        [[("the", "DT"), ("dog", "NN"), ("runs", "VBZ")], [("a", "DT"), ("red", "JJ"), ("cat", "NN")]], nr_iter=3
+    )
+    ours = PerceptronTagger(tagger.model.weights, tagger.tagdict, tagger.classes)
+    sentence = ["the", "zzdog", "runs", "a", "yydog", "the", "zzdog"]
+    expected = [tag for _, tag in tagger.tag(sentence)]
+    for _ in range(2):
+        ours.clear()
+        vocabulary = Vocabulary(len(CONTEXT_MARKERS))
+        for batch in (["the", "zzdog"], ["runs", "a"], ["yydog", "zdog"]):
+            vocabulary.ids(batch)
+            ours.add_words(batch)
+        words = np.array(vocabulary.ids(sentence), dtype=np.int32)
+        tags = ours.tag(words, np.array([len(sentence)], dtype=np.int64))
+        assert [ours.labels[tag] for tag in tags] == expected
 
 
 def test_weights_that_are_not_averaged_are_refused():

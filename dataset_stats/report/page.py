@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ def _script_json(value: Any) -> Markup:
     return Markup(escaped.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
+@functools.cache
 def _packed_plotly() -> str:
     # plotly.js is 4.8 MB; packed it leaves room for pictures, and every browser since 2023 can unpack it.
     from plotly.offline import get_plotlyjs

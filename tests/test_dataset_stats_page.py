@@ -1,0 +1,206 @@
+"""`report.html` in headless Chromium: opened from disk with the network off."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from raw_shards import encode, photo, write_tar
+from stats_run import run_stage, write_caption_shards
+
+from pipelines.summary import read_summary
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+]  # fmt: skip
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+HOSTILE = (
+    "The image features a dog. <script>window.hacked = 1; alert(1)</script><img src=x onerror='window.hacked = 2'>"
+    "</script><!-- {{ 7 * 7 }} & a bench"
+)
+ALT_TEXTS = ["Dog bench SALE", "<script>window.hacked=3</script>", None, "café 😀 日本 \x07\u202e", "plaza 17"]
+NUM_ROWS = 40
+# Everything that is read as text, on the surface it lies on.
+TEXTS = [
+    "body", ".lead", ".note", ".small", "nav a", "#table1 tbody th", "#table1 .folded td", "#table1 .paper td",
+    "#quality td", "#changes td", "#noun-table th button", "#noun-table tbody th", "#noun-table tbody td:last-child",
+    "mark", "#found",
+    ".gallery dd", ".gallery dt", ".definitions dd", ".definitions code", "#theme", "figcaption", ".findings li",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Captions that attack the page, and images for the gallery."""
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    run = tmp_path_factory.mktemp("page") / "run"
+    rows = [
+        {
+            "key": f"{index:03d}",
+            "alt_text": ALT_TEXTS[index % len(ALT_TEXTS)],
+            "caption": f"{HOSTILE} word{index}word" if index % 3 else "A red lamp near two dogs.",
+            "flags": ["loop"] if index % 5 == 0 else [],
+            "reject": None,
+        }
+        for index in range(NUM_ROWS)
+    ]
+    write_caption_shards(run, {"laion_0": rows})
+    write_tar(run / "raw" / "laion_0.tar", [(f"{row['key']}.jpg", encode(photo(1))) for row in rows])
+    run_stage(run)
+    run_stage(run, "dataset_stats.sample=100")
+    return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that is open, and everything that went wrong on it."""
+
+    def __init__(self, browser, path: Path, *, viewport: dict, scheme: str) -> None:
+        self.problems: list[str] = []
+        context = browser.new_context(offline=True, color_scheme=scheme, viewport=viewport)
+        self.page = context.new_page()
+        self.page.on(
+            "console", lambda message: self._note(message.text) if message.type in ("error", "warning") else None
+        )
+        self.page.on("pageerror", lambda error: self._note(str(error)))
+        self.page.on("dialog", lambda dialog: (self._note(f"dialog {dialog.message}"), dialog.dismiss()))
+        self.page.on(
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else self._note(request.url),
+        )
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-charts=drawn]", timeout=120_000)
+
+    def _note(self, problem: str) -> None:
+        self.problems.append(problem)
+
+
+@pytest.fixture(scope="module")
+def page(run, browser):
+    """The full count's page on a desktop, for tests that leave it as they found it."""
+    return Visit(browser, run / "stats" / "report.html", viewport=DESKTOP, scheme="light").page
+
+
+@pytest.mark.parametrize(
+    ("folder", "viewport", "scheme"), [("stats", PHONE, "dark"), ("stats-sample", DESKTOP, "light")]
+)
+def test_opens_offline_without_errors_and_runs_no_script_of_a_caption(run, browser, folder, viewport, scheme):
+    path = run / folder / "report.html"
+    assert path.stat().st_size < 5_000_000
+    visit = Visit(browser, path, viewport=viewport, scheme=scheme)
+    page = visit.page
+    assert page.locator(".chart .main-svg").count() >= 3
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    page.fill("#search", "script")  # shows the hostile captions in the noun table, too
+    assert "<script>window.hacked" in page.locator("#noun-table").inner_text()
+    assert "<script>window.hacked" in page.locator(".gallery").inner_text()
+    assert page.locator(".gallery article img").count() == 4
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("main script, main img[src=x]").count() == 0
+    assert page.locator("#sample").count() == (1 if folder == "stats-sample" else 0)
+    assert visit.problems == []
+
+
+def test_search_filters_and_sort_sorts(page):
+    rows = page.locator("#noun-table tbody tr")
+    before = rows.count()
+    page.fill("#search", "BENCH")
+    assert rows.locator("th").first.inner_text() == "bench"
+    assert 0 < rows.count() < before
+    assert all("bench" in text.lower() for text in rows.all_inner_texts())
+    page.fill("#search", "no such noun anywhere")
+    assert rows.count() == 0 and page.inner_text("#found").startswith("0 of ")
+    page.fill("#search", "")
+    assert rows.count() == before
+    for column, cells in ((0, "th"), (1, "td:nth-child(2)"), (2, "td:nth-child(3)")):
+        orders = []
+        for _ in range(2):
+            page.click(f"#noun-table button[data-column='{column}']")
+            texts = rows.locator(cells).all_inner_texts()
+            orders.append(texts if column == 0 else [int(text.replace(",", "")) for text in texts])
+        ascending, descending = orders if column == 0 else orders[::-1]
+        assert ascending == sorted(ascending) and descending == sorted(descending, reverse=True)
+        assert ascending[0] != ascending[-1]
+    assert page.locator("#noun-table th[aria-sort=ascending]").count() == 1
+
+
+def test_numbers_are_those_of_the_summary(run, page):
+    table = page.inner_text("#table1 table")
+    for figures in read_summary(run)["dataset_stats"].values():
+        assert f"{figures['valid_distinct_nouns']:,} / {figures['distinct_nouns']:,}" in table
+        assert f"{figures['valid_fraction']:.1%}" in table and f"{figures['total_nouns']:,}" in table
+    assert "The paper's rows" in table and "210K / 2461K" in table
+    definitions = page.inner_text("#definitions")
+    for name in (
+        "VN/DN",
+        "Nouns per image",
+        "Nouns lost",
+        "Boilerplate",
+        "Flags",
+        "Plurals folded",
+        "more than 10 times",
+    ):
+        assert name in definitions
+
+
+def test_every_text_can_be_read_in_both_themes(page):
+    """WCAG AA asks for a contrast of 4.5 between text and what it lies on."""
+    seen = set()
+    for scheme, theme in (("light", "the system's"), ("dark", "the system's"), ("dark", "the other")):
+        page.emulate_media(color_scheme=scheme)
+        if theme == "the other":
+            page.click("#theme")
+        seen.add((theme, page.evaluate("getComputedStyle(document.body).backgroundColor")))
+        for selector in TEXTS:
+            assert page.locator(selector).count(), f"nothing is {selector}"
+            assert contrast(page, selector) >= 4.5, f"{selector}, {scheme}, {theme}"
+        labels = page.locator(".chart text").first.evaluate("e => getComputedStyle(e).fill")
+        card = page.locator("figure").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert ratio(labels, card) >= 4.5, f"charts, {scheme}, {theme}"
+    assert len({background for _, background in seen}) == 2, "light and dark differ"
+
+
+def contrast(page, selector: str) -> float:
+    """Contrast of an element's text with the surfaces below it, blended where they are transparent."""
+    text, *surfaces = page.locator(selector).first.evaluate(
+        """element => {
+          const found = [getComputedStyle(element).color];
+          for (let e = element; e; e = e.parentElement) found.push(getComputedStyle(e).backgroundColor);
+          const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+          return found.map((colour) => {
+            canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+            return [...canvas.getImageData(0, 0, 1, 1).data];
+          });
+        }"""
+    )
+    below = [255.0, 255.0, 255.0]
+    for *channels, alpha in reversed(surfaces):
+        below = [alpha / 255 * new + (1 - alpha / 255) * old for new, old in zip(channels, below, strict=True)]
+    return _ratio(text[:3], below)
+
+
+def ratio(text: str, surface: str) -> float:
+    """Contrast of two colours written as rgb(r, g, b)."""
+    return _ratio(*([float(part) for part in c[c.index("(") + 1 : -1].split(",")[:3]] for c in (text, surface)))
+
+
+def _ratio(*colours) -> float:
+    def luminance(colour) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(luminance(colour) for colour in colours)
+    return (light + 0.05) / (dark + 0.05)
