@@ -42,13 +42,15 @@ class RayNode:
         line = [*around, str(ray), "start", "--block", *arguments, "--node-ip-address=127.0.0.1", "--num-cpus=1"]
         line += ["--object-store-memory=80000000", f"--min-worker-port={low}", f"--max-worker-port={high}"]
         line += ["--disable-usage-stats"]
+        environment = {**os.environ, **SETTINGS, "RAY_BACKEND_LOG_LEVEL": "fatal"}
+        # What workers import is found where the driver has found it.
+        environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             line,
-            env={**os.environ, **SETTINGS, "RAY_BACKEND_LOG_LEVEL": "fatal"},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            # Not the repository: what workers import comes from the driver and from PYTHONPATH.
             cwd=REPOSITORY.anchor,
         )
 
