@@ -2,8 +2,9 @@
 
 Captions are generated: half dense ones as LLaVA writes them, half alt texts as shops write them, with a long-tailed
 vocabulary drawn from TextBlob's lexicon. As in Table 1 of the paper, alt texts have many more distinct words.
-`SCALE=1` (or `--scale`) counts 100,000 and then 1,000,000 of them in processes of their own and compares time and
-peak memory.
+`SCALE=1` (or `--scale`) runs the whole stage, from Parquet shards to the report, on 100,000 and on 1,000,000 of them in
+processes of their own and compares time and peak memory; then the smaller set once more with Ray across two workers,
+whose numbers must be the same.
 """
 
 from __future__ import annotations
@@ -14,28 +15,36 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from nltk.tag.perceptron import PerceptronTagger as NltkTagger
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 from rich.console import Console
 from rich.table import Table
 
+from dataset_stats.__main__ import main as stage
 from dataset_stats.counting import NounCounter
 from dataset_stats.tagging.perceptron import PerceptronTagger
 from dataset_stats.tagging.taggers import NLTK_PARTS, LexiconTagger, find_tagger, read_nltk_part
+from pipelines.storage import sha256_file
+from pipelines.summary import read_summary
 
 RESULT = Path(__file__).parent / "results" / "stats.json"
 ZIPF_EXPONENT = 1.07
 ZIPF_SHIFT = 2.7
 NUM_DENSE_WORDS = 6000  # of each kind; alt texts use the whole lexicon
 SCALE_CAPTIONS = (100_000, 1_000_000)
+SHARD_CAPTIONS = 50_000
 TRAINING_CAPTIONS = 300
 CAPTIONS_PER_TURN = 5_000
 DENSE = (
@@ -162,40 +171,53 @@ def compare(num_captions: int) -> dict[str, object]:
     }
 
 
-def count_generated(num_captions: int) -> dict[str, float]:
-    """Count generated captions in this process; peak memory is the process's, caption making included."""
+def write_shards(folder: Path, num_captions: int) -> None:
+    """Generated captions as Parquet shards of `SHARD_CAPTIONS` rows."""
     maker = CaptionMaker(0)
-    _, tagger, _ = load_taggers(list(maker.captions(TRAINING_CAPTIONS)))
-    counter = NounCounter(tagger)
-    seconds, block = 0.0, 10_000
-    for start in range(0, num_captions, block):
-        captions = list(maker.captions(min(block, num_captions - start)))
-        start_seconds = time.process_time()
-        counter.count(captions)
-        seconds += time.process_time() - start_seconds
+    for number in range(num_captions // SHARD_CAPTIONS):
+        table = pa.table({"caption": list(maker.captions(SHARD_CAPTIONS))})
+        pq.write_table(table, folder / f"{number:04d}.parquet")
+
+
+def run_stage(folder: Path, num_captions: int, *, num_workers: int) -> dict[str, Any]:
+    """The stage in this process (`num_workers` 0) or across Ray workers; memory and CPU time are this process's."""
+    run = folder / f"run-{num_captions}-{num_workers}"
+    shards = f"{folder}/{{0000..{num_captions // SHARD_CAPTIONS - 1:04d}}}.parquet"
+    recipe = folder / "recipe.toml"
+    recipe.write_text('[data]\nshards = "{run}/none/*.tar"\n[dataset_stats]\n')
+    settings = [f"dataset_stats.sets=web={shards}", "engine.samples_per_slice=25000"]
+    settings += [f"engine.num_workers={num_workers}"] if num_workers else ["engine.in_process=true"]
+    sys.argv = ["dataset_stats", "--recipe", str(recipe), "--run", str(run)]
+    for setting in settings:
+        sys.argv += ["--set", setting]
     start_seconds = time.process_time()
-    distinct = len(counter.take())
-    seconds += time.process_time() - start_seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    stage()
+    seconds = time.process_time() - start_seconds
     return {
         "num_captions": num_captions,
+        "num_workers": num_workers,
         "seconds": round(seconds, 2),
-        "peak_gigabytes": round(peak, 2),
-        "distinct_nouns": distinct,
+        "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2),
+        "distinct_nouns": read_summary(run)["dataset_stats"]["web"]["distinct_nouns"],
+        "nouns_sha256": sha256_file(run / "stats" / "nouns.parquet"),
     }
 
 
 def measure_scale() -> dict[str, object]:
-    """Count 10 times as many captions: time should grow 10 times, memory hardly."""
+    """Run the stage on 10 times as many captions: time should grow 10 times, memory hardly; then across workers."""
     runs = []
-    for num_captions in SCALE_CAPTIONS:
-        command = [sys.executable, "-m", "benchmarks.stats", "--count", str(num_captions)]
-        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    small, large = runs
+    with tempfile.TemporaryDirectory() as name:
+        write_shards(Path(name), max(SCALE_CAPTIONS))
+        for num_captions, num_workers in [*((count, 0) for count in SCALE_CAPTIONS), (min(SCALE_CAPTIONS), 2)]:
+            command = [sys.executable, "-m", "benchmarks.stats", "--stage", name, str(num_captions), str(num_workers)]
+            finished = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs.append(json.loads(finished.stdout.splitlines()[-1]))
+    small, large, spread = runs
     return {
         "scale": runs,
         "ratio_seconds_10x": round(large["seconds"] / small["seconds"], 1),
         "peak_gigabytes": large["peak_gigabytes"],
+        "identical_workers": spread["nouns_sha256"] == small["nouns_sha256"],
     }
 
 
@@ -204,10 +226,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Noun counting against NLTK's own functions.")
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--scale", action="store_true", default=os.environ.get("SCALE") == "1")
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.count:
-        print(json.dumps(count_generated(options.count)))
+    if options.stage:
+        folder, num_captions, num_workers = options.stage
+        print(json.dumps(run_stage(Path(folder), int(num_captions), num_workers=int(num_workers))))
         return
     result = compare(options.captions)
     if options.scale:
