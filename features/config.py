@@ -16,7 +16,8 @@ class CaptionConfig(StageConfig):
     """One entry of `[features.stageN] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
 
     column: str = pydantic.Field(
-        pattern="^[a-z][a-z0-9_]*$", description="Column to encode: caption (dense), alt_text (raw), or one you added"
+        pattern="^[a-z][a-z0-9_]*$",
+        description="Column to encode: caption (dense), alt_text (raw) or another one of texts",
     )
     weight: float = pydantic.Field(
         default=1.0,
