@@ -113,12 +113,15 @@ def write_text(
     *,
     max_tokens: int = MAX_TOKENS,
     storage: str = "bfloat16",
+    revision: str | None = None,
+    columns: tuple[str, ...] = ("caption",),
     seed: int = 0,
 ) -> None:
     """Write captions of random embeddings: one or two per sample, none for every eleventh."""
-    directory = StageDirectory(text_directory(run))
+    directory = StageDirectory(text_directory(run, columns))
     directory.path.mkdir(parents=True, exist_ok=True)
-    fingerprint = Fingerprint.of({"family": "text", "max_tokens": max_tokens, "storage": storage})
+    settings = {"max_tokens": max_tokens, "storage": storage, "revision": revision}
+    fingerprint = Fingerprint.of({"family": "text", "caption_columns": list(columns), **settings})
     write_tensors(directory.path / NULL_CAPTION_FILE, {"embedding_0": np.full((2, D_TEXT), 0x3F80, np.uint16)})
     for name, num_samples in shards.items():
         random = np.random.default_rng(len(name) * 77 + num_samples + seed)
@@ -136,8 +139,7 @@ def write_text(
                 samples.append(rows[-1])
         write_index(directory.file(name, ".parquet"), rows, TEXT_SCHEMA)
         _finish(directory, name, samples, fingerprint)
-    text = TEXT | {"max_tokens": max_tokens, "storage": storage}
-    directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": text})
+    directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": TEXT | settings})
 
 
 def write_captions(

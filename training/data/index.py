@@ -202,9 +202,11 @@ def _labels(latents: pa.Table, shard: str) -> np.ndarray:
 
 
 def _sort_by_bucket(name: str, latents: pa.Table, labels: np.ndarray, *, captions: pa.Table | None) -> ShardTable:
-    buckets = latents["bucket"].to_pylist()
-    names = sorted(set(buckets), key=bucket_size)
-    codes = np.array([names.index(bucket) for bucket in buckets], dtype=np.int64)
+    encoded = latents["bucket"].combine_chunks().dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    names = sorted(found, key=bucket_size)
+    ranks = np.array([names.index(bucket) for bucket in found], dtype=np.int64)
+    codes = ranks[encoded.indices.to_numpy()]
     order = np.argsort(codes, kind="stable")
     latents = latents.take(order)
     keys = latents["key"].combine_chunks()

@@ -1,0 +1,122 @@
+"""Which features a stage reads: datasets of a recipe, what of them is refused, and what a plan says of them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_training_stage import write_checkpoint
+from training_run import arguments, make_run, write_latents, write_text
+
+from pipelines.command import parse_command
+from pipelines.feature_store import latent_directory, text_directory
+from training.config import STAGES
+from training.preflight import inspect_stage, print_plan
+from training.stage import StageJob, open_stage
+
+SHARDS = {"laion_0": 40, "laion_1": 23}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def open_job(run: Path, *overrides: str) -> StageJob:
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    argv = [*arguments(run, 2, init_from="scratch", num_processes=1), *flags]
+    return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+
+
+def mixed(*datasets: str) -> str:
+    return f"training.stage2.datasets=[{', '.join('{' + dataset + '}' for dataset in datasets)}]"
+
+
+FIRST, SECOND = 'shards = ["laion_0"], weight = 3', 'shards = ["laion_1"], weight = 1'
+
+
+def test_a_plan_says_how_datasets_are_mixed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_run(tmp_path / "other")
+    job = open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_*"]'))
+    print_plan(job, inspect_stage(job))
+    said = " ".join(capsys.readouterr().err.split())
+    # 12 steps of 8 samples: three quarters of 96 from 32 samples, one quarter from 50.
+    assert "75.00% of every batch, 32 samples in 1 shards, 2.25 epochs" in said
+    assert "25.00% of every batch, 50 samples in 2 shards, 0.48 epochs" in said
+    assert f"{other}/features/latent-32 and {other}/features/text" in said
+    assert "not read 1 shards of features.stage2: laion_1" in said
+
+
+def test_one_dataset_named_is_the_same_as_none_named(run: Path) -> None:
+    assert open_job(run, mixed("weight = 0.2")).fingerprint == open_job(run).fingerprint
+    assert open_job(run, mixed(f'run = "{run}"')).fingerprint == open_job(run).fingerprint
+
+
+def test_a_checkpoint_is_bound_to_its_mixture(run: Path) -> None:
+    write_checkpoint(open_job(run, mixed(FIRST, SECOND)), step=6)
+    assert open_job(run, mixed(FIRST, SECOND)).resume is not None
+    with pytest.raises(ValueError, match=r"trained with datasets\.1\.weight 1\.0, but it is 2\.0 now"):
+        open_job(run, mixed(FIRST, SECOND.replace("weight = 1", "weight = 2")))
+    with pytest.raises(ValueError, match=r"trained with datasets\.0\.latents\.files '\w+', but it is '\w+' now"):
+        open_job(run, mixed(SECOND.replace("weight = 1", "weight = 3"), FIRST.replace("weight = 3", "weight = 1")))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ('shards = ["sa_*"]', r"training\.stage2\.datasets\.1\.shards: pattern 'sa_\*' matches none of the 3 shards"),
+        ("weight = 0", r"training\.stage2\.datasets\.1\.weight = 0"),
+        ('weight = "much"', r"training\.stage2\.datasets\.1\.weight = 'much'"),
+        ("wait = 1", r"training\.stage2\.datasets\.1\.wait is not a known key"),
+        ("shards = []", r"training\.stage2\.datasets\.1\.shards = \[\]"),
+        ('shards = ["laion_*"]', r"datasets\.0 and training\.stage2\.datasets\.1 both read shard laion_0 of"),
+        ('run = "/nowhere"', r"/nowhere/features/latent-32 does not exist.*RUN=/nowhere"),
+    ],
+)
+def test_a_wrong_dataset_is_named_by_its_key(run: Path, dataset: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_job(run, mixed(FIRST, dataset))
+
+
+def test_datasets_of_other_encoders_are_refused(run: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other")
+    path = latent_directory(other, 32) / "manifest.json"
+    path.write_text(path.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.6'))
+    with pytest.raises(ValueError, match=r"other/run/features/latent-32: vae\.scaling_factor is 0\.6, but 0\.5 is"):
+        open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_1"]'))
+    shutil.rmtree(text_directory(other))
+    write_text(other, SHARDS, storage="int8")
+    with pytest.raises(ValueError, match=r"text: text_storage is 'int8', but 'bfloat16' is needed"):
+        open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_1"]'))
+
+
+def test_features_made_anew_with_other_settings_end_a_training_by_name(run: Path) -> None:
+    """The recipe and the features agree with each other, but no longer with the checkpoint that is to be resumed."""
+    write_checkpoint(open_job(run), step=6)
+    write_latents(run, 48, SHARDS, buckets=["48x48"], is_bucketed=False)
+    with pytest.raises(ValueError, match=r"trained with latents\.resolution 32, but it is 48 now"):
+        open_job(run, "features.stage2.resolution=48")
+    write_text(run, SHARDS, columns=("alt_text",))
+    with pytest.raises(
+        ValueError, match=r"trained with text\.caption_columns \['caption'\], but it is \['alt_text'\] now"
+    ):
+        open_job(run, 'features.stage2.captions=[{column = "alt_text"}]')
+    for field, setting in (("max_tokens", 10), ("revision", "abc"), ("storage", "int8")):
+        shutil.rmtree(text_directory(run))
+        write_text(run, SHARDS, **{field: setting})
+        key = {"max_tokens": "max_tokens", "revision": "text_revision", "storage": "text_storage"}[field]
+        value = f"'{setting}'" if isinstance(setting, str) else setting
+        with pytest.raises(ValueError, match=rf"trained with text\.{field} .*, but it is {value} now"):
+            open_job(run, f"features.{key}={setting}")
+
+
+def test_a_changed_setting_without_new_features_is_refused_by_name(run: Path) -> None:
+    for override, message in (
+        ("features.stage2.resolution=48", "latent-48 does not exist"),
+        ("features.max_tokens=20", "max_tokens is 12, but 20 is needed"),
+        ("features.text_revision=abc", "text_revision is None, but 'abc' is needed"),
+        ("features.vae_revision=abc", "vae_revision is None, but 'abc' is needed"),
+        ("features.text_storage=int8", "text_storage is 'bfloat16', but 'int8' is needed"),
+        ('features.stage2.captions=[{column = "alt_text"}]', "text-alt_text does not exist"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            open_job(run, override)
