@@ -163,8 +163,8 @@ def describe_lengths(engine: TransformersEngine, captions: Sequence[str]) -> dic
 class Shape:
     """A LLaVA of given size with random weights; `num_prompt_tokens` without the image's."""
 
-    text: dict[str, int]
-    vision: dict[str, int]
+    text: dict[str, Any]
+    vision: dict[str, Any]
     num_prompt_tokens: int
     num_images: int
     batch_size: int
@@ -263,7 +263,7 @@ def generate_forced(
     """Caption fixed batches in arrival order with `model.generate`; returns the new tokens."""
     captions: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
-        batch, wanted = (items[start : start + batch_size] for items in (prompts, lengths))
+        batch, wanted = prompts[start : start + batch_size], lengths[start : start + batch_size]
         input_ids = torch.stack([prompt.input_ids for prompt in batch]).to(model.device)
         pixels = torch.cat([prompt.image_inputs["pixel_values"] for prompt in batch]).to(model.device, model.dtype)
         force = ForceLengths(torch.tensor(wanted, device=model.device), input_ids.shape[1])

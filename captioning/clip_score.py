@@ -93,7 +93,7 @@ class ImageEmbeddings:
         self._waiting: list[Tensor] = []
         self._embedded: list[Tensor] = []
 
-    def add(self, pixels: Tensor) -> None:
+    def add(self, pixels: Any) -> None:
         """Take an image that `ClipScorer.prepare` has prepared."""
         self._waiting.append(pixels)
         if len(self._waiting) == BATCH_SIZE:

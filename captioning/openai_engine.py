@@ -111,11 +111,16 @@ class OpenAIEngine:
                 free.release()
 
         with ThreadPoolExecutor(self._server.num_requests, thread_name_prefix="request") as pool:
-            for prompt in prepared:
-                free.acquire()
-                if failed:
-                    break
-                futures.append(pool.submit(ask, prompt))
+            try:
+                for prompt in prepared:
+                    free.acquire()
+                    if failed:
+                        break
+                    futures.append(pool.submit(ask, prompt))
+            except BaseException:
+                # Nobody waits for an answer any more: what is in flight must not wait for the server either.
+                self._patience.stop()
+                raise
         if failed:
             raise failed[0]
         return [future.result() for future in futures]

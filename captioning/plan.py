@@ -26,12 +26,14 @@ def print_plan(job: Job) -> None:
         size = f"{todo * BYTES_PER_ROW / 1e6:,.1f} MB"
         table.add_row(template, f"{len(sources):,}", f"{total:,}", f"{todo:,}", size)
     console.print(table)
+    if completed := job.to_complete():
+        console.print(f"{len(completed)} of the shards done keep their captions: rejects, limits or CLIP scores change")
     config = job.config
     decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
-    console.print(f"model    {config.model} ({job.model.identity})", soft_wrap=True)
-    console.print(
-        f"decoding {decoding}, at most {config.max_new_tokens} tokens, {config.batch_size} captions at a time"
-    )
+    place = f", at {config.server.base_url}" if config.engine == "openai" else ""
+    console.print(f"model    {config.model} ({job.model.identity}){place}", soft_wrap=True)
+    at_a_time = config.server.num_requests if config.engine == "openai" else config.batch_size
+    console.print(f"decoding {decoding}, at most {config.max_new_tokens} tokens, {at_a_time} captions at a time")
     console.print(f"prompts  sha256 {config.prompts_sha256}")
 
 

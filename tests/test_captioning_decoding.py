@@ -155,7 +155,7 @@ def test_a_repetition_penalty_is_that_of_generate(model, prompts, generated, num
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
 def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts, tmp_path) -> None:
     """Grouped heads without biases, and with biases on queries, keys and values."""
-    other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text=kind)).eval()
+    other: Any = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text=kind)).eval()
     for name, parameter in other.model.language_model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)

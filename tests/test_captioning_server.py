@@ -1,6 +1,9 @@
 """The engine for chat servers: a real `transformers serve` that is killed and comes back, and every way to fail."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -269,6 +272,29 @@ def test_the_key_is_in_no_file_and_the_address_in_no_fingerprint(tmp_path, monke
     monkeypatch.setattr(OpenAIEngine, "__init__", None)
     command(run, "--set", "captioning.server.base_url=http://127.0.0.1:1/v1", monkeypatch=monkeypatch)
     assert contents(run) == before
+
+
+def test_workers_of_a_cluster_ask_with_the_drivers_key_and_write_the_same_bytes(tmp_path, monkeypatch) -> None:
+    """Two Ray workers, shards cut inside; the key is in the environment of the command only."""
+    with ScriptedServer(describe) as server:
+        alone = make_run(tmp_path / "alone", base_url=server.base_url)
+        command(alone, monkeypatch=monkeypatch)
+        server.keys.clear()
+        run = make_run(tmp_path / "run", base_url=server.base_url)
+        options = ["--set", "engine.in_process=false", "--set", "engine.num_workers=2"]
+        line = [sys.executable, "-m", "captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run), *options]
+        environment = {**os.environ, "OPENAI_API_KEY": "sk-of-the-driver"}
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert server.keys == {"Bearer sk-of-the-driver"}
+    assert contents(run) == contents(alone) and "sk-of-the-driver" not in done.stderr
+
+
+def test_a_plan_says_where_the_server_is_and_asks_it_nothing(tmp_path, monkeypatch, capsys) -> None:
+    run = make_run(tmp_path, base_url="http://127.0.0.1:1/v1")
+    command(run, "--plan", monkeypatch=monkeypatch)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "toy (toy@main of a server), at http://127.0.0.1:1/v1" in said and "4 captions at a time" in said
 
 
 def test_a_server_that_never_comes_back_leaves_what_is_done(tmp_path, monkeypatch) -> None:
