@@ -209,7 +209,8 @@ def _count(job: Job) -> Manifest:
         sources=job.all_sources,
         output=StageDirectory(job.folder / "counts"),
         fingerprint=job.count_fingerprint,
-        engine=job.command.recipe.table("engine", EngineConfig),
+        # Counting needs no GPU, whatever the recipe reserves for captioning and features.
+        engine=job.command.recipe.table("engine", EngineConfig).model_copy(update={"gpus_per_worker": 0.0}),
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
     )

@@ -72,7 +72,7 @@ def _require_reachable(address: str) -> None:
     if not port.isdecimal():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ValueError(f"RAY_ADDRESS = {address!r}: no Ray answers there: {error}") from None
 
