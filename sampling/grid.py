@@ -75,6 +75,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[
         longer = f"{line} {word}".strip()
         if line and font.getlength(longer) > CELL_PIXELS:
             lines.append(line)
+            if len(lines) > MAX_LINES:
+                break
             longer = word
         line = longer
     lines.append(line)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
@@ -174,11 +173,14 @@ def test_images_per_prompt_are_single_images_of_their_seeds(run):
     assert np.abs(pixels(folder / row["file"]) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
-@pytest.mark.parametrize("size", ["32x32", "48x32"])
-def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size):
+@pytest.mark.parametrize(
+    ("guidance_scale", "size", "negative"),
+    [(4.5, "32x32", ""), (1.0, "48x32", ""), (4.5, "48x32", "Dark, two squares")],
+)
+def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size, negative):
     prompt, seed = "A red circle, left", 11
-    sample(run, 2, prompt=prompt, seed=seed, num_steps=20, guidance_scale=guidance_scale, size=size)
+    settings = {"guidance_scale": guidance_scale, "size": size, "negative_prompt": negative}
+    sample(run, 2, prompt=prompt, seed=seed, num_steps=20, **settings)
     folder = run / "samples" / "stage2-prompt"
     (row,) = pq.read_table(folder / "samples.parquet").to_pylist()
     pipeline = PixArtAlphaPipeline(
@@ -191,6 +193,7 @@ def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size):
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         prompt,
+        negative_prompt=negative,
         num_inference_steps=20,
         guidance_scale=guidance_scale,
         width=row["width"],
@@ -250,6 +253,24 @@ def test_truncation_names_the_lost_words(run, capsys):
 def test_mistakes_get_one_clear_line(run, stage, table, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample(run, stage, **table)
+
+
+def test_sizes_outside_the_trained_ones_are_warned_of(run, capsys):
+    sample(run, 3, prompt="a fox", size="48x32")
+    assert "not at this one" not in capsys.readouterr().err
+    sample(run, 3, prompt="a fox", size="64x16")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "sampling.size 64x16: stage 3, step 7 was trained at 32 pixels, in 3 sizes, and not at this one" in printed
+
+
+def test_ten_thousand_words_leave_an_image_that_carries_them_all(run, capsys):
+    prompt = " ".join(f"word{number}" for number in range(10_000))
+    sample(run, 2, prompt=prompt)
+    (path,) = (path for path in (run / "samples" / "stage2-prompt").glob("*.png") if path.name != "grid.png")
+    with Image.open(path) as image:
+        assert image.info["prompt"] == prompt
+    printed = "".join(capsys.readouterr().err.split())
+    assert "themodelreads40tokens" in printed and len(printed) < 2000
 
 
 def test_missing_checkpoint_names_the_command(run):
