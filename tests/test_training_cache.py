@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import pytest
 import torch
 from cache_process import open_once
 from moto.server import ThreadedMotoServer
-from training_run import arguments, make_run, write_latents, write_text
+from training_run import REPOSITORY, arguments, make_run, metrics, write_latents, write_text
 
 from pipelines.command import parse_command
 from training.config import STAGES
@@ -280,3 +282,22 @@ def test_features_that_are_not_there_are_named(source: Path, tmp_path: Path) -> 
     run = empty_run(tmp_path, source)
     with pytest.raises(FileNotFoundError, match=r"s3://features/run/features/latent-512/manifest\.json does not exist"):
         remote_job(run, "features.stage2.resolution=512")
+
+
+@pytest.mark.slow
+def test_a_stage_trains_on_a_remote_and_a_local_dataset(source: Path, tmp_path: Path) -> None:
+    run = empty_run(tmp_path, source)
+    datasets = (
+        f'[{{run = "s3://{BUCKET}/run", shards = ["laion_[0-3]"]}}, {{run = "{source}", shards = ["laion_[45]"]}}]'
+    )
+    command = [sys.executable, "-m", "training", *arguments(run, 2, init_from="scratch", num_steps=4, log_every=1)]
+    done = subprocess.run(
+        [*command, "--set", f"training.datasets={datasets}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "50.00% of every batch" in done.stderr
+    assert [line["step"] for line in metrics(run, 2)] == [1, 2, 3, 4]
