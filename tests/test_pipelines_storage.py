@@ -1,10 +1,12 @@
 """Remote storage against real servers on loopback: few requests, nothing unneeded, and errors that name the URL."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import fsspec
@@ -39,6 +41,21 @@ def test_ranges_of_local_and_remote_files_are_the_same(tmp_path) -> None:
                 stream.seek(-500, os.SEEK_END)
                 assert stream.read() == data[-500:]
                 assert stream.seek(7) == 7 and stream.read(3) == data[7:10]
+
+
+def test_threads_share_an_open_file(tmp_path) -> None:
+    """Decoding threads ask for small and large members of one shard at once."""
+    data = os.urandom(4_000_000)
+    (tmp_path / "data.bin").write_bytes(data)
+    with serve_folder(tmp_path) as server, open_ranges(f"{server.url}/data.bin") as file:
+
+        def read_at_random(seed: int) -> bool:
+            rng = random.Random(seed)
+            places = [(rng.randrange(len(data)), rng.choice((10, 3_000, 100_000, 600_000))) for _ in range(40)]
+            return all(file.read(offset, size) == data[offset : offset + size] for offset, size in places)
+
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(read_at_random, range(6)))
 
 
 def test_a_tar_of_small_members_takes_few_requests(tmp_path) -> None:
