@@ -75,7 +75,7 @@ class ServerConfig(StageConfig):
     timeout_seconds: float = Field(default=120.0, gt=0, description="Longest wait for one answer")
     max_attempts: int = Field(
         default=4,
-        ge=1,
+        ge=2,
         description="Failures (500, time-out) of one image before a healthy server rejects it",
     )
     max_backoff_seconds: float = Field(default=10.0, gt=0, description="Longest pause between two tries")

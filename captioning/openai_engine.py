@@ -128,6 +128,7 @@ class OpenAIEngine:
     def _ask(self, prompt: ServerPrompt, decoding: _Decoding) -> Caption | Refusal:
         """Ask until there is an answer, a refusal, or no patience left."""
         attempt = num_own_faults = 0
+        is_last_try = False
         while True:
             suggested_seconds = None
             try:
@@ -153,11 +154,17 @@ class OpenAIEngine:
                 reason, is_own_fault = describe(error), True
             except openai.APIConnectionError as error:
                 reason, is_own_fault = describe(error), False
-            # A server that fails on this image and answers about another will not do better next time.
-            num_own_faults += is_own_fault
-            if num_own_faults >= self._server.max_attempts and self._is_well():
-                self._patience.heard()
+            except openai.APIError as error:
+                # An answer that is none of OpenAI's.
+                reason, is_own_fault = describe(error), True
+            if is_own_fault and is_last_try:
                 return Refusal(reason="server_failed", detail=reason)
+            # A server that answers about another image, and then fails on this one again, will not do better next time.
+            num_own_faults += is_own_fault
+            is_last_try = num_own_faults >= self._server.max_attempts - 1 and self._is_well()
+            if is_last_try:
+                self._patience.heard()
+                continue
             self._patience.wait(attempt, reason, suggested_seconds=suggested_seconds)
             attempt += 1
 
@@ -176,6 +183,8 @@ class OpenAIEngine:
             top_p=1.0 if decoding.temperature > 0 else openai.omit,
             **self._penalty(decoding.repetition_penalty),
         )
+        if not answer.choices:
+            return Refusal(reason="server_failed", detail="an answer without choices")
         choice = answer.choices[0]
         if choice.finish_reason == "content_filter":
             return Refusal(reason="refused_by_server", detail="content_filter")

@@ -58,7 +58,7 @@ penalty_parameter = "frequency_penalty"
 
 
 def make_engine(base_url: str, *, key: str = "", **server: Any) -> OpenAIEngine:
-    table = {"base_url": base_url, "max_backoff_seconds": 0.02, "patience_seconds": 0.3, "num_requests": 4, **server}
+    table = {"base_url": base_url, "max_backoff_seconds": 0.02, "patience_seconds": 60, "num_requests": 4, **server}
     config = CaptioningConfig.model_validate({"engine": "openai", "model": "toy", "server": table})
     return OpenAIEngine(config, api_key=key)
 
@@ -198,11 +198,11 @@ def test_a_server_that_fails_on_everything_is_waited_for_and_not_blamed_on_image
     """Busy, starting and broken for the first twelve requests; then every image has its caption."""
     faults = [429, 503, 500, 502] * 3
     with ScriptedServer(lambda body, n: fail(faults[n - 1], "not now") if n <= 12 else describe(body, n)) as server:
-        engine = make_engine(server.base_url, max_attempts=2, patience_seconds=30)
+        engine = make_engine(server.base_url, max_attempts=2, patience_seconds=120)
         captions = engine.caption(engine.prepare(requests(5)))
     assert all(isinstance(caption, Caption) for caption in captions)
     with ScriptedServer(lambda body, n: fail(500, "out of memory")) as server:
-        engine = make_engine(server.base_url, max_attempts=2)
+        engine = make_engine(server.base_url, max_attempts=2, patience_seconds=0.3)
         with pytest.raises(
             ServerError, match=r"has not answered for .*patience_seconds 0.3; .*500.*what is done stays"
         ):
@@ -211,7 +211,7 @@ def test_a_server_that_fails_on_everything_is_waited_for_and_not_blamed_on_image
 
 def test_an_answer_that_does_not_come_is_a_failure() -> None:
     with ScriptedServer(describe, seconds=0.5) as server:
-        engine = make_engine(server.base_url, timeout_seconds=0.1, max_attempts=1)
+        engine = make_engine(server.base_url, timeout_seconds=0.1, max_attempts=2, patience_seconds=0.3)
         with pytest.raises(ServerError, match=r"has not answered for .*APITimeoutError"):
             engine.caption(engine.prepare(requests(2)))
 
