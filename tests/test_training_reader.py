@@ -175,6 +175,23 @@ def test_world_size_changes_no_sample_and_no_random_number(run: Path, num_ranks:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize(("shards", "num_epochs"), [(SHARDS[:1], 3), (SHARDS, 12)])
+def test_all_ranks_together_read_every_key_once_an_epoch(
+    run: Path, shards: list[str], num_epochs: int, num_ranks: int
+) -> None:
+    """32 samples of one shard are 1 1/3 batches of 24, 50 of two are 2 1/12: epochs end inside batches."""
+    index = open_index(run, shards)
+    (num_samples,) = survey_of(index).num_samples
+    steps = range(num_epochs * num_samples // 24)
+    readers = [
+        open_reader(index, steps=steps, batch_size=24, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)
+    ]
+    keys = Counter(key for reader in readers for batch in batches_of(reader) for key in batch.keys)
+    assert len(keys) == num_samples
+    assert set(keys.values()) == {num_epochs}
+
+
 def test_steps_and_stages_draw_other_numbers(run: Path) -> None:
     first, second = read_batches(run, steps=range(2))
     assert not torch.equal(first.noise, second.noise)
