@@ -74,7 +74,8 @@ class NounCounter:
 
     def _tagged_sentences(self, captions: Sequence[str]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
         tokens = self._tokenize([caption.casefold() for caption in captions])
-        labels = [self._tagger.labels[tag] for tag in self._tagger.tag(tokens.words, tokens.sentence_ends).tolist()]
+        tags = self._tagger.tag(tokens.words, tokens.sentence_ends)
+        labels = [self._tagger.labels[int(tag)] for tag in tags]
         words = [self._vocabulary.words[word - len(CONTEXT_MARKERS)] for word in tokens.words.tolist()]
         bounds = itertools.pairwise([0, *tokens.sentence_ends.tolist()])
         for caption, (begin, end) in zip(tokens.sentence_captions.tolist(), bounds, strict=True):

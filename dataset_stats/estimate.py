@@ -67,8 +67,8 @@ def estimate_set(
     unread = max(1 - len(rows) / num_samples, 0.0)
     errors = {name: error * unread**0.5 for name, error in _mean_errors(rows, captions).items()}
     nouns = captions["nouns"].combine_chunks()
-    owners = pc.list_parent_indices(nouns).to_numpy()  # int64 [T]
-    words = pc.list_flatten(nouns).dictionary_encode()
+    owners = nouns.value_parent_indices().to_numpy()  # int64 [T]
+    words = nouns.flatten().dictionary_encode()
     codes = words.indices.to_numpy()  # int32 [T]
     distinct = words.dictionary.to_pylist()
     rng = np.random.default_rng(seed)
@@ -102,15 +102,12 @@ def _mean_errors(rows: pa.Table, captions: pa.Table) -> dict[str, float]:
         "tokens_per_caption": _mean_error(captions["num_tokens"].to_numpy()),
         "boilerplate_fraction": _mean_error(captions["is_boilerplate"].to_numpy(zero_copy_only=False)),
     }
-    owners = pc.list_parent_indices(captions["flags"].combine_chunks())
-    flags = pc.list_flatten(captions["flags"].combine_chunks())
-    for flag in pc.unique(flags).to_pylist():
-        has_flag = np.zeros(len(captions))
-        has_flag[owners.filter(pc.equal(flags, flag)).to_numpy()] = 1
-        errors[f"flag_fraction.{flag}"] = _mean_error(has_flag)
-    for reason in pc.unique(rows["reject"]).drop_null().to_pylist():
-        is_reject = pc.fill_null(pc.equal(rows["reject"], reason), False).to_numpy()
-        errors[f"reject_fraction.{reason}"] = _mean_error(is_reject)
+    flags = captions["flags"].to_pylist()
+    for flag in sorted({flag for found in flags for flag in found}):
+        errors[f"flag_fraction.{flag}"] = _mean_error(np.array([flag in found for found in flags]))
+    rejects = rows["reject"].to_pylist()
+    for reason in sorted({reason for reason in rejects if reason}):
+        errors[f"reject_fraction.{reason}"] = _mean_error(np.array([found == reason for found in rejects]))
     if "num_text_tokens" in captions.column_names:
         lengths = captions["num_text_tokens"].to_numpy()
         errors["text_tokens_per_caption"] = _mean_error(lengths)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataset_stats.measures import SetMeasures
@@ -87,22 +86,27 @@ def write_noun_table(
     return table
 
 
-def _fold(nouns: Path, plurals: pd.DataFrame, measures: Mapping[str, SetMeasures], *, valid_threshold: int) -> None:
+def _fold(
+    nouns: Path, plurals: Mapping[str, str], measures: Mapping[str, SetMeasures], *, valid_threshold: int
+) -> None:
     """Fill in the folded DN and VN: what the plurals and their singulars count for apart, and what they do together."""
-    kept = [plurals]
+    wanted = plurals.keys() | plurals.values()
+    singulars: list[str] = []
+    rows: list[tuple[int, ...]] = []
     with pq.ParquetFile(nouns) as source:
-        for batch in source.iter_batches(batch_size=ROWS_PER_BATCH):
-            kept.append(
-                batch.filter(pc.is_in(batch["noun"], pa.array(plurals["singular"].unique(), pa.string()))).to_pandas()
-            )
-    # A singular may itself be a plural that is folded further ("glasses" of "glass"): each noun is taken once.
-    apart = pd.concat(kept).drop_duplicates("noun")
-    together = apart.groupby("singular")[list(measures)].sum()
-    for name, measure in measures.items():
-        merged_away = (apart[name] > 0).sum() - (together[name] > 0).sum()
-        gained = (together[name] > valid_threshold).sum() - (apart[name] > valid_threshold).sum()
-        measure.folded_distinct_nouns = measure.distinct_nouns - int(merged_away)
-        measure.folded_valid_distinct_nouns = measure.valid_distinct_nouns + int(gained)
+        for batch in source.iter_batches(batch_size=ROWS_PER_BATCH, columns=["noun", *measures]):
+            for noun, *counts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if noun in wanted:
+                    singulars.append(plurals.get(noun, noun))
+                    rows.append(tuple(counts))
+    groups = np.unique(singulars, return_inverse=True)[1]
+    for name, apart in zip(measures, np.array(rows, dtype=np.int64).reshape(-1, len(measures)).T, strict=True):
+        together = np.bincount(groups, weights=apart) if len(groups) else apart
+        measure = measures[name]
+        fewer = np.count_nonzero(apart) - np.count_nonzero(together)
+        more = np.count_nonzero(together > valid_threshold) - np.count_nonzero(apart > valid_threshold)
+        measure.folded_distinct_nouns = measure.distinct_nouns - int(fewer)
+        measure.folded_valid_distinct_nouns = measure.valid_distinct_nouns + int(more)
 
 
 def safe_cell(text: str) -> str:
@@ -116,14 +120,15 @@ class _Collector:
         self._measures = measures
         self._num_top = num_top
         self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} first_row" for name in names), "total"])
-        self.plurals = pd.DataFrame({"noun": [], "singular": [], **{name: [] for name in names}})
+        self.plurals: dict[str, str] = {}
         self._changes: dict[str, pd.DataFrame] = {}
         self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def add(self, frame: pd.DataFrame) -> None:
         if "singular" in frame:
             # Only words of the lexicon are folded, so these stay few.
-            self.plurals = pd.concat([self.plurals, frame[frame["singular"] != frame["noun"]]])
+            folded = zip(frame["noun"], frame["singular"], strict=True)
+            self.plurals.update((noun, singular) for noun, singular in folded if noun != singular)
         totals = frame[self._names].sum(axis=1)
         both = [self._tops, frame.assign(total=totals)] if len(self._tops) else [frame.assign(total=totals)]
         # Ties go to the noun that comes first, so that the same counts give the same report.

@@ -14,7 +14,7 @@ sum in NLTK's order of features.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from nltk.tag.perceptron import PerceptronTagger as NltkPerceptronTagger
@@ -320,8 +320,8 @@ def _best_label(scores: np.ndarray) -> tuple[int, bool]:
 
 @njit(cache=True, nogil=True)
 def _features(
-    word: int,
-    context: tuple[int, int, int, int],
+    word: Any,
+    context: tuple[Any, Any, Any, Any],
     previous: int,
     second_previous: int,
     table: np.ndarray,

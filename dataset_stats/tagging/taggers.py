@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 TaggerName = Literal["auto", "nltk", "textblob"]
 NLTK_TAGGER = "averaged_perceptron_tagger_eng"
