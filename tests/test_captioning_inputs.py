@@ -56,6 +56,7 @@ def bucket(raw):
     """`s3://atelier` on a server that speaks S3's protocol, holding the folder `raw`."""
     import boto3
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
     with pytest.MonkeyPatch.context() as patch:
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -70,7 +71,9 @@ def bucket(raw):
         for path in raw.rglob("*.tar"):
             client.upload_file(str(path), "atelier", str(path.relative_to(raw)))
         client.close()
+        S3FileSystem.clear_instance_cache()  # of other tests' servers, and of this one's when it is gone
         yield "s3://atelier"
+        S3FileSystem.clear_instance_cache()
         server.stop()
 
 
