@@ -3,6 +3,7 @@
 It listens on this machine alone, loads nothing from elsewhere and reports to nobody.
 """
 
+import importlib.util
 import os
 import random
 import socket
@@ -85,7 +86,9 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     Raises:
         ValueError: Gradio is not installed.
     """
-    gr = _import_gradio()
+    _require_gradio()
+    import gradio as gr
+
     first = studio.first_wish()
     title = f"PixArt Atelier · {studio.checkpoint.name}"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
@@ -175,9 +178,10 @@ def build_page(studio: Studio) -> "gradio.Blocks":
 
 def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
     """Serve the page on this machine alone; returns when it answers."""
-    gr = _import_gradio()
+    from gradio.themes import Default
+
     folder.mkdir(parents=True, exist_ok=True)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page.queue(default_concurrency_limit=1).launch(
         server_name=HOST,
         server_port=port,
@@ -195,14 +199,11 @@ def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
     )
 
 
-def _import_gradio() -> Any:
+def _require_gradio() -> None:
     # Read when Gradio is imported: no telemetry, no look at a server for newer versions.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        raise ValueError("the app needs Gradio: pip install 'pixart-atelier[app]'") from None
-    return gradio
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the app needs Gradio: pip install 'pixart-atelier[app]'")
 
 
 def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:

@@ -170,7 +170,7 @@ def wish_of(path: Path) -> Wish:
     """
     try:
         with Image.open(path) as image:
-            info: dict[str, Any] = dict(image.info)
+            info: Any = image.info
             settings = json.loads(info["settings"])
             return Wish(
                 prompt=info["prompt"],

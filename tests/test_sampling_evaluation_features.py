@@ -138,7 +138,8 @@ def test_two_workers_of_ray_give_the_same_bytes(tmp_path, clip_folder):
     folder = write_images(tmp_path / "set", 12)
     alone = compute(open_folder(folder, cache=tmp_path / "one"), clip_folder, tmp_path / "one")
     engine = EngineConfig(num_workers=2, samples_per_slice=4)
-    shared = compute(open_folder(folder, cache=tmp_path / "two"), clip_folder, tmp_path / "two", engine=engine)
+    images = open_folder(folder, cache=tmp_path / "two")
+    shared = compute(images, clip_folder, tmp_path / "two", engine=engine, max_images_in_process=0)
     assert (shared.folder / "images.parquet").read_bytes() == (alone.folder / "images.parquet").read_bytes()
     manifest = json.loads((shared.folder / "manifest.json").read_text())
     assert manifest["num_read"] == manifest["num_kept"] == 12

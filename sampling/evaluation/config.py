@@ -57,6 +57,9 @@ class EvaluationConfig(StageConfig):
         default="auto", description="Where networks run; auto = the GPU where torch sees one"
     )
     decode_threads: int = pydantic.Field(default=2, ge=1, description="Threads that decode and resize images")
+    max_images_in_process: int = pydantic.Field(
+        default=512, ge=0, description="So many images are seen without starting workers; larger sets go through Ray"
+    )
     max_pixels: int = pydantic.Field(default=89_478_485, ge=1, description="Largest image that is decoded, in pixels")
     max_reject_fraction: float = pydantic.Field(
         default=0.01, ge=0, le=1, description="Fraction of unusable images of a set above which the command fails"

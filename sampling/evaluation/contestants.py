@@ -39,7 +39,7 @@ class Contestant:
             "model": str(self.checkpoint.model_path),
             "samples": str(self.folder),
             "samples_fingerprint": self.job.fingerprint.digest,
-            "prompts": config.prompts or "classes",
+            "prompts": config.prompts if self.checkpoint.kind == "pixart" else "its classes",
             "requests": self.job.identity,
             "num_images": len(self.job.requests),
             "images_per_prompt": config.images_per_prompt,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.command import Command
 from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
-from pipelines.progress import get_logger
+from pipelines.progress import console, get_logger
 from pipelines.storage import sha256_text
 from pipelines.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
@@ -19,7 +19,8 @@ from sampling.evaluation.scores import Meter, read_judge, write_report
 
 CURVE_VERSION = 1  # raise it when the same numbers are written in another way
 REPORT_NAME = "curve"
-DISTANCES = ("FID", "FD-", "CLIP-FD", "CMMD", "CLIP-MMD")
+# What the plot shows, the first that there is; all of them are in the table.
+DISTANCES = ("FID", "FD-", "CLIP-FD")
 
 log = get_logger("evaluation")
 
@@ -63,7 +64,8 @@ def draw_curve(command: Command) -> None:
         identity=identity,
     )
     update_summary(command.run, f"seconds.curve_{command.stage_name}", round(time.monotonic() - start_seconds, 1))
-    log.info(f"{directory.file(REPORT_NAME, '.html')}\n{_table(rows)}")
+    log.info(f"written to {directory.path}")
+    console.print(_table(rows), markup=False, soft_wrap=True)
 
 
 def describe_curve(command: Command) -> list[str]:
@@ -97,11 +99,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
-    """Return a page that opens offline: the first distance over CLIP score, or over guidance where there is no CLIP."""
+    """Return a page that opens offline: Fréchet distance over CLIP score, or over guidance where there is no CLIP."""
     import plotly.graph_objects as go
 
     metrics = [number["metric"] for number in rows[0]["numbers"]]
-    distance = next((name for name in metrics if name.startswith(DISTANCES)), metrics[0])
+    distances = [name for prefix in DISTANCES for name in metrics if name.startswith(prefix)]
+    distance = distances[0] if distances else metrics[0]
     has_clip = "CLIP score" in metrics and distance != "CLIP score"
     figure = go.Figure()
     for checkpoint in dict.fromkeys(row["title"] for row in rows):
@@ -121,7 +124,7 @@ def plot(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
     figure.update_layout(
         title=f"{distance} over {'CLIP score' if has_clip else 'guidance scale'} · {title}",
         xaxis_title="CLIP score (higher is better)" if has_clip else "guidance scale",
-        yaxis_title=f"{distance} (lower is better)",
+        yaxis_title=f"{distance} (lower is better)" if distances else distance,
         showlegend=True,
         font_family="system-ui, sans-serif",
         template="plotly_white",

@@ -253,14 +253,20 @@ def compute_features(
         device=config.device,
         num_threads=max(1, int(engine.cpus_per_worker)),
     )
+    output = StageDirectory(folder)
+    num_pending = sum(
+        source.num_samples for source in images.sources if not output.is_done(source.name, source.identity, fingerprint)
+    )
+    # Starting workers takes longer than seeing a few images.
+    is_few = num_pending <= config.max_images_in_process
     try:
         manifest = run_over_shards(
             FeatureWorker,
             worker_config,
             sources=images.sources,
-            output=StageDirectory(folder),
+            output=output,
             fingerprint=fingerprint,
-            engine=engine,
+            engine=engine.model_copy(update={"in_process": engine.in_process or is_few}),
             max_reject_fraction=config.max_reject_fraction,
             room="evaluation",
             extra={"images": images.name, "network": network.location},

@@ -92,21 +92,28 @@ class BlockB(nn.Module):
         return torch.cat([self.branch3x3(x), double, functional.max_pool2d(x, 3, stride=2)], dim=1)
 
 
+def _wide(num_in: int, num_out: int) -> ConvNorm:
+    return ConvNorm(num_in, num_out, kernel=(1, 7), padding=(0, 3))
+
+
+def _high(num_in: int, num_out: int) -> ConvNorm:
+    return ConvNorm(num_in, num_out, kernel=(7, 1), padding=(3, 0))
+
+
 class BlockC(nn.Module):
     """17 x 17 pixels: 7x7 kernels as pairs of 1x7 and 7x1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        wide, high = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = ConvNorm(768, 192, kernel=1)
         self.branch7x7_1 = ConvNorm(768, width, kernel=1)
-        self.branch7x7_2 = ConvNorm(width, width, **wide)
-        self.branch7x7_3 = ConvNorm(width, 192, **high)
+        self.branch7x7_2 = _wide(width, width)
+        self.branch7x7_3 = _high(width, 192)
         self.branch7x7dbl_1 = ConvNorm(768, width, kernel=1)
-        self.branch7x7dbl_2 = ConvNorm(width, width, **high)
-        self.branch7x7dbl_3 = ConvNorm(width, width, **wide)
-        self.branch7x7dbl_4 = ConvNorm(width, width, **high)
-        self.branch7x7dbl_5 = ConvNorm(width, 192, **wide)
+        self.branch7x7dbl_2 = _high(width, width)
+        self.branch7x7dbl_3 = _wide(width, width)
+        self.branch7x7dbl_4 = _high(width, width)
+        self.branch7x7dbl_5 = _wide(width, 192)
         self.branch_pool = ConvNorm(768, 192, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,8 +136,8 @@ class BlockD(nn.Module):
         self.branch3x3_1 = ConvNorm(768, 192, kernel=1)
         self.branch3x3_2 = ConvNorm(192, 320, kernel=3, stride=2)
         self.branch7x7x3_1 = ConvNorm(768, 192, kernel=1)
-        self.branch7x7x3_2 = ConvNorm(192, 192, kernel=(1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = ConvNorm(192, 192, kernel=(7, 1), padding=(3, 0))
+        self.branch7x7x3_2 = _wide(192, 192)
+        self.branch7x7x3_3 = _high(192, 192)
         self.branch7x7x3_4 = ConvNorm(192, 192, kernel=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -243,7 +243,9 @@ class _Vision:
 
 def _load(model_class: Any, source: NetworkSource, device: str) -> Any:
     import torch
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model, report = model_class.from_pretrained(
         source.location, revision=source.revision, dtype=torch.float32, output_loading_info=True
     )

@@ -47,8 +47,12 @@ def write_page(command: Command) -> Path:
     pictures = {item.title: _read_samples(item.folder) for item in contestants}
     pairs, key = make_pairs(pictures, seed=config.preference_seed)
     shown = {code: path for pair, paths in pairs for code, path in zip(pair["codes"], paths, strict=True)}
+    # Votes are on these very pictures: other weights or settings make another study.
+    names = ("checkpoint_fingerprint", "samples_fingerprint", "requests")
+    drawn = {item.title: [item.inputs()[name] for name in names] for item in contestants}
+    identity = Fingerprint.of({"key": key, "questions": config.preference_questions, "drawn": drawn})
     study = {
-        "study": Fingerprint.of({"key": key, "questions": config.preference_questions}).digest[:16],
+        "study": identity.digest[:16],
         "questions": config.preference_questions,
         "pairs": [pair for pair, _ in pairs],
         "images": {code: _embed(path, config.preference_pixels) for code, path in shown.items()},

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.command import Command
 from pipelines.engine import EngineConfig
 from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.progress import get_logger
+from pipelines.progress import console, get_logger
 from pipelines.storage import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
 from pipelines.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
@@ -26,7 +26,7 @@ SCORES_VERSION = 1  # raise it when what the numbers mean changes
 REPORT_NAME = "scores"
 FEW_IMAGES = 2048  # below it a covariance of Inception's 2048 channels has no full rank
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow")
-JUDGE_AXES = ("colour_binding", "shape_binding", "spatial", "complex")
+JUDGE_AXES = ("colour_binding", "shape_binding", "spatial", "complex", "count")
 
 log = get_logger("evaluation")
 
@@ -213,7 +213,8 @@ def score(command: Command) -> None:
         )
         figures = {number["metric"]: number["value"] for number in rows[0]["numbers"]}
         update_summary(command.run, f"evaluation.{command.stage_name}", figures)
-    log.info(f"{directory.file(REPORT_NAME, '.md')}\n{directory.file(REPORT_NAME, '.md').read_text(encoding='utf-8')}")
+    log.info(f"written to {directory.path}")
+    console.print(directory.file(REPORT_NAME, ".md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
 
 
 def describe_score(command: Command) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import Command
-from pipelines.progress import get_logger
+from pipelines.progress import console, get_logger
 from pipelines.storage import atomic_write_bytes, atomic_write_json
 from sampling.evaluation.distances import wilson_interval
 from sampling.evaluation.preference import preference_folder, read_key
@@ -69,7 +69,8 @@ def count_votes(command: Command) -> None:
     atomic_write_json(folder / f"{REPORT_NAME}.json", value)
     text = render_rates(rates, num_votes=len(votes), rejected=rejected)
     atomic_write_bytes(folder / f"{REPORT_NAME}.md", text.encode())
-    log.info(f"{folder / REPORT_NAME}.md\n{text}")
+    log.info(f"written to {folder}")
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def read_votes(files: Sequence[Path], key: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, int]]:
