@@ -18,6 +18,9 @@ from sampling.denoise import Predict, denoise, draw_noise, make_generators, pred
 from sampling.requests import ImageRequest
 from sampling.solvers import make_solver
 
+# Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.
+MAX_DECODED_PIXELS = 1024 * 1024
+
 
 class Renderer:
     """A checkpoint's transformer and VAE on their device, ready to draw batches of images of one size.
@@ -57,7 +60,9 @@ class Renderer:
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         predict = self._predict(requests, texts)
         latents = denoise(predict, noise, solver, generators=generators, on_step=on_step)
-        return self.codec.decode(latents / self.codec.scaling_factor + self.codec.shift_factor)
+        latents = latents / self.codec.scaling_factor + self.codec.shift_factor
+        num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
+        return [image for part in latents.split(num_at_once) for image in self.codec.decode(part)]
 
     @torch.inference_mode()
     def _predict(self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor]) -> Predict:

@@ -14,6 +14,7 @@ from PIL import Image
 from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
 from transformers import AutoTokenizer, T5EncoderModel
 
+from features.encoders import LatentCodec
 from pipelines.manifest import read_manifest
 from pixart.convert import save_diffusers
 from pixart.model import PixArt
@@ -160,6 +161,20 @@ def test_images_do_not_depend_on_the_batch(run, solver):
     assert len(together) == 3
     for name, expected in together.items():
         assert np.abs(pixels(folder / name) - expected).max() <= 1
+
+
+def test_large_images_are_decoded_one_by_one(run, monkeypatch):
+    num_decoded: list[int] = []
+    decode = LatentCodec.decode
+
+    def recording(self, latents):
+        num_decoded.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(LatentCodec, "decode", recording)
+    monkeypatch.setattr(renderer, "MAX_DECODED_PIXELS", 2 * 32 * 32)
+    sample(run, 2, batch_size=3)
+    assert num_decoded == [2, 1]
 
 
 def test_images_per_prompt_are_single_images_of_their_seeds(run):
