@@ -197,6 +197,11 @@ def open_shard(
         if identity not in (None, headers.summary.identity):
             raise ValueError(f"{path} has changed since this command began; run it again")
         yield RawShard(path, file, headers, dialect=dialect)
+        if is_remote(path):
+            # A local file that is replaced stays open as it was; of a remote one, later ranges would be another's.
+            with open_ranges(path) as again:
+                if again.stamp != file.stamp:
+                    raise ValueError(f"{path} has changed while it was read; run the command again")
 
 
 @dataclass(frozen=True, kw_only=True)

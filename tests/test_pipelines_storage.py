@@ -158,6 +158,16 @@ def test_a_protocol_without_its_package_says_what_to_install() -> None:
         describe_shards(["s4://bucket/a.tar"])
 
 
+def test_an_object_replaced_while_it_is_read_stops_the_work(tmp_path) -> None:
+    """Its later ranges belong to another tar: what was read of both is not kept."""
+    path = write_laion(tmp_path / "laion_00000.tar", 3)
+    with serve_folder(tmp_path) as server:
+        url = f"{server.url}/laion_00000.tar"
+        with pytest.raises(ValueError, match=rf"{url} has changed while it was read"), open_shard(url) as raw:
+            assert raw.image_bytes(raw.samples[0])
+            write_laion(path, 3, first=50)
+
+
 def test_web_addresses_globs_and_queries(tmp_path) -> None:
     for number in range(3):
         write_tar(tmp_path / "data" / f"sa_00000{number}.tar", sa1b_members(number, encode(photo(number))))
