@@ -35,6 +35,8 @@ footer { display: none !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
 """
 IMAGE_PIXELS = 600
+MOST_STEPS, MOST_GUIDANCE = 250, 15
+DAY_SECONDS = 86_400
 
 log = get_logger("sampling")
 
@@ -89,38 +91,13 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     _require_gradio()
     import gradio as gr
 
-    first = studio.first_wish()
     title = f"PixArt Atelier · {studio.checkpoint.name}"
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    # Gradio copies what it shows to its own cache; the copies go when the app ends.
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(DAY_SECONDS, DAY_SECONDS)) as page:
         gr.Markdown(f"## {title}")
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
-                prompt = gr.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt", autofocus=True)
-                negative = gr.Textbox(
-                    first.negative_prompt, label="Negative prompt", info="Empty: the null caption", elem_id="negative"
-                )
-                with gr.Row():
-                    size = gr.Dropdown(
-                        studio.sizes(),
-                        value=first.size,
-                        label="Size",
-                        info="Width x height, multiples of 16",
-                        allow_custom_value=True,
-                        elem_id="size",
-                    )
-                    solver = gr.Dropdown(
-                        list(SOLVERS),
-                        value=first.solver,
-                        label="Sampler",
-                        info="iddpm wants 100 steps",
-                        elem_id="solver",
-                    )
-                with gr.Row():
-                    steps = gr.Slider(1, 250, first.num_steps, step=1, label="Steps", elem_id="steps")
-                    guidance = gr.Slider(1, 15, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
-                with gr.Row():
-                    seed = gr.Number(first.seed, label="Seed", precision=0, elem_id="seed")
-                    another = gr.Button("Another seed", elem_id="another")
+                fields = _add_fields(studio)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
                     stop = gr.Button("Stop", scale=1, elem_id="stop")
@@ -135,18 +112,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                     elem_id="image",
                 )
                 said = gr.Markdown("", elem_id="said")
-        past = gr.Gallery(
-            [str(path) for path in studio.history()],
-            label="History: a click brings image and settings back",
-            columns=8,
-            height=220,
-            object_fit="contain",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="history",
-        )
-        fields = [prompt, negative, size, solver, steps, guidance, seed]
+        past = _add_history(studio)
 
         # Gradio finds the progress bar by this default.
         def draw(*values: Any, progress: Any = gr.Progress()) -> tuple[str, str, list[str]]:  # noqa: B008
@@ -167,13 +133,58 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 raise gr.Error(str(error), duration=None) from None
             return (str(path), _describe(wish, path), *_values(wish))
 
-        outputs = [image, said, past]
-        for event in (start.click, prompt.submit):
-            event(draw, fields, outputs, concurrency_limit=1, concurrency_id="draw", show_progress_on=[image])
+        for event in (start.click, fields[0].submit):
+            event(draw, fields, [image, said, past], concurrency_limit=1, concurrency_id="draw", show_progress_on=image)
         stop.click(studio.stop, queue=False)
-        another.click(lambda: random.randrange(NUM_SEEDS), None, seed)
         past.select(bring_back, None, [image, said, *fields])
     return page
+
+
+def _add_fields(studio: Studio) -> list[Any]:
+    """Lay out the settings; returns their components in the order of a `Wish`."""
+    import gradio as gr
+
+    first = studio.first_wish()
+    prompt = gr.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt", autofocus=True)
+    negative = gr.Textbox(
+        first.negative_prompt, label="Negative prompt", info="Empty: the null caption", elem_id="negative"
+    )
+    with gr.Row():
+        size = gr.Dropdown(
+            studio.sizes(),
+            value=first.size,
+            label="Size",
+            info="Width x height, multiples of 16",
+            allow_custom_value=True,
+            elem_id="size",
+        )
+        solver = gr.Dropdown(
+            list(SOLVERS), value=first.solver, label="Sampler", info="iddpm wants 100 steps", elem_id="solver"
+        )
+    with gr.Row():
+        most_steps, most_guidance = max(MOST_STEPS, first.num_steps), max(MOST_GUIDANCE, first.guidance_scale)
+        steps = gr.Slider(1, most_steps, first.num_steps, step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(1, most_guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
+    with gr.Row():
+        seed = gr.Number(first.seed, label="Seed", precision=0, elem_id="seed")
+        another = gr.Button("Another seed", elem_id="another")
+    another.click(lambda: random.randrange(NUM_SEEDS), None, seed)
+    return [prompt, negative, size, solver, steps, guidance, seed]
+
+
+def _add_history(studio: Studio) -> "gradio.Gallery":
+    import gradio as gr
+
+    return gr.Gallery(
+        [str(path) for path in studio.history()],
+        label="History: a click brings image and settings back",
+        height=220,
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="history",
+    )
 
 
 def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
