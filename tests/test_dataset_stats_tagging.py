@@ -122,7 +122,7 @@ STEMS = [
 chunks = st.lists(st.sampled_from(MARKS + STEMS * 2), min_size=1, max_size=5).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(words=st.lists(chunks, min_size=1, max_size=6))
 def test_plain_chunks_are_what_nltk_makes_of_them(words):
     """Chunks that NLTK is not asked about, beside chunks that look much like them, at every place of a sentence."""
