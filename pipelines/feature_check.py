@@ -30,8 +30,11 @@ class Fault(NamedTuple):
 
 
 def text_storage(manifest: Manifest) -> str | None:
-    """Return how a directory's captions are stored, or None for a directory of latents."""
-    return manifest.extra["text"]["storage"] if "text" in manifest.extra else None
+    """Return how a directory's captions are stored, or None for a directory of latents.
+
+    Before there was a choice it was bfloat16, and not said.
+    """
+    return manifest.extra["text"].get("storage", "bfloat16") if "text" in manifest.extra else None
 
 
 def read_index(path: Path, *, storage: str | None) -> pa.Table | Fault:

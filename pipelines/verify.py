@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pandas.util import hash_array
 from rich.markup import escape
 from rich.table import Table
 
@@ -74,6 +75,7 @@ def verify_run(run: Path) -> Findings:
     for directory, manifest in findings.manifests.items():
         findings.problems += _check_counts(directory, manifest)
         findings.problems += _check_shards(directory, manifest)
+        findings.notes += _find_strangers(directory, manifest)
     _check_coverage(run, findings)
     _check_families(run, findings)
     return findings
@@ -110,6 +112,15 @@ def _check_shards(directory: Path, manifest: Manifest) -> list[Problem]:
     return problems
 
 
+def _find_strangers(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Say which files look like shards of a directory and are in no manifest: a glob over it would read them."""
+    known = {f"{name}{suffix}" for name, report in manifest.shards.items() for suffix in report.files}
+    suffixes = {Path(name).suffix for name in known}
+    strangers = sorted(path.name for path in directory.iterdir() if path.suffix in suffixes and path.name not in known)
+    if strangers:
+        yield f"{directory}: {len(strangers):,} files are not in its {MANIFEST_NAME}, such as {strangers[0]}"
+
+
 def _check_shard(directory: StageDirectory, report: ShardReport, manifest: Manifest) -> Fault | None:
     paths = {suffix: directory.file(report.name, suffix) for suffix in report.files}
     for path in paths.values():
@@ -133,7 +144,7 @@ def _check_features(
     index = read_index(paths[".parquet"], storage=storage)
     if isinstance(index, Fault):
         return index
-    num_captions = len(manifest.extra["captions"]) if storage else 1
+    num_captions = len(manifest.extra.get("captions", ())) or 1
     tar_bytes = paths[".tar"].stat().st_size
     fault = check_index(index, report, tar_bytes=tar_bytes, num_captions=num_captions)
     if fault is not None or not is_changed:
@@ -234,7 +245,7 @@ def _join(latents: pa.Array, text: pa.Array) -> tuple[int, int, int]:
 def _count_repeated(keys: Mapping[str, pa.Array]) -> tuple[int, str, list[str]] | None:
     """Return how many keys several shards have, the first of them and its shards; None if there are none."""
     # 8 bytes a key, so that 100 million fit; equal hashes are looked at again.
-    hashes = {name: pd.util.hash_array(shard.to_numpy(zero_copy_only=False)) for name, shard in keys.items()}
+    hashes = {name: hash_array(shard.to_numpy(zero_copy_only=False)) for name, shard in keys.items()}
     values, counts = np.unique(np.concatenate([*hashes.values(), np.zeros(0, np.uint64)]), return_counts=True)
     suspects = values[counts > 1]
     if not len(suspects):

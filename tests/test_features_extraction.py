@@ -17,8 +17,8 @@ from pipelines.command import parse_command
 from pipelines.feature_store import load_index, read_payload
 from pipelines.images import aspect_buckets, resize_and_crop
 from pipelines.manifest import StageDirectory, read_manifest
-from pipelines.pieces import cut_into_pieces, finish_shard
-from pipelines.shards import remember_shards
+from pipelines.pieces import Piece, cut_into_pieces, finish_shard
+from pipelines.shards import RawShard, remember_shards
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -113,6 +113,20 @@ def test_preview_shows_originals_above_reconstructions(finished):
         np.testing.assert_array_equal(np.asarray(preview)[4:36, 4:36], np.asarray(original))
     report = read_manifest(finished / "features" / "latent-32").shards["laion_00000"]
     assert 0 < report.details["preview_psnr_db"] < 60
+
+
+def test_images_are_read_and_decoded_ahead_of_the_device(finished, monkeypatch, tmp_path):
+    arguments = ["--recipe", str(finished.parent / "recipe.toml"), "--run", str(finished), "--stage", "2"]
+    job = latent_job(read_inputs(parse_command("features", "", argv=arguments, stages=(2,))))
+    worker = job.worker_class(job.worker_config)
+    events = []
+    read, encode = RawShard.image_bytes, LatentCodec.encode
+    monkeypatch.setattr(RawShard, "image_bytes", lambda self, sample: events.append("read") or read(self, sample))
+    monkeypatch.setattr(LatentCodec, "encode", lambda self, images: events.append("encode") or encode(self, images))
+    worker(Piece(source=job.sources[1], start=0, stop=20, folder=tmp_path, samples_per_slice=20))
+    # Batches of 3: the first is encoded when two more are on their way, and each step asks for what comes after.
+    reads_before = [events[:position].count("read") for position, event in enumerate(events) if event == "encode"]
+    assert reads_before == [9, 12, 15, 18, 20, 20, 20]
 
 
 def test_bytes_do_not_depend_on_cuts(finished, tmp_path):

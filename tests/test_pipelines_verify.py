@@ -154,6 +154,13 @@ def test_a_shard_missing_in_the_middle_of_the_list_is_named(run):
     assert any(problem.endswith("it has text, but no latents") for problem in found)
 
 
+def test_a_tar_that_no_manifest_knows_is_noted(run):
+    shutil.copy(run / "features" / "text" / f"{SHARD}.tar", run / "features" / "text" / "laion_00009.tar")
+    findings = verify_run(run)
+    assert findings.problems == []
+    assert any("text: 1 files are not in its manifest.json, such as laion_00009.tar" in note for note in findings.notes)
+
+
 def test_only_gaps_in_a_series_are_missing():
     expected = ["a_0", "a_1", "a_2", "a_3", "b_0", "b_1"]
     assert missing_between(expected, dict.fromkeys(["a_0", "a_3"])) == ["a_1", "a_2"]
@@ -170,6 +177,18 @@ def test_text_of_other_captions_is_found(run):
     write_captions(run, sorted((run / "raw").glob("*.tar")), rejects={}, prompt="another")
     (problem,) = problems(run)
     assert re.search(r"features/text: made from captions \w+, but .*/captions is \w+", problem)
+
+
+def test_features_of_an_older_version_are_named_as_such(run):
+    directory = run / "features" / "text"
+    path = directory / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    del content["extra"]["text"]["storage"], content["extra"]["captions"]
+    path.write_text(json.dumps(content))
+    index = directory / f"{SHARD}.parquet"
+    pq.write_table(pq.read_table(index).drop_columns(["crc32", "scale_offset"]), index)
+    (problem,) = problems(run)
+    assert f"{SHARD}.parquet has other columns than an index of this version" in problem
 
 
 def test_counts_that_do_not_balance_are_found(run):
