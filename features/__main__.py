@@ -15,6 +15,7 @@ from pipelines.command import parse_command, run_command
 from pipelines.engine import run_over_shards
 from pipelines.manifest import Manifest
 from pipelines.models import require_model
+from pipelines.pieces import PARTS_FOLDER
 from pipelines.progress import get_logger
 from pipelines.summary import update_summary
 
@@ -50,6 +51,7 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
     if not is_done:
         require_model(job.model, key=job.model_key)
     num_pending = sum(source.num_samples for source in job.pending())
+    is_resumed = (job.output.path / PARTS_FOLDER).is_dir()
     start_seconds = time.monotonic()
     manifest = run_over_shards(
         job.worker_class,
@@ -63,7 +65,8 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
         upstream=job.upstream,
         extra={} if is_done else manifest_extra(job, inputs),
     )
-    if num_pending:
+    # Of a resumed run it is not known here how much an earlier one had done.
+    if num_pending and not is_resumed:
         remember_speed(job, inputs, num_samples=num_pending, seconds=time.monotonic() - start_seconds)
     if not is_done and job.family == "latents":
         _report_preview(job.worker_config.preview_path, manifest.shards[job.sources[0].name].details)

@@ -18,6 +18,8 @@ SUMMARY_KEY = "features.speed"
 NUM_WARM_UP_SAMPLES = 16
 MEASURED_SECONDS = 3.0
 MAX_MEASURED_SAMPLES = 4096
+# In a shorter run, starting workers and loading the model is too large a part.
+MIN_REMEMBERED_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ def find_speed(job: Job, inputs: Inputs) -> Speed | str:
 
 
 def remember_speed(job: Job, inputs: Inputs, *, num_samples: int, seconds: float) -> None:
-    """Keep what a run of the job has found, loading of the model included, for the plans of later ones."""
+    """Keep what a long run of the job has found, loading of the model included, for the plans of later ones."""
+    if seconds < MIN_REMEMBERED_SECONDS:
+        return
     content = {
         "fingerprint": job.fingerprint.digest,
         "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs.engine), 4),

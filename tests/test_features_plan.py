@@ -1,5 +1,6 @@
 import io
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from features.jobs import latent_job, read_inputs, text_job
 from features.plan import format_bytes, latent_bytes, plan_families, text_bytes
 from features.speed import Speed, find_speed
 from pipelines.command import parse_command
+from pipelines.summary import read_summary
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,11 @@ def test_plan_is_printed_with_sizes_and_measured_hours_and_writes_nothing(run, m
 
 def test_a_run_is_remembered_and_its_speed_is_used_for_the_same_settings_only(tmp_path, monkeypatch):
     run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
+    extract(run)
+    # Ten minutes are a measure, a second of starting up is none.
+    assert "speed" not in read_summary(run).get("features", {})
+    shutil.rmtree(run / "features")
+    monkeypatch.setattr("features.speed.MIN_REMEMBERED_SECONDS", 0.0)
     extract(run)
     for path in (run / "features").glob("*/.done/laion_00000.json"):
         path.unlink()
