@@ -66,13 +66,16 @@ def to_set_aside(
         path = output.file(source.name, ".parquet")
         if not path.is_file() or not (output.path / MARKER_FOLDER / f"{source.name}.json").is_file():
             continue
-        settings = read_settings(path)
-        report = output.report(source.name, _with(fingerprint, settings))
+        report = output.report(source.name, fingerprint)
+        is_current = report is not None
+        if report is None:
+            # Made under other limits, perhaps: the file knows which.
+            report = output.report(source.name, _with(fingerprint, read_settings(path)))
+        if report is None and retry_rejects:
+            _refuse(output, source.name, fingerprint)
         if report is None or report.source != source.identity:
-            if report is None and retry_rejects:
-                _refuse(output, source.name, fingerprint)
             continue
-        if settings != updatable(fingerprint) or (retry_rejects and report.rejected):
+        if not is_current or (retry_rejects and report.rejected):
             names.append(source.name)
     return names
 

@@ -348,6 +348,30 @@ def test_a_server_without_usage_or_with_a_filter(tmp_path, monkeypatch) -> None:
     assert manifest.rejected == {"refused_by_server": sum(row["reject"] is not None for row in found)}
 
 
+def test_retry_asks_about_refused_images_only(tmp_path, monkeypatch) -> None:
+    """The server is put right: RETRY=1 asks about two images, and ends with the bytes of a run that met no fault."""
+    with ScriptedServer(describe) as server:
+        calm = make_run(tmp_path / "calm", base_url=server.base_url)
+        command(calm, monkeypatch=monkeypatch)
+        seen = sorted({image_of(body).tobytes() for body in server.requests if body["max_tokens"] != 32})
+    refused = {seen[1], seen[4]}
+
+    def answer(body: dict, number: int) -> Any:
+        is_refused = body["max_tokens"] != 32 and image_of(body).tobytes() in refused
+        return fail(400, "too dark") if is_refused else describe(body, number)
+
+    with ScriptedServer(answer) as server:
+        run = make_run(tmp_path / "run", base_url=server.base_url)
+        command(run, monkeypatch=monkeypatch)
+    assert 0 < read_manifest(run / "captions").rejected["refused_by_server"] < 12
+    num_rejected = sum(row["reject"] is not None for row in rows(run).values())
+    with ScriptedServer(describe) as server:
+        options = ["--set", f"captioning.server.base_url={server.base_url}", "--set", "captioning.retry_rejects=true"]
+        command(run, *options, monkeypatch=monkeypatch)
+        assert sum(body["max_tokens"] != 32 for body in server.requests) == num_rejected
+    assert contents(run) == contents(calm) and read_manifest(run / "captions").num_kept == 12
+
+
 def test_a_loop_is_asked_again_once_with_a_penalty(tmp_path, monkeypatch) -> None:
     """One image loops and gets better, another loops for ever; the rest is left alone."""
 
