@@ -126,7 +126,7 @@ def check_inputs(job: Job) -> None:
         ValueError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
     """
     checkpoint = job.checkpoint
-    require_model(_resolve(checkpoint, "vae", checkpoint.vae), key="features.vae_model")
+    require_model(_resolve(checkpoint, "VAE", checkpoint.vae), key="features.vae_model")
     warn_of_untrained_size(job.config, checkpoint)
     if checkpoint.text is None or job.config.text_encoder == "precomputed":
         return
@@ -186,8 +186,10 @@ def _text_identity(config: SamplingConfig, checkpoint: Checkpoint, text: Mapping
     """Return what decides the embeddings: the encoder, or the file or manifest that holds them."""
     if config.text_encoder != "precomputed":
         model = _resolve(checkpoint, "text encoder", text).identity
-        bits = {"weights": "int8"} if config.text_encoder == "8bit" else {}
-        return {"model": model, "max_tokens": text["max_tokens"], **bits}
+        found = {"model": model, "max_tokens": text["max_tokens"]}
+        if "tokenizer" in text:
+            found["tokenizer"] = resolve_model(text["tokenizer"]).identity
+        return found | ({"weights": "int8"} if config.text_encoder == "8bit" else {})
     path = Path(config.text_embeddings)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():

@@ -102,6 +102,13 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
         open_checkpoint(str(folder), encoders)
 
 
+def test_a_folder_of_256_pixels_offers_the_forty_sizes_of_the_paper(run, encoders):
+    save_diffusers(PixArt(replace(PIXART, sample_size=32)), run / "model256")
+    checkpoint = open_checkpoint(str(run / "model256"), encoders)
+    assert len(checkpoint.buckets) == 40
+    assert {checkpoint.buckets[0], (256, 256), checkpoint.buckets[-1]} == {(128, 512), (256, 256), (512, 128)}
+
+
 @pytest.mark.parametrize("has_positions", [True, False])
 def test_an_original_pth_draws_what_its_conversion_draws(run, has_positions):
     model = randomised(PixArt(WIDE))
