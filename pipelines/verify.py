@@ -3,10 +3,11 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -245,7 +246,8 @@ def _join(latents: pa.Array, text: pa.Array) -> tuple[int, int, int]:
 def _count_repeated(keys: Mapping[str, pa.Array]) -> tuple[int, str, list[str]] | None:
     """Return how many keys several shards have, the first of them and its shards; None if there are none."""
     # 8 bytes a key, so that 100 million fit; equal hashes are looked at again.
-    hashes = {name: hash_array(shard.to_numpy(zero_copy_only=False)) for name, shard in keys.items()}
+    hash_keys = cast(Callable[[np.ndarray], np.ndarray], hash_array)  # untyped in pandas
+    hashes = {name: hash_keys(shard.to_numpy(zero_copy_only=False)) for name, shard in keys.items()}
     values, counts = np.unique(np.concatenate([*hashes.values(), np.zeros(0, np.uint64)]), return_counts=True)
     suspects = values[counts > 1]
     if not len(suspects):
