@@ -4,11 +4,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.pieces import PieceReport
@@ -55,8 +57,9 @@ def start_ray() -> Any:
     except (ConnectionError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {reason}") from error
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray Data logs an exception with its stack before it raises it.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
@@ -114,8 +117,11 @@ def choose_num_workers(num_workers: int, resources: WorkerResources) -> int:
 class _PieceActor:
     """What Ray Data puts into its actor pool."""
 
-    def __init__(self, runner: PieceRunner, gauge: Any, environment: dict[str, str]) -> None:
+    def __init__(self, runner: PieceRunner, gauge: Any, directory: str, environment: dict[str, str]) -> None:
         adopt_storage_environment(environment)
+        # Relative paths mean what they meant where the command was typed, on every node that has the folder.
+        with contextlib.suppress(OSError):
+            os.chdir(directory)
         self._runner = runner
         self._gauge = gauge
 
@@ -175,7 +181,7 @@ def run_on_ray(
     # One block per piece: a worker that dies loses one piece, and Ray hands just that piece to another.
     dataset = ray.data.from_items(list(waiting), override_num_blocks=len(waiting)).map(
         _PieceActor,
-        fn_constructor_args=(runner, gauge, storage_environment()),
+        fn_constructor_args=(runner, gauge, str(Path.cwd()), storage_environment()),
         # One piece at a time: those that waited in a worker's queue would wait for its node to come back.
         compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(waiting)), max_tasks_in_flight_per_actor=1),
         num_cpus=resources.cpus,
@@ -183,7 +189,7 @@ def run_on_ray(
         memory=resources.memory_bytes or None,
     )
     with _polled(ray, gauge, on_progress):
-        for row in dataset.iter_rows():
+        for row in _rows(ray, dataset):
             if row["error"]:
                 error = ValueError(row["error"])
                 error.add_note(f"in a worker process:\n{row['traceback']}")
@@ -191,6 +197,19 @@ def run_on_ray(
             content = json.loads(row["outcome"])
             report = content.pop("report")
             yield int(row["index"]), Outcome(report=PieceReport(**report) if report else None, **content)
+
+
+def _rows(ray: Any, dataset: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        missing = re.search(r"No module named '[\w.]+'", str(error))
+        if missing is None:
+            raise
+        raise ValueError(
+            f"a worker cannot start: {missing[0]}; every node needs the packages of requirements.lock, and the "
+            "repository under the path that the command is typed in, see docs/CLUSTER.md"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.line_worker import command, contents, make_sources, run
 from tests.processes import ray_workers
 from tests.ray_nodes import SETTINGS, RayNode, start_head
@@ -26,9 +27,11 @@ def cluster():
     shutil.rmtree(folder)
 
 
-def start_command(line: list[str], address: str) -> subprocess.Popen:
+def start_command(line: list[str], address: str, folder: Path = REPOSITORY) -> subprocess.Popen:
     environment = {**os.environ, **SETTINGS, "RAY_ADDRESS": address}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(is_true, process: subprocess.Popen, what: str) -> None:
@@ -41,12 +44,17 @@ def wait_for(is_true, process: subprocess.Popen, what: str) -> None:
 
 @pytest.mark.slow
 def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None:
-    """One worker per CPU of the cluster, of which each node has one; the second node goes while its worker is busy."""
+    """One worker per CPU of the cluster, of which each node has one; the second node goes while its worker is busy.
+
+    Paths are relative, as typed; the nodes were started in another folder.
+    """
     head, address = cluster
     second = RayNode(f"--address={address}", worker_ports=(27100, 27199))
     output = tmp_path / "a"
     # One shard and two workers: the work is cut inside the shard.
-    line = command(output, engine=ENGINE, count=1, num_samples=320, seconds_per_slice=0.15)
+    line = command(
+        Path(os.path.relpath(output, REPOSITORY)), engine=ENGINE, count=1, num_samples=320, seconds_per_slice=0.15
+    )
     try:
         wait_for(second.is_up, second.process, "a raylet")
         process = start_command(line, address)
@@ -81,4 +89,16 @@ def test_a_node_that_does_not_see_the_output_is_named(tmp_path, cluster) -> None
         second.kill()
     assert process.returncode == 2
     assert f"does not see {output}/.parts/.claim-" in errors and "RUN must be on storage that all nodes share" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_import_the_house_says_what_nodes_need(tmp_path, cluster) -> None:
+    """Typed in a folder that is not the repository, while nodes do not have it on their PYTHONPATH."""
+    _, address = cluster
+    line = command(tmp_path / "a", engine=ENGINE, count=1, num_samples=8)
+    process = start_command(line, address, tmp_path)
+    errors = process.communicate()[1]
+    assert process.returncode == 2
+    assert "a worker cannot start: No module named 'pipelines'" in errors and "docs/CLUSTER.md" in errors
     assert "Traceback" not in errors
