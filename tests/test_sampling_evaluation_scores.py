@@ -232,6 +232,17 @@ def test_mistakes_get_one_clear_line_and_draw_nothing(run, clip_folder, table, m
     assert not (run / "samples").exists()
 
 
+def test_without_a_reference_there_is_a_clip_score_and_no_distance(run, clip_folder):
+    recipe = write_recipe(run, {"clip": str(clip_folder)})
+    flags = ["--recipe", str(recipe), "--run", str(run), "--stage", "2"]
+    main(["score", *flags])
+    value = json.loads((run / "evaluation" / "stage2" / "scores.json").read_text())
+    assert [number["metric"] for number in value["checkpoints"][0]["numbers"]] == ["CLIP score"]
+    assert value["inputs"]["reference"] is None
+    with pytest.raises(ValueError, match=r"evaluation\.vision is set, but evaluation\.reference is not"):
+        main(["score", *flags, "--set", "evaluation.vision=toyworld/weights/llava"])
+
+
 def test_nothing_to_measure_says_what_to_set(run):
     with pytest.raises(ValueError, match=r"evaluation\.inception.*make judge"):
         evaluate(run, None)

@@ -69,8 +69,10 @@ class Meter:
         self.reference: ImageSet | None = None
         if self._config.reference is not None:
             self.reference = open_reference(self._config.reference, run=command.run, cache=self._cache)
-        if self.networks and self.reference is None and not any(network.key == "clip" for network in self.networks):
-            raise ValueError("evaluation.reference is not set: a distance needs images to compare with")
+        for network in self.networks:
+            # CLIP alone has a number without a reference, its score.
+            if self.reference is None and network.key != "clip":
+                raise ValueError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
 
     def measure(self, contestant: Contestant) -> list[Number]:
         """Return the numbers of a contestant whose samples are drawn, and of the judge where it has seen them."""
