@@ -47,6 +47,7 @@ def start_ray() -> Any:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed|There are infinite retries")
     import ray
     import ray.data
+    import ray.exceptions
 
     if ray.is_initialized():
         return ray
