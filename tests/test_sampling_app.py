@@ -149,7 +149,8 @@ def test_the_page_draws_what_make_sample_draws(page, address, run):
 
 
 def test_progress_is_shown_and_stop_stops(page, run):
-    fill(page, prompt="a slow star", seed=13, size="48x32", steps=250)
+    # Large, so that there is time to press the button.
+    fill(page, prompt="a slow star", seed=13, size="640x640", steps=250)
     page.locator("#draw").click()
     expect(page.locator("#image").get_by_text(re.compile(r"step \d+ of 250"))).to_be_visible(timeout=60_000)
     page.locator("#stop").click()
