@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from captioning.earlier import clear_earlier, forget_parts_with_rejects, set_aside
+from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.job import Job, read_job
 from captioning.plan import print_plan
 from captioning.table import judge_directory_again
@@ -51,28 +51,34 @@ def caption_shards(job: Job) -> Manifest:
         if judged:
             log.info(f"captioning.quality has changed: judged {len(judged)} shards again, without captioning them")
     _set_aside(job)
-    try:
-        return run_over_shards(
-            CaptionWorker,
-            job.worker_config,
-            sources=job.sources,
-            output=job.output,
-            fingerprint=job.fingerprint,
-            engine=job.engine,
-            max_reject_fraction=job.config.max_reject_fraction,
-            room="captioning",
-            extra=job.extra,
-        )
-    finally:
-        clear_earlier(job.output, job.sources, job.fingerprint)
+    manifest = run_over_shards(
+        CaptionWorker,
+        job.worker_config,
+        sources=job.sources,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        engine=job.engine,
+        max_reject_fraction=job.config.max_reject_fraction,
+        room="captioning",
+        extra=job.extra,
+    )
+    _clear_earlier(job)
+    return manifest
+
+
+def _clear_earlier(job: Job) -> None:
+    if (job.output.path / EARLIER_FOLDER).is_dir():
+        with exclusive(job.output.path):
+            clear_earlier(job.output, job.sources, job.fingerprint)
 
 
 def _set_aside(job: Job) -> None:
-    clear_earlier(job.output, job.sources, job.fingerprint)
-    names = job.to_complete()
-    if not names and not job.config.retry_rejects:
+    _clear_earlier(job)
+    if not job.config.retry_rejects and not job.to_complete():
         return
     with exclusive(job.output.path):
+        # Asked under the lock: another command may have completed them.
+        names = job.to_complete()
         set_aside(job.output, names, job.sources, job.fingerprint)
         if job.config.retry_rejects:
             forget_parts_with_rejects(job.output)

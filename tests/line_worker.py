@@ -29,6 +29,8 @@ class LineWorker:
     def __call__(self, piece: Piece) -> PieceReport:
         with Path(self.config["calls"]).open("a") as calls:
             calls.write(f"{piece.source.name} {piece.start}\n")
+        while "waits_for" in self.config and not Path(self.config["waits_for"]).exists():
+            time.sleep(0.02)
         if piece.source.name == self.config.get("kills"):
             os.kill(os.getpid(), 9)
         if piece.source.name == self.config.get("fails"):

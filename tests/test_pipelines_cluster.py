@@ -51,14 +51,21 @@ def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None
     head, address = cluster
     second = RayNode(f"--address={address}", worker_ports=(27100, 27199))
     output = tmp_path / "a"
-    # One shard and two workers: the work is cut inside the shard.
+    # One shard and two workers: the work is cut inside the shard. The first to come waits for the other.
+    both_are_there = tmp_path / "both"
     line = command(
-        Path(os.path.relpath(output, REPOSITORY)), engine=ENGINE, count=1, num_samples=320, seconds_per_slice=0.15
+        Path(os.path.relpath(output, REPOSITORY)),
+        engine=ENGINE,
+        count=1,
+        num_samples=320,
+        seconds_per_slice=0.15,
+        waits_for=str(both_are_there),
     )
     try:
         wait_for(second.is_up, second.process, "a raylet")
         process = start_command(line, address)
         wait_for(lambda: ray_workers(second.process.pid), process, "work on the second node")
+        both_are_there.touch()
         wait_for(lambda: list(output.glob(".parts/*/*.report")), process, "a finished piece")
         assert ray_workers(head.process.pid), "the first node works, too"
     finally:

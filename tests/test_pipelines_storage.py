@@ -221,6 +221,7 @@ def test_ray_workers_read_with_the_credentials_of_the_command(tmp_path, monkeypa
     from moto.server import ThreadedMotoServer
 
     path = write_laion(tmp_path / "laion_00000.tar", 3)
+    ray.shutdown()  # that of the tests before this one
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
