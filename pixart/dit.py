@@ -4,6 +4,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -55,15 +56,15 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
-        self.mlp = MLP(width, 4 * width, width)
+        self.mlp = MLP(width, 4 * width, width, is_modulated=True)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Give [B, N, D] from x [B, N, D] and condition [B, D]."""
         shifts_scales_gates = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+        x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
+        return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
 
 
 class DiT(nn.Module):

@@ -3,6 +3,9 @@
 # B batch, N image tokens, L text tokens, D width, H heads, E head width, P patch size, C channels
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +49,10 @@ def position_embedding(
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters, then the shift and scale of adaLN: x [B, N, D], both others [B, 1, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+gelu = partial(F.gelu, approximate="tanh")
 
 
 def unpatchify(patches: Tensor, *, height: int, width: int, patch_size: int) -> Tensor:
@@ -62,6 +68,44 @@ def xavier_(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    """`F.linear(prepare(*inputs), weight, bias)`, keeping the inputs and not what is prepared of them."""
+
+    @staticmethod
+    def forward(ctx: Any, prepare: Callable[..., Tensor], weight: Tensor, bias: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.prepare = prepare
+        ctx.save_for_backward(weight, *inputs)
+        return F.linear(prepare(*inputs), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        (gradient,) = gradients
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_() for value in inputs]
+            prepared = ctx.prepare(*inputs)
+        input_gradients = torch.autograd.grad(prepared, inputs, gradient @ weight)
+        rows = gradient.flatten(0, -2)  # [B*N, D]
+        return None, rows.T @ prepared.detach().flatten(0, -2), rows.sum(0), *input_gradients
+
+
+class RecomputedLinear(nn.Linear):
+    """A linear layer after a cheap function, whose result is computed again in the backward pass and not kept.
+
+    A module and not a function of a layer's weights, because ZeRO 3 gathers weights around modules.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, prepare: Callable[..., Tensor]) -> None:
+        super().__init__(in_channels, out_channels)
+        self.prepare = prepare
+
+    def forward(self, input: Tensor, *others: Tensor) -> Tensor:
+        """Give linear(prepare(input, *others))."""
+        if torch.compiler.is_compiling():  # the compiler chooses by itself what to keep
+            return super().forward(self.prepare(input, *others))
+        return _RecomputedLinear.apply(self.prepare, self.weight, self.bias, input, *others)
 
 
 class PatchEmbed(nn.Module):
@@ -107,17 +151,17 @@ class ScalarEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the image tokens."""
+    """Multi-head attention among the modulated image tokens."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.qkv = RecomputedLinear(channels, 3 * channels, prepare=modulate)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give [B, N, D] for x [B, N, D]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Give [B, N, D] for x [B, N, D] and the shift and scale [B, 1, D] that modulate it."""
+        qkv = self.qkv(x, shift, scale).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, H, N, E]
         return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
@@ -145,13 +189,19 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with tanh-approximated GELU between them."""
+    """Two linear layers with tanh-approximated GELU between them, modulated by adaLN before them if so asked."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, hidden_channels: int, out_channels: int, *, is_modulated: bool = False
+    ) -> None:
         super().__init__()
-        self.hidden = nn.Linear(in_channels, hidden_channels)
-        self.out = nn.Linear(hidden_channels, out_channels)
+        self.hidden = (
+            RecomputedLinear(in_channels, hidden_channels, prepare=modulate)
+            if is_modulated
+            else nn.Linear(in_channels, hidden_channels)
+        )
+        self.out = RecomputedLinear(hidden_channels, out_channels, prepare=gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give [B, N, out_channels] for x [B, N, in_channels]."""
-        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+    def forward(self, x: Tensor, *shift_scale: Tensor) -> Tensor:
+        """Give [B, N, out_channels] for x [B, N, in_channels]; shift and scale [B, 1, in_channels] if modulated."""
+        return self.out(self.hidden(x, *shift_scale))

@@ -67,7 +67,7 @@ class PixArtBlock(nn.Module):
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
         self.cross_attention = CrossAttention(width, num_heads)
-        self.mlp = MLP(width, 4 * width, width)
+        self.mlp = MLP(width, 4 * width, width, is_modulated=True)
         self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)  # E of the paper
 
     def forward(
@@ -80,9 +80,9 @@ class PixArtBlock(nn.Module):
         key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
         shifts_scales_gates = (self.modulation + global_modulation).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
         x = x + self.cross_attention(x, key_value, text_mask)
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+        return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
 
 
 class PixArt(nn.Module):
