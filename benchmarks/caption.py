@@ -35,12 +35,12 @@ from transformers import (
 )
 
 from captioning.config import CaptioningConfig
-from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt
-from captioning.engine import Request
-from captioning.llama import LlamaForward
+from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.llama import LlamaForward
+from captioning.engines.protocol import Request
+from captioning.engines.transformers_engine import TransformersEngine
 from captioning.loading import PREPARED_TOGETHER, read_ahead
 from captioning.prompts import fill_prompt
-from captioning.transformers_engine import TransformersEngine
 from toyworld.render import render
 from toyworld.scenes import random_scene
 from toyworld.wording import alt_text

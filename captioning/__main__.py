@@ -90,7 +90,7 @@ def _require_models(job: Job) -> None:
     """Find out that a model or a server is missing before any work starts."""
     if job.config.engine == "openai":
         # The client is of no use to the other engine.
-        from captioning.server import require_server
+        from captioning.engines.server import require_server
 
         require_server(job.config.server, job.worker_config.api_key)
     else:

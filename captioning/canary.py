@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from captioning.engine import CaptionEngine, Refusal, Request
+from captioning.engines.protocol import CaptionEngine, Refusal, Request
 
 SHORT_PROMPT = "Describe this image."
 LONG_TAIL = " Mention what is in the foreground, what is in the background, and where everything is."

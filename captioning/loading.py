@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from captioning.config import CaptioningConfig
-from captioning.engine import CaptionEngine, Request, sample_seed
+from captioning.engines.protocol import CaptionEngine, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
 from pipelines.images import SampleReject, decode_image
 from pipelines.shards import RawSample, RawShard

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from captioning.config import CaptioningConfig
-from captioning.engine import Caption, CaptionEngine, Refusal
+from captioning.engines.protocol import Caption, CaptionEngine, Refusal
 from captioning.loading import LoadedSample, ShardLoader
 from captioning.quality import judge, repeated_ngram_ratio
 from captioning.table import judge_row_again

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from captioning.canary import check_engine, is_worth_showing
 from captioning.config import CaptioningConfig
 from captioning.earlier import read_earlier
-from captioning.engine import CaptionEngine
+from captioning.engines.protocol import CaptionEngine
 from captioning.loading import ShardLoader
 from captioning.slices import SliceCaptioner
 from captioning.table import count_flags, join_files, write_rows
@@ -118,9 +118,9 @@ class CaptionWorker:
 def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:
     # Each brings libraries that the driver, or the other, never needs.
     if config.captioning.engine == "openai":
-        from captioning.openai_engine import OpenAIEngine
+        from captioning.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config.captioning, api_key=config.api_key)
-    from captioning.transformers_engine import TransformersEngine
+    from captioning.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config.captioning, num_threads=config.num_threads)

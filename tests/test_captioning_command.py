@@ -121,7 +121,7 @@ def test_other_thresholds_rewrite_flags_and_load_no_model(tmp_path, model, finis
     command(run, monkeypatch=monkeypatch)
     strict = ["--set", "captioning.quality.min_alt_text_overlap=0.5"]
     with monkeypatch.context() as patch:
-        patch.setattr("captioning.transformers_engine.TransformersEngine", None)
+        patch.setattr("captioning.engines.transformers_engine.TransformersEngine", None)
         command(run, *strict, monkeypatch=patch)
     assert captions(run) == captions(finished)
     rows = pq.read_table(run / "captions" / "laion_00000.parquet").to_pylist()
@@ -144,7 +144,7 @@ def test_too_many_rejects_fail_by_name_and_a_higher_ceiling_needs_no_second_run(
     write_tar(run / "raw" / "laion_00000.tar", members)
     with pytest.raises(ValueError, match=r"3 of 9 samples rejected \(33.3%\).*empty_image 3"):
         command(run, monkeypatch=monkeypatch)
-    monkeypatch.setattr("captioning.transformers_engine.TransformersEngine", None)
+    monkeypatch.setattr("captioning.engines.transformers_engine.TransformersEngine", None)
     command(run, "--set", "captioning.max_reject_fraction=0.5", monkeypatch=monkeypatch)
     assert read_summary(run)["counts"]["captioning"] == {"read": 9, "kept": 6, "rejected": {"empty_image": 3}}
 

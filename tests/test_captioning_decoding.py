@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from captioning.decoding import ContinuousDecoder, DecodingSettings, Prompt
-from captioning.llama import LlamaForward
+from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.llama import LlamaForward
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
 END, IMAGE, NUM_IMAGE_TOKENS = 2, 3, 16

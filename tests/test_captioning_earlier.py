@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from captioning.__main__ import main
-from captioning.decoding import ContinuousDecoder
+from captioning.engines.decoding import ContinuousDecoder
 from captioning.worker import CaptionWorker
 from pipelines.images import SampleReject
 from pipelines.manifest import StageDirectory, read_manifest

@@ -9,9 +9,9 @@ from PIL import Image
 
 from captioning.canary import CanaryError, check_engine, is_worth_showing
 from captioning.config import DESCRIBE, CaptioningConfig
-from captioning.engine import Request, sample_seed
-from captioning.slots import SlotCache
-from captioning.transformers_engine import TransformersEngine
+from captioning.engines.protocol import Request, sample_seed
+from captioning.engines.slots import SlotCache
+from captioning.engines.transformers_engine import TransformersEngine
 from tests.raw_shards import photo
 from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
 

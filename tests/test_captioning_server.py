@@ -15,10 +15,10 @@ import pytest
 from captioning.__main__ import main
 from captioning.canary import CanaryError, check_engine
 from captioning.config import DESCRIBE, CaptioningConfig, ServerConfig
-from captioning.engine import Caption, Refusal, Request
-from captioning.openai_engine import OpenAIEngine
-from captioning.server import Patience, ServerError
-from captioning.transformers_engine import TransformersEngine
+from captioning.engines.openai_engine import OpenAIEngine
+from captioning.engines.protocol import Caption, Refusal, Request
+from captioning.engines.server import Patience, ServerError
+from captioning.engines.transformers_engine import TransformersEngine
 from pipelines.manifest import read_manifest
 from tests.chat_server import (
     ScriptedServer,

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
-from captioning.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
 from captioning.devices import choose_device, choose_dtype
-from captioning.engine import PROBE_TOKENS, Caption, Request
-from captioning.llama import LlamaForward
+from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.llama import LlamaForward
+from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from pipelines.models import resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.

@@ -13,8 +13,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from captioning.engine import FinishReason
-from captioning.llama import LlamaForward
+from captioning.engines.llama import LlamaForward
+from captioning.engines.protocol import FinishReason
 
 # A prefill waits for this share of the slots to be free.
 REFILL_DIVISOR = 8

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from captioning.slots import SlotCache
+from captioning.engines.slots import SlotCache
 
 # Same layers under other names: Vicuna and Yi are Llamas; LLaVA-NeXT also comes with Mistral and Qwen2.
 TEXT_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")

@@ -17,8 +17,8 @@ import openai
 from PIL import Image
 
 from captioning.config import CaptioningConfig
-from captioning.engine import PROBE_TOKENS, Caption, Refusal, Request
-from captioning.server import Patience, ServerError, Stopped, connect, describe, wrong_key
+from captioning.engines.protocol import PROBE_TOKENS, Caption, Refusal, Request
+from captioning.engines.server import Patience, ServerError, Stopped, connect, describe, wrong_key
 
 # Servers fill an image in where their template says so; an alt text must not say so too.
 SPECIAL_TOKENS = re.compile(r"<image>|</?s>|<unk>|<pad>|<\|[^<>|]{1,40}\|>")

@@ -1,0 +1,1 @@
+"""What turns an image into a caption: LLaVA in this process, or a chat server."""
