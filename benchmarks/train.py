@@ -1,0 +1,288 @@
+"""`make bench-train`: one training step of our PixArt against diffusers' `PixArtTransformer2DModel`.
+
+Same weights, loss, AdamW, latents, noise and captions of mean 80 tokens on both sides, each in a process of its own, by
+turns. Our batch ends with its longest caption, as our reader cuts it; diffusers' is padded to 120 tokens with a mask,
+as its users do. Weights, gradients and AdamW's moments are bf16 on both sides.
+
+On a CPU the seconds are the process's own with one thread, and peak memory is what the process grew by since before
+the model was built, in a run of its own in which freed memory leaves the process at once. With a GPU it is PixArt-XL/2
+at 256 and 1024 pixels, eager and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.sample import random_model
+from pixart.diffusion import Diffusion
+from pixart.layouts import export_weights, pixart_diffusers_layout
+from pixart.model import PixArtConfig
+from training.flops import StepFlops, device_peak_teraflops
+
+RESULT = Path(__file__).parent / "results" / "train.json"
+SIDES = ("ours", "diffusers")
+MAX_TOKENS, MEAN_TOKENS, SPREAD_TOKENS = 120, 80, 22
+KIBIBYTE, GIGABYTE, TERA = 1024, 1e9, 1e12
+GRADIENT_CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 2e-5, 0.03  # the paper's
+NUM_HEADS = {384: 6, 1152: 16}  # of S/2 and XL/2
+# glibc gives larger blocks back to the system when they are freed: without it the peak hangs on chance holes
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison: the network's shape, the images, and whether both networks are compiled."""
+
+    width: int
+    num_layers: int
+    pixels: int
+    batch_size: int
+    caption_channels: int = 4096
+    is_compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        shape = f"width {self.width}, {self.num_layers} blocks, {self.pixels}px, batch {self.batch_size}"
+        return shape + (", compiled" if self.is_compiled else "")
+
+    @property
+    def config(self) -> PixArtConfig:
+        """The network's shape; above 512 pixels positions are interpolated."""
+        return PixArtConfig(
+            num_layers=self.num_layers,
+            num_heads=NUM_HEADS[self.width],
+            head_dim=self.width // NUM_HEADS[self.width],
+            caption_channels=self.caption_channels,
+            sample_size=self.pixels // 8,
+            interpolation_scale=max(self.pixels // 512, 1),
+        )
+
+
+CPU_CASES = [
+    Case(width=384, num_layers=6, pixels=256, batch_size=16),
+    Case(width=1152, num_layers=4, pixels=256, batch_size=12),
+]
+GPU_CASES = [
+    Case(width=1152, num_layers=28, pixels=pixels, batch_size=batch_size, is_compiled=is_compiled)
+    for pixels, batch_size in ((256, 176), (1024, 12))
+    for is_compiled in (False, True)
+]
+
+
+def diffusers_model(config: PixArtConfig) -> PixArtTransformer2DModel:
+    """diffusers' network with the weights of ours."""
+    model = PixArtTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        out_channels=config.out_channels,
+        num_layers=config.num_layers,
+        cross_attention_dim=config.width,
+        caption_channels=config.caption_channels,
+        sample_size=config.sample_size,
+        interpolation_scale=int(config.interpolation_scale),
+        use_additional_conditions=False,
+    )
+    weights = export_weights(random_model(config), pixart_diffusers_layout(config))
+    model.load_state_dict(weights, strict=False)  # its positions are a buffer of its own
+    return model
+
+
+def caption_lengths(case: Case) -> Tensor:
+    """Tokens of each caption, int64 [B]; the same on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = MEAN_TOKENS + SPREAD_TOKENS * torch.randn(case.batch_size, generator=generator)
+    return lengths.round().long().clamp(1, MAX_TOKENS)
+
+
+class Step:
+    """One side's training step on a batch that lies ready on the device."""
+
+    def __init__(self, side: str, case: Case, *, device: str) -> None:
+        self.side = side
+        self.device = device
+        model = random_model(case.config) if side == "ours" else diffusers_model(case.config)
+        model.to(device, torch.bfloat16).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self.model: nn.Module = model
+        self.call: Callable[..., Any] = torch.compile(model) if case.is_compiled else model
+        self.diffusion = Diffusion(device=device)
+        self.lengths = caption_lengths(case)
+        generator = torch.Generator().manual_seed(2)
+        latent = (case.batch_size, 4, case.pixels // 8, case.pixels // 8)
+        self.latents = torch.randn(latent, generator=generator).to(device)
+        self.noise = torch.randn(latent, generator=generator).to(device)
+        self.timesteps = torch.randint(1000, (case.batch_size,), generator=generator).to(device)
+        text = torch.randn(case.batch_size, MAX_TOKENS, case.caption_channels, generator=generator)
+        num_tokens = int(self.lengths.max()) if side == "ours" else MAX_TOKENS
+        self.text = text[:, :num_tokens].to(device, torch.bfloat16)
+        self.mask = (torch.arange(num_tokens) < self.lengths[:, None]).to(device)
+
+    def __call__(self) -> float:
+        """Train on the batch once; returns its loss."""
+        noisy = self.diffusion.q_sample(self.latents, self.noise, self.timesteps).to(torch.bfloat16)
+        if self.side == "ours":
+            output = self.call(noisy, self.timesteps, self.text, self.mask)
+        else:
+            output = self.call(
+                noisy,
+                encoder_hidden_states=self.text,
+                timestep=self.timesteps,
+                encoder_attention_mask=self.mask,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample
+        loss = self.diffusion.loss(output, self.noise, self.timesteps).total.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())  # waits for the device
+
+
+def measure(side: str, case: Case, *, num_steps: int) -> dict[str, float | None]:
+    """Return the loss of the first step, which is not timed, and of the others the fastest's seconds; peak gigabytes.
+
+    Where a GPU's memory does not suffice, all are None.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    if device == "cpu":
+        torch.set_num_threads(1)
+    before_bytes = _peak_bytes(device)
+    try:
+        step = Step(side, case, device=device)
+        loss, seconds = step(), []
+        for _ in range(num_steps):
+            start_seconds = clock()
+            step()
+            seconds.append(clock() - start_seconds)
+    except torch.OutOfMemoryError:
+        return {"loss": None, "seconds": None, "peak_gigabytes": None, "mfu": None}
+    flops = StepFlops(case.config).of_samples(
+        case.batch_size,
+        height=case.pixels // 8,
+        width=case.pixels // 8,
+        num_text_tokens=int(step.lengths.sum()),
+    )
+    peak_teraflops = device_peak_teraflops(torch.device(device))
+    return {
+        "loss": loss,
+        "seconds": min(seconds),
+        "peak_gigabytes": (_peak_bytes(device) - before_bytes) / GIGABYTE,
+        "mfu": flops / TERA / min(seconds) / peak_teraflops if peak_teraflops else None,
+    }
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+
+
+def measure_in_process(side: str, case: Case, *, num_steps: int, returns_freed_memory: bool) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train", "--steps", str(num_steps), "--side", side]
+    environment = os.environ | (RETURN_FREED_MEMORY if returns_freed_memory else {})
+    command += ["--case", json.dumps(asdict(case))]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def compare(case: Case, *, num_steps: int, num_rounds: int) -> dict[str, float | None]:
+    """Measure both sides by turns: memory in a first round, the fastest step of all the others."""
+    peaks: dict[str, Any] = {}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for number in range(num_rounds + 1):
+        for side in SIDES:
+            is_memory_round = number == 0
+            found = measure_in_process(
+                side, case, num_steps=1 if is_memory_round else num_steps, returns_freed_memory=is_memory_round
+            )
+            if is_memory_round:
+                peaks[side] = found["peak_gigabytes"]
+            else:
+                runs[side].append(found)
+    best = {side: min(found, key=lambda run: run["seconds"] or 0) for side, found in runs.items()}
+    ours, theirs = best["ours"], best["diffusers"]
+    figures: dict[str, float | None] = {}
+    for side, run in best.items():
+        seconds = run["seconds"]
+        figures |= {
+            f"{side}_seconds": _rounded(seconds),
+            f"{side}_images_per_second": _rounded(case.batch_size / seconds if seconds else None),
+            f"{side}_peak_gigabytes": _rounded(peaks[side]),
+            f"{side}_mfu": _rounded(run["mfu"]),
+        }
+    return {
+        **figures,
+        "ratio_step": _ratio(theirs["seconds"], ours["seconds"]),
+        "ratio_peak_memory": _ratio(peaks["diffusers"], peaks["ours"]),
+        "loss_difference": None if None in (ours["loss"], theirs["loss"]) else abs(ours["loss"] / theirs["loss"] - 1),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _ratio(theirs: float | None, ours: float | None) -> float | None:
+    return None if theirs is None or ours is None else round(theirs / ours, 3)
+
+
+def compare_all(cases: Sequence[Case], *, num_steps: int, num_rounds: int) -> dict[str, Any]:
+    """Compare every case; the ratios at the top are the first case's."""
+    figures = {case.name: compare(case, num_steps=num_steps, num_rounds=num_rounds) for case in cases}
+    first = figures[cases[0].name]
+    return {
+        "ratio_step": first["ratio_step"],
+        "ratio_peak_memory": first["ratio_peak_memory"],
+        "mfu": first["ours_mfu"],
+        **figures,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, 1 thread",
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+    }
+
+
+def main() -> None:
+    """Print a table, and as last line one JSON object; write the same to benchmarks/results/train.json."""
+    parser = argparse.ArgumentParser(description="A training step against diffusers' PixArtTransformer2DModel.")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of a side that are timed")
+    parser.add_argument("--side", choices=SIDES, help="measure this side of --case alone, in this process")
+    parser.add_argument("--case", type=json.loads, help="a comparison as JSON")
+    options = parser.parse_args()
+    if options.side is not None:
+        print(json.dumps(measure(options.side, Case(**options.case), num_steps=options.steps)))
+        return
+    cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+    result = compare_all(cases, num_steps=options.steps, num_rounds=options.rounds)
+    names = list(result[cases[0].name])
+    table = Table("", *(case.name for case in cases))
+    for name in names:
+        table.add_row(name.replace("_", " "), *(str(result[case.name][name]) for case in cases))
+    Console().print(table)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
