@@ -118,10 +118,10 @@ class Step:
     def __init__(self, side: str, case: Case, *, device: str) -> None:
         self.side = side
         self.device = device
-        model = random_model(case.config) if side == "ours" else diffusers_model(case.config)
+        model: nn.Module = random_model(case.config) if side == "ours" else diffusers_model(case.config)
         model.to(device, torch.bfloat16).train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-        self.model: nn.Module = model
+        self.model = model
         self.call: Callable[..., Any] = torch.compile(model) if case.is_compiled else model
         self.diffusion = Diffusion(device=device)
         self.lengths = caption_lengths(case)

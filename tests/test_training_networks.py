@@ -12,6 +12,7 @@ from training_run import D_TEXT, arguments, make_run
 from pipelines.command import parse_command
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from training.config import STAGES
 from training.data.survey import Survey
@@ -77,6 +78,36 @@ def test_stage_2_reparameterises_a_dit_and_stage_3_moves_the_positions(run: Path
     assert all(torch.equal(value, pixart.state_dict()[name]) for name, value in larger.state_dict().items())
     fresh, again = (starting_network(*with_config(run, 2)) for _ in range(2))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def test_original_files_are_a_start(run: Path, tmp_path: Path) -> None:
+    published = {"num_layers": 2, "num_heads": 6, "head_dim": 64}  # only published widths tell their heads
+    shape = [f"model.{name}={value}" for name, value in published.items()]
+    dit = DiT(DiTConfig(**published, sample_size=4, num_classes=5))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    weights = export_weights(dit, original_layout(dit.config)) | {"pos_embed": torch.zeros(1, 4, 384)}
+    torch.save(weights, tmp_path / "dit.pt")
+    same, pixart = (start_wide(run, stage, tmp_path / "dit.pt", shape) for stage in (1, 2))
+    assert all(torch.equal(value, dit.state_dict()[name]) for name, value in same.state_dict().items())
+    assert isinstance(pixart, PixArt)
+    assert torch.equal(pixart.blocks[0].mlp.out.weight, dit.blocks[0].mlp.out.weight)
+
+    weights = export_weights(pixart, original_layout(pixart.config))
+    torch.save({"state_dict": weights}, tmp_path / "pixart.pth")
+    larger = start_wide(run, 3, tmp_path / "pixart.pth", shape)
+    assert all(torch.equal(value, pixart.state_dict()[name]) for name, value in larger.state_dict().items())
+    del weights["final_layer.linear.bias"]
+    torch.save(weights, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match=r"init_from \(.*broken\.pth\): .*missing \['final_layer\.linear\.bias'\]"):
+        start_wide(run, 3, tmp_path / "broken.pth", shape)
+
+
+def start_wide(run: Path, stage: int, file: Path, shape: list[str]) -> DiT | PixArt:
+    argv = arguments(run, stage, init_from=str(file)) + [part for pair in shape for part in ("--set", pair)]
+    job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    job.directory.mkdir(parents=True, exist_ok=True)
+    return starting_network(job, network_config(job, survey_stage(job)))
 
 
 def with_config(run: Path, stage: int) -> tuple[StageJob, DiTConfig | PixArtConfig]:

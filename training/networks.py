@@ -1,12 +1,14 @@
 """The network a stage trains, and the weights it starts from (paper section 2.2 and 2.3)."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pixart.convert import load_diffusers
+from pixart.convert import infer_config, load_diffusers, read_original
 from pixart.dit import DiT, DiTConfig
+from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from training.data.survey import Survey
@@ -63,7 +65,7 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     if job.start.folder is None:
         return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
     key = f"training.{job.command.stage_name}.init_from ({job.start.folder})"
-    former = load_diffusers(job.start.folder, timestep_shift=job.settings.timestep_shift).float()
+    former = _load(job.start.folder, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
             raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")
@@ -80,6 +82,18 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
     return network
+
+
+def _load(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
+    """Open a diffusers folder, or the file of the original PixArt or DiT; without positions it fits any resolution."""
+    if path.is_dir():
+        return load_diffusers(path, timestep_shift=timestep_shift)
+    weights = read_original(path)
+    try:
+        found = infer_config(weights, sample_size=None if "pos_embed" in weights else sample_size)
+        return load_weights(found, weights, original_layout(found))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _require_same_config(wanted: DiTConfig | PixArtConfig, found: DiTConfig | PixArtConfig, *, key: str) -> None:

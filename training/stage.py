@@ -7,6 +7,7 @@ from typing import Any
 from pipelines.command import Command
 from pipelines.manifest import Fingerprint
 from pipelines.models import resolve_model
+from pipelines.storage import sha256_file
 from training.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
 from training.data.features import StageFeatures, open_features
@@ -40,7 +41,7 @@ FREE_SETTINGS = {
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Weights a stage starts from: a diffusers folder, or None for fresh ones. `identity` changes with the weights.
+    """Weights a stage starts from: a diffusers folder or original file, or None for fresh ones, and their `identity`.
 
     `checkpoint` is the training checkpoint they are of, if they are of one.
     """
@@ -155,7 +156,9 @@ def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
 
 
 def _from_model(model_id: str) -> StartingPoint:
-    """Find a diffusers folder by path or hub id; a pipeline's is its `transformer` part."""
+    """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`)."""
+    if Path(model_id).is_file():
+        return StartingPoint(Path(model_id), f"sha256:{sha256_file(Path(model_id))}")
     source = resolve_model(model_id)
     folder = Path(source.location)
     if not folder.is_dir():
