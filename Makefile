@@ -12,7 +12,8 @@ PY := $(VENV)/bin/python
 FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set '$(pair)')
 STAGE_FLAGS = --stage $(STAGE) $(if $(PHASE),--phase $(PHASE))
 DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
-TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
+TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(HOSTFILE),--set "training.hostfile=$$HOSTFILE") \
+	$(if $(REMOTE_SHELL),--set "training.remote_shell=$$REMOTE_SHELL") $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
 SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
 	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
 	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \
@@ -29,7 +30,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
-	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
+	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n"
 
 $(READY): requirements.lock
@@ -45,7 +46,9 @@ DEMO := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo
 demo: $(READY)  ## Everything on the toy world: captions, statistics, features, three stages, samples, one page
 	@$(MAKE) $(DEMO) world caption stats
 	@set -e; for stage in 1 2 3; do $(MAKE) $(DEMO) features train sample STAGE=$$stage; done
-	@$(MAKE) $(DEMO) judge report
+	@$(MAKE) $(DEMO) judge
+	@set -e; for stage in 2 3; do $(MAKE) $(DEMO) eval STAGE=$$stage; done
+	@$(MAKE) $(DEMO) report
 
 # SA-1B has no text of its own, so alt texts exist for the LAION-like half only. The demo's page then shows both runs.
 RAW := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo-raw \
@@ -98,7 +101,7 @@ verify: $(READY)  ## Check every file of a run against its manifests, name the f
 	@$(PY) -m pipelines.verify --run $(RUN)
 
 .PHONY: train
-train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8)
+train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8, or HOSTFILE=hosts)
 	@$(PY) -m training $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS) $(TRAIN_FLAGS)
 
 .PHONY: sample

@@ -21,6 +21,7 @@ TINY = (
     "engine.in_process=true",
     "captioning.max_reject_fraction=0.5",
     "features.max_reject_fraction=0.5",
+    "evaluation.max_reject_fraction=0.5",
     "training.num_processes=1",
     "training.global_batch_size=8",
     "training.stage1.num_steps=2",
@@ -35,13 +36,14 @@ STAGES = [
     ("dataset_stats",),
     *((room, "--stage", stage) for stage in "123" for room in ("features", "training", "sampling")),
     ("toyworld", "judge"),
+    ("sampling.evaluation", "score", "--stage", "2"),
     ("toyworld", "report"),
 ]
 
 
 def command(run: Path, stage: tuple[str, ...], *more: str) -> str:
     room, *arguments = stage
-    task = arguments[:1] if room == "toyworld" else []
+    task = arguments[:1] if room in ("toyworld", "sampling.evaluation") else []
     overrides = [argument for pair in TINY for argument in ("--set", pair)]
     line = [sys.executable, "-m", room, *task, "--recipe", "recipes/toyworld.toml", "--run", str(run), *overrides]
     line += [*arguments[len(task) :], *more]
@@ -79,6 +81,8 @@ def test_every_sample_is_accounted_for_from_shard_to_score(run: Path) -> None:
     assert dense["nouns_per_image"] > 2 * raw["nouns_per_image"]
     assert summary["judge"].keys() == {"stage1", "stage2", "stage3"}
     assert [summary["judge"][f"stage{stage}"]["num_images"] for stage in (1, 2, 3)] == [2, 4, 4]
+    assert {"FD-LLaVA", "judge spatial"} <= summary["evaluation"]["stage2"].keys()
+    assert "By make eval" in (run / "index.html").read_text()
 
 
 @pytest.mark.slow

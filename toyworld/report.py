@@ -87,6 +87,15 @@ class ScoreRow:
     figures: Mapping[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `make eval` measured: a row of figures by metric for each stage, and where its tables are."""
+
+    metrics: list[str]
+    rows: list[tuple[str, Mapping[str, float]]]
+    paths: list[str]
+
+
 def write_report(recipe: Recipe, run: Path) -> Path:
     """Write `run/index.html` and return its path; stages that have not finished are shown as not run yet.
 
@@ -118,6 +127,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         curves=_curves(run),
         grids=_grids(config, run),
         scores=_score_rows(run, summary),
+        evaluation=_evaluation(run, summary),
         judged=summary.get("judge", {}),
         targets=TARGETS,
         links=[(path, what) for path, what in LINKS if (run / path).is_file()],
@@ -308,6 +318,18 @@ def _score_rows(run: Path, summary: Mapping[str, Any]) -> list[ScoreRow]:
         kind = "dense captions" if is_raw else "alt texts"
         rows.append(ScoreRow(f"Stage 2 on {kind} ({companion.name})", figures))
     return rows
+
+
+def _evaluation(run: Path, summary: Mapping[str, Any]) -> Evaluation | None:
+    stages = sorted(summary.get("evaluation", {}).items())
+    if not stages:
+        return None
+    paths = [f"evaluation/{name}/scores.md" for name, _ in stages]
+    return Evaluation(
+        metrics=list(dict.fromkeys(metric for _, figures in stages for metric in figures)),
+        rows=[(_stage_title(name), figures) for name, figures in stages],
+        paths=[path for path in paths if (run / path).is_file()],
+    )
 
 
 def _stage_title(name: str) -> str:
