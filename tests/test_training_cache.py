@@ -250,7 +250,7 @@ def test_a_remote_run_gives_the_batches_of_a_local_one(
     (source / "training" / "stage2").mkdir(parents=True, exist_ok=True)
     assert read_keys_and_sums(job) == read_keys_and_sums(job_of(source))
     assert job.fingerprint == job_of(source).fingerprint, "features are what they hold, not where they lie"
-    print_plan(job, inspect_stage(job))
+    print_plan(job, inspect_stage(job, 1))
     said = " ".join(capsys.readouterr().err.split())
     assert "s3://features/run/features/latent-32 and s3://features/run/features/text" in said
     assert "cache 100 GB in" in said
@@ -275,7 +275,7 @@ def test_ranks_share_a_small_cache(source: Path, tmp_path: Path) -> None:
 
 def test_a_cache_smaller_than_what_is_mixed_is_refused_before_training(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.cache_gigabytes = 5e-05 is less than the .* of the 8 remote tars"):
-        inspect_stage(remote_job(empty_run(tmp_path, source), "training.cache_gigabytes=5e-5"))
+        inspect_stage(remote_job(empty_run(tmp_path, source), "training.cache_gigabytes=5e-5"), 1)
 
 
 def test_features_that_are_not_there_are_named(source: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ FIRST, SECOND = 'shards = ["laion_0"], weight = 3', 'shards = ["laion_1"], weigh
 def test_a_plan_says_how_datasets_are_mixed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_run(tmp_path / "other")
     job = open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_*"]'))
-    print_plan(job, inspect_stage(job))
+    print_plan(job, inspect_stage(job, 1))
     said = " ".join(capsys.readouterr().err.split())
     # 12 steps of 8 samples: three quarters of 96 from 32 samples, one quarter from 50.
     assert "75.00% of every batch, 32 samples in 1 shards, 2.25 epochs" in said

@@ -1,7 +1,6 @@
 """What ZeRO shards must not matter: two real gloo ranks try every stage in fp32 and bf16."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.launch import _environment
+from training.launch import rank_environment
+from training.placement import on_this_machine
 
 STAGES = ("0", "1", "2", "3")
 
@@ -18,7 +18,7 @@ STAGES = ("0", "1", "2", "3")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
     script = Path(__file__).with_name("zero_ranks.py")
-    environment = os.environ | _environment(2, threads_per_rank=1, errors=str(folder))
+    environment = rank_environment(on_this_machine(2), threads_per_rank=1, errors=str(folder))
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder), request.param, *STAGES],

@@ -2,13 +2,16 @@
 
 import sys
 import time
+from pathlib import Path
 
 from pipelines.command import parse_command, run_command
 from pipelines.progress import get_logger
 from pipelines.summary import update_summary
 from training.config import STAGES
 from training.gate import print_gate, samples_of
-from training.launch import run_ranks
+from training.hosts import run_hosts
+from training.launch import LostContactError, run_ranks
+from training.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
 from training.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.stage import StageJob, open_stage
 
@@ -20,11 +23,16 @@ def main() -> None:
     start_seconds = time.monotonic()
     command = parse_command("training", "Features to checkpoints: one of the paper's three stages.", stages=STAGES)
     job = open_stage(command)
+    ranks = _where(job)
+    if isinstance(ranks, Placement) and not ranks.has_first:
+        _follow(job, ranks, is_plan=command.is_plan)
+        return
     resume = job.resume
     if resume is not None and resume.step >= job.settings.num_steps and not command.is_plan:
         log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
         return
-    preflight = inspect_stage(job)
+    num_ranks = ranks.world_size if isinstance(ranks, Placement) else sum(host.slots for host in ranks)
+    preflight = inspect_stage(job, num_ranks)
     former = job.start.checkpoint
     if former is not None and resume is None:
         print_gate(former, samples=samples_of(former))
@@ -32,14 +40,41 @@ def main() -> None:
     if command.is_plan:
         _print_weights(job, preflight)
         return
-    is_finished = run_ranks(
-        sys.argv[1:],
-        num_ranks=preflight.num_ranks,
-        threads_per_rank=preflight.threads_per_rank,
-        directory=job.directory,
-    )
+    _run(job, ranks)
     former_seconds = resume.trainer["elapsed_seconds"] if resume is not None else 0.0
-    _report(job, preflight, is_finished=is_finished, seconds=former_seconds + time.monotonic() - start_seconds)
+    _report(job, preflight, seconds=former_seconds + time.monotonic() - start_seconds)
+
+
+def _where(job: StageJob) -> Placement | list[Host]:
+    """Return the ranks that this process starts, or the hosts that it leads."""
+    settings = job.settings
+    if is_slurm_task():
+        if settings.hostfile is not None:
+            raise ValueError(f"training.hostfile {settings.hostfile} is set in tasks of Slurm; use one of the two")
+        return of_slurm_task()
+    return (
+        on_this_machine(settings.num_processes) if settings.hostfile is None else read_hostfile(Path(settings.hostfile))
+    )
+
+
+def _run(job: StageJob, ranks: Placement | list[Host]) -> None:
+    settings = job.settings
+    if isinstance(ranks, Placement):
+        threads = settings.threads_per_process
+        run_ranks(sys.argv[1:], placement=ranks, threads_per_process=threads, directory=job.directory)
+    else:
+        run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)
+
+
+def _follow(job: StageJob, ranks: Placement, *, is_plan: bool) -> None:
+    """Run the ranks of a task whose first one speaks for all; that they lost contact is the first's to say."""
+    resume = job.resume
+    if is_plan or (resume is not None and resume.step >= job.settings.num_steps):
+        return
+    try:
+        _run(job, ranks)
+    except LostContactError:
+        sys.exit(2)
 
 
 def _print_weights(job: StageJob, preflight: Preflight) -> None:
@@ -49,10 +84,10 @@ def _print_weights(job: StageJob, preflight: Preflight) -> None:
     print_weights(job, num_parameters=count_parameters(network), num_ranks=preflight.num_ranks)
 
 
-def _report(job: StageJob, preflight: Preflight, *, is_finished: bool, seconds: float) -> None:
+def _report(job: StageJob, preflight: Preflight, *, seconds: float) -> None:
     checkpoint = job.resume
     assert checkpoint is not None, "ranks that end well leave a checkpoint"
-    if not is_finished:
+    if not checkpoint.is_finished:
         log.info(f"stopped after step {checkpoint.step:,}, saved in {checkpoint.path}; the same command continues")
         return
     name = job.command.stage_name

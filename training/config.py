@@ -69,7 +69,16 @@ class StageTraining(StageConfig):
     num_processes: int = pydantic.Field(
         default=0,
         ge=0,
-        description="Ranks on this machine; 0 = one per GPU, without a GPU two on two cores",
+        description="Ranks on this machine; 0 = one per GPU, without a GPU two on two cores. "
+        "Tasks of Slurm are a rank each, and slots of training.hostfile, whatever stands here",
+    )
+    hostfile: str | None = pydantic.Field(
+        default=None, min_length=1, description="File of lines `host slots=8`: train on these hosts; null = here alone"
+    )
+    remote_shell: str = pydantic.Field(
+        default="ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3",
+        min_length=1,
+        description="Command that runs a command line on a host of training.hostfile; ends when the host is gone",
     )
     threads_per_process: int = pydantic.Field(
         default=0, ge=0, description="OMP_NUM_THREADS of a rank; 0 = the machine's cores divided by the ranks"
@@ -82,6 +91,9 @@ class StageTraining(StageConfig):
     )
     checkpoint_activations: bool = pydantic.Field(
         default=False, description="Recompute blocks in the backward pass: less memory, about a third slower"
+    )
+    compile: bool = pydantic.Field(
+        default=False, description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3"
     )
     learning_rate: float = pydantic.Field(default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)")
     warmup_steps: int = pydantic.Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate")

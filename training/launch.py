@@ -1,19 +1,20 @@
-"""The ranks of a stage on one machine: their processes, their signals, and what is said when one of them fails."""
+"""The ranks of a stage that one launcher starts: their processes, their signals, and what is said when one fails."""
 
+import contextlib
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from pipelines.progress import get_logger
+from training.placement import LOOPBACK, Placement
 
 log = get_logger("training")
 
@@ -24,15 +25,21 @@ POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 
 
-class _Signals:
-    """Passes SIGINT and SIGTERM on to the ranks as SIGTERM: they save and end."""
+class LostContactError(ValueError):
+    """The ranks here only lost another one; the launcher of that one says why."""
 
-    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-        self._ranks = ranks
+
+class StopSignals:
+    """While inside, SIGINT and SIGTERM call `stop`, which lets the ranks save and end."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
         self.received: signal.Signals | None = None
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "StopSignals":
         self._former = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        # The launcher of a host starts with it blocked, as ranks do.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -43,69 +50,107 @@ class _Signals:
         if self.received is None:
             log.info("stopping after this step, with a checkpoint")
         self.received = signal.Signals(number)
-        for rank in self._ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGTERM)
+        self._stop()
+
+    def raise_interrupt(self) -> None:
+        """Raise KeyboardInterrupt if Ctrl-C was what stopped the ranks."""
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
-def run_ranks(arguments: Sequence[str], *, num_ranks: int, threads_per_rank: int, directory: Path) -> bool:
-    """Run `python -m training.worker` on every rank; returns whether they ran to the end, and not to a SIGTERM.
+def run_ranks(arguments: Sequence[str], *, placement: Placement, threads_per_process: int, directory: Path) -> None:
+    """Run `python -m training.worker` on the ranks of `placement`, to the end or to a SIGTERM, which they save after.
 
     Raises:
+        LostContactError: the ranks here lost contact with one elsewhere.
         ValueError: a rank failed, with its message; or another command is training in `directory`.
         KeyboardInterrupt: Ctrl-C was pressed; the ranks have saved.
     """
-    with _exclusive(directory) as lock, tempfile.TemporaryDirectory(prefix="ranks-") as errors:
-        environment = _environment(num_ranks, threads_per_rank=threads_per_rank, errors=errors)
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "training.worker", *arguments],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                # Its end tells a rank that this process is gone. The lock is held until the last rank is.
-                stdin=subprocess.PIPE,
-                pass_fds=(lock,),
-                # Ctrl-C in a terminal goes to a whole group; here it comes through `_Signals` alone.
-                start_new_session=True,
-            )
-            for rank in range(num_ranks)
-        ]
-        with _Signals(ranks) as signals:
-            try:
-                _wait(ranks)
-            finally:
-                _end(ranks)
-        if signals.received is None or any(rank.returncode not in (0, -signal.SIGTERM) for rank in ranks):
-            _raise_failure(ranks, Path(errors))
-    if signals.received == signal.SIGINT:
-        raise KeyboardInterrupt
-    return signals.received is None
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_exclusive(directory)) if placement.has_first else None
+        errors = stack.enter_context(tempfile.TemporaryDirectory(prefix="ranks-"))
+        threads = threads_per_process or max(1, (os.cpu_count() or 1) // placement.ranks_on_machine)
+        environment = rank_environment(placement, threads_per_rank=threads, errors=errors)
+        ranks: list[subprocess.Popen[bytes]] = []
+        signals = stack.enter_context(StopSignals(lambda: _terminate(ranks)))
+        try:
+            with _sigterm_blocked():
+                ranks += [_start(arguments, environment | numbers, lock) for numbers in _rank_numbers(placement)]
+            if signals.received is not None:
+                _terminate(ranks)
+            wait_all(ranks, grace_seconds=GRACE_SECONDS)
+        finally:
+            # A rank that had to be killed here is not the one that failed.
+            statuses = {placement.first_rank + i: rank.poll() for i, rank in enumerate(ranks)}
+            _end(ranks)
+        _raise_failure(statuses, Path(errors), placement)
+    signals.raise_interrupt()
 
 
-def _environment(num_ranks: int, *, threads_per_rank: int, errors: str) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _start(arguments: Sequence[str], environment: dict[str, str], lock: int | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.worker", *arguments],
+        env=environment,
+        # Its end tells a rank that this process is gone. The lock is held until the last rank is.
+        stdin=subprocess.PIPE,
+        # What a launcher on another host says to its head on stdout is its own.
+        stdout=2,
+        pass_fds=() if lock is None else (lock,),
+        # Ctrl-C in a terminal goes to a whole group; here it comes through `StopSignals` alone.
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Ranks inherit the block and lift it when they can save: a SIGTERM before that waits, and no rank is missing."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def rank_environment(placement: Placement, *, threads_per_rank: int, errors: str) -> dict[str, str]:
+    """Return the environment that all ranks of `placement` share."""
     environment = {
         **os.environ,
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(placement.world_size),
+        "LOCAL_WORLD_SIZE": str(placement.ranks_on_machine),
+        "MASTER_ADDR": placement.master_address,
+        "MASTER_PORT": str(placement.master_port),
         "OMP_NUM_THREADS": str(threads_per_rank),
         ERROR_FOLDER: errors,
     }
-    if sys.platform == "linux":
+    if sys.platform == "linux" and placement.master_address in LOOPBACK:
         # gloo looks the host's name up otherwise, which fails on many laptops.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until all ranks have ended; once one has failed, the others get a few seconds to notice."""
+def _rank_numbers(placement: Placement) -> list[dict[str, str]]:
+    return [
+        {"RANK": str(placement.first_rank + i), "LOCAL_RANK": str(placement.first_local_rank + i)}
+        for i in range(placement.num_ranks)
+    ]
+
+
+def _terminate(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signal.SIGTERM)
+
+
+def wait_all(processes: Sequence[subprocess.Popen[bytes]], *, grace_seconds: float) -> None:
+    """Wait until all processes have ended; once one has failed, the others get a few seconds to notice."""
     deadline_seconds = float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline_seconds:
-        if deadline_seconds == float("inf") and any(rank.returncode for rank in ranks):
-            deadline_seconds = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline_seconds:
+        # All are asked: one that fails must be seen although the first of them runs.
+        statuses = [process.poll() for process in processes]
+        if None not in statuses:
+            return
+        if deadline_seconds == float("inf") and any(statuses):
+            deadline_seconds = time.monotonic() + grace_seconds
         time.sleep(POLL_SECONDS)
 
 
@@ -117,22 +162,25 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             rank.stdin.close()
 
 
-def _raise_failure(ranks: Sequence[subprocess.Popen[bytes]], errors: Path) -> None:
+def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Placement) -> None:
     """Raise the message of the rank that failed first in cause; the others only lost contact with it."""
-    if not any(rank.returncode for rank in ranks):
+    failed = {rank: status for rank, status in statuses.items() if status}
+    if not failed:
         return
     messages = {int(path.name): path.read_text() for path in sorted(errors.iterdir())}
     causes = {rank: message for rank, message in messages.items() if message != LOST_CONTACT}
     if causes:
         rank = min(causes)
-        raise ValueError(causes[rank] if len(causes) == len(ranks) else f"rank {rank}: {causes[rank]}")
-    for number, rank in enumerate(ranks):
-        if rank.returncode < 0:
-            name = signal.Signals(-rank.returncode).name
+        raise ValueError(causes[rank] if len(causes) == placement.world_size else f"rank {rank}: {causes[rank]}")
+    for rank, status in failed.items():
+        if status < 0:
+            name = signal.Signals(-status).name
             reason = "; the machine may be out of memory" if name == "SIGKILL" else ""
-            raise ValueError(f"rank {number} was ended by {name}{reason}. The same command continues")
-    failed = [number for number, rank in enumerate(ranks) if rank.returncode]
-    raise ValueError(f"rank {failed[0]} ended with status {ranks[failed[0]].returncode}; its traceback is above")
+            raise ValueError(f"rank {rank} was ended by {name}{reason}. The same command continues")
+    for rank, status in failed.items():
+        if rank not in messages:
+            raise ValueError(f"rank {rank} ended with status {status}; its traceback is above")
+    raise LostContactError(f"rank {min(messages)} {LOST_CONTACT}, which has failed or whose machine is gone")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 The launcher knows the data; weights are counted where torch is loaded anyway, in the ranks or for `--plan`.
 """
 
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ NUM_SIZE_THREADS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """How a stage is spread over this machine."""
+    """What a stage reads, and the ranks that share it."""
 
     survey: Survey
     num_ranks: int
-    threads_per_rank: int
 
     @property
     def num_samples(self) -> int:
@@ -34,23 +32,19 @@ class Preflight:
         return sum(self.survey.num_samples)
 
 
-def inspect_stage(job: StageJob) -> Preflight:
-    """Count the samples of a stage and cut its batches.
+def inspect_stage(job: StageJob, num_ranks: int) -> Preflight:
+    """Count the samples of a stage and cut its batches for `num_ranks` on all machines.
 
     Raises:
-        ValueError: the batch cannot be cut evenly, or no sample has all its features.
+        ValueError: the batch cannot be cut evenly, settings do not go together, or no sample has all its features.
     """
     settings = job.settings
-    num_ranks = settings.num_processes or default_num_ranks()
     require_even_batches(settings, num_ranks)
+    require_compilable(settings)
     job.directory.mkdir(parents=True, exist_ok=True)
     survey = survey_stage(job)
     _require_cache(job, survey)
-    return Preflight(
-        survey=survey,
-        num_ranks=num_ranks,
-        threads_per_rank=settings.threads_per_process or max(1, (os.cpu_count() or 1) // num_ranks),
-    )
+    return Preflight(survey=survey, num_ranks=num_ranks)
 
 
 def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
@@ -60,6 +54,15 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
         raise ValueError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
             f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
+        )
+
+
+def require_compilable(settings: StageTraining) -> None:
+    """Refuse to compile what ZeRO 3 takes apart."""
+    if settings.compile and settings.zero_stage == 3:
+        raise ValueError(
+            "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
+            "choose ZeRO 0, 1 or 2, or training.compile = false"
         )
 
 
@@ -105,13 +108,6 @@ def _require_cache(job: StageJob, survey: Survey) -> None:
         )
 
 
-def default_num_ranks() -> int:
-    """One rank per GPU; without a GPU two where there are two cores."""
-    import torch
-
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-
-
 def print_plan(job: StageJob, preflight: Preflight) -> None:
     """Print what the stage reads and does."""
     settings, survey, num_ranks = job.settings, preflight.survey, preflight.num_ranks
@@ -122,7 +118,9 @@ def print_plan(job: StageJob, preflight: Preflight) -> None:
     console.print(f"[bold]training {job.command.stage_name}[/] · {job.directory}")
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
-    _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}, {preflight.threads_per_rank} CPU threads a rank")
+    threads = settings.threads_per_process or "a share of the"
+    compiled = ", compiled blocks" if settings.compile else ""
+    _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}{compiled}, {threads} CPU threads a rank")
     if job.resume is not None:
         _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}")
 

@@ -1,6 +1,6 @@
 """One rank of a stage: `python -m training.worker` with the arguments of `python -m training`, under RANK, WORLD_SIZE.
 
-The launcher starts the ranks of one machine; `torchrun` or Slurm may start those of several.
+A launcher starts those of its machine; `torchrun` may, too.
 """
 
 import os
@@ -31,7 +31,7 @@ from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
 from training.networks import count_parameters, network_config, starting_network
 from training.objective import SCHEDULE, Denoising
-from training.preflight import print_weights, require_disk, require_even_batches
+from training.preflight import print_weights, require_compilable, require_disk, require_even_batches
 from training.stage import StageJob, open_stage
 from training.validation import open_validation
 from training.zero import ZeroModel, initialize_ranks
@@ -42,6 +42,8 @@ def main() -> None:
     job = open_stage(parse_command("training.worker", "One rank of a training stage.", stages=STAGES))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    # The launcher blocks it until there is somebody to listen.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     initialize_ranks()
     try:
         run_rank(job, stop)
@@ -63,6 +65,7 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     """Build model, average and reader, resume if there is a checkpoint, and train."""
     settings, resume = job.settings, job.resume
     require_even_batches(settings, dist.get_world_size())
+    require_compilable(settings)
     survey = shared_survey(job)
     config = network_config(job, survey)
     network = starting_network(job, config)

@@ -71,6 +71,10 @@ class ZeroModel:
             config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
         )
         self.masters = self._find_masters()
+        if settings.compile:
+            # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
+            for block in model.get_submodule("blocks").children():
+                block.compile()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,8 +201,14 @@ def initialize_ranks() -> None:
     deepspeed = _import_deepspeed()
     has_cuda = torch.cuda.is_available()
     if has_cuda:
+        # Slurm may show each task its own GPU alone.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if has_cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if has_cuda else "gloo")
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
     deepspeed.init_distributed("nccl" if has_cuda else "gloo")
 
 
