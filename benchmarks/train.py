@@ -87,7 +87,7 @@ GPU_CASES = [
 ]
 
 
-def diffusers_model(config: PixArtConfig) -> PixArtTransformer2DModel:
+def diffusers_model(config: PixArtConfig) -> nn.Module:
     """diffusers' network with the weights of ours."""
     model = PixArtTransformer2DModel(
         num_attention_heads=config.num_heads,
@@ -118,7 +118,7 @@ class Step:
     def __init__(self, side: str, case: Case, *, device: str) -> None:
         self.side = side
         self.device = device
-        model: nn.Module = random_model(case.config) if side == "ours" else diffusers_model(case.config)
+        model = random_model(case.config) if side == "ours" else diffusers_model(case.config)
         model.to(device, torch.bfloat16).train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.model = model
