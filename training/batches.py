@@ -31,7 +31,8 @@ def shared_survey(job: StageJob) -> Survey:
             save_survey(make_survey(index, shards), path, identity=identity)
     dist.barrier()
     survey = load_survey(path, identity=identity)
-    assert survey is not None, f"{job.directory} is not seen by this rank: RUN must be a folder all machines share"
+    if survey is None:
+        raise ValueError(f"{path} is not seen by rank {dist.get_rank()}: RUN must be a folder that all machines share")
     return survey
 
 
