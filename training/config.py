@@ -46,8 +46,8 @@ class StageTraining(StageConfig):
 
     init_from: str | None = pydantic.Field(
         default=None,
-        description="Weights to start from: a diffusers folder or hub id, an original .pth or .pt, a checkpoint, or 'scratch'; "
-        "null = the EMA weights of the former stage (stage 1: scratch). Resuming is automatic and another thing",
+        description="Weights to start from: a diffusers folder or hub id, an original .pth or .pt, a checkpoint, or "
+        "'scratch'; null = the EMA weights of the former stage (stage 1: scratch). Resuming is automatic",
     )
     datasets: list[DatasetConfig] = pydantic.Field(
         default=[DatasetConfig()],
