@@ -61,7 +61,8 @@ def digests(run: Path) -> dict[str, str]:
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     for stage in STAGES:
-        command(folder, stage, "--plan") if stage[0] != "sampling" else None
+        # One plan of each room; that of sampling has tests of its own.
+        command(folder, stage, "--plan") if stage[0] != "sampling" and stage[-1] not in ("1", "3") else None
         command(folder, stage)
     return folder
 

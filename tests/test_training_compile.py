@@ -37,7 +37,7 @@ def losses(zero_stage, is_compiled):
     assert list(model.engine.module.state_dict()) == names
     return found
 
-results = {stage: [losses(stage, False), losses(stage, True)] for stage in (0, 2)}
+results = {stage: [losses(stage, False), losses(stage, True)] for stage in (2,)}
 print(json.dumps({"losses": results, "graphs": counters["stats"]["unique_graphs"],
                   "breaks": sum(counters["graph_break"].values())}))
 torch.distributed.destroy_process_group()
@@ -57,4 +57,4 @@ def test_compiled_blocks_give_the_losses_of_eager_ones(tmp_path: Path) -> None:
         assert compiled == pytest.approx(eager, rel=1e-4)
     assert result["breaks"] == 0
     # Per model: lengths of the text are free from the second on, sizes of the image from theirs.
-    assert 0 < result["graphs"] <= 6
+    assert 0 < result["graphs"] <= 3
