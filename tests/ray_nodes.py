@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
-from tests.processes import kill_tree, process_tree
+from tests.processes import kill_tree
 
 # A dead node is noticed after about two seconds, not ten. Without a mode, `ray start` would look for a token of other
 # clusters in the home folder.
@@ -20,6 +20,15 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+
+
+# A node whose raylet runs is not yet one that the head counts.
+COUNT_NODES = """
+import logging, sys, time, ray
+ray.init(address=sys.argv[1], logging_level=logging.ERROR)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(0.1)
+"""
 
 
 def free_port() -> int:
@@ -54,10 +63,6 @@ class RayNode:
             cwd=REPOSITORY.anchor,
         )
 
-    def is_up(self) -> bool:
-        """Whether its raylet runs."""
-        return any("raylet/raylet" in line for line in process_tree(self.process.pid).values())
-
     def kill(self) -> None:
         """kill -9 of everything that runs on the node."""
         kill_tree(self.process.pid)
@@ -75,3 +80,9 @@ def start_head(folder: Path) -> tuple[RayNode, str]:
             assert head.process.poll() is None and time.monotonic() < deadline, "the head node has not come up"
             time.sleep(0.05)
     return head, f"127.0.0.1:{port}"
+
+
+def wait_for_nodes(address: str, count: int) -> None:
+    """Wait until that many nodes are part of the cluster."""
+    line = [sys.executable, "-c", COUNT_NODES, address, str(count)]
+    subprocess.run(line, env={**os.environ, **SETTINGS}, check=True, timeout=90)

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.line_worker import command, contents, make_sources, run
 from tests.processes import ray_workers
-from tests.ray_nodes import SETTINGS, RayNode, start_head
+from tests.ray_nodes import SETTINGS, RayNode, start_head, wait_for_nodes
 
 ENGINE = {"samples_per_slice": 8}
 
@@ -51,7 +51,8 @@ def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None
     head, address = cluster
     second = RayNode(f"--address={address}", worker_ports=(27100, 27199))
     output = tmp_path / "a"
-    # One shard and two workers: the work is cut inside the shard. The first to come waits for the other.
+    # One shard and two workers: the work is cut inside the shard. Whoever comes first waits for the other, however long
+    # a worker takes to start.
     both_are_there = tmp_path / "both"
     line = command(
         Path(os.path.relpath(output, REPOSITORY)),
@@ -62,12 +63,12 @@ def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None
         waits_for=str(both_are_there),
     )
     try:
-        wait_for(second.is_up, second.process, "a raylet")
+        wait_for_nodes(address, 2)
         process = start_command(line, address)
-        wait_for(lambda: ray_workers(second.process.pid), process, "work on the second node")
+        for node in (head, second):
+            wait_for(lambda pid=node.process.pid: ray_workers(pid), process, "work on both nodes")
         both_are_there.touch()
         wait_for(lambda: list(output.glob(".parts/*/*.report")), process, "a finished piece")
-        assert ray_workers(head.process.pid), "the first node works, too"
     finally:
         second.kill()
     errors = process.communicate()[1]
@@ -88,7 +89,7 @@ def test_a_node_that_does_not_see_the_output_is_named(tmp_path, cluster) -> None
     second = RayNode(f"--address={address}", worker_ports=(27200, 27299), around=hidden)
     output = tmp_path / "a"
     try:
-        wait_for(second.is_up, second.process, "a raylet")
+        wait_for_nodes(address, 2)
         line = command(output, engine=ENGINE, count=4, num_samples=64, seconds_per_slice=0.2)
         process = start_command(line, address)
         errors = process.communicate()[1]
