@@ -31,7 +31,7 @@ help:  ## Show this list
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
-	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n"
+	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
 
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -103,6 +103,10 @@ verify: $(READY)  ## Check every file of a run against its manifests, name the f
 .PHONY: train
 train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8, or HOSTFILE=hosts)
 	@$(PY) -m training $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS) $(TRAIN_FLAGS)
+
+.PHONY: convert
+convert: $(READY)  ## Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)
+	@$(PY) -m training.convert "$$FROM" "$$TO" $(if $(REPARAMETERIZE),--reparameterize)
 
 .PHONY: sample
 sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT='…')

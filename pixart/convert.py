@@ -49,7 +49,7 @@ def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
     """Write `model` as a folder that diffusers' `PixArtTransformer2DModel` or `DiTTransformer2DModel` opens.
 
     diffusers knows DiT's timesteps only with `timestep_shift` 1; with 0 our own `load_diffusers` is exact and
-    diffusers close.
+    diffusers close. A PixArt with per-block adaLN it refuses by its `norm_type`.
     """
     if isinstance(model, PixArt):
         config, layout, copies = _to_pixart_json(model.config), pixart_diffusers_layout(model.config), {}
@@ -73,10 +73,11 @@ def load_diffusers(folder: Path, *, timestep_shift: int | None = None) -> PixArt
     stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     weights = _read_weights(folder)
     # not `_class_name`: folders from before diffusers 0.28 call both models Transformer2DModel
-    if stored.get("norm_type") == "ada_norm_single":
+    norm_type = stored.get("norm_type")
+    if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and stored.get("caption_channels")):
         pixart_config = _from_pixart_json(stored)
         return load_weights(pixart_config, weights, pixart_diffusers_layout(pixart_config))
-    if stored.get("norm_type") == "ada_norm_zero":
+    if norm_type == "ada_norm_zero":
         dit_config = _from_dit_json(stored, timestep_shift)
         for copy, first in dit_diffusers_copies(dit_config).items():
             if copy in weights and first in weights and not torch.equal(weights.pop(copy), weights[first]):
@@ -196,7 +197,7 @@ def _to_pixart_json(config: PixArtConfig) -> dict[str, Any]:
     return {
         **_shared_json(config),
         "_class_name": "PixArtTransformer2DModel",
-        "norm_type": "ada_norm_single",
+        "norm_type": "ada_norm_single" if config.adaln == "single" else "ada_norm_zero",
         "cross_attention_dim": config.width,
         "caption_channels": config.caption_channels,
         "interpolation_scale": config.interpolation_scale,
@@ -219,6 +220,7 @@ def _from_pixart_json(stored: dict[str, Any]) -> PixArtConfig:
         # both defaults as diffusers has them
         interpolation_scale=stored.get("interpolation_scale") or _default_interpolation_scale(sample_size),
         has_size_condition=sample_size == 128 if has_size_condition is None else has_size_condition,
+        adaln="single" if stored["norm_type"] == "ada_norm_single" else "per-block",
     )
 
 

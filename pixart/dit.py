@@ -5,12 +5,12 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pixart.layers import (
     MLP,
+    AdaLN,
     PatchEmbed,
     ScalarEmbedder,
     SelfAttention,
@@ -57,11 +57,11 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
         self.mlp = MLP(width, 4 * width, width, is_modulated=True)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = AdaLN(width, 6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Give [B, N, D] from x [B, N, D] and condition [B, D]."""
-        shifts_scales_gates = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)  # six [B, 1, D]
+        shifts_scales_gates = self.modulation(condition).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
         x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
         return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
@@ -84,7 +84,7 @@ class DiT(nn.Module):
         self.timestep_embed = ScalarEmbedder(width, frequency_shift=config.timestep_shift)
         self.label_embed = nn.Embedding(config.num_classes + 1, width)  # the last is the null class
         self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads) for _ in range(config.num_layers))
-        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final_modulation = AdaLN(width, 2)
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
         self._initialize()
 
@@ -93,11 +93,10 @@ class DiT(nn.Module):
         for layer in (self.timestep_embed.hidden, self.timestep_embed.out, self.label_embed):
             nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every block begins as the identity, and the output as zero (biases are zero already)
-        nn.init.zeros_(self.final_modulation.weight)
         nn.init.zeros_(self.final.weight)
         for module in self.modules():
-            if isinstance(module, DiTBlock):
-                nn.init.zeros_(module.modulation.weight)
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module.weight)
 
     @property
     def null_label(self) -> int:
@@ -119,6 +118,6 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, condition, use_reentrant=False)
             else:
                 x = block(x, condition)
-        shift, scale = self.final_modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
+        shift, scale = self.final_modulation(condition).chunk(2, dim=1)
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)

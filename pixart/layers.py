@@ -70,6 +70,30 @@ def xavier_(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class AdaLN(nn.Linear):
+    """Shifts, scales and gates that a linear layer of one's own projects from the condition (adaLN of DiT)."""
+
+    def __init__(self, channels: int, num_vectors: int) -> None:
+        super().__init__(channels, num_vectors * channels)
+        self.num_vectors = num_vectors
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Give [B, num_vectors, D] for a condition [B, D]."""
+        return super().forward(F.silu(input)).unflatten(-1, (self.num_vectors, -1))
+
+
+class AdaLNSingle(nn.Module):
+    """Shifts, scales and gates that all blocks share, plus an embedding of one's own (PixArt-alpha, section 2.3)."""
+
+    def __init__(self, channels: int, num_vectors: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(num_vectors, channels) / channels**0.5)  # E of the paper
+
+    def forward(self, shared: Tensor) -> Tensor:
+        """Give [B, num_vectors, D] for the shared ones [B, num_vectors, D] or one for all of them [B, 1, D]."""
+        return self.embedding + shared
+
+
 class _RecomputedLinear(torch.autograd.Function):
     """`F.linear(prepare(*inputs), weight, bias)`, keeping the inputs and not what is prepared of them."""
 

@@ -18,7 +18,9 @@ DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "c
 
 
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
-    """Layout of PixArt's original .pth or DiT's official .pt."""
+    """Layout of PixArt's original .pth or DiT's official .pt; ValueError for the ablation, which has none."""
+    if isinstance(config, PixArtConfig) and config.adaln != "single":
+        raise ValueError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
     layout = {
         **_linear("patch_embed.projection", "x_embedder.proj"),
         **_linear("timestep_embed.hidden", "t_embedder.mlp.0"),
@@ -32,7 +34,7 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
         layout |= _linear(f"{ours}.mlp.hidden", f"{theirs}.mlp.fc1")
         layout |= _linear(f"{ours}.mlp.out", f"{theirs}.mlp.fc2")
         if isinstance(config, PixArtConfig):
-            layout |= {f"{ours}.modulation": (f"{theirs}.scale_shift_table",)}
+            layout |= {f"{ours}.modulation.embedding": (f"{theirs}.scale_shift_table",)}
             layout |= _linear(f"{ours}.cross_attention.query", f"{theirs}.cross_attn.q_linear")
             layout |= _linear(f"{ours}.cross_attention.key_value", f"{theirs}.cross_attn.kv_linear")
             layout |= _linear(f"{ours}.cross_attention.out", f"{theirs}.cross_attn.proj")
@@ -41,7 +43,7 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
     if isinstance(config, DiTConfig):
         layout |= {"label_embed.weight": ("y_embedder.embedding_table.weight",)}
         return layout | _linear("final_modulation", "final_layer.adaLN_modulation.1")
-    layout |= {"final_modulation": ("final_layer.scale_shift_table",)}
+    layout |= {"final_modulation.embedding": ("final_layer.scale_shift_table",)}
     layout |= _linear("global_modulation", "t_block.1")
     layout |= _linear("caption_projection.hidden", "y_embedder.y_proj.fc1")
     layout |= _linear("caption_projection.out", "y_embedder.y_proj.fc2")
@@ -52,17 +54,21 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
 
 
 def pixart_diffusers_layout(config: PixArtConfig) -> Layout:
-    """Layout of diffusers' `PixArtTransformer2DModel`."""
+    """Layout of diffusers' `PixArtTransformer2DModel`; per-block adaLN, which it lacks, is named as in its DiT."""
+    is_single = config.adaln == "single"
     layout = {
         **_linear("patch_embed.projection", "pos_embed.proj"),
         **_linear("timestep_embed.hidden", "adaln_single.emb.timestep_embedder.linear_1"),
         **_linear("timestep_embed.out", "adaln_single.emb.timestep_embedder.linear_2"),
-        **_linear("global_modulation", "adaln_single.linear"),
         **_linear("caption_projection.hidden", "caption_projection.linear_1"),
         **_linear("caption_projection.out", "caption_projection.linear_2"),
-        "final_modulation": ("scale_shift_table",),
         **_linear("final", "proj_out"),
     }
+    if is_single:
+        layout |= _linear("global_modulation", "adaln_single.linear")
+        layout |= {"final_modulation.embedding": ("scale_shift_table",)}
+    else:
+        layout |= _linear("text_feature", "text_feature") | _linear("final_modulation", "proj_out_1")
     if config.has_size_condition:
         for ours, theirs in (("size_embed", "resolution_embedder"), ("aspect_ratio_embed", "aspect_ratio_embedder")):
             layout |= _linear(f"{ours}.hidden", f"adaln_single.emb.{theirs}.linear_1")
@@ -73,7 +79,10 @@ def pixart_diffusers_layout(config: PixArtConfig) -> Layout:
         layout |= _linear(f"{ours}.cross_attention.query", f"{theirs}.attn2.to_q")
         layout |= _linear(f"{ours}.cross_attention.key_value", f"{theirs}.attn2.to_k", f"{theirs}.attn2.to_v")
         layout |= _linear(f"{ours}.cross_attention.out", f"{theirs}.attn2.to_out.0")
-        layout |= {f"{ours}.modulation": (f"{theirs}.scale_shift_table",)}
+        if is_single:
+            layout |= {f"{ours}.modulation.embedding": (f"{theirs}.scale_shift_table",)}
+        else:
+            layout |= _linear(f"{ours}.modulation", f"{theirs}.norm1.linear")
     return layout
 
 

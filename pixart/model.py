@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pixart.layers import (
     MLP,
+    AdaLN,
+    AdaLNSingle,
     CrossAttention,
     KeyValue,
     PatchEmbed,
@@ -39,6 +41,7 @@ class PixArtConfig:
     sample_size: int = 32  # latent side at which positions are 0, 1, 2, ... divided by interpolation_scale
     interpolation_scale: float = 1.0
     has_size_condition: bool = False  # told image size and aspect ratio, as the released 1024px model is
+    adaln: Literal["single", "per-block"] = "single"  # per-block: as in DiT, the ablation of Figure 6
 
     def __post_init__(self) -> None:
         if self.width % 4:
@@ -60,25 +63,31 @@ PIXART_XL_2_512 = PixArtConfig(sample_size=64)
 PIXART_XL_2_1024 = PixArtConfig(sample_size=128, interpolation_scale=2.0, has_size_condition=True)
 
 
-class PixArtBlock(nn.Module):
-    """Self-attention, cross-attention over the text, MLP; modulated by adaLN-single."""
+class ReadText(NamedTuple):
+    """What the network takes of a text: keys and values of each block, and with per-block adaLN its feature [B, D]."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    key_values: list[KeyValue]
+    feature: Tensor | None
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention over the text, MLP; modulated by adaLN-single or by an adaLN of its own."""
+
+    def __init__(self, width: int, num_heads: int, *, adaln: str) -> None:
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
         self.cross_attention = CrossAttention(width, num_heads)
         self.mlp = MLP(width, 4 * width, width, is_modulated=True)
-        self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)  # E of the paper
+        self.modulation = AdaLNSingle(width, 6) if adaln == "single" else AdaLN(width, 6)
 
-    def forward(
-        self, x: Tensor, text: Tensor | KeyValue, text_mask: Tensor | None, global_modulation: Tensor
-    ) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], the text with its mask [B, 1, 1, L] and the shared S [B, 6, D].
+    def forward(self, x: Tensor, text: Tensor | KeyValue, text_mask: Tensor | None, condition: Tensor) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], the text with its mask [B, 1, 1, L] and the condition.
 
-        The text is [B, L, D], or what `cross_attention.read` gives of it.
+        The text is [B, L, D], or what `cross_attention.read` gives of it; the condition is S [B, 6, D] with
+        adaLN-single, and [B, D] with the block's own adaLN.
         """
         key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
-        shifts_scales_gates = (self.modulation + global_modulation).chunk(6, dim=1)  # six [B, 1, D]
+        shifts_scales_gates = self.modulation(condition).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
         x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
         x = x + self.cross_attention(x, key_value, text_mask)
@@ -108,9 +117,15 @@ class PixArt(nn.Module):
             self.size_embed = ScalarEmbedder(width // 3)
             self.aspect_ratio_embed = ScalarEmbedder(width // 3)
         self.caption_projection = MLP(config.caption_channels, width, width)
-        self.global_modulation = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(PixArtBlock(width, config.num_heads) for _ in range(config.num_layers))
-        self.final_modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.blocks = nn.ModuleList(
+            PixArtBlock(width, config.num_heads, adaln=config.adaln) for _ in range(config.num_layers)
+        )
+        if config.adaln == "single":
+            self.global_modulation = nn.Linear(width, 6 * width)
+            self.final_modulation = AdaLNSingle(width, 2)
+        else:
+            self.text_feature = nn.Linear(config.caption_channels, width)
+            self.final_modulation = AdaLN(width, 2)
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
         self._initialize()
 
@@ -123,23 +138,38 @@ class PixArt(nn.Module):
                 nn.init.normal_(module.out.weight, std=0.02)
             if isinstance(module, CrossAttention):
                 nn.init.zeros_(module.out.weight)  # the identity, so that a pretrained DiT is left as it is
-        nn.init.normal_(self.global_modulation.weight, std=0.02)
+            if isinstance(module, AdaLN):
+                nn.init.zeros_(module.weight)  # adaLN-Zero, as in DiT
+        if self.config.adaln == "single":
+            nn.init.normal_(self.global_modulation.weight, std=0.02)
+        else:
+            nn.init.zeros_(self.text_feature.weight)  # again leaves a pretrained DiT as it is
         nn.init.zeros_(self.final.weight)
 
-    def read_text(self, text: Tensor) -> list[KeyValue]:
-        """Give each block's keys and values of the text encoder's output [B, L, caption_channels].
+    def read_text(self, text: Tensor, text_mask: Tensor | None = None) -> ReadText:
+        """Read the text encoder's output [B, L, caption_channels], of which `text_mask` [B, L] keeps the real tokens.
 
-        `forward` takes them in its place: a sampler reads a text once, and not again at every step.
+        `forward` takes what is read in its place: a sampler reads a text once, and not again at every step.
         """
         projected = self.caption_projection(text)  # [B, L, D]
         blocks = cast("list[PixArtBlock]", list(self.blocks))
-        return [block.cross_attention.read(projected) for block in blocks]
+        key_values = [block.cross_attention.read(projected) for block in blocks]
+        return ReadText(key_values, self._text_feature(text, text_mask))
+
+    def _text_feature(self, text: Tensor, text_mask: Tensor | None) -> Tensor | None:
+        """Give the mean of the real tokens, projected to [B, D]; None with adaLN-single, which sees the time alone."""
+        if self.config.adaln == "single":
+            return None
+        if text_mask is None:
+            return self.text_feature(text.mean(dim=1))
+        is_real = text_mask.bool()[:, :, None]  # [B, L, 1]
+        return self.text_feature(torch.where(is_real, text, 0).sum(dim=1) / is_real.sum(dim=1))
 
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor | Sequence[KeyValue],
+        text: Tensor | ReadText,
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
     ) -> Tensor:
@@ -157,16 +187,24 @@ class PixArt(nn.Module):
         if size is not None:
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)
-        global_modulation = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
-        # While training each block reads the text itself: recomputed keys and values need not be kept.
-        texts = [self.caption_projection(text)] * len(self.blocks) if isinstance(text, Tensor) else text
+        texts: Sequence[Tensor | KeyValue]
+        if isinstance(text, Tensor):
+            # While training each block reads the text itself: recomputed keys and values need not be kept.
+            texts, feature = [self.caption_projection(text)] * len(self.blocks), self._text_feature(text, text_mask)
+        else:
+            texts, feature = text
+        if self.config.adaln == "single":
+            block_condition = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
+            final_condition = condition[:, None]
+        else:
+            block_condition = final_condition = condition + feature
         if text_mask is not None:
             text_mask = text_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
         for block, block_text in zip(self.blocks, texts, strict=True):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, block_text, text_mask, global_modulation, use_reentrant=False)
+                x = checkpoint(block, x, block_text, text_mask, block_condition, use_reentrant=False)
             else:
-                x = block(x, block_text, text_mask, global_modulation)
-        shift, scale = (self.final_modulation + condition[:, None]).chunk(2, dim=1)
+                x = block(x, block_text, text_mask, block_condition)
+        shift, scale = self.final_modulation(final_condition).chunk(2, dim=1)
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)

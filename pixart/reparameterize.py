@@ -2,11 +2,13 @@
 
 # D width
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pixart.dit import DiT
+from pixart.dit import DiT, DiTBlock
+from pixart.layers import AdaLN
 from pixart.model import PixArt, PixArtConfig
 
 
@@ -15,29 +17,47 @@ def reparameterize(dit: DiT, config: PixArtConfig, *, timestep: int = 500) -> Pi
     """PixArt whose output at `timestep` equals the DiT's without class, whatever the text.
 
     The first block's adaLN layer becomes the global one, and each block's embedding makes up for the difference to the
-    block's own at `timestep`: E_i = f_i(t) - f_0(t). Cross-attention starts at zero and the caption projection at
-    random, from torch's global generator. Raises ValueError if the two models differ in shape.
+    block's own at `timestep`: E_i = f_i(t) - f_0(t). With per-block adaLN the layers are carried as they are, and the
+    outputs are equal at every timestep. Cross-attention starts at zero and the caption projection at random, from
+    torch's global generator. Raises ValueError if the two models differ in shape.
     """
     _require_same_shape(dit, config)
     model = PixArt(config).to(dit.final.weight)
     model.timestep_embed.load_state_dict(dit.timestep_embed.state_dict())
-    weights = dit.state_dict()
     moment = torch.tensor([timestep], device=dit.final.weight.device)
     # equal unless the DiT's timestep_shift is not PixArt's
     dit_condition, condition = dit.timestep_embed(moment), model.timestep_embed(moment)  # [1, D]
-
-    def adaln(name: str, condition: Tensor) -> Tensor:
-        return F.linear(F.silu(condition), weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    carried = {key: value for key, value in weights.items() if "modulation" not in key and "label_embed" not in key}
-    for part in ("weight", "bias"):
-        carried[f"global_modulation.{part}"] = weights[f"blocks.0.modulation.{part}"]
-    for i in range(config.num_layers):
-        difference = adaln(f"blocks.{i}.modulation", dit_condition) - adaln("blocks.0.modulation", condition)  # [1, 6D]
-        carried[f"blocks.{i}.modulation"] = difference.view(6, -1)
-    carried["final_modulation"] = adaln("final_modulation", dit_condition).view(2, -1) - condition
-    model.load_state_dict(model.state_dict() | carried)
+    weights = {
+        key: value
+        for key, value in dit.state_dict().items()
+        if "modulation" not in key and not key.startswith("label_embed.")
+    }
+    if config.adaln == "single":
+        weights |= _single_modulation(dit, dit_condition, condition)
+    else:
+        weights |= _own_modulation(dit, dit_condition, condition)
+    model.load_state_dict(model.state_dict() | weights)
     return model
+
+
+def _single_modulation(dit: DiT, dit_condition: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    (first, *_), final = _block_modulations(dit), dit.final_modulation
+    weights = {f"global_modulation.{part}": value for part, value in first.state_dict().items()}
+    for i, layer in enumerate(_block_modulations(dit)):
+        weights[f"blocks.{i}.modulation.embedding"] = (layer(dit_condition) - first(condition))[0]  # [6, D]
+    return weights | {"final_modulation.embedding": (final(dit_condition) - condition[:, None])[0]}
+
+
+def _own_modulation(dit: DiT, dit_condition: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    weights = {key: value for key, value in dit.state_dict().items() if "modulation" in key}
+    layers = {f"blocks.{i}.modulation": layer for i, layer in enumerate(_block_modulations(dit))}
+    for name, layer in {**layers, "final_modulation": dit.final_modulation}.items():
+        weights[f"{name}.bias"] = layer.bias + (layer(dit_condition) - layer(condition)).flatten()
+    return weights
+
+
+def _block_modulations(dit: DiT) -> list[AdaLN]:
+    return [cast("DiTBlock", block).modulation for block in dit.blocks]
 
 
 def _require_same_shape(dit: DiT, config: PixArtConfig) -> None:

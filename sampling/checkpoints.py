@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pixart.dit import DiT, DiTConfig
     from pixart.model import PixArt, PixArtConfig
 
-KINDS = {"ada_norm_zero": "dit", "ada_norm_single": "pixart"}
+# by norm_type, and whether captions are read; the last is Figure 6's PixArt with per-block adaLN
+KINDS = {("ada_norm_zero", False): "dit", ("ada_norm_single", True): "pixart", ("ada_norm_zero", True): "pixart"}
 VAE_FACTOR = 8
 ORIGINAL_SUFFIXES = (".pth", ".pt")
 # what diffusers' pipelines read of a prompt; their folders do not say
@@ -197,7 +198,7 @@ def _open_transformer(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
     config = _read_config(folder)
-    kind = KINDS.get(config.get("norm_type", ""))
+    kind = KINDS.get((config.get("norm_type", ""), bool(config.get("caption_channels"))))
     if kind is None:
         raise ValueError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
     resolution = config["sample_size"] * VAE_FACTOR

@@ -40,7 +40,7 @@ def predict_from_text(
     text = pad_sequence([row.to(weight) for row in rows], batch_first=True)  # [B or 2B, L, d_text]
     lengths = torch.tensor([len(row) for row in rows], device=weight.device)
     mask = torch.arange(text.shape[1], device=weight.device) < lengths[:, None]  # [B or 2B, L]
-    read = model.read_text(text)
+    read = model.read_text(text, mask)
     size = None
     if model.config.has_size_condition:
         height, width = size_pixels

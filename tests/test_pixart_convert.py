@@ -1,6 +1,7 @@
 """Weights to and from diffusers' folders and the original files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ PIXART = PixArtConfig(
     num_layers=2, num_heads=2, head_dim=12, caption_channels=20, sample_size=12, interpolation_scale=1.5
 )
 SIZED = PixArtConfig(num_layers=1, num_heads=2, head_dim=12, caption_channels=20, has_size_condition=True)
+PER_BLOCK = replace(PIXART, adaln="per-block")
 DIT = DiTConfig(num_layers=3, num_heads=2, head_dim=12, num_classes=10, sample_size=8, timestep_shift=1)
 
 
@@ -35,7 +37,11 @@ def assert_same_model(actual: torch.nn.Module, expected: torch.nn.Module) -> Non
     assert all(parameter.requires_grad for parameter in actual.parameters())
 
 
-@pytest.mark.parametrize("model", [PixArt(PIXART), PixArt(SIZED), DiT(DIT)], ids=["pixart", "sized", "dit"])
+@pytest.mark.parametrize(
+    "model",
+    [PixArt(PIXART), PixArt(SIZED), PixArt(PER_BLOCK), DiT(DIT)],
+    ids=["pixart", "sized", "per-block", "dit"],
+)
 def test_folder_round_trip_is_exact(tmp_path, model):
     save_diffusers(randomise(model), tmp_path)
     assert_same_model(load_diffusers(tmp_path), model)
@@ -49,6 +55,14 @@ def test_diffusers_opens_our_pixart(tmp_path):
     latents, text, timesteps = torch.randn(2, 4, 10, 16), torch.randn(2, 5, 20), torch.tensor([9, 900])
     expected = reference(latents, encoder_hidden_states=text, timestep=timesteps).sample
     torch.testing.assert_close(model(latents, timesteps, text), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_others_have_no_per_block_adaln_and_say_so(tmp_path):
+    save_diffusers(PixArt(PER_BLOCK), tmp_path)
+    with pytest.raises(NotImplementedError, match="`norm_type` is 'ada_norm_zero'"):
+        PixArtTransformer2DModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adaln is per-block, but PixArt's original \.pth"):
+        original_layout(PER_BLOCK)
 
 
 def test_diffusers_opens_our_dit(tmp_path):

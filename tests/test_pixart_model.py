@@ -13,6 +13,7 @@ from pixart.model import PixArt, PixArtConfig
 TINY = PixArtConfig(num_layers=3, num_heads=2, head_dim=12, caption_channels=20, sample_size=8)
 SCALED = replace(TINY, sample_size=24, interpolation_scale=2.0)
 SIZED = replace(TINY, has_size_condition=True)
+PER_BLOCK = replace(TINY, adaln="per-block")
 REAL_WIDTH = PixArtConfig(num_layers=2, caption_channels=64, sample_size=16)
 
 
@@ -42,7 +43,13 @@ def ours_from(reference: PixArtTransformer2DModel, config: PixArtConfig) -> PixA
 
 
 def randomised(config: PixArtConfig) -> PixArt:
-    return ours_from(reference_for(config), config)
+    if config.adaln == "single":
+        return ours_from(reference_for(config), config)
+    torch.manual_seed(0)
+    model = PixArt(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
+    return model
 
 
 def inputs_for(config: PixArtConfig, height: int, width: int, num: int = 3):
@@ -89,8 +96,9 @@ def test_outputs_and_gradients_equal_diffusers(config, height, width):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_padding_changes_nothing():
-    model = randomised(TINY)
+@pytest.mark.parametrize("config", [TINY, PER_BLOCK], ids=["single", "per-block"])
+def test_padding_changes_nothing(config):
+    model = randomised(config)
     latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
     expected = model(latents, timesteps, text, mask)
     garbage = torch.where(mask[..., None], text, 1e4)
@@ -100,8 +108,9 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(model(latents, timesteps, longer, longer_mask), expected)
 
 
-def test_batch_equals_singles():
-    model = randomised(TINY)
+@pytest.mark.parametrize("config", [TINY, PER_BLOCK], ids=["single", "per-block"])
+def test_batch_equals_singles(config):
+    model = randomised(config)
     latents, timesteps, text, mask = inputs_for(TINY, 8, 12)
     together = model(latents, timesteps, text, mask)
     for i, length in enumerate(mask.sum(1).tolist()):
@@ -109,8 +118,9 @@ def test_batch_equals_singles():
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_order_of_padding_and_integer_masks_do_not_matter():
-    model = randomised(TINY)
+@pytest.mark.parametrize("config", [TINY, PER_BLOCK], ids=["single", "per-block"])
+def test_order_of_padding_and_integer_masks_do_not_matter(config):
+    model = randomised(config)
     latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
     expected = model(latents, timesteps, text, mask)
     flipped = model(latents, timesteps, text.flip(1), mask.flip(1).long())
@@ -166,6 +176,7 @@ def test_size_must_fit_the_config():
         (presets.PIXART_L_2, 416),
         (presets.PIXART_B_2, 122),
         (presets.PIXART_S_2, 31),
+        (replace(presets.PIXART_XL_2, adaln="per-block"), 833),
     ],
 )
 def test_parameter_counts(config, millions):
@@ -181,8 +192,20 @@ def test_impossible_shapes_are_refused():
         PixArtConfig(sample_size=9)
 
 
-def test_text_may_be_read_beforehand():
-    model = randomised(TINY)
-    latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
+@pytest.mark.parametrize("config", [TINY, PER_BLOCK], ids=["single", "per-block"])
+def test_text_may_be_read_beforehand(config):
+    model = randomised(config)
+    latents, timesteps, text, mask = inputs_for(config, 8, 8)
     expected = model(latents, timesteps, text, mask)
-    assert torch.equal(model(latents, timesteps, model.read_text(text), mask), expected)
+    assert torch.equal(model(latents, timesteps, model.read_text(text, mask), mask), expected)
+
+
+def test_per_block_adaln_sees_the_text():
+    """Without cross-attention the text acts through the condition alone, where adaLN-single has none of it."""
+    for config in (TINY, PER_BLOCK):
+        model = randomised(config)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.cross_attention.out.weight)
+        latents, timesteps, text, mask = inputs_for(config, 8, 8)
+        difference = model(latents, timesteps, text, mask) - model(latents, timesteps, 2 * text, mask)
+        assert (difference.abs().max() > 1e-3) == (config.adaln == "per-block")

@@ -1,5 +1,7 @@
 """Re-parameterisation keeps what the DiT computes without class at t = 500."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,12 +49,23 @@ def test_output_is_the_dits_without_class_at_the_timestep(timestep_shift, num_he
     torch.testing.assert_close(model(latents, timesteps, text), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("timestep_shift", [0, 1])
+def test_per_block_adaln_keeps_the_dits_output(timestep_shift):
+    """At every timestep, if both embed it alike, else at the one of the conversion."""
+    dit = trained_dit(timestep_shift)
+    model = reparameterize(dit, replace(config_for(dit), adaln="per-block"))
+    latents, text = torch.randn(2, 4, 8, 6), torch.randn(2, 5, 20)
+    for timesteps in (torch.tensor([500, 500]), *([] if timestep_shift else [torch.tensor([3, 980])])):
+        expected = dit(latents, timesteps, None)
+        torch.testing.assert_close(model(latents, timesteps, text), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_first_block_is_modulated_as_in_the_dit_at_every_timestep():
     dit = trained_dit()
     model = reparameterize(dit, config_for(dit))
-    assert model.blocks[0].modulation.abs().max() < 1e-5
+    assert model.blocks[0].modulation.embedding.abs().max() < 1e-5
     condition = dit.timestep_embed(torch.tensor([3, 800]))
-    expected = dit.blocks[0].modulation(torch.nn.functional.silu(condition))
+    expected = dit.blocks[0].modulation(condition).flatten(1)
     actual = model.global_modulation(torch.nn.functional.silu(model.timestep_embed(torch.tensor([3, 800]))))
     torch.testing.assert_close(actual, expected)
 

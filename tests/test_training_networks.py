@@ -17,8 +17,14 @@ from pixart.model import PixArt, PixArtConfig
 from training.config import STAGES
 from training.data.survey import Survey
 from training.health import SkipCounter, UnhealthyTrainingError
-from training.networks import blank_network, count_parameters, network_config, starting_network
-from training.preflight import require_disk, survey_stage
+from training.networks import (
+    blank_network,
+    count_parameters,
+    network_config,
+    parameter_counts,
+    starting_network,
+)
+from training.preflight import print_weights, require_disk, survey_stage
 from training.stage import StageJob, open_stage
 from training.zero import Update
 
@@ -128,6 +134,32 @@ def test_each_stage_refuses_weights_of_another_kind_or_size(run: Path, tmp_path:
     larger = saved(DiT(DiTConfig(**(SHAPE | {"sample_size": 8}), num_classes=5)), tmp_path / "larger")
     with pytest.raises(ValueError, match="has sample_size 8, but the recipe and the features give 4"):
         start(run, 1, larger)
+
+
+def test_figure_6_adaln_per_block_and_no_reparameterisation(run: Path, tmp_path: Path, capsys) -> None:
+    argv = [*arguments(run, 2, init_from="scratch"), "--set", "model.adaln=per-block"]
+    job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    job.directory.mkdir(parents=True, exist_ok=True)
+    config = network_config(job, survey_stage(job))
+    expected = PixArtConfig(**SHAPE, caption_channels=D_TEXT, adaln="per-block")
+    assert config == expected
+    counts = parameter_counts(config)
+    assert list(counts.values()) == [
+        count_parameters(PixArt(config)),
+        count_parameters(PixArt(dataclasses.replace(config, adaln="single"))),
+    ]
+    fresh = starting_network(job, config)
+    assert isinstance(fresh, PixArt)
+    assert all(block.modulation.weight.abs().max() == 0 for block in fresh.blocks)
+    print_weights(job, parameter_counts={"PixArt with adaLN-single": 611_000_000, "other": 833_000_000}, num_ranks=1)
+    printed = capsys.readouterr().err
+    assert "611.00M parameters, from scratch" in printed
+    assert "other would have 833.00M parameters" in printed
+    single = saved(PixArt(PixArtConfig(**SHAPE, caption_channels=D_TEXT)), tmp_path / "single")
+    argv = [*arguments(run, 2, init_from=single), "--set", "model.adaln=per-block"]
+    job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    with pytest.raises(ValueError, match=r"init_from \(.*single\) has adaln single, but .* give per-block"):
+        starting_network(job, config)
 
 
 def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,17 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert metrics(run, 3)[-1]["step"] == 3
 
 
+def test_the_ablation_of_figure_6_trains_from_stage_1(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("[model]", '[model]\nadaln = "per-block"'))
+    train(run, 1, num_steps=3, num_processes=1)
+    train(run, 2, num_steps=3, num_processes=2, zero_stage=3, checkpoint_activations=True)
+    model = load_diffusers(run / "training" / "stage2" / "step-3" / "model")
+    assert isinstance(model, PixArt) and model.config.adaln == "per-block"
+    assert all(block.modulation.weight.abs().max() > 0 for block in model.blocks)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_keys(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     directory = latent_directory(run, 32)

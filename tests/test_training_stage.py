@@ -111,7 +111,7 @@ def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
 
 
 def test_stages_start_from_the_former_one(run: Path) -> None:
-    assert job_of(run, 1).start.folder is None
+    assert job_of(run, 1).start.path is None
     with pytest.raises(FileNotFoundError, match=r"stage1 has no checkpoint.*run `make train STAGE=1"):
         job_of(run, 2)
     first = write_checkpoint(job_of(run, 1), step=6)
@@ -119,7 +119,7 @@ def test_stages_start_from_the_former_one(run: Path) -> None:
         job_of(run, 2)
     shutil.rmtree(first)
     folder = write_checkpoint(job_of(run, 1), step=12)
-    assert job_of(run, 2).start.folder == folder / "model"
+    assert job_of(run, 2).start.path == folder / "model"
     assert job_of(run, 2, init_from=str(folder)).start == job_of(run, 2).start
     with pytest.raises(ValueError, match="is this stage's own folder; resuming is automatic"):
         job_of(run, 1, init_from="{run}/training/stage1")

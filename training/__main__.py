@@ -78,10 +78,10 @@ def _follow(job: StageJob, ranks: Placement, *, is_plan: bool) -> None:
 
 
 def _print_weights(job: StageJob, preflight: Preflight) -> None:
-    from training.networks import blank_network, count_parameters, network_config
+    from training.networks import network_config, parameter_counts
 
-    network = blank_network(network_config(job, preflight.survey))
-    print_weights(job, num_parameters=count_parameters(network), num_ranks=preflight.num_ranks)
+    counts = parameter_counts(network_config(job, preflight.survey))
+    print_weights(job, parameter_counts=counts, num_ranks=preflight.num_ranks)
 
 
 def _report(job: StageJob, preflight: Preflight, *, seconds: float) -> None:

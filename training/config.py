@@ -17,6 +17,10 @@ class ModelConfig(StageConfig):
     num_heads: int = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
     head_dim: int = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
     patch_size: int = pydantic.Field(default=2, ge=1, description="Side of a patch of latents that makes one token")
+    adaln: Literal["single", "per-block"] = pydantic.Field(
+        default="single",
+        description="Of a PixArt: shared by all blocks, or an adaLN layer in each, which sees the text, too (Figure 6)",
+    )
     num_classes: int = pydantic.Field(
         default=1000, ge=1, description="Class labels of stage 1, the null class not counted (ImageNet: 1000)"
     )

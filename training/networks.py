@@ -33,7 +33,7 @@ def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
     text = job.features.text_encoder
     if text is not None:
         scale = job.settings.interpolation_scale
-        return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale)
+        return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale, adaln=job.model.adaln)
     if survey.max_label >= job.model.num_classes:
         raise ValueError(
             f"model.num_classes is {job.model.num_classes}, "
@@ -46,6 +46,18 @@ def blank_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return a network on the meta device, whose weights have neither memory nor values."""
     with torch.device("meta"):
         return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+
+
+def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
+    """Return the parameters of the network, by what it is called, and after it those of Figure 6's alternative."""
+    if isinstance(config, DiTConfig):
+        return {"class-conditional DiT": count_parameters(blank_network(config))}
+    both = {
+        "PixArt with adaLN-single": dataclasses.replace(config, adaln="single"),
+        "PixArt with per-block adaLN": dataclasses.replace(config, adaln="per-block"),
+    }
+    ordered = sorted(both.items(), key=lambda item: item[1] != config)
+    return {name: count_parameters(blank_network(shape)) for name, shape in ordered}
 
 
 def count_parameters(network: DiT | PixArt) -> int:
@@ -62,10 +74,10 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
         ValueError: the weights are of another kind, shape or resolution; names the recipe key.
     """
     torch.manual_seed(job.settings.seed)
-    if job.start.folder is None:
+    if job.start.path is None:
         return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
-    key = f"training.{job.command.stage_name}.init_from ({job.start.folder})"
-    former = _load(job.start.folder, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
+    key = f"training.{job.command.stage_name}.init_from ({job.start.path})"
+    former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
             raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")
@@ -84,8 +96,12 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     return network
 
 
-def _load(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
-    """Open a diffusers folder, or the file of the original PixArt or DiT; without positions it fits any resolution."""
+def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
+    """Open a diffusers folder, or an original file of PixArt or DiT, which if it lacks positions is of `sample_size`.
+
+    Raises:
+        ValueError: it is neither, or its keys do not fit; names `key`.
+    """
     if path.is_dir():
         return load_diffusers(path, timestep_shift=timestep_shift)
     weights = read_original(path)

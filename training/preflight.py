@@ -4,6 +4,7 @@ The launcher knows the data; weights are counted where torch is loaded anyway, i
 """
 
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -147,15 +148,18 @@ def _print_datasets(job: StageJob, survey: Survey) -> None:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
 
 
-def print_weights(job: StageJob, *, num_parameters: int, num_ranks: int) -> None:
-    """Print what the stage's weights need."""
+def print_weights(job: StageJob, *, parameter_counts: Mapping[str, int], num_ranks: int) -> None:
+    """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
-    kind = "class-conditional DiT" if job.stage == 1 else "PixArt"
-    needed_gigabytes = checkpoint_bytes(settings, num_parameters) / GIGABYTE
-    free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
-    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {job.start.folder or 'scratch'}")
+    (kind, num_parameters), *others = parameter_counts.items()
+    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {job.start.path or 'scratch'}")
     rank_gigabytes = rank_bytes(settings, num_parameters, num_ranks=num_ranks) / GIGABYTE
     _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
+    for name, num_others in others:
+        other_gigabytes = rank_bytes(settings, num_others, num_ranks=num_ranks) / GIGABYTE
+        _print("", f"{name} would have {num_others / 1e6:,.2f}M parameters and need {other_gigabytes:,.2f} GB")
+    needed_gigabytes = checkpoint_bytes(settings, num_parameters) / GIGABYTE
+    free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
 

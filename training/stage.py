@@ -49,7 +49,7 @@ class StartingPoint:
     `checkpoint` is the training checkpoint they are of, if they are of one.
     """
 
-    folder: Path | None
+    path: Path | None
     identity: str
     checkpoint: Checkpoint | None = None
 
@@ -105,7 +105,8 @@ def _fingerprint(
     stage: int, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
 ) -> Fingerprint:
     fields: dict[str, Any] = {"stage": stage, "training.init_from": start.identity, **features.fingerprint_fields()}
-    fields |= {f"model.{name}": value for name, value in model.model_dump(mode="json").items()}
+    shape = model.model_dump(mode="json", exclude={"adaln"} if stage == 1 else None)
+    fields |= {f"model.{name}": value for name, value in shape.items()}
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
     return Fingerprint.of(fields | {f"training.{name}": value for name, value in chosen.items()})
 
@@ -145,7 +146,7 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
         return _from_checkpoint(checkpoint, key)
     if (path / STATE).is_dir():
         raise ValueError(f"{key} = {settings.init_from!r} is a checkpoint without {TRAINER}: it was not written whole")
-    return _from_model(settings.init_from.replace("{run}", str(command.run)))
+    return find_weights(settings.init_from.replace("{run}", str(command.run)))
 
 
 def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
@@ -158,8 +159,12 @@ def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
     return StartingPoint(checkpoint.path / MODEL, identity, checkpoint)
 
 
-def _from_model(model_id: str) -> StartingPoint:
-    """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`)."""
+def find_weights(model_id: str) -> StartingPoint:
+    """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`).
+
+    Raises:
+        FileNotFoundError: it looks like a path, and there is nothing.
+    """
     if Path(model_id).is_file():
         return StartingPoint(Path(model_id), f"sha256:{sha256_file(Path(model_id))}")
     source = resolve_model(model_id)

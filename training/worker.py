@@ -29,7 +29,7 @@ from training.health import SkipCounter
 from training.launch import ERROR_FOLDER, LOST_CONTACT
 from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
-from training.networks import count_parameters, network_config, starting_network
+from training.networks import count_parameters, network_config, parameter_counts, starting_network
 from training.objective import SCHEDULE, Denoising
 from training.preflight import print_weights, require_compilable, require_disk, require_even_batches
 from training.stage import StageJob, open_stage
@@ -72,7 +72,7 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     network.checkpoint_activations = settings.checkpoint_activations
     num_parameters, is_first = count_parameters(network), dist.get_rank() == 0
     if is_first:
-        print_weights(job, num_parameters=num_parameters, num_ranks=dist.get_world_size())
+        print_weights(job, parameter_counts=parameter_counts(config), num_ranks=dist.get_world_size())
     require_disk(job, num_parameters)
     is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
     model = ZeroModel(network, settings, loads_universal=is_elastic)

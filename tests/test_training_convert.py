@@ -1,0 +1,61 @@
+"""`python -m training.convert`: published weights in, a folder out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixart.convert import load_diffusers, save_diffusers
+from pixart.dit import DiT, DiTConfig
+from pixart.layouts import export_weights, original_layout
+from pixart.model import PixArt, PixArtConfig
+from training.convert import main
+
+DIT = DiTConfig(num_layers=2, num_heads=6, head_dim=64, num_classes=5, sample_size=8)  # a published width
+
+
+@pytest.fixture(scope="module")
+def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official .pt of a DiT."""
+    torch.manual_seed(0)
+    dit = DiT(DIT)
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
+    path = tmp_path_factory.mktemp("official") / "dit.pt"
+    torch.save(export_weights(dit, original_layout(DIT)) | {"pos_embed": torch.zeros(1, 16, 384)}, path)
+    return path
+
+
+def test_an_official_file_becomes_a_folder(dit_file: Path, tmp_path: Path, capsys) -> None:
+    main([str(dit_file), str(tmp_path / "dit")])
+    dit = load_diffusers(tmp_path / "dit")
+    assert isinstance(dit, DiT) and dit.config == DIT
+    weights = torch.load(dit_file, weights_only=True)
+    assert torch.equal(dit.final.weight, weights["final_layer.linear.weight"])
+    assert "class-conditional DiT, 5." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adaln", ["single", "per-block"])
+def test_a_dit_is_reparameterised_and_compared(dit_file: Path, tmp_path: Path, capsys, adaln: str) -> None:
+    flags = ["--reparameterize", "--caption-channels", "20", "--adaln", adaln]
+    main([str(dit_file), str(tmp_path / "a"), *flags])
+    main([str(dit_file), str(tmp_path / "dit")])
+    main([str(tmp_path / "dit"), str(tmp_path / "b"), *flags])
+    model, same, dit = (load_diffusers(tmp_path / name) for name in ("a", "b", "dit"))
+    assert isinstance(model, PixArt) and model.config.adaln == adaln
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in model.state_dict().items())
+    latents, moment = torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
+    expected = dit(latents, moment, None)
+    torch.testing.assert_close(model(latents, moment, torch.randn(2, 3, 20)), expected, rtol=1e-5, atol=1e-5)
+    printed = capsys.readouterr().err.split("at t = 500 the output is the DiT's without class to ")[1]
+    assert float(printed.split()[0]) < 1e-5
+
+
+def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
+        main([str(dit_file), str(tmp_path)])
+    save_diffusers(PixArt(PixArtConfig(num_layers=1, num_heads=2, head_dim=8, caption_channels=4)), tmp_path / "pixart")
+    with pytest.raises(ValueError, match=r"SOURCE \(.*pixart\) is a PixArt: only a class-conditional DiT"):
+        main([str(tmp_path / "pixart"), str(tmp_path / "new"), "--reparameterize"])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        main([str(tmp_path / "nothing"), str(tmp_path / "new")])
