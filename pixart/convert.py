@@ -132,7 +132,7 @@ def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = Non
         sample_size = PIXART_XL_2_1024.sample_size  # no other model is told the size
     elif sample_size is None:
         raise ValueError("the weights hold no positions, so the resolution they were trained at must be given")
-    shared = {
+    shared: dict[str, Any] = {
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         "num_heads": PUBLISHED_HEADS[width],
         "head_dim": width // PUBLISHED_HEADS[width],
