@@ -1,4 +1,4 @@
-"""`training.compile`: blocks compiled once for all, the same numbers, the same names."""
+"""`training.compile`: blocks compiled once for all, the same numbers, the same names; here on two ranks."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray_nodes import free_port
 
 SCRIPT = """
 import json, sys, torch
@@ -16,17 +17,18 @@ from training.config import StageTraining
 from training.zero import ZeroModel, initialize_ranks
 initialize_ranks()
 
-def losses(zero_stage, is_compiled):
+def losses(is_compiled, checkpoint_activations):
     torch.manual_seed(0)
     network = PixArt(PixArtConfig(num_layers=3, num_heads=2, head_dim=8, caption_channels=8, sample_size=4))
     settings = StageTraining(
-        global_batch_size=2, dtype="fp32", zero_stage=zero_stage, compile=is_compiled, learning_rate=1e-3
+        global_batch_size=4, dtype="fp32", zero_stage=2, compile=is_compiled, learning_rate=1e-3
     )
+    network.checkpoint_activations = checkpoint_activations
     names = list(network.state_dict())
     model = ZeroModel(network, settings)
     found = []
     for num_tokens, side in ((5, 4), (7, 4), (9, 4), (4, 8), (11, 6), (6, 4)):
-        torch.manual_seed(num_tokens)
+        torch.manual_seed(100 * num_tokens + torch.distributed.get_rank())
         mask = torch.ones(2, num_tokens, dtype=torch.bool)
         mask[1, 3:] = False
         output = model.engine(torch.randn(2, 4, side, side), torch.rand(2), torch.randn(2, num_tokens, 8), mask)
@@ -37,7 +39,7 @@ def losses(zero_stage, is_compiled):
     assert list(model.engine.module.state_dict()) == names
     return found
 
-results = {stage: [losses(stage, False), losses(stage, True)] for stage in (2,)}
+results = [losses(False, False), losses(True, True)]
 print(json.dumps({"losses": results, "graphs": counters["stats"]["unique_graphs"],
                   "breaks": sum(counters["graph_break"].values())}))
 torch.distributed.destroy_process_group()
@@ -46,15 +48,22 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_losses_of_eager_ones(tmp_path: Path) -> None:
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = os.environ | rank | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    for eager, compiled in result["losses"].values():
+    port = free_port()
+    ranks = [start_rank(rank, port=port, cache=tmp_path) for rank in range(2)]
+    for rank in ranks:
+        output, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
+        result = json.loads(output.splitlines()[-1])
+        eager, compiled = result["losses"]
         assert compiled == pytest.approx(eager, rel=1e-4)
-    assert result["breaks"] == 0
-    # Per model: lengths of the text are free from the second on, sizes of the image from theirs.
-    assert 0 < result["graphs"] <= 3
+        assert result["breaks"] == 0
+        # Lengths of the text are free from the second on, sizes of the image from theirs.
+        assert 0 < result["graphs"] <= 3
+
+
+def start_rank(rank: int, *, port: int, cache: Path) -> subprocess.Popen:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | place | meeting | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, text=True, **pipes)

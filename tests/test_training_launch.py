@@ -303,7 +303,11 @@ def test_make_passes_the_hostfile_on() -> None:
     assert '--set "training.hostfile=$HOSTFILE"' in said and '--set "training.remote_shell=$REMOTE_SHELL"' in said
 
 
-def test_zero_3_is_not_compiled() -> None:
+def test_zero_3_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     require_compilable(StageTraining(compile=True, zero_stage=2))
     with pytest.raises(ValueError, match=r"training\.compile = true does not go with training\.zero_stage = 3"):
         require_compilable(StageTraining(compile=True, zero_stage=3))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and neither of \['no-such-compiler', 'clang\+\+'\]"):
+        require_compilable(StageTraining(compile=True))

@@ -3,6 +3,7 @@
 The launcher knows the data; weights are counted where torch is loaded anyway, in the ranks or for `--plan`.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,13 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
 
 
 def require_compilable(settings: StageTraining) -> None:
-    """Refuse to compile what ZeRO 3 takes apart."""
+    """Refuse to compile what ZeRO 3 takes apart, and where there is no compiler."""
+    compilers = [os.environ.get("CXX") or "g++", "clang++"]
+    if settings.compile and not any(map(shutil.which, compilers)):
+        raise ValueError(
+            f"training.compile = true needs a C++ compiler, and neither of {compilers} is here; "
+            "install g++, set CXX, or training.compile = false"
+        )
     if settings.compile and settings.zero_stage == 3:
         raise ValueError(
             "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
