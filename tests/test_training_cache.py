@@ -21,7 +21,7 @@ import pytest
 import torch
 from cache_process import open_once
 from moto.server import ThreadedMotoServer
-from training_run import REPOSITORY, arguments, make_run, metrics, write_latents, write_text
+from training_run import REPOSITORY, arguments, make_run, metrics, validations, write_latents, write_text
 
 from pipelines.command import parse_command
 from training.config import STAGES
@@ -117,6 +117,17 @@ def test_a_file_that_is_not_the_manifests_is_refused(endpoint: str, tmp_path: Pa
     with pytest.raises(FileNotFoundError, match=r"s3://features/none\.tar: does not exist"):
         ShardCache(tmp_path, 10**6).open(f"s3://{BUCKET}/none.tar", "0" * 64)
     assert files_of(tmp_path) == {}
+
+
+def test_a_download_ends_when_nobody_wants_it_any_more(endpoint: str, tmp_path: Path) -> None:
+    is_stopping = threading.Event()
+    is_stopping.set()
+    url, sha256 = put("stopped.tar", bytes(500))
+    cache = ShardCache(tmp_path, 10**6)
+    with pytest.raises(OSError, match="the reader was left"):
+        cache.open(url, sha256, is_stopping=is_stopping)
+    assert files_of(tmp_path) == {}
+    cache.open(url, sha256).close()
 
 
 class SlowServer:
@@ -290,7 +301,9 @@ def test_a_stage_trains_on_a_remote_and_a_local_dataset(source: Path, tmp_path: 
     datasets = (
         f'[{{run = "s3://{BUCKET}/run", shards = ["laion_[0-3]"]}}, {{run = "{source}", shards = ["laion_[45]"]}}]'
     )
-    command = [sys.executable, "-m", "training", *arguments(run, 2, init_from="scratch", num_steps=4, log_every=1)]
+    validation = {"validation_shards": ["laion_0"], "num_validation_samples": 8, "validate_every": 1}
+    settings = {"init_from": "scratch", "num_steps": 4, "log_every": 1, **validation}
+    command = [sys.executable, "-m", "training", *arguments(run, 2, **settings)]
     done = subprocess.run(
         [*command, "--set", f"training.datasets={datasets}"],
         cwd=REPOSITORY,
@@ -301,3 +314,4 @@ def test_a_stage_trains_on_a_remote_and_a_local_dataset(source: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert "50.00% of every batch" in done.stderr
     assert [line["step"] for line in metrics(run, 2)] == [1, 2, 3, 4]
+    assert [line["step"] for line in validations(run, 2)] == [0, 1, 2, 3, 4], "leaving its reader stops no other"

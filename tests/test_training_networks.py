@@ -24,9 +24,9 @@ from training.networks import (
     parameter_counts,
     starting_network,
 )
-from training.preflight import print_weights, require_disk, survey_stage
+from training.preflight import print_weights, require_disk, require_memory, survey_stage
 from training.stage import StageJob, open_stage
-from training.zero import Update
+from training.zero import Update, local_device
 
 SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
 
@@ -166,8 +166,29 @@ def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.M
     job, _ = open_job(run, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50e9))
     require_disk(job, 500_000_000)
-    with pytest.raises(ValueError, match=r"has 50\.00 GB free, but 3 checkpoints .* need 60\.00 GB"):
+    with pytest.raises(ValueError, match=r"has 50\.00 GB free, but 3 more checkpoints .* need 60\.00 GB; make room"):
         require_disk(job, 1_000_000_000)
+    # Those that are kept already need no room again.
+    for step in (1, 2):
+        (job.directory / f"step-{step}").mkdir()
+    require_disk(job, 1_000_000_000)
+    with pytest.raises(ValueError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
+        require_disk(job, 3_000_000_000)
+
+
+def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
+    job, _ = open_job(run, 1, zero_stage=2, dtype="bf16")
+    require_memory(job, 1_000_000_000, num_ranks=8, available_bytes=10e9)
+    with pytest.raises(ValueError, match=r"need 20\.00 GB a rank, but a rank has 10\.00 GB; raise"):
+        require_memory(job, 1_000_000_000, num_ranks=1, available_bytes=10e9)
+
+
+def test_a_rank_without_a_gpu_is_refused() -> None:
+    assert [local_device(rank, 4, is_slurm=False) for rank in range(4)] == [0, 1, 2, 3]
+    assert local_device(5, 1, is_slurm=True) == 0, "Slurm shows each task its own GPU alone"
+    for is_slurm, num_devices in ((False, 1), (False, 4), (True, 4)):
+        with pytest.raises(ValueError, match=rf"rank 5 of .* has no GPU, there are {num_devices}: lower GPUS"):
+            local_device(5, num_devices, is_slurm=is_slurm)
 
 
 def test_skips_in_a_row_end_training_and_single_ones_do_not() -> None:

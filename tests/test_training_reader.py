@@ -17,7 +17,7 @@ from training_run import make_run, write_text
 
 from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
-from training.data.batch import Batch
+from training.data.batch import Batch, PackedText
 from training.data.directories import open_directory
 from training.data.features import Dataset
 from training.data.index import FeatureIndex
@@ -349,3 +349,17 @@ def test_leaving_the_reader_early_stops_its_thread(run: Path) -> None:
 def test_a_sample_without_label_is_refused_in_stage_1(run: Path) -> None:
     with pytest.raises(ValueError, match="shard laion_0: sample laion_0_000 has no class label"):
         survey_of(open_index(run, ["laion_0"], has_text=False))
+
+
+def test_a_null_caption_may_be_longer_than_all_captions_of_a_batch() -> None:
+    values = torch.arange(6, dtype=torch.bfloat16).view(3, 2)
+    text = PackedText(
+        values=values,
+        scale=None,
+        lengths=torch.tensor([2, 1]),
+        is_dropped=torch.tensor([False, False]),
+        null=torch.ones(5, 2, dtype=torch.bfloat16),
+    )
+    captions, mask = text.unpack(torch.device("cpu"))
+    assert torch.equal(captions[mask], values)
+    assert captions.shape == (2, 2, 2)

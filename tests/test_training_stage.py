@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipelines.feature_store import text_directory
 from pipelines.recipe import load_recipe
 from training.checkpoint import find_checkpoint
 from training.config import STAGES, ModelConfig, StageTraining, stage_training
-from training.loop import learning_rate_at
+from training.loop import Clock, learning_rate_at
 from training.metrics import LossWindow, MetricsLog, costs
 from training.preflight import rank_bytes, require_even_batches
 from training.stage import StageJob, open_stage
@@ -127,6 +128,25 @@ def test_stages_start_from_the_former_one(run: Path) -> None:
         job_of(run, 2, init_from="/nowhere/at/all")
 
 
+def test_a_stage_that_has_begun_needs_its_start_no_more(run: Path) -> None:
+    write_checkpoint(job_of(run, 1), step=12)
+    begun = job_of(run, 2)
+    write_checkpoint(begun, step=6)
+    shutil.rmtree(run / "training" / "stage1")
+    job = job_of(run, 2)
+    assert job.start.path is None
+    assert job.fingerprint == begun.fingerprint
+    assert job.resume is not None and job.resume.step == 6
+
+
+def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path) -> None:
+    """Stopped at step 6 of 12: enough once `num_steps` is lowered to that."""
+    folder = write_checkpoint(job_of(run, 1), step=6)
+    with pytest.raises(ValueError, match="stage1 has done 6 of 12 steps"):
+        job_of(run, 2)
+    assert job_of(run, 2, num_steps=6).start.path == folder / "model"
+
+
 def test_half_written_checkpoints_are_ignored(run: Path) -> None:
     job = job_of(run, 1)
     assert job.resume is None
@@ -206,7 +226,7 @@ def test_a_loss_window_goes_through_a_checkpoint() -> None:
 
 def test_costs_and_memory_follow_their_formulas() -> None:
     settings = StageTraining(dollars_per_device_hour=2.0, watts_per_device=500.0, co2_kilograms_per_kilowatt_hour=0.4)
-    spent = costs(settings, elapsed_seconds=7200, num_devices=4)
+    spent = costs(settings, device_seconds=4 * 7200)
     assert spent == pytest.approx({"device_days": 1 / 3, "dollars": 16.0, "co2_kilograms": 1.6})
     sizes = {
         (zero_stage, dtype): rank_bytes(StageTraining(zero_stage=zero_stage, dtype=dtype), 100, num_ranks=4)
@@ -216,3 +236,14 @@ def test_costs_and_memory_follow_their_formulas() -> None:
     assert sizes[0, "fp32"] == 100 * (4 + 4 + 8 + 4)
     assert sizes[0, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4)
     assert sizes[3, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4) // 4
+
+
+def test_device_seconds_count_the_ranks_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_seconds = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_seconds)
+    clock = Clock(num_devices=8)
+    now_seconds = 110.0
+    assert (clock.elapsed_seconds, clock.device_seconds) == (10, 80)
+    resumed = Clock(clock.elapsed_seconds, device_seconds=clock.device_seconds, num_devices=2)
+    now_seconds = 115.0
+    assert (resumed.elapsed_seconds, resumed.device_seconds) == (15, 90)

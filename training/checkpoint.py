@@ -4,6 +4,7 @@ A folder is written under a temporary name, fsynced and renamed; `latest` moves 
 leaves the former checkpoint in force. The EMA is kept once: the fp32 weights of `model/` are its state.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ TRAINER = "trainer.json"
 MODEL = "model"
 STATE = "deepspeed"
 UNIVERSAL_STATE = "deepspeed-universal"
+# What is left when a write has failed for want of room.
+SMALLEST_FREE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,6 @@ def save_checkpoint(
     """
     import torch.distributed as dist
 
-    from training.zero import UNIVERSAL_CHECKPOINT_INFO
-
     is_writer = dist.get_rank() == 0
     final = stage_directory / f"step-{trainer['step']}"
     temporary = stage_directory / f".{final.name}.tmp"
@@ -86,22 +87,54 @@ def save_checkpoint(
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
     dist.barrier()
-    model.engine.save_checkpoint(
-        str(temporary), tag=STATE, client_state=dict(UNIVERSAL_CHECKPOINT_INFO), save_latest=False
-    )
-    weights = ema.gather()
+    try:
+        _write(temporary, model=model, ema=ema, trainer=trainer)
+    except Exception as error:
+        is_full = is_disk_full(error, stage_directory)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not is_full:
+            raise
+        raise OSError(
+            f"{stage_directory}: the disk is full, {final.name} was not saved and the checkpoint before it stays in "
+            "force; make room and type the command again"
+        ) from error
     if not is_writer:
         return
-    _save_model(model.engine.module, weights, temporary / MODEL)
-    atomic_write_json(temporary / TRAINER, trainer)
-    _fsync_tree(temporary)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     fsync_directory(stage_directory)
     atomic_write_bytes(stage_directory / LATEST, f"{final.name}\n".encode())
-    for old in sorted(stage_directory.glob("step-*"), key=lambda path: _step_of(path.name))[:-num_kept]:
+    # Where `latest` was set back by hand there are later ones, too; the one just written stays in any case.
+    others = sorted(set(stage_directory.glob("step-*")) - {final}, key=lambda path: _step_of(path.name))
+    for old in others[: max(0, len(others) + 1 - num_kept)]:
         shutil.rmtree(old)
+
+
+def _write(folder: Path, *, model: "ZeroModel", ema: "EMA", trainer: dict[str, Any]) -> None:
+    """Write the files of a checkpoint and bring them to the disk."""
+    import torch.distributed as dist
+
+    from training.zero import UNIVERSAL_CHECKPOINT_INFO
+
+    model.engine.save_checkpoint(
+        str(folder), tag=STATE, client_state=dict(UNIVERSAL_CHECKPOINT_INFO), save_latest=False
+    )
+    weights = ema.gather()
+    if dist.get_rank() == 0:
+        _save_model(model.engine.module, weights, folder / MODEL)
+        atomic_write_json(folder / TRAINER, trainer)
+        _fsync_tree(folder)
+
+
+def is_disk_full(error: Exception, directory: Path) -> bool:
+    """Whether a failed write is a full disk's or quota's; torch and safetensors have errors of their own for that."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    says_so = any(
+        sign in str(error) for sign in ("os error 28", "os error 122", "PytorchStreamWriter", "unexpected pos")
+    )
+    return says_so or shutil.disk_usage(directory).free < SMALLEST_FREE_BYTES
 
 
 def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:

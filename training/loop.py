@@ -32,10 +32,15 @@ KIBIBYTE = 1024  # unit of ru_maxrss on Linux
 
 
 class Clock:
-    """Seconds of training, over all resumes, and of waiting for data since the last line of metrics."""
+    """Seconds of training, over all resumes, and of waiting for data since the last line of metrics.
 
-    def __init__(self, elapsed_seconds: float = 0.0) -> None:
+    `num_devices` are used now; earlier parts of the training may have used more or fewer.
+    """
+
+    def __init__(self, elapsed_seconds: float = 0.0, *, device_seconds: float = 0.0, num_devices: int = 1) -> None:
         self._start_seconds = time.monotonic() - elapsed_seconds
+        self._former_device_seconds = device_seconds - num_devices * elapsed_seconds
+        self._num_devices = num_devices
         self._lap_seconds = time.monotonic()
         self._wait_seconds = 0.0
         self._flops = 0
@@ -44,6 +49,11 @@ class Clock:
     def elapsed_seconds(self) -> float:
         """Seconds of training so far."""
         return time.monotonic() - self._start_seconds
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds of all devices together so far."""
+        return self._former_device_seconds + self._num_devices * self.elapsed_seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -204,7 +214,7 @@ def _log(session: Session, update: Update, *, learning_rate: float, update_norm:
         "learning_rate": learning_rate,
         **speed,
         "peak_memory_gigabytes": _peak_memory_gigabytes(session.model.device),
-        **costs(settings, elapsed_seconds=session.clock.elapsed_seconds, num_devices=dist.get_world_size()),
+        **costs(settings, device_seconds=session.clock.device_seconds),
     }
     session.metrics.write(record)
     if session.progress_bar is not None:
@@ -224,6 +234,7 @@ def save(session: Session) -> None:
         "step": session.step,
         "num_samples_seen": session.step * session.settings.global_batch_size,
         "elapsed_seconds": session.clock.elapsed_seconds,
+        "device_seconds": session.clock.device_seconds,
         "skipped_steps": session.skips.total,
         "skipped_in_a_row": session.skips.in_a_row,
         "window": session.window.state,

@@ -61,16 +61,16 @@ class LossWindow:
         return losses, state["num_steps"]
 
 
-def costs(settings: StageTraining, *, elapsed_seconds: float, num_devices: int) -> dict[str, float]:
+def costs(settings: StageTraining, *, device_seconds: float) -> dict[str, float]:
     """Return device days, dollars and kilograms of CO2 spent on training, as in Figure 2 of the paper.
 
     CO2 = devices x hours x watts x carbon intensity of the electricity (Strubell et al. 2019, without their factor
     for the data centre's overhead); price, power and intensity are settings.
     """
-    device_hours = num_devices * elapsed_seconds / SECONDS_PER_HOUR
+    device_hours = device_seconds / SECONDS_PER_HOUR
     kilowatt_hours = device_hours * settings.watts_per_device / 1000
     return {
-        "device_days": num_devices * elapsed_seconds / SECONDS_PER_DAY,
+        "device_days": device_seconds / SECONDS_PER_DAY,
         "dollars": device_hours * settings.dollars_per_device_hour,
         "co2_kilograms": kilowatt_hours * settings.co2_kilograms_per_kilowatt_hour,
     }

@@ -11,6 +11,7 @@ from pixart.dit import DiT, DiTConfig
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
+from training.checkpoint import MODEL
 from training.data.survey import Survey
 from training.stage import StageJob
 
@@ -34,12 +35,17 @@ def network_config(job: StageJob, survey: Survey) -> DiTConfig | PixArtConfig:
     if text is not None:
         scale = job.settings.interpolation_scale
         return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale, adaln=job.model.adaln)
+    require_labels(job, survey)
+    return DiTConfig(**shared, num_classes=job.model.num_classes)
+
+
+def require_labels(job: StageJob, survey: Survey) -> None:
+    """Refuse class labels that the network has no embedding for."""
     if survey.max_label >= job.model.num_classes:
         raise ValueError(
             f"model.num_classes is {job.model.num_classes}, "
             f"but {job.features.datasets[0].latents} has class label {survey.max_label}"
         )
-    return DiTConfig(**shared, num_classes=job.model.num_classes)
 
 
 def blank_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
@@ -68,12 +74,15 @@ def count_parameters(network: DiT | PixArt) -> int:
 def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return the stage's network with the weights it starts from, fp32 on the CPU, the same on every rank.
 
-    Stage 1 starts from a DiT, stage 2 from a DiT that it re-parameterises or from a PixArt, stage 3 from a PixArt.
+    Stage 1 starts from a DiT, stage 2 from a DiT that it re-parameterises or from a PixArt, stage 3 from a PixArt; a
+    stage that has begun, from its checkpoint.
 
     Raises:
         ValueError: the weights are of another kind, shape or resolution; names the recipe key.
     """
     torch.manual_seed(job.settings.seed)
+    if job.resume is not None:
+        return _saved_network(job.resume.path / MODEL, config)
     if job.start.path is None:
         return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
     key = f"training.{job.command.stage_name}.init_from ({job.start.path})"
@@ -94,6 +103,15 @@ def starting_network(job: StageJob, config: DiTConfig | PixArtConfig) -> DiT | P
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
     return network
+
+
+def _saved_network(folder: Path, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """Return the network of a checkpoint to resume; its training state takes the place of these, the EMA's weights."""
+    saved = load_network(folder, None, sample_size=config.sample_size, key=str(folder)).float()
+    if isinstance(config, DiTConfig) and isinstance(saved, DiT):
+        config = dataclasses.replace(config, timestep_shift=saved.config.timestep_shift)
+    _require_same_config(config, saved.config, key=str(folder))
+    return saved
 
 
 def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipelines.progress import console
-from training.config import StageTraining
+from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
@@ -129,8 +129,11 @@ def print_plan(job: StageJob, preflight: Preflight) -> None:
     threads = settings.threads_per_process or "a share of the"
     compiled = ", compiled blocks" if settings.compile else ""
     _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}{compiled}, {threads} CPU threads a rank")
+    _print("identity", f"{job.fingerprint.digest[:12]}, of settings and features that decide the result")
     if job.resume is not None:
-        _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}")
+        is_gone = job.start.path is None and job.start.identity != SCRATCH
+        gone = "; what the stage started from is gone, and not needed any more" if is_gone else ""
+        _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}{gone}")
 
 
 def _print_datasets(job: StageJob, survey: Survey) -> None:
@@ -159,7 +162,7 @@ def print_weights(job: StageJob, *, parameter_counts: Mapping[str, int], num_ran
     """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
     (kind, num_parameters), *others = parameter_counts.items()
-    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {job.start.path or 'scratch'}")
+    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {_origin(job)}")
     rank_gigabytes = rank_bytes(settings, num_parameters, num_ranks=num_ranks) / GIGABYTE
     _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
     for name, num_others in others:
@@ -171,19 +174,40 @@ def print_weights(job: StageJob, *, parameter_counts: Mapping[str, int], num_ran
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
 
 
+def _origin(job: StageJob) -> str:
+    return str(job.start.path or "scratch") if job.resume is None else str(job.resume.path)
+
+
+def require_memory(job: StageJob, num_parameters: int, *, num_ranks: int, available_bytes: float) -> None:
+    """Refuse to start where not even the weights and what belongs to them fit; activations come on top.
+
+    Raises:
+        ValueError: says what a rank has and needs.
+    """
+    needed = rank_bytes(job.settings, num_parameters, num_ranks=num_ranks)
+    if needed > available_bytes:
+        raise ValueError(
+            f"weights, gradients, optimizer and average need {needed / GIGABYTE:.2f} GB a rank, but a rank has "
+            f"{available_bytes / GIGABYTE:.2f} GB; raise training.zero_stage (now {job.settings.zero_stage}) or the "
+            f"number of ranks (now {num_ranks})"
+        )
+
+
 def require_disk(job: StageJob, num_parameters: int) -> None:
     """Refuse to start where the checkpoints would not fit.
 
     Raises:
         ValueError: says what is free and what is needed.
     """
-    num_checkpoints = job.settings.keep_checkpoints + 1
+    kept = job.settings.keep_checkpoints
+    num_checkpoints = max(1, kept + 1 - len(list(job.directory.glob("step-*"))))
     needed = checkpoint_bytes(job.settings, num_parameters) * num_checkpoints
     free = shutil.disk_usage(job.directory).free
     if needed > free:
         raise ValueError(
-            f"{job.directory} has {free / GIGABYTE:.2f} GB free, but {num_checkpoints} checkpoints "
-            f"(training.keep_checkpoints and the one being written) need {needed / GIGABYTE:.2f} GB"
+            f"{job.directory} has {free / GIGABYTE:.2f} GB free, but {num_checkpoints} more checkpoints "
+            f"(training.keep_checkpoints = {kept} and the one being written) need {needed / GIGABYTE:.2f} GB; "
+            "make room, lower training.keep_checkpoints, or put RUN on another disk"
         )
 
 

@@ -85,7 +85,7 @@ def open_stage(command: Command) -> StageJob:
     model = command.recipe.table("model", ModelConfig)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
-    start = _starting_point(command, settings, directory)
+    start = _start_or_recorded(command, settings, directory)
     job = StageJob(
         command=command,
         stage=command.stage,
@@ -122,6 +122,17 @@ def _require_same_job(job: StageJob, checkpoint: Checkpoint) -> None:
             )
 
 
+def _start_or_recorded(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
+    """Return where the stage starts; one that has begun can go on when that is gone: its checkpoint has all of it."""
+    try:
+        return _starting_point(command, settings, directory)
+    except FileNotFoundError:
+        resume = find_checkpoint(directory)
+        if resume is None:
+            raise
+        return StartingPoint(None, resume.trainer["fingerprint"]["training.init_from"])
+
+
 def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
     key = f"training.{command.stage_name}.init_from"
     if settings.init_from == SCRATCH or (settings.init_from is None and command.stage == 1):
@@ -135,7 +146,8 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
                 f"{former} has no checkpoint: stage {command.stage} starts from the weights of stage "
                 f"{command.stage - 1}; run `make train STAGE={command.stage - 1} RUN={command.run}` first or set {key}"
             )
-        return _from_checkpoint(checkpoint, key)
+        num_steps = stage_training(command.recipe, command.stage - 1).num_steps
+        return _from_checkpoint(checkpoint, key, num_steps=num_steps)
     path = Path(settings.init_from.replace("{run}", str(command.run)))
     if directory in (path, *path.parents):
         raise ValueError(
@@ -143,16 +155,17 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
         )
     checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
     if checkpoint is not None:
-        return _from_checkpoint(checkpoint, key)
+        return _from_checkpoint(checkpoint, key, num_steps=checkpoint.trainer["num_steps"])
     if (path / STATE).is_dir():
         raise ValueError(f"{key} = {settings.init_from!r} is a checkpoint without {TRAINER}: it was not written whole")
     return find_weights(settings.init_from.replace("{run}", str(command.run)))
 
 
-def _from_checkpoint(checkpoint: Checkpoint, key: str) -> StartingPoint:
-    if not checkpoint.is_finished:
+def _from_checkpoint(checkpoint: Checkpoint, key: str, *, num_steps: int) -> StartingPoint:
+    """Return a checkpoint as a start, if it has done the `num_steps` that its stage is to have."""
+    if checkpoint.step < num_steps:
         raise ValueError(
-            f"{checkpoint.path.parent} has done {checkpoint.step} of {checkpoint.trainer['num_steps']} steps; "
+            f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
             f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
         )
     identity = f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}"

@@ -12,6 +12,7 @@ from training.data.plan import Plan
 from training.data.survey import make_survey, survey_shards
 from training.health import StepLosses, stop_on_non_finite
 from training.metrics import LossWindow
+from training.networks import require_labels
 from training.objective import Denoising
 from training.stage import StageJob
 from training.zero import ZeroModel
@@ -67,13 +68,14 @@ def open_validation(job: StageJob) -> Validation | None:
     """Return the validation of a stage, None if no shards are held out for it.
 
     Raises:
-        ValueError: the held-out shards do not fill one batch.
+        ValueError: the held-out shards do not fill one batch, or have more classes than `model.num_classes`.
     """
     datasets, settings = job.features.held_out, job.settings
     if not datasets:
         return None
     index = FeatureIndex(datasets)
     survey = make_survey(index, survey_shards(index, range(len(index))))
+    require_labels(job, survey)
     num_samples = min(sum(survey.num_samples), settings.num_validation_samples)
     num_steps = num_samples // settings.global_batch_size
     if num_steps == 0:

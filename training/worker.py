@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipelines.command import parse_command, run_command
@@ -20,7 +21,7 @@ from pixart.diffusion import Diffusion
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.batches import shared_survey, training_reader
-from training.checkpoint import load_checkpoint, needs_universal
+from training.checkpoint import Checkpoint, load_checkpoint, needs_universal
 from training.config import STAGES
 from training.data.survey import Survey
 from training.ema import EMA
@@ -31,10 +32,19 @@ from training.loop import Clock, Session, train
 from training.metrics import LossWindow, MetricsLog
 from training.networks import count_parameters, network_config, parameter_counts, starting_network
 from training.objective import SCHEDULE, Denoising
-from training.preflight import print_weights, require_compilable, require_disk, require_even_batches
+from training.preflight import (
+    print_weights,
+    require_compilable,
+    require_disk,
+    require_even_batches,
+    require_memory,
+)
 from training.stage import StageJob, open_stage
 from training.validation import open_validation
 from training.zero import ZeroModel, initialize_ranks
+
+# How gloo and NCCL say that the other end of a connection is gone.
+LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "remote process exited")
 
 
 def main() -> None:
@@ -48,17 +58,25 @@ def main() -> None:
     try:
         run_rank(job, stop)
         dist.barrier()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU's memory does not suffice: {str(error).splitlines()[0]} Raise "
+            "training.gradient_accumulation_steps (smaller micro-batches) or training.zero_stage, or set "
+            "training.checkpoint_activations = true"
+        ) from error
     except RuntimeError as error:
-        if not is_lost_contact(error):
-            raise
-        raise OSError(LOST_CONTACT) from error
+        if is_lost_contact(error):
+            raise OSError(LOST_CONTACT) from error
+        if isinstance(error, dist.DistError):
+            raise ValueError(f"the ranks cannot talk to each other: {error}") from error
+        raise
     finally:
         dist.destroy_process_group()
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone; what that rank says is the message that matters."""
-    return isinstance(error, dist.DistError) or any(part in str(error) for part in ("gloo", "Connection closed"))
+    return isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_SIGNS)
 
 
 def run_rank(job: StageJob, stop: threading.Event) -> None:
@@ -66,6 +84,7 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     settings, resume = job.settings, job.resume
     require_even_batches(settings, dist.get_world_size())
     require_compilable(settings)
+    _require_same_resume(resume)
     survey = shared_survey(job)
     config = network_config(job, survey)
     network = starting_network(job, config)
@@ -73,11 +92,19 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     num_parameters, is_first = count_parameters(network), dist.get_rank() == 0
     if is_first:
         print_weights(job, parameter_counts=parameter_counts(config), num_ranks=dist.get_world_size())
+    num_ranks = dist.get_world_size()
+    require_memory(job, num_parameters, num_ranks=num_ranks, available_bytes=_available_bytes())
     require_disk(job, num_parameters)
     is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
     model = ZeroModel(network, settings, loads_universal=is_elastic)
     ema = EMA(model, settings.ema_decay)
-    trainer: dict[str, Any] = {"step": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    trainer: dict[str, Any] = {
+        "step": 0,
+        "elapsed_seconds": 0.0,
+        "device_seconds": 0.0,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+    }
     if resume is not None:
         load_checkpoint(resume, model=model, ema=ema)
         trainer = resume.trainer
@@ -94,7 +121,11 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
             directory=job.directory,
             trainer=describe(job, survey, network_config=network.config),
             stop=stop,
-            clock=Clock(trainer["elapsed_seconds"]),
+            clock=Clock(
+                trainer["elapsed_seconds"],
+                device_seconds=trainer["device_seconds"],
+                num_devices=dist.get_world_size(),
+            ),
             skips=SkipCounter(
                 settings.max_skipped_steps, total=trainer["skipped_steps"], in_a_row=trainer["skipped_in_a_row"]
             ),
@@ -107,6 +138,26 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
             progress_bar=stack.enter_context(progress_bar(title, remaining_steps, unit="steps")) if is_first else None,
         )
         train(session)
+
+
+def _available_bytes() -> float:
+    """Return the memory of this rank's GPU, or without one its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _require_same_resume(resume: Checkpoint | None) -> None:
+    """Refuse a rank whose view of the storage is not that of rank 0: each looks the newest checkpoint up by itself."""
+    mine = resume and resume.path.name
+    of_first = [mine]
+    dist.broadcast_object_list(of_first, src=0)
+    if mine != of_first[0]:
+        raise ValueError(
+            f"rank {dist.get_rank()} would continue from {mine or 'the start'}, but rank 0 from "
+            f"{of_first[0] or 'the start'}: the storage of RUN does not show all machines the same yet; type it again"
+        )
 
 
 def _objective(job: StageJob, network: DiT | PixArt, model: ZeroModel) -> Denoising:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.config import StageTraining
+from training.placement import is_slurm_task
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -201,15 +202,31 @@ def initialize_ranks() -> None:
     deepspeed = _import_deepspeed()
     has_cuda = torch.cuda.is_available()
     if has_cuda:
-        # Slurm may show each task its own GPU alone.
-        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = local_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), is_slurm=is_slurm_task())
+        os.environ["LOCAL_RANK"] = str(device)
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if has_cuda else "gloo")
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
     deepspeed.init_distributed("nccl" if has_cuda else "gloo")
+
+
+def local_device(local_rank: int, num_devices: int, *, is_slurm: bool) -> int:
+    """Return the GPU of a rank; Slurm may show each task its own GPU alone.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+    """
+    if local_rank < num_devices:
+        return local_rank
+    if is_slurm and num_devices == 1:
+        return 0
+    raise ValueError(
+        f"rank {local_rank} of this machine has no GPU, there are {num_devices}: lower GPUS (training.num_processes), "
+        "the slots in training.hostfile, or the tasks per node"
+    )
 
 
 def _import_deepspeed() -> Any:

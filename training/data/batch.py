@@ -72,7 +72,8 @@ class PackedText:
         text = values.new_zeros(len(mask), max_length, values.shape[1])
         text.view(-1, values.shape[1]).index_copy_(0, places.to(device), values)
         dropped = self.is_dropped.nonzero().squeeze(1).to(device)
-        text[dropped, : len(self.null)] = self.null.to(device)
+        if len(dropped):  # else the null caption may be longer than all there are
+            text[dropped, : len(self.null)] = self.null.to(device)
         return text, mask.to(device)
 
 

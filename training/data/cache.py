@@ -62,18 +62,14 @@ class ShardCache:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.directory = directory
         self.max_bytes = max_bytes
-        self._is_stopping = threading.Event()
 
-    def stop(self) -> None:
-        """Give up what other threads are downloading; nothing can be opened any more."""
-        self._is_stopping.set()
-
-    def open(self, url: str, sha256: str) -> ShardFile:
+    def open(self, url: str, sha256: str, *, is_stopping: threading.Event | None = None) -> ShardFile:
         """Return the local copy of `url`, downloaded if need be.
 
         Args:
             url: any fsspec URL; the copy has its file name.
             sha256: of its bytes.
+            is_stopping: set by who no longer wants the file, which ends its download.
 
         Raises:
             CacheFullError: there is no room; names the recipe keys and sizes.
@@ -86,14 +82,14 @@ class ShardCache:
                 return file
             with _lock_download(path) as descriptor:
                 if descriptor is not None and not path.exists():
-                    self._download(url, sha256, path, descriptor)
+                    self._download(url, sha256, path, descriptor, is_stopping or threading.Event())
 
-    def _download(self, url: str, sha256: str, path: Path, descriptor: int) -> None:
+    def _download(self, url: str, sha256: str, path: Path, descriptor: int, is_stopping: threading.Event) -> None:
         """Fill the locked temporary file, check it and give it its name; whatever fails, nothing of it stays."""
         try:
             with open_ranges(url) as remote:
                 self._reserve(descriptor, remote.size, url)
-                found = self._copy(remote, descriptor)
+                found = _copy(remote, descriptor, is_stopping)
             if found != sha256:
                 raise OSError(f"{url} has SHA-256 {found}, but the manifest beside it says {sha256}; it was changed")
             os.fsync(descriptor)
@@ -121,23 +117,24 @@ class ShardCache:
                 )
             os.ftruncate(descriptor, size)
 
-    def _copy(self, remote: RangeFile, descriptor: int) -> str:
-        """Copy a remote file's bytes to a descriptor; returns their SHA-256."""
-        digest, position = hashlib.sha256(), 0
-        while position < remote.size:
-            if self._is_stopping.is_set():
-                raise OSError("the reader was left")
-            chunk = remote.read(position, CHUNK_BYTES)
-            digest.update(chunk)
-            position += os.pwrite(descriptor, chunk, position)
-        return digest.hexdigest()
-
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """Yield time of last use, size and path of every file, unfinished ones too."""
         for path in self.directory.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it meanwhile
                 status = path.stat()
                 yield status.st_mtime, status.st_size, path
+
+
+def _copy(remote: RangeFile, descriptor: int, is_stopping: threading.Event) -> str:
+    """Copy a remote file's bytes to a descriptor; returns their SHA-256."""
+    digest, position = hashlib.sha256(), 0
+    while position < remote.size:
+        if is_stopping.is_set():
+            raise OSError("the reader was left")
+        chunk = remote.read(position, CHUNK_BYTES)
+        digest.update(chunk)
+        position += os.pwrite(descriptor, chunk, position)
+    return digest.hexdigest()
 
 
 def remote_size(url: str) -> int:

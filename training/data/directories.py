@@ -1,6 +1,7 @@
 """Feature directories, on a disk or behind a URL."""
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,12 @@ class FeatureDirectory:
         """Return where a shard's file is."""
         return f"{self.location}/{name}{suffix}"
 
-    def open(self, name: str, suffix: str) -> ShardFile:
+    def open(self, name: str, suffix: str, *, is_stopping: threading.Event | None = None) -> ShardFile:
         """Return a shard's file as a local one: itself, or its copy in the cache; raises as `ShardCache.open` does."""
         if self.cache is None:
             return ShardFile(Path(self.url(name, suffix)))
         sha256 = self.manifest.shards[name].files[suffix]
-        return self.cache.open(self.url(name, suffix), sha256)
+        return self.cache.open(self.url(name, suffix), sha256, is_stopping=is_stopping)
 
     def read_bytes(self, name: str) -> bytes:
         """Return a small file that no manifest lists."""

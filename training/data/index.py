@@ -6,6 +6,7 @@ tables of the few shards around its position, not of the whole data set.
 
 # n samples of a shard
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -93,6 +94,7 @@ class FeatureIndex:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = list(datasets)
         self._shards = [(dataset, name) for dataset in datasets for name in dataset.shards]
+        self._is_stopping = threading.Event()
         self.table: Callable[[int], ShardTable] = lru_cache(maxsize=NUM_CACHED_TABLES)(self.load_table)
 
     def __len__(self) -> int:
@@ -131,20 +133,18 @@ class FeatureIndex:
         """Open the tars of latents and, if there is text, of captions."""
         dataset, name = self._shards[shard]
         self.table(shard)
-        files = [dataset.latents.open(name, ".tar")]
+        files = [dataset.latents.open(name, ".tar", is_stopping=self._is_stopping)]
         if dataset.text is not None:
             try:
-                files.append(dataset.text.open(name, ".tar"))
+                files.append(dataset.text.open(name, ".tar", is_stopping=self._is_stopping))
             except BaseException:
                 files[0].close()
                 raise
         return files
 
     def stop(self) -> None:
-        """Give up downloads that are under way; nothing remote can be opened any more."""
-        for dataset in self.datasets:
-            if dataset.latents.cache is not None:
-                dataset.latents.cache.stop()
+        """Give up this index's downloads that are under way, and those that would follow."""
+        self._is_stopping.set()
 
     def load_table(self, shard: int) -> ShardTable:
         """Read a shard's indices.

@@ -57,6 +57,8 @@ class BatchReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_closed = True
+        # The thread may be waiting for a download.
+        self._index.stop()
         self._free.put(None)
         self._thread.join()
 
