@@ -51,7 +51,7 @@ def parse_command(
     options = parser.parse_args(argv)
     phase = options.phase if stages else None
     return Command(
-        recipe=load_recipe(options.recipe, options.overrides, phase=phase),
+        recipe=load_recipe(options.recipe, options.overrides, stage=options.stage if stages else None, phase=phase),
         run=_run_folder(options.run),
         stage=options.stage if stages else None,
         phase=phase,

@@ -161,7 +161,7 @@ def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
 
 
 def every_step(**changed: object) -> dict[str, object]:
-    return settings(log_every=1, checkpoint_every=100, global_batch_size=12) | changed
+    return settings(log_every=1, checkpoint_every=100, global_batch_size=12, gradient_clip=0.01) | changed
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,9 @@ def assert_same_losses(found: list[dict], expected: list[dict]) -> None:
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
     norms = [[line["gradient_norm"] for line in lines] for lines in (found, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert all(line["gradient_norm"] > 0.02 and line["max_gradient_norm"] == line["gradient_norm"] for line in found)
+    # Measured in Adam's moments, whatever ZeRO shards and however often the ranks changed.
+    assert [line["clipped_gradient_norm"] for line in found] == pytest.approx([0.01] * len(found), rel=1e-3)
 
 
 def test_world_size_and_accumulation_change_no_loss(two_ranks: list[dict], tmp_path: Path) -> None:
@@ -227,6 +230,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_keys(tmp_path: Path) -> N
     content = json.loads(dump.read_text())
     assert len(content["samples"]) == 8, "all samples of the global batch, from both ranks"
     assert all(key.startswith("laion_1_") for key in content["non_finite"])
+    assert content["weights"]["norm"] > 0 and content["weights"]["num_non_finite"] == 0
     checkpoint = stage2(run) / "latest"
     if checkpoint.is_file():
         assert all(weight.isfinite().all() for weight in ema_weights(run, int(checkpoint.read_text()[5:])).values())

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pipelines.storage import atomic_write_bytes
 from training.data.batch import Batch
+from training.measure import count_non_finite, total_norm
 from training.metrics import NUM_TIMESTEP_BINS
-from training.zero import Update
+from training.zero import Update, ZeroModel
 
 
 class UnhealthyTrainingError(ValueError):
@@ -69,22 +70,25 @@ class StepLosses:
         return [sample for samples in everyone for sample in samples]
 
 
-def stop_on_non_finite(losses: StepLosses, directory: Path, *, step: int) -> NoReturn:
-    """Write what was in the batch to `non-finite-step-<k>.json` and stop, before the update that would spoil weights.
+def stop_on_non_finite(losses: StepLosses, model: ZeroModel, directory: Path, *, step: int) -> NoReturn:
+    """Write the batch and the state of the weights to `non-finite-step-<k>.json` and stop before the update spoils any.
 
     Raises:
         UnhealthyTrainingError: always.
     """
-    samples = losses.gather_samples()
+    samples, num_spoilt = losses.gather_samples(), count_non_finite(model)
+    weights = {"norm": total_norm(model, model.masters), "num_non_finite": num_spoilt}
+    moments = {"norm": total_norm(model, model.first_moments())}
     bad = [sample["key"] for sample in samples if not math.isfinite(sample["loss"])]
     path = directory / f"non-finite-step-{step}.json"
     if dist.get_rank() == 0:
         # `NaN` and `Infinity` as Python's json writes them: which of the two it was is half the diagnosis.
         dump = {"step": step, "bucket": losses.bucket, "non_finite": bad, "samples": samples}
+        dump |= {"weights": weights, "first_moments": moments}
         atomic_write_bytes(path, json.dumps(dump, indent=1).encode())
     raise UnhealthyTrainingError(
         f"step {step}: the loss of {len(bad)} samples is not finite, first {bad[0]}; {path} lists the batch. "
-        "No weights were changed by it, and the last checkpoint is sound"
+        f"No weights were changed by it, {num_spoilt} of them are not finite themselves; the last checkpoint is sound"
     )
 
 

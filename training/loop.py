@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from pipelines.progress import ProgressBar
 from training.checkpoint import save_checkpoint
@@ -21,6 +19,7 @@ from training.data.batch import PackedBatch
 from training.ema import EMA
 from training.flops import StepFlops
 from training.health import SkipCounter, StepLosses, stop_on_non_finite
+from training.measure import UpdateMeter
 from training.metrics import LossWindow, MetricsLog, costs
 from training.objective import Denoising
 from training.validation import Validation, is_due
@@ -129,9 +128,9 @@ def train(session: Session) -> None:
         losses = _forward_backward(session)
         is_stopping = losses.share(is_stopping=session.stop.is_set())
         if losses.has_non_finite:
-            stop_on_non_finite(losses, session.directory, step=session.step)
+            stop_on_non_finite(losses, model, session.directory, step=session.step)
         is_logged = (session.step + 1) % settings.log_every == 0 or session.step + 1 == settings.num_steps
-        before = [master.detach().clone() for master in model.masters] if is_logged else None
+        meter = UpdateMeter(model) if is_logged else None
 
         learning_rate = learning_rate_at(settings, session.step)
         update = model.update(learning_rate)
@@ -140,9 +139,9 @@ def train(session: Session) -> None:
         session.step += 1
         session.skips.count(update, step=session.step)
 
-        session.window.add(losses)
-        if before is not None:
-            _log(session, update, learning_rate=learning_rate, update_norm=_distance(before, model))
+        session.window.add(losses, gradient_norm=update.gradient_norm)
+        if meter is not None:
+            _log(session, update, meter, learning_rate=learning_rate)
         if session.progress_bar is not None:
             session.progress_bar.advance()
         if is_due(session.step, every=settings.validate_every, last=settings.num_steps):
@@ -187,17 +186,11 @@ def learning_rate_at(settings: StageTraining, step: int) -> float:
     return settings.learning_rate * warmup * remaining
 
 
-def _distance(before: list[Tensor], model: ZeroModel) -> float:
-    """Return the norm of the last update of all master weights: 0 if it was skipped."""
-    pairs = zip(model.masters, before, strict=True)
-    total = torch.stack([(master.detach() - old).square().sum().double() for master, old in pairs]).sum()
-    if model.is_sharded:
-        dist.all_reduce(total)
-    return float(total.sqrt())
-
-
-def _log(session: Session, update: Update, *, learning_rate: float, update_norm: float) -> None:
+def _log(session: Session, update: Update, meter: UpdateMeter, *, learning_rate: float) -> None:
+    """Write a line of metrics; all ranks must call it."""
     settings = session.settings
+    update_norm, clipped_norm = meter.update_norm(), meter.clipped_gradient_norm()
+    max_norm = session.window.state["max_gradient_norm"]
     losses, num_steps = session.window.flush()
     speed = session.clock.lap(num_steps * settings.global_batch_size, peak_teraflops=session.peak_teraflops)
     if session.metrics is None:
@@ -208,7 +201,8 @@ def _log(session: Session, update: Update, *, learning_rate: float, update_norm:
         "num_samples_seen": session.step * settings.global_batch_size,
         **losses,
         "gradient_norm": norm if math.isfinite(norm) else None,
-        "clipped_gradient_norm": min(norm, settings.gradient_clip) if math.isfinite(norm) else None,
+        "max_gradient_norm": max_norm,
+        "clipped_gradient_norm": None if update.is_skipped else clipped_norm,
         "update_norm": update_norm,
         "skipped_steps": session.skips.total,
         "learning_rate": learning_rate,

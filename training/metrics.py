@@ -1,6 +1,7 @@
 """What a run reports: `metrics.jsonl` and TensorBoard, losses by timestep, and what the training has cost so far."""
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +27,7 @@ class LossWindow:
             "counts": [0.0] * NUM_TIMESTEP_BINS,
             "squared_error": 0.0,
             "num_steps": 0,
+            "max_gradient_norm": 0.0,
         }
 
     @property
@@ -33,14 +35,15 @@ class LossWindow:
         """What to keep in a checkpoint."""
         return self._state
 
-    def add(self, losses: "StepLosses") -> None:
-        """Add the shared losses of a step."""
+    def add(self, losses: "StepLosses", *, gradient_norm: float = 0.0) -> None:
+        """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
         state = self._state
         self._state = {
             "sums": [total + value for total, value in zip(state["sums"], losses.sums, strict=True)],
             "counts": [total + value for total, value in zip(state["counts"], losses.counts, strict=True)],
             "squared_error": state["squared_error"] + losses.squared_error,
             "num_steps": state["num_steps"] + 1,
+            "max_gradient_norm": max(state["max_gradient_norm"], gradient_norm if math.isfinite(gradient_norm) else 0),
         }
 
     def flush(self) -> tuple[dict[str, Any], int]:

@@ -57,7 +57,8 @@ class ZeroModel:
     def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
         deepspeed = _import_deepspeed()
         self.settings = settings
-        self._names = [name for name, _ in model.named_parameters()]
+        starting_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._names = list(starting_weights)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=settings.learning_rate,
@@ -72,6 +73,11 @@ class ZeroModel:
             config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
         )
         self.masters = self._find_masters()
+        if settings.dtype == "bf16":
+            # DeepSpeed makes the masters of weights it has rounded, and without sharding takes a step without a
+            # gradient, which decays them and which Adam's bias correction would count.
+            getattr(self.engine.optimizer, "optimizer", self.engine.optimizer).state.clear()
+            self.scatter_masters(starting_weights)
         if settings.compile:
             # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
             for block in model.get_submodule("blocks").children():
@@ -98,6 +104,12 @@ class ZeroModel:
                 return [weight for group in optimizer.fp32_groups for weight in group]
             case _:
                 return [weight.data for weight in self.engine.module.parameters()]
+
+    def first_moments(self) -> list[Tensor]:
+        """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
+        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        weights = list(self.engine.module.parameters()) if _is_plain(self.settings) else self.masters
+        return [optimizer.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
 
     @property
     def is_sharded(self) -> bool:
@@ -143,6 +155,7 @@ class ZeroModel:
             assert weight is not None, f"DeepSpeed keeps no fp32 master of {name}"
             yield name, weight
 
+    @torch.no_grad()
     def scatter_masters(self, weights: dict[str, Tensor]) -> None:
         """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""
         for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
