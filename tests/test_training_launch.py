@@ -147,6 +147,18 @@ def test_preempted_tasks_save_and_end_well(tmp_path: Path) -> None:
     finish(tasks[1], status=-signal.SIGKILL)
 
 
+@pytest.mark.slow
+def test_what_the_first_task_refuses_ends_all_and_is_said_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    first, second = start_tasks(run, tmp_path, global_batch_size=7)
+    assert "global_batch_size 7 is not a multiple of 2" in finish(first, status=2, timeout_seconds=60)
+    assert finish(second, status=2, timeout_seconds=60) == ""
+
+    first, second = start_tasks(run, tmp_path, learning_rat=1)
+    assert "learning_rat is not a known key" in finish(first, status=2, timeout_seconds=60)
+    assert finish(second, status=2, timeout_seconds=60) == ""
+
+
 # -- hosts ------------------------------------------------------------------------------------------------------------
 
 

@@ -2,15 +2,17 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.command import parse_command, run_command
+from pipelines.command import Command, parse_command, run_command
 from pipelines.progress import get_logger
 from pipelines.summary import update_summary
 from training.config import STAGES
 from training.gate import print_gate, samples_of
 from training.hosts import run_hosts
 from training.launch import LostContactError, run_ranks
+from training.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
 from training.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.stage import StageJob, open_stage
@@ -20,13 +22,21 @@ log = get_logger("training")
 
 def main() -> None:
     """Check a stage, say what it will do, and run its ranks; a finished stage is left alone."""
+    if not is_slurm_task():
+        lead(announce=lambda: None)
+    elif (task := of_slurm_task()).has_first:
+        with FirstTask(task) as first:
+            lead(announce=lambda: first.say(START))
+    else:
+        follow(task)
+
+
+def lead(*, announce: Callable[[], None]) -> None:
+    """Check the stage and run it, or the part of it that is here; `announce` is called just before ranks start."""
     start_seconds = time.monotonic()
-    command = parse_command("training", "Features to checkpoints: one of the paper's three stages.", stages=STAGES)
+    command = _command()
     job = open_stage(command)
     ranks = _where(job)
-    if isinstance(ranks, Placement) and not ranks.has_first:
-        _follow(job, ranks, is_plan=command.is_plan)
-        return
     resume = job.resume
     if resume is not None and resume.step >= job.settings.num_steps and not command.is_plan:
         log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
@@ -40,9 +50,26 @@ def main() -> None:
     if command.is_plan:
         _print_weights(job, preflight)
         return
+    announce()
     _run(job, ranks)
     former_seconds = resume.trainer["elapsed_seconds"] if resume is not None else 0.0
     _report(job, preflight, seconds=former_seconds + time.monotonic() - start_seconds)
+
+
+def follow(task: Placement) -> None:
+    """Run the rank of a task whose first one speaks for all; ends with 2 where that one says why."""
+    answer = ask_first_task(task)
+    if answer == START:
+        try:
+            _run(open_stage(_command()), task)
+        except LostContactError:
+            sys.exit(2)
+    elif answer != NOTHING_TO_DO:
+        sys.exit(2)
+
+
+def _command() -> Command:
+    return parse_command("training", "Features to checkpoints: one of the paper's three stages.", stages=STAGES)
 
 
 def _where(job: StageJob) -> Placement | list[Host]:
@@ -64,17 +91,6 @@ def _run(job: StageJob, ranks: Placement | list[Host]) -> None:
         run_ranks(sys.argv[1:], placement=ranks, threads_per_process=threads, directory=job.directory)
     else:
         run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)
-
-
-def _follow(job: StageJob, ranks: Placement, *, is_plan: bool) -> None:
-    """Run the ranks of a task whose first one speaks for all; that they lost contact is the first's to say."""
-    resume = job.resume
-    if is_plan or (resume is not None and resume.step >= job.settings.num_steps):
-        return
-    try:
-        _run(job, ranks)
-    except LostContactError:
-        sys.exit(2)
 
 
 def _print_weights(job: StageJob, preflight: Preflight) -> None:

@@ -33,6 +33,11 @@ class Placement:
     master_port: int
 
     @property
+    def meeting_port(self) -> int:
+        """Where the first task of Slurm tells the others whether there is something to do."""
+        return self.master_port + 1
+
+    @property
     def has_first(self) -> bool:
         """Whether rank 0 is among them: its launcher speaks for all."""
         return self.first_rank == 0
@@ -97,7 +102,8 @@ def of_slurm_task(environment: Mapping[str, str] = os.environ) -> Placement:
         first_local_rank=int(environment["SLURM_LOCALID"]),
         ranks_on_machine=-(-world_size // len(hosts)),
         master_address=hosts[0],
-        master_port=FIRST_PORT + key % NUM_PORTS,
+        # Every other port: the one after it is `meeting_port`.
+        master_port=FIRST_PORT + 2 * (key % (NUM_PORTS // 2)),
     )
 
 
