@@ -1,0 +1,123 @@
+"""What a model is given of a batch and what its loss is, against the formulas written out."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pixart.diffusion import Diffusion, DiffusionLoss
+from training.data.batch import Batch
+from training.objective import SCHEDULE, Denoising
+
+NULL_LABEL = 10
+SCALE, SHIFT = 0.25, 0.5
+DRAWS = (0.0, 0.0376, 0.5, 0.99999)
+STEPS = SCHEDULE["num_train_timesteps"]
+TIMESTEPS = torch.tensor([math.floor(draw * STEPS) for draw in DRAWS])
+
+
+class Recorder(nn.Module):
+    """Keeps what it is called with and always gives the same output."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, ...]] = []
+        self.output = torch.randn(len(DRAWS), 8, 4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.calls.append(inputs)
+        return self.output
+
+
+def make_batch(*, has_text: bool) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    latents = (len(DRAWS), 4, 4, 6)
+    condition: dict[str, Any] = {"text": None, "text_mask": None, "labels": torch.tensor([3, 0, 9, 3])}
+    if has_text:
+        mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
+        condition = {"text": normal(len(DRAWS), 5, 8).bfloat16(), "text_mask": mask, "labels": None}
+    return Batch(
+        step=0,
+        bucket="32x48",
+        keys=list("abcd"),
+        mean=(2 * normal(*latents) + 1).half(),
+        std=normal(*latents).abs().half(),
+        posterior_noise=normal(*latents),
+        noise=normal(*latents),
+        timestep_draws=torch.tensor(DRAWS, dtype=torch.float64),
+        is_dropped=torch.tensor([True, False, False, True]),
+        **condition,
+    )
+
+
+def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, DiffusionLoss]:
+    objective = Denoising(
+        diffusion=Diffusion(),
+        scaling_factor=SCALE,
+        shift_factor=SHIFT,
+        null_label=NULL_LABEL if batch.text is None else None,
+        dtype=dtype,
+        min_snr_gamma=None,
+    )
+    model = Recorder(dtype)
+    return model, replace(objective, **settings).loss(model, batch)
+
+
+def expected_noisy_latents(batch: Batch) -> Tensor:
+    """fp64, by DDPM's equation 4 on a sample of the VAE's posterior."""
+    betas = torch.linspace(SCHEDULE["beta_start"], SCHEDULE["beta_end"], STEPS, dtype=torch.float64)
+    signal = (1 - betas).cumprod(0)[TIMESTEPS, None, None, None]
+    sample = batch.mean.double() + batch.std.double() * batch.posterior_noise
+    return signal.sqrt() * (sample - SHIFT) * SCALE + (1 - signal).sqrt() * batch.noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("has_text", [False, True], ids=["labels", "text"])
+def test_a_model_sees_noisy_samples_of_the_scaled_posterior(has_text: bool, dtype: torch.dtype) -> None:
+    batch = make_batch(has_text=has_text)
+    model, _ = denoise(batch, dtype)
+    ((noisy, timesteps, *_),) = model.calls
+    assert noisy.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]  # bf16: half a unit of its last place
+    torch.testing.assert_close(noisy.double(), expected_noisy_latents(batch), rtol=tolerance, atol=1e-6)
+    assert timesteps.dtype == torch.int64 and torch.equal(timesteps, TIMESTEPS)
+
+
+def test_a_dropped_label_is_the_null_label() -> None:
+    batch = make_batch(has_text=False)
+    model, _ = denoise(batch, torch.float32)
+    ((_, _, labels),) = model.calls
+    assert labels.tolist() == [NULL_LABEL, 0, 9, NULL_LABEL]
+    assert batch.labels is not None and batch.labels.tolist() == [3, 0, 9, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_text_and_its_mask_reach_the_model(dtype: torch.dtype) -> None:
+    batch = make_batch(has_text=True)
+    assert batch.text is not None and batch.text_mask is not None
+    model, _ = denoise(batch, dtype)
+    ((_, _, text, mask),) = model.calls
+    assert text.dtype == dtype
+    assert torch.equal(text, batch.text.to(dtype))
+    assert torch.equal(mask, batch.text_mask)
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("has_text", [False, True], ids=["labels", "text"])
+def test_the_loss_of_each_sample_is_that_of_the_added_noise(has_text: bool, gamma: float | None) -> None:
+    batch = make_batch(has_text=has_text)
+    model, actual = denoise(batch, torch.bfloat16, min_snr_gamma=gamma)
+    expected = Diffusion().loss(model.output, batch.noise, TIMESTEPS, min_snr_gamma=gamma)
+    for name in ("total", "mse", "vlb"):
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        assert ours.shape == (len(DRAWS),) and ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs)
+    by_hand = (model.output[:, :4].double() - batch.noise).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(actual.mse.double(), by_hand, rtol=1e-5, atol=0)
