@@ -76,8 +76,8 @@ class Case:
 
 
 CPU_CASES = [
-    Case(width=384, num_layers=6, pixels=256, batch_size=16),
-    Case(width=1152, num_layers=4, pixels=256, batch_size=12),
+    Case(width=384, num_layers=6, pixels=256, batch_size=32),
+    Case(width=1152, num_layers=4, pixels=256, batch_size=32),
 ]
 GPU_CASES = [
     Case(width=1152, num_layers=28, pixels=pixels, batch_size=batch_size, is_compiled=is_compiled)

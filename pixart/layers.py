@@ -196,7 +196,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(channels, channels)
+        self.query = RecomputedLinear(channels, channels, prepare=torch.addcmul)
         self.key_value = nn.Linear(channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
@@ -205,9 +205,12 @@ class CrossAttention(nn.Module):
         key, value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each [B, L, H, E]
         return key.transpose(1, 2), value.transpose(1, 2)
 
-    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], the text as `read` and the boolean mask [B, 1, 1, L] (None keeps all)."""
-        query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
+    def forward(self, parts: tuple[Tensor, Tensor, Tensor], text: KeyValue, mask: Tensor | None) -> Tensor:
+        """Give [B, N, D] from the image tokens x + gate * y as their parts x [B, N, D], gate [B, 1, D], y [B, N, D].
+
+        The text is as `read`, the boolean mask [B, 1, 1, L] (None keeps all).
+        """
+        query = self.query(*parts).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
         attended = F.scaled_dot_product_attention(query, *text, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 

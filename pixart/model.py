@@ -89,8 +89,9 @@ class PixArtBlock(nn.Module):
         key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
         shifts_scales_gates = self.modulation(condition).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
-        x = x + self.cross_attention(x, key_value, text_mask)
+        # The parts of a sum are kept for the backward pass anyway, so who needs the sum computes it of them again.
+        parts = x, gate_attention, self.attention(x, shift_attention, scale_attention)
+        x = torch.addcmul(*parts) + self.cross_attention(parts, key_value, text_mask)
         return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
 
 
