@@ -48,6 +48,7 @@ CHAIN = {
 MEASURED = {
     "seconds",
     "elapsed_seconds",
+    "device_seconds",
     "images_per_second",
     "samples_per_second_of_a_worker",
     "data_wait_fraction",
