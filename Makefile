@@ -105,7 +105,7 @@ train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8, or H
 	@$(PY) -m training $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS) $(TRAIN_FLAGS)
 
 .PHONY: convert
-convert: $(READY)  ## Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)
+convert: $(READY) need-source  ## Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)
 	@$(PY) -m training.convert "$$FROM" "$$TO" $(if $(REPARAMETERIZE),--reparameterize)
 
 .PHONY: sample
@@ -123,6 +123,10 @@ app: $(READY) need-stage  ## A local page to draw from a checkpoint (STAGE=2 POR
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
 	@$(PY) -m dataset_stats.tagging.nltk_data
+
+.PHONY: need-source
+need-source:
+	@test -n "$$FROM" -a -n "$$TO" || { echo "make: say which, for example FROM=facebook/DiT-XL-2-256 TO=dit" >&2; exit 2; }
 
 .PHONY: need-stage
 need-stage:

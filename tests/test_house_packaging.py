@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 ROOMS = ("captioning", "dataset_stats", "features", "training", "sampling", "toyworld")
-INTERNAL_TARGETS = {"need-stage"}
+INTERNAL_TARGETS = {"need-source", "need-stage"}
 
 
 def test_every_make_target_is_in_help() -> None:

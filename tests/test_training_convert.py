@@ -1,9 +1,11 @@
 """`python -m training.convert`: published weights in, a folder out."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from training_run import REPOSITORY
 
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
@@ -27,7 +29,9 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_official_file_becomes_a_folder(dit_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / ".dit.tmp" / "left-by-a-kill").mkdir(parents=True)
     main([str(dit_file), str(tmp_path / "dit")])
+    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
     dit = load_diffusers(tmp_path / "dit")
     assert isinstance(dit, DiT) and dit.config == DIT
     weights = torch.load(dit_file, weights_only=True)
@@ -59,3 +63,6 @@ def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> 
         main([str(tmp_path / "pixart"), str(tmp_path / "new"), "--reparameterize"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main([str(tmp_path / "nothing"), str(tmp_path / "new")])
+    for given in ([], ["FROM=facebook/DiT-XL-2-256"], ["TO=dit"]):
+        done = subprocess.run(["make", "need-source", *given], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode and "make: say which, for example FROM=" in done.stderr

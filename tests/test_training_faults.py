@@ -1,5 +1,6 @@
 """What goes wrong while checkpoints are written: a full disk, kill -9, a `latest` that was set back."""
 
+import json
 import os
 import signal
 import subprocess
@@ -24,13 +25,14 @@ exit $status
 """
 
 
-def test_a_disk_that_fills_up_ends_training_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_disk_that_fills_up_ends_training_in_one_line(tmp_path: Path, zero_stage: int) -> None:
     if (probe := subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)).returncode:
         pytest.skip(f"no right to mount a tmpfs in a namespace of its own (unshare --mount): {probe.stderr!r}")
     run = make_run(tmp_path)
     folder = run / "training" / "stage2"
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "training", *arguments(run, 2, **SETTINGS)]
+    command = [sys.executable, "-m", "training", *arguments(run, 2, **SETTINGS, zero_stage=zero_stage)]
     process = subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", ON_SMALL_DISK, "sh", *command],
         env=os.environ | {"FOLDER": str(folder)},
@@ -82,9 +84,19 @@ def test_a_latest_that_was_set_back_is_continued_from(tmp_path: Path) -> None:
     one_rank = SETTINGS | {"num_processes": 1, "checkpoint_every": 2}
     train(run, 2, **(one_rank | {"num_steps": 6, "keep_checkpoints": 3}))
     (folder / "latest").write_text("step-2\n")
-    train(run, 2, **(one_rank | {"num_steps": 3, "keep_checkpoints": 1}))
+    forget_what_older_checkpoints_lack(folder / "step-2" / "trainer.json")
+    train(run, 2, **(one_rank | {"num_steps": 3, "keep_checkpoints": 2}))
     assert (folder / "latest").read_text() == "step-3\n"
-    assert (folder / "step-3" / "trainer.json").is_file()
+    kept = {path.name: json.loads((path / "trainer.json").read_text()) for path in folder.glob("step-*")}
+    assert kept.keys() == {"step-2", "step-3"}, "the abandoned go first"
+    assert kept["step-3"]["device_seconds"] > kept["step-2"]["elapsed_seconds"]
+
+
+def forget_what_older_checkpoints_lack(path: Path) -> None:
+    trainer = json.loads(path.read_text())
+    for record, name in ((trainer, "device_seconds"), (trainer, "init_from"), (trainer["window"], "max_gradient_norm")):
+        del record[name]
+    path.write_text(json.dumps(trainer))
 
 
 def stopped_while_saving(folder: Path, ranks: list[int]) -> bool:

@@ -1,5 +1,6 @@
 """Stages on several launchers: tasks of Slurm and hosts over a remote shell, each a real process on this machine."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -157,6 +158,14 @@ def test_what_the_first_task_refuses_ends_all_and_is_said_once(tmp_path: Path) -
     first, second = start_tasks(run, tmp_path, learning_rat=1)
     assert "learning_rat is not a known key" in finish(first, status=2, timeout_seconds=60)
     assert finish(second, status=2, timeout_seconds=60) == ""
+
+    folder = run / "training" / "stage2"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first, second = start_tasks(run, tmp_path)
+        assert "is being trained by another process" in finish(first, status=2, timeout_seconds=60)
+        assert finish(second, status=2, timeout_seconds=60) == ""
 
 
 # -- hosts ------------------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def write_checkpoint(job: StageJob, *, step: int, num_steps: int = 12) -> Path:
     trainer = {
         "step": step,
         "num_steps": num_steps,
+        "init_from": job.settings.init_from,
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
     }
@@ -137,6 +138,26 @@ def test_a_stage_that_has_begun_needs_its_start_no_more(run: Path) -> None:
     assert job.start.path is None
     assert job.fingerprint == begun.fingerprint
     assert job.resume is not None and job.resume.step == 6
+    with pytest.raises(FileNotFoundError, match="/nowhere/at/all does not exist"):  # is another start, and not gone
+        job_of(run, 2, init_from="/nowhere/at/all")
+
+
+def test_a_longer_former_stage_does_not_hold_up_one_that_has_begun(run: Path) -> None:
+    write_checkpoint(job_of(run, 1), step=12, num_steps=12)
+    begun = job_of(run, 2)
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("num_steps = 12", "num_steps = 24"))
+    assert job_of(run, 2).start == begun.start, "the former stage is at the end it was given"
+    write_checkpoint(begun, step=6, num_steps=24)
+    assert job_of(run, 2).resume is not None
+
+
+def test_a_checkpoint_of_before_there_was_a_choice_of_adaln_is_continued(run: Path) -> None:
+    job = job_of(run, 2, init_from="scratch")
+    assert "model.adaln" not in job.fingerprint.fields
+    write_checkpoint(job, step=6)
+    with pytest.raises(ValueError, match=r"trained with model\.adaln None, but it is 'per-block' now"):
+        job_with(run, 'model.adaln="per-block"')
 
 
 def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path) -> None:
@@ -209,6 +230,17 @@ def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, step=4) as metrics:
         metrics.write({"step": 6, "loss": 2.0, "loss_by_timestep": []})
     assert [(line["step"], line["loss"]) for line in lines()] == [(2, 1.0), (4, 1.0), (6, 2.0)]
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        MetricsLog(tmp_path, step=0) as log,
+        Path("/dev/full").open("ab", buffering=0) as full,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(log, "_file", full)
+        with pytest.raises(OSError, match="/dev/full cannot be written: No space left on device; the last checkpoint"):
+            log.write({"step": 1})
 
 
 def test_a_loss_window_goes_through_a_checkpoint() -> None:

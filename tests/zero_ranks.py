@@ -38,21 +38,30 @@ def new_model(settings: StageTraining) -> tuple[ZeroModel, EMA]:
     return model, EMA(model, EMA_DECAY)
 
 
-def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> dict[str, float]:
-    """Train on this rank's half of a batch; returns the loss over both halves and the gradient's norm."""
+def batch_of(step: int) -> list[Tensor]:
+    """Latents, noise, texts and timesteps of a global batch."""
     generator = torch.Generator().manual_seed(step)
     latents, noise = (torch.randn(GLOBAL_BATCH, 4, 4, 4, generator=generator) for _ in range(2))
     text = torch.randn(GLOBAL_BATCH, 6, 8, generator=generator)
-    timesteps = torch.randint(0, 1000, (GLOBAL_BATCH,), generator=generator)
+    return [latents, noise, text, torch.randint(0, 1000, (GLOBAL_BATCH,), generator=generator)]
+
+
+def mean_loss(model: ZeroModel, batch: list[Tensor], mine: slice) -> Tensor:
+    latents, noise, text, timesteps = (values[mine] for values in batch)
     diffusion = Diffusion()
     noisy = diffusion.q_sample(latents, noise, timesteps).to(model.dtype)
+    output = model.engine(noisy, timesteps, text.to(model.dtype))
+    return diffusion.loss(output, noise, timesteps).total.mean()
+
+
+def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> dict[str, float]:
+    """Train on this rank's half of a batch; returns the loss over both halves and the gradient's norm."""
+    batch = batch_of(step)
     num_micro_batches = model.settings.gradient_accumulation_steps
     num_parts = dist.get_world_size() * num_micro_batches
     total = torch.zeros((), dtype=torch.float64)
     for i in range(num_micro_batches):
-        mine = slice(dist.get_rank() * num_micro_batches + i, None, num_parts)
-        output = model.engine(noisy[mine], timesteps[mine], text[mine].to(model.dtype))
-        loss = diffusion.loss(output, noise[mine], timesteps[mine]).total.mean()
+        loss = mean_loss(model, batch, slice(dist.get_rank() * num_micro_batches + i, None, num_parts))
         model.backward(loss * scale, is_last=i + 1 == num_micro_batches)
         total += loss.detach() / num_parts
     update = model.update(model.settings.learning_rate)
@@ -60,6 +69,16 @@ def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> 
         ema.update()
     dist.all_reduce(total)
     return {"loss": float(total), "norm": update.gradient_norm, "skipped": update.is_skipped}
+
+
+def norm_of_repeats(settings: StageTraining, num_repeats: int) -> float:
+    """Return the norm of the mean gradient of one micro-batch given so many times: whatever the number, the same."""
+    repeated = {"gradient_accumulation_steps": num_repeats, "global_batch_size": GLOBAL_BATCH * num_repeats}
+    model, _ = new_model(settings.model_copy(update=repeated))
+    for i in range(num_repeats):
+        loss = mean_loss(model, batch_of(0), slice(dist.get_rank(), None, dist.get_world_size()))
+        model.backward(loss, is_last=i + 1 == num_repeats)
+    return model.update(settings.learning_rate).gradient_norm
 
 
 def is_same(ours: Weights, theirs: Weights) -> bool:
@@ -137,6 +156,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         **try_clipping(settings, steps[0]["norm"]),
         "losses": [step["loss"] for step in steps],
         "norms": [step["norm"] for step in steps],
+        "norms_of_repeats": [norm_of_repeats(settings, num_repeats) for num_repeats in (1, 64)],
         "accumulated": [[step["loss"], step["norm"]] for step in accumulated],
         "ema": {name: float(value.double().norm()) for name, value in average.items()},
         "starts_exactly": starts_exactly,

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def lead(*, announce: Callable[[], None]) -> None:
-    """Check the stage and run it, or the part of it that is here; `announce` is called just before ranks start."""
+    """Check the stage and run it, or the part that is here; `announce` is called when nothing is left to refuse."""
     start_seconds = time.monotonic()
     command = _command()
     job = open_stage(command)
@@ -50,8 +50,7 @@ def lead(*, announce: Callable[[], None]) -> None:
     if command.is_plan:
         _print_weights(job, preflight)
         return
-    announce()
-    _run(job, ranks)
+    _run(job, ranks, announce=announce)
     former_seconds = resume.trainer["elapsed_seconds"] if resume is not None else 0.0
     _report(job, preflight, seconds=former_seconds + time.monotonic() - start_seconds)
 
@@ -61,7 +60,7 @@ def follow(task: Placement) -> None:
     answer = ask_first_task(task)
     if answer == START:
         try:
-            _run(open_stage(_command()), task)
+            _run(open_stage(_command()), task, announce=lambda: None)
         except LostContactError:
             sys.exit(2)
     elif answer != NOTHING_TO_DO:
@@ -84,11 +83,16 @@ def _where(job: StageJob) -> Placement | list[Host]:
     )
 
 
-def _run(job: StageJob, ranks: Placement | list[Host]) -> None:
+def _run(job: StageJob, ranks: Placement | list[Host], *, announce: Callable[[], None]) -> None:
     settings = job.settings
     if isinstance(ranks, Placement):
-        threads = settings.threads_per_process
-        run_ranks(sys.argv[1:], placement=ranks, threads_per_process=threads, directory=job.directory)
+        run_ranks(
+            sys.argv[1:],
+            placement=ranks,
+            threads_per_process=settings.threads_per_process,
+            directory=job.directory,
+            announce=announce,
+        )
     else:
         run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)
 

@@ -83,30 +83,43 @@ def save_checkpoint(
     final = stage_directory / f"step-{trainer['step']}"
     temporary = stage_directory / f".{final.name}.tmp"
     if is_writer:
-        for stale in stage_directory.glob(".step-*.tmp"):
-            shutil.rmtree(stale)
+        remove_unfinished(stage_directory)
         temporary.mkdir(parents=True)
     dist.barrier()
     try:
         _write(temporary, model=model, ema=ema, trainer=trainer)
+        if is_writer:
+            _put_in_force(temporary, final)
     except Exception as error:
-        is_full = is_disk_full(error, stage_directory)
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not is_full:
+        if not is_disk_full(error, stage_directory):
             raise
         raise OSError(
             f"{stage_directory}: the disk is full, {final.name} was not saved and the checkpoint before it stays in "
             "force; make room and type the command again"
         ) from error
-    if not is_writer:
-        return
+    if is_writer:
+        _drop_old(final, num_kept)
+
+
+def remove_unfinished(stage_directory: Path) -> None:
+    """Remove what a save that did not end has left; no rank may be saving."""
+    for unfinished in stage_directory.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def _put_in_force(temporary: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    fsync_directory(stage_directory)
-    atomic_write_bytes(stage_directory / LATEST, f"{final.name}\n".encode())
-    # Where `latest` was set back by hand there are later ones, too; the one just written stays in any case.
-    others = sorted(set(stage_directory.glob("step-*")) - {final}, key=lambda path: _step_of(path.name))
+    fsync_directory(final.parent)
+    atomic_write_bytes(final.parent / LATEST, f"{final.name}\n".encode())
+
+
+def _drop_old(newest: Path, num_kept: int) -> None:
+    """Remove all but `num_kept`: first those of later steps, abandoned when `latest` was set back, then the oldest."""
+    step = _step_of(newest.name)
+    others = [path for path in newest.parent.glob("step-*") if path != newest]
+    others.sort(key=lambda path: (_step_of(path.name) < step, _step_of(path.name)))
     for old in others[: max(0, len(others) + 1 - num_kept)]:
         shutil.rmtree(old)
 

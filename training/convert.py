@@ -4,6 +4,7 @@ With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         dit, network = network, reparameterize(network, _pixart_config(network, options))
         _compare(dit, network)
-    save_diffusers(network, options.folder)
+    _write(network, options.folder)
     console.print(f"{options.folder}: {_describe(network)}", markup=False, soft_wrap=True)
 
 
@@ -92,6 +93,14 @@ def _compare(dit: DiT, model: PixArt) -> None:
     difference = float((model(latents, moments, text) - expected).abs().max())
     scale = float(expected.abs().max())
     console.print(f"at t = {TIMESTEP} the output is the DiT's without class to {difference:.1e} (largest: {scale:.2g})")
+
+
+def _write(network: DiT | PixArt, folder: Path) -> None:
+    """Write all or nothing under the folder's name."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
+    save_diffusers(network, temporary)
+    temporary.rename(folder)
 
 
 def _describe(network: DiT | PixArt) -> str:

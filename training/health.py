@@ -28,10 +28,10 @@ class StepLosses:
     def __init__(self, num_timesteps: int) -> None:
         self._num_timesteps = num_timesteps
         self._keys: list[str] = []
+        self._buckets: list[str] = []
         self._timesteps: list[Tensor] = []
         self._totals: list[Tensor] = []
         self._squared_errors: list[Tensor] = []
-        self.bucket = ""
         self.has_non_finite = False
         self.squared_error = 0.0
         self.sums = [0.0] * NUM_TIMESTEP_BINS
@@ -40,7 +40,7 @@ class StepLosses:
     def add(self, batch: Batch, timesteps: Tensor, *, total: Tensor, mse: Tensor) -> None:
         """Add a micro-batch: timesteps, loss and squared error of its samples, each [B]."""
         self._keys += batch.keys
-        self.bucket = batch.bucket
+        self._buckets += [batch.bucket] * len(batch.keys)
         self._timesteps.append(timesteps)
         self._totals.append(total.detach())
         self._squared_errors.append(mse.detach())
@@ -62,9 +62,12 @@ class StepLosses:
         return stopping > 0
 
     def gather_samples(self) -> list[dict[str, Any]]:
-        """Return key, timestep and loss of every sample of the global batch, in its order; all ranks must call it."""
-        values = zip(self._keys, torch.cat(self._timesteps).tolist(), torch.cat(self._totals).tolist(), strict=True)
-        mine = [{"key": key, "timestep": timestep, "loss": loss} for key, timestep, loss in values]
+        """Return key, bucket, timestep and loss of all ranks' samples, rank by rank; all ranks must call it."""
+        timesteps, losses = torch.cat(self._timesteps).tolist(), torch.cat(self._totals).tolist()
+        mine = [
+            {"key": key, "bucket": bucket, "timestep": timestep, "loss": loss}
+            for key, bucket, timestep, loss in zip(self._keys, self._buckets, timesteps, losses, strict=True)
+        ]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return [sample for samples in everyone for sample in samples]
@@ -83,12 +86,12 @@ def stop_on_non_finite(losses: StepLosses, model: ZeroModel, directory: Path, *,
     path = directory / f"non-finite-step-{step}.json"
     if dist.get_rank() == 0:
         # `NaN` and `Infinity` as Python's json writes them: which of the two it was is half the diagnosis.
-        dump = {"step": step, "bucket": losses.bucket, "non_finite": bad, "samples": samples}
+        dump = {"step": step, "non_finite": bad, "samples": samples}
         dump |= {"weights": weights, "first_moments": moments}
         atomic_write_bytes(path, json.dumps(dump, indent=1).encode())
     raise UnhealthyTrainingError(
         f"step {step}: the loss of {len(bad)} samples is not finite, first {bad[0]}; {path} lists the batch. "
-        f"No weights were changed by it, {num_spoilt} of them are not finite themselves; the last checkpoint is sound"
+        f"No weights were changed by it; {num_spoilt} of them are not finite themselves"
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipelines.progress import get_logger
+from training.checkpoint import remove_unfinished
 from training.placement import LOOPBACK, Placement
 
 log = get_logger("training")
@@ -58,8 +59,17 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def run_ranks(arguments: Sequence[str], *, placement: Placement, threads_per_process: int, directory: Path) -> None:
+def run_ranks(
+    arguments: Sequence[str],
+    *,
+    placement: Placement,
+    threads_per_process: int,
+    directory: Path,
+    announce: Callable[[], None],
+) -> None:
     """Run `python -m training.worker` on the ranks of `placement`, to the end or to a SIGTERM, which they save after.
+
+    `announce` is called when nothing is left to refuse, just before they start.
 
     Raises:
         LostContactError: the ranks here lost contact with one elsewhere.
@@ -74,6 +84,7 @@ def run_ranks(arguments: Sequence[str], *, placement: Placement, threads_per_pro
         ranks: list[subprocess.Popen[bytes]] = []
         signals = stack.enter_context(StopSignals(lambda: _terminate(ranks)))
         try:
+            announce()
             with _sigterm_blocked():
                 ranks += [_start(arguments, environment | numbers, lock) for numbers in _rank_numbers(placement)]
             if signals.received is not None:
@@ -83,6 +94,8 @@ def run_ranks(arguments: Sequence[str], *, placement: Placement, threads_per_pro
             # A rank that had to be killed here is not the one that failed.
             statuses = {placement.first_rank + i: rank.poll() for i, rank in enumerate(ranks)}
             _end(ranks)
+            if placement.has_first:
+                remove_unfinished(directory)
         _raise_failure(statuses, Path(errors), placement)
     signals.raise_interrupt()
 

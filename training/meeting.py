@@ -1,4 +1,4 @@
-"""Tasks of Slurm wait for the first one's checks: a refusal is said once, and none waits for ranks that never come.
+"""Tasks of Slurm wait for the first one's checks: a refusal is said once, and ends them all.
 
 The first task listens and sends each other one a byte: ranks are to start, or there is nothing to do. A connection that
 ends without one, because the first task refused or died, ends the others.

@@ -22,13 +22,13 @@ class LossWindow:
     """Sums of losses since the last line, by bin of the timestep; part of a checkpoint, so that a resume loses none."""
 
     def __init__(self, state: "dict[str, Any] | None" = None) -> None:
-        self._state = state or {
+        self._state = {
             "sums": [0.0] * NUM_TIMESTEP_BINS,
             "counts": [0.0] * NUM_TIMESTEP_BINS,
             "squared_error": 0.0,
             "num_steps": 0,
             "max_gradient_norm": 0.0,
-        }
+        } | (state or {})
 
     @property
     def state(self) -> dict[str, Any]:
@@ -96,8 +96,18 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one line; its numbers go to TensorBoard under their names."""
-        self._file.write((json.dumps(record) + "\n").encode())
+        """Write one line; its numbers go to TensorBoard under their names.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
+        try:
+            self._file.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} cannot be written: {error.strerror}; the last checkpoint stays in force, and the "
+                "same command continues from it"
+            ) from error
         for name, value in record.items():
             scalars = (
                 {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}

@@ -31,6 +31,7 @@ def main() -> int:
             placement=Placement(**order["placement"]),
             threads_per_process=job.settings.threads_per_process,
             directory=job.directory,
+            announce=lambda: None,
         )
     except LostContactError as error:
         _report(LOST, str(error))

@@ -1,5 +1,6 @@
 """Which ranks run where: on one machine, as tasks of Slurm, or on the hosts of a hostfile."""
 
+import contextlib
 import os
 import random
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Where a hostfile's ranks meet; below the ports that Linux hands out by itself.
+# Where ranks meet; below the ports that Linux hands out by itself.
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 
 
@@ -54,9 +55,6 @@ class Host:
 def on_this_machine(num_processes: int) -> Placement:
     """All ranks here; 0 is one per GPU, and without a GPU two where there are two cores."""
     num_ranks = num_processes or _default_num_ranks()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return Placement(
         first_rank=0,
         num_ranks=num_ranks,
@@ -64,8 +62,21 @@ def on_this_machine(num_processes: int) -> Placement:
         first_local_rank=0,
         ranks_on_machine=num_ranks,
         master_address="127.0.0.1",
-        master_port=port,
+        master_port=_free_port(),
     )
+
+
+def _any_port() -> int:
+    return FIRST_PORT + random.SystemRandom().randrange(NUM_PORTS)
+
+
+def _free_port() -> int:
+    """Return a port that nobody has; it stays free until rank 0 listens, as connections get none of these."""
+    while True:
+        port = _any_port()
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _default_num_ranks() -> int:
@@ -136,7 +147,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 def on_hosts(hosts: list[Host]) -> list[Placement]:
     """The placement of each host, in the order of the hostfile; rank 0 is on the first."""
-    port = FIRST_PORT + random.SystemRandom().randrange(NUM_PORTS)
+    port = _any_port()
     world_size = sum(host.slots for host in hosts)
     return [
         Placement(

@@ -215,7 +215,7 @@ def rank_bytes(settings: StageTraining, num_parameters: int, *, num_ranks: int) 
     """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
     stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
     weights = width / (num_ranks if stage >= 3 else 1)
-    gradients = width / (num_ranks if stage >= 2 else 1)
+    gradients = (4 if settings.gradient_accumulation_steps > 1 else width) / num_ranks if stage >= 2 else width
     # Adam's two moments and the average; and a master copy unless the model itself is that.
     sharded = 4 * (3 + (0 if stage == 0 and settings.dtype == "fp32" else 1))
     return int(num_parameters * (weights + gradients + sharded / (num_ranks if stage >= 1 else 1)))

@@ -105,7 +105,9 @@ def _fingerprint(
     stage: int, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
 ) -> Fingerprint:
     fields: dict[str, Any] = {"stage": stage, "training.init_from": start.identity, **features.fingerprint_fields()}
-    shape = model.model_dump(mode="json", exclude={"adaln"} if stage == 1 else None)
+    # A DiT's is its own; unnamed where it is the paper's, as in checkpoints made before there was a choice.
+    is_implied = stage == 1 or model.adaln == "single"
+    shape = model.model_dump(mode="json", exclude={"adaln"} if is_implied else None)
     fields |= {f"model.{name}": value for name, value in shape.items()}
     chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
     return Fingerprint.of(fields | {f"training.{name}": value for name, value in chosen.items()})
@@ -124,13 +126,30 @@ def _require_same_job(job: StageJob, checkpoint: Checkpoint) -> None:
 
 def _start_or_recorded(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
     """Return where the stage starts; one that has begun can go on when that is gone: its checkpoint has all of it."""
+    resume = find_checkpoint(directory)
     try:
-        return _starting_point(command, settings, directory)
+        start = _starting_point(command, settings, directory)
     except FileNotFoundError:
-        resume = find_checkpoint(directory)
-        if resume is None:
+        if resume is None or resume.trainer.get("init_from", settings.init_from) != settings.init_from:
             raise
         return StartingPoint(None, resume.trainer["fingerprint"]["training.init_from"])
+    if resume is None and start.checkpoint is not None:
+        _require_finished(command, settings, start.checkpoint)
+    return start
+
+
+def _require_finished(command: Command, settings: StageTraining, checkpoint: Checkpoint) -> None:
+    """Refuse weights of a stage that is neither at the end it was given nor at the one the recipe gives it now."""
+    num_steps = checkpoint.trainer["num_steps"]
+    if settings.init_from is None:
+        assert command.stage is not None
+        num_steps = min(num_steps, stage_training(command.recipe, command.stage - 1).num_steps)
+    if checkpoint.step < num_steps:
+        key = f"training.{command.stage_name}.init_from"
+        raise ValueError(
+            f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
+            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
+        )
 
 
 def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
@@ -146,8 +165,7 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
                 f"{former} has no checkpoint: stage {command.stage} starts from the weights of stage "
                 f"{command.stage - 1}; run `make train STAGE={command.stage - 1} RUN={command.run}` first or set {key}"
             )
-        num_steps = stage_training(command.recipe, command.stage - 1).num_steps
-        return _from_checkpoint(checkpoint, key, num_steps=num_steps)
+        return _from_checkpoint(checkpoint)
     path = Path(settings.init_from.replace("{run}", str(command.run)))
     if directory in (path, *path.parents):
         raise ValueError(
@@ -155,19 +173,13 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
         )
     checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
     if checkpoint is not None:
-        return _from_checkpoint(checkpoint, key, num_steps=checkpoint.trainer["num_steps"])
+        return _from_checkpoint(checkpoint)
     if (path / STATE).is_dir():
         raise ValueError(f"{key} = {settings.init_from!r} is a checkpoint without {TRAINER}: it was not written whole")
     return find_weights(settings.init_from.replace("{run}", str(command.run)))
 
 
-def _from_checkpoint(checkpoint: Checkpoint, key: str, *, num_steps: int) -> StartingPoint:
-    """Return a checkpoint as a start, if it has done the `num_steps` that its stage is to have."""
-    if checkpoint.step < num_steps:
-        raise ValueError(
-            f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
-            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
-        )
+def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
     identity = f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}"
     return StartingPoint(checkpoint.path / MODEL, identity, checkpoint)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,12 @@ def main() -> None:
         run_rank(job, stop)
         dist.barrier()
     except torch.OutOfMemoryError as error:
+        settings = job.settings
         raise ValueError(
             f"the GPU's memory does not suffice: {str(error).splitlines()[0]} Raise "
-            "training.gradient_accumulation_steps (smaller micro-batches) or training.zero_stage, or set "
-            "training.checkpoint_activations = true"
+            f"training.gradient_accumulation_steps {settings.gradient_accumulation_steps} (smaller micro-batches) or "
+            f"training.zero_stage {settings.zero_stage}, or set training.checkpoint_activations = true "
+            f"(it is {str(settings.checkpoint_activations).lower()})"
         ) from error
     except RuntimeError as error:
         if is_lost_contact(error):
@@ -70,8 +73,7 @@ def main() -> None:
         if isinstance(error, dist.DistError):
             raise ValueError(f"the ranks cannot talk to each other: {error}") from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
@@ -107,7 +109,8 @@ def run_rank(job: StageJob, stop: threading.Event) -> None:
     }
     if resume is not None:
         load_checkpoint(resume, model=model, ema=ema)
-        trainer = resume.trainer
+        # The ranks' time of a checkpoint made before it was counted by itself.
+        trainer = {"device_seconds": resume.trainer["elapsed_seconds"] * resume.trainer["num_ranks"]} | resume.trainer
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey, start_step=trainer["step"]))
         remaining_steps = settings.num_steps - trainer["step"]
@@ -185,6 +188,7 @@ def describe(job: StageJob, survey: Survey, *, network_config: DiTConfig | PixAr
         "stage_name": job.command.stage_name,
         "kind": "pixart" if is_pixart else "dit",
         "weights": "ema",
+        "init_from": job.settings.init_from,
         "num_steps": job.settings.num_steps,
         "num_ranks": dist.get_world_size(),
         "zero_stage": job.settings.zero_stage,
@@ -208,19 +212,24 @@ def _leave_with_parent() -> None:
 
 
 def run() -> int:
-    """Run `main`; returns the exit status. Under the launcher a failing rank leaves its message in a file."""
+    """Run `main`; returns the exit status. Under the launcher a failing rank leaves its message in a file.
+
+    And it leaves at once: NCCL would first wait for the other ranks, which wait for this one.
+    """
     folder = os.environ.get(ERROR_FOLDER)
     if folder is None:
         return run_command("training", main)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("ATELIER_TRACEBACK"):
-            raise
-        atomic_write_bytes(Path(folder) / os.environ["RANK"], str(error).encode())
-        return 2
-    return 0
+        return 0
+    except Exception as error:  # noqa: BLE001 - printed in full, and the process ends
+        if isinstance(error, ValueError | OSError) and not os.environ.get("ATELIER_TRACEBACK"):
+            atomic_write_bytes(Path(folder) / os.environ["RANK"], str(error).encode())
+        else:
+            traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 if __name__ == "__main__":

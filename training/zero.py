@@ -31,6 +31,8 @@ class Update:
 def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
     num_micro_batches = settings.gradient_accumulation_steps
+    # DeepSpeed cannot below ZeRO 2; what that costs is in docs/TRAINING.md.
+    sums_in_fp32 = settings.zero_stage >= 2 and num_micro_batches > 1
     return {
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
@@ -38,6 +40,7 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
         "zero_optimization": {"stage": settings.zero_stage},
         "checkpoint": {"load_universal": loads_universal},
         "bf16": {"enabled": settings.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32 else None},
         # 0 is off; DeepSpeed's own default is to clip at 1.
         "gradient_clipping": 0.0 if _is_plain(settings) else settings.gradient_clip,
     }

@@ -153,19 +153,18 @@ class FeatureIndex:
             FileNotFoundError, ValueError, OSError: an index is missing or cannot be used; names the shard.
         """
         dataset, name = self._shards[shard]
-        latents = _load(dataset.latents, name, LATENT_COLUMNS)
+        latents = self._load(dataset.latents, name, LATENT_COLUMNS)
         _require_unique(latents["key"], name, dataset.latents)
         if dataset.text is None:
             return _sort_by_bucket(name, latents, _labels(latents, name), captions=None)
-        captions = _load(dataset.text, name, TEXT_COLUMNS)
+        captions = self._load(dataset.text, name, TEXT_COLUMNS)
         has_caption = _call("is_in", latents["key"], value_set=captions["key"].combine_chunks())
         latents = latents.filter(has_caption)
         return _sort_by_bucket(name, latents, np.full(len(latents), NOT_THERE), captions=captions)
 
-
-def _load(directory: FeatureDirectory, name: str, columns: Sequence[str]) -> pa.Table:
-    with directory.open(name, ".parquet") as file:
-        return load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
+    def _load(self, directory: FeatureDirectory, name: str, columns: Sequence[str]) -> pa.Table:
+        with directory.open(name, ".parquet", is_stopping=self._is_stopping) as file:
+            return load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
 
 
 def _map(file: ShardFile, shard: str) -> np.ndarray:
