@@ -268,6 +268,8 @@ def test_costs_and_memory_follow_their_formulas() -> None:
     assert sizes[0, "fp32"] == 100 * (4 + 4 + 8 + 4)
     assert sizes[0, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4)
     assert sizes[3, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4) // 4
+    summing = StageTraining(zero_stage=2, dtype="bf16", gradient_accumulation_steps=2)
+    assert rank_bytes(summing, 100, num_ranks=4) == 100 * 2 + 100 * (4 + 4 + 8 + 4) // 4
 
 
 def test_device_seconds_count_the_ranks_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
