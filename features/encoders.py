@@ -275,11 +275,17 @@ class LatentCodec:
         return distribution.mean.float().cpu(), distribution.std.float().cpu()  # [B, C, h, w]
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Return one image per unscaled latent of [B, C, h, w]."""
+        """Return one image per unscaled latent of [B, C, h, w].
+
+        Raises:
+            ValueError: the VAE gives values that are not finite.
+        """
         import torch
         from PIL import Image
 
         with torch.inference_mode():
             images = self.model.decode(latents.to(self.device, self.dtype)).sample  # [B, 3, H, W]
+        if not images.isfinite().all():
+            raise ValueError("the VAE gave pixels that are not finite: its weights (features.vae_model) are at fault")
         pixels = ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]

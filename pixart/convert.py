@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -155,11 +156,18 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {key: value for name in names for key, value in load_file(folder / name).items()}
+        return {key: value for name in names for key, value in _load_file(folder / name).items()}
     pickled = folder / f"{WEIGHTS_NAME}.bin"
     if pickled.exists() and not (folder / f"{WEIGHTS_NAME}.safetensors").exists():
         return torch.load(pickled, map_location="cpu", weights_only=True)
-    return load_file(folder / f"{WEIGHTS_NAME}.safetensors")
+    return _load_file(folder / f"{WEIGHTS_NAME}.safetensors")
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read, it may have been cut short: {error}") from None
 
 
 def _shared_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:

@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the samples of one training stage's checkpoint, or only encode their prompts."""
     command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, stages=STAGES)
     config = command.recipe.table("sampling", SamplingConfig)
+    if config.write_embeddings is not None and config.text_encoder == "precomputed":
+        # What is written is encoded now, wherever drawing will read its embeddings from.
+        config = config.model_copy(update={"text_encoder": "device"})
     job = make_job(
         config,
         find_checkpoint(config, command),

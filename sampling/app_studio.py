@@ -59,8 +59,10 @@ class Studio:
     ) -> None:
         if checkpoint.text is None:
             raise ValueError(f"{checkpoint.name} knows classes, not text: the app draws from stages 2 and 3")
+        is_precomputed = config.text_encoder == "precomputed"
         self.checkpoint = checkpoint
-        self.config = config
+        # What is typed into a page is in no file of embeddings.
+        self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config
         self.folder = run / "samples" / name
         self._run, self._name, self._engine = run, name, engine
         self._renderer: Renderer | None = None

@@ -23,7 +23,8 @@ VAE_FACTOR = 8
 ORIGINAL_SUFFIXES = (".pth", ".pt")
 # what diffusers' pipelines read of a prompt; their folders do not say
 PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
-# of a hub repository, at any depth
+PARTS = ("transformer", "vae", "text_encoder")
+# of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 DEFAULT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -144,7 +145,11 @@ def _find_folder(location: str, revision: str | None) -> Path:
     require_model(source, key="sampling.checkpoint")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source.location, revision=revision, allow_patterns=DOWNLOADED_FILES))
+    folder = Path(snapshot_download(source.location, revision=revision, allow_patterns=DOWNLOADED_FILES))
+    pickled = [part for part in PARTS if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors"))]
+    if pickled:
+        snapshot_download(source.location, revision=revision, allow_patterns=[f"{part}/*.bin" for part in pickled])
+    return folder
 
 
 def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[str, Any]]:
@@ -165,20 +170,20 @@ def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[s
 
 def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> Checkpoint:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    is_whole = (folder / "vae").is_dir() and ((folder / "text_encoder").is_dir() or "text_encoder" not in index)
-    if is_whole:
-        max_tokens = PIPELINE_TOKENS.get(index["_class_name"], 120)
-        parts: dict[str, dict[str, Any]] = {
-            "text": {
-                "model": str(folder / "text_encoder"),
-                "tokenizer": str(folder / "tokenizer"),
-                "revision": None,
-                "max_tokens": max_tokens,
-            },
-            "vae": {"model": str(folder / "vae"), "revision": None},
+    has_text = (folder / "text_encoder").is_dir() or "text_encoder" not in index
+    has_vae = (folder / "vae").is_dir()
+    parts = {} if has_text and has_vae else _encoders(str(folder), encoders)
+    if has_text:
+        parts["text"] = {
+            "model": str(folder / "text_encoder"),
+            "tokenizer": str(folder / "tokenizer"),
+            "revision": None,
+            "max_tokens": 120,
         }
-    else:
-        parts = _encoders(str(folder), encoders)
+    if index["_class_name"] in PIPELINE_TOKENS:
+        parts["text"]["max_tokens"] = PIPELINE_TOKENS[index["_class_name"]]
+    if has_vae:
+        parts["vae"] = {"model": str(folder / "vae"), "revision": None}
     return _open_transformer(folder / "transformer", **parts, schedule=_read_schedule(folder / "scheduler"))
 
 

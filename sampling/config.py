@@ -92,6 +92,11 @@ class SamplingConfig(StageConfig):
             raise ValueError("the prompt is empty")
         return value
 
+    @property
+    def reads_features(self) -> bool:
+        """Whether embeddings come from a run's text features, where they are found by the sample's key."""
+        return self.text_encoder == "precomputed" and not self.text_embeddings.endswith(".safetensors")
+
 
 class EncoderConfig(pydantic.BaseModel):
     """What sampling from a bare transformer reads of `[features]`; the features room owns and validates that table."""

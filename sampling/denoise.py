@@ -102,5 +102,8 @@ def denoise(
         if on_step is not None:
             on_step(num_done)
     if not latents.isfinite().all():
-        raise ValueError("the model gave latents that are not finite: its weights or its dtype are at fault")
+        raise ValueError(
+            f"the model gave latents that are not finite (sampling.num_steps {len(solver.scheduler.timesteps)}): its "
+            "weights or sampling.dtype are at fault"
+        )
     return latents

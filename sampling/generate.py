@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.engine import EngineConfig, run_over_shards
 from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
 from pipelines.models import ModelSource, require_model, resolve_model
-from pipelines.pieces import Source
+from pipelines.pieces import Source, forget_pieces
 from pipelines.progress import get_logger
 from pipelines.storage import atomic_file, sha256_file, sha256_text
 from pipelines.summary import update_summary
@@ -109,8 +109,10 @@ def run_job(job: Job, *, run: Path) -> None:
     log.info(f"{job.checkpoint.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     if pending:
         check_inputs(job)
-        # An image that was deleted is drawn again.
+        # What is drawn is what is missing now, whatever pieces of a table an interrupted run has left: images may have
+        # been deleted since, or drawn over under other settings.
         job.directory.clear_marker(REPORT_NAME)
+        forget_pieces(REPORT_NAME, job.directory)
     _draw(job, num_pending=len(pending))
     _write_grid(job)
     update_summary(run, f"seconds.sampling_{folder.name}", round(time.monotonic() - start_seconds, 1))

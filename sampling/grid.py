@@ -13,6 +13,7 @@ TITLE_SIZE = 22
 CAPTION_SIZE = 13
 LINE_PIXELS = 17
 MAX_LINES = 6
+MAX_LINE_CHARACTERS = 200  # more than a cell holds
 MAX_COLUMNS = 8
 PAPER = "#ffffff"
 INK = "#1f2430"
@@ -88,6 +89,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[
 def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(line) <= CELL_PIXELS:
         return line
+    line = line[:MAX_LINE_CHARACTERS]
     while line and font.getlength(f"{line}…") > CELL_PIXELS:
         line = line[:-1]
     return f"{line.rstrip()}…"

@@ -17,6 +17,7 @@ from sampling.config import SamplingConfig
 from sampling.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
 from sampling.requests import ImageRequest
 from sampling.solvers import make_solver
+from sampling.text_encoding import text_id
 
 # Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.
 MAX_DECODED_PIXELS = 1024 * 1024
@@ -70,9 +71,16 @@ class Renderer:
         if isinstance(self.model, DiT):
             labels = [request.label for request in requests if request.label is not None]
             return predict_from_labels(self.model, labels, guidance_scale=scale)
+        conditions = [texts[text_id(request, self.config)] for request in requests]
+        width = self.model.config.caption_channels
+        if conditions[0].shape[-1] != width:
+            raise ValueError(
+                f"embeddings are {conditions[0].shape[-1]} wide, but {self.checkpoint.name} reads {width}: they are of "
+                f"another text encoder (sampling.text_embeddings {self.config.text_embeddings})"
+            )
         return predict_from_text(
             self.model,
-            [texts[request.prompt] for request in requests],
+            conditions,
             texts[self.config.negative_prompt],
             guidance_scale=scale,
             size_pixels=(requests[0].height, requests[0].width),

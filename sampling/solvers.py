@@ -27,10 +27,14 @@ def make_solver(name: str, schedule: Mapping[str, Any], *, num_steps: int) -> So
     variance and respaced timesteps (Nichol & Dhariwal 2021), "sa-solver" stochastic Adams (Xue et al. 2023).
 
     Raises:
-        ValueError: iddpm is asked for a single step, which would begin and end at timestep 0.
+        ValueError: iddpm is asked for a single step, which would begin and end at timestep 0, or another one for all
+            timesteps, of which diffusers would then take one twice and divide by nothing.
     """
     if name == "iddpm" and num_steps == 1:
         raise ValueError("sampling.num_steps 1: iddpm needs at least 2 steps")
+    num_timesteps = schedule["num_train_timesteps"]
+    if name != "iddpm" and num_steps >= num_timesteps:
+        raise ValueError(f"sampling.num_steps {num_steps}: {name} takes fewer than the schedule's {num_timesteps}")
     match name:
         case "dpm-solver++":
             scheduler = DPMSolverMultistepScheduler(**schedule)

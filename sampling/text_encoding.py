@@ -18,16 +18,19 @@ from features.encoders import TextEncoder, clean_prompt, select_device
 from pipelines.feature_store import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, load_index, read_payload
 from pipelines.manifest import read_manifest, require_same
 from pipelines.models import resolve_model
+from pipelines.progress import get_logger
 from pipelines.storage import atomic_file
 from sampling.config import SamplingConfig
 from sampling.int8_linear import quantize_linears
 from sampling.requests import ImageRequest
 
+log = get_logger("sampling")
+
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return an embedding [L, D] on the CPU for each distinct prompt of `requests`, and for the negative prompt.
+    """Return an embedding [L, D] on the CPU for each `text_id` of `requests`, and for the negative prompt.
 
     `text` names the checkpoint's encoder. An encoder that this loads is gone from memory when it returns.
 
@@ -38,12 +41,22 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     if config.text_encoder != "precomputed":
         return encode_prompts(prompts, config, text)
     path = Path(config.text_embeddings)
-    if path.suffix == ".safetensors":
-        return _read_embeddings(path, prompts, text)
-    if config.negative_prompt:
+    if not config.reads_features:
+        embeddings = _read_embeddings(path, prompts, text)
+    elif config.negative_prompt:
         raise ValueError(f"sampling.negative_prompt {config.negative_prompt!r}: text features hold only that of ''")
-    captions, null = _read_features(path, [request.key for request in requests], text)
-    return {"": null, **{request.prompt: captions[request.key] for request in requests}}
+    else:
+        captions, null = _read_features(path, [request.key for request in requests], text)
+        embeddings = {"": null, **captions}
+    for name, embedding in embeddings.items():
+        if not embedding.float().isfinite().all():
+            raise ValueError(f"sampling.text_embeddings {path}: the embedding of {name[:80]!r} is not finite")
+    return embeddings
+
+
+def text_id(request: ImageRequest, config: SamplingConfig) -> str:
+    """Return what an embedding is found by: its key in text features, where texts may repeat; else its prompt."""
+    return request.key if config.reads_features else request.prompt
 
 
 def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -79,12 +92,14 @@ def write_embeddings(
     path: Path, requests: Sequence[ImageRequest], config: SamplingConfig, text: Mapping[str, Any]
 ) -> int:
     """Write the embeddings of all prompts of `requests` to a .safetensors file; returns how many there are."""
-    # What is written is encoded now, wherever drawing will read its embeddings from.
-    live = config.model_copy(update={"text_encoder": "device"}) if config.text_encoder == "precomputed" else config
-    embeddings = load_texts(requests, live, text)
+    embeddings = load_texts(requests, config, text)
     # names of tensors are numbers, as safetensors keeps one name for itself
     tensors = {str(number): embedding.contiguous() for number, embedding in enumerate(embeddings.values())}
-    metadata = {"prompts": json.dumps(list(embeddings)), "max_tokens": str(text["max_tokens"])}
+    metadata = {
+        "prompts": json.dumps(list(embeddings)),
+        "max_tokens": str(text["max_tokens"]),
+        "text_model": text["model"],
+    }
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return len(embeddings)
@@ -115,6 +130,7 @@ def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             require_same("max_tokens", str(text["max_tokens"]), metadata.get("max_tokens"), where=str(path))
+            _warn_of_other_model(metadata.get("text_model"), text, path)
             numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata["prompts"]))}
             if missing := [prompt for prompt in prompts if prompt not in numbers]:
                 raise ValueError(f"sampling.text_embeddings {path} lacks {_describe(missing)}")
@@ -128,6 +144,7 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
     manifest = read_manifest(directory)
     stored = manifest.extra["text"]
     require_same("max_tokens", text["max_tokens"], stored["max_tokens"], where=str(directory))
+    _warn_of_other_model(stored["model"], text, directory)
     columns = ["key", "shard", "caption_index", "offset", "scale_offset", "num_tokens", "nbytes"]
     table = load_index(directory, sorted(manifest.shards), columns=columns)
     is_first = (pc.field("caption_index") == 0) & pc.field("offset").is_valid()
@@ -140,6 +157,12 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
     captions = {key: _restore(tars[row["shard"]], row, stored["storage"]) for key, row in rows.items()}
     with safe_open(directory / NULL_CAPTION_FILE, framework="pt") as file:
         return captions, file.get_tensor("embedding_0")
+
+
+def _warn_of_other_model(model: str | None, text: Mapping[str, Any], path: Path) -> None:
+    """The same encoder may lie elsewhere under another name, so this is for the user to judge."""
+    if model != text["model"]:
+        log.warning(f"sampling.text_embeddings {path} is of {model}, the checkpoint reads {text['model']}'s")
 
 
 def _restore(tar: np.ndarray, row: Mapping[str, Any], storage: str) -> Tensor:

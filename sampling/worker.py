@@ -20,7 +20,7 @@ from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
-from sampling.text_encoding import load_texts
+from sampling.text_encoding import load_texts, text_id
 
 SCHEMA = pa.schema(
     [
@@ -100,7 +100,7 @@ class SampleWorker:
 
     def _draw(self, batch: Sequence[ImageRequest], piece: Piece, *, start: int) -> list[Image.Image]:
         sampling, checkpoint = self._config.sampling, self._config.checkpoint
-        if checkpoint.text is not None and not all(request.prompt in self._texts for request in batch):
+        if checkpoint.text is not None and not all(text_id(request, sampling) in self._texts for request in batch):
             self._texts = load_texts(self._upcoming(piece, start), sampling, checkpoint.text)
         self._renderer = self._renderer or Renderer(sampling, checkpoint)
         return self._renderer.draw(batch, self._texts)

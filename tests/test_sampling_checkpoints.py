@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sampling_run import DIT, MAX_TOKENS, PIXART, make_run, randomised, save_checkpoint, write_recipe
 from transformers import AutoTokenizer, T5EncoderModel
 
@@ -74,6 +75,33 @@ def test_a_pipeline_folder_brings_its_own_encoders_and_schedule(run):
     index.write_text(index.read_text().replace("PixArtAlphaPipeline", "PixArtSigmaPipeline"))
     checkpoint = open_checkpoint(str(run / "saved"), None)
     assert checkpoint.text is not None and checkpoint.text["max_tokens"] == 300
+
+
+def test_a_pipeline_folder_without_a_text_encoder_keeps_its_vae(run, encoders):
+    make_pipeline(run).save_pretrained(run / "saved")
+    shutil.rmtree(run / "saved" / "text_encoder")
+    checkpoint = open_checkpoint(str(run / "saved"), encoders)
+    assert checkpoint.text is not None and checkpoint.text["model"] == encoders.text_model
+    assert checkpoint.vae["model"] == str(run / "saved" / "vae")
+    shutil.rmtree(run / "saved" / "vae")
+    assert open_checkpoint(str(run / "saved"), encoders).vae["model"] == encoders.vae_model
+
+
+def test_pickled_weights_are_fetched_of_parts_that_have_no_others(run, tmp_path, monkeypatch):
+    make_pipeline(run).save_pretrained(tmp_path / "saved")
+    weights = next((tmp_path / "saved" / "transformer").glob("*.safetensors"))
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("sampling.checkpoints.require_model", lambda source, key: None)
+    open_checkpoint("someone/pixart", None)
+    assert asked == [["*.json", "*.safetensors", "*.model"], ["transformer/*.bin"]]
 
 
 def test_a_hub_id_is_found_in_the_cache_by_revision(run, tmp_path, monkeypatch):
@@ -175,9 +203,25 @@ def test_nan_weights_leave_no_image(run, part):
     model = randomised(PixArt(PIXART))
     getattr(model.blocks[1].mlp.out, part).data[0] = torch.nan
     save_checkpoint(run, 2, model)
-    with pytest.raises(ValueError, match="not finite: its weights or its dtype are at fault"):
+    with pytest.raises(ValueError, match=r"not finite \(sampling\.num_steps 5\): its weights or sampling\.dtype"):
         sample(run)
     assert not list((run / "samples" / "stage2-prompt").glob("*.png"))
+
+
+def test_a_vae_of_nan_leaves_no_image(run):
+    (path,) = (run / "vae").glob("*.safetensors")
+    weights = load_file(path)
+    save_file(weights | {"decoder.conv_out.weight": weights["decoder.conv_out.weight"] * torch.nan}, path)
+    with pytest.raises(ValueError, match=r"pixels that are not finite: its weights \(features\.vae_model\)"):
+        sample(run)
+    assert not list((run / "samples" / "stage2-prompt").glob("*.png"))
+
+
+def test_weights_that_were_cut_short_are_named(run):
+    (path,) = (run / "training" / "stage2" / "step-7" / "model").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"step-7/model/.*\.safetensors cannot be read, it may have been cut short"):
+        sample(run)
 
 
 def test_wrong_encoder_settings_name_their_key(tmp_path):

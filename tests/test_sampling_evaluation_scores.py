@@ -119,7 +119,10 @@ def test_a_second_run_draws_and_measures_nothing(run, clip_folder, monkeypatch, 
     assert (folder / "scores.json").stat().st_mtime_ns == before and drawn == []
     assert "nothing to do" in capsys.readouterr().err
     monkeypatch.undo()
-    # Another checkpoint is another number.
+    # So are another bound of what is usable, and another checkpoint.
+    evaluate(run, clip_folder, max_pixels=100_000)
+    assert (folder / "scores.json").stat().st_mtime_ns > before
+    before = (folder / "scores.json").stat().st_mtime_ns
     save_checkpoint(run, 2, randomised(PixArt(PIXART), seed=1), step=8)
     evaluate(run, clip_folder)
     assert (folder / "scores.json").stat().st_mtime_ns > before
@@ -158,7 +161,8 @@ def test_benchmark_prompts_are_drawn_into_a_folder_of_their_own(run, clip_folder
     (run.parent / "dataset").mkdir()
     (run.parent / "dataset" / "color_val.txt").write_text("a green bench and a blue bowl\na red car\n")
     table = {"prompt_set": "t2i-compbench", "prompts": str(run.parent / "dataset")}
-    n = ("--set", "sampling.images_per_prompt=2")
+    # The recipe's own prompts are in another column.
+    n = ("--set", "sampling.images_per_prompt=2", "--set", "sampling.prompt_column=caption")
     drawn = count_draws(monkeypatch)
     folder = evaluate(run, clip_folder, *n, **table)
     expected = ["color-0000-1.png", "color-0000.png", "color-0001-1.png", "color-0001.png"]
@@ -180,9 +184,11 @@ def test_the_judges_axes_stand_in_the_table_where_it_saw_these_samples(run, clip
     axes |= {name: {"score": 0.0, "num_images": 0} for name in ("complex", "count")}
     judged = {"axes": axes, "judge": "toyworld/weights/judge", "judge_fingerprint": "sha256:1"}
     (run / "judge").mkdir()
-    for digest, is_shown in ((read_manifest(run / "samples" / "stage2").fingerprint.digest, True), ("other", False)):
+    manifest = read_manifest(run / "samples" / "stage2")
+    of_these = {"samples_fingerprint": manifest.fingerprint.digest, "samples_source": manifest.shards["samples"].source}
+    for seen, is_shown in (({}, True), ({"samples_fingerprint": "a"}, False), ({"samples_source": "other"}, False)):
         path = run / "judge" / "stage2.json"
-        path.write_text(json.dumps(judged | {"samples_fingerprint": digest}))
+        path.write_text(json.dumps(judged | of_these | seen))
         evaluate(run, clip_folder)
         numbers = json.loads((folder / "scores.json").read_text())["checkpoints"][0]["numbers"]
         names = [number["metric"] for number in numbers if number["metric"].startswith("judge")]

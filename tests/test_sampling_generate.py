@@ -1,6 +1,7 @@
 """`python -m sampling` on checkpoints of tiny random models: contract, resume, parity with diffusers' pipeline."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -124,6 +125,36 @@ def test_only_missing_or_stale_images_are_drawn(run, monkeypatch):
     save_checkpoint(run, 2, randomised(PixArt(PIXART), seed=1), step=8)
     sample(run, 2, guidance_scale=1.0)
     assert len(drawn) == 3
+
+
+def interrupt(run: Path, monkeypatch: pytest.MonkeyPatch, *, num_draws: int, **table: object) -> None:
+    draw, num_drawn = renderer.Renderer.draw, 0
+
+    def failing(self, requests, texts):
+        nonlocal num_drawn
+        num_drawn += 1
+        if num_drawn > num_draws:
+            raise KeyboardInterrupt
+        return draw(self, requests, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renderer.Renderer, "draw", failing)
+        with pytest.raises(KeyboardInterrupt):
+            sample(run, 2, **table)
+
+
+def test_what_other_settings_drew_over_is_drawn_again(run, monkeypatch):
+    table = {"batch_size": 1, "images_per_prompt": 4}
+    sample(run, 2, **table)
+    folder = run / "samples" / "stage2"
+    expected = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    shutil.rmtree(folder)
+    # Pieces of a job are finished under settings, and others that were tried in between drew over some of their images.
+    interrupt(run, monkeypatch, num_draws=10, **table)
+    assert list(folder.glob(".parts/samples/*.report"))
+    interrupt(run, monkeypatch, num_draws=4, **table, guidance_scale=1.0)
+    sample(run, 2, **table)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == expected
 
 
 def test_an_interrupted_run_continues(run, monkeypatch):

@@ -33,6 +33,20 @@ def test_captions_never_reach_the_next_cell():
     assert wrap("a short one", font) == ["a short one"]
 
 
+def test_a_prompt_without_spaces_is_cut_in_few_looks():
+    font = ImageFont.load_default(CAPTION_SIZE)
+    looked = []
+
+    class Counting:
+        def getlength(self, text):
+            looked.append(len(text))
+            return font.getlength(text)
+
+    (line,) = wrap("狐" * 30_000, Counting())
+    assert line.endswith("…") and font.getlength(line) <= CELL_PIXELS
+    assert sum(looked) < 100_000
+
+
 def test_columns_can_be_given():
     five = samples([(64, 64)] * 5, "a")
     narrow, wide = make_grid(five, title="t", num_columns=1), make_grid(five, title="t", num_columns=5)

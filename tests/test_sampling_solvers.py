@@ -1,5 +1,7 @@
 """Solvers against the exact answer for Gaussian data, whose score is known in closed form."""
 
+import re
+
 import pytest
 import torch
 
@@ -37,6 +39,14 @@ def test_dpm_solver_converges_to_the_probability_flow():
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.1 * STD
     assert errors[-1] < 0.01 * STD
+
+
+@pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
+def test_as_many_steps_as_timesteps_are_refused(name):
+    with pytest.raises(ValueError, match=rf"sampling\.num_steps 1000: {re.escape(name)} takes fewer than the sche"):
+        make_solver(name, SCHEDULE, num_steps=1000)
+    timesteps = make_solver(name, SCHEDULE, num_steps=999).scheduler.timesteps
+    assert len(set(timesteps.tolist())) == 999
 
 
 def test_one_step_of_iddpm_is_refused():

@@ -1,6 +1,7 @@
 """Where prompts are encoded: live, in 8 bits, or earlier; and that the encoder is gone before anything is denoised."""
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
 
 from features.encoders import TextEncoder
@@ -63,7 +66,7 @@ def write_features(run: Path, storage: str) -> None:
     write_tensors(directory.path / NULL_CAPTION_FILE, {"embedding_0": null.values})
     fingerprint = Fingerprint.of({"storage": storage})
     directory.write_marker(ShardReport(name="s0", source="x", num_read=3, num_kept=3), fingerprint)
-    text = {"max_tokens": MAX_TOKENS, "storage": storage}
+    text = {"model": str(run / "t5"), "max_tokens": MAX_TOKENS, "storage": storage}
     directory.write_manifest(fingerprint, ["s0"], upstream={}, extra={"text": text})
 
 
@@ -118,6 +121,38 @@ def test_text_features_give_the_images_of_the_encoder(run, storage, tolerance):
     write_features(run, storage)
     sample(run, text_encoder="precomputed")
     assert largest_difference(images(run), expected) <= tolerance
+
+
+def test_text_features_are_found_by_key_where_texts_are_the_same(run):
+    write_features(run, "bfloat16")
+    sample(run, text_encoder="precomputed")
+    expected = images(run)
+    prompts = run / "raw" / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row | {"prompt": "a photo"}) + "\n" for row in PROMPTS))
+    sample(run, text_encoder="precomputed")
+    assert largest_difference(images(run), expected) == 0
+
+
+def test_embeddings_of_another_encoder_are_refused(run, caplog):
+    written, precomputed = run / "texts.safetensors", {"text_encoder": "precomputed"}
+    # Encoded now, though the recipe reads embeddings that are still to be written.
+    sample(run, **precomputed, text_embeddings=str(written), write_embeddings=str(written))
+    with safe_open(written, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert metadata["text_model"] == str(run / "t5")
+    narrow = {name: tensor[:, :16].contiguous() for name, tensor in tensors.items()}
+    spoilt = {name: tensor * torch.nan for name, tensor in tensors.items()}
+    for changed, message in (
+        (narrow, "embeddings are 16 wide, but stage 2"),
+        (spoilt, r"texts\.safetensors: the embedding of '' is not finite"),
+    ):
+        save_file(changed, written, metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            sample(run, **precomputed, text_embeddings=str(written))
+    assert not list((run / "samples").glob("*/*.png"))
+    save_file(tensors, written, metadata=metadata | {"text_model": "google/t5"})
+    sample(run, **precomputed, text_embeddings=str(written))
+    assert f"is of google/t5, the checkpoint reads {run / 't5'}'s" in caplog.text
 
 
 def test_text_features_that_do_not_fit_are_refused(run):

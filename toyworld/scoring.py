@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = get_logger("toyworld")
 
-SCORING_VERSION = 2  # raise it when what the numbers mean changes
+SCORING_VERSION = 3  # raise it when what the numbers mean changes
 CAPTIONS_NAME = "captions"
 # What the demo promises of its samples, shown beside the scores.
 TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
@@ -319,10 +319,13 @@ def _figures(verdicts: "Sequence[Verdict]") -> dict[str, Any]:
 
 
 def _write_figures(path: Path, figures: Mapping[str, Any], config: ToyworldConfig, folder: Path) -> None:
-    has_manifest = (folder / MANIFEST_NAME).is_file()
-    samples_fingerprint = read_manifest(folder).fingerprint.digest if has_manifest else None
+    samples: dict[str, Any] = {"samples_fingerprint": None, "samples_source": None}
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        (report,) = manifest.shards.values()
+        samples = {"samples_fingerprint": manifest.fingerprint.digest, "samples_source": report.source}
     judge = {"judge": config.judge, "judge_fingerprint": resolve_model(config.judge).identity}
-    atomic_write_json(path, {**figures, **judge, "samples_fingerprint": samples_fingerprint})
+    atomic_write_json(path, {**figures, **judge, **samples})
 
 
 def _log_figures(name: str, figures: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ def find_contestants(
     sampling = _sampling_config(command, guidance_scale=guidance_scale)
     prompts = write_prompt_set(config, run=command.run)
     if prompts is not None:
-        sampling = sampling.model_copy(update={"prompts": str(prompts), "max_prompts": None})
+        sampling = sampling.model_copy(update={"prompts": str(prompts), "prompt_column": "prompt", "max_prompts": None})
     suffix = "" if prompts is None else f"-{config.prompt_set}"
     if guidance_scale is not None:
         suffix += f"-cfg{guidance_scale:g}"

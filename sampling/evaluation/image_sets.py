@@ -68,7 +68,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
         ) from None
     shards = describe_shards(paths, run=run)
     sources = [shard.source for shard in shards]
-    identity = "sha256:" + sha256_text("\n".join(sorted(source.identity for source in sources)))
+    identity = "sha256:" + sha256_text("\n".join(sorted(f"{source.name} {source.identity}" for source in sources)))
     return ImageSet(name=spec, identity=identity, sources=sources, dialect="auto")
 
 

@@ -17,7 +17,7 @@ from pipelines.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.evaluation.distances import cmmd, frechet_distance
-from sampling.evaluation.features import Features, compute_features
+from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
 from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
 from sampling.evaluation.networks import NetworkSource, find_networks
 from sampling.evaluation.tables import render_scores
@@ -90,6 +90,15 @@ class Meter:
     def _features(self, images: ImageSet, network: NetworkSource) -> Features:
         return compute_features(images, network, cache=self._cache, config=self._config, engine=self._engine)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what else decides the numbers: which images are usable, and how features are computed."""
+        config = self._config
+        return {
+            "features_version": FEATURES_VERSION,
+            "max_pixels": config.max_pixels,
+            "max_reject_fraction": config.max_reject_fraction,
+        }
+
     def inputs(self) -> dict[str, Any]:
         """Return reference, networks and package versions, to be printed beside the numbers."""
         reference = None
@@ -149,11 +158,11 @@ def _number(
 
 def read_judge(contestant: Contestant, *, run: Path) -> list[Number]:
     """Return what `make judge` found of these very samples; nothing where it has not seen them."""
-    path = run / "judge" / f"{contestant.folder.name}.json"
+    path, job = run / "judge" / f"{contestant.folder.name}.json", contestant.job
     if not path.is_file():
         return []
     judged = json.loads(path.read_text(encoding="utf-8"))
-    if judged["samples_fingerprint"] != contestant.job.fingerprint.digest:
+    if (judged["samples_fingerprint"], judged.get("samples_source")) != (job.fingerprint.digest, job.identity):
         log.warning(f"{path} is of other samples: run `make judge RUN={run}` again")
         return []
     axes = judged["axes"]
@@ -240,7 +249,7 @@ def _nothing_to_measure(command: Command) -> str:
 
 def _score_inputs(meter: Meter, contestants: Sequence[Contestant], *, run: Path) -> tuple[Fingerprint, str]:
     judged = {item.folder.name: [asdict(number) for number in read_judge(item, run=run)] for item in contestants}
-    fingerprint = Fingerprint.of({"version": SCORES_VERSION, **meter.inputs(), "judged": judged})
+    fingerprint = Fingerprint.of({"version": SCORES_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     manifests = {item.title: sha256_file(item.folder / MANIFEST_NAME) for item in contestants}
     inputs = [[item.title, item.inputs(), manifests[item.title]] for item in contestants]
     return fingerprint, "sha256:" + sha256_text(json.dumps(inputs, sort_keys=True))
