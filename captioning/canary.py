@@ -18,6 +18,10 @@ class CanaryError(ValueError):
     """The model cannot be trusted with this job; says why."""
 
 
+class RefusedProbeError(CanaryError):
+    """This image is refused, which says nothing about the others; says why."""
+
+
 def is_worth_showing(image: Image.Image) -> bool:
     """Whether an image differs enough from a black one to tell whether the model sees it."""
     values = np.asarray(image.resize((32, 32)).convert("L"), dtype=np.float32)
@@ -30,6 +34,7 @@ def check_engine(engine: CaptionEngine, image: Image.Image, prompt: str) -> None
     Raises:
         CanaryError: both got the same caption, so that the image does not reach the model; or a caption changed with
             the number of prompts beside it, so that padding or masks are wrong.
+        RefusedProbeError: there is no caption to compare; another image may do.
     """
     black = Image.new("RGB", image.size)
     prompts = [prompt, prompt, SHORT_PROMPT, prompt + LONG_TAIL]
@@ -57,7 +62,7 @@ def _probe(engine: CaptionEngine, requests: Sequence[Request]) -> list[str]:
     texts = []
     for request, caption in zip(requests, engine.probe(prepared), strict=True):
         if isinstance(caption, Refusal):
-            raise CanaryError(f"the first request is refused ({caption.reason}): {request.prompt!r}: {caption.detail}")
+            raise RefusedProbeError(f"{caption.reason}: {request.prompt!r}: {caption.detail}")
         texts.append(caption.text)
     return texts
 

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 
 
 def template_for(shard: str, dialect: str, prompts: Mapping[str, str]) -> str:
-    """Return the prompt template of a shard: by a pattern that fits its name, else by its dialect, else the default."""
-    for pattern, template in prompts.items():
-        if pattern not in ("default", dialect) and fnmatch.fnmatchcase(shard, pattern):
-            return template
+    """Return the prompt template of a shard: by a pattern that fits its name, else by its dialect, else the default.
+
+    Of several patterns that fit, the longest one counts, and of equally long ones the first in the alphabet: the order
+    of `prompts` is in no fingerprint.
+    """
+    fitting = [name for name in prompts if name not in ("default", dialect) and fnmatch.fnmatchcase(shard, name)]
+    if fitting:
+        return prompts[min(fitting, key=lambda name: (-len(name), name))]
     return prompts.get(dialect, prompts["default"])
 
 

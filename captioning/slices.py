@@ -64,7 +64,7 @@ class SliceCaptioner:
 
     def _ask_again(
         self, loader: ShardLoader, samples: Sequence[RawSample], said: Mapping[int, Caption | Refusal]
-    ) -> dict[int, Caption]:
+    ) -> Mapping[int, Caption | Refusal]:
         """Return the second try of every caption that loops, by index. Loops are few: their images are read again."""
         settings = self._config.loop_retry
         looping = [
@@ -79,21 +79,15 @@ class SliceCaptioner:
         captions = self._engine.caption(
             (sample.prepared for sample in loaded), repetition_penalty=settings.repetition_penalty
         )
-        return {
-            index: caption for index, caption in zip(looping, captions, strict=True) if isinstance(caption, Caption)
-        }
+        return dict(zip(looping, captions, strict=True))
 
-    def _finish(self, row: Row, said: Caption | Refusal, second: Caption | None) -> Row:
-        if isinstance(said, Refusal):
-            return {**row, "reject": said.reason}
-        kept = second or said
-        row = {
-            **row,
-            "caption_raw": kept.text,
-            "first_caption": said.text if second is not None else None,
-            "num_tokens": kept.num_tokens,
-            "finish_reason": kept.finish_reason,
-        }
+    def _finish(self, row: Row, said: Caption | Refusal, second: Caption | Refusal | None) -> Row:
+        kept = said if second is None else second
+        row = {**row, "first_caption": said.text if kept is not said and isinstance(said, Caption) else None}
+        if isinstance(kept, Refusal):
+            # Of a second try, too: kept as a loop the row would never be asked about again, not even by RETRY=1.
+            return {**row, "reject": kept.reason}
+        row |= {"caption_raw": kept.text, "num_tokens": kept.num_tokens, "finish_reason": kept.finish_reason}
         return {**row, **judge(row, self._config.quality)}
 
     def _score(self, loader: ShardLoader, samples: Sequence[RawSample], rows: list[Row], kept: Sequence[int]) -> None:

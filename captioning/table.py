@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from captioning.config import QualityConfig
 from captioning.quality import FLAGS, judge
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
 from pipelines.pieces import PARTS_FOLDER
-from pipelines.storage import atomic_file, sha256_file
+from pipelines.storage import atomic_file, atomic_write_json, sha256_file
 
 # `caption_raw` is what the model said; `caption` differs from it only where boilerplate is stripped. `first_caption` is
 # what it said before, where that was a loop and it was asked again.
@@ -86,20 +86,24 @@ def count_flags(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def judge_directory_again(directory: StageDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:
     """Rewrite the flags of every finished shard judged under other thresholds; returns the shards' names.
 
-    It may be interrupted anywhere: the manifest goes first, and a file says which thresholds it was judged under. The
-    few unfinished parts of an interrupted run are forgotten, and captioned again.
+    Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes first,
+    a file says which thresholds it was judged under, and a marker that no manifest repeats must be that of its file.
     """
-    for part in sorted((directory.path / PARTS_FOLDER).glob("*/*.parquet")):
-        if not _is_judged(part, quality):
-            part.with_suffix(".report").unlink(missing_ok=True)
-    stale = [path for path in sorted(directory.path.glob("*.parquet")) if not _is_judged(path, quality)]
+    manifest_path = directory.path / MANIFEST_NAME
+    settled = read_manifest(directory.path).shards if manifest_path.is_file() else {}
+    for report_path in sorted((directory.path / PARTS_FOLDER).glob("*/*.report")):
+        _judge_part_again(directory, report_path, fingerprint=fingerprint, quality=quality)
     judged = []
-    for path in stale:
+    for path in sorted(directory.path.glob("*.parquet")):
         report = directory.report(path.stem, fingerprint)
-        if report is not None:
-            (directory.path / MANIFEST_NAME).unlink(missing_ok=True)
-            _judge_shard_again(directory, report, fingerprint=fingerprint, quality=quality)
-            judged.append(path.stem)
+        if report is None:
+            continue
+        is_whole = settled.get(path.stem) == report or sha256_file(path) == report.files[".parquet"]
+        if is_whole and _is_judged(path, quality):
+            continue
+        manifest_path.unlink(missing_ok=True)
+        _judge_shard_again(directory, report, fingerprint=fingerprint, quality=quality)
+        judged.append(path.stem)
     return judged
 
 
@@ -111,15 +115,44 @@ def _judge_shard_again(
     directory: StageDirectory, report: ShardReport, *, fingerprint: Fingerprint, quality: QualityConfig
 ) -> None:
     path = directory.file(report.name, ".parquet")
-    rows = [judge_row_again(row, quality) for row in pq.read_table(path).to_pylist()]
-    settings = read_settings(path)
-    details = {key: value for key, value in report.details.items() if not key.startswith("flag_")}
     with atomic_file(path) as temporary:
-        write_rows(rows, temporary, quality=quality, settings=settings)
-        # The marker comes first here: a run that dies in between finds the old file, and writes the same bytes again.
+        rows = _rewrite(path, temporary, quality=quality)
+        # The marker comes first here: a run that dies in between leaves one that is not the old file's.
         files = {".parquet": sha256_file(temporary)}
-        report = replace(report, files=files, details={**details, **count_flags(rows)})
+        report = replace(report, files=files, details=_with_flags(report.details, rows))
         directory.write_marker(report, fingerprint)
+
+
+def _judge_part_again(
+    directory: StageDirectory, report_path: Path, *, fingerprint: Fingerprint, quality: QualityConfig
+) -> None:
+    content = json.loads(report_path.read_text())
+    path = report_path.with_suffix(".parquet")
+    if content["fingerprint"] != fingerprint.digest or not path.is_file():
+        return
+    if _is_judged(path, quality):
+        rows = pq.read_table(path).to_pylist()
+    else:
+        (directory.path / MANIFEST_NAME).unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            rows = _rewrite(path, temporary, quality=quality)
+    # Counted even where the file was judged: a run that died in between has left the old counts.
+    details = _with_flags(content["report"]["details"], rows)
+    if details != content["report"]["details"]:
+        content["report"]["details"] = details
+        atomic_write_json(report_path, content)
+
+
+def _rewrite(path: Path, target: Path, *, quality: QualityConfig) -> list[dict[str, Any]]:
+    """Write the rows of `path` to `target`, judged anew; returns them."""
+    rows = [judge_row_again(row, quality) for row in pq.read_table(path).to_pylist()]
+    write_rows(rows, target, quality=quality, settings=read_settings(path))
+    return rows
+
+
+def _with_flags(details: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    others = {key: value for key, value in details.items() if not key.startswith("flag_")}
+    return {**others, **count_flags(rows)}
 
 
 def judge_row_again(row: Mapping[str, Any], quality: QualityConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from captioning.canary import check_engine, is_worth_showing
+from captioning.canary import CanaryError, RefusedProbeError, check_engine, is_worth_showing
 from captioning.config import CaptioningConfig
 from captioning.earlier import read_earlier
 from captioning.engines.protocol import CaptionEngine
@@ -18,6 +18,9 @@ from pipelines.images import SampleReject
 from pipelines.pieces import Piece, PieceReport
 from pipelines.shards import RawSample, open_shard
 from pipelines.storage import atomic_file
+
+# One image may be refused for its own sake; so many in a row, before any has a caption, are refused by a wrong setting.
+MAX_REFUSED_PROBES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,14 @@ class CaptionWorker:
             self._scorer = ClipScorer(config.captioning)
         self._slices = SliceCaptioner(config.captioning, self._engine, self._scorer)
         self._is_checked = False
+        self._num_refused_probes = 0
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Caption the samples of a piece.
 
         Raises:
-            CanaryError: on the first piece, if the model ignores the image or the batch changes its captions.
+            CanaryError: on the first piece, if the model ignores the image or the batch changes its captions, or if
+                the first `MAX_REFUSED_PROBES` images are refused.
         """
         start_seconds = time.monotonic()
         rows: list[dict[str, Any]] = []
@@ -102,6 +107,7 @@ class CaptionWorker:
         join_files([part[".parquet"] for part in parts], outputs[".parquet"])
 
     def _check_engine(self, loader: ShardLoader, samples: Sequence[RawSample]) -> None:
+        """Look at the first image that tells something; a piece without one leaves the look to the next."""
         if self._is_checked:
             return
         for sample in samples:
@@ -109,10 +115,17 @@ class CaptionWorker:
                 request = loader.request(sample, loader.alt_text(sample))
             except SampleReject:
                 continue
-            if is_worth_showing(request.image):
+            if not is_worth_showing(request.image):
+                continue
+            try:
                 check_engine(self._engine, request.image, self._settings.prompts["default"])
-                self._is_checked = True
-                return
+            except RefusedProbeError as error:
+                self._num_refused_probes += 1
+                if self._num_refused_probes == MAX_REFUSED_PROBES:
+                    raise CanaryError(f"the first {MAX_REFUSED_PROBES} images are refused, the last: {error}") from None
+                continue
+            self._is_checked = True
+            return
 
 
 def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:

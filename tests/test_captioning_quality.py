@@ -74,6 +74,16 @@ def test_a_prompt_is_found_by_shard_name_then_dialect_then_default() -> None:
     assert template_for("sa_000000", "sa1b", prompts) == "d"
 
 
+def test_of_several_prompts_that_fit_the_longest_pattern_counts_in_any_order() -> None:
+    """The order of a recipe's prompts is in no digest, and so must not decide."""
+    prompts = {"default": "d", "*": "all", "hq_*": "h", "*_00001": "one", "hq_?0*": "b", "hq_*1": "c"}
+    for ordered in (prompts, dict(reversed(prompts.items()))):
+        found = [template_for(name, "sa1b", ordered) for name in ("hq_x", "hq_00000", "hq_00001", "sa_000000")]
+        assert found == ["h", "b", "one", "all"]
+        assert template_for("hq_x1", "sa1b", ordered) == "c"
+    assert template_for("ab", "sa1b", {"default": "d", "?b": "last", "a?": "two", "*b": "first"}) == "first"
+
+
 def test_alt_texts_go_into_the_prompt_whole_but_bounded() -> None:
     def fill(alt_text: str | None) -> str:
         return fill_prompt('about "{alt_text}"', alt_text, default="plain", max_alt_text_chars=20)

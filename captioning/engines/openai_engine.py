@@ -18,7 +18,7 @@ from PIL import Image
 
 from captioning.config import CaptioningConfig
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Refusal, Request
-from captioning.engines.server import Patience, ServerError, Stopped, connect, describe, wrong_key
+from captioning.engines.server import Patience, ServerError, Stopped, connect, describe, require_json, wrong_key
 
 # Servers fill an image in where their template says so; an alt text must not say so too.
 SPECIAL_TOKENS = re.compile(r"<image>|</?s>|<unk>|<pad>|<\|[^<>|]{1,40}\|>")
@@ -173,7 +173,7 @@ class OpenAIEngine:
             {"type": "image_url", "image_url": {"url": prompt.image_url}},
             {"type": "text", "text": prompt.text},
         ]
-        answer = self._client.chat.completions.create(
+        raw = self._client.chat.completions.with_raw_response.create(
             model=self._config.model,
             messages=[{"role": "user", "content": content}],
             max_tokens=decoding.max_tokens,
@@ -183,13 +183,17 @@ class OpenAIEngine:
             top_p=1.0 if decoding.temperature > 0 else openai.omit,
             **self._penalty(decoding.repetition_penalty),
         )
+        require_json(self._server, raw.text)
+        answer = raw.parse()
         if not answer.choices:
             return Refusal(reason="server_failed", detail="an answer without choices")
         choice = answer.choices[0]
         if choice.finish_reason == "content_filter":
             return Refusal(reason="refused_by_server", detail="content_filter")
+        # Half of a character that was cut in two, which JSON can say and no file can hold, becomes a question mark.
+        text = (choice.message.content or "").encode("utf-8", "replace").decode()
         return Caption(
-            text=(choice.message.content or "").strip(),
+            text=text.strip(),
             num_tokens=answer.usage.completion_tokens if answer.usage is not None else None,
             finish_reason="length" if choice.finish_reason == "length" else "stop",
         )

@@ -1,5 +1,6 @@
 """The other end of the line: who the server is, whether it is there, and how long to wait when it is not."""
 
+import json
 import random
 import threading
 import time
@@ -43,14 +44,14 @@ def require_server(server: ServerConfig, api_key: str) -> None:
     """Wait for the server to answer at all, before any work starts.
 
     Raises:
-        ServerError: it refuses the key, or has not answered for `patience_seconds`.
+        ServerError: it refuses the key, is no chat interface, or has not answered for `patience_seconds`.
     """
     client = connect(server, api_key).with_options(timeout=min(10.0, server.timeout_seconds))
     patience = Patience(server)
     attempt, said_seconds = 0, -SAY_AGAIN_SECONDS
     while True:
         try:
-            client.models.list()
+            require_json(server, client.models.with_raw_response.list().text)
             return
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise wrong_key(server, error) from None
@@ -74,6 +75,21 @@ def wrong_key(server: ServerConfig, error: openai.APIStatusError) -> ServerError
         f"captioning.server.base_url {server.base_url} refuses the key in the environment variable "
         f"{server.api_key_variable} (captioning.server.api_key_variable): {describe(error)}"
     )
+
+
+def require_json(server: ServerConfig, text: str) -> None:
+    """Refuse a page that calls itself a success: the client would hand its text on as the answer.
+
+    Raises:
+        ServerError: `text` is no JSON.
+    """
+    try:
+        json.loads(text)
+    except ValueError:
+        raise ServerError(
+            f"captioning.server.base_url {server.base_url} is not the address of a chat interface (it ends in /v1), or "
+            f"a login page stands before it: it answers with no JSON, but {text[:100]!r}"
+        ) from None
 
 
 class Patience:
