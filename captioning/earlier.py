@@ -24,7 +24,7 @@ from pipelines.manifest import (
     read_manifest,
     require_same_fingerprint,
 )
-from pipelines.pieces import PARTS_FOLDER, Source
+from pipelines.pieces import PARTS_FOLDER, Source, forget_pieces
 from pipelines.storage import atomic_file, atomic_write_json
 
 EARLIER_FOLDER = ".earlier"
@@ -95,6 +95,8 @@ def set_aside(
             _link(path, temporary)
         digest = _with(fingerprint, read_settings(path)).digest
         atomic_write_json(folder / f"{name}.json", {"source": identities[name], "fingerprint": digest})
+        # A killed run has left parts behind its marker, perhaps: without it they would be joined again as they are.
+        forget_pieces(name, output)
         output.clear_marker(name)
 
 

@@ -72,6 +72,8 @@ class Job:
             "quality": self.config.quality.model_dump(mode="json"),
             "engine": self.config.engine,
             "clip_model": self.config.clip_model,
+            # A score changes no text and rejects nobody: text features have no use for it.
+            "texts": Fingerprint.of({**self.fingerprint.fields, "clip_model": None}).digest,
         }
 
     def pending(self) -> list[Source]:

@@ -90,17 +90,17 @@ def report_buckets(inputs: Inputs) -> BucketReport:
 
 def _report_shard(source: Source, inputs: Inputs) -> BucketReport:
     report = BucketReport()
-    resolution = inputs.stage.resolution
+    resolution, max_pixels = inputs.stage.resolution, inputs.data.max_pixels
     with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
         is_labelled = any("cls" in sample.members for sample in raw.samples)
         for sample in raw.samples:
             try:
-                width, height = _measure(raw, sample, is_labelled=is_labelled, max_pixels=inputs.data.max_pixels)
+                width, height = _measure(raw, sample, is_labelled=is_labelled, max_pixels=max_pixels)
+                bucket = nearest_bucket(width, height, resolution) if inputs.stage.buckets else (resolution, resolution)
+                crop = plan_crop(width, height, bucket[1], bucket[0], max_pixels=max_pixels)
             except SampleReject as reject:
                 report.rejects.append(Reject(shard=raw.name, key=sample.key, reason=reject.reason))
                 continue
-            bucket = nearest_bucket(width, height, resolution) if inputs.stage.buckets else (resolution, resolution)
-            crop = plan_crop(width, height, bucket[1], bucket[0])
             cut = 1.0 - bucket[0] * bucket[1] / (crop.resized_width * crop.resized_height)
             report.count(bucket, crop=cut, scale=crop.scale)
     return report

@@ -11,11 +11,11 @@ from features.latents import LatentWorker, LatentWorkerConfig
 from features.text import TextWorker, TextWorkerConfig
 from pipelines.command import Command
 from pipelines.engine import EngineConfig
-from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
+from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
 from pipelines.images import aspect_buckets
 from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_manifest
 from pipelines.models import ModelSource, resolve_model
-from pipelines.pieces import ShardWorker, Source
+from pipelines.pieces import ShardWorker, Source, forget_pieces
 from pipelines.recipe import DataConfig
 from pipelines.shards import describe_shards, recall_shards, select_shards
 
@@ -152,10 +152,10 @@ def text_job(inputs: Inputs) -> Job:
                 "max_tokens": features.max_tokens,
                 "caption_columns": columns,
                 "caption_weights": [caption.weight for caption in inputs.stage.captions],
-                "captions": captions.fingerprint.digest,
+                "captions": texts_digest(captions),
             }
         ),
-        upstream={"captions": captions.fingerprint.digest},
+        upstream={"captions": texts_digest(captions)},
         model=model,
         model_key="features.text_model",
     )
@@ -258,5 +258,6 @@ def prepare(job: Job, inputs: Inputs) -> None:
         require_unchanged(source, captions)
     remember_identities(job.sources, captions=captions, directory=job.output.path)
     if not (job.output.path / NULL_CAPTION_FILE).is_file():
-        # The workers write it, so one shard has to be done again.
+        # The workers write it, so one shard has to be done again, finished parts of it too.
+        forget_pieces(job.sources[0].name, job.output)
         job.output.clear_marker(job.sources[0].name)

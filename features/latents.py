@@ -169,12 +169,12 @@ def _prepare(row: dict[str, Any], data: bytes, config: LatentWorkerConfig) -> _P
         return _Picture(row)
     try:
         image = decode_image(data, max_pixels=config.max_pixels)
+        height, width = config.resolution, config.resolution
+        if config.is_bucketed:
+            height, width = nearest_bucket(image.width, image.height, config.resolution)
+        cropped, crop = resize_and_crop(image, width, height, max_pixels=config.max_pixels)
     except SampleReject as reject:
         return _Picture(row | {"reject": reject.reason})
-    height, width = config.resolution, config.resolution
-    if config.is_bucketed:
-        height, width = nearest_bucket(image.width, image.height, config.resolution)
-    cropped, crop = resize_and_crop(image, width, height)
     geometry = {
         "bucket": f"{height}x{width}",
         "original_width": image.width,

@@ -127,6 +127,7 @@ def _run_pending(
     # Asked anew under the lock: another command may have finished shards in the meantime.
     pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
     _clear(output, pending)
+    _drop_parts(output, fingerprint)
     if not pending:
         return
     num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
@@ -182,9 +183,9 @@ def _clear(output: StageDirectory, pending: Sequence[Source]) -> None:
 
 
 def _drop_parts(output: StageDirectory, fingerprint: Fingerprint) -> None:
-    """Remove what workers that outlived an earlier driver wrote after their shard was done."""
+    """Remove the parts of done shards: of a killed driver, or of workers that outlived it."""
     parts = output.path / PARTS_FOLDER
-    for folder in parts.iterdir():
+    for folder in parts.glob("*"):
         if output.report(folder.name, fingerprint) is not None:
             shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.manifest import Manifest
 from pipelines.storage import atomic_write_bytes
 
 TAR_BLOCK_BYTES = 512
@@ -78,6 +79,14 @@ def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",)) -> 
     """Return where a run keeps its text features: `features/text`, or `features/text-<column>+<column>` for others."""
     name = "text" if tuple(caption_columns) == ("caption",) else f"text-{'+'.join(caption_columns)}"
     return run / "features" / name
+
+
+def texts_digest(captions: Manifest) -> str:
+    """Return what text features know their captions by: the fingerprint they would have without a CLIP score.
+
+    Captioning writes it; captions of an older version have their fingerprint alone.
+    """
+    return captions.extra.get("texts", captions.fingerprint.digest)
 
 
 def latent_directory(run: Path, resolution: int) -> Path:

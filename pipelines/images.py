@@ -10,6 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MIN_SIDE_PIXELS = 2
+# A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
+ALWAYS_RESIZED = 20
 # EXIF orientations that exchange width and height.
 SIDEWAYS = (5, 6, 7, 8)
 # What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
@@ -133,9 +135,15 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0, white) * (255.0 / white)).astype(np.uint8)).convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, width_pixels: int, height_pixels: int) -> tuple[Image.Image, Crop]:
-    """Scale `image` until it covers the target, then cut the centre; gives the image and what was done."""
-    crop = plan_crop(image.width, image.height, width_pixels, height_pixels)
+def resize_and_crop(
+    image: Image.Image, width_pixels: int, height_pixels: int, *, max_pixels: int
+) -> tuple[Image.Image, Crop]:
+    """Scale `image` until it covers the target, then cut the centre; gives the image and what was done.
+
+    Raises:
+        SampleReject: `too_elongated`, see `plan_crop`.
+    """
+    crop = plan_crop(image.width, image.height, width_pixels, height_pixels, max_pixels=max_pixels)
     if (crop.resized_width, crop.resized_height) != image.size:
         size = (crop.resized_width, crop.resized_height)
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -143,11 +151,17 @@ def resize_and_crop(image: Image.Image, width_pixels: int, height_pixels: int) -
     return cropped, crop
 
 
-def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixels: int) -> Crop:
-    """Return what `resize_and_crop` does to an image of a size, in pixels."""
+def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixels: int, *, max_pixels: int) -> Crop:
+    """Return what `resize_and_crop` does to an image of a size, in pixels.
+
+    Raises:
+        SampleReject: `too_elongated`: a line, which has more than `max_pixels` once its short side covers the target.
+    """
     scale = max(width_pixels / from_width, height_pixels / from_height)
     resized_width = max(width_pixels, round(from_width * scale))
     resized_height = max(height_pixels, round(from_height * scale))
+    if resized_width * resized_height > max(max_pixels, ALWAYS_RESIZED * width_pixels * height_pixels):
+        raise SampleReject("too_elongated", f"{from_width} x {from_height} becomes {resized_width} x {resized_height}")
     x, y = (resized_width - width_pixels) // 2, (resized_height - height_pixels) // 2
     return Crop(resized_width=resized_width, resized_height=resized_height, x=x, y=y, scale=scale)
 

@@ -176,6 +176,12 @@ def finished_pieces(
     return found
 
 
+def forget_pieces(name: str, output: StageDirectory) -> None:
+    """Let a source's finished pieces count as not done: a run that takes the source makes them anew."""
+    for path in (output.path / PARTS_FOLDER / name).glob("*.report"):
+        path.unlink(missing_ok=True)
+
+
 def write_piece_report(piece: Piece, report: PieceReport, fingerprint: Fingerprint) -> None:
     """Declare a piece finished, after its part files are in place."""
     settled = dataclasses.replace(report, wait_seconds=0.0, busy_seconds=0.0, peak_memory_bytes=0)

@@ -18,6 +18,8 @@ from pipelines.storage import RangeFile, atomic_write_json, is_remote, open_rang
 REMEMBERED_NAME = "shards.json"
 FAULTS_NAMED = 5
 NAMES_SHOWN = 3
+MAX_LABEL = 2**31 - 1
+MAX_LABEL_DIGITS = 100
 BRACE = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -152,10 +154,12 @@ class RawShard:
         return self.read(sample.members[sample.image_extension])
 
     def alt_text(self, sample: RawSample) -> str | None:
-        """Return the text that came with the image, or None; undecodable bytes of a text file become U+FFFD.
+        """Return the text that came with the image, or None.
+
+        Undecodable bytes of a text file become U+FFFD, half a surrogate pair in JSON `?`: the text is valid UTF-8.
 
         Raises:
-            ValueError: the JSON that would hold it is no JSON.
+            ValueError: the JSON that would hold it is no JSON, or nested too deeply.
         """
         if self.dialect == "sa1b":
             return None
@@ -163,17 +167,24 @@ class RawShard:
             if extension in sample.members:
                 return self.read(sample.members[extension]).decode("utf-8", errors="replace").strip()
         if self.dialect == "img2dataset" and "json" in sample.members:
-            record = json.loads(self.read(sample.members["json"]))
+            try:
+                record = json.loads(self.read(sample.members["json"]))
+            except RecursionError as error:
+                raise ValueError(f"JSON nested too deeply: {error}") from None
             caption = record.get("caption") if isinstance(record, dict) else None
-            return caption if isinstance(caption, str) else None
+            return caption.encode("utf-8", errors="replace").decode() if isinstance(caption, str) else None
         return None
 
     def label(self, sample: RawSample) -> int | None:
-        """Return the class of an ImageNet-style sample (`.cls`), or None where there is none."""
+        """Return the class of an ImageNet-style sample (`.cls`), or None where there is none that fits int32."""
         if "cls" not in sample.members:
             return None
         text = self.read(sample.members["cls"]).decode("ascii", errors="replace").strip()
-        return int(text) if text.isdecimal() else None
+        # Python refuses to read a number of thousands of digits.
+        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
+            return None
+        label = int(text)
+        return label if label <= MAX_LABEL else None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pipelines.command import run_command
 from pipelines.feature_check import Fault, check_index, find_damage, read_index, text_storage
+from pipelines.feature_store import texts_digest
 from pipelines.manifest import MANIFEST_NAME, Manifest, ShardReport, StageDirectory, read_manifest
 from pipelines.progress import console, progress_bar
 from pipelines.shards import recall_shards, shard_name
@@ -68,7 +69,7 @@ def verify_run(run: Path) -> Findings:
             findings.manifests[directory] = read_manifest(directory)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             findings.problems.append(Problem(directory=directory, text=f"{MANIFEST_NAME} cannot be used: {error}"))
-    for directory in sorted(path.parent for path in run.glob("features/*/.done")):
+    for directory in sorted(path.parent for pattern in ("*", "features/*") for path in run.glob(f"{pattern}/.done")):
         if not (directory / MANIFEST_NAME).is_file():
             findings.problems.append(
                 Problem(directory=directory, text=f"no {MANIFEST_NAME}: the stage has not finished")
@@ -165,8 +166,9 @@ def _check_coverage(run: Path, findings: Findings) -> None:
         is_text = directory.parent == run / "features" and text_storage(manifest) is not None
         if is_text and captions is not None:
             upstream = manifest.upstream.get("captions")
-            if upstream != captions.fingerprint.digest:
-                text = f"made from captions {upstream}, but {run / 'captions'} is {captions.fingerprint.digest}"
+            digest = texts_digest(captions)
+            if upstream != digest:
+                text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
                 findings.problems.append(Problem(directory=directory, text=text))
             findings.problems += [
                 Problem(directory=directory, shard=name, text=f"{run / 'captions'} has no such shard")

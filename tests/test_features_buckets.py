@@ -48,6 +48,7 @@ def odd(tmp_path_factory):
         "large": {"png": encoded(noise(300, 180))},
         "profile": {"jpg": encoded(tall, "JPEG", icc_profile=bytes(200_000))},
         "wide": {"png": encoded(picture(1, width=400, height=40))},
+        "line": {"png": encoded(Image.new("1", (40_000, 2)))},
     }
     second = {
         "junk": {"jpg": b"<html>not found</html>"},
@@ -81,9 +82,9 @@ def test_the_report_is_what_extraction_then_does(odd):
         (row["shard"], row["key"], row["reject"]) for row in rows if row["reject"] is not None
     ]
     assert {reject.reason for reject in report.rejects} == {
-        "not_an_image", "empty_image", "too_many_pixels", "no_image", "too_small",
+        "not_an_image", "empty_image", "too_many_pixels", "no_image", "too_small", "too_elongated",
     }  # fmt: skip
-    assert report.num_images + len(report.rejects) == 16
+    assert report.num_images + len(report.rejects) == 17
     for row in kept:
         height, width = map(int, row["bucket"].split("x"))
         cut = 1 - height * width / (row["resized_width"] * row["resized_height"])
@@ -139,9 +140,9 @@ def run_command(run, monkeypatch, *overrides, stage=3):
 
 def test_the_command_shows_every_bucket_the_sum_and_each_reject(odd, monkeypatch):
     output, warnings = run_command(odd, monkeypatch, *OVERRIDES)
-    assert "10 images + 6 rejects = 16 samples" in output
+    assert "10 images + 7 rejects = 17 samples" in output
     assert "rejected: laion_00001 junk not_an_image" in output
-    assert output.count("rejected:") == 6
+    assert output.count("rejected:") == 7
     assert any("are scaled up by more than 25%" in warning for warning in warnings)
     assert "48x48" in output
 

@@ -57,7 +57,7 @@ def test_latent_payloads_are_the_codec_s(finished):
     codec = LatentCodec.load(str(finished.parent / "vae"))
     tar = open_tar(directory, "laion_00000")
     for index, row in enumerate(load_index(directory, ["laion_00000"]).to_pylist()):
-        cropped, _ = resize_and_crop(picture(index, width=40 + 8 * (index % 5), height=40), 32, 32)
+        cropped, _ = resize_and_crop(picture(index, width=40 + 8 * (index % 5), height=40), 32, 32, max_pixels=10_000)
         mean, std = codec.encode(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None])
         for name, expected in (("mean", mean), ("std", std)):
             stored = read_payload(tar, row[f"{name}_offset"], dtype="float16", shape=(4, 4, 4))
@@ -109,7 +109,7 @@ def test_null_caption_is_the_embedding_of_nothing(finished):
 def test_preview_shows_originals_above_reconstructions(finished):
     with Image.open(finished / "features" / "latent-32" / "preview-stage2.png") as preview:
         assert preview.size == (3 * 36 + 4, 2 * 36 + 4)
-        original, _ = resize_and_crop(picture(0, width=40, height=40), 32, 32)
+        original, _ = resize_and_crop(picture(0, width=40, height=40), 32, 32, max_pixels=10_000)
         np.testing.assert_array_equal(np.asarray(preview)[4:36, 4:36], np.asarray(original))
     report = read_manifest(finished / "features" / "latent-32").shards["laion_00000"]
     assert 0 < report.details["preview_psnr_db"] < 60
@@ -264,6 +264,21 @@ def test_missing_captions_are_named(run):
 
 def test_a_lost_null_caption_is_written_again(run):
     extract(run)
+    path = run / "features" / "text" / "null.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    extract(run)
+    assert path.read_bytes() == before
+
+
+def test_a_lost_null_caption_is_written_again_though_parts_of_the_shard_are_left(run, monkeypatch):
+    def die(*_, **__):
+        raise RuntimeError("killed here")
+
+    # Between the marker and the removal of the parts.
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
+        patch.setattr("pipelines.pieces.shutil.rmtree", die)
+        extract(run)
     path = run / "features" / "text" / "null.safetensors"
     before = path.read_bytes()
     path.unlink()

@@ -21,8 +21,9 @@ from features.captions import IDENTITIES_NAME, text_identity
 from features.encoders import TextEncoder
 from features.quantization import LARGEST, measure_error, restore_text, store_text, summarize_storage
 from pipelines.feature_store import load_index, payload_crc32, read_payload
-from pipelines.manifest import ShardReport, StageDirectory, read_manifest
+from pipelines.manifest import Fingerprint, ShardReport, StageDirectory, read_manifest
 from pipelines.storage import sha256_file
+from pipelines.verify import verify_run
 
 THREE = 'features.stage2.captions=[{column="caption", weight=6.0}, {column="alt_text"}, {column="title", weight=0.5}]'
 SHARD = "laion_00000"
@@ -246,6 +247,26 @@ def test_new_flags_leave_the_embeddings_alone_and_new_words_do_not(run):
     rewrite_captions(run, flagged.set_column(position, "caption", pa.array(texts, pa.string())))
     extract(run)
     assert encoded_shards(run) != before
+
+
+def test_a_clip_score_leaves_the_embeddings_alone_and_other_settings_of_captioning_do_not(run):
+    extract(run)
+    before, directory = encoded_shards(run), StageDirectory(run / "captions")
+    plain = read_manifest(directory.path)
+
+    def set_captions(settings: dict[str, str], texts: str) -> None:
+        fingerprint = Fingerprint.of(plain.fingerprint.fields | settings)
+        directory.write_marker(plain.shards[SHARD], fingerprint)
+        directory.write_manifest(fingerprint, [SHARD], upstream={}, extra={"texts": texts})
+
+    set_captions({"clip_model": "clip"}, plain.fingerprint.digest)
+    extract(run)
+    assert encoded_shards(run) == before and verify_run(run).problems == []
+    set_captions({"prompt": "another"}, "another")
+    (problem,) = verify_run(run).problems
+    assert problem.text.startswith(f"made from captions {plain.fingerprint.digest}, but")
+    extract(run)
+    assert encoded_shards(run) != before and verify_run(run).problems == []
 
 
 def test_another_reject_is_encoded_anew(run):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipelines.engine
+import pipelines.pieces
 import pipelines.storage
 from pipelines.cluster import WorkerResources, choose_num_workers
 from pipelines.engine import QuarantinedShardError
@@ -131,6 +132,19 @@ def test_a_run_killed_between_moving_files_and_marking_them_redoes_the_shard(tmp
         patch.setattr(StageDirectory, "write_marker", die)
         run(tmp_path / "a", sources)
     assert run(tmp_path / "a", sources).num_read == 147
+
+
+def test_parts_that_a_run_killed_after_the_last_marker_left_behind_go(tmp_path, sources, monkeypatch) -> None:
+    def die(*_, **__) -> None:
+        raise RuntimeError("killed here")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
+        patch.setattr(pipelines.pieces.shutil, "rmtree", die)
+        run(tmp_path / "a", sources[:1])
+    assert StageDirectory(tmp_path / "a").is_done("s0", "id0", FINGERPRINT) and (tmp_path / "a" / ".parts").exists()
+    run(tmp_path / "a", sources[:1])
+    run(tmp_path / "undisturbed", sources[:1])
+    assert contents(tmp_path / "a") == contents(tmp_path / "undisturbed")
 
 
 def make_runner(output: Path, pieces: list[Piece], claim: Path, *, worker_class=LineWorker, **settings) -> PieceRunner:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, resize_and_crop
+from pipelines.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, plan_crop, resize_and_crop
 
 MAX_PIXELS = 1_000_000
 
@@ -201,7 +201,17 @@ def test_nearest_bucket_mirrors_with_the_image() -> None:
 def test_resize_and_crop_cuts_the_centre() -> None:
     image = Image.new("RGB", (300, 100), "black")
     image.paste((255, 255, 255), (100, 0, 200, 100))
-    cropped, crop = resize_and_crop(image, 64, 64)
+    cropped, crop = resize_and_crop(image, 64, 64, max_pixels=1_000_000)
     assert cropped.size == (64, 64)
     assert (crop.resized_width, crop.resized_height, crop.x, crop.y) == (192, 64, 64, 0)
     assert np.asarray(cropped)[:, 8:-8].min() > 250
+
+
+def test_a_line_is_rejected_before_it_is_made_large() -> None:
+    with pytest.raises(SampleReject, match="too_elongated: 40000 x 2 becomes 20480000 x 1024"):
+        resize_and_crop(Image.new("L", (40_000, 2)), 1024, 1024, max_pixels=89_478_485)
+    # A limit on what is decoded is none on ordinary images that are scaled up.
+    assert plan_crop(600, 300, 1024, 1024, max_pixels=200_000).resized_width == 2048
+    assert plan_crop(2000, 100, 1024, 1024, max_pixels=200_000).resized_width == 20_480
+    with pytest.raises(SampleReject, match="too_elongated"):
+        plan_crop(2100, 100, 1024, 1024, max_pixels=200_000)

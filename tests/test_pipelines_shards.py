@@ -51,6 +51,24 @@ def test_dialects_text_and_labels(tmp_path) -> None:
         assert [raw.label(sample) for sample in raw.samples] == [17, None]
 
 
+def test_a_class_that_no_index_can_hold_is_none(tmp_path) -> None:
+    classes = ["2147483647", "2147483648", "99999999999", "9" * 5000, "000000000000017", "-1", ""]
+    members = [(f"{i}.{extension}", data) for i, text in enumerate(classes) for extension, data in
+               (("jpg", b"i"), ("cls", text.encode()))]  # fmt: skip
+    with open_shard(write_tar(tmp_path / "imagenet_0.tar", members), "imagenet") as raw:
+        assert [raw.label(sample) for sample in raw.samples] == [2**31 - 1, None, None, None, 17, None, None]
+
+
+def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
+    records = [b'{"caption": "a cat \\ud83d"}', b'{"caption": "\\ud83d\\ude00"}', b"[" * 100_000]
+    members = [(f"{i}.{extension}", data) for i, record in enumerate(records) for extension, data in
+               (("jpg", b"i"), ("json", record))]  # fmt: skip
+    with open_shard(write_tar(tmp_path / "laion_0.tar", members), "img2dataset") as raw:
+        assert [raw.alt_text(sample) for sample in raw.samples[:2]] == ["a cat ?", "\U0001f600"]
+        with pytest.raises(ValueError, match="nested too deeply"):
+            raw.alt_text(raw.samples[2])
+
+
 def test_faulty_keys_are_named_not_guessed(tmp_path) -> None:
     path = write_tar(
         tmp_path / "x.tar",

@@ -199,8 +199,9 @@ def test_counts_that_do_not_balance_are_found(run):
 
 
 def test_a_stage_that_has_not_finished_is_named(run):
-    (run / "features" / "text" / MANIFEST_NAME).unlink()
-    assert any("features/text: no manifest.json: the stage has not finished" in problem for problem in problems(run))
+    for directory in ("features/text", "captions"):
+        (run / directory / MANIFEST_NAME).unlink()
+        assert any(f"{directory}: no manifest.json: the stage has not finished" in problem for problem in problems(run))
 
 
 def test_a_key_of_two_shards_is_noted_and_no_error(tmp_path):

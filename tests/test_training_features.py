@@ -1,5 +1,6 @@
 """Which features a stage reads: datasets of a recipe, what of them is refused, and what a plan says of them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from training_run import arguments, make_run, write_latents, write_text
 
 from pipelines.command import parse_command
 from pipelines.feature_store import latent_directory, text_directory
+from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
 from training.config import STAGES
 from training.preflight import inspect_stage, print_plan
 from training.stage import StageJob, open_stage
@@ -107,6 +109,19 @@ def test_features_made_anew_with_other_settings_end_a_training_by_name(run: Path
         value = f"'{setting}'" if isinstance(setting, str) else setting
         with pytest.raises(ValueError, match=rf"trained with text\.{field} .*, but it is {value} now"):
             open_job(run, f"features.{key}={setting}")
+
+
+def test_text_of_other_captions_is_refused_and_of_captions_with_a_new_score_is_not(run: Path) -> None:
+    path = text_directory(run) / MANIFEST_NAME
+    plain, scored = Fingerprint.of({"clip_model": None}), Fingerprint.of({"clip_model": "clip"})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"upstream": {"captions": plain.digest}}))
+    captions = StageDirectory(run / "captions")
+    for fingerprint, extra in ((plain, {}), (scored, {"texts": plain.digest})):
+        captions.write_manifest(fingerprint, [], upstream={}, extra=extra)
+        open_job(run)
+    captions.write_manifest(scored, [], upstream={}, extra={"texts": "another"})
+    with pytest.raises(ValueError, match=rf"captions is '{plain.digest}', but 'another' is needed"):
+        open_job(run)
 
 
 def test_a_changed_setting_without_new_features_is_refused_by_name(run: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from pipelines.command import Command
-from pipelines.feature_store import latent_directory, text_directory
+from pipelines.feature_store import latent_directory, text_directory, texts_digest
 from pipelines.manifest import Fingerprint, read_manifest, require_same
 from pipelines.recipe import Recipe
 from pipelines.shards import select_shards
@@ -271,5 +271,5 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -
     if table.max_tokens is not None:
         require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)
     if not is_remote(run) and (Path(run) / "captions" / "manifest.json").is_file():
-        captions = read_manifest(Path(run) / "captions").fingerprint.digest
+        captions = texts_digest(read_manifest(Path(run) / "captions"))
         require_same("captions", captions, manifest.upstream.get("captions"), where=where)
