@@ -10,17 +10,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_stats.captions import Address
 from dataset_stats.config import DatasetStatsConfig
 from dataset_stats.sources import Inputs, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine import EngineConfig, run_over_shards
-from pipelines.manifest import Fingerprint, Manifest, ShardReport, StageDirectory, read_manifest
+from pipelines.manifest import (
+    MANIFEST_NAME,
+    MARKER_FOLDER,
+    Fingerprint,
+    Manifest,
+    ShardReport,
+    StageDirectory,
+    read_manifest,
+)
 from pipelines.pieces import Source
 from pipelines.progress import get_logger
 from pipelines.recipe import DataConfig
-from pipelines.shards import expand_shards
-from pipelines.storage import atomic_write_bytes, sha256_file
+from pipelines.shards import expand_shards, shard_name
+from pipelines.storage import atomic_write_bytes, exclusive, fsync_directory, remove_temporary_files, sha256_file
 from pipelines.summary import update_summary
 
 if TYPE_CHECKING:
@@ -28,8 +37,8 @@ if TYPE_CHECKING:
     from dataset_stats.noun_table import NounTable
     from dataset_stats.report.table1 import Definition
 
-COUNT_VERSION = 2  # raise when counting gives other numbers
-REPORT_VERSION = 2  # raise when the report shows other things
+COUNT_VERSION = 3  # raise when counting gives other numbers
+REPORT_VERSION = 3  # raise when the report shows other things
 OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
 log = get_logger("dataset_stats")
 
@@ -105,8 +114,19 @@ class Job:
                     name: [f"{source.name}:{source.identity}" for source in sources]
                     for name, sources in self.sources.items()
                 },
+                "gallery": self._gallery_inputs,
             }
         )
+
+    @property
+    def _gallery_inputs(self) -> dict[str, Any] | None:
+        """What decides the gallery's images, besides the captions; None where there is no gallery."""
+        if not self.config.num_gallery_images:
+            return None
+        addresses = [Address.parse(source.path) for source in self.all_sources]
+        captioned = {shard_name(address.path) for address in addresses if address.layout == "captions"}
+        raw_shards = sorted(captioned & {shard_name(path) for path in self.raw_shards})
+        return {"raw_shards": raw_shards, "max_pixels": self.max_pixels}
 
 
 def main() -> None:
@@ -121,8 +141,11 @@ def main() -> None:
         log.info(f"nothing to do: {job.folder} is up to date ({job.tagger.title})")
         return
     _say_tagger(job.tagger)
-    counts = _count(job)
-    _report(job, counts)
+    # Held while counting too: another run with another tagger would replace the counts of which this one reports.
+    with exclusive(job.folder):
+        counts = _count(job)
+        _clear(job.folder)
+        _report(job, counts)
     update_summary(command.run, f"seconds.{job.summary_key}", round(time.monotonic() - start_seconds, 1))
 
 
@@ -188,7 +211,7 @@ def _say_tagger(tagger: TaggerSource) -> None:
 
 
 def _is_done(job: Job) -> bool:
-    if not all((job.folder / name).is_file() for name in ("manifest.json", *OUTPUTS)):
+    if not all((job.folder / name).is_file() for name in (MANIFEST_NAME, *OUTPUTS)):
         return False
     return read_manifest(job.folder).fingerprint.digest == job.report_fingerprint.digest
 
@@ -214,6 +237,15 @@ def _count(job: Job) -> Manifest:
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
     )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed runs left half-written, and the manifest: it would vouch for files that are now replaced."""
+    for directory in (folder, folder / MARKER_FOLDER):
+        remove_temporary_files(directory)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    # No power cut may bring the manifest back after the files have been replaced.
+    fsync_directory(folder)
 
 
 def _report(job: Job, counts: Manifest) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.progress import get_logger
 from pipelines.shards import open_shard
 from pipelines.storage import is_remote, open_binary
 
@@ -25,6 +26,7 @@ PIPELINE_COLUMN = "caption"  # what captioning wrote
 IMG2DATASET_COLUMNS = {"key", "status", "error_message"}
 Item = TypeVar("Item")
 Rows = range | np.ndarray  # ascending row numbers
+log = get_logger("dataset_stats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +117,23 @@ def count_rows(address: Address) -> int:
     if _is_folder(address.path):
         return len(text_files(address.path))
     with open_shard(address.path) as shard:
+        if shard.fault is not None:
+            log.warning(f"{address.path}: {shard.fault}")
+        if shard.unusable:
+            log.warning(f"{address.path}: {len(shard.unusable)} members are no samples, such as {shard.unusable[0]}")
         return sum("txt" in sample.members for sample in shard.samples)
 
 
 def text_files(folder: str) -> list[Path]:
     """The `.txt` files of a folder and of the folders in it, in the order of their paths."""
     return sorted(Path(folder).rglob("*.txt"))
+
+
+def readable(name: Any) -> str:
+    """`name` as text that any file can hold: what is not UTF-8 in it is spelled out, so that names stay apart."""
+    if isinstance(name, bytes):
+        return name.decode("utf-8", errors="backslashreplace")
+    return str(name).encode("utf-8", errors="backslashreplace").decode()
 
 
 def _is_folder(path: str) -> bool:
@@ -159,9 +172,9 @@ def _read_parquet(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     for number, row in zip(rows, _parquet_rows(address, rows, columns=columns), strict=False):
         key = row.get("key") or row.get("__key__") or row.get("id") or number
         if row.keys() >= IMG2DATASET_COLUMNS and row["status"] != "success":
-            yield CaptionRow(key=str(key), text=None, reject=row["status"] or "no_status")
+            yield _rejected(key, row["status"] or "no_status")
         else:
-            yield _row(str(key), row[address.column])
+            yield _row(key, row[address.column])
 
 
 def _parquet_rows(address: Address, rows: Rows, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -180,29 +193,42 @@ def _parquet_rows(address: Address, rows: Rows, *, columns: Sequence[str]) -> It
                 is_run = inside[-1] - inside[0] + 1 == len(inside)
                 table = table.slice(inside[0], len(inside)) if is_run else table.take(inside)
                 for batch in table.to_batches(max_chunksize=ROWS_PER_BLOCK):
-                    yield from _bytes_for_text(batch, address.column).to_pylist()
+                    yield from _python_rows(batch, address.column)
             position += num_rows
 
 
-def _bytes_for_text(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
-    # Parquet files in the wild hold text that is not UTF-8; as bytes it can be looked at row by row.
-    values = batch.column(column)
-    if pa.types.is_string(values.type):
-        return batch.set_column(batch.schema.get_field_index(column), column, values.cast(pa.binary()))
-    return batch
+def _python_rows(batch: pa.RecordBatch, text_column: str) -> Iterator[dict[str, Any]]:
+    """Rows of a batch; the text as bytes, to be decoded row by row, since files in the wild hold what is not UTF-8."""
+    columns = []
+    for name, values in zip(batch.schema.names, batch.columns, strict=True):
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            columns.append(values.to_pylist())
+            continue
+        strings = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+        found = strings.cast(pa.large_binary()).to_pylist()
+        if name != text_column:
+            found = [None if value is None else readable(value) for value in found]
+        columns.append(found)
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))
 
 
-def _row(key: str, text: Any) -> CaptionRow:
+def _row(key: Any, text: Any) -> CaptionRow:
     if text is not None and not isinstance(text, str | bytes):
-        return CaptionRow(key=key, text=None, reject="not_text")
+        return _rejected(key, "not_text")
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         elif text is not None:
             text.encode("utf-8")  # JSON can hold half of a surrogate pair
     except UnicodeError:
-        return CaptionRow(key=key, text=None, reject="not_utf8")
-    return CaptionRow(key=key, text=text)
+        return _rejected(key, "not_utf8")
+    return CaptionRow(key=readable(key), text=text)
+
+
+def _rejected(key: Any, reason: str) -> CaptionRow:
+    return CaptionRow(key=readable(key), text=None, reject=reason)
 
 
 def _read_jsonl(address: Address, rows: Rows) -> Iterator[CaptionRow]:
@@ -210,15 +236,15 @@ def _read_jsonl(address: Address, rows: Rows) -> Iterator[CaptionRow]:
         for index, line in _pick(file, rows):
             record = _json_object(line)
             if record is None:
-                yield CaptionRow(key=str(index), text=None, reject="not_json")
+                yield _rejected(index, "not_json")
             else:
-                yield _row(str(record.get("key", index)), record.get(address.column))
+                yield _row(record.get("key", index), record.get(address.column))
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply; ValueError: also a number too long
         return None
     return record if isinstance(record, dict) else None
 
@@ -233,7 +259,7 @@ def _read_csv(address: Address, rows: Rows) -> Iterator[CaptionRow]:
         for index, record in _pick(records, rows):
             text = record.get(address.column)
             raw = None if text is None else text.encode("utf-8", errors="surrogateescape")
-            yield _row(str(record.get("key") or index), raw)
+            yield _row(record.get("key") or index, raw)
 
 
 def _read_text(address: Address, rows: Rows) -> Iterator[CaptionRow]:
@@ -243,19 +269,22 @@ def _read_text(address: Address, rows: Rows) -> Iterator[CaptionRow]:
         return
     with open_shard(address.path) as shard:
         for _, sample in _pick((sample for sample in shard.samples if "txt" in sample.members), rows):
-            yield _row(sample.key, shard.read(sample.members["txt"]))
+            if sample.reject == "cut_off":
+                yield _rejected(sample.key, sample.reject)
+            else:
+                yield _row(sample.key, shard.read(sample.members["txt"]))
 
 
 def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     with open_shard(address.path) as shard:
         for _, sample in _pick(shard.samples, rows):
             if sample.reject:
-                yield CaptionRow(key=sample.key, text=None, reject=sample.reject)
+                yield _rejected(sample.key, sample.reject)
                 continue
             try:
                 yield _row(sample.key, shard.alt_text(sample))
             except ValueError:
-                yield CaptionRow(key=sample.key, text=None, reject="corrupt_alt_text")
+                yield _rejected(sample.key, "corrupt_alt_text")
 
 
 _READERS: dict[str, Callable[[Address, Rows], Iterator[CaptionRow]]] = {

@@ -67,7 +67,15 @@ class DatasetStatsConfig(StageConfig):
         default=[120, 300], min_length=1, description="Lengths (T5 tokens, end token included) a caption is checked for"
     )
     boilerplate: list[str] = Field(
-        default=["the image", "this image", "in the image", "in this image", "the picture", "the photo"],
+        default=[
+            "the image",
+            "this image",
+            "in the image",
+            "in this image",
+            "the picture",
+            "the photo",
+            "the photograph",
+        ],
         description="Openings (any case) that say nothing about the image",
     )
     max_characters: int = Field(
@@ -109,6 +117,8 @@ class DatasetStatsConfig(StageConfig):
     def _check_limits(cls, limits: list[int]) -> list[int]:
         if min(limits) < 2:
             raise ValueError("a limit below 2 tokens leaves no room for text")
+        if len(set(limits)) < len(limits):
+            raise ValueError(f"every limit is counted once, but {limits} names one twice")
         return limits
 
 

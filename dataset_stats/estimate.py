@@ -6,9 +6,12 @@ Means and shares, such as nouns per image, estimate those of the whole set. Thei
 "Sampling Techniques", chapters 2 and 6), with the factor 1 - n/N for a sample of n from N.
 
 DN, VN and VN/DN depend on how much text was read and are *not* those of the whole set: they are the numbers of n
-captions, and their error says how much another n captions would differ. Its size is taken from the sample itself: from
-random halves and quarters of the sample, whose spread is that of captions drawn without replacement from n, and the
-step from a quarter to a half is repeated once, to n.
+rows, and their error says how much another n rows would differ. Its size is taken from the sample itself: from
+random halves and quarters of the sample, whose spread is that of rows drawn without replacement from n, and the step
+from a quarter to a half is repeated once, to n.
+
+Rows are what is drawn, so how many of them are captions differs between samples as well: every total, DN and VN too,
+varies with it.
 """
 
 # n rows drawn, N rows in the set, k of the n are captions, T nouns in them, D distinct ones
@@ -72,23 +75,20 @@ def estimate_set(
     codes = words.indices.to_numpy()  # int32 [T]
     distinct = words.dictionary.to_pylist()
     rng = np.random.default_rng(seed)
-    drawn = (codes, owners, len(captions))
     kinds = {"": np.arange(len(distinct))}
     if singular is not None:
         kinds["folded_"] = np.unique([singular(noun) for noun in distinct], return_inverse=True)[1]
     for prefix, of_noun in kinds.items():
-        spread = _distinct_errors(drawn, of_noun, valid_threshold=valid_threshold, rng=rng)
+        # Captions stand for the first rows: which numbers the rejects have does not matter.
+        spread = _distinct_errors((of_noun[codes], owners, len(rows)), valid_threshold=valid_threshold, rng=rng)
         errors |= {f"{prefix}{name}": error * unread**0.5 for name, error in spread.items()}
-    per_row = np.zeros(len(rows))
-    per_row[: len(captions)] = captions["num_nouns"].to_numpy()
-    is_caption = np.arange(len(rows)) < len(captions)
-    rates = _rate_errors(drawn, len(distinct)) * unread**0.5
+    rates = _rate_errors((codes, owners, len(captions)), len(distinct)) * unread**0.5
     return Estimate(
         num_samples=num_samples,
         num_drawn=len(rows),
         errors=errors,
-        whole_captions=_total(is_caption, num_samples, unread),
-        whole_total_nouns=_total(per_row, num_samples, unread),
+        whole_captions=_total(rows["reject"].is_null().to_numpy(), num_samples, unread),
+        whole_total_nouns=_total(_nouns_per_row(rows), num_samples, unread),
         rate_errors=dict(zip(distinct, rates.tolist(), strict=True)),
     )
 
@@ -97,7 +97,7 @@ def _mean_errors(rows: pa.Table, captions: pa.Table) -> dict[str, float]:
     """Errors of the means and shares, for a set without end."""
     nouns = captions["num_nouns"].to_numpy()
     errors = {
-        "total_nouns": _mean_error(nouns) * len(nouns),
+        "total_nouns": _mean_error(_nouns_per_row(rows)) * len(rows),
         "nouns_per_image": _mean_error(nouns),
         "tokens_per_caption": _mean_error(captions["num_tokens"].to_numpy()),
         "boilerplate_fraction": _mean_error(captions["is_boilerplate"].to_numpy(zero_copy_only=False)),
@@ -117,6 +117,11 @@ def _mean_errors(rows: pa.Table, captions: pa.Table) -> dict[str, float]:
                 errors[f"over_limit_fraction.{limit}"] = _mean_error(lengths > int(limit))
                 errors[f"nouns_lost_fraction.{limit}"] = _ratio_error(captions[column].to_numpy(), nouns)
     return errors
+
+
+def _nouns_per_row(rows: pa.Table) -> np.ndarray:
+    """Int32 [n]: rejects have none."""
+    return rows["num_nouns"].fill_null(0).to_numpy()
 
 
 def _mean_error(values: np.ndarray) -> float:
@@ -145,24 +150,23 @@ def _rate_errors(drawn: tuple[np.ndarray, np.ndarray, int], num_distinct: int) -
 
 
 def _distinct_errors(
-    drawn: tuple[np.ndarray, np.ndarray, int], of_noun: np.ndarray, *, valid_threshold: int, rng: np.random.Generator
+    drawn: tuple[np.ndarray, np.ndarray, int], *, valid_threshold: int, rng: np.random.Generator
 ) -> dict[str, float]:
     """Errors of DN, VN and VN/DN, for a set without end."""
-    codes, owners, num_captions = drawn
-    kinds = of_noun[codes]
+    kinds, owners, num_rows = drawn
     spreads = []
-    for size in (num_captions // 4, num_captions // 2):
+    for size in (num_rows // 4, num_rows // 2):
         numbers = np.zeros((NUM_SUBSAMPLES, 3))
         for row in numbers:
-            chosen = np.zeros(num_captions, dtype=np.bool_)
-            chosen[rng.permutation(num_captions)[:size]] = True
+            chosen = np.zeros(num_rows, dtype=np.bool_)
+            chosen[rng.permutation(num_rows)[:size]] = True
             counts = np.bincount(kinds[chosen[owners]])
             dn, vn = (counts > 0).sum(), (counts > valid_threshold).sum()
             row[:] = dn, vn, vn / max(dn, 1)
-        # Drawn from n captions, `size` of them vary less than if drawn from a set without end.
-        spreads.append(numbers.var(axis=0, ddof=1) / (1 - size / max(num_captions, 1)))
+        # Drawn from n rows, `size` of them vary less than if drawn from a set without end.
+        spreads.append(numbers.var(axis=0, ddof=1) / (1 - size / max(num_rows, 1)))
     quarter, half = spreads
-    # A mean's variance halves as captions double, a total's doubles; these numbers are in between.
+    # A mean's variance halves as rows double, a total's doubles; these numbers are in between.
     growth = np.clip(np.divide(half, quarter, out=np.ones(3), where=quarter > 0), 0.5, 2.0)
     dn, vn, ratio = np.sqrt(half * growth).tolist()
     return {"distinct_nouns": dn, "valid_distinct_nouns": vn, "valid_fraction": ratio}

@@ -18,6 +18,7 @@ from pipelines.storage import atomic_file
 ROWS_PER_BATCH = 65_536
 NUM_CHANGES = 15  # nouns shown as gained and as lost
 NUM_ZIPF_POINTS = 200
+TOTAL = " total"  # column of all sets together; no set can be called so, since names have no spaces
 PER_CAPTIONS = 1000
 # A spreadsheet takes a cell that starts with one of these for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -119,7 +120,7 @@ class _Collector:
         self._names = list(names)
         self._measures = measures
         self._num_top = num_top
-        self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} first_row" for name in names), "total"])
+        self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} first_row" for name in names), TOTAL])
         self.plurals: dict[str, str] = {}
         self._changes: dict[str, pd.DataFrame] = {}
         self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -129,10 +130,10 @@ class _Collector:
             # Only words of the lexicon are folded, so these stay few.
             folded = zip(frame["noun"], frame["singular"], strict=True)
             self.plurals.update((noun, singular) for noun, singular in folded if noun != singular)
-        totals = frame[self._names].sum(axis=1)
-        both = [self._tops, frame.assign(total=totals)] if len(self._tops) else [frame.assign(total=totals)]
+        totalled = frame.assign(**{TOTAL: frame[self._names].sum(axis=1)})
+        both = [self._tops, totalled] if len(self._tops) else [totalled]
         # Ties go to the noun that comes first, so that the same counts give the same report.
-        self._tops = pd.concat(both).sort_values(["total", "noun"], ascending=[False, True]).head(self._num_top)
+        self._tops = pd.concat(both).sort_values([TOTAL, "noun"], ascending=[False, True]).head(self._num_top)
         baseline = self._names[0]
         for name in self._names[1:]:
             before, after = self._rate(frame, baseline), self._rate(frame, name)

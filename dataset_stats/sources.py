@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_rows, text_files
+from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_rows, readable, text_files
 from dataset_stats.config import CaptionSet
 from pipelines.manifest import Manifest
 from pipelines.pieces import Source
 from pipelines.shards import describe_shards, expand_braces, expand_shards, select_shards, shard_name
 from pipelines.storage import is_remote, open_ranges, sha256_text
+
+MAX_DRAWN_FROM = 10**9 - 1  # samples; of NumPy's multivariate_hypergeometric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +64,18 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
 
     The draw depends on the seed, on the number of rows of each source and on the sources' shard names only. Sets over
     the same shards, such as alt texts and captions of the same images, are therefore drawn at the same rows.
+
+    Raises:
+        ValueError: there are too many rows to draw from.
     """
     sizes = [source.num_samples for source in sources]
     if num_rows >= sum(sizes):
         shares = sizes
+    elif sum(sizes) > MAX_DRAWN_FROM:
+        raise ValueError(
+            f"dataset_stats.sample: a set of {sum(sizes):,} samples is more than can be drawn from "
+            f"({MAX_DRAWN_FROM:,}); name fewer of its shards or files"
+        )
     else:
         rng = np.random.default_rng(seed)
         shares = rng.multivariate_hypergeometric(sizes, num_rows, method="marginals").tolist()
@@ -118,7 +128,8 @@ def _expand_files(key: str, caption_set: CaptionSet) -> list[str]:
     for folder in folders:
         if caption_set.layout != "text":
             others.append(f"{folder}/*.{caption_set.layout}")
-        elif text_files(folder):
+        elif texts := text_files(folder):
+            _require_no_tars(key, folder, texts[0])
             found.append(folder)
         else:
             others.append(folder)  # a folder of tars
@@ -126,6 +137,14 @@ def _expand_files(key: str, caption_set: CaptionSet) -> list[str]:
         return found + (expand_shards(others) if others else [])
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{key}.files: {str(error).removeprefix('data.shards: ')}") from None
+
+
+def _require_no_tars(key: str, folder: str, text: Path) -> None:
+    if tar := next(Path(folder).glob("*.tar"), None):
+        raise ValueError(
+            f"{key}.files: {folder} holds tars ({tar.name}) as well as texts ({readable(text.relative_to(folder))}); "
+            f"name the tars ({folder}/*.tar) or a folder that has only the texts"
+        )
 
 
 def _file_source(address: Address) -> Source:
@@ -136,7 +155,7 @@ def _file_source(address: Address) -> Source:
         with open_ranges(path) as file:
             identity = file.stamp or str(file.size)
     elif Path(path).is_dir():
-        stats = [(file.name, file.stat()) for file in text_files(path)]
+        stats = [(readable(file.name), file.stat()) for file in text_files(path)]
         identity = sha256_text("".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in stats))
     else:
         identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class NounCountWorker:
         self._config = config
         self._counter = NounCounter(load_tagger(config.tagger))
         self._text_tokenizer = load_text_tokenizer(config.text_tokenizer) if config.text_tokenizer else None
-        self._boilerplate = tuple(opening.casefold() for opening in config.boilerplate)
+        # "the photo" is not how "The photographer ..." opens. ASCII: a word of Chinese goes on without a space.
+        openings = (re.escape(opening.casefold()) for opening in config.boilerplate)
+        self._boilerplate = [re.compile(rf"{opening}(?!\w)", re.ASCII) for opening in openings]
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Count the rows of a piece."""
@@ -107,7 +110,8 @@ class NounCountWorker:
         )
 
     def _is_boilerplate(self, text: str) -> bool:
-        return text.casefold().lstrip().startswith(self._boilerplate)
+        start = text.casefold().lstrip()
+        return any(opening.match(start) for opening in self._boilerplate)
 
     def _measure_truncation(
         self, tokenizer: Tokenizer, texts: Sequence[str], num_nouns: np.ndarray

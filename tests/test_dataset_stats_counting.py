@@ -220,6 +220,25 @@ def test_folded_numbers_are_those_of_the_singular_column(tmp_path_factory, folde
         assert measure.folded_valid_distinct_nouns == (folded > 10).sum()
 
 
+@pytest.mark.parametrize("names", [["total", "b"], ["b", "total"]])
+def test_a_set_called_total_keeps_its_counts(tmp_path, monkeypatch, names):
+    monkeypatch.setattr("dataset_stats.noun_table.ROWS_PER_BATCH", 2)
+    counts = {"bench": (1, 1), "cat": (9, 0), "dog": (3, 4), "lamp": (0, 5), "tree": (2, 0)}
+    files = {}
+    for index, name in enumerate(names):
+        pq.write_table(noun_table({noun: pair[index] for noun, pair in counts.items() if pair[index]}), tmp_path / name)
+        files[name] = [tmp_path / name]
+    merge_counts(files, tmp_path / "merged.parquet", scratch=tmp_path / "scratch")
+    measures = {
+        name: SetMeasures(total_nouns=total, num_captions=1) for name, total in zip(names, (15, 10), strict=True)
+    }
+    table = write_noun_table(
+        tmp_path / "merged.parquet", tmp_path, measures=measures, valid_threshold=10, num_top=4, singular=None
+    )
+    shown = table.top[["noun", *names]].to_numpy().tolist()
+    assert shown == [["cat", 9, 0], ["dog", 3, 4], ["lamp", 0, 5], ["bench", 1, 1]]
+
+
 def test_sum_nouns_sorts_by_bytes():
     table = sum_nouns([noun_table({"b": 1, "é": 2}), noun_table({"b": 2, "日": 1})])
     assert as_dict(table) == {"b": 3, "é": 2, "日": 1}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_a_sample_too_small_to_have_errors_is_refused(run):
         run_stage(run, "dataset_stats.sample=20")
 
 
+def test_a_set_too_large_to_draw_from_is_refused():
+    path = str(Address(layout="captions", column="caption", path="a.parquet"))
+    sources = [Source(name=str(number), path=path, identity="", num_samples=10_000_000) for number in range(100)]
+    with pytest.raises(ValueError, match=r"1,000,000,000 samples is more than can be drawn from \(999,999,999\)"):
+        sample_sources(sources, 1000, seed=0)
+    assert sum(source.num_samples for source in sample_sources(sources[1:], 1000, seed=0)) == 1000
+
+
 def test_every_row_is_as_likely_to_be_drawn():
     sources = [
         Source(name=name, path=str(Address(layout="captions", column="caption", path=f"{name}.parquet")), identity="",
@@ -157,47 +166,55 @@ def test_every_layout_reads_exactly_the_drawn_rows(files, kind):
     assert cut == texts
 
 
-def write_sample(path: Path, nouns: list[list[str]]) -> None:
-    lengths = [len(words) for words in nouns]
+def write_sample(path: Path, nouns: Sequence[list[str] | None]) -> None:
+    """A caption file; rows without a list are rejects."""
+    lengths = [None if words is None else len(words) for words in nouns]
     columns = {
-        "num_tokens": pa.array([2 * length for length in lengths], pa.int32()),
+        "num_tokens": pa.array([None if length is None else 2 * length for length in lengths], pa.int32()),
         "num_nouns": pa.array(lengths, pa.int32()),
-        "is_boilerplate": [length % 2 == 0 for length in lengths],
-        "flags": pa.array([["loop"] if length > 9 else [] for length in lengths], pa.list_(pa.string())),
-        "reject": pa.array([None] * len(nouns), pa.string()),
+        "is_boilerplate": pa.array([None if length is None else length % 2 == 0 for length in lengths], pa.bool_()),
+        "flags": pa.array([["loop"] if length and length > 9 else [] for length in lengths], pa.list_(pa.string())),
+        "reject": pa.array(["no_text" if words is None else None for words in nouns], pa.string()),
         "nouns": pa.array(nouns, pa.list_(pa.string())),
     }
     pq.write_table(pa.table(columns), path)
 
 
-def test_errors_are_the_spread_over_samples(tmp_path):
+@pytest.mark.parametrize("reject_fraction", [0.0, 0.4])
+def test_errors_are_the_spread_over_samples(tmp_path, reject_fraction):
     """Of a known population, many samples are drawn; what one sample says about its error must be their spread."""
     rng = np.random.default_rng(7)
     population, size, threshold = 6000, 900, 5
     weights = (np.arange(8000) + 2.7) ** -1.07
     lengths = rng.poisson(8, population) + 1
     words = np.split(rng.choice(8000, lengths.sum(), p=weights / weights.sum()), np.cumsum(lengths)[:-1])
+    is_reject = rng.random(population) < reject_fraction
 
-    def numbers(rows: np.ndarray) -> list[float]:
+    def numbers(drawn: np.ndarray) -> list[float]:
+        rows = drawn[~is_reject[drawn]]
         counts = np.bincount(np.concatenate([words[row] for row in rows]))
         dn, vn = (counts > 0).sum(), (counts > threshold).sum()
-        return [dn, vn, vn / dn, lengths[rows].mean(), (lengths[rows] % 2 == 0).mean(), (lengths[rows] > 9).mean()]
+        long, even = lengths[rows] > 9, lengths[rows] % 2 == 0
+        return [dn, vn, vn / dn, lengths[rows].sum(), lengths[rows].mean(), even.mean(), long.mean()]
 
     spread = np.std([numbers(rng.choice(population, size, replace=False)) for _ in range(150)], axis=0, ddof=1)
     names = [
-        "distinct_nouns", "valid_distinct_nouns", "valid_fraction", "nouns_per_image", "boilerplate_fraction",
-        "flag_fraction.loop",
+        "distinct_nouns", "valid_distinct_nouns", "valid_fraction", "total_nouns", "nouns_per_image",
+        "boilerplate_fraction", "flag_fraction.loop",
     ]  # fmt: skip
     errors = []
     for seed in range(4):
         rows = rng.choice(population, size, replace=False)
-        write_sample(tmp_path / "a.parquet", [[f"w{word}" for word in words[row]] for row in rows])
+        texts = [None if is_reject[row] else [f"w{word}" for word in words[row]] for row in rows]
+        write_sample(tmp_path / "a.parquet", texts)
         estimate = estimate_set(
             [tmp_path / "a.parquet"], num_samples=population, seed=seed, valid_threshold=threshold, singular=None
         )
         errors.append([estimate.errors[name] for name in names])
-        assert abs(estimate.whole_total_nouns[0] - lengths.sum()) < 4.5 * estimate.whole_total_nouns[1]
-        assert estimate.rate_errors["w0"] > estimate.rate_errors[f"w{words[rows[0]].max()}"] > 0
+        total = lengths[~is_reject].sum()
+        assert abs(estimate.whole_total_nouns[0] - total) < 4.5 * estimate.whole_total_nouns[1]
+        rare = f"w{max(int(word[1:]) for word in next(text for text in texts if text))}"
+        assert estimate.rate_errors["w0"] > estimate.rate_errors[rare] > 0
     ratios = np.mean(errors, axis=0) / spread
     assert all(0.8 < ratio < 1.6 for ratio in ratios[:3]), f"subsampled: {ratios}"
     assert all(0.8 < ratio < 1.25 for ratio in ratios[3:]), f"closed forms: {ratios}"

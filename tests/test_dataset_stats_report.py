@@ -7,16 +7,20 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from raw_shards import encode, photo, write_tar
 from stats_run import run_stage, write_caption_shards
 
 from dataset_stats import worker
+from dataset_stats.__main__ import OUTPUTS
 from dataset_stats.counting import NounCounter
 from dataset_stats.noun_table import safe_cell
 from dataset_stats.tagging import nltk_data
 from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
 from pipelines.manifest import read_manifest
+from pipelines.storage import exclusive
 from pipelines.summary import read_summary
 
 DENSE = "The image features a red dog near a wooden bench. <script>document.title = 'hacked'</script> The dog sleeps."
@@ -84,6 +88,80 @@ def test_threshold_changes_the_report_but_counts_nothing_again(run, monkeypatch)
     assert dense["valid_distinct_nouns"] == dense["distinct_nouns"]
     monkeypatch.setattr("dataset_stats.__main__._count", None)
     run_stage(run, "dataset_stats.valid_threshold=0")
+
+
+def output_bytes(run: Path) -> dict[str, bytes]:
+    return {name: (run / "stats" / name).read_bytes() for name in OUTPUTS}
+
+
+def test_a_run_killed_over_the_report_leaves_nothing_that_passes_for_the_one_before(run, monkeypatch):
+    run_stage(run)
+    expected = output_bytes(run)
+    other = ("dataset_stats.sets=mine=laion_0", "dataset_stats.valid_threshold=50")
+    leftovers = [run / "stats" / name for name in (".nouns.parquet.0123abcd.tmp", ".done/.alt.json.0123abcd.tmp")]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dataset_stats.__main__._write_report", kill)
+        run_stage(run, *other)
+    assert "mine" in (run / "stats" / "table1.md").read_text()
+    assert not any(path.exists() for path in (run / "stats" / "manifest.json", *leftovers))
+    run_stage(run)
+    assert output_bytes(run) == expected
+
+
+def test_two_runs_never_write_one_report(run):
+    run_stage(run)
+    expected = output_bytes(run)
+    with exclusive(run / "stats"), pytest.raises(ValueError, match="being written by another process"):
+        run_stage(run, "dataset_stats.valid_threshold=50")
+    assert output_bytes(run) == expected
+
+
+def test_the_gallery_gets_its_images_when_they_come_later(run):
+    run_stage(run)
+    assert b"data:image/webp" not in output_bytes(run)["report.html"]
+    members = [(f"laion_0-{index}.jpg", encode(photo(index))) for index in range(NUM_ROWS)]
+    write_tar(run / "raw" / "laion_0.tar", sorted(members))
+    run_stage(run)
+    with_images = output_bytes(run)["report.html"]
+    assert b"data:image/webp" in with_images
+    run_stage(run, "data.max_pixels=64")
+    assert b"data:image/webp" not in output_bytes(run)["report.html"], "all images have more pixels"
+
+
+def test_raw_shards_that_no_gallery_shows_change_no_report(run, monkeypatch):
+    run_stage(run)
+    write_tar(run / "raw" / "other.tar", [("a.jpg", encode(photo(0)))])
+    with monkeypatch.context() as patch:
+        patch.setattr("dataset_stats.__main__._count", None)
+        run_stage(run)
+    run_stage(run, "dataset_stats.num_gallery_images=0")
+    write_tar(run / "raw" / "laion_0.tar", [("a.jpg", encode(photo(0)))])
+    monkeypatch.setattr("dataset_stats.__main__._count", None)
+    run_stage(run, "dataset_stats.num_gallery_images=0")
+
+
+def test_boilerplate_is_an_opening_of_whole_words(run):
+    texts = ["The photo shows a dog", " the PHOTO, of a dog", "The photo", "The photographer waits", "A photo"]
+    texts += ["这张图片展示了一只狗", "图片"]
+    rows = [{"key": str(index), "caption": text} for index, text in enumerate(texts)]
+    pq.write_table(pa.Table.from_pylist(rows), run.parent / "a.parquet")
+    run_stage(
+        run, f"dataset_stats.sets=a={run.parent}/a.parquet", 'dataset_stats.boilerplate=["the photo", "这张图片"]'
+    )
+    assert read_summary(run)["dataset_stats"]["a"]["boilerplate_fraction"] == 4 / 7
+    run_stage(run, f"dataset_stats.sets=a={run.parent}/a.parquet", "dataset_stats.boilerplate=[]")
+    assert read_summary(run)["dataset_stats"]["a"]["boilerplate_fraction"] == 0
+
+
+def test_a_limit_named_twice_is_refused(run):
+    with pytest.raises(ValueError, match="names one twice"):
+        run_stage(run, "dataset_stats.text_limits=[120, 120]")
 
 
 def test_a_new_shard_is_the_only_one_counted(run, monkeypatch):
