@@ -98,7 +98,7 @@ buckets: $(READY) need-stage  ## Images per aspect bucket, crop, upscaling and r
 
 .PHONY: verify
 verify: $(READY)  ## Check every file of a run against its manifests, name the first bad shard and key
-	@$(PY) -m pipelines.verify --run $(RUN)
+	@$(PY) -m pipelines.store.verify --run $(RUN)
 
 .PHONY: train
 train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8, or HOSTFILE=hosts)

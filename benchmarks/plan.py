@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.feature_store import (
+from pipelines.raw.images import aspect_buckets
+from pipelines.store.feature_store import (
     LATENT_SCHEMA,
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
@@ -36,9 +37,8 @@ from pipelines.feature_store import (
     write_index,
     write_tensors,
 )
-from pipelines.images import aspect_buckets
-from pipelines.manifest import MANIFEST_NAME, SCHEMA_VERSION, Fingerprint, Manifest, ShardReport
-from pipelines.storage import atomic_write_json
+from pipelines.store.files import atomic_write_json
+from pipelines.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Fingerprint, Manifest, ShardReport
 from training.data.assembly import BatchAssembler
 from training.data.directories import open_directory
 from training.data.features import Dataset
@@ -105,7 +105,7 @@ def write_run(run: Path, *, num_shards: int, samples_per_shard: int) -> list[str
 
 
 def write_manifest(directory: Path, names: list[str], samples_per_shard: int) -> None:
-    """Write a manifest as `StageDirectory.write_manifest` does, without ten thousand markers."""
+    """Write a manifest as `ShardDirectory.write_manifest` does, without ten thousand markers."""
     reports = {
         name: ShardReport(
             name=name, source="0" * 64, num_read=samples_per_shard, num_kept=samples_per_shard, files=FILES

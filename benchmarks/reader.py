@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import load
 
 from features.quantization import store_text
-from pipelines.feature_store import (
+from pipelines.store.feature_store import (
     LATENT_SCHEMA,
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
@@ -38,7 +38,7 @@ from pipelines.feature_store import (
     write_index,
     write_tensors,
 )
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from training.data.assembly import BatchAssembler, LocatedSamples, locate_samples
 from training.data.batch import Buffers
 from training.data.directories import open_directory
@@ -62,8 +62,8 @@ MDS_NOTE = "mosaicml-streaming is not installed (it brings torchvision, which no
 def write_run(run: Path, num_samples: int, storage: str) -> Dataset:
     """Write the features of `num_samples` samples in two shards, and open them."""
     random = np.random.default_rng(0)
-    latents = StageDirectory(latent_directory(run, RESOLUTION))
-    text = StageDirectory(text_directory(run))
+    latents = ShardDirectory(latent_directory(run, RESOLUTION))
+    text = ShardDirectory(text_directory(run))
     for directory in (latents, text):
         directory.path.mkdir(parents=True)
     write_tensors(text.path / NULL_CAPTION_FILE, {"embedding_0": np.zeros((1, WIDTH), np.uint16)})

@@ -33,11 +33,11 @@ from transformers import AutoTokenizer, T5EncoderModel
 from features.encoders import LatentCodec, TextEncoder
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT
+from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from sampling.checkpoints import open_checkpoint
 from sampling.config import SamplingConfig
-from sampling.denoise import draw_noise, make_generators
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
 from toyworld.scenes import random_scene

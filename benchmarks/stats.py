@@ -36,8 +36,8 @@ from dataset_stats.__main__ import main as stage
 from dataset_stats.counting import NounCounter
 from dataset_stats.tagging.perceptron import PerceptronTagger
 from dataset_stats.tagging.taggers import NLTK_PARTS, LexiconTagger, find_tagger, read_nltk_part
-from pipelines.storage import sha256_file
-from pipelines.summary import read_summary
+from pipelines.store.files import sha256_file
+from pipelines.store.summary import read_summary
 
 RESULT = Path(__file__).parent / "results" / "stats.json"
 ZIPF_EXPONENT = 1.07

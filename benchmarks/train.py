@@ -30,10 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.sample import random_model
-from pixart.diffusion import Diffusion
 from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArtConfig
-from training.flops import StepFlops, device_peak_teraflops
+from pixart.processes.ddpm import Diffusion
+from training.loop.flops import StepFlops, device_peak_teraflops
 
 RESULT = Path(__file__).parent / "results" / "train.json"
 SIDES = ("ours", "diffusers")

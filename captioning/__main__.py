@@ -6,18 +6,18 @@ from collections import Counter
 from typing import Any
 
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
-from captioning.job import Job, read_job
+from captioning.job import CaptioningJob, read_job
 from captioning.plan import print_plan
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
+from encoders.models import require_model, resolve_model
 from pipelines.command import parse_command, run_command
-from pipelines.engine import run_over_shards
-from pipelines.manifest import Manifest
-from pipelines.models import require_model, resolve_model
-from pipelines.progress import get_logger
-from pipelines.shards import remember_shards
-from pipelines.storage import exclusive
-from pipelines.summary import update_summary
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import run_over_shards
+from pipelines.raw.shards import remember_shards
+from pipelines.store.files import exclusive
+from pipelines.store.manifest import Manifest
+from pipelines.store.summary import update_summary
 
 log = get_logger("captioning")
 
@@ -43,7 +43,7 @@ def main() -> None:
         log.info(f"{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}")
 
 
-def caption_shards(job: Job) -> Manifest:
+def caption_shards(job: CaptioningJob) -> Manifest:
     """Caption what is pending, after judging anew what was judged under other thresholds."""
     if not job.is_judged():
         with exclusive(job.output.path):
@@ -66,13 +66,13 @@ def caption_shards(job: Job) -> Manifest:
     return manifest
 
 
-def _clear_earlier(job: Job) -> None:
+def _clear_earlier(job: CaptioningJob) -> None:
     if (job.output.path / EARLIER_FOLDER).is_dir():
         with exclusive(job.output.path):
             clear_earlier(job.output, job.sources, job.fingerprint)
 
 
-def _set_aside(job: Job) -> None:
+def _set_aside(job: CaptioningJob) -> None:
     _clear_earlier(job)
     if not job.config.retry_rejects and not job.to_complete():
         return
@@ -86,7 +86,7 @@ def _set_aside(job: Job) -> None:
         log.info(f"{len(names)} shards keep their captions: rejects are tried again, other limits and scores applied")
 
 
-def _require_models(job: Job) -> None:
+def _require_models(job: CaptioningJob) -> None:
     """Find out that a model or a server is missing before any work starts."""
     if job.config.engine == "openai":
         # The client is of no use to the other engine.
@@ -99,7 +99,7 @@ def _require_models(job: Job) -> None:
         require_model(resolve_model(job.config.clip_model), key="captioning.clip_model")
 
 
-def _counts(job: Job, manifest: Manifest) -> dict[str, Any]:
+def _counts(job: CaptioningJob, manifest: Manifest) -> dict[str, Any]:
     reports = [manifest.shards[source.name] for source in job.sources]
     rejected = sum((Counter(report.rejected) for report in reports), Counter())
     return {

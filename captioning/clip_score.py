@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from captioning.config import CaptioningConfig
 from captioning.devices import choose_device, choose_dtype
-from pipelines.models import resolve_model
+from encoders.models import resolve_model
 
 # The last digits of a product depend on what it is batched with.
 NUM_DECIMALS = 4

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, field_validator
 
-from pipelines.recipe import StageConfig
+from pipelines.recipe import TableConfig
 
 DESCRIBE = "Describe this image and its style in a very detailed manner"
 DEFAULT_PROMPTS = {
@@ -26,7 +26,7 @@ OFF_FRAME_PHRASES = (
 )
 
 
-class QualityConfig(StageConfig):
+class QualityConfig(TableConfig):
     """`[captioning.quality]`: what is flagged. Changing it rewrites flags and never captions an image again."""
 
     ngram_words: int = Field(default=4, ge=1, le=20, description="Length of the word n-grams counted for loops")
@@ -45,7 +45,7 @@ class QualityConfig(StageConfig):
     )
 
 
-class LoopRetryConfig(StageConfig):
+class LoopRetryConfig(TableConfig):
     """`[captioning.loop_retry]`: captions that loop are asked for a second time, with a mild repetition penalty.
 
     Part of the decoding, like `temperature`: changing it captions anew, unlike a threshold of `[captioning.quality]`.
@@ -60,7 +60,7 @@ class LoopRetryConfig(StageConfig):
     )
 
 
-class ServerConfig(StageConfig):
+class ServerConfig(TableConfig):
     """`[captioning.server]`: the chat server of `engine = "openai"`."""
 
     base_url: str = Field(
@@ -92,7 +92,7 @@ class ServerConfig(StageConfig):
     )
 
 
-class CaptioningConfig(StageConfig):
+class CaptioningConfig(TableConfig):
     """`[captioning]`: the model, what it is asked, and how it decodes."""
 
     engine: str = Field(

@@ -16,16 +16,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from captioning.table import read_settings
-from pipelines.manifest import (
+from pipelines.engine.pieces import PARTS_FOLDER, Source, forget_pieces
+from pipelines.store.files import atomic_file, atomic_write_json
+from pipelines.store.manifest import (
     MANIFEST_NAME,
     MARKER_FOLDER,
     Fingerprint,
-    StageDirectory,
+    ShardDirectory,
     read_manifest,
     require_same_fingerprint,
 )
-from pipelines.pieces import PARTS_FOLDER, Source, forget_pieces
-from pipelines.storage import atomic_file, atomic_write_json
 
 EARLIER_FOLDER = ".earlier"
 # Fields of the fingerprint that decide which samples have a caption, and what is measured of it, but not its words.
@@ -54,7 +54,7 @@ def read_earlier(folder: Path | None, name: str) -> Earlier | None:
 
 
 def to_set_aside(
-    output: StageDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, retry_rejects: bool
+    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, retry_rejects: bool
 ) -> list[str]:
     """Return the finished shards that need completing.
 
@@ -81,7 +81,7 @@ def to_set_aside(
 
 
 def set_aside(
-    output: StageDirectory, names: Sequence[str], sources: Sequence[Source], fingerprint: Fingerprint
+    output: ShardDirectory, names: Sequence[str], sources: Sequence[Source], fingerprint: Fingerprint
 ) -> None:
     """Set finished shards aside, to be completed by the run that follows."""
     folder = output.path / EARLIER_FOLDER
@@ -100,7 +100,7 @@ def set_aside(
         output.clear_marker(name)
 
 
-def forget_parts_with_rejects(output: StageDirectory) -> None:
+def forget_parts_with_rejects(output: ShardDirectory) -> None:
     """Let an interrupted run's parts be made again where they hold rejects, but not those of shards set aside."""
     for path in sorted((output.path / PARTS_FOLDER).glob("*/*.report")):
         is_retried = (output.path / EARLIER_FOLDER / f"{path.parent.name}.json").is_file()
@@ -108,7 +108,7 @@ def forget_parts_with_rejects(output: StageDirectory) -> None:
             path.unlink()
 
 
-def clear_earlier(output: StageDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
+def clear_earlier(output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
     """Forget what was set aside of shards that are done, and what the recipe or the tars have left behind."""
     folder = output.path / EARLIER_FOLDER
     by_name = {source.name: source for source in sources}
@@ -130,7 +130,7 @@ def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
     return Fingerprint.of({**fingerprint.fields, **settings})
 
 
-def _refuse(output: StageDirectory, name: str, fingerprint: Fingerprint) -> None:
+def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None:
     if (output.path / MANIFEST_NAME).is_file():
         require_same_fingerprint(
             fingerprint, read_manifest(output.path).fingerprint, where="captioning.retry_rejects (RETRY=1)"

@@ -10,14 +10,14 @@ from typing import Any
 from captioning.config import CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, to_set_aside, updatable
 from captioning.worker import CaptionWorkerConfig
+from encoders.models import ModelSource, resolve_model
 from pipelines.command import Command
-from pipelines.engine import EngineConfig
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, Manifest, StageDirectory, read_manifest
-from pipelines.models import ModelSource, resolve_model
-from pipelines.pieces import Source
-from pipelines.progress import get_logger
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig
+from pipelines.raw.shards import describe_shards, select_shards, shard_name
 from pipelines.recipe import DataConfig
-from pipelines.shards import describe_shards, select_shards, shard_name
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 log = get_logger("captioning")
 
@@ -34,7 +34,7 @@ SERVER_FIELDS = {"image_short_side_pixels", "penalty_parameter"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CaptioningJob:
     """A command's settings and the raw shards it covers; `dialects` has the layout of each by name."""
 
     config: CaptioningConfig
@@ -43,7 +43,7 @@ class Job:
     model: ModelSource
     sources: list[Source]
     dialects: dict[str, str]
-    output: StageDirectory
+    output: ShardDirectory
     fingerprint: Fingerprint
     run: Path
 
@@ -107,7 +107,7 @@ class Job:
         return manifest if manifest.fingerprint.digest == self.fingerprint.digest else None
 
 
-def read_job(command: Command) -> Job:
+def read_job(command: Command) -> CaptioningJob:
     """Validate the recipe's tables and read the headers of the raw shards.
 
     Raises:
@@ -130,14 +130,14 @@ def read_job(command: Command) -> Job:
         "clip_model": clip,
         **settings,
     }
-    return Job(
+    return CaptioningJob(
         config=config,
         data=data,
         engine=engine,
         model=model,
         sources=[shard.source for shard in shards],
         dialects={shard.source.name: shard.dialect for shard in shards},
-        output=StageDirectory(Path(command.run) / "captions"),
+        output=ShardDirectory(Path(command.run) / "captions"),
         fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
         run=command.run,
     )

@@ -12,8 +12,8 @@ from PIL import Image
 from captioning.config import CaptioningConfig
 from captioning.engines.protocol import CaptionEngine, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
-from pipelines.images import SampleReject, decode_image
-from pipelines.shards import RawSample, RawShard
+from pipelines.raw.images import SampleReject, decode_image
+from pipelines.raw.shards import RawSample, RawShard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

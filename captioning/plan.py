@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from captioning.job import Job
+from captioning.job import CaptioningJob
 from captioning.prompts import template_for
-from pipelines.pieces import Source
-from pipelines.progress import console
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import console
 
 # A row with a caption of about 100 words, compressed.
 BYTES_PER_ROW = 450
 
 
-def print_plan(job: Job) -> None:
+def print_plan(job: CaptioningJob) -> None:
     """Print shards, samples, prompts and estimated sizes."""
     pending = job.pending()
     table = Table(title=f"Captions of {len(job.sources)} shards into {job.output.path}")
@@ -37,7 +37,7 @@ def print_plan(job: Job) -> None:
     console.print(f"prompts  sha256 {config.prompts_sha256}")
 
 
-def _by_prompt(job: Job) -> dict[str, Sequence[Source]]:
+def _by_prompt(job: CaptioningJob) -> dict[str, Sequence[Source]]:
     groups: dict[str, list[Source]] = {}
     for source in job.sources:
         template = template_for(source.name, job.dialects[source.name], job.config.prompts)

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from captioning.config import QualityConfig
 from captioning.quality import FLAGS, judge
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.pieces import PARTS_FOLDER
-from pipelines.storage import atomic_file, atomic_write_json, sha256_file
+from pipelines.engine.pieces import PARTS_FOLDER
+from pipelines.store.files import atomic_file, atomic_write_json, sha256_file
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
 
 # `caption_raw` is what the model said; `caption` differs from it only where boilerplate is stripped. `first_caption` is
 # what it said before, where that was a loop and it was asked again.
@@ -83,7 +83,7 @@ def count_flags(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def judge_directory_again(directory: StageDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:
+def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:
     """Rewrite the flags of every finished shard judged under other thresholds; returns the shards' names.
 
     Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes first,
@@ -112,7 +112,7 @@ def _is_judged(path: Path, quality: QualityConfig) -> bool:
 
 
 def _judge_shard_again(
-    directory: StageDirectory, report: ShardReport, *, fingerprint: Fingerprint, quality: QualityConfig
+    directory: ShardDirectory, report: ShardReport, *, fingerprint: Fingerprint, quality: QualityConfig
 ) -> None:
     path = directory.file(report.name, ".parquet")
     with atomic_file(path) as temporary:
@@ -124,7 +124,7 @@ def _judge_shard_again(
 
 
 def _judge_part_again(
-    directory: StageDirectory, report_path: Path, *, fingerprint: Fingerprint, quality: QualityConfig
+    directory: ShardDirectory, report_path: Path, *, fingerprint: Fingerprint, quality: QualityConfig
 ) -> None:
     content = json.loads(report_path.read_text())
     path = report_path.with_suffix(".parquet")

@@ -14,10 +14,10 @@ from captioning.engines.protocol import CaptionEngine
 from captioning.loading import ShardLoader
 from captioning.slices import SliceCaptioner
 from captioning.table import count_flags, join_files, write_rows
-from pipelines.images import SampleReject
-from pipelines.pieces import Piece, PieceReport
-from pipelines.shards import RawSample, open_shard
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.images import SampleReject
+from pipelines.raw.shards import RawSample, open_shard
+from pipelines.store.files import atomic_file
 
 # One image may be refused for its own sake; so many in a row, before any has a caption, are refused by a wrong setting.
 MAX_REFUSED_PROBES = 3

@@ -15,22 +15,22 @@ from dataset_stats.config import DatasetStatsConfig
 from dataset_stats.sources import Inputs, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from pipelines.command import Command, parse_command, run_command
-from pipelines.engine import EngineConfig, run_over_shards
-from pipelines.manifest import (
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig, run_over_shards
+from pipelines.raw.shards import expand_shards, shard_name
+from pipelines.recipe import DataConfig
+from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, remove_temporary_files, sha256_file
+from pipelines.store.manifest import (
     MANIFEST_NAME,
     MARKER_FOLDER,
     Fingerprint,
     Manifest,
+    ShardDirectory,
     ShardReport,
-    StageDirectory,
     read_manifest,
 )
-from pipelines.pieces import Source
-from pipelines.progress import get_logger
-from pipelines.recipe import DataConfig
-from pipelines.shards import expand_shards, shard_name
-from pipelines.storage import atomic_write_bytes, exclusive, fsync_directory, remove_temporary_files, sha256_file
-from pipelines.summary import update_summary
+from pipelines.store.summary import update_summary
 
 if TYPE_CHECKING:
     from dataset_stats.measures import SetMeasures
@@ -44,7 +44,7 @@ log = get_logger("dataset_stats")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class StatsJob:
     """One run of the stage: what it reads, with which tagger, and where it writes.
 
     Attributes:
@@ -149,7 +149,7 @@ def main() -> None:
     update_summary(command.run, f"seconds.{job.summary_key}", round(time.monotonic() - start_seconds, 1))
 
 
-def _plan(command: Command) -> Job:
+def _plan(command: Command) -> StatsJob:
     config = command.recipe.table("dataset_stats", DatasetStatsConfig)
     layouts = {caption_set.layout for caption_set in config.sets.values()}
     captions_folder = command.run / "captions"
@@ -161,7 +161,7 @@ def _plan(command: Command) -> Job:
     sources = whole
     if config.sample:
         sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
-    return Job(
+    return StatsJob(
         command=command,
         config=config,
         tagger=find_tagger(config.tagger),
@@ -195,7 +195,7 @@ def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
     return find_text_tokenizer(model_id, revision)
 
 
-def _show_plan(job: Job) -> None:
+def _show_plan(job: StatsJob) -> None:
     for name, sources in job.sources.items():
         num_captions = sum(source.num_samples for source in sources)
         drawn = f" drawn of {job.set_sizes[name]:,}" if job.is_sample else ""
@@ -210,13 +210,13 @@ def _say_tagger(tagger: TaggerSource) -> None:
         log.info(f"tagger: {tagger.title}; for NLTK's averaged perceptron install its data with: {HOW_TO_INSTALL}")
 
 
-def _is_done(job: Job) -> bool:
+def _is_done(job: StatsJob) -> bool:
     if not all((job.folder / name).is_file() for name in (MANIFEST_NAME, *OUTPUTS)):
         return False
     return read_manifest(job.folder).fingerprint.digest == job.report_fingerprint.digest
 
 
-def _count(job: Job) -> Manifest:
+def _count(job: StatsJob) -> Manifest:
     from dataset_stats.worker import CountConfig, NounCountWorker
 
     return run_over_shards(
@@ -230,7 +230,7 @@ def _count(job: Job) -> Manifest:
             keeps_nouns=job.is_sample,
         ),
         sources=job.all_sources,
-        output=StageDirectory(job.folder / "counts"),
+        output=ShardDirectory(job.folder / "counts"),
         fingerprint=job.count_fingerprint,
         # Counting needs no GPU, whatever the recipe reserves for captioning and features.
         engine=job.command.recipe.table("engine", EngineConfig).model_copy(update={"gpus_per_worker": 0.0}),
@@ -248,12 +248,12 @@ def _clear(folder: Path) -> None:
     fsync_directory(folder)
 
 
-def _report(job: Job, counts: Manifest) -> None:
+def _report(job: StatsJob, counts: Manifest) -> None:
     from dataset_stats.measures import as_json, measure_set
     from dataset_stats.report.table1 import definitions, table1
     from dataset_stats.worker import CAPTIONS
 
-    config, directory = job.config, StageDirectory(job.folder / "counts")
+    config, directory = job.config, ShardDirectory(job.folder / "counts")
     measures = {
         name: measure_set(
             [counts.shards[source.name] for source in sources],
@@ -287,7 +287,7 @@ def _report(job: Job, counts: Manifest) -> None:
     log.info(f"report: {job.folder / OUTPUTS[0]}")
 
 
-def _merge(job: Job, measures: dict[str, SetMeasures], directory: StageDirectory) -> NounTable:
+def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDirectory) -> NounTable:
     """Add up the shards' nouns; fills in what `measures` still lack: DN and VN, and the errors of a sample."""
     from dataset_stats.estimate import estimate_set
     from dataset_stats.merge import merge_counts
@@ -324,7 +324,7 @@ def _merge(job: Job, measures: dict[str, SetMeasures], directory: StageDirectory
 
 
 def _write_report(
-    job: Job, measures: dict[str, SetMeasures], noun_table: NounTable, meanings: list[Definition]
+    job: StatsJob, measures: dict[str, SetMeasures], noun_table: NounTable, meanings: list[Definition]
 ) -> None:
     from dataset_stats.report.gallery import example_captions, sample_gallery
     from dataset_stats.report.page import ReportData, write_report
@@ -354,8 +354,8 @@ def _write_report(
     )
 
 
-def _finish(job: Job, summary: dict[str, Any], *, extra: dict[str, Any], counts: Manifest) -> None:
-    directory = StageDirectory(job.folder)
+def _finish(job: StatsJob, summary: dict[str, Any], *, extra: dict[str, Any], counts: Manifest) -> None:
+    directory = ShardDirectory(job.folder)
     fingerprint = job.report_fingerprint
     for name, sources in job.sources.items():
         reports = [counts.shards[source.name] for source in sources]

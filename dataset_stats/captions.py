@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.progress import get_logger
-from pipelines.shards import open_shard
-from pipelines.storage import is_remote, open_binary
+from pipelines.engine.progress import get_logger
+from pipelines.raw.shards import open_shard
+from pipelines.store.files import is_remote, open_binary
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"

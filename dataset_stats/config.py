@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.recipe import StageConfig
+from pipelines.recipe import TableConfig
 
 MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
 
 
-class CaptionSet(StageConfig):
+class CaptionSet(TableConfig):
     """One caption set: which files it is in and which column holds its text."""
 
     shards: list[str] = Field(
@@ -33,7 +33,7 @@ class CaptionSet(StageConfig):
     column: str = Field(default="caption", min_length=1, description="Column that holds the text; unused by raw, text")
 
 
-class DatasetStatsConfig(StageConfig):
+class DatasetStatsConfig(TableConfig):
     """`[dataset_stats]`: noun statistics of any caption sets (paper, section 2.4 and Table 1)."""
 
     sets: dict[str, CaptionSet] = Field(

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataset_stats.estimate import Estimate
-from pipelines.manifest import ShardReport
+from pipelines.store.manifest import ShardReport
 
 UNUSED_COLUMNS = ("key", "nouns")  # the largest
 HISTOGRAM_BINS = 256  # captions with more nouns or tokens than this share the last bin

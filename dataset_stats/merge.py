@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.storage import atomic_file
+from pipelines.store.files import atomic_file
 
 ROWS_PER_BATCH = 65_536
 MAX_OPEN_FILES = 32

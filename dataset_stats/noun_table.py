@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataset_stats.measures import SetMeasures
-from pipelines.storage import atomic_file
+from pipelines.store.files import atomic_file
 
 ROWS_PER_BATCH = 65_536
 NUM_CHANGES = 15  # nouns shown as gained and as lost

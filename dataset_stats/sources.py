@@ -11,10 +11,10 @@ import numpy as np
 
 from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_rows, readable, text_files
 from dataset_stats.config import CaptionSet
-from pipelines.manifest import Manifest
-from pipelines.pieces import Source
-from pipelines.shards import describe_shards, expand_braces, expand_shards, select_shards, shard_name
-from pipelines.storage import is_remote, open_ranges, sha256_text
+from pipelines.engine.pieces import Source
+from pipelines.raw.shards import describe_shards, expand_braces, expand_shards, select_shards, shard_name
+from pipelines.store.files import is_remote, open_ranges, sha256_text
+from pipelines.store.manifest import Manifest
 
 MAX_DRAWN_FROM = 10**9 - 1  # samples; of NumPy's multivariate_hypergeometric
 

@@ -17,8 +17,8 @@ from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
 from dataset_stats.tagging.text_tokenizer import load_text_tokenizer
-from pipelines.pieces import Piece, PieceReport
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.store.files import atomic_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

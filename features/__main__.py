@@ -6,18 +6,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from encoders.models import require_model
 from features.config import STAGES
-from features.jobs import Inputs, Job, latent_job, manifest_extra, prepare, read_inputs, text_job
+from features.jobs import FeatureJob, Inputs, latent_job, manifest_extra, prepare, read_inputs, text_job
 from features.plan import print_plan, require_space
 from features.quantization import summarize_storage
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
-from pipelines.engine import run_over_shards
-from pipelines.manifest import Manifest
-from pipelines.models import require_model
-from pipelines.pieces import PARTS_FOLDER
-from pipelines.progress import get_logger
-from pipelines.summary import update_summary
+from pipelines.engine.pieces import PARTS_FOLDER
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import run_over_shards
+from pipelines.store.manifest import Manifest
+from pipelines.store.summary import update_summary
 
 log = get_logger("features")
 
@@ -42,7 +42,7 @@ def main() -> None:
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
 
 
-def run_job(job: Job, inputs: Inputs) -> Manifest:
+def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
     for change in job.changed_settings():
         log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
@@ -75,7 +75,7 @@ def run_job(job: Job, inputs: Inputs) -> Manifest:
     return manifest
 
 
-def _report_storage(job: Job, manifest: Manifest, inputs: Inputs) -> None:
+def _report_storage(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
     storage = inputs.features.text_storage
     figures = summarize_storage([manifest.shards[source.name].details for source in job.sources])
     if figures is not None:
@@ -96,7 +96,7 @@ def _report_preview(path: Path, details: dict[str, Any]) -> None:
         log.warning(f"{path}: {psnr_db:.1f} dB is too low for the right VAE; look at the picture before training")
 
 
-def _summarize(inputs: Inputs, jobs: list[Job], manifests: dict[str, Manifest], *, seconds: float) -> None:
+def _summarize(inputs: Inputs, jobs: list[FeatureJob], manifests: dict[str, Manifest], *, seconds: float) -> None:
     counts: dict[str, Any] = {}
     for job in jobs:
         reports = [manifests[job.family].shards[source.name] for source in job.sources]

@@ -14,11 +14,11 @@ from rich.table import Table
 from features.config import STAGES
 from features.jobs import Inputs, read_inputs
 from pipelines.command import parse_command, run_command
-from pipelines.images import SampleReject, aspect_buckets, image_size, nearest_bucket, plan_crop
-from pipelines.pieces import Source
-from pipelines.progress import console, get_logger, progress_bar
-from pipelines.shards import Member, RawSample, RawShard, open_shard
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import console, get_logger, progress_bar
+from pipelines.raw.images import SampleReject, aspect_buckets, image_size, nearest_bucket, plan_crop
+from pipelines.raw.shards import Member, RawSample, RawShard, open_shard
+from pipelines.store.files import atomic_file
 
 log = get_logger("features")
 

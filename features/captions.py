@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.manifest import Manifest, require_same
-from pipelines.pieces import Source
-from pipelines.storage import atomic_write_json, sha256_file, sha256_text
+from pipelines.engine.pieces import Source
+from pipelines.store.files import atomic_write_json, sha256_file, sha256_text
+from pipelines.store.manifest import Manifest, require_same
 
 # In a directory of text features: the identity of each shard's captions, and the Parquet file it was taken from.
 IDENTITIES_NAME = ".captions.json"

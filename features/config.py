@@ -5,14 +5,14 @@ from typing import Literal
 import pydantic
 
 from features.encoders import FP16_REFUSAL, TEXT_DTYPES, VAE_DTYPES
-from pipelines.recipe import StageConfig
+from pipelines.recipe import TableConfig
 
 STAGES = (1, 2, 3)
 # VAE factor 8 times patch size 2: a side must be a whole number of patches.
 RESOLUTION_MULTIPLE = 16
 
 
-class CaptionConfig(StageConfig):
+class CaptionConfig(TableConfig):
     """One entry of `[features.stageN] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
 
     column: str = pydantic.Field(
@@ -27,7 +27,7 @@ class CaptionConfig(StageConfig):
     )
 
 
-class FeatureStageConfig(StageConfig):
+class FeatureStageConfig(TableConfig):
     """`[features.stageN]`: what training stage N will read."""
 
     shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names this stage reads")
@@ -69,7 +69,7 @@ class FeatureStageConfig(StageConfig):
         return value
 
 
-class FeaturesConfig(StageConfig):
+class FeaturesConfig(TableConfig):
     """Recipe table `[features]`."""
 
     text_model: str = pydantic.Field(description="T5 encoder: hub id or local folder (paper: Flan-T5-XXL)")

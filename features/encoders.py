@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.models import resolve_model
-from pipelines.progress import get_logger
+from encoders.models import resolve_model
+from pipelines.engine.progress import get_logger
 
 if TYPE_CHECKING:
     import torch

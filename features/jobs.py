@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoders.models import ModelSource, resolve_model
 from features.captions import caption_sources, remember_identities, require_unchanged
 from features.config import FeaturesConfig, FeatureStageConfig
 from features.latents import LatentWorker, LatentWorkerConfig
 from features.text import TextWorker, TextWorkerConfig
 from pipelines.command import Command
-from pipelines.engine import EngineConfig
-from pipelines.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
-from pipelines.images import aspect_buckets
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory, read_manifest
-from pipelines.models import ModelSource, resolve_model
-from pipelines.pieces import ShardWorker, Source, forget_pieces
+from pipelines.engine.pieces import ShardWorker, Source, forget_pieces
+from pipelines.engine.run import EngineConfig
+from pipelines.raw.images import aspect_buckets
+from pipelines.raw.shards import describe_shards, recall_shards, select_shards
 from pipelines.recipe import DataConfig
-from pipelines.shards import describe_shards, recall_shards, select_shards
+from pipelines.store.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
 
 # Raised when a change of code changes the features of unchanged inputs.
 CODE_VERSION = 2
@@ -44,14 +44,14 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class FeatureJob:
     """One family of features to compute; `model_key` is the recipe key that names its encoder."""
 
     family: str
     worker_class: type[ShardWorker]
     worker_config: Any
     sources: list[Source]
-    output: StageDirectory
+    output: ShardDirectory
     fingerprint: Fingerprint
     upstream: dict[str, str]
     model: ModelSource
@@ -112,7 +112,7 @@ def _raw_shards(command: Command, data: DataConfig) -> list[str]:
         raise
 
 
-def text_job(inputs: Inputs) -> Job:
+def text_job(inputs: Inputs) -> FeatureJob:
     """Describe the encoding of the stage's captions.
 
     Raises:
@@ -122,9 +122,9 @@ def text_job(inputs: Inputs) -> Job:
     """
     features, columns = inputs.features, inputs.stage.caption_columns
     captions = read_manifest(inputs.run / "captions")
-    output = StageDirectory(text_directory(inputs.run, columns))
+    output = ShardDirectory(text_directory(inputs.run, columns))
     model = resolve_model(features.text_model, features.text_revision)
-    return Job(
+    return FeatureJob(
         family="text",
         worker_class=TextWorker,
         worker_config=TextWorkerConfig(
@@ -161,12 +161,12 @@ def text_job(inputs: Inputs) -> Job:
     )
 
 
-def latent_job(inputs: Inputs) -> Job:
+def latent_job(inputs: Inputs) -> FeatureJob:
     """Describe the encoding of the stage's images."""
     features, stage = inputs.features, inputs.stage
     model = resolve_model(features.vae_model, features.vae_revision)
-    output = StageDirectory(latent_directory(inputs.run, stage.resolution))
-    return Job(
+    output = ShardDirectory(latent_directory(inputs.run, stage.resolution))
+    return FeatureJob(
         family="latents",
         worker_class=LatentWorker,
         worker_config=LatentWorkerConfig(
@@ -217,7 +217,7 @@ def read_model_config(model: ModelSource) -> dict[str, Any] | None:
     return json.loads(Path(path).read_text()) if isinstance(path, str) else None
 
 
-def manifest_extra(job: Job, inputs: Inputs) -> dict[str, Any]:
+def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
     """Return the numbers later stages read from the manifest, so that no recipe types them a second time."""
     config = read_model_config(job.model)
     assert config is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
@@ -245,7 +245,7 @@ def manifest_extra(job: Job, inputs: Inputs) -> dict[str, Any]:
     return {"vae": vae, "resolution": stage.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 
-def prepare(job: Job, inputs: Inputs) -> None:
+def prepare(job: FeatureJob, inputs: Inputs) -> None:
     """Check what a pending job is about to read, and repeat what a lost file needs.
 
     Raises:

@@ -14,11 +14,11 @@ import numpy as np
 
 from features.encoders import Batches, LatentCodec, select_device
 from features.preview import write_preview
-from pipelines.feature_store import LATENT_SCHEMA, FeatureTarWriter, join_shards, payload_crc32, write_index
-from pipelines.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
-from pipelines.pieces import Piece, PieceReport
-from pipelines.shards import RawSample, RawShard, open_shard
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
+from pipelines.raw.shards import RawSample, RawShard, open_shard
+from pipelines.store.feature_store import LATENT_SCHEMA, FeatureTarWriter, join_shards, payload_crc32, write_index
+from pipelines.store.files import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
 
+from encoders.models import ModelSource, resolve_model
 from features.encoders import clean_prompt
-from features.jobs import VAE_DEFAULTS, Inputs, Job, latent_job, read_model_config, text_job
+from features.jobs import VAE_DEFAULTS, FeatureJob, Inputs, latent_job, read_model_config, text_job
 from features.speed import find_speed
-from pipelines.feature_store import TAR_BLOCK_BYTES, text_directory
-from pipelines.manifest import MANIFEST_NAME
-from pipelines.models import ModelSource, resolve_model
-from pipelines.pieces import Source
-from pipelines.progress import console
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import console
+from pipelines.store.feature_store import TAR_BLOCK_BYTES, text_directory
+from pipelines.store.manifest import MANIFEST_NAME
 
 # Width of the published T5 encoders, for planning before one is downloaded.
 PUBLISHED_D_TEXT = {"google/flan-t5-xxl": 4096, "google/flan-t5-xl": 2048, "DeepFloyd/t5-v1_1-xxl": 4096}
@@ -42,7 +42,7 @@ class FamilyPlan:
     pending_samples: int
     bytes_per_sample: int
     basis: str
-    job: Job | None
+    job: FeatureJob | None
 
     @property
     def pending_bytes(self) -> int:

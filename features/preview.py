@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from features.encoders import LatentCodec
-from pipelines.storage import atomic_file
+from pipelines.store.files import atomic_file
 
 CELL_PIXELS = 192
 GAP_PIXELS = 4

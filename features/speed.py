@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from features.jobs import Inputs, Job
+from encoders.models import ModelSource
+from features.jobs import FeatureJob, Inputs
 from features.latents import LatentWorkerConfig
-from pipelines.engine import EngineConfig
-from pipelines.models import ModelSource
-from pipelines.pieces import Piece
-from pipelines.summary import read_summary, update_summary
+from pipelines.engine.pieces import Piece
+from pipelines.engine.run import EngineConfig
+from pipelines.store.summary import read_summary, update_summary
 
 SUMMARY_KEY = "features.speed"
 # Enough samples to fill a batch once; then as many as take about this long.
@@ -35,7 +35,7 @@ class Speed:
         return num_samples / (self.samples_per_second * self.num_workers) / 3600
 
 
-def find_speed(job: Job, inputs: Inputs) -> Speed | str:
+def find_speed(job: FeatureJob, inputs: Inputs) -> Speed | str:
     """Return how fast a job with pending samples will be, or what is missing to know it."""
     num_workers = count_workers(inputs.engine)
     known = read_summary(inputs.run).get("features", {}).get("speed", {}).get(job.output.path.name, {})
@@ -49,7 +49,7 @@ def find_speed(job: Job, inputs: Inputs) -> Speed | str:
     return _measure(job, inputs, num_workers=num_workers)
 
 
-def remember_speed(job: Job, inputs: Inputs, *, num_samples: int, seconds: float) -> None:
+def remember_speed(job: FeatureJob, inputs: Inputs, *, num_samples: int, seconds: float) -> None:
     """Keep what a long run of the job has found, loading of the model included, for the plans of later ones."""
     if seconds < MIN_REMEMBERED_SECONDS:
         return
@@ -91,7 +91,7 @@ def is_model_here(model: ModelSource) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def _measure(job: Job, inputs: Inputs, *, num_workers: int) -> Speed:
+def _measure(job: FeatureJob, inputs: Inputs, *, num_workers: int) -> Speed:
     """Run the job's own worker on the first samples that are pending, in a folder that is then removed."""
     source = max(job.pending(), key=lambda source: source.num_samples)
     with tempfile.TemporaryDirectory(prefix="features-plan-") as folder:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from features.encoders import TextEncoder, select_device
 from features.quantization import StoredText, measure_error, restore_text, store_text
-from pipelines.feature_store import (
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.store.feature_store import (
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
     FeatureTarWriter,
@@ -22,8 +23,7 @@ from pipelines.feature_store import (
     write_index,
     write_tensors,
 )
-from pipelines.pieces import Piece, PieceReport
-from pipelines.storage import atomic_file
+from pipelines.store.files import atomic_file
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ class TextWorker:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         samples = _read_captions(piece, self._config.caption_weights)
-        tally = _Tally(self._config.max_tokens)
+        tally = _TextCounts(self._config.max_tokens)
         rows: list[dict[str, Any]] = []
         with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar:
             for start, stop in piece.slices():
@@ -92,7 +92,7 @@ class TextWorker:
         )
 
     def _encode_slice(
-        self, samples: Sequence[Sequence[_Caption]], tar: FeatureTarWriter, tally: "_Tally"
+        self, samples: Sequence[Sequence[_Caption]], tar: FeatureTarWriter, tally: "_TextCounts"
     ) -> list[dict[str, Any]]:
         texts = [caption.text for captions in samples for caption in captions if caption.row["reject"] is None]
         embeddings = iter(self._encoder.encode(texts))
@@ -115,7 +115,7 @@ class TextWorker:
         return rows
 
 
-class _Tally:
+class _TextCounts:
     """What a piece's report says beyond its rows."""
 
     def __init__(self, max_tokens: int) -> None:

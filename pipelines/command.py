@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.progress import console
+from pipelines.engine.progress import console
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.storage import is_remote
+from pipelines.store.files import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from pipelines.shards import expand_shards
+from pipelines.raw.shards import expand_shards
 
 TABLES = (
     "data",
@@ -27,13 +27,13 @@ STAGE = re.compile(r"stage\d+")
 PHASES = "phases"
 
 
-class StageConfig(pydantic.BaseModel):
+class TableConfig(pydantic.BaseModel):
     """A recipe table: unknown keys are errors, values are frozen, strings are not coerced to numbers or booleans."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
-class DataConfig(StageConfig):
+class DataConfig(TableConfig):
     """`[data]`: where the raw shards are and how their members are to be read."""
 
     shards: str | list[str] = pydantic.Field(
@@ -56,7 +56,7 @@ class DataConfig(StageConfig):
         return expand_shards([pattern.replace("{run}", str(run)) for pattern in patterns])
 
 
-Config = TypeVar("Config", bound=StageConfig)
+Config = TypeVar("Config", bound=TableConfig)
 
 
 class Recipe:
@@ -81,7 +81,7 @@ class Recipe:
         return model.model_validate(content)
 
 
-def _errors(model: type[StageConfig], content: Any) -> Sequence[Mapping[str, Any]]:
+def _errors(model: type[TableConfig], content: Any) -> Sequence[Mapping[str, Any]]:
     try:
         model.model_validate(content)
     except pydantic.ValidationError as error:
@@ -109,7 +109,7 @@ def _without_phases(name: str, table: Any) -> Any:
     return table
 
 
-def _wrong_in_phases(path: Path, name: str, table: Any, model: type[StageConfig]) -> Iterator[str]:
+def _wrong_in_phases(path: Path, name: str, table: Any, model: type[TableConfig]) -> Iterator[str]:
     """Yield what is wrong with the keys that phases set, whichever phase is chosen."""
     for place, stage in _stages_in(name, table).items():
         bare = {key: value for key, value in stage.items() if key != PHASES}

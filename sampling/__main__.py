@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.command import parse_command, run_command
-from pipelines.engine import EngineConfig
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig
 from sampling.checkpoints import find_checkpoint
 from sampling.config import STAGES, SamplingConfig
-from sampling.generate import Job, check_inputs, describe_job, make_job, run_job
+from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, run_job
 
 log = get_logger("sampling")
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_job(job, run=command.run)
 
 
-def _write_embeddings(job: Job, path: Path) -> None:
+def _write_embeddings(job: SamplingJob, path: Path) -> None:
     from sampling.text_encoding import write_embeddings
 
     if job.checkpoint.text is None:

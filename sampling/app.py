@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import pydantic
 
 from pipelines.command import parse_command, run_command
-from pipelines.engine import EngineConfig
-from pipelines.progress import get_logger
-from pipelines.recipe import StageConfig
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig
+from pipelines.recipe import TableConfig
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
 from sampling.checkpoints import find_checkpoint
 from sampling.config import SamplingConfig
@@ -41,7 +41,7 @@ DAY_SECONDS = 86_400
 log = get_logger("sampling")
 
 
-class AppConfig(StageConfig):
+class AppConfig(TableConfig):
     """Recipe table `[app]`."""
 
     port: int = pydantic.Field(default=7860, ge=1, le=65535, description="Port of 127.0.0.1 that the page is served at")

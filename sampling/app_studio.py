@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.engine import EngineConfig
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encoders.models import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
-from pipelines.images import aspect_buckets
-from pipelines.models import REPOSITORY, require_model, resolve_model
-from pipelines.storage import sha256_file
+from pipelines.raw.images import aspect_buckets
+from pipelines.store.files import sha256_file
 from sampling.config import EncoderConfig, SamplingConfig, encoder_config
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 import pydantic
 
-from pipelines.recipe import Recipe, StageConfig
+from pipelines.recipe import Recipe, TableConfig
 
 STAGES = (1, 2, 3)
 
 
-class SamplingConfig(StageConfig):
+class SamplingConfig(TableConfig):
     """Recipe table `[sampling]`."""
 
     prompt: str | None = pydantic.Field(

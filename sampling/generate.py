@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.engine import EngineConfig, run_over_shards
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
-from pipelines.models import ModelSource, require_model, resolve_model
-from pipelines.pieces import Source, forget_pieces
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_file, sha256_file, sha256_text
-from pipelines.summary import update_summary
+from encoders.models import ModelSource, require_model, resolve_model
+from pipelines.engine.pieces import Source, forget_pieces
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig, run_over_shards
+from pipelines.store.files import atomic_file, sha256_file, sha256_text
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
+from pipelines.store.summary import update_summary
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
@@ -33,14 +33,14 @@ MAX_LOST_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SamplingJob:
     """Everything that is to lie in one folder of samples, whether drawn already or not."""
 
     config: SamplingConfig
     checkpoint: Checkpoint
     requests: list[ImageRequest]
     fingerprint: Fingerprint
-    directory: StageDirectory
+    directory: ShardDirectory
     engine: EngineConfig
 
     @property
@@ -61,7 +61,9 @@ class Job:
         return [item for item in self.requests if not is_written(folder, item, fingerprint=self.fingerprint)]
 
 
-def make_job(config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig) -> Job:
+def make_job(
+    config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig
+) -> SamplingJob:
     """Read the prompts and settle size, seed and file of each image of `RUN/samples/<name>`.
 
     Raises:
@@ -70,17 +72,17 @@ def make_job(config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name:
     """
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, checkpoint, run)[: config.max_prompts]
-    return Job(
+    return SamplingJob(
         config=config,
         checkpoint=checkpoint,
         requests=make_requests(prompts, config, checkpoint),
         fingerprint=_fingerprint(config, checkpoint),
-        directory=StageDirectory(run / "samples" / name),
+        directory=ShardDirectory(run / "samples" / name),
         engine=engine,
     )
 
 
-def describe_job(job: Job) -> list[str]:
+def describe_job(job: SamplingJob) -> list[str]:
     """Return what the job would do, line by line."""
     config, requests, pending = job.config, job.requests, job.pending()
     sizes = sorted({(item.width, item.height) for item in requests})
@@ -94,7 +96,7 @@ def describe_job(job: Job) -> list[str]:
     ]
 
 
-def run_job(job: Job, *, run: Path) -> None:
+def run_job(job: SamplingJob, *, run: Path) -> None:
     """Draw the images that are missing, then write table, grid and manifest; a finished job is left alone.
 
     Raises:
@@ -121,7 +123,7 @@ def run_job(job: Job, *, run: Path) -> None:
     log.info(f"drew {len(pending):,} of {len(job.requests):,} images, see {folder / GRID_NAME}")
 
 
-def check_inputs(job: Job) -> None:
+def check_inputs(job: SamplingJob) -> None:
     """Look at what would be wrong or odd before any model is loaded: encoders, sizes, prompts that are too long.
 
     Raises:
@@ -209,7 +211,7 @@ def _resolve(checkpoint: Checkpoint, part: str, model: Mapping[str, Any]) -> Mod
         raise FileNotFoundError(f"{part} of {checkpoint.name}: {error}") from None
 
 
-def _draw(job: Job, *, num_pending: int) -> None:
+def _draw(job: SamplingJob, *, num_pending: int) -> None:
     # Only here, so that a finished job loads no model library.
     from sampling.worker import SampleWorker, SampleWorkerConfig
 
@@ -241,7 +243,7 @@ def _draw(job: Job, *, num_pending: int) -> None:
     )
 
 
-def _write_grid(job: Job) -> None:
+def _write_grid(job: SamplingJob) -> None:
     config, folder = job.config, job.directory.path
     samples = []
     for number, request in enumerate(job.requests[: config.num_grid_images]):

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from pipelines.manifest import Fingerprint
-from pipelines.storage import atomic_file
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import Fingerprint
 from sampling.requests import ImageRequest
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 
 log = get_logger("sampling")
 

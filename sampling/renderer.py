@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from features.encoders import LatentCodec, select_device
-from pipelines.manifest import require_same
+from pipelines.store.manifest import require_same
 from pixart.dit import DiT
+from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
+from pixart.drawing.solvers import make_solver
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
-from sampling.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
 from sampling.requests import ImageRequest
-from sampling.solvers import make_solver
 from sampling.text_encoding import text_id
 
 # Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.

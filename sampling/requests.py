@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS, Prompt

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encoders.models import resolve_model
 from features.encoders import TextEncoder, clean_prompt, select_device
-from pipelines.feature_store import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, load_index, read_payload
-from pipelines.manifest import read_manifest, require_same
-from pipelines.models import resolve_model
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_file
+from pipelines.engine.progress import get_logger
+from pipelines.store.feature_store import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, load_index, read_payload
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import read_manifest, require_same
 from sampling.config import SamplingConfig
 from sampling.int8_linear import quantize_linears
 from sampling.requests import ImageRequest

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from pipelines.manifest import Fingerprint
-from pipelines.pieces import Piece, PieceReport
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import Fingerprint
 from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image

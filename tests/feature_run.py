@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_encoders import save_codec, save_text_encoder
 
 import features.__main__ as features_main
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
-from pipelines.shards import open_shard, shard_source
-from pipelines.storage import sha256_file
+from pipelines.raw.shards import open_shard, shard_source
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 
 WORDS = ("red", "blue", "circle", "star", "on the left", "small", "large", "a green square", "and", "striped")
 
@@ -56,7 +56,7 @@ def write_raw(path: Path, samples: Sequence[Mapping[str, bytes | str]]) -> None:
 
 def write_captions(run: Path, raw_paths: Sequence[Path], *, rejects: Mapping[str, str], prompt: str = "p") -> None:
     """Write what captioning would: one Parquet row per sample of each tar, markers and manifest."""
-    directory = StageDirectory(run / "captions")
+    directory = ShardDirectory(run / "captions")
     directory.path.mkdir(parents=True, exist_ok=True)
     fingerprint = Fingerprint.of({"prompt": prompt})
     for path in raw_paths:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.command import run_command
-from pipelines.engine import EngineConfig, run_over_shards
-from pipelines.manifest import Fingerprint, Manifest, StageDirectory
-from pipelines.pieces import Piece, PieceReport, Source
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport, Source
+from pipelines.engine.run import EngineConfig, run_over_shards
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 
 IN_PROCESS = EngineConfig(in_process=True, samples_per_slice=8)
 ON_RAY = EngineConfig(num_workers=2, samples_per_slice=8)
@@ -80,7 +80,7 @@ def run(
         worker_class,
         {"calls": f"{output}.calls", **(settings or {})},
         sources=sources,
-        output=StageDirectory(output),
+        output=ShardDirectory(output),
         fingerprint=Fingerprint.of({"version": version}),
         engine=engine,
         max_reject_fraction=limit,

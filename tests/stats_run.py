@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset_stats.__main__ import main
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
-from pipelines.storage import sha256_file
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 
 RECIPE = """
 [data]
@@ -28,7 +28,7 @@ max_reject_fraction = 0.9
 
 def write_caption_shards(run: Path, shards: dict[str, list[dict]]) -> None:
     """RUN/captions as the captioning stage leaves it; rows need key, alt_text, caption, flags and reject."""
-    directory = StageDirectory(run / "captions")
+    directory = ShardDirectory(run / "captions")
     fingerprint = Fingerprint.of({"stage": "captioning"})
     for shard, rows in shards.items():
         path = directory.file(shard, ".parquet")

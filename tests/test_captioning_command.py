@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioning.__main__ import main
-from pipelines.manifest import read_manifest
-from pipelines.summary import read_summary
+from pipelines.store.manifest import read_manifest
+from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_sa1b, write_tar
 from tests.tiny_models import save_llava
 
@@ -195,7 +195,7 @@ def documented_commands() -> list[str]:
 def test_commands_of_the_docs_page_are_real(line: str) -> None:
     """Each is what make turns into a command whose every key the recipe's tables take."""
     from captioning.config import CaptioningConfig
-    from pipelines.engine import EngineConfig
+    from pipelines.engine.run import EngineConfig
     from pipelines.recipe import DataConfig, load_recipe
 
     # Texts reach the command through the environment; make only names them.

@@ -15,9 +15,9 @@ from PIL import Image
 from captioning.__main__ import main
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.worker import CaptionWorker
-from pipelines.images import SampleReject
-from pipelines.manifest import StageDirectory, read_manifest
-from pipelines.shards import RawShard
+from pipelines.raw.images import SampleReject
+from pipelines.raw.shards import RawShard
+from pipelines.store.manifest import ShardDirectory, read_manifest
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_tar
 from tests.tiny_models import save_clip, save_llava
 
@@ -179,8 +179,8 @@ def test_a_killed_retry_is_taken_up_again(tmp_path, model, fresh, count_prompts,
 
     with monkeypatch.context() as patch:
         patch.setattr("captioning.__main__.clear_earlier", lambda *_: None)
-        dying(StageDirectory, "clear_marker", patch, after=False)
-        dying(StageDirectory, "write_marker", patch, after=True)
+        dying(ShardDirectory, "clear_marker", patch, after=False)
+        dying(ShardDirectory, "write_marker", patch, after=True)
         dying(CaptionWorker, "__call__", patch, after=True)
         with pytest.raises(Killed):
             command(run, *RAISED, *RETRY, monkeypatch=patch)
@@ -245,7 +245,7 @@ def test_clip_scores_come_with_captions_or_after_them(tmp_path, model, fresh, co
 
 
 def counting_decoder(decoded: list[str]) -> Any:
-    from pipelines.images import decode_image
+    from pipelines.raw.images import decode_image
 
     def decode(data: bytes, *, max_pixels: int) -> Any:
         decoded.append("")

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.remote
+import pipelines.store.remote
 from captioning.__main__ import main
-from pipelines.manifest import read_manifest
+from pipelines.store.manifest import read_manifest
 from tests.raw_shards import encode, photo, write_laion, write_sa1b, write_tar
 from tests.storage_servers import serve_folder
 from tests.tiny_models import save_llava

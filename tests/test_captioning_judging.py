@@ -9,8 +9,8 @@ import pytest
 from captioning import table
 from captioning.__main__ import main
 from captioning.worker import CaptionWorker
-from pipelines.manifest import StageDirectory, read_manifest
-from pipelines.storage import sha256_file
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import ShardDirectory, read_manifest
 from tests.chat_server import ScriptedServer, describe
 from tests.raw_shards import write_laion
 
@@ -99,7 +99,7 @@ def test_killed_between_marker_and_file_and_then_any_thresholds(tmp_path, server
     run = make_run(tmp_path, server)
     command(run, monkeypatch=monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying(StageDirectory, "write_marker", calls=1, monkeypatch=patch)
+        dying(ShardDirectory, "write_marker", calls=1, monkeypatch=patch)
         command(run, *STRICT, monkeypatch=patch)
     server.requests.clear()
     command(run, *(STRICT if end == "strict" else ()), monkeypatch=monkeypatch)
@@ -113,7 +113,7 @@ def test_a_manifest_of_other_settings_vouches_for_no_marker(tmp_path, server, ca
     run = make_run(tmp_path, server)
     command(run, monkeypatch=monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying(StageDirectory, "write_marker", calls=1, monkeypatch=patch)
+        dying(ShardDirectory, "write_marker", calls=1, monkeypatch=patch)
         command(run, *STRICT, monkeypatch=patch)
     other = write_laion(tmp_path / "other" / "laion_00001.tar", 2)
     prompt = 'captioning.prompts={"laion_*" = "What is this?"}'

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from test_captioning_earlier import RAISED, RETRY, Killed, command, make_run, rows
 
-from pipelines.images import SampleReject
-from pipelines.manifest import read_manifest
-from pipelines.shards import RawShard
+from pipelines.raw.images import SampleReject
+from pipelines.raw.shards import RawShard
+from pipelines.store.manifest import read_manifest
 from tests.tiny_models import save_clip, save_llava
 
 
@@ -35,7 +35,7 @@ def test_rejects_in_parts_behind_a_marker_are_tried_again(run, monkeypatch) -> N
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RawShard, "image_bytes", failing)
-        patch.setattr("pipelines.pieces.shutil.rmtree", die)
+        patch.setattr("pipelines.engine.pieces.shutil.rmtree", die)
         command(run, *RAISED, monkeypatch=patch)
     assert len(list((run / "captions" / ".parts" / "laion_00000").glob("*.report"))) == 2
     assert [row["key"] for row in rows(run) if row["reject"]] == ["000000002"]

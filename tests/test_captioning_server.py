@@ -19,7 +19,7 @@ from captioning.engines.openai_engine import OpenAIEngine
 from captioning.engines.protocol import Caption, Refusal, Request
 from captioning.engines.server import Patience, ServerError
 from captioning.engines.transformers_engine import TransformersEngine
-from pipelines.manifest import read_manifest
+from pipelines.store.manifest import read_manifest
 from tests.chat_server import (
     ScriptedServer,
     TransformersServe,

@@ -9,8 +9,8 @@ import pytest
 from captioning.config import CaptioningConfig
 from captioning.quality import repeated_ngram_ratio
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
-from pipelines.pieces import Piece
-from pipelines.shards import shard_source
+from pipelines.engine.pieces import Piece
+from pipelines.raw.shards import shard_source
 from tests.raw_shards import write_laion
 
 TOY = Path(__file__).resolve().parent.parent / "toyworld" / "weights" / "llava"

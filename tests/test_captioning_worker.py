@@ -12,8 +12,8 @@ from captioning.config import DESCRIBE, CaptioningConfig
 from captioning.loading import READ_AHEAD_GROUPS, read_ahead
 from captioning.table import SCHEMA
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
-from pipelines.pieces import Piece, PieceReport
-from pipelines.shards import shard_source
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.shards import shard_source
 from tests.raw_shards import (
     UNICODE_ALT_TEXTS,
     broken_images,

@@ -12,7 +12,7 @@ from raw_shards import write_tar
 from stats_run import run_stage
 
 from dataset_stats import captions
-from pipelines.summary import read_summary
+from pipelines.store.summary import read_summary
 
 LATIN_1 = "café".encode("latin-1")
 

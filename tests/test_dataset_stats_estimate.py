@@ -15,9 +15,9 @@ from stats_run import caption_rows, run_stage, write_caption_shards
 from dataset_stats.captions import Address, RowSample, read_rows
 from dataset_stats.estimate import estimate_set
 from dataset_stats.sources import sample_sources
-from pipelines.manifest import read_manifest
-from pipelines.pieces import Source
-from pipelines.summary import read_summary
+from pipelines.engine.pieces import Source
+from pipelines.store.manifest import read_manifest
+from pipelines.store.summary import read_summary
 
 NOUNS = ["dog", "cat", "bench", "lamp", "tree", "house", "river", "bridge", "apple", "chair", "table", "window"]
 SHARD_SIZES = {"laion_0": 150, "laion_1": 90, "laion_2": 60}

@@ -16,7 +16,7 @@ from raw_shards import encode, photo, write_tar
 from stats_run import RECIPE, caption_rows, run_stage, write_caption_shards
 
 from dataset_stats.captions import Address, CaptionRow, read_rows
-from pipelines.summary import read_summary
+from pipelines.store.summary import read_summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CAPTION = "A red dog near a wooden bench."

@@ -8,7 +8,7 @@ import pytest
 from raw_shards import encode, photo, write_tar
 from stats_run import run_stage, write_caption_shards
 
-from pipelines.summary import read_summary
+from pipelines.store.summary import read_summary
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
 

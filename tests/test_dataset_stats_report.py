@@ -19,9 +19,9 @@ from dataset_stats.counting import NounCounter
 from dataset_stats.noun_table import safe_cell
 from dataset_stats.tagging import nltk_data
 from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
-from pipelines.manifest import read_manifest
-from pipelines.storage import exclusive
-from pipelines.summary import read_summary
+from pipelines.store.files import exclusive
+from pipelines.store.manifest import read_manifest
+from pipelines.store.summary import read_summary
 
 DENSE = "The image features a red dog near a wooden bench. <script>document.title = 'hacked'</script> The dog sleeps."
 NUM_ROWS = 30

@@ -12,8 +12,8 @@ from rich.console import Console
 from features import buckets
 from features.jobs import read_inputs
 from pipelines.command import parse_command
-from pipelines.feature_store import load_index
-from pipelines.shards import RawShard
+from pipelines.raw.shards import RawShard
+from pipelines.store.feature_store import load_index
 
 
 def inputs_of(run, *overrides, stage=3):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from feature_run import extract, write_run
 
-from pipelines.manifest import read_manifest
-from pipelines.verify import verify_run
+from pipelines.store.manifest import read_manifest
+from pipelines.store.verify import verify_run
 
 PAGE_BYTES = 4096
 

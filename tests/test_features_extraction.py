@@ -14,11 +14,11 @@ from PIL import Image
 from features.encoders import LatentCodec, TextEncoder
 from features.jobs import latent_job, read_inputs, text_job
 from pipelines.command import parse_command
-from pipelines.feature_store import load_index, read_payload
-from pipelines.images import aspect_buckets, resize_and_crop
-from pipelines.manifest import StageDirectory, read_manifest
-from pipelines.pieces import Piece, cut_into_pieces, finish_shard
-from pipelines.shards import RawShard, remember_shards
+from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
+from pipelines.raw.images import aspect_buckets, resize_and_crop
+from pipelines.raw.shards import RawShard, remember_shards
+from pipelines.store.feature_store import load_index, read_payload
+from pipelines.store.manifest import ShardDirectory, read_manifest
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def test_bytes_do_not_depend_on_cuts(finished, tmp_path):
         )
     )
     for job in (text_job(inputs), latent_job(inputs)):
-        output = StageDirectory(tmp_path / job.family)
+        output = ShardDirectory(tmp_path / job.family)
         worker = job.worker_class(job.worker_config)
         pieces = cut_into_pieces(job.sources, output, num_workers=100, samples_per_slice=8)
         assert len(pieces) == 6
@@ -277,7 +277,7 @@ def test_a_lost_null_caption_is_written_again_though_parts_of_the_shard_are_left
 
     # Between the marker and the removal of the parts.
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
-        patch.setattr("pipelines.pieces.shutil.rmtree", die)
+        patch.setattr("pipelines.engine.pieces.shutil.rmtree", die)
         extract(run)
     path = run / "features" / "text" / "null.safetensors"
     before = path.read_bytes()

@@ -11,8 +11,8 @@ import torch
 import webdataset
 from feature_run import extract, write_run
 
-from pipelines.feature_store import load_index, read_payload
-from pipelines.manifest import read_manifest
+from pipelines.store.feature_store import load_index, read_payload
+from pipelines.store.manifest import read_manifest
 
 MIXED = 'features.stage2.captions=[{column="caption", weight=0.9}, {column="alt_text", weight=0.1}]'
 SETS = {

@@ -13,7 +13,7 @@ from features.jobs import latent_job, read_inputs, text_job
 from features.plan import format_bytes, latent_bytes, plan_families, text_bytes
 from features.speed import Speed, find_speed
 from pipelines.command import parse_command
-from pipelines.summary import read_summary
+from pipelines.store.summary import read_summary
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ import features.__main__ as features_main
 from features.captions import IDENTITIES_NAME, text_identity
 from features.encoders import TextEncoder
 from features.quantization import LARGEST, measure_error, restore_text, store_text, summarize_storage
-from pipelines.feature_store import load_index, payload_crc32, read_payload
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.storage import sha256_file
-from pipelines.verify import verify_run
+from pipelines.store.feature_store import load_index, payload_crc32, read_payload
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.verify import verify_run
 
 THREE = 'features.stage2.captions=[{column="caption", weight=6.0}, {column="alt_text"}, {column="title", weight=0.5}]'
 SHARD = "laion_00000"
@@ -145,7 +145,7 @@ def add_column(run: Path, name: str, texts: list[str | None]) -> None:
 
 def rewrite_captions(run: Path, table: pa.Table) -> None:
     """Replace the captions and what their marker and manifest say of the file; the settings stay as they are."""
-    directory = StageDirectory(run / "captions")
+    directory = ShardDirectory(run / "captions")
     manifest = read_manifest(directory.path)
     report = manifest.shards[SHARD]
     pq.write_table(table, directory.file(SHARD, ".parquet"))
@@ -251,7 +251,7 @@ def test_new_flags_leave_the_embeddings_alone_and_new_words_do_not(run):
 
 def test_a_clip_score_leaves_the_embeddings_alone_and_other_settings_of_captioning_do_not(run):
     extract(run)
-    before, directory = encoded_shards(run), StageDirectory(run / "captions")
+    before, directory = encoded_shards(run), ShardDirectory(run / "captions")
     plain = read_manifest(directory.path)
 
     def set_captions(settings: dict[str, str], texts: str) -> None:

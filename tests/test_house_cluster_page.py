@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipelines.command import parse_command
-from pipelines.engine import EngineConfig
+from pipelines.engine.run import EngineConfig
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "CLUSTER.md").read_text()

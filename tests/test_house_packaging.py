@@ -41,7 +41,7 @@ def test_the_wheel_holds_every_module_and_the_toy_weights(tmp_path) -> None:
     (wheel,) = tmp_path.glob("pixart_atelier-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    rooms = (*ROOMS, "pipelines", "pixart")
+    rooms = (*ROOMS, "pipelines", "encoders", "pixart")
     expected = {name for name in tracked.splitlines() if name.split("/")[0] in rooms and "/" in name}
     assert expected - names == set()
 

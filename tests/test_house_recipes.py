@@ -8,15 +8,15 @@ import pytest
 from captioning.config import CaptioningConfig
 from dataset_stats.config import DatasetStatsConfig
 from features.config import FeaturesConfig
-from pipelines.engine import EngineConfig
+from pipelines.engine.run import EngineConfig
+from pipelines.raw.shards import expand_braces, select_shards
 from pipelines.recipe import DataConfig, load_recipe
-from pipelines.shards import expand_braces, select_shards
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import ModelConfig, stage_training
 from training.data.features import read_feature_table
-from training.preflight import rank_bytes, require_even_batches
+from training.launch.preflight import rank_bytes, require_even_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAPER = REPOSITORY / "recipes/pixart-alpha.toml"

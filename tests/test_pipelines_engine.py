@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-import pipelines.engine
-import pipelines.pieces
-import pipelines.storage
-from pipelines.cluster import WorkerResources, choose_num_workers
-from pipelines.engine import QuarantinedShardError
-from pipelines.manifest import Fingerprint, StageDirectory, read_manifest
-from pipelines.pieces import Piece, PieceReport, Source, cut_into_pieces, finished_pieces
-from pipelines.runner import PieceRunner, claimed
-from pipelines.storage import exclusive
+import pipelines.engine.pieces
+import pipelines.engine.run
+import pipelines.store.files
+from pipelines.engine.cluster import WorkerResources, choose_num_workers
+from pipelines.engine.pieces import Piece, PieceReport, Source, cut_into_pieces, finished_pieces
+from pipelines.engine.run import QuarantinedShardError
+from pipelines.engine.runner import PieceRunner, claimed
+from pipelines.store.files import exclusive
+from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
 from tests.line_worker import ON_RAY, LineWorker, calls, contents, make_sources, run
 
 FINGERPRINT = Fingerprint.of({"version": 1})
@@ -84,7 +84,7 @@ def test_an_interrupted_run_keeps_its_finished_pieces(tmp_path, sources) -> None
 def test_a_shard_that_kills_its_workers_is_quarantined_and_the_rest_is_done(tmp_path, sources) -> None:
     with pytest.raises(QuarantinedShardError, match="after 3 attempts that killed the worker: s1"):
         run(tmp_path / "a", sources, engine=ON_RAY, settings={"kills": "s1"})
-    directory = StageDirectory(tmp_path / "a")
+    directory = ShardDirectory(tmp_path / "a")
     done = [source.name for source in sources if directory.report(source.name, Fingerprint.of({"version": 1}))]
     assert done == ["s0", "s2"]
 
@@ -110,7 +110,7 @@ def test_too_many_rejects_fail_by_name_and_keep_the_work(tmp_path, sources) -> N
 
 
 def test_pieces_cover_every_sample_once_for_any_number_of_workers(tmp_path, sources) -> None:
-    directory = StageDirectory(tmp_path)
+    directory = ShardDirectory(tmp_path)
     for num_workers in (1, 2, 3, 8, 64):
         pieces = cut_into_pieces(sources, directory, num_workers=num_workers, samples_per_slice=8)
         covered = [(piece.source.name, index) for piece in pieces for index in range(piece.start, piece.stop)]
@@ -129,7 +129,7 @@ def test_a_run_killed_between_moving_files_and_marking_them_redoes_the_shard(tmp
         raise RuntimeError("killed here")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
-        patch.setattr(StageDirectory, "write_marker", die)
+        patch.setattr(ShardDirectory, "write_marker", die)
         run(tmp_path / "a", sources)
     assert run(tmp_path / "a", sources).num_read == 147
 
@@ -141,7 +141,7 @@ def test_parts_that_a_run_killed_after_the_last_marker_left_behind_go(tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
         patch.setattr(pipelines.pieces.shutil, "rmtree", die)
         run(tmp_path / "a", sources[:1])
-    assert StageDirectory(tmp_path / "a").is_done("s0", "id0", FINGERPRINT) and (tmp_path / "a" / ".parts").exists()
+    assert ShardDirectory(tmp_path / "a").is_done("s0", "id0", FINGERPRINT) and (tmp_path / "a" / ".parts").exists()
     run(tmp_path / "a", sources[:1])
     run(tmp_path / "undisturbed", sources[:1])
     assert contents(tmp_path / "a") == contents(tmp_path / "undisturbed")
@@ -154,7 +154,7 @@ def make_runner(output: Path, pieces: list[Piece], claim: Path, *, worker_class=
 
 def test_pieces_are_kept_whatever_the_number_of_workers_was(tmp_path, sources) -> None:
     """Three of the pieces that eight workers would make are there; a run of one worker fills the gaps."""
-    output = StageDirectory(tmp_path / "a")
+    output = ShardDirectory(tmp_path / "a")
     pieces = cut_into_pieces(sources[:1], output, num_workers=8, samples_per_slice=8)
     assert len(pieces) == 7
     with claimed(output) as claim:
@@ -169,7 +169,7 @@ def test_pieces_are_kept_whatever_the_number_of_workers_was(tmp_path, sources) -
 
 
 def test_pieces_of_other_settings_are_not_taken_for_these(tmp_path, sources) -> None:
-    output = StageDirectory(tmp_path / "a")
+    output = ShardDirectory(tmp_path / "a")
     pieces = cut_into_pieces(sources[:1], output, num_workers=8, samples_per_slice=8)
     with claimed(output) as claim:
         make_runner(output.path, pieces, claim).run(1, on_slice=lambda _: None)
@@ -203,7 +203,7 @@ class OrphanWorker(LineWorker):
 
 def test_a_worker_that_outlives_its_driver_changes_nothing(tmp_path, sources) -> None:
     """Its driver is killed and the command typed again under other settings; then the old worker ends its piece."""
-    output = StageDirectory(tmp_path / "a")
+    output = ShardDirectory(tmp_path / "a")
     (tmp_path / "undisturbed").mkdir()
     run(tmp_path / "undisturbed", sources, version=2, settings={"word": "new "})
     pieces = cut_into_pieces(sources, output, num_workers=1, samples_per_slice=8)
@@ -260,7 +260,7 @@ def test_every_file_is_on_disk_before_the_marker_that_speaks_of_it(tmp_path, sou
         return replace(path, target)
 
     # Pieces of more than one worker, so that shards are joined.
-    output = StageDirectory(tmp_path / "a")
+    output = ShardDirectory(tmp_path / "a")
     pieces = cut_into_pieces(sources, output, num_workers=8, samples_per_slice=8)
     with claimed(output) as claim:
         runner = make_runner(output.path, pieces, claim)

@@ -14,7 +14,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.feature_store import (
+from pipelines.store.feature_store import (
     LATENT_SCHEMA,
     TEXT_SCHEMA,
     FeatureTarWriter,

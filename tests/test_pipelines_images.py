@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, plan_crop, resize_and_crop
+from pipelines.raw.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, plan_crop, resize_and_crop
 
 MAX_PIXELS = 1_000_000
 

@@ -1,15 +1,15 @@
 import pytest
 
-from pipelines.manifest import (
+from encoders.models import resolve_model
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import (
     Fingerprint,
+    ShardDirectory,
     ShardReport,
-    StageDirectory,
     read_manifest,
     require_same_fingerprint,
 )
-from pipelines.models import resolve_model
-from pipelines.storage import atomic_file
-from pipelines.summary import read_summary, update_summary
+from pipelines.store.summary import read_summary, update_summary
 
 FINGERPRINT = Fingerprint.of({"resolution": 256, "model": {"id": "vae"}})
 
@@ -25,7 +25,7 @@ def test_unbalanced_counts_cannot_be_reported() -> None:
 
 
 def test_done_means_marker_fingerprint_source_and_files(tmp_path) -> None:
-    directory = StageDirectory(tmp_path)
+    directory = ShardDirectory(tmp_path)
     assert not directory.is_done("a", "s", FINGERPRINT)
     directory.file("a", ".parquet").write_bytes(b"x")
     directory.write_marker(report("a", files={".parquet": "0"}), FINGERPRINT)
@@ -37,7 +37,7 @@ def test_done_means_marker_fingerprint_source_and_files(tmp_path) -> None:
 
 
 def test_manifest_sums_the_shards_and_survives_a_round_trip(tmp_path) -> None:
-    directory = StageDirectory(tmp_path)
+    directory = ShardDirectory(tmp_path)
     for name in ("a", "b"):
         directory.write_marker(report(name), FINGERPRINT)
     directory.write_marker(report("stale"), Fingerprint.of({"resolution": 1}))
@@ -51,7 +51,7 @@ def test_manifest_sums_the_shards_and_survives_a_round_trip(tmp_path) -> None:
 def test_equal_manifests_have_equal_bytes(tmp_path) -> None:
     contents = []
     for folder in ("one", "two"):
-        directory = StageDirectory(tmp_path / folder)
+        directory = ShardDirectory(tmp_path / folder)
         for name in ("b", "a") if folder == "one" else ("a", "b"):
             directory.write_marker(report(name), FINGERPRINT)
         directory.write_manifest(FINGERPRINT, ["a", "b"], upstream={}, extra={})
@@ -60,7 +60,7 @@ def test_equal_manifests_have_equal_bytes(tmp_path) -> None:
 
 
 def test_clearing_a_marker_takes_the_manifest_with_it(tmp_path) -> None:
-    directory = StageDirectory(tmp_path)
+    directory = ShardDirectory(tmp_path)
     directory.write_marker(report("a"), FINGERPRINT)
     directory.write_manifest(FINGERPRINT, ["a"], upstream={}, extra={})
     directory.clear_marker("a")

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pipelines import progress as progress_module
-from pipelines.progress import ProgressBar, describe_rejects, progress_bar
+from pipelines.engine import progress as progress_module
+from pipelines.engine.progress import ProgressBar, describe_rejects, progress_bar
 from tests.line_worker import command, make_sources, run
 from tests.terminal import run_in_terminal, visible_lines
 

@@ -1,14 +1,14 @@
 import pydantic
 import pytest
 
-from pipelines.recipe import DataConfig, Recipe, StageConfig, load_recipe
+from pipelines.recipe import DataConfig, Recipe, TableConfig, load_recipe
 
 
-class StageTable(StageConfig):
+class StageTable(TableConfig):
     num_steps: int = pydantic.Field(ge=1, description="steps")
 
 
-class Table(StageConfig):
+class Table(TableConfig):
     resolution: int = pydantic.Field(default=256, ge=8, description="pixels")
     is_bucketed: bool = pydantic.Field(default=False, description="buckets")
     name: str = pydantic.Field(default="x", description="a name")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import pipelines.shard_headers
-from pipelines.shards import (
+import pipelines.raw.shard_headers
+from pipelines.raw.shards import (
     describe_shards,
     expand_braces,
     expand_shards,

@@ -12,13 +12,13 @@ from typing import ClassVar
 import fsspec
 import pytest
 
-import pipelines.remote
-from pipelines.engine import EngineConfig, run_over_shards
-from pipelines.manifest import Fingerprint, StageDirectory
-from pipelines.pieces import Piece, PieceReport, Source
-from pipelines.remote import MAX_WINDOW_BYTES, READ_ATTEMPTS, RemoteFile, storage_environment
-from pipelines.shards import describe_shards, expand_shards, open_shard, shard_source
-from pipelines.storage import atomic_file, open_binary, open_ranges
+import pipelines.store.remote
+from pipelines.engine.pieces import Piece, PieceReport, Source
+from pipelines.engine.run import EngineConfig, run_over_shards
+from pipelines.raw.shards import describe_shards, expand_shards, open_shard, shard_source
+from pipelines.store.files import atomic_file, open_binary, open_ranges
+from pipelines.store.manifest import Fingerprint, ShardDirectory
+from pipelines.store.remote import MAX_WINDOW_BYTES, READ_ATTEMPTS, RemoteFile, storage_environment
 from tests.raw_shards import encode, laion_members, photo, sa1b_members, write_laion, write_tar
 from tests.storage_servers import serve_folder
 
@@ -239,7 +239,7 @@ def test_ray_workers_read_with_the_credentials_of_the_command(tmp_path, monkeypa
             MemberWorker,
             None,
             sources=[shard_source("s3://raw/laion_00000.tar")],
-            output=StageDirectory(tmp_path / "out"),
+            output=ShardDirectory(tmp_path / "out"),
             fingerprint=Fingerprint.of({}),
             engine=EngineConfig(num_workers=1),
             max_reject_fraction=0.0,

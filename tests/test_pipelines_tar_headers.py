@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import open_ranges
-from pipelines.tar_headers import TarContents, read_tar
+from pipelines.raw.tar_headers import TarContents, read_tar
+from pipelines.store.files import open_ranges
 
 NAMES = (
     "000000001.jpg",

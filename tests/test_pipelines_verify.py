@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from feature_run import encoded, extract, picture, write_captions, write_raw, write_run
 
-from pipelines.feature_store import load_index
-from pipelines.manifest import MANIFEST_NAME
-from pipelines.shards import remember_shards
-from pipelines.verify import missing_between, verify_run
+from pipelines.raw.shards import remember_shards
+from pipelines.store.feature_store import load_index
+from pipelines.store.manifest import MANIFEST_NAME
+from pipelines.store.verify import missing_between, verify_run
 
 STORAGES = {
     "bfloat16": (),
@@ -232,7 +232,7 @@ def test_labels_stand_in_for_text(tmp_path):
 
 
 def test_the_command_names_the_first_bad_shard_and_key_and_fails(run):
-    command = [sys.executable, "-m", "pipelines.verify", "--run", str(run)]
+    command = [sys.executable, "-m", "pipelines.store.verify", "--run", str(run)]
     sound = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (sound.returncode, "every file is as it was written" in sound.stderr) == (0, True), sound.stderr
     row = rows_of(run, "text")[2]

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from pixart.diffusion import EIGHT_BIT_STEP, Diffusion
+from pixart.processes.ddpm import EIGHT_BIT_STEP, Diffusion
 
 ALL_TIMESTEPS = torch.tensor([1, 2, 10, 250, 500, 998, 999])
 

@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from sampling_run import PIXART, make_run, randomised, save_checkpoint, write_recipe
 
-from pipelines.engine import EngineConfig
+from pipelines.engine.run import EngineConfig
 from pixart.model import PixArt
 from sampling import app
 from sampling.__main__ import main as sample_main

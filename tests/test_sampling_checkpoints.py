@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, T5EncoderModel
 from pipelines.recipe import load_recipe
 from pixart.convert import save_diffusers
 from pixart.dit import DiT
+from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt
 from sampling.__main__ import main
 from sampling.checkpoints import open_checkpoint, open_run_checkpoint
 from sampling.config import EncoderConfig, encoder_config
-from sampling.denoise import draw_noise, make_generators
 
 # published width and heads, one block
 WIDE = replace(PIXART, num_layers=1, num_heads=6, head_dim=64)

@@ -4,8 +4,8 @@ import torch
 from sampling_run import DIT, PIXART, randomised
 
 from pixart.dit import DiT
+from pixart.drawing.denoise import predict_from_labels, predict_from_text
 from pixart.model import PixArt, PixArtConfig
-from sampling.denoise import predict_from_labels, predict_from_text
 
 LATENTS = torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(0))
 TEXTS = [torch.randn(length, 32, generator=torch.Generator().manual_seed(length)) for length in (5, 2, 9)]

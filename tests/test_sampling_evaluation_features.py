@@ -9,7 +9,7 @@ from feature_run import picture, write_raw
 from PIL import Image
 from tiny_clip import WIDTH, save_clip
 
-from pipelines.engine import EngineConfig
+from pipelines.engine.run import EngineConfig
 from sampling.evaluation import features as features_module
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.features import compute_features

@@ -72,7 +72,7 @@ def test_inception_weights_load_and_see(inception_file):
 
 
 def test_only_the_published_file_gives_fid(inception_file, monkeypatch):
-    from pipelines.storage import sha256_file
+    from pipelines.store.files import sha256_file
 
     monkeypatch.setattr(inception, "PUBLISHED_SHA256", sha256_file(inception_file)[:8])
     assert source_of(inception=str(inception_file)).distance == "FID"

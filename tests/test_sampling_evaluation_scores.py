@@ -11,7 +11,7 @@ from PIL import Image
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 from tiny_clip import save_clip
 
-from pipelines.manifest import read_manifest
+from pipelines.store.manifest import read_manifest
 from pixart.model import PixArt
 from sampling import renderer
 from sampling.evaluation.__main__ import main

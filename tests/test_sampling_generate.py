@@ -16,12 +16,12 @@ from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised,
 from transformers import AutoTokenizer, T5EncoderModel
 
 from features.encoders import LatentCodec
-from pipelines.manifest import read_manifest
+from pipelines.store.manifest import read_manifest
 from pixart.convert import save_diffusers
+from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.model import PixArt
 from sampling import renderer
 from sampling.__main__ import main
-from sampling.denoise import draw_noise, make_generators
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from sampling.denoise import denoise, draw_noise, make_generators
-from sampling.solvers import make_solver
+from pixart.drawing.denoise import denoise, draw_noise, make_generators
+from pixart.drawing.solvers import make_solver
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 MEAN, STD = 0.7, 0.4

@@ -15,7 +15,7 @@ from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
 
 from features.encoders import TextEncoder
 from features.quantization import store_text
-from pipelines.feature_store import (
+from pipelines.store.feature_store import (
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
     FeatureTarWriter,
@@ -23,7 +23,7 @@ from pipelines.feature_store import (
     write_index,
     write_tensors,
 )
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from sampling import renderer
 from sampling.__main__ import main
 from sampling.int8_linear import Int8Linear, quantize_linears
@@ -49,7 +49,7 @@ def largest_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarra
 
 def write_features(run: Path, storage: str) -> None:
     """Write the prompts' embeddings as `make features` would have, captions with the keys of the prompt file."""
-    directory = StageDirectory(text_directory(run))
+    directory = ShardDirectory(text_directory(run))
     directory.path.mkdir(parents=True)
     encoder = TextEncoder.load(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
     rows = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sampling_run import PROMPTS, make_run, write_recipe
 
-from pipelines.manifest import read_manifest
+from pipelines.store.manifest import read_manifest
 from sampling.__main__ import main
 
 SETTINGS = {"images_per_prompt": 4, "max_images_in_process": 0, "num_threads": 1}

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
 from pipelines.recipe import load_recipe
-from pipelines.summary import update_summary
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
+from pipelines.store.summary import update_summary
 from toyworld import judge as judge_module
 from toyworld.charts import Scale, loss_chart
 from toyworld.config import ToyworldConfig
@@ -77,7 +77,7 @@ def write_captions(run):
             text = {"key": row["key"], "shard": row["shard"], "alt_text": HOSTILE, "caption": caption, "reject": None}
             rows.setdefault(row["shard"], []).append(text)
     schema = pa.schema([(name, pa.string()) for name in ("key", "shard", "alt_text", "caption", "reject")])
-    directory = StageDirectory(run / "captions")
+    directory = ShardDirectory(run / "captions")
     fingerprint = Fingerprint.of({})
     for shard, texts in rows.items():
         directory.path.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.summary import read_summary
+from pipelines.store.summary import read_summary
 from toyworld import judge as judge_module
 from toyworld.config import ToyworldConfig
 from toyworld.judge import ObjectHit, Verdict

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines.images import SampleReject, decode_image
-from pipelines.shards import expand_shards, open_shard
+from pipelines.raw.images import SampleReject, decode_image
+from pipelines.raw.shards import expand_shards, open_shard
 from toyworld import world
 from toyworld.config import ToyworldConfig
 from toyworld.render import render

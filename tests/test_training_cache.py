@@ -29,8 +29,8 @@ from training.data.assembly import BatchAssembler
 from training.data.cache import CacheFullError, ShardCache
 from training.data.index import FeatureIndex
 from training.data.reader import BatchReader
-from training.preflight import inspect_stage, print_plan, stage_plan, survey_stage
-from training.stage import StageJob, open_stage
+from training.launch.preflight import inspect_stage, print_plan, stage_plan, survey_stage
+from training.stages.stage import TrainingJob, open_stage
 
 BUCKET = "features"
 SHARDS = {f"laion_{i}": 20 + i for i in range(6)}
@@ -213,14 +213,14 @@ def test_what_a_killed_process_left_makes_room(endpoint: str, tmp_path: Path) ->
         assert files_of(tmp_path) == {"alive.tar": 500}
 
 
-def job_of(run: Path, *overrides: str) -> StageJob:
+def job_of(run: Path, *overrides: str) -> TrainingJob:
     flags = arguments(run, 2, init_from="scratch", shards_per_block=2)
     for override in overrides:
         flags += ["--set", override]
     return open_stage(parse_command("training", "", argv=flags, stages=STAGES))
 
 
-def remote_job(run: Path, *overrides: str) -> StageJob:
+def remote_job(run: Path, *overrides: str) -> TrainingJob:
     return job_of(run, f'training.datasets=[{{run = "s3://{BUCKET}/run"}}]', *overrides)
 
 
@@ -230,7 +230,7 @@ def empty_run(folder: Path, source: Path) -> Path:
     return folder / "run"
 
 
-def read_keys_and_sums(job: StageJob, *, rank: int = 0, num_ranks: int = 1, num_steps: int = 12) -> list[Any]:
+def read_keys_and_sums(job: TrainingJob, *, rank: int = 0, num_ranks: int = 1, num_steps: int = 12) -> list[Any]:
     """Key and sum of text and latents of every sample a rank reads."""
     survey = survey_stage(job)
     assembler = BatchAssembler(

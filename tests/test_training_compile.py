@@ -14,7 +14,7 @@ import json, sys, torch
 from torch._dynamo.utils import counters
 from pixart.model import PixArt, PixArtConfig
 from training.config import StageTraining
-from training.zero import ZeroModel, initialize_ranks
+from training.loop.zero import ZeroModel, initialize_ranks
 initialize_ranks()
 
 def losses(is_compiled, checkpoint_activations):

@@ -9,11 +9,11 @@ from test_training_stage import write_checkpoint
 from training_run import arguments, make_run, write_latents, write_text
 
 from pipelines.command import parse_command
-from pipelines.feature_store import latent_directory, text_directory
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
+from pipelines.store.feature_store import latent_directory, text_directory
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from training.config import STAGES
-from training.preflight import inspect_stage, print_plan
-from training.stage import StageJob, open_stage
+from training.launch.preflight import inspect_stage, print_plan
+from training.stages.stage import TrainingJob, open_stage
 
 SHARDS = {"laion_0": 40, "laion_1": 23}
 
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-def open_job(run: Path, *overrides: str) -> StageJob:
+def open_job(run: Path, *overrides: str) -> TrainingJob:
     flags = [flag for override in overrides for flag in ("--set", override)]
     argv = [*arguments(run, 2, init_from="scratch", num_processes=1), *flags]
     return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
@@ -115,7 +115,7 @@ def test_text_of_other_captions_is_refused_and_of_captions_with_a_new_score_is_n
     path = text_directory(run) / MANIFEST_NAME
     plain, scored = Fingerprint.of({"clip_model": None}), Fingerprint.of({"clip_model": "clip"})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"upstream": {"captions": plain.digest}}))
-    captions = StageDirectory(run / "captions")
+    captions = ShardDirectory(run / "captions")
     for fingerprint, extra in ((plain, {}), (scored, {"texts": plain.digest})):
         captions.write_manifest(fingerprint, [], upstream={}, extra=extra)
         open_job(run)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart.dit import DiTConfig
 from pixart.model import PixArt, PixArtConfig
-from training.flops import StepFlops, device_peak_teraflops
+from training.loop.flops import StepFlops, device_peak_teraflops
 
 SMALL = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=24, sample_size=8)
 

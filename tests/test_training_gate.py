@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training.checkpoint import Checkpoint, open_checkpoint
-from training.gate import samples_of, stage_gate
+from training.stages.checkpoint import Checkpoint, open_checkpoint
+from training.stages.gate import samples_of, stage_gate
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
 
 from pipelines.command import parse_command
 from training.config import STAGES, StageTraining, stage_training
-from training.placement import Host, is_slurm_task, on_hosts, read_hostfile
-from training.preflight import require_compilable, require_even_batches
+from training.launch.placement import Host, is_slurm_task, on_hosts, read_hostfile
+from training.launch.preflight import require_compilable, require_even_batches
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 # As sshd does it: a session of its own, stdin and stdout of the connection, only the command as text.
@@ -232,7 +232,7 @@ def test_the_head_dies_stops_and_continues(ordinary: list[list[float]], shell: s
     head = start_head(run, **endless)
     before = len(metrics(run, 2))
     wait_for(lambda: len(metrics(run, 2)) > before)
-    nodes = [pid for pid, command in process_tree(head.pid).items() if "-m training.node" in command]
+    nodes = [pid for pid, command in process_tree(head.pid).items() if "-m training.launch.node" in command]
     kill_tree(nodes[1])
     said = finish(head, status=2, timeout_seconds=60)
     assert "the connection was lost or its launcher was killed. The same command continues" in said

@@ -16,17 +16,17 @@ from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from training.config import STAGES
 from training.data.survey import Survey
-from training.health import SkipCounter, UnhealthyTrainingError
-from training.networks import (
+from training.launch.preflight import print_weights, require_disk, require_memory, survey_stage
+from training.loop.health import SkipCounter, UnhealthyTrainingError
+from training.loop.zero import Update, local_device
+from training.stages.networks import (
     blank_network,
     count_parameters,
     network_config,
     parameter_counts,
     starting_network,
 )
-from training.preflight import print_weights, require_disk, require_memory, survey_stage
-from training.stage import StageJob, open_stage
-from training.zero import Update, local_device
+from training.stages.stage import TrainingJob, open_stage
 
 SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("networks"))
 
 
-def open_job(run: Path, stage: int, **settings: object) -> tuple[StageJob, Survey]:
+def open_job(run: Path, stage: int, **settings: object) -> tuple[TrainingJob, Survey]:
     argv = arguments(run, stage, **({"init_from": "scratch"} | settings))
     job = open_stage(parse_command("training", "", argv=argv, stages=STAGES))
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def start_wide(run: Path, stage: int, file: Path, shape: list[str]) -> DiT | Pix
     return starting_network(job, network_config(job, survey_stage(job)))
 
 
-def with_config(run: Path, stage: int) -> tuple[StageJob, DiTConfig | PixArtConfig]:
+def with_config(run: Path, stage: int) -> tuple[TrainingJob, DiTConfig | PixArtConfig]:
     job, survey = open_job(run, stage)
     return job, network_config(job, survey)
 

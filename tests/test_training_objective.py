@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixart.diffusion import Diffusion, DiffusionLoss
+from pixart.processes.ddpm import Diffusion, DiffusionLoss
 from training.data.batch import Batch
-from training.objective import SCHEDULE, Denoising
+from training.objectives.denoise import SCHEDULE, Denoising
 
 NULL_LABEL = 10
 SCALE, SHIFT = 0.25, 0.5

@@ -13,14 +13,14 @@ import pytest
 from training_run import REPOSITORY, arguments, make_run, write_text
 
 from pipelines.command import parse_command
-from pipelines.feature_store import text_directory
 from pipelines.recipe import load_recipe
-from training.checkpoint import find_checkpoint
+from pipelines.store.feature_store import text_directory
 from training.config import STAGES, ModelConfig, StageTraining, stage_training
-from training.loop import Clock, learning_rate_at
-from training.metrics import LossWindow, MetricsLog, costs
-from training.preflight import rank_bytes, require_even_batches
-from training.stage import StageJob, open_stage
+from training.launch.preflight import rank_bytes, require_even_batches
+from training.loop.loop import Clock, learning_rate_at
+from training.loop.metrics import LossWindow, MetricsLog, costs
+from training.stages.checkpoint import find_checkpoint
+from training.stages.stage import TrainingJob, open_stage
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-def job_of(run: Path, stage: int, **settings: object) -> StageJob:
+def job_of(run: Path, stage: int, **settings: object) -> TrainingJob:
     return open_stage(parse_command("training", "", argv=arguments(run, stage, **settings), stages=STAGES))
 
 
-def job_with(run: Path, override: str) -> StageJob:
+def job_with(run: Path, override: str) -> TrainingJob:
     argv = [*arguments(run, 2, init_from="scratch"), "--set", override]
     return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
 
 
-def write_checkpoint(job: StageJob, *, step: int, num_steps: int = 12) -> Path:
+def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Path:
     folder = job.directory / f"step-{step}"
     (folder / "deepspeed").mkdir(parents=True)
     (folder / "model").mkdir()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.launch import rank_environment
-from training.placement import on_this_machine
+from training.launch.placement import on_this_machine
+from training.launch.ranks import rank_environment
 
 STAGES = ("0", "1", "2", "3")
 

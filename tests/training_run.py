@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from features.quantization import store_text
-from pipelines.feature_store import (
+from pipelines.store.feature_store import (
     LATENT_SCHEMA,
     NULL_CAPTION_FILE,
     TEXT_SCHEMA,
@@ -20,8 +20,8 @@ from pipelines.feature_store import (
     write_index,
     write_tensors,
 )
-from pipelines.manifest import Fingerprint, ShardReport, StageDirectory
-from pipelines.storage import sha256_file
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHANNELS, D_TEXT, MAX_TOKENS, NUM_CLASSES = 4, 16, 12, 5
@@ -73,7 +73,7 @@ interpolation_scale = 2.0
 
 def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets: list[str], is_bucketed: bool) -> None:
     """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject."""
-    directory = StageDirectory(latent_directory(run, resolution))
+    directory = ShardDirectory(latent_directory(run, resolution))
     directory.path.mkdir(parents=True, exist_ok=True)
     fingerprint = Fingerprint.of({"family": "latents", "resolution": resolution, "buckets": is_bucketed})
     for name, num_samples in shards.items():
@@ -118,7 +118,7 @@ def write_text(
     seed: int = 0,
 ) -> None:
     """Write captions of random embeddings: one or two per sample, none for every eleventh."""
-    directory = StageDirectory(text_directory(run, columns))
+    directory = ShardDirectory(text_directory(run, columns))
     directory.path.mkdir(parents=True, exist_ok=True)
     settings = {"max_tokens": max_tokens, "storage": storage, "revision": revision}
     fingerprint = Fingerprint.of({"family": "text", "caption_columns": list(columns), **settings})
@@ -167,7 +167,7 @@ def write_captions(
     ]
 
 
-def _finish(directory: StageDirectory, name: str, rows: list[dict], fingerprint: Fingerprint) -> None:
+def _finish(directory: ShardDirectory, name: str, rows: list[dict], fingerprint: Fingerprint) -> None:
     rejects = [row["reject"] for row in rows if row["reject"] is not None]
     report = ShardReport(
         name=name,

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixart.diffusion import Diffusion
 from pixart.model import PixArt, PixArtConfig
-from training.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from pixart.processes.ddpm import Diffusion
 from training.config import StageTraining
-from training.ema import EMA
-from training.zero import ZeroModel, initialize_ranks
+from training.loop.ema import EMA
+from training.loop.zero import ZeroModel, initialize_ranks
+from training.stages.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 GLOBAL_BATCH = 8

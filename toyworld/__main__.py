@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from pipelines.command import Command, parse_command, run_command
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.config import ToyworldConfig
 
 log = get_logger("toyworld")

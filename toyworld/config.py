@@ -2,10 +2,10 @@
 
 import pydantic
 
-from pipelines.recipe import StageConfig
+from pipelines.recipe import TableConfig
 
 
-class ToyworldConfig(StageConfig):
+class ToyworldConfig(TableConfig):
     """Recipe table `[toyworld]`; the four counts are images written to the raw shards of that dataset."""
 
     seed: int = pydantic.Field(

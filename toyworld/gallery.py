@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.images import decode_image
+from pipelines.raw.images import decode_image
+from pipelines.raw.shards import open_shard, shard_name
 from pipelines.recipe import DataConfig
-from pipelines.shards import open_shard, shard_name
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import Scene, SceneObject, class_name
 from toyworld.scoring import class_of, read_verdicts

@@ -12,11 +12,11 @@ import jinja2
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
-from pipelines.manifest import MANIFEST_NAME, read_manifest
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
-from pipelines.storage import atomic_write_bytes
-from pipelines.summary import read_summary
+from pipelines.store.files import atomic_write_bytes
+from pipelines.store.manifest import MANIFEST_NAME, read_manifest
+from pipelines.store.summary import read_summary
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.gallery import SampleExample, caption_examples, sample_examples

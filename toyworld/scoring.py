@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.models import resolve_model
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_file, atomic_write_json, sha256_file, sha256_text
-from pipelines.summary import update_summary
+from encoders.models import resolve_model
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.summary import update_summary
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
 from toyworld.wording import caption_hits, parse_caption
@@ -98,7 +98,7 @@ def score_captions(run: Path) -> None:
     if not sources:
         log.info("captions: none yet")
         return
-    directory = StageDirectory(run / "judge")
+    directory = ShardDirectory(run / "judge")
     fingerprint = Fingerprint.of({"version": SCORING_VERSION})
     identity = _files_identity([*sources, run / "raw" / "truth.parquet"])
     if directory.is_done(CAPTIONS_NAME, identity, fingerprint):
@@ -199,7 +199,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     A class-conditional sample ("class 7") should show one object of that shape and colour, wherever it likes.
     """
     name = folder.name
-    directory = StageDirectory(run / "judge")
+    directory = ShardDirectory(run / "judge")
     samples = pq.read_table(folder / "samples.parquet").to_pylist()
     fingerprint, identity = _judging_inputs(config, run, folder)
     if directory.is_done(name, identity, fingerprint):
@@ -231,7 +231,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
 
 def read_verdicts(config: ToyworldConfig, run: Path, folder: Path) -> list[dict[str, Any]]:
     """Return the rows of `judge/<folder>.parquet`; none where the judge has not seen just these samples."""
-    directory = StageDirectory(run / "judge")
+    directory = ShardDirectory(run / "judge")
     fingerprint, identity = _judging_inputs(config, run, folder)
     if not directory.is_done(folder.name, identity, fingerprint):
         return []
@@ -349,7 +349,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
 
 
 def _write_report(
-    directory: StageDirectory,
+    directory: ShardDirectory,
     name: str,
     identity: str,
     fingerprint: Fingerprint,

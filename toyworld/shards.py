@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.storage import atomic_file, atomic_write_json
+from pipelines.store.files import atomic_file, atomic_write_json
 from toyworld.render import ANCHORS, OBJECT_RGB, RADIUS_FRACTIONS
 from toyworld.scenes import Scene, SceneObject, class_label
 

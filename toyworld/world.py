@@ -17,10 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.progress import ProgressBar, get_logger, progress_bar
-from pipelines.storage import atomic_file, atomic_write_bytes, sha256_file
-from pipelines.summary import update_summary
+from pipelines.engine.progress import ProgressBar, get_logger, progress_bar
+from pipelines.store.files import atomic_file, atomic_write_bytes, sha256_file
+from pipelines.store.manifest import (
+    MANIFEST_NAME,
+    MARKER_FOLDER,
+    Fingerprint,
+    ShardDirectory,
+    ShardReport,
+    read_manifest,
+)
+from pipelines.store.summary import update_summary
 from toyworld.config import ToyworldConfig
 from toyworld.render import render
 from toyworld.scenes import Scene, random_scene
@@ -217,7 +224,7 @@ def write_world(config: ToyworldConfig, run: Path) -> None:
     Finished shards are kept; a second run with the same settings writes nothing. Shards that an earlier recipe wrote
     and this one does not ask for are removed, so that no stage picks them up.
     """
-    raw = StageDirectory(run / "raw")
+    raw = ShardDirectory(run / "raw")
     fingerprint = _fingerprint(config)
     planned = plan_world(config)
     pending = [shard for shard in planned if not raw.is_done(shard.path, shard.identity, fingerprint)]
@@ -250,7 +257,7 @@ def _fingerprint(config: ToyworldConfig) -> Fingerprint:
 
 
 def _is_complete(
-    raw: StageDirectory, planned: list[PlannedShard], fingerprint: Fingerprint, config: ToyworldConfig
+    raw: ShardDirectory, planned: list[PlannedShard], fingerprint: Fingerprint, config: ToyworldConfig
 ) -> bool:
     files = (MANIFEST_NAME, "truth.parquet", "prompts.jsonl")
     if not all((raw.path / name).is_file() for name in files):
@@ -263,7 +270,7 @@ def _is_complete(
     )
 
 
-def _remove_unplanned(raw: StageDirectory, planned: list[PlannedShard]) -> None:
+def _remove_unplanned(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
     wanted = {shard.path for shard in planned}
     markers = raw.path / MARKER_FOLDER
     for marker in sorted(markers.glob("*/*.json")):
@@ -278,7 +285,7 @@ def _remove_unplanned(raw: StageDirectory, planned: list[PlannedShard]) -> None:
 def _write_shard(
     config: ToyworldConfig,
     shard: PlannedShard,
-    raw: StageDirectory,
+    raw: ShardDirectory,
     *,
     fingerprint: Fingerprint,
     progress: ProgressBar,

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.command import Command, parse_command, run_command
-from pipelines.progress import get_logger
-from pipelines.summary import update_summary
+from pipelines.engine.progress import get_logger
+from pipelines.store.summary import update_summary
 from training.config import STAGES
-from training.gate import print_gate, samples_of
-from training.hosts import run_hosts
-from training.launch import LostContactError, run_ranks
-from training.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
-from training.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
-from training.preflight import Preflight, inspect_stage, print_plan, print_weights
-from training.stage import StageJob, open_stage
+from training.launch.hosts import run_hosts
+from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
+from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
+from training.launch.preflight import Preflight, inspect_stage, print_plan, print_weights
+from training.launch.ranks import LostContactError, run_ranks
+from training.stages.gate import print_gate, samples_of
+from training.stages.stage import TrainingJob, open_stage
 
 log = get_logger("training")
 
@@ -71,7 +71,7 @@ def _command() -> Command:
     return parse_command("training", "Features to checkpoints: one of the paper's three stages.", stages=STAGES)
 
 
-def _where(job: StageJob) -> Placement | list[Host]:
+def _where(job: TrainingJob) -> Placement | list[Host]:
     """Return the ranks that this process starts, or the hosts that it leads."""
     settings = job.settings
     if is_slurm_task():
@@ -83,7 +83,7 @@ def _where(job: StageJob) -> Placement | list[Host]:
     )
 
 
-def _run(job: StageJob, ranks: Placement | list[Host], *, announce: Callable[[], None]) -> None:
+def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[[], None]) -> None:
     settings = job.settings
     if isinstance(ranks, Placement):
         run_ranks(
@@ -97,14 +97,14 @@ def _run(job: StageJob, ranks: Placement | list[Host], *, announce: Callable[[],
         run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)
 
 
-def _print_weights(job: StageJob, preflight: Preflight) -> None:
-    from training.networks import network_config, parameter_counts
+def _print_weights(job: TrainingJob, preflight: Preflight) -> None:
+    from training.stages.networks import network_config, parameter_counts
 
     counts = parameter_counts(network_config(job, preflight.survey))
     print_weights(job, parameter_counts=counts, num_ranks=preflight.num_ranks)
 
 
-def _report(job: StageJob, preflight: Preflight, *, seconds: float) -> None:
+def _report(job: TrainingJob, preflight: Preflight, *, seconds: float) -> None:
     checkpoint = job.resume
     assert checkpoint is not None, "ranks that end well leave a checkpoint"
     if not checkpoint.is_finished:

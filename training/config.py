@@ -4,13 +4,13 @@ from typing import Literal
 
 import pydantic
 
-from pipelines.recipe import Recipe, StageConfig
+from pipelines.recipe import Recipe, TableConfig
 
 STAGES = (1, 2, 3)
 SCRATCH = "scratch"
 
 
-class ModelConfig(StageConfig):
+class ModelConfig(TableConfig):
     """Recipe table `[model]`: what is the same in all stages; widths that data decide come from the manifests."""
 
     num_layers: int = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
@@ -26,7 +26,7 @@ class ModelConfig(StageConfig):
     )
 
 
-class DatasetConfig(StageConfig):
+class DatasetConfig(TableConfig):
     """One entry of `[[training.stageN.datasets]]`: shards that are mixed into the stage by weight."""
 
     run: str = pydantic.Field(
@@ -45,7 +45,7 @@ class DatasetConfig(StageConfig):
     )
 
 
-class StageTraining(StageConfig):
+class StageTraining(TableConfig):
     """Every setting of one stage: `[training]` with `[training.stageN]` laid over it."""
 
     init_from: str | None = pydantic.Field(

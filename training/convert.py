@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from pipelines.command import run_command
-from pipelines.progress import console
+from pipelines.engine.progress import console
 from pixart.convert import save_diffusers
 from pixart.dit import DiT
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
-from training.networks import count_parameters, load_network
-from training.stage import find_weights
+from training.stages.networks import count_parameters, load_network
+from training.stages.stage import find_weights
 
 TIMESTEP = 500  # of the paper, section 2.3
 NUM_COMPARED = 4

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import openai
 
 from captioning.config import ServerConfig
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 
 log = get_logger("captioning")
 

@@ -18,7 +18,7 @@ from captioning.devices import choose_device, choose_dtype
 from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
-from pipelines.models import resolve_model
+from encoders.models import resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from dataset_stats.captions import Address, read_rows
 from dataset_stats.merge import ROW_BITS
-from pipelines.images import SampleReject, decode_image
-from pipelines.pieces import Source
-from pipelines.shards import open_shard, shard_name
+from pipelines.engine.pieces import Source
+from pipelines.raw.images import SampleReject, decode_image
+from pipelines.raw.shards import open_shard, shard_name
 
 EXAMPLE_CHARACTERS = 240
 THUMBNAIL_PIXELS = 288

@@ -19,7 +19,7 @@ from dataset_stats.measures import SetMeasures
 from dataset_stats.noun_table import PER_CAPTIONS, NounTable
 from dataset_stats.report.gallery import GalleryItem
 from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, plus_minus, quality_rows, sample_note
-from pipelines.storage import atomic_write_bytes
+from pipelines.store.files import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_CHART_NOUNS = 60  # nouns per caption on the histogram's axis; the rest share the last bar

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from dataset_stats.tagging.taggers import NLTK_TAGGER, nltk_data_folders
 from pipelines.command import run_command
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_write_bytes
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_write_bytes
 
 OFFICIAL_URL = f"https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/taggers/{NLTK_TAGGER}.zip"
 TIMEOUT_SECONDS = 60

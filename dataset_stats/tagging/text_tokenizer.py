@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.models import resolve_model
-from pipelines.progress import get_logger
+from encoders.models import resolve_model
+from pipelines.engine.progress import get_logger
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

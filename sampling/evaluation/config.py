@@ -5,10 +5,10 @@ from typing import Literal
 
 import pydantic
 
-from pipelines.recipe import StageConfig
+from pipelines.recipe import TableConfig
 
 
-class EvaluationConfig(StageConfig):
+class EvaluationConfig(TableConfig):
     """Recipe table `[evaluation]`; a network that is not named is a number that is not computed."""
 
     reference: str | None = pydantic.Field(

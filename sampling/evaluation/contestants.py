@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import Command
-from pipelines.engine import EngineConfig
-from pipelines.storage import sha256_text
+from pipelines.engine.run import EngineConfig
+from pipelines.store.files import sha256_text
 from sampling.checkpoints import Checkpoint, find_checkpoint, open_checkpoint, open_run_checkpoint
 from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import write_prompt_set
-from sampling.generate import Job, make_job, run_job
+from sampling.generate import SamplingJob, make_job, run_job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Contestant:
 
     title: str
     checkpoint: Checkpoint
-    job: Job
+    job: SamplingJob
 
     @property
     def folder(self) -> Path:

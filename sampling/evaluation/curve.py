@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines.command import Command
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, StageDirectory
-from pipelines.progress import console, get_logger
-from pipelines.storage import sha256_text
-from pipelines.summary import update_summary
+from pipelines.engine.progress import console, get_logger
+from pipelines.store.files import sha256_text
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
+from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.evaluation.scores import Meter, read_judge, write_report
@@ -35,7 +35,7 @@ def draw_curve(command: Command) -> None:
     meter = Meter(command)
     if not meter.networks:
         raise ValueError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
-    directory = StageDirectory(command.run / "evaluation" / f"{command.stage_name}-curve")
+    directory = ShardDirectory(command.run / "evaluation" / f"{command.stage_name}-curve")
     start_seconds = time.monotonic()
     for _, contestant in points:
         draw_samples(contestant, run=command.run)

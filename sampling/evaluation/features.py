@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
 from features.encoders import Batches, select_device
-from pipelines.engine import EngineConfig, QuarantinedShardError, run_over_shards
-from pipelines.images import SampleReject, decode_image
-from pipelines.manifest import Fingerprint, StageDirectory
-from pipelines.pieces import Piece, PieceReport
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_file
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.engine.progress import get_logger
+from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
+from pipelines.raw.images import SampleReject, decode_image
+from pipelines.store.files import atomic_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.distances import Array, Gaussian, Moments
 from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
@@ -253,7 +253,7 @@ def compute_features(
         device=config.device,
         num_threads=max(1, int(engine.cpus_per_worker)),
     )
-    output = StageDirectory(folder)
+    output = ShardDirectory(folder)
     num_pending = sum(
         source.num_samples for source in images.sources if not output.is_done(source.name, source.identity, fingerprint)
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipelines.pieces import Source
-from pipelines.progress import get_logger
-from pipelines.raw_samples import IMAGE_EXTENSIONS
-from pipelines.shards import describe_shards, expand_shards, open_shard
-from pipelines.storage import atomic_write_bytes, sha256_file, sha256_text
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import get_logger
+from pipelines.raw.samples import IMAGE_EXTENSIONS
+from pipelines.raw.shards import describe_shards, expand_shards, open_shard
+from pipelines.store.files import atomic_write_bytes, sha256_file, sha256_text
 
 HASH_THREADS = 8
 

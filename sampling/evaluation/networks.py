@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipelines.models import require_model, resolve_model
-from pipelines.storage import sha256_file
+from encoders.models import require_model, resolve_model
+from pipelines.store.files import sha256_file
 from sampling.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.command import Command
-from pipelines.manifest import Fingerprint
-from pipelines.progress import get_logger
-from pipelines.storage import atomic_write_bytes, atomic_write_json
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_write_bytes, atomic_write_json
+from pipelines.store.manifest import Fingerprint
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage import atomic_write_bytes, sha256_text
+from pipelines.store.files import atomic_write_bytes, sha256_text
 from sampling.evaluation.config import EvaluationConfig
 
 # Of T2I-CompBench (Huang et al. 2023), in the order of the paper's Table 3, then what T2I-CompBench++ added.

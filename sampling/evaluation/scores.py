@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import Command
-from pipelines.engine import EngineConfig
-from pipelines.manifest import MANIFEST_NAME, Fingerprint, ShardReport, StageDirectory, read_manifest
-from pipelines.progress import console, get_logger
-from pipelines.storage import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
-from pipelines.summary import update_summary
+from pipelines.engine.progress import console, get_logger
+from pipelines.engine.run import EngineConfig
+from pipelines.store.files import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.evaluation.distances import cmmd, frechet_distance
@@ -192,7 +192,7 @@ def score(command: Command) -> None:
     config = command.recipe.table("evaluation", EvaluationConfig)
     contestants = find_contestants(command, config)
     meter = Meter(command)
-    directory = StageDirectory(command.run / "evaluation" / command.stage_name)
+    directory = ShardDirectory(command.run / "evaluation" / command.stage_name)
     start_seconds = time.monotonic()
     for contestant in contestants:
         draw_samples(contestant, run=command.run)
@@ -256,7 +256,7 @@ def _score_inputs(meter: Meter, contestants: Sequence[Contestant], *, run: Path)
 
 
 def write_report(
-    directory: StageDirectory,
+    directory: ShardDirectory,
     name: str,
     value: Mapping[str, Any],
     texts: Mapping[str, str],

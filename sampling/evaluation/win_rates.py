@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import Command
-from pipelines.progress import console, get_logger
-from pipelines.storage import atomic_write_bytes, atomic_write_json
+from pipelines.engine.progress import console, get_logger
+from pipelines.store.files import atomic_write_bytes, atomic_write_json
 from sampling.evaluation.distances import wilson_interval
 from sampling.evaluation.preference import preference_folder, read_key
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pipelines.command import run_command
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 
 log = get_logger("toyworld.zoo")
 

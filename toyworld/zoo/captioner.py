@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.scenes import Scene, random_scene
 from toyworld.wording import alt_text, caption_hits, dense_caption
 from toyworld.zoo.optimizer import Trainer

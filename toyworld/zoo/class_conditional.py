@@ -13,10 +13,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from pixart.convert import save_diffusers
-from pixart.diffusion import Diffusion
 from pixart.dit import DiT, DiTConfig
+from pixart.processes.ddpm import Diffusion
 from toyworld.render import render
 from toyworld.scenes import NUM_CLASSES, Scene, class_label, random_scene
 from toyworld.zoo import vae as zoo_vae

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.render import render
 from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, random_scene
 from toyworld.zoo import vae as zoo_vae

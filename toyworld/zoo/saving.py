@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipelines.storage import atomic_write_json
+from pipelines.store.files import atomic_write_json
 
 
 def save_half(model: PreTrainedModel, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.scenes import Scene, random_scene
 from toyworld.wording import alt_text, dense_caption, describe, parse_background, parse_caption
 from toyworld.zoo.optimizer import Trainer

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.render import render
 from toyworld.scenes import random_scene
 from toyworld.zoo.optimizer import Trainer

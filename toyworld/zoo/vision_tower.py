@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pipelines.progress import get_logger
+from pipelines.engine.progress import get_logger
 from toyworld.render import render
 from toyworld.scenes import POSITIONS, Scene, random_scene
 from toyworld.zoo.optimizer import Trainer

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipelines.storage import RangeFile, open_ranges
+from pipelines.store.files import RangeFile, open_ranges
 
 GIGABYTE = 1e9
 CHUNK_BYTES = 8 << 20
@@ -74,7 +74,8 @@ class ShardCache:
         Raises:
             CacheFullError: there is no room; names the recipe keys and sizes.
             OSError: the file is not the one its manifest describes.
-            FileNotFoundError, ConnectionError, ValueError: see `pipelines.remote`; network faults are tried again.
+            FileNotFoundError, ConnectionError, ValueError: see `pipelines.store.remote`; network faults are
+                tried again.
         """
         path = self.directory / sha256 / url.rsplit("/", 1)[-1]
         while True:

@@ -5,8 +5,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
-from pipelines.storage import is_remote, open_binary
+from pipelines.store.files import is_remote, open_binary
+from pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from training.data.cache import ShardCache, ShardFile
 
 
@@ -43,7 +43,7 @@ def open_directory(location: str, cache: ShardCache | None = None) -> FeatureDir
 
     Raises:
         FileNotFoundError: it does not exist, or the stage that writes it has not finished.
-        OSError, ValueError: the URL cannot be read, see `pipelines.remote`.
+        OSError, ValueError: the URL cannot be read, see `pipelines.store.remote`.
         ValueError: the manifest is of another schema version.
     """
     if not is_remote(location):

@@ -8,11 +8,11 @@ from typing import Any
 import pydantic
 
 from pipelines.command import Command
-from pipelines.feature_store import latent_directory, text_directory, texts_digest
-from pipelines.manifest import Fingerprint, read_manifest, require_same
+from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
-from pipelines.shards import select_shards
-from pipelines.storage import is_remote
+from pipelines.store.feature_store import latent_directory, text_directory, texts_digest
+from pipelines.store.files import is_remote
+from pipelines.store.manifest import Fingerprint, read_manifest, require_same
 from training.config import DatasetConfig, StageTraining
 from training.data.cache import ShardCache
 from training.data.directories import FeatureDirectory, open_directory

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.feature_store import load_index
+from pipelines.store.feature_store import load_index
 from training.data.cache import ShardFile
 from training.data.directories import FeatureDirectory
 from training.data.features import Dataset

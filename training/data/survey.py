@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.storage import atomic_write_json
+from pipelines.store.files import atomic_write_json
 from training.data.index import LATENT_NUMBERS, FeatureIndex, ShardTable, bucket_size
 
 NUM_COUNTING_THREADS = 8

@@ -1,0 +1,1 @@
+"""Shards to workers: local processes or Ray, pieces, progress."""

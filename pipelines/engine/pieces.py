@@ -1,0 +1,243 @@
+"""Units of work: a source file, the piece of it one worker takes, and how pieces become a finished shard again."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pipelines.store.files import atomic_file, atomic_write_json, fsync_directory, sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
+
+PARTS_FOLDER = ".parts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input file: `identity` changes when its content does, `num_samples` counts all of its samples."""
+
+    name: str
+    path: str
+    identity: str
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The samples [start, stop) of a source, and the folder its part files go to.
+
+    `attempt` is part of the files' names: a worker that outlives its killed driver never writes into the files of the
+    worker that does the piece again. `on_slice` is told how many samples of the piece are done.
+    """
+
+    source: Source
+    start: int
+    stop: int
+    folder: Path
+    samples_per_slice: int
+    attempt: str = ""
+    on_slice: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def span(self) -> str:
+        """The piece's samples as its files are named."""
+        return f"{self.start:09d}-{self.stop:09d}"
+
+    def output(self, suffix: str) -> Path:
+        """Return the path of this piece's part file; write it with `atomic_file`."""
+        return self.folder / (self.span + (f".{self.attempt}" if self.attempt else "") + suffix)
+
+    def slices(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of each slice, cut at multiples of `samples_per_slice`.
+
+        A batch must not cross a slice: then the bytes do not depend on how a shard was cut into pieces. Asking for
+        the next slice says that the last one is done.
+        """
+        for start in range(self.start, self.stop, self.samples_per_slice):
+            if self.on_slice is not None and start > self.start:
+                self.on_slice(start - self.start)
+            yield start, min(start + self.samples_per_slice, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceReport:
+    """What happened to the samples of a piece.
+
+    Over a shard's pieces, numbers in `details` are summed; of those called `max_*` the largest is taken.
+
+    `wait_seconds` is how long the device waited for data; it, `busy_seconds` and `peak_memory_bytes` (resident, filled
+    in by the engine) are shown, and never written.
+    """
+
+    num_read: int
+    num_kept: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class ShardWorker(Protocol):
+    """What the engine runs: a plain class that loads its model once and then turns pieces into part files.
+
+    Attributes:
+        suffixes: the files a finished shard consists of, such as `(".tar", ".parquet")`.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        """Write `piece.output(suffix)` for every suffix."""
+        ...
+
+    @staticmethod
+    def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
+        """Concatenate the parts of a shard (suffix -> path, in order) into `outputs`."""
+        ...
+
+
+def cut_into_pieces(
+    sources: Sequence[Source],
+    output: ShardDirectory,
+    *,
+    num_workers: int,
+    samples_per_slice: int,
+    finished: Mapping[str, Sequence[Piece]] | None = None,
+) -> list[Piece]:
+    """Give every worker something to do: whole shards when there are enough, slices of shards otherwise.
+
+    What `finished` (source name -> its finished pieces in order) covers is not cut again.
+    """
+    cuts_per_source = max(1, math.ceil(2 * num_workers / max(1, len(sources))))
+    pieces = []
+    for source in sources:
+        num_slices = max(1, math.ceil(source.num_samples / samples_per_slice))
+        step = math.ceil(num_slices / min(cuts_per_source, num_slices)) * samples_per_slice
+        for gap_start, gap_stop in _gaps(source.num_samples, (finished or {}).get(source.name, ())):
+            pieces += [
+                Piece(
+                    source=source,
+                    start=start,
+                    stop=min(start + step, gap_stop),
+                    folder=_parts_folder(source, output),
+                    samples_per_slice=samples_per_slice,
+                )
+                for start in range(gap_start, max(gap_start + 1, gap_stop), step)
+            ]
+    return pieces
+
+
+def _parts_folder(source: Source, output: ShardDirectory) -> Path:
+    return (output.path / PARTS_FOLDER / source.name).absolute()
+
+
+def _gaps(num_samples: int, finished: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    position = 0
+    for piece in finished:
+        if piece.start > position:
+            yield position, piece.start
+        position = piece.stop
+    if position < num_samples or not finished:
+        yield position, num_samples
+
+
+def finished_pieces(
+    source: Source,
+    output: ShardDirectory,
+    fingerprint: Fingerprint,
+    suffixes: Sequence[str],
+    *,
+    samples_per_slice: int,
+) -> list[tuple[Piece, PieceReport]]:
+    """Return the pieces of a source that earlier, interrupted runs finished under the same settings, in order.
+
+    However those runs cut the source: they may have had another number of workers. A run killed while it put a shard
+    in place has moved some of the part files: such a piece is not finished.
+    """
+    folder = _parts_folder(source, output)
+    found: list[tuple[Piece, PieceReport]] = []
+    for path in sorted(folder.glob("*.report")):
+        content = json.loads(path.read_text())
+        span = content.pop("piece")
+        if (content["fingerprint"], content["source"]) != (fingerprint.digest, source.identity):
+            continue
+        piece = Piece(source=source, folder=folder, **span)
+        is_whole = piece.samples_per_slice == samples_per_slice and all(piece.output(s).is_file() for s in suffixes)
+        if is_whole and piece.start >= (found[-1][0].stop if found else 0):
+            found.append((piece, PieceReport(**content["report"])))
+    return found
+
+
+def forget_pieces(name: str, output: ShardDirectory) -> None:
+    """Let a source's finished pieces count as not done: a run that takes the source makes them anew."""
+    for path in (output.path / PARTS_FOLDER / name).glob("*.report"):
+        path.unlink(missing_ok=True)
+
+
+def write_piece_report(piece: Piece, report: PieceReport, fingerprint: Fingerprint) -> None:
+    """Declare a piece finished, after its part files are in place."""
+    settled = dataclasses.replace(report, wait_seconds=0.0, busy_seconds=0.0, peak_memory_bytes=0)
+    content = {
+        "fingerprint": fingerprint.digest,
+        "source": piece.source.identity,
+        "piece": {name: getattr(piece, name) for name in ("start", "stop", "samples_per_slice", "attempt")},
+        "report": dataclasses.asdict(settled),
+    }
+    atomic_write_json(piece.output(".report"), content)
+
+
+def finish_shard(
+    worker_class: type[ShardWorker],
+    pieces: Sequence[tuple[Piece, PieceReport]],
+    output: ShardDirectory,
+    *,
+    fingerprint: Fingerprint,
+) -> ShardReport:
+    """Join the parts of a shard, given in order, put its files in place, write its marker last, and drop the parts."""
+    source, folder = pieces[0][0].source, pieces[0][0].folder
+    outputs = {suffix: output.file(source.name, suffix) for suffix in worker_class.suffixes}
+    parts = [{suffix: piece.output(suffix) for suffix in outputs} for piece, _ in pieces]
+    joined = parts[0]
+    if len(parts) > 1:
+        joined = {suffix: folder / f"joined{suffix}" for suffix in outputs}
+        with contextlib.ExitStack() as stack:
+            worker_class.join(
+                parts, {suffix: stack.enter_context(atomic_file(path)) for suffix, path in joined.items()}
+            )
+    for suffix, path in outputs.items():
+        joined[suffix].replace(path)
+    # The marker must not reach the disk before the files it speaks of.
+    fsync_directory(output.path)
+    report = _sum_reports(source, [report for _, report in pieces], outputs)
+    output.write_marker(report, fingerprint)
+    # What cannot be removed now, such as a file an orphaned worker holds open on NFS, goes with the next run.
+    shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _sum_reports(source: Source, reports: Sequence[PieceReport], outputs: Mapping[str, Path]) -> ShardReport:
+    rejected: Counter[str] = Counter()
+    details: dict[str, Any] = {}
+    for report in reports:
+        rejected.update(report.rejected)
+        for key, value in report.details.items():
+            if key in details:
+                value = max(details[key], value) if key.startswith("max_") else details[key] + value
+            details[key] = value
+    return ShardReport(
+        name=source.name,
+        source=source.identity,
+        num_read=sum(report.num_read for report in reports),
+        num_kept=sum(report.num_kept for report in reports),
+        rejected=dict(sorted(rejected.items())),
+        files={suffix: sha256_file(path) for suffix, path in outputs.items()},
+        details=details,
+    )

@@ -1,0 +1,300 @@
+"""`run_over_shards`: map a worker over shards with a Ray Data actor pool; resume, retry, quarantine, and account."""
+
+import contextlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pydantic
+
+from pipelines.engine.cluster import WorkerResources, choose_num_workers, run_on_ray
+from pipelines.engine.pieces import (
+    PARTS_FOLDER,
+    Piece,
+    PieceReport,
+    ShardWorker,
+    Source,
+    cut_into_pieces,
+    finish_shard,
+    finished_pieces,
+)
+from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
+from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, describe_disk_error
+from pipelines.recipe import TableConfig
+from pipelines.store.files import exclusive, fsync_directory, remove_temporary_files
+from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, read_manifest
+
+GIGABYTE = 10**9
+
+
+class EngineConfig(TableConfig):
+    """`[engine]`: how work is spread; none of it changes a byte of the outputs but `samples_per_slice`."""
+
+    num_workers: int = pydantic.Field(
+        default=0, ge=0, description="Worker processes; 0 = as many as GPUs, or CPU cores if workers need no GPU, allow"
+    )
+    cpus_per_worker: float = pydantic.Field(default=1.0, gt=0, description="CPU cores Ray reserves for each worker")
+    gpus_per_worker: float = pydantic.Field(
+        default=0.0, ge=0, description="GPUs Ray reserves for each worker; 0.5 puts two workers on one GPU"
+    )
+    memory_gigabytes_per_worker: float = pydantic.Field(
+        default=0.0, ge=0, description="Memory Ray reserves for each worker, in 10^9 bytes; 0 reserves none"
+    )
+    samples_per_slice: int = pydantic.Field(
+        default=256, ge=1, description="Samples that are batched together; shards are cut only between slices"
+    )
+    max_shard_attempts: int = pydantic.Field(
+        default=3, ge=1, description="Workers a shard may kill before it is put in quarantine"
+    )
+    in_process: bool = pydantic.Field(
+        default=False, description="Run the worker in this process, without Ray: for debugging and tests"
+    )
+
+    @property
+    def worker_resources(self) -> WorkerResources:
+        """What Ray reserves for each worker."""
+        memory_bytes = int(self.memory_gigabytes_per_worker * GIGABYTE)
+        return WorkerResources(cpus=self.cpus_per_worker, gpus=self.gpus_per_worker, memory_bytes=memory_bytes)
+
+
+class QuarantinedShardError(ValueError):
+    """Some shards killed every worker that took them; names them."""
+
+
+def run_over_shards(
+    worker_class: type[ShardWorker],
+    config: Any,
+    *,
+    sources: Sequence[Source],
+    output: ShardDirectory,
+    fingerprint: Fingerprint,
+    engine: EngineConfig,
+    max_reject_fraction: float,
+    room: str,
+    upstream: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Run `worker_class(config)` over every source that is not done yet and write the directory's manifest.
+
+    Rerunning continues where an earlier run stopped: finished shards and finished pieces of shards are kept.
+    `room` names the caller in the progress view; `upstream` and `extra` go into the manifest as they are.
+
+    Raises:
+        QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
+        ValueError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
+            Or another process is writing `output`.
+    """
+    try:
+        manifest = _finished_manifest(sources, output, fingerprint)
+        if manifest is not None:
+            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+            get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
+            return manifest
+        with exclusive(output.path):
+            _run_pending(worker_class, config, sources, output, fingerprint=fingerprint, engine=engine, room=room)
+            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+            names = [source.name for source in sources]
+            return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
+    except OSError as error:
+        if message := describe_disk_error(error, output.path):
+            raise ValueError(message) from error
+        raise
+
+
+def _finished_manifest(sources: Sequence[Source], output: ShardDirectory, fingerprint: Fingerprint) -> Manifest | None:
+    if not (output.path / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(output.path)
+    is_finished = manifest.fingerprint.digest == fingerprint.digest and all(
+        source.name in manifest.shards and output.is_done(source.name, source.identity, fingerprint)
+        for source in sources
+    )
+    return manifest if is_finished else None
+
+
+def _run_pending(
+    worker_class: type[ShardWorker],
+    config: Any,
+    sources: Sequence[Source],
+    output: ShardDirectory,
+    *,
+    fingerprint: Fingerprint,
+    engine: EngineConfig,
+    room: str,
+) -> None:
+    # Asked anew under the lock: another command may have finished shards in the meantime.
+    pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
+    _clear(output, pending)
+    _drop_parts(output, fingerprint)
+    if not pending:
+        return
+    num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
+    cut = {"samples_per_slice": engine.samples_per_slice}
+    found = {
+        source.name: finished_pieces(source, output, fingerprint, worker_class.suffixes, **cut) for source in pending
+    }
+    finished = {name: [piece for piece, _ in parts] for name, parts in found.items()}
+    waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
+    for piece in waiting:
+        (piece.folder / f"{piece.span}.attempts").unlink(missing_ok=True)
+    tally = _ProgressCounts(
+        worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
+    )
+    tally.expect([*waiting, *(piece for pieces in finished.values() for piece in pieces)])
+    with claimed(output) as claim, progress_bar(room, sum(source.num_samples for source in sources)) as progress:
+        progress.skip(progress.total - sum(piece.stop - piece.start for piece in waiting))
+        for parts in found.values():
+            for piece, report in parts:
+                tally.add(piece, report)
+        runner = PieceRunner(
+            worker_class,
+            config,
+            waiting,
+            fingerprint=fingerprint,
+            max_attempts=engine.max_shard_attempts,
+            claim=claim,
+        )
+        for index, outcome in _outcomes(runner, waiting, engine, num_workers=num_workers, progress=progress):
+            piece = replace(waiting[index], attempt=outcome.attempt)
+            if outcome.num_deaths:
+                place = f"{piece.source.name}, samples {piece.start:,} to {piece.stop:,}"
+                get_logger(room).warning(f"{place}: {outcome.num_deaths} workers died with it")
+            tally.add(piece, outcome.report)
+            progress.advance(piece.stop - piece.start if outcome.report else 0, note=tally.note())
+        get_logger(room).info(tally.summary(progress))
+    _drop_parts(output, fingerprint)
+    if tally.quarantined:
+        names = ", ".join(sorted(tally.quarantined))
+        raise QuarantinedShardError(
+            f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}"
+        )
+
+
+def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
+    """Remove the markers of what is to be done again, and what killed drivers left half-written."""
+    markers = output.path / MARKER_FOLDER
+    for directory in (output.path, markers):
+        remove_temporary_files(directory)
+    for source in pending:
+        output.clear_marker(source.name)
+    if markers.is_dir():
+        # No power cut may bring an old marker back after its files have been replaced.
+        fsync_directory(markers)
+
+
+def _drop_parts(output: ShardDirectory, fingerprint: Fingerprint) -> None:
+    """Remove the parts of done shards: of a killed driver, or of workers that outlived it."""
+    parts = output.path / PARTS_FOLDER
+    for folder in parts.glob("*"):
+        if output.report(folder.name, fingerprint) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        parts.rmdir()
+
+
+def _outcomes(
+    runner: PieceRunner, waiting: Sequence[Piece], engine: EngineConfig, *, num_workers: int, progress: ProgressBar
+) -> Iterator[tuple[int, PieceOutcome]]:
+    def show(num_samples: int) -> None:
+        progress.under_way = num_samples
+
+    if engine.in_process:
+        for index in range(len(waiting)):
+            outcome = runner.run(index, on_slice=show)
+            show(0)
+            yield index, outcome
+        return
+    yield from run_on_ray(
+        runner,
+        range(len(waiting)),
+        num_workers=num_workers,
+        resources=engine.worker_resources,
+        on_progress=show,
+    )
+
+
+class _ProgressCounts:
+    """Collects piece reports in the driver, and finishes a shard as soon as all of its pieces are there."""
+
+    def __init__(
+        self,
+        worker_class: type[ShardWorker],
+        output: ShardDirectory,
+        fingerprint: Fingerprint,
+        *,
+        num_shards: int,
+        num_done: int,
+    ) -> None:
+        self._worker_class = worker_class
+        self._output = output
+        self._fingerprint = fingerprint
+        self._num_shards = num_shards
+        self._num_done = num_done
+        self._num_expected: Counter[str] = Counter()
+        self._parts: dict[str, list[tuple[Piece, PieceReport]]] = {}
+        self.quarantined: set[str] = set()
+        self._num_read = 0
+        self._rejected: Counter[str] = Counter()
+        self._wait_seconds = 0.0
+        self._busy_seconds = 0.0
+        self._peak = (0, "")
+
+    def expect(self, pieces: Sequence[Piece]) -> None:
+        """Say which pieces there are; a shard is whole when all of its own have been added."""
+        self._num_expected.update(piece.source.name for piece in pieces)
+
+    def add(self, piece: Piece, report: PieceReport | None) -> None:
+        """Count one piece; `report` is None when it killed its worker too often."""
+        name = piece.source.name
+        if report is None:
+            self.quarantined.add(name)
+            return
+        self._num_read += report.num_read
+        self._rejected.update(report.rejected)
+        self._wait_seconds += report.wait_seconds
+        self._busy_seconds += report.busy_seconds
+        self._peak = max(self._peak, (report.peak_memory_bytes, name))
+        parts = self._parts.setdefault(name, [])
+        parts.append((piece, report))
+        if len(parts) == self._num_expected[name]:
+            parts.sort(key=lambda part: part[0].start)
+            finish_shard(self._worker_class, self._parts.pop(name), self._output, fingerprint=self._fingerprint)
+            self._num_done += 1
+
+    def note(self) -> str:
+        """Return what the progress view says beside the rate; rejects have a line of their own."""
+        seconds = self._wait_seconds + self._busy_seconds
+        memory_bytes, name = self._peak
+        parts = (
+            f"{self._num_done:,}/{self._num_shards:,} shards",
+            f"device waits {self._wait_seconds / seconds:.0%}" if seconds else "",
+            f"peak memory {memory_bytes / GIGABYTE:.1f} GB ({name})" if memory_bytes else "",
+        )
+        rejects = describe_rejects(self._rejected, num_read=self._num_read)
+        return "\n".join(line for line in (" · ".join(part for part in parts if part), rejects) if line)
+
+    def summary(self, progress: ProgressBar) -> str:
+        """Return the line that ends the run."""
+        counts = f"{progress.num_new:,} samples in {clock(progress.elapsed_seconds)}"
+        return " · ".join([counts, progress.rate(), *self.note().splitlines()])
+
+
+def _require_few_rejects(
+    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, max_reject_fraction: float
+) -> None:
+    reports = [report for source in sources if (report := output.report(source.name, fingerprint))]
+    num_read = sum(report.num_read for report in reports)
+    reasons: dict[str, int] = {}
+    for report in reports:
+        for reason, count in report.rejected.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    num_rejected = sum(reasons.values())
+    if num_rejected > max_reject_fraction * num_read:
+        largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+        raise ValueError(
+            f"{output.path}: {num_rejected} of {num_read} samples rejected ({num_rejected / num_read:.1%}), more than "
+            f"max_reject_fraction = {max_reject_fraction:.1%}: "
+            + ", ".join(f"{name} {count}" for name, count in largest)
+        )

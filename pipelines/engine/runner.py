@@ -1,0 +1,128 @@
+"""What lives in a worker process: it holds the loaded worker, counts attempts on disk, and declares pieces finished."""
+
+import contextlib
+import dataclasses
+import errno
+import resource
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.engine.pieces import PARTS_FOLDER, Piece, PieceReport, ShardWorker, write_piece_report
+from pipelines.store.files import fsync_directory
+from pipelines.store.manifest import Fingerprint, ShardDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceOutcome:
+    """What became of a piece: `attempt` names its part files; `report` is None when it killed too many workers.
+
+    `num_deaths` counts the workers that died with it.
+    """
+
+    attempt: str
+    report: PieceReport | None
+    num_deaths: int
+
+
+@contextlib.contextmanager
+def claimed(output: ShardDirectory) -> Iterator[Path]:
+    """Yield a new file in `output` that says which driver holds it; the claims of drivers that were killed go.
+
+    A worker looks for the claim of its driver before it starts on a piece. The name is random and never used again, so
+    that no node's cache of file names can be stale.
+    """
+    folder = (output.path / PARTS_FOLDER).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".claim-*"):
+        stale.unlink(missing_ok=True)
+    claim = folder / f".claim-{secrets.token_hex(8)}"
+    claim.touch()
+    fsync_directory(folder)
+    try:
+        yield claim
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+class PieceRunner:
+    """Runs pieces one after another; cheap to make, as the worker is loaded with the first piece."""
+
+    def __init__(
+        self,
+        worker_class: type[ShardWorker],
+        config: Any,
+        pieces: Sequence[Piece],
+        *,
+        fingerprint: Fingerprint,
+        max_attempts: int,
+        claim: Path,
+    ) -> None:
+        self._load = lambda: worker_class(config)
+        self._worker: ShardWorker | None = None
+        self._pieces = pieces
+        self._fingerprint = fingerprint
+        self._max_attempts = max_attempts
+        self._claim = claim
+
+    @property
+    def directory(self) -> Path:
+        """The directory that the pieces belong to."""
+        return self._claim.parent.parent
+
+    def run(self, index: int, *, on_slice: Callable[[int], None]) -> PieceOutcome:
+        """Run piece `index`, unless it has killed `max_attempts` workers; `on_slice` is told of its samples done.
+
+        Raises:
+            ValueError: this node does not see the claim of the driver.
+            Whatever the worker raises.
+        """
+        self._require_claim()
+        piece = dataclasses.replace(self._pieces[index], attempt=secrets.token_hex(4), on_slice=on_slice)
+        piece.folder.mkdir(parents=True, exist_ok=True)
+        attempts = piece.folder / f"{piece.span}.attempts"
+        num_deaths = attempts.stat().st_size if attempts.is_file() else 0
+        if num_deaths >= self._max_attempts:
+            return PieceOutcome(attempt=piece.attempt, report=None, num_deaths=num_deaths)
+        with attempts.open("ab") as file:
+            file.write(b".")
+        _reset_peak_memory()
+        self._worker = self._worker or self._load()
+        report = dataclasses.replace(self._worker(piece), peak_memory_bytes=_peak_memory_bytes())
+        self._require_claim()
+        write_piece_report(piece, report, self._fingerprint)
+        return PieceOutcome(attempt=piece.attempt, report=report, num_deaths=num_deaths)
+
+    def _require_claim(self) -> None:
+        if self._claim.is_file():
+            return
+        raise ValueError(
+            f"a worker on {socket.gethostname()} does not see {self._claim}: RUN must be on storage that all nodes "
+            "share, under one path (or another command has taken over, and this worker is a leftover)"
+        )
+
+
+def describe_disk_error(error: OSError, directory: Path) -> str | None:
+    """Return what to do about a full or read-only disk under `directory`, or None if the error is another one."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{directory}: the disk is full ({error}); make room and type the command again, what is done is kept"
+    if error.errno == errno.EROFS:
+        return f"{directory}: the disk is read-only ({error}); mount it for writing and type the command again"
+    return None
+
+
+def _reset_peak_memory() -> None:
+    # Linux alone can forget an earlier peak; elsewhere the peak is that of the process so far.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

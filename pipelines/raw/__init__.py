@@ -1,0 +1,1 @@
+"""Raw shards in: members, headers, samples, pixels."""

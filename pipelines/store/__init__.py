@@ -1,0 +1,1 @@
+"""What lies on disk: manifests, atomic files, feature tars, remote storage, verification."""

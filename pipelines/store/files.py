@@ -1,0 +1,196 @@
+"""Reading files by ranges, local or remote, and writing so that a killed process never leaves a half-written file."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from pipelines.store.remote import RemoteFile
+
+HASH_CHUNK_BYTES = 1 << 20
+
+
+class RangeFile(Protocol):
+    """A file that is read by place, from any thread.
+
+    Attributes:
+        size: in bytes.
+        stamp: changes when the content does, without a look at the content; None where that cannot be known.
+    """
+
+    size: int
+    stamp: str | None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        ...
+
+
+class LocalFile:
+    """A `RangeFile` on a mounted file system; the stamp follows size, modification and change of the inode."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self.stamp: str | None = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        size = max(0, min(size, self.size - offset))
+        data = os.pread(self._descriptor, size, offset)
+        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names an fsspec protocol such as `s3://` rather than a local path."""
+    return "://" in url and not url.startswith("file://")
+
+
+@contextlib.contextmanager
+def open_ranges(url: str) -> Iterator[RangeFile]:
+    """Open a local path or fsspec URL for reading by ranges.
+
+    Raises:
+        FileNotFoundError: names the URL that does not exist.
+        ValueError, OSError: see `RemoteFile`.
+    """
+    file = RemoteFile(url) if is_remote(url) else LocalFile(Path(url.removeprefix("file://")))
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+@contextlib.contextmanager
+def open_binary(url: str) -> Iterator[BinaryIO]:
+    """Open a local path or fsspec URL as a seekable file; raises as `open_ranges` does."""
+    if not is_remote(url):
+        with Path(url.removeprefix("file://")).open("rb") as file:
+            yield file
+        return
+    with open_ranges(url) as ranges, io.BufferedReader(_RangeStream(ranges)) as file:
+        yield cast(BinaryIO, file)
+
+
+class _RangeStream(io.RawIOBase):
+    """A `RangeFile` with a position, for readers of other formats."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path`.
+
+    After an exception the temporary file is removed and `path` is as it was. The temporary name is random, so that
+    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what `atomic_file` left in `directory` when its process was killed; the caller holds the directory."""
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the renames inside `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold a directory for writing; the lock goes with the process, however it ends.
+
+    On NFS the lock holds between nodes too; one of a node that has lost power ends with the server's lease.
+
+    Raises:
+        ValueError: another process is writing the directory, or its storage has no locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise ValueError(
+                f"{directory}: this storage has no file locks ({error.strerror}), so two commands could write it at "
+                "once; mount it with locks (Lustre: -o flock; NFS: without nolock)"
+            ) from None
+        yield
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that readers see either the old bytes or all of the new."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically: equal values give equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    atomic_write_bytes(path, (text + "\n").encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a local file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the hex SHA-256 of a string."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""Markers and manifests: what was done, with which settings, from which source, and where every sample went."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.store.files import atomic_write_json
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MARKER_FOLDER = ".done"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The settings that decide a stage's output bytes; equal digests mean equal outputs from equal inputs."""
+
+    fields: dict[str, Any]
+    digest: str
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Fingerprint":
+        """Make a fingerprint of JSON values (config, model id and revision, code version of the stage)."""
+        canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return cls(json.loads(canonical), hashlib.sha256(canonical.encode()).hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What happened to one shard. `num_read == num_kept + sum(rejected.values())`, checked when it is made."""
+
+    name: str
+    source: str
+    num_read: int
+    num_kept: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        num_rejected = sum(self.rejected.values())
+        assert self.num_read == self.num_kept + num_rejected, (
+            f"{self.name}: {self.num_read} read, but {self.num_kept} kept and {num_rejected} rejected"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json` of a directory: the sum of its shards' reports, and what a later stage must agree with."""
+
+    fingerprint: Fingerprint
+    upstream: dict[str, str]
+    num_read: int
+    num_kept: int
+    rejected: dict[str, int]
+    shards: dict[str, ShardReport]
+    extra: dict[str, Any]
+
+
+class ShardDirectory:
+    """A directory that one stage writes: shard files, their markers under `.done/`, and the manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str, suffix: str) -> Path:
+        """Return the path of a shard's file, such as `captions/laion_00000` + `.parquet`."""
+        return self.path / f"{name}{suffix}"
+
+    def _marker(self, name: str) -> Path:
+        return self.path / MARKER_FOLDER / f"{name}.json"
+
+    def report(self, name: str, fingerprint: Fingerprint) -> ShardReport | None:
+        """Return the report of a shard finished under `fingerprint`, or None."""
+        marker = self._marker(name)
+        if not marker.is_file():
+            return None
+        content = json.loads(marker.read_text())
+        if content["fingerprint"] != fingerprint.digest:
+            return None
+        return ShardReport(**content["report"])
+
+    def is_done(self, name: str, source_identity: str, fingerprint: Fingerprint) -> bool:
+        """Whether marker, fingerprint and source identity of a shard match and its files are there."""
+        report = self.report(name, fingerprint)
+        return (
+            report is not None
+            and report.source == source_identity
+            and all(self.file(name, suffix).is_file() for suffix in report.files)
+        )
+
+    def clear_marker(self, name: str) -> None:
+        """Remove a stale marker, and with it the manifest that counted the shard."""
+        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+        self._marker(name).unlink(missing_ok=True)
+
+    def write_marker(self, report: ShardReport, fingerprint: Fingerprint) -> None:
+        """Declare a shard done; call it after the shard's files have been renamed into place."""
+        content = {"fingerprint": fingerprint.digest, "report": dataclasses.asdict(report)}
+        atomic_write_json(self._marker(report.name), content)
+
+    def write_manifest(
+        self,
+        fingerprint: Fingerprint,
+        names: Sequence[str],
+        *,
+        upstream: Mapping[str, str],
+        extra: Mapping[str, Any],
+    ) -> Manifest:
+        """Write the manifest over `names` and every other shard of this directory with the same fingerprint."""
+        others = {path.stem for path in (self.path / MARKER_FOLDER).glob("*.json")}
+        reports = {name: self.report(name, fingerprint) for name in sorted(others | set(names))}
+        missing = [name for name in names if reports[name] is None]
+        assert not missing, f"{self.path}: shards without a marker: {missing}"
+        shards = {name: report for name, report in reports.items() if report is not None}
+        rejected: Counter[str] = Counter()
+        for report in shards.values():
+            rejected.update(report.rejected)
+        manifest = Manifest(
+            fingerprint=fingerprint,
+            upstream=dict(upstream),
+            num_read=sum(report.num_read for report in shards.values()),
+            num_kept=sum(report.num_kept for report in shards.values()),
+            rejected=dict(sorted(rejected.items())),
+            shards=shards,
+            extra=dict(extra),
+        )
+        assert manifest.num_read == manifest.num_kept + sum(rejected.values())
+        atomic_write_json(self.path / MANIFEST_NAME, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
+        return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a directory's manifest.
+
+    Raises:
+        FileNotFoundError: the stage has not finished.
+        ValueError: the manifest is of another schema version.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the stage that writes {directory} has not finished")
+    return parse_manifest(json.loads(path.read_text()), where=str(path))
+
+
+def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
+    """Return the manifest in the JSON object `content`, read from `where`; raises as `read_manifest` does."""
+    require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=where)
+    content["fingerprint"] = Fingerprint(**content["fingerprint"])
+    content["shards"] = {name: ShardReport(**report) for name, report in content["shards"].items()}
+    return Manifest(**content)
+
+
+def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:
+    """Refuse an upstream that was made with another setting, naming the field and both values."""
+    if expected != found:
+        raise ValueError(f"{where}: {field_name} is {found!r}, but {expected!r} is needed; run the earlier stage again")
+
+
+def require_same_fingerprint(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:
+    """Refuse a fingerprint that differs, naming the first field that does."""
+    for name in sorted(expected.fields.keys() | found.fields.keys()):
+        require_same(name, expected.fields.get(name), found.fields.get(name), where=where)

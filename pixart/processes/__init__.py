@@ -1,0 +1,1 @@
+"""What noise does to latents, what the network predicts, and its loss."""

@@ -1,0 +1,85 @@
+"""Batches of a stage: the order of its samples, and the readers of training and validation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from training.data.assembly import BatchAssembler
+from training.data.features import Dataset
+from training.data.index import FeatureIndex
+from training.data.plan import Plan
+from training.data.reader import BatchReader
+from training.data.survey import ShardSurvey, Survey, load_survey, make_survey, save_survey, survey_shards
+from training.launch.preflight import stage_plan
+from training.stages.stage import SURVEY, TrainingJob
+
+
+def shared_survey(job: TrainingJob) -> Survey:
+    """Return the survey of the stage's samples; where the launcher has not made it, each rank counts some shards."""
+    path, identity = job.directory / SURVEY, job.fingerprint.digest
+    is_there = [load_survey(path, identity=identity) is not None]
+    dist.broadcast_object_list(is_there, src=0)
+    if not is_there[0]:
+        index = FeatureIndex(job.features.datasets)
+        mine = survey_shards(index, range(dist.get_rank(), len(index), dist.get_world_size()))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            shards: list[ShardSurvey] = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(index))]
+            save_survey(make_survey(index, shards), path, identity=identity)
+    dist.barrier()
+    survey = load_survey(path, identity=identity)
+    if survey is None:
+        raise ValueError(f"{path} is not seen by rank {dist.get_rank()}: RUN must be a folder that all machines share")
+    return survey
+
+
+def training_reader(job: TrainingJob, survey: Survey, *, start_step: int) -> BatchReader:
+    """Return the reader of this rank's batches from `start_step` to the end of the stage."""
+    settings = job.settings
+    return open_reader(
+        job,
+        job.features.datasets,
+        buckets=survey.buckets,
+        plan=stage_plan(job, survey),
+        steps=range(start_step, settings.num_steps),
+        seed=settings.seed,
+        stream=job.stage,
+        caption_dropout=settings.caption_dropout,
+    )
+
+
+def open_reader(
+    job: TrainingJob,
+    datasets: Sequence[Dataset],
+    *,
+    buckets: list[str],
+    plan: Plan,
+    steps: range,
+    seed: int,
+    stream: int,
+    caption_dropout: float,
+) -> BatchReader:
+    """Return a reader of this rank's part of `steps`; (seed, stream) decide noise, timesteps and choice of captions."""
+    settings = job.settings
+    assembler = BatchAssembler(
+        datasets[0],
+        buckets=buckets,
+        seed=seed,
+        stage=stream,
+        caption_dropout=caption_dropout,
+        checks_payloads=settings.check_payloads,
+    )
+    return BatchReader(
+        plan,
+        FeatureIndex(datasets),
+        assembler,
+        steps=steps,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        num_micro_batches=settings.gradient_accumulation_steps,
+        prefetch_batches=settings.prefetch_batches,
+        is_pinned=torch.cuda.is_available(),
+    )

@@ -1,0 +1,231 @@
+"""What a stage will do and need, printed before it starts; and what cannot work, refused before it starts.
+
+The launcher knows the data; weights are counted where torch is loaded anyway, in the ranks or for `--plan`.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pipelines.engine.progress import console
+from training.config import SCRATCH, StageTraining
+from training.data.cache import remote_size
+from training.data.index import FeatureIndex
+from training.data.plan import Plan
+from training.data.survey import Survey, load_survey, make_survey, save_survey, survey_shards
+from training.stages.stage import SURVEY, TrainingJob
+
+GIGABYTE = 1e9
+NUM_SIZE_THREADS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What a stage reads, and the ranks that share it."""
+
+    survey: Survey
+    num_ranks: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all datasets."""
+        return sum(self.survey.num_samples)
+
+
+def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
+    """Count the samples of a stage and cut its batches for `num_ranks` on all machines.
+
+    Raises:
+        ValueError: the batch cannot be cut evenly, settings do not go together, or no sample has all its features.
+    """
+    settings = job.settings
+    require_even_batches(settings, num_ranks)
+    require_compilable(settings)
+    job.directory.mkdir(parents=True, exist_ok=True)
+    survey = survey_stage(job)
+    _require_cache(job, survey)
+    return Preflight(survey=survey, num_ranks=num_ranks)
+
+
+def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
+    """Refuse a batch that ranks and micro-batches cannot share evenly."""
+    num_parts = num_ranks * settings.gradient_accumulation_steps
+    if settings.global_batch_size % num_parts:
+        raise ValueError(
+            f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
+            f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
+        )
+
+
+def require_compilable(settings: StageTraining) -> None:
+    """Refuse to compile what ZeRO 3 takes apart, and where there is no compiler."""
+    compilers = [os.environ.get("CXX") or "g++", "clang++"]
+    if settings.compile and not any(map(shutil.which, compilers)):
+        raise ValueError(
+            f"training.compile = true needs a C++ compiler, and neither of {compilers} is here; "
+            "install g++, set CXX, or training.compile = false"
+        )
+    if settings.compile and settings.zero_stage == 3:
+        raise ValueError(
+            "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
+            "choose ZeRO 0, 1 or 2, or training.compile = false"
+        )
+
+
+def survey_stage(job: TrainingJob) -> Survey:
+    """Return the survey of the stage's samples, made once and kept beside its checkpoints."""
+    path, identity = job.directory / SURVEY, job.fingerprint.digest
+    survey = load_survey(path, identity=identity)
+    if survey is None:
+        index = FeatureIndex(job.features.datasets)
+        survey = make_survey(index, survey_shards(index, range(len(index))))
+        save_survey(survey, path, identity=identity)
+    return survey
+
+
+def stage_plan(job: TrainingJob, survey: Survey) -> Plan:
+    """Return the order of the stage's samples."""
+    settings = job.settings
+    return Plan(
+        survey.counts,
+        weights=[dataset.weight for dataset in job.features.datasets],
+        batch_size=settings.global_batch_size,
+        seed=settings.seed,
+        shards_per_block=settings.shards_per_block,
+    )
+
+
+def _require_cache(job: TrainingJob, survey: Survey) -> None:
+    """Refuse a cache that cannot hold the remote shards that are mixed at a time: it would fetch them over and over."""
+    index = FeatureIndex(job.features.datasets)
+    urls = []
+    for shard in stage_plan(job, survey).shards_around(0).tolist():
+        dataset = index.dataset(shard)
+        for directory in (dataset.latents, dataset.text):
+            if directory is not None and directory.cache is not None:
+                urls += [directory.url(index.name(shard), suffix) for suffix in (".tar", ".parquet")]
+    with ThreadPoolExecutor(NUM_SIZE_THREADS) as pool:
+        needed_gigabytes = sum(pool.map(remote_size, urls)) / GIGABYTE
+    if needed_gigabytes > job.settings.cache_gigabytes:
+        raise ValueError(
+            f"training.cache_gigabytes = {job.settings.cache_gigabytes:g} is less than the {needed_gigabytes:.3g} GB "
+            f"of the {len(urls) // 2} remote tars that are mixed at a time; raise it, or lower "
+            f"training.shards_per_block = {job.settings.shards_per_block}"
+        )
+
+
+def print_plan(job: TrainingJob, preflight: Preflight) -> None:
+    """Print what the stage reads and does."""
+    settings, survey, num_ranks = job.settings, preflight.survey, preflight.num_ranks
+    num_micro_batches = settings.gradient_accumulation_steps
+    micro_batch_size = settings.global_batch_size // (num_ranks * num_micro_batches)
+    buckets = survey.buckets[0] if len(survey.buckets) == 1 else f"{len(survey.buckets)} buckets"
+    split = f"{num_ranks} ranks x {num_micro_batches} micro-batches x {micro_batch_size}"
+    console.print(f"[bold]training {job.command.stage_name}[/] · {job.directory}")
+    _print_datasets(job, survey)
+    _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
+    threads = settings.threads_per_process or "a share of the"
+    compiled = ", compiled blocks" if settings.compile else ""
+    _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}{compiled}, {threads} CPU threads a rank")
+    _print("identity", f"{job.fingerprint.digest[:12]}, of settings and features that decide the result")
+    if job.resume is not None:
+        is_gone = job.start.path is None and job.start.identity != SCRATCH
+        gone = "; what the stage started from is gone, and not needed any more" if is_gone else ""
+        _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}{gone}")
+
+
+def _print_datasets(job: TrainingJob, survey: Survey) -> None:
+    """Print a line for each dataset: its share of the samples drawn, and how often each of its samples is drawn."""
+    settings, features = job.settings, job.features
+    total_weight = sum(dataset.weight for dataset in features.datasets)
+    for dataset, num_samples in zip(features.datasets, survey.num_samples, strict=True):
+        share = dataset.weight / total_weight
+        num_epochs = settings.num_steps * settings.global_batch_size * share / num_samples
+        mixed = "" if len(features.datasets) == 1 else f"{share:.2%} of every batch, "
+        where = dataset.latents if dataset.text is None else f"{dataset.latents} and {dataset.text}"
+        shards = f"{num_samples:,} samples in {len(dataset.shards):,} shards"
+        _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
+    if features.unused_shards:
+        first = ", ".join(features.unused_shards[:3])
+        _print("not read", f"{len(features.unused_shards):,} shards of features.{job.command.stage_name}: {first} …")
+    for dataset in features.held_out:
+        count = f"{len(dataset.shards):,} shards, every {settings.validate_every:,} steps"
+        _print("validate", f"{count}; {', '.join(dataset.shards[:3])}{' …' if len(dataset.shards) > 3 else ''}")
+    caches = [dataset.latents.cache for dataset in features.datasets if dataset.latents.cache is not None]
+    if caches:
+        _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
+
+
+def print_weights(job: TrainingJob, *, parameter_counts: Mapping[str, int], num_ranks: int) -> None:
+    """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
+    settings = job.settings
+    (kind, num_parameters), *others = parameter_counts.items()
+    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {_origin(job)}")
+    rank_gigabytes = rank_bytes(settings, num_parameters, num_ranks=num_ranks) / GIGABYTE
+    _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
+    for name, num_others in others:
+        other_gigabytes = rank_bytes(settings, num_others, num_ranks=num_ranks) / GIGABYTE
+        _print("", f"{name} would have {num_others / 1e6:,.2f}M parameters and need {other_gigabytes:,.2f} GB")
+    needed_gigabytes = checkpoint_bytes(settings, num_parameters) / GIGABYTE
+    free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
+    kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
+    _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
+
+
+def _origin(job: TrainingJob) -> str:
+    return str(job.start.path or "scratch") if job.resume is None else str(job.resume.path)
+
+
+def require_memory(job: TrainingJob, num_parameters: int, *, num_ranks: int, available_bytes: float) -> None:
+    """Refuse to start where not even the weights and what belongs to them fit; activations come on top.
+
+    Raises:
+        ValueError: says what a rank has and needs.
+    """
+    needed = rank_bytes(job.settings, num_parameters, num_ranks=num_ranks)
+    if needed > available_bytes:
+        raise ValueError(
+            f"weights, gradients, optimizer and average need {needed / GIGABYTE:.2f} GB a rank, but a rank has "
+            f"{available_bytes / GIGABYTE:.2f} GB; raise training.zero_stage (now {job.settings.zero_stage}) or the "
+            f"number of ranks (now {num_ranks})"
+        )
+
+
+def require_disk(job: TrainingJob, num_parameters: int) -> None:
+    """Refuse to start where the checkpoints would not fit.
+
+    Raises:
+        ValueError: says what is free and what is needed.
+    """
+    kept = job.settings.keep_checkpoints
+    num_checkpoints = max(1, kept + 1 - len(list(job.directory.glob("step-*"))))
+    needed = checkpoint_bytes(job.settings, num_parameters) * num_checkpoints
+    free = shutil.disk_usage(job.directory).free
+    if needed > free:
+        raise ValueError(
+            f"{job.directory} has {free / GIGABYTE:.2f} GB free, but {num_checkpoints} more checkpoints "
+            f"(training.keep_checkpoints = {kept} and the one being written) need {needed / GIGABYTE:.2f} GB; "
+            "make room, lower training.keep_checkpoints, or put RUN on another disk"
+        )
+
+
+def rank_bytes(settings: StageTraining, num_parameters: int, *, num_ranks: int) -> int:
+    """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
+    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
+    weights = width / (num_ranks if stage >= 3 else 1)
+    gradients = (4 if settings.gradient_accumulation_steps > 1 else width) / num_ranks if stage >= 2 else width
+    # Adam's two moments and the average; and a master copy unless the model itself is that.
+    sharded = 4 * (3 + (0 if stage == 0 and settings.dtype == "fp32" else 1))
+    return int(num_parameters * (weights + gradients + sharded / (num_ranks if stage >= 1 else 1)))
+
+
+def checkpoint_bytes(settings: StageTraining, num_parameters: int) -> int:
+    """Return the bytes of a checkpoint: weights, masters, Adam's moments, and the EMA weights as fp32."""
+    width = 2 if settings.dtype == "bf16" else 4
+    return num_parameters * (width + 4 + 8 + 4)
+
+
+def _print(name: str, line: str) -> None:
+    console.print(f"  {name:<9}{line}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The loop over steps: model under DeepSpeed, average, metrics, health."""

@@ -1,0 +1,33 @@
+"""The exponential moving average of the fp32 master weights, each rank over its own shard."""
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from training.loop.zero import ZeroModel
+
+
+class EMA:
+    """Average of a model's masters; starts as a copy of them."""
+
+    def __init__(self, model: ZeroModel, decay: float) -> None:
+        self._model = model
+        self._average = get_ema_multi_avg_fn(decay)
+        self.shards = [master.detach().clone() for master in model.masters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the masters: ema = decay * ema + (1 - decay) * master."""
+        self._average(self.shards, [master.detach() for master in self._model.masters], 0)
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Tensor]:
+        """Return the whole average by weight name, fp32 on the CPU; all ranks must call it, and only rank 0 gets it."""
+        with self._model.masters_as(self.shards):
+            return self._model.gather_masters()
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Set the average from whole weights by name, as `gather` gave them, at any world size."""
+        with self._model.masters_as(self.shards):
+            self._model.scatter_masters(weights)

@@ -1,0 +1,99 @@
+"""The loss on shards that are kept out of training: the same samples, noise, timesteps and captions every time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.data.batches import open_reader
+from training.data.index import FeatureIndex
+from training.data.plan import Plan
+from training.data.survey import make_survey, survey_shards
+from training.loop.health import StepLosses, stop_on_non_finite
+from training.loop.metrics import LossWindow
+from training.loop.zero import ZeroModel
+from training.objectives.denoise import Denoising
+from training.stages.networks import require_labels
+from training.stages.stage import TrainingJob
+
+# The same for every run, whatever its seed, so that runs can be compared; no stage of training has this stream.
+VALIDATION_SEED = 0
+VALIDATION_STREAM = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is validated on: the first `num_steps` batches of a fixed order of the held-out samples."""
+
+    job: TrainingJob
+    buckets: list[str]
+    plan: Plan
+    num_steps: int
+
+    @torch.no_grad()
+    def run(self, model: ZeroModel, objective: Denoising, *, directory: Path, step: int) -> dict[str, Any]:
+        """Return the mean losses of the current weights by name; all ranks must call it.
+
+        Raises:
+            UnhealthyTrainingError: the loss of a sample is not finite.
+        """
+        losses = StepLosses(objective.diffusion.num_train_timesteps)
+        reader = open_reader(
+            self.job,
+            self.job.features.held_out,
+            buckets=self.buckets,
+            plan=self.plan,
+            steps=range(self.num_steps),
+            seed=VALIDATION_SEED,
+            stream=VALIDATION_STREAM,
+            caption_dropout=0.0,
+        )
+        model.engine.eval()
+        with reader:
+            for packed in reader:
+                batch = packed.to(model.device)
+                loss = objective.loss(model.engine, batch)
+                losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
+        model.engine.train()
+        losses.share(is_stopping=False)
+        if losses.has_non_finite:
+            stop_on_non_finite(losses, model, directory, step=step)
+        window = LossWindow()
+        window.add(losses)
+        return {f"validation_{name}": value for name, value in window.flush()[0].items()}
+
+
+def open_validation(job: TrainingJob) -> Validation | None:
+    """Return the validation of a stage, None if no shards are held out for it.
+
+    Raises:
+        ValueError: the held-out shards do not fill one batch, or have more classes than `model.num_classes`.
+    """
+    datasets, settings = job.features.held_out, job.settings
+    if not datasets:
+        return None
+    index = FeatureIndex(datasets)
+    survey = make_survey(index, survey_shards(index, range(len(index))))
+    require_labels(job, survey)
+    num_samples = min(sum(survey.num_samples), settings.num_validation_samples)
+    num_steps = num_samples // settings.global_batch_size
+    if num_steps == 0:
+        raise ValueError(
+            f"training.validation_shards {settings.validation_shards} and training.num_validation_samples "
+            f"{settings.num_validation_samples} give {num_samples} samples, fewer than one batch of "
+            f"training.global_batch_size {settings.global_batch_size}"
+        )
+    plan = Plan(
+        survey.counts,
+        weights=[dataset.weight for dataset in datasets],
+        batch_size=settings.global_batch_size,
+        seed=VALIDATION_SEED,
+        shards_per_block=settings.shards_per_block,
+    )
+    return Validation(job=job, buckets=survey.buckets, plan=plan, num_steps=num_steps)
+
+
+def is_due(step: int, *, every: int, last: int) -> bool:
+    """Whether `step`, the number of steps done, is one to validate at: also before the first and after the last."""
+    return step % every == 0 or step == last

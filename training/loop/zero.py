@@ -1,0 +1,259 @@
+"""The model under DeepSpeed: one way to update it and to get at its fp32 master weights, whatever ZeRO shards."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.config import StageTraining
+from training.launch.placement import is_slurm_task
+
+# Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
+UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did: norm of the whole gradient before clipping; skipped if that was not finite."""
+
+    gradient_norm: float
+    is_skipped: bool
+
+
+def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
+    num_micro_batches = settings.gradient_accumulation_steps
+    # DeepSpeed cannot below ZeRO 2; what that costs is in docs/TRAINING.md.
+    sums_in_fp32 = settings.zero_stage >= 2 and num_micro_batches > 1
+    return {
+        "train_batch_size": settings.global_batch_size,
+        "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
+        "gradient_accumulation_steps": num_micro_batches,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "checkpoint": {"load_universal": loads_universal},
+        "bf16": {"enabled": settings.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32 else None},
+        # 0 is off; DeepSpeed's own default is to clip at 1.
+        "gradient_clipping": 0.0 if _is_plain(settings) else settings.gradient_clip,
+    }
+
+
+def _is_plain(settings: StageTraining) -> bool:
+    """Whether we clip: without sharding, in fp32, DeepSpeed has no optimizer of its own and keeps no norm."""
+    return settings.zero_stage == 0 and settings.dtype == "fp32"
+
+
+class ZeroModel:
+    """A model, its AdamW and DeepSpeed's engine around both.
+
+    `masters` are the fp32 weights this rank updates: all of them without sharding, else its share, flattened.
+    """
+
+    def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
+        deepspeed = _import_deepspeed()
+        self.settings = settings
+        starting_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._names = list(starting_weights)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
+        )
+        self.masters = self._find_masters()
+        if settings.dtype == "bf16":
+            # DeepSpeed makes the masters of weights it has rounded, and without sharding takes a step without a
+            # gradient, which decays them and which Adam's bias correction would count.
+            getattr(self.engine.optimizer, "optimizer", self.engine.optimizer).state.clear()
+            self.scatter_masters(starting_weights)
+        if settings.compile:
+            # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
+            for block in model.get_submodule("blocks").children():
+                block.compile()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute precision."""
+        return torch.bfloat16 if self.settings.dtype == "bf16" else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device(self.engine.device)
+
+    def _find_masters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        match self.settings.zero_stage:
+            case 3:
+                return list(optimizer.fp32_partitioned_groups_flat)
+            case 1 | 2:
+                return list(optimizer.single_partition_of_fp32_groups)
+            case _ if self.settings.dtype == "bf16":
+                return [weight for group in optimizer.fp32_groups for weight in group]
+            case _:
+                return [weight.data for weight in self.engine.module.parameters()]
+
+    def first_moments(self) -> list[Tensor]:
+        """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
+        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        weights = list(self.engine.module.parameters()) if _is_plain(self.settings) else self.masters
+        return [optimizer.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has only its share of `masters`."""
+        return self.settings.zero_stage > 0
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch's mean loss to the step's mean; after the last one ranks share it."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss)
+
+    def update(self, learning_rate: float) -> Update:
+        """Clip the gradient, step the optimizer, forget the gradient; one that is not finite changes nothing."""
+        engine = self.engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not _is_plain(self.settings):
+            engine.step()
+            norm = float(engine.get_global_grad_norm())
+            return Update(norm, is_skipped=bool(engine.optimizer.overflow))
+        parameters = list(engine.module.parameters())
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip))
+        is_skipped = not torch.tensor(norm).isfinite().item()
+        if is_skipped:
+            engine.zero_grad()
+        engine.step()
+        return Update(norm, is_skipped)
+
+    def gather_masters(self) -> dict[str, Tensor]:
+        """Return the whole fp32 weights by name, on the CPU; all ranks must call it, and only rank 0 gets them."""
+        is_writer = dist.get_rank() == 0
+        weights: dict[str, Tensor] = {}
+        for name, weight in self._whole_masters():
+            if is_writer:
+                weights[name] = weight.detach().to("cpu", copy=True)
+        return weights
+
+    def _whole_masters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+            weight = safe_get_full_fp32_param(parameter) if self.is_sharded else self.masters[position]
+            assert weight is not None, f"DeepSpeed keeps no fp32 master of {name}"
+            yield name, weight
+
+    @torch.no_grad()
+    def scatter_masters(self, weights: dict[str, Tensor]) -> None:
+        """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""
+        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+            if self.is_sharded:
+                self._scatter(parameter, weights[name].to(self.device))
+            else:
+                self.masters[position].copy_(weights[name])
+
+    def _scatter(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.settings.zero_stage < 3:
+            safe_set_full_fp32_param(parameter, weight)
+            return
+        # Setting a full weight under ZeRO 3 fails where the ranks do not divide it: the last share is padded.
+        share = safe_get_local_fp32_param(parameter).numel()
+        padded = nn.functional.pad(weight.flatten(), (0, share * dist.get_world_size() - weight.numel()))
+        safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
+
+    def load_state(self, folder: Path, tag: str) -> None:
+        """Load what `engine.save_checkpoint` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # DeepSpeed asks torch for an unrestricted load; the variable is torch's way to overrule that.
+        former = os.environ.get(WEIGHTS_ONLY)
+        os.environ[WEIGHTS_ONLY] = "1"
+        try:
+            with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+                self.engine.load_checkpoint(str(folder), tag=tag)
+        finally:
+            os.environ[WEIGHTS_ONLY] = former or "0"
+
+    @contextlib.contextmanager
+    def masters_as(self, values: list[Tensor]) -> Iterator[None]:
+        """Exchange the masters with `values`, shard by shard, and exchange them back at the end.
+
+        In between, what gathers or scatters masters works on `values`: so an average of the masters needs no
+        knowledge of how ZeRO lays them out.
+        """
+        self._exchange(values)
+        try:
+            yield
+        finally:
+            self._exchange(values)
+
+    def _exchange(self, values: list[Tensor]) -> None:
+        for master, value in zip(self.masters, values, strict=True):
+            kept = master.detach().clone()
+            master.data.copy_(value)
+            value.copy_(kept)
+
+
+def initialize_ranks() -> None:
+    """Join the process group that the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) describes: NCCL or gloo."""
+    deepspeed = _import_deepspeed()
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        device = local_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), is_slurm=is_slurm_task())
+        os.environ["LOCAL_RANK"] = str(device)
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if has_cuda else "gloo")
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
+    deepspeed.init_distributed("nccl" if has_cuda else "gloo")
+
+
+def local_device(local_rank: int, num_devices: int, *, is_slurm: bool) -> int:
+    """Return the GPU of a rank; Slurm may show each task its own GPU alone.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+    """
+    if local_rank < num_devices:
+        return local_rank
+    if is_slurm and num_devices == 1:
+        return 0
+    raise ValueError(
+        f"rank {local_rank} of this machine has no GPU, there are {num_devices}: lower GPUS (training.num_processes), "
+        "the slots in training.hostfile, or the tasks per node"
+    )
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed, quiet, and without the shared-memory kernel it would compile for half a minute on a CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed's calls of collectives that torch has renamed; on every rank, at its first step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # That kernel serves tensor-parallel inference; gloo and NCCL do what training needs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

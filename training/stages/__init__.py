@@ -1,0 +1,1 @@
+"""What is trained: named stages, their networks, where they start, their checkpoints."""

@@ -1,0 +1,103 @@
+"""What must hold before the next stage is worth its cost: loss, health, and samples that somebody has looked at."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from pipelines.engine.progress import console
+from training.loop.metrics import METRICS
+from training.stages.checkpoint import Checkpoint
+
+# Part of the logged lines at either end whose mean is compared: single lines are noisy.
+END_FRACTION = 0.1
+# A validation loss this far over its lowest is on its way up.
+TOLERATED_RISE = 1.02
+MAX_SKIPPED_FRACTION = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One condition; `holds` is None where only a person can tell, or nothing was measured."""
+
+    name: str
+    holds: bool | None
+    finding: str
+
+
+def stage_gate(checkpoint: Checkpoint, *, samples: Path) -> list[Check]:
+    """Return the conditions for going on from a stage's checkpoint.
+
+    Args:
+        checkpoint: the stage's newest; its folder's parent holds the metrics.
+        samples: folder of the images drawn from it, whether there are any or not.
+    """
+    directory = checkpoint.path.parent
+    path = directory / METRICS
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [
+        _steps(checkpoint),
+        _loss([line["loss"] for line in lines if "loss" in line]),
+        _validation([line["validation_loss"] for line in lines if "validation_loss" in line]),
+        _health(checkpoint, [path.name for path in sorted(directory.glob("non-finite-step-*.json"))]),
+        _samples(checkpoint, samples),
+    ]
+
+
+def samples_of(checkpoint: Checkpoint) -> Path:
+    """Return where `make sample` puts the images of a stage's checkpoint: `RUN/samples/<stage>`."""
+    stage = checkpoint.path.parent
+    return stage.parent.parent / "samples" / stage.name
+
+
+def print_gate(checkpoint: Checkpoint, *, samples: Path) -> None:
+    """Print the gate of a stage."""
+    checks = stage_gate(checkpoint, samples=samples)
+    console.print(f"[bold]before going on from {checkpoint.path.parent.name}[/]")
+    for check in checks:
+        mark = {True: "[green]ok[/]  ", False: "[red]NO[/]  ", None: "[yellow]look[/]"}[check.holds]
+        console.print(f"  {mark} {check.name:<11}{escape(check.finding)}", soft_wrap=True)
+
+
+def _steps(checkpoint: Checkpoint) -> Check:
+    num_steps = checkpoint.trainer["num_steps"]
+    return Check(name="steps", holds=checkpoint.is_finished, finding=f"{checkpoint.step:,} of {num_steps:,} done")
+
+
+def _loss(losses: Sequence[float]) -> Check:
+    num_lines = max(1, int(len(losses) * END_FRACTION))
+    if len(losses) <= num_lines:
+        return Check(name="loss", holds=None, finding="too few lines of metrics to tell; lower training.log_every")
+    first, last = (sum(part) / num_lines for part in (losses[:num_lines], losses[-num_lines:]))
+    part = f"means of the first and last {num_lines} of {len(losses)} lines"
+    return Check(name="loss", holds=last < first, finding=f"{first:.4f} -> {last:.4f} ({part})")
+
+
+def _validation(losses: Sequence[float]) -> Check:
+    if len(losses) < 2:
+        return Check(name="validation", holds=None, finding="none: training.validation_shards holds shards out for it")
+    lowest, last = min(losses), losses[-1]
+    finding = f"{losses[0]:.4f} -> {last:.4f}, lowest {lowest:.4f}"
+    return Check(name="validation", holds=last < losses[0] and last <= TOLERATED_RISE * lowest, finding=finding)
+
+
+def _health(checkpoint: Checkpoint, dumps: Sequence[str]) -> Check:
+    trainer: dict[str, Any] = checkpoint.trainer
+    num_skipped = trainer["skipped_steps"]
+    finding = f"{num_skipped:,} of {checkpoint.step:,} updates skipped"
+    if dumps:
+        finding += f"; losses that were not finite: {', '.join(dumps)}"
+    is_well = not dumps and num_skipped <= MAX_SKIPPED_FRACTION * checkpoint.step
+    return Check(name="health", holds=is_well, finding=finding)
+
+
+def _samples(checkpoint: Checkpoint, samples: Path) -> Check:
+    grid = samples / "grid.png"
+    if not grid.is_file():
+        return Check(name="samples", holds=None, finding="not drawn yet: make sample, and look at them")
+    if grid.stat().st_mtime < (checkpoint.path / "trainer.json").stat().st_mtime:
+        return Check(name="samples", holds=False, finding=f"{grid} is of an earlier checkpoint: make sample again")
+    return Check(name="samples", holds=None, finding=f"look at {grid}")
