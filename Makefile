@@ -27,16 +27,18 @@ STATS_FLAGS = $(if $(SETS),--set "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--s
 
 .PHONY: help
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
 
 $(READY): requirements.lock
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-	touch $(READY)
+	@echo "make: installing the packages that requirements.lock pins into $(VENV); this takes a minute or two" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --disable-pip-version-check -r requirements.lock >$(VENV)/pip.log 2>&1 \
+		|| { tail -n 20 $(VENV)/pip.log >&2; echo "make: pip has failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
+	@touch $(READY)
 
 # -- the demo ---------------------------------------------------------------------------------------------------------
 
@@ -135,8 +137,12 @@ need-stage:
 # -- quality ----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(READY)  ## Run all tests
+test: $(READY)  ## Run all tests but the random kills
 	@$(VENV)/bin/pytest
+
+.PHONY: test-faults
+test-faults: $(READY)  ## Campaigns of kill -9 at random moments
+	@$(VENV)/bin/pytest -m faults
 
 .PHONY: check
 check: $(READY)  ## Lint, formatting, types

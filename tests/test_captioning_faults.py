@@ -58,7 +58,7 @@ def count_finished(captions: Path) -> int:
     return len(list(captions.glob(".parts/*/*.report"))) + len(list(captions.glob(".done/*.json")))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [SEED])
 def test_workers_and_machine_killed_at_random_moments(tmp_path, folder, seed: int) -> None:
     """Two workers, one after the other, and then everything at one moment; the rerun is one process without Ray."""

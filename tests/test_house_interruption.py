@@ -107,7 +107,7 @@ def contents(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [SEED])
 def test_a_chain_of_killed_commands_ends_with_the_files_of_an_undisturbed_run(tmp_path, seed: int) -> None:

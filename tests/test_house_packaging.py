@@ -1,6 +1,7 @@
 """What a newcomer types must exist: Make targets with their help, packages that install, pins that match the ranges."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,40 @@ def test_every_make_target_is_in_help() -> None:
     targets = set(re.findall(r"^\.PHONY: ([a-z-]+)", makefile, re.MULTILINE)) - INTERNAL_TARGETS
     shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert targets == set(re.findall(r"^  make ([a-z-]+)", shown, re.MULTILINE))
-    assert {"demo", "test", "check", "caption", "stats", "features", "train", "sample", "bench"} <= targets
+    quality = {"test", "test-faults", "check", "bench"}
+    assert quality | {"demo", "caption", "stats", "features", "train", "sample"} <= targets
+
+
+def test_ci_runs_the_checks_every_test_and_the_demo_twice() -> None:
+    lines = [line.partition(" #")[0] for line in (REPOSITORY / ".ci" / "run").read_text().splitlines()]
+    called = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert called == ["check", "test", "test-faults", "demo", "demo"]
+
+
+FAKE_PYTHON = """#!/bin/sh
+mkdir -p .venv/bin
+printf '#!/bin/sh\\necho "WARNING: a script is not on PATH"\\nexit %s\\n' "$STATUS" > .venv/bin/pip
+chmod +x .venv/bin/pip
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_first_make_says_one_line_and_keeps_the_noise_of_pip_for_a_failure(tmp_path, monkeypatch, status) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("STATUS", str(status))
+    command = ["make", ".venv/.ready", "PYTHON=./python"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    first, *others = made.stderr.splitlines()
+    assert first.startswith("make: installing the packages") and first.endswith("a minute or two")
+    assert bool(made.returncode) == bool(status) == ("WARNING: a script is not on PATH" in others), made.stderr
+    assert (tmp_path / ".venv" / "pip.log").read_text() == "WARNING: a script is not on PATH\n"
+    if status == 0:
+        assert made.stdout + "".join(others) == ""
+        again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert again.stderr == "" and "up to date" in again.stdout
 
 
 def test_the_wheel_holds_every_module_and_the_toy_weights(tmp_path) -> None:

@@ -34,7 +34,7 @@ def finish(line: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [SEED])
 def test_twelve_drivers_killed_at_random_moments(tmp_path, seed: int) -> None:
     """Most of the time of this job goes into files: joined parts, renames, markers, the manifest."""
@@ -51,7 +51,7 @@ def test_twelve_drivers_killed_at_random_moments(tmp_path, seed: int) -> None:
     assert contents(output) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", [SEED])
 def test_ten_kills_at_random_moments_on_ray(tmp_path, seed: int) -> None:
     """Eight workers; the driver, whose orphans may still be writing when the next one starts; and all at one moment."""
