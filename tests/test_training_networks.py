@@ -24,9 +24,9 @@ from training.stages.networks import (
     count_parameters,
     network_config,
     parameter_counts,
-    starting_network,
 )
 from training.stages.stage import TrainingJob, open_stage
+from training.stages.starts import starting_network
 
 SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
 

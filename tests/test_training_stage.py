@@ -17,8 +17,10 @@ from pipelines.recipe import load_recipe
 from pipelines.store.feature_store import text_directory
 from training.config import STAGES, ModelConfig, StageTraining, stage_training
 from training.launch.preflight import rank_bytes, require_even_batches
-from training.loop.loop import Clock, learning_rate_at
-from training.loop.metrics import LossWindow, MetricsLog, costs
+from training.loop.clock import Clock
+from training.loop.loop import learning_rate_at
+from training.loop.losses import LossWindow
+from training.loop.metrics import MetricsLog, costs
 from training.stages.checkpoint import find_checkpoint
 from training.stages.stage import TrainingJob, open_stage
 
@@ -174,8 +176,9 @@ def test_half_written_checkpoints_are_ignored(run: Path) -> None:
     whole = write_checkpoint(job, step=6)
     (job.directory / ".step-9.tmp" / "model").mkdir(parents=True)
     (job.directory / "step-9" / "model").mkdir(parents=True)
-    assert job.resume is not None
-    assert job.resume.path == whole
+    newest = find_checkpoint(job.directory)
+    assert newest is not None
+    assert newest.path == whole
     (job.directory / "latest").write_text("step-9\n")
     checkpoint = find_checkpoint(job.directory)
     assert checkpoint is not None

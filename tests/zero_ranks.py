@@ -17,8 +17,9 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import Diffusion
 from training.config import StageTraining
 from training.loop.ema import EMA
+from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
-from training.stages.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from training.stages.checkpoint import open_checkpoint
 
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 GLOBAL_BATCH = 8

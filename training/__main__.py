@@ -14,6 +14,7 @@ from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_t
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
 from training.launch.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.launch.ranks import LostContactError, run_ranks
+from training.stages.checkpoint import find_checkpoint
 from training.stages.gate import print_gate, samples_of
 from training.stages.stage import TrainingJob, open_stage
 
@@ -105,7 +106,7 @@ def _print_weights(job: TrainingJob, preflight: Preflight) -> None:
 
 
 def _report(job: TrainingJob, preflight: Preflight, *, seconds: float) -> None:
-    checkpoint = job.resume
+    checkpoint = find_checkpoint(job.directory)
     assert checkpoint is not None, "ranks that end well leave a checkpoint"
     if not checkpoint.is_finished:
         log.info(f"stopped after step {checkpoint.step:,}, saved in {checkpoint.path}; the same command continues")

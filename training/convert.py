@@ -17,8 +17,9 @@ from pixart.convert import save_diffusers
 from pixart.dit import DiT
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
-from training.stages.networks import count_parameters, load_network
+from training.stages.networks import count_parameters
 from training.stages.stage import find_weights
+from training.stages.starts import load_network
 
 TIMESTEP = 500  # of the paper, section 2.3
 NUM_COMPARED = 4

@@ -33,17 +33,21 @@ from training.launch.preflight import (
     require_memory,
 )
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
+from training.loop.clock import Clock
 from training.loop.ema import EMA
 from training.loop.flops import StepFlops, device_peak_teraflops
 from training.loop.health import SkipCounter
-from training.loop.loop import Clock, Session, train
-from training.loop.metrics import LossWindow, MetricsLog
+from training.loop.loop import Session, train
+from training.loop.losses import LossWindow
+from training.loop.metrics import MetricsLog
+from training.loop.state import load_checkpoint, needs_universal
 from training.loop.validation import open_validation
 from training.loop.zero import ZeroModel, initialize_ranks
 from training.objectives.denoise import SCHEDULE, Denoising
-from training.stages.checkpoint import Checkpoint, load_checkpoint, needs_universal
-from training.stages.networks import count_parameters, network_config, parameter_counts, starting_network
+from training.stages.checkpoint import Checkpoint
+from training.stages.networks import count_parameters, network_config, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
+from training.stages.starts import starting_network
 
 # How gloo and NCCL say that the other end of a connection is gone.
 LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "remote process exited")

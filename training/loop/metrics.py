@@ -1,67 +1,16 @@
-"""What a run reports: `metrics.jsonl` and TensorBoard, losses by timestep, and what the training has cost so far."""
+"""What a run reports: `metrics.jsonl` and TensorBoard, and what the training has cost so far."""
 
 import json
-import math
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pipelines.store.files import atomic_write_bytes
 from training.config import StageTraining
 
-if TYPE_CHECKING:
-    from training.loop.health import StepLosses
-
 METRICS = "metrics.jsonl"
-NUM_TIMESTEP_BINS = 10
 SECONDS_PER_DAY = 86_400
 SECONDS_PER_HOUR = 3_600
-
-
-class LossWindow:
-    """Sums of losses since the last line, by bin of the timestep; part of a checkpoint, so that a resume loses none."""
-
-    def __init__(self, state: "dict[str, Any] | None" = None) -> None:
-        self._state = {
-            "sums": [0.0] * NUM_TIMESTEP_BINS,
-            "counts": [0.0] * NUM_TIMESTEP_BINS,
-            "squared_error": 0.0,
-            "num_steps": 0,
-            "max_gradient_norm": 0.0,
-        } | (state or {})
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What to keep in a checkpoint."""
-        return self._state
-
-    def add(self, losses: "StepLosses", *, gradient_norm: float = 0.0) -> None:
-        """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
-        state = self._state
-        self._state = {
-            "sums": [total + value for total, value in zip(state["sums"], losses.sums, strict=True)],
-            "counts": [total + value for total, value in zip(state["counts"], losses.counts, strict=True)],
-            "squared_error": state["squared_error"] + losses.squared_error,
-            "num_steps": state["num_steps"] + 1,
-            "max_gradient_norm": max(state["max_gradient_norm"], gradient_norm if math.isfinite(gradient_norm) else 0),
-        }
-
-    def flush(self) -> tuple[dict[str, Any], int]:
-        """Return mean losses and the number of steps they are of, and start anew.
-
-        The losses are `loss` (what is minimised), `mse` (of the noise alone) and `loss_by_timestep`, one value per
-        tenth of the timesteps, null where none fell.
-        """
-        state = self._state
-        self._state = LossWindow().state
-        num_samples = sum(state["counts"])
-        pairs = zip(state["sums"], state["counts"], strict=True)
-        losses = {
-            "loss": sum(state["sums"]) / num_samples,
-            "mse": state["squared_error"] / num_samples,
-            "loss_by_timestep": [total / count if count else None for total, count in pairs],
-        }
-        return losses, state["num_steps"]
 
 
 def costs(settings: StageTraining, *, device_seconds: float) -> dict[str, float]:

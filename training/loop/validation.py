@@ -10,8 +10,8 @@ from training.data.batches import open_reader
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.survey import make_survey, survey_shards
-from training.loop.health import StepLosses, stop_on_non_finite
-from training.loop.metrics import LossWindow
+from training.loop.health import stop_on_non_finite
+from training.loop.losses import LossWindow, StepLosses
 from training.loop.zero import ZeroModel
 from training.objectives.denoise import Denoising
 from training.stages.networks import require_labels

@@ -56,7 +56,10 @@ class StartingPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One `python -m training`: everything that is decided before the ranks start."""
+    """One `python -m training`: everything that is decided before the ranks start.
+
+    `resume` is the newest checkpoint of the stage itself when the job was opened: the one it continues from.
+    """
 
     command: Command
     stage: int
@@ -66,11 +69,7 @@ class TrainingJob:
     start: StartingPoint
     directory: Path
     fingerprint: Fingerprint
-
-    @property
-    def resume(self) -> Checkpoint | None:
-        """The stage's own newest checkpoint, which it continues from."""
-        return find_checkpoint(self.directory)
+    resume: Checkpoint | None
 
 
 def open_stage(command: Command) -> TrainingJob:
@@ -85,7 +84,8 @@ def open_stage(command: Command) -> TrainingJob:
     model = command.recipe.table("model", ModelConfig)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
-    start = _start_or_recorded(command, settings, directory)
+    resume = find_checkpoint(directory)
+    start = _start_or_recorded(command, settings, directory, resume=resume)
     job = TrainingJob(
         command=command,
         stage=command.stage,
@@ -95,9 +95,10 @@ def open_stage(command: Command) -> TrainingJob:
         start=start,
         directory=directory,
         fingerprint=_fingerprint(command.stage, settings, model=model, features=features, start=start),
+        resume=resume,
     )
-    if job.resume is not None:
-        _require_same_job(job, job.resume)
+    if resume is not None:
+        _require_same_job(job, resume)
     return job
 
 
@@ -124,9 +125,10 @@ def _require_same_job(job: TrainingJob, checkpoint: Checkpoint) -> None:
             )
 
 
-def _start_or_recorded(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
+def _start_or_recorded(
+    command: Command, settings: StageTraining, directory: Path, *, resume: Checkpoint | None
+) -> StartingPoint:
     """Return where the stage starts; one that has begun can go on when that is gone: its checkpoint has all of it."""
-    resume = find_checkpoint(directory)
     try:
         start = _starting_point(command, settings, directory)
     except FileNotFoundError:

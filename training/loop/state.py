@@ -1,0 +1,122 @@
+"""The state of training on disk and back: DeepSpeed's, the average as `model/`, and `trainer.json`."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipelines.store.files import atomic_write_json
+from pixart.convert import load_diffusers, save_diffusers
+from training.loop.ema import EMA
+from training.loop.zero import UNIVERSAL_CHECKPOINT_INFO, ZeroModel
+from training.stages.checkpoint import (
+    MODEL,
+    STATE,
+    TRAINER,
+    Checkpoint,
+    drop_old,
+    fsync_tree,
+    is_disk_full,
+    put_in_force,
+    remove_unfinished,
+)
+from training.stages.networks import blank_network
+
+UNIVERSAL_STATE = "deepspeed-universal"
+
+
+def save_checkpoint(
+    stage_directory: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any], num_kept: int
+) -> None:
+    """Write the checkpoint of `trainer["step"]` and drop all but the newest `num_kept`; all ranks must call it.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
+    """
+    is_writer = dist.get_rank() == 0
+    final = stage_directory / f"step-{trainer['step']}"
+    temporary = stage_directory / f".{final.name}.tmp"
+    if is_writer:
+        remove_unfinished(stage_directory)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    try:
+        _write(temporary, model=model, ema=ema, trainer=trainer)
+        if is_writer:
+            put_in_force(temporary, final)
+    except Exception as error:
+        if not is_disk_full(error, stage_directory):
+            raise
+        raise OSError(
+            f"{stage_directory}: the disk is full, {final.name} was not saved and the checkpoint before it stays in "
+            "force; make room and type the command again"
+        ) from error
+    if is_writer:
+        drop_old(final, num_kept)
+
+
+def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any]) -> None:
+    """Write the files of a checkpoint and bring them to the disk."""
+    model.engine.save_checkpoint(
+        str(folder), tag=STATE, client_state=dict(UNIVERSAL_CHECKPOINT_INFO), save_latest=False
+    )
+    weights = ema.gather()
+    if dist.get_rank() == 0:
+        _save_model(model.engine.module, weights, folder / MODEL)
+        atomic_write_json(folder / TRAINER, trainer)
+        fsync_tree(folder)
+
+
+def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:
+    model = blank_network(module.config)
+    model.load_state_dict(weights, assign=True)
+    save_diffusers(model, folder)
+
+
+def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
+    """Whether the state is in shards of another number of ranks, which DeepSpeed loads only after a conversion."""
+    return checkpoint.trainer["zero_stage"] > 0 and checkpoint.trainer["num_ranks"] != num_ranks
+
+
+def _convert_to_universal(folder: Path) -> None:
+    """Write the shards in `deepspeed/` anew as one file per weight, in `deepspeed-universal/`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".universal-") as temporary:
+        output = Path(temporary) / UNIVERSAL_STATE
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+                *("--input_folder", str(folder / STATE), "--output_folder", str(output)),
+                *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise ValueError(f"{folder} cannot be converted for another number of ranks:\n{done.stdout[-2000:]}")
+        output.rename(folder / UNIVERSAL_STATE)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> None:
+    """Put weights, optimizer and average back as they were; all ranks must call it.
+
+    Raises:
+        ValueError: the folder holds weights but no training state.
+    """
+    state = checkpoint.path / STATE
+    if not state.is_dir():
+        raise ValueError(
+            f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
+            "start from it with training.init_from and another RUN"
+        )
+    tag = STATE
+    if needs_universal(checkpoint, dist.get_world_size()):
+        tag = UNIVERSAL_STATE
+        if dist.get_rank() == 0 and not (checkpoint.path / tag).is_dir():
+            _convert_to_universal(checkpoint.path)
+        dist.barrier()
+    model.load_state(checkpoint.path, tag)
+    ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())

@@ -1,0 +1,81 @@
+"""The weights a stage starts from (paper section 2.2 and 2.3), or goes on with."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from pixart.convert import infer_config, load_diffusers, read_original
+from pixart.dit import DiT, DiTConfig
+from pixart.layouts import load_weights, original_layout
+from pixart.model import PixArt, PixArtConfig
+from pixart.reparameterize import reparameterize
+from training.stages.checkpoint import MODEL
+from training.stages.networks import blank_network, fresh_network
+from training.stages.stage import TrainingJob
+
+
+def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """Return the stage's network with the weights it starts from, fp32 on the CPU, the same on every rank.
+
+    Stage 1 starts from a DiT, stage 2 from a DiT that it re-parameterises or from a PixArt, stage 3 from a PixArt; a
+    stage that has begun, from its checkpoint.
+
+    Raises:
+        ValueError: the weights are of another kind, shape or resolution; names the recipe key.
+    """
+    torch.manual_seed(job.settings.seed)
+    if job.resume is not None:
+        return _saved_network(job.resume.path / MODEL, config)
+    if job.start.path is None:
+        return fresh_network(config)
+    key = f"training.{job.command.stage_name}.init_from ({job.start.path})"
+    former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
+    if isinstance(config, DiTConfig):
+        if not isinstance(former, DiT):
+            raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")
+        config = dataclasses.replace(config, timestep_shift=former.config.timestep_shift)
+        _require_same_config(config, former.config, key=key)
+        return former
+    if isinstance(former, DiT):
+        if job.stage != 2:
+            raise ValueError(f"{key} is a class-conditional DiT, but stage {job.stage} starts from a PixArt")
+        return reparameterize(former, config)
+    # Only the positions change between resolutions, and they are computed.
+    positions = {"sample_size": config.sample_size, "interpolation_scale": config.interpolation_scale}
+    _require_same_config(config, dataclasses.replace(former.config, **positions), key=key)
+    network = blank_network(config)
+    network.load_state_dict(former.state_dict(), assign=True)
+    return network
+
+
+def _saved_network(folder: Path, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+    """Return the network of a checkpoint to resume; its training state takes the place of these, the EMA's weights."""
+    saved = load_network(folder, None, sample_size=config.sample_size, key=str(folder)).float()
+    if isinstance(config, DiTConfig) and isinstance(saved, DiT):
+        config = dataclasses.replace(config, timestep_shift=saved.config.timestep_shift)
+    _require_same_config(config, saved.config, key=str(folder))
+    return saved
+
+
+def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
+    """Open a diffusers folder, or an original file of PixArt or DiT, which if it lacks positions is of `sample_size`.
+
+    Raises:
+        ValueError: it is neither, or its keys do not fit; names `key`.
+    """
+    if path.is_dir():
+        return load_diffusers(path, timestep_shift=timestep_shift)
+    weights = read_original(path)
+    try:
+        found = infer_config(weights, sample_size=None if "pos_embed" in weights else sample_size)
+        return load_weights(found, weights, original_layout(found))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _require_same_config(wanted: DiTConfig | PixArtConfig, found: DiTConfig | PixArtConfig, *, key: str) -> None:
+    for name, value in dataclasses.asdict(wanted).items():
+        other = getattr(found, name)
+        if value != other:
+            raise ValueError(f"{key} has {name} {other}, but the recipe and the features give {value}")
