@@ -36,10 +36,10 @@ from pixart.dit import DiT
 from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
-from sampling.checkpoints import open_checkpoint
 from sampling.config import SamplingConfig
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
+from sampling.trained_model import open_trained_model
 from toyworld.scenes import random_scene
 from toyworld.wording import dense_caption
 
@@ -131,15 +131,15 @@ class Ours:
 
     def __init__(self, folder: Path, *, num_steps: int, device: str) -> None:
         config = SamplingConfig(guidance_scale=GUIDANCE, num_steps=num_steps)
-        checkpoint = open_checkpoint(str(folder), None)
-        assert checkpoint.text is not None
-        text = checkpoint.text
+        trained = open_trained_model(str(folder), None)
+        assert trained.text is not None
+        text = trained.text
         self.encoder = TextEncoder.load(
             text["model"], max_tokens=MAX_TOKENS, device=device, dtype="float32", tokenizer=text["tokenizer"]
         )
-        self.renderer = Renderer(config, checkpoint)
+        self.renderer = Renderer(config, trained)
         if device == "cuda":  # as diffusers' pipeline has it, which decodes in the transformer's dtype
-            self.renderer.codec = LatentCodec.load(checkpoint.vae["model"], device=device, dtype="bfloat16")
+            self.renderer.codec = LatentCodec.load(trained.vae["model"], device=device, dtype="bfloat16")
 
     def draw(self, prompts: Sequence[str], pixels: int) -> list[Image.Image]:
         """Encode and draw one batch."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from sampling.checkpoints import find_checkpoint
 from sampling.config import STAGES, SamplingConfig
 from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, run_job
+from sampling.trained_model import find_trained_model
 
 log = get_logger("sampling")
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = config.model_copy(update={"text_encoder": "device"})
     job = make_job(
         config,
-        find_checkpoint(config, command),
+        find_trained_model(config, command),
         run=command.run,
         name=command.stage_name if config.prompt is None else f"{command.stage_name}-prompt",
         engine=command.recipe.table("engine", EngineConfig),
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _write_embeddings(job: SamplingJob, path: Path) -> None:
     from sampling.text_encoding import write_embeddings
 
-    if job.checkpoint.text is None:
-        raise ValueError(f"sampling.write_embeddings is set, but {job.checkpoint.name} knows classes, not text")
+    if job.trained.text is None:
+        raise ValueError(f"sampling.write_embeddings is set, but {job.trained.name} knows classes, not text")
     check_inputs(job)
-    num_prompts = write_embeddings(path, job.requests, job.config, job.checkpoint.text)
+    num_prompts = write_embeddings(path, job.requests, job.config, job.trained.text)
     log.info(f"{path}: embeddings of {num_prompts:,} prompts; read them with sampling.text_encoder=precomputed")
 
 

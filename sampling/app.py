@@ -19,9 +19,9 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
-from sampling.checkpoints import find_checkpoint
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS
+from sampling.trained_model import find_trained_model
 
 if TYPE_CHECKING:
     import gradio
@@ -54,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     port = command.recipe.table("app", AppConfig).port
     studio = Studio(
         config,
-        find_checkpoint(config, command),
+        find_trained_model(config, command),
         run=command.run,
         name=f"{command.stage_name}-app",
         engine=command.recipe.table("engine", EngineConfig),
     )
-    log.info(f"{studio.checkpoint.name}: http://{HOST}:{port} · images go to {studio.folder} · Ctrl-C ends it")
+    log.info(f"{studio.trained.name}: http://{HOST}:{port} · images go to {studio.folder} · Ctrl-C ends it")
     if command.is_plan:
         return
     require_free(port)
@@ -91,7 +91,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     _require_gradio()
     import gradio as gr
 
-    title = f"PixArt Atelier · {studio.checkpoint.name}"
+    title = f"PixArt Atelier · {studio.trained.name}"
     # Gradio copies what it shows to its own cache; the copies go when the app ends.
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(DAY_SECONDS, DAY_SECONDS)) as page:
         gr.Markdown(f"## {title}")

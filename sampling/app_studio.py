@@ -11,10 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import is_written, write_image
+from sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,12 +55,12 @@ class Studio:
     """
 
     def __init__(
-        self, config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig
+        self, config: SamplingConfig, trained: TrainedModel, *, run: Path, name: str, engine: EngineConfig
     ) -> None:
-        if checkpoint.text is None:
-            raise ValueError(f"{checkpoint.name} knows classes, not text: the app draws from stages 2 and 3")
+        if trained.text is None:
+            raise ValueError(f"{trained.name} knows classes, not text: the app draws from stages 2 and 3")
         is_precomputed = config.text_encoder == "precomputed"
-        self.checkpoint = checkpoint
+        self.trained = trained
         # What is typed into a page is in no file of embeddings.
         self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config
         self.folder = run / "samples" / name
@@ -72,7 +72,7 @@ class Studio:
 
     def sizes(self) -> list[str]:
         """Return the sizes that the checkpoint was trained at, widest first, the square ones in front."""
-        by_shape = sorted(self.checkpoint.buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
+        by_shape = sorted(self.trained.buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
         return [f"{width}x{height}" for height, width in by_shape]
 
     def first_wish(self) -> Wish:
@@ -104,7 +104,7 @@ class Studio:
             on_step(num_done)
 
         config = self._config_of(wish)
-        job = make_job(config, self.checkpoint, run=self._run, name=self._name, engine=self._engine)
+        job = make_job(config, self.trained, run=self._run, name=self._name, engine=self._engine)
         (request,) = job.requests
         # One prompt has many images here, and each is kept.
         request = replace(request, file=f"{request.key}-{request.seed}-{job.fingerprint.digest[:8]}.png")
@@ -141,11 +141,11 @@ class Studio:
     ) -> Mapping[str, "Tensor"]:
         from sampling.text_encoding import encode_prompts
 
-        assert self.checkpoint.text is not None
+        assert self.trained.text is not None
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if missing:
             check()
-            self._texts |= encode_prompts(missing, config, self.checkpoint.text)
+            self._texts |= encode_prompts(missing, config, self.trained.text)
             for old in [prompt for prompt in self._texts if prompt not in prompts][: -MAX_TEXTS or None]:
                 del self._texts[old]
         return self._texts
@@ -154,7 +154,7 @@ class Studio:
         from sampling.renderer import Renderer
 
         if self._renderer is None:
-            self._renderer = Renderer(config, self.checkpoint)
+            self._renderer = Renderer(config, self.trained)
         self._renderer.config = config
         return self._renderer
 

@@ -16,12 +16,12 @@ from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.store.files import atomic_file, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
 from sampling.images import is_written
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
+from sampling.trained_model import TrainedModel
 
 log = get_logger("sampling")
 
@@ -37,7 +37,7 @@ class SamplingJob:
     """Everything that is to lie in one folder of samples, whether drawn already or not."""
 
     config: SamplingConfig
-    checkpoint: Checkpoint
+    trained: TrainedModel
     requests: list[ImageRequest]
     fingerprint: Fingerprint
     directory: ShardDirectory
@@ -62,7 +62,7 @@ class SamplingJob:
 
 
 def make_job(
-    config: SamplingConfig, checkpoint: Checkpoint, *, run: Path, name: str, engine: EngineConfig
+    config: SamplingConfig, trained: TrainedModel, *, run: Path, name: str, engine: EngineConfig
 ) -> SamplingJob:
     """Read the prompts and settle size, seed and file of each image of `RUN/samples/<name>`.
 
@@ -71,12 +71,12 @@ def make_job(
         ValueError: prompts, classes or size are not what the checkpoint can draw.
     """
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
-    prompts = _read_prompts(config, checkpoint, run)[: config.max_prompts]
+    prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     return SamplingJob(
         config=config,
-        checkpoint=checkpoint,
-        requests=make_requests(prompts, config, checkpoint),
-        fingerprint=_fingerprint(config, checkpoint),
+        trained=trained,
+        requests=make_requests(prompts, config, trained),
+        fingerprint=_fingerprint(config, trained),
         directory=ShardDirectory(run / "samples" / name),
         engine=engine,
     )
@@ -89,7 +89,7 @@ def describe_job(job: SamplingJob) -> list[str]:
     num_passes = len(pending) * config.num_steps * (1 if config.guidance_scale == 1 else 2)
     shown = ", ".join(f"{width}x{height}" for width, height in sizes[:5]) + (", …" if len(sizes) > 5 else "")
     return [
-        f"checkpoint: {job.checkpoint.name} ({job.checkpoint.model_path})",
+        f"checkpoint: {job.trained.name} ({job.trained.model_path})",
         f"would draw {len(pending):,} of {len(requests):,} images ({shown} pixels) into {job.directory.path}",
         f"{config.solver}, {config.num_steps} steps, guidance {config.guidance_scale:g}: "
         f"{num_passes:,} passes of one image through the transformer",
@@ -108,7 +108,7 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
         return
     start_seconds = time.monotonic()
     pending = job.pending()
-    log.info(f"{job.checkpoint.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
+    log.info(f"{job.trained.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     if pending:
         check_inputs(job)
         # What is drawn is what is missing now, whatever pieces of a table an interrupted run has left: images may have
@@ -129,19 +129,19 @@ def check_inputs(job: SamplingJob) -> None:
     Raises:
         ValueError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
     """
-    checkpoint = job.checkpoint
-    require_model(_resolve(checkpoint, "VAE", checkpoint.vae), key="features.vae_model")
-    warn_of_untrained_size(job.config, checkpoint)
-    if checkpoint.text is None or job.config.text_encoder == "precomputed":
+    trained = job.trained
+    require_model(_resolve(trained, "VAE", trained.vae), key="features.vae_model")
+    warn_of_untrained_size(job.config, trained)
+    if trained.text is None or job.config.text_encoder == "precomputed":
         return
-    require_model(_resolve(checkpoint, "text encoder", checkpoint.text), key="features.text_model")
+    require_model(_resolve(trained, "text encoder", trained.text), key="features.text_model")
     from sampling.text_encoding import find_lost_words
 
     prompts = [request.prompt for request in job.requests]
-    lost = find_lost_words([job.config.negative_prompt, *prompts], checkpoint.text)
+    lost = find_lost_words([job.config.negative_prompt, *prompts], trained.text)
     for prompt, words in list(lost.items())[:MAX_LOST_SHOWN]:
         log.warning(
-            f"the model reads {checkpoint.text['max_tokens']} tokens; of {_cut(prompt, 60)!r} these words are lost: "
+            f"the model reads {trained.text['max_tokens']} tokens; of {_cut(prompt, 60)!r} these words are lost: "
             f"{_cut(words, MAX_LOST_CHARACTERS)}"
         )
     if len(lost) > MAX_LOST_SHOWN:
@@ -152,14 +152,14 @@ def _cut(text: str, num_characters: int) -> str:
     return text if len(text) <= num_characters else f"{text[:num_characters]} …"
 
 
-def _read_prompts(config: SamplingConfig, checkpoint: Checkpoint, run: Path) -> list[Prompt]:
-    if checkpoint.num_classes is not None:
+def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> list[Prompt]:
+    if trained.num_classes is not None:
         if config.prompt is not None:
-            raise ValueError(f"sampling.prompt is set, but {checkpoint.name} knows classes, not text")
-        classes = config.classes or range(checkpoint.num_classes)
+            raise ValueError(f"sampling.prompt is set, but {trained.name} knows classes, not text")
+        classes = config.classes or range(trained.num_classes)
         for label in classes:
-            if not 0 <= label < checkpoint.num_classes:
-                raise ValueError(f"sampling.classes {label}: {checkpoint.name} has {checkpoint.num_classes} classes")
+            if not 0 <= label < trained.num_classes:
+                raise ValueError(f"sampling.classes {label}: {trained.name} has {trained.num_classes} classes")
         return class_prompts(list(classes), seed=config.seed)
     if config.prompt is not None:
         return [single_prompt(config.prompt, seed=config.seed)]
@@ -169,27 +169,27 @@ def _read_prompts(config: SamplingConfig, checkpoint: Checkpoint, run: Path) -> 
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
-def _fingerprint(config: SamplingConfig, checkpoint: Checkpoint) -> Fingerprint:
+def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
     names = ("solver", "num_steps", "guidance_scale", "negative_prompt", "dtype", "text_dtype")
     fields = {name: getattr(config, name) for name in names}
-    if checkpoint.text is not None:
-        fields["text"] = _text_identity(config, checkpoint, checkpoint.text)
-    vae = _resolve(checkpoint, "VAE", checkpoint.vae)
+    if trained.text is not None:
+        fields["text"] = _text_identity(config, trained, trained.text)
+    vae = _resolve(trained, "VAE", trained.vae)
     return Fingerprint.of(
         {
             "version": SAMPLING_VERSION,
-            "checkpoint": checkpoint.identity,
-            "schedule": checkpoint.schedule,
-            "vae": {**checkpoint.vae, "model": vae.identity},
+            "checkpoint": trained.identity,
+            "schedule": trained.schedule,
+            "vae": {**trained.vae, "model": vae.identity},
             **fields,
         }
     )
 
 
-def _text_identity(config: SamplingConfig, checkpoint: Checkpoint, text: Mapping[str, Any]) -> dict[str, Any]:
+def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the embeddings: the encoder, or the file or manifest that holds them."""
     if config.text_encoder != "precomputed":
-        model = _resolve(checkpoint, "text encoder", text).identity
+        model = _resolve(trained, "text encoder", text).identity
         found = {"model": model, "max_tokens": text["max_tokens"]}
         if "tokenizer" in text:
             found["tokenizer"] = resolve_model(text["tokenizer"]).identity
@@ -204,11 +204,11 @@ def _text_identity(config: SamplingConfig, checkpoint: Checkpoint, text: Mapping
     return {"embeddings": sha256_file(path), "max_tokens": text["max_tokens"]}
 
 
-def _resolve(checkpoint: Checkpoint, part: str, model: Mapping[str, Any]) -> ModelSource:
+def _resolve(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> ModelSource:
     try:
         return resolve_model(model["model"], model["revision"])
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{part} of {checkpoint.name}: {error}") from None
+        raise FileNotFoundError(f"{part} of {trained.name}: {error}") from None
 
 
 def _draw(job: SamplingJob, *, num_pending: int) -> None:
@@ -222,7 +222,7 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
         SampleWorker,
         SampleWorkerConfig(
             sampling=job.config,
-            checkpoint=job.checkpoint,
+            trained=job.trained,
             requests=tuple(by_size),
             fingerprint=job.fingerprint,
             folder=job.directory.path.absolute(),
@@ -238,8 +238,8 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
         ),
         max_reject_fraction=0.0,
         room="sampling",
-        upstream={"checkpoint": job.checkpoint.identity},
-        extra={"checkpoint": job.checkpoint.name, "resolution": job.checkpoint.resolution},
+        upstream={"checkpoint": job.trained.identity},
+        extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution},
     )
 
 
@@ -250,7 +250,7 @@ def _write_grid(job: SamplingJob) -> None:
         is_first = number % config.images_per_prompt == 0
         with Image.open(folder / request.file) as image:
             samples.append(Sample(image.convert("RGB"), request.prompt if is_first else f"seed {request.seed}"))
-    title = f"{job.checkpoint.name} · {config.solver}, {config.num_steps} steps · guidance {config.guidance_scale:g}"
+    title = f"{job.trained.name} · {config.solver}, {config.num_steps} steps · guidance {config.guidance_scale:g}"
     num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None
     with atomic_file(folder / GRID_NAME) as temporary:
         make_grid(samples, title=title, num_columns=num_columns).save(temporary, format="PNG")

@@ -14,10 +14,10 @@ from pipelines.store.manifest import require_same
 from pixart.dit import DiT
 from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
 from pixart.drawing.solvers import make_solver
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 from sampling.text_encoding import text_id
+from sampling.trained_model import TrainedModel
 
 # Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.
 MAX_DECODED_PIXELS = 1024 * 1024
@@ -30,17 +30,17 @@ class Renderer:
         ValueError: the VAE's scaling is not the one that the transformer was trained with.
     """
 
-    def __init__(self, config: SamplingConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: SamplingConfig, trained: TrainedModel) -> None:
         self.config = config
-        self.checkpoint = checkpoint
+        self.trained = trained
         self.device = select_device(config.device, num_threads=config.num_threads or torch.get_num_threads())
         automatic = "bfloat16" if self.device.startswith("cuda") else "float32"
         dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
-        self.model = checkpoint.load().to(self.device, dtype)
-        self.codec = LatentCodec.load(checkpoint.vae["model"], checkpoint.vae["revision"], device=self.device)
+        self.model = trained.load().to(self.device, dtype)
+        self.codec = LatentCodec.load(trained.vae["model"], trained.vae["revision"], device=self.device)
         for name in ("scaling_factor", "shift_factor"):
             found: Any = getattr(self.codec, name)
-            require_same(name, checkpoint.vae.get(name, found), found, where=f"VAE {checkpoint.vae['model']}")
+            require_same(name, trained.vae.get(name, found), found, where=f"VAE {trained.vae['model']}")
 
     def draw(
         self,
@@ -57,7 +57,7 @@ class Renderer:
         height, width = requests[0].height, requests[0].width
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
         generators = make_generators([request.seed for request in requests])
-        solver = make_solver(self.config.solver, self.checkpoint.schedule, num_steps=self.config.num_steps)
+        solver = make_solver(self.config.solver, self.trained.schedule, num_steps=self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         predict = self._predict(requests, texts)
         latents = denoise(predict, noise, solver, generators=generators, on_step=on_step)
@@ -75,7 +75,7 @@ class Renderer:
         width = self.model.config.caption_channels
         if conditions[0].shape[-1] != width:
             raise ValueError(
-                f"embeddings are {conditions[0].shape[-1]} wide, but {self.checkpoint.name} reads {width}: they are of "
+                f"embeddings are {conditions[0].shape[-1]} wide, but {self.trained.name} reads {width}: they are of "
                 f"another text encoder (sampling.text_embeddings {self.config.text_embeddings})"
             )
         return predict_from_text(

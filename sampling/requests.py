@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.engine.progress import get_logger
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS, Prompt
+from sampling.trained_model import TrainedModel
 
 log = get_logger("sampling")
 
@@ -29,7 +29,7 @@ class ImageRequest:
     file: str
 
 
-def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, checkpoint: Checkpoint) -> list[ImageRequest]:
+def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: TrainedModel) -> list[ImageRequest]:
     """Return the images of all prompts, in order; further images of a prompt take the next seeds.
 
     Raises:
@@ -37,7 +37,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, checkpoint:
     """
     requests: list[ImageRequest] = []
     for prompt in prompts:
-        height, width = _size_of(prompt, config, checkpoint)
+        height, width = _size_of(prompt, config, trained)
         for number in range(config.images_per_prompt):
             suffix = f"-{number}" if number else ""
             requests.append(
@@ -58,25 +58,25 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, checkpoint:
     return requests
 
 
-def warn_of_untrained_size(config: SamplingConfig, checkpoint: Checkpoint) -> None:
+def warn_of_untrained_size(config: SamplingConfig, trained: TrainedModel) -> None:
     """Log a warning when sampling.size is none of the sizes that the model has seen."""
     if config.size is None:
         return
     width, height = _parse_size(config.size)
-    if (height, width) not in checkpoint.buckets:
+    if (height, width) not in trained.buckets:
         log.warning(
-            f"sampling.size {config.size}: {checkpoint.name} was trained at {checkpoint.resolution} pixels, in "
-            f"{len(checkpoint.buckets)} sizes, and not at this one"
+            f"sampling.size {config.size}: {trained.name} was trained at {trained.resolution} pixels, in "
+            f"{len(trained.buckets)} sizes, and not at this one"
         )
 
 
-def _size_of(prompt: Prompt, config: SamplingConfig, checkpoint: Checkpoint) -> tuple[int, int]:
+def _size_of(prompt: Prompt, config: SamplingConfig, trained: TrainedModel) -> tuple[int, int]:
     """Return (height, width): the size asked for, or the trained one of the nearest aspect ratio."""
     if config.size is not None:
         width, height = _parse_size(config.size)
         return height, width
     target = -math.log(prompt.aspect_ratio)
-    return min(checkpoint.buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - target), size))
+    return min(trained.buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - target), size))
 
 
 def _parse_size(size: str) -> tuple[int, int]:

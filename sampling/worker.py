@@ -15,12 +15,12 @@ from torch import Tensor
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
 from sampling.text_encoding import load_texts, text_id
+from sampling.trained_model import TrainedModel
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +43,7 @@ class SampleWorkerConfig:
     """What a `SampleWorker` needs: all requests of the job in the order of work, and where their images go."""
 
     sampling: SamplingConfig
-    checkpoint: Checkpoint
+    trained: TrainedModel
     requests: tuple[ImageRequest, ...]
     fingerprint: Fingerprint
     folder: Path
@@ -99,10 +99,10 @@ class SampleWorker:
         write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
 
     def _draw(self, batch: Sequence[ImageRequest], piece: Piece, *, start: int) -> list[Image.Image]:
-        sampling, checkpoint = self._config.sampling, self._config.checkpoint
-        if checkpoint.text is not None and not all(text_id(request, sampling) in self._texts for request in batch):
-            self._texts = load_texts(self._upcoming(piece, start), sampling, checkpoint.text)
-        self._renderer = self._renderer or Renderer(sampling, checkpoint)
+        sampling, trained = self._config.sampling, self._config.trained
+        if trained.text is not None and not all(text_id(request, sampling) in self._texts for request in batch):
+            self._texts = load_texts(self._upcoming(piece, start), sampling, trained.text)
+        self._renderer = self._renderer or Renderer(sampling, trained)
         return self._renderer.draw(batch, self._texts)
 
     def _upcoming(self, piece: Piece, start: int) -> list[ImageRequest]:

@@ -22,8 +22,8 @@ from pixart.model import PixArt
 from sampling import app
 from sampling.__main__ import main as sample_main
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
-from sampling.checkpoints import open_run_checkpoint
 from sampling.config import SamplingConfig
+from sampling.trained_model import open_run_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHROMIUM = "/usr/bin/chromium"
@@ -33,8 +33,8 @@ SCREENSHOT = os.environ.get("ATELIER_SCREENSHOT")
 
 def make_studio(run: Path, stage: int = 3) -> Studio:
     config = SamplingConfig(num_steps=3, text_dtype="float32")
-    checkpoint = open_run_checkpoint(run, f"stage{stage}")
-    return Studio(config, checkpoint, run=run, name=f"stage{stage}-app", engine=EngineConfig(in_process=True))
+    trained = open_run_model(run, f"stage{stage}")
+    return Studio(config, trained, run=run, name=f"stage{stage}-app", engine=EngineConfig(in_process=True))
 
 
 def wish(**changes: object) -> Wish:

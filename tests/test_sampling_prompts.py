@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sampling.checkpoints import Checkpoint
 from sampling.config import SamplingConfig
 from sampling.prompts import class_prompts, read_prompts, single_prompt
 from sampling.requests import make_requests
+from sampling.trained_model import TrainedModel
 
-CHECKPOINT = Checkpoint(
+TRAINED = TrainedModel(
     name="stage 3, step 1",
     kind="pixart",
     model_path=Path("model"),
@@ -112,7 +112,7 @@ def test_binary_and_missing_files_are_refused(tmp_path):
 
 def test_images_of_a_prompt_are_seeds_in_a_row():
     config = SamplingConfig(images_per_prompt=3, seed=2**32 - 2)
-    requests = make_requests([single_prompt("a fox!", seed=config.seed)], config, CHECKPOINT)
+    requests = make_requests([single_prompt("a fox!", seed=config.seed)], config, TRAINED)
     assert [request.seed for request in requests] == [2**32 - 2, 2**32 - 1, 0]
     key = requests[0].key
     assert [request.file for request in requests] == [f"{key}.png", f"{key}-1.png", f"{key}-2.png"]
@@ -120,29 +120,29 @@ def test_images_of_a_prompt_are_seeds_in_a_row():
 
 def test_more_images_per_prompt_keep_the_first_one():
     prompt = single_prompt("a fox", seed=0)
-    few = make_requests([prompt], SamplingConfig(), CHECKPOINT)
-    many = make_requests([prompt], SamplingConfig(images_per_prompt=4), CHECKPOINT)
+    few = make_requests([prompt], SamplingConfig(), TRAINED)
+    many = make_requests([prompt], SamplingConfig(images_per_prompt=4), TRAINED)
     assert few == many[:1]
 
 
 @pytest.mark.parametrize(("ratio", "size"), [(1.0, (64, 64)), (9.0, (128, 32)), (1.9, (96, 48)), (0.4, (48, 96))])
 def test_aspect_ratio_takes_the_nearest_trained_size(tmp_path, ratio, size):
     line = json.dumps({"key": "k", "prompt": "a", "aspect_ratio": ratio})
-    (request,) = make_requests(read_prompts(write(tmp_path / "p.jsonl", line), seed=0), SamplingConfig(), CHECKPOINT)
+    (request,) = make_requests(read_prompts(write(tmp_path / "p.jsonl", line), seed=0), SamplingConfig(), TRAINED)
     assert (request.width, request.height) == size
 
 
 def test_size_overrides_aspect_ratio_and_must_be_whole_patches():
     prompts = class_prompts([3], seed=0)
-    (request,) = make_requests(prompts, SamplingConfig(size="80x48"), CHECKPOINT)
+    (request,) = make_requests(prompts, SamplingConfig(size="80x48"), TRAINED)
     assert (request.width, request.height) == (80, 48)
     assert (request.label, request.key, request.prompt) == (3, "class_0003", "class 3")
     with pytest.raises(ValueError, match=r"sampling\.size 100x64: 100 is not a positive multiple of 16"):
-        make_requests(prompts, SamplingConfig(size="100x64"), CHECKPOINT)
+        make_requests(prompts, SamplingConfig(size="100x64"), TRAINED)
 
 
 def test_images_never_share_a_file(tmp_path):
     lines = '{"key": "a", "prompt": "x"}\n{"key": "a-1", "prompt": "y"}\n'
     prompts = read_prompts(write(tmp_path / "p.jsonl", lines), seed=0)
     with pytest.raises(ValueError, match=r"two images would be called a-1\.png"):
-        make_requests(prompts, SamplingConfig(images_per_prompt=2), CHECKPOINT)
+        make_requests(prompts, SamplingConfig(images_per_prompt=2), TRAINED)

@@ -9,11 +9,11 @@ from typing import Any
 from pipelines.command import Command
 from pipelines.engine.run import EngineConfig
 from pipelines.store.files import sha256_text
-from sampling.checkpoints import Checkpoint, find_checkpoint, open_checkpoint, open_run_checkpoint
 from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import write_prompt_set
 from sampling.generate import SamplingJob, make_job, run_job
+from sampling.trained_model import TrainedModel, find_trained_model, open_run_model, open_trained_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Contestant:
     """A checkpoint, what it is called in tables, and its samples, drawn or not."""
 
     title: str
-    checkpoint: Checkpoint
+    trained: TrainedModel
     job: SamplingJob
 
     @property
@@ -33,13 +33,13 @@ class Contestant:
         """Return what decides the samples, to be printed beside the numbers."""
         config = self.job.config
         return {
-            "checkpoint": self.checkpoint.name,
-            "weights": weights_kind(self.checkpoint),
-            "checkpoint_fingerprint": self.checkpoint.identity,
-            "model": str(self.checkpoint.model_path),
+            "checkpoint": self.trained.name,
+            "weights": weights_kind(self.trained),
+            "checkpoint_fingerprint": self.trained.identity,
+            "model": str(self.trained.model_path),
             "samples": str(self.folder),
             "samples_fingerprint": self.job.fingerprint.digest,
-            "prompts": config.prompts if self.checkpoint.kind == "pixart" else "its classes",
+            "prompts": config.prompts if self.trained.kind == "pixart" else "its classes",
             "requests": self.job.identity,
             "num_images": len(self.job.requests),
             "images_per_prompt": config.images_per_prompt,
@@ -52,9 +52,9 @@ class Contestant:
         }
 
 
-def weights_kind(checkpoint: Checkpoint) -> str:
+def weights_kind(trained: TrainedModel) -> str:
     """Return `ema` for a run's export, as its trainer.json says; other folders do not say."""
-    path = checkpoint.model_path.parent / "trainer.json"
+    path = trained.model_path.parent / "trainer.json"
     return json.loads(path.read_text(encoding="utf-8"))["weights"] if path.is_file() else "as saved in the folder"
 
 
@@ -77,36 +77,36 @@ def find_contestants(
     if guidance_scale is not None:
         suffix += f"-cfg{guidance_scale:g}"
     is_plain = not suffix
-    checkpoints = [(command.stage_name, find_checkpoint(sampling, command))]
+    checkpoints = [(command.stage_name, find_trained_model(sampling, command))]
     checkpoints += [_open_other(spec, command) for spec in config.compare]
     contestants = []
-    for number, (name, checkpoint) in enumerate(checkpoints):
+    for number, (name, trained) in enumerate(checkpoints):
         is_own_folder = number == 0 and is_plain
         job = make_job(
             sampling,
-            checkpoint,
+            trained,
             run=command.run if is_own_folder else command.run / "evaluation",
             name=name if is_own_folder else f"{name}{suffix or '-scored'}",
             engine=command.recipe.table("engine", EngineConfig),
         )
-        contestants.append(Contestant(title=checkpoint.name, checkpoint=checkpoint, job=job))
+        contestants.append(Contestant(title=trained.name, trained=trained, job=job))
     return _distinct(contestants)
 
 
 def _distinct(contestants: list[Contestant]) -> list[Contestant]:
-    identities = [item.checkpoint.identity for item in contestants]
+    identities = [item.trained.identity for item in contestants]
     for number, item in enumerate(contestants):
-        first = identities.index(item.checkpoint.identity)
+        first = identities.index(item.trained.identity)
         if first < number:
             raise ValueError(
                 f"evaluation.compare: {item.title} and {contestants[first].title} are the same weights "
-                f"({item.checkpoint.model_path})"
+                f"({item.trained.model_path})"
             )
     titles = [item.title for item in contestants]
     return [
         item
         if titles.count(item.title) == 1
-        else Contestant(title=f"{item.title} ({item.checkpoint.model_path})", checkpoint=item.checkpoint, job=item.job)
+        else Contestant(title=f"{item.title} ({item.trained.model_path})", trained=item.trained, job=item.job)
         for item in contestants
     ]
 
@@ -128,11 +128,11 @@ def _sampling_config(command: Command, *, guidance_scale: float | None) -> Sampl
     return sampling.model_copy(update=update)
 
 
-def _open_other(spec: str, command: Command) -> tuple[str, Checkpoint]:
+def _open_other(spec: str, command: Command) -> tuple[str, TrainedModel]:
     """Open `<run>:<stage>` or what sampling.checkpoint takes; samples are named after scored stage and weights."""
     run, separator, stage_name = spec.rpartition(":")
     if separator and re.fullmatch(r"stage[123](-\w+)?", stage_name):
-        checkpoint = open_run_checkpoint(Path(run), stage_name)
+        trained = open_run_model(Path(run), stage_name)
     else:
-        checkpoint = open_checkpoint(spec, encoder_config(command.recipe))
-    return f"{command.stage_name}-{sha256_text(checkpoint.identity)[:8]}", checkpoint
+        trained = open_trained_model(spec, encoder_config(command.recipe))
+    return f"{command.stage_name}-{sha256_text(trained.identity)[:8]}", trained

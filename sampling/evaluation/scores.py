@@ -76,7 +76,7 @@ class Meter:
 
     def measure(self, contestant: Contestant) -> list[Number]:
         """Return the numbers of a contestant whose samples are drawn, and of the judge where it has seen them."""
-        images = open_samples(contestant.folder, cache=self._cache, has_prompts=contestant.checkpoint.kind == "pixart")
+        images = open_samples(contestant.folder, cache=self._cache, has_prompts=contestant.trained.kind == "pixart")
         numbers: list[Number] = []
         for network in self.networks:
             samples = self._features(images, network)

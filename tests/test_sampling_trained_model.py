@@ -22,8 +22,8 @@ from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt
 from sampling.__main__ import main
-from sampling.checkpoints import open_checkpoint, open_run_checkpoint
 from sampling.config import EncoderConfig, encoder_config
+from sampling.trained_model import open_run_model, open_trained_model
 
 # published width and heads, one block
 WIDE = replace(PIXART, num_layers=1, num_heads=6, head_dim=64)
@@ -69,22 +69,22 @@ def test_a_pipeline_folder_brings_its_own_encoders_and_schedule(run):
     options = {"use_resolution_binning": False, "clean_caption": False, "width": 32, "height": 32, "latents": noise}
     expected = pipeline("a red circle", num_inference_steps=5, **options).images[0]
     assert np.abs(actual - np.asarray(expected).astype(int)).max() <= 2
-    checkpoint = open_checkpoint(str(run / "saved"), None)
-    assert checkpoint.text is not None and checkpoint.text["max_tokens"] == 120
+    trained = open_trained_model(str(run / "saved"), None)
+    assert trained.text is not None and trained.text["max_tokens"] == 120
     index = run / "saved" / "model_index.json"
     index.write_text(index.read_text().replace("PixArtAlphaPipeline", "PixArtSigmaPipeline"))
-    checkpoint = open_checkpoint(str(run / "saved"), None)
-    assert checkpoint.text is not None and checkpoint.text["max_tokens"] == 300
+    trained = open_trained_model(str(run / "saved"), None)
+    assert trained.text is not None and trained.text["max_tokens"] == 300
 
 
 def test_a_pipeline_folder_without_a_text_encoder_keeps_its_vae(run, encoders):
     make_pipeline(run).save_pretrained(run / "saved")
     shutil.rmtree(run / "saved" / "text_encoder")
-    checkpoint = open_checkpoint(str(run / "saved"), encoders)
-    assert checkpoint.text is not None and checkpoint.text["model"] == encoders.text_model
-    assert checkpoint.vae["model"] == str(run / "saved" / "vae")
+    trained = open_trained_model(str(run / "saved"), encoders)
+    assert trained.text is not None and trained.text["model"] == encoders.text_model
+    assert trained.vae["model"] == str(run / "saved" / "vae")
     shutil.rmtree(run / "saved" / "vae")
-    assert open_checkpoint(str(run / "saved"), encoders).vae["model"] == encoders.vae_model
+    assert open_trained_model(str(run / "saved"), encoders).vae["model"] == encoders.vae_model
 
 
 def test_pickled_weights_are_fetched_of_parts_that_have_no_others(run, tmp_path, monkeypatch):
@@ -99,8 +99,8 @@ def test_pickled_weights_are_fetched_of_parts_that_have_no_others(run, tmp_path,
         return str(tmp_path / "saved")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("sampling.checkpoints.require_model", lambda source, key: None)
-    open_checkpoint("someone/pixart", None)
+    monkeypatch.setattr("sampling.trained_model.require_model", lambda source, key: None)
+    open_trained_model("someone/pixart", None)
     assert asked == [["*.json", "*.safetensors", "*.model"], ["transformer/*.bin"]]
 
 
@@ -110,31 +110,31 @@ def test_a_hub_id_is_found_in_the_cache_by_revision(run, tmp_path, monkeypatch):
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "v2").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    checkpoint = open_checkpoint("someone/pixart", None, revision="v2")
-    assert checkpoint.model_path == snapshot / "transformer"
+    trained = open_trained_model("someone/pixart", None, revision="v2")
+    assert trained.model_path == snapshot / "transformer"
     with pytest.raises(
         ValueError, match=r"sampling\.checkpoint = 'someone/pixart' \(main\) is .* not in the hub cache"
     ):
-        open_checkpoint("someone/pixart", None)
+        open_trained_model("someone/pixart", None)
 
 
 def test_a_bare_transformer_needs_encoders(run, encoders):
     folder = run / "training" / "stage2" / "step-7" / "model"
     with pytest.raises(ValueError, match=r"features\.text_model and features\.vae_model"):
-        open_checkpoint(str(folder), None)
-    checkpoint = open_checkpoint(str(folder), encoders)
-    assert checkpoint.text == {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS}
+        open_trained_model(str(folder), None)
+    trained = open_trained_model(str(folder), encoders)
+    assert trained.text == {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
     with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
-        open_checkpoint(str(folder), encoders)
+        open_trained_model(str(folder), encoders)
 
 
 def test_a_folder_of_256_pixels_offers_the_forty_sizes_of_the_paper(run, encoders):
     save_diffusers(PixArt(replace(PIXART, sample_size=32)), run / "model256")
-    checkpoint = open_checkpoint(str(run / "model256"), encoders)
-    assert len(checkpoint.buckets) == 40
-    assert {checkpoint.buckets[0], (256, 256), checkpoint.buckets[-1]} == {(128, 512), (256, 256), (512, 128)}
+    trained = open_trained_model(str(run / "model256"), encoders)
+    assert len(trained.buckets) == 40
+    assert {trained.buckets[0], (256, 256), trained.buckets[-1]} == {(128, 512), (256, 256), (512, 128)}
 
 
 @pytest.mark.parametrize("has_positions", [True, False])
@@ -164,9 +164,9 @@ def test_an_original_dit_knows_its_classes(run, encoders):
     config = replace(DIT, num_layers=1, num_heads=6, head_dim=64)
     weights = export_weights(randomised(DiT(config)), original_layout(config))
     torch.save(weights | {"pos_embed": torch.zeros(1, 4, 384)}, run / "DiT.pt")
-    checkpoint = open_checkpoint(str(run / "DiT.pt"), encoders)
-    assert (checkpoint.kind, checkpoint.num_classes, checkpoint.resolution, checkpoint.text) == ("dit", 5, 32, None)
-    assert checkpoint.load().config == config
+    trained = open_trained_model(str(run / "DiT.pt"), encoders)
+    assert (trained.kind, trained.num_classes, trained.resolution, trained.text) == ("dit", 5, 32, None)
+    assert trained.load().config == config
 
 
 def original_mistakes(run: Path) -> dict[str, tuple[object, str]]:
@@ -185,17 +185,17 @@ def test_originals_that_cannot_be_used_are_refused(run, encoders, name):
     content, message = original_mistakes(run)[name]
     torch.save(content, run / "x.pth")
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(str(run / "x.pth"), encoders)
+        open_trained_model(str(run / "x.pth"), encoders)
     (run / "x.pth").write_bytes(b"no zip, no pickle")
     with pytest.raises(ValueError, match=r"x\.pth is not a checkpoint of torch"):
-        open_checkpoint(str(run / "x.pth"), encoders)
+        open_trained_model(str(run / "x.pth"), encoders)
 
 
 def test_a_checkpoint_without_ema_is_refused(run):
     path = run / "training" / "stage2" / "step-7" / "trainer.json"
     path.write_text(path.read_text().replace('"ema"', '"raw"'))
     with pytest.raises(ValueError, match="holds raw weights, samples are drawn from ema weights"):
-        open_run_checkpoint(run, "stage2")
+        open_run_model(run, "stage2")
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])

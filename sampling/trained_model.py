@@ -30,7 +30,7 @@ DEFAULT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class TrainedModel:
     """A transformer and what belongs to it.
 
     Attributes:
@@ -70,11 +70,11 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
 
-def find_checkpoint(config: SamplingConfig, command: Command) -> Checkpoint:
+def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel:
     """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage; raises as those two do."""
     if config.checkpoint is None:
-        return open_run_checkpoint(command.run, command.stage_name)
-    return open_checkpoint(
+        return open_run_model(command.run, command.stage_name)
+    return open_trained_model(
         config.checkpoint,
         encoder_config(command.recipe),
         revision=config.checkpoint_revision,
@@ -82,7 +82,7 @@ def find_checkpoint(config: SamplingConfig, command: Command) -> Checkpoint:
     )
 
 
-def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
+def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     """Open what `latest` points to in `RUN/training/<stage name>`; the weights are read later.
 
     Raises:
@@ -98,7 +98,7 @@ def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
         raise ValueError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
-    return Checkpoint(
+    return TrainedModel(
         name=f"{stage_name.replace('stage', 'stage ')}, step {trainer['step']}",
         kind=trainer["kind"],
         model_path=folder / "model",
@@ -112,9 +112,9 @@ def open_run_checkpoint(run: Path, stage_name: str) -> Checkpoint:
     )
 
 
-def open_checkpoint(
+def open_trained_model(
     location: str, encoders: EncoderConfig | None, *, revision: str | None = None, resolution: int | None = None
-) -> Checkpoint:
+) -> TrainedModel:
     """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, or an original .pth or .pt.
 
     A pipeline's folder brings its text encoder, tokenizer, VAE and noise schedule; what is missing is `encoders`.
@@ -168,7 +168,7 @@ def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[s
     }
 
 
-def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> Checkpoint:
+def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     has_text = (folder / "text_encoder").is_dir() or "text_encoder" not in index
     has_vae = (folder / "vae").is_dir()
@@ -199,7 +199,7 @@ def _read_schedule(folder: Path) -> dict[str, Any]:
 
 def _open_transformer(
     folder: Path, *, text: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any] = DEFAULT_SCHEDULE
-) -> Checkpoint:
+) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
     config = _read_config(folder)
@@ -207,7 +207,7 @@ def _open_transformer(
     if kind is None:
         raise ValueError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
     resolution = config["sample_size"] * VAE_FACTOR
-    return Checkpoint(
+    return TrainedModel(
         name=folder.parent.name if folder.name in ("transformer", "model") else folder.name,
         kind=kind,
         model_path=folder,
@@ -221,7 +221,7 @@ def _open_transformer(
     )
 
 
-def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: int | None) -> Checkpoint:
+def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: int | None) -> TrainedModel:
     from pixart.convert import infer_config, read_original
     from pixart.dit import DiTConfig
 
@@ -237,7 +237,7 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
     parts = _encoders(str(path), encoders)
     if (null_caption := weights.get("y_embedder.y_embedding")) is not None:
         parts["text"]["max_tokens"] = len(null_caption)
-    return Checkpoint(
+    return TrainedModel(
         name=path.stem,
         kind=kind,
         model_path=path,
