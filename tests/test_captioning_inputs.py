@@ -130,7 +130,7 @@ def test_the_same_bytes_from_the_web_and_headers_are_read_once(recipe, raw, loca
 
 def test_a_lost_connection_fails_by_name_and_the_next_run_goes_on(recipe, raw, local, tmp_path, monkeypatch) -> None:
     """The server answers nothing but 503 after the first shard: what is done stays, and nothing is done twice."""
-    monkeypatch.setattr(pipelines.remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(pipelines.store.remote, "FIRST_WAIT_SECONDS", 0.001)
     with serve_folder(raw) as server:
         shards = f"{server.url}/laion/{{00000..00002}}.tar,{server.url}/sa/sa_000000.tar"
         caption(recipe, tmp_path, shards, "--plan")

@@ -31,7 +31,7 @@ def sources() -> list[Source]:
 
 def test_two_processes_cannot_write_one_directory(tmp_path, sources) -> None:
     script = (
-        "import sys; from pathlib import Path; from pipelines.storage import exclusive\n"
+        "import sys; from pathlib import Path; from pipelines.store.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "a")]
@@ -139,7 +139,7 @@ def test_parts_that_a_run_killed_after_the_last_marker_left_behind_go(tmp_path, 
         raise RuntimeError("killed here")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
-        patch.setattr(pipelines.pieces.shutil, "rmtree", die)
+        patch.setattr(pipelines.engine.pieces.shutil, "rmtree", die)
         run(tmp_path / "a", sources[:1])
     assert ShardDirectory(tmp_path / "a").is_done("s0", "id0", FINGERPRINT) and (tmp_path / "a" / ".parts").exists()
     run(tmp_path / "a", sources[:1])
@@ -233,12 +233,12 @@ def test_a_command_that_waited_for_another_does_not_do_its_work_again(tmp_path, 
 
     @contextlib.contextmanager
     def overtaken(directory: Path) -> Iterator[None]:
-        monkeypatch.setattr(pipelines.engine, "exclusive", exclusive)
+        monkeypatch.setattr(pipelines.engine.run, "exclusive", exclusive)
         run(tmp_path / "a", sources)
         with exclusive(directory):
             yield
 
-    monkeypatch.setattr(pipelines.engine, "exclusive", overtaken)
+    monkeypatch.setattr(pipelines.engine.run, "exclusive", overtaken)
     run(tmp_path / "a", sources)
     assert calls(tmp_path / "a") == ["s0 0", "s1 0", "s2 0"]
 
@@ -291,7 +291,7 @@ def test_storage_without_locks_is_refused(tmp_path, sources, monkeypatch) -> Non
     def no_locks(*_) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(pipelines.storage.fcntl, "flock", no_locks)
+    monkeypatch.setattr(pipelines.store.files.fcntl, "flock", no_locks)
     with pytest.raises(ValueError, match="this storage has no file locks"):
         run(tmp_path / "a", sources)
 
@@ -310,7 +310,7 @@ def test_a_worker_that_fits_no_node_is_an_error_and_not_a_wait(monkeypatch) -> N
     [("ray://127.0.0.1:10001", "is not the address of a cluster"), ("127.0.0.1:1", "no Ray answers there")],
 )
 def test_a_wrong_address_is_said_in_one_line(tmp_path, address: str, message: str) -> None:
-    script = "from pipelines.command import run_command; from pipelines.cluster import start_ray; import sys\n"
+    script = "from pipelines.command import run_command; from pipelines.engine.cluster import start_ray; import sys\n"
     line = [sys.executable, "-c", script + "sys.exit(run_command('test', start_ray))"]
     environment = {**os.environ, "RAY_ADDRESS": address}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)

@@ -25,7 +25,7 @@ from tests.storage_servers import serve_folder
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch) -> None:
-    monkeypatch.setattr(pipelines.remote, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(pipelines.store.remote, "FIRST_WAIT_SECONDS", 0.001)
 
 
 def test_ranges_of_local_and_remote_files_are_the_same(tmp_path) -> None:
@@ -108,7 +108,7 @@ def test_the_masks_of_sa1b_are_not_read(tmp_path, monkeypatch) -> None:
     with serve_folder(tmp_path) as server:
         read_all(f"{server.url}/sa_000000.tar")
         read[:] = [(first, stop) for _, first, stop in server.ranges]
-        assert all(bytes_in(span) <= 2 * pipelines.remote.MIN_WINDOW_BYTES for span in spans.values())
+        assert all(bytes_in(span) <= 2 * pipelines.store.remote.MIN_WINDOW_BYTES for span in spans.values())
         assert len(server.ranges) <= 9  # one per member, one per image, the first header, a probe for ranges
 
 
@@ -185,7 +185,7 @@ def test_data_sets_of_a_hub(tmp_path) -> None:
     """huggingface_hub's own client against a server that answers as a hub does; this process is told to be offline."""
     path = write_laion(tmp_path / "data" / "00000.tar", 3)
     script = (
-        "from pipelines.shards import expand_shards, open_shard\n"
+        "from pipelines.raw.shards import expand_shards, open_shard\n"
         "(path,) = expand_shards('hf://datasets/user/name/data/*.tar')\n"
         "assert expand_shards('hf://datasets/user/name/data/') == [path]\n"
         "with open_shard(path) as raw:\n"
