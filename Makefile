@@ -138,7 +138,7 @@ need-stage:
 
 .PHONY: test
 test: $(READY)  ## Run all tests but the random kills
-	@$(VENV)/bin/pytest
+	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
 test-faults: $(READY)  ## Campaigns of kill -9 at random moments
