@@ -28,15 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.raw.images import aspect_buckets
-from pipelines.store.feature_store import (
-    LATENT_SCHEMA,
-    NULL_CAPTION_FILE,
-    TEXT_SCHEMA,
-    latent_directory,
-    text_directory,
-    write_index,
-    write_tensors,
-)
+from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
+from pipelines.store.feature_store import write_index, write_tensors
 from pipelines.store.files import atomic_write_json
 from pipelines.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Fingerprint, Manifest, ShardReport
 from training.data.assembly import BatchAssembler

@@ -27,17 +27,8 @@ from rich.table import Table
 from safetensors.torch import load
 
 from features.quantization import store_text
-from pipelines.store.feature_store import (
-    LATENT_SCHEMA,
-    NULL_CAPTION_FILE,
-    TEXT_SCHEMA,
-    FeatureTarWriter,
-    latent_directory,
-    payload_crc32,
-    text_directory,
-    write_index,
-    write_tensors,
-)
+from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
+from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, write_index, write_tensors
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from training.data.assembly import BatchAssembler, LocatedSamples, locate_samples
 from training.data.batch import Buffers

@@ -16,7 +16,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.raw.images import aspect_buckets
 from pipelines.raw.shards import describe_shards, recall_shards, select_shards
 from pipelines.recipe import DataConfig
-from pipelines.store.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
+from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
 
 # Raised when a change of code changes the features of unchanged inputs.

@@ -17,7 +17,8 @@ from features.preview import write_preview
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
 from pipelines.raw.shards import RawSample, RawShard, open_shard
-from pipelines.store.feature_store import LATENT_SCHEMA, FeatureTarWriter, join_shards, payload_crc32, write_index
+from pipelines.store.families import LATENT_SCHEMA
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, payload_crc32, write_index
 from pipelines.store.files import atomic_file
 
 

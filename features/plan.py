@@ -15,7 +15,8 @@ from features.jobs import VAE_DEFAULTS, FeatureJob, Inputs, latent_job, read_mod
 from features.speed import find_speed
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
-from pipelines.store.feature_store import TAR_BLOCK_BYTES, text_directory
+from pipelines.store.families import text_directory
+from pipelines.store.feature_store import TAR_BLOCK_BYTES
 from pipelines.store.manifest import MANIFEST_NAME
 
 # Width of the published T5 encoders, for planning before one is downloaded.

@@ -14,15 +14,8 @@ import pyarrow.parquet as pq
 from features.encoders import TextEncoder, select_device
 from features.quantization import StoredText, measure_error, restore_text, store_text
 from pipelines.engine.pieces import Piece, PieceReport
-from pipelines.store.feature_store import (
-    NULL_CAPTION_FILE,
-    TEXT_SCHEMA,
-    FeatureTarWriter,
-    join_shards,
-    payload_crc32,
-    write_index,
-    write_tensors,
-)
+from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, payload_crc32, write_index, write_tensors
 from pipelines.store.files import atomic_file
 
 if TYPE_CHECKING:

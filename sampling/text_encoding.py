@@ -17,7 +17,8 @@ from torch import Tensor
 from encoders.models import resolve_model
 from features.encoders import TextEncoder, clean_prompt, select_device
 from pipelines.engine.progress import get_logger
-from pipelines.store.feature_store import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, load_index, read_payload
+from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
+from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import read_manifest, require_same
 from sampling.config import SamplingConfig

@@ -14,17 +14,14 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.store.families import LATENT_SCHEMA, TEXT_SCHEMA, latent_directory, text_directory
 from pipelines.store.feature_store import (
-    LATENT_SCHEMA,
-    TEXT_SCHEMA,
     FeatureTarWriter,
     escape_key,
     join_shards,
-    latent_directory,
     load_index,
     read_payload,
     serialize_tensors,
-    text_directory,
     unescape_key,
     write_index,
     write_tensors,

@@ -15,14 +15,8 @@ from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
 
 from features.encoders import TextEncoder
 from features.quantization import store_text
-from pipelines.store.feature_store import (
-    NULL_CAPTION_FILE,
-    TEXT_SCHEMA,
-    FeatureTarWriter,
-    text_directory,
-    write_index,
-    write_tensors,
-)
+from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA, text_directory
+from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from sampling import renderer
 from sampling.__main__ import main

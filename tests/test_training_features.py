@@ -9,7 +9,7 @@ from test_training_stage import write_checkpoint
 from training_run import arguments, make_run, write_latents, write_text
 
 from pipelines.command import parse_command
-from pipelines.store.feature_store import latent_directory, text_directory
+from pipelines.store.families import latent_directory, text_directory
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from training.config import STAGES
 from training.launch.preflight import inspect_stage, print_plan

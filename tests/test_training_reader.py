@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load
 from training_run import make_run, write_text
 
-from pipelines.store.feature_store import NULL_CAPTION_FILE, latent_directory, text_directory
+from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
 from training.data.batch import Batch, PackedText
 from training.data.directories import open_directory

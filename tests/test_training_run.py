@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training_run import all_metrics, finish, make_run, metrics, start, train, validations
 
-from pipelines.store.feature_store import latent_directory
+from pipelines.store.families import latent_directory
 from pixart.convert import load_diffusers
 from pixart.model import PixArt
 

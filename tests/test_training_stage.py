@@ -14,7 +14,7 @@ from training_run import REPOSITORY, arguments, make_run, write_text
 
 from pipelines.command import parse_command
 from pipelines.recipe import load_recipe
-from pipelines.store.feature_store import text_directory
+from pipelines.store.families import text_directory
 from training.config import STAGES, ModelConfig, StageTraining, stage_training
 from training.launch.preflight import rank_bytes, require_even_batches
 from training.loop.clock import Clock

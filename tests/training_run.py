@@ -9,17 +9,8 @@ import numpy as np
 import torch
 
 from features.quantization import store_text
-from pipelines.store.feature_store import (
-    LATENT_SCHEMA,
-    NULL_CAPTION_FILE,
-    TEXT_SCHEMA,
-    FeatureTarWriter,
-    latent_directory,
-    payload_crc32,
-    text_directory,
-    write_index,
-    write_tensors,
-)
+from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
+from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, write_index, write_tensors
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 

@@ -1,12 +1,10 @@
 """Feature shards: webdataset tars of safetensors, and the Parquet index that says where each tensor's payload lies.
 
 A shard is `<name>.tar` with one member `<key>.safetensors` per kept sample, and `<name>.parquet` with one row per
-sample (per caption in the text family), rejected ones too. Offsets in the index are absolute positions in the tar,
-so a reader maps the tar and never parses a header. numpy has neither bfloat16 nor float8: BF16 tensors are uint16
-arrays of raw bits, F8_E4M3 tensors uint8 ones.
+sample (several where a family keeps several, as of captions), rejected ones too. Offsets in the index are absolute
+positions in the tar, so a reader maps the tar and never parses a header. numpy has neither bfloat16 nor float8: BF16
+tensors are uint16 arrays of raw bits, F8_E4M3 tensors uint8 ones.
 """
-
-# L tokens of a caption, D text width
 
 import json
 import shutil
@@ -24,74 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.store.files import atomic_write_bytes
-from pipelines.store.manifest import Manifest
 
 TAR_BLOCK_BYTES = 512
 TAR_END = bytes(2 * TAR_BLOCK_BYTES)
 # Payloads start at multiples of a cache line, both in the member and in the tar (members start at multiples of 512).
 PAYLOAD_ALIGNMENT_BYTES = 64
 SAFETENSORS_DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "uint8": "F8_E4M3", "int8": "I8"}
-# How captions may be stored (`features.text_storage`), and the numpy dtype of the stored values [L, D]. The 8-bit ones
-# come with one float32 scale per token [L]: value = stored * scale[token].
-TEXT_STORAGE_DTYPES = {"bfloat16": "uint16", "float8_e4m3": "uint8", "int8": "int8"}
-NULL_CAPTION_FILE = "null.safetensors"
 MEMBER_SUFFIX = ".safetensors"
-
-TEXT_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("caption_index", pa.int32()),
-        ("offset", pa.int64()),
-        ("scale_offset", pa.int64()),
-        ("nbytes", pa.int64()),
-        ("crc32", pa.uint32()),
-        ("num_tokens", pa.int32()),
-        ("weight", pa.float32()),
-        ("reject", pa.string()),
-    ]
-)
-LATENT_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("mean_offset", pa.int64()),
-        ("std_offset", pa.int64()),
-        ("nbytes", pa.int64()),
-        ("crc32", pa.uint32()),
-        ("channels", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("bucket", pa.string()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("resized_width", pa.int32()),
-        ("resized_height", pa.int32()),
-        ("crop_x", pa.int32()),
-        ("crop_y", pa.int32()),
-        ("label", pa.int32()),
-        ("reject", pa.string()),
-    ]
-)
-
-
-def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",)) -> Path:
-    """Return where a run keeps its text features: `features/text`, or `features/text-<column>+<column>` for others."""
-    name = "text" if tuple(caption_columns) == ("caption",) else f"text-{'+'.join(caption_columns)}"
-    return run / "features" / name
-
-
-def texts_digest(captions: Manifest) -> str:
-    """Return what text features know their captions by: the fingerprint they would have without a CLIP score.
-
-    Captioning writes it; captions of an older version have their fingerprint alone.
-    """
-    return captions.extra.get("texts", captions.fingerprint.digest)
-
-
-def latent_directory(run: Path, resolution: int) -> Path:
-    """Return where a run keeps its latents of a base resolution in pixels: `features/latent-<resolution>`."""
-    return run / "features" / f"latent-{resolution}"
 
 
 def escape_key(key: str) -> str:
@@ -137,7 +74,7 @@ def serialize_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, dict[st
 
 
 def payload_crc32(*payloads: np.ndarray) -> int:
-    """Return the CRC-32 of payloads laid end to end: of a caption its values and scale, of a latent mean and std."""
+    """Return the CRC-32 of payloads laid end to end."""
     crc = 0
     for payload in payloads:
         crc = zlib.crc32(np.ascontiguousarray(payload).data, crc)

@@ -21,8 +21,8 @@ from rich.table import Table
 from pipelines.command import run_command
 from pipelines.engine.progress import console, progress_bar
 from pipelines.raw.shards import recall_shards, shard_name
-from pipelines.store.feature_check import Fault, check_index, find_damage, read_index, text_storage
-from pipelines.store.feature_store import texts_digest
+from pipelines.store.families import FamilySchema, schema_of, texts_digest
+from pipelines.store.feature_check import Fault, check_index, find_damage, read_index
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import MANIFEST_NAME, Manifest, ShardDirectory, ShardReport, read_manifest
 
@@ -140,20 +140,18 @@ def _check_shard(directory: ShardDirectory, report: ShardReport, manifest: Manif
 def _check_features(
     paths: Mapping[str, Path], report: ShardReport, manifest: Manifest, *, is_changed: bool
 ) -> Fault | None:
-    if "vae" not in manifest.extra and "text" not in manifest.extra:
+    family = schema_of(manifest)
+    if family is None:
         return None
-    storage = text_storage(manifest)
-    index = read_index(paths[".parquet"], storage=storage)
+    index = read_index(paths[".parquet"], family)
     if isinstance(index, Fault):
         return index
-    num_captions = len(manifest.extra.get("captions", ())) or 1
-    tar_bytes = paths[".tar"].stat().st_size
-    fault = check_index(index, report, tar_bytes=tar_bytes, num_captions=num_captions)
+    fault = check_index(index, report, family, tar_bytes=paths[".tar"].stat().st_size)
     if fault is not None or not is_changed:
         return fault
     tar = np.asarray(np.memmap(paths[".tar"], np.uint8, mode="r"))
     try:
-        return find_damage(tar, index, storage=storage)
+        return find_damage(tar, index, family)
     except (ValueError, TypeError) as error:
         return Fault(None, f"the index does not fit the tar: {error}")
 
@@ -163,9 +161,8 @@ def _check_coverage(run: Path, findings: Findings) -> None:
     captions = findings.manifests.get(run / "captions")
     remembered = [shard_name(path) for path in recall_shards(run)]
     for directory, manifest in findings.manifests.items():
-        is_text = directory.parent == run / "features" and text_storage(manifest) is not None
-        if is_text and captions is not None:
-            upstream = manifest.upstream.get("captions")
+        upstream = manifest.upstream.get("captions") if directory.parent == run / "features" else None
+        if upstream is not None and captions is not None:
             digest = texts_digest(captions)
             if upstream != digest:
                 text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
@@ -174,7 +171,7 @@ def _check_coverage(run: Path, findings: Findings) -> None:
                 Problem(directory=directory, shard=name, text=f"{run / 'captions'} has no such shard")
                 for name in sorted(manifest.shards.keys() - captions.shards.keys())
             ]
-        expected = list(captions.shards) if is_text and captions else remembered
+        expected = list(captions.shards) if upstream is not None and captions else remembered
         if directory.parent == run / "features" or directory == run / "captions":
             findings.problems += [
                 Problem(directory=directory, shard=name, text="missing, though shards before and after it are there")
@@ -196,37 +193,63 @@ def missing_between(expected: Sequence[str], found: Mapping[str, object]) -> lis
 
 
 def _check_families(run: Path, findings: Findings) -> None:
-    """Count the keys that have both latents and text, and look for keys that several shards have."""
-    features = {path: manifest for path, manifest in findings.manifests.items() if path.parent == run / "features"}
-    texts = {path: manifest for path, manifest in features.items() if text_storage(manifest) is not None}
-    latents = {path: manifest for path, manifest in features.items() if path not in texts}
+    """Count the keys that lead and those that are joined to them, and look for keys that several shards have."""
+    families: dict[Path, FamilySchema] = {}
+    for path, manifest in findings.manifests.items():
+        if path.parent == run / "features" and (family := schema_of(manifest)) is not None:
+            families[path] = family
+    leading = [path for path, family in families.items() if family.leads]
+    joined = [path for path in families if path not in leading]
     bad = {(problem.directory, problem.shard) for problem in findings.problems}
-    for directory, manifest in latents.items():
-        sound = [name for name in manifest.shards if (directory, name) not in bad]
-        kept = {name: _kept_keys(directory / f"{name}.parquet") for name in sound}
+    shards = {path: [name for name in findings.manifests[path].shards if (path, name) not in bad] for path in families}
+    conditions = [path for path, family in families.items() if family.null_file is not None]
+    for directory in leading:
+        kept = {name: _kept_keys(directory / f"{name}.parquet") for name in shards[directory]}
         if repeated := _count_repeated(kept):
-            count, key, shards = repeated
+            count, key, names = repeated
             findings.notes.append(
-                f"{directory}: {count:,} keys are in more than one shard, such as {key} in {' and '.join(shards)}; "
+                f"{directory}: {count:,} keys are in more than one shard, such as {key} in {' and '.join(names)}; "
                 "training takes them for different samples"
             )
-        for text, text_manifest in texts.items():
-            both = [name for name in sound if name in text_manifest.shards and (text, name) not in bad]
-            counts = np.zeros(3, np.int64)
-            for name in both:
-                counts += _join(kept[name], _kept_keys(text / f"{name}.parquet"))
-            findings.notes.append(
-                f"{directory.name} and {text.name}: {len(both)} shards in both; {counts[0]:,} keys in both, "
-                f"{counts[1]:,} with latents but no text, {counts[2]:,} with text but no latents"
-            )
-        for name in sound:
-            has_text = any(name in text_manifest.shards for text_manifest in texts.values())
-            if not has_text and len(kept[name]) and not _has_labels(directory / f"{name}.parquet"):
-                text = "it has latents, but neither text nor class labels: no stage can train on it"
+        for other in (path for path in joined if not _has_other_images(findings.manifests, directory, path)):
+            findings.notes.append(_joined(kept, directory, families, other=other, names=shards[other]))
+        for name, keys in kept.items():
+            has_condition = any(name in findings.manifests[path].shards for path in conditions)
+            if not has_condition and len(keys) and not _has_labels(directory / f"{name}.parquet"):
+                text = f"it has {families[directory].name}, but neither text nor class labels: no stage can train on it"
                 findings.problems.append(Problem(directory=directory, shard=name, text=text))
-    for text, manifest in texts.items():
-        alone = [name for name in manifest.shards if not any(name in other.shards for other in latents.values())]
-        findings.problems += [Problem(directory=text, shard=name, text="it has text, but no latents") for name in alone]
+    known = {name for path in leading for name in findings.manifests[path].shards}
+    names_of_leading = " or ".join(sorted({families[path].name for path in leading})) or "latents"
+    for path in joined:
+        alone = [name for name in findings.manifests[path].shards if name not in known]
+        text = f"it has {families[path].name}, but no {names_of_leading}"
+        findings.problems += [Problem(directory=path, shard=name, text=text) for name in alone]
+
+
+def _has_other_images(manifests: Mapping[Path, Manifest], first: Path, second: Path) -> bool:
+    """Whether two families are made of the images at different resolutions; one that has none goes with all."""
+    resolutions = [manifests[path].extra.get("resolution") for path in (first, second)]
+    return None not in resolutions and resolutions[0] != resolutions[1]
+
+
+def _joined(
+    kept: Mapping[str, pa.Array],
+    leading: Path,
+    families: Mapping[Path, FamilySchema],
+    *,
+    other: Path,
+    names: Sequence[str],
+) -> str:
+    """Say how many keys two families share; `kept` are those of the leading one by shard."""
+    both = [name for name in kept if name in names]
+    counts = np.zeros(3, np.int64)
+    for name in both:
+        counts += _join(kept[name], _kept_keys(other / f"{name}.parquet"))
+    first, second = families[leading].name, families[other].name
+    return (
+        f"{leading.name} and {other.name}: {len(both)} shards in both; {counts[0]:,} keys in both, "
+        f"{counts[1]:,} with {first} but no {second}, {counts[2]:,} with {second} but no {first}"
+    )
 
 
 def _kept_keys(index: Path) -> pa.Array:
@@ -240,9 +263,9 @@ def _has_labels(index: Path) -> bool:
     return labels.null_count < len(labels)
 
 
-def _join(latents: pa.Array, text: pa.Array) -> tuple[int, int, int]:
-    num_both = int(pd.Index(latents).isin(pd.Index(text)).sum())
-    return num_both, len(latents) - num_both, len(text) - num_both
+def _join(first: pa.Array, second: pa.Array) -> tuple[int, int, int]:
+    num_both = int(pd.Index(first).isin(pd.Index(second)).sum())
+    return num_both, len(first) - num_both, len(second) - num_both
 
 
 def _count_repeated(keys: Mapping[str, pa.Array]) -> tuple[int, str, list[str]] | None:

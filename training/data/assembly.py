@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from pipelines.store.feature_store import NULL_CAPTION_FILE, payload_crc32
+from pipelines.store.families import NULL_CAPTION_FILE
+from pipelines.store.feature_store import payload_crc32
 from training.data.batch import Buffers, PackedBatch, PackedText
 from training.data.features import Dataset
 from training.data.index import CAPTION_NUMBERS, LATENT_NUMBERS, NOT_THERE, OpenShard

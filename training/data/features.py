@@ -10,7 +10,7 @@ import pydantic
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
-from pipelines.store.feature_store import latent_directory, text_directory, texts_digest
+from pipelines.store.families import latent_directory, text_directory, texts_digest
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, read_manifest, require_same
 from training.config import DatasetConfig, StageTraining
