@@ -1,6 +1,7 @@
 """The floors of the house: which room may import which, and the size limits that keep it readable."""
 
 import ast
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,67 @@ def test_module_stays_on_its_floor(path: Path) -> None:
             assert module == "features.encoders", "sampling may use only features.encoders of the features room"
         if room == "pipelines":
             assert target != "torch", "pipelines moves data and needs no torch"
+
+
+def house_imports() -> dict[str, set[str]]:
+    """Which modules of the house each of them imports: at its top, inside functions, and for types alone.
+
+    An import for types alone counts, too: two files that need each other's names to be read are one file in two.
+    """
+    modules = {module_name(path): ast.parse(path.read_text()) for path in SOURCES}
+    return {name: house_modules(tree, modules.keys()) - {name} for name, tree in modules.items()}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def house_modules(tree: ast.Module, known: Collection[str]) -> set[str]:
+    names = set(imported_modules(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            # `from room import module` names a module, too
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & set(known)
+
+
+def circles(imports: Mapping[str, Collection[str]]) -> list[str]:
+    """Return one circle of each knot of modules that import each other, as `a -> b -> a`."""
+    found = []
+    for start in sorted(imports):
+        way = shortest_way_back(start, imports)
+        if way and start == min(way):
+            found.append(" -> ".join(way))
+    return found
+
+
+def shortest_way_back(start: str, imports: Mapping[str, Collection[str]]) -> list[str]:
+    ways = [[start]]
+    seen: set[str] = set()
+    for way in ways:
+        for module in sorted(imports[way[-1]]):
+            if module == start:
+                return [*way, start]
+            if module not in seen:
+                seen.add(module)
+                ways.append([*way, module])
+    return []
+
+
+def test_a_circle_is_found_and_named() -> None:
+    imports = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set(), "e": {"a", "f"}, "f": {"e"}}
+    assert circles(imports) == ["a -> b -> c -> a", "e -> f -> e"]
+    tree = ast.parse("from training import config\ndef lazy():\n    import pixart.model as m\n")
+    assert house_modules(tree, ["training.config", "pixart.model", "training"]) == {
+        "training",
+        "training.config",
+        "pixart.model",
+    }
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    assert circles(house_imports()) == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))

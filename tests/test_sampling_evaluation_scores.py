@@ -178,22 +178,65 @@ def test_benchmark_prompts_are_drawn_into_a_folder_of_their_own(run, clip_folder
     assert not (run / "samples").exists()
 
 
-def test_the_judges_axes_stand_in_the_table_where_it_saw_these_samples(run, clip_folder, capsys):
-    folder = evaluate(run, clip_folder)
-    axes = {name: {"score": 0.75, "num_images": 4} for name in ("colour_binding", "shape_binding", "spatial")}
-    axes |= {name: {"score": 0.0, "num_images": 0} for name in ("complex", "count")}
-    judged = {"axes": axes, "judge": "toyworld/weights/judge", "judge_fingerprint": "sha256:1"}
-    (run / "judge").mkdir()
+def of_the_samples(run: Path) -> dict[str, str]:
+    """What says that a judgement is of just these samples."""
     manifest = read_manifest(run / "samples" / "stage2")
-    of_these = {"samples_fingerprint": manifest.fingerprint.digest, "samples_source": manifest.shards["samples"].source}
-    for seen, is_shown in (({}, True), ({"samples_fingerprint": "a"}, False), ({"samples_source": "other"}, False)):
-        path = run / "judge" / "stage2.json"
-        path.write_text(json.dumps(judged | of_these | seen))
+    return {
+        "samples_fingerprint": manifest.fingerprint.digest,
+        "samples_source": manifest.shards["samples"].source,
+    }
+
+
+def test_a_judges_axes_stand_in_the_table_where_it_saw_these_samples(run, clip_folder, capsys):
+    folder = evaluate(run, clip_folder)
+    axes = [{"name": name, "score": 0.75, "num_images": 4} for name in ("shape_binding", "spatial")]
+    axes += [{"name": "artefacts", "score": 0.5, "num_images": 3, "better": "lower"}]
+    axes += [{"name": "count", "score": 0.0, "num_images": 0}]
+    judged = {"judge": "someone/judge", "judge_fingerprint": "sha256:1", "axes": axes, "mine": [1]}
+    # as it was written before axes had an order
+    by_name = {"axes": {axis["name"]: {"score": axis["score"], "num_images": axis["num_images"]} for axis in axes}}
+    (run / "judge").mkdir()
+    of_these = of_the_samples(run)
+    for seen, is_shown in (
+        ({}, True),
+        ({"samples_fingerprint": "a"}, False),
+        ({"samples_source": "other"}, False),
+        (by_name, True),
+    ):
+        (run / "judge" / "stage2.json").write_text(json.dumps(judged | of_these | seen))
         evaluate(run, clip_folder)
         numbers = json.loads((folder / "scores.json").read_text())["checkpoints"][0]["numbers"]
         names = [number["metric"] for number in numbers if number["metric"].startswith("judge")]
-        assert names == (["judge colour binding", "judge shape binding", "judge spatial"] if is_shown else [])
+        assert names == (["judge shape binding", "judge spatial", "judge artefacts"] if is_shown else [])
+        if is_shown:
+            assert numbers[-1]["better"] == ("lower" if "axes" not in seen else "higher")
+            assert (numbers[-1]["network"], numbers[-1]["num_images"]) == ("someone/judge", 3)
     assert "is of other samples" in capsys.readouterr().err
+
+
+def test_judgements_may_lie_anywhere_and_a_bad_one_is_named(run, clip_folder, tmp_path, capsys):
+    axis = {"name": "spatial", "score": 0.75, "num_images": 4}
+    evaluate(run, clip_folder, judgements=str(tmp_path / "votes-{samples}.json"))
+    assert f"evaluation.judgements: {tmp_path / 'votes-stage2.json'} does not exist" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
+    path = tmp_path / "votes-stage2.json"
+    judged = {"judge": "votes", "judge_fingerprint": "1", **of_the_samples(run)}
+    path.write_text(json.dumps(judged | {"axes": [axis]}))
+    evaluate(run, None, judgements=str(tmp_path / "votes-{samples}.json"))
+    numbers = json.loads((run / "evaluation" / "stage2" / "scores.json").read_text())["checkpoints"][0]["numbers"]
+    assert [number["metric"] for number in numbers] == ["judge spatial"]
+    for text, message in (
+        (
+            json.dumps(judged | {"axes": [axis | {"score": "high"}]}),
+            r"stage2\.json: axes\.0\.score: Input should",
+        ),
+        (json.dumps(judged), r"votes-stage2\.json: axes: Field required"),
+        ("[", r"evaluation\.judgements .*votes-stage2\.json: Invalid JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            evaluate(run, clip_folder, judgements=str(path))
 
 
 def test_the_curve_has_a_point_per_guidance_scale(run, clip_folder, monkeypatch):
@@ -250,5 +293,5 @@ def test_without_a_reference_there_is_a_clip_score_and_no_distance(run, clip_fol
 
 
 def test_nothing_to_measure_says_what_to_set(run):
-    with pytest.raises(ValueError, match=r"evaluation\.inception.*make judge"):
+    with pytest.raises(ValueError, match=r"evaluation\.inception.*let a judge write .*judge/stage2\.json"):
         evaluate(run, None)

@@ -131,7 +131,8 @@ def test_samples_are_scored_against_the_scene_of_their_prompt(run):
     assert score["axes"]["colour_binding"] == {"score": 0.0, "num_images": 1}
     assert score["axes"]["count"] == {"score": 0.5, "num_images": 2}
     written = json.loads((run / "judge" / "stage2.json").read_text())
-    assert written["axes"] == score["axes"] and written["samples_fingerprint"] is None
+    assert written["axes"] == [{"name": name, **axis} for name, axis in score["axes"].items()]
+    assert written["samples_fingerprint"] is None
     assert set(json.loads((run / "judge" / ".done" / "stage2.json").read_text())["report"]["files"]) == {
         ".json",
         ".parquet",
@@ -146,7 +147,8 @@ def test_samples_of_the_evaluation_are_judged_too_and_stay_out_of_the_summary(ru
     (run / "evaluation" / "samples").mkdir(parents=True)
     folder.rename(run / "evaluation" / "samples" / "stage2-cfg3")
     score_run(ToyworldConfig(judge=str(run / "raw")), run)
-    assert json.loads((run / "judge" / "stage2-cfg3.json").read_text())["axes"]["spatial"]["score"] == 1.0
+    axes = json.loads((run / "judge" / "stage2-cfg3.json").read_text())["axes"]
+    assert {axis["name"]: axis["score"] for axis in axes}["spatial"] == 1.0
     assert "judge" not in read_summary(run)
 
 

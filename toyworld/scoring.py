@@ -193,7 +193,8 @@ def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | Non
 def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     """Judge the samples in `folder` against the scenes of their prompts.
 
-    Writes `judge/<folder>.parquet`, one row a sample, and `judge/<folder>.json`, the scores, which evaluation reads.
+    Writes `judge/<folder>.parquet`, one row a sample, and `judge/<folder>.json`, the scores as docs/EVALUATION.md
+    wants a judge's results.
 
     A sample counts only if `prompts.jsonl` has its key with the same prompt: a prompt of the user's own has no scene.
     A class-conditional sample ("class 7") should show one object of that shape and colour, wherever it likes.
@@ -324,7 +325,12 @@ def _write_figures(path: Path, figures: Mapping[str, Any], config: ToyworldConfi
         manifest = read_manifest(folder)
         (report,) = manifest.shards.values()
         samples = {"samples_fingerprint": manifest.fingerprint.digest, "samples_source": report.source}
-    judge = {"judge": config.judge, "judge_fingerprint": resolve_model(config.judge).identity}
+    judge = {
+        "judge": config.judge,
+        "judge_fingerprint": resolve_model(config.judge).identity,
+        "method": "crops around the anchors",
+        "axes": [{"name": name, **axis} for name, axis in figures["axes"].items()],
+    }
     atomic_write_json(path, {**figures, **judge, **samples})
 
 

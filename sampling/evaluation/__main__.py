@@ -67,7 +67,7 @@ def _winrates(command: Command) -> None:
 
 
 TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
-    "score": ("A table of checkpoints: distances, CLIP score, the judge's axes", _score),
+    "score": ("A table of checkpoints: distances, CLIP score, a judge's axes", _score),
     "curve": ("FID against CLIP score over guidance scales, as CSV and plot (Figure 20)", _curve),
     "preference": ("A blind page to compare checkpoints side by side (Figure 5)", _preference),
     "winrates": ("Votes of that page to win rates with confidence intervals", _winrates),

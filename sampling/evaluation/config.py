@@ -46,6 +46,11 @@ class EvaluationConfig(TableConfig):
         default_factory=list,
         description="Further checkpoints in the same table: <run folder>:stage2, or what sampling.checkpoint takes",
     )
+    judgements: str = pydantic.Field(
+        default="{run}/judge/{samples}.json",
+        description="JSON of a judge's results for a folder of samples, see docs/EVALUATION.md; `{run}` stands for the "
+        "run's folder, `{samples}` for the name of the samples' folder",
+    )
     guidance_scales: list[float] = pydantic.Field(
         default=[1.5, 2.0, 3.0, 4.0, 5.0, 6.0], min_length=2, description="Points of the curve; the paper's Figure 20"
     )

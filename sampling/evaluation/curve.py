@@ -15,7 +15,7 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
-from sampling.evaluation.scores import Meter, read_judge, write_report
+from sampling.evaluation.scores import Meter, write_report
 
 CURVE_VERSION = 1  # raise it when the same numbers are written in another way
 REPORT_NAME = "curve"
@@ -39,7 +39,7 @@ def draw_curve(command: Command) -> None:
     start_seconds = time.monotonic()
     for _, contestant in points:
         draw_samples(contestant, run=command.run)
-    judged = {item.folder.name: [asdict(number) for number in read_judge(item, run=command.run)] for _, item in points}
+    judged = {item.folder.name: [asdict(number) for number in meter.judged(item)] for _, item in points}
     fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     identity = "sha256:" + sha256_text(json.dumps([item.inputs() for _, item in points], sort_keys=True))
     if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():

@@ -19,6 +19,7 @@ from sampling.evaluation.contestants import Contestant, draw_samples, find_conte
 from sampling.evaluation.distances import cmmd, frechet_distance
 from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
 from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
+from sampling.evaluation.judgement import judgement_file, read_judgement
 from sampling.evaluation.networks import NetworkSource, find_networks
 from sampling.evaluation.tables import render_scores
 
@@ -26,7 +27,6 @@ SCORES_VERSION = 1  # raise it when what the numbers mean changes
 REPORT_NAME = "scores"
 FEW_IMAGES = 2048  # below it a covariance of Inception's 2048 channels has no full rank
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow")
-JUDGE_AXES = ("colour_binding", "shape_binding", "spatial", "complex", "count")
 
 log = get_logger("evaluation")
 
@@ -75,7 +75,7 @@ class Meter:
                 raise ValueError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
 
     def measure(self, contestant: Contestant) -> list[Number]:
-        """Return the numbers of a contestant whose samples are drawn, and of the judge where it has seen them."""
+        """Return the numbers of a contestant whose samples are drawn, and a judge's where it has seen them."""
         images = open_samples(contestant.folder, cache=self._cache, has_prompts=contestant.trained.kind == "pixart")
         numbers: list[Number] = []
         for network in self.networks:
@@ -85,7 +85,28 @@ class Meter:
             score = samples.clip_score() if network.key == "clip" else None
             if score is not None:
                 numbers.append(_number("CLIP score", score, samples, better="higher"))
-        return numbers + read_judge(contestant, run=self._run)
+        return numbers + self.judged(contestant)
+
+    def judged(self, contestant: Contestant) -> list[Number]:
+        """Return a judge's numbers of these very samples; none where it has not seen them."""
+        judgement = read_judgement(contestant, self._config, self._run)
+        if judgement is None:
+            return []
+        return [
+            Number(
+                metric=f"judge {axis.name.replace('_', ' ')}",
+                value=axis.score,
+                better=axis.better,
+                num_images=axis.num_images,
+                num_reference=0,
+                network=judgement.judge,
+                network_fingerprint=judgement.judge_fingerprint,
+                resizer=judgement.method,
+                rejected={},
+            )
+            for axis in judgement.axes
+            if axis.num_images
+        ]
 
     def _features(self, images: ImageSet, network: NetworkSource) -> Features:
         return compute_features(images, network, cache=self._cache, config=self._config, engine=self._engine)
@@ -156,33 +177,6 @@ def _number(
     )
 
 
-def read_judge(contestant: Contestant, *, run: Path) -> list[Number]:
-    """Return what `make judge` found of these very samples; nothing where it has not seen them."""
-    path, job = run / "judge" / f"{contestant.folder.name}.json", contestant.job
-    if not path.is_file():
-        return []
-    judged = json.loads(path.read_text(encoding="utf-8"))
-    if (judged["samples_fingerprint"], judged.get("samples_source")) != (job.fingerprint.digest, job.identity):
-        log.warning(f"{path} is of other samples: run `make judge RUN={run}` again")
-        return []
-    axes = judged["axes"]
-    return [
-        Number(
-            metric=f"judge {axis.replace('_', ' ')}",
-            value=axes[axis]["score"],
-            better="higher",
-            num_images=axes[axis]["num_images"],
-            num_reference=0,
-            network=judged["judge"],
-            network_fingerprint=judged["judge_fingerprint"],
-            resizer="crops around the anchors",
-            rejected={},
-        )
-        for axis in JUDGE_AXES
-        if axes[axis]["num_images"]
-    ]
-
-
 def score(command: Command) -> None:
     """Draw what is missing, score every checkpoint, and write the table; a finished one is printed again.
 
@@ -196,7 +190,7 @@ def score(command: Command) -> None:
     start_seconds = time.monotonic()
     for contestant in contestants:
         draw_samples(contestant, run=command.run)
-    fingerprint, identity = _score_inputs(meter, contestants, run=command.run)
+    fingerprint, identity = _score_inputs(meter, contestants)
     is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
     if is_done:
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.md')} is up to date")
@@ -210,7 +204,7 @@ def score(command: Command) -> None:
             for item in contestants
         ]
         if not any(row["numbers"] for row in rows):
-            raise ValueError(_nothing_to_measure(command))
+            raise ValueError(_nothing_to_measure(judgement_file(contestants[0], config, command.run)))
         write_report(
             directory,
             REPORT_NAME,
@@ -240,15 +234,15 @@ def describe_score(command: Command) -> list[str]:
     return lines
 
 
-def _nothing_to_measure(command: Command) -> str:
+def _nothing_to_measure(judgement: Path) -> str:
     return (
         "nothing to measure: set evaluation.inception, evaluation.clip or evaluation.vision (with "
-        f"evaluation.reference), or run `make judge RUN={command.run}` where scenes are known"
+        f"evaluation.reference), or let a judge write {judgement}, see docs/EVALUATION.md"
     )
 
 
-def _score_inputs(meter: Meter, contestants: Sequence[Contestant], *, run: Path) -> tuple[Fingerprint, str]:
-    judged = {item.folder.name: [asdict(number) for number in read_judge(item, run=run)] for item in contestants}
+def _score_inputs(meter: Meter, contestants: Sequence[Contestant]) -> tuple[Fingerprint, str]:
+    judged = {item.folder.name: [asdict(number) for number in meter.judged(item)] for item in contestants}
     fingerprint = Fingerprint.of({"version": SCORES_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     manifests = {item.title: sha256_file(item.folder / MANIFEST_NAME) for item in contestants}
     inputs = [[item.title, item.inputs(), manifests[item.title]] for item in contestants]
