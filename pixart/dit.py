@@ -4,13 +4,11 @@
 
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pixart.layers import (
     MLP,
-    AdaLN,
     PatchEmbed,
     ScalarEmbedder,
     SelfAttention,
@@ -56,27 +54,29 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
-        self.mlp = MLP(width, 4 * width, width, is_modulated=True)
-        self.modulation = AdaLN(width, 6)
+        self.mlp = MLP(width, 4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Give [B, N, D] from x [B, N, D] and condition [B, D]."""
-        shifts_scales_gates = self.modulation(condition).chunk(6, dim=1)  # six [B, 1, D]
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        *,
+        grid: tuple[int, int],  # of no use to plain attention, which needs no neighbours
+    ) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens, and SiLU(condition) [B, D]."""
+        shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = torch.addcmul(x, gate_attention, self.attention(x, shift_attention, scale_attention))
-        return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
+        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class DiT(nn.Module):
-    """Predict the noise in latents of a class, and the variance of the reverse step.
-
-    Set `checkpoint_activations` to recompute each block in the backward pass instead of keeping its activations.
-    """
+    """Predict the noise in latents of a class, and the variance of the reverse step."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
         width, patch_size = config.width, config.patch_size
         self.patch_embed = PatchEmbed(
             config.in_channels, width, patch_size=patch_size, base_size=config.sample_size // patch_size
@@ -84,19 +84,18 @@ class DiT(nn.Module):
         self.timestep_embed = ScalarEmbedder(width, frequency_shift=config.timestep_shift)
         self.label_embed = nn.Embedding(config.num_classes + 1, width)  # the last is the null class
         self.blocks = nn.ModuleList(DiTBlock(width, config.num_heads) for _ in range(config.num_layers))
-        self.final_modulation = AdaLN(width, 2)
+        self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
         self._initialize()
 
     def _initialize(self) -> None:
-        self.apply(xavier_)
+        xavier_(self)
         for layer in (self.timestep_embed.hidden, self.timestep_embed.out, self.label_embed):
             nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every block begins as the identity, and the output as zero (biases are zero already)
         nn.init.zeros_(self.final.weight)
-        for module in self.modules():
-            if isinstance(module, AdaLN):
-                nn.init.zeros_(module.weight)
+        for layer in (*(block.modulation for block in self.blocks), self.final_modulation):
+            nn.init.zeros_(layer.weight)
 
     @property
     def null_label(self) -> int:
@@ -110,14 +109,13 @@ class DiT(nn.Module):
         condition is the timestep alone, c = 0, as re-parameterisation needs it (PixArt section 2.3).
         """
         x = self.patch_embed(latents)  # [B, N, D]
+        grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         condition = self.timestep_embed(timesteps)  # [B, D]
         if labels is not None:
             condition = condition + self.label_embed(labels)
+        condition = F.silu(condition)
         for block in self.blocks:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, condition, use_reentrant=False)
-            else:
-                x = block(x, condition)
-        shift, scale = self.final_modulation(condition).chunk(2, dim=1)
+            x = block(x, condition, grid=grid)
+        shift, scale = self.final_modulation(condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
-        return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)
+        return unpatchify(patches, grid, patch_size=self.config.patch_size)

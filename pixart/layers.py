@@ -3,9 +3,6 @@
 # B batch, N image tokens, L text tokens, D width, H heads, E head width, P patch size, C channels
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,37 +46,46 @@ def position_embedding(
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters, then the shift and scale of adaLN: x [B, N, D], both others [B, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-gelu = partial(F.gelu, approximate="tanh")
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Give a view [B, H, N, E] of x [B, N, H*E]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def unpatchify(patches: Tensor, *, height: int, width: int, patch_size: int) -> Tensor:
-    """Turn patches [B, N, P*P*C] into the image [B, C, height, width]."""
-    rows, columns = height // patch_size, width // patch_size
-    grid = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, columns))  # [B, h/P, w/P, P, P, C]
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+def join_heads(x: Tensor) -> Tensor:
+    """Give [B, N, H*E] of x [B, H, N, E]; a view of what torch's fused attention gives."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], *, patch_size: int) -> Tensor:
+    """Turn patches [B, N, P*P*C], rows of `grid` (height, width) one after the other, into the image [B, C, h, w]."""
+    patches = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)  # [B, h/P, w/P, P, P, C]
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def xavier_(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for a linear layer or a patch convolution; other modules stay."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    """Xavier-uniform weights and zero biases for all linear layers and patch convolutions inside `module`.
 
-
-class AdaLN(nn.Linear):
-    """Shifts, scales and gates that a linear layer of one's own projects from the condition (adaLN of DiT)."""
-
-    def __init__(self, channels: int, num_vectors: int) -> None:
-        super().__init__(channels, num_vectors * channels)
-        self.num_vectors = num_vectors
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Give [B, num_vectors, D] for a condition [B, D]."""
-        return super().forward(F.silu(input)).unflatten(-1, (self.num_vectors, -1))
+    Layers that read one input for an attention (query, key, value; key, value) are drawn as the one matrix they are in
+    the original code, so the width of their distribution is that of three or two times as many outputs.
+    """
+    num_drawn_as_one: dict[nn.Module, int] = {}
+    for attention in module.modules():
+        if isinstance(attention, SelfAttention):
+            num_drawn_as_one |= dict.fromkeys((attention.query, attention.key, attention.value), 3)
+        elif isinstance(attention, CrossAttention):
+            num_drawn_as_one |= dict.fromkeys((attention.key, attention.value), 2)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            weight = layer.weight.data.flatten(1)
+            num_outputs, num_inputs = weight.shape
+            num_outputs *= num_drawn_as_one.get(layer, 1)
+            limit = math.sqrt(3) * math.sqrt(2 / (num_inputs + num_outputs))
+            nn.init.uniform_(weight, -limit, limit)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class AdaLNSingle(nn.Module):
@@ -92,44 +98,6 @@ class AdaLNSingle(nn.Module):
     def forward(self, shared: Tensor) -> Tensor:
         """Give [B, num_vectors, D] for the shared ones [B, num_vectors, D] or one for all of them [B, 1, D]."""
         return self.embedding + shared
-
-
-class _RecomputedLinear(torch.autograd.Function):
-    """`F.linear(prepare(*inputs), weight, bias)`, keeping the inputs and not what is prepared of them."""
-
-    @staticmethod
-    def forward(ctx: Any, prepare: Callable[..., Tensor], weight: Tensor, bias: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.prepare = prepare
-        ctx.save_for_backward(weight, *inputs)
-        return F.linear(prepare(*inputs), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        (gradient,) = gradients
-        with torch.enable_grad():
-            inputs = [value.detach().requires_grad_() for value in inputs]
-            prepared = ctx.prepare(*inputs)
-        input_gradients = torch.autograd.grad(prepared, inputs, gradient @ weight)
-        rows = gradient.flatten(0, -2)  # [B*N, D]
-        return None, rows.T @ prepared.detach().flatten(0, -2), rows.sum(0), *input_gradients
-
-
-class RecomputedLinear(nn.Linear):
-    """A linear layer after a cheap function, whose result is computed again in the backward pass and not kept.
-
-    A module and not a function of a layer's weights, because ZeRO 3 gathers weights around modules.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, prepare: Callable[..., Tensor]) -> None:
-        super().__init__(in_channels, out_channels)
-        self.prepare = prepare
-
-    def forward(self, input: Tensor, *others: Tensor) -> Tensor:
-        """Give linear(prepare(input, *others))."""
-        if torch.compiler.is_compiling():  # the compiler chooses by itself what to keep
-            return super().forward(self.prepare(input, *others))
-        return _RecomputedLinear.apply(self.prepare, self.weight, self.bias, input, *others)
 
 
 class PatchEmbed(nn.Module):
@@ -156,7 +124,8 @@ class PatchEmbed(nn.Module):
             scale=self.scale,
             device=latents.device,
         )
-        return patches.flatten(2).transpose(1, 2) + positions.to(patches.dtype)
+        # Positions first: a sum is laid out in memory as its first term is, and a norm copies what is not row by row.
+        return positions.to(patches.dtype) + patches.flatten(2).transpose(1, 2)
 
 
 class ScalarEmbedder(nn.Module):
@@ -175,60 +144,51 @@ class ScalarEmbedder(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the modulated image tokens."""
+    """Multi-head attention among the image tokens."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = RecomputedLinear(channels, 3 * channels, prepare=modulate)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Give [B, N, D] for x [B, N, D] and the shift and scale [B, 1, D] that modulate it."""
-        qkv = self.qkv(x, shift, scale).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, H, N, E]
-        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor) -> Tensor:
+        """Give [B, N, D] for x [B, N, D]."""
+        query, key, value = (split_heads(layer(x), self.num_heads) for layer in (self.query, self.key, self.value))
+        return self.out(join_heads(F.scaled_dot_product_attention(query, key, value)))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the image tokens over the text tokens that `mask` keeps."""
+    """Multi-head attention of the image tokens over the text tokens."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = RecomputedLinear(channels, channels, prepare=torch.addcmul)
-        self.key_value = nn.Linear(channels, 2 * channels)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
 
     def read(self, text: Tensor) -> KeyValue:
         """Give the keys and values, each [B, H, L, E], of text [B, L, D]."""
-        key, value = self.key_value(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # each [B, L, H, E]
-        return key.transpose(1, 2), value.transpose(1, 2)
+        return split_heads(self.key(text), self.num_heads), split_heads(self.value(text), self.num_heads)
 
-    def forward(self, parts: tuple[Tensor, Tensor, Tensor], text: KeyValue, mask: Tensor | None) -> Tensor:
-        """Give [B, N, D] from the image tokens x + gate * y as their parts x [B, N, D], gate [B, 1, D], y [B, N, D].
-
-        The text is as `read`, the boolean mask [B, 1, 1, L] (None keeps all).
-        """
-        query = self.query(*parts).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, N, E]
-        attended = F.scaled_dot_product_attention(query, *text, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None) -> Tensor:
+        """Give [B, N, D] for x [B, N, D], the text as `read`, and a mask [B, 1, 1, L] that is added to the scores."""
+        query = split_heads(self.query(x), self.num_heads)
+        return self.out(join_heads(F.scaled_dot_product_attention(query, *text, attn_mask=mask)))
 
 
 class MLP(nn.Module):
-    """Two linear layers with tanh-approximated GELU between them, modulated by adaLN before them if so asked."""
+    """Two linear layers with tanh-approximated GELU between them."""
 
-    def __init__(
-        self, in_channels: int, hidden_channels: int, out_channels: int, *, is_modulated: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.hidden = (
-            RecomputedLinear(in_channels, hidden_channels, prepare=modulate)
-            if is_modulated
-            else nn.Linear(in_channels, hidden_channels)
-        )
-        self.out = RecomputedLinear(hidden_channels, out_channels, prepare=gelu)
+        self.hidden = nn.Linear(in_channels, hidden_channels)
+        self.out = nn.Linear(hidden_channels, out_channels)
 
-    def forward(self, x: Tensor, *shift_scale: Tensor) -> Tensor:
-        """Give [B, N, out_channels] for x [B, N, in_channels]; shift and scale [B, 1, in_channels] if modulated."""
-        return self.out(self.hidden(x, *shift_scale))
+    def forward(self, x: Tensor) -> Tensor:
+        """Give [B, N, out_channels] for x [B, N, in_channels]."""
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))

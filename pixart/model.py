@@ -10,11 +10,9 @@ from typing import Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pixart.layers import (
     MLP,
-    AdaLN,
     AdaLNSingle,
     CrossAttention,
     KeyValue,
@@ -77,34 +75,37 @@ class PixArtBlock(nn.Module):
         super().__init__()
         self.attention = SelfAttention(width, num_heads)
         self.cross_attention = CrossAttention(width, num_heads)
-        self.mlp = MLP(width, 4 * width, width, is_modulated=True)
-        self.modulation = AdaLNSingle(width, 6) if adaln == "single" else AdaLN(width, 6)
+        self.mlp = MLP(width, 4 * width, width)
+        self.modulation = AdaLNSingle(width, 6) if adaln == "single" else nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, text: Tensor | KeyValue, text_mask: Tensor | None, condition: Tensor) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], the text with its mask [B, 1, 1, L] and the condition.
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        *,
+        text: Tensor | KeyValue,
+        text_mask: Tensor | None,
+        grid: tuple[int, int],  # of no use to plain attention, which needs no neighbours
+    ) -> Tensor:
+        """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens one after the other.
 
-        The text is [B, L, D], or what `cross_attention.read` gives of it; the condition is S [B, 6, D] with
-        adaLN-single, and [B, D] with the block's own adaLN.
+        The condition is S [B, 6, D] with adaLN-single, and SiLU(condition) [B, D] with the block's own adaLN. The text
+        is [B, L, D], or what `cross_attention.read` gives of it; its mask [B, 1, 1, L] is added to the scores.
         """
         key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
-        shifts_scales_gates = self.modulation(condition).chunk(6, dim=1)  # six [B, 1, D]
+        shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        # The parts of a sum are kept for the backward pass anyway, so who needs the sum computes it of them again.
-        parts = x, gate_attention, self.attention(x, shift_attention, scale_attention)
-        x = torch.addcmul(*parts) + self.cross_attention(parts, key_value, text_mask)
-        return torch.addcmul(x, gate_mlp, self.mlp(x, shift_mlp, scale_mlp))
+        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        x = x + self.cross_attention(x, key_value, text_mask)
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class PixArt(nn.Module):
-    """Predict the noise in latents that a text describes, and the variance of the reverse step.
-
-    Set `checkpoint_activations` to recompute each block in the backward pass instead of keeping its activations.
-    """
+    """Predict the noise in latents that a text describes, and the variance of the reverse step."""
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
         width, patch_size = config.width, config.patch_size
         self.patch_embed = PatchEmbed(
             config.in_channels,
@@ -126,24 +127,24 @@ class PixArt(nn.Module):
             self.final_modulation = AdaLNSingle(width, 2)
         else:
             self.text_feature = nn.Linear(config.caption_channels, width)
-            self.final_modulation = AdaLN(width, 2)
+            self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
         self._initialize()
 
     def _initialize(self) -> None:
         # the caption projection stays at Xavier: at std 0.02 the text is too faint to be learnt from early on
-        self.apply(xavier_)
+        xavier_(self)
         for module in self.modules():
             if isinstance(module, ScalarEmbedder):
                 nn.init.normal_(module.hidden.weight, std=0.02)
                 nn.init.normal_(module.out.weight, std=0.02)
             if isinstance(module, CrossAttention):
                 nn.init.zeros_(module.out.weight)  # the identity, so that a pretrained DiT is left as it is
-            if isinstance(module, AdaLN):
-                nn.init.zeros_(module.weight)  # adaLN-Zero, as in DiT
         if self.config.adaln == "single":
             nn.init.normal_(self.global_modulation.weight, std=0.02)
         else:
+            for layer in (*(block.modulation for block in self.blocks), self.final_modulation):
+                nn.init.zeros_(layer.weight)  # adaLN-Zero, as in DiT
             nn.init.zeros_(self.text_feature.weight)  # again leaves a pretrained DiT as it is
         nn.init.zeros_(self.final.weight)
 
@@ -182,6 +183,7 @@ class PixArt(nn.Module):
         aspect ratio height / width.
         """
         x = self.patch_embed(latents)  # [B, N, D]
+        grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         condition = self.timestep_embed(timesteps)  # [B, D]
         if (size is not None) != self.config.has_size_condition:
             raise ValueError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
@@ -190,7 +192,7 @@ class PixArt(nn.Module):
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)
         texts: Sequence[Tensor | KeyValue]
         if isinstance(text, Tensor):
-            # While training each block reads the text itself: recomputed keys and values need not be kept.
+            # Each block reads the text itself: where blocks are recomputed, its keys and values need not be kept.
             texts, feature = [self.caption_projection(text)] * len(self.blocks), self._text_feature(text, text_mask)
         else:
             texts, feature = text
@@ -198,14 +200,14 @@ class PixArt(nn.Module):
             block_condition = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
             final_condition = condition[:, None]
         else:
-            block_condition = final_condition = condition + feature
+            block_condition = final_condition = F.silu(condition + feature)
         if text_mask is not None:
-            text_mask = text_mask.bool()[:, None, None, :]  # [B, 1, 1, L]
+            # once for all blocks: attention would turn booleans into numbers in each
+            text_mask = torch.zeros(text_mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+                ~text_mask.bool(), -torch.inf
+            )[:, None, None, :]  # [B, 1, 1, L]
         for block, block_text in zip(self.blocks, texts, strict=True):
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, block_text, text_mask, block_condition, use_reentrant=False)
-            else:
-                x = block(x, block_text, text_mask, block_condition)
-        shift, scale = self.final_modulation(final_condition).chunk(2, dim=1)
+            x = block(x, block_condition, text=block_text, text_mask=text_mask, grid=grid)
+        shift, scale = self.final_modulation(final_condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
-        return unpatchify(patches, height=latents.shape[-2], width=latents.shape[-1], patch_size=self.config.patch_size)
+        return unpatchify(patches, grid, patch_size=self.config.patch_size)

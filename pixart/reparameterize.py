@@ -5,10 +5,10 @@
 from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pixart.dit import DiT, DiTBlock
-from pixart.layers import AdaLN
 from pixart.model import PixArt, PixArtConfig
 
 
@@ -45,19 +45,21 @@ def _single_modulation(dit: DiT, dit_condition: Tensor, condition: Tensor) -> di
     (first, *_), final = _block_modulations(dit), dit.final_modulation
     weights = {f"global_modulation.{part}": value for part, value in first.state_dict().items()}
     for i, layer in enumerate(_block_modulations(dit)):
-        weights[f"blocks.{i}.modulation.embedding"] = (layer(dit_condition) - first(condition))[0]  # [6, D]
-    return weights | {"final_modulation.embedding": (final(dit_condition) - condition[:, None])[0]}
+        difference = layer(F.silu(dit_condition)) - first(F.silu(condition))
+        weights[f"blocks.{i}.modulation.embedding"] = difference.unflatten(-1, (6, -1))[0]  # [6, D]
+    final_vectors = final(F.silu(dit_condition)).unflatten(-1, (2, -1))  # [1, 2, D]
+    return weights | {"final_modulation.embedding": (final_vectors - condition[:, None])[0]}
 
 
 def _own_modulation(dit: DiT, dit_condition: Tensor, condition: Tensor) -> dict[str, Tensor]:
     weights = {key: value for key, value in dit.state_dict().items() if "modulation" in key}
     layers = {f"blocks.{i}.modulation": layer for i, layer in enumerate(_block_modulations(dit))}
     for name, layer in {**layers, "final_modulation": dit.final_modulation}.items():
-        weights[f"{name}.bias"] = layer.bias + (layer(dit_condition) - layer(condition)).flatten()
+        weights[f"{name}.bias"] = layer.bias + (layer(F.silu(dit_condition)) - layer(F.silu(condition))).flatten()
     return weights
 
 
-def _block_modulations(dit: DiT) -> list[AdaLN]:
+def _block_modulations(dit: DiT) -> list[nn.Linear]:
     return [cast("DiTBlock", block).modulation for block in dit.blocks]
 
 
