@@ -131,7 +131,7 @@ def test_the_pages_micro_batches_share_the_batch_and_fit(stage: int, phase: str 
         override = f"training.gradient_accumulation_steps={accumulation}"
         settings = stage_training(load_recipe(PAPER, [override], stage=stage, phase=phase), stage)
         require_even_batches(settings, num_ranks)
-        assert (settings.global_batch_size, settings.checkpoint_activations) == (int(batch), is_recomputed)
+        assert (settings.global_batch_size, settings.keep_activations == "inputs") == (int(batch), is_recomputed)
         micro_batches.append(int(batch) // (num_ranks * int(accumulation)))
         # Twice as many have room, too.
         weights = rank_bytes(settings, 675_000_000 if stage == 1 else 611_000_000, num_ranks=num_ranks)

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ray_nodes import free_port
+
+from training.config import StageTraining
+from training.loop.compilation import is_compiled, require_compilable
 
 SCRIPT = """
 import json, sys, torch
@@ -17,13 +21,12 @@ from training.config import StageTraining
 from training.loop.zero import ZeroModel, initialize_ranks
 initialize_ranks()
 
-def losses(is_compiled, checkpoint_activations):
+def losses(is_compiled, kept):
     torch.manual_seed(0)
     network = PixArt(PixArtConfig(num_layers=3, num_heads=2, head_dim=8, caption_channels=8, sample_size=4))
     settings = StageTraining(
-        global_batch_size=4, dtype="fp32", zero_stage=2, compile=is_compiled, learning_rate=1e-3
+        global_batch_size=4, dtype="fp32", zero_stage=2, compile=is_compiled, learning_rate=1e-3, keep_activations=kept
     )
-    network.checkpoint_activations = checkpoint_activations
     names = list(network.state_dict())
     model = ZeroModel(network, settings)
     found = []
@@ -39,11 +42,33 @@ def losses(is_compiled, checkpoint_activations):
     assert list(model.engine.module.state_dict()) == names
     return found
 
-results = [losses(False, False), losses(True, True)]
+results = [losses(False, "all"), losses(True, "products")]
 print(json.dumps({"losses": results, "graphs": counters["stats"]["unique_graphs"],
                   "breaks": sum(counters["graph_break"].values())}))
 torch.distributed.destroy_process_group()
 """
+
+
+def test_zero_3_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_compilable(StageTraining(compile=True, zero_stage=2))
+    with pytest.raises(ValueError, match=r"training\.compile = true does not go with training\.zero_stage = 3"):
+        require_compilable(StageTraining(compile=True, zero_stage=3))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and neither of \['no-such-compiler', 'clang\+\+'\]"):
+        require_compilable(StageTraining(compile=True))
+
+
+def test_by_default_blocks_are_compiled_on_a_gpu_that_has_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_compiled(StageTraining())
+    assert is_compiled(StageTraining(compile=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [is_compiled(StageTraining(zero_stage=stage)) for stage in (0, 1, 2, 3)] == [True, True, True, False]
+    assert not is_compiled(StageTraining(compile=False))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    assert not is_compiled(StageTraining())
+    require_compilable(StageTraining())
 
 
 @pytest.mark.slow

@@ -18,9 +18,9 @@ from processes import kill_tree, process_tree
 from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
 
 from pipelines.command import parse_command
-from training.config import STAGES, StageTraining, stage_training
+from training.config import STAGES, stage_training
 from training.launch.placement import Host, is_slurm_task, on_hosts, read_hostfile
-from training.launch.preflight import require_compilable, require_even_batches
+from training.launch.preflight import require_even_batches
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 # As sshd does it: a session of its own, stdin and stdout of the connection, only the command as text.
@@ -322,13 +322,3 @@ def test_make_passes_the_hostfile_on() -> None:
     typed = ["make", "--dry-run", "train", "STAGE=2", "HOSTFILE=my hosts", "REMOTE_SHELL=ssh -p 2222"]
     said = subprocess.run(typed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert '--set "training.hostfile=$HOSTFILE"' in said and '--set "training.remote_shell=$REMOTE_SHELL"' in said
-
-
-def test_zero_3_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_compilable(StageTraining(compile=True, zero_stage=2))
-    with pytest.raises(ValueError, match=r"training\.compile = true does not go with training\.zero_stage = 3"):
-        require_compilable(StageTraining(compile=True, zero_stage=3))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and neither of \['no-such-compiler', 'clang\+\+'\]"):
-        require_compilable(StageTraining(compile=True))

@@ -209,7 +209,7 @@ def test_the_ablation_of_figure_6_trains_from_stage_1(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("[model]", '[model]\nadaln = "per-block"'))
     train(run, 1, num_steps=3, num_processes=1)
-    train(run, 2, num_steps=3, num_processes=2, zero_stage=3, checkpoint_activations=True)
+    train(run, 2, num_steps=3, num_processes=2, zero_stage=3, keep_activations="inputs")
     model = load_diffusers(run / "training" / "stage2" / "step-3" / "model")
     assert isinstance(model, PixArt) and model.config.adaln == "per-block"
     assert all(block.modulation.weight.abs().max() > 0 for block in model.blocks)

@@ -99,3 +99,11 @@ def test_a_huge_gradient_moves_weights_as_one_of_the_clipped_norm_does(
 ) -> None:
     tolerance = 1e-5 if results["dtype"]["name"] == "fp32" else 1e-2
     assert results[stage]["clipped_from_scaled"] < tolerance * results[stage]["move"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_the_backward_pass_keeps_changes_no_weight(results: dict[str, dict[str, Any]], stage: str) -> None:
+    """DeepSpeed's own linear function of ZeRO 3 would make selective checkpointing wrong without a word."""
+    assert results[stage]["recomputing_changes_nothing"]
+    assert results[stage]["leaves_torch_alone"]

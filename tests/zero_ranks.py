@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import Diffusion
-from training.config import StageTraining
+from training.config import KeepActivations, StageTraining
 from training.loop.ema import EMA
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
@@ -24,6 +24,7 @@ from training.stages.checkpoint import open_checkpoint
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 GLOBAL_BATCH = 8
 EMA_DECAY = 0.9
+LINEAR = torch.nn.functional.linear
 Weights = dict[str, Tensor]  # by name; gathered ones only on rank 0, elsewhere empty
 
 
@@ -80,6 +81,14 @@ def norm_of_repeats(settings: StageTraining, num_repeats: int) -> float:
         loss = mean_loss(model, batch_of(0), slice(dist.get_rank(), None, dist.get_world_size()))
         model.backward(loss, is_last=i + 1 == num_repeats)
     return model.update(settings.learning_rate).gradient_norm
+
+
+def masters_keeping(settings: StageTraining, kept: KeepActivations) -> Weights:
+    """Train two steps, of which the backward pass is left so many activations."""
+    model = new_model(settings.model_copy(update={"keep_activations": kept}))
+    for step in range(2):
+        train_step(*model, step)
+    return model[0].gather_masters()
 
 
 def is_same(ours: Weights, theirs: Weights) -> bool:
@@ -152,7 +161,10 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     same_after_skip = is_same(unmoved, resumed.gather_masters())
     accumulating = new_model(settings.model_copy(update={"gradient_accumulation_steps": 2}))
     accumulated = [train_step(*accumulating, step) for step in range(2)]
+    kept = [masters_keeping(settings, kept) for kept in ("all", "products", "inputs")]
     return {
+        "recomputing_changes_nothing": is_same(kept[0], kept[1]) and is_same(kept[0], kept[2]),
+        "leaves_torch_alone": torch.nn.functional.linear is LINEAR,
         **averaged,
         **try_clipping(settings, steps[0]["norm"]),
         "losses": [step["loss"] for step in steps],

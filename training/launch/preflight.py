@@ -3,7 +3,6 @@
 The launcher knows the data; weights are counted where torch is loaded anyway, in the ranks or for `--plan`.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from training.data.cache import remote_size
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.survey import Survey, load_survey, make_survey, save_survey, survey_shards
+from training.loop.compilation import is_compiled, require_compilable
 from training.stages.stage import SURVEY, TrainingJob
 
 GIGABYTE = 1e9
@@ -56,21 +56,6 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
         raise ValueError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
             f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
-        )
-
-
-def require_compilable(settings: StageTraining) -> None:
-    """Refuse to compile what ZeRO 3 takes apart, and where there is no compiler."""
-    compilers = [os.environ.get("CXX") or "g++", "clang++"]
-    if settings.compile and not any(map(shutil.which, compilers)):
-        raise ValueError(
-            f"training.compile = true needs a C++ compiler, and neither of {compilers} is here; "
-            "install g++, set CXX, or training.compile = false"
-        )
-    if settings.compile and settings.zero_stage == 3:
-        raise ValueError(
-            "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
-            "choose ZeRO 0, 1 or 2, or training.compile = false"
         )
 
 
@@ -127,7 +112,7 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
     threads = settings.threads_per_process or "a share of the"
-    compiled = ", compiled blocks" if settings.compile else ""
+    compiled = ", compiled blocks" if is_compiled(settings) else ""
     _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}{compiled}, {threads} CPU threads a rank")
     _print("identity", f"{job.fingerprint.digest[:12]}, of settings and features that decide the result")
     if job.resume is not None:

@@ -27,13 +27,13 @@ from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.launch.preflight import (
     print_weights,
-    require_compilable,
     require_disk,
     require_even_batches,
     require_memory,
 )
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
 from training.loop.clock import Clock
+from training.loop.compilation import require_compilable
 from training.loop.ema import EMA
 from training.loop.flops import StepFlops, device_peak_teraflops
 from training.loop.health import SkipCounter
@@ -69,8 +69,8 @@ def main() -> None:
         raise ValueError(
             f"the GPU's memory does not suffice: {str(error).splitlines()[0]} Raise "
             f"training.gradient_accumulation_steps {settings.gradient_accumulation_steps} (smaller micro-batches) or "
-            f"training.zero_stage {settings.zero_stage}, or set training.checkpoint_activations = true "
-            f"(it is {str(settings.checkpoint_activations).lower()})"
+            f'training.zero_stage {settings.zero_stage}, or set training.keep_activations = "products" or '
+            f'"inputs" (it is {settings.keep_activations!r})'
         ) from error
     except RuntimeError as error:
         if is_lost_contact(error):
@@ -95,7 +95,6 @@ def run_rank(job: TrainingJob, stop: threading.Event) -> None:
     survey = shared_survey(job)
     config = network_config(job, survey)
     network = starting_network(job, config)
-    network.checkpoint_activations = settings.checkpoint_activations
     num_parameters, is_first = count_parameters(network), dist.get_rank() == 0
     if is_first:
         print_weights(job, parameter_counts=parameter_counts(config), num_ranks=dist.get_world_size())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from training.config import StageTraining
 from training.launch.placement import is_slurm_task
+from training.loop.compilation import is_compiled
+from training.loop.memory import keep_activations
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -37,7 +39,9 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
-        "zero_optimization": {"stage": settings.zero_stage},
+        # Else ZeRO 3 replaces torch's linear function for the whole process by one that writes into what selective
+        # checkpointing has kept: wrong gradients, without a word.
+        "zero_optimization": {"stage": settings.zero_stage, "memory_efficient_linear": False},
         "checkpoint": {"load_universal": loads_universal},
         "bf16": {"enabled": settings.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32 else None},
@@ -60,6 +64,7 @@ class ZeroModel:
     def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
         deepspeed = _import_deepspeed()
         self.settings = settings
+        keep_activations(model, settings.keep_activations)
         starting_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._names = list(starting_weights)
         optimizer = torch.optim.AdamW(
@@ -81,7 +86,7 @@ class ZeroModel:
             # gradient, which decays them and which Adam's bias correction would count.
             getattr(self.engine.optimizer, "optimizer", self.engine.optimizer).state.clear()
             self.scatter_masters(starting_weights)
-        if settings.compile:
+        if is_compiled(settings):
             # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
             for block in model.get_submodule("blocks").children():
                 block.compile()

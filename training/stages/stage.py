@@ -24,7 +24,7 @@ FREE_SETTINGS = {
     "compile",
     "threads_per_process",
     "gradient_accumulation_steps",
-    "checkpoint_activations",
+    "keep_activations",
     "validate_every",
     "num_validation_samples",
     "prefetch_batches",

@@ -1,0 +1,39 @@
+"""Whether blocks are compiled with torch.compile."""
+
+import os
+import shutil
+
+from training.config import StageTraining
+
+
+def is_compiled(settings: StageTraining) -> bool:
+    """Whether this rank compiles its blocks; "auto" does where there are CUDA and a C++ compiler, and not ZeRO 3."""
+    if settings.compile != "auto":
+        return settings.compile
+    import torch
+
+    return settings.zero_stage < 3 and torch.cuda.is_available() and _has_compiler()
+
+
+def require_compilable(settings: StageTraining) -> None:
+    """Refuse to compile what ZeRO 3 takes apart, and where there is no compiler, if the recipe insists on it."""
+    if settings.compile is not True:
+        return
+    if not _has_compiler():
+        raise ValueError(
+            f"training.compile = true needs a C++ compiler, and neither of {_compilers()} is here; "
+            "install g++, set CXX, or training.compile = false"
+        )
+    if settings.zero_stage == 3:
+        raise ValueError(
+            "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
+            "choose ZeRO 0, 1 or 2, or training.compile = false"
+        )
+
+
+def _compilers() -> list[str]:
+    return [os.environ.get("CXX") or "g++", "clang++"]
+
+
+def _has_compiler() -> bool:
+    return any(map(shutil.which, _compilers()))
