@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks.sample import random_model
 from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArtConfig
-from pixart.processes.ddpm import Diffusion
+from pixart.processes.ddpm import DDPM
 from training.loop.flops import StepFlops, device_peak_teraflops
 
 RESULT = Path(__file__).parent / "results" / "train.json"
@@ -122,7 +122,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.model = model
         self.call: Callable[..., Any] = torch.compile(model) if case.is_compiled else model
-        self.diffusion = Diffusion(device=device)
+        self.process = DDPM(device=device)
         self.lengths = caption_lengths(case)
         generator = torch.Generator().manual_seed(2)
         latent = (case.batch_size, 4, case.pixels // 8, case.pixels // 8)
@@ -136,7 +136,7 @@ class Step:
 
     def __call__(self) -> float:
         """Train on the batch once; returns its loss."""
-        noisy = self.diffusion.q_sample(self.latents, self.noise, self.timesteps).to(torch.bfloat16)
+        noisy = self.process.noisy(self.latents, self.noise, self.timesteps).to(torch.bfloat16)
         if self.side == "ours":
             output = self.call(noisy, self.timesteps, self.text, self.mask)
         else:
@@ -147,7 +147,7 @@ class Step:
                 encoder_attention_mask=self.mask,
                 added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             ).sample
-        loss = self.diffusion.loss(output, self.noise, self.timesteps).total.mean()
+        loss = self.process.loss(output, self.latents, self.noise, self.timesteps).total.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimizer.step()

@@ -179,7 +179,7 @@ def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
         {
             "version": SAMPLING_VERSION,
             "checkpoint": trained.identity,
-            "schedule": trained.schedule,
+            "schedule": trained.process["schedule"],
             "vae": {**trained.vae, "model": vae.identity},
             **fields,
         }

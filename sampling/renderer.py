@@ -13,7 +13,7 @@ from features.encoders import LatentCodec, select_device
 from pipelines.store.manifest import require_same
 from pixart.dit import DiT
 from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
-from pixart.drawing.solvers import make_solver
+from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 from sampling.text_encoding import text_id
@@ -57,10 +57,10 @@ class Renderer:
         height, width = requests[0].height, requests[0].width
         shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
         generators = make_generators([request.seed for request in requests])
-        solver = make_solver(self.config.solver, self.trained.schedule, num_steps=self.config.num_steps)
+        scheduler = process_of(self.trained.process).scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         predict = self._predict(requests, texts)
-        latents = denoise(predict, noise, solver, generators=generators, on_step=on_step)
+        latents = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
         latents = latents / self.codec.scaling_factor + self.codec.shift_factor
         num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
         return [image for part in latents.split(num_at_once) for image in self.codec.decode(part)]

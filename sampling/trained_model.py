@@ -11,6 +11,7 @@ from encoders.models import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.files import sha256_file
+from pixart.processes.specs import ddpm_spec, spec_of_scheduler, spec_of_trainer
 from sampling.config import EncoderConfig, SamplingConfig, encoder_config
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 PARTS = ("transformer", "vae", "text_encoder")
 # of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
-DEFAULT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class TrainedModel:
         text: model, revision and max_tokens of its text encoder, tokenizer where that has a folder of its own; None for
             a DiT.
         vae: model and revision; scaling_factor and shift_factor where the training recorded them.
-        schedule: of the diffusion it was trained with, as diffusers' schedulers name it.
+        process: spec of the process it was trained with.
         original_config: shape of an original file, which does not hold it.
     """
 
@@ -56,7 +56,7 @@ class TrainedModel:
     buckets: tuple[tuple[int, int], ...]
     text: dict[str, Any] | None
     vae: dict[str, Any]
-    schedule: dict[str, Any]
+    process: dict[str, Any]
     original_config: PixArtConfig | DiTConfig | None = None
 
     def load(self) -> PixArt | DiT:
@@ -108,7 +108,7 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
         buckets=_trained_sizes(trainer["resolution"], trainer["buckets"]),
         text=trainer["text"],
         vae=trainer["vae"],
-        schedule=trainer["schedule"],
+        process=spec_of_trainer(trainer),
     )
 
 
@@ -117,7 +117,7 @@ def open_trained_model(
 ) -> TrainedModel:
     """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, or an original .pth or .pt.
 
-    A pipeline's folder brings its text encoder, tokenizer, VAE and noise schedule; what is missing is `encoders`.
+    A pipeline's folder brings its text encoder, tokenizer, VAE and process; what is missing is `encoders`.
     `resolution` in pixels is for an original file that holds no positions.
 
     Raises:
@@ -184,21 +184,21 @@ def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel
         parts["text"]["max_tokens"] = PIPELINE_TOKENS[index["_class_name"]]
     if has_vae:
         parts["vae"] = {"model": str(folder / "vae"), "revision": None}
-    return _open_transformer(folder / "transformer", **parts, schedule=_read_schedule(folder / "scheduler"))
+    return _open_transformer(folder / "transformer", **parts, process=_read_process(folder / "scheduler"))
 
 
-def _read_schedule(folder: Path) -> dict[str, Any]:
+def _read_process(folder: Path) -> dict[str, Any] | None:
     path = folder / "scheduler_config.json"
     if not path.is_file():
-        return DEFAULT_SCHEDULE
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{path}: prediction_type {stored['prediction_type']}, only epsilon is supported")
-    return {name: stored.get(name, value) for name, value in DEFAULT_SCHEDULE.items()}
+        return None
+    try:
+        return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _open_transformer(
-    folder: Path, *, text: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any] = DEFAULT_SCHEDULE
+    folder: Path, *, text: dict[str, Any], vae: dict[str, Any], process: dict[str, Any] | None = None
 ) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
@@ -217,7 +217,7 @@ def _open_transformer(
         buckets=_folder_sizes(resolution, kind),
         text=text if kind == "pixart" else None,
         vae=vae,
-        schedule=schedule,
+        process=process or ddpm_spec(),
     )
 
 
@@ -247,7 +247,7 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         buckets=_folder_sizes(config.sample_size * VAE_FACTOR, kind),
         text=parts["text"] if kind == "pixart" else None,
         vae=parts["vae"],
-        schedule=DEFAULT_SCHEDULE,
+        process=ddpm_spec(),
         original_config=config,
     )
 

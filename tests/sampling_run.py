@@ -9,9 +9,9 @@ from tiny_encoders import save_codec, save_text_encoder
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.specs import ddpm_spec
 
 MAX_TOKENS = 40
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 DIT = DiTConfig(num_layers=2, num_heads=2, head_dim=12, num_classes=5, sample_size=4)
 PIXART = PixArtConfig(num_layers=2, num_heads=2, head_dim=12, caption_channels=32, sample_size=4)
 PROMPTS = [
@@ -45,7 +45,7 @@ def save_checkpoint(
         "buckets": list(buckets),
         "vae": {"model": str(run / "vae"), "revision": None, "scaling_factor": 0.45, "shift_factor": 0.0},
         "text": None if is_dit else text,
-        "schedule": SCHEDULE,
+        "process": ddpm_spec(),
     }
     (folder / "trainer.json").write_text(json.dumps(trainer))
     (folder.parent / "latest").write_text(folder.name)

@@ -22,7 +22,7 @@ TRAINED = TrainedModel(
     buckets=((32, 128), (48, 96), (64, 64), (96, 48)),
     text=None,
     vae={},
-    schedule={},
+    process={},
 )
 
 

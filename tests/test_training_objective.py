@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixart.processes.ddpm import Diffusion, DiffusionLoss
+from pixart.processes.ddpm import DDPM
+from pixart.processes.process import ProcessLoss
+from pixart.processes.specs import DDPM_SCHEDULE as SCHEDULE
 from training.data.batch import Batch
-from training.objectives.denoise import SCHEDULE, Denoising
+from training.objectives.denoise import Denoising
 
 NULL_LABEL = 10
 SCALE, SHIFT = 0.25, 0.5
@@ -57,14 +59,13 @@ def make_batch(*, has_text: bool) -> Batch:
     )
 
 
-def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, DiffusionLoss]:
+def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, ProcessLoss]:
     objective = Denoising(
-        diffusion=Diffusion(),
+        process=DDPM(),
         scaling_factor=SCALE,
         shift_factor=SHIFT,
         null_label=NULL_LABEL if batch.text is None else None,
         dtype=dtype,
-        min_snr_gamma=None,
     )
     model = Recorder(dtype)
     return model, replace(objective, **settings).loss(model, batch)
@@ -113,11 +114,12 @@ def test_text_and_its_mask_reach_the_model(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("has_text", [False, True], ids=["labels", "text"])
 def test_the_loss_of_each_sample_is_that_of_the_added_noise(has_text: bool, gamma: float | None) -> None:
     batch = make_batch(has_text=has_text)
-    model, actual = denoise(batch, torch.bfloat16, min_snr_gamma=gamma)
-    expected = Diffusion().loss(model.output, batch.noise, TIMESTEPS, min_snr_gamma=gamma)
-    for name in ("total", "mse", "vlb"):
-        ours, theirs = getattr(actual, name), getattr(expected, name)
+    model, actual = denoise(batch, torch.bfloat16, process=DDPM(min_snr_gamma=gamma))
+    expected = DDPM(min_snr_gamma=gamma).loss(model.output, batch.mean, batch.noise, TIMESTEPS)
+    assert actual.parts.keys() == {"mse", "vlb"}
+    pairs = [(actual.parts[name], expected.parts[name]) for name in actual.parts]
+    for ours, theirs in [(actual.total, expected.total), *pairs]:
         assert ours.shape == (len(DRAWS),) and ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs)
     by_hand = (model.output[:, :4].double() - batch.noise).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(actual.mse.double(), by_hand, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual.parts["mse"].double(), by_hand, rtol=1e-5, atol=0)

@@ -17,6 +17,7 @@ from training_run import all_metrics, finish, make_run, metrics, start, train, v
 from pipelines.store.families import latent_directory
 from pixart.convert import load_diffusers
 from pixart.model import PixArt
+from pixart.processes.specs import ddpm_spec
 
 NUM_STEPS = 200
 TIMINGS = {
@@ -150,7 +151,7 @@ def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
     assert trainer["buckets"] == ["32x32"]
     assert trainer["vae"]["scaling_factor"] == 0.5
     assert trainer["text"]["max_tokens"] == 12
-    assert trainer["schedule"]["beta_schedule"] == "linear"
+    assert trainer["process"] == ddpm_spec()
     model = load_diffusers(folder / "model")
     assert isinstance(model, PixArt)
     assert model.config.sample_size == 4

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from training_run import REPOSITORY, arguments, make_run, write_text
@@ -218,7 +218,7 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
 class Losses:
     sums = (1.0, 2.0, *[0.0] * 8)
     counts = (1.0, 3.0, *[0.0] * 8)
-    squared_error = 2.0
+    parts: ClassVar = {"mse": 2.0, "vlb": 1.0}
 
 
 def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
@@ -255,8 +255,21 @@ def test_a_loss_window_goes_through_a_checkpoint() -> None:
     assert num_steps == 2
     assert losses["loss"] == pytest.approx(6 / 8)
     assert losses["mse"] == pytest.approx(4 / 8)
+    assert losses["vlb"] == pytest.approx(2 / 8)
     assert losses["loss_by_timestep"] == pytest.approx([1.0, 2 / 3, *[None] * 8])
     assert window.state == LossWindow().state
+
+
+def test_a_loss_window_of_an_earlier_checkpoint_keeps_what_it_had() -> None:
+    window = LossWindow()
+    window.add(Losses())  # pyright: ignore[reportArgumentType]
+    earlier = {name: value for name, value in window.state.items() if name != "parts"} | {"squared_error": 2.0}
+    window = LossWindow(earlier)
+    window.add(Losses())  # pyright: ignore[reportArgumentType]
+    losses, _ = window.flush()
+    assert losses["mse"] == pytest.approx(4 / 8) and "vlb" not in losses
+    window.add(Losses())  # pyright: ignore[reportArgumentType]
+    assert window.flush()[0]["vlb"] == pytest.approx(1 / 4)
 
 
 def test_costs_and_memory_follow_their_formulas() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pixart.model import PixArt, PixArtConfig
-from pixart.processes.ddpm import Diffusion
+from pixart.processes.ddpm import DDPM
 from training.config import KeepActivations, StageTraining
 from training.loop.ema import EMA
 from training.loop.state import load_checkpoint, save_checkpoint
@@ -50,10 +50,10 @@ def batch_of(step: int) -> list[Tensor]:
 
 def mean_loss(model: ZeroModel, batch: list[Tensor], mine: slice) -> Tensor:
     latents, noise, text, timesteps = (values[mine] for values in batch)
-    diffusion = Diffusion()
-    noisy = diffusion.q_sample(latents, noise, timesteps).to(model.dtype)
+    process = DDPM()
+    noisy = process.noisy(latents, noise, timesteps).to(model.dtype)
     output = model.engine(noisy, timesteps, text.to(model.dtype))
-    return diffusion.loss(output, noise, timesteps).total.mean()
+    return process.loss(output, latents, noise, timesteps).total.mean()
 
 
 def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> dict[str, float]:

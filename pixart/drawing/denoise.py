@@ -3,16 +3,16 @@
 # B images, L text tokens, C latent channels, h x w latent size
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pixart.dit import DiT
-from pixart.drawing.solvers import Solver
 from pixart.model import PixArt
 
-# noisy latents [B, C, h, w] and a timestep [] to noise and variance [B, 2C, h, w], both fp32
+# noisy latents [B, C, h, w] and a time [] to what the network says of them [B, C or 2C, h, w], both fp32
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,7 +29,7 @@ def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int
 def predict_from_text(
     model: PixArt, texts: Sequence[Tensor], null_text: Tensor, *, guidance_scale: float, size_pixels: tuple[int, int]
 ) -> Predict:
-    """Return the noise prediction for text embeddings [num_tokens, d_text], guided away from `null_text`.
+    """Return the prediction for text embeddings [num_tokens, d_text], guided away from `null_text`.
 
     With a guidance scale of 1 the null text is left out. `size_pixels` (height, width) goes to models that are
     conditioned on it.
@@ -53,7 +53,7 @@ def predict_from_text(
 
 
 def predict_from_labels(model: DiT, labels: Sequence[int], *, guidance_scale: float) -> Predict:
-    """Return the noise prediction for class labels, guided away from the null class."""
+    """Return the prediction for class labels, guided away from the null class."""
     weight = model.final.weight
     is_guided = guidance_scale != 1
     rows = [model.null_label] * len(labels) + list(labels) if is_guided else list(labels)
@@ -66,13 +66,18 @@ def predict_from_labels(model: DiT, labels: Sequence[int], *, guidance_scale: fl
 
 
 def _guided(predict: Predict, scale: float) -> Predict:
-    """Classifier-free guidance (Ho & Salimans 2022): the first half of the conditions is null, the second is not."""
+    """Classifier-free guidance (Ho & Salimans 2022): the first half of the conditions is null, the second is not.
+
+    It leads noise or velocity, of which there are as many channels as of latents; a variance beside them is the
+    conditional one.
+    """
 
     def guided(latents: Tensor, timestep: Tensor) -> Tensor:
         output = predict(torch.cat([latents, latents]), timestep)
         null, conditional = output.chunk(2)
-        null_noise, (noise, variance) = null.chunk(2, dim=1)[0], conditional.chunk(2, dim=1)
-        return torch.cat([null_noise + scale * (noise - null_noise), variance], dim=1)
+        channels = latents.shape[1]
+        null, led, variance = null[:, :channels], conditional[:, :channels], conditional[:, channels:]
+        return torch.cat([null + scale * (led - null), variance], dim=1)
 
     return guided
 
@@ -81,29 +86,30 @@ def _guided(predict: Predict, scale: float) -> Predict:
 def denoise(
     predict: Predict,
     noise: Tensor,
-    solver: Solver,
+    scheduler: Any,
     *,
     generators: list[torch.Generator],
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run the solver from `noise` [B, C, h, w] to clean latents [B, C, h, w], fp32.
+    """Run a process' `scheduler` from `noise` [B, C, h, w] to clean latents [B, C, h, w], fp32.
 
-    `generators` feed the solvers that add noise on the way; `on_step` is told how many steps are done.
+    `generators` feed the solvers that add noise on the way; `on_step` is told how many passes of the network are done.
 
     Raises:
         ValueError: the latents are not finite.
     """
     latents = noise.float()
-    for num_done, timestep in enumerate(solver.scheduler.timesteps, 1):
-        output = predict(latents, timestep.to(latents.device))  # [B, 2C, h, w]
-        if not solver.has_learned_variance:
-            output = output.chunk(2, dim=1)[0]
-        latents = solver.scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
+    reads_variance = scheduler.config.get("variance_type") == "learned_range"
+    for num_done, timestep in enumerate(scheduler.timesteps, 1):
+        output = predict(latents, timestep.to(latents.device))  # [B, C or 2C, h, w]
+        if not reads_variance:
+            output = output[:, : latents.shape[1]]
+        latents = scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
         if on_step is not None:
             on_step(num_done)
     if not latents.isfinite().all():
         raise ValueError(
-            f"the model gave latents that are not finite (sampling.num_steps {len(solver.scheduler.timesteps)}): its "
+            f"the model gave latents that are not finite (sampling.num_steps {scheduler.num_inference_steps}): its "
             "weights or sampling.dtype are at fault"
         )
     return latents

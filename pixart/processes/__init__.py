@@ -1,1 +1,1 @@
-"""What noise does to latents, what the network predicts, and its loss."""
+"""What noise does to latents, what the network predicts, its loss and its schedule."""

@@ -1,4 +1,4 @@
-"""The diffusion process PixArt trains on: linear schedule, noise prediction, learned variance, hybrid loss.
+"""The process PixArt trains on: noise in discrete timesteps, noise prediction, learned variance, hybrid loss.
 
 DDPM is Ho et al. 2020, IDDPM is Nichol & Dhariwal 2021, min-SNR is Hang et al. 2023.
 """
@@ -6,36 +6,36 @@ DDPM is Ho et al. 2020, IDDPM is Nichol & Dhariwal 2021, min-SNR is Hang et al. 
 # B batch, C latent channels, h x w latent size, T number of timesteps
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pixart.processes.process import ProcessLoss
+from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, require_solver
+
 NATS_PER_BIT = math.log(2.0)
 EIGHT_BIT_STEP = 2 / 255  # one of 256 levels when values span [-1, 1]
+# zero to fp32; at zero itself SA-Solver's coefficients are not finite
+LAST_SIGMA = 1e-8
 
 
-@dataclass(frozen=True)
-class DiffusionLoss:
-    """Losses of each sample, fp32 [B]: `total` is what to minimise, `mse` of the noise, `vlb` in bits per value."""
+class DDPM:
+    """Forward process q and training loss for T discrete timesteps 0 ... T-1, all in fp32.
 
-    total: Tensor
-    mse: Tensor
-    vlb: Tensor
-
-
-class Diffusion:
-    """Forward process q and training loss for T discrete timesteps 0 ... T-1, all in fp32."""
+    `schedule` is in the words of diffusers' schedulers. `min_snr_gamma` caps the squared error's weight at high
+    signal-to-noise ratio (min-SNR, 5 is usual).
+    """
 
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
+        schedule: Mapping[str, Any] = DDPM_SCHEDULE,
         *,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
+        min_snr_gamma: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+        betas = _betas(schedule)
         alphas_cumprod = (1 - betas).cumprod(0)
         previous_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         posterior = betas * (1 - previous_cumprod) / (1 - alphas_cumprod)  # DDPM eq. 7
@@ -45,7 +45,9 @@ class Diffusion:
         def table(values: Tensor) -> Tensor:
             return values.float().to(device)
 
-        self.num_train_timesteps = num_train_timesteps
+        self.schedule = dict(schedule)
+        self.min_snr_gamma = min_snr_gamma
+        self.num_times = len(betas)
         self.alphas_cumprod = table(alphas_cumprod)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
         self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
@@ -54,58 +56,126 @@ class Diffusion:
         # d mean / d noise in the reverse step, DDPM eq. 11
         self.mean_per_noise = table(betas / ((1 - betas) * (1 - alphas_cumprod)).sqrt())
 
-    def q_sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents at `timesteps` [B], fp32 [B, C, h, w] (DDPM eq. 4)."""
-        signal = _per_sample(self.sqrt_alphas_cumprod, timesteps)
-        spread = _per_sample(self.sqrt_one_minus_alphas_cumprod, timesteps)
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All that makes this process again, as JSON."""
+        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma)
+
+    def out_channels(self, channels: int) -> int:
+        """Channels of the output: those of the noise, and as many of the variance."""
+        return 2 * channels
+
+    def times(self, draws: Tensor) -> Tensor:
+        """Timesteps int64 [B], each as likely as any other, from uniform `draws` [B]."""
+        return (draws * self.num_times).long()
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Noisy latents at timesteps `times` [B], fp32 [B, C, h, w] (DDPM eq. 4)."""
+        signal = _per_sample(self.sqrt_alphas_cumprod, times)
+        spread = _per_sample(self.sqrt_one_minus_alphas_cumprod, times)
         return signal * latents.float() + spread * noise.float()
 
-    def log_variance(self, variance_output: Tensor, timesteps: Tensor) -> Tensor:
+    def clean(self, output: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+        """Estimate of the latents [B, C, h, w] without noise, fp32 (DDPM eq. 4, solved for x_0)."""
+        spread = _per_sample(self.sqrt_one_minus_alphas_cumprod, times) * self.noise(output, noisy, times)
+        return (noisy.float() - spread) / _per_sample(self.sqrt_alphas_cumprod, times)
+
+    def noise(self, output: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+        """Estimate of the noise [B, C, h, w], fp32: the output's first half."""
+        return output[:, : noisy.shape[1]].float()
+
+    def log_variance(self, variance_output: Tensor, times: Tensor) -> Tensor:
         """Log variance of the reverse step, between its two bounds as the model says (IDDPM eq. 15).
 
         `variance_output` [B, C, h, w] is -1 at the lower bound (the posterior's variance) and 1 at the upper (beta).
         """
         fraction = (variance_output.float() + 1) / 2
-        upper = _per_sample(self.log_betas, timesteps)
-        lower = _per_sample(self.log_posterior_variances, timesteps)
+        upper = _per_sample(self.log_betas, times)
+        lower = _per_sample(self.log_posterior_variances, times)
         return fraction * upper + (1 - fraction) * lower
 
-    def loss(
-        self, output: Tensor, noise: Tensor, timesteps: Tensor, *, min_snr_gamma: float | None = None
-    ) -> DiffusionLoss:
+    def loss(self, output: Tensor, latents: Tensor, noise: Tensor, times: Tensor) -> ProcessLoss:
         """Hybrid loss of a model's output [B, 2C, h, w] for `noise` [B, C, h, w] (IDDPM eq. 16).
 
-        The noise learns from its squared error alone, the variance from the variational bound alone. The bound of
-        one timestep is weighted T/1000: IDDPM's lambda = 0.001 times the T terms one of them stands for.
-        `min_snr_gamma` caps the squared error's weight at high signal-to-noise ratio (min-SNR, 5 is usual).
+        Its parts are `mse` of the noise and `vlb`, the variational bound in bits per value. The noise learns from its
+        squared error alone, the variance from the bound alone. The bound of one timestep is weighted T/1000: IDDPM's
+        lambda = 0.001 times the T terms one of them stands for. `latents` do not matter once the noise is known.
         """
         noise_output, variance_output = output.float().chunk(2, dim=1)
         noise_error = noise_output - noise.float()
         mse = noise_error.square().flatten(1).mean(1)
-        vlb = self.vlb_term(noise_error.detach(), variance_output, timesteps)
+        vlb = self.vlb_term(noise_error.detach(), variance_output, times)
         weight = 1.0
-        if min_snr_gamma is not None:
-            snr = self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
-            weight = snr.clamp(max=min_snr_gamma) / snr
-        return DiffusionLoss(weight * mse + self.num_train_timesteps / 1000 * vlb, mse, vlb)
+        if self.min_snr_gamma is not None:
+            snr = self.alphas_cumprod[times] / (1 - self.alphas_cumprod[times])
+            weight = snr.clamp(max=self.min_snr_gamma) / snr
+        return ProcessLoss(weight * mse + self.num_times / 1000 * vlb, {"mse": mse, "vlb": vlb})
 
-    def vlb_term(self, noise_error: Tensor, variance_output: Tensor, timesteps: Tensor) -> Tensor:
+    def vlb_term(self, noise_error: Tensor, variance_output: Tensor, times: Tensor) -> Tensor:
         """Term of the variational bound at each sample's timestep, bits per value [B] (IDDPM eq. 4-6).
 
         For t > 0 KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), whose means differ by a multiple of the noise's error.
-        For t = 0 the negative log likelihood of x_0; latents are continuous and not confined to [-1, 1], so the
-        density times an 8-bit step takes the place of IDDPM's 256 clipped bins (equal wherever those apply).
+        For t = 0 the negative log likelihood of x_0: the density times an 8-bit step, where IDDPM integrates the
+        density over 256 bins of which the outer two are open. The two differ: latents are continuous, lie outside
+        [-1, 1], too, and their deviation at t = 0, sqrt(beta_0) = 0.01, is little more than a bin.
         """
-        log_variance = self.log_variance(variance_output, timesteps)
-        squared_distance = (_per_sample(self.mean_per_noise, timesteps) * noise_error).square()
-        log_posterior = _per_sample(self.log_posterior_variances, timesteps)
+        log_variance = self.log_variance(variance_output, times)
+        squared_distance = (_per_sample(self.mean_per_noise, times) * noise_error).square()
+        log_posterior = _per_sample(self.log_posterior_variances, times)
         log_ratio = log_variance - log_posterior
         divergence = 0.5 * (log_ratio + torch.exp(-log_ratio) - 1 + squared_distance * torch.exp(-log_variance))
         surprise = 0.5 * (math.log(2 * math.pi) + log_variance + squared_distance * torch.exp(-log_variance))
         surprise = surprise - math.log(EIGHT_BIT_STEP)
-        is_first = (timesteps == 0)[:, None, None, None]
+        is_first = (times == 0)[:, None, None, None]
         return torch.where(is_first, surprise, divergence).flatten(1).mean(1) / NATS_PER_BIT
 
+    def scheduler(self, solver: str, num_steps: int) -> Any:
+        """Diffusers' scheduler of one of the paper's three sampling algorithms (A.5), its timesteps set.
 
-def _per_sample(table: Tensor, timesteps: Tensor) -> Tensor:
-    return table[timesteps][:, None, None, None]  # [B, 1, 1, 1]
+        "dpm-solver++" is second-order multistep DPM-Solver++ (Lu et al. 2022), "iddpm" the ancestral sampler with
+        learned variance and respaced timesteps (Nichol & Dhariwal 2021), "sa-solver" stochastic Adams (Xue et al.
+        2023).
+
+        Raises:
+            ValueError: the solver is of another process, or takes not so many steps.
+        """
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
+
+        require_solver(self.spec, solver, num_steps=num_steps)
+        match solver:
+            case "iddpm":
+                scheduler = DDPMScheduler(
+                    **self.schedule, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace"
+                )
+            case "sa-solver":
+                scheduler = SASolverScheduler(**self.schedule)
+            case _:
+                scheduler = DPMSolverMultistepScheduler(**self.schedule)
+        scheduler.set_timesteps(num_steps)
+        if solver == "sa-solver":
+            scheduler.sigmas[-1] = LAST_SIGMA  # diffusers leaves in the noise of timestep 0
+        return scheduler
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """What `scheduler/scheduler_config.json` must say for diffusers to draw with DPM-Solver++."""
+        return {"_class_name": "DPMSolverMultistepScheduler", **self.schedule, "prediction_type": "epsilon"}
+
+
+def _betas(schedule: Mapping[str, Any]) -> Tensor:
+    """Variance that each timestep adds, fp64 [T]; schedules other than ours are computed by diffusers, in fp32."""
+    if schedule["beta_schedule"] == "linear":
+        return torch.linspace(
+            schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"], dtype=torch.float64
+        )
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    try:
+        return DDPMScheduler(**schedule).betas.double()
+    except NotImplementedError:
+        raise ValueError(f"process ddpm: beta_schedule {schedule['beta_schedule']} is not known") from None
+
+
+def _per_sample(table: Tensor, times: Tensor) -> Tensor:
+    return table[times][:, None, None, None]  # [B, 1, 1, 1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.engine.progress import get_logger
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
-from pixart.processes.ddpm import Diffusion
+from pixart.processes.ddpm import DDPM
 from toyworld.render import render
 from toyworld.scenes import NUM_CLASSES, Scene, class_label, random_scene
 from toyworld.zoo import vae as zoo_vae
@@ -70,7 +70,7 @@ def train(folder: Path, *, vae_folder: Path) -> None:
     vae = zoo_vae.load(vae_folder)
     means, deviations, labels = encode_scenes(vae, NUM_SCENES, np.random.default_rng(SEED))
     dit = build()
-    diffusion = Diffusion()
+    process = DDPM()
     trainer = Trainer(dit, num_steps=NUM_STEPS, learning_rate=_LEARNING_RATE, average_decay=0.998)
     recent = 0.0
     for step in range(NUM_STEPS):
@@ -78,7 +78,7 @@ def train(folder: Path, *, vae_folder: Path) -> None:
         latents = means[chosen] + deviations[chosen] * torch.randn_like(means[chosen])
         is_dropped = torch.rand(BATCH_SIZE) < _LABEL_DROPOUT
         shown = torch.where(is_dropped, dit.null_label, labels[chosen])
-        loss = _loss(dit, diffusion, latents, shown)
+        loss = _loss(dit, process, latents, shown)
         trainer.step(loss)
         recent = 0.99 * recent + 0.01 * loss.item() if step else loss.item()
         if (step + 1) % 250 == 0:
@@ -87,8 +87,8 @@ def train(folder: Path, *, vae_folder: Path) -> None:
     save_diffusers(averaged.to(torch.float16), folder)
 
 
-def _loss(dit: DiT, diffusion: Diffusion, latents: Tensor, labels: Tensor) -> Tensor:
-    timesteps = torch.randint(diffusion.num_train_timesteps, (len(latents),))
+def _loss(dit: DiT, process: DDPM, latents: Tensor, labels: Tensor) -> Tensor:
+    timesteps = torch.randint(process.num_times, (len(latents),))
     noise = torch.randn_like(latents)
-    output = dit(diffusion.q_sample(latents, noise, timesteps), timesteps, labels)  # [B, 2C, h, w]
-    return diffusion.loss(output, noise, timesteps).total.mean()
+    output = dit(process.noisy(latents, noise, timesteps), timesteps, labels)  # [B, 2C, h, w]
+    return process.loss(output, latents, noise, timesteps).total.mean()

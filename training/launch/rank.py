@@ -21,7 +21,7 @@ from pipelines.engine.progress import progress_bar
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
-from pixart.processes.ddpm import Diffusion
+from pixart.processes.make import process_of
 from training.config import STAGES
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
@@ -43,7 +43,7 @@ from training.loop.metrics import MetricsLog
 from training.loop.state import load_checkpoint, needs_universal
 from training.loop.validation import open_validation
 from training.loop.zero import ZeroModel, initialize_ranks
-from training.objectives.denoise import SCHEDULE, Denoising
+from training.objectives.denoise import Denoising
 from training.stages.checkpoint import Checkpoint
 from training.stages.networks import count_parameters, network_config, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
@@ -168,19 +168,12 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
 
 
 def _objective(job: TrainingJob, network: DiT | PixArt, model: ZeroModel) -> Denoising:
-    diffusion = Diffusion(
-        SCHEDULE["num_train_timesteps"],
-        beta_start=SCHEDULE["beta_start"],
-        beta_end=SCHEDULE["beta_end"],
-        device=model.device,
-    )
     return Denoising(
-        diffusion=diffusion,
+        process=process_of(job.process, device=model.device),
         scaling_factor=job.features.vae["scaling_factor"],
         shift_factor=job.features.vae["shift_factor"],
         null_label=network.null_label if isinstance(network, DiT) else None,
         dtype=model.dtype,
-        min_snr_gamma=job.settings.min_snr_gamma,
     )
 
 
@@ -204,7 +197,7 @@ def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | Pi
         "buckets": survey.buckets,
         "vae": job.features.vae,
         "text": job.features.text_encoder,
-        "schedule": SCHEDULE,
+        "process": job.process,
         "interpolation_scale": network_config.interpolation_scale if is_pixart else 1.0,
     }
 

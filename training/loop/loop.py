@@ -91,7 +91,7 @@ def train(session: Session) -> None:
 def _forward_backward(session: Session) -> StepLosses:
     """Accumulate the gradient of one step over its micro-batches; returns this rank's losses."""
     model, objective = session.model, session.objective
-    losses = StepLosses(objective.diffusion.num_train_timesteps)
+    losses = StepLosses(objective.process.num_times)
     num_micro_batches = session.settings.gradient_accumulation_steps
     for i in range(num_micro_batches):
         with session.clock.waiting():
@@ -100,7 +100,7 @@ def _forward_backward(session: Session) -> StepLosses:
         session.clock.count_flops(session.flops.of_batch(packed))
         loss = objective.loss(model.engine, batch)
         model.backward(loss.total.mean(), is_last=i + 1 == num_micro_batches)
-        losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
+        losses.add(batch, objective.times(batch), loss=loss)
     return losses
 
 

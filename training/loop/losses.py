@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pixart.processes.process import ProcessLoss
 from training.data.batch import Batch
 
 NUM_TIMESTEP_BINS = 10
@@ -17,48 +18,53 @@ NUM_TIMESTEP_BINS = 10
 class StepLosses:
     """Losses of one optimizer step: this rank's samples at first, sums over all ranks after `share`."""
 
-    def __init__(self, num_timesteps: int) -> None:
-        self._num_timesteps = num_timesteps
+    def __init__(self, num_times: int) -> None:
+        self._num_times = num_times
         self._keys: list[str] = []
         self._buckets: list[str] = []
-        self._timesteps: list[Tensor] = []
+        self._times: list[Tensor] = []
         self._totals: list[Tensor] = []
-        self._squared_errors: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = {}
         self.has_non_finite = False
-        self.squared_error = 0.0
+        self.parts: dict[str, float] = {}
         self.sums = [0.0] * NUM_TIMESTEP_BINS
         self.counts = [0.0] * NUM_TIMESTEP_BINS
 
-    def add(self, batch: Batch, timesteps: Tensor, *, total: Tensor, mse: Tensor) -> None:
-        """Add a micro-batch: timesteps, loss and squared error of its samples, each [B]."""
+    def add(self, batch: Batch, times: Tensor, *, loss: ProcessLoss) -> None:
+        """Add a micro-batch: times [B] and losses of its samples."""
         self._keys += batch.keys
         self._buckets += [batch.bucket] * len(batch.keys)
-        self._timesteps.append(timesteps)
-        self._totals.append(total.detach())
-        self._squared_errors.append(mse.detach())
+        self._times.append(times)
+        self._totals.append(loss.total.detach())
+        for name, values in loss.parts.items():
+            self._parts.setdefault(name, []).append(values.detach())
 
     def share(self, *, is_stopping: bool) -> bool:
         """Sum over all ranks; returns whether any rank is to stop. One small exchange per step carries it all."""
-        timesteps, totals = torch.cat(self._timesteps), torch.cat(self._totals).double()
-        bins = timesteps * NUM_TIMESTEP_BINS // self._num_timesteps
-        row = totals.new_zeros(3 + 2 * NUM_TIMESTEP_BINS)
+        times, totals = torch.cat(self._times), torch.cat(self._totals).double()
+        # The last bin holds the largest time of a process whose times are no whole numbers, too.
+        bins = (times * NUM_TIMESTEP_BINS // self._num_times).long().clamp(max=NUM_TIMESTEP_BINS - 1)
+        num_parts, num_bins = len(self._parts), NUM_TIMESTEP_BINS
+        row = totals.new_zeros(2 + num_parts + 2 * num_bins)
         row[0] = is_stopping
         row[1] = totals.isfinite().logical_not().sum()
-        row[2] = torch.cat(self._squared_errors).double().sum()
-        row[3 : 3 + NUM_TIMESTEP_BINS].index_add_(0, bins, totals)
-        row[3 + NUM_TIMESTEP_BINS :].index_add_(0, bins, torch.ones_like(totals))
+        for i, values in enumerate(self._parts.values(), 2):
+            row[i] = torch.cat(values).double().sum()
+        row[-2 * num_bins : -num_bins].index_add_(0, bins, totals)
+        row[-num_bins:].index_add_(0, bins, torch.ones_like(totals))
         dist.all_reduce(row)
-        stopping, num_non_finite, self.squared_error, *rest = row.tolist()
+        stopping, num_non_finite, *rest = row.tolist()
         self.has_non_finite = num_non_finite > 0
-        self.sums, self.counts = rest[:NUM_TIMESTEP_BINS], rest[NUM_TIMESTEP_BINS:]
+        self.parts = dict(zip(self._parts, rest[:num_parts], strict=True))
+        self.sums, self.counts = rest[-2 * num_bins : -num_bins], rest[-num_bins:]
         return stopping > 0
 
     def gather_samples(self) -> list[dict[str, Any]]:
         """Return key, bucket, timestep and loss of all ranks' samples, rank by rank; all ranks must call it."""
-        timesteps, losses = torch.cat(self._timesteps).tolist(), torch.cat(self._totals).tolist()
+        times, losses = torch.cat(self._times).tolist(), torch.cat(self._totals).tolist()
         mine = [
-            {"key": key, "bucket": bucket, "timestep": timestep, "loss": loss}
-            for key, bucket, timestep, loss in zip(self._keys, self._buckets, timesteps, losses, strict=True)
+            {"key": key, "bucket": bucket, "timestep": time, "loss": loss}
+            for key, bucket, time, loss in zip(self._keys, self._buckets, times, losses, strict=True)
         ]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
@@ -72,10 +78,13 @@ class LossWindow:
         self._state = {
             "sums": [0.0] * NUM_TIMESTEP_BINS,
             "counts": [0.0] * NUM_TIMESTEP_BINS,
-            "squared_error": 0.0,
+            "parts": {},
             "num_steps": 0,
             "max_gradient_norm": 0.0,
         } | (state or {})
+        # Checkpoints made before losses had named parts kept one of them, so that their next line has one.
+        if "squared_error" in self._state:
+            self._state["parts"] = {"mse": self._state.pop("squared_error")}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -85,10 +94,11 @@ class LossWindow:
     def add(self, losses: StepLosses, *, gradient_norm: float = 0.0) -> None:
         """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
         state = self._state
+        names = state["parts"] if state["num_steps"] else losses.parts
         self._state = {
             "sums": [total + value for total, value in zip(state["sums"], losses.sums, strict=True)],
             "counts": [total + value for total, value in zip(state["counts"], losses.counts, strict=True)],
-            "squared_error": state["squared_error"] + losses.squared_error,
+            "parts": {name: state["parts"].get(name, 0.0) + losses.parts[name] for name in names},
             "num_steps": state["num_steps"] + 1,
             "max_gradient_norm": max(state["max_gradient_norm"], gradient_norm if math.isfinite(gradient_norm) else 0),
         }
@@ -96,8 +106,8 @@ class LossWindow:
     def flush(self) -> tuple[dict[str, Any], int]:
         """Return mean losses and the number of steps they are of, and start anew.
 
-        The losses are `loss` (what is minimised), `mse` (of the noise alone) and `loss_by_timestep`, one value per
-        tenth of the timesteps, null where none fell.
+        The losses are `loss` (what is minimised), its parts by name (`mse` of what is predicted; `vlb`, the bound, of
+        a ddpm), and `loss_by_timestep`, one value per tenth of the times, null where none fell.
         """
         state = self._state
         self._state = LossWindow().state
@@ -105,7 +115,7 @@ class LossWindow:
         pairs = zip(state["sums"], state["counts"], strict=True)
         losses = {
             "loss": sum(state["sums"]) / num_samples,
-            "mse": state["squared_error"] / num_samples,
+            **{name: total / num_samples for name, total in state["parts"].items()},
             "loss_by_timestep": [total / count if count else None for total, count in pairs],
         }
         return losses, state["num_steps"]

@@ -38,7 +38,7 @@ class Validation:
         Raises:
             UnhealthyTrainingError: the loss of a sample is not finite.
         """
-        losses = StepLosses(objective.diffusion.num_train_timesteps)
+        losses = StepLosses(objective.process.num_times)
         reader = open_reader(
             self.job,
             self.job.features.held_out,
@@ -54,7 +54,7 @@ class Validation:
             for packed in reader:
                 batch = packed.to(model.device)
                 loss = objective.loss(model.engine, batch)
-                losses.add(batch, objective.timesteps(batch), total=loss.total, mse=loss.mse)
+                losses.add(batch, objective.times(batch), loss=loss)
         model.engine.train()
         losses.share(is_stopping=False)
         if losses.has_non_finite:

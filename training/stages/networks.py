@@ -7,6 +7,7 @@ import torch
 
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
 from training.data.survey import Survey
 from training.stages.stage import TrainingJob
 
@@ -23,7 +24,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
         "head_dim": job.model.head_dim,
         "patch_size": job.model.patch_size,
         "in_channels": survey.channels,
-        "out_channels": 2 * survey.channels,
+        "out_channels": process_of(job.process).out_channels(survey.channels),
         "sample_size": job.features.resolution // survey.downsample,
     }
     text = job.features.text_encoder

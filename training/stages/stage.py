@@ -8,6 +8,7 @@ from encoders.models import resolve_model
 from pipelines.command import Command
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
+from pixart.processes.specs import ddpm_spec
 from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
@@ -70,6 +71,11 @@ class TrainingJob:
     directory: Path
     fingerprint: Fingerprint
     resume: Checkpoint | None
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """Spec of the process that the stage trains."""
+        return ddpm_spec(min_snr_gamma=self.settings.min_snr_gamma)
 
 
 def open_stage(command: Command) -> TrainingJob:

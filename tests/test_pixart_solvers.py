@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
-from pixart.drawing.solvers import make_solver
+from pixart.processes.ddpm import DDPM
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+PROCESS = DDPM()
 MEAN, STD = 0.7, 0.4
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
@@ -24,7 +24,7 @@ def exact_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 def run(solver: str, num_steps: int, num_images: int = 4) -> torch.Tensor:
     generators = make_generators(list(range(num_images)))
     noise = draw_noise(generators, (4, 16, 16))
-    return denoise(exact_noise, noise, make_solver(solver, SCHEDULE, num_steps=num_steps), generators=generators)
+    return denoise(exact_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
 
 
 def test_dpm_solver_converges_to_the_probability_flow():
@@ -44,14 +44,14 @@ def test_dpm_solver_converges_to_the_probability_flow():
 @pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
 def test_as_many_steps_as_timesteps_are_refused(name):
     with pytest.raises(ValueError, match=rf"sampling\.num_steps 1000: {re.escape(name)} takes fewer than the sche"):
-        make_solver(name, SCHEDULE, num_steps=1000)
-    timesteps = make_solver(name, SCHEDULE, num_steps=999).scheduler.timesteps
+        PROCESS.scheduler(name, 1000)
+    timesteps = PROCESS.scheduler(name, 999).timesteps
     assert len(set(timesteps.tolist())) == 999
 
 
 def test_one_step_of_iddpm_is_refused():
     with pytest.raises(ValueError, match=r"sampling\.num_steps 1: iddpm needs at least 2"):
-        make_solver("iddpm", SCHEDULE, num_steps=1)
+        PROCESS.scheduler("iddpm", 1)
 
 
 @pytest.mark.parametrize(("solver", "num_steps"), [("iddpm", 200), ("sa-solver", 40)])
@@ -83,7 +83,7 @@ def mixture_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor
 def test_both_sides_of_a_mixture_are_found(solver, num_steps):
     generators = make_generators([0, 1, 2, 3])
     noise = draw_noise(generators, (4, 16, 16))
-    latents = denoise(mixture_noise, noise, make_solver(solver, SCHEDULE, num_steps=num_steps), generators=generators)
+    latents = denoise(mixture_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
     assert (latents > 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
     for side in (latents[latents > 0], -latents[latents < 0]):
         assert side.mean().item() == pytest.approx(1.0, abs=0.02)
@@ -103,7 +103,7 @@ def test_every_step_count_ends_finite_and_without_noise(solver, dtype):
     for num_steps in range(2 if solver == "iddpm" else 1, 51):
         generators = make_generators([num_steps])
         noise = draw_noise(generators, (1, 2, 2))
-        latents = denoise(predict, noise, make_solver(solver, SCHEDULE, num_steps=num_steps), generators=generators)
+        latents = denoise(predict, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
         assert latents.isfinite().all()
         if dtype == torch.float32:
             torch.testing.assert_close(latents, torch.full_like(latents, MEAN), rtol=0, atol=2e-4)
@@ -116,12 +116,12 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     together = run(solver, 7, num_images=3)
     generators = make_generators([2])
     noise = draw_noise(generators, (4, 16, 16))
-    alone = denoise(exact_noise, noise, make_solver(solver, SCHEDULE, num_steps=7), generators=generators)
+    alone = denoise(exact_noise, noise, PROCESS.scheduler(solver, 7), generators=generators)
     torch.testing.assert_close(together[2:], alone)
 
 
 def test_non_finite_latents_are_refused():
-    solver = make_solver("dpm-solver++", SCHEDULE, num_steps=2)
+    scheduler = PROCESS.scheduler("dpm-solver++", 2)
     noise = torch.zeros(1, 4, 2, 2)
     with pytest.raises(ValueError, match="not finite"):
-        denoise(lambda x, t: torch.full((1, 8, 2, 2), torch.nan), noise, solver, generators=make_generators([0]))
+        denoise(lambda x, t: torch.full((1, 8, 2, 2), torch.nan), noise, scheduler, generators=make_generators([0]))

@@ -1,0 +1,27 @@
+"""A process made of its spec."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pixart.processes.ddpm import DDPM
+from pixart.processes.process import Process
+from pixart.processes.specs import SOLVERS
+
+
+def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Process:
+    """Make the process that a spec describes, its tables on `device`.
+
+    Raises:
+        ValueError: the spec is of no process known here, or one of its values is; says which.
+    """
+    match dict(spec):
+        case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **others} if others.keys() <= {
+            "min_snr_gamma"
+        }:
+            return DDPM(schedule, min_snr_gamma=others.get("min_snr_gamma"), device=device)
+        case {"name": name, **others} if name in SOLVERS:
+            raise ValueError(f"process {name} with {others} is none that this version knows")
+        case _:
+            raise ValueError(f"process {spec.get('name')!r} is none of {', '.join(SOLVERS)}")
