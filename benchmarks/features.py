@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from features.encoders import DEFAULT_BATCH_TOKENS, TextEncoder, clean_prompt, fuse_gelu, text_batches
+from encoders.t5 import T5Encoder, fuse_gelu
+from encoders.text import DEFAULT_BATCH_TOKENS, DEFAULT_CLEANING, TextSpec, clean_text, text_batches
 from toyworld.scenes import random_scene
 from toyworld.wording import dense_caption
 
@@ -59,13 +60,12 @@ def make_model(width: int, *, num_layers: int, device: str) -> Any:
     return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval().requires_grad_(False)
 
 
-def make_encoder(model: Any, *, batch_tokens: int | None) -> TextEncoder:
+def make_encoder(model: Any, *, batch_tokens: int | None) -> T5Encoder:
     """Our encoder around a copy of `model`."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[model.device.type])
-    return TextEncoder(
-        fuse_gelu(copy.deepcopy(model)), tokenizer, MAX_TOKENS, model.config.d_model, model.device, batches
-    )
+    spec = TextSpec(width=model.config.d_model, max_tokens=MAX_TOKENS, cleaning=DEFAULT_CLEANING, identity="random")
+    return T5Encoder(spec, fuse_gelu(copy.deepcopy(model)), tokenizer, batches)
 
 
 def demo_captions(count: int) -> list[str]:
@@ -86,7 +86,7 @@ def encode_padded(model: Any, tokenizer: Any, texts: Sequence[str], *, batch_siz
     embeddings: list[torch.Tensor] = []
     for start in range(0, len(texts), batch_size):
         inputs = tokenizer(
-            [clean_prompt(text) for text in texts[start : start + batch_size]],
+            [clean_text(text, DEFAULT_CLEANING) for text in texts[start : start + batch_size]],
             padding="max_length",
             max_length=MAX_TOKENS,
             truncation=True,
@@ -107,7 +107,7 @@ def timed(encode: Callable[[], list[torch.Tensor]]) -> tuple[float, list[torch.T
     return clock() - start_seconds, embeddings
 
 
-def compare(encoder: TextEncoder, model: Any, texts: Sequence[str]) -> dict[str, float]:
+def compare(encoder: T5Encoder, model: Any, texts: Sequence[str]) -> dict[str, float]:
     """Time both ways in turns, and measure how far their embeddings are apart, in steps of bfloat16."""
     our_seconds: list[float] = []
     padded_seconds: dict[int, list[float]] = {size: [] for size in PADDED_BATCH_SIZES}

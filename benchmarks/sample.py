@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, T5EncoderModel
 
-from features.encoders import LatentCodec, TextEncoder
+from encoders.opening import open_codec, open_text_encoder
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT
 from pixart.drawing.denoise import draw_noise, make_generators
@@ -134,12 +134,12 @@ class Ours:
         trained = open_trained_model(str(folder), None)
         assert trained.text is not None
         text = trained.text
-        self.encoder = TextEncoder.load(
+        self.encoder = open_text_encoder(
             text["model"], max_tokens=MAX_TOKENS, device=device, dtype="float32", tokenizer=text["tokenizer"]
         )
         self.renderer = Renderer(config, trained)
         if device == "cuda":  # as diffusers' pipeline has it, which decodes in the transformer's dtype
-            self.renderer.codec = LatentCodec.load(trained.vae["model"], device=device, dtype="bfloat16")
+            self.renderer.codec = open_codec(trained.vae["model"], device=device, dtype="bfloat16")
 
     def draw(self, prompts: Sequence[str], pixels: int) -> list[Image.Image]:
         """Encode and draw one batch."""

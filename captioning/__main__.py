@@ -10,7 +10,7 @@ from captioning.job import CaptioningJob, read_job
 from captioning.plan import print_plan
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
-from encoders.models import require_model, resolve_model
+from encoders.weights import require_model, resolve_model
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards

@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers import AutoProcessor, CLIPModel
 
 from captioning.config import CaptioningConfig
-from captioning.devices import choose_device, choose_dtype
-from encoders.models import resolve_model
+from encoders.devices import choose_device, choose_dtype
+from encoders.weights import resolve_model
 
 # The last digits of a product depend on what it is batched with.
 NUM_DECIMALS = 4
@@ -30,7 +30,7 @@ class ClipScorer:
             ValueError: it is no CLIP, or lacks weights.
         """
         assert config.clip_model is not None
-        device = choose_device(config.device)
+        device = choose_device(config.device, key="captioning.device")
         source = resolve_model(config.clip_model)
         loaded: Any = CLIPModel.from_pretrained(
             source.location, dtype=choose_dtype("auto", device), output_loading_info=True

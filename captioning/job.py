@@ -10,7 +10,7 @@ from typing import Any
 from captioning.config import CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, to_set_aside, updatable
 from captioning.worker import CaptionWorkerConfig
-from encoders.models import ModelSource, resolve_model
+from encoders.weights import ModelSource, resolve_model
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger

@@ -14,6 +14,8 @@ from dataset_stats.captions import Address
 from dataset_stats.config import DatasetStatsConfig
 from dataset_stats.sources import Inputs, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
+from encoders.tokens import fetch_tokenizer
+from encoders.weights import resolve_model
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -190,9 +192,16 @@ def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
     revision = config.text_revision if config.text_model else features.get("text_revision")
     if not model_id:
         return ""
-    from dataset_stats.tagging.text_tokenizer import find_text_tokenizer
-
-    return find_text_tokenizer(model_id, revision)
+    source = resolve_model(model_id, revision)
+    try:
+        return str(fetch_tokenizer(source, key="features.text_model"))
+    except OSError as error:
+        if Path(source.location).is_dir():
+            raise
+        log.warning(
+            f"T5 lengths are not measured: the tokenizer of {model_id} is out of reach ({type(error).__name__})"
+        )
+        return ""
 
 
 def _show_plan(job: StatsJob) -> None:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
-from dataset_stats.tagging.text_tokenizer import load_text_tokenizer
+from encoders.text import DEFAULT_CLEANING, clean_text
+from encoders.tokens import load_tokenizer
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
 
@@ -52,7 +53,7 @@ class NounCountWorker:
     def __init__(self, config: CountConfig) -> None:
         self._config = config
         self._counter = NounCounter(load_tagger(config.tagger))
-        self._text_tokenizer = load_text_tokenizer(config.text_tokenizer) if config.text_tokenizer else None
+        self._text_tokenizer = load_tokenizer(Path(config.text_tokenizer)) if config.text_tokenizer else None
         # "the photo" is not how "The photographer ..." opens. ASCII: a word of Chinese goes on without a space.
         openings = (re.escape(opening.casefold()) for opening in config.boilerplate)
         self._boilerplate = [re.compile(rf"{opening}(?!\w)", re.ASCII) for opening in openings]
@@ -116,8 +117,7 @@ class NounCountWorker:
     def _measure_truncation(
         self, tokenizer: Tokenizer, texts: Sequence[str], num_nouns: np.ndarray
     ) -> dict[str, tuple[Any, pa.DataType]]:
-        # The feature stage gives T5 lower-case text without surrounding space.
-        cleaned = [text.lower().strip() for text in texts]
+        cleaned = [clean_text(text, DEFAULT_CLEANING) for text in texts]
         lengths = np.array([len(code.ids) for code in tokenizer.encode_batch_fast(cleaned)], dtype=np.int32)
         columns: dict[str, tuple[Any, pa.DataType]] = {"num_text_tokens": (lengths, pa.int32())}
         for limit in self._config.text_limits:

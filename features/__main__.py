@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from encoders.models import require_model
+from encoders.weights import require_model
 from features.config import STAGES
 from features.jobs import FeatureJob, Inputs, latent_job, manifest_extra, prepare, read_inputs, text_job
 from features.plan import print_plan, require_space

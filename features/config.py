@@ -4,7 +4,8 @@ from typing import Literal
 
 import pydantic
 
-from features.encoders import FP16_REFUSAL, TEXT_DTYPES, VAE_DTYPES
+from encoders.latents import require_vae_dtype
+from encoders.text import require_text_dtype
 from pipelines.recipe import TableConfig
 
 STAGES = (1, 2, 3)
@@ -114,16 +115,13 @@ class FeaturesConfig(TableConfig):
     @pydantic.field_validator("text_dtype")
     @classmethod
     def _check_text_dtype(cls, value: str) -> str:
-        if value not in TEXT_DTYPES:
-            reason = f": {FP16_REFUSAL}" if value == "float16" else ""
-            raise ValueError(f"text_dtype {value} is not one of {', '.join(TEXT_DTYPES)}{reason}")
+        require_text_dtype(value)
         return value
 
     @pydantic.field_validator("vae_dtype")
     @classmethod
     def _check_vae_dtype(cls, value: str) -> str:
-        if value not in VAE_DTYPES:
-            raise ValueError(f"vae_dtype {value} is not one of {', '.join(VAE_DTYPES)}")
+        require_vae_dtype(value)
         return value
 
     @pydantic.model_validator(mode="after")

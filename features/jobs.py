@@ -1,11 +1,11 @@
 """What one `make features STAGE=n` has to do: a text job and a latent job, each with its sources and fingerprint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encoders.models import ModelSource, resolve_model
+from encoders.opening import latent_spec, text_spec
+from encoders.weights import ModelSource, resolve_model
 from features.captions import caption_sources, remember_identities, require_unchanged
 from features.config import FeaturesConfig, FeatureStageConfig
 from features.latents import LatentWorker, LatentWorkerConfig
@@ -21,8 +21,6 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory,
 
 # Raised when a change of code changes the features of unchanged inputs.
 CODE_VERSION = 2
-# What diffusers' AutoencoderKL assumes for a config without these keys, as older VAEs have.
-VAE_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,40 +204,34 @@ def latent_job(inputs: Inputs) -> FeatureJob:
     )
 
 
-def read_model_config(model: ModelSource) -> dict[str, Any] | None:
-    """Return a model's `config.json`, or None when it is neither in a local folder nor in the hub cache."""
-    folder = Path(model.location)
-    if folder.is_dir():
-        return json.loads((folder / "config.json").read_text())
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(model.location, "config.json", revision=model.revision)
-    return json.loads(Path(path).read_text()) if isinstance(path, str) else None
-
-
 def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
     """Return the numbers later stages read from the manifest, so that no recipe types them a second time."""
-    config = read_model_config(job.model)
-    assert config is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
     features, stage = inputs.features, inputs.stage
+    missing = f"{job.model.location} has been loaded, but its config.json is not in the cache"
     if job.family == "text":
+        encoder = text_spec(job.model, max_tokens=features.max_tokens)
+        assert encoder is not None, missing
         text = {
             "model": features.text_model,
             "revision": features.text_revision,
             "dtype": features.text_dtype,
             "storage": features.text_storage,
-            "max_tokens": features.max_tokens,
-            "d_text": config["d_model"],
+            "max_tokens": encoder.max_tokens,
+            "cleaning": encoder.cleaning,
+            "d_text": encoder.width,
         }
         return {"text": text, "captions": [caption.model_dump() for caption in stage.captions]}
-    config = VAE_DEFAULTS | config
+    codec = latent_spec(job.model)
+    assert codec is not None, missing
     vae = {
         "model": features.vae_model,
         "revision": features.vae_revision,
         "dtype": features.vae_dtype,
-        "channels": config["latent_channels"],
-        "scaling_factor": config["scaling_factor"],
-        "shift_factor": config["shift_factor"] or 0.0,
+        "channels": codec.channels,
+        "factor": codec.factor,
+        "has_std": codec.has_std,
+        "scaling_factor": codec.scale,
+        "shift_factor": codec.shift,
     }
     sizes = aspect_buckets(stage.resolution) if stage.buckets else ((stage.resolution, stage.resolution),)
     return {"vae": vae, "resolution": stage.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}

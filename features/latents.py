@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from features.encoders import Batches, LatentCodec, select_device
+from encoders.batches import Batches
+from encoders.devices import choose_device
+from encoders.opening import open_codec
 from features.preview import write_preview
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
@@ -66,9 +68,12 @@ class LatentWorker:
     join = staticmethod(join_shards)
 
     def __init__(self, config: LatentWorkerConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.num_threads)
         self._config = config
-        device = select_device(config.device, num_threads=config.num_threads)
-        self._codec = LatentCodec.load(config.model, config.revision, device=device, dtype=config.dtype)
+        device = choose_device(config.device, key="features.device")
+        self._codec = open_codec(config.model, config.revision, device=device, dtype=config.dtype)
         self._batches = Batches(config.batch_size)
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
         self._wait_seconds = 0.0

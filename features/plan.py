@@ -9,9 +9,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from encoders.models import ModelSource, resolve_model
-from features.encoders import clean_prompt
-from features.jobs import VAE_DEFAULTS, FeatureJob, Inputs, latent_job, read_model_config, text_job
+from encoders.latents import LatentSpec
+from encoders.opening import latent_spec, text_spec
+from encoders.text import DEFAULT_CLEANING, clean_text
+from encoders.tokens import TOKENIZER_FILE, load_tokenizer
+from encoders.weights import ModelSource, find_file, resolve_model
+from features.jobs import FeatureJob, Inputs, latent_job, text_job
 from features.speed import find_speed
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
@@ -22,6 +25,8 @@ from pipelines.store.manifest import MANIFEST_NAME
 # Width of the published T5 encoders, for planning before one is downloaded.
 PUBLISHED_D_TEXT = {"google/flan-t5-xxl": 4096, "google/flan-t5-xl": 2048, "DeepFloyd/t5-v1_1-xxl": 4096}
 DEFAULT_D_TEXT = 4096
+# Of the paper's VAE, likewise.
+PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
 NUM_PROBED_CAPTIONS, NUM_PROBED_SHARDS = 1000, 10
 TOKENS_PER_WORD = 1.3
 # safetensors header of one tensor and of one more, and a row of the index.
@@ -67,10 +72,12 @@ def text_bytes(num_tokens: float, d_text: int, *, storage: str = "bfloat16", num
     return _member_bytes(header_bytes + payload_bytes, num_rows=num_captions)
 
 
-def latent_bytes(num_pixels: int, channels: int = 4) -> int:
-    """Return the bytes one image takes in tar and index: mean and std, fp16, one value per channel and 8 x 8 pixels."""
-    header_bytes = HEADER_BYTES + TENSOR_HEADER_BYTES
-    return _member_bytes(header_bytes + 2 * channels * (num_pixels // 64) * 2, num_rows=1)
+def latent_bytes(num_pixels: int, spec: LatentSpec) -> int:
+    """Return the bytes one image takes in tar and index: mean and, if the codec has one, std, in fp16."""
+    num_tensors = 2 if spec.has_std else 1
+    header_bytes = HEADER_BYTES + TENSOR_HEADER_BYTES * (num_tensors - 1)
+    num_values = num_tensors * spec.channels * (num_pixels // spec.factor**2)
+    return _member_bytes(header_bytes + 2 * num_values, num_rows=1)
 
 
 def _member_bytes(content_bytes: int, *, num_rows: int) -> int:
@@ -86,8 +93,8 @@ def plan_families(inputs: Inputs) -> list[FamilyPlan]:
 def _plan_text(inputs: Inputs) -> FamilyPlan:
     features = inputs.features
     model = resolve_model(features.text_model, features.text_revision)
-    config = read_model_config(model) or {}
-    d_text = config.get("d_model", PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT))
+    spec = text_spec(model, max_tokens=features.max_tokens)
+    d_text = spec.width if spec else PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT)
     num_samples = pending_samples = _count(inputs.raw)
     columns = inputs.stage.caption_columns
     num_tokens, basis = float(features.max_tokens * len(columns)), "no captions yet: at most"
@@ -110,8 +117,9 @@ def _plan_text(inputs: Inputs) -> FamilyPlan:
 
 def _plan_latents(inputs: Inputs) -> FamilyPlan:
     job = latent_job(inputs)
-    config = VAE_DEFAULTS | (read_model_config(job.model) or {})
+    spec = latent_spec(job.model) or PUBLISHED_VAE
     resolution = inputs.stage.resolution
+    tensors = "mean and std" if spec.has_std else "mean"
     crop = "aspect buckets" if inputs.stage.buckets else "centre crop"
     return FamilyPlan(
         family="latents",
@@ -120,8 +128,8 @@ def _plan_latents(inputs: Inputs) -> FamilyPlan:
         num_samples=_count(job.sources),
         pending_samples=_count(job.pending()),
         # Every bucket has about the area of the square.
-        bytes_per_sample=latent_bytes(resolution**2, config["latent_channels"]),
-        basis=f"{resolution} x {resolution} pixels, {crop}: {config['latent_channels']} channels, mean and std fp16",
+        bytes_per_sample=latent_bytes(resolution**2, spec),
+        basis=f"{resolution} x {resolution} pixels, {crop}: {spec.channels} channels, {tensors} fp16",
         job=job,
     )
 
@@ -137,34 +145,22 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) 
     tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
     kept = [table.filter(pc.field("reject").is_null()) for table in tables]
     rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
-    samples = [[clean_prompt(row[column] or "") for column in columns] for row in rows]
+    samples = [[clean_text(row[column] or "", DEFAULT_CLEANING) for column in columns] for row in rows]
     samples = [texts for sample in samples if (texts := [text for text in sample if text])]
     if not samples:
         return float(limit * len(columns)), "no text to measure: at most"
     texts = [text for sample in samples for text in sample]
-    tokenizer_file = _find_tokenizer(model)
+    tokenizer_file = find_file(model, TOKENIZER_FILE)
     if tokenizer_file is None:
         lengths = [TOKENS_PER_WORD * len(text.split()) + 1 for text in texts]
         basis = f"{len(texts)} captions, {TOKENS_PER_WORD} tokens a word as the tokenizer is not here:"
     else:
-        from tokenizers import Tokenizer
-
-        encodings = Tokenizer.from_file(str(tokenizer_file)).encode_batch(texts)
+        encodings = load_tokenizer(tokenizer_file).encode_batch(texts)
         lengths = [len(encoding.ids) for encoding in encodings]
         basis = f"mean of {len(texts)} captions:"
     if len(columns) > 1:
         basis = f"{basis} {len(texts) / len(samples):.1f} a sample,"
     return sum(min(length, limit) for length in lengths) / len(samples), basis
-
-
-def _find_tokenizer(model: ModelSource) -> Path | None:
-    folder = Path(model.location)
-    if folder.is_dir():
-        return path if (path := folder / "tokenizer.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(model.location, "tokenizer.json", revision=model.revision)
-    return Path(path) if isinstance(path, str) else None
 
 
 def print_plan(inputs: Inputs) -> None:

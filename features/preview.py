@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from features.encoders import LatentCodec
+from encoders.latents import LatentCodec
 from pipelines.store.files import atomic_file
 
 CELL_PIXELS = 192

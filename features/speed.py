@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from encoders.models import ModelSource
+from encoders.weights import is_model_here
 from features.jobs import FeatureJob, Inputs
 from features.latents import LatentWorkerConfig
 from pipelines.engine.pieces import Piece
@@ -75,20 +75,6 @@ def _count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def is_model_here(model: ModelSource) -> bool:
-    """Whether a model's weights are in a local folder or the hub cache."""
-    folder = Path(model.location)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            folder = Path(snapshot_download(model.location, revision=model.revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return False
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def _measure(job: FeatureJob, inputs: Inputs, *, num_workers: int) -> Speed:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from features.encoders import TextEncoder, select_device
+from encoders.devices import choose_device
+from encoders.opening import open_text_encoder
 from features.quantization import StoredText, measure_error, restore_text, store_text
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA
@@ -53,12 +54,15 @@ class TextWorker:
     join = staticmethod(join_shards)
 
     def __init__(self, config: TextWorkerConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.num_threads)
         self._config = config
-        self._encoder = TextEncoder.load(
+        self._encoder = open_text_encoder(
             config.model,
             config.revision,
             max_tokens=config.max_tokens,
-            device=select_device(config.device, num_threads=config.num_threads),
+            device=choose_device(config.device, key="features.device"),
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
         )

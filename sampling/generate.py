@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from encoders.models import ModelSource, require_model, resolve_model
+from encoders.text import DEFAULT_CLEANING
+from encoders.tokens import find_lost_words
+from encoders.weights import ModelSource, require_model, resolve_model
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
@@ -135,10 +137,14 @@ def check_inputs(job: SamplingJob) -> None:
     if trained.text is None or job.config.text_encoder == "precomputed":
         return
     require_model(_resolve(trained, "text encoder", trained.text), key="features.text_model")
-    from sampling.text_encoding import find_lost_words
-
-    prompts = [request.prompt for request in job.requests]
-    lost = find_lost_words([job.config.negative_prompt, *prompts], trained.text)
+    text, prompts = trained.text, [request.prompt for request in job.requests]
+    lost = find_lost_words(
+        [job.config.negative_prompt, *prompts],
+        resolve_model(text["model"], text["revision"]),
+        max_tokens=text["max_tokens"],
+        cleaning=text.get("cleaning", DEFAULT_CLEANING),
+        tokenizer=text.get("tokenizer"),
+    )
     for prompt, words in list(lost.items())[:MAX_LOST_SHOWN]:
         log.warning(
             f"the model reads {trained.text['max_tokens']} tokens; of {_cut(prompt, 60)!r} these words are lost: "

@@ -3,13 +3,13 @@
 # B images, L text tokens, D text width, C latent channels, h x w latent size
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from features.encoders import LatentCodec, select_device
+from encoders.devices import choose_device, choose_dtype
+from encoders.opening import open_codec
 from pipelines.store.manifest import require_same
 from pixart.dit import DiT
 from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
@@ -33,13 +33,12 @@ class Renderer:
     def __init__(self, config: SamplingConfig, trained: TrainedModel) -> None:
         self.config = config
         self.trained = trained
-        self.device = select_device(config.device, num_threads=config.num_threads or torch.get_num_threads())
-        automatic = "bfloat16" if self.device.startswith("cuda") else "float32"
-        dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
-        self.model = trained.load().to(self.device, dtype)
-        self.codec = LatentCodec.load(trained.vae["model"], trained.vae["revision"], device=self.device)
-        for name in ("scaling_factor", "shift_factor"):
-            found: Any = getattr(self.codec, name)
+        torch.set_num_threads(config.num_threads or torch.get_num_threads())
+        self.device = choose_device(config.device, key="sampling.device")
+        self.model = trained.load().to(self.device, choose_dtype(config.dtype, self.device))
+        self.codec = open_codec(trained.vae["model"], trained.vae["revision"], device=self.device)
+        spec = self.codec.spec
+        for name, found in (("scaling_factor", spec.scale), ("shift_factor", spec.shift)):
             require_same(name, trained.vae.get(name, found), found, where=f"VAE {trained.vae['model']}")
 
     def draw(
@@ -55,13 +54,14 @@ class Renderer:
         told how many solver steps are done.
         """
         height, width = requests[0].height, requests[0].width
-        shape = (self.codec.channels, height // self.codec.downsample, width // self.codec.downsample)
+        spec = self.codec.spec
+        shape = (spec.channels, height // spec.factor, width // spec.factor)
         generators = make_generators([request.seed for request in requests])
         scheduler = process_of(self.trained.process).scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         predict = self._predict(requests, texts)
         latents = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
-        latents = latents / self.codec.scaling_factor + self.codec.shift_factor
+        latents = latents / spec.scale + spec.shift
         num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
         return [image for part in latents.split(num_at_once) for image in self.codec.decode(part)]
 

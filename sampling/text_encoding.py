@@ -14,15 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from encoders.models import resolve_model
-from features.encoders import TextEncoder, clean_prompt, select_device
+from encoders.devices import choose_device
+from encoders.opening import open_text_encoder
+from encoders.text import DEFAULT_CLEANING
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import read_manifest, require_same
 from sampling.config import SamplingConfig
-from sampling.int8_linear import quantize_linears
 from sampling.requests import ImageRequest
 
 log = get_logger("sampling")
@@ -66,22 +66,21 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
     Raises:
         ValueError: an embedding is not finite.
     """
-    device = select_device(config.device, num_threads=config.num_threads or torch.get_num_threads())
-    encoder = TextEncoder.load(
+    torch.set_num_threads(config.num_threads or torch.get_num_threads())
+    device = choose_device(config.device, key="sampling.device")
+    encoder = open_text_encoder(
         text["model"],
         text["revision"],
         max_tokens=text["max_tokens"],
-        device=device if config.text_encoder == "device" else "cpu",
+        cleaning=text.get("cleaning", DEFAULT_CLEANING),
+        device="cpu" if config.text_encoder == "cpu" else device,
         dtype=config.text_dtype,
         tokenizer=text.get("tokenizer"),
+        is_8bit=config.text_encoder == "8bit",
     )
-    if config.text_encoder == "8bit":
-        quantize_linears(encoder.model)
-        encoder.model.to(device)
-        encoder.device = torch.device(device)
     embeddings = dict(zip(prompts, encoder.encode(prompts), strict=True))
     del encoder
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     for prompt, embedding in embeddings.items():
         if not embedding.isfinite().all():
@@ -104,23 +103,6 @@ def write_embeddings(
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return len(embeddings)
-
-
-def find_lost_words(prompts: Sequence[str], text: Mapping[str, Any]) -> dict[str, str]:
-    """Return, of each prompt that is longer than the model reads, the words that are cut off."""
-    from transformers import AutoTokenizer
-
-    source = resolve_model(text["model"], text["revision"])
-    tokenizer = AutoTokenizer.from_pretrained(text.get("tokenizer") or source.location, revision=source.revision)
-    # what is too long is no surprise here, the tokenizer need not warn of it
-    tokenizer.model_max_length = 10**9
-    lost: dict[str, str] = {}
-    for prompt in dict.fromkeys(prompts):
-        tokens = tokenizer(clean_prompt(prompt)).input_ids
-        if len(tokens) > text["max_tokens"]:
-            # the last place is the end-of-sequence token's
-            lost[prompt] = tokenizer.decode(tokens[text["max_tokens"] - 1 :], skip_special_tokens=True)
-    return lost
 
 
 def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]) -> dict[str, Tensor]:

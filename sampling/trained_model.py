@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from encoders.models import REPOSITORY, require_model, resolve_model
+from encoders.weights import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.files import sha256_file

@@ -11,7 +11,8 @@ import torch
 from feature_run import encoded, extract, picture, write_captions, write_raw, write_recipe, write_run
 from PIL import Image
 
-from features.encoders import LatentCodec, TextEncoder
+from encoders.kl import KLCodec
+from encoders.opening import open_codec, open_text_encoder
 from features.jobs import latent_job, read_inputs, text_job
 from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
@@ -38,7 +39,7 @@ def open_tar(directory: Path, name: str) -> np.ndarray:
 
 def test_text_payloads_are_the_embeddings_of_the_captions(finished):
     directory = finished / "features" / "text"
-    encoder = TextEncoder.load(str(finished.parent / "t5"), max_tokens=40, dtype="float32")
+    encoder = open_text_encoder(str(finished.parent / "t5"), max_tokens=40, dtype="float32")
     captions = pq.read_table(finished / "captions" / "laion_00001.parquet").to_pylist()
     tar = open_tar(directory, "laion_00001")
     rows = load_index(directory, ["laion_00001"]).to_pylist()
@@ -54,7 +55,7 @@ def test_text_payloads_are_the_embeddings_of_the_captions(finished):
 
 def test_latent_payloads_are_the_codec_s(finished):
     directory = finished / "features" / "latent-32"
-    codec = LatentCodec.load(str(finished.parent / "vae"))
+    codec = open_codec(str(finished.parent / "vae"))
     tar = open_tar(directory, "laion_00000")
     for index, row in enumerate(load_index(directory, ["laion_00000"]).to_pylist()):
         cropped, _ = resize_and_crop(picture(index, width=40 + 8 * (index % 5), height=40), 32, 32, max_pixels=10_000)
@@ -102,7 +103,7 @@ def test_manifest_carries_what_later_stages_need(finished):
 
 def test_null_caption_is_the_embedding_of_nothing(finished):
     stored = safetensors.torch.load_file(finished / "features" / "text" / "null.safetensors")["embedding_0"]
-    (expected,) = TextEncoder.load(str(finished.parent / "t5"), max_tokens=40, dtype="float32").encode([""])
+    (expected,) = open_text_encoder(str(finished.parent / "t5"), max_tokens=40, dtype="float32").encode([""])
     assert torch.equal(stored, expected.to(torch.bfloat16))
 
 
@@ -120,9 +121,9 @@ def test_images_are_read_and_decoded_ahead_of_the_device(finished, monkeypatch, 
     job = latent_job(read_inputs(parse_command("features", "", argv=arguments, stages=(2,))))
     worker = job.worker_class(job.worker_config)
     events = []
-    read, encode = RawShard.image_bytes, LatentCodec.encode
+    read, encode = RawShard.image_bytes, KLCodec.encode
     monkeypatch.setattr(RawShard, "image_bytes", lambda self, sample: events.append("read") or read(self, sample))
-    monkeypatch.setattr(LatentCodec, "encode", lambda self, images: events.append("encode") or encode(self, images))
+    monkeypatch.setattr(KLCodec, "encode", lambda self, images: events.append("encode") or encode(self, images))
     worker(Piece(source=job.sources[1], start=0, stop=20, folder=tmp_path, samples_per_slice=20))
     # Batches of 3: the first is encoded when two more are on their way, and each step asks for what comes after.
     reads_before = [events[:position].count("read") for position, event in enumerate(events) if event == "encode"]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from features import plan
 from features.jobs import latent_job, read_inputs, text_job
-from features.plan import format_bytes, latent_bytes, plan_families, text_bytes
+from features.plan import PUBLISHED_VAE, format_bytes, latent_bytes, plan_families, text_bytes
 from features.speed import Speed, find_speed
 from pipelines.command import parse_command
 from pipelines.store.summary import read_summary
@@ -131,7 +131,7 @@ def test_plan_without_captions_or_models_uses_the_upper_bound_and_published_widt
     text, latents = plan_families(inputs_of(run, *models, "features.max_tokens=120"))
     assert text.bytes_per_sample == text_bytes(120, 4096)
     assert text.basis == "no captions yet: at most 120 tokens x 4096 bfloat16"
-    assert latents.bytes_per_sample == latent_bytes(32 * 32)
+    assert latents.bytes_per_sample == latent_bytes(32 * 32, PUBLISHED_VAE)
 
 
 def test_8_bits_take_half_and_a_scale():
@@ -142,7 +142,7 @@ def test_8_bits_take_half_and_a_scale():
 def test_bytes_per_sample_of_the_paper():
     # 120 tokens x 4096 x 2 bytes = 983,040; 256 px: mean and std, 4 x 32 x 32 x 2 bytes each = 16,384.
     assert 983_040 < text_bytes(120, 4096) < 985_000
-    assert 16_384 < latent_bytes(256**2) < 17_700
+    assert 16_384 < latent_bytes(256**2, PUBLISHED_VAE) < 17_700
 
 
 def test_format_bytes():

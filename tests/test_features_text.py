@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_encoders import save_text_encoder
 
 import features.__main__ as features_main
+from encoders.opening import open_text_encoder
 from features.captions import IDENTITIES_NAME, text_identity
-from features.encoders import TextEncoder
 from features.quantization import LARGEST, measure_error, restore_text, store_text, summarize_storage
 from pipelines.store.feature_store import load_index, payload_crc32, read_payload
 from pipelines.store.files import sha256_file
@@ -98,7 +98,7 @@ def test_plain_safetensors_opens_8_bits_and_gives_the_embeddings_back(run, stora
     monkeypatch.setattr(features_main.log, "info", messages.append)
     extract(run, f"features.text_storage={storage}")
     directory = run / "features" / "text"
-    encoder = TextEncoder.load(str(run.parent / "t5"), max_tokens=40, dtype="float32")
+    encoder = open_text_encoder(str(run.parent / "t5"), max_tokens=40, dtype="float32")
     captions = pq.read_table(run / "captions" / f"{SHARD}.parquet").to_pylist()
     tar = np.memmap(directory / f"{SHARD}.tar", np.uint8, mode="r")
     for row, caption in zip(load_index(directory, [SHARD]).to_pylist(), captions, strict=True):
@@ -188,7 +188,7 @@ def test_each_caption_is_a_tensor_of_one_member_and_a_row_with_its_weight(run):
     manifest = read_manifest(directory)
     assert (manifest.num_read, manifest.num_kept, manifest.rejected) == (10, 9, {"caption:loop": 1})
     assert manifest.shards[SHARD].details["num_captions"] == 27 - 4
-    encoder = TextEncoder.load(str(run.parent / "t5"), max_tokens=40, dtype="float32")
+    encoder = open_text_encoder(str(run.parent / "t5"), max_tokens=40, dtype="float32")
     captions = {row["key"]: row for row in pq.read_table(run / "captions" / f"{SHARD}.parquet").to_pylist()}
     tar = np.memmap(directory / f"{SHARD}.tar", np.uint8, mode="r")
     for row in rows:

@@ -1,6 +1,6 @@
 import pytest
 
-from encoders.models import resolve_model
+from encoders.weights import resolve_model
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import (
     Fingerprint,

@@ -15,7 +15,7 @@ from PIL import Image
 from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
 from transformers import AutoTokenizer, T5EncoderModel
 
-from features.encoders import LatentCodec
+from encoders.kl import KLCodec
 from pipelines.store.manifest import read_manifest
 from pixart.convert import save_diffusers
 from pixart.drawing.denoise import draw_noise, make_generators
@@ -196,13 +196,13 @@ def test_images_do_not_depend_on_the_batch(run, solver):
 
 def test_large_images_are_decoded_one_by_one(run, monkeypatch):
     num_decoded: list[int] = []
-    decode = LatentCodec.decode
+    decode = KLCodec.decode
 
     def recording(self, latents):
         num_decoded.append(len(latents))
         return decode(self, latents)
 
-    monkeypatch.setattr(LatentCodec, "decode", recording)
+    monkeypatch.setattr(KLCodec, "decode", recording)
     monkeypatch.setattr(renderer, "MAX_DECODED_PIXELS", 2 * 32 * 32)
     sample(run, 2, batch_size=3)
     assert num_decoded == [2, 1]

@@ -13,14 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
 
-from features.encoders import TextEncoder
+from encoders.int8_linear import Int8Linear, quantize_linears
+from encoders.opening import open_text_encoder
+from encoders.t5 import T5Encoder
 from features.quantization import store_text
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA, text_directory
 from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
-from sampling import renderer
+from sampling import renderer, text_encoding
 from sampling.__main__ import main
-from sampling.int8_linear import Int8Linear, quantize_linears
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def write_features(run: Path, storage: str) -> None:
     """Write the prompts' embeddings as `make features` would have, captions with the keys of the prompt file."""
     directory = ShardDirectory(text_directory(run))
     directory.path.mkdir(parents=True)
-    encoder = TextEncoder.load(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
+    encoder = open_text_encoder(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
     rows = []
     with FeatureTarWriter(directory.file("s0", ".tar")) as tar:
         for row, embedding in zip(PROMPTS, encoder.encode([row["prompt"] for row in PROMPTS]), strict=True):
@@ -66,7 +67,7 @@ def write_features(run: Path, storage: str) -> None:
 
 def test_the_encoder_is_freed_before_the_first_step(run, monkeypatch):
     encoders: list[weakref.ref] = []
-    load, draw = TextEncoder.load, renderer.Renderer.draw
+    load, draw = text_encoding.open_text_encoder, renderer.Renderer.draw
 
     def recording(*arguments, **options):
         encoder = load(*arguments, **options)
@@ -78,7 +79,7 @@ def test_the_encoder_is_freed_before_the_first_step(run, monkeypatch):
         assert [encoder() for encoder in encoders] == [None]
         return draw(self, *arguments)
 
-    monkeypatch.setattr(TextEncoder, "load", recording)
+    monkeypatch.setattr(text_encoding, "open_text_encoder", recording)
     monkeypatch.setattr(renderer.Renderer, "draw", checking)
     sample(run)
     assert len(images(run)) == 3
@@ -162,7 +163,7 @@ def test_text_features_that_do_not_fit_are_refused(run):
 
 
 def test_eight_bits_are_eight_bits_and_close(run):
-    encoder = TextEncoder.load(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
+    encoder = open_text_encoder(str(run / "t5"), max_tokens=MAX_TOKENS, dtype="float32")
     (exact,) = encoder.encode(["a red circle, left"])
     quantize_linears(encoder.model)
     (found,) = encoder.encode(["a red circle, left"])
@@ -193,8 +194,8 @@ def test_eight_bit_weights_are_within_half_a_step():
 
 
 def test_an_encoder_that_overflows_leaves_no_image(run, monkeypatch):
-    encode = TextEncoder.encode
-    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: [x * torch.inf for x in encode(self, texts)])
+    encode = T5Encoder.encode
+    monkeypatch.setattr(T5Encoder, "encode", lambda self, texts: [x * torch.inf for x in encode(self, texts)])
     with pytest.raises(ValueError, match=r"gives no finite embedding of ''"):
         sample(run)
     assert not list((run / "samples").glob("*/*.png"))

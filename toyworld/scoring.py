@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from encoders.models import resolve_model
+from encoders.weights import resolve_model
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest

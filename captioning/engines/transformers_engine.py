@@ -14,11 +14,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
-from captioning.devices import choose_device, choose_dtype
 from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
-from encoders.models import resolve_model
+from encoders.devices import choose_device, choose_dtype
+from encoders.weights import resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
@@ -39,7 +39,7 @@ class TransformersEngine:
         """
         torch.set_num_threads(num_threads)
         transformers_logging.disable_progress_bar()
-        device = choose_device(config.device)
+        device = choose_device(config.device, key="captioning.device")
         dtype = choose_dtype(config.dtype, device)
         self.is_exact = dtype == torch.float32
         self.model = _load_model(config, dtype).to(device).eval()

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from features.encoders import Batches, select_device
+from encoders.batches import Batches
+from encoders.devices import choose_device
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
@@ -74,7 +75,8 @@ class FeatureWorker:
         import torch
 
         self._config = config
-        device = select_device(config.device, num_threads=config.num_threads)
+        torch.set_num_threads(config.num_threads)
+        device = choose_device(config.device, key="evaluation.device")
         # TF32 would round convolutions to ten bits on some GPUs and not on others.
         torch.backends.cudnn.allow_tf32 = False
         self._network = load_network(config.network, device=device)

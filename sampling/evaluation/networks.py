@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from encoders.models import require_model, resolve_model
+from encoders.weights import require_model, resolve_model
 from pipelines.store.files import sha256_file
 from sampling.evaluation.config import EvaluationConfig
 

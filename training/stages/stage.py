@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encoders.models import resolve_model
+from encoders.weights import resolve_model
 from pipelines.command import Command
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint

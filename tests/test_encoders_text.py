@@ -1,13 +1,13 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from tiny_encoders import save_codec, save_text_encoder
+from tiny_encoders import save_text_encoder
 from transformers import T5EncoderModel
 
-from features.encoders import Batches, LatentCodec, TextEncoder, clean_prompt, text_batches
+from encoders.opening import open_text_encoder
+from encoders.text import clean_text
 
 TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
 
@@ -17,13 +17,8 @@ def text_folder(tmp_path_factory):
     return str(save_text_encoder(tmp_path_factory.mktemp("t5")))
 
 
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    return LatentCodec.load(str(save_codec(tmp_path_factory.mktemp("vae"))))
-
-
 def load(folder, dtype="float32", batch_tokens=1024):
-    return TextEncoder.load(folder, max_tokens=40, dtype=dtype, batch_tokens=batch_tokens)
+    return open_text_encoder(folder, max_tokens=40, dtype=dtype, batch_tokens=batch_tokens)
 
 
 def test_only_real_tokens_come_back(text_folder):
@@ -51,7 +46,7 @@ def test_embeddings_equal_those_of_transformers_padding_every_text_to_the_limit(
     encoder = load(text_folder)
     model = T5EncoderModel.from_pretrained(text_folder)
     padded = encoder.tokenizer(
-        [clean_prompt(text) for text in TEXTS],
+        [clean_text(text, "lower") for text in TEXTS],
         padding="max_length",
         max_length=40,
         truncation=True,
@@ -65,7 +60,7 @@ def test_embeddings_equal_those_of_transformers_padding_every_text_to_the_limit(
 
 def test_text_is_seen_as_diffusers_pipelines_see_it(text_folder):
     encoder = load(text_folder)
-    assert clean_prompt(" A Red\n") == "a red"
+    assert clean_text(" A Red\n", "lower") == "a red"
     assert torch.equal(encoder.encode(["A Red CIRCLE "])[0], encoder.encode(["a red circle"])[0])
 
 
@@ -77,7 +72,7 @@ def test_bfloat16_is_near_float32(text_folder):
 
 
 def test_float16_text_is_refused_with_the_key_and_the_reason(text_folder):
-    with pytest.raises(ValueError, match=r"features\.text_dtype float16.*overflow"):
+    with pytest.raises(ValueError, match=r"text_dtype float16.*overflow"):
         load(text_folder, "float16")
 
 
@@ -102,59 +97,6 @@ def test_missing_model_folder_is_named():
         load("./no-such-model")
 
 
-def test_codec_gives_the_distribution_of_diffusers(codec):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8, generator=generator)
-    mean, std = codec.encode(images)
-    with torch.inference_mode():
-        expected = codec.model.encode(images.float() / 127.5 - 1.0).latent_dist
-    assert mean.shape == std.shape == (3, 4, 4, 6)
-    torch.testing.assert_close(mean, expected.mean)
-    torch.testing.assert_close(std, expected.std)
-    mean_of_floats, _ = codec.encode(images.float() / 127.5 - 1.0)
-    torch.testing.assert_close(mean_of_floats, mean)
-
-
-def test_codec_carries_the_numbers_of_its_config(codec):
-    assert (codec.channels, codec.downsample, codec.shift_factor) == (4, 8, 0.0)
-    assert codec.scaling_factor == pytest.approx(0.45)
-
-
-def test_decode_gives_rgb_images(codec):
-    images = codec.decode(torch.zeros(2, 4, 4, 6))
-    assert [(image.mode, image.size) for image in images] == [("RGB", (48, 32))] * 2
-    sample = codec.model.decode(torch.zeros(1, 4, 4, 6)).sample[0]
-    expected = ((sample.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(np.asarray(images[0]), expected)
-
-
-def test_float16_vae_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features\.vae_dtype float16"):
-        LatentCodec.load(str(tmp_path), dtype="float16")
-
-
-# Small enough to be written down, too large for any machine: what an allocator says to it is the real thing.
-IMPOSSIBLE_BYTES = 1 << 50
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU: its allocator cannot be asked for too much")
-    sizes = []
-
-    def encode(items):
-        sizes.append(len(items))
-        if len(items) > 3:
-            torch.empty(IMPOSSIBLE_BYTES, dtype=torch.uint8, device=device)
-        return [item * 10 for item in items]
-
-    batches = Batches(8)
-    assert list(batches.run(list(range(9)), encode)) == [item * 10 for item in range(9)]
-    assert batches.size == 2
-    assert sizes == [8, 4, 2, 2, 2, 2, 1]
-
-
 def test_a_text_batch_that_does_not_fit_is_halved_in_tokens(text_folder, monkeypatch):
     encoder = load(text_folder)
     expected = encoder.encode(TEXTS)
@@ -176,36 +118,8 @@ def test_a_text_batch_that_does_not_fit_is_halved_in_tokens(text_folder, monkeyp
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_batches_hold_as_many_texts_as_their_tokens_allow():
-    widths = []
-
-    def encode(items):
-        widths.append([len(item) for item in items])
-        return list(items)
-
-    items = ["x" * length for length in (50, 30, 30, 20, 10, 10, 10, 10, 5)]
-    assert list(text_batches(60).run(items, encode)) == items
-    assert widths == [[50], [30, 30], [20, 10, 10], [10, 10, 5]]
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    def encode(items):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    with pytest.raises(RuntimeError, match="mat1"):
-        list(Batches(4).run([1, 2, 3, 4], encode))
-
-
-def test_one_item_that_does_not_fit_is_an_error():
-    def encode(items):
-        raise torch.OutOfMemoryError("too big")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        list(Batches(2).run([1, 2], encode))
-
-
 def test_importing_encoders_loads_neither_torch_nor_transformers():
-    code = "import sys, features.encoders; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    code = "import sys, encoders.opening; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

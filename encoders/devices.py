@@ -1,0 +1,33 @@
+"""On which device a model runs, and in which precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(device: str, *, key: str) -> torch.device:
+    """Return the device that the recipe's `key` names; `auto` is the GPU where torch sees one.
+
+    Raises:
+        ValueError: it is a GPU and there is none.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"{key} is {device}, but torch {torch.__version__} sees no GPU")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the type of weights and activations; `auto` is float32 on a CPU and bfloat16 elsewhere."""
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)

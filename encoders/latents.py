@@ -1,0 +1,111 @@
+"""What a latent codec is: a spec, images to latents, and back."""
+
+# B batch, C latent channels, H W pixels, h w latent height and width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+VAE_DTYPES = ("float32", "bfloat16")
+# Pixels of an image's side per side of a patch of latents: the codec's factor times this (paper A.5: patches of 2 x 2).
+PATCH_SIZE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What is known of a latent codec before its weights are read.
+
+    Attributes:
+        channels: of a latent, C.
+        factor: pixels of one latent, each way.
+        scale, shift: a model sees (latent - shift) * scale.
+        has_std: whether a latent is a distribution, with a standard deviation beside its mean.
+        identity: of its files, as `encoders.weights.resolve_model` gives it.
+    """
+
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+    has_std: bool
+    identity: str
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixels that a side of an image must be a multiple of, so that it is a whole number of patches."""
+        return self.factor * PATCH_SIZE
+
+
+class LatentCodec(Protocol):
+    """A loaded codec; `encoders.opening.open_codec` gives one. Latents are unscaled here."""
+
+    spec: LatentSpec
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return mean and standard deviation of the latents, fp32 [B, C, h, w] on the CPU; without `has_std` no second.
+
+        Args:
+            images: [B, 3, H, W], uint8, or floats in [-1, 1]; H and W multiples of `spec.factor`.
+        """
+        ...
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Return one image per unscaled latent of [B, C, h, w].
+
+        Raises:
+            ValueError: the codec gives values that are not finite.
+        """
+        ...
+
+
+def require_vae_dtype(dtype: str) -> None:
+    """Refuse a compute dtype in which codecs overflow.
+
+    Raises:
+        ValueError: names the dtype and those that there are.
+    """
+    if dtype not in VAE_DTYPES:
+        reason = ": the VAE overflows float16 and gives black images" if dtype == "float16" else ""
+        raise ValueError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
+
+
+def require_whole_patches(pixels: int, spec: LatentSpec, *, key: str) -> None:
+    """Check that a side of an image is a whole number of patches of latents.
+
+    Raises:
+        ValueError: it is not; names `key` and both numbers.
+    """
+    if pixels < spec.patch_pixels or pixels % spec.patch_pixels:
+        raise ValueError(
+            f"{key} {pixels} is not a multiple of {spec.patch_pixels} "
+            f"(VAE factor {spec.factor} times patch size {PATCH_SIZE})"
+        )
+
+
+def to_model_input(images: torch.Tensor, model: Any) -> torch.Tensor:
+    """Return images [B, 3, H, W], uint8 or in [-1, 1], in [-1, 1] on the model's device and in its dtype."""
+    import torch
+
+    if images.dtype == torch.uint8:
+        images = images.to(model.device).to(torch.float32) / 127.5 - 1.0
+    return images.to(model.device, model.dtype)
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Return the images of what a decoder gives [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    import torch
+    from PIL import Image
+
+    if not pixels.isfinite().all():
+        raise ValueError("the VAE gave pixels that are not finite: its weights (features.vae_model) are at fault")
+    levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]

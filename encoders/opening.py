@@ -1,0 +1,156 @@
+"""Which class opens a model's folder, by its `config.json`: text encoders and latent codecs, one place for each.
+
+Another kind is a file of its own, as `encoders/t5.py` and `encoders/dc.py` are, and its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from encoders.dc import DCCodec
+from encoders.kl import KLCodec
+from encoders.latents import LatentCodec, LatentSpec, require_vae_dtype
+from encoders.t5 import T5Encoder
+from encoders.text import (
+    DEFAULT_BATCH_TOKENS,
+    DEFAULT_CLEANING,
+    TextEncoder,
+    TextSpec,
+    require_text_dtype,
+    text_batches,
+)
+from encoders.text_decoder import DecoderTextEncoder
+from encoders.weights import ModelSource, read_config, resolve_model
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_CLASSES = (T5Encoder, DecoderTextEncoder)
+CODEC_CLASSES = (KLCodec, DCCodec)
+
+
+def text_spec(source: ModelSource, *, max_tokens: int, cleaning: str = DEFAULT_CLEANING) -> TextSpec | None:
+    """Return the spec of a text encoder, None if a hub model is not in the cache yet.
+
+    Raises:
+        FileNotFoundError: a local folder has no config.json.
+        ValueError: it is a model of a kind that no class here opens.
+    """
+    config = read_config(source)
+    if config is None:
+        return None
+    width = _text_class(source, config).width(config)
+    return TextSpec(width=width, max_tokens=max_tokens, cleaning=cleaning, identity=source.identity)
+
+
+def open_text_encoder(
+    model: str,
+    revision: str | None = None,
+    *,
+    max_tokens: int,
+    cleaning: str = DEFAULT_CLEANING,
+    device: str | torch.device = "cpu",
+    dtype: str = "bfloat16",
+    batch_tokens: int | None = None,
+    tokenizer: str | None = None,
+    is_8bit: bool = False,
+) -> TextEncoder:
+    """Load the text encoder of a local folder or hub id.
+
+    `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device. `tokenizer` is a
+    folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it.
+        ValueError: `dtype` is not bfloat16 or float32, no class here opens the model, or its checkpoint lacks weights.
+    """
+    require_text_dtype(dtype)
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    source = resolve_model(model, revision)
+    encoder_class = _text_class(source, _require_config(source))
+    loaded = encoder_class.load_weights(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    if is_8bit:
+        from encoders.int8_linear import quantize_linears
+
+        # Before it goes to the device, which may not have room for more.
+        quantize_linears(loaded)
+    loaded = loaded.to(torch.device(device))
+    spec = text_spec(source, max_tokens=max_tokens, cleaning=cleaning)
+    assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
+    tokenizes = AutoTokenizer.from_pretrained(tokenizer or source.location, revision=source.revision)
+    batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type])
+    return encoder_class(spec, loaded, tokenizes, batches)
+
+
+def latent_spec(source: ModelSource) -> LatentSpec | None:
+    """Return the spec of a latent codec, None if a hub model is not in the cache yet.
+
+    Raises:
+        FileNotFoundError: a local folder has no config.json.
+        ValueError: it is a model of a kind that no class here opens.
+    """
+    config = read_config(source)
+    if config is None:
+        return None
+    return _codec_class(source, config).read_spec(config, identity=source.identity)
+
+
+def open_codec(
+    model: str, revision: str | None = None, *, device: str | torch.device = "cpu", dtype: str = "float32"
+) -> LatentCodec:
+    """Load the latent codec of a local folder or hub id.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it.
+        ValueError: `dtype` is not float32 or bfloat16, no class here opens the model, or its checkpoint lacks weights.
+    """
+    require_vae_dtype(dtype)
+    import torch
+
+    source = resolve_model(model, revision)
+    codec_class = _codec_class(source, _require_config(source))
+    loaded = codec_class.load_weights(source, dtype=getattr(torch, dtype)).to(torch.device(device))
+    loaded = loaded.eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        # What tensor cores want; on a CPU it makes the convolutions eight times slower.
+        loaded = loaded.to(memory_format=torch.channels_last)
+    spec = latent_spec(source)
+    assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
+    return codec_class(spec, loaded)
+
+
+def _text_class(source: ModelSource, config: Mapping[str, Any]) -> type[T5Encoder | DecoderTextEncoder]:
+    kind = config.get("model_type")
+    for text_class in TEXT_CLASSES:
+        if kind in text_class.model_types:
+            return text_class
+    known = ", ".join(name for text_class in TEXT_CLASSES for name in text_class.model_types)
+    raise ValueError(f"features.text_model {source.location} is a model of type {kind}, not one of {known}")
+
+
+def _codec_class(source: ModelSource, config: Mapping[str, Any]) -> type[KLCodec | DCCodec]:
+    # Folders of before diffusers wrote the class name hold the only class there was.
+    kind = config.get("_class_name", KLCodec.class_name)
+    for codec_class in CODEC_CLASSES:
+        if kind == codec_class.class_name:
+            return codec_class
+    known = " or ".join(codec_class.class_name for codec_class in CODEC_CLASSES)
+    raise ValueError(f"features.vae_model {source.location} is a {kind}, not {known}")
+
+
+def _require_config(source: ModelSource) -> dict[str, Any]:
+    """Return a model's config.json; a hub model's is fetched first."""
+    config = read_config(source)
+    if config is None:
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(source.location, "config.json", revision=source.revision)
+        config = read_config(source)
+    assert config is not None, f"{Path(source.location)} has been fetched"
+    return config

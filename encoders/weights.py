@@ -1,0 +1,118 @@
+"""Where a model's files are, in a local folder or the hub's cache, and whether all weights are among them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.store.files import sha256_file, sha256_text
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What to hand to `from_pretrained` (`location`, `revision`), and what goes into fingerprints (`identity`)."""
+
+    location: str
+    revision: str | None
+    identity: str
+
+
+def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
+    """Find a model by local folder (relative to the working folder or the repository), or else by hub id.
+
+    A folder's identity is a hash over the bytes of its files; a hub model's is `id@revision`.
+
+    Raises:
+        FileNotFoundError: `model_id` looks like a path and there is no such folder.
+    """
+    for root in (Path(), REPOSITORY):
+        folder = root / model_id
+        if folder.is_dir():
+            return ModelSource(str(folder), None, _folder_identity(folder))
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise FileNotFoundError(f"model folder {model_id} does not exist")
+    return ModelSource(model_id, revision, f"{model_id}@{revision or 'main'}")
+
+
+def require_model(source: ModelSource, *, key: str) -> None:
+    """Check that a hub model is in the local cache or can be fetched, before any work starts.
+
+    Raises:
+        ValueError: names the recipe `key`, the model and the way out, in one line.
+    """
+    if Path(source.location).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        snapshot_download(source.location, revision=source.revision, allow_patterns=["*.json"])
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        mode = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
+        raise ValueError(
+            f"{key} = {source.location!r} ({source.revision or 'main'}) is no local folder and not in the hub cache, "
+            f"and cannot be downloaded ({mode}); give a local folder or run `hf download {source.location}`"
+        ) from None
+
+
+def find_file(source: ModelSource, name: str) -> Path | None:
+    """Return a file of a model in its local folder or in the hub's cache, None if it is in neither."""
+    folder = Path(source.location)
+    if folder.is_dir():
+        return path if (path := folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.location, name, revision=source.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def read_config(source: ModelSource) -> dict[str, Any] | None:
+    """Return a model's `config.json`, None when a hub model is not in the cache yet.
+
+    Raises:
+        FileNotFoundError: a local folder has none.
+    """
+    path = find_file(source, "config.json")
+    if path is None and Path(source.location).is_dir():
+        raise FileNotFoundError(f"{source.location} has no config.json: it is not a folder that a model was saved in")
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_model_here(source: ModelSource) -> bool:
+    """Whether a model's weights are in a local folder or the hub's cache."""
+    folder = Path(source.location)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(source.location, revision=source.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return False
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def require_complete(loading: Mapping[str, Any], message: str) -> None:
+    """Refuse a checkpoint that leaves weights at their random start, which the libraries' loaders only log.
+
+    Args:
+        loading: what `from_pretrained(output_loading_info=True)` gives beside the model.
+        message: starts the error, such as `<key> <model> lacks weights of a CLIPModel`.
+
+    Raises:
+        ValueError: weights are missing or of another shape; says how many and names some.
+    """
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading.get(kind) or ())
+    if wrong or loading.get("error_msgs"):
+        some = ", ".join(wrong[:3]) or str(loading["error_msgs"][0])
+        raise ValueError(f"{message}: {len(wrong)} would stay random ({some}, ...)")
+
+
+def _folder_identity(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    lines = [f"{path.relative_to(folder).as_posix()} {sha256_file(path)}" for path in files]
+    return "sha256:" + sha256_text("\n".join(lines))
