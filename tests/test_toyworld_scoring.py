@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.store.summary import read_summary
 from toyworld import judge as judge_module
+from toyworld.axes import AXES
 from toyworld.config import ToyworldConfig
 from toyworld.judge import ObjectHit, Verdict
 from toyworld.render import ANCHORS, OBJECT_RGB, render
@@ -131,7 +132,7 @@ def test_samples_are_scored_against_the_scene_of_their_prompt(run):
     assert score["axes"]["colour_binding"] == {"score": 0.0, "num_images": 1}
     assert score["axes"]["count"] == {"score": 0.5, "num_images": 2}
     written = json.loads((run / "judge" / "stage2.json").read_text())
-    assert written["axes"] == [{"name": name, **axis} for name, axis in score["axes"].items()]
+    assert written["axes"] == [{"name": name, **score["axes"][name]} for name in AXES]
     assert written["samples_fingerprint"] is None
     assert set(json.loads((run / "judge" / ".done" / "stage2.json").read_text())["report"]["files"]) == {
         ".json",
