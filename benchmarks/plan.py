@@ -28,7 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.raw.images import aspect_buckets
-from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
+from pipelines.store.families import (
+    NULL_CAPTION_FILE,
+    FamilySchema,
+    latent_directory,
+    latent_schema,
+    text_directory,
+    text_schema,
+)
 from pipelines.store.feature_store import write_index, write_tensors
 from pipelines.store.files import atomic_write_json
 from pipelines.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Fingerprint, Manifest, ShardReport
@@ -79,12 +86,12 @@ def write_run(run: Path, *, num_shards: int, samples_per_shard: int) -> list[str
     latents, captions = zip(*rows_of(samples_per_shard), strict=True)
     latent_bytes = latents[-1]["std_offset"] + 2 * CHANNELS * (RESOLUTION // 8) ** 2 * 4
     text_bytes = captions[-1]["offset"] + MAX_TOKENS * WIDTH * 2
-    for directory, rows, schema, num_bytes in (
-        (latent_directory(run, RESOLUTION), latents, LATENT_SCHEMA, latent_bytes),
-        (text_directory(run), captions, TEXT_SCHEMA, text_bytes),
+    for directory, rows, family, num_bytes in (
+        (latent_directory(run, RESOLUTION), latents, latent_schema(), latent_bytes),
+        (text_directory(run), captions, text_schema("bfloat16", WIDTH), text_bytes),
     ):
         directory.mkdir(parents=True)
-        write_index(run / "one.parquet", rows, schema)
+        write_index(run / "one.parquet", rows, family.columns)
         (run / "one.tar").touch()
         os.truncate(run / "one.tar", num_bytes)
         for name in names:
@@ -92,12 +99,12 @@ def write_run(run: Path, *, num_shards: int, samples_per_shard: int) -> list[str
                 (directory / f"{name}{suffix}").hardlink_to(run / f"one{suffix}")
         (run / "one.parquet").unlink()
         (run / "one.tar").unlink()
-        write_manifest(directory, names, samples_per_shard)
+        write_manifest(directory, names, samples_per_shard, family=family)
     write_tensors(text_directory(run) / NULL_CAPTION_FILE, {"embedding_0": np.zeros((1, WIDTH), np.uint16)})
     return names
 
 
-def write_manifest(directory: Path, names: list[str], samples_per_shard: int) -> None:
+def write_manifest(directory: Path, names: list[str], samples_per_shard: int, *, family: FamilySchema) -> None:
     """Write a manifest as `ShardDirectory.write_manifest` does, without ten thousand markers."""
     reports = {
         name: ShardReport(
@@ -113,7 +120,7 @@ def write_manifest(directory: Path, names: list[str], samples_per_shard: int) ->
         num_kept=num_samples,
         rejected={},
         shards=reports,
-        extra={"text": {"max_tokens": MAX_TOKENS, "d_text": WIDTH}},
+        extra={"family": family.spec()},
     )
     atomic_write_json(directory / MANIFEST_NAME, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
 
@@ -123,8 +130,7 @@ def open_dataset(run: Path) -> Dataset:
     latents = open_directory(str(latent_directory(run, RESOLUTION)))
     return Dataset(
         run=str(run),
-        latents=latents,
-        text=open_directory(str(text_directory(run))),
+        directories=[latents, open_directory(str(text_directory(run)))],
         shards=sorted(latents.manifest.shards),
     )
 
@@ -137,7 +143,7 @@ def run_rank(run: Path, *, rank: int, num_ranks: int, start_seconds: float) -> N
     survey = load_survey(run / "survey.json", identity="bench")
     assert survey is not None
     plan = Plan(survey.counts, batch_size=BATCH_SIZE, seed=0, shards_per_block=SHARDS_PER_BLOCK)
-    assembler = BatchAssembler(dataset, buckets=survey.buckets, seed=0, stage=2, caption_dropout=0.1)
+    assembler = BatchAssembler(dataset, buckets=survey.buckets, seed=0, stream=2, caption_dropout=0.1)
     known_seconds = time.time()
     steps = range(100)
     with BatchReader(plan, FeatureIndex([dataset]), assembler, steps=steps, rank=rank, num_ranks=num_ranks) as reader:

@@ -27,16 +27,17 @@ from rich.table import Table
 from safetensors.torch import load
 
 from features.quantization import store_text
-from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
-from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, write_index, write_tensors
+from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, latent_schema, text_directory, text_schema
+from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
-from training.data.assembly import BatchAssembler, LocatedSamples, locate_samples
+from training.data.assembly import BatchAssembler, locate_samples
 from training.data.batch import Buffers
 from training.data.directories import open_directory
 from training.data.features import Dataset
-from training.data.index import CAPTION_NUMBERS, LATENT_NUMBERS, FeatureIndex
+from training.data.index import FeatureIndex, number_columns
 from training.data.plan import Plan
 from training.data.reader import BatchReader
+from training.data.reading import LocatedSamples
 from training.data.survey import Survey, make_survey, survey_shards
 
 RESULT = Path(__file__).parent / "results" / "reader.json"
@@ -55,7 +56,8 @@ def write_run(run: Path, num_samples: int, storage: str) -> Dataset:
     random = np.random.default_rng(0)
     latents = ShardDirectory(latent_directory(run, RESOLUTION))
     text = ShardDirectory(text_directory(run))
-    for directory in (latents, text):
+    families = {latents: latent_schema(), text: text_schema(storage, WIDTH)}
+    for directory in families:
         directory.path.mkdir(parents=True)
     write_tensors(text.path / NULL_CAPTION_FILE, {"embedding_0": np.zeros((1, WIDTH), np.uint16)})
     names = [f"shard_{shard:05d}" for shard in range(NUM_SHARDS)]
@@ -67,17 +69,15 @@ def write_run(run: Path, num_samples: int, storage: str) -> Dataset:
         ):
             latent_rows = [_write_latent(latent_tar, key, random) for key in keys]
             text_rows = [_write_caption(tar, key, random, storage) for key in keys]
-        for directory, rows, schema in ((latents, latent_rows, LATENT_SCHEMA), (text, text_rows, TEXT_SCHEMA)):
-            write_index(directory.file(name, ".parquet"), rows, schema)
+        for directory, rows in ((latents, latent_rows), (text, text_rows)):
+            write_index(directory.file(name, ".parquet"), rows, families[directory].columns)
             report = ShardReport(name=name, source="generated", num_read=len(keys), num_kept=len(keys))
             directory.write_marker(report, Fingerprint.of({}))
-    extra = {"text": {"max_tokens": MAX_TOKENS, "d_text": WIDTH, "storage": storage}}
-    for directory in (latents, text):
-        directory.write_manifest(Fingerprint.of({}), names, upstream={}, extra=extra)
+    for directory, family in families.items():
+        directory.write_manifest(Fingerprint.of({}), names, upstream={}, extra={"family": family.spec()})
     return Dataset(
         run=str(run),
-        latents=open_directory(str(latents.path)),
-        text=open_directory(str(text.path)),
+        directories=[open_directory(str(directory.path)) for directory in families],
         shards=names,
     )
 
@@ -85,34 +85,19 @@ def write_run(run: Path, num_samples: int, storage: str) -> Dataset:
 def _write_latent(tar: FeatureTarWriter, key: str, random: np.random.Generator) -> dict[str, object]:
     shape = (CHANNELS, LATENT_SIZE, LATENT_SIZE)
     mean, std = (random.standard_normal(shape).astype(np.float16) for _ in range(2))
-    offsets = tar.add(key, {"mean": mean, "std": std})
-    return {
-        "key": key,
-        "mean_offset": offsets["mean"],
-        "std_offset": offsets["std"],
-        "nbytes": mean.nbytes,
-        "crc32": payload_crc32(mean, std),
-        "channels": CHANNELS,
-        "height": LATENT_SIZE,
-        "width": LATENT_SIZE,
-        "bucket": f"{RESOLUTION}x{RESOLUTION}",
-    }
+    row: dict[str, object] = {"key": key, "bucket": f"{RESOLUTION}x{RESOLUTION}"}
+    latent_schema().write(tar, [row], [(mean, std)])
+    return row
 
 
 def _write_caption(tar: FeatureTarWriter, key: str, random: np.random.Generator, storage: str) -> dict[str, object]:
     length = int(np.clip(round(random.normal(MEAN_TOKENS, TOKENS_DEVIATION)), MIN_TOKENS, MAX_TOKENS))
     stored = store_text(torch.from_numpy(random.standard_normal((length, WIDTH), dtype=np.float32)), storage)
-    tensors = {"embedding_0": stored.values} | ({} if stored.scale is None else {"scale_0": stored.scale})
-    offsets = tar.add(key, tensors)
-    return {
-        "key": key,
-        "offset": offsets["embedding_0"],
-        "scale_offset": offsets.get("scale_0"),
-        "nbytes": stored.values.nbytes,
-        "crc32": payload_crc32(*tensors.values()),
-        "num_tokens": length,
-        "weight": 1.0,
-    }
+    row: dict[str, object] = {"key": key, "caption_index": 0, "weight": 1.0}
+    text_schema(storage, WIDTH).write(
+        tar, [row], [[part for part in (stored.values, stored.scale) if part is not None]]
+    )
+    return row
 
 
 class Reading:
@@ -120,6 +105,7 @@ class Reading:
 
     def __init__(self, dataset: Dataset, *, checks_payloads: bool = False) -> None:
         self.index = FeatureIndex([dataset])
+        self._families = [directory.family for directory in dataset.directories]
         self.survey = make_survey(self.index, survey_shards(self.index, range(len(self.index))))
         self.plan = Plan(self.survey.counts, batch_size=BATCH_SIZE, seed=0, shards_per_block=16)
         self.assembler = _assembler(dataset, self.survey, checks_payloads=checks_payloads)
@@ -132,8 +118,7 @@ class Reading:
         """Plan, find and copy the payloads of every batch."""
         for step in range(self.num_batches):
             samples = self.samples(step)
-            self.assembler.read_latents(self._buffers, samples)
-            self.assembler.read_text(self._buffers, samples, is_dropped=self._is_dropped)
+            self.assembler.read(self._buffers, samples, is_dropped=self._is_dropped)
 
     def samples(self, step: int) -> LocatedSamples:
         """Return the samples of a step."""
@@ -152,33 +137,28 @@ class Reading:
         """Yield tar, offset and bytes of every payload, in the order in which they are read."""
         for step in range(self.num_batches):
             samples = self.samples(step)
-            for shard, latent, caption in zip(
-                samples.shards, samples.latents.tolist(), samples.captions.tolist(), strict=True
-            ):
-                assert shard.text is not None
-                latent_bytes = 2 * CHANNELS * LATENT_SIZE**2
-                yield shard.latents, latent[LATENT_NUMBERS.index("mean_offset")], latent_bytes
-                yield shard.latents, latent[LATENT_NUMBERS.index("std_offset")], latent_bytes
-                num_tokens = caption[CAPTION_NUMBERS.index("num_tokens")]
-                yield shard.text, caption[CAPTION_NUMBERS.index("offset")], 2 * WIDTH * num_tokens
+            for i, shard in enumerate(samples.shards):
+                for family in self._families:
+                    row = dict(zip(number_columns(family), samples.rows[family.name][i].tolist(), strict=True))
+                    for tensor in family.tensors:
+                        yield shard.tars[family.name], row[tensor.offset], tensor.end(row) - row[tensor.offset]
 
 
 def _assembler(dataset: Dataset, survey: Survey, *, checks_payloads: bool) -> BatchAssembler:
     return BatchAssembler(
-        dataset, buckets=survey.buckets, seed=0, stage=2, caption_dropout=0.0, checks_payloads=checks_payloads
+        dataset, buckets=survey.buckets, seed=0, stream=2, caption_dropout=0.0, checks_payloads=checks_payloads
     )
 
 
 def read_webdataset(dataset: Dataset) -> None:
     """Decode the same tars with stock webdataset and safetensors: latents and captions in step, joined by key."""
-    assert dataset.text is not None
     pipelines = [
         webdataset.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
             [directory.url(name, ".tar") for name in dataset.shards], shardshuffle=False, empty_check=False
         )
         .map(_decode)
         .batched(BATCH_SIZE, collation_fn=list)
-        for directory in (dataset.latents, dataset.text)
+        for directory in dataset.directories
     ]
     for latents, captions in zip(*pipelines, strict=True):
         assert [key for key, _ in latents] == [key for key, _ in captions]

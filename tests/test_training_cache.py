@@ -234,7 +234,7 @@ def read_keys_and_sums(job: TrainingJob, *, rank: int = 0, num_ranks: int = 1, n
     """Key and sum of text and latents of every sample a rank reads."""
     survey = survey_stage(job)
     assembler = BatchAssembler(
-        job.features.datasets[0], buckets=survey.buckets, seed=0, stage=2, caption_dropout=0.1, checks_payloads=True
+        job.features.datasets[0], buckets=survey.buckets, seed=0, stream=2, caption_dropout=0.1, checks_payloads=True
     )
     reader = BatchReader(
         stage_plan(job, survey),

@@ -17,7 +17,7 @@ from training_run import make_run, write_text
 
 from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
-from training.data.batch import Batch, PackedText
+from training.data.batch import Batch, PackedRows
 from training.data.directories import open_directory
 from training.data.features import Dataset
 from training.data.index import FeatureIndex
@@ -34,9 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_index(run: Path, shards: list[str] = SHARDS, *, resolution: int = 32, has_text: bool = True) -> FeatureIndex:
-    latents = open_directory(str(latent_directory(run, resolution)))
-    text = open_directory(str(text_directory(run))) if has_text else None
-    return FeatureIndex([Dataset(run=str(run), latents=latents, text=text, shards=shards)])
+    folders = [latent_directory(run, resolution), text_directory(run)][: 2 if has_text else 1]
+    directories = [open_directory(str(folder)) for folder in folders]
+    return FeatureIndex([Dataset(run=str(run), directories=directories, shards=shards)])
 
 
 def survey_of(index: FeatureIndex) -> Survey:
@@ -68,7 +68,7 @@ def open_reader(
         index.datasets[0],
         buckets=survey.buckets,
         seed=5,
-        stage=stage,
+        stream=stage,
         caption_dropout=dropout,
         checks_payloads=checks_payloads,
     )
@@ -122,7 +122,7 @@ def clone(batch: Batch) -> Batch:
 def samples(batches: list[Batch]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, Batch, int]]:
     for batch in batches:
         assert batch.text is not None
-        assert batch.text_mask is not None
+        assert batch.text_mask is not None and batch.std is not None
         for i, key in enumerate(batch.keys):
             yield key, batch.mean[i], batch.std[i], batch.text[i][batch.text_mask[i]], batch, i
 
@@ -317,13 +317,16 @@ def test_a_tar_cut_or_lost_while_training_is_named_by_the_iterator(tmp_path: Pat
         batches_of(open_reader(index, steps=range(10), survey=survey))
 
 
-@pytest.mark.parametrize(("family", "what"), [("latent-32", "latents"), ("text", "a caption")])
+@pytest.mark.parametrize(("family", "what"), [("latent-32", "latents"), ("text", "text")])
 def test_a_flipped_byte_is_named_on_the_rank_that_reads_it(tmp_path: Path, family: str, what: str) -> None:
     run = make_run(tmp_path)
     index = open_index(run)
     table = index.table(1)
-    row = next(row for row in range(20) if table.caption_starts[row + 1] - table.caption_starts[row] == 1)
-    offset = int(table.latents[row, 1] if family == "latent-32" else table.captions[table.caption_starts[row], 0])
+    latents, text = table.families["latents"], table.families["text"]
+    row = next(row for row in range(20) if text.starts[row + 1] - text.starts[row] == 1)
+    offset = int(
+        latents.column("std_offset")[row] if family == "latent-32" else text.column("offset")[text.starts[row]]
+    )
     with (run / "features" / family / "laion_1.tar").open("r+b") as file:
         file.seek(offset + 1)
         flipped = file.read(1)[0] ^ 1
@@ -353,7 +356,7 @@ def test_a_sample_without_label_is_refused_in_stage_1(run: Path) -> None:
 
 def test_a_null_caption_may_be_longer_than_all_captions_of_a_batch() -> None:
     values = torch.arange(6, dtype=torch.bfloat16).view(3, 2)
-    text = PackedText(
+    text = PackedRows(
         values=values,
         scale=None,
         lengths=torch.tensor([2, 1]),

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from features.quantization import store_text
-from pipelines.store.families import LATENT_SCHEMA, NULL_CAPTION_FILE, TEXT_SCHEMA, latent_directory, text_directory
-from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, write_index, write_tensors
+from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, latent_schema, text_directory, text_schema
+from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 
@@ -78,21 +78,14 @@ def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets
                     height, width = (int(side) // 8 for side in bucket.split("x"))
                     mean = random.standard_normal((CHANNELS, height, width)).astype(np.float16)
                     std = np.full_like(mean, 0.1)
-                    offsets = tar.add(row["key"], {"mean": mean, "std": std})
+                    latent_schema().write(tar, [row], [(mean, std)])
                     row |= {
-                        "mean_offset": offsets["mean"],
-                        "std_offset": offsets["std"],
-                        "nbytes": mean.nbytes,
-                        "crc32": payload_crc32(mean, std),
-                        "channels": CHANNELS,
-                        "height": height,
-                        "width": width,
                         "bucket": bucket,
                         "label": i % NUM_CLASSES if name.startswith("imagenet") else None,
                         "reject": None,
                     }
                 rows.append(row)
-        write_index(directory.file(name, ".parquet"), rows, LATENT_SCHEMA)
+        write_index(directory.file(name, ".parquet"), rows, latent_schema().columns)
         _finish(directory, name, rows, fingerprint)
     extra = {"vae": VAE, "resolution": resolution, "buckets": buckets}
     directory.write_manifest(fingerprint, list(shards), upstream={}, extra=extra)
@@ -128,7 +121,7 @@ def write_text(
                 embeddings = [torch.from_numpy(random.standard_normal(shape)) for shape in shapes]
                 rows += write_captions(tar, key, embeddings, storage=storage, shard=name)
                 samples.append(rows[-1])
-        write_index(directory.file(name, ".parquet"), rows, TEXT_SCHEMA)
+        write_index(directory.file(name, ".parquet"), rows, text_schema(storage, D_TEXT).columns)
         _finish(directory, name, samples, fingerprint)
     directory.write_manifest(fingerprint, list(shards), upstream={}, extra={"text": TEXT | settings})
 
@@ -138,24 +131,13 @@ def write_captions(
 ) -> list[dict]:
     """Write one sample's captions; returns their index rows. The first is drawn three times as often as the others."""
     stored = [store_text(embedding, storage) for embedding in embeddings]
-    tensors = {f"embedding_{j}": text.values for j, text in enumerate(stored)}
-    tensors |= {f"scale_{j}": text.scale for j, text in enumerate(stored) if text.scale is not None}
-    offsets = tar.add(key, tensors)
-    return [
-        {
-            "key": key,
-            "shard": shard,
-            "caption_index": j,
-            "offset": offsets[f"embedding_{j}"],
-            "scale_offset": offsets.get(f"scale_{j}"),
-            "nbytes": text.values.nbytes,
-            "crc32": payload_crc32(*[part for part in (text.values, text.scale) if part is not None]),
-            "num_tokens": len(text.values),
-            "weight": 3.0 if j == 0 else 1.0,
-            "reject": None,
-        }
-        for j, text in enumerate(stored)
+    rows = [
+        {"key": key, "shard": shard, "caption_index": j, "weight": 3.0 if j == 0 else 1.0, "reject": None}
+        for j in range(len(stored))
     ]
+    payloads = [[part for part in (text.values, text.scale) if part is not None] for text in stored]
+    text_schema(storage, D_TEXT).write(tar, rows, payloads)
+    return rows
 
 
 def _finish(directory: ShardDirectory, name: str, rows: list[dict], fingerprint: Fingerprint) -> None:

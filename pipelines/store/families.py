@@ -76,6 +76,9 @@ class StoredTensor:
     offset: str
     shape: tuple[str | int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
     def shape_in(self, row: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape that an index row gives it."""
         return tuple(row[size] if isinstance(size, str) else size for size in self.shape)
@@ -97,24 +100,28 @@ class FamilySchema:
         columns: of the index.
         leads: whether it says which samples there are: its index has `bucket` and `label`, and batches are cut from
             its buckets. Other families are joined to it by key.
-        is_ragged: whether rows differ in their first dimension: then they lie end to end in a batch; else all of a
-            bucket have one shape, and are stacked.
         rows_per_sample: rows of each sample; of several, a batch draws one by `weight`.
-        null_file: file beside the shards with the tensor of a dropped condition, if the family is one.
+        null_file: of a family whose rows differ in their first dimension, as captions do: the file beside the shards
+            with the tensor of a dropped row. In a batch such rows lie end to end. Their first tensor is [n, D]; a
+            second is its float32 scale [n]. Without a null file all rows of a bucket have one shape, and are stacked.
     """
 
     name: str
     tensors: tuple[StoredTensor, ...]
     columns: pa.Schema
     leads: bool = False
-    is_ragged: bool = False
     rows_per_sample: int = 1
     null_file: str | None = None
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows differ in their first dimension."""
+        return self.null_file is not None
 
     def spec(self) -> dict[str, Any]:
         """Return it as JSON, for a manifest."""
         columns = [[field.name, str(field.type)] for field in self.columns]
-        fields = {name: getattr(self, name) for name in ("name", "leads", "is_ragged", "rows_per_sample", "null_file")}
+        fields = {name: getattr(self, name) for name in ("name", "leads", "rows_per_sample", "null_file")}
         return fields | {"tensors": [asdict(tensor) for tensor in self.tensors], "columns": columns}
 
     @classmethod
@@ -170,7 +177,6 @@ def text_schema(storage: str, width: int, *, rows_per_sample: int = 1) -> Family
         # Scales last: values then start at multiples of a cache line for every D that is one itself.
         tensors=(values,) if storage == "bfloat16" else (values, scale),
         columns=TEXT_SCHEMA,
-        is_ragged=True,
         rows_per_sample=rows_per_sample,
         null_file=NULL_CAPTION_FILE,
     )

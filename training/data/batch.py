@@ -6,7 +6,8 @@
 import contextlib
 import math
 import mmap
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,37 +21,46 @@ class Batch:
         step: optimizer step it belongs to, counted from 0.
         bucket: `HxW` in pixels.
         keys: of the samples.
-        mean, std: of the VAE's posterior, unscaled, fp16 [B, C, h, w].
-        posterior_noise, noise: standard normal, fp32 [B, C, h, w].
+        mean, std: of the codec's posterior, unscaled, fp16 [B, C, h, w]; std is None where the codec has none.
+        posterior_noise, noise: standard normal, fp32 [B, C, h, w]; the first is None without std.
         timestep_draws: uniform in [0, 1), float64 [B].
         is_dropped: whether the condition is the null one, [B]; `text` already holds the null caption there.
         text: bf16 [B, L, D], zero behind a caption's end; None in stage 1.
         text_mask: True at real tokens, [B, L]; None in stage 1.
         labels: class labels, int64 [B]; None in stages 2 and 3.
+        tensors: of every other family: `<family>.<tensor>`; of rows of different lengths `<family>`, as `text` is,
+            and `<family>.mask`.
     """
 
     step: int
     bucket: str
     keys: list[str]
     mean: Tensor
-    std: Tensor
-    posterior_noise: Tensor
+    std: Tensor | None
+    posterior_noise: Tensor | None
     noise: Tensor
     timestep_draws: Tensor
     is_dropped: Tensor
     text: Tensor | None
     text_mask: Tensor | None
     labels: Tensor | None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def draw_latents(self) -> Tensor:
+        """Return latents drawn from the posterior, unscaled, fp32 [B, C, h, w]: its mean where it has no std."""
+        if self.std is None or self.posterior_noise is None:
+            return self.mean.float()
+        return self.mean.float() + self.std.float() * self.posterior_noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedText:
-    """Captions end to end, without padding, as they are stored; dropped ones are left out.
+class PackedRows:
+    """Rows of different lengths, such as captions, end to end as they are stored; dropped ones are left out.
 
     Attributes:
         values: bf16, float8_e4m3 or int8, [T, D].
         scale: of each token, fp32 [T], for the 8-bit ones: value = stored * scale.
-        lengths: tokens of each sample's caption, [B]; of a dropped one those of the null caption.
+        lengths: tokens of each sample's row, [B]; of a dropped one those of the null caption.
         is_dropped: [B].
         null: the null caption, bf16 [tokens, D].
     """
@@ -79,37 +89,43 @@ class PackedText:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch of a rank in the reader's buffers, as `Batch` says but for `text`; `to` gives the batch."""
+    """One micro-batch of a rank in the reader's buffers, as `Batch` says but for its texts; `to` gives the batch."""
 
     step: int
     bucket: str
     keys: list[str]
     mean: Tensor
-    std: Tensor
-    posterior_noise: Tensor
+    std: Tensor | None
+    posterior_noise: Tensor | None
     noise: Tensor
     timestep_draws: Tensor
     is_dropped: Tensor
-    text: PackedText | None
+    text: PackedRows | None
     labels: Tensor | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, PackedRows] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
         text, text_mask = (None, None) if self.text is None else self.text.unpack(device)
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        for name, packed in self.texts.items():
+            tensors[name], tensors[f"{name}.mask"] = packed.unpack(device)
         # Blocking copies: the buffers are filled again as soon as the loop asks for the next batch.
         return Batch(
             step=self.step,
             bucket=self.bucket,
             keys=self.keys,
             mean=self.mean.to(device),
-            std=self.std.to(device),
-            posterior_noise=self.posterior_noise.to(device),
+            std=None if self.std is None else self.std.to(device),
+            posterior_noise=None if self.posterior_noise is None else self.posterior_noise.to(device),
             noise=self.noise.to(device),
             timestep_draws=self.timestep_draws.to(device),
             is_dropped=self.is_dropped.to(device),
             text=text,
             text_mask=text_mask,
             labels=None if self.labels is None else self.labels.to(device),
+            tensors=tensors,
         )
 
 

@@ -68,7 +68,7 @@ def open_reader(
         datasets[0],
         buckets=buckets,
         seed=seed,
-        stage=stream,
+        stream=stream,
         caption_dropout=caption_dropout,
         checks_payloads=settings.check_payloads,
     )

@@ -3,8 +3,10 @@
 import json
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from pipelines.store.families import FamilySchema, schema_of
 from pipelines.store.files import is_remote, open_binary
 from pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from training.data.cache import ShardCache, ShardFile
@@ -20,6 +22,18 @@ class FeatureDirectory:
 
     def __str__(self) -> str:
         return self.location
+
+    @cached_property
+    def family(self) -> FamilySchema:
+        """What its members hold.
+
+        Raises:
+            ValueError: its manifest is not one of features.
+        """
+        family = schema_of(self.manifest)
+        if family is None:
+            raise ValueError(f"{self.location}/{MANIFEST_NAME} does not say which family of features it is of")
+        return family
 
     def url(self, name: str, suffix: str) -> str:
         """Return where a shard's file is."""

@@ -48,17 +48,27 @@ class FeatureTable(pydantic.BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Feature directories of a dataset and the shards read of them; `text` is None for stage 1, which has labels.
+    """Feature directories of a dataset, one a family, and the shards read of them.
 
-    `validation_shards` are read for the validation loss alone.
+    The first directory leads: it says which samples there are and in which buckets; the others are joined to it by
+    key. `validation_shards` are read for the validation loss alone.
     """
 
     run: str
-    latents: FeatureDirectory
-    text: FeatureDirectory | None
+    directories: list[FeatureDirectory]
     shards: list[str]
     validation_shards: list[str] = field(default_factory=list)
     weight: float = 1.0
+
+    @property
+    def leading(self) -> FeatureDirectory:
+        """The directory that says which samples there are."""
+        return self.directories[0]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the condition is a class label: where there are no captions."""
+        return not any(directory.family.is_ragged for directory in self.directories)
 
     def held_out(self) -> "Dataset":
         """Return the part that is kept for validation."""
@@ -67,12 +77,11 @@ class Dataset:
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
         fields: dict[str, Any] = {}
-        for family, directory in (("latents", self.latents), ("text", self.text)):
-            if directory is not None:
-                manifest = directory.manifest
-                fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
-                files = {name: manifest.shards[name].files for name in [*self.shards, *self.validation_shards]}
-                fields[f"{family}.files"] = Fingerprint.of(files).digest
+        for directory in self.directories:
+            family, manifest = directory.family.name, directory.manifest
+            fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
+            files = {name: manifest.shards[name].files for name in [*self.shards, *self.validation_shards]}
+            fields[f"{family}.files"] = Fingerprint.of(files).digest
         return fields
 
 
@@ -94,18 +103,18 @@ class StageFeatures:
     @property
     def resolution(self) -> int:
         """Base resolution in pixels."""
-        return self.datasets[0].latents.manifest.extra["resolution"]
+        return self.datasets[0].leading.manifest.extra["resolution"]
 
     @property
     def vae(self) -> dict[str, Any]:
         """Model, revision, scaling_factor and shift_factor of the VAE."""
-        return self.datasets[0].latents.manifest.extra["vae"]
+        return self.datasets[0].leading.manifest.extra["vae"]
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
         """Model, revision, max_tokens and d_text of the text encoder."""
-        text = self.datasets[0].text
-        return text.manifest.extra["text"] if text is not None else None
+        extras = (directory.manifest.extra for directory in self.datasets[0].directories)
+        return next((extra["text"] for extra in extras if "text" in extra), None)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what identifies the data of all datasets, and how they are mixed; not where they lie."""
@@ -174,15 +183,17 @@ def _open_dataset(
     if patterns is None:
         patterns, pattern_key = table.shards, f"features.{command.stage_name}.shards"
     shards = select_shards(sorted(latents.manifest.shards), patterns, key=pattern_key)
-    text = None
+    directories = [latents]
     if command.stage is not None and command.stage > 1:
         text = _open(run, text_directory(Path(), [caption.column for caption in table.captions]), command, cache=cache)
         _check_text(text, table=table, run=run)
+        directories.append(text)
+    for directory in directories:
         for name in shards:
-            if name not in text.manifest.shards:
-                message = f"{text} lacks shard {name}, which {latents} has; run `{_make_features(command, run)}`"
+            if name not in directory.manifest.shards:
+                message = f"{directory} lacks shard {name}, which {latents} has; run `{_make_features(command, run)}`"
                 raise ValueError(message)
-    return Dataset(run=run, latents=latents, text=text, shards=shards, weight=config.weight)
+    return Dataset(run=run, directories=directories, shards=shards, weight=config.weight)
 
 
 def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str) -> list[Dataset]:
@@ -197,7 +208,7 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     chosen = set(select_shards(sorted(names), patterns, key=key))
     for dataset in datasets:
         if chosen.issuperset(dataset.shards):
-            raise ValueError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.latents}")
+            raise ValueError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.leading}")
     return [
         replace(
             dataset,
@@ -213,7 +224,7 @@ def _require_apart(datasets: Sequence[Dataset], *, key: str) -> None:
     owners: dict[tuple[str, str], int] = {}
     for number, dataset in enumerate(datasets):
         for name in [*dataset.shards, *dataset.validation_shards]:
-            folder = dataset.latents.location
+            folder = dataset.leading.location
             folder = folder if is_remote(folder) else str(Path(folder).resolve())
             other = owners.setdefault((folder, name), number)
             if other != number:
@@ -228,18 +239,18 @@ def _require_alike(datasets: Sequence[Dataset]) -> None:
     first, *others = datasets
     for other in others:
         for name in ("channels", "scaling_factor", "shift_factor"):
-            values = [dataset.latents.manifest.extra["vae"].get(name) for dataset in (first, other)]
-            require_same(f"vae.{name}", *values, where=str(other.latents))
-        if first.text is not None and other.text is not None:
-            widths = [directory.manifest.extra["text"]["d_text"] for directory in (first.text, other.text)]
-            require_same("text.d_text", *widths, where=str(other.text))
+            values = [dataset.leading.manifest.extra["vae"].get(name) for dataset in (first, other)]
+            require_same(f"vae.{name}", *values, where=str(other.leading))
+        for one, another in zip(first.directories, other.directories, strict=True):
+            tensors = [list(map(str, directory.family.tensors)) for directory in (one, another)]
+            require_same(f"{one.family.name}.tensors", *tensors, where=str(another))
 
 
 def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: FeatureTable) -> list[str]:
     own = [dataset for dataset in datasets if dataset.run == str(command.run)]
     if not own:
         return []
-    named = select_shards(sorted(own[0].latents.manifest.shards), table.shards, key="features.shards")
+    named = select_shards(sorted(own[0].leading.manifest.shards), table.shards, key="features.shards")
     used = {name for dataset in own for name in [*dataset.shards, *dataset.validation_shards]}
     return [name for name in named if name not in used]
 

@@ -1,10 +1,10 @@
 """Where each sample's payloads lie in the shards of a stage's datasets.
 
-Latents and captions are joined by key, shard by shard and only when a shard is needed, so that a rank holds the
-tables of the few shards around its position, not of the whole data set.
+Families are joined by key, shard by shard and only when a shard is needed, so that a rank holds the tables of the few
+shards around its position, not of the whole data set.
 """
 
-# n samples of a shard
+# n samples of a shard, m rows of one of its families
 
 import threading
 from collections.abc import Callable, Sequence
@@ -16,56 +16,73 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import load_index
 from training.data.cache import ShardFile
 from training.data.directories import FeatureDirectory
 from training.data.features import Dataset
 
-LATENT_NUMBERS = ("mean_offset", "std_offset", "crc32", "channels", "height", "width")
-CAPTION_NUMBERS = ("offset", "scale_offset", "crc32", "num_tokens")
-LATENT_COLUMNS = ("key", *LATENT_NUMBERS, "bucket", "label", "reject")
-TEXT_COLUMNS = ("key", *CAPTION_NUMBERS, "weight", "reject")
 NUM_CACHED_TABLES = 64
 NOT_THERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
+class FamilyRows:
+    """Index rows of one family that belong to the samples of a shard, in the samples' order.
+
+    Attributes:
+        columns: of `numbers`, see `number_columns`.
+        numbers: int64 [m, columns]; what the index lacks is -1.
+        starts: rows of sample i are [starts[i], starts[i + 1]), [n + 1].
+        shares: sample plus the cumulative share of its weight, [m]: so sample plus a uniform number picks a row.
+    """
+
+    columns: tuple[str, ...]
+    numbers: np.ndarray
+    starts: np.ndarray
+    shares: np.ndarray
+
+    def choose(self, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Return the rows of `samples` that the uniform numbers `draws` in [0, 1) pick, by weight."""
+        if len(self.numbers) == len(self.starts) - 1:
+            return samples
+        chosen = np.searchsorted(self.shares, samples + draws, side="right")
+        return np.clip(chosen, self.starts[samples], self.starts[samples + 1] - 1)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one column, [m]."""
+        return self.numbers[:, self.columns.index(name)]
+
+
+def number_columns(family: FamilySchema) -> tuple[str, ...]:
+    """Return the columns of an index that a reader needs: offsets of the tensors first, sizes, and the checksum."""
+    sizes = [size for tensor in family.tensors for size in tensor.shape if isinstance(size, str)]
+    return (*(tensor.offset for tensor in family.tensors), *dict.fromkeys(sizes), "crc32")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardTable:
-    """The samples of a shard that can be trained on, sorted by bucket: rows [n], and their captions [m].
+    """The samples of a shard that can be trained on, sorted by bucket.
 
     Attributes:
         name: of the shard.
         keys: of the samples, Python strings, [n].
-        bucket_names, bucket_starts: the buckets of this shard, and the row where each starts; ends with n.
-        latents: columns `LATENT_NUMBERS`, [n, 6].
+        bucket_names, bucket_starts: the buckets of this shard, and the sample where each starts; ends with n.
         labels: [n]; -1 without labels.
-        captions: columns `CAPTION_NUMBERS`, [m, 4].
-        caption_starts: captions of row i are [caption_starts[i], caption_starts[i + 1]), [n + 1].
-        caption_shares: row plus the cumulative share of the sample's weight, [m]: so row plus a uniform number picks
-            a caption. Checksums and offsets of scales that the index lacks are -1.
+        families: rows of each family, by its name.
     """
 
     name: str
     keys: np.ndarray
     bucket_names: list[str]
     bucket_starts: np.ndarray
-    latents: np.ndarray
     labels: np.ndarray
-    captions: np.ndarray
-    caption_starts: np.ndarray
-    caption_shares: np.ndarray
+    families: dict[str, FamilyRows]
 
     @cached_property
     def first_rows(self) -> dict[str, int]:
-        """The first row of each bucket."""
+        """The first sample of each bucket."""
         return dict(zip(self.bucket_names, self.bucket_starts.tolist(), strict=False))
-
-    def choose_captions(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Return the captions of `rows` that the uniform numbers `draws` in [0, 1) pick, by weight."""
-        if len(self.captions) == len(self.keys):
-            return rows
-        chosen = np.searchsorted(self.caption_shares, rows + draws, side="right")
-        return np.clip(chosen, self.caption_starts[rows], self.caption_starts[rows + 1] - 1)
 
     def bucket_counts(self) -> dict[str, int]:
         """Return the number of samples of each bucket of this shard."""
@@ -75,16 +92,15 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard's table, and its tars mapped into memory as bytes; close it when no batch needs it any more."""
+    """A shard's table, and its tars by family, mapped into memory as bytes; close it when no batch needs it more."""
 
     table: ShardTable
-    latents: np.ndarray
-    text: np.ndarray | None
-    files: list[ShardFile]
+    tars: dict[str, np.ndarray]
+    files: dict[str, ShardFile]
 
     def close(self) -> None:
         """Let a cache remove the files. Their mapping stays valid as long as somebody holds the arrays."""
-        for file in self.files:
+        for file in self.files.values():
             file.close()
 
 
@@ -110,7 +126,7 @@ class FeatureIndex:
 
     def fetch(self, shard: int) -> None:
         """Read a shard's table and bring its remote tars into their cache; raises as `open` does."""
-        for file in self._open_tars(shard):
+        for file in self._open_tars(shard).values():
             file.close()
 
     def open(self, shard: int) -> OpenShard:
@@ -122,24 +138,25 @@ class FeatureIndex:
         """
         table, files = self.table(shard), self._open_tars(shard)
         try:
-            tars = [_map(file, table.name) for file in files]
+            tars = {family: _map(file, table.name) for family, file in files.items()}
         except BaseException:
-            for file in files:
+            for file in files.values():
                 file.close()
             raise
-        return OpenShard(table, tars[0], tars[1] if len(tars) > 1 else None, files)
+        return OpenShard(table, tars, files)
 
-    def _open_tars(self, shard: int) -> list[ShardFile]:
-        """Open the tars of latents and, if there is text, of captions."""
+    def _open_tars(self, shard: int) -> dict[str, ShardFile]:
+        """Open the tar of each family."""
         dataset, name = self._shards[shard]
         self.table(shard)
-        files = [dataset.latents.open(name, ".tar", is_stopping=self._is_stopping)]
-        if dataset.text is not None:
-            try:
-                files.append(dataset.text.open(name, ".tar", is_stopping=self._is_stopping))
-            except BaseException:
-                files[0].close()
-                raise
+        files: dict[str, ShardFile] = {}
+        try:
+            for directory in dataset.directories:
+                files[directory.family.name] = directory.open(name, ".tar", is_stopping=self._is_stopping)
+        except BaseException:
+            for file in files.values():
+                file.close()
+            raise
         return files
 
     def stop(self) -> None:
@@ -153,18 +170,24 @@ class FeatureIndex:
             FileNotFoundError, ValueError, OSError: an index is missing or cannot be used; names the shard.
         """
         dataset, name = self._shards[shard]
-        latents = self._load(dataset.latents, name, LATENT_COLUMNS)
-        _require_unique(latents["key"], name, dataset.latents)
-        if dataset.text is None:
-            return _sort_by_bucket(name, latents, _labels(latents, name), captions=None)
-        captions = self._load(dataset.text, name, TEXT_COLUMNS)
-        has_caption = _call("is_in", latents["key"], value_set=captions["key"].combine_chunks())
-        latents = latents.filter(has_caption)
-        return _sort_by_bucket(name, latents, np.full(len(latents), NOT_THERE), captions=captions)
+        leading, *others = dataset.directories
+        samples = self._load(leading, name)
+        joined = [(directory.family, self._load(directory, name)) for directory in others]
+        for _, rows in joined:
+            samples = samples.filter(_call("is_in", samples["key"], value_set=rows["key"].combine_chunks()))
+        labels = _labels(samples, name) if dataset.has_labels else np.full(len(samples), NOT_THERE)
+        return _sort_by_bucket(name, samples, labels, leading=leading.family, joined=joined)
 
-    def _load(self, directory: FeatureDirectory, name: str, columns: Sequence[str]) -> pa.Table:
+    def _load(self, directory: FeatureDirectory, name: str) -> pa.Table:
+        """Read an index, without its rejects."""
+        family = directory.family
+        wanted = {"key", *number_columns(family), "weight", "bucket", "label", "reject"}
+        columns = [column for column in family.columns.names if column in wanted]
         with directory.open(name, ".parquet", is_stopping=self._is_stopping) as file:
-            return load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
+            table = load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
+        if not family.is_ragged:
+            _require_unique(table["key"], name, directory)
+        return table
 
 
 def _map(file: ShardFile, shard: str) -> np.ndarray:
@@ -181,7 +204,7 @@ def _require_unique(keys: pa.ChunkedArray, shard: str, directory: FeatureDirecto
     counts = keys.value_counts()
     if len(counts) < len(keys):
         key = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
-        raise ValueError(f"shard {shard} of {directory}: key {key} is there twice, so its caption is not certain")
+        raise ValueError(f"shard {shard} of {directory}: key {key} is there twice, so what goes with it is not certain")
 
 
 def bucket_size(name: str) -> tuple[int, int]:
@@ -194,58 +217,61 @@ def _call(function: str, *arguments: Any, value_set: pa.Array) -> Any:
     return pc.call_function(function, list(arguments), pc.SetLookupOptions(value_set=value_set))
 
 
-def _labels(latents: pa.Table, shard: str) -> np.ndarray:
-    labels = latents["label"]
+def _labels(samples: pa.Table, shard: str) -> np.ndarray:
+    labels = samples["label"]
     if labels.null_count:
-        key = latents.filter(pc.field("label").is_null())["key"][0]
+        key = samples.filter(pc.field("label").is_null())["key"][0]
         raise ValueError(f"shard {shard}: sample {key} has no class label; stage 1 needs tars with `.cls` members")
     return labels.to_numpy().astype(np.int64)
 
 
-def _sort_by_bucket(name: str, latents: pa.Table, labels: np.ndarray, *, captions: pa.Table | None) -> ShardTable:
-    encoded = latents["bucket"].combine_chunks().dictionary_encode()
+def _sort_by_bucket(
+    name: str,
+    samples: pa.Table,
+    labels: np.ndarray,
+    *,
+    leading: FamilySchema,
+    joined: Sequence[tuple[FamilySchema, pa.Table]],
+) -> ShardTable:
+    encoded = samples["bucket"].combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = sorted(found, key=bucket_size)
     ranks = np.array([names.index(bucket) for bucket in found], dtype=np.int64)
     codes = ranks[encoded.indices.to_numpy()]
     order = np.argsort(codes, kind="stable")
-    latents = latents.take(order)
-    keys = latents["key"].combine_chunks()
+    samples = samples.take(order)
+    keys = samples["key"].combine_chunks()
+    families = {leading.name: _group_rows(np.arange(len(keys)), samples, leading, num_samples=len(keys))}
+    for family, table in joined:
+        owners = _call("index_in", table["key"], value_set=keys).fill_null(NOT_THERE).to_numpy()
+        families[family.name] = _group_rows(owners, table, family, num_samples=len(keys))
     return ShardTable(
         name=name,
         keys=np.array(keys.to_pylist(), dtype=object),
         bucket_names=names,
         bucket_starts=np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(names)))]),
-        latents=_numbers(latents, LATENT_NUMBERS),
         labels=labels[order],
-        **_group_captions(keys, captions),
+        families=families,
     )
 
 
-def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
-    """Return integer columns side by side, int64 [rows, names]; nulls are -1."""
-    columns = [table[name].cast(pa.int64()).fill_null(NOT_THERE).to_numpy() for name in names]
-    return np.stack(columns, axis=1)
-
-
-def _group_captions(keys: pa.Array, captions: pa.Table | None) -> dict[str, np.ndarray]:
-    """Sort captions by the row of their sample; captions of samples without latents are left out."""
-    if captions is None:
-        return {
-            "captions": np.zeros((0, len(CAPTION_NUMBERS)), dtype=np.int64),
-            "caption_starts": np.zeros(len(keys) + 1, dtype=np.int64),
-            "caption_shares": np.zeros(0),
-        }
-    rows = _call("index_in", captions["key"], value_set=keys).fill_null(-1).to_numpy()
-    order = np.argsort(rows, kind="stable")
-    order = order[np.searchsorted(rows[order], 0) :]
-    rows = rows[order]
-    weights = captions["weight"].to_numpy().astype(np.float64)[order]
-    starts = np.searchsorted(rows, np.arange(len(keys) + 1))
+def _group_rows(owners: np.ndarray, table: pa.Table, family: FamilySchema, *, num_samples: int) -> FamilyRows:
+    """Sort the rows of a family by the samples that own them; those of no sample (-1) are left out."""
+    order = np.argsort(owners, kind="stable")
+    order = order[np.searchsorted(owners[order], 0) :]
+    owners = owners[order]
+    starts = np.searchsorted(owners, np.arange(num_samples + 1))
+    weights = np.ones(len(order))
+    if "weight" in table.column_names:
+        weights = table["weight"].to_numpy().astype(np.float64)[order]
     cumulative = np.concatenate([[0.0], np.cumsum(weights)])
-    before, total = cumulative[starts[rows]], cumulative[starts[rows + 1]] - cumulative[starts[rows]]
-    return {
-        "captions": _numbers(captions, CAPTION_NUMBERS)[order],
-        "caption_starts": starts,
-        "caption_shares": rows + (cumulative[1:] - before) / total,
-    }
+    before, total = cumulative[starts[owners]], cumulative[starts[owners + 1]] - cumulative[starts[owners]]
+    columns = number_columns(family)
+    # Integer columns side by side; nulls are -1.
+    numbers = [table[name].cast(pa.int64()).fill_null(NOT_THERE).to_numpy() for name in columns]
+    return FamilyRows(
+        columns=columns,
+        numbers=np.stack(numbers, axis=1)[order],
+        starts=starts,
+        shares=owners + (cumulative[1:] - before) / total,
+    )

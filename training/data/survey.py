@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.store.files import atomic_write_json
-from training.data.index import LATENT_NUMBERS, FeatureIndex, ShardTable, bucket_size
+from training.data.index import FeatureIndex, ShardTable, bucket_size
 
 NUM_COUNTING_THREADS = 8
 
@@ -60,7 +60,7 @@ def survey_shards(index: FeatureIndex, shards: Sequence[int]) -> list[ShardSurve
     def survey(shard: int) -> ShardSurvey:
         table = index.load_table(shard)
         _require_whole_tars(index, shard, table)
-        return _describe(table)
+        return _describe(table, leading=index.dataset(shard).leading.family.name)
 
     with ThreadPoolExecutor(NUM_COUNTING_THREADS) as pool:
         return list(pool.map(survey, shards))
@@ -72,7 +72,7 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
     Raises:
         ValueError: a dataset has no sample with all its features, or the latents are of several VAEs.
     """
-    where = ", ".join(str(dataset.latents) for dataset in index.datasets)
+    where = ", ".join(str(dataset.leading) for dataset in index.datasets)
     buckets = sorted({name for shard in shards for name in shard.counts}, key=bucket_size)
     channels = {size for shard in shards for size in shard.channels}
     downsample = {size for shard in shards for size in shard.downsample}
@@ -84,7 +84,7 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
         own, shards_left = shards_left[: len(dataset.shards)], shards_left[len(dataset.shards) :]
         counts.append([[shard.counts.get(name, 0) for name in buckets] for shard in own])
         if not sum(map(sum, counts[-1])):
-            raise ValueError(f"{dataset.latents}: no sample of {len(dataset.shards)} shards has all its features")
+            raise ValueError(f"{dataset.leading}: no sample of {len(dataset.shards)} shards has all its features")
     return Survey(
         buckets=buckets,
         counts=counts,
@@ -107,8 +107,8 @@ def load_survey(path: Path, *, identity: str) -> Survey | None:
     return Survey(**content) if content.pop("identity") == identity else None
 
 
-def _describe(table: ShardTable) -> ShardSurvey:
-    channels, latent_heights = (table.latents[:, LATENT_NUMBERS.index(name)] for name in ("channels", "height"))
+def _describe(table: ShardTable, *, leading: str) -> ShardSurvey:
+    channels, latent_heights = (table.families[leading].column(name) for name in ("channels", "height"))
     # A shard's buckets are those it has samples of, so each has a first row.
     first_heights = latent_heights[table.bucket_starts[:-1]].tolist()
     heights = [bucket_size(name)[0] for name in table.bucket_names]
@@ -123,12 +123,12 @@ def _describe(table: ShardTable) -> ShardSurvey:
 def _require_whole_tars(index: FeatureIndex, shard: int, table: ShardTable) -> None:
     """Refuse a local tar that is missing or ends before its last payload; remote ones are checked when they come."""
     dataset = index.dataset(shard)
-    # Offsets are the first two columns of both.
-    pairs = ((dataset.latents, table.latents), (dataset.text, table.captions))
-    for directory, numbers in pairs:
-        if directory is None or directory.cache is not None:
+    for directory in dataset.directories:
+        if directory.cache is not None:
             continue
-        path, last = Path(directory.url(table.name, ".tar")), int(numbers[:, :2].max(initial=0))
+        rows, num_tensors = table.families[directory.family.name], len(directory.family.tensors)
+        path = Path(directory.url(table.name, ".tar"))
+        last = int(rows.numbers[:, :num_tensors].max(initial=0))  # offsets are its first columns
         if not path.is_file():
             raise FileNotFoundError(f"shard {table.name}: {path} is missing; make its features again")
         if path.stat().st_size <= last:

@@ -88,8 +88,8 @@ def _require_cache(job: TrainingJob, survey: Survey) -> None:
     urls = []
     for shard in stage_plan(job, survey).shards_around(0).tolist():
         dataset = index.dataset(shard)
-        for directory in (dataset.latents, dataset.text):
-            if directory is not None and directory.cache is not None:
+        for directory in dataset.directories:
+            if directory.cache is not None:
                 urls += [directory.url(index.name(shard), suffix) for suffix in (".tar", ".parquet")]
     with ThreadPoolExecutor(NUM_SIZE_THREADS) as pool:
         needed_gigabytes = sum(pool.map(remote_size, urls)) / GIGABYTE
@@ -129,7 +129,7 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
         share = dataset.weight / total_weight
         num_epochs = settings.num_steps * settings.global_batch_size * share / num_samples
         mixed = "" if len(features.datasets) == 1 else f"{share:.2%} of every batch, "
-        where = dataset.latents if dataset.text is None else f"{dataset.latents} and {dataset.text}"
+        where = " and ".join(map(str, dataset.directories))
         shards = f"{num_samples:,} samples in {len(dataset.shards):,} shards"
         _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
     if features.unused_shards:
@@ -138,7 +138,7 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
     for dataset in features.held_out:
         count = f"{len(dataset.shards):,} shards, every {settings.validate_every:,} steps"
         _print("validate", f"{count}; {', '.join(dataset.shards[:3])}{' …' if len(dataset.shards) > 3 else ''}")
-    caches = [dataset.latents.cache for dataset in features.datasets if dataset.latents.cache is not None]
+    caches = [dataset.leading.cache for dataset in features.datasets if dataset.leading.cache is not None]
     if caches:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
 

@@ -36,7 +36,7 @@ class Denoising:
         """Return the process' loss of each sample [B]."""
         times = self.times(batch)
         # the VAE's posterior is sampled anew each time a latent is seen
-        latents = batch.mean.float() + batch.std.float() * batch.posterior_noise  # [B, C, h, w]
+        latents = batch.draw_latents()  # [B, C, h, w]
         latents = (latents - self.shift_factor) * self.scaling_factor
         noisy = self.process.noisy(latents, batch.noise, times).to(self.dtype)
         if self.null_label is None:

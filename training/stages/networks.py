@@ -40,7 +40,7 @@ def require_labels(job: TrainingJob, survey: Survey) -> None:
     if survey.max_label >= job.model.num_classes:
         raise ValueError(
             f"model.num_classes is {job.model.num_classes}, "
-            f"but {job.features.datasets[0].latents} has class label {survey.max_label}"
+            f"but {job.features.datasets[0].leading} has class label {survey.max_label}"
         )
 
 
