@@ -90,9 +90,10 @@ def _require_models(job: CaptioningJob) -> None:
     """Find out that a model or a server is missing before any work starts."""
     if job.config.engine == "openai":
         # The client is of no use to the other engine.
-        from captioning.engines.server import require_server
+        from captioning.engines.openai_engine import chat_server
+        from encoders.chat_server import require_server
 
-        require_server(job.config.server, job.worker_config.api_key)
+        require_server(chat_server(job.config, job.worker_config.api_key))
     else:
         require_model(job.model, key="captioning.model")
     if job.config.clip_model is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, field_validator
 
+from encoders.chat_config import ChatServerConfig
 from pipelines.recipe import TableConfig
 
 DESCRIBE = "Describe this image and its style in a very detailed manner"
@@ -57,38 +58,6 @@ class LoopRetryConfig(TableConfig):
     ngram_words: int = Field(default=4, ge=1, le=20, description="Length of the word n-grams counted for loops")
     max_repeated_ngram_ratio: float = Field(
         default=0.3, ge=0, le=1, description="Captions with a larger share of repeated n-grams are asked for again"
-    )
-
-
-class ServerConfig(TableConfig):
-    """`[captioning.server]`: the chat server of `engine = "openai"`."""
-
-    base_url: str = Field(
-        default="http://127.0.0.1:8000/v1", pattern="^https?://", description="Address of the interface, up to /v1"
-    )
-    api_key_variable: str = Field(
-        default="OPENAI_API_KEY",
-        pattern="^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable that holds the key, if the server wants one",
-    )
-    num_requests: int = Field(default=32, ge=1, le=1024, description="Requests each worker keeps in flight")
-    timeout_seconds: float = Field(default=120.0, gt=0, description="Longest wait for one answer")
-    max_attempts: int = Field(
-        default=4,
-        ge=2,
-        description="Failures (500, time-out) of one image before a healthy server rejects it",
-    )
-    max_backoff_seconds: float = Field(default=10.0, gt=0, description="Longest pause between two tries")
-    patience_seconds: float = Field(
-        default=600.0, ge=0, description="How long a server that is away is waited for before the command fails"
-    )
-    image_short_side_pixels: int = Field(
-        default=0, ge=0, description="Larger images are sent with this short side; 0 = as they are; 336 for LLaVA-1.5"
-    )
-    penalty_parameter: str = Field(
-        default="repetition_penalty",
-        pattern="^(repetition_penalty|frequency_penalty)$",
-        description="How the server is told of a repetition penalty p: as p (vLLM, SGLang, LMDeploy), or as p - 1",
     )
 
 
@@ -146,7 +115,7 @@ class CaptioningConfig(TableConfig):
         description="Hub id or local folder of a CLIP that scores captions against their images",
     )
     loop_retry: LoopRetryConfig = Field(default=LoopRetryConfig(), description="The second try of captions that loop")
-    server: ServerConfig = Field(default=ServerConfig(), description="The chat server of `engine = openai`")
+    server: ChatServerConfig = Field(default=ChatServerConfig(), description="The chat server of `engine = openai`")
     quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
 
     @field_validator("prompts")

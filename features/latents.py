@@ -157,6 +157,7 @@ class LatentWorker:
 
         images = np.stack([picture.pixels for picture in pictures if picture.pixels is not None])  # [B, H, W, 3]
         mean, std = self._codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2))  # [B, C, h, w]
+        assert std is not None, "latents are stored with their deviation"
         return list(zip(mean.half().numpy(), std.half().numpy(), strict=True))
 
     def _preview(self, raw: RawShard) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from captioning.canary import CanaryError
 from captioning.config import CaptioningConfig
 from captioning.engines.openai_engine import OpenAIEngine
 from captioning.engines.protocol import Caption, Request
-from captioning.engines.server import ServerError
+from encoders.chat_server import ServerError
 from pipelines.store.manifest import read_manifest
 from tests.chat_server import ScriptedServer, describe, fail, image_of, say
 from tests.raw_shards import encode, laion_members, photo, write_tar

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 
 from captioning.__main__ import main
 from captioning.canary import CanaryError, check_engine
-from captioning.config import DESCRIBE, CaptioningConfig, ServerConfig
+from captioning.config import DESCRIBE, CaptioningConfig
 from captioning.engines.openai_engine import OpenAIEngine
 from captioning.engines.protocol import Caption, Refusal, Request
-from captioning.engines.server import Patience, ServerError
 from captioning.engines.transformers_engine import TransformersEngine
+from encoders.chat import ChatClient
+from encoders.chat_config import ChatServerConfig
+from encoders.chat_server import ChatServer, Patience, ServerError
 from pipelines.store.manifest import read_manifest
 from tests.chat_server import (
     ScriptedServer,
@@ -119,7 +122,7 @@ def test_a_server_killed_in_the_middle_of_a_shard_costs_nothing_but_time(serve, 
     calm = make_run(tmp_path / "calm", base_url=serve.base_url, model=serve.model, num_requests=2)
     command(calm, monkeypatch=monkeypatch)
     run = make_run(tmp_path / "run", base_url=serve.base_url, model=serve.model, num_requests=4, patience=240)
-    send, answers, killed = OpenAIEngine._send, [], threading.Event()
+    send, answers, killed = ChatClient._send, [], threading.Event()
 
     def send_and_kill(engine: OpenAIEngine, prompt: Any, decoding: Any) -> Any:
         answer = send(engine, prompt, decoding)
@@ -131,7 +134,7 @@ def test_a_server_killed_in_the_middle_of_a_shard_costs_nothing_but_time(serve, 
             restart.start()
         return answer
 
-    monkeypatch.setattr(OpenAIEngine, "_send", send_and_kill)
+    monkeypatch.setattr(ChatClient, "_send", send_and_kill)
     command(run, monkeypatch=monkeypatch)
     assert killed.is_set() and len(answers) > 12
     assert contents(run) == contents(calm)
@@ -233,16 +236,20 @@ def test_a_blind_server_stops_the_job() -> None:
         check_engine(make_engine(server.base_url), photo(0), DESCRIBE)
 
 
+def patience_of(*, clock: Callable[[], float], **server: float) -> Patience:
+    config = ChatServerConfig.model_validate(server)
+    return Patience(ChatServer(config=config, table="captioning", model="toy"), clock=clock)
+
+
 def test_pauses_grow_within_their_bounds_and_patience_counts_silence_only() -> None:
     now = [0.0]
-    server = ServerConfig(max_backoff_seconds=4.0, patience_seconds=0.05)
-    patience = Patience(server, clock=lambda: now[0])
+    patience = patience_of(max_backoff_seconds=4.0, patience_seconds=0.05, clock=lambda: now[0])
     pauses = [[patience.backoff_seconds(attempt) for _ in range(50)] for attempt in range(8)]
     for attempt, some in enumerate(pauses):
         bound = min(4.0, 0.5 * 2**attempt)
         assert bound / 2 <= min(some) < max(some) <= bound
     assert patience.backoff_seconds(0, 100.0) <= 4.0
-    patience = Patience(ServerConfig(max_backoff_seconds=0.001, patience_seconds=10), clock=lambda: now[0])
+    patience = patience_of(max_backoff_seconds=0.001, patience_seconds=10, clock=lambda: now[0])
     patience.wait(0, "x")
     now[0] = 9.0
     patience.wait(0, "x")

@@ -93,11 +93,13 @@ def test_manifest_carries_what_later_stages_need(finished):
         "dtype": "float32",
         "storage": "bfloat16",
         "max_tokens": 40,
+        "cleaning": "lower",
         "d_text": 32,
     }
     latents = read_manifest(finished / "features" / "latent-32").extra
     assert latents["vae"]["scaling_factor"] == pytest.approx(0.45)
     assert (latents["vae"]["shift_factor"], latents["vae"]["channels"]) == (0.0, 4)
+    assert (latents["vae"]["factor"], latents["vae"]["has_std"]) == (8, True)
     assert (latents["resolution"], latents["buckets"]) == (32, ["32x32"])
 
 

@@ -18,6 +18,7 @@ from pipelines.store.files import sha256_file
 from sampling.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 INCEPTION_RESIZER = "PIL bicubic with antialiasing, each channel in float32, squashed to 299x299 (as clean-fid)"
@@ -161,14 +162,14 @@ def _image_processor(location: str, revision: str | None, *, key: str) -> Any:
         raise ValueError(f"{key} {location} has no image processor: {str(error).splitlines()[0]}") from None
 
 
-def load_network(source: NetworkSource, *, device: str) -> Network:
+def load_network(source: NetworkSource, *, device: torch.device) -> Network:
     """Load a network in float32, in evaluation mode."""
     loaders: dict[str, Callable[..., Network]] = {"inception": _Inception, "clip": Clip, "vision": _Vision}
     return loaders[source.key](source, device=device)
 
 
 class _Inception:
-    def __init__(self, source: NetworkSource, *, device: str) -> None:
+    def __init__(self, source: NetworkSource, *, device: torch.device) -> None:
         from sampling.evaluation.inception import load_inception
 
         self._device = device
@@ -189,7 +190,7 @@ class _Inception:
 class Clip:
     """Both towers of CLIP; embeddings have unit length."""
 
-    def __init__(self, source: NetworkSource, *, device: str) -> None:
+    def __init__(self, source: NetworkSource, *, device: torch.device) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         self._device = device
@@ -220,7 +221,7 @@ class Clip:
 
 
 class _Vision:
-    def __init__(self, source: NetworkSource, *, device: str) -> None:
+    def __init__(self, source: NetworkSource, *, device: torch.device) -> None:
         from transformers import AutoModel
 
         self._device = device
@@ -241,7 +242,7 @@ class _Vision:
         return states[self._layer][:, 1:].mean(dim=1)
 
 
-def _load(model_class: Any, source: NetworkSource, device: str) -> Any:
+def _load(model_class: Any, source: NetworkSource, device: torch.device) -> Any:
     import torch
     from transformers.utils import logging as transformers_logging
 

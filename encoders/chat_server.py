@@ -5,13 +5,14 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import openai
 
-from captioning.config import ServerConfig
+from encoders.chat_config import ChatServerConfig
 from pipelines.engine.progress import get_logger
 
-log = get_logger("captioning")
+log = get_logger("encoders")
 
 # What servers without keys are sent, as their own examples do.
 NO_KEY = "EMPTY"
@@ -27,10 +28,32 @@ class Stopped(Exception):
     """Another request has ended the job, so this one is not worth waiting for."""
 
 
-def connect(server: ServerConfig, api_key: str) -> openai.OpenAI:
+@dataclass(frozen=True, kw_only=True)
+class ChatServer:
+    """A server, and how the recipe speaks of it.
+
+    Attributes:
+        table: of the recipe, such as `captioning`: errors name `captioning.server.base_url` and `captioning.model`.
+        model: its name at the server.
+        api_key: from the environment of the driver; it is in no file.
+    """
+
+    config: ChatServerConfig
+    table: str
+    model: str
+    api_key: str = field(default="", repr=False)
+
+    @property
+    def address(self) -> str:
+        """The key of its address and the address, as errors begin."""
+        return f"{self.table}.server.base_url {self.config.base_url}"
+
+
+def connect(server: ChatServer) -> openai.OpenAI:
     """Return a client that tries once: what may be tried again, and for how long, is decided here."""
+    config = server.config
     return openai.OpenAI(
-        base_url=server.base_url, api_key=api_key or NO_KEY, timeout=server.timeout_seconds, max_retries=0
+        base_url=config.base_url, api_key=server.api_key or NO_KEY, timeout=config.timeout_seconds, max_retries=0
     )
 
 
@@ -40,13 +63,14 @@ def describe(error: openai.OpenAIError) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def require_server(server: ServerConfig, api_key: str) -> None:
+def require_server(server: ChatServer) -> None:
     """Wait for the server to answer at all, before any work starts.
 
     Raises:
         ServerError: it refuses the key, is no chat interface, or has not answered for `patience_seconds`.
     """
-    client = connect(server, api_key).with_options(timeout=min(10.0, server.timeout_seconds))
+    config = server.config
+    client = connect(server).with_options(timeout=min(10.0, config.timeout_seconds))
     patience = Patience(server)
     attempt, said_seconds = 0, -SAY_AGAIN_SECONDS
     while True:
@@ -64,20 +88,20 @@ def require_server(server: ServerConfig, api_key: str) -> None:
             reason = describe(error)
         if time.monotonic() - said_seconds >= SAY_AGAIN_SECONDS:
             said_seconds = time.monotonic()
-            log.info(f"{server.base_url} does not answer ({reason}); waiting up to {server.patience_seconds:.0f} s")
+            log.info(f"{config.base_url} does not answer ({reason}); waiting up to {config.patience_seconds:.0f} s")
         patience.wait(attempt, reason)
         attempt += 1
 
 
-def wrong_key(server: ServerConfig, error: openai.APIStatusError) -> ServerError:
+def wrong_key(server: ChatServer, error: openai.APIStatusError) -> ServerError:
     """Return the error of a refused key, which names the variable and not the key."""
     return ServerError(
-        f"captioning.server.base_url {server.base_url} refuses the key in the environment variable "
-        f"{server.api_key_variable} (captioning.server.api_key_variable): {describe(error)}"
+        f"{server.address} refuses the key in the environment variable "
+        f"{server.config.api_key_variable} ({server.table}.server.api_key_variable): {describe(error)}"
     )
 
 
-def require_json(server: ServerConfig, text: str) -> None:
+def require_json(server: ChatServer, text: str) -> None:
     """Refuse a page that calls itself a success: the client would hand its text on as the answer.
 
     Raises:
@@ -87,8 +111,8 @@ def require_json(server: ServerConfig, text: str) -> None:
         json.loads(text)
     except ValueError:
         raise ServerError(
-            f"captioning.server.base_url {server.base_url} is not the address of a chat interface (it ends in /v1), or "
-            f"a login page stands before it: it answers with no JSON, but {text[:100]!r}"
+            f"{server.address} is not the address of a chat interface (it ends in /v1), or a login page stands before "
+            f"it: it answers with no JSON, but {text[:100]!r}"
         ) from None
 
 
@@ -98,7 +122,7 @@ class Patience:
     The clock runs from the first failure after an answer, so that time spent elsewhere does not count.
     """
 
-    def __init__(self, server: ServerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, server: ChatServer, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._server = server
         self._clock = clock
         self._lock = threading.Lock()
@@ -118,18 +142,18 @@ class Patience:
         """Sleep before try number `attempt` + 2; twice as long each time, with jitter, within the recipe's bound.
 
         Raises:
-            ServerError: nothing has been heard for `captioning.server.patience_seconds`.
+            ServerError: nothing has been heard for `patience_seconds` of the server.
             Stopped: `stop` was called.
         """
         with self._lock:
             now = self._clock()
             self._silent_since = now if self._silent_since is None else self._silent_since
             silent_seconds = now - self._silent_since
-        if silent_seconds > self._server.patience_seconds:
+        if silent_seconds > self._server.config.patience_seconds:
             raise ServerError(
-                f"captioning.server.base_url {self._server.base_url} has not answered for {silent_seconds:.0f} s "
-                f"(captioning.server.patience_seconds {self._server.patience_seconds:g}; {reason}); what is done "
-                "stays: bring the server back and run the same command again"
+                f"{self._server.address} has not answered for {silent_seconds:.0f} s "
+                f"({self._server.table}.server.patience_seconds {self._server.config.patience_seconds:g}; {reason}); "
+                "what is done stays: bring the server back and run the same command again"
             )
         if self._stop.wait(self.backoff_seconds(attempt, suggested_seconds)):
             raise Stopped
@@ -137,4 +161,4 @@ class Patience:
     def backoff_seconds(self, attempt: int, suggested_seconds: float | None = None) -> float:
         """Return a wait between half of and the whole of the bound, so that requests do not come back all at once."""
         wanted = suggested_seconds if suggested_seconds is not None else FIRST_BACKOFF_SECONDS * 2.0 ** min(attempt, 30)
-        return min(wanted, self._server.max_backoff_seconds) * random.uniform(0.5, 1.0)
+        return min(wanted, self._server.config.max_backoff_seconds) * random.uniform(0.5, 1.0)
