@@ -34,6 +34,9 @@ from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArtConfig
 from pixart.processes.ddpm import DDPM
 from training.loop.flops import StepFlops, device_peak_teraflops
+from training.objectives.denoise import Denoise
+from training.objectives.inputs import Inputs
+from training.stages.networks import blank_network
 
 RESULT = Path(__file__).parent / "results" / "train.json"
 SIDES = ("ours", "diffusers")
@@ -102,6 +105,15 @@ def diffusers_model(config: PixArtConfig) -> nn.Module:
     weights = export_weights(random_model(config), pixart_diffusers_layout(config))
     model.load_state_dict(weights, strict=False)  # its positions are a buffer of its own
     return model
+
+
+def step_flops(case: Case) -> StepFlops:
+    """The counter of what a step needs."""
+    inputs = Inputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.bfloat16)
+    objective = Denoise(process=DDPM(device="meta"), inputs=inputs)
+    network = blank_network(case.config).to(torch.bfloat16)
+    in_channels, text_width = case.config.in_channels, case.caption_channels
+    return StepFlops(objective, {"network": network}, in_channels=in_channels, text_width=text_width)
 
 
 def caption_lengths(case: Case) -> Tensor:
@@ -175,7 +187,7 @@ def measure(side: str, case: Case, *, num_steps: int) -> dict[str, float | None]
             seconds.append(clock() - start_seconds)
     except torch.OutOfMemoryError:
         return {"loss": None, "seconds": None, "peak_gigabytes": None, "mfu": None}
-    flops = StepFlops(case.config).of_samples(
+    flops = step_flops(case).of_samples(
         case.batch_size,
         height=case.pixels // 8,
         width=case.pixels // 8,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pixart.processes.ddpm import DDPM
-from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import DDPM_SCHEDULE as SCHEDULE
 from training.data.batch import Batch
-from training.objectives.denoise import Denoising
+from training.objectives.denoise import Denoise
+from training.objectives.inputs import Inputs
+from training.objectives.objective import Losses, Trained
 
 NULL_LABEL = 10
 SCALE, SHIFT = 0.25, 0.5
@@ -59,16 +60,14 @@ def make_batch(*, has_text: bool) -> Batch:
     )
 
 
-def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, ProcessLoss]:
-    objective = Denoising(
-        process=DDPM(),
-        scaling_factor=SCALE,
-        shift_factor=SHIFT,
-        null_label=NULL_LABEL if batch.text is None else None,
-        dtype=dtype,
-    )
+def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, Losses]:
+    null_label = NULL_LABEL if batch.text is None else None
+    inputs = Inputs(scaling_factor=SCALE, shift_factor=SHIFT, null_label=null_label, dtype=dtype)
+    objective = replace(Denoise(process=DDPM(), inputs=inputs), **settings)
+    assert objective.networks == {"network": Trained()}
+    assert objective.families == ("latents", "labels" if batch.text is None else "text")
     model = Recorder(dtype)
-    return model, replace(objective, **settings).loss(model, batch)
+    return model, objective.loss({"network": model}, batch)
 
 
 def expected_noisy_latents(batch: Batch) -> Tensor:
@@ -117,6 +116,7 @@ def test_the_loss_of_each_sample_is_that_of_the_added_noise(has_text: bool, gamm
     model, actual = denoise(batch, torch.bfloat16, process=DDPM(min_snr_gamma=gamma))
     expected = DDPM(min_snr_gamma=gamma).loss(model.output, batch.mean, batch.noise, TIMESTEPS)
     assert actual.parts.keys() == {"mse", "vlb"}
+    assert (actual.times * STEPS).tolist() == TIMESTEPS.tolist()
     pairs = [(actual.parts[name], expected.parts[name]) for name in actual.parts]
     for ours, theirs in [(actual.total, expected.total), *pairs]:
         assert ours.shape == (len(DRAWS),) and ours.dtype == torch.float32

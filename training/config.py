@@ -49,6 +49,7 @@ class DatasetConfig(TableConfig):
 class StageTraining(TableConfig):
     """Every setting of one stage: `[training]` with `[training.stageN]` laid over it."""
 
+    objective: Literal["denoise"] = pydantic.Field(default="denoise", description="What is minimised")
     init_from: str | None = pydantic.Field(
         default=None,
         description="Weights to start from: a diffusers folder or hub id, an original .pth or .pt, a checkpoint, or "

@@ -36,9 +36,9 @@ def shared_survey(job: TrainingJob) -> Survey:
     return survey
 
 
-def training_reader(job: TrainingJob, survey: Survey, *, start_step: int) -> BatchReader:
-    """Return the reader of this rank's batches from `start_step` to the end of the stage."""
-    settings = job.settings
+def training_reader(job: TrainingJob, survey: Survey) -> BatchReader:
+    """Return the reader of this rank's batches from where the job goes on to the end of the stage."""
+    settings, start_step = job.settings, job.resume.step if job.resume is not None else 0
     return open_reader(
         job,
         job.features.datasets,

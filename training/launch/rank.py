@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,9 @@ import torch
 import torch.distributed as dist
 
 from pipelines.command import parse_command, run_command
-from pipelines.engine.progress import progress_bar
 from pipelines.store.files import atomic_write_bytes
-from pixart.dit import DiT, DiTConfig
-from pixart.model import PixArt, PixArtConfig
-from pixart.processes.make import process_of
+from pixart.dit import DiTConfig
+from pixart.model import PixArtConfig
 from training.config import STAGES
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
@@ -32,23 +31,25 @@ from training.launch.preflight import (
     require_memory,
 )
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
-from training.loop.clock import Clock
 from training.loop.compilation import require_compilable
 from training.loop.ema import EMA
-from training.loop.flops import StepFlops, device_peak_teraflops
-from training.loop.health import SkipCounter
+from training.loop.flops import StepFlops
+from training.loop.log import open_log
 from training.loop.loop import Session, train
-from training.loop.losses import LossWindow
-from training.loop.metrics import MetricsLog
+from training.loop.networks import Networks
+from training.loop.progress import open_progress
 from training.loop.state import load_checkpoint, needs_universal
 from training.loop.validation import open_validation
-from training.loop.zero import ZeroModel, initialize_ranks
-from training.objectives.denoise import Denoising
+from training.loop.zero import ZeroModel, initialize_ranks, rank_device
+from training.objectives.choice import choose_objective
+from training.objectives.objective import Objective
 from training.stages.checkpoint import Checkpoint
-from training.stages.networks import count_parameters, network_config, parameter_counts
+from training.stages.networks import blank_network, count_parameters, network_config, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
 from training.stages.starts import starting_network
 
+META = torch.device("meta")
+ObjectiveChoice = Callable[[TrainingJob, torch.device], Objective]
 # How gloo and NCCL say that the other end of a connection is gone.
 LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "remote process exited")
 
@@ -86,65 +87,55 @@ def is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_SIGNS)
 
 
-def run_rank(job: TrainingJob, stop: threading.Event) -> None:
-    """Build model, average and reader, resume if there is a checkpoint, and train."""
-    settings, resume = job.settings, job.resume
-    require_even_batches(settings, dist.get_world_size())
-    require_compilable(settings)
-    _require_same_resume(resume)
+def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice = choose_objective) -> None:
+    """Build networks and reader, resume if there is a checkpoint, and train for the objective that `choose` gives."""
+    require_even_batches(job.settings, dist.get_world_size())
+    require_compilable(job.settings)
+    _require_same_resume(job.resume)
     survey = shared_survey(job)
     config = network_config(job, survey)
-    network = starting_network(job, config)
-    num_parameters, is_first = count_parameters(network), dist.get_rank() == 0
-    if is_first:
-        print_weights(job, parameter_counts=parameter_counts(config), num_ranks=dist.get_world_size())
-    num_ranks = dist.get_world_size()
-    require_memory(job, num_parameters, num_ranks=num_ranks, available_bytes=_available_bytes())
-    require_disk(job, num_parameters)
-    is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
-    model = ZeroModel(network, settings, loads_universal=is_elastic)
-    ema = EMA(model, settings.ema_decay)
-    trainer: dict[str, Any] = {
-        "step": 0,
-        "elapsed_seconds": 0.0,
-        "device_seconds": 0.0,
-        "skipped_steps": 0,
-        "skipped_in_a_row": 0,
-    }
-    if resume is not None:
-        load_checkpoint(resume, model=model, ema=ema)
-        # The ranks' time of a checkpoint made before it was counted by itself.
-        trainer = {"device_seconds": resume.trainer["elapsed_seconds"] * resume.trainer["num_ranks"]} | resume.trainer
+    objective = choose(job, rank_device())
+    networks = _open_networks(job, objective, config)
     with ExitStack() as stack:
-        reader = stack.enter_context(training_reader(job, survey, start_step=trainer["step"]))
-        remaining_steps = settings.num_steps - trainer["step"]
-        title = f"training {job.command.stage_name}"
+        reader = stack.enter_context(training_reader(job, survey))
+        progress = open_progress(job)
         session = Session(
-            model=model,
-            ema=ema,
-            objective=_objective(job, network, model),
+            job=job,
+            objective=objective,
+            networks=networks,
             batches=iter(reader),
-            settings=settings,
-            directory=job.directory,
-            trainer=describe(job, survey, network_config=network.config),
-            stop=stop,
-            clock=Clock(
-                trainer["elapsed_seconds"],
-                device_seconds=trainer["device_seconds"],
-                num_devices=dist.get_world_size(),
-            ),
-            skips=SkipCounter(
-                settings.max_skipped_steps, total=trainer["skipped_steps"], in_a_row=trainer["skipped_in_a_row"]
-            ),
-            window=LossWindow(trainer.get("window")),
-            flops=StepFlops(config),
-            peak_teraflops=settings.device_peak_teraflops or device_peak_teraflops(model.device),
+            progress=progress,
+            log=open_log(job, progress, stack),
+            flops=_step_flops(choose(job, META), config, dtype=networks.model.dtype),
             validation=open_validation(job),
-            step=trainer["step"],
-            metrics=stack.enter_context(MetricsLog(job.directory, step=trainer["step"])) if is_first else None,
-            progress_bar=stack.enter_context(progress_bar(title, remaining_steps, unit="steps")) if is_first else None,
+            description=describe(job, survey, network_config=config),
+            stop=stop,
         )
         train(session)
+
+
+def _open_networks(job: TrainingJob, objective: Objective, config: DiTConfig | PixArtConfig) -> Networks:
+    """Return the networks of an objective with the weights they start from, or go on with."""
+    settings, resume, num_ranks = job.settings, job.resume, dist.get_world_size()
+    network = starting_network(job, config)
+    num_parameters = count_parameters(network)
+    if dist.get_rank() == 0:
+        print_weights(job, parameter_counts=parameter_counts(config), num_ranks=num_ranks)
+    require_memory(job, num_parameters, num_ranks=num_ranks, available_bytes=_available_bytes())
+    require_disk(job, num_parameters)
+    is_elastic = resume is not None and needs_universal(resume, num_ranks)
+    model = ZeroModel(network, settings, loads_universal=is_elastic)
+    ema = EMA(model, settings.ema_decay)
+    if resume is not None:
+        load_checkpoint(resume, model=model, ema=ema)
+    return Networks(objective.networks, model=model, ema=ema, others={})
+
+
+def _step_flops(objective: Objective, config: DiTConfig | PixArtConfig, *, dtype: torch.dtype) -> StepFlops:
+    """Return the counter of an objective's operations; the objective is for the meta device."""
+    networks = {name: blank_network(config).to(dtype) for name in objective.networks}
+    text_width = config.caption_channels if isinstance(config, PixArtConfig) else None
+    return StepFlops(objective, networks, in_channels=config.in_channels, text_width=text_width)
 
 
 def _available_bytes() -> float:
@@ -167,16 +158,6 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
         )
 
 
-def _objective(job: TrainingJob, network: DiT | PixArt, model: ZeroModel) -> Denoising:
-    return Denoising(
-        process=process_of(job.process, device=model.device),
-        scaling_factor=job.features.vae["scaling_factor"],
-        shift_factor=job.features.vae["shift_factor"],
-        null_label=network.null_label if isinstance(network, DiT) else None,
-        dtype=model.dtype,
-    )
-
-
 def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | PixArtConfig) -> dict[str, Any]:
     """Return what `trainer.json` says about the stage, all that sampling and a resume need to know."""
     is_pixart = isinstance(network_config, PixArtConfig)
@@ -184,6 +165,7 @@ def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | Pi
         "stage": job.stage,
         "stage_name": job.command.stage_name,
         "kind": "pixart" if is_pixart else "dit",
+        "objective": job.settings.objective,
         "weights": "ema",
         "init_from": job.settings.init_from,
         "num_steps": job.settings.num_steps,

@@ -1,7 +1,7 @@
 """The exponential moving average of the fp32 master weights, each rank over its own shard."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.loop.zero import ZeroModel
@@ -31,3 +31,10 @@ class EMA:
         """Set the average from whole weights by name, as `gather` gave them, at any world size."""
         with self._model.masters_as(self.shards):
             self._model.scatter_masters(weights)
+
+    @torch.no_grad()
+    def copy_to(self, network: nn.Module) -> None:
+        """Set the trained weights of a network of the same shape to the average; all ranks must call it."""
+        with self._model.masters_as(self.shards):
+            for name, weight in self._model.whole_masters():
+                network.get_parameter(name).copy_(weight)

@@ -1,16 +1,16 @@
-"""Floating point operations of the network, and how much of the device they keep busy (MFU, Chowdhery et al. 2022)."""
+"""Floating point operations of an objective, and how much of the device they keep busy (MFU, Chowdhery et al. 2022)."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart.dit import DiT, DiTConfig
-from pixart.model import PixArt, PixArtConfig
-from training.data.batch import PackedBatch
+from training.data.batch import Batch, PackedBatch
+from training.objectives.objective import Objective
 
-# A backward pass multiplies once for the inputs and once for the weights.
-FORWARD_PASSES_PER_STEP = 3
 # Dense bf16 matrix operations of a device in teraflops, from the makers' data sheets, by a part of its name.
 PEAK_TERAFLOPS = {
     "B200": 2250.0,
@@ -35,13 +35,21 @@ def device_peak_teraflops(device: torch.device) -> float | None:
 
 
 class StepFlops:
-    """Operations that training needs for a sample: those of the mathematics, whatever is computed twice or padded."""
+    """Operations that training needs for a sample: those of the mathematics, whatever is computed twice or padded.
 
-    def __init__(self, config: DiTConfig | PixArtConfig) -> None:
-        self._config = config
-        with torch.device("meta"):
-            self._network = PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
-        self._forward = lru_cache(maxsize=256)(self._count_forward)
+    Counted are the objective's forward passes and what autograd does behind them, so that what is frozen costs no more
+    than it does, and a teacher its forward pass.
+    """
+
+    def __init__(
+        self, objective: Objective, networks: Mapping[str, nn.Module], *, in_channels: int, text_width: int | None
+    ) -> None:
+        """Take an objective and its networks, all on the meta device; `text_width` is None for class labels."""
+        self._objective = objective
+        self._networks = networks
+        self._in_channels = in_channels
+        self._text_width = text_width
+        self._count = lru_cache(maxsize=256)(self._count_step)
 
     def of_samples(self, num_samples: int, *, height: int, width: int, num_text_tokens: int = 0) -> int:
         """Return the operations of a training step, forward and backward.
@@ -50,11 +58,10 @@ class StepFlops:
             num_samples: of latents of height x width.
             num_text_tokens: of all their captions together, without padding; 0 for class labels.
         """
-        one, two = self._forward(height, width, 1), self._forward(height, width, 2)
+        one, two = self._count(height, width, 1), self._count(height, width, 2)
         # Each token of text costs the same: projection, keys, values, and its part of the attention.
         per_token = two - one  # 0 for class labels
-        forward = num_samples * (one - per_token) + num_text_tokens * per_token
-        return FORWARD_PASSES_PER_STEP * forward
+        return num_samples * (one - per_token) + num_text_tokens * per_token
 
     def of_batch(self, batch: PackedBatch) -> int:
         """Return the operations of a micro-batch."""
@@ -62,15 +69,31 @@ class StepFlops:
         num_text_tokens = 0 if batch.text is None else int(batch.text.lengths.sum())
         return self.of_samples(num_samples, height=height, width=width, num_text_tokens=num_text_tokens)
 
-    def _count_forward(self, height: int, width: int, num_text_tokens: int) -> int:
-        config = self._config
-        latents = torch.empty(1, config.in_channels, height, width, device="meta")
-        timesteps = torch.empty(1, dtype=torch.int64, device="meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            if isinstance(config, PixArtConfig):
-                size = torch.empty(1, 3, device="meta") if config.has_size_condition else None
-                text = torch.empty(1, num_text_tokens, config.caption_channels, device="meta")
-                self._network(latents, timesteps, text, size=size)
-            else:
-                self._network(latents, timesteps, timesteps)
+    def _count_step(self, height: int, width: int, num_text_tokens: int) -> int:
+        # The CPU's fused attention is not among the operations that torch counts.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            losses = self._objective.loss(self._networks, self._blank_batch(height, width, num_text_tokens))
+            losses.total.sum().backward()
         return counter.get_total_flops()
+
+    def _blank_batch(self, height: int, width: int, num_text_tokens: int) -> Batch:
+        """Return a batch of one sample that has shapes and no values."""
+
+        def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        latents = (1, self._in_channels, height, width)
+        return Batch(
+            step=0,
+            bucket="",
+            keys=[""],
+            mean=blank(*latents, dtype=torch.float16),
+            std=blank(*latents, dtype=torch.float16),
+            posterior_noise=blank(*latents),
+            noise=blank(*latents),
+            timestep_draws=blank(1, dtype=torch.float64),
+            is_dropped=blank(1, dtype=torch.bool),
+            text=None if self._text_width is None else blank(1, num_text_tokens, self._text_width),
+            text_mask=None,
+            labels=blank(1, dtype=torch.int64) if self._text_width is None else None,
+        )

@@ -1,7 +1,5 @@
 """Losses of a step over all ranks, and their sums until the next line of metrics."""
 
-# B samples of a micro-batch
-
 import math
 from typing import Any
 
@@ -9,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixart.processes.process import ProcessLoss
 from training.data.batch import Batch
+from training.objectives.objective import Losses
 
 NUM_TIMESTEP_BINS = 10
 
@@ -18,8 +16,7 @@ NUM_TIMESTEP_BINS = 10
 class StepLosses:
     """Losses of one optimizer step: this rank's samples at first, sums over all ranks after `share`."""
 
-    def __init__(self, num_times: int) -> None:
-        self._num_times = num_times
+    def __init__(self) -> None:
         self._keys: list[str] = []
         self._buckets: list[str] = []
         self._times: list[Tensor] = []
@@ -30,40 +27,38 @@ class StepLosses:
         self.sums = [0.0] * NUM_TIMESTEP_BINS
         self.counts = [0.0] * NUM_TIMESTEP_BINS
 
-    def add(self, batch: Batch, times: Tensor, *, loss: ProcessLoss) -> None:
-        """Add a micro-batch: times [B] and losses of its samples."""
+    def add(self, batch: Batch, losses: Losses) -> None:
+        """Add a micro-batch and the losses of its samples."""
         self._keys += batch.keys
         self._buckets += [batch.bucket] * len(batch.keys)
-        self._times.append(times)
-        self._totals.append(loss.total.detach())
-        for name, values in loss.parts.items():
-            self._parts.setdefault(name, []).append(values.detach())
+        self._times.append(losses.times)
+        self._totals.append(losses.total.detach())
+        for name, part in losses.parts.items():
+            self._parts.setdefault(name, []).append(part.detach())
 
     def share(self, *, is_stopping: bool) -> bool:
         """Sum over all ranks; returns whether any rank is to stop. One small exchange per step carries it all."""
         times, totals = torch.cat(self._times), torch.cat(self._totals).double()
-        # The last bin holds the largest time of a process whose times are no whole numbers, too.
-        bins = (times * NUM_TIMESTEP_BINS // self._num_times).long().clamp(max=NUM_TIMESTEP_BINS - 1)
-        num_parts, num_bins = len(self._parts), NUM_TIMESTEP_BINS
-        row = totals.new_zeros(2 + num_parts + 2 * num_bins)
-        row[0] = is_stopping
-        row[1] = totals.isfinite().logical_not().sum()
-        for i, values in enumerate(self._parts.values(), 2):
-            row[i] = torch.cat(values).double().sum()
-        row[-2 * num_bins : -num_bins].index_add_(0, bins, totals)
-        row[-num_bins:].index_add_(0, bins, torch.ones_like(totals))
+        # The last bin holds pure noise, too, where a process has that.
+        bins = (times * NUM_TIMESTEP_BINS).long().clamp(max=NUM_TIMESTEP_BINS - 1)
+        sums = totals.new_zeros(NUM_TIMESTEP_BINS).index_add_(0, bins, totals)
+        counts = totals.new_zeros(NUM_TIMESTEP_BINS).index_add_(0, bins, torch.ones_like(totals))
+        first = [totals.new_tensor(float(is_stopping)), totals.isfinite().logical_not().sum().double()]
+        parts = [torch.cat(values).double().sum() for values in self._parts.values()]
+        row = torch.cat([sums, counts, torch.stack([*first, *parts])])
         dist.all_reduce(row)
-        stopping, num_non_finite, *rest = row.tolist()
+        values = row.tolist()
+        self.sums, self.counts = values[:NUM_TIMESTEP_BINS], values[NUM_TIMESTEP_BINS : 2 * NUM_TIMESTEP_BINS]
+        num_stopping, num_non_finite, *part_sums = values[2 * NUM_TIMESTEP_BINS :]
         self.has_non_finite = num_non_finite > 0
-        self.parts = dict(zip(self._parts, rest[:num_parts], strict=True))
-        self.sums, self.counts = rest[-2 * num_bins : -num_bins], rest[-num_bins:]
-        return stopping > 0
+        self.parts = dict(zip(self._parts, part_sums, strict=True))
+        return num_stopping > 0
 
     def gather_samples(self) -> list[dict[str, Any]]:
-        """Return key, bucket, timestep and loss of all ranks' samples, rank by rank; all ranks must call it."""
+        """Return key, bucket, time and loss of all ranks' samples, rank by rank; all ranks must call it."""
         times, losses = torch.cat(self._times).tolist(), torch.cat(self._totals).tolist()
         mine = [
-            {"key": key, "bucket": bucket, "timestep": time, "loss": loss}
+            {"key": key, "bucket": bucket, "time": time, "loss": loss}
             for key, bucket, time, loss in zip(self._keys, self._buckets, times, losses, strict=True)
         ]
         everyone: list[Any] = [None] * dist.get_world_size()
@@ -82,7 +77,7 @@ class LossWindow:
             "num_steps": 0,
             "max_gradient_norm": 0.0,
         } | (state or {})
-        # Checkpoints made before losses had named parts kept one of them, so that their next line has one.
+        # Checkpoints made before losses had parts with names kept one of them.
         if "squared_error" in self._state:
             self._state["parts"] = {"mse": self._state.pop("squared_error")}
 
@@ -94,6 +89,7 @@ class LossWindow:
     def add(self, losses: StepLosses, *, gradient_norm: float = 0.0) -> None:
         """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
         state = self._state
+        # A window that such a checkpoint began has no more parts than it.
         names = state["parts"] if state["num_steps"] else losses.parts
         self._state = {
             "sums": [total + value for total, value in zip(state["sums"], losses.sums, strict=True)],
@@ -107,7 +103,7 @@ class LossWindow:
         """Return mean losses and the number of steps they are of, and start anew.
 
         The losses are `loss` (what is minimised), its parts by name (`mse` of what is predicted; `vlb`, the bound, of
-        a ddpm), and `loss_by_timestep`, one value per tenth of the times, null where none fell.
+        a ddpm), and `loss_by_timestep`, one value per tenth of the way to noise, null where none fell.
         """
         state = self._state
         self._state = LossWindow().state

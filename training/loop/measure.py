@@ -15,6 +15,11 @@ class UpdateMeter:
         self._masters = [master.detach().clone() for master in model.masters]
         self._moments = [moment.clone() for moment in model.first_moments()]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
     def update_norm(self) -> float:
         """Return the norm of the change of all master weights."""
         pairs = zip(self._model.masters, self._masters, strict=True)

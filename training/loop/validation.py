@@ -1,7 +1,6 @@
 """The loss on shards that are kept out of training: the same samples, noise, timesteps and captions every time."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from training.data.plan import Plan
 from training.data.survey import make_survey, survey_shards
 from training.loop.health import stop_on_non_finite
 from training.loop.losses import LossWindow, StepLosses
-from training.loop.zero import ZeroModel
-from training.objectives.denoise import Denoising
+from training.loop.networks import Networks
+from training.objectives.objective import Objective
 from training.stages.networks import require_labels
 from training.stages.stage import TrainingJob
 
@@ -32,13 +31,13 @@ class Validation:
     num_steps: int
 
     @torch.no_grad()
-    def run(self, model: ZeroModel, objective: Denoising, *, directory: Path, step: int) -> dict[str, Any]:
+    def run(self, networks: Networks, objective: Objective, *, step: int) -> dict[str, Any]:
         """Return the mean losses of the current weights by name; all ranks must call it.
 
         Raises:
             UnhealthyTrainingError: the loss of a sample is not finite.
         """
-        losses = StepLosses(objective.process.num_times)
+        losses, model = StepLosses(), networks.model
         reader = open_reader(
             self.job,
             self.job.features.held_out,
@@ -53,12 +52,11 @@ class Validation:
         with reader:
             for packed in reader:
                 batch = packed.to(model.device)
-                loss = objective.loss(model.engine, batch)
-                losses.add(batch, objective.times(batch), loss=loss)
+                losses.add(batch, objective.loss(networks, batch))
         model.engine.train()
         losses.share(is_stopping=False)
         if losses.has_non_finite:
-            stop_on_non_finite(losses, model, directory, step=step)
+            stop_on_non_finite(losses, model, self.job.directory, step=step)
         window = LossWindow()
         window.add(losses)
         return {f"validation_{name}": value for name, value in window.flush()[0].items()}
@@ -95,5 +93,5 @@ def open_validation(job: TrainingJob) -> Validation | None:
 
 
 def is_due(step: int, *, every: int, last: int) -> bool:
-    """Whether `step`, the number of steps done, is one to validate at: also before the first and after the last."""
+    """Whether something happens after `step` steps that happens `every` so many, and after the last."""
     return step % every == 0 or step == last

@@ -150,12 +150,13 @@ class ZeroModel:
         """Return the whole fp32 weights by name, on the CPU; all ranks must call it, and only rank 0 gets them."""
         is_writer = dist.get_rank() == 0
         weights: dict[str, Tensor] = {}
-        for name, weight in self._whole_masters():
+        for name, weight in self.whole_masters():
             if is_writer:
                 weights[name] = weight.detach().to("cpu", copy=True)
         return weights
 
-    def _whole_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def whole_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the whole fp32 weights with their names, one by one, on every rank; all ranks must iterate."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
@@ -232,6 +233,11 @@ def initialize_ranks() -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
     deepspeed.init_distributed("nccl" if has_cuda else "gloo")
+
+
+def rank_device() -> torch.device:
+    """Return where this rank computes, once it has joined the others."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def local_device(local_rank: int, num_devices: int, *, is_slurm: bool) -> int:

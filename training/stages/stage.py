@@ -17,6 +17,7 @@ SURVEY = "survey.json"
 # Settings that may change between a run and its resume: they move no sample and no weight beyond rounding.
 FREE_SETTINGS = {
     "datasets",  # their features identify them, wherever they lie
+    "objective",  # there is one
     "num_steps",
     "init_from",
     "num_processes",

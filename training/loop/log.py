@@ -1,0 +1,96 @@
+"""What a stage says while it trains: a line of metrics every so many steps, and the bar."""
+
+import math
+import resource
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from pipelines.engine.progress import ProgressBar, progress_bar
+from training.config import StageTraining
+from training.loop.flops import device_peak_teraflops
+from training.loop.measure import UpdateMeter
+from training.loop.metrics import MetricsLog, costs
+from training.loop.progress import Progress
+from training.loop.zero import Update, ZeroModel
+from training.stages.stage import TrainingJob
+
+GIGABYTE = 1e9
+KIBIBYTE = 1024  # unit of ru_maxrss on Linux
+
+
+class StepLog:
+    """Measures steps on all ranks; `metrics` and `bar` are rank 0's alone."""
+
+    def __init__(
+        self, settings: StageTraining, progress: Progress, *, metrics: MetricsLog | None, bar: ProgressBar | None
+    ) -> None:
+        self._settings = settings
+        self._progress = progress
+        self._metrics = metrics
+        self._bar = bar
+
+    def meter(self, model: ZeroModel) -> UpdateMeter | None:
+        """Return a meter for the next update if a line will be written of it; all ranks must call it."""
+        step = self._progress.step + 1
+        is_due = step % self._settings.log_every == 0 or step == self._settings.num_steps
+        return UpdateMeter(model) if is_due else None
+
+    def step(self, update: Update, meter: UpdateMeter | None, *, learning_rate: float) -> None:
+        """Take note of a step that was counted; all ranks must call it."""
+        if meter is not None:
+            self._write_line(update, meter, learning_rate=learning_rate)
+        if self._bar is not None:
+            self._bar.advance()
+
+    def write(self, record: dict[str, object]) -> None:
+        """Write a line about the current step."""
+        if self._metrics is not None:
+            self._metrics.write({"step": self._progress.step, **record})
+
+    def _write_line(self, update: Update, meter: UpdateMeter, *, learning_rate: float) -> None:
+        settings, progress = self._settings, self._progress
+        update_norm, clipped_norm = meter.update_norm(), meter.clipped_gradient_norm()
+        max_norm = progress.window.state["max_gradient_norm"]
+        losses, num_steps = progress.window.flush()
+        peak_teraflops = settings.device_peak_teraflops or device_peak_teraflops(meter.device)
+        speed = progress.clock.lap(num_steps * settings.global_batch_size, peak_teraflops=peak_teraflops)
+        norm = update.gradient_norm
+        self.write(
+            {
+                "num_samples_seen": progress.step * settings.global_batch_size,
+                **losses,
+                "gradient_norm": norm if math.isfinite(norm) else None,
+                "max_gradient_norm": max_norm,
+                "clipped_gradient_norm": None if update.is_skipped else clipped_norm,
+                "update_norm": update_norm,
+                "skipped_steps": progress.skips.total,
+                "learning_rate": learning_rate,
+                **speed,
+                "peak_memory_gigabytes": _peak_memory_gigabytes(meter.device),
+                **costs(settings, device_seconds=progress.clock.device_seconds),
+            }
+        )
+        if self._bar is not None:
+            self._bar.note = f"loss {losses['loss']:.4f} · data wait {speed['data_wait_fraction']:.0%}"
+
+
+def open_log(job: TrainingJob, progress: Progress, stack: ExitStack) -> StepLog:
+    """Return this rank's log, closed with `stack`."""
+    if dist.get_rank() != 0:
+        return StepLog(job.settings, progress, metrics=None, bar=None)
+    num_steps = job.settings.num_steps - progress.step
+    return StepLog(
+        job.settings,
+        progress,
+        metrics=stack.enter_context(MetricsLog(job.directory, step=progress.step)),
+        bar=stack.enter_context(progress_bar(f"training {job.command.stage_name}", num_steps, unit="steps")),
+    )
+
+
+def _peak_memory_gigabytes(device: torch.device) -> float:
+    """Return the most memory this rank has used so far: of its GPU, or of its process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIGABYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE / GIGABYTE

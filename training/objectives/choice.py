@@ -1,0 +1,24 @@
+"""The objective that a recipe names; here alone objectives are known by name."""
+
+import torch
+
+from pixart.processes.make import process_of
+from training.objectives.denoise import Denoise
+from training.objectives.inputs import Inputs
+from training.objectives.objective import Objective
+from training.stages.stage import TrainingJob
+
+
+def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
+    """Return the objective of a stage; `device` is where it gets its batches."""
+    settings = job.settings
+    inputs = Inputs(
+        scaling_factor=job.features.vae["scaling_factor"],
+        shift_factor=job.features.vae["shift_factor"],
+        # A DiT's label after its classes.
+        null_label=job.model.num_classes if job.features.text_encoder is None else None,
+        dtype=torch.bfloat16 if settings.dtype == "bf16" else torch.float32,
+    )
+    match settings.objective:
+        case "denoise":
+            return Denoise(process=process_of(job.process, device=device), inputs=inputs)
