@@ -1,4 +1,4 @@
-# Every stage is `python -m <room> --recipe R --run RUN`; this file only names them and brings up the environment.
+# Every room is `python -m <room> --recipe R --run RUN`; this file only names them and brings up the environment.
 
 RECIPE ?= recipes/pixart-alpha.toml
 RUN ?= runs/default
@@ -80,7 +80,7 @@ report: $(READY)  ## Write the run's index.html
 zoo: $(READY)  ## Train the embedded toy models anew (about an hour on two cores)
 	@$(PY) -m toyworld.zoo
 
-# -- the stages -------------------------------------------------------------------------------------------------------
+# -- the rooms --------------------------------------------------------------------------------------------------------
 
 .PHONY: caption
 caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')

@@ -63,7 +63,7 @@ class CaptioningJob:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """What the manifest tells later stages and people."""
+        """What the manifest tells later rooms and people."""
         return {
             "model": self.config.model,
             "revision": self.config.revision,

@@ -47,7 +47,7 @@ log = get_logger("dataset_stats")
 
 @dataclass(frozen=True, kw_only=True)
 class StatsJob:
-    """One run of the stage: what it reads, with which tagger, and where it writes.
+    """One `make stats`: what it reads, with which tagger, and where it writes.
 
     Attributes:
         sources: by set; cut down to the sample where there is one.

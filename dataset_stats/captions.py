@@ -34,7 +34,7 @@ class CaptionRow:
     """One sample: its text, or the reason why it has none that counts.
 
     Attributes:
-        flags: what the captioning stage noticed about the caption, such as "loop".
+        flags: what captioning noticed about the caption, such as "loop".
     """
 
     key: str

@@ -82,7 +82,7 @@ class DatasetStatsConfig(TableConfig):
         default=100_000, ge=1, description="Longest caption that is counted (characters); longer ones are rejected"
     )
     max_reject_fraction: float = Field(
-        default=0.5, ge=0, le=1, description="Share of rejected captions at which the stage fails"
+        default=0.5, ge=0, le=1, description="Share of rejected captions at which the command fails"
     )
     num_table_nouns: int = Field(
         default=3000, ge=10, description="Nouns in the report's table, most frequent first; nouns.parquet has all"

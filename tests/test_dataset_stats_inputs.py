@@ -1,4 +1,4 @@
-"""What goes in: every layout through the stage, several sets at once, and texts that are none."""
+"""What goes in: every layout through the room, several sets at once, and texts that are none."""
 
 import csv
 import json

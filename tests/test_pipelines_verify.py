@@ -201,7 +201,7 @@ def test_counts_that_do_not_balance_are_found(run):
 def test_a_stage_that_has_not_finished_is_named(run):
     for directory in ("features/text", "captions"):
         (run / directory / MANIFEST_NAME).unlink()
-        assert any(f"{directory}: no manifest.json: the stage has not finished" in problem for problem in problems(run))
+        assert any(f"{directory}: no manifest.json: what writes here has not" in problem for problem in problems(run))
 
 
 def test_a_key_of_two_shards_is_noted_and_no_error(tmp_path):
@@ -241,4 +241,4 @@ def test_the_command_names_the_first_bad_shard_and_key_and_fails(run):
     assert broken.returncode == 1
     assert f"shard {SHARD}, key {row['key']}" in broken.stderr.replace("\n", " ")
     empty = subprocess.run([*command[:-1], str(run / "raw")], check=False, capture_output=True, text=True)
-    assert (empty.returncode, "no stage has finished here" in empty.stderr) == (2, True)
+    assert (empty.returncode, "nothing has finished here" in empty.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""The run's page, `index.html`: one file that shows what every stage made, from whatever has finished so far."""
+"""The run's page, `index.html`: one file that shows what every room made, from whatever has finished so far."""
 
 import json
 import math
@@ -44,7 +44,7 @@ LINKS = (
 
 @dataclass(kw_only=True)
 class Step:
-    """A row of the flow: what a stage did, how long it took, what it turned away."""
+    """A row of the flow: what a room did, how long it took, what it turned away."""
 
     title: str
     what: str

@@ -1,4 +1,4 @@
-"""`report.html`: everything the stage found, in one file that opens without a network."""
+"""`report.html`: everything that was found, in one file that opens without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One style of log lines and one progress view for every stage."""
+"""One style of log lines and one progress view for every room."""
 
 import contextlib
 import datetime

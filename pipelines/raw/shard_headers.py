@@ -113,7 +113,7 @@ class HeaderCache:
         atomic_write_bytes(self._file(path), first.encode() + b"\n" + zlib.compress(rest.encode(), level=1))
 
     def _file(self, path: str) -> Path:
-        # `make caption` has the path as it was typed, later stages the absolute one.
+        # `make caption` has the path as it was typed, later commands the absolute one.
         place = path if is_remote(path) else str(Path(path.removeprefix("file://")).absolute())
         return self._folder / f"{sha256_text(place)[:24]}.headers"
 

@@ -255,7 +255,7 @@ def shard_source(path: str, *, dialect: str = "auto") -> Source:
 
 
 def remember_shards(run: Path, paths: Sequence[str]) -> None:
-    """Note in `RUN/shards.json` where shards were found, so that SHARDS need not be typed for every stage."""
+    """Note in `RUN/shards.json` where shards were found, so that SHARDS need not be typed for every command."""
     known = _remembered(run)
     found = known | {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in paths}
     if found != known:
@@ -263,7 +263,7 @@ def remember_shards(run: Path, paths: Sequence[str]) -> None:
 
 
 def recall_shards(run: Path) -> list[str]:
-    """Return the shards that earlier stages of the run have read, sorted by name."""
+    """Return the shards that earlier commands have read for this run, sorted by name."""
     return [path for _, path in sorted(_remembered(run).items())]
 
 

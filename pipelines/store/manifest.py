@@ -18,14 +18,14 @@ MARKER_FOLDER = ".done"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The settings that decide a stage's output bytes; equal digests mean equal outputs from equal inputs."""
+    """The settings that decide a room's output bytes; equal digests mean equal outputs from equal inputs."""
 
     fields: dict[str, Any]
     digest: str
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "Fingerprint":
-        """Make a fingerprint of JSON values (config, model id and revision, code version of the stage)."""
+        """Make a fingerprint of JSON values (config, model id and revision, code version of the room)."""
         canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return cls(json.loads(canonical), hashlib.sha256(canonical.encode()).hexdigest())
 
@@ -51,7 +51,7 @@ class ShardReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`manifest.json` of a directory: the sum of its shards' reports, and what a later stage must agree with."""
+    """`manifest.json` of a directory: the sum of its shards' reports, and what a later room must agree with."""
 
     fingerprint: Fingerprint
     upstream: dict[str, str]
@@ -63,7 +63,7 @@ class Manifest:
 
 
 class ShardDirectory:
-    """A directory that one stage writes: shard files, their markers under `.done/`, and the manifest."""
+    """A directory that one room writes: shard files, their markers under `.done/`, and the manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,12 +139,12 @@ def read_manifest(directory: Path) -> Manifest:
     """Read a directory's manifest.
 
     Raises:
-        FileNotFoundError: the stage has not finished.
+        FileNotFoundError: what writes there has not finished.
         ValueError: the manifest is of another schema version.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the stage that writes {directory} has not finished")
+        raise FileNotFoundError(f"{path} does not exist: what writes {directory} has not finished")
     return parse_manifest(json.loads(path.read_text()), where=str(path))
 
 
@@ -159,7 +159,7 @@ def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
 def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:
     """Refuse an upstream that was made with another setting, naming the field and both values."""
     if expected != found:
-        raise ValueError(f"{where}: {field_name} is {found!r}, but {expected!r} is needed; run the earlier stage again")
+        raise ValueError(f"{where}: {field_name} is {found!r}, but {expected!r} is needed; make the earlier anew")
 
 
 def require_same_fingerprint(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:

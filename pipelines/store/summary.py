@@ -1,4 +1,4 @@
-"""`runs/<name>/summary.json`: the figures of a run, written by each stage as it finishes."""
+"""`runs/<name>/summary.json`: the figures of a run, written by each room as it finishes."""
 
 import fcntl
 import json
@@ -10,13 +10,13 @@ from pipelines.store.files import atomic_write_json
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """Return the run's summary, empty when no stage has finished yet."""
+    """Return the run's summary, empty when nothing has finished yet."""
     path = run / "summary.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def update_summary(run: Path, key: str, value: Mapping[str, Any] | float | int) -> None:
-    """Set `key`, dotted as in `counts.captioning`, to `value`; stages that finish at once do not lose each other's."""
+    """Set `key`, dotted as in `counts.captioning`, to `value`; commands that end at once do not lose each other's."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".summary.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

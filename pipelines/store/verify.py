@@ -58,11 +58,11 @@ def verify_run(run: Path) -> Findings:
     """Check every directory of `run` that has a manifest.
 
     Raises:
-        FileNotFoundError: the run does not exist or no stage of it has finished.
+        FileNotFoundError: the run does not exist or nothing of it has finished.
     """
     directories = sorted(path.parent for pattern in ("*", "*/*") for path in run.glob(f"{pattern}/{MANIFEST_NAME}"))
     if not directories:
-        raise FileNotFoundError(f"{run}: no stage has finished here, there is no {MANIFEST_NAME}")
+        raise FileNotFoundError(f"{run}: nothing has finished here, there is no {MANIFEST_NAME}")
     findings = Findings()
     for directory in directories:
         try:
@@ -72,7 +72,7 @@ def verify_run(run: Path) -> Findings:
     for directory in sorted(path.parent for pattern in ("*", "features/*") for path in run.glob(f"{pattern}/.done")):
         if not (directory / MANIFEST_NAME).is_file():
             findings.problems.append(
-                Problem(directory=directory, text=f"no {MANIFEST_NAME}: the stage has not finished")
+                Problem(directory=directory, text=f"no {MANIFEST_NAME}: what writes here has not finished")
             )
     for directory, manifest in findings.manifests.items():
         findings.problems += _check_counts(directory, manifest)
@@ -157,7 +157,7 @@ def _check_features(
 
 
 def _check_coverage(run: Path, findings: Findings) -> None:
-    """Check that no shard of a stage's input is missing between those it has done."""
+    """Check that no shard of a directory's input is missing between those it has done."""
     captions = findings.manifests.get(run / "captions")
     remembered = [shard_name(path) for path in recall_shards(run)]
     for directory, manifest in findings.manifests.items():
