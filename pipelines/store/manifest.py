@@ -159,7 +159,9 @@ def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
 def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:
     """Refuse an upstream that was made with another setting, naming the field and both values."""
     if expected != found:
-        raise ValueError(f"{where}: {field_name} is {found!r}, but {expected!r} is needed; make the earlier anew")
+        raise ValueError(
+            f"{where}: {field_name} is {found!r}, but {expected!r} is needed; run the earlier command again"
+        )
 
 
 def require_same_fingerprint(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:
