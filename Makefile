@@ -13,7 +13,7 @@ FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SE
 STAGE_FLAGS = --stage $(STAGE) $(if $(PHASE),--phase $(PHASE))
 DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
 TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(HOSTFILE),--set "training.hostfile=$$HOSTFILE") \
-	$(if $(REMOTE_SHELL),--set "training.remote_shell=$$REMOTE_SHELL") $(if $(FROM_SCRATCH),--set training.stage$(STAGE).init_from=scratch)
+	$(if $(REMOTE_SHELL),--set "training.remote_shell=$$REMOTE_SHELL") $(if $(FROM_SCRATCH),--set 'training.{stage}.starts_from=scratch')
 SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
 	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
 	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \

@@ -1,4 +1,4 @@
-"""`python -m features --recipe R --run RUN --stage N [--plan]`: captions and images of a stage to features."""
+"""`python -m features --recipe R --run RUN --stage S [--plan]`: captions and images of a table to features."""
 
 import sys
 import time
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import require_model
-from features.config import STAGES
 from features.jobs import FeatureJob, Inputs, latent_job, manifest_extra, prepare, read_inputs, text_job
 from features.plan import print_plan, require_space
 from features.quantization import summarize_storage
@@ -28,12 +27,12 @@ SUSPICIOUS_PSNR_DB = 20.0
 def main() -> None:
     """Compute the features one stage trains on, or print what that would take."""
     start_seconds = time.monotonic()
-    command = parse_command("features", "Captions and images to T5 and VAE features.", stages=STAGES)
+    command = parse_command("features", "Captions and images to T5 and VAE features.", has_stages=True)
     inputs = read_inputs(command)
     if command.is_plan:
         print_plan(inputs)
         return
-    jobs = ([text_job(inputs)] if inputs.stage.text else []) + [latent_job(inputs)]
+    jobs = ([text_job(inputs)] if inputs.features.text else []) + [latent_job(inputs)]
     is_done = [job.is_done() for job in jobs]
     if not all(is_done):
         require_space(inputs)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from features.config import STAGES
 from features.jobs import Inputs, read_inputs
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
@@ -90,13 +89,15 @@ def report_buckets(inputs: Inputs) -> BucketReport:
 
 def _report_shard(source: Source, inputs: Inputs) -> BucketReport:
     report = BucketReport()
-    resolution, max_pixels = inputs.stage.resolution, inputs.data.max_pixels
+    resolution, max_pixels = inputs.features.resolution, inputs.data.max_pixels
     with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
         is_labelled = any("cls" in sample.members for sample in raw.samples)
         for sample in raw.samples:
             try:
                 width, height = _measure(raw, sample, is_labelled=is_labelled, max_pixels=max_pixels)
-                bucket = nearest_bucket(width, height, resolution) if inputs.stage.buckets else (resolution, resolution)
+                bucket = (
+                    nearest_bucket(width, height, resolution) if inputs.features.buckets else (resolution, resolution)
+                )
                 crop = plan_crop(width, height, bucket[1], bucket[0], max_pixels=max_pixels)
             except SampleReject as reject:
                 report.rejects.append(Reject(shard=raw.name, key=sample.key, reason=reject.reason))
@@ -126,12 +127,12 @@ def _measure(raw: RawShard, sample: RawSample, *, is_labelled: bool, max_pixels:
 
 def print_buckets(inputs: Inputs, report: BucketReport) -> None:
     """Print one row per bucket, the totals, upscaling that will be visible, and the rejects."""
-    stage = inputs.stage
-    title = f"buckets, {inputs.stage_name}: {', '.join(stage.shards)} at {stage.resolution} pixels"
+    features = inputs.features
+    title = f"buckets, {inputs.stage_name}: {', '.join(features.shards)} at {features.resolution} pixels"
     table = Table("bucket", "height/width", title=title, title_justify="left")
     for heading in ("images", "share", "crop %", "worst", "upscale %", "worst"):
         table.add_column(heading, justify="right")
-    sizes = aspect_buckets(stage.resolution) if stage.buckets else ((stage.resolution, stage.resolution),)
+    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
     for height, width in sizes:
         crops, scales = (values.get((height, width), array("f")) for values in (report.crops, report.scales))
         share = f"{len(crops) / max(1, report.num_images):.1%}"
@@ -143,7 +144,7 @@ def print_buckets(inputs: Inputs, report: BucketReport) -> None:
     if num_soft := sum(scale > SOFT_SCALE for scale in scales):
         log.warning(
             f"{num_soft:,} images ({num_soft / len(scales):.1%}) are scaled up by more than {SOFT_SCALE - 1:.0%}: "
-            f"they are too small for {stage.resolution} pixels and will look soft"
+            f"they are too small for {features.resolution} pixels and will look soft"
         )
 
 
@@ -170,7 +171,7 @@ def list_rejects(rejects: Sequence[Reject], path: Path) -> None:
 
 def main() -> None:
     """Print the bucket report of one stage."""
-    command = parse_command("features.buckets", "What bucketing will do to a stage's images.", stages=STAGES)
+    command = parse_command("features.buckets", "What bucketing will do to a stage's images.", has_stages=True)
     inputs = read_inputs(command)
     report = report_buckets(inputs)
     print_buckets(inputs, report)

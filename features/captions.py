@@ -59,7 +59,7 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
             position = schema.get_field_index(column)
             if position < 0 or not pa.types.is_string(schema.field(position).type):
                 raise ValueError(
-                    f"{path}: there is no column {column!r} of texts, which features.stageN.captions names"
+                    f"{path}: there is no column {column!r} of texts, which features.<name>.captions names"
                 )
         table = pq.read_table(path, columns=wanted)
     except pa.ArrowInvalid as error:

@@ -1,20 +1,23 @@
-"""`[features]`: which encoders make the features of each training stage, from which shards, at which resolution."""
+"""`[features]`: which encoders make features, from which shards, at which resolution; a named table for each set."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pydantic
 
 from encoders.latents import require_vae_dtype
 from encoders.text import require_text_dtype
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Recipe, TableConfig
 
-STAGES = (1, 2, 3)
 # VAE factor 8 times patch size 2: a side must be a whole number of patches.
 RESOLUTION_MULTIPLE = 16
+# What tables that share a folder must agree on.
+LATENT_FIELDS = ("buckets", "vae_model", "vae_revision", "vae_dtype")
+TEXT_FIELDS = ("captions", "text_model", "text_revision", "text_dtype", "text_storage", "max_tokens")
 
 
 class CaptionConfig(TableConfig):
-    """One entry of `[features.stageN] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
+    """One entry of `[features.<name>] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
 
     column: str = pydantic.Field(
         pattern="^[a-z][a-z0-9_]*$",
@@ -28,10 +31,10 @@ class CaptionConfig(TableConfig):
     )
 
 
-class FeatureStageConfig(TableConfig):
-    """`[features.stageN]`: what training stage N will read."""
+class FeaturesConfig(TableConfig):
+    """A named table of `[features]`: what training reads of one kind, made by one command."""
 
-    shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names this stage reads")
+    shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names that are read")
     resolution: int = pydantic.Field(
         ge=RESOLUTION_MULTIPLE,
         le=4096,
@@ -41,37 +44,14 @@ class FeatureStageConfig(TableConfig):
         default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"
     )
     text: bool = pydantic.Field(
-        default=True, description="Whether captions are encoded; false for class labels (stage 1, `.cls` members)"
+        default=True,
+        description="Whether captions are encoded; false where only class labels are read (`.cls` members)",
     )
     captions: list[CaptionConfig] = pydantic.Field(
         default=[CaptionConfig(column="caption")],
         min_length=1,
         description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
-
-    @property
-    def caption_columns(self) -> list[str]:
-        """Columns of `captions`, in order."""
-        return [caption.column for caption in self.captions]
-
-    @pydantic.field_validator("captions")
-    @classmethod
-    def _check_captions(cls, value: list[CaptionConfig]) -> list[CaptionConfig]:
-        columns = [caption.column for caption in value]
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
-        return value
-
-    @pydantic.field_validator("resolution")
-    @classmethod
-    def _check_resolution(cls, value: int) -> int:
-        if value % RESOLUTION_MULTIPLE:
-            raise ValueError(f"resolution {value} is not a multiple of 16 (VAE factor 8 times patch size 2)")
-        return value
-
-
-class FeaturesConfig(TableConfig):
-    """Recipe table `[features]`."""
 
     text_model: str = pydantic.Field(description="T5 encoder: hub id or local folder (paper: Flan-T5-XXL)")
     text_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
@@ -108,9 +88,26 @@ class FeaturesConfig(TableConfig):
     num_preview_images: int = pydantic.Field(
         default=8, ge=1, le=64, description="Images decoded again for the preview grid of a job"
     )
-    stage1: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 1, class-conditional")
-    stage2: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 2, text to image")
-    stage3: FeatureStageConfig | None = pydantic.Field(default=None, description="Input of stage 3, high resolution")
+
+    @property
+    def caption_columns(self) -> list[str]:
+        """Columns of `captions`, in order."""
+        return [caption.column for caption in self.captions]
+
+    @pydantic.field_validator("captions")
+    @classmethod
+    def _check_captions(cls, value: list[CaptionConfig]) -> list[CaptionConfig]:
+        columns = [caption.column for caption in value]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
+        return value
+
+    @pydantic.field_validator("resolution")
+    @classmethod
+    def _check_resolution(cls, value: int) -> int:
+        if value % RESOLUTION_MULTIPLE:
+            raise ValueError(f"resolution {value} is not a multiple of 16 (VAE factor 8 times patch size 2)")
+        return value
 
     @pydantic.field_validator("text_dtype")
     @classmethod
@@ -124,39 +121,41 @@ class FeaturesConfig(TableConfig):
         require_vae_dtype(value)
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _check_shared_directories(self) -> "FeaturesConfig":
-        # Stages of one resolution share features/latent-<resolution>, so they must mean the same latents by it.
-        # The same holds for the weights of the captions, which are in the index of features/text*.
-        buckets: dict[int, tuple[int, bool]] = {}
-        weights: dict[tuple[str, ...], tuple[int, list[float]]] = {}
-        for stage in STAGES:
-            config = getattr(self, f"stage{stage}")
-            if config is None:
-                continue
-            if config.text:
-                wanted = [caption.weight for caption in config.captions]
-                other, found = weights.setdefault(tuple(config.caption_columns), (stage, wanted))
-                if found != wanted:
+
+def feature_table(recipe: Recipe, name: str) -> FeaturesConfig:
+    """Return `[features.<name>]`.
+
+    Raises:
+        ValueError: there is no such table, a key of any is unknown or wrong, or two would share a folder of features
+            that they mean to be different; names the keys.
+    """
+    names = recipe.names("features", keys=FeaturesConfig.model_fields)
+    tables = {other: recipe.named("features", other, model=FeaturesConfig) for other in names}
+    _check_shared_directories(recipe, tables)
+    return tables[name] if name in tables else recipe.named("features", name, model=FeaturesConfig)
+
+
+def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfig]) -> None:
+    """Refuse tables that would write into one folder what differs: features/text*, features/latent-<resolution>."""
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, table in tables.items():
+        folders: list[tuple[tuple[Any, ...], tuple[str, ...], str]] = [
+            (("latents", table.resolution), LATENT_FIELDS, f"of latents at resolution {table.resolution}")
+        ]
+        if table.text:
+            columns = tuple(table.caption_columns)
+            folders.append((("text", *columns), TEXT_FIELDS, f"of text features of {', '.join(columns)}"))
+        for folder, fields, what in folders:
+            other = owners.setdefault(folder, name)
+            for field in fields:
+                value, found = getattr(table, field), getattr(tables[other], field)
+                if value != found:
                     raise ValueError(
-                        f"stage{stage}.captions has weights {wanted}, but stage{other}.captions {found} for the same "
-                        "columns; the two would share one folder of text features"
+                        f"{recipe.path}: features.{name}.{field} = {_shown(value)}, but features.{other}.{field} = "
+                        f"{_shown(found)}; the two would share one folder {what}"
                     )
-            other, is_bucketed = buckets.setdefault(config.resolution, (stage, config.buckets))
-            if is_bucketed != config.buckets:
-                raise ValueError(
-                    f"stage{stage}.buckets {config.buckets} differs from stage{other}.buckets {is_bucketed} at the "
-                    f"same resolution {config.resolution}; the two would share one folder of latents"
-                )
-        return self
 
-    def stage(self, number: int) -> FeatureStageConfig:
-        """Return `[features.stage<number>]`.
 
-        Raises:
-            ValueError: the recipe has no such table.
-        """
-        config = getattr(self, f"stage{number}")
-        if config is None:
-            raise ValueError(f"features.stage{number} is missing: the recipe does not say what stage {number} reads")
-        return config
+def _shown(value: Any) -> str:
+    captions = isinstance(value, list) and all(isinstance(item, CaptionConfig) for item in value)
+    return str({item.column: item.weight for item in value} if captions else value)

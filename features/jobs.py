@@ -1,4 +1,4 @@
-"""What one `make features STAGE=n` has to do: a text job and a latent job, each with its sources and fingerprint."""
+"""What one `make features STAGE=…` has to do: a text job and a latent job, each with its sources and fingerprint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from encoders.opening import latent_spec, text_spec
 from encoders.weights import ModelSource, resolve_model
 from features.captions import caption_sources, remember_identities, require_unchanged
-from features.config import FeaturesConfig, FeatureStageConfig
+from features.config import FeaturesConfig, feature_table
 from features.latents import LatentWorker, LatentWorkerConfig
 from features.text import TextWorker, TextWorkerConfig
 from pipelines.command import Command
@@ -25,11 +25,10 @@ CODE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A command's settings, and the raw shards of its stage."""
+    """A command's settings, and the raw shards that its features table names."""
 
     run: Path
     stage_name: str
-    stage: FeatureStageConfig
     features: FeaturesConfig
     engine: EngineConfig
     data: DataConfig
@@ -84,15 +83,12 @@ def read_inputs(command: Command) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: a key is wrong or a shard pattern matches nothing; names it.
     """
-    assert command.stage is not None
-    features = command.recipe.table("features", FeaturesConfig)
+    features = feature_table(command.recipe, command.stage_name)
     data = command.recipe.table("data", DataConfig)
-    stage = features.stage(command.stage)
-    paths = select_shards(_raw_shards(command, data), stage.shards, key=f"features.{command.stage_name}.shards")
+    paths = select_shards(_raw_shards(command, data), features.shards, key=f"features.{command.stage_name}.shards")
     return Inputs(
         run=command.run,
         stage_name=command.stage_name,
-        stage=stage,
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
@@ -118,7 +114,8 @@ def text_job(inputs: Inputs) -> FeatureJob:
         ValueError: a shard has no captions, they were made from another tar than the one there is now, or lack a
             column.
     """
-    features, columns = inputs.features, inputs.stage.caption_columns
+    features = inputs.features
+    columns = features.caption_columns
     captions = read_manifest(inputs.run / "captions")
     output = ShardDirectory(text_directory(inputs.run, columns))
     model = resolve_model(features.text_model, features.text_revision)
@@ -134,7 +131,7 @@ def text_job(inputs: Inputs) -> FeatureJob:
             batch_tokens=features.text_batch_tokens,
             device=features.device,
             num_threads=inputs.num_threads,
-            caption_weights={caption.column: caption.weight for caption in inputs.stage.captions},
+            caption_weights={caption.column: caption.weight for caption in features.captions},
             directory=output.path,
         ),
         sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
@@ -149,7 +146,7 @@ def text_job(inputs: Inputs) -> FeatureJob:
                 "text_storage": features.text_storage,
                 "max_tokens": features.max_tokens,
                 "caption_columns": columns,
-                "caption_weights": [caption.weight for caption in inputs.stage.captions],
+                "caption_weights": [caption.weight for caption in features.captions],
                 "captions": texts_digest(captions),
             }
         ),
@@ -161,9 +158,9 @@ def text_job(inputs: Inputs) -> FeatureJob:
 
 def latent_job(inputs: Inputs) -> FeatureJob:
     """Describe the encoding of the stage's images."""
-    features, stage = inputs.features, inputs.stage
+    features = inputs.features
     model = resolve_model(features.vae_model, features.vae_revision)
-    output = ShardDirectory(latent_directory(inputs.run, stage.resolution))
+    output = ShardDirectory(latent_directory(inputs.run, features.resolution))
     return FeatureJob(
         family="latents",
         worker_class=LatentWorker,
@@ -175,8 +172,8 @@ def latent_job(inputs: Inputs) -> FeatureJob:
             device=features.device,
             num_threads=inputs.num_threads,
             decode_threads=features.decode_threads,
-            resolution=stage.resolution,
-            is_bucketed=stage.buckets,
+            resolution=features.resolution,
+            is_bucketed=features.buckets,
             dialect=inputs.data.dialect,
             max_pixels=inputs.data.max_pixels,
             run=inputs.run.absolute(),
@@ -192,8 +189,8 @@ def latent_job(inputs: Inputs) -> FeatureJob:
                 "code_version": CODE_VERSION,
                 "vae_model": model.identity,
                 "vae_dtype": features.vae_dtype,
-                "resolution": stage.resolution,
-                "buckets": stage.buckets,
+                "resolution": features.resolution,
+                "buckets": features.buckets,
                 "dialect": inputs.data.dialect,
                 "max_pixels": inputs.data.max_pixels,
             }
@@ -206,7 +203,7 @@ def latent_job(inputs: Inputs) -> FeatureJob:
 
 def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
     """Return the numbers later stages read from the manifest, so that no recipe types them a second time."""
-    features, stage = inputs.features, inputs.stage
+    features = inputs.features
     missing = f"{job.model.location} has been loaded, but its config.json is not in the cache"
     if job.family == "text":
         encoder = text_spec(job.model, max_tokens=features.max_tokens)
@@ -220,7 +217,7 @@ def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
             "cleaning": encoder.cleaning,
             "d_text": encoder.width,
         }
-        return {"text": text, "captions": [caption.model_dump() for caption in stage.captions]}
+        return {"text": text, "captions": [caption.model_dump() for caption in features.captions]}
     codec = latent_spec(job.model)
     assert codec is not None, missing
     vae = {
@@ -233,8 +230,8 @@ def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
         "scaling_factor": codec.scale,
         "shift_factor": codec.shift,
     }
-    sizes = aspect_buckets(stage.resolution) if stage.buckets else ((stage.resolution, stage.resolution),)
-    return {"vae": vae, "resolution": stage.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
+    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
+    return {"vae": vae, "resolution": features.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 
 def prepare(job: FeatureJob, inputs: Inputs) -> None:

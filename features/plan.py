@@ -87,7 +87,7 @@ def _member_bytes(content_bytes: int, *, num_rows: int) -> int:
 
 def plan_families(inputs: Inputs) -> list[FamilyPlan]:
     """Return the plan of each family, the text family too when its captions are not there yet."""
-    return ([_plan_text(inputs)] if inputs.stage.text else []) + [_plan_latents(inputs)]
+    return ([_plan_text(inputs)] if inputs.features.text else []) + [_plan_latents(inputs)]
 
 
 def _plan_text(inputs: Inputs) -> FamilyPlan:
@@ -96,7 +96,7 @@ def _plan_text(inputs: Inputs) -> FamilyPlan:
     spec = text_spec(model, max_tokens=features.max_tokens)
     d_text = spec.width if spec else PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT)
     num_samples = pending_samples = _count(inputs.raw)
-    columns = inputs.stage.caption_columns
+    columns = inputs.features.caption_columns
     num_tokens, basis = float(features.max_tokens * len(columns)), "no captions yet: at most"
     job = None
     if (inputs.run / "captions" / MANIFEST_NAME).is_file():
@@ -118,9 +118,9 @@ def _plan_text(inputs: Inputs) -> FamilyPlan:
 def _plan_latents(inputs: Inputs) -> FamilyPlan:
     job = latent_job(inputs)
     spec = latent_spec(job.model) or PUBLISHED_VAE
-    resolution = inputs.stage.resolution
+    resolution = inputs.features.resolution
     tensors = "mean and std" if spec.has_std else "mean"
-    crop = "aspect buckets" if inputs.stage.buckets else "centre crop"
+    crop = "aspect buckets" if inputs.features.buckets else "centre crop"
     return FamilyPlan(
         family="latents",
         directory=job.output.path,
@@ -140,7 +140,7 @@ def _count(sources: Sequence[Source]) -> int:
 
 def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) -> tuple[float, str]:
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
-    columns, limit = inputs.stage.caption_columns, inputs.features.max_tokens
+    columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
     probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
     tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
     kept = [table.filter(pc.field("reject").is_null()) for table in tables]
@@ -165,7 +165,7 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) 
 
 def print_plan(inputs: Inputs) -> None:
     """Print what the stage would write, with sizes, and how long it would take where that can be measured."""
-    table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.stage.shards)}", title_justify="left")
+    table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.features.shards)}", title_justify="left")
     table.add_column("family")
     for heading in ("samples", "to do", "bytes/sample", "to write", "total", "hours"):
         table.add_column(heading, justify="right")

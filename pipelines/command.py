@@ -1,4 +1,4 @@
-"""The command line all rooms share: `python -m <room> --recipe R --run RUN [--stage N] [--set key=value] [--plan]`."""
+"""The command line all rooms share: `python -m <room> --recipe R --run RUN [--stage S] [--set key=value] [--plan]`."""
 
 import argparse
 import os
@@ -14,31 +14,30 @@ from pipelines.store.files import is_remote
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a user asked of a room; `stage` is None for rooms without stages, `phase` for a stage's own values."""
+    """What a user asked of a room; `stage` is the name of a stage's tables and folders, None in rooms without."""
 
     recipe: Recipe
     run: Path
-    stage: int | None
-    phase: str | None
+    stage: str | None
     is_plan: bool
 
     @property
     def stage_name(self) -> str:
-        """Name of the stage's folders: `stage2`, or `stage3-512` for a phase of it."""
+        """The stage, in rooms that have some."""
         assert self.stage is not None, "this room has no stages"
-        return f"stage{self.stage}" + (f"-{self.phase}" if self.phase else "")
+        return self.stage
 
 
 def parse_command(
-    room: str, description: str, *, argv: Sequence[str] | None = None, stages: Sequence[int] = ()
+    room: str, description: str, *, argv: Sequence[str] | None = None, has_stages: bool = False
 ) -> Command:
-    """Parse a room's command line; `stages` lists the values `--stage` may take, and is empty if there is no choice."""
+    """Parse a room's command line; with `has_stages` it must name one with `--stage`."""
     parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
     parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
     parser.add_argument("--run", required=True, help="local folder of the run; each stage writes one sub-folder")
-    if stages:
-        parser.add_argument("--stage", type=int, choices=stages, required=True, help="training stage of the paper")
-        parser.add_argument("--phase", help="phase of the stage, such as 512 of stage 3 (Table 4); default: its first")
+    if has_stages:
+        parser.add_argument("--stage", required=True, help="a named table of the recipe; 2 is short for stage2")
+        parser.add_argument("--phase", help="512 with --stage 3 is short for --stage stage3-512")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -49,14 +48,19 @@ def parse_command(
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
     options = parser.parse_args(argv)
-    phase = options.phase if stages else None
+    stage = full_stage_name(options.stage, options.phase) if has_stages else None
     return Command(
-        recipe=load_recipe(options.recipe, options.overrides, stage=options.stage if stages else None, phase=phase),
+        recipe=load_recipe(options.recipe, options.overrides, stage=stage),
         run=_run_folder(options.run),
-        stage=options.stage if stages else None,
-        phase=phase,
+        stage=stage,
         is_plan=options.plan,
     )
+
+
+def full_stage_name(text: str, phase: str | None = None) -> str:
+    """Return the name that `text` is short for: a number N for `stageN`, and with a phase P `stageN-P`."""
+    name = f"stage{text}" if text.isdecimal() else text
+    return f"{name}-{phase}" if phase else name
 
 
 def _run_folder(text: str) -> Path:

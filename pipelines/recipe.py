@@ -1,12 +1,17 @@
-"""A recipe is one TOML file in flow order, one table per stage; every room validates the tables it reads."""
+"""A recipe is one TOML file in flow order, one table per room; every room validates the tables it reads.
+
+`[training]` and `[features]` hold named tables beside their keys: `[training.stage2]` is a stage called `stage2`. The
+keys of `[training]` itself are shared: every named table is laid over them, or over another one that it `extends`.
+"""
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
+import pydantic_core
 
 from pipelines.raw.shards import expand_shards
 
@@ -23,14 +28,49 @@ TABLES = (
     "evaluation",
     "app",
 )
-STAGE = re.compile(r"stage\d+")
-PHASES = "phases"
+EXTENDS = "extends"
+STAGE_PLACEHOLDER = "{stage}"
+# A name is that of a folder, too.
+TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+Value = TypeVar("Value")
+DECIDES = "decides numbers"
+# The type of a field that decides numbers, as the others do not: places, batch sizes of inference, what is logged.
+Decides = Annotated[Value, DECIDES]
 
 
 class TableConfig(pydantic.BaseModel):
-    """A recipe table: unknown keys are errors, values are frozen, strings are not coerced to numbers or booleans."""
+    """A recipe table: unknown keys are errors, values are frozen, strings are not coerced to numbers or booleans.
+
+    `renamed_keys` gives the new name of keys that had another one.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return, as JSON values, the fields that decide numbers (`Decides`) and are not what they are by default.
+
+        So a new key changes no fingerprint that was made before there was a choice; and a default is no longer free to
+        change, unless a version in the fingerprint does, too.
+        """
+        defaults = self.fingerprint_defaults()
+        values = self.model_dump(mode="json", include=_deciding(type(self)))
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+    @classmethod
+    def fingerprint_defaults(cls) -> dict[str, Any]:
+        """Return, as JSON values, what the fields are that `fingerprint_fields` leaves out."""
+        fields = {name: cls.model_fields[name] for name in _deciding(cls) if not cls.model_fields[name].is_required()}
+        return {
+            name: pydantic_core.to_jsonable_python(field.get_default(call_default_factory=True))
+            for name, field in fields.items()
+        }
+
+
+def _deciding(model: type[TableConfig]) -> set[str]:
+    return {name for name, field in model.model_fields.items() if DECIDES in field.metadata}
 
 
 class DataConfig(TableConfig):
@@ -60,90 +100,122 @@ Config = TypeVar("Config", bound=TableConfig)
 
 
 class Recipe:
-    """A parsed recipe file with its `--set` overrides applied; `table` gives a validated table."""
+    """A parsed recipe file with its `--set` overrides applied; `table` and `named` give validated tables."""
 
     def __init__(self, path: Path, tables: dict[str, Any]) -> None:
         self.path = path
         self.tables = tables
 
     def table(self, name: str, model: type[Config]) -> Config:
-        """Return table `name` as `model`; the keys of all phases of its stages are checked, too.
+        """Return table `name` as `model`.
 
         Raises:
             ValueError: one line per wrong key, each naming `table.key`, what is wrong and the value found.
         """
-        table = self.tables.get(name, {})
-        content = _without_phases(name, table)
-        wrong = list(_wrong_in_phases(self.path, name, table, model))
-        wrong = wrong or [_describe(self.path, name, item) for item in _errors(model, content)]
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        content = self.tables.get(name, {})
+        self._raise(self._wrong_keys(name, content, model))
         return model.model_validate(content)
 
+    def names(self, table: str, *, keys: Collection[str] = ()) -> list[str]:
+        """Return the names of the named tables of `table`, in order: all that are tables but `keys`, its own."""
+        content = self.tables.get(table, {})
+        return [key for key, value in content.items() if isinstance(value, dict) and key not in keys]
 
-def _errors(model: type[TableConfig], content: Any) -> Sequence[Mapping[str, Any]]:
-    try:
-        model.model_validate(content)
-    except pydantic.ValidationError as error:
-        return error.errors()
-    return []
+    def laid_over(self, table: str, name: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
+        """Return named table `name`, laid over what it extends and the keys that all of `table` share.
+
+        Raises:
+            ValueError: there is no such table, or it extends one that is not there or, in the end, itself.
+        """
+        content, names = self.tables.get(table, {}), self.names(table, keys=keys)
+        self._require_name(table, name, names=names)
+        merged = {key: value for key, value in content.items() if key not in names}
+        for part in reversed(self._chain(table, name, names=names)):
+            merged |= {key: value for key, value in content[part].items() if key != EXTENDS}
+        return merged
+
+    def named(self, table: str, name: str, *, model: type[Config]) -> Config:
+        """Return named table `name` of `table`, as `laid_over` gives it, as `model`.
+
+        The other ones are checked, too, each by itself, so that an error names the line that is wrong.
+
+        Raises:
+            ValueError: as `laid_over`, of any of them, or one line per wrong key.
+        """
+        names = self.names(table, keys=model.model_fields)
+        self._require_name(table, name, names=names)
+        content = self.tables[table]
+        shared = {key: value for key, value in content.items() if key not in names}
+        wrong = self._wrong_keys(table, shared, model, is_part=True)
+        for other in names:
+            self._chain(table, other, names=names)
+            own = {key: value for key, value in content[other].items() if key != EXTENDS}
+            wrong += self._wrong_keys(f"{table}.{other}", own, model, is_part=True)
+        self._raise(wrong)
+        merged = self.laid_over(table, name, keys=model.model_fields)
+        self._raise(self._wrong_keys(f"{table}.{name}", merged, model))
+        return model.model_validate(merged)
+
+    def _require_name(self, table: str, name: str, *, names: Sequence[str]) -> None:
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"{self.path}: there is no [{table}.{name}]; the tables of [{table}] are: {known}")
+        if not TABLE_NAME.fullmatch(name):
+            raise ValueError(f"{self.path}: [{table}.{name!r}] names a folder, too: use letters, digits and _ -")
+
+    def _chain(self, table: str, name: str, *, names: Sequence[str]) -> list[str]:
+        """Return `name`, the table it extends, the one that extends, and so on."""
+        chain = [name]
+        while (base := self.tables[table][chain[-1]].get(EXTENDS)) is not None:
+            key = f"{self.path}: {table}.{chain[-1]}.{EXTENDS} = {base!r}"
+            if base not in names:
+                raise ValueError(f"{key} names no table of [{table}]: {', '.join(names)}")
+            if base in chain:
+                raise ValueError(f"{key} goes in a circle: {' extends '.join([*chain, base])}")
+            chain.append(base)
+        return chain
+
+    def _wrong_keys(self, name: str, content: Any, model: type[TableConfig], *, is_part: bool = False) -> list[str]:
+        """Return a line for each wrong key; a part lacks keys, and what is said of it as a whole means nothing."""
+        try:
+            model.model_validate(content)
+        except pydantic.ValidationError as error:
+            items = error.errors()
+            if is_part:
+                items = [item for item in items if item["loc"] and (item["type"], len(item["loc"])) != ("missing", 1)]
+            return [_describe(self.path, name, item, model) for item in items]
+        return []
+
+    def _raise(self, wrong: Sequence[str]) -> None:
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
 
-def _stages_in(name: str, table: Any) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Return the tables of stages by their place in table `name`, which may be a stage's itself (`training.stage3`)."""
-    parent, _, last = name.rpartition(".")
-    if not isinstance(table, dict):
-        return {}
-    if parent and STAGE.fullmatch(last):
-        return {(): table}
-    return {(key,): value for key, value in table.items() if STAGE.fullmatch(key) and isinstance(value, dict)}
-
-
-def _put(table: dict[str, Any], place: tuple[str, ...], stage: dict[str, Any]) -> dict[str, Any]:
-    return table | {place[0]: stage} if place else stage
-
-
-def _without_phases(name: str, table: Any) -> Any:
-    for place, stage in _stages_in(name, table).items():
-        table = _put(table, place, {key: value for key, value in stage.items() if key != PHASES})
-    return table
-
-
-def _wrong_in_phases(path: Path, name: str, table: Any, model: type[TableConfig]) -> Iterator[str]:
-    """Yield what is wrong with the keys that phases set, whichever phase is chosen."""
-    for place, stage in _stages_in(name, table).items():
-        bare = {key: value for key, value in stage.items() if key != PHASES}
-        for phase, values in stage.get(PHASES, {}).items():
-            phase_name = ".".join([name, *place, PHASES, phase])
-            laid_over = _put(_without_phases(name, table), place, bare | values)
-            for item in _errors(model, laid_over):
-                where, key = item["loc"][: len(place)], item["loc"][len(place) :]
-                if where == place and key and key[0] in values:
-                    yield _describe(path, phase_name, {**item, "loc": key})
-
-
-def _describe(path: Path, table: str, item: Mapping[str, Any]) -> str:
+def _describe(path: Path, table: str, item: Mapping[str, Any], model: type[TableConfig]) -> str:
     key = ".".join([table, *(str(part) for part in item["loc"])])
+    first = item["loc"][0] if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        return f"{path}: {key} is not a known key"
+        renamed = model.renamed_keys.get(str(first))
+        return f"{path}: {key} is called {renamed} now" if renamed else f"{path}: {key} is not a known key"
     if item["type"] == "missing":
-        return f"{path}: {key} is missing"
+        field = model.model_fields.get(str(first))
+        what = f": {field.description}" if field is not None and len(item["loc"]) == 1 else ""
+        return f"{path}: {key} is missing{what}"
+    if not item["loc"]:
+        return f"{path}: {key}: {item['msg']}"
     return f"{path}: {key} = {item['input']!r}: {item['msg']}"
 
 
-def load_recipe(
-    path: Path | str, overrides: Sequence[str] = (), *, stage: int | None = None, phase: str | None = None
-) -> Recipe:
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
     """Read a recipe and apply overrides such as `training.stage2.num_steps=10`.
 
-    An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string. With `phase`
-    the tables `[*.stageN.phases.<phase>]` of `stage` are laid over their `[*.stageN]`, as stage 3 of the paper has
-    phases of rising resolution (Table 4); without `stage` those of every stage that has the phase.
+    An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string. `{stage}` in its
+    key stands for `stage`.
 
     Raises:
         FileNotFoundError: the recipe does not exist.
-        ValueError: it is not TOML, has an unknown table, two tables of a stage name different phases, the stage has
-            no such phase, or an override is not `table.key=value`.
+        ValueError: it is not TOML, has an unknown table or a stage with phases, as recipes had before stages had
+            names, or an override is not `table.key=value`.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,63 +224,38 @@ def load_recipe(
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    _choose_phase(tables, phase, stage=stage, path=path)
     for override in overrides:
-        _apply(tables, override)
+        _apply(tables, override, stage=stage)
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
         raise ValueError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
+    _refuse_phases(tables, path)
     return Recipe(path, tables)
 
 
-def _choose_phase(tables: dict[str, Any], phase: str | None, *, stage: int | None, path: Path) -> None:
-    phased = _phased_stages(tables, path)
-    for key, parts in phased.items():
-        _require_same_phases({f"{name}.{key}.{PHASES}": part[PHASES] for name, part in parts.items()}, path)
-    if phase is None:
-        return
-    asked = list(phased) if stage is None else [f"stage{stage}"]
-    parts = [part for key in asked for part in phased.get(key, {}).values()]
-    known = list(dict.fromkeys(name for part in parts for name in part[PHASES]))
-    if phase not in known:
-        of_stage = "" if stage is None else f" of stage {stage}"
-        raise ValueError(f"{path}: there is no phase {phase!r}{of_stage}; phases are {', '.join(known) or 'none'}")
-    for part in parts:
-        # Phases stay in their table, so that its room checks all of them.
-        part.update(part[PHASES].get(phase, {}) | {PHASES: part[PHASES]})
+def _refuse_phases(tables: Mapping[str, Any], path: Path) -> None:
+    for table in ("training", "features"):
+        for name, content in tables.get(table, {}).items():
+            if isinstance(content, dict) and "phases" in content:
+                phase = next(iter(content["phases"]), "512") if isinstance(content["phases"], dict) else "512"
+                raise ValueError(
+                    f"{path}: [{table}.{name}.phases.{phase}] is called [{table}.{name}-{phase}] now, "
+                    f"with extends = {name!r}"
+                )
 
 
-def _phased_stages(tables: dict[str, Any], path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the tables that have phases, by stage (`stage3`) and by the table they are part of (`training`)."""
-    phased: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, table in tables.items():
-        for (key,), part in _stages_in(name, table).items():
-            phases = part.get(PHASES, {})
-            if not isinstance(phases, dict) or not all(isinstance(values, dict) for values in phases.values()):
-                raise ValueError(f"{path}: {name}.{key}.{PHASES} = {phases!r} does not hold a table for each phase")
-            if phases:
-                phased.setdefault(key, {})[name] = part
-    return phased
-
-
-def _require_same_phases(phases: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Refuse a phase that one table of a stage has and another lacks: there the stage's own values would be taken."""
-    (first, expected), *others = phases.items()
-    for name, found in others:
-        if found.keys() != expected.keys():
-            raise ValueError(
-                f"{path}: [{first}] has {', '.join(expected)}, but [{name}] has {', '.join(found)}; "
-                "both need the same phases, and one that changes nothing there is an empty table"
-            )
-
-
-def _apply(tables: dict[str, Any], override: str) -> None:
+def _apply(tables: dict[str, Any], override: str, *, stage: str | None) -> None:
     dotted, equals, text = override.partition("=")
+    if STAGE_PLACEHOLDER in dotted:
+        if stage is None:
+            raise ValueError(f"--set {override!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
+        table = dotted.partition(".")[0].strip()
+        if stage not in tables.get(table, {}):
+            raise ValueError(f"--set {override!r}: there is no [{table}.{stage}]")
+        dotted = dotted.replace(STAGE_PLACEHOLDER, stage)
     *parents, key = dotted.strip().split(".")
     if not equals or not parents or not key:
         raise ValueError(f"--set {override!r} is not of the form table.key=value")
-    if PHASES in [*parents, key][2:3] and STAGE.fullmatch(parents[1]):
-        raise ValueError(f"--set {override!r}: choose the phase with --phase and set {'.'.join(parents[:2])}.key")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

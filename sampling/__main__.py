@@ -1,4 +1,4 @@
-"""`python -m sampling --recipe R --run RUN --stage 1|2|3 [--set key=value] [--plan]`."""
+"""`python -m sampling --recipe R --run RUN --stage S [--set key=value] [--plan]`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from sampling.config import STAGES, SamplingConfig
+from sampling.config import SamplingConfig
 from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, run_job
 from sampling.trained_model import find_trained_model
 
@@ -16,7 +16,7 @@ log = get_logger("sampling")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the samples of one training stage's checkpoint, or only encode their prompts."""
-    command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, stages=STAGES)
+    command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, has_stages=True)
     config = command.recipe.table("sampling", SamplingConfig)
     if config.write_embeddings is not None and config.text_encoder == "precomputed":
         # What is written is encoded now, wherever drawing will read its embeddings from.

@@ -1,4 +1,4 @@
-"""`python -m sampling.app --recipe R --run RUN --stage 2|3`: a local page to draw from a checkpoint.
+"""`python -m sampling.app --recipe R --run RUN --stage S`: a local page to draw from a checkpoint.
 
 It listens on this machine alone, loads nothing from elsewhere and reports to nobody.
 """
@@ -49,7 +49,7 @@ class AppConfig(TableConfig):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until interrupted."""
-    command = parse_command("sampling.app", "A local page to draw from a checkpoint", argv=argv, stages=(2, 3))
+    command = parse_command("sampling.app", "A local page to draw from a checkpoint", argv=argv, has_stages=True)
     config = command.recipe.table("sampling", SamplingConfig)
     port = command.recipe.table("app", AppConfig).port
     studio = Studio(

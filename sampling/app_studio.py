@@ -58,7 +58,7 @@ class Studio:
         self, config: SamplingConfig, trained: TrainedModel, *, run: Path, name: str, engine: EngineConfig
     ) -> None:
         if trained.text is None:
-            raise ValueError(f"{trained.name} knows classes, not text: the app draws from stages 2 and 3")
+            raise ValueError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
         is_precomputed = config.text_encoder == "precomputed"
         self.trained = trained
         # What is typed into a page is in no file of embeddings.

@@ -6,18 +6,16 @@ import pydantic
 
 from pipelines.recipe import Recipe, TableConfig
 
-STAGES = (1, 2, 3)
-
 
 class SamplingConfig(TableConfig):
     """Recipe table `[sampling]`."""
 
     prompt: str | None = pydantic.Field(
-        default=None, description="One prompt, instead of those of `prompts`; its images go to samples/stage<N>-prompt"
+        default=None, description="One prompt, instead of those of `prompts`; its images go to samples/<stage>-prompt"
     )
     prompts: str | None = pydantic.Field(
         default=None,
-        description="Prompts for stages 2 and 3: .txt (one per line), .jsonl or .parquet (prompt, and if wanted key "
+        description="Prompts for a PixArt: .txt (one per line), .jsonl or .parquet (prompt, and if wanted key "
         "and aspect_ratio); `{run}` stands for the run's folder",
     )
     prompt_column: str = pydantic.Field(
@@ -26,7 +24,7 @@ class SamplingConfig(TableConfig):
     )
     max_prompts: int | None = pydantic.Field(default=None, ge=1, description="Only the first so many; null = all")
     classes: list[int] | None = pydantic.Field(
-        default=None, min_length=1, description="Class labels for stage 1; null = every class once"
+        default=None, min_length=1, description="Class labels for a DiT; null = every class once"
     )
     images_per_prompt: int = pydantic.Field(default=1, ge=1, description="Images of each prompt, from seeds in a row")
     seed: int = pydantic.Field(default=0, ge=0, lt=2**32, description="Seed of the first image of a prompt")

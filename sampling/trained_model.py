@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ class TrainedModel:
 def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel:
     """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage; raises as those two do."""
     if config.checkpoint is None:
+        _require_stage(command)
         return open_run_model(command.run, command.stage_name)
     return open_trained_model(
         config.checkpoint,
@@ -80,6 +82,14 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
         revision=config.checkpoint_revision,
         resolution=config.checkpoint_resolution,
     )
+
+
+def _require_stage(command: Command) -> None:
+    """Refuse a stage that neither the recipe nor the run knows."""
+    names = command.recipe.names("training")
+    if command.stage not in names and not (command.run / "training" / command.stage_name).is_dir():
+        known = ", ".join(names) or "none"
+        raise ValueError(f"{command.recipe.path}: there is no [training.{command.stage}]; its stages are: {known}")
 
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:
@@ -92,14 +102,15 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     stage_folder = run / "training" / stage_name
     latest = stage_folder / "latest"
     if not latest.is_file():
-        stage = stage_name.removeprefix("stage").replace("-", " PHASE=")
-        raise FileNotFoundError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage}` first")
+        raise FileNotFoundError(
+            f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage_name}` first"
+        )
     folder = stage_folder / latest.read_text(encoding="utf-8").strip()
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
         raise ValueError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
     return TrainedModel(
-        name=f"{stage_name.replace('stage', 'stage ')}, step {trainer['step']}",
+        name=f"{re.sub(r'^stage(?=[0-9])', 'stage ', stage_name)}, step {trainer['step']}",
         kind=trainer["kind"],
         model_path=folder / "model",
         identity=resolve_model(str(folder / "model")).identity,

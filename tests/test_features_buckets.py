@@ -19,7 +19,7 @@ from pipelines.store.feature_store import load_index
 def inputs_of(run, *overrides, stage=3):
     arguments = ["--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", str(stage)]
     arguments += [part for override in overrides for part in ("--set", override)]
-    return read_inputs(parse_command("features", "", argv=arguments, stages=(1, 2, 3)))
+    return read_inputs(parse_command("features", "", argv=arguments, has_stages=True))
 
 
 def turned(orientation: int) -> Image.Exif:

@@ -2,15 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from features.config import FeaturesConfig
+from features.config import feature_table
 from pipelines.recipe import Recipe
 
 STAGE = {"shards": ["laion_*"], "resolution": 64}
 
 
-def table(**changes):
+def table(name="stage2", **changes):
     content = {"text_model": "t5", "vae_model": "vae", "stage2": STAGE} | changes
-    return Recipe(Path("r.toml"), {"features": content}).table("features", FeaturesConfig)
+    return feature_table(Recipe(Path("r.toml"), {"features": content}), name)
 
 
 def test_float16_text_names_key_and_reason():
@@ -38,26 +38,39 @@ def test_unknown_key_is_named():
         table(stage2=STAGE | {"bucket": True})
 
 
-def test_stages_of_one_resolution_must_agree_on_buckets():
-    with pytest.raises(ValueError, match=r"stage3\.buckets True differs from stage2\.buckets False.*64"):
-        table(stage3=STAGE | {"buckets": True})
-    table(stage3={"shards": ["hq_*"], "resolution": 128, "buckets": True})
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [("buckets", True, False), ("vae_model", "other", "vae"), ("text_storage", "int8", "bfloat16")],
+)
+def test_tables_that_share_a_folder_must_agree(key, value, found):
+    said = rf"features\.faces\.{key} = {value}, but features\.stage2\.{key} = {found}; .* would share one folder"
+    with pytest.raises(ValueError, match=said):
+        table(faces=STAGE | {key: value})
+    other = {"shards": ["hq_*"], "resolution": 128, "text": False, key: value}
+    assert getattr(table("faces", faces=other), key) == value, "other folders"
 
 
-def test_a_stage_without_a_table_is_named():
-    with pytest.raises(ValueError, match=r"features\.stage1 is missing"):
-        table().stage(1)
-    assert table().stage(2).caption_columns == ["caption"]
+def test_a_table_extends_another():
+    faces = {"extends": "stage2", "resolution": 128, "buckets": True}
+    assert (table("faces", faces=faces).shards, table("faces", faces=faces).resolution) == (["laion_*"], 128)
+
+
+def test_a_name_without_a_table_is_one_line_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"no \[features.stage1\]; the tables of \[features\] are: stage2"):
+        table("stage1")
+    with pytest.raises(ValueError, match=r"features\.stage3\.resolution is missing: Base resolution"):
+        table(stage3={"shards": ["hq_*"]})
 
 
 def test_captions_of_one_column_set_share_a_folder_and_must_agree_on_weights():
     mixed = [{"column": "caption", "weight": 0.9}, {"column": "alt_text", "weight": 0.1}]
     stage = STAGE | {"captions": mixed}
-    assert table(stage2=stage, stage3=stage).stage(3).caption_columns == ["caption", "alt_text"]
+    assert table("stage3", stage2=stage, stage3=stage).caption_columns == ["caption", "alt_text"]
     other = STAGE | {"captions": [mixed[0], {"column": "alt_text", "weight": 0.5}]}
-    with pytest.raises(
-        ValueError, match=r"stage3\.captions has weights \[0\.9, 0\.5\], but stage2\.captions \[0\.9, 0\.1\]"
-    ):
+    said = (
+        r"stage3\.captions = {'caption': 0\.9, 'alt_text': 0\.5}, but features\.stage2\.captions = .*'alt_text': 0\.1}"
+    )
+    with pytest.raises(ValueError, match=said):
         table(stage2=stage, stage3=other)
     table(stage2=stage, stage3=STAGE)
 

@@ -120,7 +120,7 @@ def test_preview_shows_originals_above_reconstructions(finished):
 
 def test_images_are_read_and_decoded_ahead_of_the_device(finished, monkeypatch, tmp_path):
     arguments = ["--recipe", str(finished.parent / "recipe.toml"), "--run", str(finished), "--stage", "2"]
-    job = latent_job(read_inputs(parse_command("features", "", argv=arguments, stages=(2,))))
+    job = latent_job(read_inputs(parse_command("features", "", argv=arguments, has_stages=True)))
     worker = job.worker_class(job.worker_config)
     events = []
     read, encode = RawShard.image_bytes, KLCodec.encode
@@ -139,7 +139,7 @@ def test_bytes_do_not_depend_on_cuts(finished, tmp_path):
             "features",
             "",
             argv=["--recipe", str(finished.parent / "recipe.toml"), "--run", str(finished), "--stage", "2"],
-            stages=(2,),
+            has_stages=True,
         )
     )
     for job in (text_job(inputs), latent_job(inputs)):

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 def inputs_of(run, *overrides, stage=2):
     arguments = ["--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", str(stage)]
     arguments += [part for override in overrides for part in ("--set", override)]
-    return read_inputs(parse_command("features", "", argv=arguments, stages=(1, 2, 3)))
+    return read_inputs(parse_command("features", "", argv=arguments, has_stages=True))
 
 
 MIXED = 'features.stage2.captions=[{column="caption", weight=0.9}, {column="alt_text", weight=0.1}]'

@@ -32,7 +32,7 @@ TINY = (
     "training.num_processes=1",
     "training.global_batch_size=8",
     "training.stage2.num_steps=3",
-    "training.stage2.init_from=scratch",
+    "training.stage2.starts_from=scratch",
     "sampling.num_steps=2",
 )
 # Each command and the folder of the run that it writes.

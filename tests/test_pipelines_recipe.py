@@ -1,7 +1,12 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
 import pydantic
 import pytest
 
-from pipelines.recipe import DataConfig, Recipe, TableConfig, load_recipe
+from pipelines.command import parse_command
+from pipelines.recipe import DataConfig, Decides, TableConfig, load_recipe
 
 
 class StageTable(TableConfig):
@@ -62,104 +67,156 @@ def test_unknown_table_and_broken_toml_are_refused(recipe_path) -> None:
         load_recipe(recipe_path.parent / "other.toml")
 
 
-PHASED = """
-[features]
-resolution = 64
-[features.stage2]
+NAMED = """
+[training]
+rate = 0.5
+[training.first]
 num_steps = 7
-[features.stage2.phases.512]
-num_steps = 9
-[features.stage2.phases.1024]
+[training.second]
+extends = "first"
+rate = 0.25
+[training.third]
+extends = "second"
 num_steps = 11
-[training.stage1]
-num_steps = 1
-[training.stage2]
-num_steps = 2
+options = { fast = true }
 """
 
 
-def test_a_phase_is_laid_over_its_stage(recipe_path) -> None:
-    recipe_path.write_text(PHASED)
-    assert load_recipe(recipe_path).table("features", Table).stage2.num_steps == 7
-    assert load_recipe(recipe_path, phase="512").table("features", Table).stage2.num_steps == 9
-    override = ["features.stage2.num_steps=3"]
-    assert load_recipe(recipe_path, override, stage=2, phase="512").table("features", Table).stage2.num_steps == 3
-    with pytest.raises(ValueError, match="no phase '2048'; phases are 512, 1024"):
-        load_recipe(recipe_path, phase="2048")
+class NamedTable(TableConfig):
+    renamed_keys: ClassVar[Mapping[str, str]] = {"speed": "rate"}
+
+    num_steps: int = pydantic.Field(ge=1, description="steps")
+    rate: float = pydantic.Field(default=1.0, description="rate")
+    options: dict[str, bool] = pydantic.Field(default={}, description="a key that is a table")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "NamedTable":
+        if self.num_steps * self.rate > 100:
+            raise ValueError("too far")
+        return self
 
 
-def test_a_phase_is_one_of_the_stage_that_was_asked_for(recipe_path) -> None:
-    recipe_path.write_text(PHASED + "[training.stage1.phases.warm]\nnum_steps = 5\n")
-    with pytest.raises(ValueError, match="no phase '512' of stage 1; phases are warm"):
-        load_recipe(recipe_path, stage=1, phase="512")
-    with pytest.raises(ValueError, match="no phase '512' of stage 3; phases are none"):
-        load_recipe(recipe_path, stage=3, phase="512")
+def named(path: Path, text: str, name: str, *overrides: str) -> NamedTable:
+    path.write_text(text)
+    return load_recipe(path, overrides, stage=name).named("training", name, model=NamedTable)
 
 
-def test_a_phase_leaves_other_stages_alone(recipe_path) -> None:
-    recipe_path.write_text(PHASED + "[training.stage1.phases.512]\nnum_steps = 5\n")
-    tables = load_recipe(recipe_path, stage=2, phase="512").tables
-    assert (tables["training"]["stage1"]["num_steps"], tables["features"]["stage2"]["num_steps"]) == (1, 9)
+def test_a_named_table_is_laid_over_what_it_extends_and_the_shared_keys(recipe_path) -> None:
+    tables = [named(recipe_path, NAMED, name) for name in ("first", "second", "third")]
+    assert [(table.num_steps, table.rate, table.options) for table in tables] == [
+        (7, 0.5, {}),
+        (7, 0.25, {}),
+        (11, 0.25, {"fast": True}),
+    ]
+    recipe = load_recipe(recipe_path)
+    assert recipe.names("training") == ["first", "second", "third"]
+    assert recipe.laid_over("training", "second") == {"rate": 0.25, "num_steps": 7}
 
 
-def test_tables_of_a_stage_that_have_phases_have_the_same(recipe_path) -> None:
-    # A table without phases is the same in all of them.
-    recipe_path.write_text(PHASED)
-    assert load_recipe(recipe_path, stage=2, phase="512").tables["training"]["stage2"] == {"num_steps": 2}
-    recipe_path.write_text(
-        PHASED + "[training.stage2.phases.521]\nnum_steps = 5\n[training.stage2.phases.1024]\nnum_steps = 6\n"
-    )
-    chosen: list[tuple[int | None, str | None]] = [(None, None), (2, "512"), (2, "1024"), (None, "512")]
-    said = r"\[features\.stage2\.phases\] has 512, 1024, but \[training\.stage2\.phases\] has 521, 1024"
-    for stage, phase in chosen:
-        with pytest.raises(ValueError, match=said):
-            load_recipe(recipe_path, stage=stage, phase=phase)
+def test_a_shared_key_that_is_a_table_is_no_named_one(recipe_path) -> None:
+    text = NAMED + "[training.options]\nslow = false\n"
+    assert named(recipe_path, text, "first").options == {"slow": False}
+    with pytest.raises(
+        ValueError, match=r"no \[training.options\]; the tables of \[training\] are: first, second, third"
+    ):
+        named(recipe_path, text, "options")
 
 
-@pytest.mark.parametrize("phase", [None, "512", "1024"])
+def test_overrides_reach_the_chosen_stage_whatever_its_name(recipe_path) -> None:
+    overrides = ["training.{stage}.num_steps=5", "training.rate=2.0"]
+    chosen = named(recipe_path, NAMED, "third", *overrides)
+    assert (chosen.num_steps, chosen.rate) == (5, 0.25), "the table's own rate, which a shared one does not change"
+    assert named(recipe_path, NAMED, "first", "training.first.num_steps=3").num_steps == 3
+    with pytest.raises(ValueError, match=r"there is no \[training.fourth\]"):
+        named(recipe_path, NAMED, "fourth", *overrides)
+    with pytest.raises(ValueError, match="no stage is chosen"):
+        load_recipe(recipe_path, overrides)
+
+
+@pytest.mark.parametrize("asked", ["first", "third"])
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("old", "new", "message"),
     [
-        ("num_stpes = 11", "features.stage2.phases.1024.num_stpes is not a known key"),
-        ("num_steps = 0", "features.stage2.phases.1024.num_steps = 0: Input should be greater than or equal to 1"),
-        ("phases = {}", "features.stage2.phases.1024.phases is not a known key"),
+        ("num_steps = 11", "num_stpes = 11", "training.third.num_stpes is not a known key"),
+        ("num_steps = 11", "num_steps = 0", "training.third.num_steps = 0: Input should be greater than or equal to 1"),
+        ("rate = 0.25", "speed = 0.25", "training.second.speed is called rate now"),
+        ("rate = 0.5", "speed = 0.5", "training.speed is called rate now"),
+        ('extends = "second"', 'extends = "fourth"', "training.third.extends = 'fourth' names no table of [training]"),
+        ('extends = "second"', "extends = 2", "training.third.extends = 2 names no table of [training]"),
+        (
+            "num_steps = 7",
+            'extends = "first"',
+            "training.first.extends = 'first' goes in a circle: first extends first",
+        ),
+        (
+            "num_steps = 7",
+            'extends = "third"',
+            "goes in a circle: ",
+        ),
     ],
 )
-def test_every_phase_is_checked_whichever_is_chosen(recipe_path, line: str, message: str, phase: str | None) -> None:
-    recipe_path.write_text(PHASED.replace("num_steps = 11", line))
-    recipe = load_recipe(recipe_path, phase=phase)
+def test_every_named_table_is_checked_whichever_is_asked_for(recipe_path, asked, old, new, message) -> None:
     with pytest.raises(ValueError) as error:
-        recipe.table("features", Table)
-    assert str(error.value) == f"{recipe_path}: {message}"
-    part = Recipe(recipe_path, {"features.stage2": recipe.tables["features"]["stage2"]})
-    with pytest.raises(ValueError) as error:
-        part.table("features.stage2", StageTable)
-    assert str(error.value) == f"{recipe_path}: {message}"
+        named(recipe_path, NAMED.replace(old, new), asked)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_phase_answers_for_its_own_keys_only(recipe_path) -> None:
-    recipe_path.write_text(PHASED.replace("num_steps = 7", "num_stpes = 7"))
-    with pytest.raises(ValueError) as error:
-        load_recipe(recipe_path, phase="512").table("features", Table)
-    assert str(error.value) == f"{recipe_path}: features.stage2.num_stpes is not a known key"
+def test_what_a_table_lacks_is_said_with_what_it_is(recipe_path) -> None:
+    with pytest.raises(ValueError, match=r"training\.first\.num_steps is missing: steps$"):
+        named(recipe_path, NAMED.replace("num_steps = 7", ""), "first")
+    with pytest.raises(ValueError, match=r"training\.third: Value error, too far"):
+        named(recipe_path, NAMED, "third", "training.third.num_steps=1000")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[features.stage2]\nphases = 512\n", "features.stage2.phases = 512 does not hold a table for each phase"),
-        ("[features.stage2.phases]\n512 = 3\n", "features.stage2.phases = {'512': 3} does not hold a table"),
-        ("[stage2.phases.512]\nnum_steps = 9\n", "unknown table [stage2]"),
-    ],
-)
-def test_phases_in_the_wrong_place_are_refused(recipe_path, text: str, message: str) -> None:
-    recipe_path.write_text(text)
-    with pytest.raises(ValueError) as error:
+def test_an_unknown_name_lists_the_known_ones(recipe_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no \[training.fifth\]; the tables of \[training\] are: first, second, third"
+    ):
+        named(recipe_path, NAMED, "fifth")
+    with pytest.raises(ValueError, match=r"no \[training.first\]; the tables of \[training\] are: none"):
+        named(recipe_path, "", "first")
+    with pytest.raises(ValueError, match="use letters, digits"):
+        named(recipe_path, '[training."../up"]\nnum_steps = 1\n', "../up")
+
+
+def test_phases_are_refused_with_their_new_name(recipe_path) -> None:
+    recipe_path.write_text("[features.stage3]\n[features.stage3.phases.1024]\nresolution = 64\n")
+    said = r"\[features.stage3.phases.1024\] is called \[features.stage3-1024\] now, with extends = 'stage3'"
+    with pytest.raises(ValueError, match=said):
         load_recipe(recipe_path)
-    assert message in str(error.value)
+    recipe_path.write_text("[training.stage3]\n")
+    with pytest.raises(ValueError, match=r"called \[training.stage3-512\] now"):
+        load_recipe(recipe_path, ["training.stage3.phases.512.num_steps=3"])
 
 
-def test_an_override_sets_the_stage_and_not_its_phase(recipe_path) -> None:
-    recipe_path.write_text(PHASED)
-    with pytest.raises(ValueError, match=r"--phase and set features\.stage2\.key"):
-        load_recipe(recipe_path, ["features.stage2.phases.512.num_steps=3"], phase="512")
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["2"], "stage2"),
+        (["3", "--phase", "512"], "stage3-512"),
+        (["stage3-512"], "stage3-512"),
+        (["dreambooth"], "dreambooth"),
+    ],
+)
+def test_a_number_is_short_for_a_stage_of_the_paper(recipe_path, words, name) -> None:
+    argv = ["--recipe", str(recipe_path), "--run", "runs/x", "--stage", *words]
+    assert parse_command("training", "", argv=argv, has_stages=True).stage == name
+
+
+class Deciding(TableConfig):
+    rate: Decides[float] = pydantic.Field(default=1.0, gt=0, description="decides")
+    kind: Decides[Literal["a", "b"]] = pydantic.Field(description="decides, and has no default")
+    betas: Decides[tuple[float, float]] = pydantic.Field(default=(0.5, 1.0), description="is a list in JSON")
+    folder: str = pydantic.Field(default="x", description="decides nothing")
+
+
+def test_a_fingerprint_has_what_decides_numbers_and_is_not_the_default() -> None:
+    assert Deciding(kind="a", folder="y").fingerprint_fields() == {"kind": "a"}
+    assert Deciding(kind="a", rate=2.0, betas=(0.5, 0.9)).fingerprint_fields() == {
+        "kind": "a",
+        "rate": 2.0,
+        "betas": [0.5, 0.9],
+    }
+    assert Deciding.fingerprint_defaults() == {"rate": 1.0, "betas": [0.5, 1.0]}
+    with pytest.raises(pydantic.ValidationError):
+        Deciding(kind="a", rate=-1.0)

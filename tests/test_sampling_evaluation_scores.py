@@ -269,7 +269,7 @@ def test_plan_writes_nothing(run, clip_folder, capsys):
     [
         ({"reference": "no/such"}, r"evaluation\.reference no/such is no folder"),
         ({"clip": "nobody/clip"}, r"evaluation\.clip = 'nobody/clip'"),
-        ({"compare": ["no/run:stage2"]}, r"make train RUN=no/run STAGE=2"),
+        ({"compare": ["no/run:stage2"]}, r"make train RUN=no/run STAGE=stage2"),
         ({"guidance_scales": [0.5, 2.0]}, "at least 1"),
         ({"prompt_set": "coco", "prompts": "none.json"}, r"captions_val2014\.json"),
         ({"colour": 1}, r"evaluation\.colour is not a known key"),

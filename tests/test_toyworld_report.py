@@ -64,7 +64,7 @@ def write_recipe(run):
         '[data]\nshards = "{run}/raw/*/*.tar"\n'
         "[toyworld]\nnum_laion = 12\nnum_sa = 8\nnum_hq = 4\nnum_imagenet = 4\nnum_prompts = 6\n"
         f"broken_fraction = 0.0\nnum_report_examples = 8\njudge = {json.dumps(str(run / 'raw'))}\n"
-        "[dataset_stats.sets]\nraw = {}\ndense = {}\n"
+        "[dataset_stats.sets]\nraw = {}\ndense = {}\n[training]\nstage1 = {}\nstage2 = {}\nstage3 = {}\n"
     )
     return load_recipe(path)
 
@@ -163,11 +163,11 @@ def test_page_shows_misses_among_the_captions(page):
 
 
 def test_missing_stages_are_not_run_yet(page, tmp_path):
-    assert "make train STAGE=1" in page and "make train STAGE=2" not in page
+    assert "make train STAGE=stage1" in page and "make train STAGE=stage2" not in page
     run = tmp_path / "empty"
     run.mkdir()
     text = Page(write_report(write_recipe(run), run).read_text()).text
-    for command in ("make stats", "make train STAGE=3", "make sample STAGE=2", "make judge"):
+    for command in ("make stats", "make train STAGE=stage3", "make sample STAGE=stage2", "make judge"):
         assert command in text
 
 

@@ -24,7 +24,6 @@ from moto.server import ThreadedMotoServer
 from training_run import REPOSITORY, arguments, make_run, metrics, validations, write_latents, write_text
 
 from pipelines.command import parse_command
-from training.config import STAGES
 from training.data.assembly import BatchAssembler
 from training.data.cache import CacheFullError, ShardCache
 from training.data.index import FeatureIndex
@@ -214,10 +213,10 @@ def test_what_a_killed_process_left_makes_room(endpoint: str, tmp_path: Path) ->
 
 
 def job_of(run: Path, *overrides: str) -> TrainingJob:
-    flags = arguments(run, 2, init_from="scratch", shards_per_block=2)
+    flags = arguments(run, 2, starts_from="scratch", shards_per_block=2)
     for override in overrides:
         flags += ["--set", override]
-    return open_stage(parse_command("training", "", argv=flags, stages=STAGES))
+    return open_stage(parse_command("training", "", argv=flags, has_stages=True))
 
 
 def remote_job(run: Path, *overrides: str) -> TrainingJob:
@@ -302,7 +301,7 @@ def test_a_stage_trains_on_a_remote_and_a_local_dataset(source: Path, tmp_path: 
         f'[{{run = "s3://{BUCKET}/run", shards = ["laion_[0-3]"]}}, {{run = "{source}", shards = ["laion_[45]"]}}]'
     )
     validation = {"validation_shards": ["laion_0"], "num_validation_samples": 8, "validate_every": 1}
-    settings = {"init_from": "scratch", "num_steps": 4, "log_every": 1, **validation}
+    settings = {"starts_from": "scratch", "num_steps": 4, "log_every": 1, **validation}
     command = [sys.executable, "-m", "training", *arguments(run, 2, **settings)]
     done = subprocess.run(
         [*command, "--set", f"training.datasets={datasets}"],

@@ -25,7 +25,8 @@ def losses(is_compiled, kept):
     torch.manual_seed(0)
     network = PixArt(PixArtConfig(num_layers=3, num_heads=2, head_dim=8, caption_channels=8, sample_size=4))
     settings = StageTraining(
-        global_batch_size=4, dtype="fp32", zero_stage=2, compile=is_compiled, learning_rate=1e-3, keep_activations=kept
+        network="pixart", global_batch_size=4, dtype="fp32", zero_stage=2,
+        compile=is_compiled, learning_rate=1e-3, keep_activations=kept,
     )
     names = list(network.state_dict())
     model = ZeroModel(network, settings)

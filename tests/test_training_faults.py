@@ -16,7 +16,7 @@ from training_run import REPOSITORY, arguments, finish, make_run, start, train
 from training.stages.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.slow
-SETTINGS = {"init_from": "scratch", "num_steps": 100_000, "log_every": 100, "checkpoint_every": 5}
+SETTINGS = {"starts_from": "scratch", "num_steps": 100_000, "log_every": 100, "checkpoint_every": 5}
 ON_SMALL_DISK = """
 mount -t tmpfs -o size=6m tmpfs "$FOLDER" || exit 99
 "$@"; status=$?
@@ -94,7 +94,11 @@ def test_a_latest_that_was_set_back_is_continued_from(tmp_path: Path) -> None:
 
 def forget_what_older_checkpoints_lack(path: Path) -> None:
     trainer = json.loads(path.read_text())
-    for record, name in ((trainer, "device_seconds"), (trainer, "init_from"), (trainer["window"], "max_gradient_norm")):
+    for record, name in (
+        (trainer, "device_seconds"),
+        (trainer, "starts_from"),
+        (trainer["window"], "max_gradient_norm"),
+    ):
         del record[name]
     path.write_text(json.dumps(trainer))
 

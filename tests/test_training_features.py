@@ -11,7 +11,6 @@ from training_run import arguments, make_run, write_latents, write_text
 from pipelines.command import parse_command
 from pipelines.store.families import latent_directory, text_directory
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
-from training.config import STAGES
 from training.launch.preflight import inspect_stage, print_plan
 from training.stages.stage import TrainingJob, open_stage
 
@@ -25,8 +24,8 @@ def run(tmp_path: Path) -> Path:
 
 def open_job(run: Path, *overrides: str) -> TrainingJob:
     flags = [flag for override in overrides for flag in ("--set", override)]
-    argv = [*arguments(run, 2, init_from="scratch", num_processes=1), *flags]
-    return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    argv = [*arguments(run, 2, starts_from="scratch", num_processes=1), *flags]
+    return open_stage(parse_command("training", "", argv=argv, has_stages=True))
 
 
 def mixed(*datasets: str) -> str:

@@ -18,7 +18,7 @@ from processes import kill_tree, process_tree
 from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
 
 from pipelines.command import parse_command
-from training.config import STAGES, stage_training
+from training.config import stage_training
 from training.launch.placement import Host, is_slurm_task, on_hosts, read_hostfile
 from training.launch.preflight import require_even_batches
 
@@ -28,7 +28,7 @@ SHELL_SCRIPT = '#!/bin/sh\n[ "$1" = gone ] && { echo "no route to $1" >&2; exit 
 
 
 def settings(**changed: object) -> dict[str, object]:
-    return {"init_from": "scratch", "num_steps": 6, "log_every": 1, "checkpoint_every": 100} | changed
+    return {"starts_from": "scratch", "num_steps": 6, "log_every": 1, "checkpoint_every": 100} | changed
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float = 90) -> None:
@@ -313,9 +313,9 @@ def test_the_batch_script_of_the_page_trains() -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     options = script.replace("\\\n", "").partition("-m training")[2].replace("recipes/", f"{REPOSITORY}/recipes/")
     words = shlex.split(options)
-    command = parse_command("training", "", argv=words, stages=STAGES)
-    assert command.stage == 2
-    require_even_batches(stage_training(command.recipe, 2), 4 * 8)
+    command = parse_command("training", "", argv=words, has_stages=True)
+    assert command.stage == "stage2"
+    require_even_batches(stage_training(command.recipe, command.stage_name), 4 * 8)
 
 
 def test_make_passes_the_hostfile_on() -> None:

@@ -48,7 +48,7 @@ def open_reader(
     *,
     steps: range,
     batch_size: int = 12,
-    stage: int = 2,
+    stream: int = 2,
     rank: int = 0,
     num_ranks: int = 1,
     num_micro_batches: int = 1,
@@ -68,7 +68,7 @@ def open_reader(
         index.datasets[0],
         buckets=survey.buckets,
         seed=5,
-        stream=stage,
+        stream=stream,
         caption_dropout=dropout,
         checks_payloads=checks_payloads,
     )
@@ -204,7 +204,7 @@ def test_labels_are_read_where_there_is_no_text(run: Path) -> None:
     survey = survey_of(index)
     assert survey.max_label == 4
     assert (survey.channels, survey.downsample) == (4, 8)
-    for batch in batches_of(open_reader(index, steps=range(3), batch_size=6, stage=1)):
+    for batch in batches_of(open_reader(index, steps=range(3), batch_size=6, stream=1)):
         assert batch.text is None
         assert batch.labels is not None
         assert batch.labels.tolist() == [int(key[-3:]) % 5 for key in batch.keys]
@@ -213,7 +213,7 @@ def test_labels_are_read_where_there_is_no_text(run: Path) -> None:
 def test_buckets_do_not_mix(run: Path) -> None:
     index = open_index(run, ["hq_0"], resolution=64)
     assert survey_of(index).buckets == ["48x80", "64x64", "80x48"]
-    batches = batches_of(open_reader(index, steps=range(20), batch_size=4, stage=3))
+    batches = batches_of(open_reader(index, steps=range(20), batch_size=4, stream=3))
     shapes = {(batch.bucket, tuple(batch.mean.shape)) for batch in batches}
     assert shapes == {("48x80", (4, 4, 6, 10)), ("64x64", (4, 4, 8, 8)), ("80x48", (4, 4, 10, 6))}
 
@@ -349,7 +349,7 @@ def test_leaving_the_reader_early_stops_its_thread(run: Path) -> None:
     assert not reader._thread.is_alive()
 
 
-def test_a_sample_without_label_is_refused_in_stage_1(run: Path) -> None:
+def test_a_sample_without_label_is_refused_by_a_dit(run: Path) -> None:
     with pytest.raises(ValueError, match="shard laion_0: sample laion_0_000 has no class label"):
         survey_of(open_index(run, ["laion_0"], has_text=False))
 

@@ -41,7 +41,7 @@ def stage2(run: Path) -> Path:
 def settings(**changed: object) -> dict[str, object]:
     validation = {"validation_shards": ["laion_1"], "num_validation_samples": 16, "validate_every": 40}
     return {
-        "init_from": "scratch",
+        "starts_from": "scratch",
         "num_steps": NUM_STEPS,
         "log_every": 4,
         "checkpoint_every": 25,

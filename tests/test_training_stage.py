@@ -15,7 +15,7 @@ from training_run import REPOSITORY, arguments, make_run, write_text
 from pipelines.command import parse_command
 from pipelines.recipe import load_recipe
 from pipelines.store.families import text_directory
-from training.config import STAGES, ModelConfig, StageTraining, stage_training
+from training.config import ModelConfig, StageTraining, random_stream, stage_training
 from training.launch.preflight import rank_bytes, require_even_batches
 from training.loop.clock import Clock
 from training.loop.loop import learning_rate_at
@@ -30,13 +30,13 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-def job_of(run: Path, stage: int, **settings: object) -> TrainingJob:
-    return open_stage(parse_command("training", "", argv=arguments(run, stage, **settings), stages=STAGES))
+def job_of(run: Path, stage: int | str, **settings: object) -> TrainingJob:
+    return open_stage(parse_command("training", "", argv=arguments(run, stage, **settings), has_stages=True))
 
 
 def job_with(run: Path, override: str) -> TrainingJob:
-    argv = [*arguments(run, 2, init_from="scratch"), "--set", override]
-    return open_stage(parse_command("training", "", argv=argv, stages=STAGES))
+    argv = [*arguments(run, 2, starts_from="scratch"), "--set", override]
+    return open_stage(parse_command("training", "", argv=argv, has_stages=True))
 
 
 def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Path:
@@ -46,7 +46,7 @@ def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Pat
     trainer = {
         "step": step,
         "num_steps": num_steps,
-        "init_from": job.settings.init_from,
+        "starts_from": job.settings.starts_from,
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
     }
@@ -57,17 +57,9 @@ def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Pat
 
 def test_a_stage_overrides_the_shared_table() -> None:
     recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml")
-    assert stage_training(recipe, 1).init_from == "toyworld/weights/dit"
-    assert stage_training(recipe, 2).init_from is None
-    assert stage_training(recipe, 2).global_batch_size == 64
-
-
-@pytest.mark.parametrize("name", ["toyworld.toml", "pixart-alpha.toml"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_shipped_recipes_parse(name: str, stage: int) -> None:
-    recipe = load_recipe(REPOSITORY / "recipes" / name)
-    assert stage_training(recipe, stage).num_steps > 0
-    assert recipe.table("model", ModelConfig).patch_size == 2
+    assert stage_training(recipe, "stage1").learning_rate == 5e-4
+    assert stage_training(recipe, "stage2").learning_rate == 2e-3
+    assert stage_training(recipe, "stage2").starts_from == "stage1"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +74,7 @@ def test_shipped_recipes_parse(name: str, stage: int) -> None:
 def test_a_wrong_key_is_named_with_its_table(override: str, message: str) -> None:
     recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml", [override])
     with pytest.raises(ValueError, match=message):
-        stage_training(recipe, 2)
+        stage_training(recipe, "stage2")
 
 
 def test_features_must_exist_and_be_what_the_recipe_says(run: Path) -> None:
@@ -90,33 +82,33 @@ def test_features_must_exist_and_be_what_the_recipe_says(run: Path) -> None:
         job_with(run, "features.max_tokens=20")
     with pytest.raises(ValueError, match="vae_model is 'toy/vae', but 'other/vae' is needed"):
         job_with(run, "features.vae_model=other/vae")
-    with pytest.raises(FileNotFoundError, match=r"latent-512 does not exist.*run `make features STAGE=2 RUN="):
+    with pytest.raises(FileNotFoundError, match=r"latent-512 does not exist.*run `make features STAGE=stage2 RUN="):
         job_with(run, "features.stage2.resolution=512")
     with pytest.raises(ValueError, match=r"features\.stage2\.shards: pattern 'sa_\*' matches none"):
         job_with(run, 'features.stage2.shards=["sa_*"]')
     shutil.rmtree(text_directory(run))
     write_text(run, {"laion_0": 40})
     with pytest.raises(ValueError, match="lacks shard laion_1"):
-        job_of(run, 2, init_from="scratch")
+        job_of(run, 2, starts_from="scratch")
 
 
 def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
-    job = job_of(run, 2, init_from="scratch")
+    job = job_of(run, 2, starts_from="scratch")
     write_checkpoint(job, step=6)
-    assert job_of(run, 2, init_from="scratch", num_steps=50, log_every=7).resume is not None, "these may change"
+    assert job_of(run, 2, starts_from="scratch", num_steps=50, log_every=7).resume is not None, "these may change"
     with pytest.raises(ValueError, match=r"trained with training\.learning_rate 0\.001, but it is 0\.5 now"):
-        job_of(run, 2, init_from="scratch", learning_rate=0.5)
+        job_of(run, 2, starts_from="scratch", learning_rate=0.5)
     shutil.rmtree(text_directory(run))
     write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60}, max_tokens=11)
     recipe = (run.parent / "recipe.toml").read_text()
     (run.parent / "recipe.toml").write_text(recipe.replace("max_tokens = 12", "max_tokens = 11"))
     with pytest.raises(ValueError, match=r"trained with text\.max_tokens 12, but it is 11 now"):
-        job_of(run, 2, init_from="scratch")
+        job_of(run, 2, starts_from="scratch")
 
 
 def test_stages_start_from_the_former_one(run: Path) -> None:
     assert job_of(run, 1).start.path is None
-    with pytest.raises(FileNotFoundError, match=r"stage1 has no checkpoint.*run `make train STAGE=1"):
+    with pytest.raises(FileNotFoundError, match=r"stage1 has no checkpoint.*run `make train STAGE=stage1"):
         job_of(run, 2)
     first = write_checkpoint(job_of(run, 1), step=6)
     with pytest.raises(ValueError, match=r"stage1 has done 6 of 12 steps; finish that stage first"):
@@ -124,11 +116,11 @@ def test_stages_start_from_the_former_one(run: Path) -> None:
     shutil.rmtree(first)
     folder = write_checkpoint(job_of(run, 1), step=12)
     assert job_of(run, 2).start.path == folder / "model"
-    assert job_of(run, 2, init_from=str(folder)).start == job_of(run, 2).start
+    assert job_of(run, 2, starts_from=str(folder)).start == job_of(run, 2).start
     with pytest.raises(ValueError, match="is this stage's own folder; resuming is automatic"):
-        job_of(run, 1, init_from="{run}/training/stage1")
+        job_of(run, 1, starts_from="{run}/training/stage1")
     with pytest.raises(FileNotFoundError, match="model folder /nowhere/at/all does not exist"):
-        job_of(run, 2, init_from="/nowhere/at/all")
+        job_of(run, 2, starts_from="/nowhere/at/all")
 
 
 def test_a_stage_that_has_begun_needs_its_start_no_more(run: Path) -> None:
@@ -141,7 +133,7 @@ def test_a_stage_that_has_begun_needs_its_start_no_more(run: Path) -> None:
     assert job.fingerprint == begun.fingerprint
     assert job.resume is not None and job.resume.step == 6
     with pytest.raises(FileNotFoundError, match="/nowhere/at/all does not exist"):  # is another start, and not gone
-        job_of(run, 2, init_from="/nowhere/at/all")
+        job_of(run, 2, starts_from="/nowhere/at/all")
 
 
 def test_a_longer_former_stage_does_not_hold_up_one_that_has_begun(run: Path) -> None:
@@ -154,11 +146,102 @@ def test_a_longer_former_stage_does_not_hold_up_one_that_has_begun(run: Path) ->
     assert job_of(run, 2).resume is not None
 
 
+def test_random_numbers_of_a_stage_are_those_it_always_had() -> None:
+    names = ["stage1", "stage2", "stage3", "stage3-512", "dreambooth", "lora"]
+    streams = [random_stream(name) for name in names]
+    assert streams[:4] == [1, 2, 3, 3]
+    assert streams[4] != streams[5] and min(streams[4:]) > 1000
+    assert max(streams) < 2**63
+
+
+def test_a_stage_of_any_name_reads_and_starts_from_what_its_table_says(run: Path) -> None:
+    folder = write_checkpoint(job_of(run, 2, starts_from="scratch"), step=12)
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(
+        recipe.read_text()
+        + '\n[training.faces]\nextends = "stage3"\nfeatures = "stage2"\nstarts_from = "stage2"\nnum_steps = 3\n'
+    )
+    job = job_of(run, "faces")
+    assert (job.settings.num_steps, job.settings.interpolation_scale) == (3, 2.0)
+    assert job.directory == run / "training" / "faces"
+    assert job.start.path == folder / "model"
+    assert job.features.table_name == "stage2" and job.features.datasets[0].shards == ["laion_0", "laion_1"]
+    same = job_of(run, "faces", starts_from="{run}/training/stage2")
+    assert same.fingerprint == job.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "message"),
+    [
+        ("faces", "", r"no \[training\.faces\]; the tables of \[training\] are: stage1, stage2, stage3$"),
+        (2, "features=faces", r"training\.stage2 reads \[features\.faces\], which is missing.*stage1, stage2, stage3$"),
+        (2, "features=stage1", r"training\.stage2\.network = 'pixart' reads text, but features\.stage1\.text = false"),
+        (2, "starts_from=stage9", r"starts_from = 'stage9' is no stage of .* \(stage1, stage2, stage3\), and no file"),
+        (2, "starts_from=stage2", "is this stage's own folder"),
+        (2, "extends=stage2", "training.stage2.extends = 'stage2' goes in a circle"),
+        (2, "extends=stage9", "training.stage2.extends = 'stage9' names no table"),
+        (2, "objective=guess", r"training\.stage2\.objective = 'guess': Input should be 'denoise'"),
+        (2, "network=unet", r"training\.stage2\.network = 'unet': Input should be 'dit' or 'pixart'"),
+        (2, "init_from=scratch", r"training\.stage2\.init_from is called starts_from now"),
+    ],
+)
+def test_what_a_stage_cannot_be_is_one_line(run: Path, stage: int | str, override: str, message: str) -> None:
+    argv = arguments(run, stage)
+    argv += ["--set", f"training.{{stage}}.{override}"] if override else []
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        open_stage(parse_command("training", "", argv=argv, has_stages=True))
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_without_a_network_is_told_what_one_is(run: Path) -> None:
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('network = "dit"', ""))
+    with pytest.raises(
+        ValueError, match=r"training\.stage1\.network is missing: What is trained: dit reads class labels"
+    ):
+        job_of(run, 1)
+
+
+def test_another_process_than_the_checkpoints_is_refused(run: Path) -> None:
+    write_checkpoint(job_of(run, 2, starts_from="scratch"), step=6)
+    with pytest.raises(ValueError, match=r"trained with training\.process 'ddpm', but it is 'flow' now"):
+        job_of(run, 2, starts_from="scratch", process="flow")
+
+
+def as_formerly(folder: Path, *, number: int, init_from: str | None) -> None:
+    """Rewrite `trainer.json` as it was before stages had names: every field written out, under its old name."""
+    path = folder / "trainer.json"
+    trainer = json.loads(path.read_text())
+    fields = {f"model.{name}": value for name, value in ModelConfig.fingerprint_defaults().items() if name != "adaln"}
+    fields |= {f"training.{name}": value for name, value in StageTraining.fingerprint_defaults().items()}
+    fields |= trainer["fingerprint"] | {"stage": number}
+    for name in ("random_stream", "training.network", "training.process", "training.objective"):
+        fields.pop(name)
+    fields["training.init_from"] = fields.pop("training.starts_from")
+    del trainer["starts_from"]
+    former = {"stage": number, "stage_name": folder.parent.name, "kind": "pixart", "init_from": init_from}
+    path.write_text(json.dumps(trainer | former | {"fingerprint": fields, "plan_fingerprint": "0" * 64}))
+
+
+def test_a_checkpoint_of_before_stages_had_names_is_continued(run: Path) -> None:
+    first = write_checkpoint(job_of(run, 1), step=12)
+    begun = job_of(run, 2)
+    as_formerly(write_checkpoint(begun, step=6), number=2, init_from=None)
+    job = job_of(run, 2)
+    assert job.resume is not None and job.resume.trainer["starts_from"] == "stage1"
+    assert job.fingerprint.fields == begun.fingerprint.fields
+    assert job.fingerprint.digest == "0" * 64, "what later stages and the survey know it by"
+    with pytest.raises(ValueError, match=r"trained with training\.ema_decay 0\.9, but it is 0\.5 now"):
+        job_of(run, 2, ema_decay=0.5)
+    shutil.rmtree(first.parent)
+    assert job_of(run, 2).start.identity == begun.start.identity, "the start is gone, and was stage1"
+
+
 def test_a_checkpoint_of_before_there_was_a_choice_of_adaln_is_continued(run: Path) -> None:
-    job = job_of(run, 2, init_from="scratch")
+    job = job_of(run, 2, starts_from="scratch")
     assert "model.adaln" not in job.fingerprint.fields
     write_checkpoint(job, step=6)
-    with pytest.raises(ValueError, match=r"trained with model\.adaln None, but it is 'per-block' now"):
+    with pytest.raises(ValueError, match=r"trained with model\.adaln 'single', but it is 'per-block' now"):
         job_with(run, 'model.adaln="per-block"')
 
 
@@ -202,16 +285,16 @@ def test_a_finished_stage_does_nothing_and_loads_no_torch(run: Path) -> None:
 
 def test_batches_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(ValueError, match=r"global_batch_size 8 is not a multiple of 6: 3 ranks times .* 2"):
-        require_even_batches(StageTraining(global_batch_size=8, gradient_accumulation_steps=2), 3)
+        require_even_batches(StageTraining(network="pixart", global_batch_size=8, gradient_accumulation_steps=2), 3)
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:
-    settings = StageTraining(learning_rate=1.0, warmup_steps=9, num_steps=100, decay_fraction=0.2)
+    settings = StageTraining(network="pixart", learning_rate=1.0, warmup_steps=9, num_steps=100, decay_fraction=0.2)
     rates = [learning_rate_at(settings, step) for step in range(100)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert set(rates[9:80]) == {1.0}
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[80:]))
-    constant = StageTraining(learning_rate=2e-5, num_steps=100)
+    constant = StageTraining(network="pixart", learning_rate=2e-5, num_steps=100)
     assert {learning_rate_at(constant, step) for step in range(100)} == {2e-5}
 
 
@@ -273,18 +356,22 @@ def test_a_loss_window_of_an_earlier_checkpoint_keeps_what_it_had() -> None:
 
 
 def test_costs_and_memory_follow_their_formulas() -> None:
-    settings = StageTraining(dollars_per_device_hour=2.0, watts_per_device=500.0, co2_kilograms_per_kilowatt_hour=0.4)
+    settings = StageTraining(
+        network="pixart", dollars_per_device_hour=2.0, watts_per_device=500.0, co2_kilograms_per_kilowatt_hour=0.4
+    )
     spent = costs(settings, device_seconds=4 * 7200)
     assert spent == pytest.approx({"device_days": 1 / 3, "dollars": 16.0, "co2_kilograms": 1.6})
     sizes = {
-        (zero_stage, dtype): rank_bytes(StageTraining(zero_stage=zero_stage, dtype=dtype), 100, num_ranks=4)
+        (zero_stage, dtype): rank_bytes(
+            StageTraining(network="pixart", zero_stage=zero_stage, dtype=dtype), 100, num_ranks=4
+        )
         for zero_stage in (0, 1, 2, 3)
         for dtype in ("fp32", "bf16")
     }
     assert sizes[0, "fp32"] == 100 * (4 + 4 + 8 + 4)
     assert sizes[0, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4)
     assert sizes[3, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4) // 4
-    summing = StageTraining(zero_stage=2, dtype="bf16", gradient_accumulation_steps=2)
+    summing = StageTraining(network="pixart", zero_stage=2, dtype="bf16", gradient_accumulation_steps=2)
     assert rank_bytes(summing, 100, num_ranks=4) == 100 * 2 + 100 * (4 + 4 + 8 + 4) // 4
 
 

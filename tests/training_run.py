@@ -57,7 +57,16 @@ ema_decay = 0.9
 log_every = 2
 checkpoint_every = 6
 
+[training.stage1]
+network = "dit"
+
+[training.stage2]
+network = "pixart"
+starts_from = "stage1"
+
 [training.stage3]
+network = "pixart"
+starts_from = "stage2"
 interpolation_scale = 2.0
 """
 
@@ -164,16 +173,17 @@ def make_run(folder: Path) -> Path:
     return run
 
 
-def arguments(run: Path, stage: int, **settings: object) -> list[str]:
-    """Command line of a stage; `settings` become `--set training.<name>=<value>`."""
+def arguments(run: Path, stage: int | str, **settings: object) -> list[str]:
+    """Command line of a stage; `settings` become `--set training.<name>=<value>`, `starts_from` the stage's own."""
     recipe = run.parent / "recipe.toml"
     flags = ["--recipe", str(recipe), "--run", str(run), "--stage", str(stage)]
     for name, value in settings.items():
-        flags += ["--set", f"training.{name}={json.dumps(value)}"]
+        table = "training.{stage}" if name == "starts_from" else "training"
+        flags += ["--set", f"{table}.{name}={json.dumps(value)}"]
     return flags
 
 
-def start(run: Path, stage: int, *, module: str = "training", **settings: object) -> subprocess.Popen[str]:
+def start(run: Path, stage: int | str, *, module: str = "training", **settings: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments(run, stage, **settings)],
         cwd=REPOSITORY,
@@ -182,7 +192,7 @@ def start(run: Path, stage: int, *, module: str = "training", **settings: object
     )
 
 
-def train(run: Path, stage: int, *, status: int = 0, **settings: object) -> str:
+def train(run: Path, stage: int | str, *, status: int = 0, **settings: object) -> str:
     """Run a stage to its end and return what it said."""
     return finish(start(run, stage, **settings), status=status)
 

@@ -138,7 +138,12 @@ def try_clipping(settings: StageTraining, first_norm: float) -> dict[str, float]
 
 def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     settings = StageTraining(
-        dtype=dtype, zero_stage=zero_stage, global_batch_size=GLOBAL_BATCH, learning_rate=1e-2, gradient_clip=0.01
+        network="pixart",
+        dtype=dtype,
+        zero_stage=zero_stage,
+        global_batch_size=GLOBAL_BATCH,
+        learning_rate=1e-2,
+        gradient_clip=0.01,
     )
     model, ema = new_model(settings)
     starts_exactly = is_same(model.gather_masters(), dict(new_network().named_parameters()))

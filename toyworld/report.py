@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from pipelines.store.summary import read_summary
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
-from toyworld.scoring import TARGETS, sample_folders
+from toyworld.scoring import CAPTIONS_NAME, TARGETS, sample_folders
 
 log = get_logger("toyworld")
 
 PAGE_NAME = "index.html"
 METRICS_NAME = "metrics.jsonl"
 TEMPLATES = Path(__file__).parent / "templates"
-STAGES = {  # section 2.2 of the paper
+PAPER_STAGES = {  # section 2.2
     "stage1": ("Stage 1", "pixel dependency", "a class-conditional DiT"),
     "stage2": ("Stage 2", "text-image alignment", "texts come in through cross-attention to T5"),
     "stage3": ("Stage 3", "high resolution and aesthetics", "larger images of many aspect ratios"),
@@ -40,6 +40,21 @@ LINKS = (
     ("raw/manifest.json", "raw shards with their hashes"),
     ("captions/manifest.json", "captions: settings, counts, rejects"),
 )
+
+
+@dataclass(frozen=True)
+class StageTitle:
+    """What a training stage is called, what it is for and what it trains; the last two are known of the paper's."""
+
+    name: str
+    title: str
+    goal: str = ""
+    detail: str = ""
+
+    @property
+    def full(self) -> str:
+        """Title and goal."""
+        return f"{self.title}: {self.goal}" if self.goal else self.title
 
 
 @dataclass(kw_only=True)
@@ -60,6 +75,7 @@ class Step:
 class Curve:
     """The loss of one training stage."""
 
+    name: str
     title: str
     detail: str
     chart: Markup | None
@@ -108,6 +124,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         raise FileNotFoundError(f"run {run} does not exist")
     summary = read_summary(run)
     seconds = _flatten(summary.get("seconds", {}))
+    stages = [_stage_title(name) for name in recipe.names("training")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -120,12 +137,12 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         name=run.resolve().name,
         recipe=recipe.path.name,
         total_seconds=sum(seconds.values()),
-        steps=_flow(run, seconds),
+        steps=_flow(run, stages, seconds=seconds),
         captioning=summary.get("captioning", {}),
         captions=caption_examples(run, data, count=config.num_report_examples),
         nouns=_noun_rows(recipe, summary),
-        curves=_curves(run),
-        grids=_grids(config, run),
+        curves=_curves(run, stages),
+        grids=_grids(config, run, stages=stages),
         scores=_score_rows(run, summary),
         evaluation=_evaluation(run, summary),
         judged=summary.get("judge", {}),
@@ -166,8 +183,8 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 # The flow
 
 
-def _flow(run: Path, seconds: Mapping[str, float]) -> list[Step]:
-    steps = {  # by the stage's prefix in the summary's seconds
+def _flow(run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, float]) -> list[Step]:
+    steps = {  # by the prefix in the summary's seconds
         "world": _manifest_step(
             run / "raw", title="Raw shards", what="img2dataset, SA-1B and ImageNet-style tars", unit="images"
         ),
@@ -182,12 +199,14 @@ def _flow(run: Path, seconds: Mapping[str, float]) -> list[Step]:
             run / "stats", title="Noun statistics", what="what the captions gained", unit="texts", anchor="nouns"
         ),
         "features": _features_step(run),
-        **{f"training_{name}": _training_step(run, name) for name in STAGES},
+        **{f"training_{stage.name}": _training_step(run, stage) for stage in stages},
         "sampling": _sampling_step(run),
         "judge": _judge_step(run),
     }
     for prefix, step in steps.items():
-        known = [value for key, value in seconds.items() if key.startswith(prefix)]
+        # The name of a stage may begin another's.
+        is_stage = prefix.startswith("training_")
+        known = [value for key, value in seconds.items() if key == prefix or (key.startswith(prefix) and not is_stage)]
         step.seconds = sum(known) if known else None
     longest = max((step.seconds or 0.0 for step in steps.values()), default=0.0)
     for step in steps.values():
@@ -222,11 +241,10 @@ def _features_step(run: Path) -> Step:
     return total
 
 
-def _training_step(run: Path, name: str) -> Step:
-    title, goal, _ = STAGES[name]
-    losses = _read_losses(run / "training" / name / METRICS_NAME)
+def _training_step(run: Path, stage: StageTitle) -> Step:
+    losses = _read_losses(run / "training" / stage.name / METRICS_NAME)
     amounts = [f"{losses[-1][0]:,} steps"] if losses else []
-    return Step(title=title, what=goal, anchor="training", amounts=amounts, is_done=bool(losses))
+    return Step(title=stage.title, what=stage.goal, anchor="training", amounts=amounts, is_done=bool(losses))
 
 
 def _sampling_step(run: Path) -> Step:
@@ -237,7 +255,8 @@ def _sampling_step(run: Path) -> Step:
 
 
 def _judge_step(run: Path) -> Step:
-    counts = [pq.read_metadata(path).num_rows for path in sorted((run / "judge").glob("stage*.parquet"))]
+    files = [path for path in sorted((run / "judge").glob("*.parquet")) if path.stem != CAPTIONS_NAME]
+    counts = [pq.read_metadata(path).num_rows for path in files]
     amounts = [f"{sum(counts):,} images"] if counts else []
     what = "scores samples against the scenes of their prompts"
     return Step(title="Judge", what=what, anchor="scores", amounts=amounts, is_done=bool(counts))
@@ -266,20 +285,21 @@ def _read_losses(path: Path) -> list[tuple[int, float]]:
     return sorted(losses.items())
 
 
-def _curves(run: Path) -> list[Curve]:
+def _curves(run: Path, stages: Sequence[StageTitle]) -> list[Curve]:
     curves = []
-    for name, (title, goal, detail) in STAGES.items():
-        losses = _read_losses(run / "training" / name / METRICS_NAME)
+    for stage in stages:
+        losses = _read_losses(run / "training" / stage.name / METRICS_NAME)
         if not losses:
-            curves.append(Curve(title=f"{title}: {goal}", detail=detail, chart=None))
+            curves.append(Curve(name=stage.name, title=stage.full, detail=stage.detail, chart=None))
             continue
         tail = [loss for _, loss in losses[-max(1, len(losses) // 20) :]]
         last_loss = sum(tail) / len(tail)
-        label = f"Loss of {title.lower()} over {losses[-1][0]} steps, {last_loss:.3f} at the end"
+        label = f"Loss of {stage.title.lower()} over {losses[-1][0]} steps, {last_loss:.3f} at the end"
         curves.append(
             Curve(
-                title=f"{title}: {goal}",
-                detail=detail,
+                name=stage.name,
+                title=stage.full,
+                detail=stage.detail,
                 chart=loss_chart(losses, label=label),
                 num_steps=losses[-1][0],
                 last_loss=last_loss,
@@ -288,20 +308,20 @@ def _curves(run: Path) -> list[Curve]:
     return curves
 
 
-def _grids(config: ToyworldConfig, run: Path) -> list[Grid]:
+def _grids(config: ToyworldConfig, run: Path, *, stages: Sequence[StageTitle]) -> list[Grid]:
     found = {folder.name: folder for folder in sample_folders(run)}
     grids = []
-    for name in [*STAGES, *sorted(found.keys() - STAGES.keys())]:
-        title, goal, detail = STAGES.get(name, (name, "", ""))
-        folder = found.get(name)
+    others = [_stage_title(name) for name in sorted(found.keys() - {stage.name for stage in stages})]
+    for stage in [*stages, *others]:
+        folder = found.get(stage.name)
         grids.append(
             Grid(
-                name=name,
-                title=f"{title}: {goal}" if goal else title,
-                detail=detail,
+                name=stage.name,
+                title=stage.full,
+                detail=stage.detail,
                 num_images=pq.read_metadata(folder / "samples.parquet").num_rows if folder else 0,
                 examples=sample_examples(config, run, folder) if folder else [],
-                grid_file=f"samples/{name}/grid.png" if folder and (folder / "grid.png").is_file() else None,
+                grid_file=f"samples/{stage.name}/grid.png" if folder and (folder / "grid.png").is_file() else None,
             )
         )
     return grids
@@ -309,7 +329,7 @@ def _grids(config: ToyworldConfig, run: Path) -> list[Grid]:
 
 def _score_rows(run: Path, summary: Mapping[str, Any]) -> list[ScoreRow]:
     """The judge's figures of this run, then those of the run that differs from it only in its captions."""
-    rows = [ScoreRow(_stage_title(name), figures) for name, figures in sorted(summary.get("judge", {}).items())]
+    rows = [ScoreRow(_stage_title(name).title, figures) for name, figures in sorted(summary.get("judge", {}).items())]
     name = run.resolve().name
     is_raw = name.endswith(COMPANION_SUFFIX)
     companion = run.resolve().with_name(name.removesuffix(COMPANION_SUFFIX) if is_raw else name + COMPANION_SUFFIX)
@@ -327,10 +347,10 @@ def _evaluation(run: Path, summary: Mapping[str, Any]) -> Evaluation | None:
     paths = [f"evaluation/{name}/scores.md" for name, _ in stages]
     return Evaluation(
         metrics=list(dict.fromkeys(metric for _, figures in stages for metric in figures)),
-        rows=[(_stage_title(name), figures) for name, figures in stages],
+        rows=[(_stage_title(name).title, figures) for name, figures in stages],
         paths=[path for path in paths if (run / path).is_file()],
     )
 
 
-def _stage_title(name: str) -> str:
-    return STAGES[name][0] if name in STAGES else name
+def _stage_title(name: str) -> StageTitle:
+    return StageTitle(name, *PAPER_STAGES.get(name, (name,)))

@@ -1,4 +1,4 @@
-"""`python -m training --recipe R --run RUN --stage N [--phase P] [--plan]`: train one stage of the paper."""
+"""`python -m training --recipe R --run RUN --stage S [--plan]`: train one stage of the recipe."""
 
 import sys
 import time
@@ -8,7 +8,6 @@ from pathlib import Path
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.summary import update_summary
-from training.config import STAGES
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
@@ -69,7 +68,7 @@ def follow(task: Placement) -> None:
 
 
 def _command() -> Command:
-    return parse_command("training", "Features to checkpoints: one of the paper's three stages.", stages=STAGES)
+    return parse_command("training", "Features to checkpoints: one stage of the recipe.", has_stages=True)
 
 
 def _where(job: TrainingJob) -> Placement | list[Host]:

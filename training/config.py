@@ -1,12 +1,14 @@
 """`[model]` and `[training]`: the network's shape and how each stage trains it (paper section 3.1, A.5 and Table 4)."""
 
-from typing import Literal
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import pydantic
 
-from pipelines.recipe import Recipe, TableConfig
+from pipelines.recipe import Decides, Recipe, TableConfig
 
-STAGES = (1, 2, 3)
 SCRATCH = "scratch"
 KeepActivations = Literal["all", "products", "inputs"]
 
@@ -14,21 +16,23 @@ KeepActivations = Literal["all", "products", "inputs"]
 class ModelConfig(TableConfig):
     """Recipe table `[model]`: what is the same in all stages; widths that data decide come from the manifests."""
 
-    num_layers: int = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
-    num_heads: int = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
-    head_dim: int = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
-    patch_size: int = pydantic.Field(default=2, ge=1, description="Side of a patch of latents that makes one token")
-    adaln: Literal["single", "per-block"] = pydantic.Field(
+    num_layers: Decides[int] = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
+    num_heads: Decides[int] = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
+    head_dim: Decides[int] = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
+    patch_size: Decides[int] = pydantic.Field(
+        default=2, ge=1, description="Side of a patch of latents that makes one token"
+    )
+    adaln: Decides[Literal["single", "per-block"]] = pydantic.Field(
         default="single",
         description="Of a PixArt: shared by all blocks, or an adaLN layer in each, which sees the text, too (Figure 6)",
     )
-    num_classes: int = pydantic.Field(
-        default=1000, ge=1, description="Class labels of stage 1, the null class not counted (ImageNet: 1000)"
+    num_classes: Decides[int] = pydantic.Field(
+        default=1000, ge=1, description="Class labels of a DiT, the null class not counted (ImageNet: 1000)"
     )
 
 
 class DatasetConfig(TableConfig):
-    """One entry of `[[training.stageN.datasets]]`: shards that are mixed into the stage by weight."""
+    """One entry of `[[training.<stage>.datasets]]`: shards that are mixed into the stage by weight."""
 
     run: str = pydantic.Field(
         default="{run}",
@@ -36,7 +40,7 @@ class DatasetConfig(TableConfig):
         description="Run whose features are read: a folder or an fsspec URL (s3://bucket/runs/x); {run} is this run",
     )
     shards: list[str] | None = pydantic.Field(
-        default=None, min_length=1, description="Shell patterns of shard names; null = those of features.stageN.shards"
+        default=None, min_length=1, description="Shell patterns of shard names; null = the shards of the features table"
     )
     weight: float = pydantic.Field(
         default=1.0,
@@ -47,26 +51,41 @@ class DatasetConfig(TableConfig):
 
 
 class StageTraining(TableConfig):
-    """Every setting of one stage: `[training]` with `[training.stageN]` laid over it."""
+    """Every setting of one stage: `[training]` with `[training.<stage>]` laid over it."""
 
-    objective: Literal["denoise"] = pydantic.Field(default="denoise", description="What is minimised")
-    init_from: str | None = pydantic.Field(
+    renamed_keys: ClassVar[Mapping[str, str]] = {
+        "init_from": "starts_from",
+        "checkpoint_activations": "keep_activations",
+    }
+
+    network: Decides[Literal["dit", "pixart"]] = pydantic.Field(
+        description="What is trained: dit reads class labels, pixart reads text"
+    )
+    objective: Decides[Literal["denoise"]] = pydantic.Field(default="denoise", description="What is minimised")
+    process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
+        default="ddpm", description="What noise does to latents, and what of it the network predicts"
+    )
+    features: str | None = pydantic.Field(
+        default=None, description="Named table of [features] that says what is read; null = the one of the same name"
+    )
+    starts_from: str | None = pydantic.Field(
         default=None,
-        description="Weights to start from: a diffusers folder or hub id, an original .pth or .pt, a checkpoint, or "
-        "'scratch'; null = the EMA weights of the former stage (stage 1: scratch). Resuming is automatic",
+        description="Weights to start from: a stage of this recipe (its EMA weights), {run}/training/<stage>, a "
+        "checkpoint, a diffusers folder or hub id, an original .pth or .pt, or 'scratch'; null = scratch. Resuming is "
+        "automatic",
     )
     datasets: list[DatasetConfig] = pydantic.Field(
         default=[DatasetConfig()],
         min_length=1,
-        description="What is read, mixed by weight; by default the features of this run that features.stageN names",
+        description="What is read, mixed by weight; by default the features of this run that `features` names",
     )
-    timestep_shift: Literal[0, 1] | None = pydantic.Field(
+    timestep_shift: Decides[Literal[0, 1] | None] = pydantic.Field(
         default=None,
-        description="Of a DiT in diffusers' layout that init_from names: 0 for official weights that were converted, "
+        description="Of a DiT in diffusers' layout that starts_from names: 0 for official weights that were converted, "
         "such as facebook/DiT-XL-2-256; null = what its config says, else 1 as in diffusers",
     )
     num_steps: int = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
-    global_batch_size: int = pydantic.Field(
+    global_batch_size: Decides[int] = pydantic.Field(
         default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
     )
     gradient_accumulation_steps: int = pydantic.Field(
@@ -89,10 +108,10 @@ class StageTraining(TableConfig):
     threads_per_process: int = pydantic.Field(
         default=0, ge=0, description="OMP_NUM_THREADS of a rank; 0 = the machine's cores divided by the ranks"
     )
-    zero_stage: Literal[0, 1, 2, 3] = pydantic.Field(
+    zero_stage: Decides[Literal[0, 1, 2, 3]] = pydantic.Field(
         default=0, description="What DeepSpeed shards: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights"
     )
-    dtype: Literal["bf16", "fp32"] = pydantic.Field(
+    dtype: Decides[Literal["bf16", "fp32"]] = pydantic.Field(
         default="bf16", description="Compute precision; master weights, optimizer and EMA are fp32 either way"
     )
     keep_activations: KeepActivations = pydantic.Field(
@@ -105,35 +124,44 @@ class StageTraining(TableConfig):
         description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3. "
         "'auto' = with CUDA and a C++ compiler",
     )
-    learning_rate: float = pydantic.Field(default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)")
-    warmup_steps: int = pydantic.Field(default=0, ge=0, description="Steps of linear warm-up of the learning rate")
-    decay_fraction: float = pydantic.Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Last part of the stage, in which the rate falls linearly to 0",
+    learning_rate: Decides[float] = pydantic.Field(
+        default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
     )
-    adam_betas: tuple[float, float] = pydantic.Field(
+    warmup_steps: Decides[int] = pydantic.Field(
+        default=0, ge=0, description="Steps of linear warm-up of the learning rate"
+    )
+    decay_fraction: Decides[float] = pydantic.Field(
+        default=0.0, ge=0, le=1, description="Last part of the stage, in which the rate falls linearly to 0"
+    )
+    adam_betas: Decides[tuple[float, float]] = pydantic.Field(
         default=(0.9, 0.999), strict=False, description="Decay of AdamW's first and second moments"
     )
-    adam_epsilon: float = pydantic.Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = pydantic.Field(default=0.03, ge=0, description="AdamW's decoupled weight decay (paper: 0.03)")
-    gradient_clip: float = pydantic.Field(default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)")
-    ema_decay: float = pydantic.Field(default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average")
-    caption_dropout: float = pydantic.Field(
-        default=0.1, ge=0, le=1, description="Part of the captions (stage 1: labels) replaced by the null one"
+    adam_epsilon: Decides[float] = pydantic.Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: Decides[float] = pydantic.Field(
+        default=0.03, ge=0, description="AdamW's decoupled weight decay (paper: 0.03)"
     )
-    min_snr_gamma: float | None = pydantic.Field(
+    gradient_clip: Decides[float] = pydantic.Field(
+        default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)"
+    )
+    ema_decay: Decides[float] = pydantic.Field(
+        default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average"
+    )
+    caption_dropout: Decides[float] = pydantic.Field(
+        default=0.1, ge=0, le=1, description="Part of the captions (of a DiT: labels) replaced by the null one"
+    )
+    min_snr_gamma: Decides[float | None] = pydantic.Field(
         default=None, gt=0, description="Cap of the loss weight by signal-to-noise ratio (min-SNR); null = none"
     )
-    interpolation_scale: float = pydantic.Field(
+    interpolation_scale: Decides[float] = pydantic.Field(
         default=1.0, gt=0, description="Position scale: base resolution relative to the one positions were learnt at"
     )
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**63, description="Decides data order, noise and fresh weights")
-    shards_per_block: int = pydantic.Field(
+    seed: Decides[int] = pydantic.Field(
+        default=0, ge=0, lt=2**63, description="Decides data order, noise and fresh weights"
+    )
+    shards_per_block: Decides[int] = pydantic.Field(
         default=16, ge=1, description="Shards among whose samples are shuffled; more mix better, keep more files open"
     )
-    validation_shards: list[str] = pydantic.Field(
+    validation_shards: Decides[list[str]] = pydantic.Field(
         default=[], description="Shell patterns of shard names that are kept out of training, for the validation loss"
     )
     validate_every: int = pydantic.Field(default=1000, ge=1, description="Steps between validations")
@@ -173,17 +201,24 @@ class StageTraining(TableConfig):
     )
 
 
-def stage_training(recipe: Recipe, stage: int) -> StageTraining:
+def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     """Return the settings of `stage`.
 
     Raises:
-        ValueError: a key of `[training]` or `[training.stageN]` is unknown or wrong; names it.
+        ValueError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong; names it.
     """
-    shared = dict(recipe.tables.get("training", {}))
-    laid_over = {f"training.stage{number}": shared.pop(f"stage{number}", {}) for number in STAGES}
-    # Every table is checked by itself, so that an error names the line that is wrong, used by this stage or not.
-    separate = Recipe(recipe.path, {"training": shared, **laid_over})
-    for name in separate.tables:
-        separate.table(name, StageTraining)
-    name = f"training.stage{stage}"
-    return Recipe(recipe.path, {name: shared | laid_over[name]}).table(name, StageTraining)
+    return recipe.named("training", stage, model=StageTraining)
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """Return the stages of a recipe, in order."""
+    return recipe.names("training", keys=StageTraining.model_fields)
+
+
+def random_stream(stage: str) -> int:
+    """Return the number that tells the random numbers of a stage from those of others with the same seed.
+
+    It is N of `stageN` and `stageN-<phase>`, and a hash of any other name.
+    """
+    paper = re.fullmatch(r"stage(\d{1,3})(-.+)?", stage)
+    return int(paper[1]) if paper else int.from_bytes(hashlib.sha256(stage.encode()).digest()[:8]) >> 1

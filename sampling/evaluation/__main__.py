@@ -1,4 +1,4 @@
-"""`python -m sampling.evaluation score|curve|preference|winrates --recipe R --run RUN --stage N [--set key=value]`."""
+"""`python -m sampling.evaluation score|curve|preference|winrates --recipe R --run RUN --stage S [--set key=value]`."""
 
 import argparse
 import sys
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
-from sampling.config import STAGES
 
 log = get_logger("evaluation")
 
@@ -19,12 +18,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m sampling.evaluation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Scores of checkpoints.\n\n{names}",
-        usage="%(prog)s TASK --recipe R --run RUN --stage N [--set key=value] [--plan]",
+        usage="%(prog)s TASK --recipe R --run RUN --stage S [--set key=value] [--plan]",
     )
     parser.add_argument("task", choices=TASKS)
     task = parser.parse_args(arguments[:1]).task
     description, run_task = TASKS[task]
-    run_task(parse_command(f"sampling.evaluation {task}", description, argv=arguments[1:], stages=STAGES))
+    run_task(parse_command(f"sampling.evaluation {task}", description, argv=arguments[1:], has_stages=True))
 
 
 def _score(command: Command) -> None:

@@ -44,7 +44,7 @@ class EvaluationConfig(TableConfig):
     )
     compare: list[str] = pydantic.Field(
         default_factory=list,
-        description="Further checkpoints in the same table: <run folder>:stage2, or what sampling.checkpoint takes",
+        description="Further checkpoints in the same table: <run folder>:<stage>, or what sampling.checkpoint takes",
     )
     judgements: str = pydantic.Field(
         default="{run}/judge/{samples}.json",

@@ -1,12 +1,11 @@
 """The checkpoints that are scored side by side, and the folder of samples of each."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import Command
+from pipelines.command import Command, full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.store.files import sha256_text
 from sampling.config import SamplingConfig, encoder_config
@@ -131,8 +130,8 @@ def _sampling_config(command: Command, *, guidance_scale: float | None) -> Sampl
 def _open_other(spec: str, command: Command) -> tuple[str, TrainedModel]:
     """Open `<run>:<stage>` or what sampling.checkpoint takes; samples are named after scored stage and weights."""
     run, separator, stage_name = spec.rpartition(":")
-    if separator and re.fullmatch(r"stage[123](-\w+)?", stage_name):
-        trained = open_run_model(Path(run), stage_name)
+    if separator and "/" not in stage_name:
+        trained = open_run_model(Path(run), full_stage_name(stage_name))
     else:
         trained = open_trained_model(spec, encoder_config(command.recipe))
     return f"{command.stage_name}-{sha256_text(trained.identity)[:8]}", trained

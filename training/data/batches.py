@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.config import random_stream
 from training.data.assembly import BatchAssembler
 from training.data.features import Dataset
 from training.data.index import FeatureIndex
@@ -46,7 +47,7 @@ def training_reader(job: TrainingJob, survey: Survey) -> BatchReader:
         plan=stage_plan(job, survey),
         steps=range(start_step, settings.num_steps),
         seed=settings.seed,
-        stream=job.stage,
+        stream=random_stream(job.command.stage_name),
         caption_dropout=settings.caption_dropout,
     )
 

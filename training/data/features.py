@@ -30,13 +30,14 @@ class CaptionTable(pydantic.BaseModel):
 
 
 class FeatureTable(pydantic.BaseModel):
-    """What training reads of `[features]` and `[features.stageN]`; the features room owns and validates the tables."""
+    """What training reads of a named table of `[features]`; the features room owns and validates the tables."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
     shards: list[str]
     resolution: int
     buckets: bool = False
+    text: bool = True
     captions: list[CaptionTable] = [CaptionTable(column="caption")]
     text_storage: str = "bfloat16"
     vae_model: str
@@ -89,9 +90,10 @@ class Dataset:
 class StageFeatures:
     """Datasets of a stage, checked against the recipe and each other.
 
-    `unused_shards` are those that `features.stageN.shards` names and no dataset reads.
+    `unused_shards` are those that the features table `table_name` names and no dataset reads.
     """
 
+    table_name: str
     datasets: list[Dataset]
     unused_shards: list[str]
 
@@ -127,21 +129,18 @@ class StageFeatures:
         return fields
 
 
-def read_feature_table(recipe: Recipe, stage: int) -> FeatureTable:
-    """Return what the recipe says about the features of `stage`.
+def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:
+    """Return what the recipe says about the features `name`.
 
     Raises:
-        ValueError: a table or key is missing or wrong; names it.
+        ValueError: the table or a key is missing or wrong; names it.
     """
-    shared = recipe.tables.get("features", {})
-    if f"stage{stage}" not in shared:
-        raise ValueError(f"{recipe.path}: features.stage{stage} is missing: it says what stage {stage} reads")
     try:
-        return FeatureTable.model_validate(shared | shared[f"stage{stage}"])
+        return FeatureTable.model_validate(recipe.laid_over("features", name))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{recipe.path}: features.{key} of stage {stage}: {first['msg']}") from None
+        raise ValueError(f"{recipe.path}: features.{name}.{key}: {first['msg']}") from None
 
 
 def open_features(command: Command, settings: StageTraining) -> StageFeatures:
@@ -152,25 +151,56 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
         ValueError: they were made with other settings, or from other captions, or two datasets share a shard; names
             the field and both values.
     """
-    assert command.stage is not None
-    table = read_feature_table(command.recipe, command.stage)
+    stage, name = command.stage_name, settings.features or command.stage_name
+    table = _read_table_of(command, name, settings=settings)
     cache_dir = Path(settings.cache_dir.replace("{run}", str(command.run)))
     cache = ShardCache(cache_dir, int(settings.cache_gigabytes * GIGABYTE))
     datasets = [
-        _open_dataset(command, config, table=table, cache=cache, key=f"training.{command.stage_name}.datasets.{number}")
+        _open_dataset(
+            config,
+            table,
+            run=config.run.replace("{run}", str(command.run)).rstrip("/"),
+            table_name=name,
+            reads_text=settings.network == "pixart",
+            cache=cache,
+            key=f"training.{stage}.datasets.{number}",
+        )
         for number, config in enumerate(settings.datasets)
     ]
-    datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{command.stage_name}.validation_shards")
-    _require_apart(datasets, key=f"training.{command.stage_name}.datasets")
+    datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{stage}.validation_shards")
+    _require_apart(datasets, key=f"training.{stage}.datasets")
     _require_alike(datasets)
-    return StageFeatures(datasets=datasets, unused_shards=_unused_shards(command, datasets, table=table))
+    unused_shards = _unused_shards(command, datasets, table=table)
+    return StageFeatures(table_name=name, datasets=datasets, unused_shards=unused_shards)
+
+
+def _read_table_of(command: Command, name: str, *, settings: StageTraining) -> FeatureTable:
+    stage, names = command.stage_name, command.recipe.names("features")
+    if name not in names:
+        raise ValueError(
+            f"{command.recipe.path}: training.{stage} reads [features.{name}], which is missing; write it or set "
+            f"training.{stage}.features to one of: {', '.join(names) or 'none'}"
+        )
+    table = read_feature_table(command.recipe, name)
+    if settings.network == "pixart" and not table.text:
+        raise ValueError(
+            f"{command.recipe.path}: training.{stage}.network = 'pixart' reads text, but features.{name}.text = false"
+        )
+    return table
 
 
 def _open_dataset(
-    command: Command, config: DatasetConfig, *, table: FeatureTable, cache: ShardCache, key: str
+    config: DatasetConfig,
+    table: FeatureTable,
+    *,
+    run: str,
+    table_name: str,
+    reads_text: bool,
+    cache: ShardCache,
+    key: str,
 ) -> Dataset:
-    run = config.run.replace("{run}", str(command.run)).rstrip("/")
-    latents = _open(run, latent_directory(Path(), table.resolution), command, cache=cache)
+    command = f"make features STAGE={table_name} RUN={run}"
+    latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
     vae = latents.manifest.extra["vae"]
     for field_name, expected, found in (
         ("resolution", table.resolution, latents.manifest.extra["resolution"]),
@@ -181,18 +211,18 @@ def _open_dataset(
         require_same(field_name, expected, found, where=str(latents))
     patterns, pattern_key = config.shards, f"{key}.shards"
     if patterns is None:
-        patterns, pattern_key = table.shards, f"features.{command.stage_name}.shards"
+        patterns, pattern_key = table.shards, f"features.{table_name}.shards"
     shards = select_shards(sorted(latents.manifest.shards), patterns, key=pattern_key)
     directories = [latents]
-    if command.stage is not None and command.stage > 1:
-        text = _open(run, text_directory(Path(), [caption.column for caption in table.captions]), command, cache=cache)
+    if reads_text:
+        columns = [caption.column for caption in table.captions]
+        text = _open(run, text_directory(Path(), columns), command=command, cache=cache)
         _check_text(text, table=table, run=run)
         directories.append(text)
     for directory in directories:
         for name in shards:
             if name not in directory.manifest.shards:
-                message = f"{directory} lacks shard {name}, which {latents} has; run `{_make_features(command, run)}`"
-                raise ValueError(message)
+                raise ValueError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
     return Dataset(run=run, directories=directories, shards=shards, weight=config.weight)
 
 
@@ -255,18 +285,10 @@ def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: Feat
     return [name for name in named if name not in used]
 
 
-def _make_features(command: Command, run: str) -> str:
-    phase = f" PHASE={command.phase}" if command.phase else ""
-    return f"make features STAGE={command.stage}{phase} RUN={run}"
-
-
-def _open(run: str, relative: Path, command: Command, *, cache: ShardCache) -> FeatureDirectory:
+def _open(run: str, relative: Path, *, command: str, cache: ShardCache) -> FeatureDirectory:
     location = f"{run}/{relative.as_posix()}"
     if not is_remote(location) and not Path(location).is_dir():
-        raise FileNotFoundError(
-            f"{location} does not exist: stage {command.stage} has no features; "
-            f"run `{_make_features(command, run)}` first"
-        )
+        raise FileNotFoundError(f"{location} does not exist: features have not been made; run `{command}` first")
     return open_directory(location, cache)
 
 

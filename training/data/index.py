@@ -221,7 +221,7 @@ def _labels(samples: pa.Table, shard: str) -> np.ndarray:
     labels = samples["label"]
     if labels.null_count:
         key = samples.filter(pc.field("label").is_null())["key"][0]
-        raise ValueError(f"shard {shard}: sample {key} has no class label; stage 1 needs tars with `.cls` members")
+        raise ValueError(f"shard {shard}: sample {key} has no class label; a DiT needs tars with `.cls` members")
     return labels.to_numpy().astype(np.int64)
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 
 from pipelines.command import parse_command
-from training.config import STAGES
 from training.launch.hosts import DONE, FAILED, LOST, REPORT_PREFIX, STARTED, STOP
 from training.launch.placement import Placement
 from training.launch.ranks import LostContactError, run_ranks
@@ -25,7 +24,7 @@ def main() -> int:
     _report(STARTED)
     threading.Thread(target=_follow_head, daemon=True).start()
     try:
-        job = open_stage(parse_command("training.launch.node", "The ranks of one host.", stages=STAGES))
+        job = open_stage(parse_command("training.launch.node", "The ranks of one host.", has_stages=True))
         run_ranks(
             sys.argv[1:],
             placement=Placement(**order["placement"]),

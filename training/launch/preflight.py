@@ -134,7 +134,7 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
         _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
     if features.unused_shards:
         first = ", ".join(features.unused_shards[:3])
-        _print("not read", f"{len(features.unused_shards):,} shards of features.{job.command.stage_name}: {first} …")
+        _print("not read", f"{len(features.unused_shards):,} shards of features.{features.table_name}: {first} …")
     for dataset in features.held_out:
         count = f"{len(dataset.shards):,} shards, every {settings.validate_every:,} steps"
         _print("validate", f"{count}; {', '.join(dataset.shards[:3])}{' …' if len(dataset.shards) > 3 else ''}")

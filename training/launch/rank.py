@@ -21,7 +21,6 @@ from pipelines.command import parse_command, run_command
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiTConfig
 from pixart.model import PixArtConfig
-from training.config import STAGES
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.launch.preflight import (
@@ -56,7 +55,7 @@ LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "r
 
 def main() -> None:
     """Train one stage on this rank."""
-    job = open_stage(parse_command("training.launch.rank", "One rank of a training stage.", stages=STAGES))
+    job = open_stage(parse_command("training.launch.rank", "One rank of a training stage.", has_stages=True))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     # The launcher blocks it until there is somebody to listen.
@@ -160,14 +159,12 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
 
 def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | PixArtConfig) -> dict[str, Any]:
     """Return what `trainer.json` says about the stage, all that sampling and a resume need to know."""
-    is_pixart = isinstance(network_config, PixArtConfig)
     return {
-        "stage": job.stage,
-        "stage_name": job.command.stage_name,
-        "kind": "pixart" if is_pixart else "dit",
+        "stage": job.command.stage_name,
+        "kind": job.settings.network,
         "objective": job.settings.objective,
         "weights": "ema",
-        "init_from": job.settings.init_from,
+        "starts_from": job.settings.starts_from,
         "num_steps": job.settings.num_steps,
         "num_ranks": dist.get_world_size(),
         "zero_stage": job.settings.zero_stage,
@@ -180,7 +177,7 @@ def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | Pi
         "vae": job.features.vae,
         "text": job.features.text_encoder,
         "process": job.process,
-        "interpolation_scale": network_config.interpolation_scale if is_pixart else 1.0,
+        "interpolation_scale": job.settings.interpolation_scale if job.settings.network == "pixart" else 1.0,
     }
 
 

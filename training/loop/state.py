@@ -110,7 +110,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     if not state.is_dir():
         raise ValueError(
             f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
-            "start from it with training.init_from and another RUN"
+            "start from it with training.<stage>.starts_from and another RUN"
         )
     tag = STATE
     if needs_universal(checkpoint, dist.get_world_size()):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.store.files import atomic_write_bytes, fsync_directory
+from training.stages.former import in_todays_words
 
 LATEST = "latest"
 TRAINER = "trainer.json"
@@ -53,7 +54,7 @@ def find_checkpoint(stage_directory: Path) -> Checkpoint | None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in folder `path`."""
-    return Checkpoint(path, json.loads((path / TRAINER).read_text()))
+    return Checkpoint(path, in_todays_words(json.loads((path / TRAINER).read_text())))
 
 
 def _step_of(name: str) -> int:

@@ -28,7 +28,8 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
         "sample_size": job.features.resolution // survey.downsample,
     }
     text = job.features.text_encoder
-    if text is not None:
+    if job.settings.network == "pixart":
+        assert text is not None, "the features of a PixArt have text"
         scale = job.settings.interpolation_scale
         return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale, adaln=job.model.adaln)
     require_labels(job, survey)

@@ -9,39 +9,12 @@ from pipelines.command import Command
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
 from pixart.processes.specs import ddpm_spec
-from training.config import SCRATCH, ModelConfig, StageTraining, stage_training
+from training.config import SCRATCH, ModelConfig, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 
 SURVEY = "survey.json"
-# Settings that may change between a run and its resume: they move no sample and no weight beyond rounding.
-FREE_SETTINGS = {
-    "datasets",  # their features identify them, wherever they lie
-    "objective",  # there is one
-    "num_steps",
-    "init_from",
-    "num_processes",
-    "hostfile",
-    "remote_shell",
-    "compile",
-    "threads_per_process",
-    "gradient_accumulation_steps",
-    "keep_activations",
-    "validate_every",
-    "num_validation_samples",
-    "prefetch_batches",
-    "check_payloads",
-    "cache_dir",
-    "cache_gigabytes",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "max_skipped_steps",
-    "device_peak_teraflops",
-    "dollars_per_device_hour",
-    "watts_per_device",
-    "co2_kilograms_per_kilowatt_hour",
-}
+STAGE_FOLDER = "{run}/training/"
 
 
 @dataclass(frozen=True)
@@ -64,7 +37,6 @@ class TrainingJob:
     """
 
     command: Command
-    stage: int
     settings: StageTraining
     model: ModelConfig
     features: StageFeatures
@@ -83,52 +55,59 @@ def open_stage(command: Command) -> TrainingJob:
     """Resolve a command and check it against what is on disk.
 
     Raises:
-        FileNotFoundError: features or the former stage's checkpoint are missing; says which command makes them.
+        FileNotFoundError: features or the checkpoint it starts from are missing; says which command makes them.
         ValueError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
     """
-    assert command.stage is not None
-    settings = stage_training(command.recipe, command.stage)
+    settings = stage_training(command.recipe, command.stage_name)
     model = command.recipe.table("model", ModelConfig)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     resume = find_checkpoint(directory)
     start = _start_or_recorded(command, settings, directory, resume=resume)
-    job = TrainingJob(
+    fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, start=start)
+    if resume is not None:
+        _require_same_job(fingerprint, resume)
+        # Later stages know its weights by this digest, which may be that of a former version.
+        fingerprint = Fingerprint(fingerprint.fields, resume.trainer["plan_fingerprint"])
+    return TrainingJob(
         command=command,
-        stage=command.stage,
         settings=settings,
         model=model,
         features=features,
         start=start,
         directory=directory,
-        fingerprint=_fingerprint(command.stage, settings, model=model, features=features, start=start),
+        fingerprint=fingerprint,
         resume=resume,
     )
-    if resume is not None:
-        _require_same_job(job, resume)
-    return job
 
 
 def _fingerprint(
-    stage: int, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
+    stage: str, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
 ) -> Fingerprint:
-    fields: dict[str, Any] = {"stage": stage, "training.init_from": start.identity, **features.fingerprint_fields()}
-    # A DiT's is its own; unnamed where it is the paper's, as in checkpoints made before there was a choice.
-    is_implied = stage == 1 or model.adaln == "single"
-    shape = model.model_dump(mode="json", exclude={"adaln"} if is_implied else None)
-    fields |= {f"model.{name}": value for name, value in shape.items()}
-    chosen = settings.model_dump(mode="json", exclude=FREE_SETTINGS)
-    return Fingerprint.of(fields | {f"training.{name}": value for name, value in chosen.items()})
+    fields = {"random_stream": random_stream(stage), "training.starts_from": start.identity}
+    shape = model.fingerprint_fields()
+    if settings.network == "dit":
+        # Its adaLN is its own.
+        shape.pop("adaln", None)
+    return Fingerprint.of(
+        fields
+        | features.fingerprint_fields()
+        | {f"model.{name}": value for name, value in shape.items()}
+        | {f"training.{name}": value for name, value in settings.fingerprint_fields().items()}
+    )
 
 
-def _require_same_job(job: TrainingJob, checkpoint: Checkpoint) -> None:
-    made_with, wanted = checkpoint.trainer["fingerprint"], job.fingerprint.fields
+def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint) -> None:
+    defaults = {f"model.{name}": value for name, value in ModelConfig.fingerprint_defaults().items()}
+    defaults |= {f"training.{name}": value for name, value in StageTraining.fingerprint_defaults().items()}
+    made_with, wanted = defaults | checkpoint.trainer["fingerprint"], defaults | fingerprint.fields
     # A setting says more than the hash of the files it changed.
     for name in sorted(made_with.keys() | wanted.keys(), key=lambda name: (name.endswith(".files"), name)):
         if made_with.get(name) != wanted.get(name):
             raise ValueError(
                 f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "
-                f"but it is {wanted.get(name)!r} now; remove {job.directory} to train anew, or choose another RUN"
+                f"but it is {wanted.get(name)!r} now; remove {checkpoint.path.parent} to train anew, "
+                "or choose another RUN"
             )
 
 
@@ -139,22 +118,32 @@ def _start_or_recorded(
     try:
         start = _starting_point(command, settings, directory)
     except FileNotFoundError:
-        if resume is None or resume.trainer.get("init_from", settings.init_from) != settings.init_from:
+        if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
-        return StartingPoint(None, resume.trainer["fingerprint"]["training.init_from"])
+        return StartingPoint(None, resume.trainer["fingerprint"]["training.starts_from"])
     if resume is None and start.checkpoint is not None:
         _require_finished(command, settings, start.checkpoint)
     return start
 
 
+def _is_same_start(one: str | None, other: str | None) -> bool:
+    return (one or SCRATCH).removeprefix(STAGE_FOLDER) == (other or SCRATCH).removeprefix(STAGE_FOLDER)
+
+
+def _former_stage(command: Command, settings: StageTraining) -> str | None:
+    """Return the stage of this recipe whose weights a stage starts from, None if they are no stage's."""
+    name = (settings.starts_from or SCRATCH).removeprefix(STAGE_FOLDER)
+    return name if name in stage_names(command.recipe) else None
+
+
 def _require_finished(command: Command, settings: StageTraining, checkpoint: Checkpoint) -> None:
     """Refuse weights of a stage that is neither at the end it was given nor at the one the recipe gives it now."""
     num_steps = checkpoint.trainer["num_steps"]
-    if settings.init_from is None:
-        assert command.stage is not None
-        num_steps = min(num_steps, stage_training(command.recipe, command.stage - 1).num_steps)
+    former = _former_stage(command, settings)
+    if former is not None:
+        num_steps = min(num_steps, stage_training(command.recipe, former).num_steps)
     if checkpoint.step < num_steps:
-        key = f"training.{command.stage_name}.init_from"
+        key = f"training.{command.stage_name}.starts_from"
         raise ValueError(
             f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
             f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
@@ -162,30 +151,28 @@ def _require_finished(command: Command, settings: StageTraining, checkpoint: Che
 
 
 def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
-    key = f"training.{command.stage_name}.init_from"
-    if settings.init_from == SCRATCH or (settings.init_from is None and command.stage == 1):
+    wanted, former = settings.starts_from, _former_stage(command, settings)
+    if wanted is None or wanted == SCRATCH:
         return StartingPoint(None, SCRATCH)
-    if settings.init_from is None:
-        assert command.stage is not None
-        former = command.run / "training" / f"stage{command.stage - 1}"
-        checkpoint = find_checkpoint(former)
-        if checkpoint is None:
-            raise FileNotFoundError(
-                f"{former} has no checkpoint: stage {command.stage} starts from the weights of stage "
-                f"{command.stage - 1}; run `make train STAGE={command.stage - 1} RUN={command.run}` first or set {key}"
-            )
-        return _from_checkpoint(checkpoint)
-    path = Path(settings.init_from.replace("{run}", str(command.run)))
+    key = f"training.{command.stage_name}.starts_from = {wanted!r}"
+    location = wanted.replace("{run}", str(command.run))
+    path = Path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
-        raise ValueError(
-            f"{key} = {settings.init_from!r} is this stage's own folder; resuming is automatic and needs no key"
-        )
+        raise ValueError(f"{key} is this stage's own folder; resuming is automatic and needs no key")
     checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint)
+    if former is not None:
+        raise FileNotFoundError(
+            f"{path} has no checkpoint: {command.stage} starts from the weights of {former}; "
+            f"run `make train STAGE={former} RUN={command.run}` first or set training.{command.stage}.starts_from"
+        )
     if (path / STATE).is_dir():
-        raise ValueError(f"{key} = {settings.init_from!r} is a checkpoint without {TRAINER}: it was not written whole")
-    return find_weights(settings.init_from.replace("{run}", str(command.run)))
+        raise ValueError(f"{key} is a checkpoint without {TRAINER}: it was not written whole")
+    if "/" not in location and not path.exists():
+        names = ", ".join(stage_names(command.recipe))
+        raise FileNotFoundError(f"{key} is no stage of {command.recipe.path} ({names}), and no file or folder")
+    return find_weights(location)
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:

@@ -18,8 +18,8 @@ from training.stages.stage import TrainingJob
 def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return the stage's network with the weights it starts from, fp32 on the CPU, the same on every rank.
 
-    Stage 1 starts from a DiT, stage 2 from a DiT that it re-parameterises or from a PixArt, stage 3 from a PixArt; a
-    stage that has begun, from its checkpoint.
+    A DiT starts from a DiT, a PixArt from a PixArt or from a DiT that it re-parameterises; a stage that has begun, from
+    its checkpoint.
 
     Raises:
         ValueError: the weights are of another kind, shape or resolution; names the recipe key.
@@ -29,17 +29,15 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         return _saved_network(job.resume.path / MODEL, config)
     if job.start.path is None:
         return fresh_network(config)
-    key = f"training.{job.command.stage_name}.init_from ({job.start.path})"
+    key = f"training.{job.command.stage_name}.starts_from ({job.start.path})"
     former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
-            raise ValueError(f"{key} is a PixArt, but stage 1 trains a class-conditional DiT")
+            raise ValueError(f"{key} is a PixArt, but training.{job.command.stage}.network is 'dit'")
         config = dataclasses.replace(config, timestep_shift=former.config.timestep_shift)
         _require_same_config(config, former.config, key=key)
         return former
     if isinstance(former, DiT):
-        if job.stage != 2:
-            raise ValueError(f"{key} is a class-conditional DiT, but stage {job.stage} starts from a PixArt")
         return reparameterize(former, config)
     # Only the positions change between resolutions, and they are computed.
     positions = {"sample_size": config.sample_size, "interpolation_scale": config.interpolation_scale}
