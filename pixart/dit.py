@@ -94,8 +94,8 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every block begins as the identity, and the output as zero (biases are zero already)
         nn.init.zeros_(self.final.weight)
-        for layer in (*(block.modulation for block in self.blocks), self.final_modulation):
-            nn.init.zeros_(layer.weight)
+        for layer in (*(block.get_submodule("modulation") for block in self.blocks), self.final_modulation):
+            nn.init.zeros_(layer.get_parameter("weight"))
 
     @property
     def null_label(self) -> int:

@@ -143,8 +143,8 @@ class PixArt(nn.Module):
         if self.config.adaln == "single":
             nn.init.normal_(self.global_modulation.weight, std=0.02)
         else:
-            for layer in (*(block.modulation for block in self.blocks), self.final_modulation):
-                nn.init.zeros_(layer.weight)  # adaLN-Zero, as in DiT
+            for layer in (*(block.get_submodule("modulation") for block in self.blocks), self.final_modulation):
+                nn.init.zeros_(layer.get_parameter("weight"))  # adaLN-Zero, as in DiT
             nn.init.zeros_(self.text_feature.weight)  # again leaves a pretrained DiT as it is
         nn.init.zeros_(self.final.weight)
 

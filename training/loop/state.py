@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pipelines.store.files import atomic_write_json
 from pixart.convert import load_diffusers, save_diffusers
 from training.loop.ema import EMA
-from training.loop.zero import UNIVERSAL_CHECKPOINT_INFO, ZeroModel
+from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_state
+from training.loop.zero import UNIVERSAL_CHECKPOINT_INFO, ZeroModel, deepspeed_records
 from training.stages.checkpoint import (
     MODEL,
     STATE,
@@ -26,6 +28,7 @@ from training.stages.checkpoint import (
 from training.stages.networks import blank_network
 
 UNIVERSAL_STATE = "deepspeed-universal"
+SEPARATE_STATE = "deepspeed-separate"
 
 
 def save_checkpoint(
@@ -66,7 +69,7 @@ def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any])
     weights = ema.gather()
     if dist.get_rank() == 0:
         _save_model(model.engine.module, weights, folder / MODEL)
-        atomic_write_json(folder / TRAINER, trainer)
+        atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
         fsync_tree(folder)
 
 
@@ -77,8 +80,9 @@ def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:
 
 
 def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
-    """Whether the state is in shards of another number of ranks, which DeepSpeed loads only after a conversion."""
-    return checkpoint.trainer["zero_stage"] > 0 and checkpoint.trainer["num_ranks"] != num_ranks
+    """Whether DeepSpeed loads the sharded state only after a conversion: of other ranks, or of another layout."""
+    is_sharded = checkpoint.trainer["zero_stage"] > 0
+    return is_sharded and (checkpoint.trainer["num_ranks"] != num_ranks or has_former_layout(checkpoint))
 
 
 def _convert_to_universal(folder: Path) -> None:
@@ -96,8 +100,17 @@ def _convert_to_universal(folder: Path) -> None:
             text=True,
         )
         if done.returncode:
-            raise ValueError(f"{folder} cannot be converted for another number of ranks:\n{done.stdout[-2000:]}")
+            raise ValueError(f"{folder} cannot be converted to DeepSpeed's universal form:\n{done.stdout[-2000:]}")
         output.rename(folder / UNIVERSAL_STATE)
+
+
+def _convert_to_separate(folder: Path, source: str) -> None:
+    """Write the state `source` anew in today's layout, in `deepspeed-separate/`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".separate-") as temporary:
+        output = Path(temporary) / SEPARATE_STATE
+        with torch.serialization.safe_globals(deepspeed_records()):
+            separate_state(folder / source, output)
+        output.rename(folder / SEPARATE_STATE)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> None:
@@ -117,6 +130,10 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
         tag = UNIVERSAL_STATE
         if dist.get_rank() == 0 and not (checkpoint.path / tag).is_dir():
             _convert_to_universal(checkpoint.path)
-        dist.barrier()
+    if has_former_layout(checkpoint):
+        source, tag = tag, SEPARATE_STATE
+        if dist.get_rank() == 0 and not (checkpoint.path / tag).is_dir():
+            _convert_to_separate(checkpoint.path, source)
+    dist.barrier()
     model.load_state(checkpoint.path, tag)
     ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())

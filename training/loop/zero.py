@@ -186,15 +186,11 @@ class ZeroModel:
 
     def load_state(self, folder: Path, tag: str) -> None:
         """Load what `engine.save_checkpoint` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
-        from deepspeed.runtime.fp16.loss_scaler import LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
         # DeepSpeed asks torch for an unrestricted load; the variable is torch's way to overrule that.
         former = os.environ.get(WEIGHTS_ONLY)
         os.environ[WEIGHTS_ONLY] = "1"
         try:
-            with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+            with torch.serialization.safe_globals(deepspeed_records()):
                 self.engine.load_checkpoint(str(folder), tag=tag)
         finally:
             os.environ[WEIGHTS_ONLY] = former or "0"
@@ -217,6 +213,15 @@ class ZeroModel:
             kept = master.detach().clone()
             master.data.copy_(value)
             value.copy_(kept)
+
+
+def deepspeed_records() -> list[Any]:
+    """Return the classes, beside tensors, that DeepSpeed's state is made of."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [ZeroStageEnum, LossScaler, fragment_address]
 
 
 def initialize_ranks() -> None:
