@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from warm_python import run_module
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = (
     "toyworld.num_laion=24",
     "toyworld.num_sa=24",
@@ -45,9 +43,9 @@ def command(run: Path, stage: tuple[str, ...], *more: str) -> str:
     room, *arguments = stage
     task = arguments[:1] if room in ("toyworld", "sampling.evaluation") else []
     overrides = [argument for pair in TINY for argument in ("--set", pair)]
-    line = [sys.executable, "-m", room, *task, "--recipe", "recipes/toyworld.toml", "--run", str(run), *overrides]
+    line = [*task, "--recipe", "recipes/toyworld.toml", "--run", str(run), *overrides]
     line += [*arguments[len(task) :], *more]
-    result = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    result = run_module(room, line)
     assert result.returncode == 0, f"{stage}: {result.stderr}"
     return result.stderr + result.stdout
 

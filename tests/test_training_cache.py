@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +19,8 @@ import pytest
 import torch
 from cache_process import open_once
 from moto.server import ThreadedMotoServer
-from training_run import REPOSITORY, arguments, make_run, metrics, validations, write_latents, write_text
+from training_run import arguments, make_run, metrics, validations, write_latents, write_text
+from warm_python import run_module
 
 from pipelines.command import parse_command
 from training.data.assembly import BatchAssembler
@@ -302,14 +301,7 @@ def test_a_stage_trains_on_a_remote_and_a_local_dataset(source: Path, tmp_path: 
     )
     validation = {"validation_shards": ["laion_0"], "num_validation_samples": 8, "validate_every": 1}
     settings = {"starts_from": "scratch", "num_steps": 4, "log_every": 1, **validation}
-    command = [sys.executable, "-m", "training", *arguments(run, 2, **settings)]
-    done = subprocess.run(
-        [*command, "--set", f"training.datasets={datasets}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_module("training", [*arguments(run, 2, **settings), "--set", f"training.datasets={datasets}"])
     assert done.returncode == 0, done.stderr
     assert "50.00% of every batch" in done.stderr
     assert [line["step"] for line in metrics(run, 2)] == [1, 2, 3, 4]

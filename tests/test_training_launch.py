@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from processes import kill_tree, process_tree
 from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
+from warm_python import WarmProcess
 
 from pipelines.command import parse_command
 from training.config import stage_training
@@ -94,7 +95,7 @@ def test_a_batch_script_is_no_task() -> None:
     assert is_slurm_task({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"})
 
 
-def start_tasks(run: Path, folder: Path, **changed: object) -> list[subprocess.Popen[str]]:
+def start_tasks(run: Path, folder: Path, **changed: object) -> list[WarmProcess]:
     """Start two tasks as `srun --ntasks=2` would."""
     scontrol = folder / "scontrol"
     scontrol.write_text(f'#!/bin/sh\n[ "$*" = "show hostnames here[1]" ] && echo {socket.gethostname()}\n')
@@ -107,12 +108,10 @@ def start_tasks(run: Path, folder: Path, **changed: object) -> list[subprocess.P
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "training", *arguments(run, 2, **settings(**changed))],
-            cwd=REPOSITORY,
-            env=os.environ | step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
-            stderr=subprocess.PIPE,
-            text=True,
+        WarmProcess(
+            "training",
+            arguments(run, 2, **settings(**changed)),
+            changed=step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
         )
         for task in range(2)
     ]

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from warm_python import WarmProcess
 
 from features.quantization import store_text
 from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, latent_schema, text_directory, text_schema
@@ -183,13 +183,8 @@ def arguments(run: Path, stage: int | str, **settings: object) -> list[str]:
     return flags
 
 
-def start(run: Path, stage: int | str, *, module: str = "training", **settings: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments(run, stage, **settings)],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(run: Path, stage: int | str, **settings: object) -> WarmProcess:
+    return WarmProcess("training", arguments(run, stage, **settings))
 
 
 def train(run: Path, stage: int | str, *, status: int = 0, **settings: object) -> str:
@@ -197,7 +192,7 @@ def train(run: Path, stage: int | str, *, status: int = 0, **settings: object) -
     return finish(start(run, stage, **settings), status=status)
 
 
-def finish(process: subprocess.Popen[str], *, status: int = 0, timeout_seconds: float = 120) -> str:
+def finish(process: subprocess.Popen[str] | WarmProcess, *, status: int = 0, timeout_seconds: float = 120) -> str:
     """Wait for a command to end with `status`; returns what it said, unwrapped."""
     _, said = process.communicate(timeout=timeout_seconds)
     assert process.returncode == status, said
