@@ -48,7 +48,7 @@ from training.data.reader import BatchReader
 from training.data.survey import load_survey, make_survey, save_survey, survey_shards
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
-RESOLUTION, CHANNELS, WIDTH, MAX_TOKENS = 256, 4, 4096, 120
+RESOLUTION, CHANNELS, FACTOR, WIDTH, MAX_TOKENS = 256, 4, 8, 4096, 120
 BATCH_SIZE = 11_264  # the paper's 11,392, rounded to a multiple of 1,024 ranks
 SHARDS_PER_BLOCK = 16
 PAYLOAD_GAP = 1024
@@ -63,15 +63,15 @@ def rows_of(num_samples: int) -> Iterator[tuple[dict[str, object], dict[str, obj
     random = np.random.default_rng(0)
     for i in range(num_samples):
         height, width = sizes[i % len(sizes)]
-        nbytes = CHANNELS * (height // 8) * (width // 8) * 2
+        nbytes = CHANNELS * (height // FACTOR) * (width // FACTOR) * 2
         num_tokens = int(random.integers(40, MAX_TOKENS))
         latent = {
             "key": f"{i:09d}",
             "mean_offset": latent_end + PAYLOAD_GAP,
             "std_offset": latent_end + PAYLOAD_GAP + nbytes,
             "channels": CHANNELS,
-            "height": height // 8,
-            "width": width // 8,
+            "height": height // FACTOR,
+            "width": width // FACTOR,
             "bucket": f"{height}x{width}",
         }
         caption = {"key": f"{i:09d}", "offset": text_end + PAYLOAD_GAP, "num_tokens": num_tokens, "weight": 1.0}
@@ -84,7 +84,7 @@ def write_run(run: Path, *, num_shards: int, samples_per_shard: int) -> list[str
     """Write both feature directories; returns the names of the shards."""
     names = [f"shard_{shard:06d}" for shard in range(num_shards)]
     latents, captions = zip(*rows_of(samples_per_shard), strict=True)
-    latent_bytes = latents[-1]["std_offset"] + 2 * CHANNELS * (RESOLUTION // 8) ** 2 * 4
+    latent_bytes = latents[-1]["std_offset"] + 2 * CHANNELS * (RESOLUTION // FACTOR) ** 2 * 4
     text_bytes = captions[-1]["offset"] + MAX_TOKENS * WIDTH * 2
     for directory, rows, family, num_bytes in (
         (latent_directory(run, RESOLUTION), latents, latent_schema(), latent_bytes),

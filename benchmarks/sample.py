@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, T5EncoderModel
 
+from encoders.kl import PUBLISHED_VAE
 from encoders.opening import open_codec, open_text_encoder
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT
@@ -161,7 +162,8 @@ class Theirs:
 
     def draw(self, prompts: Sequence[str], pixels: int) -> list[Image.Image]:
         """Encode and draw one batch."""
-        noise = draw_noise(make_generators(range(len(prompts))), (4, pixels // 8, pixels // 8))
+        size = pixels // PUBLISHED_VAE.factor
+        noise = draw_noise(make_generators(range(len(prompts))), (PUBLISHED_VAE.channels, size, size))
         return self.pipeline(
             list(prompts),
             num_inference_steps=self.num_steps,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What diffusers assumes for a config without these keys, as older VAEs have.
 CONFIG_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4, "block_out_channels": (64,)}
+# The VAE of the paper, for planning before it is downloaded.
+PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
 
 
 @dataclass

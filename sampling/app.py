@@ -154,7 +154,7 @@ def _add_fields(studio: Studio) -> list[Any]:
             studio.sizes(),
             value=first.size,
             label="Size",
-            info="Width x height, multiples of 16",
+            info=f"Width x height, multiples of {studio.trained.patch_pixels}",
             allow_custom_value=True,
             elem_id="size",
         )

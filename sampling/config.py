@@ -80,7 +80,7 @@ class SamplingConfig(TableConfig):
     )
     checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
     checkpoint_resolution: int | None = pydantic.Field(
-        default=None, ge=16, multiple_of=16, description="Pixels that an original .pth without positions was trained at"
+        default=None, ge=1, description="Pixels that an original .pth without positions was trained at"
     )
 
     @pydantic.field_validator("prompt")

@@ -12,8 +12,6 @@ from sampling.trained_model import TrainedModel
 
 log = get_logger("sampling")
 
-SIZE_MULTIPLE = 16  # VAE factor 8 times patch size 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
@@ -33,7 +31,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: Tr
     """Return the images of all prompts, in order; further images of a prompt take the next seeds.
 
     Raises:
-        ValueError: sampling.size is not a multiple of 16, or two images would share a file.
+        ValueError: sampling.size is not whole patches of latents, or two images would share a file.
     """
     requests: list[ImageRequest] = []
     for prompt in prompts:
@@ -62,7 +60,7 @@ def warn_of_untrained_size(config: SamplingConfig, trained: TrainedModel) -> Non
     """Log a warning when sampling.size is none of the sizes that the model has seen."""
     if config.size is None:
         return
-    width, height = _parse_size(config.size)
+    width, height = _parse_size(config.size, trained)
     if (height, width) not in trained.buckets:
         log.warning(
             f"sampling.size {config.size}: {trained.name} was trained at {trained.resolution} pixels, in "
@@ -73,15 +71,16 @@ def warn_of_untrained_size(config: SamplingConfig, trained: TrainedModel) -> Non
 def _size_of(prompt: Prompt, config: SamplingConfig, trained: TrainedModel) -> tuple[int, int]:
     """Return (height, width): the size asked for, or the trained one of the nearest aspect ratio."""
     if config.size is not None:
-        width, height = _parse_size(config.size)
+        width, height = _parse_size(config.size, trained)
         return height, width
     target = -math.log(prompt.aspect_ratio)
     return min(trained.buckets, key=lambda size: (abs(math.log(size[0] / size[1]) - target), size))
 
 
-def _parse_size(size: str) -> tuple[int, int]:
+def _parse_size(size: str, trained: TrainedModel) -> tuple[int, int]:
+    multiple = trained.patch_pixels
     width, height = (int(side) for side in size.split("x"))
     for side in (width, height):
-        if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
-            raise ValueError(f"sampling.size {size}: {side} is not a positive multiple of {SIZE_MULTIPLE}")
+        if side < multiple or side % multiple:
+            raise ValueError(f"sampling.size {size}: {side} is not a positive multiple of {multiple}")
     return width, height

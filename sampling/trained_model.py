@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encoders.kl import PUBLISHED_VAE
+from encoders.latents import LatentSpec, require_whole_patches
+from encoders.opening import latent_spec
 from encoders.weights import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
@@ -21,7 +25,6 @@ if TYPE_CHECKING:
 
 # by norm_type, and whether captions are read; the last is Figure 6's PixArt with per-block adaLN
 KINDS = {("ada_norm_zero", False): "dit", ("ada_norm_single", True): "pixart", ("ada_norm_zero", True): "pixart"}
-VAE_FACTOR = 8
 ORIGINAL_SUFFIXES = (".pth", ".pt")
 # what diffusers' pipelines read of a prompt; their folders do not say
 PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -40,6 +43,7 @@ class TrainedModel:
         model_path: the diffusers folder of its weights, or an original file.
         identity: hash of the weights.
         resolution: base resolution in pixels.
+        patch_pixels: a side of an image is a multiple of it: the VAE's factor times the patch size.
         buckets: (height, width) in pixels that it was trained at.
         text: model, revision and max_tokens of its text encoder, tokenizer where that has a folder of its own; None for
             a DiT.
@@ -54,6 +58,7 @@ class TrainedModel:
     identity: str
     num_classes: int | None
     resolution: int
+    patch_pixels: int
     buckets: tuple[tuple[int, int], ...]
     text: dict[str, Any] | None
     vae: dict[str, Any]
@@ -109,13 +114,16 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
         raise ValueError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
+    config = _read_config(folder / "model")
     return TrainedModel(
         name=f"{re.sub(r'^stage(?=[0-9])', 'stage ', stage_name)}, step {trainer['step']}",
         kind=trainer["kind"],
         model_path=folder / "model",
         identity=resolve_model(str(folder / "model")).identity,
-        num_classes=_read_config(folder / "model").get("num_embeds_ada_norm") if trainer["kind"] == "dit" else None,
+        num_classes=config.get("num_embeds_ada_norm") if trainer["kind"] == "dit" else None,
         resolution=trainer["resolution"],
+        # Runs made before the factor was recorded have the paper's.
+        patch_pixels=trainer["vae"].get("factor", PUBLISHED_VAE.factor) * config["patch_size"],
         buckets=_trained_sizes(trainer["resolution"], trainer["buckets"]),
         text=trainer["text"],
         vae=trainer["vae"],
@@ -217,7 +225,8 @@ def _open_transformer(
     kind = KINDS.get((config.get("norm_type", ""), bool(config.get("caption_channels"))))
     if kind is None:
         raise ValueError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
-    resolution = config["sample_size"] * VAE_FACTOR
+    factor = _codec_spec(vae).factor
+    resolution, patch_pixels = config["sample_size"] * factor, config["patch_size"] * factor
     return TrainedModel(
         name=folder.parent.name if folder.name in ("transformer", "model") else folder.name,
         kind=kind,
@@ -225,7 +234,8 @@ def _open_transformer(
         identity=resolve_model(str(folder)).identity,
         num_classes=config.get("num_embeds_ada_norm") if kind == "dit" else None,
         resolution=resolution,
-        buckets=_folder_sizes(resolution, kind),
+        patch_pixels=patch_pixels,
+        buckets=_folder_sizes(resolution, kind, multiple=patch_pixels),
         text=text if kind == "pixart" else None,
         vae=vae,
         process=process or ddpm_spec(),
@@ -239,13 +249,17 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
     path = next((root / path for root in (Path(), REPOSITORY) if (root / path).is_file()), path)
     if not path.is_file():
         raise FileNotFoundError(f"sampling.checkpoint {path} does not exist")
+    parts = _encoders(str(path), encoders)
+    codec = _codec_spec(parts["vae"])
+    if resolution is not None:
+        require_whole_patches(resolution, codec, key="sampling.checkpoint_resolution")
     weights = read_original(path)
     try:
-        config = infer_config(weights, sample_size=None if resolution is None else resolution // VAE_FACTOR)
+        config = infer_config(weights, sample_size=None if resolution is None else resolution // codec.factor)
     except ValueError as error:
         raise ValueError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
     kind = "dit" if isinstance(config, DiTConfig) else "pixart"
-    parts = _encoders(str(path), encoders)
+    resolution, patch_pixels = config.sample_size * codec.factor, config.patch_size * codec.factor
     if (null_caption := weights.get("y_embedder.y_embedding")) is not None:
         parts["text"]["max_tokens"] = len(null_caption)
     return TrainedModel(
@@ -254,8 +268,9 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         model_path=path,
         identity=f"sha256:{sha256_file(path)}",
         num_classes=config.num_classes if isinstance(config, DiTConfig) else None,
-        resolution=config.sample_size * VAE_FACTOR,
-        buckets=_folder_sizes(config.sample_size * VAE_FACTOR, kind),
+        resolution=resolution,
+        patch_pixels=patch_pixels,
+        buckets=_folder_sizes(resolution, kind, multiple=patch_pixels),
         text=parts["text"] if kind == "pixart" else None,
         vae=parts["vae"],
         process=ddpm_spec(),
@@ -263,9 +278,14 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
     )
 
 
-def _folder_sizes(resolution: int, kind: str) -> tuple[tuple[int, int], ...]:
+def _codec_spec(vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the spec of a VAE; one of the hub that is not in the cache yet is taken for the paper's."""
+    return latent_spec(resolve_model(vae["model"], vae["revision"])) or PUBLISHED_VAE
+
+
+def _folder_sizes(resolution: int, kind: str, *, multiple: int) -> tuple[tuple[int, int], ...]:
     """Return the (height, width) that a checkpoint from elsewhere is drawn at: the paper's buckets, or squares."""
-    return aspect_buckets(resolution) if kind == "pixart" else ((resolution, resolution),)
+    return aspect_buckets(resolution, multiple=multiple) if kind == "pixart" else ((resolution, resolution),)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ TRAINED = TrainedModel(
     identity="x",
     num_classes=None,
     resolution=64,
+    patch_pixels=16,
     buckets=((32, 128), (48, 96), (64, 64), (96, 48)),
     text=None,
     vae={},

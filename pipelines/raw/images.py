@@ -171,8 +171,8 @@ def aspect_buckets(base_resolution: int, *, multiple: int = 16) -> tuple[tuple[i
     """Return the distinct (height, width) buckets, in pixels, by rising height / width from 0.25 to 4.
 
     At 256, 512 and 1024 these are the paper's 40 buckets (A.5, "mirroring the method used in SDXL": SDXL's table,
-    appendix I). At other resolutions the same table is scaled and rounded to `multiple` (VAE factor 8 times patch
-    size 2), where several of the 40 may fall together.
+    appendix I). At other resolutions the same table is scaled and rounded to `multiple` (the codec's factor
+    times the patch size, 16 for the paper's VAE), where several of the 40 may fall together.
 
     Raises:
         ValueError: `base_resolution` is not a positive multiple of `multiple`.
@@ -188,8 +188,10 @@ def aspect_buckets(base_resolution: int, *, multiple: int = 16) -> tuple[tuple[i
     return tuple(sorted(buckets, key=lambda size: (size[0] / size[1], size)))
 
 
-def nearest_bucket(width_pixels: int, height_pixels: int, base_resolution: int) -> tuple[int, int]:
+def nearest_bucket(
+    width_pixels: int, height_pixels: int, base_resolution: int, *, multiple: int = 16
+) -> tuple[int, int]:
     """Return the (height, width) bucket whose aspect ratio is nearest to the image's, on a logarithmic scale."""
     target = np.log(height_pixels / width_pixels)
-    buckets = aspect_buckets(base_resolution)
+    buckets = aspect_buckets(base_resolution, multiple=multiple)
     return min(buckets, key=lambda size: (abs(np.log(size[0] / size[1]) - target), size))
