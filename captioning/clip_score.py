@@ -5,14 +5,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
-from transformers import AutoProcessor, CLIPModel
 
 from captioning.config import CaptioningConfig
 from encoders.devices import choose_device, choose_dtype
+from encoders.vision import ClipTowers
 from encoders.weights import resolve_model
 
 # The last digits of a product depend on what it is batched with.
@@ -31,30 +31,21 @@ class ClipScorer:
         """
         assert config.clip_model is not None
         device = choose_device(config.device, key="captioning.device")
-        source = resolve_model(config.clip_model)
-        loaded: Any = CLIPModel.from_pretrained(
-            source.location, dtype=choose_dtype("auto", device), output_loading_info=True
-        )
-        self._model, loading = loaded
-        if loading["missing_keys"]:
-            missing = ", ".join(sorted(loading["missing_keys"])[:3])
-            raise ValueError(f"captioning.clip_model {config.clip_model!r} is no CLIP: it lacks {missing}")
-        self._model.to(device).eval()
-        self._processor = AutoProcessor.from_pretrained(source.location)
-        self._max_tokens = self._model.config.text_config.max_position_embeddings
+        source, dtype = resolve_model(config.clip_model), choose_dtype("auto", device)
+        self._towers = ClipTowers(source, device=device, dtype=dtype, key="captioning.clip_model")
 
-    def prepare(self, image: Image.Image) -> Tensor:
+    def prepare(self, image: Image.Image) -> np.ndarray:
         """Return an image as CLIP sees it, [3, height, width]; called from several threads."""
-        return self._processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return self._towers.prepare(image)
 
     def collect(self) -> "ImageEmbeddings":
         """Return what takes the images of one slice."""
         return ImageEmbeddings(self)
 
     @torch.inference_mode()
-    def embed_images(self, pixels: Sequence[Tensor]) -> Tensor:
+    def embed_images(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """Return unit embeddings [N, D] on the CPU."""
-        return self._unit(self._model.get_image_features(pixel_values=self._on_device(torch.stack(list(pixels)))))
+        return self._towers.features(torch.from_numpy(np.stack(pixels))).cpu()
 
     @torch.inference_mode()
     def scores(self, embeddings: Tensor, captions: Sequence[str]) -> list[float]:
@@ -63,26 +54,8 @@ class ClipScorer:
         CLIP reads 77 tokens, begin and end included: of a longer caption the start is scored.
         """
         starts = range(0, len(captions), BATCH_SIZE)
-        texts = torch.cat([self._embed_texts(captions[start : start + BATCH_SIZE]) for start in starts])
+        texts = torch.cat([self._towers.text_features(captions[start : start + BATCH_SIZE]).cpu() for start in starts])
         return [round(float(value), NUM_DECIMALS) for value in (embeddings * texts).sum(-1)]
-
-    def _embed_texts(self, captions: Sequence[str]) -> Tensor:
-        inputs = self._processor.tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
-        )
-        device = self._model.device
-        return self._unit(
-            self._model.get_text_features(
-                input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device)
-            )
-        )
-
-    def _on_device(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self._model.device, self._model.dtype)
-
-    @staticmethod
-    def _unit(output: Any) -> Tensor:
-        return functional.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
 class ImageEmbeddings:
@@ -90,7 +63,7 @@ class ImageEmbeddings:
 
     def __init__(self, scorer: ClipScorer) -> None:
         self._scorer = scorer
-        self._waiting: list[Tensor] = []
+        self._waiting: list[np.ndarray] = []
         self._embedded: list[Tensor] = []
 
     def add(self, pixels: Any) -> None:

@@ -11,9 +11,9 @@ from tiny_models import save_llava
 from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
-from sampling.evaluation import inception
+from encoders import inception
+from encoders.inception import BlockA, BlockE, InceptionV3, load_inception
 from sampling.evaluation.config import EvaluationConfig
-from sampling.evaluation.inception import BlockA, BlockE, InceptionV3, load_inception
 from sampling.evaluation.networks import find_networks, load_network
 
 

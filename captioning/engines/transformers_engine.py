@@ -18,7 +18,7 @@ from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, Decodin
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from encoders.devices import choose_device, choose_dtype
-from encoders.weights import resolve_model
+from encoders.weights import require_complete, resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
@@ -147,12 +147,7 @@ def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:
     except OSError as error:
         raise ValueError(f"captioning.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model, loading = loaded
-    missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind])
-    if missing:
-        raise ValueError(
-            f"captioning.model {config.model!r} lacks weights of a {type(model).__name__}: {len(missing)} would stay "
-            f"random ({', '.join(missing[:3])}, ...)"
-        )
+    require_complete(loading, f"captioning.model {config.model!r} lacks weights of a {type(model).__name__}")
     return model
 
 

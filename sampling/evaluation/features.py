@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from encoders.batches import Batches
 from encoders.devices import choose_device
+from encoders.vision import ClipTowers
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
@@ -26,7 +27,7 @@ from pipelines.store.manifest import Fingerprint, ShardDirectory
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.distances import Array, Gaussian, Moments
 from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
-from sampling.evaluation.networks import Clip, NetworkSource, load_network
+from sampling.evaluation.networks import NetworkSource, load_network
 
 FEATURES_VERSION = 1  # raise it when the same images give other features
 STATISTICS_NAME = "statistics.safetensors"
@@ -169,7 +170,7 @@ class FeatureWorker:
             features = self._network.features(torch.from_numpy(pixels)).float()  # [B, D]
             scores: list[float | None] = [None] * len(pictures)
             prompts = [picture.prompt for picture in pictures if picture.prompt is not None]
-            if isinstance(self._network, Clip) and len(prompts) == len(pictures):
+            if isinstance(self._network, ClipTowers) and len(prompts) == len(pictures):
                 cosines = (features * self._network.text_features(prompts)).sum(dim=1)
                 scores = [100 * cosine for cosine in cosines.clamp(min=0).tolist()]
         return list(zip(features.cpu().numpy(), scores, strict=True))
@@ -239,7 +240,7 @@ def compute_features(
     fingerprint = Fingerprint.of(
         {
             "version": FEATURES_VERSION,
-            "network": network.identity,
+            "network": network.source.identity,
             "resizer": network.resizer,
             "images": images.identity,
             "max_pixels": config.max_pixels,
@@ -271,7 +272,7 @@ def compute_features(
             engine=engine.model_copy(update={"in_process": engine.in_process or is_few}),
             max_reject_fraction=config.max_reject_fraction,
             room="evaluation",
-            extra={"images": images.name, "network": network.location},
+            extra={"images": images.name, "network": network.source.location},
         )
     except QuarantinedShardError:
         raise

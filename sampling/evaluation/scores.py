@@ -169,8 +169,8 @@ def _number(
         better=better,
         num_images=samples.num_images,
         num_reference=reference.num_images if reference else 0,
-        network=samples.network.location,
-        network_fingerprint=samples.network.identity,
+        network=samples.network.source.location,
+        network_fingerprint=samples.network.source.identity,
         resizer=samples.network.resizer,
         rejected=rejected,
         remark=remark,
@@ -226,7 +226,7 @@ def describe_score(command: Command) -> list[str]:
     """Return what `score` would do, line by line."""
     config = command.recipe.table("evaluation", EvaluationConfig)
     contestants = find_contestants(command, config)
-    networks = ", ".join(network.location for network in find_networks(config)) or "none"
+    networks = ", ".join(network.source.location for network in find_networks(config)) or "none"
     lines = [f"networks: {networks}; reference: {config.reference or 'none'}"]
     for item in contestants:
         pending = len(item.job.pending())
