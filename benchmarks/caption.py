@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from captioning.config import CaptioningConfig
-from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, TokenizedPrompt
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import Request
 from captioning.engines.transformers_engine import TransformersEngine
@@ -214,7 +214,7 @@ def build_model(shape: Shape, *, device: str, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def make_prompts(shape: Shape) -> tuple[list[Prompt], list[int]]:
+def make_prompts(shape: Shape) -> tuple[list[TokenizedPrompt], list[int]]:
     """Return prepared prompts, and how many tokens each caption gets: log-normal, as the lengths of captions are."""
     rng = np.random.default_rng(SEED)
     side, patch = shape.vision["image_size"], shape.vision["patch_size"]
@@ -223,7 +223,7 @@ def make_prompts(shape: Shape) -> tuple[list[Prompt], list[int]]:
         text = torch.from_numpy(rng.integers(4, shape.text["vocab_size"], shape.num_prompt_tokens))
         input_ids = torch.cat([torch.tensor([1]), torch.full(((side // patch) ** 2,), IMAGE_TOKEN), text])
         pixels = torch.from_numpy(rng.normal(size=(1, 3, side, side)).astype(np.float32))
-        prompts.append(Prompt(input_ids=input_ids, image_inputs={"pixel_values": pixels}, seed=number))
+        prompts.append(TokenizedPrompt(input_ids=input_ids, image_inputs={"pixel_values": pixels}, seed=number))
     lengths = rng.lognormal(np.log(shape.mean_tokens) - 0.08, 0.4, shape.num_images)
     return prompts, [int(length) for length in lengths.clip(2, 3 * shape.mean_tokens)]
 
@@ -258,7 +258,7 @@ class ForceLengths(LogitsProcessor):
 
 
 def generate_forced(
-    model: Any, prompts: Sequence[Prompt], lengths: Sequence[int], *, batch_size: int
+    model: Any, prompts: Sequence[TokenizedPrompt], lengths: Sequence[int], *, batch_size: int
 ) -> list[list[int]]:
     """Caption fixed batches in arrival order with `model.generate`; returns the new tokens."""
     captions: list[list[int]] = []

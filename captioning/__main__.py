@@ -57,7 +57,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         sources=job.sources,
         output=job.output,
         fingerprint=job.fingerprint,
-        engine=job.engine,
+        engine=job.workers,
         max_reject_fraction=job.config.max_reject_fraction,
         room="captioning",
         extra=job.extra,

@@ -39,7 +39,7 @@ class CaptioningJob:
 
     config: CaptioningConfig
     data: DataConfig
-    engine: EngineConfig
+    workers: EngineConfig
     model: ModelSource
     sources: list[Source]
     dialects: dict[str, str]
@@ -54,7 +54,7 @@ class CaptioningJob:
             captioning=self.config,
             dialect=self.data.dialect,
             max_pixels=self.data.max_pixels,
-            num_threads=max(1, int(self.engine.cpus_per_worker)),
+            num_threads=max(1, int(self.workers.cpus_per_worker)),
             settings=updatable(self.fingerprint),
             run=self.run.absolute(),
             earlier=(self.output.path / EARLIER_FOLDER).absolute(),
@@ -115,9 +115,9 @@ def read_job(command: Command) -> CaptioningJob:
     """
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
-    engine = command.recipe.table("engine", EngineConfig)
+    workers = command.recipe.table("engine", EngineConfig)
     paths = _select(data.paths(command.run), config.shards)
-    model = _find_model(config, engine)
+    model = _find_model(config, workers)
     shards = describe_shards(paths, dialect=data.dialect, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
@@ -133,7 +133,7 @@ def read_job(command: Command) -> CaptioningJob:
     return CaptioningJob(
         config=config,
         data=data,
-        engine=engine,
+        workers=workers,
         model=model,
         sources=[shard.source for shard in shards],
         dialects={shard.source.name: shard.dialect for shard in shards},
@@ -143,12 +143,12 @@ def read_job(command: Command) -> CaptioningJob:
     )
 
 
-def _find_model(config: CaptioningConfig, engine: EngineConfig) -> ModelSource:
+def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     if config.engine == "transformers":
         return resolve_model(config.model, config.revision)
-    if engine.gpus_per_worker:
+    if workers.gpus_per_worker:
         raise ValueError(
-            f"engine.gpus_per_worker is {engine.gpus_per_worker}, but workers of captioning.engine = 'openai' use no "
+            f"engine.gpus_per_worker is {workers.gpus_per_worker}, but workers of captioning.engine = 'openai' use no "
             "GPU: set it to 0, and engine.num_workers to a few"
         )
     # What the server loads under this name is not known here; `revision` is the user's word for it.

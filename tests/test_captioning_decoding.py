@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, TokenizedPrompt
 from captioning.engines.llama import LlamaForward
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
@@ -16,7 +16,7 @@ END, IMAGE, NUM_IMAGE_TOKENS = 2, 3, 16
 GREEDY = DecodingSettings(num_slots=4, max_new_tokens=40, temperature=0.0, end_token_ids=frozenset([END]))
 
 
-def alone(prompt: Prompt) -> dict[str, torch.Tensor]:
+def alone(prompt: TokenizedPrompt) -> dict[str, torch.Tensor]:
     """What transformers takes for one prompt."""
     input_ids = prompt.input_ids[None]
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **prompt.image_inputs}
@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[Prompt]:
+def prompts() -> list[TokenizedPrompt]:
     """24 prompts of 20 to 60 tokens, each with its own image."""
     rng = np.random.default_rng(0)
     made = []
@@ -41,7 +41,7 @@ def prompts() -> list[Prompt]:
         text = torch.from_numpy(rng.integers(4, 60, int(rng.integers(3, 43))))
         input_ids = torch.cat([torch.tensor([1]), torch.full((NUM_IMAGE_TOKENS,), IMAGE), text])
         pixels = torch.from_numpy(rng.normal(size=(1, 3, IMAGE_PIXELS, IMAGE_PIXELS)).astype(np.float32))
-        made.append(Prompt(input_ids=input_ids, image_inputs={"pixel_values": pixels}, seed=number))
+        made.append(TokenizedPrompt(input_ids=input_ids, image_inputs={"pixel_values": pixels}, seed=number))
     return made
 
 
@@ -73,7 +73,7 @@ def test_greedy_is_generate_whatever_shares_the_batch(model, prompts, generated,
 
 
 def test_sampling_depends_on_the_seed_and_on_nothing_else(model, prompts, generated) -> None:
-    def sample(num_slots: int, chosen: list[Prompt]) -> list[list[int]]:
+    def sample(num_slots: int, chosen: list[TokenizedPrompt]) -> list[list[int]]:
         settings = dataclasses.replace(GREEDY, num_slots=num_slots, temperature=0.8)
         return [result.token_ids for result in make_decoder(model, settings).decode(chosen)]
 

@@ -53,7 +53,7 @@ PictureWriter = Callable[[Path, Iterable[Picture]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
+class RawDataset:
     """One raw dataset: its size, its layout on disk and how its samples are numbered.
 
     `first_key_range` keeps keys of the two img2dataset datasets apart, whose shards are both numbered from zero.
@@ -81,7 +81,7 @@ class Dataset:
 class PlannedShard:
     """The samples [start, stop) of a dataset, in one tar."""
 
-    dataset: Dataset
+    dataset: RawDataset
     number: int
     start: int
     stop: int
@@ -111,10 +111,10 @@ class PlannedShard:
         return f"{key_range * SAMPLES_PER_IMG2DATASET_KEY_RANGE + index - self.start:09d}"
 
 
-def datasets(config: ToyworldConfig) -> list[Dataset]:
+def datasets(config: ToyworldConfig) -> list[RawDataset]:
     """Return the four datasets of the world at the recipe's sizes."""
     return [
-        Dataset(
+        RawDataset(
             name="laion",
             num_images=config.num_laion,
             shard_digits=5,
@@ -122,10 +122,10 @@ def datasets(config: ToyworldConfig) -> list[Dataset]:
             suffixes=IMG2DATASET_SUFFIXES,
             has_broken_images=True,
         ),
-        Dataset(
+        RawDataset(
             name="sa", num_images=config.num_sa, shard_digits=6, write=write_sa1b_shard, suffixes=TAR_ONLY_SUFFIXES
         ),
-        Dataset(
+        RawDataset(
             name="hq",
             num_images=config.num_hq,
             shard_digits=5,
@@ -133,7 +133,7 @@ def datasets(config: ToyworldConfig) -> list[Dataset]:
             suffixes=IMG2DATASET_SUFFIXES,
             first_key_range=50_000,
         ),
-        Dataset(
+        RawDataset(
             name="imagenet",
             num_images=config.num_imagenet,
             shard_digits=6,
@@ -162,13 +162,13 @@ def _draw_scene(rng: np.random.Generator, *, num_objects: int | None = None, hel
             return scene
 
 
-def draw_sample(config: ToyworldConfig, dataset: Dataset, index: int) -> tuple[Scene, np.random.Generator]:
+def draw_sample(config: ToyworldConfig, dataset: RawDataset, index: int) -> tuple[Scene, np.random.Generator]:
     """Return the scene of a training sample and its random stream, which drawing and wording continue."""
     rng = _sample_rng(config.seed, dataset.name, index)
     return _draw_scene(rng, num_objects=dataset.num_objects), rng
 
 
-def _draw_size(config: ToyworldConfig, dataset: Dataset, rng: np.random.Generator) -> tuple[int, int]:
+def _draw_size(config: ToyworldConfig, dataset: RawDataset, rng: np.random.Generator) -> tuple[int, int]:
     """Width and height in pixels."""
     if dataset.name != "hq":
         side = int(rng.integers(config.min_side_pixels, config.max_side_pixels + 1))

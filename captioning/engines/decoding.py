@@ -22,7 +22,7 @@ IMAGE_INPUTS = ("pixel_values", "image_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class TokenizedPrompt:
     """A tokenized request: `input_ids` int64 [L], image tokens expanded, and the processor's tensors of one image."""
 
     input_ids: Tensor
@@ -74,7 +74,7 @@ class ContinuousDecoder:
         self._results: list[Continuation | None] = []
 
     @torch.inference_mode()
-    def decode(self, prompts: Iterable[Prompt], *, repetition_penalty: float = 1.0) -> list[Continuation]:
+    def decode(self, prompts: Iterable[TokenizedPrompt], *, repetition_penalty: float = 1.0) -> list[Continuation]:
         """Return the continuation of every prompt, in order; prompts are taken as slots become free.
 
         `repetition_penalty` is that of transformers (arXiv 1909.05858): logits of tokens that stand in the prompt or in
@@ -93,7 +93,7 @@ class ContinuousDecoder:
         assert len(results) == len(self._results), "every prompt is continued"
         return results
 
-    def _admit(self, queue: Iterator[Prompt]) -> bool:
+    def _admit(self, queue: Iterator[TokenizedPrompt]) -> bool:
         if self._settings.num_slots - len(self._rows) < self._refill:
             return False
         admitted = list(islice(queue, self._refill))
@@ -101,7 +101,7 @@ class ContinuousDecoder:
             self._prefill(admitted)
         return bool(admitted)
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+    def _prefill(self, prompts: Sequence[TokenizedPrompt]) -> None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
         self._cache.reserve(max(lengths) + self._settings.max_new_tokens)
         images = {name: _stack([prompt.image_inputs[name] for prompt in prompts]) for name in prompts[0].image_inputs}
@@ -132,7 +132,7 @@ class ContinuousDecoder:
             row.length += 1
         self._append(rows, self._choose(logits, rows))
 
-    def _mark_seen(self, prompt: Prompt, logits: Tensor) -> Tensor | None:
+    def _mark_seen(self, prompt: TokenizedPrompt, logits: Tensor) -> Tensor | None:
         if self._penalty == 1.0:
             return None
         seen = torch.zeros_like(logits[0], dtype=torch.bool)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
-from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, Prompt
+from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, TokenizedPrompt
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from encoders.devices import choose_device, choose_dtype
@@ -63,7 +63,7 @@ class TransformersEngine:
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
 
-    def prepare(self, requests: Sequence[Request]) -> list[Prompt | None]:
+    def prepare(self, requests: Sequence[Request]) -> list[TokenizedPrompt | None]:
         """Return each request as token ids and pixels on the CPU, or None; see `CaptionEngine`."""
         if not requests:
             return []
@@ -77,7 +77,7 @@ class TransformersEngine:
             )
         return [self._make_prompt(inputs, row, seed=request.seed) for row, request in enumerate(requests)]
 
-    def _make_prompt(self, inputs: Any, row: int, *, seed: int) -> Prompt | None:
+    def _make_prompt(self, inputs: Any, row: int, *, seed: int) -> TokenizedPrompt | None:
         input_ids = torch.tensor(inputs["input_ids"][row])  # [L]
         image_inputs = {
             name: torch.as_tensor(np.asarray(inputs[name][row]))[None] for name in IMAGE_INPUTS if name in inputs
@@ -86,19 +86,19 @@ class TransformersEngine:
         assert pixels.numel() > 0 and bool(torch.isfinite(pixels).all()), "an image has finite pixels"
         if len(input_ids) + self._max_new_tokens > self._context:
             return None
-        return Prompt(input_ids=input_ids, image_inputs=image_inputs, seed=seed)
+        return TokenizedPrompt(input_ids=input_ids, image_inputs=image_inputs, seed=seed)
 
-    def caption(self, prepared: Iterable[Prompt], *, repetition_penalty: float = 1.0) -> list[Caption]:
+    def caption(self, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float = 1.0) -> list[Caption]:
         """Return one caption per prompt, in order."""
         return self._continue(self._decoder, prepared, repetition_penalty=repetition_penalty)
 
-    def probe(self, prepared: Iterable[Prompt]) -> list[Caption]:
+    def probe(self, prepared: Iterable[TokenizedPrompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
         decoder = ContinuousDecoder(self._forward, self._probe_settings)
         return self._continue(decoder, prepared, repetition_penalty=1.0)
 
     def _continue(
-        self, decoder: ContinuousDecoder, prepared: Iterable[Prompt], *, repetition_penalty: float
+        self, decoder: ContinuousDecoder, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float
     ) -> list[Caption]:
         try:
             continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
