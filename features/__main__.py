@@ -3,13 +3,12 @@
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from encoders.weights import require_model
-from features.jobs import FeatureJob, Inputs, latent_job, manifest_extra, prepare, read_inputs, text_job
+from features.families import wanted_families
+from features.jobs import FeatureJob, Inputs, read_inputs
 from features.plan import print_plan, require_space
-from features.quantization import summarize_storage
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import PARTS_FOLDER
@@ -20,9 +19,6 @@ from pipelines.store.summary import update_summary
 
 log = get_logger("features")
 
-# Reconstructions of the right VAE have 25 dB and more.
-SUSPICIOUS_PSNR_DB = 20.0
-
 
 def main() -> None:
     """Compute the features one stage trains on, or print what that would take."""
@@ -32,11 +28,11 @@ def main() -> None:
     if command.is_plan:
         print_plan(inputs)
         return
-    jobs = ([text_job(inputs)] if inputs.features.text else []) + [latent_job(inputs)]
+    jobs = [family.job(inputs) for family in wanted_families(inputs)]
     is_done = [job.is_done() for job in jobs]
     if not all(is_done):
         require_space(inputs)
-    manifests = {job.family: run_job(job, inputs) for job in jobs}
+    manifests = {job.family.name: run_job(job, inputs) for job in jobs}
     if not all(is_done):
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
 
@@ -45,7 +41,7 @@ def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
     for change in job.changed_settings():
         log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
-    prepare(job, inputs)
+    job.family.prepare(job, inputs)
     is_done = job.is_done()
     if not is_done:
         require_model(job.model, key=job.model_key)
@@ -60,47 +56,24 @@ def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
         fingerprint=job.fingerprint,
         engine=inputs.engine,
         max_reject_fraction=inputs.features.max_reject_fraction,
-        room=f"features {job.family}",
+        room=f"features {job.family.name}",
         upstream=job.upstream,
-        extra={} if is_done else manifest_extra(job, inputs),
+        extra={} if is_done else job.family.manifest_extra(job, inputs),
     )
     # Of a resumed run it is not known here how much an earlier one had done.
     if num_pending and not is_resumed:
         remember_speed(job, inputs, num_samples=num_pending, seconds=time.monotonic() - start_seconds)
-    if not is_done and job.family == "latents":
-        _report_preview(job.worker_config.preview_path, manifest.shards[job.sources[0].name].details)
-    if not is_done and job.family == "text":
-        _report_storage(job, manifest, inputs)
+    if not is_done:
+        job.family.report(job, manifest, inputs)
     return manifest
-
-
-def _report_storage(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
-    storage = inputs.features.text_storage
-    figures = summarize_storage([manifest.shards[source.name].details for source in job.sources])
-    if figures is not None:
-        log.info(
-            f"{storage} text takes {figures['size']:.1%} of bfloat16; "
-            f"relative RMS error {figures['relative_rms_error']:.2%}, cosine {figures['cosine']:.5f}, "
-            f"largest error {figures['max_error']:.2%} of a token's largest value"
-        )
-        update_summary(inputs.run, f"features.{inputs.stage_name}.text_storage", {"storage": storage, **figures})
-
-
-def _report_preview(path: Path, details: dict[str, Any]) -> None:
-    psnr_db = details.get("preview_psnr_db")
-    if psnr_db is None:
-        return
-    log.info(f"{path}: the VAE reconstructs images with {psnr_db:.1f} dB")
-    if psnr_db < SUSPICIOUS_PSNR_DB:
-        log.warning(f"{path}: {psnr_db:.1f} dB is too low for the right VAE; look at the picture before training")
 
 
 def _summarize(inputs: Inputs, jobs: list[FeatureJob], manifests: dict[str, Manifest], *, seconds: float) -> None:
     counts: dict[str, Any] = {}
     for job in jobs:
-        reports = [manifests[job.family].shards[source.name] for source in job.sources]
+        reports = [manifests[job.family.name].shards[source.name] for source in job.sources]
         rejected = sum((Counter(report.rejected) for report in reports), Counter())
-        counts[job.family] = {
+        counts[job.family.name] = {
             "read": sum(report.num_read for report in reports),
             "kept": sum(report.num_kept for report in reports),
             "rejected": dict(sorted(rejected.items())),

@@ -47,6 +47,10 @@ class FeaturesConfig(TableConfig):
         default=True,
         description="Whether captions are encoded; false where only class labels are read (`.cls` members)",
     )
+    families: dict[str, dict[str, Any]] = pydantic.Field(
+        default={},
+        description="Families beside text and latents, each with its own keys: `families.<name>`",
+    )
     captions: list[CaptionConfig] = pydantic.Field(
         default=[CaptionConfig(column="caption")],
         min_length=1,
@@ -136,23 +140,28 @@ def feature_table(recipe: Recipe, name: str) -> FeaturesConfig:
 
 
 def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfig]) -> None:
-    """Refuse tables that would write into one folder what differs: features/text*, features/latent-<resolution>."""
-    owners: dict[tuple[Any, ...], str] = {}
+    """Refuse tables that would write into one folder what differs: features/text*, features/<family>-<resolution>."""
+    owners: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
     for name, table in tables.items():
-        folders: list[tuple[tuple[Any, ...], tuple[str, ...], str]] = [
-            (("latents", table.resolution), LATENT_FIELDS, f"of latents at resolution {table.resolution}")
+        images = {field: getattr(table, field) for field in LATENT_FIELDS}
+        at_resolution = f"at resolution {table.resolution}"
+        folders: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+            (("latents", table.resolution), images, f"of latents {at_resolution}")
         ]
+        for family, settings in table.families.items():
+            values = images | {f"families.{family}": settings}
+            folders.append(((family, table.resolution), values, f"of {family} {at_resolution}"))
         if table.text:
             columns = tuple(table.caption_columns)
-            folders.append((("text", *columns), TEXT_FIELDS, f"of text features of {', '.join(columns)}"))
-        for folder, fields, what in folders:
-            other = owners.setdefault(folder, name)
-            for field in fields:
-                value, found = getattr(table, field), getattr(tables[other], field)
-                if value != found:
+            values = {field: getattr(table, field) for field in TEXT_FIELDS}
+            folders.append((("text", *columns), values, f"of text features of {', '.join(columns)}"))
+        for folder, values, what in folders:
+            other, others = owners.setdefault(folder, (name, values))
+            for field, value in values.items():
+                if value != others[field]:
                     raise ValueError(
                         f"{recipe.path}: features.{name}.{field} = {_shown(value)}, but features.{other}.{field} = "
-                        f"{_shown(found)}; the two would share one folder {what}"
+                        f"{_shown(others[field])}; the two would share one folder {what}"
                     )
 
 

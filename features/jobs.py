@@ -1,26 +1,29 @@
-"""What one `make features STAGE=…` has to do: a text job and a latent job, each with its sources and fingerprint."""
+"""What one `make features STAGE=…` has to do: a job for each family of features, with its sources and fingerprint."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encoders.opening import latent_spec, text_spec
-from encoders.weights import ModelSource, resolve_model
-from features.captions import caption_sources, remember_identities, require_unchanged
+import pydantic
+
+from encoders.weights import ModelSource
 from features.config import FeaturesConfig, feature_table
-from features.latents import LatentWorker, LatentWorkerConfig
-from features.text import TextWorker, TextWorkerConfig
 from pipelines.command import Command
-from pipelines.engine.pieces import ShardWorker, Source, forget_pieces
+from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.run import EngineConfig
-from pipelines.raw.images import aspect_buckets
 from pipelines.raw.shards import describe_shards, recall_shards, select_shards
-from pipelines.recipe import DataConfig
-from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory, texts_digest
-from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
+from pipelines.recipe import DataConfig, TableConfig
+from pipelines.store.families import FamilySchema
+from pipelines.store.feature_store import TAR_BLOCK_BYTES
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 # Raised when a change of code changes the features of unchanged inputs.
 CODE_VERSION = 2
+# safetensors header of one tensor and of one more, and a row of the index.
+HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class Inputs:
 class FeatureJob:
     """One family of features to compute; `model_key` is the recipe key that names its encoder."""
 
-    family: str
+    family: FeatureFamily
     worker_class: type[ShardWorker]
     worker_config: Any
     sources: list[Source]
@@ -77,6 +80,95 @@ class FeatureJob:
         return read_manifest(self.output.path).fingerprint.digest == self.fingerprint.digest
 
 
+@dataclass(frozen=True, kw_only=True)
+class FamilyPlan:
+    """One line of the plan; `pending_samples` are what this run would add to `directory`.
+
+    `job` is None as long as what it reads is not there.
+    """
+
+    family: str
+    directory: Path
+    model: str
+    num_samples: int
+    pending_samples: int
+    bytes_per_sample: int
+    basis: str
+    job: FeatureJob | None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes this run would write."""
+        return self.pending_samples * self.bytes_per_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureFamily:
+    """How one family of features is made: all that `make features` and its plan know of it.
+
+    Attributes:
+        name: as `FamilySchema` has it.
+        is_wanted: whether a table of the recipe asks for it.
+        job: what is to be computed of it; raises what is wrong with its inputs.
+        plan: what that will take, as far as it can be known beforehand.
+        schema: what its directory holds; asked for when the job's model is here, as `facts`.
+        facts: the numbers later stages read from its manifest, so that no recipe types them a second time.
+        probe: its worker's configuration for measuring, which writes into a folder alone.
+        settings: its own keys in the recipe, `families.<name>` of a table.
+        prepare: checks what a pending job is about to read, and repeats what a lost file needs.
+        report: says what a finished job should be judged by.
+    """
+
+    name: str
+    is_wanted: Callable[[FeaturesConfig], bool]
+    job: Callable[[Inputs], FeatureJob]
+    plan: Callable[[Inputs], FamilyPlan]
+    schema: Callable[[FeatureJob, Inputs], FamilySchema]
+    facts: Callable[[FeatureJob, Inputs], Mapping[str, Any]]
+    probe: Callable[[Any, Path], Any]
+    settings: type[TableConfig] = TableConfig
+    prepare: Callable[[FeatureJob, Inputs], None] = lambda job, inputs: None
+    report: Callable[[FeatureJob, Manifest, Inputs], None] = lambda job, manifest, inputs: None
+
+    def read_settings(self, inputs: Inputs) -> TableConfig:
+        """Return its own keys of the recipe.
+
+        Raises:
+            ValueError: one is unknown or wrong; names it.
+        """
+        try:
+            return self.settings.model_validate(inputs.features.families.get(self.name, {}))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, ("features", inputs.stage_name, "families", self.name, *first["loc"])))
+            raise ValueError(f"{key} = {first['input']!r}: {first['msg']}") from None
+
+    def manifest_extra(self, job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+        """Return what its manifest says beyond the counts: the record of its family, its settings, and its facts."""
+        fields = self.settings.model_fields.items()
+        settings = {
+            "settings": self.read_settings(inputs).model_dump(mode="json"),
+            "defaults": {name: field.get_default() for name, field in fields if not field.is_required()},
+        }
+        return {
+            "family": self.schema(job, inputs).spec(),
+            **(settings if self.settings.model_fields else {}),
+            **self.facts(job, inputs),
+        }
+
+
+def member_bytes(payload_bytes: int, *, num_tensors: int, num_rows: int) -> int:
+    """Return the bytes a sample takes in tar and index: its payloads, and what goes around them."""
+    content_bytes = HEADER_BYTES + TENSOR_HEADER_BYTES * (num_tensors - 1) + payload_bytes
+    padded = -(-content_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+    return TAR_BLOCK_BYTES + padded + num_rows * INDEX_ROW_BYTES
+
+
+def count_samples(sources: Sequence[Source]) -> int:
+    """Return the samples of all sources."""
+    return sum(source.num_samples for source in sources)
+
+
 def read_inputs(command: Command) -> Inputs:
     """Validate the recipe's tables and describe the raw shards of the stage.
 
@@ -104,149 +196,3 @@ def _raw_shards(command: Command, data: DataConfig) -> list[str]:
         if remembered := recall_shards(command.run):
             return remembered
         raise
-
-
-def text_job(inputs: Inputs) -> FeatureJob:
-    """Describe the encoding of the stage's captions.
-
-    Raises:
-        FileNotFoundError: captioning has not finished.
-        ValueError: a shard has no captions, they were made from another tar than the one there is now, or lack a
-            column.
-    """
-    features = inputs.features
-    columns = features.caption_columns
-    captions = read_manifest(inputs.run / "captions")
-    output = ShardDirectory(text_directory(inputs.run, columns))
-    model = resolve_model(features.text_model, features.text_revision)
-    return FeatureJob(
-        family="text",
-        worker_class=TextWorker,
-        worker_config=TextWorkerConfig(
-            model=features.text_model,
-            revision=features.text_revision,
-            dtype=features.text_dtype,
-            storage=features.text_storage,
-            max_tokens=features.max_tokens,
-            batch_tokens=features.text_batch_tokens,
-            device=features.device,
-            num_threads=inputs.num_threads,
-            caption_weights={caption.column: caption.weight for caption in features.captions},
-            directory=output.path,
-        ),
-        sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
-        output=output,
-        # Batch and slice sizes are left out: they move embeddings by less than bfloat16 resolves.
-        fingerprint=Fingerprint.of(
-            {
-                "family": "text",
-                "code_version": CODE_VERSION,
-                "text_model": model.identity,
-                "text_dtype": features.text_dtype,
-                "text_storage": features.text_storage,
-                "max_tokens": features.max_tokens,
-                "caption_columns": columns,
-                "caption_weights": [caption.weight for caption in features.captions],
-                "captions": texts_digest(captions),
-            }
-        ),
-        upstream={"captions": texts_digest(captions)},
-        model=model,
-        model_key="features.text_model",
-    )
-
-
-def latent_job(inputs: Inputs) -> FeatureJob:
-    """Describe the encoding of the stage's images."""
-    features = inputs.features
-    model = resolve_model(features.vae_model, features.vae_revision)
-    output = ShardDirectory(latent_directory(inputs.run, features.resolution))
-    return FeatureJob(
-        family="latents",
-        worker_class=LatentWorker,
-        worker_config=LatentWorkerConfig(
-            model=features.vae_model,
-            revision=features.vae_revision,
-            dtype=features.vae_dtype,
-            batch_size=features.vae_batch_size,
-            device=features.device,
-            num_threads=inputs.num_threads,
-            decode_threads=features.decode_threads,
-            resolution=features.resolution,
-            is_bucketed=features.buckets,
-            dialect=inputs.data.dialect,
-            max_pixels=inputs.data.max_pixels,
-            run=inputs.run.absolute(),
-            preview_shard=inputs.raw[0].name,
-            preview_path=output.path / f"preview-{inputs.stage_name}.png",
-            num_preview_images=features.num_preview_images,
-        ),
-        sources=inputs.raw,
-        output=output,
-        fingerprint=Fingerprint.of(
-            {
-                "family": "latents",
-                "code_version": CODE_VERSION,
-                "vae_model": model.identity,
-                "vae_dtype": features.vae_dtype,
-                "resolution": features.resolution,
-                "buckets": features.buckets,
-                "dialect": inputs.data.dialect,
-                "max_pixels": inputs.data.max_pixels,
-            }
-        ),
-        upstream={},
-        model=model,
-        model_key="features.vae_model",
-    )
-
-
-def manifest_extra(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
-    """Return the numbers later stages read from the manifest, so that no recipe types them a second time."""
-    features = inputs.features
-    missing = f"{job.model.location} has been loaded, but its config.json is not in the cache"
-    if job.family == "text":
-        encoder = text_spec(job.model, max_tokens=features.max_tokens)
-        assert encoder is not None, missing
-        text = {
-            "model": features.text_model,
-            "revision": features.text_revision,
-            "dtype": features.text_dtype,
-            "storage": features.text_storage,
-            "max_tokens": encoder.max_tokens,
-            "cleaning": encoder.cleaning,
-            "d_text": encoder.width,
-        }
-        return {"text": text, "captions": [caption.model_dump() for caption in features.captions]}
-    codec = latent_spec(job.model)
-    assert codec is not None, missing
-    vae = {
-        "model": features.vae_model,
-        "revision": features.vae_revision,
-        "dtype": features.vae_dtype,
-        "channels": codec.channels,
-        "factor": codec.factor,
-        "has_std": codec.has_std,
-        "scaling_factor": codec.scale,
-        "shift_factor": codec.shift,
-    }
-    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
-    return {"vae": vae, "resolution": features.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
-
-
-def prepare(job: FeatureJob, inputs: Inputs) -> None:
-    """Check what a pending job is about to read, and repeat what a lost file needs.
-
-    Raises:
-        ValueError: a caption file is not the one its manifest describes; names it.
-    """
-    if job.family != "text":
-        return
-    captions = read_manifest(inputs.run / "captions")
-    for source in job.pending():
-        require_unchanged(source, captions)
-    remember_identities(job.sources, captions=captions, directory=job.output.path)
-    if not (job.output.path / NULL_CAPTION_FILE).is_file():
-        # The workers write it, so one shard has to be done again, finished parts of it too.
-        forget_pieces(job.sources[0].name, job.output)
-        job.output.clear_marker(job.sources[0].name)

@@ -1,4 +1,8 @@
-"""The latent family: images of the raw tars to VAE latents in `features/latent-<resolution>/<shard>.tar`."""
+"""The latent family: images of the raw tars to VAE latents in `features/latent-<resolution>/<shard>.tar`.
+
+Other families that are made of the images, such as an edge map for a control branch, go through the same codec with the
+same crops: a subclass of `LatentWorker` says what it makes of an image, and `image_job` describes its job.
+"""
 
 # B batch, C latent channels, H W pixels, h w latent height and width
 
@@ -6,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +18,27 @@ import numpy as np
 
 from encoders.batches import Batches
 from encoders.devices import choose_device
-from encoders.opening import open_codec
+from encoders.latents import LatentSpec
+from encoders.opening import latent_spec, open_codec
+from encoders.weights import resolve_model
+from features.jobs import CODE_VERSION, FamilyPlan, FeatureFamily, FeatureJob, Inputs, count_samples, member_bytes
 from features.preview import write_preview
 from pipelines.engine.pieces import Piece, PieceReport
-from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
+from pipelines.engine.progress import get_logger
+from pipelines.raw.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, resize_and_crop
 from pipelines.raw.shards import RawSample, RawShard, open_shard
-from pipelines.store.families import LATENT_SCHEMA
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, payload_crc32, write_index
+from pipelines.recipe import TableConfig
+from pipelines.store.families import FamilySchema, image_directory, latent_schema
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
+
+log = get_logger("features")
+
+# Of the paper's VAE, for planning before one is downloaded.
+PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
+# Reconstructions of the right VAE have 25 dB and more.
+SUSPICIOUS_PSNR_DB = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +46,13 @@ class LatentWorkerConfig:
     """What a `LatentWorker` needs; it writes `preview_path` when it comes by the start of `preview_shard`.
 
     Attributes:
+        family: that it makes; `leads` as `FamilySchema` has it, and `settings` as the family does.
         run: where the headers of the raw shards are remembered.
     """
 
+    family: str
+    leads: bool
+    settings: TableConfig
     model: str
     revision: str | None
     dtype: str
@@ -51,14 +72,14 @@ class LatentWorkerConfig:
 
 @dataclass
 class _Picture:
-    """An image cropped to its bucket, [H, W, 3] until it is encoded, then its latent (mean, std), each [C, h, w].
+    """An image cropped to its bucket, [H, W, 3] until it is encoded, then its latent: mean and maybe std, [C, h, w].
 
     Of a reject there is only the index row.
     """
 
     row: dict[str, Any]
     pixels: np.ndarray | None = None
-    latent: tuple[np.ndarray, np.ndarray] | None = None
+    latent: tuple[np.ndarray, ...] | None = None
 
 
 class LatentWorker:
@@ -71,31 +92,36 @@ class LatentWorker:
         import torch
 
         torch.set_num_threads(config.num_threads)
-        self._config = config
+        self.config = config
         device = choose_device(config.device, key="features.device")
         self._codec = open_codec(config.model, config.revision, device=device, dtype=config.dtype)
+        self._family = latent_schema(has_std=self._codec.spec.has_std, name=config.family, leads=config.leads)
         self._batches = Batches(config.batch_size)
         self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
         self._wait_seconds = 0.0
+
+    def depict(self, image: np.ndarray) -> np.ndarray:
+        """Return the picture that is encoded of a cropped image, both uint8 [H, W, 3]: here the image itself."""
+        return image
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         self._wait_seconds, start_seconds = 0.0, time.perf_counter()
         rows: list[dict[str, Any]] = []
         details: dict[str, Any] = {}
-        source, run = piece.source, self._config.run
+        source, run = piece.source, self.config.run
         with (
-            open_shard(source.path, self._config.dialect, run=run, identity=source.identity) as raw,
+            open_shard(source.path, self.config.dialect, run=run, identity=source.identity) as raw,
             atomic_file(piece.output(".tar")) as tar_path,
             FeatureTarWriter(tar_path) as tar,
         ):
             for start, stop in piece.slices():
                 pictures = self._encode_slice(raw, raw.samples[start:stop])
-                rows += [_store(picture, tar) for picture in pictures]
-            if piece.start == 0 and raw.name == self._config.preview_shard:
+                rows += [self._store(picture, tar) for picture in pictures]
+            if piece.start == 0 and raw.name == self.config.preview_shard:
                 details = self._preview(raw)
         with atomic_file(piece.output(".parquet")) as index_path:
-            write_index(index_path, rows, LATENT_SCHEMA)
+            write_index(index_path, rows, self._family.columns)
         rejected = Counter(row["reject"] for row in rows if row.get("reject") is not None)
         return PieceReport(
             num_read=len(rows),
@@ -135,7 +161,7 @@ class LatentWorker:
                 row["label"] = raw.label(sample)
                 if row["label"] is None and is_labelled:
                     row["reject"] = "no_label"
-            futures.append(self._threads.submit(_prepare, row, data, self._config))
+            futures.append(self._threads.submit(self._prepare, row, data))
             if len(futures) > 2 * self._batches.size:
                 yield self._wait(futures.popleft())
         while futures:
@@ -152,64 +178,194 @@ class LatentWorker:
             picture.latent = latent
             picture.pixels = None
 
-    def _encode_batch(self, pictures: Sequence[_Picture]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _encode_batch(self, pictures: Sequence[_Picture]) -> list[tuple[np.ndarray, ...]]:
         import torch
 
         images = np.stack([picture.pixels for picture in pictures if picture.pixels is not None])  # [B, H, W, 3]
-        mean, std = self._codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2))  # [B, C, h, w]
-        assert std is not None, "latents are stored with their deviation"
-        return list(zip(mean.half().numpy(), std.half().numpy(), strict=True))
+        moments = self._codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2))  # [B, C, h, w]
+        arrays = [moment.half().numpy() for moment in moments if moment is not None]
+        return list(zip(*arrays, strict=True))
 
     def _preview(self, raw: RawShard) -> dict[str, Any]:
         """Write originals above their reconstructions; returns the mean PSNR, and nothing if no image is usable."""
         originals: list[np.ndarray] = []
-        for picture in self._decode_ahead(raw, raw.samples[: 2 * self._config.num_preview_images]):
-            if picture.pixels is not None and len(originals) < self._config.num_preview_images:
+        for picture in self._decode_ahead(raw, raw.samples[: 2 * self.config.num_preview_images]):
+            if picture.pixels is not None and len(originals) < self.config.num_preview_images:
                 originals.append(picture.pixels)
         if not originals:
             return {}
-        return {"preview_psnr_db": write_preview(self._config.preview_path, originals, self._codec)}
+        return {"preview_psnr_db": write_preview(self.config.preview_path, originals, self._codec)}
+
+    def _prepare(self, row: dict[str, Any], data: bytes) -> _Picture:
+        if row["reject"] is not None:
+            return _Picture(row)
+        resolution, max_pixels = self.config.resolution, self.config.max_pixels
+        try:
+            image = decode_image(data, max_pixels=max_pixels)
+            height, width = resolution, resolution
+            if self.config.is_bucketed:
+                height, width = nearest_bucket(image.width, image.height, resolution)
+            cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
+        except SampleReject as reject:
+            return _Picture(row | {"reject": reject.reason})
+        geometry = {
+            "bucket": f"{height}x{width}",
+            "original_width": image.width,
+            "original_height": image.height,
+            "resized_width": crop.resized_width,
+            "resized_height": crop.resized_height,
+            "crop_x": crop.x,
+            "crop_y": crop.y,
+        }
+        return _Picture(row | geometry, self.depict(np.array(cropped)))
+
+    def _store(self, picture: _Picture, tar: FeatureTarWriter) -> dict[str, Any]:
+        """Write one latent; returns its index row."""
+        if picture.latent is None:
+            return picture.row
+        # float16 overflows at 65504, far beyond any sound latent; what does is inf here and rejected like nan.
+        if not all(np.isfinite(array).all() for array in picture.latent):
+            return picture.row | {"reject": "non_finite_latent"}
+        row = dict(picture.row)
+        self._family.write(tar, [row], [picture.latent])
+        return row
 
 
-def _prepare(row: dict[str, Any], data: bytes, config: LatentWorkerConfig) -> _Picture:
-    if row["reject"] is not None:
-        return _Picture(row)
-    try:
-        image = decode_image(data, max_pixels=config.max_pixels)
-        height, width = config.resolution, config.resolution
-        if config.is_bucketed:
-            height, width = nearest_bucket(image.width, image.height, config.resolution)
-        cropped, crop = resize_and_crop(image, width, height, max_pixels=config.max_pixels)
-    except SampleReject as reject:
-        return _Picture(row | {"reject": reject.reason})
-    geometry = {
-        "bucket": f"{height}x{width}",
-        "original_width": image.width,
-        "original_height": image.height,
-        "resized_width": crop.resized_width,
-        "resized_height": crop.resized_height,
-        "crop_x": crop.x,
-        "crop_y": crop.y,
+def latent_job(inputs: Inputs) -> FeatureJob:
+    """Describe the encoding of the stage's images."""
+    return image_job(inputs, LATENTS)
+
+
+def image_job(
+    inputs: Inputs,
+    family: FeatureFamily,
+    *,
+    worker_class: type[LatentWorker] = LatentWorker,
+) -> FeatureJob:
+    """Describe what a latent worker makes of the stage's images, in `features/<family>-<resolution>`.
+
+    Latents themselves lie in `features/latent-<resolution>`. Settings of a family are part of its fingerprint.
+    """
+    leads, settings = family is LATENTS, family.read_settings(inputs)
+    features = inputs.features
+    model = resolve_model(features.vae_model, features.vae_revision)
+    output = ShardDirectory(image_directory(inputs.run, "latent" if leads else family.name, features.resolution))
+    return FeatureJob(
+        family=family,
+        worker_class=worker_class,
+        worker_config=LatentWorkerConfig(
+            family=family.name,
+            leads=leads,
+            settings=settings,
+            model=features.vae_model,
+            revision=features.vae_revision,
+            dtype=features.vae_dtype,
+            batch_size=features.vae_batch_size,
+            device=features.device,
+            num_threads=inputs.num_threads,
+            decode_threads=features.decode_threads,
+            resolution=features.resolution,
+            is_bucketed=features.buckets,
+            dialect=inputs.data.dialect,
+            max_pixels=inputs.data.max_pixels,
+            run=inputs.run.absolute(),
+            preview_shard=inputs.raw[0].name,
+            preview_path=output.path / f"preview-{inputs.stage_name}.png",
+            num_preview_images=features.num_preview_images,
+        ),
+        sources=inputs.raw,
+        output=output,
+        fingerprint=Fingerprint.of(
+            {
+                "family": family.name,
+                "code_version": CODE_VERSION,
+                "vae_model": model.identity,
+                "vae_dtype": features.vae_dtype,
+                "resolution": features.resolution,
+                "buckets": features.buckets,
+                "dialect": inputs.data.dialect,
+                "max_pixels": inputs.data.max_pixels,
+                **settings.model_dump(mode="json"),
+            }
+        ),
+        upstream={},
+        model=model,
+        model_key="features.vae_model",
+    )
+
+
+def plan_images(job: FeatureJob, inputs: Inputs) -> FamilyPlan:
+    """Return what a job of `image_job` will take."""
+    spec = latent_spec(job.model) or PUBLISHED_VAE
+    resolution = inputs.features.resolution
+    tensors = "mean and std" if spec.has_std else "mean"
+    crop = "aspect buckets" if inputs.features.buckets else "centre crop"
+    return FamilyPlan(
+        family=job.family.name,
+        directory=job.output.path,
+        model=inputs.features.vae_model,
+        num_samples=count_samples(job.sources),
+        pending_samples=count_samples(job.pending()),
+        # Every bucket has about the area of the square.
+        bytes_per_sample=latent_bytes(resolution**2, spec),
+        basis=f"{resolution} x {resolution} pixels, {crop}: {spec.channels} channels, {tensors} fp16",
+        job=job,
+    )
+
+
+def latent_bytes(num_pixels: int, spec: LatentSpec) -> int:
+    """Return the bytes one image takes in tar and index: mean and, if the codec has one, std, in fp16."""
+    num_tensors = 2 if spec.has_std else 1
+    num_values = num_tensors * spec.channels * (num_pixels // spec.factor**2)
+    return member_bytes(2 * num_values, num_tensors=num_tensors, num_rows=1)
+
+
+def image_schema(job: FeatureJob, inputs: Inputs) -> FamilySchema:
+    """Return the record of a family that `image_job` makes; of latents, the one that leads."""
+    return latent_schema(has_std=_spec(job).has_std, name=job.family.name, leads=job.family is LATENTS)
+
+
+def _spec(job: FeatureJob) -> LatentSpec:
+    spec = latent_spec(job.model)
+    assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
+    return spec
+
+
+def image_facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+    """Return what later stages need to know of latents: the codec, and where images were cut."""
+    features, codec = inputs.features, _spec(job)
+    vae = {
+        "model": features.vae_model,
+        "revision": features.vae_revision,
+        "dtype": features.vae_dtype,
+        "channels": codec.channels,
+        "factor": codec.factor,
+        "has_std": codec.has_std,
+        "scaling_factor": codec.scale,
+        "shift_factor": codec.shift,
     }
-    return _Picture(row | geometry, np.array(cropped))
+    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
+    return {"vae": vae, "resolution": features.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 
-def _store(picture: _Picture, tar: FeatureTarWriter) -> dict[str, Any]:
-    """Write one latent; returns its index row."""
-    if picture.latent is None:
-        return picture.row
-    mean, std = picture.latent
-    # float16 overflows at 65504, far beyond any sound latent; what does is inf here and rejected like nan.
-    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-        return picture.row | {"reject": "non_finite_latent"}
-    offsets = tar.add(picture.row["key"], {"mean": mean, "std": std})
-    channels, height, width = mean.shape
-    return picture.row | {
-        "mean_offset": offsets["mean"],
-        "std_offset": offsets["std"],
-        "nbytes": mean.nbytes,
-        "crc32": payload_crc32(mean, std),
-        "channels": channels,
-        "height": height,
-        "width": width,
-    }
+def report_preview(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
+    """Say how well the codec gives the images of the preview back."""
+    path = job.worker_config.preview_path
+    psnr_db = manifest.shards[job.sources[0].name].details.get("preview_psnr_db")
+    if psnr_db is None:
+        return
+    log.info(f"{path}: the VAE reconstructs images with {psnr_db:.1f} dB")
+    if psnr_db < SUSPICIOUS_PSNR_DB:
+        log.warning(f"{path}: {psnr_db:.1f} dB is too low for the right VAE; look at the picture before training")
+
+
+LATENTS = FeatureFamily(
+    name="latents",
+    is_wanted=lambda features: True,
+    job=latent_job,
+    plan=lambda inputs: plan_images(latent_job(inputs), inputs),
+    schema=image_schema,
+    facts=image_facts,
+    probe=lambda config, folder: replace(config, preview_shard=""),
+    report=report_preview,
+)

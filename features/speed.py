@@ -3,12 +3,11 @@
 import os
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from encoders.weights import is_model_here
 from features.jobs import FeatureJob, Inputs
-from features.latents import LatentWorkerConfig
 from pipelines.engine.pieces import Piece
 from pipelines.engine.run import EngineConfig
 from pipelines.store.summary import read_summary, update_summary
@@ -81,12 +80,7 @@ def _measure(job: FeatureJob, inputs: Inputs, *, num_workers: int) -> Speed:
     """Run the job's own worker on the first samples that are pending, in a folder that is then removed."""
     source = max(job.pending(), key=lambda source: source.num_samples)
     with tempfile.TemporaryDirectory(prefix="features-plan-") as folder:
-        config = job.worker_config
-        if isinstance(config, LatentWorkerConfig):
-            config = replace(config, preview_shard="")
-        else:
-            config = replace(config, directory=Path(folder))
-        worker = job.worker_class(config)
+        worker = job.worker_class(job.family.probe(job.worker_config, Path(folder)))
 
         def run(num_samples: int) -> float:
             piece = Piece(

@@ -4,23 +4,40 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from encoders.devices import choose_device
-from encoders.opening import open_text_encoder
-from features.quantization import StoredText, measure_error, restore_text, store_text
-from pipelines.engine.pieces import Piece, PieceReport
-from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, payload_crc32, write_index, write_tensors
+from encoders.opening import open_text_encoder, text_spec
+from encoders.text import DEFAULT_CLEANING, TextSpec, clean_text
+from encoders.tokens import TOKENIZER_FILE, load_tokenizer
+from encoders.weights import ModelSource, find_file, resolve_model
+from features.captions import caption_sources, remember_identities, require_unchanged
+from features.jobs import CODE_VERSION, FamilyPlan, FeatureFamily, FeatureJob, Inputs, count_samples, member_bytes
+from features.quantization import StoredText, measure_error, restore_text, store_text, summarize_storage
+from pipelines.engine.pieces import Piece, PieceReport, Source, forget_pieces
+from pipelines.engine.progress import get_logger
+from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema, texts_digest
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
 from pipelines.store.files import atomic_file
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
+from pipelines.store.summary import update_summary
 
 if TYPE_CHECKING:
     import torch
+
+log = get_logger("features")
+
+# Width of the published T5 encoders, for planning before one is downloaded.
+PUBLISHED_D_TEXT = {"google/flan-t5-xxl": 4096, "google/flan-t5-xl": 2048, "DeepFloyd/t5-v1_1-xxl": 4096}
+DEFAULT_D_TEXT = 4096
+NUM_PROBED_CAPTIONS, NUM_PROBED_SHARDS = 1000, 10
+TOKENS_PER_WORD = 1.3
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +83,9 @@ class TextWorker:
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
         )
+        self._family = text_schema(
+            config.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
+        )
         # Every worker writes the same bytes, each atomically, so it does not matter which one is last.
         (null_embedding,) = self._encoder.encode([""])
         null = store_text(null_embedding, "bfloat16")
@@ -80,7 +100,7 @@ class TextWorker:
             for start, stop in piece.slices():
                 rows += self._encode_slice(samples[start - piece.start : stop - piece.start], tar, tally)
         with atomic_file(piece.output(".parquet")) as index_path:
-            write_index(index_path, rows, TEXT_SCHEMA)
+            write_index(index_path, rows, self._family.columns)
         return PieceReport(
             num_read=len(samples),
             num_kept=len(samples) - tally.rejected.total(),
@@ -105,7 +125,9 @@ class TextWorker:
                     else:
                         caption.row["reject"] = "non_finite_text"
             if stored:
-                _write_sample(captions, stored, tar)
+                kept = [captions[index].row for index in stored]
+                parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
+                self._family.write(tar, kept, parts)
             else:
                 tally.rejected[captions[0].row["reject"]] += 1
             rows += [caption.row for caption in captions]
@@ -135,23 +157,6 @@ class _TextCounts:
             self.details[name] = max(before, value) if name.startswith("max_") else before + value
 
 
-def _write_sample(captions: Sequence[_Caption], stored: Mapping[int, StoredText], tar: FeatureTarWriter) -> None:
-    """Write one sample's member, and put into its captions' rows where each payload is."""
-    # Scales last: values then start at multiples of a cache line for every D that is one itself.
-    tensors: dict[str, np.ndarray] = {f"embedding_{index}": text.values for index, text in stored.items()}
-    tensors |= {f"scale_{index}": text.scale for index, text in stored.items() if text.scale is not None}
-    offsets = tar.add(captions[0].row["key"], tensors)
-    for index, text in stored.items():
-        payloads = [text.values] if text.scale is None else [text.values, text.scale]
-        captions[index].row.update(
-            offset=offsets[f"embedding_{index}"],
-            scale_offset=offsets.get(f"scale_{index}"),
-            nbytes=text.values.nbytes,
-            crc32=payload_crc32(*payloads),
-            num_tokens=len(text.values),
-        )
-
-
 def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
     """Return the captions of each sample, one per column of `weights`, those it lacks too."""
     columns = ["key", *weights, "reject"]
@@ -170,3 +175,179 @@ def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapp
         reject = f"no_{column}"
     content = {"key": row["key"], "shard": shard, "caption_index": index, "weight": weight, "reject": reject}
     return _Caption(text=text, row=content)
+
+
+def text_job(inputs: Inputs) -> FeatureJob:
+    """Describe the encoding of the stage's captions.
+
+    Raises:
+        FileNotFoundError: captioning has not finished.
+        ValueError: a shard has no captions, they were made from another tar than the one there is now, or lack a
+            column.
+    """
+    features, columns = inputs.features, inputs.features.caption_columns
+    captions = read_manifest(inputs.run / "captions")
+    output = ShardDirectory(text_directory(inputs.run, columns))
+    model = resolve_model(features.text_model, features.text_revision)
+    return FeatureJob(
+        family=TEXT,
+        worker_class=TextWorker,
+        worker_config=TextWorkerConfig(
+            model=features.text_model,
+            revision=features.text_revision,
+            dtype=features.text_dtype,
+            storage=features.text_storage,
+            max_tokens=features.max_tokens,
+            batch_tokens=features.text_batch_tokens,
+            device=features.device,
+            num_threads=inputs.num_threads,
+            caption_weights={caption.column: caption.weight for caption in inputs.features.captions},
+            directory=output.path,
+        ),
+        sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
+        output=output,
+        # Batch and slice sizes are left out: they move embeddings by less than bfloat16 resolves.
+        fingerprint=Fingerprint.of(
+            {
+                "family": "text",
+                "code_version": CODE_VERSION,
+                "text_model": model.identity,
+                "text_dtype": features.text_dtype,
+                "text_storage": features.text_storage,
+                "max_tokens": features.max_tokens,
+                "caption_columns": columns,
+                "caption_weights": [caption.weight for caption in inputs.features.captions],
+                "captions": texts_digest(captions),
+            }
+        ),
+        upstream={"captions": texts_digest(captions)},
+        model=model,
+        model_key="features.text_model",
+    )
+
+
+def _plan_text(inputs: Inputs) -> FamilyPlan:
+    features = inputs.features
+    model = resolve_model(features.text_model, features.text_revision)
+    spec = text_spec(model, max_tokens=features.max_tokens)
+    d_text = spec.width if spec else PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT)
+    num_samples = pending_samples = count_samples(inputs.raw)
+    columns = inputs.features.caption_columns
+    num_tokens, basis = float(features.max_tokens * len(columns)), "no captions yet: at most"
+    job = None
+    if (inputs.run / "captions" / MANIFEST_NAME).is_file():
+        job = text_job(inputs)
+        pending_samples = count_samples(job.pending())
+        num_tokens, basis = _mean_tokens(job.sources, model, inputs)
+    return FamilyPlan(
+        family="text",
+        directory=text_directory(inputs.run, columns),
+        model=features.text_model,
+        num_samples=num_samples,
+        pending_samples=pending_samples,
+        bytes_per_sample=text_bytes(num_tokens, d_text, storage=features.text_storage, num_captions=len(columns)),
+        basis=f"{basis} {num_tokens:.0f} tokens x {d_text} {features.text_storage}",
+        job=job,
+    )
+
+
+def text_bytes(num_tokens: float, d_text: int, *, storage: str = "bfloat16", num_captions: int = 1) -> int:
+    """Return the bytes a sample's captions take in tar and index: values, scales, and what goes around them.
+
+    Args:
+        num_tokens: of all captions of the sample together.
+        d_text: width of an embedding.
+        storage: as `features.text_storage`.
+        num_captions: tensors of the sample; with 8 bits each has a scale beside it.
+    """
+    is_16_bit = storage == "bfloat16"
+    num_tensors = num_captions * (1 if is_16_bit else 2)
+    payload_bytes = round(num_tokens * (2 * d_text if is_16_bit else d_text + SCALE_BYTES))
+    return member_bytes(payload_bytes, num_tensors=num_tensors, num_rows=num_captions)
+
+
+def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) -> tuple[float, str]:
+    """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
+    columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
+    probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
+    tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
+    kept = [table.filter(pc.field("reject").is_null()) for table in tables]
+    rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
+    samples = [[clean_text(row[column] or "", DEFAULT_CLEANING) for column in columns] for row in rows]
+    samples = [texts for sample in samples if (texts := [text for text in sample if text])]
+    if not samples:
+        return float(limit * len(columns)), "no text to measure: at most"
+    texts = [text for sample in samples for text in sample]
+    tokenizer_file = find_file(model, TOKENIZER_FILE)
+    if tokenizer_file is None:
+        lengths = [TOKENS_PER_WORD * len(text.split()) + 1 for text in texts]
+        basis = f"{len(texts)} captions, {TOKENS_PER_WORD} tokens a word as the tokenizer is not here:"
+    else:
+        encodings = load_tokenizer(tokenizer_file).encode_batch(texts)
+        lengths = [len(encoding.ids) for encoding in encodings]
+        basis = f"mean of {len(texts)} captions:"
+    if len(columns) > 1:
+        basis = f"{basis} {len(texts) / len(samples):.1f} a sample,"
+    return sum(min(length, limit) for length in lengths) / len(samples), basis
+
+
+def _schema(job: FeatureJob, inputs: Inputs) -> FamilySchema:
+    columns = inputs.features.caption_columns
+    return text_schema(inputs.features.text_storage, _spec(job, inputs).width, rows_per_sample=len(columns))
+
+
+def _spec(job: FeatureJob, inputs: Inputs) -> TextSpec:
+    spec = text_spec(job.model, max_tokens=inputs.features.max_tokens)
+    assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
+    return spec
+
+
+def _facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+    features, encoder = inputs.features, _spec(job, inputs)
+    text = {
+        "model": features.text_model,
+        "revision": features.text_revision,
+        "dtype": features.text_dtype,
+        "storage": features.text_storage,
+        "max_tokens": encoder.max_tokens,
+        "cleaning": encoder.cleaning,
+        "d_text": encoder.width,
+    }
+    return {"text": text, "captions": [caption.model_dump() for caption in inputs.features.captions]}
+
+
+def _prepare(job: FeatureJob, inputs: Inputs) -> None:
+    """Refuse captions that are not those of their manifest, and have a lost null caption written again."""
+    captions = read_manifest(inputs.run / "captions")
+    for source in job.pending():
+        require_unchanged(source, captions)
+    remember_identities(job.sources, captions=captions, directory=job.output.path)
+    if not (job.output.path / NULL_CAPTION_FILE).is_file():
+        # The workers write it, so one shard has to be done again, finished parts of it too.
+        forget_pieces(job.sources[0].name, job.output)
+        job.output.clear_marker(job.sources[0].name)
+
+
+def _report(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
+    storage = inputs.features.text_storage
+    figures = summarize_storage([manifest.shards[source.name].details for source in job.sources])
+    if figures is not None:
+        log.info(
+            f"{storage} text takes {figures['size']:.1%} of bfloat16; "
+            f"relative RMS error {figures['relative_rms_error']:.2%}, cosine {figures['cosine']:.5f}, "
+            f"largest error {figures['max_error']:.2%} of a token's largest value"
+        )
+        update_summary(inputs.run, f"features.{inputs.stage_name}.text_storage", {"storage": storage, **figures})
+
+
+TEXT = FeatureFamily(
+    name="text",
+    is_wanted=lambda features: features.text,
+    job=text_job,
+    plan=_plan_text,
+    schema=_schema,
+    facts=_facts,
+    probe=lambda config, folder: replace(config, directory=folder),
+    prepare=_prepare,
+    report=_report,
+)

@@ -13,7 +13,9 @@ from PIL import Image
 
 from encoders.kl import KLCodec
 from encoders.opening import open_codec, open_text_encoder
-from features.jobs import latent_job, read_inputs, text_job
+from features.jobs import read_inputs
+from features.latents import latent_job
+from features.text import text_job
 from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
 from pipelines.raw.images import aspect_buckets, resize_and_crop
@@ -143,7 +145,7 @@ def test_bytes_do_not_depend_on_cuts(finished, tmp_path):
         )
     )
     for job in (text_job(inputs), latent_job(inputs)):
-        output = ShardDirectory(tmp_path / job.family)
+        output = ShardDirectory(tmp_path / job.family.name)
         worker = job.worker_class(job.worker_config)
         pieces = cut_into_pieces(job.sources, output, num_workers=100, samples_per_slice=8)
         assert len(pieces) == 6

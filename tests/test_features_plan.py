@@ -9,9 +9,11 @@ from feature_run import extract, write_run
 from rich.console import Console
 
 from features import plan
-from features.jobs import latent_job, read_inputs, text_job
-from features.plan import PUBLISHED_VAE, format_bytes, latent_bytes, plan_families, text_bytes
+from features.jobs import read_inputs
+from features.latents import PUBLISHED_VAE, latent_bytes, latent_job
+from features.plan import format_bytes, plan_families
 from features.speed import Speed, find_speed
+from features.text import text_bytes, text_job
 from pipelines.command import parse_command
 from pipelines.store.summary import read_summary
 
@@ -91,7 +93,7 @@ def test_a_run_is_remembered_and_its_speed_is_used_for_the_same_settings_only(tm
         assert (speed.basis, speed.num_workers) == ("as in the last run", 1)
         assert 0 < speed.samples_per_second < 10_000
     measured = []
-    monkeypatch.setattr("features.speed._measure", lambda job, inputs, *, num_workers: measured.append(job.family))
+    monkeypatch.setattr("features.speed._measure", lambda job, inputs, *, num_workers: measured.append(job.family.name))
     other = inputs_of(run, "features.max_tokens=5")
     find_speed(text_job(other), other)
     assert measured == ["text"]

@@ -183,7 +183,7 @@ def test_features_of_an_older_version_are_named_as_such(run):
     directory = run / "features" / "text"
     path = directory / MANIFEST_NAME
     content = json.loads(path.read_text())
-    del content["extra"]["text"]["storage"], content["extra"]["captions"]
+    del content["extra"]["text"]["storage"], content["extra"]["captions"], content["extra"]["family"]
     path.write_text(json.dumps(content))
     index = directory / f"{SHARD}.parquet"
     pq.write_table(pq.read_table(index).drop_columns(["crc32", "scale_offset"]), index)
