@@ -33,10 +33,14 @@ class SamplingConfig(TableConfig):
         pattern=r"^\d+x\d+$",
         description="Width x height in pixels, such as 1024x768; null = what the checkpoint was trained at",
     )
-    solver: Literal["dpm-solver++", "iddpm", "sa-solver"] = pydantic.Field(
-        default="dpm-solver++", description="Sampling algorithm; the paper settles on DPM-Solver with 20 steps"
+    solver: Literal["dpm-solver++", "iddpm", "sa-solver", "euler", "heun"] = pydantic.Field(
+        default="dpm-solver++",
+        description="Sampling algorithm; the paper settles on DPM-Solver with 20 steps. iddpm and sa-solver are for "
+        "checkpoints of process ddpm, euler and heun for those of flow",
     )
-    num_steps: int = pydantic.Field(default=20, ge=1, le=1000, description="Solver steps; iddpm wants 100 to 250")
+    num_steps: int = pydantic.Field(
+        default=20, ge=1, le=1000, description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each"
+    )
     guidance_scale: float = pydantic.Field(
         default=4.5, ge=1, description="Classifier-free guidance; 1 = off, which halves the work"
     )

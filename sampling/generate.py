@@ -18,6 +18,7 @@ from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.store.files import atomic_file, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
+from pixart.processes.specs import num_passes, require_solver
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
 from sampling.images import is_written
@@ -70,8 +71,9 @@ def make_job(
 
     Raises:
         FileNotFoundError: the prompt file or an encoder's folder does not exist.
-        ValueError: prompts, classes or size are not what the checkpoint can draw.
+        ValueError: prompts, classes, size or solver are not what the checkpoint can draw.
     """
+    require_solver(trained.process, config.solver, num_steps=config.num_steps)
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     return SamplingJob(
@@ -88,13 +90,13 @@ def describe_job(job: SamplingJob) -> list[str]:
     """Return what the job would do, line by line."""
     config, requests, pending = job.config, job.requests, job.pending()
     sizes = sorted({(item.width, item.height) for item in requests})
-    num_passes = len(pending) * config.num_steps * (1 if config.guidance_scale == 1 else 2)
+    passes = len(pending) * num_passes(config.solver, config.num_steps) * (1 if config.guidance_scale == 1 else 2)
     shown = ", ".join(f"{width}x{height}" for width, height in sizes[:5]) + (", …" if len(sizes) > 5 else "")
     return [
         f"checkpoint: {job.trained.name} ({job.trained.model_path})",
         f"would draw {len(pending):,} of {len(requests):,} images ({shown} pixels) into {job.directory.path}",
         f"{config.solver}, {config.num_steps} steps, guidance {config.guidance_scale:g}: "
-        f"{num_passes:,} passes of one image through the transformer",
+        f"{passes:,} passes of one image through the transformer",
     ]
 
 
@@ -185,11 +187,19 @@ def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
         {
             "version": SAMPLING_VERSION,
             "checkpoint": trained.identity,
-            "schedule": trained.process["schedule"],
+            **_process_identity(trained.process),
             "vae": {**trained.vae, "model": vae.identity},
             **fields,
         }
     )
+
+
+def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of the process decides an image: not the loss, nor the times trained at."""
+    schedule = process["schedule"]
+    if process["name"] == "ddpm":  # of which images made before there was another name the schedule alone
+        return {"schedule": schedule}
+    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}}
 
 
 def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from encoders.weights import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.files import sha256_file
-from pixart.processes.specs import ddpm_spec, spec_of_scheduler, spec_of_trainer
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, ddpm_spec, spec_beside, spec_of_trainer
 from sampling.config import EncoderConfig, SamplingConfig, encoder_config
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ ORIGINAL_SUFFIXES = (".pth", ".pt")
 # what diffusers' pipelines read of a prompt; their folders do not say
 PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 PARTS = ("transformer", "vae", "text_encoder")
+# of a pipeline and of our checkpoints; beside them stands what belongs to the weights
+WEIGHT_FOLDERS = ("transformer", "model")
 # of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 
@@ -68,11 +70,19 @@ class TrainedModel:
     def load(self) -> PixArt | DiT:
         """Read the transformer, in evaluation mode, on the CPU."""
         from pixart.convert import load_diffusers, load_original
+        from pixart.processes.make import process_of
 
         if self.original_config is not None:
             model = load_original(self.model_path, self.original_config)
         else:
             model = load_diffusers(self.model_path)
+        channels, expected = model.config.in_channels, process_of(self.process).out_channels(model.config.in_channels)
+        if model.config.out_channels != expected:
+            raise ValueError(
+                f"{self.model_path} gives {model.config.out_channels} channels for latents of {channels}, but process "
+                f"{self.process['name']} needs {expected}; a {SCHEDULER_FOLDER}/{SCHEDULER_FILE} beside the weights "
+                "says what they were trained with"
+            )
         return model.eval().requires_grad_(False)
 
 
@@ -80,7 +90,9 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
     """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage; raises as those two do."""
     if config.checkpoint is None:
         _require_stage(command)
-        return open_run_model(command.run, command.stage_name)
+        trained = open_run_model(command.run, command.stage_name)
+        _require_same_process(trained, command)
+        return trained
     return open_trained_model(
         config.checkpoint,
         encoder_config(command.recipe),
@@ -95,6 +107,17 @@ def _require_stage(command: Command) -> None:
     if command.stage not in names and not (command.run / "training" / command.stage_name).is_dir():
         known = ", ".join(names) or "none"
         raise ValueError(f"{command.recipe.path}: there is no [training.{command.stage}]; its stages are: {known}")
+
+
+def _require_same_process(trained: TrainedModel, command: Command) -> None:
+    """Refuse a recipe that names another process for the stage: what it would draw is not what it asks for."""
+    stage, actual = command.stage_name, trained.process["name"]
+    settings = command.recipe.laid_over("training", stage) if stage in command.recipe.names("training") else {}
+    if settings.get("process", actual) != actual:
+        raise ValueError(
+            f"training.{stage}.process is {settings['process']!r} in the recipe, but {trained.model_path.parent} was "
+            f"trained with {actual!r}; train the stage anew, or draw with the recipe it was trained by"
+        )
 
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:
@@ -203,22 +226,10 @@ def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel
         parts["text"]["max_tokens"] = PIPELINE_TOKENS[index["_class_name"]]
     if has_vae:
         parts["vae"] = {"model": str(folder / "vae"), "revision": None}
-    return _open_transformer(folder / "transformer", **parts, process=_read_process(folder / "scheduler"))
+    return _open_transformer(folder / "transformer", **parts)
 
 
-def _read_process(folder: Path) -> dict[str, Any] | None:
-    path = folder / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _open_transformer(
-    folder: Path, *, text: dict[str, Any], vae: dict[str, Any], process: dict[str, Any] | None = None
-) -> TrainedModel:
+def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]) -> TrainedModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
     config = _read_config(folder)
@@ -228,7 +239,7 @@ def _open_transformer(
     factor = _codec_spec(vae).factor
     resolution, patch_pixels = config["sample_size"] * factor, config["patch_size"] * factor
     return TrainedModel(
-        name=folder.parent.name if folder.name in ("transformer", "model") else folder.name,
+        name=folder.parent.name if folder.name in WEIGHT_FOLDERS else folder.name,
         kind=kind,
         model_path=folder,
         identity=resolve_model(str(folder)).identity,
@@ -238,7 +249,7 @@ def _open_transformer(
         buckets=_folder_sizes(resolution, kind, multiple=patch_pixels),
         text=text if kind == "pixart" else None,
         vae=vae,
-        process=process or ddpm_spec(),
+        process=(spec_beside(folder) if folder.name in WEIGHT_FOLDERS else None) or ddpm_spec(),
     )
 
 

@@ -3,16 +3,27 @@
 import json
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pixart.processes.make import process_of
-from pixart.processes.specs import ddpm_spec, require_solver, spec_of_scheduler, spec_of_trainer
+from pixart.processes.specs import (
+    SOLVERS,
+    ddpm_spec,
+    flow_spec,
+    num_passes,
+    require_solver,
+    spec_of_scheduler,
+    spec_of_trainer,
+)
 
-SPECS = [ddpm_spec(), ddpm_spec({**ddpm_spec()["schedule"], "beta_end": 0.03}, min_snr_gamma=5.0)]
+SPECS = [ddpm_spec(), ddpm_spec({**ddpm_spec()["schedule"], "beta_end": 0.03}, min_snr_gamma=5.0), flow_spec(shift=3.0)]
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_spec_makes_the_process_that_has_it(spec):
-    assert process_of(json.loads(json.dumps(spec))).spec == spec
+    process = process_of(json.loads(json.dumps(spec)))
+    assert process.spec == spec
+    assert process.out_channels(16) == {"ddpm": 32, "flow": 16}[spec["name"]]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -31,8 +42,10 @@ def test_a_trainer_of_an_earlier_version_is_of_ddpm():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "edm"}, "process 'edm' is none of ddpm"),
-        ({}, "process None is none of ddpm"),
+        ({"name": "edm"}, "process 'edm' is none of ddpm, flow"),
+        ({}, "process None is none of ddpm, flow"),
+        (flow_spec() | {"schedule": {"shift": 1.0}}, "process flow with .* is none that this version knows"),
+        ({**flow_spec(), "schedule": {**flow_spec()["schedule"], "bend": 1}}, "process flow with .*'bend': 1"),
         (ddpm_spec() | {"prediction": "v"}, "process ddpm with .*'prediction': 'v'.* is none that this version knows"),
         (ddpm_spec() | {"other": 1}, "process ddpm with .*'other': 1"),
     ],
@@ -42,6 +55,23 @@ def test_unknown_processes_are_refused(spec, message):
         process_of(spec)
 
 
+def test_the_training_of_flow_is_not_in_a_scheduler_config():
+    spec = flow_spec(shift=3.0, logit_mean=0.5, logit_std=2.0)
+    assert process_of(json.loads(json.dumps(spec))).spec == spec
+    assert spec_of_scheduler(process_of(spec).scheduler_config()) == flow_spec(shift=3.0)
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    assert spec_of_scheduler({**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) == flow_spec(shift=3.0)
+    with pytest.raises(ValueError, match="prediction_type v_prediction, only epsilon and flow_prediction are"):
+        spec_of_scheduler({"prediction_type": "v_prediction"})
+
+
+@pytest.mark.parametrize("solver", SOLVERS["flow"])
+def test_passes_of_the_network_are_counted(solver):
+    assert len(process_of(flow_spec()).scheduler(solver, 7).timesteps) == num_passes(solver, 7)
+
+
 def test_a_solver_of_another_process_is_refused():
+    with pytest.raises(ValueError, match=r"sampling\.solver iddpm does not go with process flow: dpm-solver\+\+, eu"):
+        require_solver(flow_spec(), "iddpm", num_steps=20)
     with pytest.raises(ValueError, match=r"sampling\.solver heun does not go with process ddpm: dpm-solver\+\+, iddpm"):
         require_solver(ddpm_spec(), "heun", num_steps=20)

@@ -3,11 +3,12 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
 from pipelines.recipe import Decides, Recipe, TableConfig
+from pixart.processes.specs import ddpm_spec, flow_spec
 
 SCRATCH = "scratch"
 KeepActivations = Literal["all", "products", "inputs"]
@@ -63,7 +64,9 @@ class StageTraining(TableConfig):
     )
     objective: Decides[Literal["denoise"]] = pydantic.Field(default="denoise", description="What is minimised")
     process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
-        default="ddpm", description="What noise does to latents, and what of it the network predicts"
+        default="ddpm",
+        description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
+        "(rectified flow: velocity). Weights of another process begin their output layer anew",
     )
     features: str | None = pydantic.Field(
         default=None, description="Named table of [features] that says what is read; null = the one of the same name"
@@ -149,8 +152,23 @@ class StageTraining(TableConfig):
     caption_dropout: Decides[float] = pydantic.Field(
         default=0.1, ge=0, le=1, description="Part of the captions (of a DiT: labels) replaced by the null one"
     )
+    flow_shift: Decides[float] = pydantic.Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of flow, in training and drawing: sigma becomes s sigma / (1 + (s - 1) sigma); more than 1 means "
+        "noisier times, as large images want (SD3 at 1024 pixels: 3)",
+    )
+    flow_logit_mean: Decides[float] = pydantic.Field(
+        default=0.0, allow_inf_nan=False, description="Of flow: mean of the logit of sigma at the times trained at"
+    )
+    flow_logit_std: Decides[float] = pydantic.Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Of flow: deviation of that logit"
+    )
     min_snr_gamma: Decides[float | None] = pydantic.Field(
-        default=None, gt=0, description="Cap of the loss weight by signal-to-noise ratio (min-SNR); null = none"
+        default=None,
+        gt=0,
+        description="Of ddpm: cap of the loss weight by signal-to-noise ratio (min-SNR); null = none",
     )
     interpolation_scale: Decides[float] = pydantic.Field(
         default=1.0, gt=0, description="Position scale: base resolution relative to the one positions were learnt at"
@@ -199,6 +217,19 @@ class StageTraining(TableConfig):
     co2_kilograms_per_kilowatt_hour: float = pydantic.Field(
         default=0.48, ge=0, description="Carbon intensity of the electricity; 0.48 = world average of 2023 (Ember)"
     )
+
+    @pydantic.model_validator(mode="after")
+    def _check_process(self) -> Self:
+        if self.process == "flow" and self.min_snr_gamma is not None:
+            raise ValueError(f"min_snr_gamma {self.min_snr_gamma:g} is for process ddpm, but process is flow")
+        return self
+
+    @property
+    def process_spec(self) -> dict[str, Any]:
+        """The process as it stands in `trainer.json`."""
+        if self.process == "flow":
+            return flow_spec(shift=self.flow_shift, logit_mean=self.flow_logit_mean, logit_std=self.flow_logit_std)
+        return ddpm_spec(min_snr_gamma=self.min_snr_gamma)
 
 
 def stage_training(recipe: Recipe, stage: str) -> StageTraining:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pixart.processes.ddpm import DDPM
+from pixart.processes.flow import Flow
 from pixart.processes.process import Process
 from pixart.processes.specs import SOLVERS
 
@@ -21,6 +22,13 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
             "min_snr_gamma"
         }:
             return DDPM(schedule, min_snr_gamma=others.get("min_snr_gamma"), device=device)
+        case {
+            "name": "flow",
+            "prediction": "velocity",
+            "schedule": {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std, **unknown},
+            **others,
+        } if not unknown and not others:
+            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std)
         case {"name": name, **others} if name in SOLVERS:
             raise ValueError(f"process {name} with {others} is none that this version knows")
         case _:

@@ -3,7 +3,9 @@
 Nothing here needs torch; `make.py` makes a process of its spec.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # The noise schedule of DiT and PixArt, in the words of diffusers' schedulers.
@@ -13,14 +15,25 @@ DDPM_SCHEDULE: dict[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
 }
+# Where a folder of diffusers says how to draw, beside the folder of weights.
+SCHEDULER_FOLDER = "scheduler"
+SCHEDULER_FILE = "scheduler_config.json"
+# What a network of flow is told at pure noise, as diffusers' schedulers have it.
+FLOW_NUM_TIMES = 1000
 # Solvers of each process; the first goes with all of them.
-SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver")}
+SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver"), "flow": ("dpm-solver++", "euler", "heun")}
 
 
 def ddpm_spec(schedule: Mapping[str, Any] = DDPM_SCHEDULE, *, min_snr_gamma: float | None = None) -> dict[str, Any]:
     """Return the spec of PixArt's own process: the network predicts the noise and, beside it, a variance."""
     spec = {"name": "ddpm", "prediction": "noise", "schedule": dict(schedule)}
     return spec if min_snr_gamma is None else spec | {"min_snr_gamma": min_snr_gamma}
+
+
+def flow_spec(*, shift: float = 1.0, logit_mean: float = 0.0, logit_std: float = 1.0) -> dict[str, Any]:
+    """Return the spec of rectified flow, of which the network predicts the velocity."""
+    schedule = {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std}
+    return {"name": "flow", "prediction": "velocity", "schedule": schedule}
 
 
 def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,13 +44,37 @@ def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
 def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the process that a `scheduler_config.json` of diffusers draws with; what it leaves out is PixArt's.
 
+    Of flow it has the shift alone: nobody draws with the times that it was trained at.
+
     Raises:
         ValueError: the network predicts something else; names it.
     """
     prediction = config.get("prediction_type", "epsilon")
+    if prediction == "flow_prediction" or "FlowMatch" in config.get("_class_name", ""):
+        return flow_spec(shift=config.get("flow_shift", config.get("shift", 1.0)))
     if prediction != "epsilon":
-        raise ValueError(f"prediction_type {prediction}, only epsilon is supported")
+        raise ValueError(f"prediction_type {prediction}, only epsilon and flow_prediction are supported")
     return ddpm_spec({name: config.get(name, value) for name, value in DDPM_SCHEDULE.items()})
+
+
+def spec_beside(weights: Path) -> dict[str, Any] | None:
+    """Return the process that `scheduler/` beside a folder of weights tells of, None if there is none.
+
+    Raises:
+        ValueError: the network predicts something that is not supported; names the file.
+    """
+    path = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
+    if not path.is_file():
+        return None
+    try:
+        return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def num_passes(solver: str, num_steps: int) -> int:
+    """Return how often a solver asks the network for an image, guidance not counted."""
+    return 2 * num_steps - 1 if solver == "heun" else num_steps
 
 
 def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int) -> None:
@@ -53,6 +90,8 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int) -> N
         raise ValueError(f"sampling.solver {solver} does not go with process {spec['name']}: {', '.join(solvers)} do")
     if solver == "iddpm" and num_steps == 1:
         raise ValueError("sampling.num_steps 1: iddpm needs at least 2 steps")
+    if spec["name"] == "flow":
+        return
     num_timesteps = spec["schedule"]["num_train_timesteps"]
     if solver != "iddpm" and num_steps >= num_timesteps:
         raise ValueError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")

@@ -148,6 +148,7 @@ def print_weights(job: TrainingJob, *, parameter_counts: Mapping[str, int], num_
     settings = job.settings
     (kind, num_parameters), *others = parameter_counts.items()
     _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {_origin(job)}")
+    _print("process", _describe_process(job))
     rank_gigabytes = rank_bytes(settings, num_parameters, num_ranks=num_ranks) / GIGABYTE
     _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
     for name, num_others in others:
@@ -157,6 +158,18 @@ def print_weights(job: TrainingJob, *, parameter_counts: Mapping[str, int], num_
     free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
+
+
+def _describe_process(job: TrainingJob) -> str:
+    settings = job.settings
+    if settings.process == "ddpm":
+        what = "ddpm, noise and learned variance"
+    else:
+        times = f"logit-normal times ({settings.flow_logit_mean:g}, {settings.flow_logit_std:g})"
+        what = f"flow, velocity, {times}, shift {settings.flow_shift:g}"
+    if job.begins_output_anew:
+        what += f"; the output layer begins anew, for the weights it starts from are of {job.start.process['name']}"
+    return what
 
 
 def _origin(job: TrainingJob) -> str:

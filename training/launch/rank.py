@@ -176,7 +176,7 @@ def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | Pi
         "buckets": survey.buckets,
         "vae": job.features.vae,
         "text": job.features.text_encoder,
-        "process": job.process,
+        "process": job.settings.process_spec,
         "interpolation_scale": job.settings.interpolation_scale if job.settings.network == "pixart" else 1.0,
     }
 

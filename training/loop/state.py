@@ -1,4 +1,4 @@
-"""The state of training on disk and back: DeepSpeed's, the average as `model/`, and `trainer.json`."""
+"""The state of training on disk and back: DeepSpeed's, the average as `model/`, how to draw with it, `trainer.json`."""
 
 import subprocess
 import sys
@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from pipelines.store.files import atomic_write_json
 from pixart.convert import load_diffusers, save_diffusers
+from pixart.processes.make import process_of
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
 from training.loop.ema import EMA
 from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_state
 from training.loop.zero import UNIVERSAL_CHECKPOINT_INFO, ZeroModel, deepspeed_records
@@ -69,6 +71,8 @@ def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any])
     weights = ema.gather()
     if dist.get_rank() == 0:
         _save_model(model.engine.module, weights, folder / MODEL)
+        scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
+        atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
         atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
         fsync_tree(folder)
 

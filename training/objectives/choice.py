@@ -21,4 +21,4 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
     )
     match settings.objective:
         case "denoise":
-            return Denoise(process=process_of(job.process, device=device), inputs=inputs)
+            return Denoise(process=process_of(job.settings.process_spec, device=device), inputs=inputs)

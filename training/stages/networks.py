@@ -24,7 +24,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
         "head_dim": job.model.head_dim,
         "patch_size": job.model.patch_size,
         "in_channels": survey.channels,
-        "out_channels": process_of(job.process).out_channels(survey.channels),
+        "out_channels": process_of(job.settings.process_spec).out_channels(survey.channels),
         "sample_size": job.features.resolution // survey.downsample,
     }
     text = job.features.text_encoder

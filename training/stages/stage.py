@@ -1,6 +1,6 @@
 """A training stage, resolved and checked before anything heavy is imported: settings, features, where it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from encoders.weights import resolve_model
 from pipelines.command import Command
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
-from pixart.processes.specs import ddpm_spec
+from pixart.processes.specs import ddpm_spec, spec_beside, spec_of_trainer
 from training.config import SCRATCH, ModelConfig, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
@@ -21,12 +21,14 @@ STAGE_FOLDER = "{run}/training/"
 class StartingPoint:
     """Weights a stage starts from: a diffusers folder or original file, or None for fresh ones, and their `identity`.
 
-    `checkpoint` is the training checkpoint they are of, if they are of one.
+    `checkpoint` is the training checkpoint they are of, if they are of one; `process` what they were trained with,
+    the paper's where nothing says so.
     """
 
     path: Path | None
     identity: str
     checkpoint: Checkpoint | None = None
+    process: dict[str, Any] = field(default_factory=ddpm_spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,10 @@ class TrainingJob:
     resume: Checkpoint | None
 
     @property
-    def process(self) -> dict[str, Any]:
-        """Spec of the process that the stage trains."""
-        return ddpm_spec(min_snr_gamma=self.settings.min_snr_gamma)
+    def begins_output_anew(self) -> bool:
+        """Whether the weights that the stage starts from were trained to predict something else."""
+        has_weights = self.resume is None and self.start.path is not None
+        return has_weights and self.start.process["name"] != self.settings.process
 
 
 def open_stage(command: Command) -> TrainingJob:
@@ -101,8 +104,12 @@ def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint) -> None:
     defaults = {f"model.{name}": value for name, value in ModelConfig.fingerprint_defaults().items()}
     defaults |= {f"training.{name}": value for name, value in StageTraining.fingerprint_defaults().items()}
     made_with, wanted = defaults | checkpoint.trainer["fingerprint"], defaults | fingerprint.fields
-    # A setting says more than the hash of the files it changed.
-    for name in sorted(made_with.keys() | wanted.keys(), key=lambda name: (name.endswith(".files"), name)):
+
+    def place(name: str) -> tuple[bool, bool, str]:
+        # Another process is another network; and a setting says more than the hash of the files it changed.
+        return name != "training.process", name.endswith(".files"), name
+
+    for name in sorted(made_with.keys() | wanted.keys(), key=place):
         if made_with.get(name) != wanted.get(name):
             raise ValueError(
                 f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "
@@ -177,7 +184,7 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
     identity = f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}"
-    return StartingPoint(checkpoint.path / MODEL, identity, checkpoint)
+    return StartingPoint(checkpoint.path / MODEL, identity, checkpoint, spec_of_trainer(checkpoint.trainer))
 
 
 def find_weights(model_id: str) -> StartingPoint:
@@ -193,5 +200,7 @@ def find_weights(model_id: str) -> StartingPoint:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=["transformer/*"]))
-    return StartingPoint(folder / "transformer" if (folder / "transformer").is_dir() else folder, source.identity)
+        patterns = ["transformer/*", "scheduler/*"]
+        folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    return StartingPoint(folder, source.identity, process=spec_beside(folder) or ddpm_spec())

@@ -1,10 +1,12 @@
 """The weights a stage starts from (paper section 2.2 and 2.3), or goes on with."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 
+from pipelines.engine.progress import get_logger
 from pixart.convert import infer_config, load_diffusers, read_original
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import load_weights, original_layout
@@ -14,12 +16,16 @@ from training.stages.checkpoint import MODEL
 from training.stages.networks import blank_network, fresh_network
 from training.stages.stage import TrainingJob
 
+log = get_logger("training")
+
 
 def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return the stage's network with the weights it starts from, fp32 on the CPU, the same on every rank.
 
     A DiT starts from a DiT, a PixArt from a PixArt or from a DiT that it re-parameterises; a stage that has begun, from
     its checkpoint.
+
+    Weights that were trained to predict something else keep their blocks, and begin their output layer anew.
 
     Raises:
         ValueError: the weights are of another kind, shape or resolution; names the recipe key.
@@ -31,6 +37,10 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         return fresh_network(config)
     key = f"training.{job.command.stage_name}.starts_from ({job.start.path})"
     former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
+    if job.begins_output_anew or former.config.out_channels != config.out_channels:
+        if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
+            log.warning(f"{key} gives {former.config.out_channels} channels: the output layer begins anew")
+        former = with_fresh_output(former, config.out_channels)
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
             raise ValueError(f"{key} is a PixArt, but training.{job.command.stage}.network is 'dit'")
@@ -45,6 +55,18 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
     return network
+
+
+def with_fresh_output(network: DiT | PixArt, out_channels: int) -> DiT | PixArt:
+    """Return the network with a last layer of so many channels that says zero, as a new network's does."""
+    rows = network.config.patch_size**2 * out_channels
+    fresh = blank_network(dataclasses.replace(network.config, out_channels=out_channels))
+    output = {
+        "final.weight": network.final.weight.new_zeros(rows, network.config.width),
+        "final.bias": network.final.weight.new_zeros(rows),
+    }
+    fresh.load_state_dict(network.state_dict() | output, assign=True)
+    return fresh
 
 
 def _saved_network(folder: Path, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
