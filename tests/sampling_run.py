@@ -9,11 +9,13 @@ from tiny_encoders import save_codec, save_text_encoder
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
-from pixart.processes.specs import ddpm_spec
+from pixart.processes.make import process_of
+from pixart.processes.specs import ddpm_spec, flow_spec
 
 MAX_TOKENS = 40
 DIT = DiTConfig(num_layers=2, num_heads=2, head_dim=12, num_classes=5, sample_size=4)
 PIXART = PixArtConfig(num_layers=2, num_heads=2, head_dim=12, caption_channels=32, sample_size=4)
+FLOW = flow_spec(shift=2.0)
 PROMPTS = [
     {"key": "wide", "prompt": "a red circle, left", "aspect_ratio": 1.5, "scene": {}},
     {"key": "tall", "prompt": "two blue squares on a dark table", "aspect_ratio": 0.66, "scene": {}},
@@ -31,7 +33,8 @@ def randomised(model: PixArt | DiT, seed: int = 0) -> PixArt | DiT:
 def save_checkpoint(
     run: Path, stage: int, model: PixArt | DiT, *, buckets: tuple[str, ...] = (), step: int = 7
 ) -> Path:
-    """Write what training leaves of a stage, less the optimizer's state."""
+    """Write what training leaves of a stage, less the optimizer's state; as many channels out as in are of flow."""
+    process = ddpm_spec() if model.config.out_channels > model.config.in_channels else FLOW
     is_dit = isinstance(model, DiT)
     folder = run / "training" / f"stage{stage}" / f"step-{step}"
     save_diffusers(model, folder / "model")
@@ -45,8 +48,11 @@ def save_checkpoint(
         "buckets": list(buckets),
         "vae": {"model": str(run / "vae"), "revision": None, "scaling_factor": 0.45, "shift_factor": 0.0},
         "text": None if is_dit else text,
-        "process": ddpm_spec(),
+        "process": process,
     }
+    (folder / "scheduler").mkdir(exist_ok=True)
+    scheduler = process_of(process).scheduler_config()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "trainer.json").write_text(json.dumps(trainer))
     (folder.parent / "latest").write_text(folder.name)
 

@@ -220,10 +220,18 @@ def test_images_per_prompt_are_single_images_of_their_seeds(run):
 
 
 @pytest.mark.parametrize(
-    ("guidance_scale", "size", "negative"),
-    [(4.5, "32x32", ""), (1.0, "48x32", ""), (4.5, "48x32", "Dark, two squares")],
+    ("out_channels", "guidance_scale", "size", "negative"),
+    [
+        (8, 4.5, "32x32", ""),
+        (8, 1.0, "48x32", ""),
+        (8, 4.5, "48x32", "Dark, two squares"),
+        (4, 4.5, "48x32", "Dark, two squares"),
+        (4, 1.0, "32x32", ""),
+    ],
 )
-def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size, negative):
+def test_diffusers_pipeline_draws_the_same_image(run, out_channels, guidance_scale, size, negative):
+    """With the scheduler that lies beside the model; eight channels are of ddpm, four of flow."""
+    save_checkpoint(run, 2, randomised(PixArt(replace(PIXART, out_channels=out_channels))))
     prompt, seed = "A red circle, left", 11
     settings = {"guidance_scale": guidance_scale, "size": size, "negative_prompt": negative}
     sample(run, 2, prompt=prompt, seed=seed, num_steps=20, **settings)
@@ -234,7 +242,9 @@ def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size, nega
         text_encoder=T5EncoderModel.from_pretrained(run / "t5"),
         vae=AutoencoderKL.from_pretrained(run / "vae"),
         transformer=PixArtTransformer2DModel.from_pretrained(run / "training" / "stage2" / "step-7" / "model"),
-        scheduler=DPMSolverMultistepScheduler(),
+        scheduler=DPMSolverMultistepScheduler.from_pretrained(
+            run / "training" / "stage2" / "step-7", subfolder="scheduler"
+        ),
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
@@ -252,6 +262,26 @@ def test_diffusers_pipeline_draws_the_same_image(run, guidance_scale, size, nega
     actual = pixels(folder / row["file"])
     assert actual.std() > 1
     assert np.abs(actual - np.asarray(image).astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_flow_draws_with_its_own_solvers(run, solver, capsys):
+    save_checkpoint(run, 2, randomised(PixArt(replace(PIXART, out_channels=4))))
+    sample(run, 2, "--plan", solver=solver, num_steps=4)
+    num_passes = {"euler": 4, "heun": 7}[solver] * 3 * 2
+    assert f"{num_passes} passes of one image" in " ".join(capsys.readouterr().err.split())
+    sample(run, 2, solver=solver, num_steps=4)
+    assert pixels(run / "samples" / "stage2" / "square.png").std() > 1
+
+
+def test_another_process_than_the_checkpoints_is_refused(run):
+    with pytest.raises(
+        ValueError, match=r"sampling\.solver euler does not go with process ddpm: dpm-solver\+\+, iddpm"
+    ):
+        sample(run, 2, solver="euler")
+    with pytest.raises(ValueError, match=r"training\.stage2\.process is 'flow' in the recipe, but .*7 was trained"):
+        sample(run, 2, "--set", 'training.stage2.process="flow"')
+    sample(run, 2, "--plan", "--set", 'training.process="flow"', "--set", 'training.stage2.process="ddpm"')
 
 
 def test_a_bare_transformer_folder_takes_its_encoders_from_features(run):

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPip
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sampling_run import DIT, MAX_TOKENS, PIXART, make_run, randomised, save_checkpoint, write_recipe
+from sampling_run import DIT, FLOW, MAX_TOKENS, PIXART, make_run, randomised, save_checkpoint, write_recipe
 from transformers import AutoTokenizer, T5EncoderModel
 
 from pipelines.recipe import load_recipe
@@ -21,6 +21,7 @@ from pixart.dit import DiT
 from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt
+from pixart.processes.specs import ddpm_spec
 from sampling.__main__ import main
 from sampling.config import EncoderConfig, encoder_config
 from sampling.trained_model import open_run_model, open_trained_model
@@ -128,6 +129,25 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
     (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
     with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
         open_trained_model(str(folder), encoders)
+
+
+def test_a_checkpoints_model_folder_is_of_the_process_beside_it(run, encoders):
+    save_checkpoint(run, 2, randomised(PixArt(replace(PIXART, out_channels=4))))
+    folder = run / "training" / "stage2" / "step-7"
+    trained = open_trained_model(str(folder / "model"), encoders)
+    assert trained.process == FLOW
+    assert trained.load().config.out_channels == 4
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(ValueError, match=r"model gives 4 channels for latents of 4, but process ddpm needs 8"):
+        open_trained_model(str(folder / "model"), encoders).load()
+
+
+def test_a_trainer_of_before_there_was_a_choice_is_of_ddpm(run):
+    path = run / "training" / "stage2" / "step-7" / "trainer.json"
+    trainer = json.loads(path.read_text())
+    schedule = trainer.pop("process")["schedule"] | {"beta_end": 0.03}
+    path.write_text(json.dumps(trainer | {"schedule": schedule}))
+    assert open_run_model(run, "stage2").process == ddpm_spec(schedule)
 
 
 def test_a_folder_of_256_pixels_offers_the_forty_sizes_of_the_paper(run, encoders):

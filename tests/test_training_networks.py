@@ -1,6 +1,7 @@
 """What a stage starts from, what cannot be started from, and when training gives up."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
 from training.data.survey import Survey
 from training.launch.preflight import print_weights, require_disk, require_memory, survey_stage
 from training.loop.health import SkipCounter, UnhealthyTrainingError
@@ -83,6 +85,32 @@ def test_stage_2_reparameterises_a_dit_and_stage_3_moves_the_positions(run: Path
     assert all(torch.equal(value, pixart.state_dict()[name]) for name, value in larger.state_dict().items())
     fresh, again = (starting_network(*with_config(run, 2)) for _ in range(2))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def test_weights_of_another_process_keep_their_blocks_and_begin_the_output_anew(run: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    dit = DiT(DiTConfig(**SHAPE, num_classes=5))
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    job, survey = open_job(run, 2, starts_from=saved(dit, tmp_path / "dit"), process="flow")
+    config = network_config(job, survey)
+    assert config.out_channels == 4 and job.begins_output_anew
+    pixart = starting_network(job, config)
+    assert isinstance(pixart, PixArt) and pixart.config == config
+    torch.testing.assert_close(pixart.blocks[1].mlp.out.weight, dit.blocks[1].mlp.out.weight)
+    assert pixart.final.weight.shape == (16, 16) and not pixart.final.weight.any() and not pixart.final.bias.any()
+    # and what was trained with flow goes on with it, output layer and all
+    torch.nn.init.normal_(pixart.final.weight)
+    folder = saved(pixart, tmp_path / "flow" / "model")
+    scheduler = process_of(job.settings.process_spec).scheduler_config()
+    (tmp_path / "flow" / "scheduler").mkdir()
+    (tmp_path / "flow" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    job, survey = open_job(run, 2, starts_from=folder, process="flow")
+    assert not job.begins_output_anew
+    assert torch.equal(starting_network(job, config).final.weight, pixart.final.weight)
+    job, survey = open_job(run, 2, starts_from=folder)
+    assert job.begins_output_anew
+    assert starting_network(job, network_config(job, survey)).final.weight.shape == (32, 16)
 
 
 def test_original_files_are_a_start(run: Path, tmp_path: Path) -> None:

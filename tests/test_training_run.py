@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import all_metrics, finish, make_run, metrics, start, train, validations
+from training_run import D_TEXT, all_metrics, finish, make_run, metrics, start, train, validations
 
 from pipelines.store.families import latent_directory
-from pixart.convert import load_diffusers
-from pixart.model import PixArt
-from pixart.processes.specs import ddpm_spec
+from pixart.convert import load_diffusers, save_diffusers
+from pixart.drawing.denoise import denoise, draw_noise, make_generators, predict_from_text
+from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
+from pixart.processes.specs import ddpm_spec, flow_spec, spec_beside
+from sampling.trained_model import open_run_model
 
 NUM_STEPS = 200
 TIMINGS = {
@@ -146,8 +149,8 @@ def test_useless_validation_is_refused(changed: dict[str, object], message: str,
 def test_checkpoint_says_what_sampling_needs(straight: Path) -> None:
     folder = stage2(straight) / f"step-{NUM_STEPS}"
     trainer = json.loads((folder / "trainer.json").read_text())
-    expected = {"stage": 2, "kind": "pixart", "weights": "ema", "dtype": "fp32", "resolution": 32, "num_ranks": 2}
-    assert expected.items() <= trainer.items()
+    expected = {"stage": "stage2", "kind": "pixart", "weights": "ema", "dtype": "fp32", "resolution": 32}
+    assert (expected | {"num_ranks": 2}).items() <= trainer.items()
     assert trainer["buckets"] == ["32x32"]
     assert trainer["vae"]["scaling_factor"] == 0.5
     assert trainer["text"]["max_tokens"] == 12
@@ -203,6 +206,28 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert isinstance(model, PixArt)
     assert (model.config.sample_size, model.config.interpolation_scale) == (8, 2.0)
     assert metrics(run, 3)[-1]["step"] == 3
+
+
+def test_flow_trains_from_a_ddpm_resumes_and_draws(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shape = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4, "caption_channels": D_TEXT}
+    save_diffusers(PixArt(PixArtConfig(**shape)), tmp_path / "former")
+    changed = {"starts_from": str(tmp_path / "former"), "process": "flow", "flow_shift": 2.0, "num_processes": 1}
+    said = train(run, 2, num_steps=3, log_every=1, **changed)
+    assert "flow, velocity, logit-normal times (0, 1), shift 2; the output layer begins anew, for the weights" in said
+    train(run, 2, num_steps=5, log_every=1, **changed)
+    lines = metrics(run, 2)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["mse"] == line["loss"] and "vlb" not in line for line in lines)
+
+    trained = open_run_model(run, "stage2")
+    assert trained.process == flow_spec(shift=2.0) == spec_beside(trained.model_path)
+    model, generators = trained.load(), make_generators([0])
+    texts = [torch.randn(3, D_TEXT), torch.randn(1, D_TEXT)]
+    predict = predict_from_text(model, texts[:1], texts[1], guidance_scale=2.0, size_pixels=(32, 32))
+    scheduler = process_of(trained.process).scheduler("heun", 2)
+    latents = denoise(predict, draw_noise(generators, (4, 4, 4)), scheduler, generators=generators)
+    assert latents.shape == (1, 4, 4, 4)
 
 
 def test_the_ablation_of_figure_6_trains_from_stage_1(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from training_run import REPOSITORY, arguments, make_run, write_text
 from pipelines.command import parse_command
 from pipelines.recipe import load_recipe
 from pipelines.store.families import text_directory
+from pixart.processes.specs import flow_spec
 from training.config import ModelConfig, StageTraining, random_stream, stage_training
 from training.launch.preflight import rank_bytes, require_even_batches
 from training.loop.clock import Clock
@@ -182,7 +183,7 @@ def test_a_stage_of_any_name_reads_and_starts_from_what_its_table_says(run: Path
         (2, "extends=stage9", "training.stage2.extends = 'stage9' names no table"),
         (2, "objective=guess", r"training\.stage2\.objective = 'guess': Input should be 'denoise'"),
         (2, "network=unet", r"training\.stage2\.network = 'unet': Input should be 'dit' or 'pixart'"),
-        (2, "init_from=scratch", r"training\.stage2\.init_from is called starts_from now"),
+        (2, "starts_from=scratch", r"training\.stage2\.starts_from is called starts_from now"),
     ],
 )
 def test_what_a_stage_cannot_be_is_one_line(run: Path, stage: int | str, override: str, message: str) -> None:
@@ -208,7 +209,7 @@ def test_another_process_than_the_checkpoints_is_refused(run: Path) -> None:
         job_of(run, 2, starts_from="scratch", process="flow")
 
 
-def as_formerly(folder: Path, *, number: int, init_from: str | None) -> None:
+def as_formerly(folder: Path, *, number: int, starts_from: str | None) -> None:
     """Rewrite `trainer.json` as it was before stages had names: every field written out, under its old name."""
     path = folder / "trainer.json"
     trainer = json.loads(path.read_text())
@@ -217,16 +218,16 @@ def as_formerly(folder: Path, *, number: int, init_from: str | None) -> None:
     fields |= trainer["fingerprint"] | {"stage": number}
     for name in ("random_stream", "training.network", "training.process", "training.objective"):
         fields.pop(name)
-    fields["training.init_from"] = fields.pop("training.starts_from")
+    fields["training.starts_from"] = fields.pop("training.starts_from")
     del trainer["starts_from"]
-    former = {"stage": number, "stage_name": folder.parent.name, "kind": "pixart", "init_from": init_from}
+    former = {"stage": number, "stage_name": folder.parent.name, "kind": "pixart", "starts_from": starts_from}
     path.write_text(json.dumps(trainer | former | {"fingerprint": fields, "plan_fingerprint": "0" * 64}))
 
 
 def test_a_checkpoint_of_before_stages_had_names_is_continued(run: Path) -> None:
     first = write_checkpoint(job_of(run, 1), step=12)
     begun = job_of(run, 2)
-    as_formerly(write_checkpoint(begun, step=6), number=2, init_from=None)
+    as_formerly(write_checkpoint(begun, step=6), number=2, starts_from=None)
     job = job_of(run, 2)
     assert job.resume is not None and job.resume.trainer["starts_from"] == "stage1"
     assert job.fingerprint.fields == begun.fingerprint.fields
@@ -243,6 +244,26 @@ def test_a_checkpoint_of_before_there_was_a_choice_of_adaln_is_continued(run: Pa
     write_checkpoint(job, step=6)
     with pytest.raises(ValueError, match=r"trained with model\.adaln 'single', but it is 'per-block' now"):
         job_with(run, 'model.adaln="per-block"')
+
+
+def test_a_resume_with_another_process_is_refused_with_both(run: Path) -> None:
+    job = job_of(run, 2, starts_from="scratch")
+    assert not any("process" in name or "flow" in name for name in job.fingerprint.fields)
+    folder = write_checkpoint(job, step=6)
+    with pytest.raises(ValueError, match=r"step-6 was trained with training\.process 'ddpm', but it is 'flow' now"):
+        job_of(run, 2, starts_from="scratch", process="flow")
+    trainer = json.loads((folder / "trainer.json").read_text()) | {"process": flow_spec(shift=2.0)}
+    flow = job_of(run, 3, starts_from="scratch", process="flow", flow_shift=2.0)
+    trainer["fingerprint"] = flow.fingerprint.fields
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    with pytest.raises(ValueError, match=r"step-6 was trained with training\.process 'flow', but it is 'ddpm' now"):
+        job_of(run, 2, starts_from="scratch")
+    assert flow.fingerprint.fields["training.flow_shift"] == 2.0
+
+
+def test_a_weight_of_the_other_process_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.stage2: .*min_snr_gamma 5 is for process ddpm, but pro"):
+        job_of(run, 2, starts_from="scratch", process="flow", min_snr_gamma=5.0)
 
 
 def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path) -> None:
