@@ -157,7 +157,7 @@ def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
 
 
 def _select(paths: list[str], patterns: Sequence[str]) -> list[str]:
-    """Return the shards that fit some pattern; a recipe for several datasets is used on one of them, too."""
+    """Return the shards that fit some pattern; warns of other patterns, as a recipe may be for more datasets."""
     fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
         log.warning(f"captioning.shards: {pattern!r} fits none of the {len(paths)} shards")

@@ -47,7 +47,7 @@ class SliceCaptioner:
     ) -> list[Row]:
         """Return the rows of `samples`, where `earlier` ones that hold a caption stay as they are.
 
-        Captioned is what was rejected, or what the recipe's limits would reject now. Kept captions are scored by CLIP
+        What was rejected, or would be by the recipe's limits, is captioned. Kept captions are scored by CLIP
         unless they are (`is_scored`) by the model of the recipe.
         """
         again = [

@@ -86,8 +86,8 @@ def count_flags(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:
     """Rewrite the flags of every finished shard judged under other thresholds; returns the shards' names.
 
-    Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes first,
-    a file says which thresholds it was judged under, and a marker that no manifest repeats must be that of its file.
+    Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes
+    before a file changes. Of a shard that no manifest vouches for, the marker must have the hash of the file.
     """
     manifest_path = directory.path / MANIFEST_NAME
     settled = read_manifest(directory.path).shards if manifest_path.is_file() else {}

@@ -45,7 +45,7 @@ class CaptionRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSample:
-    """Rows drawn from a source, described so shortly that every worker draws them again."""
+    """Rows drawn from a source; so few numbers say which that every worker draws them for itself."""
 
     num_rows: int
     num_chosen: int

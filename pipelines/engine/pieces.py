@@ -159,8 +159,8 @@ def finished_pieces(
 ) -> list[tuple[Piece, PieceReport]]:
     """Return the pieces of a source that earlier, interrupted runs finished under the same settings, in order.
 
-    However those runs cut the source: they may have had another number of workers. A run killed while it put a shard
-    in place has moved some of the part files: such a piece is not finished.
+    They count however those runs cut the source: with another number of workers it is cut at other places. A run killed
+    while it put a shard in place has moved some of the part files, and their pieces are not finished.
     """
     folder = _parts_folder(source, output)
     found: list[tuple[Piece, PieceReport]] = []

@@ -30,7 +30,7 @@ class PieceOutcome:
 
 @contextlib.contextmanager
 def claimed(output: ShardDirectory) -> Iterator[Path]:
-    """Yield a new file in `output` that says which driver holds it; the claims of drivers that were killed go.
+    """Yield a new file in `output`, the claim of this driver; removes the claims of drivers that were killed.
 
     A worker looks for the claim of its driver before it starts on a piece. The name is random and never used again, so
     that no node's cache of file names can be stale.

@@ -1,7 +1,7 @@
 """A stage on the hosts of a hostfile: one launcher on each, started over a remote shell, led from here.
 
-Each connection's stdin carries the placement, then perhaps "stop"; its end kills the ranks there, so that none outlives
-this process. Its stdout carries what became of them.
+The placement goes over a connection's stdin, and one more line for a stop. When stdin ends, because this process did,
+the launcher there ends, and its ranks with it. What became of them comes back over stdout.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ NO_FOLDER, NO_PYTHON, NO_CONNECTION = 97, 98, 255
 
 @dataclass(frozen=True)
 class _HostEnd:
-    """How a host's launcher ended, by itself: exit status, and what it reported last."""
+    """How the launcher of a host ended: its exit status, and what it reported last."""
 
     host: Host
     status: int
@@ -55,7 +55,7 @@ class _HostEnd:
 
 
 def run_hosts(arguments: Sequence[str], *, hosts: Sequence[Host], remote_shell: str) -> None:
-    """Run the ranks of all hosts, to the end or to a SIGTERM, which they save after.
+    """Run the ranks of all hosts until they are done; at a SIGTERM they save and end.
 
     Raises:
         ValueError: a host cannot be reached or its ranks failed; names the host.
@@ -97,7 +97,7 @@ def _connect(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _remote_command(arguments: Sequence[str]) -> str:
-    """Return the command for the remote login shell, whichever that is."""
+    """Return the command as any login shell takes it."""
     folder, python = shlex.quote(str(Path.cwd())), shlex.quote(sys.executable)
     script = (
         f"cd {folder} 2>/dev/null || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
@@ -143,7 +143,7 @@ def _reports(node: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
 
 
 def _raise_failure(outcomes: Sequence[_HostEnd], *, num_hosts: int) -> None:
-    """Raise what the host said that failed first in cause; one that is gone says nothing, others lost contact."""
+    """Raise the first cause: a failure that a host reported, else a host that is gone; the others lost contact."""
     if not outcomes:
         return
     reasons = {outcome.reason for outcome in outcomes}

@@ -1,7 +1,7 @@
-"""Tasks of Slurm wait for the first one's checks: a refusal is said once, and ends them all.
+"""Tasks of Slurm wait until the first one has checked the stage, so that a refusal is said once.
 
-The first task listens and sends each other one a byte: ranks are to start, or there is nothing to do. A connection that
-ends without one, because the first task refused or died, ends the others.
+The first task listens and answers each of the others with a byte: start the rank, or there is nothing to do. A
+connection that ends without a byte says that the first task has refused or died; the others then end, too.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ RETRY_SECONDS = 0.2
 
 
 class FirstTask:
-    """The first task's side; use as a context manager. Left without `say`, the others have nothing to do, or fail."""
+    """The first task's side, a context manager. Left without `say`, nothing is to be done; by an error, all end."""
 
     def __init__(self, placement: Placement) -> None:
         self._server = socket.create_server(("", placement.meeting_port))
@@ -44,7 +44,7 @@ class FirstTask:
             self._thread.join(LEAVE_SECONDS)
 
     def say(self, verdict: bytes) -> None:
-        """Tell all tasks, those that have come and those that will."""
+        """Tell all tasks: those that wait, and those that come later."""
         with self._lock:
             self._verdict = verdict
             while self._waiting:

@@ -53,7 +53,7 @@ class Host:
 
 
 def on_this_machine(num_processes: int) -> Placement:
-    """All ranks here; 0 is one per GPU, and without a GPU two where there are two cores."""
+    """All ranks on this machine; 0 means one per GPU or, without a GPU, two (one on a single core)."""
     num_ranks = num_processes or _default_num_ranks()
     return Placement(
         first_rank=0,
@@ -71,7 +71,7 @@ def _any_port() -> int:
 
 
 def _free_port() -> int:
-    """Return a port that nobody has; it stays free until rank 0 listens, as connections get none of these."""
+    """Return a port that nobody uses. It stays free: Linux gives connections other ports than these."""
     while True:
         port = _any_port()
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ GRACE_SECONDS = 5.0
 
 
 class LostContactError(ValueError):
-    """The ranks here only lost another one; the launcher of that one says why."""
+    """The ranks here lost contact with one elsewhere, whose launcher says why."""
 
 
 class StopSignals:
@@ -67,7 +67,7 @@ def run_ranks(
     directory: Path,
     announce: Callable[[], None],
 ) -> None:
-    """Run `training.launch.rank` on the ranks of `placement`, to the end or to a SIGTERM, which they save after.
+    """Run the ranks of `placement` (`training.launch.rank`) until they are done; at a SIGTERM they save and end.
 
     `announce` is called when nothing is left to refuse, just before they start.
 
@@ -116,7 +116,7 @@ def _start(arguments: Sequence[str], environment: dict[str, str], lock: int | No
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Ranks inherit the block and lift it when they can save: a SIGTERM before that waits, and no rank is missing."""
+    """Block SIGTERM in ranks that start here until they can save; one that comes earlier waits for them."""
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -176,7 +176,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Placement) -> None:
-    """Raise the message of the rank that failed first in cause; the others only lost contact with it."""
+    """Raise the message of the rank that is the cause; the others lost contact with it."""
     failed = {rank: status for rank, status in statuses.items() if status}
     if not failed:
         return
