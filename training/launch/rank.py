@@ -1,7 +1,7 @@
 """One rank of a stage: `python -m training.launch.rank`, with the arguments of `python -m training`.
 
 RANK, WORLD_SIZE and the like come from the environment.
-A launcher starts those of its machine; `torchrun` may, too.
+A launcher starts those of its machine; `torchrun -m -- training.launch.rank` may, too.
 """
 
 import os
