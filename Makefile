@@ -29,7 +29,7 @@ STATS_FLAGS = $(if $(SETS),--set "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--s
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=1|2|3 PHASE=512|1024 PLAN=1 SET='table.key=value …'"
+	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
 
@@ -91,7 +91,7 @@ stats: $(READY)  ## Captions -> noun statistics and report.html (SETS='name=file
 	@$(PY) -m dataset_stats $(FLAGS) $(DATA_FLAGS) $(STATS_FLAGS)
 
 .PHONY: features
-features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=1|2|3)
+features: $(READY) need-stage  ## Captions and images -> T5 and VAE features (STAGE=2)
 	@$(PY) -m features $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS)
 
 .PHONY: buckets
@@ -103,7 +103,7 @@ verify: $(READY)  ## Check every file of a run against its manifests, name the f
 	@$(PY) -m pipelines.store.verify --run $(RUN)
 
 .PHONY: train
-train: $(READY) need-stage  ## Features -> checkpoints (STAGE=1|2|3 GPUS=8, or HOSTFILE=hosts)
+train: $(READY) need-stage  ## Features -> checkpoints (STAGE=2 GPUS=8, or HOSTFILE=hosts)
 	@$(PY) -m training $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS) $(TRAIN_FLAGS)
 
 .PHONY: convert
