@@ -197,13 +197,13 @@ def test_names_that_are_odd_but_usable(tmp_path) -> None:
 def count_headers(monkeypatch) -> list[str]:
     """Note every walk over a tar's headers."""
     walks: list[str] = []
-    walk = pipelines.shard_headers.read_tar
+    walk = pipelines.raw.shard_headers.read_tar
 
     def counted(file):
         walks.append("walk")
         return walk(file)
 
-    monkeypatch.setattr(pipelines.shard_headers, "read_tar", counted)
+    monkeypatch.setattr(pipelines.raw.shard_headers, "read_tar", counted)
     return walks
 
 
@@ -255,8 +255,8 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> Non
     paths = [write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", b"x" * number)]) for number in range(12)]
     expected = describe_shards(paths)
     walks = count_headers(monkeypatch)
-    monkeypatch.setattr(pipelines.shard_headers, "MIN_SHARDS_PER_PROCESS", 4)
-    monkeypatch.setattr(pipelines.shard_headers, "SHARDS_PER_TASK", 3)
+    monkeypatch.setattr(pipelines.raw.shard_headers, "MIN_SHARDS_PER_PROCESS", 4)
+    monkeypatch.setattr(pipelines.raw.shard_headers, "SHARDS_PER_TASK", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert describe_shards(paths, run=tmp_path / "run") == expected and not walks
     Path(paths[5]).write_bytes(b"<html>" * 200)
