@@ -18,6 +18,7 @@ from toyworld.config import ToyworldConfig
 from training.config import ModelConfig, stage_names, stage_training
 from training.data.features import read_feature_table
 from training.launch.preflight import rank_bytes, require_even_batches
+from training.stages.weights import WeightCounts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAPER = REPOSITORY / "recipes/pixart-alpha.toml"
@@ -139,7 +140,8 @@ def test_the_pages_micro_batches_share_the_batch_and_fit(stage: str) -> None:
         require_even_batches(settings, num_ranks)
         assert (settings.global_batch_size, settings.keep_activations == "inputs") == (int(batch), is_recomputed)
         micro_batches.append(int(batch) // (num_ranks * int(accumulation)))
-        weights = rank_bytes(settings, 675_000_000 if stage == "stage1" else 611_000_000, num_ranks=num_ranks)
+        counts = WeightCounts(trained=675_000_000 if stage == "stage1" else 611_000_000)
+        weights = rank_bytes(settings, counts, num_ranks=num_ranks)
         assert weights + micro_batches[-1] * per_sample < 70e9
     assert max(micro_batches) == int(largest)
     assert int(gigabytes.split()[0]) == round(int(largest) * per_sample / 1e9)

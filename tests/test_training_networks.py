@@ -28,6 +28,7 @@ from training.stages.networks import (
 )
 from training.stages.stage import TrainingJob, open_stage
 from training.stages.starts import starting_network
+from training.stages.weights import WeightCounts
 
 SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
 
@@ -175,7 +176,12 @@ def test_figure_6_adaln_per_block_and_no_reparameterisation(run: Path, tmp_path:
     fresh = starting_network(job, config)
     assert isinstance(fresh, PixArt)
     assert all(block.modulation.weight.abs().max() == 0 for block in fresh.blocks)
-    print_weights(job, parameter_counts={"PixArt with adaLN-single": 611_000_000, "other": 833_000_000}, num_ranks=1)
+    print_weights(
+        job,
+        WeightCounts(trained=611_000_000),
+        parameter_counts={"PixArt with adaLN-single": 611_000_000, "other": 833_000_000},
+        num_ranks=1,
+    )
     printed = capsys.readouterr().err
     assert "611.00M parameters, from scratch" in printed
     assert "other would have 833.00M parameters" in printed
@@ -189,22 +195,22 @@ def test_figure_6_adaln_per_block_and_no_reparameterisation(run: Path, tmp_path:
 def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, _ = open_job(run, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50e9))
-    require_disk(job, 500_000_000)
+    require_disk(job, WeightCounts(trained=500_000_000))
     with pytest.raises(ValueError, match=r"has 50\.00 GB free, but 3 more checkpoints .* need 60\.00 GB; make room"):
-        require_disk(job, 1_000_000_000)
+        require_disk(job, WeightCounts(trained=1_000_000_000))
     # Those that are kept already need no room again.
     for step in (1, 2):
         (job.directory / f"step-{step}").mkdir()
-    require_disk(job, 1_000_000_000)
+    require_disk(job, WeightCounts(trained=1_000_000_000))
     with pytest.raises(ValueError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
-        require_disk(job, 3_000_000_000)
+        require_disk(job, WeightCounts(trained=3_000_000_000))
 
 
 def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
     job, _ = open_job(run, 1, zero_stage=2, dtype="bf16")
-    require_memory(job, 1_000_000_000, num_ranks=8, available_bytes=10e9)
+    require_memory(job, WeightCounts(trained=1_000_000_000), num_ranks=8, available_bytes=10e9)
     with pytest.raises(ValueError, match=r"need 20\.00 GB a rank, but a rank has 10\.00 GB; raise"):
-        require_memory(job, 1_000_000_000, num_ranks=1, available_bytes=10e9)
+        require_memory(job, WeightCounts(trained=1_000_000_000), num_ranks=1, available_bytes=10e9)
 
 
 def test_a_rank_without_a_gpu_is_refused() -> None:

@@ -17,13 +17,14 @@ from pipelines.recipe import load_recipe
 from pipelines.store.families import text_directory
 from pixart.processes.specs import flow_spec
 from training.config import ModelConfig, StageTraining, random_stream, stage_training
-from training.launch.preflight import rank_bytes, require_even_batches
+from training.launch.preflight import checkpoint_bytes, rank_bytes, require_even_batches
 from training.loop.clock import Clock
 from training.loop.loop import learning_rate_at
 from training.loop.losses import LossWindow
 from training.loop.metrics import MetricsLog, costs
 from training.stages.checkpoint import find_checkpoint
 from training.stages.stage import TrainingJob, open_stage
+from training.stages.weights import WeightCounts
 
 
 @pytest.fixture
@@ -382,9 +383,10 @@ def test_costs_and_memory_follow_their_formulas() -> None:
     )
     spent = costs(settings, device_seconds=4 * 7200)
     assert spent == pytest.approx({"device_days": 1 / 3, "dollars": 16.0, "co2_kilograms": 1.6})
+    whole = WeightCounts(trained=100)
     sizes = {
         (zero_stage, dtype): rank_bytes(
-            StageTraining(network="pixart", zero_stage=zero_stage, dtype=dtype), 100, num_ranks=4
+            StageTraining(network="pixart", zero_stage=zero_stage, dtype=dtype), whole, num_ranks=4
         )
         for zero_stage in (0, 1, 2, 3)
         for dtype in ("fp32", "bf16")
@@ -393,7 +395,14 @@ def test_costs_and_memory_follow_their_formulas() -> None:
     assert sizes[0, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4)
     assert sizes[3, "bf16"] == 100 * (2 + 2 + 4 + 8 + 4) // 4
     summing = StageTraining(network="pixart", zero_stage=2, dtype="bf16", gradient_accumulation_steps=2)
-    assert rank_bytes(summing, 100, num_ranks=4) == 100 * 2 + 100 * (4 + 4 + 8 + 4) // 4
+    assert rank_bytes(summing, whole, num_ranks=4) == 100 * 2 + 100 * (4 + 4 + 8 + 4) // 4
+    part = WeightCounts(trained=100, frozen=1000, beside=10_000)
+    others = {0: 2 * 1000 + 2 * 10_000, 3: 2 * 1000 // 4 + 2 * 10_000}  # ZeRO 3 shards what it runs backward through
+    for zero_stage, num_bytes in others.items():
+        settings = StageTraining(network="pixart", zero_stage=zero_stage, dtype="bf16")
+        assert rank_bytes(settings, part, num_ranks=4) == rank_bytes(settings, whole, num_ranks=4) + num_bytes
+    # The frozen ones are in `model/` alone.
+    assert checkpoint_bytes(summing, part) == checkpoint_bytes(summing, whole) + 4 * 1000
 
 
 def test_device_seconds_count_the_ranks_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:

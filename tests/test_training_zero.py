@@ -57,6 +57,7 @@ def test_masters_start_as_the_weights_in_fp32(results: dict[str, dict[str, Any]]
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_average_is_that_of_the_masters_after_each_step(results: dict[str, dict[str, Any]], stage: str) -> None:
     assert results[stage]["ema_error"] < 1e-5 * results[stage]["ema_lag"]
+    assert results[stage]["average_runs"], "as weights to run forward with"
 
 
 @pytest.mark.slow

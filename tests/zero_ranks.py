@@ -149,6 +149,8 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     starts_exactly = is_same(model.gather_masters(), dict(new_network().named_parameters()))
     steps, averaged = train_and_average(model, ema, 4)
     average = ema.gather()
+    to_run = new_network()
+    ema.copy_to(to_run)
     trainer = {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "num_ranks": dist.get_world_size()}
     save_checkpoint(folder, model=model, ema=ema, trainer=trainer, num_kept=1)
     dist.barrier()
@@ -178,6 +180,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         "accumulated": [[step["loss"], step["norm"]] for step in accumulated],
         "ema": {name: float(value.double().norm()) for name, value in average.items()},
         "starts_exactly": starts_exactly,
+        "average_runs": is_same(average, dict(to_run.named_parameters()) if average else {}),
         "is_ema_fp32": all(value.dtype == torch.float32 for value in average.values()),
         "ema_survives_disk": is_same(average, loaded),
         "resumes_exactly": on == again and same_masters and same_ema,

@@ -98,10 +98,16 @@ def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[
 
 
 def _print_weights(job: TrainingJob, preflight: Preflight) -> None:
-    from training.stages.networks import network_config, parameter_counts
+    import torch
 
-    counts = parameter_counts(network_config(job, preflight.survey))
-    print_weights(job, parameter_counts=counts, num_ranks=preflight.num_ranks)
+    from training.objectives.choice import choose_objective
+    from training.stages.networks import blank_network, count_weights, network_config, parameter_counts
+    from training.stages.starts import objective_networks
+
+    config = network_config(job, preflight.survey)
+    roles = choose_objective(job, torch.device("meta")).networks
+    weights = count_weights(roles, objective_networks(job, roles, blank_network(config)))
+    print_weights(job, weights, parameter_counts=parameter_counts(config), num_ranks=preflight.num_ranks)
 
 
 def _report(job: TrainingJob, preflight: Preflight, *, seconds: float) -> None:

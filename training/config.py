@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 
@@ -67,6 +67,15 @@ class StageTraining(TableConfig):
         default="ddpm",
         description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
         "(rectified flow: velocity). Weights of another process begin their output layer anew",
+    )
+    trains: Decides[Literal["all"] | Annotated[list[str], pydantic.Field(min_length=1)]] = pydantic.Field(
+        default="all",
+        description="Weights that train: 'all', or shell patterns of their names, as blocks.*.cross_attention.*",
+    )
+    networks: dict[str, str] = pydantic.Field(
+        default={},
+        description="Weights of networks that the objective needs and does not train, such as a teacher, by its names "
+        "for them; each as starts_from names weights",
     )
     features: str | None = pydantic.Field(
         default=None, description="Named table of [features] that says what is read; null = the one of the same name"

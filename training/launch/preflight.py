@@ -16,6 +16,7 @@ from training.data.plan import Plan
 from training.data.survey import Survey, load_survey, make_survey, save_survey, survey_shards
 from training.loop.compilation import is_compiled, require_compilable
 from training.stages.stage import SURVEY, TrainingJob
+from training.stages.weights import WeightCounts
 
 GIGABYTE = 1e9
 NUM_SIZE_THREADS = 8
@@ -143,18 +144,23 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
 
 
-def print_weights(job: TrainingJob, *, parameter_counts: Mapping[str, int], num_ranks: int) -> None:
+def print_weights(
+    job: TrainingJob, weights: WeightCounts, *, parameter_counts: Mapping[str, int], num_ranks: int
+) -> None:
     """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
     (kind, num_parameters), *others = parameter_counts.items()
-    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters, from {_origin(job)}")
+    trained = "" if weights.frozen == 0 else f", of which {weights.trained / 1e6:,.2f}M train"
+    _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters{trained}, from {_origin(job)}")
     _print("process", _describe_process(job))
-    rank_gigabytes = rank_bytes(settings, num_parameters, num_ranks=num_ranks) / GIGABYTE
+    if weights.beside:
+        _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
+    rank_gigabytes = rank_bytes(settings, weights, num_ranks=num_ranks) / GIGABYTE
     _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
     for name, num_others in others:
-        other_gigabytes = rank_bytes(settings, num_others, num_ranks=num_ranks) / GIGABYTE
+        other_gigabytes = rank_bytes(settings, WeightCounts(trained=num_others), num_ranks=num_ranks) / GIGABYTE
         _print("", f"{name} would have {num_others / 1e6:,.2f}M parameters and need {other_gigabytes:,.2f} GB")
-    needed_gigabytes = checkpoint_bytes(settings, num_parameters) / GIGABYTE
+    needed_gigabytes = checkpoint_bytes(settings, weights) / GIGABYTE
     free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
@@ -176,13 +182,13 @@ def _origin(job: TrainingJob) -> str:
     return str(job.start.path or "scratch") if job.resume is None else str(job.resume.path)
 
 
-def require_memory(job: TrainingJob, num_parameters: int, *, num_ranks: int, available_bytes: float) -> None:
+def require_memory(job: TrainingJob, weights: WeightCounts, *, num_ranks: int, available_bytes: float) -> None:
     """Refuse to start where not even the weights and what belongs to them fit; activations come on top.
 
     Raises:
         ValueError: says what a rank has and needs.
     """
-    needed = rank_bytes(job.settings, num_parameters, num_ranks=num_ranks)
+    needed = rank_bytes(job.settings, weights, num_ranks=num_ranks)
     if needed > available_bytes:
         raise ValueError(
             f"weights, gradients, optimizer and average need {needed / GIGABYTE:.2f} GB a rank, but a rank has "
@@ -191,7 +197,7 @@ def require_memory(job: TrainingJob, num_parameters: int, *, num_ranks: int, ava
         )
 
 
-def require_disk(job: TrainingJob, num_parameters: int) -> None:
+def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
     """Refuse to start where the checkpoints would not fit.
 
     Raises:
@@ -199,7 +205,7 @@ def require_disk(job: TrainingJob, num_parameters: int) -> None:
     """
     kept = job.settings.keep_checkpoints
     num_checkpoints = max(1, kept + 1 - len(list(job.directory.glob("step-*"))))
-    needed = checkpoint_bytes(job.settings, num_parameters) * num_checkpoints
+    needed = checkpoint_bytes(job.settings, weights) * num_checkpoints
     free = shutil.disk_usage(job.directory).free
     if needed > free:
         raise ValueError(
@@ -209,20 +215,21 @@ def require_disk(job: TrainingJob, num_parameters: int) -> None:
         )
 
 
-def rank_bytes(settings: StageTraining, num_parameters: int, *, num_ranks: int) -> int:
+def rank_bytes(settings: StageTraining, weights: WeightCounts, *, num_ranks: int) -> int:
     """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
     stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
-    weights = width / (num_ranks if stage >= 3 else 1)
+    computed = width / (num_ranks if stage >= 3 else 1)
     gradients = (4 if settings.gradient_accumulation_steps > 1 else width) / num_ranks if stage >= 2 else width
     # Adam's two moments and the average; and a master copy unless the model itself is that.
     sharded = 4 * (3 + (0 if stage == 0 and settings.dtype == "fp32" else 1))
-    return int(num_parameters * (weights + gradients + sharded / (num_ranks if stage >= 1 else 1)))
+    trained = computed + gradients + sharded / (num_ranks if stage >= 1 else 1)
+    return int(weights.trained * trained + weights.frozen * computed + weights.beside * width)
 
 
-def checkpoint_bytes(settings: StageTraining, num_parameters: int) -> int:
-    """Return the bytes of a checkpoint: weights, masters, Adam's moments, and the EMA weights as fp32."""
+def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
+    """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the whole network as fp32."""
     width = 2 if settings.dtype == "bf16" else 4
-    return num_parameters * (width + 4 + 8 + 4)
+    return weights.trained * (width + 4 + 8) + (weights.trained + weights.frozen) * 4
 
 
 def _print(name: str, line: str) -> None:

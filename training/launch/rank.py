@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from pipelines.command import parse_command, run_command
 from pipelines.store.files import atomic_write_bytes
-from pixart.dit import DiTConfig
-from pixart.model import PixArtConfig
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.launch.preflight import (
@@ -31,21 +31,20 @@ from training.launch.preflight import (
 )
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
 from training.loop.compilation import require_compilable
-from training.loop.ema import EMA
 from training.loop.flops import StepFlops
 from training.loop.log import open_log
 from training.loop.loop import Session, train
-from training.loop.networks import Networks
+from training.loop.networks import open_networks
 from training.loop.progress import open_progress
-from training.loop.state import load_checkpoint, needs_universal
 from training.loop.validation import open_validation
-from training.loop.zero import ZeroModel, initialize_ranks, rank_device
+from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
 from training.objectives.objective import Objective
 from training.stages.checkpoint import Checkpoint
-from training.stages.networks import blank_network, count_parameters, network_config, parameter_counts
+from training.stages.networks import blank_copy, count_weights, network_config, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
-from training.stages.starts import starting_network
+from training.stages.starts import objective_networks, starting_network
+from training.stages.weights import WeightCounts
 
 META = torch.device("meta")
 ObjectiveChoice = Callable[[TrainingJob, torch.device], Objective]
@@ -94,7 +93,11 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     survey = shared_survey(job)
     config = network_config(job, survey)
     objective = choose(job, rank_device())
-    networks = _open_networks(job, objective, config)
+    _require_families(job, objective)
+    started = objective_networks(job, objective.networks, starting_network(job, config))
+    _require_room(job, count_weights(objective.networks, started), parameter_counts=parameter_counts(config))
+    flops = _step_flops(choose(job, META), started, dtype=compute_dtype(job.settings))
+    networks = open_networks(job, objective.networks, started)
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
         progress = open_progress(job)
@@ -105,7 +108,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             batches=iter(reader),
             progress=progress,
             log=open_log(job, progress, stack),
-            flops=_step_flops(choose(job, META), config, dtype=networks.model.dtype),
+            flops=flops,
             validation=open_validation(job),
             description=describe(job, survey, network_config=config),
             stop=stop,
@@ -113,28 +116,31 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
         train(session)
 
 
-def _open_networks(job: TrainingJob, objective: Objective, config: DiTConfig | PixArtConfig) -> Networks:
-    """Return the networks of an objective with the weights they start from, or go on with."""
-    settings, resume, num_ranks = job.settings, job.resume, dist.get_world_size()
-    network = starting_network(job, config)
-    num_parameters = count_parameters(network)
+def _require_families(job: TrainingJob, objective: Objective) -> None:
+    """Refuse features that lack what an objective reads."""
+    dataset = job.features.datasets[0]
+    found = {directory.family.name for directory in dataset.directories}
+    if dataset.has_labels:
+        found.add("labels")
+    for name in sorted(set(objective.families) - found):
+        raise ValueError(f"the objective reads {name}, but features.{job.features.table_name} has {sorted(found)}")
+
+
+def _require_room(job: TrainingJob, weights: WeightCounts, *, parameter_counts: Mapping[str, int]) -> None:
+    """Say what the weights need, and refuse to start where memory or disk lack that."""
+    num_ranks = dist.get_world_size()
     if dist.get_rank() == 0:
-        print_weights(job, parameter_counts=parameter_counts(config), num_ranks=num_ranks)
-    require_memory(job, num_parameters, num_ranks=num_ranks, available_bytes=_available_bytes())
-    require_disk(job, num_parameters)
-    is_elastic = resume is not None and needs_universal(resume, num_ranks)
-    model = ZeroModel(network, settings, loads_universal=is_elastic)
-    ema = EMA(model, settings.ema_decay)
-    if resume is not None:
-        load_checkpoint(resume, model=model, ema=ema)
-    return Networks(objective.networks, model=model, ema=ema, others={})
+        print_weights(job, weights, parameter_counts=parameter_counts, num_ranks=num_ranks)
+    require_memory(job, weights, num_ranks=num_ranks, available_bytes=_available_bytes())
+    require_disk(job, weights)
 
 
-def _step_flops(objective: Objective, config: DiTConfig | PixArtConfig, *, dtype: torch.dtype) -> StepFlops:
+def _step_flops(objective: Objective, networks: Mapping[str, DiT | PixArt], *, dtype: torch.dtype) -> StepFlops:
     """Return the counter of an objective's operations; the objective is for the meta device."""
-    networks = {name: blank_network(config).to(dtype) for name in objective.networks}
+    blanks = {name: blank_copy(network).to(dtype) for name, network in networks.items()}
+    config = next(iter(networks.values())).config
     text_width = config.caption_channels if isinstance(config, PixArtConfig) else None
-    return StepFlops(objective, networks, in_channels=config.in_channels, text_width=text_width)
+    return StepFlops(objective, blanks, in_channels=config.in_channels, text_width=text_width)
 
 
 def _available_bytes() -> float:

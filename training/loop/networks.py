@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch.distributed as dist
 from torch import nn
 
+from pixart.dit import DiT
+from pixart.model import PixArt
 from training.loop.ema import EMA
+from training.loop.state import load_checkpoint, needs_universal
 from training.loop.zero import Update, ZeroModel
-from training.objectives.objective import Average, Role
+from training.objectives.objective import Average, Role, Trained
+from training.stages.stage import TrainingJob
 
 
 class Networks(Mapping[str, nn.Module]):
@@ -44,3 +49,18 @@ class Networks(Mapping[str, nn.Module]):
             self.ema.update()
             self._stale = {name for name, role in self._roles.items() if isinstance(role, Average)}
         return update
+
+
+def open_networks(job: TrainingJob, roles: Mapping[str, Role], started: Mapping[str, DiT | PixArt]) -> Networks:
+    """Return the networks of an objective on the device, as they `started` or as the checkpoint to resume has them."""
+    resume = job.resume
+    (trained,) = (network for name, network in started.items() if roles[name] == Trained())
+    is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
+    model = ZeroModel(trained, job.settings, loads_universal=is_elastic)
+    ema = EMA(model, job.settings.ema_decay)
+    others = {name: network for name, network in started.items() if network is not trained}
+    for network in others.values():
+        network.to(model.device, model.dtype).eval()
+    if resume is not None:
+        load_checkpoint(resume, model=model, ema=ema)
+    return Networks(roles, model=model, ema=ema, others=others)

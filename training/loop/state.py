@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 
 from pipelines.store.files import atomic_write_json
-from pixart.convert import load_diffusers, save_diffusers
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
 from training.loop.ema import EMA
 from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_state
-from training.loop.zero import UNIVERSAL_CHECKPOINT_INFO, ZeroModel, deepspeed_records
+from training.loop.zero import ZeroModel, deepspeed_records
 from training.stages.checkpoint import (
     MODEL,
     STATE,
@@ -27,7 +26,7 @@ from training.stages.checkpoint import (
     put_in_force,
     remove_unfinished,
 )
-from training.stages.networks import blank_network
+from training.stages.trainable import load_weights, save_weights
 
 UNIVERSAL_STATE = "deepspeed-universal"
 SEPARATE_STATE = "deepspeed-separate"
@@ -65,22 +64,14 @@ def save_checkpoint(
 
 def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any]) -> None:
     """Write the files of a checkpoint and bring them to the disk."""
-    model.engine.save_checkpoint(
-        str(folder), tag=STATE, client_state=dict(UNIVERSAL_CHECKPOINT_INFO), save_latest=False
-    )
+    model.save_state(folder, STATE)
     weights = ema.gather()
     if dist.get_rank() == 0:
-        _save_model(model.engine.module, weights, folder / MODEL)
+        save_weights(model.engine.module.config, model.frozen | weights, folder / MODEL)
         scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
         atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
         atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
         fsync_tree(folder)
-
-
-def _save_model(module: Any, weights: dict[str, Any], folder: Path) -> None:
-    model = blank_network(module.config)
-    model.load_state_dict(weights, assign=True)
-    save_diffusers(model, folder)
 
 
 def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
@@ -140,4 +131,4 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
             _convert_to_separate(checkpoint.path, source)
     dist.barrier()
     model.load_state(checkpoint.path, tag)
-    ema.load(load_diffusers(checkpoint.path / MODEL).state_dict())
+    ema.load(load_weights(checkpoint.path / MODEL))

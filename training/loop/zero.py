@@ -50,25 +50,34 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
     }
 
 
+def compute_dtype(settings: StageTraining) -> torch.dtype:
+    """Return the precision that networks compute in."""
+    return torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+
+
 def _is_plain(settings: StageTraining) -> bool:
     """Whether we clip: without sharding, in fp32, DeepSpeed has no optimizer of its own and keeps no norm."""
     return settings.zero_stage == 0 and settings.dtype == "fp32"
 
 
 class ZeroModel:
-    """A model, its AdamW and DeepSpeed's engine around both.
+    """A model, its AdamW and DeepSpeed's engine around both; weights that ask for no gradient stay as they are.
 
-    `masters` are the fp32 weights this rank updates: all of them without sharding, else its share, flattened.
+    `masters` are the fp32 weights this rank updates: all that train without sharding, else its share, flattened.
+    `frozen` are those that do not train, whole, fp32 on the CPU, by name; only rank 0 keeps them.
     """
 
     def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
         deepspeed = _import_deepspeed()
         self.settings = settings
         keep_activations(model, settings.keep_activations)
-        starting_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self._names = list(starting_weights)
+        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        starting_weights = {name: weight.detach() for name, weight in self._trained.items()}
+        others = {name: weight for name, weight in model.named_parameters() if name not in self._trained}
+        is_writer = dist.get_rank() == 0
+        self.frozen = {name: weight.detach().to("cpu", copy=True) for name, weight in others.items() if is_writer}
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self._trained.values(),
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             eps=settings.adam_epsilon,
@@ -94,7 +103,7 @@ class ZeroModel:
     @property
     def dtype(self) -> torch.dtype:
         """Compute precision."""
-        return torch.bfloat16 if self.settings.dtype == "bf16" else torch.float32
+        return compute_dtype(self.settings)
 
     @property
     def device(self) -> torch.device:
@@ -111,12 +120,12 @@ class ZeroModel:
             case _ if self.settings.dtype == "bf16":
                 return [weight for group in optimizer.fp32_groups for weight in group]
             case _:
-                return [weight.data for weight in self.engine.module.parameters()]
+                return [weight.data for weight in self._trained.values()]
 
     def first_moments(self) -> list[Tensor]:
         """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        weights = list(self.engine.module.parameters()) if _is_plain(self.settings) else self.masters
+        weights = self._trained.values() if _is_plain(self.settings) else self.masters
         return [optimizer.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
 
     @property
@@ -138,8 +147,7 @@ class ZeroModel:
             engine.step()
             norm = float(engine.get_global_grad_norm())
             return Update(norm, is_skipped=bool(engine.optimizer.overflow))
-        parameters = list(engine.module.parameters())
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.settings.gradient_clip))
+        norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self.settings.gradient_clip))
         is_skipped = not torch.tensor(norm).isfinite().item()
         if is_skipped:
             engine.zero_grad()
@@ -147,7 +155,7 @@ class ZeroModel:
         return Update(norm, is_skipped)
 
     def gather_masters(self) -> dict[str, Tensor]:
-        """Return the whole fp32 weights by name, on the CPU; all ranks must call it, and only rank 0 gets them."""
+        """Return the whole fp32 weights that train, on the CPU; all ranks must call it, and only rank 0 gets them."""
         is_writer = dist.get_rank() == 0
         weights: dict[str, Tensor] = {}
         for name, weight in self.whole_masters():
@@ -156,10 +164,10 @@ class ZeroModel:
         return weights
 
     def whole_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole fp32 weights with their names, one by one, on every rank; all ranks must iterate."""
+        """Yield the whole fp32 weights that train, with their names, on every rank; all ranks must iterate."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+        for position, (name, parameter) in enumerate(self._trained.items()):
             weight = safe_get_full_fp32_param(parameter) if self.is_sharded else self.masters[position]
             assert weight is not None, f"DeepSpeed keeps no fp32 master of {name}"
             yield name, weight
@@ -167,7 +175,7 @@ class ZeroModel:
     @torch.no_grad()
     def scatter_masters(self, weights: dict[str, Tensor]) -> None:
         """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""
-        for position, (name, parameter) in enumerate(zip(self._names, self.engine.module.parameters(), strict=True)):
+        for position, (name, parameter) in enumerate(self._trained.items()):
             if self.is_sharded:
                 self._scatter(parameter, weights[name].to(self.device))
             else:
@@ -184,14 +192,25 @@ class ZeroModel:
         padded = nn.functional.pad(weight.flatten(), (0, share * dist.get_world_size() - weight.numel()))
         safe_set_local_fp32_param(parameter, padded.narrow(0, share * dist.get_rank(), share))
 
+    def save_state(self, folder: Path, tag: str) -> None:
+        """Write the state of weights that train and of the optimizer to `folder/tag`; all ranks must call it."""
+        self.engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state=dict(UNIVERSAL_CHECKPOINT_INFO),
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+
     def load_state(self, folder: Path, tag: str) -> None:
-        """Load what `engine.save_checkpoint` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
+        """Load what `save_state` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
         # DeepSpeed asks torch for an unrestricted load; the variable is torch's way to overrule that.
         former = os.environ.get(WEIGHTS_ONLY)
+        is_whole = len(self._trained) == len(list(self.engine.module.parameters()))
         os.environ[WEIGHTS_ONLY] = "1"
         try:
             with torch.serialization.safe_globals(deepspeed_records()):
-                self.engine.load_checkpoint(str(folder), tag=tag)
+                self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
         finally:
             os.environ[WEIGHTS_ONLY] = former or "0"
 

@@ -3,6 +3,7 @@
 import torch
 
 from pixart.processes.make import process_of
+from training.loop.zero import compute_dtype
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import Inputs
 from training.objectives.objective import Objective
@@ -17,7 +18,7 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
         shift_factor=job.features.vae["shift_factor"],
         # A DiT's label after its classes.
         null_label=job.model.num_classes if job.features.text_encoder is None else None,
-        dtype=torch.bfloat16 if settings.dtype == "bf16" else torch.float32,
+        dtype=compute_dtype(settings),
     )
     match settings.objective:
         case "denoise":

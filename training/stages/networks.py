@@ -1,6 +1,7 @@
 """The network a stage trains, from its shape."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from training.data.survey import Survey
+from training.objectives.objective import Role, Trained
 from training.stages.stage import TrainingJob
+from training.stages.weights import WeightCounts
 
 
 def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig:
@@ -66,6 +69,24 @@ def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
     }
     ordered = sorted(both.items(), key=lambda item: item[1] != config)
     return {name: count_parameters(blank_network(shape)) for name, shape in ordered}
+
+
+def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
+    """Return a network of the same shape on the meta device, of which the same weights train."""
+    blank = blank_network(network.config)
+    for name, weight in network.named_parameters():
+        blank.get_parameter(name).requires_grad_(weight.requires_grad)
+    return blank
+
+
+def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt]) -> WeightCounts:
+    """Return how many weights the networks of an objective have."""
+    counts = {"trained": 0, "frozen": 0, "beside": 0}
+    for name, network in networks.items():
+        for weight in network.parameters():
+            kind = "beside" if roles[name] != Trained() else "trained" if weight.requires_grad else "frozen"
+            counts[kind] += weight.numel()
+    return WeightCounts(**counts)
 
 
 def count_parameters(network: DiT | PixArt) -> int:

@@ -1,5 +1,6 @@
 """A training stage, resolved and checked before anything heavy is imported: settings, features, where it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class StartingPoint:
 class TrainingJob:
     """One `python -m training`: everything that is decided before the ranks start.
 
-    `resume` is the newest checkpoint of the stage itself when the job was opened: the one it continues from.
+    `networks` are the weights of networks beside the one that is trained. `resume` is the stage's own newest checkpoint
+    when the job was opened: the one it continues from.
     """
 
     command: Command
@@ -43,6 +45,7 @@ class TrainingJob:
     model: ModelConfig
     features: StageFeatures
     start: StartingPoint
+    networks: Mapping[str, StartingPoint]
     directory: Path
     fingerprint: Fingerprint
     resume: Checkpoint | None
@@ -67,7 +70,10 @@ def open_stage(command: Command) -> TrainingJob:
     directory = command.run / "training" / command.stage_name
     resume = find_checkpoint(directory)
     start = _start_or_recorded(command, settings, directory, resume=resume)
-    fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, start=start)
+    networks = _networks(command, settings, directory)
+    origins = {"training.starts_from": start.identity}
+    origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
+    fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, origins=origins)
     if resume is not None:
         _require_same_job(fingerprint, resume)
         # Later stages know its weights by this digest, which may be that of a former version.
@@ -78,6 +84,7 @@ def open_stage(command: Command) -> TrainingJob:
         model=model,
         features=features,
         start=start,
+        networks=networks,
         directory=directory,
         fingerprint=fingerprint,
         resume=resume,
@@ -85,9 +92,9 @@ def open_stage(command: Command) -> TrainingJob:
 
 
 def _fingerprint(
-    stage: str, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, start: StartingPoint
+    stage: str, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, origins: dict[str, str]
 ) -> Fingerprint:
-    fields = {"random_stream": random_stream(stage), "training.starts_from": start.identity}
+    fields = {"random_stream": random_stream(stage), **origins}
     shape = model.fingerprint_fields()
     if settings.network == "dit":
         # Its adaLN is its own.
@@ -128,40 +135,60 @@ def _start_or_recorded(
         if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
         return StartingPoint(None, resume.trainer["fingerprint"]["training.starts_from"])
-    if resume is None and start.checkpoint is not None:
-        _require_finished(command, settings, start.checkpoint)
+    if resume is None and settings.starts_from is not None:
+        _require_finished(command, settings.starts_from, start.checkpoint, key=_starts_from(command))
     return start
+
+
+def _starts_from(command: Command) -> str:
+    return f"training.{command.stage_name}.starts_from"
 
 
 def _is_same_start(one: str | None, other: str | None) -> bool:
     return (one or SCRATCH).removeprefix(STAGE_FOLDER) == (other or SCRATCH).removeprefix(STAGE_FOLDER)
 
 
-def _former_stage(command: Command, settings: StageTraining) -> str | None:
-    """Return the stage of this recipe whose weights a stage starts from, None if they are no stage's."""
-    name = (settings.starts_from or SCRATCH).removeprefix(STAGE_FOLDER)
+def _former_stage(command: Command, wanted: str) -> str | None:
+    """Return the stage of this recipe whose weights are wanted, None if they are no stage's."""
+    name = wanted.removeprefix(STAGE_FOLDER)
     return name if name in stage_names(command.recipe) else None
 
 
-def _require_finished(command: Command, settings: StageTraining, checkpoint: Checkpoint) -> None:
+def _require_finished(command: Command, wanted: str, checkpoint: Checkpoint | None, *, key: str) -> None:
     """Refuse weights of a stage that is neither at the end it was given nor at the one the recipe gives it now."""
+    if checkpoint is None:
+        return
     num_steps = checkpoint.trainer["num_steps"]
-    former = _former_stage(command, settings)
+    former = _former_stage(command, wanted)
     if former is not None:
         num_steps = min(num_steps, stage_training(command.recipe, former).num_steps)
     if checkpoint.step < num_steps:
-        key = f"training.{command.stage_name}.starts_from"
         raise ValueError(
             f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
-            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to start from it as it is"
+            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to take it as it is"
         )
 
 
 def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
-    wanted, former = settings.starts_from, _former_stage(command, settings)
-    if wanted is None or wanted == SCRATCH:
+    if settings.starts_from is None or settings.starts_from == SCRATCH:
         return StartingPoint(None, SCRATCH)
-    key = f"training.{command.stage_name}.starts_from = {wanted!r}"
+    return _named_weights(command, settings.starts_from, directory, key=_starts_from(command))
+
+
+def _networks(command: Command, settings: StageTraining, directory: Path) -> dict[str, StartingPoint]:
+    """Return the weights of networks beside the one that is trained, which a stage needs as long as it trains."""
+    key = f"training.{command.stage_name}.networks"
+    networks = {}
+    for name, wanted in settings.networks.items():
+        networks[name] = _named_weights(command, wanted, directory, key=f"{key}.{name}")
+        _require_finished(command, wanted, networks[name].checkpoint, key=f"{key}.{name}")
+    return networks
+
+
+def _named_weights(command: Command, wanted: str, directory: Path, *, key: str) -> StartingPoint:
+    """Return the weights that a recipe's `key` names: of a stage, a checkpoint, or others."""
+    former = _former_stage(command, wanted)
+    key = f"{key} = {wanted!r}"
     location = wanted.replace("{run}", str(command.run))
     path = Path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
@@ -171,8 +198,8 @@ def _starting_point(command: Command, settings: StageTraining, directory: Path) 
         return _from_checkpoint(checkpoint)
     if former is not None:
         raise FileNotFoundError(
-            f"{path} has no checkpoint: {command.stage} starts from the weights of {former}; "
-            f"run `make train STAGE={former} RUN={command.run}` first or set training.{command.stage}.starts_from"
+            f"{path} has no checkpoint, and {key} needs its weights; "
+            f"run `make train STAGE={former} RUN={command.run}` first, or name others"
         )
     if (path / STATE).is_dir():
         raise ValueError(f"{key} is a checkpoint without {TRAINER}: it was not written whole")

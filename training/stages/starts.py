@@ -1,7 +1,9 @@
 """The weights a stage starts from (paper section 2.2 and 2.3), or goes on with."""
 
+import copy
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +14,60 @@ from pixart.dit import DiT, DiTConfig
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
+from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.checkpoint import MODEL
 from training.stages.networks import blank_network, fresh_network
 from training.stages.stage import TrainingJob
+from training.stages.trainable import freeze_others
 
 log = get_logger("training")
+
+
+def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT | PixArt) -> dict[str, DiT | PixArt]:
+    """Return the networks of an objective by name, with the weights they start with, fp32 on the CPU.
+
+    Args:
+        job: says which weights of `trained` train, and where those of frozen networks are.
+        roles: of the objective.
+        trained: the network that the stage trains.
+
+    Raises:
+        ValueError: weights of a network are not named or do not fit, or are named and not needed; names the recipe key.
+    """
+    key = f"training.{job.command.stage_name}"
+    wanted = {name for name, role in roles.items() if isinstance(role, Frozen)}
+    for name in sorted(wanted - job.networks.keys()):
+        raise ValueError(f"{key}.networks names no weights for {name!r}, a network that the objective needs")
+    for name in sorted(job.networks.keys() - wanted):
+        has = f"has {', '.join(sorted(wanted))} alone" if wanted else "has none"
+        raise ValueError(f"{key}.networks names {name!r}, but of frozen networks the objective {has}")
+    freeze_others(trained, job.settings.trains, key=f"{key}.trains")
+    networks = {}
+    for name, role in roles.items():
+        match role:
+            case Trained():
+                networks[name] = trained
+            case Frozen():
+                networks[name] = _frozen_network(job, name, trained)
+            case Average():
+                networks[name] = copy.deepcopy(trained).requires_grad_(False)
+    return networks
+
+
+def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT | PixArt:
+    start = job.networks[name]
+    assert start.path is not None, "only a stage starts from nothing"
+    key = f"training.{job.command.stage_name}.networks.{name} ({start.path})"
+    if start.process["name"] != job.settings.process:
+        raise ValueError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
+    network = load_network(start.path, None, sample_size=trained.config.sample_size, key=key)
+    if type(network) is not type(trained):
+        raise ValueError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
+    found = dataclasses.asdict(network.config)
+    for field in {"in_channels", "sample_size", "caption_channels", "num_classes"} & found.keys():
+        if found[field] != (value := getattr(trained.config, field)):
+            raise ValueError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
+    return network.float().requires_grad_(False)
 
 
 def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT | PixArt:

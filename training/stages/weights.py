@@ -1,0 +1,12 @@
+"""How many weights a stage has, by what is kept of each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCounts:
+    """Weights that train, those of the same network that do not, and those of networks that run forward beside it."""
+
+    trained: int
+    frozen: int = 0
+    beside: int = 0
