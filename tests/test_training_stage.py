@@ -184,7 +184,7 @@ def test_a_stage_of_any_name_reads_and_starts_from_what_its_table_says(run: Path
         (2, "extends=stage9", "training.stage2.extends = 'stage9' names no table"),
         (2, "objective=guess", r"training\.stage2\.objective = 'guess': Input should be 'denoise'"),
         (2, "network=unet", r"training\.stage2\.network = 'unet': Input should be 'dit' or 'pixart'"),
-        (2, "starts_from=scratch", r"training\.stage2\.starts_from is called starts_from now"),
+        (2, "init_from=scratch", r"training\.stage2\.init_from is called starts_from now"),
     ],
 )
 def test_what_a_stage_cannot_be_is_one_line(run: Path, stage: int | str, override: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_another_process_than_the_checkpoints_is_refused(run: Path) -> None:
         job_of(run, 2, starts_from="scratch", process="flow")
 
 
-def as_formerly(folder: Path, *, number: int, starts_from: str | None) -> None:
+def as_formerly(folder: Path, *, number: int, init_from: str | None) -> None:
     """Rewrite `trainer.json` as it was before stages had names: every field written out, under its old name."""
     path = folder / "trainer.json"
     trainer = json.loads(path.read_text())
@@ -219,16 +219,16 @@ def as_formerly(folder: Path, *, number: int, starts_from: str | None) -> None:
     fields |= trainer["fingerprint"] | {"stage": number}
     for name in ("random_stream", "training.network", "training.process", "training.objective"):
         fields.pop(name)
-    fields["training.starts_from"] = fields.pop("training.starts_from")
+    fields["training.init_from"] = fields.pop("training.starts_from")
     del trainer["starts_from"]
-    former = {"stage": number, "stage_name": folder.parent.name, "kind": "pixart", "starts_from": starts_from}
+    former = {"stage": number, "stage_name": folder.parent.name, "kind": "pixart", "init_from": init_from}
     path.write_text(json.dumps(trainer | former | {"fingerprint": fields, "plan_fingerprint": "0" * 64}))
 
 
 def test_a_checkpoint_of_before_stages_had_names_is_continued(run: Path) -> None:
     first = write_checkpoint(job_of(run, 1), step=12)
     begun = job_of(run, 2)
-    as_formerly(write_checkpoint(begun, step=6), number=2, starts_from=None)
+    as_formerly(write_checkpoint(begun, step=6), number=2, init_from=None)
     job = job_of(run, 2)
     assert job.resume is not None and job.resume.trainer["starts_from"] == "stage1"
     assert job.fingerprint.fields == begun.fingerprint.fields
