@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
-from training_run import make_run, write_text
+from training_run import make_run, write_latents, write_text
 
 from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
@@ -208,6 +208,18 @@ def test_labels_are_read_where_there_is_no_text(run: Path) -> None:
         assert batch.text is None
         assert batch.labels is not None
         assert batch.labels.tolist() == [int(key[-3:]) % 5 for key in batch.keys]
+
+
+def test_latents_of_a_codec_without_deviation_are_their_means(run: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "run"
+    write_latents(plain, 32, dict.fromkeys(SHARDS, 20), buckets=["32x32"], is_bucketed=False, has_std=False)
+    write_text(plain, dict.fromkeys(SHARDS, 20))
+    stored = read_tars(latent_directory(plain, 32))
+    assert all(tensors.keys() == {"mean"} for tensors in stored.values())
+    for batch in batches_of(open_reader(open_index(plain), steps=range(3), checks_payloads=True)):
+        assert (batch.std, batch.posterior_noise) == (None, None)
+        assert torch.equal(batch.draw_latents(), torch.stack([stored[key]["mean"] for key in batch.keys]).float())
+        assert batch.noise.std().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_buckets_do_not_mix(run: Path) -> None:

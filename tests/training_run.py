@@ -71,10 +71,19 @@ interpolation_scale = 2.0
 """
 
 
-def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets: list[str], is_bucketed: bool) -> None:
+def write_latents(
+    run: Path,
+    resolution: int,
+    shards: dict[str, int],
+    *,
+    buckets: list[str],
+    is_bucketed: bool,
+    has_std: bool = True,
+) -> None:
     """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject."""
     directory = ShardDirectory(latent_directory(run, resolution))
     directory.path.mkdir(parents=True, exist_ok=True)
+    family = latent_schema(has_std=has_std)
     fingerprint = Fingerprint.of({"family": "latents", "resolution": resolution, "buckets": is_bucketed})
     for name, num_samples in shards.items():
         random = np.random.default_rng(len(name) * 1000 + num_samples)
@@ -87,16 +96,18 @@ def write_latents(run: Path, resolution: int, shards: dict[str, int], *, buckets
                     height, width = (int(side) // 8 for side in bucket.split("x"))
                     mean = random.standard_normal((CHANNELS, height, width)).astype(np.float16)
                     std = np.full_like(mean, 0.1)
-                    latent_schema().write(tar, [row], [(mean, std)])
+                    family.write(tar, [row], [(mean, std) if has_std else (mean,)])
                     row |= {
                         "bucket": bucket,
                         "label": i % NUM_CLASSES if name.startswith("imagenet") else None,
                         "reject": None,
                     }
                 rows.append(row)
-        write_index(directory.file(name, ".parquet"), rows, latent_schema().columns)
+        write_index(directory.file(name, ".parquet"), rows, family.columns)
         _finish(directory, name, rows, fingerprint)
     extra = {"vae": VAE, "resolution": resolution, "buckets": buckets}
+    if not has_std:  # else the manifest is one of before it named its family
+        extra["family"] = family.spec()
     directory.write_manifest(fingerprint, list(shards), upstream={}, extra=extra)
 
 

@@ -1,6 +1,6 @@
 """The features a stage trains on: which datasets, directories and shards, and whether they are what the recipe says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pydantic
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
-from pipelines.store.families import latent_directory, text_directory, texts_digest
+from pipelines.store.families import image_directory, latent_directory, text_directory, texts_digest
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, read_manifest, require_same
 from training.config import DatasetConfig, StageTraining
@@ -45,6 +45,7 @@ class FeatureTable(pydantic.BaseModel):
     text_model: str
     text_revision: str | None = None
     max_tokens: int | None = None
+    families: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:
         ValueError: the table or a key is missing or wrong; names it.
     """
     try:
-        return FeatureTable.model_validate(recipe.laid_over("features", name))
+        return FeatureTable.model_validate(recipe.laid_over("features", name, keys=FeatureTable.model_fields))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -175,7 +176,7 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
 
 
 def _read_table_of(command: Command, name: str, *, settings: StageTraining) -> FeatureTable:
-    stage, names = command.stage_name, command.recipe.names("features")
+    stage, names = command.stage_name, command.recipe.names("features", keys=FeatureTable.model_fields)
     if name not in names:
         raise ValueError(
             f"{command.recipe.path}: training.{stage} reads [features.{name}], which is missing; write it or set "
@@ -219,6 +220,10 @@ def _open_dataset(
         text = _open(run, text_directory(Path(), columns), command=command, cache=cache)
         _check_text(text, table=table, run=run)
         directories.append(text)
+    for family, settings in table.families.items():
+        other = _open(run, image_directory(Path(), family, table.resolution), command=command, cache=cache)
+        _check_family(other, family, settings, latents=latents)
+        directories.append(other)
     for directory in directories:
         for name in shards:
             if name not in directory.manifest.shards:
@@ -290,6 +295,23 @@ def _open(run: str, relative: Path, *, command: str, cache: ShardCache) -> Featu
     if not is_remote(location) and not Path(location).is_dir():
         raise FileNotFoundError(f"{location} does not exist: features have not been made; run `{command}` first")
     return open_directory(location, cache)
+
+
+def _check_family(
+    directory: FeatureDirectory, family: str, settings: Mapping[str, Any], *, latents: FeatureDirectory
+) -> None:
+    """Refuse a family that is not what the recipe asks for, or not made of the images as the latents are."""
+    extra, where = directory.manifest.extra, str(directory)
+    require_same("family", family, directory.family.name, where=where)
+    for name in ("resolution", "buckets"):
+        require_same(name, latents.manifest.extra.get(name), extra.get(name), where=where)
+    if "vae" in extra:
+        for name in ("model", "revision"):
+            require_same(f"vae_{name}", latents.manifest.extra["vae"][name], extra["vae"][name], where=where)
+    found, defaults = extra.get("settings", {}), extra.get("defaults", {})
+    for name in sorted(found.keys() | settings.keys()):
+        wanted = settings.get(name, defaults.get(name))
+        require_same(f"families.{family}.{name}", wanted, found.get(name), where=where)
 
 
 def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -> None:
