@@ -135,8 +135,8 @@ def _text_class(source: ModelSource, config: Mapping[str, Any]) -> type[T5Encode
 
 
 def _codec_class(source: ModelSource, config: Mapping[str, Any]) -> type[KLCodec | DCCodec]:
-    # Folders of before diffusers wrote the class name hold the only class there was.
-    kind = config.get("_class_name", KLCodec.class_name)
+    # Folders of before diffusers wrote the class name hold the only class there was; transformers writes model_type.
+    kind = config.get("_class_name", config.get("model_type", KLCodec.class_name))
     for codec_class in CODEC_CLASSES:
         if kind == codec_class.class_name:
             return codec_class

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny_encoders import save_codec
+from tiny_encoders import save_codec, save_deep_codec, save_text_encoder
 
+from encoders.latents import require_whole_patches
 from encoders.opening import open_codec
 
 
@@ -40,3 +41,37 @@ def test_decode_gives_rgb_images(codec):
 def test_float16_vae_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vae_dtype float16"):
         open_codec(str(tmp_path), dtype="float16")
+
+
+def test_a_deep_codec_has_no_deviation_and_gives_what_diffusers_gives(tmp_path):
+    codec = open_codec(str(save_deep_codec(tmp_path / "dc")))
+    spec = codec.spec
+    assert (spec.channels, spec.factor, spec.shift, spec.has_std) == (8, 16, 0.0, False)
+    assert (spec.scale, spec.factor) == (pytest.approx(0.41), codec.model.spatial_compression_ratio)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8, generator=generator)
+    latents, std = codec.encode(images)
+    with torch.inference_mode():
+        expected = codec.model.encode(images.float() / 127.5 - 1.0).latent
+    assert std is None and latents.shape == (2, 8, 2, 4)
+    torch.testing.assert_close(latents, expected)
+    assert [image.size for image in codec.decode(latents)] == [(64, 32)] * 2
+
+
+def test_sides_are_whole_patches_of_the_codecs_latents(tmp_path):
+    shallow, deep = open_codec(str(save_codec(tmp_path / "vae"))).spec, open_codec(str(save_deep_codec(tmp_path))).spec
+    require_whole_patches(48, shallow, key="features.stage2.resolution")
+    with pytest.raises(
+        ValueError,
+        match=r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$",
+    ):
+        require_whole_patches(250, shallow, key="features.stage2.resolution")
+    with pytest.raises(ValueError, match=r"48 is not a multiple of 32 \(VAE factor 16 times patch size 2\)"):
+        require_whole_patches(48, deep, key="features.stage2.resolution")
+
+
+def test_a_model_that_is_no_codec_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"features\.vae_model .* is a t5, not AutoencoderKL or AutoencoderDC"):
+        open_codec(str(save_text_encoder(tmp_path / "t5")))
+    with pytest.raises(ValueError, match=r"is a DiTTransformer2DModel, not AutoencoderKL or AutoencoderDC"):
+        open_codec("toyworld/weights/dit")

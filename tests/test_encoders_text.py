@@ -3,11 +3,13 @@ import sys
 
 import pytest
 import torch
-from tiny_encoders import save_text_encoder
-from transformers import T5EncoderModel
+from tiny_encoders import save_codec, save_decoder, save_text_encoder
+from transformers import Gemma2Model, T5EncoderModel
 
 from encoders.opening import open_text_encoder
 from encoders.text import clean_text
+from encoders.tokens import find_lost_words
+from encoders.weights import resolve_model
 
 TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
 
@@ -126,3 +128,51 @@ def test_importing_encoders_loads_neither_torch_nor_transformers():
 def test_loading_is_complete_for_the_encoder_alone(text_folder):
     direct = T5EncoderModel.from_pretrained(text_folder)
     assert torch.equal(direct.shared.weight, load(text_folder).model.shared.weight)
+
+
+def test_a_decoder_gives_its_last_hidden_states_whatever_it_is_batched_with(tmp_path):
+    folder = str(save_decoder(tmp_path / "gemma"))
+    encoder = open_text_encoder(folder, max_tokens=40, dtype="float32")
+    # No token is added, and a text of none is one token of padding.
+    embeddings = encoder.encode(TEXTS)
+    assert [len(embedding) for embedding in embeddings] == [12, 1, 28, 40, 17, 12]
+    model = Gemma2Model.from_pretrained(folder).eval()
+    for ids, embedding in zip(encoder.tokenize(TEXTS), embeddings, strict=True):
+        with torch.inference_mode():
+            alone = model(torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(embedding, alone, atol=1e-5, rtol=1e-5)
+    assert (encoder.spec.width, encoder.spec.max_tokens) == (24, 40)
+
+
+def test_cleaning_is_a_rule_of_the_spec(text_folder):
+    texts = [" A Red\n", "a red"]
+    ids = {}
+    for rule in ("lower", "strip", "none"):
+        encoder = open_text_encoder(text_folder, max_tokens=40, dtype="float32", cleaning=rule)
+        assert encoder.spec.cleaning == rule
+        ids[rule] = encoder.tokenize(texts)
+    assert ids["lower"][0] == ids["lower"][1] == ids["strip"][1]
+    # The tiny tokenizer knows no capitals, space or line break: what is left of a text shows in its length.
+    assert [len(tokens) for tokens in (ids["strip"][0], ids["none"][0])] == [6, 8]
+    assert ids["strip"][0] != ids["lower"][0]
+    with pytest.raises(ValueError, match="cleaning diffusers is not one of lower, strip, none"):
+        clean_text("a", "diffusers")
+
+
+@pytest.mark.parametrize("save", [save_text_encoder, save_decoder])
+def test_what_is_cut_of_a_text_is_told(save, tmp_path):
+    source = resolve_model(str(save(tmp_path / "encoder")))
+    lost = find_lost_words(["A red kite", "x" * 12], source, max_tokens=8, cleaning="lower")
+    # The end token of a T5 takes the eighth place.
+    kept = 7 if save is save_text_encoder else 8
+    assert {text: "".join(words.split()) for text, words in lost.items()} == {
+        "A red kite": "".join("a red kite"[kept:].split()),
+        "x" * 12: "x" * (12 - kept),
+    }
+
+
+def test_a_model_that_is_no_text_encoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"features\.text_model .* is a model of type None, not one of t5"):
+        load(str(save_codec(tmp_path / "vae")))
+    with pytest.raises(ValueError, match=r"features\.text_model toyworld/weights/llava is .* type llava"):
+        load("toyworld/weights/llava")
