@@ -58,7 +58,7 @@ FILES = {".tar": "0" * 64, ".parquet": "1" * 64}
 
 def rows_of(num_samples: int) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
     """Yield index rows of latents and caption of each sample of a shard; buckets in turn."""
-    sizes = aspect_buckets(RESOLUTION)
+    sizes = aspect_buckets(RESOLUTION, multiple=2 * FACTOR)
     latent_end, text_end = 0, 0
     random = np.random.default_rng(0)
     for i in range(num_samples):

@@ -30,6 +30,8 @@ def main() -> None:
         return
     jobs = [family.job(inputs) for family in wanted_families(inputs)]
     is_done = [job.is_done() for job in jobs]
+    for job in [job for job, done in zip(jobs, is_done, strict=True) if not done]:
+        require_model(job.model, key=job.model_key)
     if not all(is_done):
         require_space(inputs)
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
@@ -43,8 +45,6 @@ def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
         log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
     job.family.prepare(job, inputs)
     is_done = job.is_done()
-    if not is_done:
-        require_model(job.model, key=job.model_key)
     num_pending = sum(source.num_samples for source in job.pending())
     is_resumed = (job.output.path / PARTS_FOLDER).is_dir()
     start_seconds = time.monotonic()

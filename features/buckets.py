@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from features.jobs import Inputs, read_inputs
+from encoders.latents import LatentSpec
+from encoders.weights import resolve_model
+from features.jobs import Inputs, bucket_sizes, codec_of, read_inputs
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
-from pipelines.raw.images import SampleReject, aspect_buckets, image_size, nearest_bucket, plan_crop
+from pipelines.raw.images import SampleReject, image_size, nearest_bucket, plan_crop
 from pipelines.raw.shards import Member, RawSample, RawShard, open_shard
 from pipelines.store.files import atomic_file
 
@@ -70,16 +72,21 @@ class BucketReport:
         self.rejects += other.rejects
 
 
+def stage_codec(inputs: Inputs) -> LatentSpec:
+    """Return the spec of the codec whose patches decide the buckets; raises as `codec_of` does."""
+    return codec_of(resolve_model(inputs.features.vae_model, inputs.features.vae_revision), inputs)
+
+
 def report_buckets(inputs: Inputs) -> BucketReport:
     """Read the header of every image of a stage's raw shards.
 
     Raises:
         ValueError, OSError: a tar cannot be read or has changed; names it.
     """
-    report = BucketReport()
+    report, multiple = BucketReport(), stage_codec(inputs).patch_pixels
     num_samples = sum(source.num_samples for source in inputs.raw)
     with ThreadPoolExecutor(NUM_READERS) as pool, progress_bar("features buckets", num_samples) as progress:
-        shards = pool.map(lambda source: _report_shard(source, inputs), inputs.raw)
+        shards = pool.map(lambda source: _report_shard(source, inputs, multiple=multiple), inputs.raw)
         for source, shard in zip(inputs.raw, shards, strict=True):
             report.add(shard)
             progress.advance(source.num_samples)
@@ -87,7 +94,7 @@ def report_buckets(inputs: Inputs) -> BucketReport:
     return report
 
 
-def _report_shard(source: Source, inputs: Inputs) -> BucketReport:
+def _report_shard(source: Source, inputs: Inputs, *, multiple: int) -> BucketReport:
     report = BucketReport()
     resolution, max_pixels = inputs.features.resolution, inputs.data.max_pixels
     with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
@@ -96,7 +103,9 @@ def _report_shard(source: Source, inputs: Inputs) -> BucketReport:
             try:
                 width, height = _measure(raw, sample, is_labelled=is_labelled, max_pixels=max_pixels)
                 bucket = (
-                    nearest_bucket(width, height, resolution) if inputs.features.buckets else (resolution, resolution)
+                    nearest_bucket(width, height, resolution, multiple=multiple)
+                    if inputs.features.buckets
+                    else (resolution, resolution)
                 )
                 crop = plan_crop(width, height, bucket[1], bucket[0], max_pixels=max_pixels)
             except SampleReject as reject:
@@ -132,8 +141,7 @@ def print_buckets(inputs: Inputs, report: BucketReport) -> None:
     table = Table("bucket", "height/width", title=title, title_justify="left")
     for heading in ("images", "share", "crop %", "worst", "upscale %", "worst"):
         table.add_column(heading, justify="right")
-    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
-    for height, width in sizes:
+    for height, width in bucket_sizes(inputs, stage_codec(inputs)):
         crops, scales = (values.get((height, width), array("f")) for values in (report.crops, report.scales))
         share = f"{len(crops) / max(1, report.num_images):.1%}"
         table.add_row(f"{height}x{width}", f"{height / width:.2f}", f"{len(crops):,}", share, *_figures(crops, scales))

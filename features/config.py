@@ -9,11 +9,9 @@ from encoders.latents import require_vae_dtype
 from encoders.text import require_text_dtype
 from pipelines.recipe import Recipe, TableConfig
 
-# VAE factor 8 times patch size 2: a side must be a whole number of patches.
-RESOLUTION_MULTIPLE = 16
 # What tables that share a folder must agree on.
 LATENT_FIELDS = ("buckets", "vae_model", "vae_revision", "vae_dtype")
-TEXT_FIELDS = ("captions", "text_model", "text_revision", "text_dtype", "text_storage", "max_tokens")
+TEXT_FIELDS = ("captions", "text_model", "text_revision", "text_dtype", "text_storage", "text_cleaning", "max_tokens")
 
 
 class CaptionConfig(TableConfig):
@@ -36,9 +34,9 @@ class FeaturesConfig(TableConfig):
 
     shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names that are read")
     resolution: int = pydantic.Field(
-        ge=RESOLUTION_MULTIPLE,
+        ge=1,
         le=4096,
-        description="Base resolution in pixels, a multiple of 16; area of a bucket is its square",
+        description="Base resolution in pixels, a multiple of twice the VAE's factor; area of a bucket is its square",
     )
     buckets: bool = pydantic.Field(
         default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"
@@ -57,26 +55,36 @@ class FeaturesConfig(TableConfig):
         description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
 
-    text_model: str = pydantic.Field(description="T5 encoder: hub id or local folder (paper: Flan-T5-XXL)")
+    text_model: str = pydantic.Field(
+        description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL)"
+    )
     text_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
     text_dtype: str = pydantic.Field(
-        default="bfloat16", description="Compute dtype of T5: bfloat16 or float32; how it is stored is text_storage"
+        default="bfloat16",
+        description="Compute dtype of text_model: bfloat16 or float32; how it is stored is text_storage",
     )
     text_storage: Literal["bfloat16", "float8_e4m3", "int8"] = pydantic.Field(
         default="bfloat16", description="Stored dtype of embeddings; the 8-bit ones have a float32 scale per token"
+    )
+    text_cleaning: Literal["lower", "strip", "none"] = pydantic.Field(
+        default="lower",
+        description="What the text encoder sees of a caption: lower case without surrounding space (lower), it "
+        "without that space (strip), or all of it (none)",
     )
     max_tokens: int = pydantic.Field(
         default=120,
         ge=1,
         le=512,
-        description="Longest caption in T5 tokens, the last one included (alpha 120, Sigma 300)",
+        description="Longest caption in tokens of text_model, the last one included (alpha 120, Sigma 300)",
     )
     text_batch_tokens: int | None = pydantic.Field(
         default=None,
         ge=1,
         description="Tokens encoded at once, padding too; null = 8192 on a GPU, 1024 on a CPU; halved when too many",
     )
-    vae_model: str = pydantic.Field(description="AutoencoderKL: hub id or local folder (paper: the LDM VAE)")
+    vae_model: str = pydantic.Field(
+        description="AutoencoderKL or AutoencoderDC: hub id or local folder (paper: the LDM VAE)"
+    )
     vae_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
     vae_dtype: str = pydantic.Field(
         default="float32", description="Compute dtype of the VAE: float32 or bfloat16; latents are stored as float16"
@@ -104,13 +112,6 @@ class FeaturesConfig(TableConfig):
         columns = [caption.column for caption in value]
         if len(set(columns)) < len(columns):
             raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
-        return value
-
-    @pydantic.field_validator("resolution")
-    @classmethod
-    def _check_resolution(cls, value: int) -> int:
-        if value % RESOLUTION_MULTIPLE:
-            raise ValueError(f"resolution {value} is not a multiple of 16 (VAE factor 8 times patch size 2)")
         return value
 
     @pydantic.field_validator("text_dtype")

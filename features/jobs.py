@@ -9,11 +9,15 @@ from typing import Any
 
 import pydantic
 
+from encoders.kl import PUBLISHED_VAE
+from encoders.latents import LatentSpec, require_whole_patches
+from encoders.opening import latent_spec
 from encoders.weights import ModelSource
 from features.config import FeaturesConfig, feature_table
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.run import EngineConfig
+from pipelines.raw.images import aspect_buckets
 from pipelines.raw.shards import describe_shards, recall_shards, select_shards
 from pipelines.recipe import DataConfig, TableConfig
 from pipelines.store.families import FamilySchema
@@ -186,6 +190,25 @@ def read_inputs(command: Command) -> Inputs:
         data=data,
         raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
     )
+
+
+def codec_of(model: ModelSource, inputs: Inputs) -> LatentSpec:
+    """Return the spec of the stage's codec; one of the hub that is not in the cache yet is taken for the paper's.
+
+    Raises:
+        ValueError: the resolution is not a whole number of patches of its latents; names both.
+    """
+    spec = latent_spec(model) or PUBLISHED_VAE
+    require_whole_patches(inputs.features.resolution, spec, key=f"features.{inputs.stage_name}.resolution")
+    return spec
+
+
+def bucket_sizes(inputs: Inputs, codec: LatentSpec) -> tuple[tuple[int, int], ...]:
+    """Return the (height, width) in pixels that images of the stage are cut to."""
+    resolution = inputs.features.resolution
+    if not inputs.features.buckets:
+        return ((resolution, resolution),)
+    return aspect_buckets(resolution, multiple=codec.patch_pixels)
 
 
 def _raw_shards(command: Command, data: DataConfig) -> list[str]:

@@ -21,11 +21,21 @@ from encoders.devices import choose_device
 from encoders.latents import LatentSpec
 from encoders.opening import latent_spec, open_codec
 from encoders.weights import resolve_model
-from features.jobs import CODE_VERSION, FamilyPlan, FeatureFamily, FeatureJob, Inputs, count_samples, member_bytes
+from features.jobs import (
+    CODE_VERSION,
+    FamilyPlan,
+    FeatureFamily,
+    FeatureJob,
+    Inputs,
+    bucket_sizes,
+    codec_of,
+    count_samples,
+    member_bytes,
+)
 from features.preview import write_preview
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
-from pipelines.raw.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, resize_and_crop
+from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
 from pipelines.raw.shards import RawSample, RawShard, open_shard
 from pipelines.recipe import TableConfig
 from pipelines.store.families import FamilySchema, image_directory, latent_schema
@@ -35,8 +45,6 @@ from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 
 log = get_logger("features")
 
-# Of the paper's VAE, for planning before one is downloaded.
-PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
 # Reconstructions of the right VAE have 25 dB and more.
 SUSPICIOUS_PSNR_DB = 20.0
 
@@ -204,7 +212,9 @@ class LatentWorker:
             image = decode_image(data, max_pixels=max_pixels)
             height, width = resolution, resolution
             if self.config.is_bucketed:
-                height, width = nearest_bucket(image.width, image.height, resolution)
+                height, width = nearest_bucket(
+                    image.width, image.height, resolution, multiple=self._codec.spec.patch_pixels
+                )
             cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
         except SampleReject as reject:
             return _Picture(row | {"reject": reject.reason})
@@ -249,6 +259,8 @@ def image_job(
     leads, settings = family is LATENTS, family.read_settings(inputs)
     features = inputs.features
     model = resolve_model(features.vae_model, features.vae_revision)
+    if latent_spec(model) is not None:
+        codec_of(model, inputs)
     output = ShardDirectory(image_directory(inputs.run, "latent" if leads else family.name, features.resolution))
     return FeatureJob(
         family=family,
@@ -296,7 +308,7 @@ def image_job(
 
 def plan_images(job: FeatureJob, inputs: Inputs) -> FamilyPlan:
     """Return what a job of `image_job` will take."""
-    spec = latent_spec(job.model) or PUBLISHED_VAE
+    spec = codec_of(job.model, inputs)
     resolution = inputs.features.resolution
     tensors = "mean and std" if spec.has_std else "mean"
     crop = "aspect buckets" if inputs.features.buckets else "centre crop"
@@ -344,7 +356,7 @@ def image_facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
         "scaling_factor": codec.scale,
         "shift_factor": codec.shift,
     }
-    sizes = aspect_buckets(features.resolution) if features.buckets else ((features.resolution, features.resolution),)
+    sizes = bucket_sizes(inputs, codec)
     return {"vae": vae, "resolution": features.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 

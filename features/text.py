@@ -49,6 +49,7 @@ class TextWorkerConfig:
     dtype: str
     storage: str
     max_tokens: int
+    cleaning: str
     batch_tokens: int | None
     device: str
     num_threads: int
@@ -79,6 +80,7 @@ class TextWorker:
             config.model,
             config.revision,
             max_tokens=config.max_tokens,
+            cleaning=config.cleaning,
             device=choose_device(config.device, key="features.device"),
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
@@ -198,6 +200,7 @@ def text_job(inputs: Inputs) -> FeatureJob:
             dtype=features.text_dtype,
             storage=features.text_storage,
             max_tokens=features.max_tokens,
+            cleaning=features.text_cleaning,
             batch_tokens=features.text_batch_tokens,
             device=features.device,
             num_threads=inputs.num_threads,
@@ -218,6 +221,8 @@ def text_job(inputs: Inputs) -> FeatureJob:
                 "caption_columns": columns,
                 "caption_weights": [caption.weight for caption in inputs.features.captions],
                 "captions": texts_digest(captions),
+                # Left out at its default, which is what features had before it was a choice.
+                **({} if features.text_cleaning == DEFAULT_CLEANING else {"text_cleaning": features.text_cleaning}),
             }
         ),
         upstream={"captions": texts_digest(captions)},
@@ -229,7 +234,7 @@ def text_job(inputs: Inputs) -> FeatureJob:
 def _plan_text(inputs: Inputs) -> FamilyPlan:
     features = inputs.features
     model = resolve_model(features.text_model, features.text_revision)
-    spec = text_spec(model, max_tokens=features.max_tokens)
+    spec = text_spec(model, max_tokens=features.max_tokens, cleaning=features.text_cleaning)
     d_text = spec.width if spec else PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT)
     num_samples = pending_samples = count_samples(inputs.raw)
     columns = inputs.features.caption_columns
@@ -273,7 +278,7 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) 
     tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
     kept = [table.filter(pc.field("reject").is_null()) for table in tables]
     rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
-    samples = [[clean_text(row[column] or "", DEFAULT_CLEANING) for column in columns] for row in rows]
+    samples = [[clean_text(row[column] or "", inputs.features.text_cleaning) for column in columns] for row in rows]
     samples = [texts for sample in samples if (texts := [text for text in sample if text])]
     if not samples:
         return float(limit * len(columns)), "no text to measure: at most"
@@ -297,7 +302,8 @@ def _schema(job: FeatureJob, inputs: Inputs) -> FamilySchema:
 
 
 def _spec(job: FeatureJob, inputs: Inputs) -> TextSpec:
-    spec = text_spec(job.model, max_tokens=inputs.features.max_tokens)
+    features = inputs.features
+    spec = text_spec(job.model, max_tokens=features.max_tokens, cleaning=features.text_cleaning)
     assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
     return spec
 

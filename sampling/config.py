@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from encoders.text import DEFAULT_CLEANING
 from pipelines.recipe import Recipe, TableConfig
 
 
@@ -107,6 +108,7 @@ class EncoderConfig(pydantic.BaseModel):
 
     text_model: str
     text_revision: str | None = None
+    text_cleaning: str = DEFAULT_CLEANING
     max_tokens: int = 120
     vae_model: str
     vae_revision: str | None = None

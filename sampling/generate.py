@@ -207,6 +207,8 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
     if config.text_encoder != "precomputed":
         model = _resolve(trained, "text encoder", text).identity
         found = {"model": model, "max_tokens": text["max_tokens"]}
+        if text.get("cleaning", DEFAULT_CLEANING) != DEFAULT_CLEANING:
+            found["cleaning"] = text["cleaning"]
         if "tokenizer" in text:
             found["tokenizer"] = resolve_model(text["tokenizer"]).identity
         return found | ({"weights": "int8"} if config.text_encoder == "8bit" else {})

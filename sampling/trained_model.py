@@ -205,6 +205,7 @@ def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[s
             "model": encoders.text_model,
             "revision": encoders.text_revision,
             "max_tokens": encoders.max_tokens,
+            "cleaning": encoders.text_cleaning,
         },
         "vae": {"model": encoders.vae_model, "revision": encoders.vae_revision},
     }

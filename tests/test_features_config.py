@@ -23,11 +23,6 @@ def test_float16_vae_is_refused():
         table(vae_dtype="float16")
 
 
-def test_resolution_must_be_whole_patches():
-    with pytest.raises(ValueError, match=r"features\.stage2\.resolution.*250 is not a multiple of 16"):
-        table(stage2=STAGE | {"resolution": 250})
-
-
 def test_a_string_is_no_boolean():
     with pytest.raises(ValueError, match=r"features\.stage2\.buckets = 'False'"):
         table(stage2=STAGE | {"buckets": "False"})

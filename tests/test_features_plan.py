@@ -8,9 +8,10 @@ import pytest
 from feature_run import extract, write_run
 from rich.console import Console
 
+from encoders.kl import PUBLISHED_VAE
 from features import plan
 from features.jobs import read_inputs
-from features.latents import PUBLISHED_VAE, latent_bytes, latent_job
+from features.latents import latent_bytes, latent_job
 from features.plan import format_bytes, plan_families
 from features.speed import Speed, find_speed
 from features.text import text_bytes, text_job
@@ -21,6 +22,19 @@ from pipelines.store.summary import read_summary
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("plan"), num_shards=2, samples_per_shard=12)
+
+
+@pytest.mark.parametrize("vae", ["", "features.vae_model=nobody/vae"], ids=["here", "not-here"])
+@pytest.mark.parametrize("plan", [True, False], ids=["plan", "run"])
+def test_resolution_must_be_whole_patches(run, plan, vae):
+    overrides = [vae] if vae else []
+    if vae and not plan:
+        # Of a model that is out of reach nothing is assumed.
+        message = r"features\.vae_model = 'nobody/vae' .*hf download nobody/vae"
+    else:
+        message = r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$"
+    with pytest.raises(ValueError, match=message):
+        extract(run, "features.stage2.resolution=250", *overrides, plan=plan)
 
 
 def inputs_of(run, *overrides, stage=2):

@@ -167,7 +167,7 @@ def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixel
 
 
 @functools.cache
-def aspect_buckets(base_resolution: int, *, multiple: int = 16) -> tuple[tuple[int, int], ...]:
+def aspect_buckets(base_resolution: int, *, multiple: int) -> tuple[tuple[int, int], ...]:
     """Return the distinct (height, width) buckets, in pixels, by rising height / width from 0.25 to 4.
 
     At 256, 512 and 1024 these are the paper's 40 buckets (A.5, "mirroring the method used in SDXL": SDXL's table,
@@ -188,9 +188,7 @@ def aspect_buckets(base_resolution: int, *, multiple: int = 16) -> tuple[tuple[i
     return tuple(sorted(buckets, key=lambda size: (size[0] / size[1], size)))
 
 
-def nearest_bucket(
-    width_pixels: int, height_pixels: int, base_resolution: int, *, multiple: int = 16
-) -> tuple[int, int]:
+def nearest_bucket(width_pixels: int, height_pixels: int, base_resolution: int, *, multiple: int) -> tuple[int, int]:
     """Return the (height, width) bucket whose aspect ratio is nearest to the image's, on a logarithmic scale."""
     target = np.log(height_pixels / width_pixels)
     buckets = aspect_buckets(base_resolution, multiple=multiple)

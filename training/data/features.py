@@ -7,6 +7,7 @@ from typing import Any
 
 import pydantic
 
+from encoders.text import DEFAULT_CLEANING
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
@@ -44,6 +45,7 @@ class FeatureTable(pydantic.BaseModel):
     vae_revision: str | None = None
     text_model: str
     text_revision: str | None = None
+    text_cleaning: str = DEFAULT_CLEANING
     max_tokens: int | None = None
     families: dict[str, dict[str, Any]] = {}
 
@@ -323,6 +325,7 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -
     if "captions" in manifest.extra:
         captions = [caption.model_dump() for caption in table.captions]
         require_same("captions", captions, manifest.extra["captions"], where=where)
+    require_same("text_cleaning", table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING), where=where)
     if table.max_tokens is not None:
         require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)
     if not is_remote(run) and (Path(run) / "captions" / "manifest.json").is_file():
