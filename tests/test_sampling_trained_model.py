@@ -124,7 +124,8 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
     with pytest.raises(ValueError, match=r"features\.text_model and features\.vae_model"):
         open_trained_model(str(folder), None)
     trained = open_trained_model(str(folder), encoders)
-    assert trained.text == {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS}
+    text = {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS, "cleaning": "lower"}
+    assert trained.text == text
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
     with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
