@@ -99,8 +99,8 @@ def test_a_wrong_key_in_any_stage_stops_every_stage(tmp_path: Path, line: str, s
     path.write_text(PAPER.read_text().replace("num_steps = 16_000", line))
     with pytest.raises(ValueError, match=rf"training\.stage3-1024\.{line.split()[0]} "):
         stage_training(load_recipe(path), stage)
-    path.write_text(PAPER.read_text().replace("resolution = 1024", "resolution = 1025"))
-    with pytest.raises(ValueError, match=r"features\.stage3-1024\.resolution = 1025"):
+    path.write_text(PAPER.read_text().replace("resolution = 1024", "resolution = 8192"))
+    with pytest.raises(ValueError, match=r"features\.stage3-1024\.resolution = 8192"):
         feature_table(load_recipe(path), stage)
 
 
