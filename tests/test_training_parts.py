@@ -210,6 +210,13 @@ def test_a_pattern_that_fits_no_weight_is_refused(run: Path) -> None:
         objective_networks(job, {"network": Trained()}, PixArt(SHAPE))
 
 
+def test_an_output_layer_that_begins_anew_must_train(run: Path, tmp_path: Path) -> None:
+    settings = {"starts_from": str(random_network(tmp_path / "start", 1)), "process": "flow"}
+    with pytest.raises(ValueError, match=r"training\.stage2\.trains leaves out final\.\*, the output layer"):
+        objective_networks(open_job(run, trains=[CROSS_ATTENTION], **settings), {"network": Trained()}, PixArt(SHAPE))
+    objective_networks(open_job(run, trains=["final.*"], **settings), {"network": Trained()}, PixArt(SHAPE))
+
+
 def test_no_gradient_is_computed_for_what_does_not_train(run: Path) -> None:
     network = PixArt(SHAPE)
     roles = {"network": Trained()}

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from pipelines.command import parse_command, run_command
 from pipelines.store.files import atomic_write_bytes
-from pixart.dit import DiT, DiTConfig
-from pixart.model import PixArt, PixArtConfig
+from pixart.dit import DiT
+from pixart.model import PixArt
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.launch.preflight import (
@@ -96,7 +96,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     _require_families(job, objective)
     started = objective_networks(job, objective.networks, starting_network(job, config))
     _require_room(job, count_weights(objective.networks, started), parameter_counts=parameter_counts(config))
-    flops = _step_flops(choose(job, META), started, dtype=compute_dtype(job.settings))
+    flops = _step_flops(job, choose(job, META), started, in_channels=survey.channels)
     networks = open_networks(job, objective.networks, started)
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
@@ -110,7 +110,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             log=open_log(job, progress, stack),
             flops=flops,
             validation=open_validation(job),
-            description=describe(job, survey, network_config=config),
+            description=describe(job, survey),
             stop=stop,
         )
         train(session)
@@ -135,12 +135,13 @@ def _require_room(job: TrainingJob, weights: WeightCounts, *, parameter_counts: 
     require_disk(job, weights)
 
 
-def _step_flops(objective: Objective, networks: Mapping[str, DiT | PixArt], *, dtype: torch.dtype) -> StepFlops:
+def _step_flops(
+    job: TrainingJob, objective: Objective, networks: Mapping[str, DiT | PixArt], *, in_channels: int
+) -> StepFlops:
     """Return the counter of an objective's operations; the objective is for the meta device."""
+    dtype, text = compute_dtype(job.settings), job.features.text_encoder
     blanks = {name: blank_copy(network).to(dtype) for name, network in networks.items()}
-    config = next(iter(networks.values())).config
-    text_width = config.caption_channels if isinstance(config, PixArtConfig) else None
-    return StepFlops(objective, blanks, in_channels=config.in_channels, text_width=text_width)
+    return StepFlops(objective, blanks, in_channels=in_channels, text_width=None if text is None else text["d_text"])
 
 
 def _available_bytes() -> float:
@@ -163,7 +164,7 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
         )
 
 
-def describe(job: TrainingJob, survey: Survey, *, network_config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
     """Return what `trainer.json` says about the stage, all that sampling and a resume need to know."""
     return {
         "stage": job.command.stage_name,

@@ -34,7 +34,7 @@ class Networks(Mapping[str, nn.Module]):
         if name in self._stale:
             self.ema.copy_to(self._others[name])
             self._stale.remove(name)
-        return self._others.get(name, self.model.engine)
+        return self.model.engine if self._roles[name] == Trained() else self._others[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._roles)

@@ -42,6 +42,8 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
         has = f"has {', '.join(sorted(wanted))} alone" if wanted else "has none"
         raise ValueError(f"{key}.networks names {name!r}, but of frozen networks the objective {has}")
     freeze_others(trained, job.settings.trains, key=f"{key}.trains")
+    if job.begins_output_anew and not trained.final.weight.requires_grad:
+        raise ValueError(f"{key}.trains leaves out final.*, the output layer, which begins anew at zero: add it")
     networks = {}
     for name, role in roles.items():
         match role:
