@@ -96,7 +96,7 @@ class Flow:
                 scheduler.sigma_min, scheduler.sigma_max = 1 / num_steps, 1.0
                 scheduler.set_timesteps(num_steps)
             case _:
-                scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler_config())
+                scheduler = DPMSolverMultistepScheduler(**self._dpm_solver_settings())
                 scheduler.set_timesteps(num_steps)
         # its whole timesteps may repeat, and diffusers would look up where it is
         scheduler.set_begin_index(0)
@@ -104,8 +104,10 @@ class Flow:
 
     def scheduler_config(self) -> dict[str, Any]:
         """What `scheduler/scheduler_config.json` must say for diffusers to draw with DPM-Solver++."""
+        return {"_class_name": "DPMSolverMultistepScheduler", **self._dpm_solver_settings()}
+
+    def _dpm_solver_settings(self) -> dict[str, Any]:
         return {
-            "_class_name": "DPMSolverMultistepScheduler",
             "num_train_timesteps": self.num_times,
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
