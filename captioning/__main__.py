@@ -49,7 +49,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         with exclusive(job.output.path):
             judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
         if judged:
-            log.info(f"captioning.quality has changed: judged {len(judged)} shards again, without captioning them")
+            log.info(f"captioning.quality or its judge has changed: judged {len(judged)} shards again, captioned none")
     _set_aside(job)
     manifest = run_over_shards(
         CaptionWorker,

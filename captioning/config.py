@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field, field_validator
 
 from encoders.chat_config import ChatServerConfig
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Decides, TableConfig
 
 DESCRIBE = "Describe this image and its style in a very detailed manner"
 DEFAULT_PROMPTS = {
@@ -64,7 +64,7 @@ class LoopRetryConfig(TableConfig):
 class CaptioningConfig(TableConfig):
     """`[captioning]`: the model, what it is asked, and how it decodes."""
 
-    engine: str = Field(
+    engine: Decides[str] = Field(
         default="transformers",
         pattern="^(transformers|openai)$",
         description="transformers decodes in the worker; openai asks a chat server, see [captioning.server]",
@@ -75,17 +75,17 @@ class CaptioningConfig(TableConfig):
     )
     revision: str | None = Field(default=None, description="Commit of the hub model; pin it for a run that matters")
     shards: Sequence[str] = Field(default=("*",), min_length=1, description="Names of the shards to caption (fnmatch)")
-    prompts: dict[str, str] = Field(
+    prompts: Decides[dict[str, str]] = Field(
         default=DEFAULT_PROMPTS,
         description="What is asked, by shard name (fnmatch), else by dialect, else `default`; {alt_text} is filled in",
     )
-    max_alt_text_chars: int = Field(
+    max_alt_text_chars: Decides[int] = Field(
         default=300, ge=1, description="Characters of an alt text that go into the prompt; the column keeps all"
     )
-    max_aspect_ratio: float = Field(
+    max_aspect_ratio: Decides[float] = Field(
         default=20.0, ge=1, description="Images whose long side is more than this times the short one are rejected"
     )
-    dtype: str = Field(
+    dtype: Decides[str] = Field(
         default="auto",
         pattern="^(auto|float32|bfloat16|float16)$",
         description="Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU",
@@ -96,11 +96,11 @@ class CaptioningConfig(TableConfig):
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one",
     )
     batch_size: int = Field(default=32, ge=1, description="Captions decoded at a time; more is faster as memory allows")
-    max_new_tokens: int = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
-    temperature: float = Field(
+    max_new_tokens: Decides[int] = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
+    temperature: Decides[float] = Field(
         default=0.0, ge=0, le=2, description="0 decodes greedily; LLaVA's own demo and the paper's code use 0.2"
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the sampling, which each key turns into its own")
+    seed: Decides[int] = Field(default=0, ge=0, description="Seed of the sampling, which each key turns into its own")
     num_decode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that decode and resize images ahead of the device"
     )
@@ -114,7 +114,9 @@ class CaptioningConfig(TableConfig):
         default=None,
         description="Hub id or local folder of a CLIP that scores captions against their images",
     )
-    loop_retry: LoopRetryConfig = Field(default=LoopRetryConfig(), description="The second try of captions that loop")
+    loop_retry: Decides[LoopRetryConfig] = Field(
+        default=LoopRetryConfig(), description="The second try of captions that loop"
+    )
     server: ChatServerConfig = Field(default=ChatServerConfig(), description="The chat server of `engine = openai`")
     quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from captioning.config import CaptioningConfig
-from captioning.earlier import EARLIER_FOLDER, to_set_aside, updatable
+from captioning.earlier import EARLIER_FOLDER, UPDATABLE, to_set_aside, updatable
+from captioning.quality import JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
 from pipelines.command import Command
@@ -23,14 +24,6 @@ log = get_logger("captioning")
 
 # Raised when a change of code changes the captions of unchanged inputs.
 CODE_VERSION = 2
-# These change speed, or what is flagged, and no caption. At another batch size float32 rounds differently in the last
-# digit: captions could differ where two words tie to seven digits.
-NOT_IN_FINGERPRINT = {
-    *("model", "revision", "shards", "device", "batch_size", "num_decode_threads"),
-    *("max_reject_fraction", "retry_rejects", "quality", "server", "clip_model"),
-}
-# Of the server, what changes what it is asked.
-SERVER_FIELDS = {"image_short_side_pixels", "penalty_parameter"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +63,7 @@ class CaptioningJob:
             "prompts": dict(self.config.prompts),
             "prompts_sha256": self.config.prompts_sha256,
             "quality": self.config.quality.model_dump(mode="json"),
+            "judge_version": JUDGE_VERSION,
             "engine": self.config.engine,
             "clip_model": self.config.clip_model,
             # A score changes no text and rejects nobody: text features have no use for it.
@@ -96,9 +90,13 @@ class CaptioningJob:
         return manifest is not None and not self.pending() and not self.to_complete()
 
     def is_judged(self) -> bool:
-        """Whether the captions that are there have been judged under the recipe's thresholds."""
+        """Whether the captions that are there have been judged under the recipe's thresholds by today's judge."""
         manifest = self._manifest()
-        return manifest is not None and manifest.extra["quality"] == self.extra["quality"]
+        if manifest is None:
+            return False
+        # The first judge had no version.
+        version = manifest.extra.get("judge_version", 1)
+        return (manifest.extra["quality"], version) == (self.extra["quality"], JUDGE_VERSION)
 
     def _manifest(self) -> Manifest | None:
         if not (self.output.path / MANIFEST_NAME).is_file():
@@ -120,16 +118,10 @@ def read_job(command: Command) -> CaptioningJob:
     model = _find_model(config, workers)
     shards = describe_shards(paths, dialect=data.dialect, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
-    settings = config.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    if config.engine == "openai":
-        settings["server"] = config.server.model_dump(mode="json", include=SERVER_FIELDS)
-    fields = {
-        "code_version": CODE_VERSION,
-        "model": model.identity,
-        "max_pixels": data.max_pixels,
-        "clip_model": clip,
-        **settings,
-    }
+    fingerprint = _fingerprint(config, data, model=model, clip=clip)
+    output = ShardDirectory(Path(command.run) / "captions")
+    # Limits are always written out: captions of others are completed.
+    defaults = {name: value for name, value in config.fingerprint_defaults().items() if name not in UPDATABLE}
     return CaptioningJob(
         config=config,
         data=data,
@@ -137,10 +129,31 @@ def read_job(command: Command) -> CaptioningJob:
         model=model,
         sources=[shard.source for shard in shards],
         dialects={shard.source.name: shard.dialect for shard in shards},
-        output=ShardDirectory(Path(command.run) / "captions"),
-        fingerprint=Fingerprint.of({**fields, "dialect": data.dialect}),
+        output=output,
+        fingerprint=output.known_as(fingerprint, defaults=defaults),
         run=command.run,
     )
+
+
+def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSource, clip: str | None) -> Fingerprint:
+    """Return what decides the captions.
+
+    At another batch size float32 rounds differently in the last digit: captions could differ where two words tie to
+    seven digits.
+    """
+    fields = {
+        **config.fingerprint_fields(),
+        "code_version": CODE_VERSION,
+        "model": model.identity,
+        "dialect": data.dialect,
+        "max_pixels": data.max_pixels,
+        "max_aspect_ratio": config.max_aspect_ratio,
+        "clip_model": clip,
+    }
+    if config.engine == "openai":
+        # Of the server, what changes what it is asked.
+        fields["server"] = config.server.fingerprint_defaults() | config.server.fingerprint_fields()
+    return Fingerprint.of(fields)
 
 
 def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:

@@ -14,6 +14,8 @@ BOILERPLATE = re.compile(
 )
 WORD = re.compile(r"\w+")
 MIN_ALT_WORD_LETTERS = 3
+# Raised when the flags mean something else, or are others: captions that are there are judged again, not made again.
+JUDGE_VERSION = 1
 FLAGS = ("empty", "truncated", "loop", "boilerplate", "off_frame", "off_alt_text", "retried")
 
 

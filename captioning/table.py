@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioning.config import QualityConfig
-from captioning.quality import FLAGS, judge
+from captioning.quality import FLAGS, JUDGE_VERSION, judge
 from pipelines.engine.pieces import PARTS_FOLDER
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
@@ -46,8 +46,10 @@ SETTINGS_KEY = b"atelier.settings"
 
 
 def quality_digest(quality: QualityConfig) -> str:
-    """Return a hash of the thresholds, which each file carries."""
-    return hashlib.sha256(quality.model_dump_json().encode()).hexdigest()
+    """Return a hash of the thresholds and of what judges by them, which each file carries."""
+    # The first judge had no version.
+    version = "" if JUDGE_VERSION == 1 else f"@{JUDGE_VERSION}"
+    return hashlib.sha256(f"{quality.model_dump_json()}{version}".encode()).hexdigest()
 
 
 def write_rows(
@@ -84,7 +86,7 @@ def count_flags(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:
-    """Rewrite the flags of every finished shard judged under other thresholds; returns the shards' names.
+    """Rewrite the flags of every finished shard judged under other thresholds or an older judge; returns their names.
 
     Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes
     before a file changes. Of a shard that no manifest vouches for, the marker must have the hash of the file.

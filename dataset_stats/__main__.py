@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,22 +86,21 @@ class StatsJob:
         by_name = {source.name: source for sources in self.sources.values() for source in sources}
         return [by_name[name] for name in sorted(by_name)]
 
-    @property
+    @cached_property
     def count_fingerprint(self) -> Fingerprint:
         """What decides the counts of a shard; adding sets or shards leaves it as it is."""
-        return Fingerprint.of(
+        fingerprint = Fingerprint.of(
             {
                 "stage": "dataset_stats.counts",
                 "version": COUNT_VERSION,
                 "tagger": self.tagger.identity,
                 "tokenizer": f"nltk@{version('nltk')}",
                 "text_tokenizer": sha256_file(Path(self.text_tokenizer)) if self.text_tokenizer else None,
-                "text_limits": self.config.text_limits,
-                "boilerplate": self.config.boilerplate,
-                "max_characters": self.config.max_characters,
                 "keeps_nouns": self.is_sample,
+                **self.config.fingerprint_fields(),
             }
         )
+        return ShardDirectory(self.folder / "counts").known_as(fingerprint, defaults=self.config.fingerprint_defaults())
 
     @property
     def report_fingerprint(self) -> Fingerprint:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Decides, TableConfig
 
 MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
 
@@ -63,10 +63,10 @@ class DatasetStatsConfig(TableConfig):
         description="Folder or hub id whose T5 tokenizer measures lengths; empty: features.text_model of the recipe",
     )
     text_revision: str | None = Field(default=None, description="Revision of text_model on the hub")
-    text_limits: list[int] = Field(
+    text_limits: Decides[list[int]] = Field(
         default=[120, 300], min_length=1, description="Lengths (T5 tokens, end token included) a caption is checked for"
     )
-    boilerplate: list[str] = Field(
+    boilerplate: Decides[list[str]] = Field(
         default=[
             "the image",
             "this image",
@@ -78,7 +78,7 @@ class DatasetStatsConfig(TableConfig):
         ],
         description="Openings (any case) that say nothing about the image",
     )
-    max_characters: int = Field(
+    max_characters: Decides[int] = Field(
         default=100_000, ge=1, description="Longest caption that is counted (characters); longer ones are rejected"
     )
     max_reject_fraction: float = Field(

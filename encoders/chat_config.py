@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Decides, TableConfig
 
 
 class ChatServerConfig(TableConfig):
@@ -27,10 +27,10 @@ class ChatServerConfig(TableConfig):
     patience_seconds: float = Field(
         default=600.0, ge=0, description="How long a server that is away is waited for before the command fails"
     )
-    image_short_side_pixels: int = Field(
+    image_short_side_pixels: Decides[int] = Field(
         default=0, ge=0, description="Larger images are sent with this short side; 0 = as they are; 336 for LLaVA-1.5"
     )
-    penalty_parameter: str = Field(
+    penalty_parameter: Decides[str] = Field(
         default="repetition_penalty",
         pattern="^(repetition_penalty|frequency_penalty)$",
         description="How the server is told of a repetition penalty p: as p (vLLM, SGLang, LMDeploy), or as p - 1",

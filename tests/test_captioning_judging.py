@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
-from captioning import table
+from captioning import job, quality, table
 from captioning.__main__ import main
 from captioning.worker import CaptionWorker
 from pipelines.store.files import sha256_file
@@ -91,6 +92,32 @@ def dying(owner: Any, name: str, *, calls: int, monkeypatch) -> None:
 
 def die(*_: Any) -> None:
     raise Killed
+
+
+def test_a_newer_judge_writes_flags_anew_and_captions_nothing(tmp_path, server, calm, monkeypatch) -> None:
+    run = make_run(tmp_path, server)
+    command(run, monkeypatch=monkeypatch)
+    num_requests = len(server.requests)
+    for module in (table, job):
+        monkeypatch.setattr(module, "JUDGE_VERSION", 2)
+    newer = quality.judge
+
+    def judge(row: Any, thresholds: Any) -> Any:
+        found = newer(row, thresholds)
+        return {**found, "flags": [*found["flags"], "loop"]}
+
+    monkeypatch.setattr(table, "judge", judge)
+    texts = read_manifest(run / "captions").extra["texts"]
+    command(run, monkeypatch=monkeypatch)
+    rows = pq.read_table(run / "captions" / "laion_00000.parquet").to_pylist()
+    assert all(row["flags"] == ["loop"] for row in rows if row["reject"] is None)
+    manifest = read_manifest(run / "captions")
+    assert manifest.extra["judge_version"] == 2 and manifest.extra["texts"] == texts
+    assert sum(shard.details.get("flag_loop", 0) for shard in manifest.shards.values()) == len(rows)
+    assert len(server.requests) == num_requests
+    written = contents(run)
+    command(run, monkeypatch=monkeypatch)
+    assert contents(run) == written, "a third time does nothing"
 
 
 @pytest.mark.parametrize("end", ["plain", "strict"])

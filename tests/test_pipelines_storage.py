@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ClassVar
 
 import fsspec
@@ -17,7 +18,7 @@ from pipelines.engine.pieces import Piece, PieceReport, Source
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard, shard_source
 from pipelines.store.files import atomic_file, open_binary, open_ranges
-from pipelines.store.manifest import Fingerprint, ShardDirectory
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.remote import MAX_WINDOW_BYTES, READ_ATTEMPTS, RemoteFile, storage_environment
 from tests.raw_shards import encode, laion_members, photo, sa1b_members, write_laion, write_tar
 from tests.storage_servers import serve_folder
@@ -255,3 +256,29 @@ def test_workers_elsewhere_get_what_storage_needs_and_nothing_else() -> None:
     environment = {"AWS_ENDPOINT_URL": "http://minio:9000", "AWS_SECRET_ACCESS_KEY": "s", "FSSPEC_S3_KEY": "k"}
     environment |= {"HF_TOKEN": "t", "GOOGLE_APPLICATION_CREDENTIALS": "/key.json", "https_proxy": "http://proxy"}
     assert storage_environment({**environment, "HOME": "/root", "PATH": "/bin", "HF_HOME": "/cache"}) == environment
+
+
+def test_a_directory_of_before_fingerprints_left_out_defaults_goes_on_under_its_digest(tmp_path: Path) -> None:
+    defaults = {"seed": 0, "max_tokens": 120}
+    former = Fingerprint.of({"model": "m", "seed": 0, "max_tokens": 300})
+    today = Fingerprint.of({"model": "m", "max_tokens": 300})
+    later = {**defaults, "added": "x"}
+    directory = ShardDirectory(tmp_path)
+    assert directory.known_as(today, defaults=defaults) == today, "nothing is there yet"
+    directory.write_marker(ShardReport(name="a", source="s", num_read=1, num_kept=1), former)
+    assert directory.known_as(today, defaults=defaults) == former, "interrupted: there is no manifest yet"
+    directory.write_manifest(former, ["a"], upstream={}, extra={})
+    assert directory.known_as(today, defaults=later) == former, "a key that came later, at its default"
+    other = Fingerprint.of({"model": "m", "max_tokens": 300, "seed": 1})
+    assert directory.known_as(other, defaults=defaults).fields == other.fields
+    assert directory.known_as(other, defaults=defaults).digest not in (former.digest, today.digest)
+
+
+def test_a_directory_of_today_stays_as_it_is(tmp_path: Path) -> None:
+    defaults = {"seed": 0, "max_tokens": 120}
+    today = Fingerprint.of({"model": "m", "max_tokens": 300})
+    directory = ShardDirectory(tmp_path)
+    directory.write_marker(ShardReport(name="a", source="s", num_read=1, num_kept=1), today)
+    for _ in range(2):
+        assert directory.known_as(today, defaults=defaults) == today
+        directory.write_manifest(today, ["a"], upstream={}, extra={})

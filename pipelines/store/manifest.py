@@ -14,6 +14,7 @@ from pipelines.store.files import atomic_write_json
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MARKER_FOLDER = ".done"
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,26 @@ class ShardDirectory:
     def file(self, name: str, suffix: str) -> Path:
         """Return the path of a shard's file, such as `captions/laion_00000` + `.parquet`."""
         return self.path / f"{name}{suffix}"
+
+    def known_as(self, fingerprint: Fingerprint, *, defaults: Mapping[str, Any]) -> Fingerprint:
+        """Return `fingerprint`, which leaves out fields at their default, in the form in which this directory has it.
+
+        Directories made before fingerprints did that go on with all of the former fields written out, so that what is
+        in them stays done and known to later rooms by the same digest.
+        """
+        if (self.path / MANIFEST_NAME).is_file():
+            found = read_manifest(self.path).fingerprint.fields
+            if not any(found.get(name, _NOTHING) == value for name, value in defaults.items()):
+                return fingerprint
+            former = {name: value for name, value in defaults.items() if name in found}
+            return Fingerprint.of(former | fingerprint.fields)
+        former = Fingerprint.of({**defaults, **fingerprint.fields})
+        # Markers, parts, and captions set aside of a run that has been interrupted.
+        for note in (*self.path.glob(".*/*.json"), *self.path.glob(".*/*/*.report")):
+            digest = json.loads(note.read_text()).get("fingerprint")
+            if digest in (former.digest, fingerprint.digest):
+                return former if digest == former.digest else fingerprint
+        return fingerprint
 
     def _marker(self, name: str) -> Path:
         return self.path / MARKER_FOLDER / f"{name}.json"
