@@ -38,12 +38,13 @@ from pixart.processes.ddpm import DDPM
 from training.loop.flops import StepFlops, device_peak_teraflops
 from training.loop.memory import keep_activations
 from training.objectives.denoise import Denoise
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.stages.networks import blank_network
 
 RESULT = Path(__file__).parent / "results" / "train.json"
 PRODUCTS_SIDE = "ours_keeping_products"
 SIDES = ("ours", PRODUCTS_SIDE, "diffusers")
+VAE_FACTOR = 8  # of the VAE that both sides are trained on
 MAX_TOKENS, MEAN_TOKENS, SPREAD_TOKENS = 120, 80, 22
 KIBIBYTE, GIGABYTE, TERA = 1024, 1e9, 1e12
 GRADIENT_CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 2e-5, 0.03  # the paper's
@@ -77,7 +78,7 @@ class Case:
             num_heads=NUM_HEADS[self.width],
             head_dim=self.width // NUM_HEADS[self.width],
             caption_channels=self.caption_channels,
-            sample_size=self.pixels // 8,
+            sample_size=self.pixels // VAE_FACTOR,
             interpolation_scale=max(self.pixels // 512, 1),
         )
 
@@ -112,7 +113,7 @@ def diffusers_model(config: PixArtConfig) -> nn.Module:
 
 def step_flops(case: Case) -> StepFlops:
     """The counter of what a step needs."""
-    inputs = Inputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.bfloat16)
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.bfloat16)
     objective = Denoise(process=DDPM(device="meta"), inputs=inputs)
     network = blank_network(case.config).to(torch.bfloat16)
     in_channels, text_width = case.config.in_channels, case.caption_channels
@@ -141,7 +142,7 @@ class Step:
         self.process = DDPM(device=device)
         self.lengths = caption_lengths(case)
         generator = torch.Generator().manual_seed(2)
-        latent = (case.batch_size, 4, case.pixels // 8, case.pixels // 8)
+        latent = (case.batch_size, 4, case.pixels // VAE_FACTOR, case.pixels // VAE_FACTOR)
         self.latents = torch.randn(latent, generator=generator).to(device)
         self.noise = torch.randn(latent, generator=generator).to(device)
         self.timesteps = torch.randint(1000, (case.batch_size,), generator=generator).to(device)
@@ -193,8 +194,8 @@ def measure(side: str, case: Case, *, num_steps: int) -> dict[str, float | None]
         return {"loss": None, "seconds": None, "peak_gigabytes": None, "mfu": None}
     flops = step_flops(case).of_samples(
         case.batch_size,
-        height=case.pixels // 8,
-        width=case.pixels // 8,
+        height=case.pixels // VAE_FACTOR,
+        width=case.pixels // VAE_FACTOR,
         num_text_tokens=int(step.lengths.sum()),
     )
     peak_teraflops = device_peak_teraflops(torch.device(device))

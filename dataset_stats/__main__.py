@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import Address
 from dataset_stats.config import DatasetStatsConfig
-from dataset_stats.sources import Inputs, caption_sources, sample_sources
+from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
@@ -158,7 +158,7 @@ def _plan(command: Command) -> StatsJob:
     captions = read_manifest(captions_folder) if "captions" in layouts else None
     data = command.recipe.table("data", DataConfig)
     raw_shards = _raw_shards(command, data, is_needed="raw" in layouts)
-    inputs = Inputs(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards)
+    inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards)
     whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
     sources = whole
     if config.sample:

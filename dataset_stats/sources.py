@@ -20,7 +20,7 @@ MAX_DRAWN_FROM = 10**9 - 1  # samples; of NumPy's multivariate_hypergeometric
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class RunFiles:
     """What a run offers to its caption sets.
 
     Attributes:
@@ -34,7 +34,7 @@ class Inputs:
     raw_shards: Sequence[str]
 
 
-def caption_sources(name: str, caption_set: CaptionSet, *, inputs: Inputs) -> list[Source]:
+def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> list[Source]:
     """Sources of the caption set `name`.
 
     Raises:
@@ -94,7 +94,7 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
     return sampled
 
 
-def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: Inputs) -> list[Source]:
+def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
     captions, column = inputs.captions, caption_set.column
     assert captions is not None, "the captions layout needs the captions manifest"
     shards = select_shards(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
@@ -109,7 +109,7 @@ def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: Inputs) -> list
     ]
 
 
-def _raw_sources(key: str, caption_set: CaptionSet, inputs: Inputs) -> list[Source]:
+def _raw_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
     paths = select_shards(inputs.raw_shards, caption_set.shards, key=f"{key}.shards")
     addresses = [Address(layout="raw", column=caption_set.column, path=path) for path in paths]
     described = describe_shards(paths, run=inputs.captions_folder.parent)

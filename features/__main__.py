@@ -7,7 +7,7 @@ from typing import Any
 
 from encoders.weights import require_model
 from features.families import wanted_families
-from features.jobs import FeatureJob, Inputs, read_inputs
+from features.jobs import FeatureInputs, FeatureJob, read_inputs
 from features.plan import print_plan, require_space
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
@@ -39,7 +39,7 @@ def main() -> None:
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
 
 
-def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
+def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
     for change in job.changed_settings():
         log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
@@ -68,7 +68,9 @@ def run_job(job: FeatureJob, inputs: Inputs) -> Manifest:
     return manifest
 
 
-def _summarize(inputs: Inputs, jobs: list[FeatureJob], manifests: dict[str, Manifest], *, seconds: float) -> None:
+def _summarize(
+    inputs: FeatureInputs, jobs: list[FeatureJob], manifests: dict[str, Manifest], *, seconds: float
+) -> None:
     counts: dict[str, Any] = {}
     for job in jobs:
         reports = [manifests[job.family.name].shards[source.name] for source in job.sources]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from encoders.latents import LatentSpec
 from encoders.weights import resolve_model
-from features.jobs import Inputs, bucket_sizes, codec_of, read_inputs
+from features.jobs import FeatureInputs, bucket_sizes, codec_of, read_inputs
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
@@ -72,12 +72,12 @@ class BucketReport:
         self.rejects += other.rejects
 
 
-def stage_codec(inputs: Inputs) -> LatentSpec:
+def stage_codec(inputs: FeatureInputs) -> LatentSpec:
     """Return the spec of the codec whose patches decide the buckets; raises as `codec_of` does."""
     return codec_of(resolve_model(inputs.features.vae_model, inputs.features.vae_revision), inputs)
 
 
-def report_buckets(inputs: Inputs) -> BucketReport:
+def report_buckets(inputs: FeatureInputs) -> BucketReport:
     """Read the header of every image of a stage's raw shards.
 
     Raises:
@@ -94,7 +94,7 @@ def report_buckets(inputs: Inputs) -> BucketReport:
     return report
 
 
-def _report_shard(source: Source, inputs: Inputs, *, multiple: int) -> BucketReport:
+def _report_shard(source: Source, inputs: FeatureInputs, *, multiple: int) -> BucketReport:
     report = BucketReport()
     resolution, max_pixels = inputs.features.resolution, inputs.data.max_pixels
     with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
@@ -134,7 +134,7 @@ def _measure(raw: RawShard, sample: RawSample, *, is_labelled: bool, max_pixels:
     return image_size(raw.image_bytes(sample), max_pixels=max_pixels)
 
 
-def print_buckets(inputs: Inputs, report: BucketReport) -> None:
+def print_buckets(inputs: FeatureInputs, report: BucketReport) -> None:
     """Print one row per bucket, the totals, upscaling that will be visible, and the rejects."""
     features = inputs.features
     title = f"buckets, {inputs.stage_name}: {', '.join(features.shards)} at {features.resolution} pixels"

@@ -1,13 +1,13 @@
 """The families of features there are; a new one is a file of its own and its record in this list."""
 
-from features.jobs import FeatureFamily, Inputs
+from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
 from features.text import TEXT
 
 FAMILIES = (TEXT, LATENTS)
 
 
-def wanted_families(inputs: Inputs) -> list[FeatureFamily]:
+def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:
     """Return the families that the stage's table of the recipe asks for, in the order in which they are made.
 
     Raises:

@@ -31,7 +31,7 @@ HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class FeatureInputs:
     """A command's settings, and the raw shards that its features table names."""
 
     run: Path
@@ -125,16 +125,16 @@ class FeatureFamily:
 
     name: str
     is_wanted: Callable[[FeaturesConfig], bool]
-    job: Callable[[Inputs], FeatureJob]
-    plan: Callable[[Inputs], FamilyPlan]
-    schema: Callable[[FeatureJob, Inputs], FamilySchema]
-    facts: Callable[[FeatureJob, Inputs], Mapping[str, Any]]
+    job: Callable[[FeatureInputs], FeatureJob]
+    plan: Callable[[FeatureInputs], FamilyPlan]
+    schema: Callable[[FeatureJob, FeatureInputs], FamilySchema]
+    facts: Callable[[FeatureJob, FeatureInputs], Mapping[str, Any]]
     probe: Callable[[Any, Path], Any]
     settings: type[TableConfig] = TableConfig
-    prepare: Callable[[FeatureJob, Inputs], None] = lambda job, inputs: None
-    report: Callable[[FeatureJob, Manifest, Inputs], None] = lambda job, manifest, inputs: None
+    prepare: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
+    report: Callable[[FeatureJob, Manifest, FeatureInputs], None] = lambda job, manifest, inputs: None
 
-    def read_settings(self, inputs: Inputs) -> TableConfig:
+    def read_settings(self, inputs: FeatureInputs) -> TableConfig:
         """Return its own keys of the recipe.
 
         Raises:
@@ -147,7 +147,7 @@ class FeatureFamily:
             key = ".".join(map(str, ("features", inputs.stage_name, "families", self.name, *first["loc"])))
             raise ValueError(f"{key} = {first['input']!r}: {first['msg']}") from None
 
-    def manifest_extra(self, job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+    def manifest_extra(self, job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
         """Return what its manifest says beyond the counts: the record of its family, its settings, and its facts."""
         fields = self.settings.model_fields.items()
         settings = {
@@ -173,7 +173,7 @@ def count_samples(sources: Sequence[Source]) -> int:
     return sum(source.num_samples for source in sources)
 
 
-def read_inputs(command: Command) -> Inputs:
+def read_inputs(command: Command) -> FeatureInputs:
     """Validate the recipe's tables and describe the raw shards of the stage.
 
     Raises:
@@ -182,7 +182,7 @@ def read_inputs(command: Command) -> Inputs:
     features = feature_table(command.recipe, command.stage_name)
     data = command.recipe.table("data", DataConfig)
     paths = select_shards(_raw_shards(command, data), features.shards, key=f"features.{command.stage_name}.shards")
-    return Inputs(
+    return FeatureInputs(
         run=command.run,
         stage_name=command.stage_name,
         features=features,
@@ -192,7 +192,7 @@ def read_inputs(command: Command) -> Inputs:
     )
 
 
-def codec_of(model: ModelSource, inputs: Inputs) -> LatentSpec:
+def codec_of(model: ModelSource, inputs: FeatureInputs) -> LatentSpec:
     """Return the spec of the stage's codec; one of the hub that is not in the cache yet is taken for the paper's.
 
     Raises:
@@ -203,7 +203,7 @@ def codec_of(model: ModelSource, inputs: Inputs) -> LatentSpec:
     return spec
 
 
-def bucket_sizes(inputs: Inputs, codec: LatentSpec) -> tuple[tuple[int, int], ...]:
+def bucket_sizes(inputs: FeatureInputs, codec: LatentSpec) -> tuple[tuple[int, int], ...]:
     """Return the (height, width) in pixels that images of the stage are cut to."""
     resolution = inputs.features.resolution
     if not inputs.features.buckets:

@@ -25,8 +25,8 @@ from features.jobs import (
     CODE_VERSION,
     FamilyPlan,
     FeatureFamily,
+    FeatureInputs,
     FeatureJob,
-    Inputs,
     bucket_sizes,
     codec_of,
     count_samples,
@@ -241,13 +241,13 @@ class LatentWorker:
         return row
 
 
-def latent_job(inputs: Inputs) -> FeatureJob:
+def latent_job(inputs: FeatureInputs) -> FeatureJob:
     """Describe the encoding of the stage's images."""
     return image_job(inputs, LATENTS)
 
 
 def image_job(
-    inputs: Inputs,
+    inputs: FeatureInputs,
     family: FeatureFamily,
     *,
     worker_class: type[LatentWorker] = LatentWorker,
@@ -306,7 +306,7 @@ def image_job(
     )
 
 
-def plan_images(job: FeatureJob, inputs: Inputs) -> FamilyPlan:
+def plan_images(job: FeatureJob, inputs: FeatureInputs) -> FamilyPlan:
     """Return what a job of `image_job` will take."""
     spec = codec_of(job.model, inputs)
     resolution = inputs.features.resolution
@@ -332,7 +332,7 @@ def latent_bytes(num_pixels: int, spec: LatentSpec) -> int:
     return member_bytes(2 * num_values, num_tensors=num_tensors, num_rows=1)
 
 
-def image_schema(job: FeatureJob, inputs: Inputs) -> FamilySchema:
+def image_schema(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
     """Return the record of a family that `image_job` makes; of latents, the one that leads."""
     return latent_schema(has_std=_spec(job).has_std, name=job.family.name, leads=job.family is LATENTS)
 
@@ -343,7 +343,7 @@ def _spec(job: FeatureJob) -> LatentSpec:
     return spec
 
 
-def image_facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+def image_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
     """Return what later stages need to know of latents: the codec, and where images were cut."""
     features, codec = inputs.features, _spec(job)
     vae = {
@@ -360,7 +360,7 @@ def image_facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
     return {"vae": vae, "resolution": features.resolution, "buckets": [f"{height}x{width}" for height, width in sizes]}
 
 
-def report_preview(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
+def report_preview(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -> None:
     """Say how well the codec gives the images of the preview back."""
     path = job.worker_config.preview_path
     psnr_db = manifest.shards[job.sources[0].name].details.get("preview_psnr_db")

@@ -6,17 +6,17 @@ from pathlib import Path
 from rich.table import Table
 
 from features.families import wanted_families
-from features.jobs import FamilyPlan, Inputs
+from features.jobs import FamilyPlan, FeatureInputs
 from features.speed import find_speed
 from pipelines.engine.progress import console
 
 
-def plan_families(inputs: Inputs) -> list[FamilyPlan]:
+def plan_families(inputs: FeatureInputs) -> list[FamilyPlan]:
     """Return the plan of each family, also of one whose inputs, such as captions, are not there yet."""
     return [family.plan(inputs) for family in wanted_families(inputs)]
 
 
-def print_plan(inputs: Inputs) -> None:
+def print_plan(inputs: FeatureInputs) -> None:
     """Print what the stage would write, with sizes, and how long it would take where that can be measured."""
     table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.features.shards)}", title_justify="left")
     table.add_column("family")
@@ -38,7 +38,7 @@ def print_plan(inputs: Inputs) -> None:
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")
 
 
-def _hours(family: FamilyPlan, inputs: Inputs) -> tuple[str, str]:
+def _hours(family: FamilyPlan, inputs: FeatureInputs) -> tuple[str, str]:
     """Return the hours of a family as the table shows them, and what they rest on."""
     if not family.pending_samples:
         return "0", "nothing to do"
@@ -53,7 +53,7 @@ def _hours(family: FamilyPlan, inputs: Inputs) -> tuple[str, str]:
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}", text
 
 
-def require_space(inputs: Inputs) -> None:
+def require_space(inputs: FeatureInputs) -> None:
     """Check that what is pending fits on the disk.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoders.weights import is_model_here
-from features.jobs import FeatureJob, Inputs
+from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.pieces import Piece
 from pipelines.engine.run import EngineConfig
 from pipelines.store.summary import read_summary, update_summary
@@ -34,7 +34,7 @@ class Speed:
         return num_samples / (self.samples_per_second * self.num_workers) / 3600
 
 
-def find_speed(job: FeatureJob, inputs: Inputs) -> Speed | str:
+def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
     """Return how fast a job with pending samples will be, or what is missing to know it."""
     num_workers = count_workers(inputs.engine)
     known = read_summary(inputs.run).get("features", {}).get("speed", {}).get(job.output.path.name, {})
@@ -48,7 +48,7 @@ def find_speed(job: FeatureJob, inputs: Inputs) -> Speed | str:
     return _measure(job, inputs, num_workers=num_workers)
 
 
-def remember_speed(job: FeatureJob, inputs: Inputs, *, num_samples: int, seconds: float) -> None:
+def remember_speed(job: FeatureJob, inputs: FeatureInputs, *, num_samples: int, seconds: float) -> None:
     """Keep what a long run of the job has found, loading of the model included, for the plans of later ones."""
     if seconds < MIN_REMEMBERED_SECONDS:
         return
@@ -76,7 +76,7 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _measure(job: FeatureJob, inputs: Inputs, *, num_workers: int) -> Speed:
+def _measure(job: FeatureJob, inputs: FeatureInputs, *, num_workers: int) -> Speed:
     """Run the job's own worker on the first samples that are pending, in a folder that is then removed."""
     source = max(job.pending(), key=lambda source: source.num_samples)
     with tempfile.TemporaryDirectory(prefix="features-plan-") as folder:

@@ -17,7 +17,15 @@ from encoders.text import DEFAULT_CLEANING, TextSpec, clean_text
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
 from features.captions import caption_sources, remember_identities, require_unchanged
-from features.jobs import CODE_VERSION, FamilyPlan, FeatureFamily, FeatureJob, Inputs, count_samples, member_bytes
+from features.jobs import (
+    CODE_VERSION,
+    FamilyPlan,
+    FeatureFamily,
+    FeatureInputs,
+    FeatureJob,
+    count_samples,
+    member_bytes,
+)
 from features.quantization import StoredText, measure_error, restore_text, store_text, summarize_storage
 from pipelines.engine.pieces import Piece, PieceReport, Source, forget_pieces
 from pipelines.engine.progress import get_logger
@@ -179,7 +187,7 @@ def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapp
     return _Caption(text=text, row=content)
 
 
-def text_job(inputs: Inputs) -> FeatureJob:
+def text_job(inputs: FeatureInputs) -> FeatureJob:
     """Describe the encoding of the stage's captions.
 
     Raises:
@@ -231,7 +239,7 @@ def text_job(inputs: Inputs) -> FeatureJob:
     )
 
 
-def _plan_text(inputs: Inputs) -> FamilyPlan:
+def _plan_text(inputs: FeatureInputs) -> FamilyPlan:
     features = inputs.features
     model = resolve_model(features.text_model, features.text_revision)
     spec = text_spec(model, max_tokens=features.max_tokens, cleaning=features.text_cleaning)
@@ -271,7 +279,7 @@ def text_bytes(num_tokens: float, d_text: int, *, storage: str = "bfloat16", num
     return member_bytes(payload_bytes, num_tensors=num_tensors, num_rows=num_captions)
 
 
-def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) -> tuple[float, str]:
+def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureInputs) -> tuple[float, str]:
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
     columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
     probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
@@ -296,19 +304,19 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: Inputs) 
     return sum(min(length, limit) for length in lengths) / len(samples), basis
 
 
-def _schema(job: FeatureJob, inputs: Inputs) -> FamilySchema:
+def _schema(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
     columns = inputs.features.caption_columns
     return text_schema(inputs.features.text_storage, _spec(job, inputs).width, rows_per_sample=len(columns))
 
 
-def _spec(job: FeatureJob, inputs: Inputs) -> TextSpec:
+def _spec(job: FeatureJob, inputs: FeatureInputs) -> TextSpec:
     features = inputs.features
     spec = text_spec(job.model, max_tokens=features.max_tokens, cleaning=features.text_cleaning)
     assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
     return spec
 
 
-def _facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
+def _facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
     features, encoder = inputs.features, _spec(job, inputs)
     text = {
         "model": features.text_model,
@@ -322,7 +330,7 @@ def _facts(job: FeatureJob, inputs: Inputs) -> dict[str, Any]:
     return {"text": text, "captions": [caption.model_dump() for caption in inputs.features.captions]}
 
 
-def _prepare(job: FeatureJob, inputs: Inputs) -> None:
+def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
     """Refuse captions that are not those of their manifest, and have a lost null caption written again."""
     captions = read_manifest(inputs.run / "captions")
     for source in job.pending():
@@ -334,7 +342,7 @@ def _prepare(job: FeatureJob, inputs: Inputs) -> None:
         job.output.clear_marker(job.sources[0].name)
 
 
-def _report(job: FeatureJob, manifest: Manifest, inputs: Inputs) -> None:
+def _report(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -> None:
     storage = inputs.features.text_storage
     figures = summarize_storage([manifest.shards[source.name].details for source in job.sources])
     if figures is not None:

@@ -14,7 +14,7 @@ from feature_run import encoded, extract, picture, write_captions, write_raw, wr
 from PIL import Image
 
 from encoders.opening import open_codec
-from features.jobs import FeatureJob, Inputs, read_inputs
+from features.jobs import FeatureInputs, FeatureJob, read_inputs
 from features.latents import LATENTS, LatentWorker, image_job, plan_images
 from features.plan import plan_families
 from features.text import TEXT
@@ -59,7 +59,7 @@ class EdgeWorker(LatentWorker):
         return edges_of(image, self.config.settings.strength)
 
 
-def edge_job(inputs: Inputs) -> FeatureJob:
+def edge_job(inputs: FeatureInputs) -> FeatureJob:
     return image_job(inputs, EDGES, worker_class=EdgeWorker)
 
 
@@ -102,7 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def inputs_of(run: Path, *overrides: str) -> Inputs:
+def inputs_of(run: Path, *overrides: str) -> FeatureInputs:
     return read_inputs(parse_command("features", "", argv=argv_of(run, *overrides), has_stages=True))
 
 

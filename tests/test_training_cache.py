@@ -27,7 +27,8 @@ from training.data.assembly import BatchAssembler
 from training.data.cache import CacheFullError, ShardCache
 from training.data.index import FeatureIndex
 from training.data.reader import BatchReader
-from training.launch.preflight import inspect_stage, print_plan, stage_plan, survey_stage
+from training.data.stage_data import stage_plan, survey_stage
+from training.launch.preflight import inspect_stage, print_plan
 from training.stages.stage import TrainingJob, open_stage
 
 BUCKET = "features"

@@ -10,7 +10,7 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
 from training.loop.flops import StepFlops, device_peak_teraflops
 from training.objectives.denoise import Denoise
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.stages.networks import blank_network
 
 SMALL = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=24, sample_size=8)
@@ -18,7 +18,7 @@ SMALL = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=24,
 
 def step_flops(config: DiTConfig | PixArtConfig) -> StepFlops:
     null_label = None if isinstance(config, PixArtConfig) else config.num_classes
-    inputs = Inputs(scaling_factor=1.0, shift_factor=0.0, null_label=null_label, dtype=torch.float32)
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=null_label, dtype=torch.float32)
     objective = Denoise(process=DDPM(device="meta"), inputs=inputs)
     text_width = config.caption_channels if isinstance(config, PixArtConfig) else None
     return StepFlops(objective, {"network": blank_network(config)}, in_channels=4, text_width=text_width)

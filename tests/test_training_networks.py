@@ -16,8 +16,9 @@ from pixart.dit import DiT, DiTConfig
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
+from training.data.stage_data import survey_stage
 from training.data.survey import Survey
-from training.launch.preflight import print_weights, require_disk, require_memory, survey_stage
+from training.launch.preflight import print_weights, require_disk, require_memory
 from training.loop.health import SkipCounter, UnhealthyTrainingError
 from training.loop.zero import Update, local_device
 from training.stages.networks import (

@@ -12,7 +12,7 @@ from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import DDPM_SCHEDULE as SCHEDULE
 from training.data.batch import Batch
 from training.objectives.denoise import Denoise
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Losses, Trained
 
 NULL_LABEL = 10
@@ -62,7 +62,7 @@ def make_batch(*, has_text: bool) -> Batch:
 
 def denoise(batch: Batch, dtype: torch.dtype, **settings: Any) -> tuple[Recorder, Losses]:
     null_label = NULL_LABEL if batch.text is None else None
-    inputs = Inputs(scaling_factor=SCALE, shift_factor=SHIFT, null_label=null_label, dtype=dtype)
+    inputs = NetworkInputs(scaling_factor=SCALE, shift_factor=SHIFT, null_label=null_label, dtype=dtype)
     objective = replace(Denoise(process=DDPM(), inputs=inputs), **settings)
     assert objective.networks == {"network": Trained()}
     assert objective.families == ("latents", "labels" if batch.text is None else "text")

@@ -23,7 +23,7 @@ from training.launch.placement import on_this_machine
 from training.launch.ranks import rank_environment
 from training.loop.flops import StepFlops
 from training.objectives.denoise import Denoise
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Average, Frozen, Trained
 from training.stages.networks import blank_copy, count_parameters, count_weights
 from training.stages.stage import TrainingJob, open_stage
@@ -233,7 +233,7 @@ def test_no_gradient_is_computed_for_what_does_not_train(run: Path) -> None:
 def test_frozen_weights_cost_no_operations_of_their_gradient() -> None:
     whole, part = PixArt(SHAPE), PixArt(SHAPE)
     freeze_others(part, ["blocks.1.mlp.out.weight"], key="training.stage2.trains")
-    inputs = Inputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.float32)
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.float32)
     objective = Denoise(process=DDPM(device="meta"), inputs=inputs)
     flops = [
         StepFlops(objective, {"network": blank_copy(network)}, in_channels=CHANNELS, text_width=D_TEXT)

@@ -12,8 +12,8 @@ from training.data.features import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader
+from training.data.stage_data import stage_plan
 from training.data.survey import ShardSurvey, Survey, load_survey, make_survey, save_survey, survey_shards
-from training.launch.preflight import stage_plan
 from training.stages.stage import SURVEY, TrainingJob
 
 

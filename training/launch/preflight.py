@@ -12,10 +12,10 @@ from pipelines.engine.progress import console
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
 from training.data.index import FeatureIndex
-from training.data.plan import Plan
-from training.data.survey import Survey, load_survey, make_survey, save_survey, survey_shards
+from training.data.stage_data import stage_plan, survey_stage
+from training.data.survey import Survey
 from training.loop.compilation import is_compiled, require_compilable
-from training.stages.stage import SURVEY, TrainingJob
+from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
 
 GIGABYTE = 1e9
@@ -58,29 +58,6 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
             f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
         )
-
-
-def survey_stage(job: TrainingJob) -> Survey:
-    """Return the survey of the stage's samples, made once and kept beside its checkpoints."""
-    path, identity = job.directory / SURVEY, job.fingerprint.digest
-    survey = load_survey(path, identity=identity)
-    if survey is None:
-        index = FeatureIndex(job.features.datasets)
-        survey = make_survey(index, survey_shards(index, range(len(index))))
-        save_survey(survey, path, identity=identity)
-    return survey
-
-
-def stage_plan(job: TrainingJob, survey: Survey) -> Plan:
-    """Return the order of the stage's samples."""
-    settings = job.settings
-    return Plan(
-        survey.counts,
-        weights=[dataset.weight for dataset in job.features.datasets],
-        batch_size=settings.global_batch_size,
-        seed=settings.seed,
-        shards_per_block=settings.shards_per_block,
-    )
 
 
 def _require_cache(job: TrainingJob, survey: Survey) -> None:

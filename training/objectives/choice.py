@@ -5,7 +5,7 @@ import torch
 from pixart.processes.make import process_of
 from training.loop.zero import compute_dtype
 from training.objectives.denoise import Denoise
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
 from training.stages.stage import TrainingJob
 
@@ -13,7 +13,7 @@ from training.stages.stage import TrainingJob
 def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
     """Return the objective of a stage; `device` is where it gets its batches."""
     settings = job.settings
-    inputs = Inputs(
+    inputs = NetworkInputs(
         scaling_factor=job.features.vae["scaling_factor"],
         shift_factor=job.features.vae["shift_factor"],
         # A DiT's label after its classes.

@@ -9,7 +9,7 @@ from torch import nn
 
 from pixart.processes.process import Process
 from training.data.batch import Batch
-from training.objectives.inputs import Inputs
+from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Losses, Role, Trained
 
 
@@ -23,7 +23,7 @@ class Denoise:
     """
 
     process: Process
-    inputs: Inputs
+    inputs: NetworkInputs
 
     @property
     def networks(self) -> Mapping[str, Role]:

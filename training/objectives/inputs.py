@@ -11,7 +11,7 @@ from training.data.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class NetworkInputs:
     """Latents, and the condition beside them: a class or a caption.
 
     Attributes:
