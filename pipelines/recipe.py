@@ -29,6 +29,8 @@ TABLES = (
     "app",
 )
 EXTENDS = "extends"
+# Keys that are tables and no named ones, for rooms that do not own the table.
+KEYS_THAT_ARE_TABLES = ("networks",)
 STAGE_PLACEHOLDER = "{stage}"
 # A name is that of a folder, too.
 TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -43,7 +45,7 @@ Decides = Annotated[Value, DECIDES]
 class TableConfig(pydantic.BaseModel):
     """A recipe table: unknown keys are errors, values are frozen, strings are not coerced to numbers or booleans.
 
-    `renamed_keys` gives the new name of keys that had another one.
+    `renamed_keys` gives the new name of keys that had another one, and if values differ theirs in brackets.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
@@ -116,12 +118,12 @@ class Recipe:
         self._raise(self._wrong_keys(name, content, model))
         return model.model_validate(content)
 
-    def names(self, table: str, *, keys: Collection[str] = ()) -> list[str]:
+    def names(self, table: str, *, keys: Collection[str] = KEYS_THAT_ARE_TABLES) -> list[str]:
         """Return the names of the named tables of `table`, in order: all that are tables but `keys`, its own."""
         content = self.tables.get(table, {})
         return [key for key, value in content.items() if isinstance(value, dict) and key not in keys]
 
-    def laid_over(self, table: str, name: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
+    def laid_over(self, table: str, name: str, *, keys: Collection[str] = KEYS_THAT_ARE_TABLES) -> dict[str, Any]:
         """Return named table `name`, laid over what it extends and the keys that all of `table` share.
 
         Raises:
@@ -180,7 +182,7 @@ class Recipe:
         try:
             model.model_validate(content)
         except pydantic.ValidationError as error:
-            items = error.errors()
+            items = _without_choices(error.errors(), content)
             if is_part:
                 items = [item for item in items if item["loc"] and (item["type"], len(item["loc"])) != ("missing", 1)]
             return [_describe(self.path, name, item, model) for item in items]
@@ -189,6 +191,45 @@ class Recipe:
     def _raise(self, wrong: Sequence[str]) -> None:
         if wrong:
             raise ValueError("\n".join(wrong))
+
+
+def _without_choices(errors: Sequence[Mapping[str, Any]], content: Any) -> list[dict[str, Any]]:
+    """Return one error per key of `content`, where pydantic has one for each type that the key's value may have.
+
+    Places inside the value win, for they are of the type that was meant.
+    """
+    keys: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for error in errors:
+        key, place = _place(error["loc"], content)
+        keys.setdefault(key, []).append({**error, "loc": place})
+    items = []
+    for found in keys.values():
+        depth = max(len(item["loc"]) for item in found)
+        deepest = [item for item in found if len(item["loc"]) == depth]
+        messages = [plain_message(item) for item in deepest]
+        others = [message.removeprefix("Input should be ") for message in messages[1:]]
+        items.append(deepest[0] | {"msg": " or ".join([messages[0], *others])})
+    return items
+
+
+def _place(location: Sequence[str | int], content: Any) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """Return the keys of an error's location up to the first name of a type, and all of them without such names."""
+    place, key = [], None
+    for part in location:
+        if isinstance(content, dict):
+            content = content.get(part)
+        elif isinstance(content, list) and isinstance(part, int):
+            content = content[part]
+        else:
+            key = tuple(place) if key is None else key
+            continue
+        place.append(part)
+    return tuple(place) if key is None else key, tuple(place)
+
+
+def plain_message(error: Mapping[str, Any]) -> str:
+    """Return what an error of pydantic says, without pydantic's own words in front of ours."""
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _describe(path: Path, table: str, item: Mapping[str, Any], model: type[TableConfig]) -> str:

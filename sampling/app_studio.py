@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
+from pipelines.recipe import plain_message
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import is_written, write_image
@@ -134,7 +135,7 @@ class Studio:
             return SamplingConfig.model_validate(self.config.model_dump() | fields)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+            raise ValueError(f"{'.'.join(str(part) for part in first['loc'])}: {plain_message(first)}") from None
 
     def _embeddings(
         self, config: SamplingConfig, prompts: list[str], *, check: Callable[[], None]

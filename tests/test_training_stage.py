@@ -262,11 +262,6 @@ def test_a_resume_with_another_process_is_refused_with_both(run: Path) -> None:
     assert flow.fingerprint.fields["training.flow_shift"] == 2.0
 
 
-def test_a_weight_of_the_other_process_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"training\.stage2: .*min_snr_gamma 5 is for process ddpm, but pro"):
-        job_of(run, 2, starts_from="scratch", process="flow", min_snr_gamma=5.0)
-
-
 def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path) -> None:
     """Stopped at step 6 of 12: enough once `num_steps` is lowered to that."""
     folder = write_checkpoint(job_of(run, 1), step=6)

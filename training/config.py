@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -11,6 +11,8 @@ from pipelines.recipe import Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
 
 SCRATCH = "scratch"
+# Keys of a stage that are of one process alone.
+PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
 KeepActivations = Literal["all", "products", "inputs"]
 
 
@@ -56,11 +58,12 @@ class StageTraining(TableConfig):
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
         "init_from": "starts_from",
-        "checkpoint_activations": "keep_activations",
+        "checkpoint_activations": "keep_activations (true: 'inputs', false: 'all')",
     }
 
     network: Decides[Literal["dit", "pixart"]] = pydantic.Field(
-        description="What is trained: dit reads class labels, pixart reads text"
+        description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
+        "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
     )
     objective: Decides[Literal["denoise"]] = pydantic.Field(default="denoise", description="What is minimised")
     process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
@@ -227,11 +230,10 @@ class StageTraining(TableConfig):
         default=0.48, ge=0, description="Carbon intensity of the electricity; 0.48 = world average of 2023 (Ember)"
     )
 
-    @pydantic.model_validator(mode="after")
-    def _check_process(self) -> Self:
-        if self.process == "flow" and self.min_snr_gamma is not None:
-            raise ValueError(f"min_snr_gamma {self.min_snr_gamma:g} is for process ddpm, but process is flow")
-        return self
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what `TableConfig` says, less the keys of other processes: all stages of a recipe may share them."""
+        others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
+        return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
     @property
     def process_spec(self) -> dict[str, Any]:
@@ -245,9 +247,18 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     """Return the settings of `stage`.
 
     Raises:
-        ValueError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong; names it.
+        ValueError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong, or one of the
+            stage's own table is of another process; names it.
     """
-    return recipe.named("training", stage, model=StageTraining)
+    settings = recipe.named("training", stage, model=StageTraining)
+    own = recipe.tables["training"][stage]
+    for process in PROCESS_KEYS.keys() - {settings.process}:
+        for key in own.keys() & PROCESS_KEYS[process]:
+            raise ValueError(
+                f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for process {process}, "
+                f"but the stage's is {settings.process!r}"
+            )
+    return settings
 
 
 def stage_names(recipe: Recipe) -> list[str]:

@@ -68,6 +68,7 @@ def open_stage(command: Command) -> TrainingJob:
     model = command.recipe.table("model", ModelConfig)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
+    _require_own_folders(command, settings)
     resume = find_checkpoint(directory)
     start = _start_or_recorded(command, settings, directory, resume=resume)
     networks = _networks(command, settings, directory)
@@ -89,6 +90,17 @@ def open_stage(command: Command) -> TrainingJob:
         fingerprint=fingerprint,
         resume=resume,
     )
+
+
+def _require_own_folders(command: Command, settings: StageTraining) -> None:
+    """Refuse a stage of the recipe whose folder is where the chosen one keeps copies, which it may delete."""
+    cache = Path(settings.cache_dir.replace("{run}", str(command.run)))
+    for name in stage_names(command.recipe):
+        if command.run / "training" / name in (cache, *cache.parents):
+            raise ValueError(
+                f"{command.recipe.path}: [training.{name}] has the folder of training.cache_dir = "
+                f"{settings.cache_dir!r}; give either another name"
+            )
 
 
 def _fingerprint(
