@@ -1,7 +1,7 @@
 """`[features]`: which encoders make features, from which shards, at which resolution; a named table for each set."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
@@ -9,9 +9,15 @@ from encoders.latents import require_vae_dtype
 from encoders.text import require_text_dtype
 from pipelines.recipe import Recipe, TableConfig
 
-# What tables that share a folder must agree on.
-LATENT_FIELDS = ("buckets", "vae_model", "vae_revision", "vae_dtype")
-TEXT_FIELDS = ("captions", "text_model", "text_revision", "text_dtype", "text_storage", "text_cleaning", "max_tokens")
+# What a field decides: what is made of images, or of captions. Tables that share a folder must agree on it.
+DECIDES_IMAGES, DECIDES_TEXT = "decides what is made of images", "decides text features"
+# These do so by what they name: a job knows models by their weights, and captions by column.
+NAMES_IMAGES, NAMES_TEXT = "names what images are encoded with", "names captions and what encodes them"
+Value = TypeVar("Value")
+OfImages = Annotated[Value, DECIDES_IMAGES]
+OfText = Annotated[Value, DECIDES_TEXT]
+ImageInput = Annotated[Value, NAMES_IMAGES]
+TextInput = Annotated[Value, NAMES_TEXT]
 
 
 class CaptionConfig(TableConfig):
@@ -33,12 +39,12 @@ class FeaturesConfig(TableConfig):
     """A named table of `[features]`: what training reads of one kind, made by one command."""
 
     shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names that are read")
-    resolution: int = pydantic.Field(
+    resolution: OfImages[int] = pydantic.Field(
         ge=1,
         le=4096,
         description="Base resolution in pixels, a multiple of twice the VAE's factor; area of a bucket is its square",
     )
-    buckets: bool = pydantic.Field(
+    buckets: OfImages[bool] = pydantic.Field(
         default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"
     )
     text: bool = pydantic.Field(
@@ -49,29 +55,31 @@ class FeaturesConfig(TableConfig):
         default={},
         description="Families beside text and latents, each with its own keys: `families.<name>`",
     )
-    captions: list[CaptionConfig] = pydantic.Field(
+    captions: TextInput[list[CaptionConfig]] = pydantic.Field(
         default=[CaptionConfig(column="caption")],
         min_length=1,
         description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
 
-    text_model: str = pydantic.Field(
+    text_model: TextInput[str] = pydantic.Field(
         description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL)"
     )
-    text_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
-    text_dtype: str = pydantic.Field(
+    text_revision: TextInput[str | None] = pydantic.Field(
+        default=None, description="Commit of the hub repository; null = main"
+    )
+    text_dtype: OfText[str] = pydantic.Field(
         default="bfloat16",
         description="Compute dtype of text_model: bfloat16 or float32; how it is stored is text_storage",
     )
-    text_storage: Literal["bfloat16", "float8_e4m3", "int8"] = pydantic.Field(
+    text_storage: OfText[Literal["bfloat16", "float8_e4m3", "int8"]] = pydantic.Field(
         default="bfloat16", description="Stored dtype of embeddings; the 8-bit ones have a float32 scale per token"
     )
-    text_cleaning: Literal["lower", "strip", "none"] = pydantic.Field(
+    text_cleaning: OfText[Literal["lower", "strip", "none"]] = pydantic.Field(
         default="lower",
         description="What the text encoder sees of a caption: lower case without surrounding space (lower), it "
         "without that space (strip), or all of it (none)",
     )
-    max_tokens: int = pydantic.Field(
+    max_tokens: OfText[int] = pydantic.Field(
         default=120,
         ge=1,
         le=512,
@@ -82,11 +90,13 @@ class FeaturesConfig(TableConfig):
         ge=1,
         description="Tokens encoded at once, padding too; null = 8192 on a GPU, 1024 on a CPU; halved when too many",
     )
-    vae_model: str = pydantic.Field(
+    vae_model: ImageInput[str] = pydantic.Field(
         description="AutoencoderKL or AutoencoderDC: hub id or local folder (paper: the LDM VAE)"
     )
-    vae_revision: str | None = pydantic.Field(default=None, description="Commit of the hub repository; null = main")
-    vae_dtype: str = pydantic.Field(
+    vae_revision: ImageInput[str | None] = pydantic.Field(
+        default=None, description="Commit of the hub repository; null = main"
+    )
+    vae_dtype: OfImages[str] = pydantic.Field(
         default="float32", description="Compute dtype of the VAE: float32 or bfloat16; latents are stored as float16"
     )
     vae_batch_size: int = pydantic.Field(default=32, ge=1, description="Images encoded at once; halved when too many")
@@ -144,7 +154,7 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
     """Refuse tables that would write into one folder what differs: features/text*, features/<family>-<resolution>."""
     owners: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
     for name, table in tables.items():
-        images = {field: getattr(table, field) for field in LATENT_FIELDS}
+        images = _values(table, NAMES_IMAGES, DECIDES_IMAGES)
         at_resolution = f"at resolution {table.resolution}"
         folders: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
             (("latents", table.resolution), images, f"of latents {at_resolution}")
@@ -154,7 +164,7 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
             folders.append(((family, table.resolution), values, f"of {family} {at_resolution}"))
         if table.text:
             columns = tuple(table.caption_columns)
-            values = {field: getattr(table, field) for field in TEXT_FIELDS}
+            values = _values(table, NAMES_TEXT, DECIDES_TEXT)
             folders.append((("text", *columns), values, f"of text features of {', '.join(columns)}"))
         for folder, values, what in folders:
             other, others = owners.setdefault(folder, (name, values))
@@ -164,6 +174,10 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
                         f"{recipe.path}: features.{name}.{field} = {_shown(value)}, but features.{other}.{field} = "
                         f"{_shown(others[field])}; the two would share one folder {what}"
                     )
+
+
+def _values(table: FeaturesConfig, *notes: str) -> dict[str, Any]:
+    return {field: getattr(table, field) for note in notes for field in table.noted_fields(note)}
 
 
 def _shown(value: Any) -> str:

@@ -49,7 +49,10 @@ class FeatureInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureJob:
-    """One family of features to compute; `model_key` is the recipe key that names its encoder."""
+    """One family of features to compute; `model_key` is the recipe key that names its encoder.
+
+    `defaults` are what the settings are that `fingerprint` leaves out, by name.
+    """
 
     family: FeatureFamily
     worker_class: type[ShardWorker]
@@ -57,6 +60,7 @@ class FeatureJob:
     sources: list[Source]
     output: ShardDirectory
     fingerprint: Fingerprint
+    defaults: Mapping[str, Any]
     upstream: dict[str, str]
     model: ModelSource
     model_key: str
@@ -69,13 +73,7 @@ class FeatureJob:
 
     def changed_settings(self) -> list[str]:
         """Return `field: old -> new` of each setting by which what is in `output` differs from this job."""
-        if not (self.output.path / MANIFEST_NAME).is_file():
-            return []
-        found, wanted = read_manifest(self.output.path).fingerprint.fields, self.fingerprint.fields
-        names = sorted(found.keys() | wanted.keys())
-        return [
-            f"{name}: {found.get(name)} -> {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
-        ]
+        return self.output.changes(self.fingerprint, defaults=self.defaults)
 
     def is_done(self) -> bool:
         """Whether nothing is pending and the manifest is that of these settings."""
@@ -118,7 +116,7 @@ class FeatureFamily:
         schema: what its directory holds; asked for when the job's model is here, as `facts`.
         facts: the numbers later stages read from its manifest, so that no recipe types them a second time.
         probe: its worker's configuration for measuring, which writes into a folder alone.
-        settings: its own keys in the recipe, `families.<name>` of a table.
+        settings: its own keys in the recipe, `families.<name>` of a table; those marked `Decides` decide its numbers.
         prepare: checks what a pending job is about to read, and repeats what a lost file needs.
         report: says what a finished job should be judged by.
     """
@@ -148,15 +146,15 @@ class FeatureFamily:
             raise ValueError(f"{key} = {first['input']!r}: {first['msg']}") from None
 
     def manifest_extra(self, job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
-        """Return what its manifest says beyond the counts: the record of its family, its settings, and its facts."""
-        fields = self.settings.model_fields.items()
-        settings = {
-            "settings": self.read_settings(inputs).model_dump(mode="json"),
-            "defaults": {name: field.get_default() for name, field in fields if not field.is_required()},
-        }
+        """Return what its manifest says beyond the counts: the record of its family, its settings, and its facts.
+
+        `defaults` are for training, which knows none of them and compares what it was begun with.
+        """
+        settings = self.settings.fingerprint_defaults() | self.read_settings(inputs).fingerprint_fields()
         return {
             "family": self.schema(job, inputs).spec(),
-            **(settings if self.settings.model_fields else {}),
+            "defaults": dict(job.defaults),
+            **({"settings": settings} if self.settings.model_fields else {}),
             **self.facts(job, inputs),
         }
 

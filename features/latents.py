@@ -21,6 +21,7 @@ from encoders.devices import choose_device
 from encoders.latents import LatentSpec
 from encoders.opening import latent_spec, open_codec
 from encoders.weights import resolve_model
+from features.config import DECIDES_IMAGES
 from features.jobs import (
     CODE_VERSION,
     FamilyPlan,
@@ -254,7 +255,7 @@ def image_job(
 ) -> FeatureJob:
     """Describe what a latent worker makes of the stage's images, in `features/<family>-<resolution>`.
 
-    Latents themselves lie in `features/latent-<resolution>`. Settings of a family are part of its fingerprint.
+    Latents themselves lie in `features/latent-<resolution>`. A family's settings are part of its fingerprint.
     """
     leads, settings = family is LATENTS, family.read_settings(inputs)
     features = inputs.features
@@ -262,6 +263,19 @@ def image_job(
     if latent_spec(model) is not None:
         codec_of(model, inputs)
     output = ShardDirectory(image_directory(inputs.run, "latent" if leads else family.name, features.resolution))
+    fields = {
+        "family": family.name,
+        "code_version": CODE_VERSION,
+        "vae_model": model.identity,
+        **features.fingerprint_fields(DECIDES_IMAGES),
+        **inputs.data.fingerprint_fields(),
+        **settings.fingerprint_fields(),
+    }
+    defaults = {
+        **features.fingerprint_defaults(DECIDES_IMAGES),
+        **inputs.data.fingerprint_defaults(),
+        **settings.fingerprint_defaults(),
+    }
     return FeatureJob(
         family=family,
         worker_class=worker_class,
@@ -287,19 +301,8 @@ def image_job(
         ),
         sources=inputs.raw,
         output=output,
-        fingerprint=Fingerprint.of(
-            {
-                "family": family.name,
-                "code_version": CODE_VERSION,
-                "vae_model": model.identity,
-                "vae_dtype": features.vae_dtype,
-                "resolution": features.resolution,
-                "buckets": features.buckets,
-                "dialect": inputs.data.dialect,
-                "max_pixels": inputs.data.max_pixels,
-                **settings.model_dump(mode="json"),
-            }
-        ),
+        fingerprint=output.known_as(Fingerprint.of(fields), defaults=defaults),
+        defaults=defaults,
         upstream={},
         model=model,
         model_key="features.vae_model",

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder, text_spec
-from encoders.text import DEFAULT_CLEANING, TextSpec, clean_text
+from encoders.text import TextSpec, clean_text
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
 from features.captions import caption_sources, remember_identities, require_unchanged
+from features.config import DECIDES_TEXT
 from features.jobs import (
     CODE_VERSION,
     FamilyPlan,
@@ -199,6 +200,18 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
     captions = read_manifest(inputs.run / "captions")
     output = ShardDirectory(text_directory(inputs.run, columns))
     model = resolve_model(features.text_model, features.text_revision)
+    fields = {
+        "family": "text",
+        "code_version": CODE_VERSION,
+        "text_model": model.identity,
+        "caption_columns": columns,
+        "caption_weights": [caption.weight for caption in features.captions],
+        "captions": texts_digest(captions),
+        **features.fingerprint_fields(DECIDES_TEXT),
+    }
+    defaults = features.fingerprint_defaults(DECIDES_TEXT)
+    # Cleaning was left out at its default from the first.
+    written_out = {name: value for name, value in defaults.items() if name != "text_cleaning"}
     return FeatureJob(
         family=TEXT,
         worker_class=TextWorker,
@@ -217,22 +230,9 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         ),
         sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
         output=output,
-        # Batch and slice sizes are left out: they move embeddings by less than bfloat16 resolves.
-        fingerprint=Fingerprint.of(
-            {
-                "family": "text",
-                "code_version": CODE_VERSION,
-                "text_model": model.identity,
-                "text_dtype": features.text_dtype,
-                "text_storage": features.text_storage,
-                "max_tokens": features.max_tokens,
-                "caption_columns": columns,
-                "caption_weights": [caption.weight for caption in inputs.features.captions],
-                "captions": texts_digest(captions),
-                # Left out at its default, which is what features had before it was a choice.
-                **({} if features.text_cleaning == DEFAULT_CLEANING else {"text_cleaning": features.text_cleaning}),
-            }
-        ),
+        # Batch and slice sizes decide nothing: they move embeddings by less than bfloat16 resolves.
+        fingerprint=output.known_as(Fingerprint.of(fields), defaults=written_out),
+        defaults=defaults,
         upstream={"captions": texts_digest(captions)},
         model=model,
         model_key="features.text_model",

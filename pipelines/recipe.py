@@ -51,28 +51,31 @@ class TableConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
     renamed_keys: ClassVar[Mapping[str, str]] = {}
 
-    def fingerprint_fields(self) -> dict[str, Any]:
+    def fingerprint_fields(self, decides: str = DECIDES) -> dict[str, Any]:
         """Return, as JSON values, the fields that decide numbers (`Decides`) and are not what they are by default.
 
         So a new key changes no fingerprint that was made before there was a choice; and a default is no longer free to
-        change, unless a version in the fingerprint does, too.
+        change, unless a version in the fingerprint does, too. A table that decides more than one thing has a note of
+        its own, like `DECIDES`, for each.
         """
-        defaults = self.fingerprint_defaults()
-        values = self.model_dump(mode="json", include=_deciding(type(self)))
+        defaults = self.fingerprint_defaults(decides)
+        values = self.model_dump(mode="json", include=set(self.noted_fields(decides)))
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @classmethod
-    def fingerprint_defaults(cls) -> dict[str, Any]:
+    def fingerprint_defaults(cls, decides: str = DECIDES) -> dict[str, Any]:
         """Return, as JSON values, what the fields are that `fingerprint_fields` leaves out."""
-        fields = {name: cls.model_fields[name] for name in _deciding(cls) if not cls.model_fields[name].is_required()}
+        fields = {name: cls.model_fields[name] for name in cls.noted_fields(decides)}
         return {
             name: pydantic_core.to_jsonable_python(field.get_default(call_default_factory=True))
             for name, field in fields.items()
+            if not field.is_required()
         }
 
-
-def _deciding(model: type[TableConfig]) -> set[str]:
-    return {name for name, field in model.model_fields.items() if DECIDES in field.metadata}
+    @classmethod
+    def noted_fields(cls, note: str) -> list[str]:
+        """Return the names of the fields whose type has `note` beside it, as that of `Decides` has `DECIDES`."""
+        return [name for name, field in cls.model_fields.items() if note in field.metadata]
 
 
 class DataConfig(TableConfig):
@@ -81,12 +84,12 @@ class DataConfig(TableConfig):
     shards: str | list[str] = pydantic.Field(
         description="Raw shards: brace ranges, globs, folders or fsspec URLs; `{run}` stands for the run's folder"
     )
-    dialect: str = pydantic.Field(
+    dialect: Decides[str] = pydantic.Field(
         default="auto",
         pattern="^(auto|img2dataset|sa1b|imagenet|generic)$",
         description="Layout of the tars; auto looks at their members",
     )
-    max_pixels: int = pydantic.Field(
+    max_pixels: Decides[int] = pydantic.Field(
         default=89_478_485,
         ge=1,
         description="Largest image that is decoded, in pixels; larger ones are rejected",

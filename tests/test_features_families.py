@@ -21,7 +21,7 @@ from features.text import TEXT
 from pipelines.command import parse_command
 from pipelines.engine.pieces import cut_into_pieces, finish_shard
 from pipelines.raw.images import resize_and_crop
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Decides, TableConfig
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import ShardDirectory, read_manifest
 from pipelines.store.verify import verify_run
@@ -41,7 +41,7 @@ BROKEN = "00100003"
 class EdgeSettings(TableConfig):
     """Keys of `families.edges`."""
 
-    strength: float = pydantic.Field(default=4.0, gt=0.0, description="What the gradient is multiplied by")
+    strength: Decides[float] = pydantic.Field(default=4.0, gt=0.0, description="What the gradient is multiplied by")
 
 
 def edges_of(image: np.ndarray, strength: float) -> np.ndarray:

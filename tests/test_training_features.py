@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_training_stage import write_checkpoint
@@ -134,3 +135,46 @@ def test_a_changed_setting_without_new_features_is_refused_by_name(run: Path) ->
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             open_job(run, override)
+
+
+def known_by(directory: Path, *, fields: dict[str, object], left_out: tuple[str, ...], says_defaults: bool) -> None:
+    """Rewrite a manifest: its fingerprint with `fields` but for those left out, and maybe what they are by default."""
+    path = directory / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    kept = {name: value for name, value in fields.items() if name not in left_out}
+    found = Fingerprint.of({**manifest["fingerprint"]["fields"], **kept})
+    for name in left_out:
+        found.fields.pop(name, None)
+    manifest["fingerprint"] = {"fields": found.fields, "digest": Fingerprint.of(found.fields).digest}
+    manifest["extra"]["defaults"] = {name: fields[name] for name in left_out} if says_defaults else {}
+    path.write_text(json.dumps(manifest))
+
+
+LATENT_SETTINGS = {"buckets": False, "vae_dtype": "float32"}
+WRITTEN_OUT: dict[str, object] = {"left_out": (), "says_defaults": False}
+LEFT_OUT: dict[str, object] = {"left_out": tuple(LATENT_SETTINGS), "says_defaults": True}
+
+
+@pytest.mark.parametrize(("first", "then"), [(WRITTEN_OUT, LEFT_OUT), (LEFT_OUT, WRITTEN_OUT), (LEFT_OUT, LEFT_OUT)])
+@pytest.mark.parametrize("datasets", [(), (mixed(FIRST, SECOND),)], ids=["one", "mixed"])
+def test_features_made_again_end_no_training_whether_defaults_are_written_out_or_not(
+    run: Path, first: dict[str, Any], then: dict[str, Any], datasets: tuple[str, ...]
+) -> None:
+    latents = latent_directory(run, 32)
+    known_by(latents, fields=LATENT_SETTINGS, **first)
+    job = open_job(run, *datasets)
+    folder = write_checkpoint(job, step=6)
+    trainer = json.loads((folder / "trainer.json").read_text())
+    trainer["feature_defaults"] = job.features.fingerprint_defaults()
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    known_by(latents, fields=LATENT_SETTINGS, **then)
+    again = open_job(run, *datasets)
+    assert again.resume is not None and again.fingerprint.digest == job.fingerprint.digest
+    # By a key that there was not when it was begun.
+    known_by(latents, fields=LATENT_SETTINGS | {"tiling": True}, **then)
+    path = latents / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["extra"]["defaults"]["tiling"] = False
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"latents\.tiling False, but it is True now"):
+        open_job(run, *datasets)

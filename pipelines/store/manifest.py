@@ -93,6 +93,19 @@ class ShardDirectory:
                 return former if digest == former.digest else fingerprint
         return fingerprint
 
+    def changes(self, fingerprint: Fingerprint, *, defaults: Mapping[str, Any]) -> list[str]:
+        """Return `field: old -> new` of each field by which what is here differs from `fingerprint`.
+
+        A missing field is what `defaults` say.
+        """
+        if not (self.path / MANIFEST_NAME).is_file():
+            return []
+        found, wanted = {**defaults, **read_manifest(self.path).fingerprint.fields}, {**defaults, **fingerprint.fields}
+        names = sorted(found.keys() | wanted.keys())
+        return [
+            f"{name}: {found.get(name)} -> {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
+        ]
+
     def _marker(self, name: str) -> Path:
         return self.path / MARKER_FOLDER / f"{name}.json"
 

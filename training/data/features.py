@@ -88,6 +88,14 @@ class Dataset:
             fields[f"{family}.files"] = Fingerprint.of(files).digest
         return fields
 
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Return what the settings are that the features' fingerprints leave out, as their manifests say."""
+        return {
+            f"{directory.family.name}.{name}": value
+            for directory in self.directories
+            for name, value in directory.manifest.extra.get("defaults", {}).items()
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageFeatures:
@@ -130,6 +138,16 @@ class StageFeatures:
             own = dataset.fingerprint_fields() | {"weight": dataset.weight}
             fields |= {f"datasets.{number}.{name}": value for name, value in own.items()}
         return fields
+
+    def fingerprint_defaults(self) -> dict[str, Any]:
+        """Return what the settings are that `fingerprint_fields` lacks, as far as the features' manifests say."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint_defaults()
+        return {
+            f"datasets.{number}.{name}": value
+            for number, dataset in enumerate(self.datasets)
+            for name, value in dataset.fingerprint_defaults().items()
+        }
 
 
 def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:
@@ -207,7 +225,7 @@ def _open_dataset(
     vae = latents.manifest.extra["vae"]
     for field_name, expected, found in (
         ("resolution", table.resolution, latents.manifest.extra["resolution"]),
-        ("buckets", table.buckets, latents.manifest.fingerprint.fields.get("buckets", table.buckets)),
+        ("buckets", table.buckets, latents.manifest.fingerprint.fields.get("buckets", False)),
         ("vae_model", table.vae_model, vae["model"]),
         ("vae_revision", table.vae_revision, vae["revision"]),
     ):
@@ -310,10 +328,11 @@ def _check_family(
     if "vae" in extra:
         for name in ("model", "revision"):
             require_same(f"vae_{name}", latents.manifest.extra["vae"][name], extra["vae"][name], where=where)
+    # Of its settings, those that decide numbers.
     found, defaults = extra.get("settings", {}), extra.get("defaults", {})
-    for name in sorted(found.keys() | settings.keys()):
+    for name in sorted(found):
         wanted = settings.get(name, defaults.get(name))
-        require_same(f"families.{family}.{name}", wanted, found.get(name), where=where)
+        require_same(f"families.{family}.{name}", wanted, found[name], where=where)
 
 
 def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -> None:

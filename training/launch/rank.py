@@ -179,6 +179,7 @@ def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
         "seed": job.settings.seed,
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
+        "feature_defaults": job.features.fingerprint_defaults(),
         "resolution": job.features.resolution,
         "buckets": survey.buckets,
         "vae": job.features.vae,

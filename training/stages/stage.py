@@ -76,7 +76,7 @@ def open_stage(command: Command) -> TrainingJob:
     origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
     fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, origins=origins)
     if resume is not None:
-        _require_same_job(fingerprint, resume)
+        _require_same_job(fingerprint, resume, features=features)
         # Later stages know its weights by this digest, which may be that of a former version.
         fingerprint = Fingerprint(fingerprint.fields, resume.trainer["plan_fingerprint"])
     return TrainingJob(
@@ -119,9 +119,11 @@ def _fingerprint(
     )
 
 
-def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint) -> None:
+def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, features: StageFeatures) -> None:
     defaults = {f"model.{name}": value for name, value in ModelConfig.fingerprint_defaults().items()}
     defaults |= {f"training.{name}": value for name, value in StageTraining.fingerprint_defaults().items()}
+    # Whether features leave out what is at its default depends on when they were made, now and when this was begun.
+    defaults |= checkpoint.trainer.get("feature_defaults", {}) | features.fingerprint_defaults()
     made_with, wanted = defaults | checkpoint.trainer["fingerprint"], defaults | fingerprint.fields
 
     def place(name: str) -> tuple[bool, bool, str]:
