@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pydantic
 
 from encoders.text import DEFAULT_CLEANING
-from pipelines.recipe import Recipe, TableConfig
+from pipelines.recipe import Decides, Recipe, TableConfig
 
 
 class SamplingConfig(TableConfig):
@@ -34,26 +34,28 @@ class SamplingConfig(TableConfig):
         pattern=r"^\d+x\d+$",
         description="Width x height in pixels, such as 1024x768; null = what the checkpoint was trained at",
     )
-    solver: Literal["dpm-solver++", "iddpm", "sa-solver", "euler", "heun"] = pydantic.Field(
+    solver: Decides[Literal["dpm-solver++", "iddpm", "sa-solver", "euler", "heun"]] = pydantic.Field(
         default="dpm-solver++",
         description="Sampling algorithm; the paper settles on DPM-Solver with 20 steps. iddpm and sa-solver are for "
         "checkpoints of process ddpm, euler and heun for those of flow",
     )
-    num_steps: int = pydantic.Field(
+    num_steps: Decides[int] = pydantic.Field(
         default=20, ge=1, le=1000, description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each"
     )
-    guidance_scale: float = pydantic.Field(
+    guidance_scale: Decides[float] = pydantic.Field(
         default=4.5, ge=1, description="Classifier-free guidance; 1 = off, which halves the work"
     )
-    negative_prompt: str = pydantic.Field(default="", description="What guidance leads away from; empty = null caption")
+    negative_prompt: Decides[str] = pydantic.Field(
+        default="", description="What guidance leads away from; empty = null caption"
+    )
     batch_size: int = pydantic.Field(default=16, ge=1, description="Images denoised at once; changes no image")
     device: Literal["auto", "cpu", "cuda"] = pydantic.Field(
         default="auto", description="Where the models run; auto = the GPU where torch sees one"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = pydantic.Field(
+    dtype: Decides[Literal["auto", "float32", "bfloat16"]] = pydantic.Field(
         default="auto", description="Compute dtype of the transformer; auto = bfloat16 on a GPU, float32 on a CPU"
     )
-    text_dtype: Literal["float32", "bfloat16"] = pydantic.Field(
+    text_dtype: Decides[Literal["float32", "bfloat16"]] = pydantic.Field(
         default="bfloat16", description="Compute dtype of the text encoder"
     )
     text_encoder: Literal["device", "cpu", "8bit", "precomputed"] = pydantic.Field(

@@ -15,6 +15,7 @@ from encoders.weights import ModelSource, require_model, resolve_model
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
+from pipelines.recipe import DECIDES
 from pipelines.store.files import atomic_file, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
@@ -58,6 +59,12 @@ class SamplingJob:
             (self.directory.path / file).is_file() for file in files
         )
 
+    def changed_settings(self) -> list[str]:
+        """Return `field: old -> new` of each setting by which what has been drawn differs from this job."""
+        changes = self.directory.changes(self.fingerprint, defaults=self.config.fingerprint_defaults())
+        settings = tuple(f"{name}: " for name in self.config.noted_fields(DECIDES))
+        return [change for change in changes if change.startswith(settings)]
+
     def pending(self) -> list[ImageRequest]:
         """Return the images that are not there yet."""
         folder = self.directory.path
@@ -76,12 +83,13 @@ def make_job(
     require_solver(trained.process, config.solver, num_steps=config.num_steps)
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
+    directory = ShardDirectory(run / "samples" / name)
     return SamplingJob(
         config=config,
         trained=trained,
         requests=make_requests(prompts, config, trained),
-        fingerprint=_fingerprint(config, trained),
-        directory=ShardDirectory(run / "samples" / name),
+        fingerprint=directory.known_as(_fingerprint(config, trained), defaults=config.fingerprint_defaults()),
+        directory=directory,
         engine=engine,
     )
 
@@ -113,6 +121,8 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     start_seconds = time.monotonic()
     pending = job.pending()
     log.info(f"{job.trained.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
+    for change in job.changed_settings():
+        log.info(f"{folder} was drawn with another setting: {change}")
     if pending:
         check_inputs(job)
         # What is drawn is what is missing now, whatever pieces of a table an interrupted run has left: images may have
@@ -178,8 +188,7 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
 
 
 def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
-    names = ("solver", "num_steps", "guidance_scale", "negative_prompt", "dtype", "text_dtype")
-    fields = {name: getattr(config, name) for name in names}
+    fields = config.fingerprint_fields()
     if trained.text is not None:
         fields["text"] = _text_identity(config, trained, trained.text)
     vae = _resolve(trained, "VAE", trained.vae)

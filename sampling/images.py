@@ -9,21 +9,27 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
+from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 
 
 def write_image(folder: Path, image: Image.Image, request: ImageRequest, *, fingerprint: Fingerprint) -> None:
-    """Write the image atomically, the fingerprint's fields as its settings."""
+    """Write the image atomically; its settings are the fingerprint's fields and those at their default."""
     chunks = PngImagePlugin.PngInfo()
     for name, value in _identity(request, fingerprint).items():
         chunks.add_itxt(name, value)
-    chunks.add_itxt("settings", json.dumps(fingerprint.fields, sort_keys=True, ensure_ascii=False))
+    chunks.add_itxt("fingerprint", fingerprint.digest)
+    settings = {**SamplingConfig.fingerprint_defaults(), **fingerprint.fields}
+    chunks.add_itxt("settings", json.dumps(settings, sort_keys=True, ensure_ascii=False))
     with atomic_file(folder / request.file) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint) -> bool:
-    """Whether the request's file is this very image: same prompt, seed, size, model and settings."""
+    """Whether the request's file is this very image: same prompt, seed, size, model and settings.
+
+    A setting that the file does not know was at its default.
+    """
     path = folder / request.file
     if not path.is_file():
         return False
@@ -31,9 +37,13 @@ def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint)
         with Image.open(path) as image:
             expected = _identity(request, fingerprint)
             found = {name: image.info.get(name) for name in expected}
-            return found == expected and image.size == (request.width, request.height)
-    except UnidentifiedImageError:
+            if found != expected or image.size != (request.width, request.height):
+                return False
+            settings = json.loads(image.info.get("settings", "{}"))
+    except (UnidentifiedImageError, json.JSONDecodeError):
         return False
+    defaults = SamplingConfig.fingerprint_defaults()
+    return {**defaults, **settings} == {**defaults, **fingerprint.fields}
 
 
 def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, Any]:
@@ -41,5 +51,4 @@ def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, A
         "prompt": request.prompt,
         "seed": str(request.seed),
         "checkpoint": str(fingerprint.fields["checkpoint"]),
-        "fingerprint": fingerprint.digest,
     }

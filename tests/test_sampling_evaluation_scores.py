@@ -3,18 +3,23 @@
 import csv
 import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import pydantic
 import pytest
 from feature_run import picture
+from former_run import as_formerly, times_of
 from PIL import Image
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 from tiny_clip import save_clip
 
+from pipelines.recipe import Decides
 from pipelines.store.manifest import read_manifest
 from pixart.model import PixArt
 from sampling import renderer
 from sampling.evaluation.__main__ import main
+from sampling.evaluation.config import DECIDES_FEATURES, EvaluationConfig
 from sampling.evaluation.distances import cmmd
 from sampling.evaluation.networks import find_networks, load_network
 
@@ -126,6 +131,36 @@ def test_a_second_run_draws_and_measures_nothing(run, clip_folder, monkeypatch, 
     save_checkpoint(run, 2, randomised(PixArt(PIXART), seed=1), step=8)
     evaluate(run, clip_folder)
     assert (folder / "scores.json").stat().st_mtime_ns > before
+
+
+class LaterEvaluation(EvaluationConfig):
+    """`[evaluation]` with keys that there are not yet."""
+
+    sharpened: Decides[Annotated[bool, DECIDES_FEATURES]] = pydantic.Field(default=False, description="decides scores")
+    patience: int = pydantic.Field(default=3, description="decides nothing")
+
+
+@pytest.mark.parametrize("is_former", [False, True], ids=["now", "formerly"])
+def test_a_new_key_measures_nothing_again(run, clip_folder, monkeypatch, is_former):
+    folder = evaluate(run, clip_folder)
+    cache = folder.parent / "cache"
+    assert not {"max_pixels", "max_reject_fraction"} & read_manifest(folder).fingerprint.fields.keys()
+    if is_former:
+        as_formerly(folder, EvaluationConfig.fingerprint_defaults())
+        for features in list(cache.glob("clip-*")):
+            digest = as_formerly(features, EvaluationConfig.fingerprint_defaults(DECIDES_FEATURES))
+            features.rename(cache / f"clip-{digest[:16]}")
+    before, num_sets = times_of(folder), len(list(cache.glob("clip-*")))
+    for module in ("scores", "features", "contestants"):
+        monkeypatch.setattr(f"sampling.evaluation.{module}.EvaluationConfig", LaterEvaluation)
+    evaluate(run, clip_folder, patience=9)
+    assert times_of(folder) == before and len(list(cache.glob("clip-*"))) == num_sets
+    # Features of images are kept when only the report is lost, and are others under another setting.
+    (folder / "manifest.json").unlink()
+    evaluate(run, clip_folder)
+    assert len(list(cache.glob("clip-*"))) == num_sets
+    evaluate(run, clip_folder, sharpened=True)
+    assert len(list(cache.glob("clip-*"))) == 2 * num_sets
 
 
 def test_checkpoints_are_compared_in_one_table(run, clip_folder, tmp_path):

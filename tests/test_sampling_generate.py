@@ -316,7 +316,7 @@ def test_truncation_names_the_lost_words(run, capsys):
         (1, {"classes": [5]}, r"sampling\.classes 5: stage 1, step 7 has 5 classes"),
         (2, {"prompt": "  "}, "the prompt is empty"),
         (2, {"size": "33x32"}, "33 is not a positive multiple of 16"),
-        (2, {"solver": "euler"}, r"sampling\.solver = 'euler'"),
+        (2, {"solver": "ddim"}, r"sampling\.solver = 'ddim'"),
         (
             2,
             {"checkpoint": "no/such/folder/here"},

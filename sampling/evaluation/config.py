@@ -1,11 +1,13 @@
 """`[evaluation]`: against which images and with which networks checkpoints are scored."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-from pipelines.recipe import TableConfig
+from pipelines.recipe import Decides, TableConfig
+
+DECIDES_FEATURES = "decides what a network sees of an image"
 
 
 class EvaluationConfig(TableConfig):
@@ -65,8 +67,10 @@ class EvaluationConfig(TableConfig):
     max_images_in_process: int = pydantic.Field(
         default=512, ge=0, description="So many images are seen without starting workers; larger sets go through Ray"
     )
-    max_pixels: int = pydantic.Field(default=89_478_485, ge=1, description="Largest image that is decoded, in pixels")
-    max_reject_fraction: float = pydantic.Field(
+    max_pixels: Decides[Annotated[int, DECIDES_FEATURES]] = pydantic.Field(
+        default=89_478_485, ge=1, description="Largest image that is decoded, in pixels"
+    )
+    max_reject_fraction: Decides[float] = pydantic.Field(
         default=0.01, ge=0, le=1, description="Fraction of unusable images of a set above which the command fails"
     )
     preference_questions: list[str] = pydantic.Field(

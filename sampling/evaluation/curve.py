@@ -41,6 +41,7 @@ def draw_curve(command: Command) -> None:
         draw_samples(contestant, run=command.run)
     judged = {item.folder.name: [asdict(number) for number in meter.judged(item)] for _, item in points}
     fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
+    fingerprint = directory.known_as(fingerprint, defaults=EvaluationConfig.fingerprint_defaults())
     identity = "sha256:" + sha256_text(json.dumps([item.inputs() for _, item in points], sort_keys=True))
     if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.csv')} is up to date")

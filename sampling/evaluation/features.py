@@ -23,8 +23,8 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.store.files import atomic_file
-from pipelines.store.manifest import Fingerprint, ShardDirectory
-from sampling.evaluation.config import EvaluationConfig
+from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
+from sampling.evaluation.config import DECIDES_FEATURES, EvaluationConfig
 from sampling.evaluation.distances import Array, Gaussian, Moments
 from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
 from sampling.evaluation.networks import NetworkSource, load_network
@@ -243,10 +243,10 @@ def compute_features(
             "network": network.source.identity,
             "resizer": network.resizer,
             "images": images.identity,
-            "max_pixels": config.max_pixels,
+            **config.fingerprint_fields(DECIDES_FEATURES),
         }
     )
-    folder = cache / f"{network.key}-{fingerprint.digest[:16]}"
+    folder, fingerprint = _folder_of(fingerprint, network, cache=cache)
     worker_config = FeatureWorkerConfig(
         network=network,
         dialect=images.dialect,
@@ -291,6 +291,19 @@ def compute_features(
         rejected=manifest.rejected,
         faults=faults,
     )
+
+
+def _folder_of(fingerprint: Fingerprint, network: NetworkSource, *, cache: Path) -> tuple[Path, Fingerprint]:
+    """Return where a set's features lie or will lie; maybe known by a fingerprint that has defaults written out."""
+    folder = cache / f"{network.key}-{fingerprint.digest[:16]}"
+    if folder.is_dir():
+        return folder, fingerprint
+    defaults = EvaluationConfig.fingerprint_defaults(DECIDES_FEATURES)
+    for path in sorted(cache.glob(f"*/{MANIFEST_NAME}")):
+        found = read_manifest(path.parent).fingerprint
+        if {**defaults, **found.fields} == {**defaults, **fingerprint.fields}:
+            return path.parent, found
+    return folder, fingerprint
 
 
 def _read_faults(folder: Path, images: ImageSet) -> list[str]:

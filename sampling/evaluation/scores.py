@@ -113,12 +113,7 @@ class Meter:
 
     def settings(self) -> dict[str, Any]:
         """Return what else decides the numbers: which images are usable, and how features are computed."""
-        config = self._config
-        return {
-            "features_version": FEATURES_VERSION,
-            "max_pixels": config.max_pixels,
-            "max_reject_fraction": config.max_reject_fraction,
-        }
+        return {"features_version": FEATURES_VERSION, **self._config.fingerprint_fields()}
 
     def inputs(self) -> dict[str, Any]:
         """Return reference, networks and package versions, to be printed beside the numbers."""
@@ -191,6 +186,7 @@ def score(command: Command) -> None:
     for contestant in contestants:
         draw_samples(contestant, run=command.run)
     fingerprint, identity = _score_inputs(meter, contestants)
+    fingerprint = directory.known_as(fingerprint, defaults=config.fingerprint_defaults())
     is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
     if is_done:
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.md')} is up to date")
