@@ -130,6 +130,13 @@ class FeaturesConfig(TableConfig):
         require_text_dtype(value)
         return value
 
+    @pydantic.field_validator("families")
+    @classmethod
+    def _check_families(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if built_in := sorted({"text", "latents", "latent"} & value.keys()):
+            raise ValueError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
+        return value
+
     @pydantic.field_validator("vae_dtype")
     @classmethod
     def _check_vae_dtype(cls, value: str) -> str:

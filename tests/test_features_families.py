@@ -1,5 +1,6 @@
 """A third family of features, told by nothing but its record below and a key of the recipe, from images to batches."""
 
+import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pipelines.engine.pieces import cut_into_pieces, finish_shard
 from pipelines.raw.images import resize_and_crop
 from pipelines.recipe import Decides, TableConfig
 from pipelines.store.feature_store import load_index
-from pipelines.store.manifest import ShardDirectory, read_manifest
+from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
 from pipelines.store.verify import verify_run
 from training.config import stage_training
 from training.data.assembly import BatchAssembler
@@ -197,6 +198,23 @@ def test_bytes_do_not_depend_on_how_many_workers_share_a_shard(run: Path, tmp_pa
             assert output.file(source.name, suffix).read_bytes() == job.output.file(source.name, suffix).read_bytes()
 
 
+def test_a_family_of_no_resolution_is_read_from_a_folder_of_its_name(run: Path) -> None:
+    of_images, plain = run / "features" / "edges-48", run / "features" / "edges"
+    written = (of_images / MANIFEST_NAME).read_text()
+    manifest = json.loads(written)
+    del manifest["extra"]["resolution"], manifest["extra"]["buckets"]
+    of_images.rename(plain)
+    (plain / MANIFEST_NAME).write_text(json.dumps(manifest))
+    try:
+        batch = next(batches_of(run))
+        stored = load_index(plain, SHARDS)
+        assert set(batch.keys) <= set(stored.column("key").to_pylist())
+        assert batch.tensors["edges.mean"].shape == batch.mean.shape
+    finally:
+        (plain / MANIFEST_NAME).write_text(written)
+        plain.rename(of_images)
+
+
 def test_verify_joins_it_and_finds_a_flipped_byte_by_its_key(run: Path) -> None:
     findings = verify_run(run)
     assert findings.problems == []
@@ -226,6 +244,7 @@ def test_it_is_planned_like_the_latents_and_nothing_is_left_to_do(run: Path) -> 
     ("override", "message"),
     [
         ("{lines = {}}", r"features\.stage3\.families\.lines: there is no such family; there are text, latents, edges"),
+        ("{latents = {}}", r"features\.stage3\.families = .*latents is asked for by text and resolution, not here"),
         ("{edges = {strength = -1.0}}", r"features\.stage3\.families\.edges\.strength = -1\.0: .*greater than 0"),
         ("{edges = {width = 1}}", r"features\.stage3\.families\.edges\.width = 1: Extra inputs"),
     ],

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
+from pipelines.store.families import schema_of
 from pipelines.store.files import atomic_write_bytes
 from pipelines.store.manifest import MANIFEST_NAME, read_manifest
 from pipelines.store.summary import read_summary
@@ -229,10 +230,11 @@ def _features_step(run: Path) -> Step:
     total = Step(title="Features", what="T5 and VAE run once, and never again")
     rejected: Counter[str] = Counter()
     folders = [path.parent for path in (run / "features").glob(f"*/{MANIFEST_NAME}")]
-    texts = sorted(folder for folder in folders if not folder.name.startswith("latent-"))
-    latents = sorted(set(folders) - set(texts), key=lambda folder: int(folder.name.removeprefix("latent-")))
-    for folder in (*texts, *latents):
-        unit = f"latents at {folder.name.removeprefix('latent-')} px" if folder in latents else "texts"
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    for folder in sorted(folders, key=lambda folder: (manifests[folder].extra.get("resolution", 0), folder.name)):
+        schema, resolution = schema_of(manifests[folder]), manifests[folder].extra.get("resolution")
+        unit = schema.name if schema is not None else folder.name
+        unit = unit if resolution is None else f"{unit} at {resolution} px"
         step = _manifest_step(folder, title="", what="", unit=unit)
         total.amounts += step.amounts
         total.is_done = True

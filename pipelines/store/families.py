@@ -238,3 +238,8 @@ def latent_directory(run: Path, resolution: int) -> Path:
 def image_directory(run: Path, name: str, resolution: int) -> Path:
     """Return where a run keeps a family made of its images: `features/<name>-<resolution>`, of the base resolution."""
     return run / "features" / f"{name}-{resolution}"
+
+
+def family_directory(run: Path, name: str) -> Path:
+    """Return where a run keeps a family that is of no resolution, neither text nor images: `features/<name>`."""
+    return run / "features" / name

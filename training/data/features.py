@@ -11,7 +11,13 @@ from encoders.text import DEFAULT_CLEANING
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
-from pipelines.store.families import image_directory, latent_directory, text_directory, texts_digest
+from pipelines.store.families import (
+    family_directory,
+    image_directory,
+    latent_directory,
+    text_directory,
+    texts_digest,
+)
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, read_manifest, require_same
 from training.config import DatasetConfig, StageTraining
@@ -241,7 +247,7 @@ def _open_dataset(
         _check_text(text, table=table, run=run)
         directories.append(text)
     for family, settings in table.families.items():
-        other = _open(run, image_directory(Path(), family, table.resolution), command=command, cache=cache)
+        other = _open_family(run, family, table.resolution, command=command, cache=cache)
         _check_family(other, family, settings, latents=latents)
         directories.append(other)
     for directory in directories:
@@ -317,14 +323,25 @@ def _open(run: str, relative: Path, *, command: str, cache: ShardCache) -> Featu
     return open_directory(location, cache)
 
 
+def _open_family(run: str, family: str, resolution: int, *, command: str, cache: ShardCache) -> FeatureDirectory:
+    """Open a family beside text and latents: of the images at this resolution, or of no resolution."""
+    try:
+        return _open(run, image_directory(Path(), family, resolution), command=command, cache=cache)
+    except FileNotFoundError as missing:
+        try:
+            return _open(run, family_directory(Path(), family), command=command, cache=cache)
+        except FileNotFoundError:
+            raise missing from None
+
+
 def _check_family(
     directory: FeatureDirectory, family: str, settings: Mapping[str, Any], *, latents: FeatureDirectory
 ) -> None:
-    """Refuse a family that is not what the recipe asks for, or not made of the images as the latents are."""
+    """Refuse a family that is not what the recipe asks for, or is made of images otherwise than the latents are."""
     extra, where = directory.manifest.extra, str(directory)
     require_same("family", family, directory.family.name, where=where)
-    for name in ("resolution", "buckets"):
-        require_same(name, latents.manifest.extra.get(name), extra.get(name), where=where)
+    for name in {"resolution", "buckets"} & extra.keys():
+        require_same(name, latents.manifest.extra.get(name), extra[name], where=where)
     if "vae" in extra:
         for name in ("model", "revision"):
             require_same(f"vae_{name}", latents.manifest.extra["vae"][name], extra["vae"][name], where=where)
