@@ -16,7 +16,14 @@ from encoders.weights import REPOSITORY, require_model, resolve_model
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.files import sha256_file
-from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, ddpm_spec, spec_beside, spec_of_trainer
+from pixart.processes.specs import (
+    SCHEDULER_FILE,
+    SCHEDULER_FOLDER,
+    WEIGHT_FOLDERS,
+    ddpm_spec,
+    spec_beside,
+    spec_of_trainer,
+)
 from sampling.config import EncoderConfig, SamplingConfig, encoder_config
 
 if TYPE_CHECKING:
@@ -29,8 +36,6 @@ ORIGINAL_SUFFIXES = (".pth", ".pt")
 # what diffusers' pipelines read of a prompt; their folders do not say
 PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 PARTS = ("transformer", "vae", "text_encoder")
-# of a pipeline and of our checkpoints; beside them stands what belongs to the weights
-WEIGHT_FOLDERS = ("transformer", "model")
 # of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 
@@ -81,7 +86,7 @@ class TrainedModel:
             raise ValueError(
                 f"{self.model_path} gives {model.config.out_channels} channels for latents of {channels}, but process "
                 f"{self.process['name']} needs {expected}; a {SCHEDULER_FOLDER}/{SCHEDULER_FILE} beside the weights "
-                "says what they were trained with"
+                f"says what they were trained with, if their folder is called {' or '.join(WEIGHT_FOLDERS)}"
             )
         return model.eval().requires_grad_(False)
 
@@ -250,7 +255,7 @@ def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]
         buckets=_folder_sizes(resolution, kind, multiple=patch_pixels),
         text=text if kind == "pixart" else None,
         vae=vae,
-        process=(spec_beside(folder) if folder.name in WEIGHT_FOLDERS else None) or ddpm_spec(),
+        process=spec_beside(folder) or ddpm_spec(),
     )
 
 

@@ -1,26 +1,33 @@
 """`python -m training.convert SOURCE FOLDER`: published weights as a folder that this project and diffusers open.
 
+FOLDER gets `transformer/` and, as what the weights were trained with belongs to them, `scheduler/`.
 With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 starts from, and is compared with it.
 """
 
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipelines.command import run_command
 from pipelines.engine.progress import console
+from pipelines.store.files import atomic_write_json
 from pixart.convert import save_diffusers
 from pixart.dit import DiT
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
 from pixart.reparameterize import reparameterize
 from training.stages.networks import count_parameters
 from training.stages.stage import find_weights
 from training.stages.starts import load_network
 
+# As in a pipeline of diffusers.
+WEIGHTS_FOLDER = "transformer"
 TIMESTEP = 500  # of the paper, section 2.3
 NUM_COMPARED = 4
 
@@ -34,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.folder.exists():
         raise ValueError(f"{options.folder} exists already: name a new folder, or remove it first")
-    source = find_weights(options.source).path
+    start = find_weights(options.source)
+    source = start.path
     assert source is not None, "only a stage starts from nothing"
     network = load_network(source, options.timestep_shift, sample_size=options.sample_size, key="SOURCE").float()
     if options.reparameterize:
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         dit, network = network, reparameterize(network, _pixart_config(network, options))
         _compare(dit, network)
-    _write(network, options.folder)
+    _write(network, options.folder, start.process)
     console.print(f"{options.folder}: {_describe(network)}", markup=False, soft_wrap=True)
 
 
@@ -53,7 +61,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m training.convert", description="Published weights as a folder of ours."
     )
     parser.add_argument("source", help="diffusers folder or hub id, original .pth of PixArt, .pt of DiT")
-    parser.add_argument("folder", type=Path, help="diffusers folder to write; must not exist")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="folder to write, with transformer/ and scheduler/ as diffusers has them; must not exist",
+    )
     parser.add_argument("--reparameterize", action="store_true", help="turn a class-conditional DiT into a PixArt")
     parser.add_argument("--caption-channels", type=int, default=4096, help="width of the text encoder (T5-XXL: 4096)")
     parser.add_argument("--adaln", choices=("single", "per-block"), default="single", help="per-block: Figure 6")
@@ -96,11 +108,12 @@ def _compare(dit: DiT, model: PixArt) -> None:
     console.print(f"at t = {TIMESTEP} the output is the DiT's without class to {difference:.1e} (largest: {scale:.2g})")
 
 
-def _write(network: DiT | PixArt, folder: Path) -> None:
-    """Write all or nothing under the folder's name."""
+def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any]) -> None:
+    """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
-    save_diffusers(network, temporary)
+    save_diffusers(network, temporary / WEIGHTS_FOLDER)
+    atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
     temporary.rename(folder)
 
 

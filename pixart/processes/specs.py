@@ -18,6 +18,8 @@ DDPM_SCHEDULE: dict[str, Any] = {
 # Where a folder of diffusers says how to draw, beside the folder of weights.
 SCHEDULER_FOLDER = "scheduler"
 SCHEDULER_FILE = "scheduler_config.json"
+# Folders of weights, of a pipeline and of our checkpoints, beside which stands what belongs to the weights.
+WEIGHT_FOLDERS = ("transformer", "model")
 # What a network of flow is told at pure noise, as diffusers' schedulers have it.
 FLOW_NUM_TIMES = 1000
 # Solvers of each process; the first goes with all of them.
@@ -60,11 +62,13 @@ def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 def spec_beside(weights: Path) -> dict[str, Any] | None:
     """Return the process that `scheduler/` beside a folder of weights tells of, None if there is none.
 
+    Beside a folder of any other name than `WEIGHT_FOLDERS` it is somebody else's.
+
     Raises:
         ValueError: the network predicts something that is not supported; names the file.
     """
     path = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
-    if not path.is_file():
+    if weights.name not in WEIGHT_FOLDERS or not path.is_file():
         return None
     try:
         return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
