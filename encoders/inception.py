@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SIZE_PIXELS = 299
 WIDTH = 2048
 # Hub files carry the start of their SHA-256 in their name.
 PUBLISHED_SHA256 = "6726825d"

@@ -5,15 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from encoders.latents import LatentSpec, to_images, to_model_input
-from encoders.weights import ModelSource, require_complete
+from encoders.latents import DiffusersCodec, LatentSpec, to_model_input
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 # What diffusers assumes for a config without these keys, as older VAEs have.
 CONFIG_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4, "block_out_channels": (64,)}
@@ -21,14 +18,10 @@ CONFIG_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_chan
 PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
 
 
-@dataclass
-class KLCodec:
+class KLCodec(DiffusersCodec):
     """An `AutoencoderKL`, see `LatentCodec`."""
 
     class_name: ClassVar[str] = "AutoencoderKL"
-
-    spec: LatentSpec
-    model: Any
 
     @staticmethod
     def read_spec(config: Mapping[str, Any], *, identity: str) -> LatentSpec:
@@ -44,24 +37,11 @@ class KLCodec:
         )
 
     @staticmethod
-    def load_weights(source: ModelSource, *, dtype: torch.dtype) -> Any:
-        """Load the weights of an `AutoencoderKL`, on the CPU.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of the VAE.
-        """
+    def model_class() -> Any:
+        """Return diffusers' class."""
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        loaded: Any = AutoencoderKL.from_pretrained(
-            source.location,
-            revision=source.revision,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-        require_complete(loading, f"{source.location} does not hold the weights of an AutoencoderKL")
-        return model
+        return AutoencoderKL
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of the latents [B, C, h, w]."""
@@ -70,11 +50,3 @@ class KLCodec:
         with torch.inference_mode():
             distribution = self.model.encode(to_model_input(images, self.model)).latent_dist
         return distribution.mean.float().cpu(), distribution.std.float().cpu()
-
-    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Return one image per latent of [B, C, h, w]."""
-        import torch
-
-        with torch.inference_mode():
-            pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample  # [B, 3, H, W]
-        return to_images(pixels)

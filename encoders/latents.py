@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from encoders.weights import ModelSource, load_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +66,52 @@ class LatentCodec(Protocol):
         ...
 
 
+@dataclass
+class DiffusersCodec:
+    """The half of a `LatentCodec` that all autoencoders of diffusers share; a class for one of them has the other.
+
+    Attributes:
+        class_name: of the autoencoder, as its `config.json` names it.
+        origin: what the model is called in an error.
+    """
+
+    class_name: ClassVar[str]
+
+    spec: LatentSpec
+    model: Any
+    origin: str
+
+    @staticmethod
+    def model_class() -> Any:
+        """Return diffusers' class."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read_spec(config: Mapping[str, Any], *, identity: str) -> LatentSpec:
+        """Return the spec of an autoencoder with this `config.json`."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_weights(cls, source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
+        """Load the weights, frozen and on the CPU; raises as `encoders.weights.load_pretrained` does."""
+        settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+        return load_pretrained(cls.model_class(), source, settings=settings, key=key)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the latents of images, see `LatentCodec`."""
+        raise NotImplementedError
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Return one image per latent of [B, C, h, w]."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample  # [B, 3, H, W]
+        if not pixels.isfinite().all():
+            raise ValueError(f"the VAE gave pixels that are not finite: the weights of {self.origin} are at fault")
+        return to_images(pixels)
+
+
 def require_vae_dtype(dtype: str) -> None:
     """Refuse a compute dtype in which codecs overflow.
 
@@ -97,15 +146,9 @@ def to_model_input(images: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Return the images of what a decoder gives [B, 3, H, W] in [-1, 1].
-
-    Raises:
-        ValueError: a value is not finite.
-    """
+    """Return the images of what a decoder gives [B, 3, H, W] in [-1, 1]."""
     import torch
     from PIL import Image
 
-    if not pixels.isfinite().all():
-        raise ValueError("the VAE gave pixels that are not finite: its weights (features.vae_model) are at fault")
     levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]

@@ -1,6 +1,7 @@
 """Which class opens a model's folder, by its `config.json`: text encoders and latent codecs, one place for each.
 
-Another kind is a file of its own, as `encoders/t5.py` and `encoders/dc.py` are, and its name here.
+Another kind is a file of its own, as `encoders/t5.py` and `encoders/dc.py` are, and its name here. What is wrong with a
+model is said with a `key`: the recipe's for the text encoder or the codec of features, unless the model is another's.
 """
 
 from __future__ import annotations
@@ -11,27 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.dc import DCCodec
 from encoders.kl import KLCodec
-from encoders.latents import LatentCodec, LatentSpec, require_vae_dtype
+from encoders.latents import DiffusersCodec, LatentCodec, LatentSpec, require_vae_dtype
 from encoders.t5 import T5Encoder
 from encoders.text import (
     DEFAULT_BATCH_TOKENS,
     DEFAULT_CLEANING,
+    HiddenStatesEncoder,
     TextEncoder,
     TextSpec,
     require_text_dtype,
     text_batches,
 )
 from encoders.text_decoder import DecoderTextEncoder
+from encoders.tokens import pretrained_tokenizer
 from encoders.weights import ModelSource, read_config, resolve_model
 
 if TYPE_CHECKING:
     import torch
 
-TEXT_CLASSES = (T5Encoder, DecoderTextEncoder)
-CODEC_CLASSES = (KLCodec, DCCodec)
+TEXT_KEY, VAE_KEY = "features.text_model", "features.vae_model"
+TEXT_CLASSES: tuple[type[HiddenStatesEncoder], ...] = (T5Encoder, DecoderTextEncoder)
+CODEC_CLASSES: tuple[type[DiffusersCodec], ...] = (KLCodec, DCCodec)
 
 
-def text_spec(source: ModelSource, *, max_tokens: int, cleaning: str = DEFAULT_CLEANING) -> TextSpec | None:
+def text_spec(
+    source: ModelSource, *, max_tokens: int, cleaning: str = DEFAULT_CLEANING, key: str = TEXT_KEY
+) -> TextSpec | None:
     """Return the spec of a text encoder, None if a hub model is not in the cache yet.
 
     Raises:
@@ -41,7 +47,7 @@ def text_spec(source: ModelSource, *, max_tokens: int, cleaning: str = DEFAULT_C
     config = read_config(source)
     if config is None:
         return None
-    width = _text_class(source, config).width(config)
+    width = config[_text_class(source, config, key=key).width_key]
     return TextSpec(width=width, max_tokens=max_tokens, cleaning=cleaning, identity=source.identity)
 
 
@@ -56,6 +62,7 @@ def open_text_encoder(
     batch_tokens: int | None = None,
     tokenizer: str | None = None,
     is_8bit: bool = False,
+    key: str = TEXT_KEY,
 ) -> TextEncoder:
     """Load the text encoder of a local folder or hub id.
 
@@ -68,27 +75,23 @@ def open_text_encoder(
     """
     require_text_dtype(dtype)
     import torch
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     source = resolve_model(model, revision)
-    encoder_class = _text_class(source, _require_config(source))
-    loaded = encoder_class.load_weights(source, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    encoder_class = _text_class(source, _require_config(source), key=key)
+    loaded = encoder_class.load_weights(source, dtype=getattr(torch, dtype), key=key)
     if is_8bit:
         from encoders.int8_linear import quantize_linears
 
         # Before it goes to the device, which may not have room for more.
         quantize_linears(loaded)
     loaded = loaded.to(torch.device(device))
-    spec = text_spec(source, max_tokens=max_tokens, cleaning=cleaning)
+    spec = text_spec(source, max_tokens=max_tokens, cleaning=cleaning, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
-    tokenizes = AutoTokenizer.from_pretrained(tokenizer or source.location, revision=source.revision)
     batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type])
-    return encoder_class(spec, loaded, tokenizes, batches)
+    return encoder_class(spec, loaded, pretrained_tokenizer(source, folder=tokenizer), batches)
 
 
-def latent_spec(source: ModelSource) -> LatentSpec | None:
+def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None:
     """Return the spec of a latent codec, None if a hub model is not in the cache yet.
 
     Raises:
@@ -98,11 +101,16 @@ def latent_spec(source: ModelSource) -> LatentSpec | None:
     config = read_config(source)
     if config is None:
         return None
-    return _codec_class(source, config).read_spec(config, identity=source.identity)
+    return _codec_class(source, config, key=key).read_spec(config, identity=source.identity)
 
 
 def open_codec(
-    model: str, revision: str | None = None, *, device: str | torch.device = "cpu", dtype: str = "float32"
+    model: str,
+    revision: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    key: str = VAE_KEY,
 ) -> LatentCodec:
     """Load the latent codec of a local folder or hub id.
 
@@ -114,34 +122,33 @@ def open_codec(
     import torch
 
     source = resolve_model(model, revision)
-    codec_class = _codec_class(source, _require_config(source))
-    loaded = codec_class.load_weights(source, dtype=getattr(torch, dtype)).to(torch.device(device))
-    loaded = loaded.eval().requires_grad_(False)
+    codec_class = _codec_class(source, _require_config(source), key=key)
+    loaded = codec_class.load_weights(source, dtype=getattr(torch, dtype), key=key).to(torch.device(device))
     if torch.device(device).type == "cuda":
         # What tensor cores want; on a CPU it makes the convolutions eight times slower.
         loaded = loaded.to(memory_format=torch.channels_last)
-    spec = latent_spec(source)
+    spec = latent_spec(source, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
-    return codec_class(spec, loaded)
+    return codec_class(spec, loaded, f"{key} {source.location}")
 
 
-def _text_class(source: ModelSource, config: Mapping[str, Any]) -> type[T5Encoder | DecoderTextEncoder]:
+def _text_class(source: ModelSource, config: Mapping[str, Any], *, key: str) -> type[HiddenStatesEncoder]:
     kind = config.get("model_type")
     for text_class in TEXT_CLASSES:
         if kind in text_class.model_types:
             return text_class
     known = ", ".join(name for text_class in TEXT_CLASSES for name in text_class.model_types)
-    raise ValueError(f"features.text_model {source.location} is a model of type {kind}, not one of {known}")
+    raise ValueError(f"{key} {source.location} is a model of type {kind}, not one of {known}")
 
 
-def _codec_class(source: ModelSource, config: Mapping[str, Any]) -> type[KLCodec | DCCodec]:
+def _codec_class(source: ModelSource, config: Mapping[str, Any], *, key: str) -> type[DiffusersCodec]:
     # Folders of before diffusers wrote the class name hold the only class there was; transformers writes model_type.
     kind = config.get("_class_name", config.get("model_type", KLCodec.class_name))
     for codec_class in CODEC_CLASSES:
         if kind == codec_class.class_name:
             return codec_class
     known = " or ".join(codec_class.class_name for codec_class in CODEC_CLASSES)
-    raise ValueError(f"features.vae_model {source.location} is a {kind}, not {known}")
+    raise ValueError(f"{key} {source.location} is a {kind}, not {known}")
 
 
 def _require_config(source: ModelSource) -> dict[str, Any]:

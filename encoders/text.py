@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.batches import Batches
+from encoders.weights import ModelSource
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,51 @@ class TextEncoder(Protocol):
         Values may be nan or inf where the model overflows: the caller decides what to do with the sample.
         """
         ...
+
+
+@dataclass
+class HiddenStatesEncoder:
+    """A `TextEncoder` that gives the last hidden states of a model of transformers.
+
+    A class for some kinds of model says which they are, how wide, and how their weights are loaded.
+
+    Attributes:
+        model_types: the kinds, by `model_type` of their `config.json`.
+        width_key: key of their `config.json` that holds the width of an embedding.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    width_key: ClassVar[str]
+
+    spec: TextSpec
+    model: Any
+    tokenizer: Any
+    batches: Batches
+
+    @staticmethod
+    def load_weights(source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
+        """Load the weights, frozen and on the CPU; raises as `encoders.weights.load_pretrained` does."""
+        raise NotImplementedError
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, with those that the tokenizer adds; of one without any the padding token.
+
+        Gemma's tokenizer adds a begin token and T5's an end token, which a text that is cut keeps; Qwen's adds none.
+        """
+        if not texts:
+            return []
+        cleaned = [clean_text(text, self.spec.cleaning) for text in texts]
+        ids = self.tokenizer(cleaned, truncation=True, max_length=self.spec.max_tokens).input_ids
+        return [tokens or [self._pad_token_id] for tokens in ids]
+
+    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Return one embedding [L, D] per text."""
+        return embed_tokens(self.model, self.tokenize(texts), pad_token_id=self._pad_token_id, batches=self.batches)
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end
 
 
 def clean_text(text: str, cleaning: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from encoders.text import clean_text
 from encoders.weights import ModelSource, find_file
@@ -47,6 +47,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> Any:
+    """Return transformers' tokenizer of a model, which lies beside its weights or in a `folder` of its own."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder or source.location, revision=source.revision or "main")
+
+
 def find_lost_words(
     texts: Sequence[str], source: ModelSource, *, max_tokens: int, cleaning: str, tokenizer: str | None = None
 ) -> dict[str, str]:
@@ -54,9 +61,7 @@ def find_lost_words(
 
     `tokenizer` is a folder, where the tokenizer does not lie beside the weights.
     """
-    from transformers import AutoTokenizer
-
-    tokenizes = AutoTokenizer.from_pretrained(tokenizer or source.location, revision=source.revision)
+    tokenizes = pretrained_tokenizer(source, folder=tokenizer)
     # What is too long is no surprise here, the tokenizer need not warn of it.
     tokenizes.model_max_length = 10**9
     lost: dict[str, str] = {}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from encoders.weights import ModelSource, require_complete
+from encoders.tokens import pretrained_tokenizer
+from encoders.weights import ModelSource, load_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -98,11 +99,11 @@ class ClipTowers:
     """
 
     def __init__(self, source: ModelSource, *, device: torch.device, dtype: torch.dtype, key: str) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         self._processor = image_processor(source, key=key)
-        self._tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
-        self._model = _load(CLIPModel, source, device=device, dtype=dtype, key=key)
+        self._tokenizer = pretrained_tokenizer(source)
+        self._model = load_pretrained(CLIPModel, source, settings={"dtype": dtype}, key=key).to(device)
         self._max_tokens = self._model.config.text_config.max_position_embeddings
 
     def prepare(self, image: Image.Image) -> np.ndarray:
@@ -136,7 +137,7 @@ class VisionModel:
 
         self._device = device
         self._processor = image_processor(source, key=key)
-        model = _load(AutoModel, source, device=device, dtype=torch.float32, key=key)
+        model = load_pretrained(AutoModel, source, settings={"dtype": torch.float32}, key=key).to(device)
         self._layer = getattr(model.config, "vision_feature_layer", None)
         self._model = model if self._layer is None else model.vision_tower
 
@@ -157,14 +158,3 @@ def _unit(output: Any) -> Tensor:
     from torch.nn.functional import normalize
 
     return normalize(output.pooler_output.float(), dim=-1)
-
-
-def _load(model_class: Any, source: ModelSource, *, device: torch.device, dtype: torch.dtype, key: str) -> Any:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    model, loading = model_class.from_pretrained(
-        source.location, revision=source.revision, dtype=dtype, output_loading_info=True
-    )
-    require_complete(loading, f"{key} {source.location} lacks weights of a {type(model).__name__}")
-    return model.eval().requires_grad_(False).to(device)

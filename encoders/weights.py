@@ -96,16 +96,36 @@ def is_model_here(source: ModelSource) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def require_complete(loading: Mapping[str, Any], message: str) -> None:
-    """Refuse a checkpoint that leaves weights at their random start, which the libraries' loaders only log.
+def load_pretrained(
+    model_class: Any, source: ModelSource, *, settings: Mapping[str, Any], key: str, hint: str = ""
+) -> Any:
+    """Load a frozen model of transformers or diffusers, on the CPU.
 
     Args:
-        loading: what `from_pretrained(output_loading_info=True)` gives beside the model.
-        message: starts the error, such as `<key> <model> lacks weights of a CLIPModel`.
+        model_class: that has `from_pretrained`.
+        source: where its files are.
+        settings: what `from_pretrained` is told beside that, such as the dtype.
+        key: of the recipe, or what else names the model in an error.
+        hint: what may be wrong with a model that lacks weights.
 
     Raises:
-        ValueError: weights are missing or of another shape; says how many and names some.
+        ValueError: its files are missing or broken, or lack weights; names `key`.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model, loading = model_class.from_pretrained(
+            source.location, revision=source.revision or "main", output_loading_info=True, **settings
+        )
+    except OSError as error:
+        raise ValueError(f"{key} {source.location!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _require_complete(loading, f"{key} {source.location!r} lacks weights of a {type(model).__name__}{hint}")
+    return model.eval().requires_grad_(False)
+
+
+def _require_complete(loading: Mapping[str, Any], message: str) -> None:
+    """Refuse a checkpoint that leaves weights at their random start, which the libraries' loaders only log."""
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading.get(kind) or ())
     if wrong or loading.get("error_msgs"):
         some = ", ".join(wrong[:3]) or str(loading["error_msgs"][0])

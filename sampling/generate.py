@@ -144,11 +144,11 @@ def check_inputs(job: SamplingJob) -> None:
         ValueError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
     """
     trained = job.trained
-    require_model(_resolve(trained, "VAE", trained.vae), key="features.vae_model")
+    require_model(_resolve(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
     warn_of_untrained_size(job.config, trained)
     if trained.text is None or job.config.text_encoder == "precomputed":
         return
-    require_model(_resolve(trained, "text encoder", trained.text), key="features.text_model")
+    require_model(_resolve(trained, "text encoder", trained.text), key=f"text encoder of {trained.name}")
     text, prompts = trained.text, [request.prompt for request in job.requests]
     lost = find_lost_words(
         [job.config.negative_prompt, *prompts],

@@ -36,7 +36,9 @@ class Renderer:
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
         self.device = choose_device(config.device, key="sampling.device")
         self.model = trained.load().to(self.device, choose_dtype(config.dtype, self.device))
-        self.codec = open_codec(trained.vae["model"], trained.vae["revision"], device=self.device)
+        self.codec = open_codec(
+            trained.vae["model"], trained.vae["revision"], device=self.device, key=f"VAE of {trained.name}"
+        )
         spec = self.codec.spec
         for name, found in (("scaling_factor", spec.scale), ("shift_factor", spec.shift)):
             require_same(name, trained.vae.get(name, found), found, where=f"VAE {trained.vae['model']}")

@@ -77,6 +77,7 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
         dtype=config.text_dtype,
         tokenizer=text.get("tokenizer"),
         is_8bit=config.text_encoder == "8bit",
+        key="text encoder",
     )
     embeddings = dict(zip(prompts, encoder.encode(prompts), strict=True))
     del encoder

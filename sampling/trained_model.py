@@ -297,7 +297,7 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
 
 def _codec_spec(vae: Mapping[str, Any]) -> LatentSpec:
     """Return the spec of a VAE; one of the hub that is not in the cache yet is taken for the paper's."""
-    return latent_spec(resolve_model(vae["model"], vae["revision"])) or PUBLISHED_VAE
+    return latent_spec(resolve_model(vae["model"], vae["revision"]), key="VAE") or PUBLISHED_VAE
 
 
 def _folder_sizes(resolution: int, kind: str, *, multiple: int) -> tuple[tuple[int, int], ...]:

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -90,7 +91,9 @@ def test_a_checkpoint_without_encoder_weights_is_refused(tmp_path):
     model = T5ForConditionalGeneration.from_pretrained(folder)
     # The trap of lab and forum alike: this saves key names that T5EncoderModel does not know.
     model.encoder.save_pretrained(folder)
-    with pytest.raises(ValueError, match="would stay random"):
+    with pytest.raises(
+        ValueError, match=r"^features\.text_model .* lacks weights of a T5EncoderModel.* would stay random"
+    ):
         load(folder)
 
 
@@ -176,3 +179,10 @@ def test_a_model_that_is_no_text_encoder_is_refused(tmp_path):
         load(str(save_codec(tmp_path / "vae")))
     with pytest.raises(ValueError, match=r"features\.text_model toyworld/weights/llava is .* type llava"):
         load("toyworld/weights/llava")
+
+
+def test_a_model_without_weights_is_refused_by_what_it_is_called(text_folder, tmp_path):
+    folder = shutil.copytree(text_folder, tmp_path / "t5")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"^text encoder of stage 2 '.*t5' cannot be loaded: [^\n]*$"):
+        open_text_encoder(str(folder), max_tokens=40, key="text encoder of stage 2")

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 from captioning.config import CaptioningConfig
 from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, TokenizedPrompt
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from encoders.devices import choose_device, choose_dtype
-from encoders.weights import require_complete, resolve_model
+from encoders.weights import load_pretrained, resolve_model
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
@@ -38,11 +37,10 @@ class TransformersEngine:
             ValueError: the model is not there, or lacks weights; names `captioning.model`.
         """
         torch.set_num_threads(num_threads)
-        transformers_logging.disable_progress_bar()
         device = choose_device(config.device, key="captioning.device")
         dtype = choose_dtype(config.dtype, device)
         self.is_exact = dtype == torch.float32
-        self.model = _load_model(config, dtype).to(device).eval()
+        self.model = _load_model(config, dtype).to(device)
         self.processor = _load_processor(config, self.model)
         self.tokenizer = self.processor.tokenizer
         self._special_tokens = re.compile("|".join(re.escape(token) for token in self._all_special_tokens()))
@@ -136,19 +134,8 @@ class TransformersEngine:
 
 def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:
     source = resolve_model(config.model, config.revision)
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source.location,
-            revision=source.revision or "main",
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise ValueError(f"captioning.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    model, loading = loaded
-    require_complete(loading, f"captioning.model {config.model!r} lacks weights of a {type(model).__name__}")
-    return model
+    settings = {"dtype": dtype, "attn_implementation": "sdpa"}
+    return load_pretrained(AutoModelForImageTextToText, source, settings=settings, key="captioning.model")
 
 
 def _load_processor(config: CaptioningConfig, model: Any) -> Any:
