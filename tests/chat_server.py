@@ -20,6 +20,10 @@ from typing import Any
 
 from PIL import Image
 
+from captioning.config import DESCRIBE
+from captioning.engines.protocol import Request
+from tests.raw_shards import photo
+
 Answer = tuple[int, dict[str, Any]]
 
 
@@ -167,3 +171,7 @@ def fail(status: int, message: str) -> Answer:
 def describe(body: dict[str, Any], number: int) -> Answer:
     """A server without faults."""
     return say(describe_pixels(body))
+
+
+def requests(num: int) -> list[Request]:
+    return [Request(image=photo(n, 96, 96), prompt=f"{DESCRIBE} {n % 3}", seed=2**60 + n) for n in range(num)]
