@@ -105,22 +105,22 @@ class TextWorker:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         samples = _read_captions(piece, self._config.caption_weights)
-        tally = _TextCounts(self._config.max_tokens)
+        counts = _TextCounts(self._config.max_tokens)
         rows: list[dict[str, Any]] = []
         with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar:
             for start, stop in piece.slices():
-                rows += self._encode_slice(samples[start - piece.start : stop - piece.start], tar, tally)
+                rows += self._encode_slice(samples[start - piece.start : stop - piece.start], tar, counts)
         with atomic_file(piece.output(".parquet")) as index_path:
             write_index(index_path, rows, self._family.columns)
         return PieceReport(
             num_read=len(samples),
-            num_kept=len(samples) - tally.rejected.total(),
-            rejected=dict(tally.rejected),
-            details=tally.details,
+            num_kept=len(samples) - counts.rejected.total(),
+            rejected=dict(counts.rejected),
+            details=counts.details,
         )
 
     def _encode_slice(
-        self, samples: Sequence[Sequence[_Caption]], tar: FeatureTarWriter, tally: "_TextCounts"
+        self, samples: Sequence[Sequence[_Caption]], tar: FeatureTarWriter, counts: "_TextCounts"
     ) -> list[dict[str, Any]]:
         texts = [caption.text for captions in samples for caption in captions if caption.row["reject"] is None]
         embeddings = iter(self._encoder.encode(texts))
@@ -132,7 +132,7 @@ class TextWorker:
                     embedding = next(embeddings)
                     if embedding.isfinite().all():
                         stored[index] = store_text(embedding, self._config.storage)
-                        tally.count(embedding, stored[index], self._config.storage)
+                        counts.count(embedding, stored[index], self._config.storage)
                     else:
                         caption.row["reject"] = "non_finite_text"
             if stored:
@@ -140,7 +140,7 @@ class TextWorker:
                 parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
                 self._family.write(tar, kept, parts)
             else:
-                tally.rejected[captions[0].row["reject"]] += 1
+                counts.rejected[captions[0].row["reject"]] += 1
             rows += [caption.row for caption in captions]
         return rows
 

@@ -34,7 +34,7 @@ def parse_command(
     """Parse a room's command line; with `has_stages` it must name one with `--stage`."""
     parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
     parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
-    parser.add_argument("--run", required=True, help="local folder of the run; each stage writes one sub-folder")
+    parser.add_argument("--run", required=True, help="local folder of the run; each room writes one sub-folder")
     if has_stages:
         parser.add_argument("--stage", required=True, help="a named table of the recipe; 2 is short for stage2")
         parser.add_argument("--phase", help="512 with --stage 3 is short for --stage stage3-512")

@@ -57,7 +57,6 @@ PIXART_S_2 = PixArtConfig(num_layers=12, num_heads=6, head_dim=64)
 PIXART_B_2 = PixArtConfig(num_layers=12, num_heads=12, head_dim=64)
 PIXART_L_2 = PixArtConfig(num_layers=24, num_heads=16, head_dim=64)
 PIXART_XL_2 = PixArtConfig()
-PIXART_XL_2_512 = PixArtConfig(sample_size=64)
 PIXART_XL_2_1024 = PixArtConfig(sample_size=128, interpolation_scale=2.0, has_size_condition=True)
 
 

@@ -139,15 +139,15 @@ def _run_pending(
     waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
     for piece in waiting:
         (piece.folder / f"{piece.span}.attempts").unlink(missing_ok=True)
-    tally = _ProgressCounts(
+    counts = _ProgressCounts(
         worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
     )
-    tally.expect([*waiting, *(piece for pieces in finished.values() for piece in pieces)])
+    counts.expect([*waiting, *(piece for pieces in finished.values() for piece in pieces)])
     with claimed(output) as claim, progress_bar(room, sum(source.num_samples for source in sources)) as progress:
         progress.skip(progress.total - sum(piece.stop - piece.start for piece in waiting))
         for parts in found.values():
             for piece, report in parts:
-                tally.add(piece, report)
+                counts.add(piece, report)
         runner = PieceRunner(
             worker_class,
             config,
@@ -161,12 +161,12 @@ def _run_pending(
             if outcome.num_deaths:
                 place = f"{piece.source.name}, samples {piece.start:,} to {piece.stop:,}"
                 get_logger(room).warning(f"{place}: {outcome.num_deaths} workers died with it")
-            tally.add(piece, outcome.report)
-            progress.advance(piece.stop - piece.start if outcome.report else 0, note=tally.note())
-        get_logger(room).info(tally.summary(progress))
+            counts.add(piece, outcome.report)
+            progress.advance(piece.stop - piece.start if outcome.report else 0, note=counts.note())
+        get_logger(room).info(counts.summary(progress))
     _drop_parts(output, fingerprint)
-    if tally.quarantined:
-        names = ", ".join(sorted(tally.quarantined))
+    if counts.quarantined:
+        names = ", ".join(sorted(counts.quarantined))
         raise QuarantinedShardError(
             f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}"
         )

@@ -96,7 +96,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         former = with_fresh_output(former, config.out_channels)
     if isinstance(config, DiTConfig):
         if not isinstance(former, DiT):
-            raise ValueError(f"{key} is a PixArt, but training.{job.command.stage}.network is 'dit'")
+            raise ValueError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
         config = dataclasses.replace(config, timestep_shift=former.config.timestep_shift)
         _require_same_config(config, former.config, key=key)
         return former
