@@ -52,11 +52,13 @@ class LoopRetryConfig(TableConfig):
     Part of the decoding, like `temperature`: changing it captions anew, unlike a threshold of `[captioning.quality]`.
     """
 
-    repetition_penalty: float = Field(
+    repetition_penalty: Decides[float] = Field(
         default=1.1, ge=1, le=2, description="Penalty of the second try, as transformers defines it; 1 = no second try"
     )
-    ngram_words: int = Field(default=4, ge=1, le=20, description="Length of the word n-grams counted for loops")
-    max_repeated_ngram_ratio: float = Field(
+    ngram_words: Decides[int] = Field(
+        default=4, ge=1, le=20, description="Length of the word n-grams counted for loops"
+    )
+    max_repeated_ngram_ratio: Decides[float] = Field(
         default=0.3, ge=0, le=1, description="Captions with a larger share of repeated n-grams are asked for again"
     )
 

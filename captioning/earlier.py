@@ -8,7 +8,7 @@ moment, the next run goes on from there; the bytes are those of a run that never
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,13 @@ class Earlier:
 def updatable(fingerprint: Fingerprint) -> dict[str, Any]:
     """Return the fields of `UPDATABLE`."""
     return {name: fingerprint.fields[name] for name in UPDATABLE}
+
+
+def found_settings(output: ShardDirectory) -> Iterator[dict[str, Any]]:
+    """Yield the settings that the files of a folder of captions were made under, parts and those set aside too."""
+    for pattern in ("*.parquet", f"{EARLIER_FOLDER}/*.parquet", f"{PARTS_FOLDER}/*/*.parquet"):
+        for path in output.path.glob(pattern):
+            yield read_settings(path)
 
 
 def read_earlier(folder: Path | None, name: str) -> Earlier | None:

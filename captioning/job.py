@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.config import CaptioningConfig
-from captioning.earlier import EARLIER_FOLDER, UPDATABLE, to_set_aside, updatable
+from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
+from captioning.earlier import EARLIER_FOLDER, found_settings, to_set_aside, updatable
 from captioning.quality import JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
@@ -24,6 +24,23 @@ log = get_logger("captioning")
 
 # Raised when a change of code changes the captions of unchanged inputs.
 CODE_VERSION = 2
+# What every fingerprint had before defaults were left out of it. Keys that came later have no place here.
+WRITTEN_OUT: dict[str, Any] = {
+    "engine": "transformers",
+    "prompts": DEFAULT_PROMPTS,
+    "max_alt_text_chars": 300,
+    "dtype": "auto",
+    "max_new_tokens": 256,
+    "temperature": 0.0,
+    "seed": 0,
+    "loop_retry.repetition_penalty": 1.1,
+    "loop_retry.ngram_words": 4,
+    "loop_retry.max_repeated_ngram_ratio": 0.3,
+}
+WRITTEN_OUT_OF_SERVERS: dict[str, Any] = {
+    "server.image_short_side_pixels": 0,
+    "server.penalty_parameter": "repetition_penalty",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +137,7 @@ def read_job(command: Command) -> CaptioningJob:
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     fingerprint = _fingerprint(config, data, model=model, clip=clip)
     output = ShardDirectory(Path(command.run) / "captions")
-    # Limits are always written out: captions of others are completed.
-    defaults = {name: value for name, value in config.fingerprint_defaults().items() if name not in UPDATABLE}
+    written_out = WRITTEN_OUT | (WRITTEN_OUT_OF_SERVERS if config.engine == "openai" else {})
     return CaptioningJob(
         config=config,
         data=data,
@@ -130,7 +146,7 @@ def read_job(command: Command) -> CaptioningJob:
         sources=[shard.source for shard in shards],
         dialects={shard.source.name: shard.dialect for shard in shards},
         output=output,
-        fingerprint=output.known_as(fingerprint, defaults=defaults),
+        fingerprint=output.known_as(fingerprint, defaults=written_out, made_under=found_settings(output)),
         run=command.run,
     )
 
@@ -146,13 +162,14 @@ def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSour
         "code_version": CODE_VERSION,
         "model": model.identity,
         "dialect": data.dialect,
+        # Limits are always written out: captions made under others are completed.
         "max_pixels": data.max_pixels,
         "max_aspect_ratio": config.max_aspect_ratio,
         "clip_model": clip,
     }
-    if config.engine == "openai":
-        # Of the server, what changes what it is asked.
-        fields["server"] = config.server.fingerprint_defaults() | config.server.fingerprint_fields()
+    # Of a server, what changes what it is asked.
+    if config.engine == "openai" and (server := config.server.fingerprint_fields()):
+        fields["server"] = server
     return Fingerprint.of(fields)
 
 

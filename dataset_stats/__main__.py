@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 COUNT_VERSION = 3  # raise when counting gives other numbers
 REPORT_VERSION = 3  # raise when the report shows other things
+# What the fingerprint of counts had before defaults were left out of it. Keys that came later have no place here.
+WRITTEN_OUT = ("text_limits", "boilerplate", "max_characters")
 OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
 log = get_logger("dataset_stats")
 
@@ -54,6 +55,7 @@ class StatsJob:
         sources: by set; cut down to the sample where there is one.
         set_sizes: samples in each whole set.
         raw_shards: for the gallery's images; empty where there are none.
+        count_fingerprint: what decides the counts of a shard; adding sets or shards leaves it as it is.
     """
 
     command: Command
@@ -64,16 +66,13 @@ class StatsJob:
     set_sizes: dict[str, int]
     raw_shards: list[str]
     max_pixels: int
+    folder: Path
+    count_fingerprint: Fingerprint
 
     @property
     def is_sample(self) -> bool:
         """Whether this is an estimate from a sample."""
         return self.config.sample > 0
-
-    @property
-    def folder(self) -> Path:
-        """RUN/stats; an estimate keeps to a folder and a key of its own, so that it never passes for a full count."""
-        return self.command.run / ("stats-sample" if self.is_sample else "stats")
 
     @property
     def summary_key(self) -> str:
@@ -85,22 +84,6 @@ class StatsJob:
         """Sources of all sets, each once."""
         by_name = {source.name: source for sources in self.sources.values() for source in sources}
         return [by_name[name] for name in sorted(by_name)]
-
-    @cached_property
-    def count_fingerprint(self) -> Fingerprint:
-        """What decides the counts of a shard; adding sets or shards leaves it as it is."""
-        fingerprint = Fingerprint.of(
-            {
-                "stage": "dataset_stats.counts",
-                "version": COUNT_VERSION,
-                "tagger": self.tagger.identity,
-                "tokenizer": f"nltk@{version('nltk')}",
-                "text_tokenizer": sha256_file(Path(self.text_tokenizer)) if self.text_tokenizer else None,
-                "keeps_nouns": self.is_sample,
-                **self.config.fingerprint_fields(),
-            }
-        )
-        return ShardDirectory(self.folder / "counts").known_as(fingerprint, defaults=self.config.fingerprint_defaults())
 
     @property
     def report_fingerprint(self) -> Fingerprint:
@@ -163,16 +146,39 @@ def _plan(command: Command) -> StatsJob:
     sources = whole
     if config.sample:
         sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
+    # An estimate keeps to a folder and a key of its own, so that it never passes for a full count.
+    folder = command.run / ("stats-sample" if config.sample else "stats")
+    tagger, text_tokenizer = find_tagger(config.tagger), _find_text_tokenizer(command, config)
     return StatsJob(
         command=command,
         config=config,
-        tagger=find_tagger(config.tagger),
-        text_tokenizer=_find_text_tokenizer(command, config),
+        tagger=tagger,
+        text_tokenizer=text_tokenizer,
         sources=sources,
         set_sizes={name: sum(source.num_samples for source in found) for name, found in whole.items()},
         raw_shards=raw_shards,
         max_pixels=data.max_pixels,
+        folder=folder,
+        count_fingerprint=_count_fingerprint(config, folder / "counts", tagger=tagger, text_tokenizer=text_tokenizer),
     )
+
+
+def _count_fingerprint(
+    config: DatasetStatsConfig, counts: Path, *, tagger: TaggerSource, text_tokenizer: str
+) -> Fingerprint:
+    fingerprint = Fingerprint.of(
+        {
+            "stage": "dataset_stats.counts",
+            "version": COUNT_VERSION,
+            "tagger": tagger.identity,
+            "tokenizer": f"nltk@{version('nltk')}",
+            "text_tokenizer": sha256_file(Path(text_tokenizer)) if text_tokenizer else None,
+            "keeps_nouns": config.sample > 0,
+            **config.fingerprint_fields(),
+        }
+    )
+    defaults = config.fingerprint_defaults()
+    return ShardDirectory(counts).known_as(fingerprint, defaults={name: defaults[name] for name in WRITTEN_OUT})
 
 
 def _raw_shards(command: Command, data: DataConfig, *, is_needed: bool) -> list[str]:

@@ -55,11 +55,11 @@ class TableConfig(pydantic.BaseModel):
         """Return, as JSON values, the fields that decide numbers (`Decides`) and are not what they are by default.
 
         So a new key changes no fingerprint that was made before there was a choice; and a default is no longer free to
-        change, unless a version in the fingerprint does, too. A table that decides more than one thing has a note of
-        its own, like `DECIDES`, for each.
+        change, unless a version in the fingerprint does, too. The same goes for a table in a field, and its fields. A
+        table that decides more than one thing has a note of its own, like `DECIDES`, for each.
         """
         defaults = self.fingerprint_defaults(decides)
-        values = self.model_dump(mode="json", include=set(self.noted_fields(decides)))
+        values = {name: _fingerprint_value(getattr(self, name), decides) for name in self.noted_fields(decides)}
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     @classmethod
@@ -67,7 +67,7 @@ class TableConfig(pydantic.BaseModel):
         """Return, as JSON values, what the fields are that `fingerprint_fields` leaves out."""
         fields = {name: cls.model_fields[name] for name in cls.noted_fields(decides)}
         return {
-            name: pydantic_core.to_jsonable_python(field.get_default(call_default_factory=True))
+            name: _fingerprint_value(field.get_default(call_default_factory=True), decides)
             for name, field in fields.items()
             if not field.is_required()
         }
@@ -76,6 +76,12 @@ class TableConfig(pydantic.BaseModel):
     def noted_fields(cls, note: str) -> list[str]:
         """Return the names of the fields whose type has `note` beside it, as that of `Decides` has `DECIDES`."""
         return [name for name, field in cls.model_fields.items() if note in field.metadata]
+
+
+def _fingerprint_value(value: Any, decides: str) -> Any:
+    if isinstance(value, TableConfig):
+        return value.fingerprint_fields(decides)
+    return pydantic_core.to_jsonable_python(value)
 
 
 class DataConfig(TableConfig):

@@ -227,3 +227,15 @@ def test_a_key_that_is_a_table_is_no_stage_for_rooms_that_do_not_own_the_table(r
     recipe = load_recipe(recipe_path)
     assert recipe.names("training") == ["stage2"]
     assert recipe.laid_over("training", "stage2") == {"rate": 0.5, "networks": {"teacher": "x"}}
+
+
+class Nested(TableConfig):
+    first: Decides[Deciding] = pydantic.Field(default=Deciding(kind="a"), description="a table that decides")
+    second: Decides[Deciding | None] = pydantic.Field(default=None, description="a table, if there is one")
+
+
+def test_a_table_in_a_field_leaves_out_its_own_defaults() -> None:
+    assert Nested().fingerprint_fields() == {}
+    nested = Nested(first=Deciding(kind="a", folder="y"), second=Deciding(kind="b", rate=2.0))
+    assert nested.fingerprint_fields() == {"second": {"kind": "b", "rate": 2.0}}
+    assert Nested(first=Deciding(kind="b")).fingerprint_fields() == {"first": {"kind": "b"}}

@@ -259,17 +259,21 @@ def test_workers_elsewhere_get_what_storage_needs_and_nothing_else() -> None:
 
 
 def test_a_directory_of_before_fingerprints_left_out_defaults_goes_on_under_its_digest(tmp_path: Path) -> None:
-    defaults = {"seed": 0, "max_tokens": 120}
-    former = Fingerprint.of({"model": "m", "seed": 0, "max_tokens": 300})
-    today = Fingerprint.of({"model": "m", "max_tokens": 300})
-    later = {**defaults, "added": "x"}
+    defaults = {"seed": 0, "max_tokens": 120, "retry.words": 4, "retry.penalty": 1.1}
+    former = Fingerprint.of({"model": "m", "seed": 0, "max_tokens": 300, "retry": {"words": 4, "penalty": 1.5}})
+    today = Fingerprint.of({"model": "m", "max_tokens": 300, "retry": {"penalty": 1.5}})
+    later = {**defaults, "added": "x", "retry.added": "y"}
     directory = ShardDirectory(tmp_path)
     assert directory.known_as(today, defaults=defaults) == today, "nothing is there yet"
     directory.write_marker(ShardReport(name="a", source="s", num_read=1, num_kept=1), former)
     assert directory.known_as(today, defaults=defaults) == former, "interrupted: there is no manifest yet"
+    other = Fingerprint.of({**today.fields, "model": "n"})
+    assert directory.known_as(other, defaults=defaults) == other, "nothing in here was made by that model"
+    here = directory.known_as(other, defaults=defaults, made_under=[{"model": "x"}, {"model": "m"}])
+    assert here == Fingerprint.of({**former.fields, "model": "n"}), "but something may be completed for it"
     directory.write_manifest(former, ["a"], upstream={}, extra={})
     assert directory.known_as(today, defaults=later) == former, "a key that came later, at its default"
-    other = Fingerprint.of({"model": "m", "max_tokens": 300, "seed": 1})
+    other = Fingerprint.of({"model": "m", "max_tokens": 300, "seed": 1, "retry": {"words": 5, "penalty": 1.5}})
     assert directory.known_as(other, defaults=defaults).fields == other.fields
     assert directory.known_as(other, defaults=defaults).digest not in (former.digest, today.digest)
 

@@ -1,10 +1,12 @@
 """Markers and manifests: what was done, with which settings, from which source, and where every sample went."""
 
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,24 +75,40 @@ class ShardDirectory:
         """Return the path of a shard's file, such as `captions/laion_00000` + `.parquet`."""
         return self.path / f"{name}{suffix}"
 
-    def known_as(self, fingerprint: Fingerprint, *, defaults: Mapping[str, Any]) -> Fingerprint:
+    def known_as(
+        self,
+        fingerprint: Fingerprint,
+        *,
+        defaults: Mapping[str, Any],
+        made_under: Iterable[Mapping[str, Any]] = (),
+    ) -> Fingerprint:
         """Return `fingerprint`, which leaves out fields at their default, in the form in which this directory has it.
 
         Directories made before fingerprints did that go on with all of the former fields written out, so that what is
         in them stays done and known to later rooms by the same digest.
+
+        Args:
+            fingerprint: in today's form.
+            defaults: the fields that were written out, those alone: a key that came later was in no fingerprint.
+                `table.field` stands for a field of a table in the fingerprint.
+            made_under: fields that may differ, as something in here has them; asked for only while there is no
+                manifest, whose fields tell its form.
         """
         if (self.path / MANIFEST_NAME).is_file():
             found = read_manifest(self.path).fingerprint.fields
-            if not any(found.get(name, _NOTHING) == value for name, value in defaults.items()):
+            if not any(_field(found, name) == value for name, value in defaults.items()):
                 return fingerprint
-            former = {name: value for name, value in defaults.items() if name in found}
-            return Fingerprint.of(former | fingerprint.fields)
-        former = Fingerprint.of({**defaults, **fingerprint.fields})
+            formerly = {name: value for name, value in defaults.items() if _field(found, name) is not _NOTHING}
+            return Fingerprint.of(_written_out(fingerprint.fields, formerly))
         # Markers, parts, and captions set aside of a run that has been interrupted.
-        for note in (*self.path.glob(".*/*.json"), *self.path.glob(".*/*/*.report")):
-            digest = json.loads(note.read_text()).get("fingerprint")
-            if digest in (former.digest, fingerprint.digest):
-                return former if digest == former.digest else fingerprint
+        notes = (*self.path.glob(".*/*.json"), *self.path.glob(".*/*/*.report"))
+        digests = {json.loads(note.read_text()).get("fingerprint") for note in notes}
+        if not digests:
+            return fingerprint
+        former = Fingerprint.of(_written_out(fingerprint.fields, defaults))
+        for fields in itertools.chain([{}], made_under):
+            if Fingerprint.of({**former.fields, **fields}).digest in digests:
+                return former
         return fingerprint
 
     def changes(self, fingerprint: Fingerprint, *, defaults: Mapping[str, Any]) -> list[str]:
@@ -167,6 +185,25 @@ class ShardDirectory:
         assert manifest.num_read == manifest.num_kept + sum(rejected.values())
         atomic_write_json(self.path / MANIFEST_NAME, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
         return manifest
+
+
+def _field(fields: Mapping[str, Any], name: str) -> Any:
+    *tables, key = name.split(".")
+    for table in tables:
+        fields = fields.get(table, {})
+    return fields.get(key, _NOTHING)
+
+
+def _written_out(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `fields` with those of `defaults` that it leaves out."""
+    whole = copy.deepcopy(dict(fields))
+    for name, value in defaults.items():
+        *tables, key = name.split(".")
+        place = whole
+        for table in tables:
+            place = place.setdefault(table, {})
+        place.setdefault(key, value)
+    return whole
 
 
 def read_manifest(directory: Path) -> Manifest:
