@@ -42,6 +42,9 @@ FIXED_CONFIG = {
     "only_cross_attention": False,
     "upcast_attention": False,
 }
+# latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
+# `PixArtTransformer2DModel` takes `max(sample_size // 64, 1)`
+DIFFUSERS_POSITION_BASE = 64
 # heads of the published models, S to XL, by width: weights do not tell
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
@@ -52,7 +55,7 @@ def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
     diffusers knows DiT's timesteps only with `timestep_shift` 1; with 0 our own `load_diffusers` is exact and
     diffusers close. A PixArt with per-block adaLN it refuses by its `norm_type`.
     """
-    if isinstance(model, PixArt):
+    if model.kind == "pixart":
         config, layout, copies = _to_pixart_json(model.config), pixart_diffusers_layout(model.config), {}
     else:
         config, layout = _to_dit_json(model.config), dit_diffusers_layout(model.config)
@@ -214,8 +217,8 @@ def _to_pixart_json(config: PixArtConfig) -> dict[str, Any]:
 
 
 def _default_interpolation_scale(sample_size: int) -> float:
-    # 1 up to 512 pixels, then in proportion: diffusers' rule, and that of PixArt's own configs
-    return max(sample_size // 64, 1)
+    # also that of PixArt's own configs
+    return max(sample_size // DIFFUSERS_POSITION_BASE, 1)
 
 
 def _from_pixart_json(stored: dict[str, Any]) -> PixArtConfig:

@@ -3,6 +3,7 @@
 # B batch, N image tokens, D width, C channels, P patch size, h x w latent size
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class DiTConfig:
     with the one they were trained with.
     """
 
+    kind: ClassVar[Literal["dit"]] = "dit"
+    # What weights were trained with and the recipe does not say.
+    inherited_fields: ClassVar[tuple[str, ...]] = ("timestep_shift",)
+    # What may change between trainings, as no weight depends on it.
+    position_fields: ClassVar[tuple[str, ...]] = ()
+
     num_layers: int = 28
     num_heads: int = 16
     head_dim: int = 72
@@ -46,6 +53,19 @@ class DiTConfig:
     def width(self) -> int:
         """Channels of a token."""
         return self.num_heads * self.head_dim
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "class-conditional DiT"
+
+    def alternatives(self) -> tuple["DiTConfig", ...]:
+        """Return the shapes that the paper compares it with: none."""
+        return ()
+
+    def network(self) -> "DiT":
+        """Return a network of this shape with random weights."""
+        return DiT(self)
 
 
 class DiTBlock(nn.Module):
@@ -73,6 +93,8 @@ class DiTBlock(nn.Module):
 
 class DiT(nn.Module):
     """Predict the noise in latents of a class, and the variance of the reverse step."""
+
+    kind: ClassVar[Literal["dit"]] = "dit"
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "c
 
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
     """Layout of PixArt's original .pth or DiT's official .pt; ValueError for the ablation, which has none."""
-    if isinstance(config, PixArtConfig) and config.adaln != "single":
+    if config.kind == "pixart" and config.adaln != "single":
         raise ValueError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
     layout = {
         **_linear("x_embedder.proj", "patch_embed.projection"),
@@ -34,7 +34,7 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
         layout |= _linear(f"{theirs}.attn.proj", f"{ours}.attention.out")
         layout |= _linear(f"{theirs}.mlp.fc1", f"{ours}.mlp.hidden")
         layout |= _linear(f"{theirs}.mlp.fc2", f"{ours}.mlp.out")
-        if isinstance(config, PixArtConfig):
+        if config.kind == "pixart":
             layout |= {f"{theirs}.scale_shift_table": (f"{ours}.modulation.embedding",)}
             layout |= _linear(f"{theirs}.cross_attn.q_linear", f"{ours}.cross_attention.query")
             layout |= _linear(
@@ -43,7 +43,7 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
             layout |= _linear(f"{theirs}.cross_attn.proj", f"{ours}.cross_attention.out")
         else:
             layout |= _linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
-    if isinstance(config, DiTConfig):
+    if config.kind == "dit":
         layout |= {"y_embedder.embedding_table.weight": ("label_embed.weight",)}
         return layout | _linear("final_layer.adaLN_modulation.1", "final_modulation")
     layout |= {"final_layer.scale_shift_table": ("final_modulation.embedding",)}
@@ -131,7 +131,7 @@ def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor]
     if missing or unexpected:
         raise ValueError(f"weights do not fit {config}: missing {missing}, unexpected {unexpected}")
     with torch.device("meta"):  # no time and memory for an initialisation that is thrown away
-        model = PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
+        model = config.network()
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     ours: dict[str, Tensor] = {}
     for theirs, names in layout.items():

@@ -4,8 +4,8 @@
 # h x w latent size
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,12 @@ from pixart.layers import (
 class PixArtConfig:
     """Shape of a PixArt; the defaults are PixArt-XL/2 at 256 pixels."""
 
+    kind: ClassVar[Literal["pixart"]] = "pixart"
+    # What weights were trained with and the recipe does not say.
+    inherited_fields: ClassVar[tuple[str, ...]] = ()
+    # What may change between trainings, as no weight depends on it.
+    position_fields: ClassVar[tuple[str, ...]] = ("sample_size", "interpolation_scale")
+
     num_layers: int = 28
     num_heads: int = 16
     head_dim: int = 72
@@ -51,6 +57,19 @@ class PixArtConfig:
     def width(self) -> int:
         """Channels of a token."""
         return self.num_heads * self.head_dim
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"PixArt with {'adaLN-single' if self.adaln == 'single' else 'per-block adaLN'}"
+
+    def alternatives(self) -> tuple["PixArtConfig", ...]:
+        """Return the shapes that the paper compares it with: that of Figure 6 with the other adaLN."""
+        return (replace(self, adaln="per-block" if self.adaln == "single" else "single"),)
+
+    def network(self) -> "PixArt":
+        """Return a network of this shape with random weights."""
+        return PixArt(self)
 
 
 PIXART_S_2 = PixArtConfig(num_layers=12, num_heads=6, head_dim=64)
@@ -101,6 +120,8 @@ class PixArtBlock(nn.Module):
 
 class PixArt(nn.Module):
     """Predict the noise in latents that a text describes, and the variance of the reverse step."""
+
+    kind: ClassVar[Literal["pixart"]] = "pixart"
 
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()

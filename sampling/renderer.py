@@ -11,7 +11,6 @@ from torch import Tensor
 from encoders.devices import choose_device, choose_dtype
 from encoders.opening import open_codec
 from pipelines.store.manifest import require_same
-from pixart.dit import DiT
 from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
@@ -70,7 +69,7 @@ class Renderer:
     @torch.inference_mode()
     def _predict(self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor]) -> Predict:
         scale = self.config.guidance_scale
-        if isinstance(self.model, DiT):
+        if self.model.kind == "dit":
             labels = [request.label for request in requests if request.label is not None]
             return predict_from_labels(self.model, labels, guidance_scale=scale)
         conditions = [texts[text_id(request, self.config)] for request in requests]

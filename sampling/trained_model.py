@@ -261,7 +261,6 @@ def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]
 
 def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: int | None) -> TrainedModel:
     from pixart.convert import infer_config, read_original
-    from pixart.dit import DiTConfig
 
     path = next((root / path for root in (Path(), REPOSITORY) if (root / path).is_file()), path)
     if not path.is_file():
@@ -275,20 +274,19 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         config = infer_config(weights, sample_size=None if resolution is None else resolution // codec.factor)
     except ValueError as error:
         raise ValueError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
-    kind = "dit" if isinstance(config, DiTConfig) else "pixart"
     resolution, patch_pixels = config.sample_size * codec.factor, config.patch_size * codec.factor
     if (null_caption := weights.get("y_embedder.y_embedding")) is not None:
         parts["text"]["max_tokens"] = len(null_caption)
     return TrainedModel(
         name=path.stem,
-        kind=kind,
+        kind=config.kind,
         model_path=path,
         identity=f"sha256:{sha256_file(path)}",
-        num_classes=config.num_classes if isinstance(config, DiTConfig) else None,
+        num_classes=config.num_classes if config.kind == "dit" else None,
         resolution=resolution,
         patch_pixels=patch_pixels,
-        buckets=_folder_sizes(resolution, kind, multiple=patch_pixels),
-        text=parts["text"] if kind == "pixart" else None,
+        buckets=_folder_sizes(resolution, config.kind, multiple=patch_pixels),
+        text=parts["text"] if config.kind == "pixart" else None,
         vae=parts["vae"],
         process=ddpm_spec(),
         original_config=config,

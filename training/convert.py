@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert source is not None, "only a stage starts from nothing"
     network = load_network(source, options.timestep_shift, sample_size=options.sample_size, key="SOURCE").float()
     if options.reparameterize:
-        if not isinstance(network, DiT):
+        if network.kind != "dit":
             raise ValueError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
         console.print(f"{source}: {_describe(network)}", markup=False, soft_wrap=True)
         torch.manual_seed(options.seed)
@@ -119,9 +119,8 @@ def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any]) -> N
 
 def _describe(network: DiT | PixArt) -> str:
     shape = network.config
-    kind = f"PixArt, {shape.adaln} adaLN" if isinstance(shape, PixArtConfig) else "class-conditional DiT"
     size = f"{shape.num_layers} blocks of width {shape.width}, latents of {shape.sample_size}"
-    return f"{kind}, {count_parameters(network) / 1e6:,.2f}M parameters, {size}"
+    return f"{shape.title}, {count_parameters(network) / 1e6:,.2f}M parameters, {size}"
 
 
 if __name__ == "__main__":

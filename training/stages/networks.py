@@ -1,6 +1,5 @@
 """The network a stage trains, from its shape."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,27 +47,15 @@ def require_labels(job: TrainingJob, survey: Survey) -> None:
         )
 
 
-def fresh_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
-    """Return a network with random weights."""
-    return PixArt(config) if isinstance(config, PixArtConfig) else DiT(config)
-
-
 def blank_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return a network on the meta device, whose weights have neither memory nor values."""
     with torch.device("meta"):
-        return fresh_network(config)
+        return config.network()
 
 
 def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
     """Return the parameters of the network, by what it is called, and after it those of Figure 6's alternative."""
-    if isinstance(config, DiTConfig):
-        return {"class-conditional DiT": count_parameters(blank_network(config))}
-    both = {
-        "PixArt with adaLN-single": dataclasses.replace(config, adaln="single"),
-        "PixArt with per-block adaLN": dataclasses.replace(config, adaln="per-block"),
-    }
-    ordered = sorted(both.items(), key=lambda item: item[1] != config)
-    return {name: count_parameters(blank_network(shape)) for name, shape in ordered}
+    return {shape.title: count_parameters(blank_network(shape)) for shape in (config, *config.alternatives())}
 
 
 def blank_copy(network: DiT | PixArt) -> DiT | PixArt:

@@ -16,7 +16,7 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.checkpoint import MODEL
-from training.stages.networks import blank_network, fresh_network
+from training.stages.networks import blank_network
 from training.stages.stage import TrainingJob
 from training.stages.trainable import freeze_others
 
@@ -87,23 +87,20 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     if job.resume is not None:
         return _saved_network(job.resume.path / MODEL, config)
     if job.start.path is None:
-        return fresh_network(config)
+        return config.network()
     key = f"training.{job.command.stage_name}.starts_from ({job.start.path})"
     former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
     if job.begins_output_anew or former.config.out_channels != config.out_channels:
         if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
             log.warning(f"{key} gives {former.config.out_channels} channels: the output layer begins anew")
         former = with_fresh_output(former, config.out_channels)
-    if isinstance(config, DiTConfig):
-        if not isinstance(former, DiT):
-            raise ValueError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
-        config = dataclasses.replace(config, timestep_shift=former.config.timestep_shift)
-        _require_same_config(config, former.config, key=key)
-        return former
-    if isinstance(former, DiT):
+    if former.kind == "dit" and config.kind == "pixart":
         return reparameterize(former, config)
+    if former.kind != config.kind:
+        raise ValueError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
+    config = _inherit(config, former.config)
     # Only the positions change between resolutions, and they are computed.
-    positions = {"sample_size": config.sample_size, "interpolation_scale": config.interpolation_scale}
+    positions = {name: getattr(config, name) for name in config.position_fields}
     _require_same_config(config, dataclasses.replace(former.config, **positions), key=key)
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
@@ -125,10 +122,13 @@ def with_fresh_output(network: DiT | PixArt, out_channels: int) -> DiT | PixArt:
 def _saved_network(folder: Path, config: DiTConfig | PixArtConfig) -> DiT | PixArt:
     """Return the network of a checkpoint to resume; its training state takes the place of these, the EMA's weights."""
     saved = load_network(folder, None, sample_size=config.sample_size, key=str(folder)).float()
-    if isinstance(config, DiTConfig) and isinstance(saved, DiT):
-        config = dataclasses.replace(config, timestep_shift=saved.config.timestep_shift)
-    _require_same_config(config, saved.config, key=str(folder))
+    _require_same_config(_inherit(config, saved.config), saved.config, key=str(folder))
     return saved
+
+
+def _inherit(config: DiTConfig | PixArtConfig, former: DiTConfig | PixArtConfig) -> DiTConfig | PixArtConfig:
+    """Return the shape with what the weights of `former` were trained with and the recipe does not say."""
+    return dataclasses.replace(config, **{name: getattr(former, name) for name in config.inherited_fields})
 
 
 def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
