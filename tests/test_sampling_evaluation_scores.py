@@ -15,7 +15,7 @@ from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 from tiny_clip import save_clip
 
 from pipelines.recipe import Decides
-from pipelines.store.manifest import read_manifest
+from pipelines.store.manifest import Fingerprint, read_manifest
 from pixart.model import PixArt
 from sampling import renderer
 from sampling.evaluation.__main__ import main
@@ -247,6 +247,40 @@ def test_a_judges_axes_stand_in_the_table_where_it_saw_these_samples(run, clip_f
             assert numbers[-1]["better"] == ("lower" if "axes" not in seen else "higher")
             assert (numbers[-1]["network"], numbers[-1]["num_images"]) == ("someone/judge", 3)
     assert "is of other samples" in capsys.readouterr().err
+
+
+def as_before_methods(folder: Path) -> dict[Path, bytes]:
+    """Rewrite finished scores' fingerprint as it was when a judge's numbers stood in it whole; returns all bytes."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    rows = json.loads((folder / "scores.json").read_text())["checkpoints"]
+    # The table's order of that time, and a method that the judge's file did not hold.
+    judged = [
+        {**number, "resizer": "crops"}
+        for number in reversed(rows[0]["numbers"])
+        if number["metric"].startswith("judge")
+    ]
+    former = Fingerprint.of(manifest["fingerprint"]["fields"] | {"judged": {"stage2": judged}})
+    path.write_text(json.dumps(manifest | {"fingerprint": {"fields": former.fields, "digest": former.digest}}))
+    marker = folder / ".done" / "scores.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"fingerprint": former.digest}))
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_scores_of_before_judges_said_their_method_stay_done(run, clip_folder):
+    folder = evaluate(run, clip_folder)
+    (run / "judge").mkdir()
+    axes = {name: {"score": 0.75, "num_images": 4} for name in ("colour_binding", "complex", "spatial")}
+    judged = {"judge": "someone/judge", "judge_fingerprint": "sha256:1", **of_the_samples(run)}
+    (run / "judge" / "stage2.json").write_text(json.dumps(judged | {"axes": axes}))
+    evaluate(run, clip_folder)
+    before = as_before_methods(folder)
+    evaluate(run, clip_folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    (run / "judge" / "stage2.json").write_text(json.dumps(judged | {"axes": axes, "judge_fingerprint": "sha256:2"}))
+    evaluate(run, clip_folder)
+    numbers = json.loads((folder / "scores.json").read_text())["checkpoints"][0]["numbers"]
+    assert numbers[-1]["network_fingerprint"] == "sha256:2", "another judge"
 
 
 def test_judgements_may_lie_anywhere_and_a_bad_one_is_named(run, clip_folder, tmp_path, capsys):

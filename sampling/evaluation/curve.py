@@ -15,7 +15,7 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
-from sampling.evaluation.scores import Meter, write_report
+from sampling.evaluation.scores import Meter, as_outlined, judged_outline, write_report
 
 CURVE_VERSION = 1  # raise it when the same numbers are written in another way
 REPORT_NAME = "curve"
@@ -39,9 +39,10 @@ def draw_curve(command: Command) -> None:
     start_seconds = time.monotonic()
     for _, contestant in points:
         draw_samples(contestant, run=command.run)
-    judged = {item.folder.name: [asdict(number) for number in meter.judged(item)] for _, item in points}
+    judged = {item.folder.name: judged_outline([asdict(n) for n in meter.judged(item)]) for _, item in points}
     fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     fingerprint = directory.known_as(fingerprint, defaults=EvaluationConfig.fingerprint_defaults())
+    fingerprint = as_outlined(directory, fingerprint)
     identity = "sha256:" + sha256_text(json.dumps([item.inputs() for _, item in points], sort_keys=True))
     if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.csv')} is up to date")

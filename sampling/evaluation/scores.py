@@ -126,7 +126,11 @@ class Meter:
             }
         return {
             "reference": reference,
-            "networks": [asdict(network) for network in self.networks],
+            # Source beside the rest, as in scores made before.
+            "networks": [
+                {name: value for name, value in asdict(network).items() if name != "source"} | asdict(network.source)
+                for network in self.networks
+            ],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
 
@@ -187,6 +191,7 @@ def score(command: Command) -> None:
         draw_samples(contestant, run=command.run)
     fingerprint, identity = _score_inputs(meter, contestants)
     fingerprint = directory.known_as(fingerprint, defaults=config.fingerprint_defaults())
+    fingerprint = as_outlined(directory, fingerprint)
     is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
     if is_done:
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.md')} is up to date")
@@ -237,8 +242,29 @@ def _nothing_to_measure(judgement: Path) -> str:
     )
 
 
+def judged_outline(numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return of a judge's numbers what decides a table, whatever their order and how the judge describes itself."""
+    kept = ("value", "num_images", "better", "network_fingerprint")
+    return {number["metric"]: {name: number[name] for name in kept} for number in numbers}
+
+
+def as_outlined(directory: ShardDirectory, fingerprint: Fingerprint) -> Fingerprint:
+    """Return the fingerprint of what is in `directory`, if it differs only in that it holds a judge's numbers whole.
+
+    It was made before there were outlines of them, and stays done.
+    """
+    if not (directory.path / MANIFEST_NAME).is_file():
+        return fingerprint
+    found = read_manifest(directory.path).fingerprint
+    outlines = {
+        name: judged_outline(numbers) if isinstance(numbers, list) else numbers
+        for name, numbers in found.fields["judged"].items()
+    }
+    return found if {**found.fields, "judged": outlines} == fingerprint.fields else fingerprint
+
+
 def _score_inputs(meter: Meter, contestants: Sequence[Contestant]) -> tuple[Fingerprint, str]:
-    judged = {item.folder.name: [asdict(number) for number in meter.judged(item)] for item in contestants}
+    judged = {item.folder.name: judged_outline([asdict(n) for n in meter.judged(item)]) for item in contestants}
     fingerprint = Fingerprint.of({"version": SCORES_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     manifests = {item.title: sha256_file(item.folder / MANIFEST_NAME) for item in contestants}
     inputs = [[item.title, item.inputs(), manifests[item.title]] for item in contestants]
