@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
@@ -18,6 +18,7 @@ from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig
+from pixart.processes.specs import num_passes
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import gradio
 
 HOST = "127.0.0.1"
-SOLVERS = get_args(SamplingConfig.model_fields["solver"].annotation)
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 footer { display: none !important; }
@@ -119,8 +119,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
             wish = _wish(values)
 
             def show(num_done: int) -> None:
-                what = f"step {num_done} of {wish.num_steps}" if num_done else "reading the prompt"
-                progress((num_done, wish.num_steps), desc=what)
+                progress((num_done, num_passes(wish.solver, wish.num_steps)), desc=_progress(wish, num_done))
 
             path = _draw(studio, wish, on_step=show)
             return str(path), _describe(wish, path), [str(item) for item in studio.history()]
@@ -158,9 +157,9 @@ def _add_fields(studio: Studio) -> list[Any]:
             allow_custom_value=True,
             elem_id="size",
         )
-        solver = gr.Dropdown(
-            list(SOLVERS), value=first.solver, label="Sampler", info="iddpm wants 100 steps", elem_id="solver"
-        )
+        solvers = studio.solvers()
+        info = "iddpm wants 100 steps" if "iddpm" in solvers else "heun asks the model twice a step"
+        solver = gr.Dropdown(solvers, value=first.solver, label="Sampler", info=info, elem_id="solver")
     with gr.Row():
         most_steps, most_guidance = max(MOST_STEPS, first.num_steps), max(MOST_GUIDANCE, first.guidance_scale)
         steps = gr.Slider(1, most_steps, first.num_steps, step=1, label="Steps", elem_id="steps")
@@ -256,6 +255,14 @@ def _values(wish: Wish) -> tuple[Any, ...]:
         wish.guidance_scale,
         wish.seed,
     )
+
+
+def _progress(wish: Wish, num_done: int) -> str:
+    """Say how many passes of the model are done: a step each, but for solvers that ask it more often."""
+    if num_done == 0:
+        return "reading the prompt"
+    total = num_passes(wish.solver, wish.num_steps)
+    return f"{'step' if total == wish.num_steps else 'pass'} {num_done} of {total}"
 
 
 def _describe(wish: Wish, path: Path) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import plain_message
+from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import is_written, write_image
@@ -52,7 +53,7 @@ class Studio:
     An image is the one that `make sample` draws for the same prompt, seed and settings.
 
     Raises:
-        ValueError: the checkpoint knows classes, not text.
+        ValueError: the checkpoint knows classes, not text, or the recipe's solver is of another process than it.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class Studio:
     ) -> None:
         if trained.text is None:
             raise ValueError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
+        checkpoint = f"{trained.name} ({trained.model_path})"
+        require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
         is_precomputed = config.text_encoder == "precomputed"
         self.trained = trained
         # What is typed into a page is in no file of embeddings.
@@ -75,6 +78,10 @@ class Studio:
         """Return the sizes that the checkpoint was trained at, widest first, the square ones in front."""
         by_shape = sorted(self.trained.buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
         return [f"{width}x{height}" for height, width in by_shape]
+
+    def solvers(self) -> list[str]:
+        """Return the solvers of the checkpoint's process."""
+        return list(SOLVERS[self.trained.process["name"]])
 
     def first_wish(self) -> Wish:
         """Return what the fields show at first: the recipe's settings."""
@@ -92,7 +99,8 @@ class Studio:
     def draw(self, wish: Wish, *, on_step: Callable[[int], None]) -> Path:
         """Draw an image and keep it in the history; returns its file.
 
-        `on_step` is told how many solver steps are done, 0 while prompts are encoded and models loaded.
+        `on_step` is told how many of the solver's `num_passes` of the model are done, 0 while prompts are encoded and
+        models loaded.
 
         Raises:
             ValueError: a field's value is out of its bounds, or the model gives nothing finite; names the key.

@@ -40,7 +40,10 @@ class SamplingConfig(TableConfig):
         "checkpoints of process ddpm, euler and heun for those of flow",
     )
     num_steps: Decides[int] = pydantic.Field(
-        default=20, ge=1, le=1000, description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each"
+        default=20,
+        ge=1,
+        le=1000,
+        description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each but the last",
     )
     guidance_scale: Decides[float] = pydantic.Field(
         default=4.5, ge=1, description="Classifier-free guidance; 1 = off, which halves the work"

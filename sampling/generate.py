@@ -80,7 +80,8 @@ def make_job(
         FileNotFoundError: the prompt file or an encoder's folder does not exist.
         ValueError: prompts, classes, size or solver are not what the checkpoint can draw.
     """
-    require_solver(trained.process, config.solver, num_steps=config.num_steps)
+    checkpoint = f"{trained.name} ({trained.model_path})"
+    require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     directory = ShardDirectory(run / "samples" / name)

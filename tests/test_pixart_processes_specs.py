@@ -70,8 +70,10 @@ def test_passes_of_the_network_are_counted(solver):
     assert len(process_of(flow_spec()).scheduler(solver, 7).timesteps) == num_passes(solver, 7)
 
 
-def test_a_solver_of_another_process_is_refused():
-    with pytest.raises(ValueError, match=r"sampling\.solver iddpm does not go with process flow: dpm-solver\+\+, eu"):
-        require_solver(flow_spec(), "iddpm", num_steps=20)
-    with pytest.raises(ValueError, match=r"sampling\.solver heun does not go with process ddpm: dpm-solver\+\+, iddpm"):
-        require_solver(ddpm_spec(), "heun", num_steps=20)
+def test_a_solver_of_another_process_is_refused_naming_the_checkpoint():
+    said = r"sampling\.solver = 'iddpm' does not go with x/model, which is of process flow: dpm-solver\+\+, eu"
+    with pytest.raises(ValueError, match=said):
+        require_solver(flow_spec(), "iddpm", num_steps=20, checkpoint="x/model")
+    said = r"sampling\.solver = 'heun' does not go with x/model, which is of process ddpm: dpm-solver\+\+, iddpm"
+    with pytest.raises(ValueError, match=said):
+        require_solver(ddpm_spec(), "heun", num_steps=20, checkpoint="x/model")

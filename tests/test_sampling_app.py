@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,8 +33,8 @@ PROMPT = "a red circle, left"
 SCREENSHOT = os.environ.get("ATELIER_SCREENSHOT")
 
 
-def make_studio(run: Path, stage: int = 3) -> Studio:
-    config = SamplingConfig(num_steps=3, text_dtype="float32")
+def make_studio(run: Path, stage: int = 3, *, solver: Literal["dpm-solver++", "iddpm"] = "dpm-solver++") -> Studio:
+    config = SamplingConfig(num_steps=3, text_dtype="float32", solver=solver)
     trained = open_run_model(run, f"stage{stage}")
     return Studio(config, trained, run=run, name=f"stage{stage}-app", engine=EngineConfig(in_process=True))
 
@@ -187,6 +189,20 @@ def test_the_studio_draws_what_make_sample_draws(run, solver):
     assert wish_of(path) == wish(solver=solver, negative_prompt="blue")
     # Asked again it draws nothing.
     assert studio.draw(wish(solver=solver, negative_prompt="blue"), on_step=steps.append) == path and steps[-1] == 3
+
+
+def test_a_checkpoint_of_flow_offers_its_own_solvers_and_counts_passes(tmp_path):
+    run = make_run(tmp_path)
+    assert make_studio(run).solvers() == ["dpm-solver++", "iddpm", "sa-solver"]
+    save_checkpoint(run, 3, randomised(PixArt(replace(PIXART, out_channels=4))))
+    studio = make_studio(run)
+    assert studio.solvers() == ["dpm-solver++", "euler", "heun"]
+    asked = wish(solver="heun", size="32x32")
+    said: list[str] = []
+    studio.draw(asked, on_step=lambda num_done: said.append(app._progress(asked, num_done)))
+    assert said == ["reading the prompt", *(f"pass {number} of 5" for number in range(1, 6))]
+    with pytest.raises(ValueError, match=r"sampling\.solver = 'iddpm' does not go with stage 3, step 7 \(.* flow: dpm"):
+        make_studio(run, solver="iddpm")
 
 
 def test_settings_of_one_wish_do_not_stay_for_the_next(run, monkeypatch):

@@ -81,8 +81,8 @@ def num_passes(solver: str, num_steps: int) -> int:
     return 2 * num_steps - 1 if solver == "heun" else num_steps
 
 
-def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int) -> None:
-    """Refuse a solver of another process, and a number of steps that it cannot take.
+def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, checkpoint: str = "the network") -> None:
+    """Refuse a solver of another process than the checkpoint's, and a number of steps that it cannot take.
 
     Raises:
         ValueError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
@@ -91,7 +91,10 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int) -> N
     """
     solvers = SOLVERS[spec["name"]]
     if solver not in solvers:
-        raise ValueError(f"sampling.solver {solver} does not go with process {spec['name']}: {', '.join(solvers)} do")
+        raise ValueError(
+            f"sampling.solver = {solver!r} does not go with {checkpoint}, which is of process {spec['name']}: "
+            f"{', '.join(solvers)} do"
+        )
     if solver == "iddpm" and num_steps == 1:
         raise ValueError("sampling.num_steps 1: iddpm needs at least 2 steps")
     if spec["name"] == "flow":

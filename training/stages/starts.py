@@ -34,7 +34,7 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
     Raises:
         ValueError: weights of a network are not named or do not fit, or are named and not needed; names the recipe key.
     """
-    key = f"training.{job.command.stage_name}"
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}"
     wanted = {name for name, role in roles.items() if isinstance(role, Frozen)}
     for name in sorted(wanted - job.networks.keys()):
         raise ValueError(f"{key}.networks names no weights for {name!r}, a network that the objective needs")
@@ -59,7 +59,7 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
 def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT | PixArt:
     start = job.networks[name]
     assert start.path is not None, "only a stage starts from nothing"
-    key = f"training.{job.command.stage_name}.networks.{name} ({start.path})"
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}.networks.{name} ({start.path})"
     if start.process["name"] != job.settings.process:
         raise ValueError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
     network = load_network(start.path, None, sample_size=trained.config.sample_size, key=key)
@@ -88,7 +88,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         return _saved_network(job.resume.path / MODEL, config)
     if job.start.path is None:
         return config.network()
-    key = f"training.{job.command.stage_name}.starts_from ({job.start.path})"
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}.starts_from ({job.start.path})"
     former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
     if job.begins_output_anew or former.config.out_channels != config.out_channels:
         if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
