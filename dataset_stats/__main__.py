@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import Address
-from dataset_stats.config import DatasetStatsConfig
+from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig, fields_of_today
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
@@ -93,7 +93,7 @@ class StatsJob:
                 "stage": "dataset_stats",
                 "version": REPORT_VERSION,
                 "counts": self.count_fingerprint.digest,
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.fingerprint_fields(DECIDES_REPORT),
                 "set_sizes": self.set_sizes,
                 "sources": {
                     name: [f"{source.name}:{source.identity}" for source in sources]
@@ -228,7 +228,8 @@ def _say_tagger(tagger: TaggerSource) -> None:
 def _is_done(job: StatsJob) -> bool:
     if not all((job.folder / name).is_file() for name in (MANIFEST_NAME, *OUTPUTS)):
         return False
-    return read_manifest(job.folder).fingerprint.digest == job.report_fingerprint.digest
+    found = read_manifest(job.folder).fingerprint.fields
+    return found | {"config": fields_of_today(found["config"])} == job.report_fingerprint.fields
 
 
 def _count(job: StatsJob) -> Manifest:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from pipelines.recipe import Decides, TableConfig
 
+DECIDES_REPORT = "decides the report, as the counts do"
+Value = TypeVar("Value")
+ForReport = Annotated[Value, DECIDES_REPORT]
 MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
 
 
@@ -36,7 +39,7 @@ class CaptionSet(TableConfig):
 class DatasetStatsConfig(TableConfig):
     """`[dataset_stats]`: noun statistics of any caption sets (paper, section 2.4 and Table 1)."""
 
-    sets: dict[str, CaptionSet] = Field(
+    sets: ForReport[dict[str, CaptionSet]] = Field(
         default={"alt-text": CaptionSet(column="alt_text"), "caption": CaptionSet(column="caption")},
         min_length=1,
         description="Caption sets by name, in the order of the table; every name is a row of Table 1. On the command "
@@ -46,14 +49,14 @@ class DatasetStatsConfig(TableConfig):
         default="auto",
         description="auto: NLTK's averaged perceptron where its data is installed, else TextBlob's lexicon",
     )
-    valid_threshold: int = Field(
+    valid_threshold: ForReport[int] = Field(
         default=10, ge=0, description="A distinct noun is valid when it occurs more often than this (occurrences)"
     )
-    fold_plurals: bool = Field(
+    fold_plurals: ForReport[bool] = Field(
         default=True,
         description="Show, as lines of their own, DN and VN with plurals counted as their singulars",
     )
-    sample: int = Field(
+    sample: ForReport[int] = Field(
         default=0,
         ge=0,
         description="Samples drawn from each set for an estimate with standard errors, in RUN/stats-sample; 0: all",
@@ -84,11 +87,11 @@ class DatasetStatsConfig(TableConfig):
     max_reject_fraction: float = Field(
         default=0.5, ge=0, le=1, description="Share of rejected captions at which the command fails"
     )
-    num_table_nouns: int = Field(
+    num_table_nouns: ForReport[int] = Field(
         default=3000, ge=10, description="Nouns in the report's table, most frequent first; nouns.parquet has all"
     )
-    num_gallery_images: int = Field(default=24, ge=0, description="Sampled images in the report's gallery")
-    seed: int = Field(default=0, ge=0, description="Seed of the gallery and of `sample`")
+    num_gallery_images: ForReport[int] = Field(default=24, ge=0, description="Sampled images in the report's gallery")
+    seed: ForReport[int] = Field(default=0, ge=0, description="Seed of the gallery and of `sample`")
 
     @field_validator("sets", mode="before")
     @classmethod
@@ -120,6 +123,17 @@ class DatasetStatsConfig(TableConfig):
         if len(set(limits)) < len(limits):
             raise ValueError(f"every limit is counted once, but {limits} names one twice")
         return limits
+
+
+def fields_of_today(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what decided a report, read as a recipe: a key that there was not yet is at its default, in a set too.
+
+    None if that is no recipe any more.
+    """
+    try:
+        return DatasetStatsConfig.model_validate(found).fingerprint_fields(DECIDES_REPORT)
+    except ValidationError:
+        return None
 
 
 def _parse_set(item: str) -> tuple[str, dict[str, Any]]:

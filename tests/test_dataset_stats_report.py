@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import pytest
 from raw_shards import encode, photo, write_tar
 from stats_run import run_stage, write_caption_shards
 
 from dataset_stats import worker
 from dataset_stats.__main__ import OUTPUTS
+from dataset_stats.config import CaptionSet, DatasetStatsConfig, ForReport
 from dataset_stats.counting import NounCounter
 from dataset_stats.noun_table import safe_cell
 from dataset_stats.tagging import nltk_data
 from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
+from pipelines.recipe import load_recipe
 from pipelines.store.files import exclusive
-from pipelines.store.manifest import read_manifest
+from pipelines.store.manifest import Fingerprint, read_manifest
 from pipelines.store.summary import read_summary
 
 DENSE = "The image features a red dog near a wooden bench. <script>document.title = 'hacked'</script> The dog sleeps."
@@ -88,6 +91,40 @@ def test_threshold_changes_the_report_but_counts_nothing_again(run, monkeypatch)
     assert dense["valid_distinct_nouns"] == dense["distinct_nouns"]
     monkeypatch.setattr("dataset_stats.__main__._count", None)
     run_stage(run, "dataset_stats.valid_threshold=0")
+
+
+class LaterSet(CaptionSet):
+    """A caption set with a key that there is not yet."""
+
+    language: str = pydantic.Field(default="en", description="decides the report")
+
+
+class LaterStats(DatasetStatsConfig):
+    """`[dataset_stats]` with keys that there are not yet."""
+
+    sets: ForReport[dict[str, LaterSet]] = pydantic.Field(default={"dense": LaterSet()}, description="caption sets")
+    num_bins: ForReport[int] = pydantic.Field(default=9, description="decides the report")
+    patience: int = pydantic.Field(default=3, description="decides nothing")
+
+
+@pytest.mark.parametrize("is_former", [False, True], ids=["now", "formerly"])
+def test_a_new_key_writes_no_report_again(run, monkeypatch, is_former):
+    run_stage(run)
+    path = run / "stats" / "manifest.json"
+    if is_former:
+        manifest = json.loads(path.read_text())
+        recipe = load_recipe(run.parent / "recipe.toml")
+        fields = manifest["fingerprint"]["fields"]
+        fields["config"] = recipe.table("dataset_stats", DatasetStatsConfig).model_dump(mode="json")
+        manifest["fingerprint"] = {"fields": fields, "digest": Fingerprint.of(fields).digest}
+        path.write_text(json.dumps(manifest))
+    for module in ("__main__", "config"):
+        monkeypatch.setattr(f"dataset_stats.{module}.DatasetStatsConfig", LaterStats)
+    before = path.stat().st_mtime_ns
+    run_stage(run, "dataset_stats.patience=9")
+    assert path.stat().st_mtime_ns == before
+    run_stage(run, "dataset_stats.num_bins=8")
+    assert path.stat().st_mtime_ns > before
 
 
 def output_bytes(run: Path) -> dict[str, bytes]:

@@ -150,7 +150,7 @@ def known_by(directory: Path, *, fields: dict[str, object], left_out: tuple[str,
     path.write_text(json.dumps(manifest))
 
 
-LATENT_SETTINGS = {"buckets": False, "vae_dtype": "float32"}
+LATENT_SETTINGS: dict[str, object] = {"buckets": False, "vae_dtype": "float32"}
 WRITTEN_OUT: dict[str, object] = {"left_out": (), "says_defaults": False}
 LEFT_OUT: dict[str, object] = {"left_out": tuple(LATENT_SETTINGS), "says_defaults": True}
 
