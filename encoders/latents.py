@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 VAE_DTYPES = ("float32", "bfloat16")
-# Pixels of an image's side per side of a patch of latents: the codec's factor times this (paper A.5: patches of 2 x 2).
-PATCH_SIZE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +35,6 @@ class LatentSpec:
     shift: float
     has_std: bool
     identity: str
-
-    @property
-    def patch_pixels(self) -> int:
-        """Pixels that a side of an image must be a multiple of, so that it is a whole number of patches."""
-        return self.factor * PATCH_SIZE
 
 
 class LatentCodec(Protocol):
@@ -123,16 +116,16 @@ def require_vae_dtype(dtype: str) -> None:
         raise ValueError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
 
 
-def require_whole_patches(pixels: int, spec: LatentSpec, *, key: str) -> None:
-    """Check that a side of an image is a whole number of patches of latents.
+def require_whole_patches(pixels: int, spec: LatentSpec, *, patch_size: int, key: str) -> None:
+    """Check that a side of an image is a whole number of patches, each of `patch_size` latents a side.
 
     Raises:
         ValueError: it is not; names `key` and both numbers.
     """
-    if pixels < spec.patch_pixels or pixels % spec.patch_pixels:
+    multiple = spec.factor * patch_size
+    if pixels < multiple or pixels % multiple:
         raise ValueError(
-            f"{key} {pixels} is not a multiple of {spec.patch_pixels} "
-            f"(VAE factor {spec.factor} times patch size {PATCH_SIZE})"
+            f"{key} {pixels} is not a multiple of {multiple} (VAE factor {spec.factor} times patch size {patch_size})"
         )
 
 

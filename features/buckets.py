@@ -83,7 +83,7 @@ def report_buckets(inputs: FeatureInputs) -> BucketReport:
     Raises:
         ValueError, OSError: a tar cannot be read or has changed; names it.
     """
-    report, multiple = BucketReport(), stage_codec(inputs).patch_pixels
+    report, multiple = BucketReport(), stage_codec(inputs).factor * inputs.patch_size
     num_samples = sum(source.num_samples for source in inputs.raw)
     with ThreadPoolExecutor(NUM_READERS) as pool, progress_bar("features buckets", num_samples) as progress:
         shards = pool.map(lambda source: _report_shard(source, inputs, multiple=multiple), inputs.raw)

@@ -42,7 +42,7 @@ class FeaturesConfig(TableConfig):
     resolution: OfImages[int] = pydantic.Field(
         ge=1,
         le=4096,
-        description="Base resolution in pixels, a multiple of twice the VAE's factor; area of a bucket is its square",
+        description="Base resolution in pixels, multiple of VAE factor x model.patch_size; its square: a bucket's area",
     )
     buckets: OfImages[bool] = pydantic.Field(
         default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"

@@ -19,7 +19,7 @@ from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.images import aspect_buckets
 from pipelines.raw.shards import describe_shards, recall_shards, select_shards
-from pipelines.recipe import DataConfig, TableConfig
+from pipelines.recipe import DataConfig, ModelConfig, TableConfig
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import TAR_BLOCK_BYTES
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
@@ -39,6 +39,7 @@ class FeatureInputs:
     features: FeaturesConfig
     engine: EngineConfig
     data: DataConfig
+    patch_size: int
     raw: list[Source]
 
     @property
@@ -186,6 +187,7 @@ def read_inputs(command: Command) -> FeatureInputs:
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
+        patch_size=command.recipe.table("model", ModelConfig).patch_size,
         raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
     )
 
@@ -197,7 +199,8 @@ def codec_of(model: ModelSource, inputs: FeatureInputs) -> LatentSpec:
         ValueError: the resolution is not a whole number of patches of its latents; names both.
     """
     spec = latent_spec(model) or PUBLISHED_VAE
-    require_whole_patches(inputs.features.resolution, spec, key=f"features.{inputs.stage_name}.resolution")
+    key = f"features.{inputs.stage_name}.resolution"
+    require_whole_patches(inputs.features.resolution, spec, patch_size=inputs.patch_size, key=key)
     return spec
 
 
@@ -206,7 +209,7 @@ def bucket_sizes(inputs: FeatureInputs, codec: LatentSpec) -> tuple[tuple[int, i
     resolution = inputs.features.resolution
     if not inputs.features.buckets:
         return ((resolution, resolution),)
-    return aspect_buckets(resolution, multiple=codec.patch_pixels)
+    return aspect_buckets(resolution, multiple=codec.factor * inputs.patch_size)
 
 
 def _raw_shards(command: Command, data: DataConfig) -> list[str]:

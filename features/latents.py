@@ -38,7 +38,7 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
 from pipelines.raw.shards import RawSample, RawShard, open_shard
-from pipelines.recipe import TableConfig
+from pipelines.recipe import ModelConfig, TableConfig
 from pipelines.store.families import FamilySchema, image_directory, latent_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
@@ -47,6 +47,7 @@ from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 log = get_logger("features")
 
 # Reconstructions of the right VAE have 25 dB and more.
+DEFAULT_PATCH_SIZE = ModelConfig.fingerprint_defaults()["patch_size"]
 SUSPICIOUS_PSNR_DB = 20.0
 
 
@@ -71,6 +72,7 @@ class LatentWorkerConfig:
     decode_threads: int
     resolution: int
     is_bucketed: bool
+    patch_size: int
     dialect: str
     max_pixels: int
     run: Path
@@ -214,7 +216,7 @@ class LatentWorker:
             height, width = resolution, resolution
             if self.config.is_bucketed:
                 height, width = nearest_bucket(
-                    image.width, image.height, resolution, multiple=self._codec.spec.patch_pixels
+                    image.width, image.height, resolution, multiple=self._codec.spec.factor * self.config.patch_size
                 )
             cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
         except SampleReject as reject:
@@ -276,6 +278,10 @@ def image_job(
         **inputs.data.fingerprint_defaults(),
         **settings.fingerprint_defaults(),
     }
+    # A square crop is the same for patches of any size.
+    if features.buckets and inputs.patch_size != DEFAULT_PATCH_SIZE:
+        fields["model.patch_size"] = inputs.patch_size
+    defaults["model.patch_size"] = DEFAULT_PATCH_SIZE
     return FeatureJob(
         family=family,
         worker_class=worker_class,
@@ -292,6 +298,7 @@ def image_job(
             decode_threads=features.decode_threads,
             resolution=features.resolution,
             is_bucketed=features.buckets,
+            patch_size=inputs.patch_size,
             dialect=inputs.data.dialect,
             max_pixels=inputs.data.max_pixels,
             run=inputs.run.absolute(),

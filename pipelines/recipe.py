@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 import pydantic_core
@@ -105,6 +105,27 @@ class DataConfig(TableConfig):
         """Return the raw shards of a run, sorted by name, with `{run}` filled in; raises as `expand_shards` does."""
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         return expand_shards([pattern.replace("{run}", str(run)) for pattern in patterns])
+
+
+class ModelConfig(TableConfig):
+    """`[model]`: what is the same in all stages; widths that data decide come from the manifests.
+
+    Features need it, too: images are cut to whole patches.
+    """
+
+    num_layers: Decides[int] = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
+    num_heads: Decides[int] = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
+    head_dim: Decides[int] = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
+    patch_size: Decides[int] = pydantic.Field(
+        default=2, ge=1, description="Side of a patch of latents that makes one token"
+    )
+    adaln: Decides[Literal["single", "per-block"]] = pydantic.Field(
+        default="single",
+        description="Of a PixArt: shared by all blocks, or an adaLN layer in each, which sees the text, too (Figure 6)",
+    )
+    num_classes: Decides[int] = pydantic.Field(
+        default=1000, ge=1, description="Class labels of a DiT, the null class not counted (ImageNet: 1000)"
+    )
 
 
 Config = TypeVar("Config", bound=TableConfig)

@@ -267,13 +267,14 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         raise FileNotFoundError(f"sampling.checkpoint {path} does not exist")
     parts = _encoders(str(path), encoders)
     codec = _codec_spec(parts["vae"])
-    if resolution is not None:
-        require_whole_patches(resolution, codec, key="sampling.checkpoint_resolution")
     weights = read_original(path)
     try:
         config = infer_config(weights, sample_size=None if resolution is None else resolution // codec.factor)
     except ValueError as error:
         raise ValueError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
+    if resolution is not None:
+        key = "sampling.checkpoint_resolution"
+        require_whole_patches(resolution, codec, patch_size=config.patch_size, key=key)
     resolution, patch_pixels = config.sample_size * codec.factor, config.patch_size * codec.factor
     if (null_caption := weights.get("y_embedder.y_embedding")) is not None:
         parts["text"]["max_tokens"] = len(null_caption)

@@ -60,14 +60,14 @@ def test_a_deep_codec_has_no_deviation_and_gives_what_diffusers_gives(tmp_path):
 
 def test_sides_are_whole_patches_of_the_codecs_latents(tmp_path):
     shallow, deep = open_codec(str(save_codec(tmp_path / "vae"))).spec, open_codec(str(save_deep_codec(tmp_path))).spec
-    require_whole_patches(48, shallow, key="features.stage2.resolution")
+    require_whole_patches(48, shallow, patch_size=2, key="features.stage2.resolution")
     with pytest.raises(
         ValueError,
         match=r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$",
     ):
-        require_whole_patches(250, shallow, key="features.stage2.resolution")
+        require_whole_patches(250, shallow, patch_size=2, key="features.stage2.resolution")
     with pytest.raises(ValueError, match=r"48 is not a multiple of 32 \(VAE factor 16 times patch size 2\)"):
-        require_whole_patches(48, deep, key="features.stage2.resolution")
+        require_whole_patches(48, deep, patch_size=2, key="features.stage2.resolution")
 
 
 def test_a_model_that_is_no_codec_is_refused(tmp_path):

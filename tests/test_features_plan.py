@@ -10,7 +10,7 @@ from rich.console import Console
 
 from encoders.kl import PUBLISHED_VAE
 from features import plan
-from features.jobs import read_inputs
+from features.jobs import bucket_sizes, read_inputs
 from features.latents import latent_bytes, latent_job
 from features.plan import format_bytes, plan_families
 from features.speed import Speed, find_speed
@@ -191,3 +191,17 @@ def test_mistakes_are_one_line_and_exit_status_2(run):
     assert done.stderr.startswith("features: ")
     assert "overflow" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_buckets_are_whole_patches_of_the_recipes_model(run):
+    """Another patch size changes where images are cut, and so what latents are known by; a square crop it does not."""
+    buckets = ["features.stage2.buckets=true", "features.stage2.resolution=256"]
+    small, large = (inputs_of(run, *buckets, f"model.patch_size={size}") for size in (2, 4))
+    assert {side % 32 for size in bucket_sizes(large, PUBLISHED_VAE) for side in size} == {0}
+    assert {side % 32 for size in bucket_sizes(small, PUBLISHED_VAE) for side in size} == {0, 16}
+    assert latent_job(small).fingerprint == latent_job(inputs_of(run, *buckets)).fingerprint
+    assert latent_job(small).fingerprint != latent_job(large).fingerprint
+    square = latent_job(inputs_of(run)), latent_job(inputs_of(run, "model.patch_size=4"))
+    assert square[0].fingerprint == square[1].fingerprint
+    with pytest.raises(ValueError, match=r"stage2\.resolution 80 is not a multiple of 32 .* times patch size 4\)"):
+        extract(run, "features.stage2.resolution=80", "model.patch_size=4", plan=True)

@@ -11,11 +11,11 @@ from features.config import feature_table
 from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.shards import expand_braces, select_shards
-from pipelines.recipe import DataConfig, load_recipe
+from pipelines.recipe import DataConfig, ModelConfig, load_recipe
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
-from training.config import ModelConfig, stage_names, stage_training
+from training.config import stage_names, stage_training
 from training.data.features import read_feature_table
 from training.launch.preflight import rank_bytes, require_even_batches
 from training.stages.weights import WeightCounts

@@ -10,10 +10,10 @@ import pytest
 from training_run import REPOSITORY, arguments, make_run, write_text
 
 from pipelines.command import parse_command
-from pipelines.recipe import load_recipe
+from pipelines.recipe import ModelConfig, load_recipe
 from pipelines.store.families import text_directory
 from pixart.processes.specs import flow_spec
-from training.config import ModelConfig, StageTraining, random_stream, stage_training
+from training.config import StageTraining, random_stream, stage_training
 from training.stages.checkpoint import find_checkpoint
 from training.stages.stage import TrainingJob, open_stage
 

@@ -16,24 +16,6 @@ PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_m
 KeepActivations = Literal["all", "products", "inputs"]
 
 
-class ModelConfig(TableConfig):
-    """Recipe table `[model]`: what is the same in all stages; widths that data decide come from the manifests."""
-
-    num_layers: Decides[int] = pydantic.Field(default=28, ge=1, description="Transformer blocks (XL/2: 28)")
-    num_heads: Decides[int] = pydantic.Field(default=16, ge=1, description="Attention heads of a block (XL/2: 16)")
-    head_dim: Decides[int] = pydantic.Field(default=72, ge=4, description="Channels of a head (XL/2: 72)")
-    patch_size: Decides[int] = pydantic.Field(
-        default=2, ge=1, description="Side of a patch of latents that makes one token"
-    )
-    adaln: Decides[Literal["single", "per-block"]] = pydantic.Field(
-        default="single",
-        description="Of a PixArt: shared by all blocks, or an adaLN layer in each, which sees the text, too (Figure 6)",
-    )
-    num_classes: Decides[int] = pydantic.Field(
-        default=1000, ge=1, description="Class labels of a DiT, the null class not counted (ImageNet: 1000)"
-    )
-
-
 class DatasetConfig(TableConfig):
     """One entry of `[[training.<stage>.datasets]]`: shards that are mixed into the stage by weight."""
 

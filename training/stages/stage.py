@@ -7,10 +7,11 @@ from typing import Any
 
 from encoders.weights import resolve_model
 from pipelines.command import Command
+from pipelines.recipe import ModelConfig
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
 from pixart.processes.specs import ddpm_spec, spec_beside, spec_of_trainer
-from training.config import SCRATCH, ModelConfig, StageTraining, random_stream, stage_names, stage_training
+from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 
