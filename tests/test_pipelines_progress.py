@@ -1,6 +1,8 @@
 """The one progress view: what it says, its rate after a resume, and how it looks on real terminals."""
 
 import logging
+import subprocess
+import sys
 import time
 
 import pytest
@@ -108,3 +110,11 @@ def test_samples_under_way_move_the_bar_inside_a_shard(tmp_path, monkeypatch) ->
     monkeypatch.setattr(ProgressBar, "__setattr__", record)
     run(tmp_path / "a", make_sources(1, 20))
     assert 8 in seen and seen[-1] == 0
+
+
+def test_libraries_say_nothing_when_they_are_imported() -> None:
+    imports = (
+        "import encoders.kl, encoders.t5; from diffusers import AutoencoderKL; from transformers import T5EncoderModel"
+    )
+    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

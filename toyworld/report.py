@@ -234,6 +234,7 @@ def _features_step(run: Path) -> Step:
     for folder in sorted(folders, key=lambda folder: (manifests[folder].extra.get("resolution", 0), folder.name)):
         schema, resolution = schema_of(manifests[folder]), manifests[folder].extra.get("resolution")
         unit = schema.name if schema is not None else folder.name
+        unit = "texts" if unit == "text" else unit
         unit = unit if resolution is None else f"{unit} at {resolution} px"
         step = _manifest_step(folder, title="", what="", unit=unit)
         total.amounts += step.amounts

@@ -17,6 +17,8 @@ from rich.text import Text
 LOG_INTERVAL_SECONDS = 30.0
 LOG_FILE_COLUMNS = 200
 MAX_REASONS_SHOWN = 3
+# Libraries that tell at their import of kernels for other GPUs and of names that torch will give up.
+TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal:
     # A log file has no width, and rich would wrap its lines at 80 columns.
@@ -24,7 +26,10 @@ if not console.is_terminal:
 
 
 def get_logger(room: str) -> logging.Logger:
-    """Return the logger of a room; the first call installs the house's rich handler on stderr."""
+    """Return the logger of a room; the first call installs the house's rich handler on stderr.
+
+    It also lets libraries that talk of themselves at their import report errors alone.
+    """
     logger = logging.getLogger(f"atelier.{room}")
     parent = logging.getLogger("atelier")
     if not parent.handlers:
@@ -34,6 +39,8 @@ def get_logger(room: str) -> logging.Logger:
         parent.addHandler(handler)
         parent.setLevel(logging.INFO)
         parent.propagate = False
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
     return logger
 
 
