@@ -39,6 +39,9 @@ from pipelines.store.summary import update_summary
 if TYPE_CHECKING:
     import torch
 
+# What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
+WRITTEN_OUT = ("text_dtype", "text_storage", "max_tokens")
+
 log = get_logger("features")
 
 # Width of the published T5 encoders, for planning before one is downloaded.
@@ -210,8 +213,6 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         **features.fingerprint_fields(DECIDES_TEXT),
     }
     defaults = features.fingerprint_defaults(DECIDES_TEXT)
-    # Cleaning was left out at its default from the first.
-    written_out = {name: value for name, value in defaults.items() if name != "text_cleaning"}
     return FeatureJob(
         family=TEXT,
         worker_class=TextWorker,
@@ -231,7 +232,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
         output=output,
         # Batch and slice sizes decide nothing: they move embeddings by less than bfloat16 resolves.
-        fingerprint=output.known_as(Fingerprint.of(fields), defaults=written_out),
+        fingerprint=output.known_as(Fingerprint.of(fields), defaults={name: defaults[name] for name in WRITTEN_OUT}),
         defaults=defaults,
         upstream={"captions": texts_digest(captions)},
         model=model,

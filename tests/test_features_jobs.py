@@ -43,7 +43,7 @@ def test_fields_at_their_default_are_left_out_and_said_beside(run):
     latents, text = (read_manifest(run / "features" / name) for name in ("latent-32", "text"))
     assert latents.fingerprint.fields.keys() == {"family", "code_version", "vae_model", "resolution"}
     assert "text_storage" not in text.fingerprint.fields and text.fingerprint.fields["max_tokens"] == 40
-    assert latents.extra["defaults"] == IMAGE_DEFAULTS
+    assert latents.extra["defaults"] == IMAGE_DEFAULTS | {"model.patch_size": 2}
     assert latents.extra["defaults"].items() >= {"buckets": False, "dialect": "auto", "vae_dtype": "float32"}.items()
     assert text.extra["defaults"] == TEXT_DEFAULTS and text.extra["defaults"]["text_cleaning"] == "lower"
 

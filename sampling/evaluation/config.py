@@ -1,7 +1,7 @@
 """`[evaluation]`: against which images and with which networks checkpoints are scored."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -97,3 +97,9 @@ class EvaluationConfig(TableConfig):
     def folder(self, text: str, run: Path) -> Path:
         """Return a configured path with `{run}` filled in."""
         return Path(text.replace("{run}", str(run))).expanduser()
+
+
+def written_out_defaults() -> dict[str, Any]:
+    """Return the settings that fingerprints held before defaults were left out; keys that came later have no place."""
+    defaults = EvaluationConfig.fingerprint_defaults()
+    return {name: defaults[name] for name in ("max_pixels", "max_reject_fraction")}

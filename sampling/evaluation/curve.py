@@ -13,7 +13,7 @@ from pipelines.engine.progress import console, get_logger
 from pipelines.store.files import sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
-from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.config import EvaluationConfig, written_out_defaults
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.evaluation.scores import Meter, as_outlined, judged_outline, write_report
 
@@ -41,7 +41,7 @@ def draw_curve(command: Command) -> None:
         draw_samples(contestant, run=command.run)
     judged = {item.folder.name: judged_outline([asdict(n) for n in meter.judged(item)]) for _, item in points}
     fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
-    fingerprint = directory.known_as(fingerprint, defaults=EvaluationConfig.fingerprint_defaults())
+    fingerprint = directory.known_as(fingerprint, defaults=written_out_defaults())
     fingerprint = as_outlined(directory, fingerprint)
     identity = "sha256:" + sha256_text(json.dumps([item.inputs() for _, item in points], sort_keys=True))
     if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():

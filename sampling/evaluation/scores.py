@@ -14,7 +14,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.store.files import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
 from pipelines.store.summary import update_summary
-from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.config import EvaluationConfig, written_out_defaults
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.evaluation.distances import cmmd, frechet_distance
 from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
@@ -190,7 +190,7 @@ def score(command: Command) -> None:
     for contestant in contestants:
         draw_samples(contestant, run=command.run)
     fingerprint, identity = _score_inputs(meter, contestants)
-    fingerprint = directory.known_as(fingerprint, defaults=config.fingerprint_defaults())
+    fingerprint = directory.known_as(fingerprint, defaults=written_out_defaults())
     fingerprint = as_outlined(directory, fingerprint)
     is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
     if is_done:
