@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.engines.protocol import CaptionEngine, Refusal, Request
+from errors import UserError
 
 SHORT_PROMPT = "Describe this image."
 LONG_TAIL = " Mention what is in the foreground, what is in the background, and where everything is."
@@ -14,7 +15,7 @@ NUM_COMPARED_WORDS = 3
 MIN_CONTRAST = 8.0
 
 
-class CanaryError(ValueError):
+class CanaryError(UserError):
     """The model cannot be trusted with this job; says why."""
 
 
@@ -58,7 +59,7 @@ def check_engine(engine: CaptionEngine, image: Image.Image, prompt: str) -> None
 def _probe(engine: CaptionEngine, requests: Sequence[Request]) -> list[str]:
     prepared = engine.prepare(requests)
     if None in prepared:
-        raise ValueError("captioning.max_new_tokens and the default prompt do not fit the model's context")
+        raise UserError("captioning.max_new_tokens and the default prompt do not fit the model's context")
     texts = []
     for request, caption in zip(requests, engine.probe(prepared), strict=True):
         if isinstance(caption, Refusal):

@@ -27,7 +27,7 @@ class ClipScorer:
         """Load `captioning.clip_model`.
 
         Raises:
-            ValueError: it is no CLIP, or lacks weights.
+            UserError: it is no CLIP, or lacks weights.
         """
         assert config.clip_model is not None
         device = choose_device(config.device, key="captioning.device")

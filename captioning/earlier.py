@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from captioning.table import read_settings
+from errors import UserError
 from pipelines.engine.pieces import PARTS_FOLDER, Source, forget_pieces
 from pipelines.store.files import atomic_file, atomic_write_json
 from pipelines.store.manifest import (
@@ -66,7 +67,7 @@ def to_set_aside(
     """Return the finished shards that need completing.
 
     Raises:
-        ValueError: rejects are to be tried again of captions that were made under other settings; names the field.
+        UserError: rejects are to be tried again of captions that were made under other settings; names the field.
     """
     names = []
     for source in sources:
@@ -142,7 +143,7 @@ def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None
         require_same_fingerprint(
             fingerprint, read_manifest(output.path).fingerprint, where="captioning.retry_rejects (RETRY=1)"
         )
-    raise ValueError(
+    raise UserError(
         f"captioning.retry_rejects (RETRY=1): the captions of {name} were made under other settings than these; "
         f"only {', '.join(UPDATABLE)} may differ. Without RETRY=1 they are all made anew"
     )

@@ -12,6 +12,7 @@ from captioning.earlier import EARLIER_FOLDER, found_settings, to_set_aside, upd
 from captioning.quality import JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
+from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -97,7 +98,7 @@ class CaptioningJob:
         """Return the finished shards that are completed rather than captioned: rejects, other limits, CLIP scores.
 
         Raises:
-            ValueError: rejects are to be tried again of captions that were made under other settings.
+            UserError: rejects are to be tried again of captions that were made under other settings.
         """
         return to_set_aside(self.output, self.sources, self.fingerprint, retry_rejects=self.config.retry_rejects)
 
@@ -126,7 +127,7 @@ def read_job(command: Command) -> CaptioningJob:
     """Validate the recipe's tables and read the headers of the raw shards.
 
     Raises:
-        ValueError, FileNotFoundError: a key is wrong, or a shard or the model is not there; names it.
+        UserError, MissingFileError: a key is wrong, or a shard or the model is not there; names it.
     """
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
@@ -177,7 +178,7 @@ def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     if config.engine == "transformers":
         return resolve_model(config.model, config.revision)
     if workers.gpus_per_worker:
-        raise ValueError(
+        raise UserError(
             f"engine.gpus_per_worker is {workers.gpus_per_worker}, but workers of captioning.engine = 'openai' use no "
             "GPU: set it to 0, and engine.num_workers to a few"
         )

@@ -12,6 +12,7 @@ from PIL import Image
 from captioning.config import CaptioningConfig
 from captioning.engines.protocol import CaptionEngine, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
+from errors import UserError
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.shards import RawSample, RawShard
 
@@ -118,7 +119,7 @@ class ShardLoader:
             requests[index] = replace(requests[index], prompt=self._config.prompts["default"])
             prepared[index] = self._engine.prepare([requests[index]])[0]
             if prepared[index] is None:
-                raise ValueError(
+                raise UserError(
                     f"captioning.max_new_tokens {self._config.max_new_tokens} and the default prompt do not fit the "
                     f"model's context with {self._raw.name}/{samples[index].key}"
                 )

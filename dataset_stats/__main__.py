@@ -16,6 +16,7 @@ from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
+from errors import UserError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -281,7 +282,7 @@ def _report(job: StatsJob, counts: Manifest) -> None:
     for name, measure in measures.items():
         if not measure.num_captions:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in measure.rejected.items())
-            raise ValueError(
+            raise UserError(
                 f"dataset_stats.sets.{name}: none of its {measure.num_read:,} samples has a text ({reasons})"
             )
     noun_table = _merge(job, measures, directory)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.shards import open_shard
 from pipelines.store.files import is_remote, open_binary
@@ -86,7 +87,7 @@ def read_rows(address: Address, start: int, stop: int) -> Iterator[list[CaptionR
     """Yield the rows [start, stop) of a source in blocks of bounded size, in order; of a sample, those of the sample.
 
     Raises:
-        ValueError: the column does not exist; names the columns there are.
+        UserError: the column does not exist; names the columns there are.
     """
     chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
     rows = _READERS[address.layout](address, chosen)
@@ -98,7 +99,7 @@ def count_rows(address: Address) -> int:
     """Number of rows of a file or folder; those of the "captions" and "raw" layouts are known from elsewhere.
 
     Raises:
-        ValueError: the column does not exist; names the columns there are.
+        UserError: the column does not exist; names the columns there are.
     """
     if address.layout == "parquet":
         with open_binary(address.path) as file:
@@ -152,7 +153,7 @@ def _pick(items: Iterable[Item], rows: Rows) -> Iterator[tuple[int, Item]]:
 
 def _require_column(address: Address, columns: Sequence[str]) -> None:
     if address.column not in columns:
-        raise ValueError(f"{address.path}: no column {address.column!r}; columns are {', '.join(columns)}")
+        raise UserError(f"{address.path}: no column {address.column!r}; columns are {', '.join(columns)}")
 
 
 def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:

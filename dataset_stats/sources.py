@@ -11,6 +11,7 @@ import numpy as np
 
 from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_rows, readable, text_files
 from dataset_stats.config import CaptionSet
+from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.raw.shards import describe_shards, expand_braces, expand_shards, select_shards, shard_name
 from pipelines.store.files import is_remote, open_ranges, sha256_text
@@ -38,7 +39,7 @@ def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> 
     """Sources of the caption set `name`.
 
     Raises:
-        ValueError: a pattern matches nothing, `files` is missing, or the set has no rows; names the set and its files.
+        UserError: a pattern matches nothing, `files` is missing, or the set has no rows; names the set and its files.
     """
     key = f"dataset_stats.sets.{name}"
     if caption_set.layout == "captions":
@@ -51,11 +52,11 @@ def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> 
             _file_source(Address(layout=caption_set.layout, column=caption_set.column, path=path)) for path in paths
         ]
     else:
-        raise ValueError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
+        raise UserError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
     if not sum(source.num_samples for source in sources):
         files = ", ".join(Address.parse(source.path).path for source in sources[:3])
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
-        raise ValueError(f"{key} is empty: no samples in {files}{more}")
+        raise UserError(f"{key} is empty: no samples in {files}{more}")
     return sources
 
 
@@ -66,13 +67,13 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
     the same shards, such as alt texts and captions of the same images, are therefore drawn at the same rows.
 
     Raises:
-        ValueError: there are too many rows to draw from.
+        UserError: there are too many rows to draw from.
     """
     sizes = [source.num_samples for source in sources]
     if num_rows >= sum(sizes):
         shares = sizes
     elif sum(sizes) > MAX_DRAWN_FROM:
-        raise ValueError(
+        raise UserError(
             f"dataset_stats.sample: a set of {sum(sizes):,} samples is more than can be drawn from "
             f"({MAX_DRAWN_FROM:,}); name fewer of its shards or files"
         )
@@ -135,13 +136,13 @@ def _expand_files(key: str, caption_set: CaptionSet) -> list[str]:
             others.append(folder)  # a folder of tars
     try:
         return found + (expand_shards(others) if others else [])
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{key}.files: {str(error).removeprefix('data.shards: ')}") from None
+    except UserError as error:
+        raise UserError(f"{key}.files: {str(error).removeprefix('data.shards: ')}") from None
 
 
 def _require_no_tars(key: str, folder: str, text: Path) -> None:
     if tar := next(Path(folder).glob("*.tar"), None):
-        raise ValueError(
+        raise UserError(
             f"{key}.files: {folder} holds tars ({tar.name}) as well as texts ({readable(text.relative_to(folder))}); "
             f"name the tars ({folder}/*.tar) or a folder that has only the texts"
         )
@@ -150,7 +151,7 @@ def _require_no_tars(key: str, folder: str, text: Path) -> None:
 def _file_source(address: Address) -> Source:
     path = address.path
     if ADDRESS_SEPARATOR in address.column:
-        raise ValueError(f"{path}: a column name with {ADDRESS_SEPARATOR!r} cannot be read: {address.column!r}")
+        raise UserError(f"{path}: a column name with {ADDRESS_SEPARATOR!r} cannot be read: {address.column!r}")
     if is_remote(path):
         with open_ranges(path) as file:
             identity = file.stamp or str(file.size)

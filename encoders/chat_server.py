@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import openai
 
 from encoders.chat_config import ChatServerConfig
+from errors import UserError
 from pipelines.engine.progress import get_logger
 
 log = get_logger("encoders")
@@ -20,7 +21,7 @@ FIRST_BACKOFF_SECONDS = 0.5
 SAY_AGAIN_SECONDS = 30.0
 
 
-class ServerError(ValueError):
+class ServerError(UserError):
     """The server cannot be used, whatever it is asked; says why."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -12,7 +14,7 @@ def choose_device(device: str, *, key: str) -> torch.device:
     """Return the device that the recipe's `key` names; `auto` is the GPU where torch sees one.
 
     Raises:
-        ValueError: it is a GPU and there is none.
+        UserError: it is a GPU and there is none.
     """
     import torch
 
@@ -20,7 +22,7 @@ def choose_device(device: str, *, key: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if has_gpu else "cpu")
     if device.startswith("cuda") and not has_gpu:
-        raise ValueError(f"{key} is {device}, but torch {torch.__version__} sees no GPU")
+        raise UserError(f"{key} is {device}, but torch {torch.__version__} sees no GPU")
     return torch.device(device)
 
 

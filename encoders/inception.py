@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from errors import UserError
+
 WIDTH = 2048
 # Hub files carry the start of their SHA-256 in their name.
 PUBLISHED_SHA256 = "6726825d"
@@ -216,14 +218,14 @@ def load_inception(path: Path) -> InceptionV3:
     """Read the weights of a `.pth` file, as tensors only.
 
     Raises:
-        ValueError: the file does not hold exactly this network's weights (and its classifier, which is not used).
+        UserError: the file does not hold exactly this network's weights (and its classifier, which is not used).
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"evaluation.inception {path} holds no weights: {str(error).splitlines()[0]}") from None
+        raise UserError(f"evaluation.inception {path} holds no weights: {str(error).splitlines()[0]}") from None
     if not isinstance(weights, dict):
-        raise ValueError(f"evaluation.inception {path} holds no weights, but a {type(weights).__name__}")
+        raise UserError(f"evaluation.inception {path} holds no weights, but a {type(weights).__name__}")
     weights = {name: value for name, value in weights.items() if name not in ("fc.weight", "fc.bias")}
     network = InceptionV3()
     expected = network.state_dict()
@@ -231,7 +233,7 @@ def load_inception(path: Path) -> InceptionV3:
     wrong = sorted((expected.keys() - counters) ^ (weights.keys() - counters))
     wrong += sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"evaluation.inception {path} is not the Inception-v3 of FID: {len(wrong)} weights differ in name or shape "
             f"({', '.join(wrong[:3])}, ...); it should be pt_inception-2015-12-05-6726825d.pth"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.weights import ModelSource, load_pretrained
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class LatentCodec(Protocol):
         """Return one image per unscaled latent of [B, C, h, w].
 
         Raises:
-            ValueError: the codec gives values that are not finite.
+            UserError: the codec gives values that are not finite.
         """
         ...
 
@@ -101,7 +102,7 @@ class DiffusersCodec:
         with torch.inference_mode():
             pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample  # [B, 3, H, W]
         if not pixels.isfinite().all():
-            raise ValueError(f"the VAE gave pixels that are not finite: the weights of {self.origin} are at fault")
+            raise UserError(f"the VAE gave pixels that are not finite: the weights of {self.origin} are at fault")
         return to_images(pixels)
 
 
@@ -109,22 +110,22 @@ def require_vae_dtype(dtype: str) -> None:
     """Refuse a compute dtype in which codecs overflow.
 
     Raises:
-        ValueError: names the dtype and those that there are.
+        UserError: names the dtype and those that there are.
     """
     if dtype not in VAE_DTYPES:
         reason = ": the VAE overflows float16 and gives black images" if dtype == "float16" else ""
-        raise ValueError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
+        raise UserError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
 
 
 def require_whole_patches(pixels: int, spec: LatentSpec, *, patch_size: int, key: str) -> None:
     """Check that a side of an image is a whole number of patches, each of `patch_size` latents a side.
 
     Raises:
-        ValueError: it is not; names `key` and both numbers.
+        UserError: it is not; names `key` and both numbers.
     """
     multiple = spec.factor * patch_size
     if pixels < multiple or pixels % multiple:
-        raise ValueError(
+        raise UserError(
             f"{key} {pixels} is not a multiple of {multiple} (VAE factor {spec.factor} times patch size {patch_size})"
         )
 

@@ -26,6 +26,7 @@ from encoders.text import (
 from encoders.text_decoder import DecoderTextEncoder
 from encoders.tokens import pretrained_tokenizer
 from encoders.weights import ModelSource, read_config, resolve_model
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,8 @@ def text_spec(
     """Return the spec of a text encoder, None if a hub model is not in the cache yet.
 
     Raises:
-        FileNotFoundError: a local folder has no config.json.
-        ValueError: it is a model of a kind that no class here opens.
+        MissingFileError: a local folder has no config.json.
+        UserError: it is a model of a kind that no class here opens.
     """
     config = read_config(source)
     if config is None:
@@ -70,8 +71,8 @@ def open_text_encoder(
     folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no model in it.
-        ValueError: `dtype` is not bfloat16 or float32, no class here opens the model, or its checkpoint lacks weights.
+        MissingFileError: there is no such folder, or no model in it.
+        UserError: `dtype` is not bfloat16 or float32, no class here opens the model, or its checkpoint lacks weights.
     """
     require_text_dtype(dtype)
     import torch
@@ -95,8 +96,8 @@ def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None
     """Return the spec of a latent codec, None if a hub model is not in the cache yet.
 
     Raises:
-        FileNotFoundError: a local folder has no config.json.
-        ValueError: it is a model of a kind that no class here opens.
+        MissingFileError: a local folder has no config.json.
+        UserError: it is a model of a kind that no class here opens.
     """
     config = read_config(source)
     if config is None:
@@ -115,8 +116,8 @@ def open_codec(
     """Load the latent codec of a local folder or hub id.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no model in it.
-        ValueError: `dtype` is not float32 or bfloat16, no class here opens the model, or its checkpoint lacks weights.
+        MissingFileError: there is no such folder, or no model in it.
+        UserError: `dtype` is not float32 or bfloat16, no class here opens the model, or its checkpoint lacks weights.
     """
     require_vae_dtype(dtype)
     import torch
@@ -138,7 +139,7 @@ def _text_class(source: ModelSource, config: Mapping[str, Any], *, key: str) -> 
         if kind in text_class.model_types:
             return text_class
     known = ", ".join(name for text_class in TEXT_CLASSES for name in text_class.model_types)
-    raise ValueError(f"{key} {source.location} is a model of type {kind}, not one of {known}")
+    raise UserError(f"{key} {source.location} is a model of type {kind}, not one of {known}")
 
 
 def _codec_class(source: ModelSource, config: Mapping[str, Any], *, key: str) -> type[DiffusersCodec]:
@@ -148,7 +149,7 @@ def _codec_class(source: ModelSource, config: Mapping[str, Any], *, key: str) ->
         if kind == codec_class.class_name:
             return codec_class
     known = " or ".join(codec_class.class_name for codec_class in CODEC_CLASSES)
-    raise ValueError(f"{key} {source.location} is a {kind}, not {known}")
+    raise UserError(f"{key} {source.location} is a {kind}, not {known}")
 
 
 def _require_config(source: ModelSource) -> dict[str, Any]:

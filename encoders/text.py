@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.batches import Batches
 from encoders.weights import ModelSource
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ def clean_text(text: str, cleaning: str) -> str:
     `lower` is lower case without surrounding space, `strip` leaves the case as it is, `none` leaves all as it is.
     """
     if cleaning not in CLEANINGS:
-        raise ValueError(f"cleaning {cleaning} is not one of {', '.join(CLEANINGS)}")
+        raise UserError(f"cleaning {cleaning} is not one of {', '.join(CLEANINGS)}")
     if cleaning == "none":
         return text
     return text.lower().strip() if cleaning == "lower" else text.strip()
@@ -122,11 +123,11 @@ def require_text_dtype(dtype: str) -> None:
     """Refuse a compute dtype in which text encoders overflow.
 
     Raises:
-        ValueError: names the dtype and those that there are.
+        UserError: names the dtype and those that there are.
     """
     if dtype not in TEXT_DTYPES:
         reason = f": {FP16_REFUSAL}" if dtype == "float16" else ""
-        raise ValueError(f"text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
+        raise UserError(f"text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
 
 
 def text_batches(num_tokens: int) -> Batches:

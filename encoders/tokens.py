@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.text import clean_text
 from encoders.weights import ModelSource, find_file
+from errors import MissingFileError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,14 +21,14 @@ def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
     """Return the path of a model's `tokenizer.json`; a hub model's is downloaded if it is not in the cache.
 
     Raises:
-        FileNotFoundError: a local folder has none; names `key`.
-        OSError: it is out of the hub's reach.
+        MissingFileError: a local folder has none; names `key`.
+        StorageError: it is out of the hub's reach.
     """
     path = find_file(source, TOKENIZER_FILE)
     if path is not None:
         return path
     if Path(source.location).is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{Path(source.location) / TOKENIZER_FILE} does not exist; {key} must hold a fast tokenizer"
         )
     from huggingface_hub import hf_hub_download

@@ -16,6 +16,7 @@ from PIL import Image
 
 from encoders.tokens import pretrained_tokenizer
 from encoders.weights import ModelSource, load_pretrained
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def image_processor(source: ModelSource, *, key: str) -> Any:
     """Return what transformers prepares a model's images with, on Pillow.
 
     Raises:
-        ValueError: the model has none; names the recipe `key`.
+        UserError: the model has none; names the recipe `key`.
     """
     from transformers import AutoImageProcessor
 
@@ -50,7 +51,7 @@ def image_processor(source: ModelSource, *, key: str) -> Any:
         return AutoImageProcessor.from_pretrained(source.location, revision=source.revision, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{key} {source.location} has no image processor: {reason}") from None
+        raise UserError(f"{key} {source.location} has no image processor: {reason}") from None
 
 
 def describe_resizer(source: ModelSource, *, key: str) -> str:
@@ -68,7 +69,7 @@ class InceptionTower:
     """The Inception-v3 of FID with clean-fid's resizing (Parmar et al. 2022).
 
     Raises:
-        ValueError: `path` does not hold its weights.
+        UserError: `path` does not hold its weights.
     """
 
     def __init__(self, path: Path, *, device: torch.device) -> None:
@@ -95,7 +96,7 @@ class ClipTowers:
     """Both towers of a CLIP of transformers; embeddings have unit length.
 
     Raises:
-        ValueError: the model is no CLIP, or lacks weights; names the recipe `key`.
+        UserError: the model is no CLIP, or lacks weights; names the recipe `key`.
     """
 
     def __init__(self, source: ModelSource, *, device: torch.device, dtype: torch.dtype, key: str) -> None:
@@ -128,7 +129,7 @@ class VisionModel:
     """Any vision model of transformers, in float32; of a LLaVA its tower, at the layer that its language model reads.
 
     Raises:
-        ValueError: it lacks weights; names the recipe `key`.
+        UserError: it lacks weights; names the recipe `key`.
     """
 
     def __init__(self, source: ModelSource, *, device: torch.device, key: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import MissingFileError, UserError
 from pipelines.store.files import sha256_file, sha256_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,14 +28,14 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
     A folder's identity is a hash over the bytes of its files; a hub model's is `id@revision`.
 
     Raises:
-        FileNotFoundError: `model_id` looks like a path and there is no such folder.
+        MissingFileError: `model_id` looks like a path and there is no such folder.
     """
     for root in (Path(), REPOSITORY):
         folder = root / model_id
         if folder.is_dir():
             return ModelSource(str(folder), None, _folder_identity(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise FileNotFoundError(f"model folder {model_id} does not exist")
+        raise MissingFileError(f"model folder {model_id} does not exist")
     return ModelSource(model_id, revision, f"{model_id}@{revision or 'main'}")
 
 
@@ -42,7 +43,7 @@ def require_model(source: ModelSource, *, key: str) -> None:
     """Check that a hub model is in the local cache or can be fetched, before any work starts.
 
     Raises:
-        ValueError: names the recipe `key`, the model and the way out, in one line.
+        UserError: names the recipe `key`, the model and the way out, in one line.
     """
     if Path(source.location).is_dir():
         return
@@ -53,7 +54,7 @@ def require_model(source: ModelSource, *, key: str) -> None:
         snapshot_download(source.location, revision=source.revision, allow_patterns=["*.json"])
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
         mode = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{key} = {source.location!r} ({source.revision or 'main'}) is no local folder and not in the hub cache, "
             f"and cannot be downloaded ({mode}); give a local folder or run `hf download {source.location}`"
         ) from None
@@ -74,11 +75,11 @@ def read_config(source: ModelSource) -> dict[str, Any] | None:
     """Return a model's `config.json`, None when a hub model is not in the cache yet.
 
     Raises:
-        FileNotFoundError: a local folder has none.
+        MissingFileError: a local folder has none.
     """
     path = find_file(source, "config.json")
     if path is None and Path(source.location).is_dir():
-        raise FileNotFoundError(f"{source.location} has no config.json: it is not a folder that a model was saved in")
+        raise MissingFileError(f"{source.location} has no config.json: it is not a folder that a model was saved in")
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -109,7 +110,7 @@ def load_pretrained(
         hint: what may be wrong with a model that lacks weights.
 
     Raises:
-        ValueError: its files are missing or broken, or lack weights; names `key`.
+        UserError: its files are missing or broken, or lack weights; names `key`.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -119,7 +120,7 @@ def load_pretrained(
             source.location, revision=source.revision or "main", output_loading_info=True, **settings
         )
     except OSError as error:
-        raise ValueError(f"{key} {source.location!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key} {source.location!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     _require_complete(loading, f"{key} {source.location!r} lacks weights of a {type(model).__name__}{hint}")
     return model.eval().requires_grad_(False)
 
@@ -129,7 +130,7 @@ def _require_complete(loading: Mapping[str, Any], message: str) -> None:
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading.get(kind) or ())
     if wrong or loading.get("error_msgs"):
         some = ", ".join(wrong[:3]) or str(loading["error_msgs"][0])
-        raise ValueError(f"{message}: {len(wrong)} would stay random ({some}, ...)")
+        raise UserError(f"{message}: {len(wrong)} would stay random ({some}, ...)")
 
 
 def _folder_identity(folder: Path) -> str:

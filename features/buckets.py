@@ -81,7 +81,7 @@ def report_buckets(inputs: FeatureInputs) -> BucketReport:
     """Read the header of every image of a stage's raw shards.
 
     Raises:
-        ValueError, OSError: a tar cannot be read or has changed; names it.
+        UserError, StorageError: a tar cannot be read or has changed; names it.
     """
     report, multiple = BucketReport(), stage_codec(inputs).factor * inputs.patch_size
     num_samples = sum(source.num_samples for source in inputs.raw)

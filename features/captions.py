@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.store.files import atomic_write_json, sha256_file, sha256_text
 from pipelines.store.manifest import Manifest, require_same
@@ -26,7 +27,7 @@ def caption_sources(
     reject nobody else, leave the embeddings as they are. It is read anew only where the Parquet file has changed.
 
     Raises:
-        ValueError: a shard has no captions, they were made from another tar than the one there is now, or a column is
+        UserError: a shard has no captions, they were made from another tar than the one there is now, or a column is
             missing; names shard and field.
     """
     known = _read_identities(directory)
@@ -34,7 +35,7 @@ def caption_sources(
     def describe(shard: Source) -> Source:
         path = run / "captions" / f"{shard.name}.parquet"
         if shard.name not in captions.shards:
-            raise ValueError(f"{path.parent}: shard {shard.name} has no captions; run `make caption` on it first")
+            raise UserError(f"{path.parent}: shard {shard.name} has no captions; run `make caption` on it first")
         report = captions.shards[shard.name]
         require_same("source", shard.identity, report.source, where=str(path))
         file, identity = known.get(shard.name, ("", ""))
@@ -50,7 +51,7 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
     """Return a hash over what `columns` of a captions file give a text encoder.
 
     Raises:
-        ValueError: the file is no Parquet, or lacks a column of texts; names both.
+        UserError: the file is no Parquet, or lacks a column of texts; names both.
     """
     wanted = ["key", *columns, "reject"]
     try:
@@ -58,12 +59,10 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
         for column in wanted:
             position = schema.get_field_index(column)
             if position < 0 or not pa.types.is_string(schema.field(position).type):
-                raise ValueError(
-                    f"{path}: there is no column {column!r} of texts, which features.<name>.captions names"
-                )
+                raise UserError(f"{path}: there is no column {column!r} of texts, which features.<name>.captions names")
         table = pq.read_table(path, columns=wanted)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not readable as Parquet: {error}") from None
+        raise UserError(f"{path} is not readable as Parquet: {error}") from None
     return sha256_text(json.dumps([table.column(column).to_pylist() for column in wanted], ensure_ascii=False))
 
 
@@ -71,7 +70,7 @@ def require_unchanged(source: Source, captions: Manifest) -> None:
     """Check that a captions file is the one its manifest describes.
 
     Raises:
-        ValueError: it is not; names the file and both hashes.
+        UserError: it is not; names the file and both hashes.
     """
     path = Path(source.path)
     expected = captions.shards[source.name].files[path.suffix]

@@ -7,6 +7,7 @@ import pydantic
 
 from encoders.latents import require_vae_dtype
 from encoders.text import require_text_dtype
+from errors import UserError
 from pipelines.recipe import Recipe, TableConfig
 
 # What a field decides: what is made of images, or of captions. Tables that share a folder must agree on it.
@@ -121,7 +122,7 @@ class FeaturesConfig(TableConfig):
     def _check_captions(cls, value: list[CaptionConfig]) -> list[CaptionConfig]:
         columns = [caption.column for caption in value]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
+            raise UserError(f"columns {', '.join(columns)}: a column is named twice")
         return value
 
     @pydantic.field_validator("text_dtype")
@@ -134,7 +135,7 @@ class FeaturesConfig(TableConfig):
     @classmethod
     def _check_families(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if built_in := sorted({"text", "latents", "latent"} & value.keys()):
-            raise ValueError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
+            raise UserError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
         return value
 
     @pydantic.field_validator("vae_dtype")
@@ -148,7 +149,7 @@ def feature_table(recipe: Recipe, name: str) -> FeaturesConfig:
     """Return `[features.<name>]`.
 
     Raises:
-        ValueError: there is no such table, a key of any is unknown or wrong, or two would share a folder of features
+        UserError: there is no such table, a key of any is unknown or wrong, or two would share a folder of features
             that they mean to be different; names the keys.
     """
     names = recipe.names("features", keys=FeaturesConfig.model_fields)
@@ -177,7 +178,7 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
             other, others = owners.setdefault(folder, (name, values))
             for field, value in values.items():
                 if value != others[field]:
-                    raise ValueError(
+                    raise UserError(
                         f"{recipe.path}: features.{name}.{field} = {_shown(value)}, but features.{other}.{field} = "
                         f"{_shown(others[field])}; the two would share one folder {what}"
                     )

@@ -1,5 +1,6 @@
 """The families of features there are; a new one is a file of its own and its record in this list."""
 
+from errors import UserError
 from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
 from features.text import TEXT
@@ -11,11 +12,11 @@ def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:
     """Return the families that the stage's table of the recipe asks for, in the order in which they are made.
 
     Raises:
-        ValueError: it asks for one that there is not.
+        UserError: it asks for one that there is not.
     """
     known = [family.name for family in FAMILIES]
     for name in inputs.features.families:
         if name not in known:
             key = f"features.{inputs.stage_name}.families.{name}"
-            raise ValueError(f"{key}: there is no such family; there are {', '.join(known)}")
+            raise UserError(f"{key}: there is no such family; there are {', '.join(known)}")
     return [family for family in FAMILIES if family.is_wanted(inputs.features)]

@@ -13,6 +13,7 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import ModelSource
+from errors import UserError
 from features.config import FeaturesConfig, feature_table
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
@@ -137,14 +138,14 @@ class FeatureFamily:
         """Return its own keys of the recipe.
 
         Raises:
-            ValueError: one is unknown or wrong; names it.
+            UserError: one is unknown or wrong; names it.
         """
         try:
             return self.settings.model_validate(inputs.features.families.get(self.name, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, ("features", inputs.stage_name, "families", self.name, *first["loc"])))
-            raise ValueError(f"{key} = {first['input']!r}: {first['msg']}") from None
+            raise UserError(f"{key} = {first['input']!r}: {first['msg']}") from None
 
     def manifest_extra(self, job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
         """Return what its manifest says beyond the counts: the record of its family, its settings, and its facts.
@@ -176,7 +177,7 @@ def read_inputs(command: Command) -> FeatureInputs:
     """Validate the recipe's tables and describe the raw shards of the stage.
 
     Raises:
-        ValueError, FileNotFoundError: a key is wrong or a shard pattern matches nothing; names it.
+        UserError, MissingFileError: a key is wrong or a shard pattern matches nothing; names it.
     """
     features = feature_table(command.recipe, command.stage_name)
     data = command.recipe.table("data", DataConfig)
@@ -196,7 +197,7 @@ def codec_of(model: ModelSource, inputs: FeatureInputs) -> LatentSpec:
     """Return the spec of the stage's codec; one of the hub that is not in the cache yet is taken for the paper's.
 
     Raises:
-        ValueError: the resolution is not a whole number of patches of its latents; names both.
+        UserError: the resolution is not a whole number of patches of its latents; names both.
     """
     spec = latent_spec(model) or PUBLISHED_VAE
     key = f"features.{inputs.stage_name}.resolution"

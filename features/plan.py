@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from errors import UserError
 from features.families import wanted_families
 from features.jobs import FamilyPlan, FeatureInputs
 from features.speed import find_speed
@@ -57,11 +58,11 @@ def require_space(inputs: FeatureInputs) -> None:
     """Check that what is pending fits on the disk.
 
     Raises:
-        ValueError: it does not; names the run, what is needed and what is free.
+        UserError: it does not; names the run, what is needed and what is free.
     """
     needed, free = sum(family.pending_bytes for family in plan_families(inputs)), _free_bytes(inputs.run)
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{inputs.run}: features of {inputs.stage_name} need about {format_bytes(needed)}, but only "
             f"{format_bytes(free)} are free on this disk"
         )

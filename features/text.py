@@ -195,8 +195,8 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
     """Describe the encoding of the stage's captions.
 
     Raises:
-        FileNotFoundError: captioning has not finished.
-        ValueError: a shard has no captions, they were made from another tar than the one there is now, or lack a
+        MissingFileError: captioning has not finished.
+        UserError: a shard has no captions, they were made from another tar than the one there is now, or lack a
             column.
     """
     features, columns = inputs.features, inputs.features.caption_columns

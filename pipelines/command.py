@@ -3,13 +3,19 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import ProgramFault, UserError, describe_storage_error
 from pipelines.engine.progress import console
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.store.files import is_remote
+
+FAULT = (
+    "this is a fault of the program, not of what was typed: please report it with the lines above; what is done is kept"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +71,47 @@ def full_stage_name(text: str, phase: str | None = None) -> str:
 
 def _run_folder(text: str) -> Path:
     if is_remote(text):
-        raise ValueError(
+        raise UserError(
             f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"
         )
     return Path(text)
 
 
 def run_command(room: str, main: Callable[[], None]) -> int:
-    """Run a room's `main`; a mistake of the user's ends in one clear message and exit status 2, not in a traceback.
+    """Run a room's `main` and return the exit status.
 
-    `ATELIER_TRACEBACK=1` in the environment shows the traceback all the same.
+    What a user can mend ends in one clear message and status 2; `ATELIER_TRACEBACK=1` in the environment shows the
+    traceback all the same. Anything else is a fault of the program: its traceback is shown, and the status is 1.
     """
     try:
         main()
-    except (ValueError, OSError) as error:
-        if isinstance(error, UnicodeError) or os.environ.get("ATELIER_TRACEBACK"):
-            raise
-        console.print(f"[bold red]{room}:[/] ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
-        return 2
     except KeyboardInterrupt:
         console.print(f"[bold]{room}:[/] interrupted; the same command continues")
         return 130
+    except Exception as error:  # noqa: BLE001 - said in full, and the command ends
+        message = users_message(error)
+        if message is None:
+            _say(room, f"{_traceback(error)}\n{FAULT}")
+            return 1
+        if os.environ.get("ATELIER_TRACEBACK"):
+            traceback.print_exception(error)
+        _say(room, message)
+        return 2
     sys.stdout.flush()
     return 0
+
+
+def users_message(error: BaseException) -> str | None:
+    """Return what to tell a user who can mend it, or None if the error is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    return describe_storage_error(error) if isinstance(error, OSError) else None
+
+
+def _traceback(error: Exception) -> str:
+    return str(error) if isinstance(error, ProgramFault) else "".join(traceback.format_exception(error)).rstrip()
+
+
+def _say(room: str, text: str) -> None:
+    console.print(f"[bold red]{room}:[/] ", end="")
+    console.print(text, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 import pydantic_core
 
+from errors import MissingFileError, UserError
 from pipelines.raw.shards import expand_shards
 
 TABLES = (
@@ -142,7 +143,7 @@ class Recipe:
         """Return table `name` as `model`.
 
         Raises:
-            ValueError: one line per wrong key, each naming `table.key`, what is wrong and the value found.
+            UserError: one line per wrong key, each naming `table.key`, what is wrong and the value found.
         """
         content = self.tables.get(name, {})
         self._raise(self._wrong_keys(name, content, model))
@@ -157,7 +158,7 @@ class Recipe:
         """Return named table `name`, laid over what it extends and the keys that all of `table` share.
 
         Raises:
-            ValueError: there is no such table, or it extends one that is not there or, in the end, itself.
+            UserError: there is no such table, or it extends one that is not there or, in the end, itself.
         """
         content, names = self.tables.get(table, {}), self.names(table, keys=keys)
         self._require_name(table, name, names=names)
@@ -172,7 +173,7 @@ class Recipe:
         The other ones are checked, too, each by itself, so that an error names the line that is wrong.
 
         Raises:
-            ValueError: as `laid_over`, of any of them, or one line per wrong key.
+            UserError: as `laid_over`, of any of them, or one line per wrong key.
         """
         names = self.names(table, keys=model.model_fields)
         self._require_name(table, name, names=names)
@@ -191,9 +192,9 @@ class Recipe:
     def _require_name(self, table: str, name: str, *, names: Sequence[str]) -> None:
         if name not in names:
             known = ", ".join(names) or "none"
-            raise ValueError(f"{self.path}: there is no [{table}.{name}]; the tables of [{table}] are: {known}")
+            raise UserError(f"{self.path}: there is no [{table}.{name}]; the tables of [{table}] are: {known}")
         if not TABLE_NAME.fullmatch(name):
-            raise ValueError(f"{self.path}: [{table}.{name!r}] names a folder, too: use letters, digits and _ -")
+            raise UserError(f"{self.path}: [{table}.{name!r}] names a folder, too: use letters, digits and _ -")
 
     def _chain(self, table: str, name: str, *, names: Sequence[str]) -> list[str]:
         """Return `name`, the table it extends, the one that extends, and so on."""
@@ -201,9 +202,9 @@ class Recipe:
         while (base := self.tables[table][chain[-1]].get(EXTENDS)) is not None:
             key = f"{self.path}: {table}.{chain[-1]}.{EXTENDS} = {base!r}"
             if base not in names:
-                raise ValueError(f"{key} names no table of [{table}]: {', '.join(names)}")
+                raise UserError(f"{key} names no table of [{table}]: {', '.join(names)}")
             if base in chain:
-                raise ValueError(f"{key} goes in a circle: {' extends '.join([*chain, base])}")
+                raise UserError(f"{key} goes in a circle: {' extends '.join([*chain, base])}")
             chain.append(base)
         return chain
 
@@ -220,7 +221,7 @@ class Recipe:
 
     def _raise(self, wrong: Sequence[str]) -> None:
         if wrong:
-            raise ValueError("\n".join(wrong))
+            raise UserError("\n".join(wrong))
 
 
 def _without_choices(errors: Sequence[Mapping[str, Any]], content: Any) -> list[dict[str, Any]]:
@@ -284,22 +285,22 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stage: str |
     key stands for `stage`.
 
     Raises:
-        FileNotFoundError: the recipe does not exist.
-        ValueError: it is not TOML, has an unknown table or a stage with phases, as recipes had before stages had
+        MissingFileError: the recipe does not exist.
+        UserError: it is not TOML, has an unknown table or a stage with phases, as recipes had before stages had
             names, or an override is not `table.key=value`.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist")
+        raise MissingFileError(f"recipe {path} does not exist")
     try:
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+        raise UserError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tables, override, stage=stage)
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
-        raise ValueError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
+        raise UserError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
     _refuse_phases(tables, path)
     return Recipe(path, tables)
 
@@ -309,7 +310,7 @@ def _refuse_phases(tables: Mapping[str, Any], path: Path) -> None:
         for name, content in tables.get(table, {}).items():
             if isinstance(content, dict) and "phases" in content:
                 phase = next(iter(content["phases"]), "512") if isinstance(content["phases"], dict) else "512"
-                raise ValueError(
+                raise UserError(
                     f"{path}: [{table}.{name}.phases.{phase}] is called [{table}.{name}-{phase}] now, "
                     f"with extends = {name!r}"
                 )
@@ -319,14 +320,14 @@ def _apply(tables: dict[str, Any], override: str, *, stage: str | None) -> None:
     dotted, equals, text = override.partition("=")
     if STAGE_PLACEHOLDER in dotted:
         if stage is None:
-            raise ValueError(f"--set {override!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
+            raise UserError(f"--set {override!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
         table = dotted.partition(".")[0].strip()
         if stage not in tables.get(table, {}):
-            raise ValueError(f"--set {override!r}: there is no [{table}.{stage}]")
+            raise UserError(f"--set {override!r}: there is no [{table}.{stage}]")
         dotted = dotted.replace(STAGE_PLACEHOLDER, stage)
     *parents, key = dotted.strip().split(".")
     if not equals or not parents or not key:
-        raise ValueError(f"--set {override!r} is not of the form table.key=value")
+        raise UserError(f"--set {override!r} is not of the form table.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -335,5 +336,5 @@ def _apply(tables: dict[str, Any], override: str, *, stage: str | None) -> None:
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ValueError(f"--set {override!r}: {parent} is a value, not a table")
+            raise UserError(f"--set {override!r}: {parent} is a value, not a table")
     node[key] = value

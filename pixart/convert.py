@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from errors import UserError
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import (
     dit_diffusers_copies,
@@ -85,9 +86,9 @@ def load_diffusers(folder: Path, *, timestep_shift: int | None = None) -> PixArt
         dit_config = _from_dit_json(stored, timestep_shift)
         for copy, first in dit_diffusers_copies(dit_config).items():
             if copy in weights and first in weights and not torch.equal(weights.pop(copy), weights[first]):
-                raise ValueError(f"{copy} differs from {first}: DiT shares its embeddings among blocks")
+                raise UserError(f"{copy} differs from {first}: DiT shares its embeddings among blocks")
         return load_weights(dit_config, weights, dit_diffusers_layout(dit_config))
-    raise ValueError(f"{folder / CONFIG_NAME} describes {stored.get('_class_name')}, not a PixArt or DiT transformer")
+    raise UserError(f"{folder / CONFIG_NAME} describes {stored.get('_class_name')}, not a PixArt or DiT transformer")
 
 
 def load_original(path: Path, config: PixArtConfig | DiTConfig) -> PixArt | DiT:
@@ -103,12 +104,12 @@ def read_original(path: Path) -> dict[str, Tensor]:
     """Return the weights of an original file, the EMA weights where there are any.
 
     Raises:
-        ValueError: the file is not a checkpoint of torch, or holds more than weights.
+        UserError: the file is not a checkpoint of torch, or holds more than weights.
     """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of torch: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a checkpoint of torch: {str(error).splitlines()[0]}") from None
     for wrapper in ("state_dict_ema", "ema", "state_dict"):
         if wrapper in weights:
             return weights[wrapper]
@@ -121,21 +122,21 @@ def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = Non
     `sample_size`, the side of the latents it was trained at, is read from the stored positions if it is not given.
 
     Raises:
-        ValueError: the weights are of another model, of a width nobody has published, or hold no positions.
+        UserError: the weights are of another model, of a width nobody has published, or hold no positions.
     """
     is_dit = "y_embedder.embedding_table.weight" in weights
     if "x_embedder.proj.weight" not in weights or not (is_dit or "y_embedder.y_proj.fc1.weight" in weights):
-        raise ValueError("the weights are neither an original PixArt nor a DiT")
+        raise UserError("the weights are neither an original PixArt nor a DiT")
     width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     if width not in PUBLISHED_HEADS:
-        raise ValueError(f"width {width} is none of {sorted(PUBLISHED_HEADS)}: the number of heads is not known")
+        raise UserError(f"width {width} is none of {sorted(PUBLISHED_HEADS)}: the number of heads is not known")
     has_size_condition = any(key.startswith("csize_embedder.") for key in weights)
     if sample_size is None and "pos_embed" in weights:
         sample_size = math.isqrt(weights["pos_embed"].shape[-2]) * patch_size
     elif sample_size is None and has_size_condition:
         sample_size = PIXART_XL_2_1024.sample_size  # no other model is told the size
     elif sample_size is None:
-        raise ValueError("the weights hold no positions, so the resolution they were trained at must be given")
+        raise UserError("the weights hold no positions, so the resolution they were trained at must be given")
     shared: dict[str, Any] = {
         "num_layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         "num_heads": PUBLISHED_HEADS[width],
@@ -170,7 +171,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read, it may have been cut short: {error}") from None
+        raise UserError(f"{path} cannot be read, it may have been cut short: {error}") from None
 
 
 def _shared_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def _from_shared_json(stored: dict[str, Any]) -> dict[str, int]:
     for key, value in FIXED_CONFIG.items():
         # diffusers' default 1e-5 comes with DiTs that were trained with 1e-6
         if stored.get(key, value) != value and (key, stored[key]) != ("norm_eps", 1e-5):
-            raise ValueError(f"the transformer's config has {key} {stored[key]}, only {value} is supported")
+            raise UserError(f"the transformer's config has {key} {stored[key]}, only {value} is supported")
     return {
         "num_layers": stored["num_layers"],
         "num_heads": stored["num_attention_heads"],

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from pixart.layers import (
     MLP,
     PatchEmbed,
@@ -45,9 +46,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.width % 4:
-            raise ValueError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
+            raise UserError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
         if self.sample_size % self.patch_size:
-            raise ValueError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
+            raise UserError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
     def width(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from errors import UserError
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 
@@ -20,7 +21,7 @@ DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "c
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
     """Layout of PixArt's original .pth or DiT's official .pt; ValueError for the ablation, which has none."""
     if config.kind == "pixart" and config.adaln != "single":
-        raise ValueError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
+        raise UserError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
     layout = {
         **_linear("x_embedder.proj", "patch_embed.projection"),
         **_linear("t_embedder.mlp.0", "timestep_embed.hidden"),
@@ -129,7 +130,7 @@ def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor]
     """Build the model of `config` from the other side's `weights`; ValueError lists what is missing or unexpected."""
     missing, unexpected = sorted(layout.keys() - weights.keys()), sorted(weights.keys() - layout.keys() - DERIVED_KEYS)
     if missing or unexpected:
-        raise ValueError(f"weights do not fit {config}: missing {missing}, unexpected {unexpected}")
+        raise UserError(f"weights do not fit {config}: missing {missing}, unexpected {unexpected}")
     with torch.device("meta"):  # no time and memory for an initialisation that is thrown away
         model = config.network()
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
@@ -138,7 +139,7 @@ def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor]
         num_rows = [shapes[name][0] for name in names]
         whole = (sum(num_rows), *shapes[names[0]][1:])
         if weights[theirs].shape != whole:
-            raise ValueError(f"{theirs} is {tuple(weights[theirs].shape)}, {config} needs {whole}")
+            raise UserError(f"{theirs} is {tuple(weights[theirs].shape)}, {config} needs {whole}")
         parts = weights[theirs].split(num_rows)
         ours |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     model.load_state_dict(ours, assign=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from pixart.layers import (
     MLP,
     AdaLNSingle,
@@ -49,9 +50,9 @@ class PixArtConfig:
 
     def __post_init__(self) -> None:
         if self.width % 4:
-            raise ValueError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
+            raise UserError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
         if self.sample_size % self.patch_size:
-            raise ValueError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
+            raise UserError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
 
     @property
     def width(self) -> int:
@@ -206,7 +207,7 @@ class PixArt(nn.Module):
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         condition = self.timestep_embed(timesteps)  # [B, D]
         if (size is not None) != self.config.has_size_condition:
-            raise ValueError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
+            raise UserError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
         if size is not None:
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from pixart.dit import DiT, DiTBlock
 from pixart.model import PixArt, PixArtConfig
 
@@ -67,10 +68,10 @@ def _require_same_shape(dit: DiT, config: PixArtConfig) -> None:
     for name in ("num_layers", "num_heads", "head_dim", "patch_size", "in_channels", "out_channels"):
         ours, theirs = getattr(config, name), getattr(dit.config, name)
         if ours != theirs:
-            raise ValueError(f"model.{name} is {ours}, but {theirs} in the DiT it starts from")
+            raise UserError(f"model.{name} is {ours}, but {theirs} in the DiT it starts from")
     span = config.sample_size / config.interpolation_scale
     if span != dit.config.sample_size:
-        raise ValueError(
+        raise UserError(
             f"model.sample_size / model.interpolation_scale is {span}, but positions span {dit.config.sample_size} in "
             "the DiT it starts from"
         )

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from errors import UserError
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -41,7 +42,7 @@ def _write_embeddings(job: SamplingJob, path: Path) -> None:
     from sampling.text_encoding import write_embeddings
 
     if job.trained.text is None:
-        raise ValueError(f"sampling.write_embeddings is set, but {job.trained.name} knows classes, not text")
+        raise UserError(f"sampling.write_embeddings is set, but {job.trained.name} knows classes, not text")
     check_inputs(job)
     num_prompts = write_embeddings(path, job.requests, job.config, job.trained.text)
     log.info(f"{path}: embeddings of {num_prompts:,} prompts; read them with sampling.text_encoder=precomputed")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from errors import UserError
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -72,21 +73,21 @@ def require_free(port: int) -> None:
     """Check that nobody listens at the port of this machine.
 
     Raises:
-        ValueError: somebody does; names the key.
+        UserError: somebody does; names the key.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise ValueError(f"app.port {port} of {HOST} cannot be used ({error.strerror}): choose another") from None
+            raise UserError(f"app.port {port} of {HOST} cannot be used ({error.strerror}): choose another") from None
 
 
 def build_page(studio: Studio) -> "gradio.Blocks":
     """Lay out the page and connect it with the studio.
 
     Raises:
-        ValueError: Gradio is not installed.
+        UserError: Gradio is not installed.
     """
     _require_gradio()
     import gradio as gr
@@ -128,7 +129,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
             path = studio.folder / Path(event.value["image"]["path"]).name
             try:
                 wish = wish_of(path)
-            except (ValueError, OSError) as error:
+            except UserError as error:
                 raise gr.Error(str(error), duration=None) from None
             return (str(path), _describe(wish, path), *_values(wish))
 
@@ -213,7 +214,7 @@ def _require_gradio() -> None:
     # Read when Gradio is imported: no telemetry, no look at a server for newer versions.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the app needs Gradio: pip install 'pixart-atelier[app]'")
+        raise UserError("the app needs Gradio: pip install 'pixart-atelier[app]'")
 
 
 def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
@@ -225,7 +226,7 @@ def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
         return studio.draw(wish, on_step=on_step)
     except DrawingStopped:
         raise gradio.Error("Nothing was kept.", title="Stopped", duration=5, print_exception=False) from None
-    except (ValueError, OSError) as error:
+    except UserError as error:
         raise gradio.Error(str(error), duration=None, print_exception=False) from None
     except torch.OutOfMemoryError:
         message = f"{wish.size} does not fit the memory of the device: choose a smaller size"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import plain_message
@@ -53,14 +54,14 @@ class Studio:
     An image is the one that `make sample` draws for the same prompt, seed and settings.
 
     Raises:
-        ValueError: the checkpoint knows classes, not text, or the recipe's solver is of another process than it.
+        UserError: the checkpoint knows classes, not text, or the recipe's solver is of another process than it.
     """
 
     def __init__(
         self, config: SamplingConfig, trained: TrainedModel, *, run: Path, name: str, engine: EngineConfig
     ) -> None:
         if trained.text is None:
-            raise ValueError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
+            raise UserError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
         checkpoint = f"{trained.name} ({trained.model_path})"
         require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
         is_precomputed = config.text_encoder == "precomputed"
@@ -103,7 +104,7 @@ class Studio:
         models loaded.
 
         Raises:
-            ValueError: a field's value is out of its bounds, or the model gives nothing finite; names the key.
+            UserError: a field's value is out of its bounds, or the model gives nothing finite; names the key.
             DrawingStopped: `stop` was called.
         """
 
@@ -143,7 +144,7 @@ class Studio:
             return SamplingConfig.model_validate(self.config.model_dump() | fields)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(str(part) for part in first['loc'])}: {plain_message(first)}") from None
+            raise UserError(f"{'.'.join(str(part) for part in first['loc'])}: {plain_message(first)}") from None
 
     def _embeddings(
         self, config: SamplingConfig, prompts: list[str], *, check: Callable[[], None]
@@ -177,7 +178,7 @@ def wish_of(path: Path) -> Wish:
     """Read back from an image's text chunks how it was drawn.
 
     Raises:
-        ValueError: the file is no image of this app.
+        UserError: the file is no image of this app.
     """
     try:
         with Image.open(path) as image:
@@ -193,4 +194,4 @@ def wish_of(path: Path) -> Wish:
                 seed=int(info["seed"]),
             )
     except (KeyError, json.JSONDecodeError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path.name} does not say how it was drawn: {error}") from None
+        raise UserError(f"{path.name} does not say how it was drawn: {error}") from None

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import pydantic
 
 from encoders.text import DEFAULT_CLEANING
+from errors import UserError
 from pipelines.recipe import Decides, Recipe, TableConfig
 
 
@@ -97,7 +98,7 @@ class SamplingConfig(TableConfig):
     @classmethod
     def _check_prompt(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
-            raise ValueError("the prompt is empty")
+            raise UserError("the prompt is empty")
         return value
 
     @property
@@ -123,7 +124,7 @@ def encoder_config(recipe: Recipe) -> EncoderConfig | None:
     """Return the text encoder and VAE that `[features]` names, None if it does not name them.
 
     Raises:
-        ValueError: one of its values is of the wrong type.
+        UserError: one of its values is of the wrong type.
     """
     table: dict[str, Any] = recipe.tables.get("features", {})
     try:
@@ -133,4 +134,4 @@ def encoder_config(recipe: Recipe) -> EncoderConfig | None:
         if first["type"] == "missing":
             return None
         key = ".".join(["features", *(str(part) for part in first["loc"])])
-        raise ValueError(f"{recipe.path}: {key}: {first['msg']}") from None
+        raise UserError(f"{recipe.path}: {key}: {first['msg']}") from None

@@ -12,6 +12,7 @@ from PIL import Image
 from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import ModelSource, require_model, resolve_model
+from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
@@ -79,8 +80,8 @@ def make_job(
     """Read the prompts and settle size, seed and file of each image of `RUN/samples/<name>`.
 
     Raises:
-        FileNotFoundError: the prompt file or an encoder's folder does not exist.
-        ValueError: prompts, classes, size or solver are not what the checkpoint can draw.
+        MissingFileError: the prompt file or an encoder's folder does not exist.
+        UserError: prompts, classes, size or solver are not what the checkpoint can draw.
     """
     checkpoint = f"{trained.name} ({trained.model_path})"
     require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
@@ -118,7 +119,7 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     """Draw the images that are missing, then write table, grid and manifest; a finished job is left alone.
 
     Raises:
-        ValueError: model and VAE do not fit each other, or the model gives no finite latents.
+        UserError: model and VAE do not fit each other, or the model gives no finite latents.
     """
     folder = job.directory.path
     if job.is_done():
@@ -147,7 +148,7 @@ def check_inputs(job: SamplingJob) -> None:
     """Look at what would be wrong or odd before any model is loaded: encoders, sizes, prompts that are too long.
 
     Raises:
-        ValueError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
+        UserError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
     """
     trained = job.trained
     require_model(_resolve(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
@@ -179,16 +180,16 @@ def _cut(text: str, num_characters: int) -> str:
 def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> list[Prompt]:
     if trained.num_classes is not None:
         if config.prompt is not None:
-            raise ValueError(f"sampling.prompt is set, but {trained.name} knows classes, not text")
+            raise UserError(f"sampling.prompt is set, but {trained.name} knows classes, not text")
         classes = config.classes or range(trained.num_classes)
         for label in classes:
             if not 0 <= label < trained.num_classes:
-                raise ValueError(f"sampling.classes {label}: {trained.name} has {trained.num_classes} classes")
+                raise UserError(f"sampling.classes {label}: {trained.name} has {trained.num_classes} classes")
         return class_prompts(list(classes), seed=config.seed)
     if config.prompt is not None:
         return [single_prompt(config.prompt, seed=config.seed)]
     if config.prompts is None:
-        raise ValueError("neither sampling.prompts nor sampling.prompt is set: give a file or PROMPT='…'")
+        raise UserError("neither sampling.prompts nor sampling.prompt is set: give a file or PROMPT='…'")
     path = Path(config.prompts.replace("{run}", str(run)))
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
@@ -230,7 +231,7 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
     path = Path(config.text_embeddings)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes a file, "
             "`make features` the text features of a run"
         )
@@ -241,7 +242,7 @@ def _resolve(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> Mode
     try:
         return resolve_model(model["model"], model["revision"])
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{part} of {trained.name}: {error}") from None
+        raise MissingFileError(f"{part} of {trained.name}: {error}") from None
 
 
 def _draw(job: SamplingJob, *, num_pending: int) -> None:

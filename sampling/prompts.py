@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 
 log = get_logger("sampling")
@@ -40,20 +41,20 @@ def read_prompts(path: Path, *, seed: int, column: str = "prompt") -> list[Promp
     share noise and the order of lines does not matter. Blank lines are left out, with a warning unless they are last.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: names the file or the line that cannot be used, or both lines that share a key.
+        MissingFileError: there is no such file.
+        UserError: names the file or the line that cannot be used, or both lines that share a key.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"sampling.prompts {path} does not exist, or is no file")
+        raise MissingFileError(f"sampling.prompts {path} does not exist, or is no file")
     rows = _read_parquet(path, column) if path.suffix == ".parquet" else _read_lines(path, column)
     if not rows:
-        raise ValueError(f"sampling.prompts {path} holds no prompt")
+        raise UserError(f"sampling.prompts {path} holds no prompt")
     lines: dict[str, str] = {}
     prompts = []
     for place, row in rows:
         prompt = _make_prompt(row, f"{path}:{place}", seed=seed)
         if (first := lines.setdefault(prompt.key, place)) != place:
-            raise ValueError(
+            raise UserError(
                 f"sampling.prompts {path}:{place} repeats key {prompt.key!r} of line {first}: each key names one file "
                 "(for several images of a prompt set N)"
             )
@@ -78,11 +79,11 @@ def class_prompts(classes: Sequence[int], *, seed: int) -> list[Prompt]:
 def _read_lines(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
     """Return line number and row of each line of a .txt or .jsonl file that is not blank."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"sampling.prompts {path} is none of .txt, .jsonl and .parquet")
+        raise UserError(f"sampling.prompts {path} is none of .txt, .jsonl and .parquet")
     try:
         lines = path.read_text(encoding="utf-8").rstrip().split("\n")
     except (UnicodeDecodeError, PermissionError) as error:
-        raise ValueError(f"sampling.prompts {path} cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"sampling.prompts {path} cannot be read as UTF-8 text: {error}") from None
     blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]
     if blank and len(blank) < len(lines):
         log.warning(f"sampling.prompts {path}: blank lines are left out: {', '.join(blank[:10])}")
@@ -96,9 +97,9 @@ def _parse_json(line: str, column: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"sampling.prompts {where} is not JSON: {error}") from None
+        raise UserError(f"sampling.prompts {where} is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"sampling.prompts {where} has no text under `{column}`: it is no JSON object")
+        raise UserError(f"sampling.prompts {where} has no text under `{column}`: it is no JSON object")
     return {"prompt": row.get(column)} | {name: row[name] for name in ("key", "aspect_ratio") if name in row}
 
 
@@ -109,9 +110,9 @@ def _read_parquet(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
         wanted = [name for name in dict.fromkeys((column, "key", "aspect_ratio")) if name in names]
         table = pq.read_table(path, columns=wanted)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"sampling.prompts {path} cannot be read as Parquet: {error}") from None
+        raise UserError(f"sampling.prompts {path} cannot be read as Parquet: {error}") from None
     if column not in names:
-        raise ValueError(f"sampling.prompts {path} has no column {column!r}; it has {', '.join(names)}")
+        raise UserError(f"sampling.prompts {path} has no column {column!r}; it has {', '.join(names)}")
     rows = table.rename_columns(["prompt" if name == column else name for name in wanted]).to_pylist()
     return [
         (str(number), {name: value for name, value in row.items() if name == "prompt" or value is not None})
@@ -122,9 +123,9 @@ def _read_parquet(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
 def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
     text, ratio = row["prompt"], row.get("aspect_ratio", 1.0)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"sampling.prompts {where} has no text: the prompt is {text!r}")
+        raise UserError(f"sampling.prompts {where} has no text: the prompt is {text!r}")
     if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
-        raise ValueError(f"sampling.prompts {where}: aspect_ratio {ratio!r} is not a positive number (width / height)")
+        raise UserError(f"sampling.prompts {where}: aspect_ratio {ratio!r} is not a positive number (width / height)")
     key = row.get("key") or _key_of(text)
     if (
         not isinstance(key, str)
@@ -133,7 +134,7 @@ def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
         or key in RESERVED_KEYS
         or len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES
     ):
-        raise ValueError(f"sampling.prompts {where}: key {key!r} cannot name a file")
+        raise UserError(f"sampling.prompts {where}: key {key!r} cannot name a file")
     return Prompt(key=key, text=text, seed=_seed_of(key, seed), aspect_ratio=float(ratio))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from encoders.devices import choose_device, choose_dtype
 from encoders.opening import open_codec
+from errors import UserError
 from pipelines.store.manifest import require_same
 from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
 from pixart.processes.make import process_of
@@ -26,7 +27,7 @@ class Renderer:
     """A checkpoint's transformer and VAE on their device, ready to draw batches of images of one size.
 
     Raises:
-        ValueError: the VAE's scaling is not the one that the transformer was trained with.
+        UserError: the VAE's scaling is not the one that the transformer was trained with.
     """
 
     def __init__(self, config: SamplingConfig, trained: TrainedModel) -> None:
@@ -75,7 +76,7 @@ class Renderer:
         conditions = [texts[text_id(request, self.config)] for request in requests]
         width = self.model.config.caption_channels
         if conditions[0].shape[-1] != width:
-            raise ValueError(
+            raise UserError(
                 f"embeddings are {conditions[0].shape[-1]} wide, but {self.trained.name} reads {width}: they are of "
                 f"another text encoder (sampling.text_embeddings {self.config.text_embeddings})"
             )

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from errors import UserError
 from pipelines.engine.progress import get_logger
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS, Prompt
@@ -31,7 +32,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: Tr
     """Return the images of all prompts, in order; further images of a prompt take the next seeds.
 
     Raises:
-        ValueError: sampling.size is not whole patches of latents, or two images would share a file.
+        UserError: sampling.size is not whole patches of latents, or two images would share a file.
     """
     requests: list[ImageRequest] = []
     for prompt in prompts:
@@ -52,7 +53,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: Tr
             )
     repeated = [name for name, count in Counter(request.file for request in requests).items() if count > 1]
     if repeated:
-        raise ValueError(f"two images would be called {repeated[0]}: give the prompts other keys")
+        raise UserError(f"two images would be called {repeated[0]}: give the prompts other keys")
     return requests
 
 
@@ -82,5 +83,5 @@ def _parse_size(size: str, trained: TrainedModel) -> tuple[int, int]:
     width, height = (int(side) for side in size.split("x"))
     for side in (width, height):
         if side < multiple or side % multiple:
-            raise ValueError(f"sampling.size {size}: {side} is not a positive multiple of {multiple}")
+            raise UserError(f"sampling.size {size}: {side} is not a positive multiple of {multiple}")
     return width, height

@@ -17,6 +17,7 @@ from torch import Tensor
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
 from encoders.text import DEFAULT_CLEANING
+from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
 from pipelines.store.feature_store import load_index, read_payload
@@ -36,7 +37,7 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     `text` names the checkpoint's encoder. An encoder that this loads is gone from memory when it returns.
 
     Raises:
-        ValueError: kept embeddings lack a prompt or were made with another token limit, or an embedding is not finite.
+        UserError: kept embeddings lack a prompt or were made with another token limit, or an embedding is not finite.
     """
     prompts = list(dict.fromkeys([config.negative_prompt, *(request.prompt for request in requests)]))
     if config.text_encoder != "precomputed":
@@ -45,13 +46,13 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     if not config.reads_features:
         embeddings = _read_embeddings(path, prompts, text)
     elif config.negative_prompt:
-        raise ValueError(f"sampling.negative_prompt {config.negative_prompt!r}: text features hold only that of ''")
+        raise UserError(f"sampling.negative_prompt {config.negative_prompt!r}: text features hold only that of ''")
     else:
         captions, null = _read_features(path, [request.key for request in requests], text)
         embeddings = {"": null, **captions}
     for name, embedding in embeddings.items():
         if not embedding.float().isfinite().all():
-            raise ValueError(f"sampling.text_embeddings {path}: the embedding of {name[:80]!r} is not finite")
+            raise UserError(f"sampling.text_embeddings {path}: the embedding of {name[:80]!r} is not finite")
     return embeddings
 
 
@@ -64,7 +65,7 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
     """Return an embedding [L, D] of each of the distinct `prompts`; the encoder is freed before this returns.
 
     Raises:
-        ValueError: an embedding is not finite.
+        UserError: an embedding is not finite.
     """
     torch.set_num_threads(config.num_threads or torch.get_num_threads())
     device = choose_device(config.device, key="sampling.device")
@@ -85,7 +86,7 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
         torch.cuda.empty_cache()
     for prompt, embedding in embeddings.items():
         if not embedding.isfinite().all():
-            raise ValueError(f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}")
+            raise UserError(f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}")
     return embeddings
 
 
@@ -109,7 +110,7 @@ def write_embeddings(
 def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the `prompts` out of a file of `write_embeddings`."""
     if not path.is_file():
-        raise FileNotFoundError(f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes it")
+        raise MissingFileError(f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -117,10 +118,10 @@ def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]
             _warn_of_other_model(metadata.get("text_model"), text, path)
             numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata["prompts"]))}
             if missing := [prompt for prompt in prompts if prompt not in numbers]:
-                raise ValueError(f"sampling.text_embeddings {path} lacks {_describe(missing)}")
+                raise UserError(f"sampling.text_embeddings {path} lacks {_describe(missing)}")
             return {prompt: file.get_tensor(numbers[prompt]) for prompt in prompts}
     except SafetensorError as error:
-        raise ValueError(f"sampling.text_embeddings {path} cannot be read: {error}") from None
+        raise UserError(f"sampling.text_embeddings {path} cannot be read: {error}") from None
 
 
 def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -135,7 +136,7 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
     found = table.filter(is_first & pc.field("key").isin(list(keys)))
     rows = {row["key"]: row for row in found.to_pylist()}
     if missing := [key for key in keys if key not in rows]:
-        raise ValueError(f"sampling.text_embeddings {directory} has no caption of {_describe(missing)}")
+        raise UserError(f"sampling.text_embeddings {directory} has no caption of {_describe(missing)}")
     shards = {row["shard"] for row in rows.values()}
     tars = {name: np.memmap(directory / f"{name}.tar", np.uint8, mode="r") for name in shards}
     captions = {key: _restore(tars[row["shard"]], row, stored["storage"]) for key, row in rows.items()}

@@ -13,6 +13,7 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import REPOSITORY, require_model, resolve_model
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.files import sha256_file
@@ -83,7 +84,7 @@ class TrainedModel:
             model = load_diffusers(self.model_path)
         channels, expected = model.config.in_channels, process_of(self.process).out_channels(model.config.in_channels)
         if model.config.out_channels != expected:
-            raise ValueError(
+            raise UserError(
                 f"{self.model_path} gives {model.config.out_channels} channels for latents of {channels}, but process "
                 f"{self.process['name']} needs {expected}; a {SCHEDULER_FOLDER}/{SCHEDULER_FILE} beside the weights "
                 f"says what they were trained with, if their folder is called {' or '.join(WEIGHT_FOLDERS)}"
@@ -111,7 +112,7 @@ def _require_stage(command: Command) -> None:
     names = command.recipe.names("training")
     if command.stage not in names and not (command.run / "training" / command.stage_name).is_dir():
         known = ", ".join(names) or "none"
-        raise ValueError(f"{command.recipe.path}: there is no [training.{command.stage}]; its stages are: {known}")
+        raise UserError(f"{command.recipe.path}: there is no [training.{command.stage}]; its stages are: {known}")
 
 
 def _require_same_process(trained: TrainedModel, command: Command) -> None:
@@ -119,7 +120,7 @@ def _require_same_process(trained: TrainedModel, command: Command) -> None:
     stage, actual = command.stage_name, trained.process["name"]
     settings = command.recipe.laid_over("training", stage) if stage in command.recipe.names("training") else {}
     if settings.get("process", actual) != actual:
-        raise ValueError(
+        raise UserError(
             f"training.{stage}.process is {settings['process']!r} in the recipe, but {trained.model_path.parent} was "
             f"trained with {actual!r}; train the stage anew, or draw with the recipe it was trained by"
         )
@@ -129,19 +130,17 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     """Open what `latest` points to in `RUN/training/<stage name>`; the weights are read later.
 
     Raises:
-        FileNotFoundError: the stage has no checkpoint yet.
-        ValueError: the checkpoint has no EMA weights.
+        MissingFileError: the stage has no checkpoint yet.
+        UserError: the checkpoint has no EMA weights.
     """
     stage_folder = run / "training" / stage_name
     latest = stage_folder / "latest"
     if not latest.is_file():
-        raise FileNotFoundError(
-            f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage_name}` first"
-        )
+        raise MissingFileError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage_name}` first")
     folder = stage_folder / latest.read_text(encoding="utf-8").strip()
     trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if trainer["weights"] != "ema":
-        raise ValueError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
+        raise UserError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
     config = _read_config(folder / "model")
     return TrainedModel(
         name=f"{re.sub(r'^stage(?=[0-9])', 'stage ', stage_name)}, step {trainer['step']}",
@@ -168,8 +167,8 @@ def open_trained_model(
     `resolution` in pixels is for an original file that holds no positions.
 
     Raises:
-        FileNotFoundError: there is no such file, or a folder without a transformer's config.json.
-        ValueError: it is another kind of model, cannot be downloaded, or lacks encoders that nobody names.
+        MissingFileError: there is no such file, or a folder without a transformer's config.json.
+        UserError: it is another kind of model, cannot be downloaded, or lacks encoders that nobody names.
     """
     if location.endswith(ORIGINAL_SUFFIXES):
         return _open_original(Path(location), encoders, resolution=resolution)
@@ -186,7 +185,7 @@ def _find_folder(location: str, revision: str | None) -> Path:
     try:
         source = resolve_model(location, revision)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"sampling.checkpoint: {error}") from None
+        raise MissingFileError(f"sampling.checkpoint: {error}") from None
     if Path(source.location).is_dir():
         return Path(source.location)
     require_model(source, key="sampling.checkpoint")
@@ -201,7 +200,7 @@ def _find_folder(location: str, revision: str | None) -> Path:
 
 def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[str, Any]]:
     if encoders is None:
-        raise ValueError(
+        raise UserError(
             f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
             "features.text_model and features.vae_model"
         )
@@ -237,11 +236,11 @@ def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel
 
 def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]) -> TrainedModel:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"sampling.checkpoint {folder} has no config.json of a transformer")
+        raise MissingFileError(f"sampling.checkpoint {folder} has no config.json of a transformer")
     config = _read_config(folder)
     kind = KINDS.get((config.get("norm_type", ""), bool(config.get("caption_channels"))))
     if kind is None:
-        raise ValueError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
+        raise UserError(f"sampling.checkpoint {folder} is a {config.get('_class_name')}, not a PixArt or DiT")
     factor = _codec_spec(vae).factor
     resolution, patch_pixels = config["sample_size"] * factor, config["patch_size"] * factor
     return TrainedModel(
@@ -264,14 +263,14 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
 
     path = next((root / path for root in (Path(), REPOSITORY) if (root / path).is_file()), path)
     if not path.is_file():
-        raise FileNotFoundError(f"sampling.checkpoint {path} does not exist")
+        raise MissingFileError(f"sampling.checkpoint {path} does not exist")
     parts = _encoders(str(path), encoders)
     codec = _codec_spec(parts["vae"])
     weights = read_original(path)
     try:
         config = infer_config(weights, sample_size=None if resolution is None else resolution // codec.factor)
-    except ValueError as error:
-        raise ValueError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
+    except UserError as error:
+        raise UserError(f"sampling.checkpoint {path}: {error} (see sampling.checkpoint_resolution)") from None
     if resolution is not None:
         key = "sampling.checkpoint_resolution"
         require_whole_patches(resolution, codec, patch_size=config.patch_size, key=key)

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
+from errors import MissingFileError
 from pipelines.raw.images import decode_image
 from pipelines.raw.shards import open_shard, shard_name
 from pipelines.recipe import DataConfig
@@ -82,7 +83,7 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     Empty where the captions have not been scored against the toy world's truth.
 
     Raises:
-        FileNotFoundError: a shard that was captioned is not there any more.
+        MissingFileError: a shard that was captioned is not there any more.
     """
     hits_path = run / "judge" / "captions.parquet"
     if not hits_path.is_file():
@@ -95,7 +96,7 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     examples = []
     for shard, group in _by_shard(chosen).items():
         if shard not in paths:
-            raise FileNotFoundError(f"data.shards: captions exist for {shard}, but the shard is not there")
+            raise MissingFileError(f"data.shards: captions exist for {shard}, but the shard is not there")
         examples += _shard_examples(run, data, paths[shard], group)
     return examples
 

@@ -12,6 +12,7 @@ import jinja2
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
+from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
 from pipelines.store.families import schema_of
@@ -117,12 +118,12 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     """Write `run/index.html` and return its path; stages that have not finished are shown as not run yet.
 
     Raises:
-        FileNotFoundError: there is no such run, or a captioned shard is gone.
+        MissingFileError: there is no such run, or a captioned shard is gone.
     """
     config = recipe.table("toyworld", ToyworldConfig)
     data = recipe.table("data", DataConfig)
     if not run.is_dir():
-        raise FileNotFoundError(f"run {run} does not exist")
+        raise MissingFileError(f"run {run} does not exist")
     summary = read_summary(run)
     seconds = _flatten(summary.get("seconds", {}))
     stages = [_stage_title(name) for name in recipe.names("training")]

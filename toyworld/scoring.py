@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from encoders.weights import resolve_model
+from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
@@ -67,11 +68,11 @@ def score_run(config: ToyworldConfig, run: Path) -> None:
     """Score the captions and every folder of samples of a run, as far as they exist; see `runs/<name>/judge/`.
 
     Raises:
-        FileNotFoundError: the run has no raw truth, so that there is nothing to score against.
+        MissingFileError: the run has no raw truth, so that there is nothing to score against.
     """
     truth, prompts = run / "raw" / "truth.parquet", run / "raw" / "prompts.jsonl"
     if not truth.is_file() or not prompts.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{truth.parent} holds no toy world: only captions and samples of known scenes have scores"
         )
     score_captions(run)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import UserError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.summary import update_summary
@@ -76,7 +77,7 @@ def _where(job: TrainingJob) -> Placement | list[Host]:
     settings = job.settings
     if is_slurm_task():
         if settings.hostfile is not None:
-            raise ValueError(f"training.hostfile {settings.hostfile} is set in tasks of Slurm; use one of the two")
+            raise UserError(f"training.hostfile {settings.hostfile} is set in tasks of Slurm; use one of the two")
         return of_slurm_task()
     return (
         on_this_machine(settings.num_processes) if settings.hostfile is None else read_hostfile(Path(settings.hostfile))

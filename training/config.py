@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
+from errors import UserError
 from pipelines.recipe import Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
 
@@ -229,14 +230,14 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     """Return the settings of `stage`.
 
     Raises:
-        ValueError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong, or one of the
+        UserError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong, or one of the
             stage's own table is of another process; names it.
     """
     settings = recipe.named("training", stage, model=StageTraining)
     own = recipe.tables["training"][stage]
     for process in PROCESS_KEYS.keys() - {settings.process}:
         for key in own.keys() & PROCESS_KEYS[process]:
-            raise ValueError(
+            raise UserError(
                 f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for process {process}, "
                 f"but the stage's is {settings.process!r}"
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from pipelines.command import run_command
 from pipelines.engine.progress import console
 from pipelines.store.files import atomic_write_json
@@ -36,18 +37,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert SOURCE to FOLDER and say what it is.
 
     Raises:
-        ValueError: FOLDER exists, SOURCE is neither network, or is no DiT where one is needed.
+        UserError: FOLDER exists, SOURCE is neither network, or is no DiT where one is needed.
     """
     options = _parse(argv)
     if options.folder.exists():
-        raise ValueError(f"{options.folder} exists already: name a new folder, or remove it first")
+        raise UserError(f"{options.folder} exists already: name a new folder, or remove it first")
     start = find_weights(options.source)
     source = start.path
     assert source is not None, "only a stage starts from nothing"
     network = load_network(source, options.timestep_shift, sample_size=options.sample_size, key="SOURCE").float()
     if options.reparameterize:
         if network.kind != "dit":
-            raise ValueError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
+            raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
         console.print(f"{source}: {_describe(network)}", markup=False, soft_wrap=True)
         torch.manual_seed(options.seed)
         dit, network = network, reparameterize(network, _pixart_config(network, options))

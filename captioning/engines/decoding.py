@@ -15,6 +15,7 @@ from torch import Tensor
 
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import FinishReason
+from errors import UserError
 
 # A prefill waits for this share of the slots to be free.
 REFILL_DIVISOR = 8
@@ -81,7 +82,7 @@ class ContinuousDecoder:
         the caption so far are divided by it where they are positive, and multiplied where they are negative.
 
         Raises:
-            ValueError: the model's logits are not finite.
+            UserError: the model's logits are not finite.
         """
         queue = iter(prompts)
         self._penalty = repetition_penalty
@@ -108,7 +109,7 @@ class ContinuousDecoder:
         input_ids = [prompt.input_ids for prompt in prompts]
         logits = self._forward.prefill(input_ids, images, self._cache, first_slot=len(self._rows))
         if not torch.isfinite(logits).all():
-            raise ValueError(f"captioning.dtype {logits.dtype}: the model's logits are not finite")
+            raise UserError(f"captioning.dtype {logits.dtype}: the model's logits are not finite")
         rows = [
             _Row(
                 index=len(self._results) + number,

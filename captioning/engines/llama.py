@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from captioning.engines.slots import SlotCache
+from errors import UserError
 
 # Same layers under other names: Vicuna and Yi are Llamas; LLaVA-NeXT also comes with Mistral and Qwen2.
 TEXT_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")
@@ -48,7 +49,7 @@ class LlamaForward:
         """Take a vision-language model and lay the projections of its text model side by side, in place.
 
         Raises:
-            ValueError: its layers are not Llama's; names the class.
+            UserError: its layers are not Llama's; names the class.
         """
         text_model, config = model.model.language_model, model.config.get_text_config()
         require_llama(text_model, config)
@@ -174,7 +175,7 @@ def require_llama(text_model: Any, config: Any) -> None:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if name not in TEXT_MODELS or rope_type not in FIXED_ROPE_TYPES or sliding or config.hidden_act != "silu":
-        raise ValueError(
+        raise UserError(
             f"captioning.model has a {name} (rope {rope_type}, sliding window {sliding}, {config.hidden_act}) as text "
             f"model; {', '.join(TEXT_MODELS)} with full attention can be decoded in process, others by "
             'captioning.engine = "openai"'

@@ -18,6 +18,7 @@ from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from encoders.devices import choose_device, choose_dtype
 from encoders.weights import load_pretrained, resolve_model
+from errors import UserError
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
@@ -34,7 +35,7 @@ class TransformersEngine:
         """Load the model and correct its processor.
 
         Raises:
-            ValueError: the model is not there, or lacks weights; names `captioning.model`.
+            UserError: the model is not there, or lacks weights; names `captioning.model`.
         """
         torch.set_num_threads(num_threads)
         device = choose_device(config.device, key="captioning.device")
@@ -101,7 +102,7 @@ class TransformersEngine:
         try:
             continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"captioning.batch_size {self._batch_size} with captioning.max_new_tokens {self._max_new_tokens} does "
                 f"not fit the memory of {self.model.device}; finished shards stay, try a smaller batch"
             ) from error

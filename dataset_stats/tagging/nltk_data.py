@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Sequence
 
 from dataset_stats.tagging.taggers import NLTK_TAGGER, nltk_data_folders
+from errors import StorageError, UserError
 from pipelines.command import run_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     contents = {part: archive.read(f"{NLTK_TAGGER}/{path.name}") for part, path in files.items()}
     for part, data in contents.items():
         if _sha256(data) != SHA256[part]:
-            raise ValueError(f"{options.url}: {files[part].name} has SHA-256 {_sha256(data)}, not {SHA256[part]}")
+            raise UserError(f"{options.url}: {files[part].name} has SHA-256 {_sha256(data)}, not {SHA256[part]}")
     for part, path in files.items():
         atomic_write_bytes(path, contents[part])
     log.info(f"installed {NLTK_TAGGER} in {folder}")
@@ -56,7 +57,7 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             return response.read(MAX_BYTES)
     except urllib.error.URLError as error:
-        raise OSError(f"{url} cannot be fetched ({error.reason}); --url names a mirror") from None
+        raise StorageError(f"{url} cannot be fetched ({error.reason}); --url names a mirror") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nltk.tag.perceptron import PerceptronTagger as NltkPerceptronTagger
 from numba import njit
 
 from dataset_stats.tagging.arrays import GrowingArray
+from errors import UserError
 
 START_MARKERS = ("-START-", "-START2-")
 END_MARKERS = ("-END-", "-END2-")
@@ -91,7 +92,7 @@ class PerceptronTagger:
         classes: the labels.
 
     Raises:
-        ValueError: a weight is not a multiple of 0.001, so the weights are not an averaged perceptron of NLTK's.
+        UserError: a weight is not a multiple of 0.001, so the weights are not an averaged perceptron of NLTK's.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class PerceptronTagger:
                 rows[index, column_of[label]] = weight
         thousandths = np.rint(rows * THOUSANDTHS)
         if not np.allclose(rows * THOUSANDTHS, thousandths, rtol=0, atol=1e-6):
-            raise ValueError("perceptron weights are not multiples of 0.001; expected NLTK's averaged weights")
+            raise UserError("perceptron weights are not multiples of 0.001; expected NLTK's averaged weights")
         rows = thousandths.astype(np.int32)
         previous_tag, second_previous_tag = self._tag_rows("i-1 tag"), self._tag_rows("i-2 tag")
         tag_pair = np.stack([self._tag_rows("i tag+i-2", prefix=f"tag {label} ") for label in self.labels])

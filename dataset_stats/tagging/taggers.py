@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from errors import MissingFileError
+
 TaggerName = Literal["auto", "nltk", "textblob"]
 NLTK_TAGGER = "averaged_perceptron_tagger_eng"
 NLTK_PARTS = ("weights", "tagdict", "classes")
@@ -73,7 +75,7 @@ def find_tagger(name: TaggerName) -> TaggerSource:
     """Tagger to use: for "auto", NLTK's perceptron when its data is installed, else TextBlob's lexicon.
 
     Raises:
-        FileNotFoundError: `name` is "nltk" and the data is in none of NLTK's folders.
+        MissingFileError: `name` is "nltk" and the data is in none of NLTK's folders.
     """
     if name != "textblob":
         for folder in nltk_data_folders():
@@ -81,7 +83,7 @@ def find_tagger(name: TaggerName) -> TaggerSource:
                 if place.exists():
                     return _nltk_source(place)
         if name == "nltk":
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f'dataset_stats.tagger is "nltk", but {NLTK_TAGGER} is not installed; run: {HOW_TO_INSTALL}'
             )
     return TaggerSource(

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import ProgramFault, UserError, describe_storage_error
 from pipelines.engine.pieces import PieceReport
-from pipelines.engine.runner import PieceOutcome, PieceRunner, describe_disk_error
+from pipelines.engine.runner import PieceOutcome, PieceRunner
 from pipelines.store.remote import adopt_storage_environment, storage_environment
 
 # How often the driver asks how far the pieces under way have come.
@@ -40,7 +41,7 @@ def start_ray() -> Any:
     """Connect to the cluster of `RAY_ADDRESS`, or start a local Ray; gives the `ray` module.
 
     Raises:
-        ValueError: there is no Ray at `RAY_ADDRESS`, or it refuses this driver.
+        UserError: there is no Ray at `RAY_ADDRESS`, or it refuses this driver.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Ray tells of a dead worker in twenty lines; the engine does in one.
@@ -57,7 +58,7 @@ def start_ray() -> Any:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {reason}") from error
+        raise UserError(f"RAY_ADDRESS = {os.environ.get('RAY_ADDRESS', '')!r}: {reason}") from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray Data logs an exception with its stack before it raises it.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -68,7 +69,7 @@ def start_ray() -> Any:
 def _require_reachable(address: str) -> None:
     """Refuse an address where nothing listens: Ray would wait for minutes, and then end the process."""
     if "://" in address:
-        raise ValueError(
+        raise UserError(
             f"RAY_ADDRESS = {address!r} is not the address of a cluster, such as 10.0.0.1:6379 or auto; "
             "from outside the cluster use `ray job submit`, see docs/CLUSTER.md"
         )
@@ -78,7 +79,7 @@ def _require_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise ValueError(f"RAY_ADDRESS = {address!r}: no Ray answers there: {error}") from None
+        raise UserError(f"RAY_ADDRESS = {address!r}: no Ray answers there: {error}") from None
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def choose_num_workers(num_workers: int, resources: WorkerResources) -> int:
     """Return `num_workers` or, if it is 0, how many fit: by GPUs, or by CPU cores if workers need no GPU.
 
     Raises:
-        ValueError: no node has what one worker needs, and Ray would wait for ever for one that has.
+        UserError: no node has what one worker needs, and Ray would wait for ever for one that has.
     """
     nodes = [node["Resources"] for node in start_ray().nodes() if node["Alive"]]
     if resources.gpus:
@@ -108,7 +109,7 @@ def choose_num_workers(num_workers: int, resources: WorkerResources) -> int:
     num_fitting = sum(int(node.get(kind, 0) / wanted) for node in nodes)
     if not num_fitting and not (is_cluster() and num_workers):
         largest = max((node.get(kind, 0) for node in nodes), default=0)
-        raise ValueError(
+        raise UserError(
             f"{key} = {wanted:g}, but no node has that many: Ray sees at most {largest:g} {kind}s on one; "
             "where an autoscaler will add nodes, set engine.num_workers"
         )
@@ -132,15 +133,21 @@ class _PieceActor:
         empty = {"index": index, "outcome": "", "error": "", "traceback": ""}
         try:
             outcome = self._runner.run(index, on_slice=lambda num_done: self._gauge.note.remote(index, num_done))
-        except (ValueError, OSError) as error:
-            disk_error = describe_disk_error(error, self._runner.directory) if isinstance(error, OSError) else None
-            message = disk_error or str(error)
-            if isinstance(error, FileNotFoundError) and is_cluster():
-                message += f" (on {socket.gethostname()}: do all nodes see the same storage?)"
-            return {**empty, "error": message, "traceback": traceback.format_exc()}
+        except Exception as error:  # noqa: BLE001 - told as what it is by the driver
+            message = _users_message(error, self._runner.directory)
+            return {**empty, "error": message or "", "traceback": traceback.format_exc()}
         finally:
             self._gauge.note.remote(index, 0)
         return {**empty, "outcome": json.dumps(asdict(outcome))}
+
+
+def _users_message(error: Exception, directory: Path) -> str | None:
+    """Return what to tell a user who can mend it, or None if the error is a fault of the program."""
+    if isinstance(error, FileNotFoundError) and is_cluster():
+        return f"{error} (on {socket.gethostname()}: do all nodes see the same storage?)"
+    if isinstance(error, UserError):
+        return str(error)
+    return describe_storage_error(error, directory) if isinstance(error, OSError) else None
 
 
 class _Gauge:
@@ -170,7 +177,8 @@ def run_on_ray(
     """Run the pieces `waiting` in any order and yield what became of them; `on_progress` gets the samples under way.
 
     Raises:
-        ValueError: what a worker had to say to the user; its traceback is a note of the error.
+        UserError: what a worker had to say to the user; its traceback is a note of the error.
+        ProgramFault: any other exception of a worker's, with its traceback.
     """
     if not waiting:
         return
@@ -192,9 +200,11 @@ def run_on_ray(
     with _polled(ray, gauge, on_progress):
         for row in _rows(ray, dataset):
             if row["error"]:
-                error = ValueError(row["error"])
+                error = UserError(row["error"])
                 error.add_note(f"in a worker process:\n{row['traceback']}")
                 raise error
+            if row["traceback"]:
+                raise ProgramFault(f"in a worker process:\n{row['traceback']}")
             content = json.loads(row["outcome"])
             report = content.pop("report")
             yield int(row["index"]), PieceOutcome(report=PieceReport(**report) if report else None, **content)
@@ -207,7 +217,7 @@ def _rows(ray: Any, dataset: Any) -> Iterator[dict[str, Any]]:
         missing = re.search(r"No module named '[\w.]+'", str(error))
         if missing is None:
             raise
-        raise ValueError(
+        raise UserError(
             f"a worker cannot start: {missing[0]}; every node needs the packages of requirements.lock, and the "
             "repository under the path that the command is typed in, see docs/CLUSTER.md"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pydantic
 
+from errors import StorageError, UserError, describe_storage_error
 from pipelines.engine.cluster import WorkerResources, choose_num_workers, run_on_ray
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
@@ -21,7 +22,7 @@ from pipelines.engine.pieces import (
     finished_pieces,
 )
 from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
-from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, describe_disk_error
+from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed
 from pipelines.recipe import TableConfig
 from pipelines.store.files import exclusive, fsync_directory, remove_temporary_files
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, read_manifest
@@ -59,7 +60,7 @@ class EngineConfig(TableConfig):
         return WorkerResources(cpus=self.cpus_per_worker, gpus=self.gpus_per_worker, memory_bytes=memory_bytes)
 
 
-class QuarantinedShardError(ValueError):
+class QuarantinedShardError(UserError):
     """Some shards killed every worker that took them; names them."""
 
 
@@ -83,7 +84,7 @@ def run_over_shards(
 
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
-        ValueError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
+        UserError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
             Or another process is writing `output`.
     """
     try:
@@ -98,9 +99,9 @@ def run_over_shards(
             names = [source.name for source in sources]
             return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
     except OSError as error:
-        if message := describe_disk_error(error, output.path):
-            raise ValueError(message) from error
-        raise
+        if isinstance(error, UserError) or (message := describe_storage_error(error, output.path)) is None:
+            raise
+        raise StorageError(message) from error
 
 
 def _finished_manifest(sources: Sequence[Source], output: ShardDirectory, fingerprint: Fingerprint) -> Manifest | None:
@@ -293,7 +294,7 @@ def _require_few_rejects(
     num_rejected = sum(reasons.values())
     if num_rejected > max_reject_fraction * num_read:
         largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
-        raise ValueError(
+        raise UserError(
             f"{output.path}: {num_rejected} of {num_read} samples rejected ({num_rejected / num_read:.1%}), more than "
             f"max_reject_fraction = {max_reject_fraction:.1%}: "
             + ", ".join(f"{name} {count}" for name, count in largest)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import resource
 import secrets
 import socket
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from pipelines.engine.pieces import PARTS_FOLDER, Piece, PieceReport, ShardWorker, write_piece_report
 from pipelines.store.files import fsync_directory
 from pipelines.store.manifest import Fingerprint, ShardDirectory
@@ -77,7 +77,7 @@ class PieceRunner:
         """Run piece `index`, unless it has killed `max_attempts` workers; `on_slice` is told of its samples done.
 
         Raises:
-            ValueError: this node does not see the claim of the driver.
+            UserError: this node does not see the claim of the driver.
             Whatever the worker raises.
         """
         self._require_claim()
@@ -99,19 +99,10 @@ class PieceRunner:
     def _require_claim(self) -> None:
         if self._claim.is_file():
             return
-        raise ValueError(
+        raise UserError(
             f"a worker on {socket.gethostname()} does not see {self._claim}: RUN must be on storage that all nodes "
             "share, under one path (or another command has taken over, and this worker is a leftover)"
         )
-
-
-def describe_disk_error(error: OSError, directory: Path) -> str | None:
-    """Return what to do about a full or read-only disk under `directory`, or None if the error is another one."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{directory}: the disk is full ({error}); make room and type the command again, what is done is kept"
-    if error.errno == errno.EROFS:
-        return f"{directory}: the disk is read-only ({error}); mount it for writing and type the command again"
-    return None
 
 
 def _reset_peak_memory() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from errors import UserError
+
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
 ALWAYS_RESIZED = 20
@@ -175,10 +177,10 @@ def aspect_buckets(base_resolution: int, *, multiple: int) -> tuple[tuple[int, i
     times the patch size, 16 for the paper's VAE), where several of the 40 may fall together.
 
     Raises:
-        ValueError: `base_resolution` is not a positive multiple of `multiple`.
+        UserError: `base_resolution` is not a positive multiple of `multiple`.
     """
     if base_resolution <= 0 or base_resolution % multiple:
-        raise ValueError(f"resolution {base_resolution} is not a positive multiple of {multiple}")
+        raise UserError(f"resolution {base_resolution} is not a positive multiple of {multiple}")
     unit_pixels = base_resolution / 16
 
     def side(units: int) -> int:

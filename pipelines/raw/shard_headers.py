@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from pipelines.engine.progress import progress_bar
 from pipelines.raw.samples import Member, RawSample, detect_dialect, group_samples
 from pipelines.raw.tar_headers import read_tar
@@ -61,12 +62,12 @@ def read_headers(path: str, file: RangeFile) -> ShardHeaders:
     """Read and group the headers of the tar at `path`.
 
     Raises:
-        ValueError: it is no tar; names it.
+        UserError: it is no tar; names it.
     """
     try:
         contents = read_tar(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable tar: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not a readable tar: {error}") from None
     grouped = group_samples(contents.entries, num_bytes=file.size)
     summary = ShardSummary(
         stamp=file.stamp,
@@ -137,17 +138,17 @@ def _load_sample(item: list[Any]) -> RawSample:
     return RawSample(key=key, members=found, image_extension=image_extension, reject=reject)
 
 
-def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary | ValueError]:
+def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary | UserError]:
     """Return what is to be known of each shard, or what is wrong with it; what was not remembered in `run` is read.
 
     Raises:
-        OSError: a shard cannot be read; names it.
+        StorageError: a shard cannot be read; names it.
     """
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         found = dict(zip(paths, pool.map(functools.partial(_recall_summary, run=run), paths), strict=True))
     unread = [path for path, summary in found.items() if summary is None]
     tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
-    read: dict[str, ShardSummary | ValueError] = {}
+    read: dict[str, ShardSummary | UserError] = {}
     with progress_bar("shards", len(unread), unit="shards") as progress:
         for task, summaries in zip(tasks, _run_tasks(tasks, run), strict=True):
             read.update(zip(task, summaries, strict=True))
@@ -155,7 +156,7 @@ def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary 
     return [summary or read[path] for path, summary in found.items()]
 
 
-def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[ShardSummary | ValueError]]:
+def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[ShardSummary | UserError]]:
     read = functools.partial(_read_some, run=run)
     num_processes = min(os.cpu_count() or 1, sum(map(len, tasks)) // MIN_SHARDS_PER_PROCESS)
     if num_processes < 2:
@@ -166,7 +167,7 @@ def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[Sh
         yield from pool.map(read, tasks)
 
 
-def _read_some(paths: Sequence[str], *, run: Path | None) -> list[ShardSummary | ValueError]:
+def _read_some(paths: Sequence[str], *, run: Path | None) -> list[ShardSummary | UserError]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(functools.partial(_read_summary, run=run), paths))
 
@@ -178,11 +179,11 @@ def _recall_summary(path: str, *, run: Path | None) -> ShardSummary | None:
         return HeaderCache(run).summary(path, file.stamp)
 
 
-def _read_summary(path: str, *, run: Path | None) -> ShardSummary | ValueError:
+def _read_summary(path: str, *, run: Path | None) -> ShardSummary | UserError:
     try:
         with open_ranges(path) as file:
             headers = read_headers(path, file)
-    except ValueError as error:
+    except UserError as error:
         return error
     if run is not None:
         HeaderCache(run).remember(path, headers)

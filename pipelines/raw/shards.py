@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import MissingFileError, StorageError, UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import Member, RawSample
@@ -65,8 +66,8 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     """Turn brace ranges, globs, folders and fsspec URLs (comma-separated or a list) into sorted paths of tars.
 
     Raises:
-        FileNotFoundError: a pattern matches nothing.
-        ValueError: two shards have the same name, which would make them overwrite each other's outputs; or a path is
+        MissingFileError: a pattern matches nothing.
+        UserError: two shards have the same name, which would make them overwrite each other's outputs; or a path is
             a pipe; or see `open_file_system`.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
@@ -76,7 +77,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     for path in sorted(paths):
         other = by_name.setdefault(shard_name(path), path)
         if other != path:
-            raise ValueError(f"data.shards: {other} and {path} have the same name {shard_name(path)!r}")
+            raise UserError(f"data.shards: {other} and {path} have the same name {shard_name(path)!r}")
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -94,11 +95,11 @@ def _match(pattern: str) -> list[str]:
         anchor = path.anchor or "."
         found = [str(tar) for tar in Path(anchor).glob(str(path).removeprefix(path.anchor))]
     elif path.exists() and not path.is_file():
-        raise ValueError(f"data.shards: {path} is a stream; members are read by their place, so a shard must be a file")
+        raise UserError(f"data.shards: {path} is a stream; members are read by their place, so a shard must be a file")
     else:
         found = [str(path)] if path.is_file() else []
     if not found:
-        raise FileNotFoundError(f"data.shards: no shard matches {pattern}")
+        raise MissingFileError(f"data.shards: no shard matches {pattern}")
     return found
 
 
@@ -106,12 +107,12 @@ def select_shards(paths: Sequence[str], patterns: Sequence[str], *, key: str) ->
     """Return the paths whose shard name matches one of `patterns` (fnmatch), in the given order.
 
     Raises:
-        ValueError: a pattern matches no shard; names the recipe `key`, the pattern and some of the shards there are.
+        UserError: a pattern matches no shard; names the recipe `key`, the pattern and some of the shards there are.
     """
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths):
             some = ", ".join(shard_name(path) for path in paths[:3]) or "no shards"
-            raise ValueError(f"{key}: pattern {pattern!r} matches none of the {len(paths)} shards ({some}, ...)")
+            raise UserError(f"{key}: pattern {pattern!r} matches none of the {len(paths)} shards ({some}, ...)")
     return [path for path in paths if any(fnmatch.fnmatchcase(shard_name(path), pattern) for pattern in patterns)]
 
 
@@ -141,11 +142,13 @@ class RawShard:
         """Return a member's bytes.
 
         Raises:
-            OSError: they cannot be had, or the tar has become shorter; names the shard.
+            StorageError: they cannot be had, or the tar has become shorter; names the shard.
         """
         data = self._file.read(member.offset, member.size)
         if len(data) != member.size:
-            raise OSError(f"{self.path}: ends at byte {member.offset + len(data):,}; it has changed while it was read")
+            raise StorageError(
+                f"{self.path}: ends at byte {member.offset + len(data):,}; it has changed while it was read"
+            )
         return data
 
     def image_bytes(self, sample: RawSample) -> bytes:
@@ -159,7 +162,7 @@ class RawShard:
         Undecodable bytes of a text file become U+FFFD, half a surrogate pair in JSON `?`: the text is valid UTF-8.
 
         Raises:
-            ValueError: the JSON that would hold it is no JSON, or nested too deeply.
+            UserError: the JSON that would hold it is no JSON, or nested too deeply.
         """
         if self.dialect == "sa1b":
             return None
@@ -170,7 +173,7 @@ class RawShard:
             try:
                 record = json.loads(self.read(sample.members["json"]))
             except RecursionError as error:
-                raise ValueError(f"JSON nested too deeply: {error}") from None
+                raise UserError(f"JSON nested too deeply: {error}") from None
             caption = record.get("caption") if isinstance(record, dict) else None
             return caption.encode("utf-8", errors="replace").decode() if isinstance(caption, str) else None
         return None
@@ -199,20 +202,20 @@ def open_shard(
         identity: of the tar that is expected.
 
     Raises:
-        ValueError: the file is not a tar, cannot be read by place, or has changed; names the shard.
-        OSError: it cannot be read; names the shard.
+        UserError: the file is not a tar, cannot be read by place, or has changed; names the shard.
+        StorageError: it cannot be read; names the shard.
     """
     with open_ranges(path) as file:
         headers = HeaderCache(run).headers(path, file.stamp) if run else None
         headers = headers or read_headers(path, file)
         if identity not in (None, headers.summary.identity):
-            raise ValueError(f"{path} has changed since this command began; run it again")
+            raise UserError(f"{path} has changed since this command began; run it again")
         yield RawShard(path, file, headers, dialect=dialect)
         if is_remote(path):
             # A local file that is replaced stays open as it was; of a remote one, later ranges would be another's.
             with open_ranges(path) as again:
                 if again.stamp != file.stamp:
-                    raise ValueError(f"{path} has changed while it was read; run the command again")
+                    raise UserError(f"{path} has changed while it was read; run the command again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +232,13 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
     Tars that are cut off or damaged are logged: what can be read of them is used.
 
     Raises:
-        ValueError: some files are no tars, or cannot be read by place; names them.
-        OSError: a shard cannot be read; names it.
+        UserError: some files are no tars, or cannot be read by place; names them.
+        StorageError: a shard cannot be read; names it.
     """
     summaries = read_summaries(paths, run)
-    if errors := [str(summary) for summary in summaries if isinstance(summary, ValueError)]:
+    if errors := [str(summary) for summary in summaries if isinstance(summary, UserError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
-        raise ValueError("\n".join([*errors[:FAULTS_NAMED], *more]))
+        raise UserError("\n".join([*errors[:FAULTS_NAMED], *more]))
     described = []
     for path, summary in zip(paths, summaries, strict=True):
         assert isinstance(summary, ShardSummary), "errors have been raised"

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from errors import UserError
 from pipelines.store.files import RangeFile
 
 BLOCK_BYTES = 512
@@ -56,7 +57,7 @@ def read_tar(file: RangeFile) -> TarContents:
     """Read the headers of a tar up to its end, or to where it is damaged; what comes before is usable.
 
     Raises:
-        ValueError: it is not a tar at all.
+        UserError: it is not a tar at all.
     """
     entries: list[TarEntry] = []
     digest = hashlib.sha256()
@@ -113,14 +114,12 @@ class _Walk:
     def _require_tar(self) -> None:
         block = self._file.read(0, BLOCK_BYTES)
         if block[:2] == b"\x1f\x8b":
-            raise ValueError(
-                "it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip"
-            )
+            raise UserError("it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip")
         try:
             if len(block) < BLOCK_BYTES or block != ZEROS:
                 _checked_type(block)
         except _HeaderError as error:
-            raise ValueError(str(error) if block else "it is empty") from None
+            raise UserError(str(error) if block else "it is empty") from None
 
     def _next_block(self, size: int) -> bytes:
         self._offset += BLOCK_BYTES + _padded(size)

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from errors import MissingFileError, UserError
 from pipelines.store.files import atomic_write_bytes
 
 TAR_BLOCK_BYTES = 512
@@ -168,19 +169,19 @@ def load_index(directory: Path, names: Sequence[str], *, columns: Sequence[str] 
     Rows whose `reject` is not null have no payload: their offsets are null.
 
     Raises:
-        FileNotFoundError: a shard has no index; names it.
-        ValueError: an index lacks a column; names shard and column.
+        MissingFileError: a shard has no index; names it.
+        UserError: an index lacks a column; names shard and column.
     """
     tables = []
     for name in names:
         path = directory / f"{name}.parquet"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: the index of shard {name} is missing")
+            raise MissingFileError(f"{path}: the index of shard {name} is missing")
         if missing := set(columns or ()) - set(pq.read_schema(path).names):
-            raise ValueError(f"{path}: column {sorted(missing)[0]!r} is missing; this is no such index")
+            raise UserError(f"{path}: column {sorted(missing)[0]!r} is missing; this is no such index")
         tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
     if not tables:
-        raise ValueError(f"{directory}: no shards to load an index of")
+        raise UserError(f"{directory}: no shards to load an index of")
     return pa.concat_tables(tables)
 
 

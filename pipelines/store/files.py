@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
+from errors import UserError
 from pipelines.store.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
@@ -65,8 +66,8 @@ def open_ranges(url: str) -> Iterator[RangeFile]:
     """Open a local path or fsspec URL for reading by ranges.
 
     Raises:
-        FileNotFoundError: names the URL that does not exist.
-        ValueError, OSError: see `RemoteFile`.
+        MissingFileError: names the URL that does not exist.
+        UserError, StorageError: see `RemoteFile`.
     """
     file = RemoteFile(url) if is_remote(url) else LocalFile(Path(url.removeprefix("file://")))
     try:
@@ -152,18 +153,18 @@ def exclusive(directory: Path) -> Iterator[None]:
     On NFS the lock holds between nodes too; one of a node that has lost power ends with the server's lease.
 
     Raises:
-        ValueError: another process is writing the directory, or its storage has no locks.
+        UserError: another process is writing the directory, or its storage has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+            raise UserError(f"{directory} is being written by another process; wait for it or stop it") from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"{directory}: this storage has no file locks ({error.strerror}), so two commands could write it at "
                 "once; mount it with locks (Lustre: -o flock; NFS: without nolock)"
             ) from None

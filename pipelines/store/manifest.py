@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from errors import MissingFileError, UserError
 from pipelines.store.files import atomic_write_json
 
 SCHEMA_VERSION = 1
@@ -210,12 +211,12 @@ def read_manifest(directory: Path) -> Manifest:
     """Read a directory's manifest.
 
     Raises:
-        FileNotFoundError: what writes there has not finished.
-        ValueError: the manifest is of another schema version.
+        MissingFileError: what writes there has not finished.
+        UserError: the manifest is of another schema version.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: what writes {directory} has not finished")
+        raise MissingFileError(f"{path} does not exist: what writes {directory} has not finished")
     return parse_manifest(json.loads(path.read_text()), where=str(path))
 
 
@@ -230,7 +231,7 @@ def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
 def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:
     """Refuse an upstream that was made with another setting, naming the field and both values."""
     if expected != found:
-        raise ValueError(
+        raise UserError(
             f"{where}: {field_name} is {found!r}, but {expected!r} is needed; run the earlier command again"
         )
 

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import fsspec
 from fsspec.config import conf, set_conf_env
 
+from errors import MissingFileError, StorageError, UserError
 from pipelines.engine.progress import get_logger
 
 READ_ATTEMPTS = 5
@@ -52,22 +53,22 @@ def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL, and the path within it.
 
     Raises:
-        ValueError: the protocol is unknown or needs a package that is not installed; names both.
+        UserError: the protocol is unknown or needs a package that is not installed; names both.
     """
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url}: {protocol}:// needs a package that is not installed: {error}") from None
+        raise UserError(f"{url}: {protocol}:// needs a package that is not installed: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{url}: {error}") from None
+        raise UserError(f"{url}: {error}") from None
 
 
 def list_urls(pattern: str) -> list[str]:
     """Return the URLs that fit a glob, or the tars in a folder whose URL ends with `/`.
 
     Raises:
-        ValueError, OSError: see `open_file_system` and `retry`.
+        UserError, StorageError: see `open_file_system` and `retry`.
     """
     file_system, path = open_file_system(pattern if "*" in pattern or "[" in pattern else pattern + "*.tar")
     file_system.invalidate_cache()
@@ -79,7 +80,7 @@ def retry(url: str, call: Callable[[], Result]) -> Result:
     """Return `call()`, tried again a bounded number of times when the network, not the caller, is at fault.
 
     Raises:
-        OSError: it failed every time, or at once for a reason that waiting does not mend; names the URL.
+        StorageError: it failed every time, or at once for a reason that waiting does not mend; names the URL.
     """
     wait_seconds = FIRST_WAIT_SECONDS
     for attempt in range(1, READ_ATTEMPTS + 1):
@@ -89,18 +90,18 @@ def retry(url: str, call: Callable[[], Result]) -> Result:
             raise  # faults of the code
         except Exception as error:
             kind, reason = _explain(error)
-            if kind is not ConnectionError:
+            if kind is not None:
                 raise kind(f"{url}: {reason}") from error
             if attempt == READ_ATTEMPTS:
-                raise ConnectionError(f"{url}: gave up after {attempt} attempts: {reason}") from error
+                raise StorageError(f"{url}: gave up after {attempt} attempts: {reason}") from error
             log.warning(f"{url}: {reason}; attempt {attempt} of {READ_ATTEMPTS}, again in {wait_seconds:g} s")
         time.sleep(wait_seconds)
         wait_seconds *= 2
     raise AssertionError("the last attempt returns or raises")
 
 
-def _explain(error: Exception) -> tuple[type[OSError], str]:
-    """Return the kind of a failure, `ConnectionError` for one that may pass, and what to tell about it."""
+def _explain(error: Exception) -> tuple[type[UserError] | None, str]:
+    """Return the kind of a failure, None for one that may pass, and what to tell about it."""
     cause: BaseException = error
     if isinstance(error, FileNotFoundError) and type(error.__cause__).__module__.startswith(("aiohttp", "asyncio")):
         # fsspec's web file system calls everything "not found", a server that is down, too: its cause knows better.
@@ -108,12 +109,12 @@ def _explain(error: Exception) -> tuple[type[OSError], str]:
     reason = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
     status = getattr(cause, "status", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
-        return (FileNotFoundError, "does not exist") if status in (404, 410) else (PermissionError, reason)
+        return (MissingFileError, "does not exist") if status in (404, 410) else (StorageError, reason)
     if cause is error and isinstance(error, FileNotFoundError):
-        return FileNotFoundError, "does not exist"
+        return MissingFileError, "does not exist"
     if isinstance(error, PermissionError) or "Credentials" in type(cause).__name__:
-        return PermissionError, reason
-    return ConnectionError, reason
+        return StorageError, reason
+    return None, reason
 
 
 class RemoteFile:
@@ -127,8 +128,8 @@ class RemoteFile:
         stamp: changes when the content does; None where the server does not tell versions apart.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: as they are; name the URL.
-        ValueError: see `open_file_system`; or the server cannot send ranges, or does not know the file's size.
+        MissingFileError, StorageError: it is not there, or out of reach; names the URL.
+        UserError: see `open_file_system`; or the server cannot send ranges, or does not know the file's size.
     """
 
     def __init__(self, url: str) -> None:
@@ -136,7 +137,7 @@ class RemoteFile:
         self._file_system, self._path = open_file_system(url)
         info = retry(url, lambda: self._file_system.info(self._path))
         if info.get("size") is None:
-            raise ValueError(f"{url}: the server does not tell the file's size, so it cannot be read by ranges")
+            raise UserError(f"{url}: the server does not tell the file's size, so it cannot be read by ranges")
         self.size = int(info["size"])
         version = next((str(info[field]) for field in VERSION_FIELDS if info.get(field)), None)
         self.stamp = None if version is None else f"{self.size}:{version}"
@@ -179,12 +180,12 @@ class RemoteFile:
         def read_range() -> bytes:
             data = cast(bytes, self._file_system.cat_file(self._path, start=offset, end=offset + size))
             if len(data) < size:
-                raise ConnectionError(f"{len(data)} of {size} bytes came from byte {offset}")
+                raise StorageError(f"{len(data)} of {size} bytes came from byte {offset}")
             return data
 
         data = retry(self._url, read_range)
         if len(data) > size:
-            raise ValueError(f"{self._url}: {size} bytes were asked for and {len(data)} came: the range was ignored")
+            raise UserError(f"{self._url}: {size} bytes were asked for and {len(data)} came: the range was ignored")
         return data
 
     def _require_ranges(self) -> None:
@@ -192,7 +193,7 @@ class RemoteFile:
         if self._answers_ranges is None:
             self._answers_ranges = retry(self._url, self._probe_ranges)
         if not self._answers_ranges:
-            raise ValueError(
+            raise UserError(
                 f"{self._url}: the server does not answer range requests, so members cannot be read by their place in "
                 "the tar; download the file and give its local path"
             )

@@ -18,6 +18,7 @@ from pandas.util import hash_array
 from rich.markup import escape
 from rich.table import Table
 
+from errors import MissingFileError
 from pipelines.command import run_command
 from pipelines.engine.progress import console, progress_bar
 from pipelines.raw.shards import recall_shards, shard_name
@@ -58,11 +59,11 @@ def verify_run(run: Path) -> Findings:
     """Check every directory of `run` that has a manifest.
 
     Raises:
-        FileNotFoundError: the run does not exist or nothing of it has finished.
+        MissingFileError: the run does not exist or nothing of it has finished.
     """
     directories = sorted(path.parent for pattern in ("*", "*/*") for path in run.glob(f"{pattern}/{MANIFEST_NAME}"))
     if not directories:
-        raise FileNotFoundError(f"{run}: nothing has finished here, there is no {MANIFEST_NAME}")
+        raise MissingFileError(f"{run}: nothing has finished here, there is no {MANIFEST_NAME}")
     findings = Findings()
     for directory in directories:
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from errors import UserError
 from pixart.dit import DiT
 from pixart.model import PixArt
 
@@ -96,7 +97,7 @@ def denoise(
     `generators` feed the solvers that add noise on the way; `on_step` is told how many passes of the network are done.
 
     Raises:
-        ValueError: the latents are not finite.
+        UserError: the latents are not finite.
     """
     latents = noise.float()
     reads_variance = scheduler.config.get("variance_type") == "learned_range"
@@ -108,7 +109,7 @@ def denoise(
         if on_step is not None:
             on_step(num_done)
     if not latents.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"the model gave latents that are not finite (sampling.num_steps {scheduler.num_inference_steps}): its "
             "weights or sampling.dtype are at fault"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from errors import UserError
 from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, require_solver
 
@@ -137,7 +138,7 @@ class DDPM:
         2023).
 
         Raises:
-            ValueError: the solver is of another process, or takes not so many steps.
+            UserError: the solver is of another process, or takes not so many steps.
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -174,7 +175,7 @@ def _betas(schedule: Mapping[str, Any]) -> Tensor:
     try:
         return DDPMScheduler(**schedule).betas.double()
     except NotImplementedError:
-        raise ValueError(f"process ddpm: beta_schedule {schedule['beta_schedule']} is not known") from None
+        raise UserError(f"process ddpm: beta_schedule {schedule['beta_schedule']} is not known") from None
 
 
 def _per_sample(table: Tensor, times: Tensor) -> Tensor:

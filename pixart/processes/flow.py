@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
 from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import FLOW_NUM_TIMES, flow_spec, require_solver
 
@@ -30,7 +31,7 @@ class Flow:
 
     def __init__(self, *, shift: float = 1.0, logit_mean: float = 0.0, logit_std: float = 1.0) -> None:
         if not (shift > 0 and logit_std > 0):
-            raise ValueError(f"process flow: shift {shift} and logit_std {logit_std} must be positive")
+            raise UserError(f"process flow: shift {shift} and logit_std {logit_std} must be positive")
         self.shift = shift
         self.logit_mean = logit_mean
         self.logit_std = logit_std
@@ -79,7 +80,7 @@ class Flow:
         down equal steps of sigma before the shift. Heun asks the network twice a step, but once for the last.
 
         Raises:
-            ValueError: the solver is of another process, or takes not so many steps.
+            UserError: the solver is of another process, or takes not so many steps.
         """
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler

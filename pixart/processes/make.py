@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from pixart.processes.ddpm import DDPM
 from pixart.processes.flow import Flow
 from pixart.processes.process import Process
@@ -15,7 +16,7 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
     """Make the process that a spec describes, its tables on `device`.
 
     Raises:
-        ValueError: the spec is of no process known here, or one of its values is; says which.
+        UserError: the spec is of no process known here, or one of its values is; says which.
     """
     match dict(spec):
         case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **others} if others.keys() <= {
@@ -30,6 +31,6 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
         } if not unknown and not others:
             return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std)
         case {"name": name, **others} if name in SOLVERS:
-            raise ValueError(f"process {name} with {others} is none that this version knows")
+            raise UserError(f"process {name} with {others} is none that this version knows")
         case _:
-            raise ValueError(f"process {spec.get('name')!r} is none of {', '.join(SOLVERS)}")
+            raise UserError(f"process {spec.get('name')!r} is none of {', '.join(SOLVERS)}")

@@ -65,7 +65,7 @@ class Process(Protocol):
         """Diffusers' scheduler of a solver, its timesteps set; good for one batch, for it remembers earlier steps.
 
         Raises:
-            ValueError: the solver is not one of this process, or takes not so many steps.
+            UserError: the solver is not one of this process, or takes not so many steps.
         """
         ...
 

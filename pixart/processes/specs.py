@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
+
 # The noise schedule of DiT and PixArt, in the words of diffusers' schedulers.
 DDPM_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -49,13 +51,13 @@ def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     Of flow it has the shift alone: nobody draws with the times that it was trained at.
 
     Raises:
-        ValueError: the network predicts something else; names it.
+        UserError: the network predicts something else; names it.
     """
     prediction = config.get("prediction_type", "epsilon")
     if prediction == "flow_prediction" or "FlowMatch" in config.get("_class_name", ""):
         return flow_spec(shift=config.get("flow_shift", config.get("shift", 1.0)))
     if prediction != "epsilon":
-        raise ValueError(f"prediction_type {prediction}, only epsilon and flow_prediction are supported")
+        raise UserError(f"prediction_type {prediction}, only epsilon and flow_prediction are supported")
     return ddpm_spec({name: config.get(name, value) for name, value in DDPM_SCHEDULE.items()})
 
 
@@ -65,15 +67,15 @@ def spec_beside(weights: Path) -> dict[str, Any] | None:
     Beside a folder of any other name than `WEIGHT_FOLDERS` it is somebody else's.
 
     Raises:
-        ValueError: the network predicts something that is not supported; names the file.
+        UserError: the network predicts something that is not supported; names the file.
     """
     path = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
     if weights.name not in WEIGHT_FOLDERS or not path.is_file():
         return None
     try:
         return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def num_passes(solver: str, num_steps: int) -> int:
@@ -85,20 +87,20 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, chec
     """Refuse a solver of another process than the checkpoint's, and a number of steps that it cannot take.
 
     Raises:
-        ValueError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
+        UserError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
             timestep 0; another one for all timesteps, of which diffusers would then take one twice and divide by
             nothing.
     """
     solvers = SOLVERS[spec["name"]]
     if solver not in solvers:
-        raise ValueError(
+        raise UserError(
             f"sampling.solver = {solver!r} does not go with {checkpoint}, which is of process {spec['name']}: "
             f"{', '.join(solvers)} do"
         )
     if solver == "iddpm" and num_steps == 1:
-        raise ValueError("sampling.num_steps 1: iddpm needs at least 2 steps")
+        raise UserError("sampling.num_steps 1: iddpm needs at least 2 steps")
     if spec["name"] == "flow":
         return
     num_timesteps = spec["schedule"]["num_train_timesteps"]
     if solver != "iddpm" and num_steps >= num_timesteps:
-        raise ValueError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")
+        raise UserError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")

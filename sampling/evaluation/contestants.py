@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from pipelines.command import Command, full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.store.files import sha256_text
@@ -66,7 +67,7 @@ def find_contestants(
     everything else lies in `RUN/evaluation/samples/`.
 
     Raises:
-        FileNotFoundError, ValueError: a checkpoint or prompt file is not there or not usable.
+        MissingFileError, UserError: a checkpoint or prompt file is not there or not usable.
     """
     sampling = _sampling_config(command, guidance_scale=guidance_scale)
     prompts = write_prompt_set(config, run=command.run)
@@ -97,7 +98,7 @@ def _distinct(contestants: list[Contestant]) -> list[Contestant]:
     for number, item in enumerate(contestants):
         first = identities.index(item.trained.identity)
         if first < number:
-            raise ValueError(
+            raise UserError(
                 f"evaluation.compare: {item.title} and {contestants[first].title} are the same weights "
                 f"({item.trained.model_path})"
             )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.files import sha256_text
@@ -29,12 +30,12 @@ def draw_curve(command: Command) -> None:
     """Draw and score every checkpoint at every guidance scale; write table and plot.
 
     Raises:
-        FileNotFoundError, ValueError: see `Meter` and `find_contestants`.
+        MissingFileError, UserError: see `Meter` and `find_contestants`.
     """
     points = _points(command)
     meter = Meter(command)
     if not meter.networks:
-        raise ValueError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
+        raise UserError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
     directory = ShardDirectory(command.run / "evaluation" / f"{command.stage_name}-curve")
     start_seconds = time.monotonic()
     for _, contestant in points:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from encoders.batches import Batches
 from encoders.devices import choose_device
 from encoders.vision import ClipTowers
+from errors import UserError
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
@@ -235,7 +236,7 @@ def compute_features(
     """Compute what is missing of a set's features, and return them.
 
     Raises:
-        ValueError: more than evaluation.max_reject_fraction of the images are unusable, or fewer than two are left.
+        UserError: more than evaluation.max_reject_fraction of the images are unusable, or fewer than two are left.
     """
     fingerprint = Fingerprint.of(
         {
@@ -276,13 +277,13 @@ def compute_features(
         )
     except QuarantinedShardError:
         raise
-    except ValueError as error:
-        raise ValueError(f"{images.name}: {error}; such as {'; '.join(_read_faults(folder, images))}") from None
+    except UserError as error:
+        raise UserError(f"{images.name}: {error}; such as {'; '.join(_read_faults(folder, images))}") from None
     faults = _read_faults(folder, images) if manifest.rejected else []
     if faults:
         log.warning(f"{images.name}: {sum(manifest.rejected.values()):,} unusable images, such as {'; '.join(faults)}")
     if manifest.num_kept < 2:
-        raise ValueError(f"{images.name}: {manifest.num_kept} usable images, a distance needs at least 2")
+        raise UserError(f"{images.name}: {manifest.num_kept} usable images, a distance needs at least 2")
     return Features(
         images=images,
         network=network,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from errors import MissingFileError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
@@ -54,7 +55,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     """Find the images of `evaluation.reference`: a folder of images, or shards by folder, pattern or URL.
 
     Raises:
-        FileNotFoundError: there are none; names the key.
+        MissingFileError: there are none; names the key.
     """
     spec = spec.replace("{run}", str(run))
     folder = Path(spec).expanduser()
@@ -63,9 +64,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     try:
         paths = expand_shards(spec)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"evaluation.reference {spec} is no folder of images, and no shard matches it"
-        ) from None
+        raise MissingFileError(f"evaluation.reference {spec} is no folder of images, and no shard matches it") from None
     shards = describe_shards(paths, run=run)
     sources = [shard.source for shard in shards]
     identity = "sha256:" + sha256_text("\n".join(sorted(f"{source.name} {source.identity}" for source in sources)))
@@ -76,12 +75,12 @@ def open_folder(folder: Path, *, cache: Path) -> ImageSet:
     """List the images below a folder by their extensions; other files are counted and left out.
 
     Raises:
-        FileNotFoundError: there is no image.
+        MissingFileError: there is no image.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS]
     if not images:
-        raise FileNotFoundError(f"evaluation.reference {folder} holds no image (of {len(files)} files)")
+        raise MissingFileError(f"evaluation.reference {folder} holds no image (of {len(files)} files)")
     if len(images) < len(files):
         log.info(f"{folder}: {len(files) - len(images):,} files are no images by their names, and left out")
     rows = [{"key": path.relative_to(folder).as_posix(), "file": str(path.absolute())} for path in images]
@@ -92,11 +91,11 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
     """Take the images of a finished folder of samples; a class label is no prompt, so classes come without.
 
     Raises:
-        FileNotFoundError: sampling has not finished there.
+        MissingFileError: sampling has not finished there.
     """
     table = folder / "samples.parquet"
     if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: the samples of {folder} have not been drawn")
+        raise MissingFileError(f"{table} does not exist: the samples of {folder} have not been drawn")
     rows = [
         {"key": row["file"], "file": str((folder / row["file"]).absolute())}
         | ({"prompt": row["prompt"]} if has_prompts else {})

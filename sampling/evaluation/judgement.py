@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from errors import UserError
 from pipelines.engine.progress import get_logger
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant
@@ -57,7 +58,7 @@ def read_judgement(contestant: Contestant, config: EvaluationConfig, run: Path) 
     """Return a judge's results for these very samples; None where there is no file, or it is of other samples.
 
     Raises:
-        ValueError: the file is not as docs/EVALUATION.md says; names file and key.
+        UserError: the file is not as docs/EVALUATION.md says; names file and key.
     """
     path, job = judgement_file(contestant, config, run), contestant.job
     if not path.is_file():
@@ -70,7 +71,7 @@ def read_judgement(contestant: Contestant, config: EvaluationConfig, run: Path) 
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"evaluation.judgements {path}: {where + ': ' if where else ''}{first['msg']}") from None
+        raise UserError(f"evaluation.judgements {path}: {where + ': ' if where else ''}{first['msg']}") from None
     if (judgement.samples_fingerprint, judgement.samples_source) != (job.fingerprint.digest, job.identity):
         log.warning(f"{path} is of other samples than {contestant.folder} holds: let the judge see these")
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.vision import INCEPTION_RESIZER, ClipTowers, InceptionTower, VisionModel, VisionTower, describe_resizer
 from encoders.weights import ModelSource, find_file, read_config, require_model, resolve_model
+from errors import MissingFileError, UserError
 from pipelines.store.files import sha256_file
 from sampling.evaluation.config import EvaluationConfig
 
@@ -44,7 +45,7 @@ def find_networks(config: EvaluationConfig) -> list[NetworkSource]:
     """Return the networks that the recipe names, in the order of the table.
 
     Raises:
-        FileNotFoundError, ValueError: one is not there; names the recipe key and how to get it.
+        MissingFileError, UserError: one is not there; names the recipe key and how to get it.
     """
     finders = {"inception": _find_inception, "clip": _find_clip, "vision": _find_vision}
     return [finder(config) for key, finder in finders.items() if getattr(config, key) is not None]
@@ -54,7 +55,7 @@ def _find_inception(config: EvaluationConfig) -> NetworkSource:
     assert config.inception is not None
     path = Path(config.inception).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"evaluation.inception {path} does not exist: fetch pt_inception-2015-12-05-6726825d.pth from the releases "
             "of pytorch-fid (tag fid_weights) and give its path"
         )
@@ -76,7 +77,7 @@ def _find_clip(config: EvaluationConfig) -> NetworkSource:
     require_model(source, key="evaluation.clip")
     settings = _read_config(source, key="evaluation.clip")
     if settings.get("model_type") != "clip":
-        raise ValueError(f"evaluation.clip {config.clip} is a {settings.get('model_type')}, not a CLIP of both towers")
+        raise UserError(f"evaluation.clip {config.clip} is a {settings.get('model_type')}, not a CLIP of both towers")
     # CLIPVisionConfig's defaults, which configs on the hub leave out.
     vision = {"hidden_size": 768, "patch_size": 32, "image_size": 224} | (settings.get("vision_config") or {})
     is_cmmd = all(vision[name] == value for name, value in CMMD_VISION.items())
@@ -106,7 +107,7 @@ def _find_vision(config: EvaluationConfig) -> NetworkSource:
 def _read_config(source: ModelSource, *, key: str) -> dict[str, Any]:
     config = read_config(source) if find_file(source, "config.json") else None
     if config is None:
-        raise ValueError(f"{key} {source.location} has no config.json: it is not a folder that transformers saves")
+        raise UserError(f"{key} {source.location} has no config.json: it is not a folder that transformers saves")
     return config
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json
@@ -38,7 +39,7 @@ def write_page(command: Command) -> Path:
     """Draw what is missing, then write the page and its key below `RUN/evaluation/<stage>-preference/`.
 
     Raises:
-        ValueError: there are fewer than two checkpoints, or they have no prompt in common.
+        UserError: there are fewer than two checkpoints, or they have no prompt in common.
     """
     contestants = _contestants(command)
     for contestant in contestants:
@@ -98,7 +99,7 @@ def _contestants(command: Command) -> list[Contestant]:
     config = command.recipe.table("evaluation", EvaluationConfig)
     contestants = find_contestants(command, config)
     if len(contestants) < 2:
-        raise ValueError("a comparison needs two checkpoints: name others in evaluation.compare")
+        raise UserError("a comparison needs two checkpoints: name others in evaluation.compare")
     return contestants
 
 
@@ -121,7 +122,7 @@ def make_pairs(
     belongs to one picture of one pair, so that nobody can learn what a checkpoint's codes look like.
 
     Raises:
-        ValueError: two checkpoints have no prompt in common.
+        UserError: two checkpoints have no prompt in common.
     """
     generator = random.Random(seed)
     pairs: list[tuple[dict[str, Any], tuple[Path, Path]]] = []
@@ -131,7 +132,7 @@ def make_pairs(
             item for item in pictures[first] if pictures[second].get(item, ("", None))[0] == pictures[first][item][0]
         ]
         if not common:
-            raise ValueError(f"{first} and {second} have no prompt in common")
+            raise UserError(f"{first} and {second} have no prompt in common")
         for item in common:
             sides = [first, second]
             generator.shuffle(sides)
@@ -165,9 +166,9 @@ def read_key(folder: Path) -> dict[str, Any]:
     """Return the key of a page.
 
     Raises:
-        FileNotFoundError: there is none; names the command.
+        MissingFileError: there is none; names the command.
     """
     path = folder / KEY_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: `make eval TASK=preference` writes it with the page")
+        raise MissingFileError(f"{path} does not exist: `make eval TASK=preference` writes it with the page")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from errors import MissingFileError, UserError
 from pipelines.store.files import atomic_write_bytes, sha256_text
 from sampling.evaluation.config import EvaluationConfig
 
@@ -17,8 +18,8 @@ def write_prompt_set(config: EvaluationConfig, *, run: Path) -> Path | None:
     """Write a benchmark's prompts to `RUN/evaluation/prompts/`; None where the recipe's own prompts are meant.
 
     Raises:
-        FileNotFoundError: the benchmark's files are not there.
-        ValueError: they are not in the published layout; names file and line.
+        MissingFileError: the benchmark's files are not there.
+        UserError: they are not in the published layout; names file and line.
     """
     if config.prompt_set == "sampling":
         return None
@@ -40,8 +41,8 @@ def read_compbench(folder: Path, *, num_per_category: int | None = None) -> list
     """Read `<category>_val.txt`, one prompt a line, of every category that is there; keys are `color-0000`.
 
     Raises:
-        FileNotFoundError: no category is there.
-        ValueError: a file is empty or not UTF-8.
+        MissingFileError: no category is there.
+        UserError: a file is empty or not UTF-8.
     """
     rows: list[dict[str, Any]] = []
     for category in CATEGORIES:
@@ -52,11 +53,11 @@ def read_compbench(folder: Path, *, num_per_category: int | None = None) -> list
         prompts = [line.split("\t")[0].strip() for line in _read_text(path).splitlines()]
         prompts = [prompt for prompt in prompts if prompt][:num_per_category]
         if not prompts:
-            raise ValueError(f"evaluation.prompts {path} holds no prompt")
+            raise UserError(f"evaluation.prompts {path} holds no prompt")
         rows += [{"key": f"{category}-{number:04d}", "prompt": prompt} for number, prompt in enumerate(prompts)]
     if not rows:
         names = ", ".join(f"{category}_val.txt" for category in CATEGORIES[:6])
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"evaluation.prompts {folder} holds none of {names}: give T2I-CompBench's folder examples/dataset"
         )
     return rows
@@ -69,28 +70,28 @@ def read_coco(path: Path, *, num_prompts: int) -> list[dict[str, Any]]:
     digits, as in COCO's file names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not COCO's captions, or there are fewer images than prompts asked for.
+        MissingFileError: there is no such file.
+        UserError: it is not COCO's captions, or there are fewer images than prompts asked for.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"evaluation.prompts {path} does not exist: give COCO's captions_val2014.json")
+        raise MissingFileError(f"evaluation.prompts {path} does not exist: give COCO's captions_val2014.json")
     try:
         annotations = json.loads(_read_text(path))["annotations"]
         ordered: Sequence[dict[str, Any]] = sorted(annotations, key=lambda item: item["id"], reverse=True)
         captions = {int(item["image_id"]): " ".join(item["caption"].split()) for item in ordered}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"evaluation.prompts {path} is not COCO's captions (annotations of id, image_id, caption): {error!r}"
         ) from None
     if len(captions) < num_prompts:
-        raise ValueError(
+        raise UserError(
             f"evaluation.prompts {path} has captions of {len(captions):,} images, {num_prompts:,} are asked for: set "
             "evaluation.num_prompts"
         )
     chosen = sorted(captions, key=lambda image_id: sha256_text(f"coco {image_id}"))[:num_prompts]
     empty = [image_id for image_id in chosen if not captions[image_id]]
     if empty:
-        raise ValueError(f"evaluation.prompts {path}: the caption of image {empty[0]} is empty")
+        raise UserError(f"evaluation.prompts {path}: the caption of image {empty[0]} is empty")
     return [{"key": f"{image_id:012d}", "prompt": captions[image_id]} for image_id in chosen]
 
 
@@ -98,4 +99,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"evaluation.prompts {path} is not UTF-8 text: {error}") from None
+        raise UserError(f"evaluation.prompts {path} is not UTF-8 text: {error}") from None

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
 from pipelines.engine.run import EngineConfig
@@ -57,7 +58,7 @@ class Meter:
     """Networks and reference of one evaluation; takes the numbers of any folder of samples.
 
     Raises:
-        FileNotFoundError, ValueError: networks or reference are not there; names the recipe's key.
+        MissingFileError, UserError: networks or reference are not there; names the recipe's key.
     """
 
     def __init__(self, command: Command) -> None:
@@ -72,7 +73,7 @@ class Meter:
         for network in self.networks:
             # CLIP alone has a number without a reference, its score.
             if self.reference is None and network.key != "clip":
-                raise ValueError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
+                raise UserError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
 
     def measure(self, contestant: Contestant) -> list[Number]:
         """Return the numbers of a contestant whose samples are drawn, and a judge's where it has seen them."""
@@ -180,7 +181,7 @@ def score(command: Command) -> None:
     """Draw what is missing, score every checkpoint, and write the table; a finished one is printed again.
 
     Raises:
-        FileNotFoundError, ValueError: see `Meter` and `find_contestants`.
+        MissingFileError, UserError: see `Meter` and `find_contestants`.
     """
     config = command.recipe.table("evaluation", EvaluationConfig)
     contestants = find_contestants(command, config)
@@ -205,7 +206,7 @@ def score(command: Command) -> None:
             for item in contestants
         ]
         if not any(row["numbers"] for row in rows):
-            raise ValueError(_nothing_to_measure(judgement_file(contestants[0], config, command.run)))
+            raise UserError(_nothing_to_measure(judgement_file(contestants[0], config, command.run)))
         write_report(
             directory,
             REPORT_NAME,

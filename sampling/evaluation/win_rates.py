@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json
@@ -49,13 +50,13 @@ def count_votes(command: Command) -> None:
     """Read the votes beside the page; write `win-rates.json` and `win-rates.md` there.
 
     Raises:
-        FileNotFoundError: there is no key, or no vote.
-        ValueError: a file is no list of votes; names file and line.
+        MissingFileError: there is no key, or no vote.
+        UserError: a file is no list of votes; names file and line.
     """
     folder = preference_folder(command)
     key, files = read_key(folder), vote_files(command)
     if not files:
-        raise FileNotFoundError(f"{folder} holds no CSV of votes: put the downloaded files there")
+        raise MissingFileError(f"{folder} holds no CSV of votes: put the downloaded files there")
     votes, rejected = read_votes(files, key)
     rates = win_rates(votes, key)
     value = {
@@ -79,7 +80,7 @@ def read_votes(files: Sequence[Path], key: Mapping[str, Any]) -> tuple[list[dict
     `other_study`: the page was written anew since; `repeated`: a rater's second vote on a question of a pair.
 
     Raises:
-        ValueError: a file is no list of votes; names file and line.
+        UserError: a file is no list of votes; names file and line.
     """
     votes: dict[tuple[str, ...], dict[str, str]] = {}
     rejected: Counter[str] = Counter()
@@ -91,7 +92,7 @@ def read_votes(files: Sequence[Path], key: Mapping[str, Any]) -> tuple[list[dict
             codes = (row["left"], row["right"])
             is_known = row["choice"] in CHOICES and row["question"] in key["questions"]
             if not is_known or not key["codes"].keys() >= set(codes) or not row["rater"].strip():
-                raise ValueError(f"{path}:{number} is no vote of this page: {','.join(row.values())}")
+                raise UserError(f"{path}:{number} is no vote of this page: {','.join(row.values())}")
             vote = row | {"left": key["codes"][codes[0]], "right": key["codes"][codes[1]]}
             place = (row["rater"].strip(), row["question"], *codes)
             if place in votes:
@@ -106,13 +107,13 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
-                raise ValueError(f"{path}:1 should be {','.join(COLUMNS)}, not {','.join(reader.fieldnames or [])}")
+                raise UserError(f"{path}:1 should be {','.join(COLUMNS)}, not {','.join(reader.fieldnames or [])}")
             rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
     for number, row in rows:
         if None in row or None in row.values():
-            raise ValueError(f"{path}:{number} has not {len(COLUMNS)} cells")
+            raise UserError(f"{path}:{number} has not {len(COLUMNS)} cells")
     return rows
 
 

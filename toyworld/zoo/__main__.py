@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from errors import UserError
 from pipelines.command import run_command
 from pipelines.engine.progress import get_logger
 
@@ -50,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in NAMES:
-            raise ValueError(f"{name!r} is not one of {', '.join(NAMES)}")
+            raise UserError(f"{name!r} is not one of {', '.join(NAMES)}")
     for name in NAMES:
         if name in arguments.names or not arguments.names:
             start = time.monotonic()

@@ -70,7 +70,7 @@ class BatchAssembler:
         checks_payloads: whether the CRC-32 of what is read is compared with the index.
 
     Raises:
-        FileNotFoundError: a directory of captions has no null caption.
+        MissingFileError: a directory of captions has no null caption.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class BatchAssembler:
         """Return the batch of the samples at `positions` of the planned global batch, all of whose `shards` are open.
 
         Raises:
-            ValueError: a tar is shorter than its index says, bytes have changed, or shapes differ in a bucket; names
+            UserError: a tar is shorter than its index says, bytes have changed, or shapes differ in a bucket; names
                 shard and key.
         """
         bucket = self._buckets[planned.bucket]

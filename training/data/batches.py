@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from errors import UserError
 from training.config import random_stream
 from training.data.assembly import BatchAssembler
 from training.data.features import Dataset
@@ -33,7 +34,7 @@ def shared_survey(job: TrainingJob) -> Survey:
     dist.barrier()
     survey = load_survey(path, identity=identity)
     if survey is None:
-        raise ValueError(f"{path} is not seen by rank {dist.get_rank()}: RUN must be a folder that all machines share")
+        raise UserError(f"{path} is not seen by rank {dist.get_rank()}: RUN must be a folder that all machines share")
     return survey
 
 

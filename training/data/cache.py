@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from errors import StorageError, UserError
 from pipelines.store.files import RangeFile, open_ranges
 
 GIGABYTE = 1e9
@@ -26,7 +27,7 @@ PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
 
 
-class CacheFullError(ValueError):
+class CacheFullError(UserError):
     """No room for a file: everything else in the cache is in use."""
 
 
@@ -73,8 +74,8 @@ class ShardCache:
 
         Raises:
             CacheFullError: there is no room; names the recipe keys and sizes.
-            OSError: the file is not the one its manifest describes.
-            FileNotFoundError, ConnectionError, ValueError: see `pipelines.store.remote`; network faults are
+            StorageError: the file is not the one its manifest describes.
+            MissingFileError, StorageError, UserError: see `pipelines.store.remote`; network faults are
                 tried again.
         """
         path = self.directory / sha256 / url.rsplit("/", 1)[-1]
@@ -92,7 +93,9 @@ class ShardCache:
                 self._reserve(descriptor, remote.size, url)
                 found = _copy(remote, descriptor, is_stopping)
             if found != sha256:
-                raise OSError(f"{url} has SHA-256 {found}, but the manifest beside it says {sha256}; it was changed")
+                raise StorageError(
+                    f"{url} has SHA-256 {found}, but the manifest beside it says {sha256}; it was changed"
+                )
             os.fsync(descriptor)
         except BaseException:
             _partial(path).unlink()
@@ -131,7 +134,7 @@ def _copy(remote: RangeFile, descriptor: int, is_stopping: threading.Event) -> s
     digest, position = hashlib.sha256(), 0
     while position < remote.size:
         if is_stopping.is_set():
-            raise OSError("the reader was left")
+            raise StorageError("the reader was left")
         chunk = remote.read(position, CHUNK_BYTES)
         digest.update(chunk)
         position += os.pwrite(descriptor, chunk, position)

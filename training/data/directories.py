@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from errors import MissingFileError, UserError
 from pipelines.store.families import FamilySchema, schema_of
 from pipelines.store.files import is_remote, open_binary
 from pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
@@ -28,11 +29,11 @@ class FeatureDirectory:
         """What its members hold.
 
         Raises:
-            ValueError: its manifest is not one of features.
+            UserError: its manifest is not one of features.
         """
         family = schema_of(self.manifest)
         if family is None:
-            raise ValueError(f"{self.location}/{MANIFEST_NAME} does not say which family of features it is of")
+            raise UserError(f"{self.location}/{MANIFEST_NAME} does not say which family of features it is of")
         return family
 
     def url(self, name: str, suffix: str) -> str:
@@ -56,9 +57,9 @@ def open_directory(location: str, cache: ShardCache | None = None) -> FeatureDir
     """Read the manifest of a feature directory; one behind a URL needs a `cache`.
 
     Raises:
-        FileNotFoundError: it does not exist, or the stage that writes it has not finished.
-        OSError, ValueError: the URL cannot be read, see `pipelines.store.remote`.
-        ValueError: the manifest is of another schema version.
+        MissingFileError: it does not exist, or the stage that writes it has not finished.
+        StorageError, UserError: the URL cannot be read, see `pipelines.store.remote`.
+        UserError: the manifest is of another schema version.
     """
     if not is_remote(location):
         return FeatureDirectory(location=location, manifest=read_manifest(Path(location)))
@@ -72,5 +73,5 @@ def _read_manifest(location: str) -> Manifest:
         with open_binary(url) as file:
             content = json.load(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url} does not exist: there are no finished features at {location}") from None
+        raise MissingFileError(f"{url} does not exist: there are no finished features at {location}") from None
     return parse_manifest(content, where=url)

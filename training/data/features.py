@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 
 from encoders.text import DEFAULT_CLEANING
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
@@ -160,22 +161,22 @@ def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:
     """Return what the recipe says about the features `name`.
 
     Raises:
-        ValueError: the table or a key is missing or wrong; names it.
+        UserError: the table or a key is missing or wrong; names it.
     """
     try:
         return FeatureTable.model_validate(recipe.laid_over("features", name, keys=FeatureTable.model_fields))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{recipe.path}: features.{name}.{key}: {first['msg']}") from None
+        raise UserError(f"{recipe.path}: features.{name}.{key}: {first['msg']}") from None
 
 
 def open_features(command: Command, settings: StageTraining) -> StageFeatures:
     """Find the features of a command's stage and check them against the recipe and the captions they came from.
 
     Raises:
-        FileNotFoundError: features of this stage have not been made.
-        ValueError: they were made with other settings, or from other captions, or two datasets share a shard; names
+        MissingFileError: features of this stage have not been made.
+        UserError: they were made with other settings, or from other captions, or two datasets share a shard; names
             the field and both values.
     """
     stage, name = command.stage_name, settings.features or command.stage_name
@@ -204,13 +205,13 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
 def _read_table_of(command: Command, name: str, *, settings: StageTraining) -> FeatureTable:
     stage, names = command.stage_name, command.recipe.names("features", keys=FeatureTable.model_fields)
     if name not in names:
-        raise ValueError(
+        raise UserError(
             f"{command.recipe.path}: training.{stage} reads [features.{name}], which is missing; write it or set "
             f"training.{stage}.features to one of: {', '.join(names) or 'none'}"
         )
     table = read_feature_table(command.recipe, name)
     if settings.network == "pixart" and not table.text:
-        raise ValueError(
+        raise UserError(
             f"{command.recipe.path}: training.{stage}.network = 'pixart' reads text, but features.{name}.text = false"
         )
     return table
@@ -253,7 +254,7 @@ def _open_dataset(
     for directory in directories:
         for name in shards:
             if name not in directory.manifest.shards:
-                raise ValueError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
+                raise UserError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
     return Dataset(run=run, directories=directories, shards=shards, weight=config.weight)
 
 
@@ -261,7 +262,7 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     """Take the shards that `patterns` name out of what is trained on.
 
     Raises:
-        ValueError: a pattern matches nothing, or a dataset has nothing left.
+        UserError: a pattern matches nothing, or a dataset has nothing left.
     """
     if not patterns:
         return list(datasets)
@@ -269,7 +270,7 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     chosen = set(select_shards(sorted(names), patterns, key=key))
     for dataset in datasets:
         if chosen.issuperset(dataset.shards):
-            raise ValueError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.leading}")
+            raise UserError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.leading}")
     return [
         replace(
             dataset,
@@ -289,7 +290,7 @@ def _require_apart(datasets: Sequence[Dataset], *, key: str) -> None:
             folder = folder if is_remote(folder) else str(Path(folder).resolve())
             other = owners.setdefault((folder, name), number)
             if other != number:
-                raise ValueError(
+                raise UserError(
                     f"{key}.{other} and {key}.{number} both read shard {name} of {dataset.run}; "
                     "narrow the shards of one of them"
                 )
@@ -319,7 +320,7 @@ def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: Feat
 def _open(run: str, relative: Path, *, command: str, cache: ShardCache) -> FeatureDirectory:
     location = f"{run}/{relative.as_posix()}"
     if not is_remote(location) and not Path(location).is_dir():
-        raise FileNotFoundError(f"{location} does not exist: features have not been made; run `{command}` first")
+        raise MissingFileError(f"{location} does not exist: features have not been made; run `{command}` first")
     return open_directory(location, cache)
 
 

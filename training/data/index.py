@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from errors import MissingFileError, UserError
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import load_index
 from training.data.cache import ShardFile
@@ -134,7 +135,7 @@ class FeatureIndex:
 
         Raises:
             CacheFullError: the cache has no room: all in it is open.
-            FileNotFoundError, ValueError, OSError: a file is missing or cannot be used; names it.
+            MissingFileError, UserError, StorageError: a file is missing or cannot be used; names it.
         """
         table, files = self.table(shard), self._open_tars(shard)
         try:
@@ -167,7 +168,7 @@ class FeatureIndex:
         """Read a shard's indices.
 
         Raises:
-            FileNotFoundError, ValueError, OSError: an index is missing or cannot be used; names the shard.
+            MissingFileError, UserError, StorageError: an index is missing or cannot be used; names the shard.
         """
         dataset, name = self._shards[shard]
         leading, *others = dataset.directories
@@ -195,16 +196,16 @@ def _map(file: ShardFile, shard: str) -> np.ndarray:
         # A plain view: slices of np.memmap itself are several times slower to make.
         return np.asarray(np.memmap(file.path, np.uint8, mode="r"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"shard {shard}: {file.path} is missing; make its features again") from None
+        raise MissingFileError(f"shard {shard}: {file.path} is missing; make its features again") from None
     except ValueError as error:
-        raise ValueError(f"shard {shard}: {file.path} cannot be read: {error}; make its features again") from None
+        raise UserError(f"shard {shard}: {file.path} cannot be read: {error}; make its features again") from None
 
 
 def _require_unique(keys: pa.ChunkedArray, shard: str, directory: FeatureDirectory) -> None:
     counts = keys.value_counts()
     if len(counts) < len(keys):
         key = next(entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1)
-        raise ValueError(f"shard {shard} of {directory}: key {key} is there twice, so what goes with it is not certain")
+        raise UserError(f"shard {shard} of {directory}: key {key} is there twice, so what goes with it is not certain")
 
 
 def bucket_size(name: str) -> tuple[int, int]:
@@ -221,7 +222,7 @@ def _labels(samples: pa.Table, shard: str) -> np.ndarray:
     labels = samples["label"]
     if labels.null_count:
         key = samples.filter(pc.field("label").is_null())["key"][0]
-        raise ValueError(f"shard {shard}: sample {key} has no class label; a DiT needs tars with `.cls` members")
+        raise UserError(f"shard {shard}: sample {key} has no class label; a DiT needs tars with `.cls` members")
     return labels.to_numpy().astype(np.int64)
 
 

@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
+from errors import UserError
 from training.data.stream import BATCH_ORDER, SampleStream, shuffled
 
 
@@ -48,7 +49,7 @@ class Plan:
         shards_per_block: shards of a dataset among whose samples are shuffled; more mix better and keep more tars open.
 
     Raises:
-        ValueError: a dataset has no samples.
+        UserError: a dataset has no samples.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Plan:
         ]
         for number, stream in enumerate(self._streams):
             if stream.num_samples == 0:
-                raise ValueError(f"there are no samples to train on in dataset {number + 1} of {len(counts)}")
+                raise UserError(f"there are no samples to train on in dataset {number + 1} of {len(counts)}")
         sizes = [len(stream.counts) for stream in self._streams]
         self._first_shards = np.cumsum([0, *sizes[:-1]])
         exact = [Fraction(str(weight)) for weight in weights]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from errors import UserError
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import payload_crc32
 from training.data.batch import Buffers, PackedRows
@@ -61,7 +62,7 @@ class StackedReading:
         """Copy the tensors of `samples` into `buffers`; returns them by name, each [B, ...].
 
         Raises:
-            ValueError: shapes differ, a tar is shorter than its index says, or bytes have changed; names shard and key.
+            UserError: shapes differ, a tar is shorter than its index says, or bytes have changed; names shard and key.
         """
         family, rows = self._family, samples.rows[self._family.name]
         self._require_one_shape(samples)
@@ -89,7 +90,7 @@ class StackedReading:
         sizes = rows[:, self._sizes.start : self._sizes.stop]
         if (odd := np.flatnonzero((sizes != sizes[0]).any(axis=1))).size:
             i = int(odd[0])
-            raise ValueError(
+            raise UserError(
                 f"shard {samples.shards[i].table.name}: {self._family.name} of {samples.keys[i]} are "
                 f"{self.shape(rows[i])}, but {self.shape(rows[0])} in other samples of the same bucket"
             )
@@ -99,7 +100,7 @@ class RaggedReading:
     """Reads a family whose rows differ in length, such as captions: end to end, those left out that are dropped.
 
     Raises:
-        FileNotFoundError: the directory has no null file.
+        MissingFileError: the directory has no null file.
     """
 
     def __init__(self, directory: FeatureDirectory, *, checks_payloads: bool) -> None:
@@ -115,7 +116,7 @@ class RaggedReading:
         """Copy the rows of `samples` into `buffers` end to end, as they are stored, but for those that are dropped.
 
         Raises:
-            ValueError: a tar is shorter than its index says, or bytes have changed; names shard and key.
+            UserError: a tar is shorter than its index says, or bytes have changed; names shard and key.
         """
         family, rows = self._family, samples.rows[self._family.name]
         lengths = np.where(is_dropped, 0, rows[:, self._length])
@@ -153,7 +154,7 @@ def copy_payloads(
     rows = zip(tars, offsets.tolist(), (offsets + sizes).tolist(), starts.tolist(), starts[1:].tolist(), strict=False)
     for i, (tar, offset, end, start, stop) in enumerate(rows):
         if end > len(tar):
-            raise ValueError(
+            raise UserError(
                 f"shard {samples.shards[i].table.name}: sample {samples.keys[i]} ends at byte {end}, but its tar has "
                 f"{len(tar)}; the tar was cut short, make its features again"
             )
@@ -165,7 +166,7 @@ def check_crcs(samples: LocatedSamples, family: str, found: Sequence[int], expec
     for i, (crc, wanted) in enumerate(zip(found, expected.tolist(), strict=True)):
         if crc != wanted:
             has = "has no checksum" if wanted == NOT_THERE else f"has CRC-32 {wanted:08x}"
-            raise ValueError(
+            raise UserError(
                 f"shard {samples.shards[i].table.name}: {family} of sample {samples.keys[i]} {has} in the index, but "
                 f"{crc:08x} was read; the tar was changed or damaged, make its features again "
                 "(training.check_payloads looks for this)"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from errors import MissingFileError, UserError
 from pipelines.store.files import atomic_write_json
 from training.data.index import FeatureIndex, ShardTable, bucket_size
 
@@ -54,7 +55,7 @@ def survey_shards(index: FeatureIndex, shards: Sequence[int]) -> list[ShardSurve
     """Read the indices of `shards`, and compare the sizes of local tars with them.
 
     Raises:
-        FileNotFoundError, ValueError: an index or tar is missing, cut short or cannot be used; names the shard.
+        MissingFileError, UserError: an index or tar is missing, cut short or cannot be used; names the shard.
     """
 
     def survey(shard: int) -> ShardSurvey:
@@ -70,21 +71,21 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
     """Sum up the surveys of all shards.
 
     Raises:
-        ValueError: a dataset has no sample with all its features, or the latents are of several VAEs.
+        UserError: a dataset has no sample with all its features, or the latents are of several VAEs.
     """
     where = ", ".join(str(dataset.leading) for dataset in index.datasets)
     buckets = sorted({name for shard in shards for name in shard.counts}, key=bucket_size)
     channels = {size for shard in shards for size in shard.channels}
     downsample = {size for shard in shards for size in shard.downsample}
     if len(channels) > 1 or len(downsample) > 1:
-        raise ValueError(f"{where}: latents of several VAEs: channels {channels}, pixels each {downsample}")
+        raise UserError(f"{where}: latents of several VAEs: channels {channels}, pixels each {downsample}")
     counts: list[list[list[int]]] = []
     shards_left = shards
     for dataset in index.datasets:
         own, shards_left = shards_left[: len(dataset.shards)], shards_left[len(dataset.shards) :]
         counts.append([[shard.counts.get(name, 0) for name in buckets] for shard in own])
         if not sum(map(sum, counts[-1])):
-            raise ValueError(f"{dataset.leading}: no sample of {len(dataset.shards)} shards has all its features")
+            raise UserError(f"{dataset.leading}: no sample of {len(dataset.shards)} shards has all its features")
     return Survey(
         buckets=buckets,
         counts=counts,
@@ -130,9 +131,9 @@ def _require_whole_tars(index: FeatureIndex, shard: int, table: ShardTable) -> N
         path = Path(directory.url(table.name, ".tar"))
         last = int(rows.numbers[:, :num_tensors].max(initial=0))  # offsets are its first columns
         if not path.is_file():
-            raise FileNotFoundError(f"shard {table.name}: {path} is missing; make its features again")
+            raise MissingFileError(f"shard {table.name}: {path} is missing; make its features again")
         if path.stat().st_size <= last:
-            raise ValueError(
+            raise UserError(
                 f"shard {table.name}: {path} has {path.stat().st_size} bytes, but by its index a payload starts "
                 f"at byte {last}; the tar was cut short, make its features again"
             )

@@ -57,7 +57,7 @@ class ShardWindow:
 
         Raises:
             CacheFullError: the cache cannot hold this step's shards, though other ranks had time to make room.
-            FileNotFoundError, ValueError, OSError: a shard's file cannot be used; names it.
+            MissingFileError, UserError, StorageError: a shard's file cannot be used; names it.
         """
         while len(self._planned) <= NUM_STEPS_AHEAD and (step := next(self._upcoming, None)) is not None:
             planned = self._plan.batch(step)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from pipelines.store.remote import storage_environment
 from training.launch.placement import Host, on_hosts
 from training.launch.ranks import GRACE_SECONDS, StopSignals, wait_all
@@ -58,12 +59,12 @@ def run_hosts(arguments: Sequence[str], *, hosts: Sequence[Host], remote_shell: 
     """Run the ranks of all hosts until they are done; at a SIGTERM they save and end.
 
     Raises:
-        ValueError: a host cannot be reached or its ranks failed; names the host.
+        UserError: a host cannot be reached or its ranks failed; names the host.
         KeyboardInterrupt: Ctrl-C was pressed; the ranks have saved.
     """
     shell = shlex.split(remote_shell)
     if not shell:
-        raise ValueError("training.remote_shell is empty; it is a command such as 'ssh -p 2222'")
+        raise UserError("training.remote_shell is empty; it is a command such as 'ssh -p 2222'")
     forwarded = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIXES)}
     nodes: list[subprocess.Popen[bytes]] = []
     with StopSignals(lambda: _say(nodes, STOP)) as signals:
@@ -93,7 +94,7 @@ def _connect(command: Sequence[str]) -> subprocess.Popen[bytes]:
         # Ctrl-C in a terminal goes to a whole group; here it comes through `StopSignals` alone.
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     except OSError as error:
-        raise ValueError(f"training.remote_shell {command[0]!r} cannot be started: {error.strerror}") from None
+        raise UserError(f"training.remote_shell {command[0]!r} cannot be started: {error.strerror}") from None
 
 
 def _remote_command(arguments: Sequence[str]) -> str:
@@ -148,7 +149,7 @@ def _raise_failure(outcomes: Sequence[_HostEnd], *, num_hosts: int) -> None:
         return
     reasons = {outcome.reason for outcome in outcomes}
     if len(outcomes) == num_hosts and len(reasons) == 1 and outcomes[0].kind == FAILED:
-        raise ValueError(outcomes[0].message)
+        raise UserError(outcomes[0].message)
     order = {FAILED: 0, None: 1, STARTED: 1, LOST: 2}
     first = min(outcomes, key=lambda outcome: order[outcome.kind])
-    raise ValueError(f"host {first.host.name}: {first.reason}")
+    raise UserError(f"host {first.host.name}: {first.reason}")

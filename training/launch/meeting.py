@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from errors import UserError
 from training.launch.placement import Placement
 
 START, NOTHING_TO_DO = b"s", b"n"
@@ -70,7 +71,7 @@ def ask_first_task(placement: Placement) -> bytes:
     """Return what the first task says, b"" if it has failed; waits for its checks, however long they take.
 
     Raises:
-        ValueError: there is no first task.
+        UserError: there is no first task.
     """
     address = (placement.master_address, placement.meeting_port)
     deadline_seconds = time.monotonic() + WAIT_SECONDS
@@ -80,7 +81,7 @@ def ask_first_task(placement: Placement) -> bytes:
             break
         except OSError as error:
             if time.monotonic() > deadline_seconds:
-                raise ValueError(f"the first task does not answer at {address[0]}:{address[1]}: {error}") from None
+                raise UserError(f"the first task does not answer at {address[0]}:{address[1]}: {error}") from None
             time.sleep(RETRY_SECONDS)
     with connection, contextlib.suppress(ConnectionError):
         connection.settimeout(None)

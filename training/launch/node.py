@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 
-from pipelines.command import parse_command
+from pipelines.command import parse_command, users_message
 from training.launch.hosts import DONE, FAILED, LOST, REPORT_PREFIX, STARTED, STOP
 from training.launch.placement import Placement
 from training.launch.ranks import LostContactError, run_ranks
@@ -35,10 +35,11 @@ def main() -> int:
     except LostContactError as error:
         _report(LOST, str(error))
         return 2
-    except (ValueError, OSError) as error:
-        if os.environ.get("ATELIER_TRACEBACK"):
+    except Exception as error:
+        message = users_message(error)
+        if message is None or os.environ.get("ATELIER_TRACEBACK"):
             raise
-        _report(FAILED, str(error))
+        _report(FAILED, message)
         return 2
     _report(DONE)
     return 0

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import UserError
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Where ranks meet; below the ports that Linux hands out by itself.
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
@@ -94,14 +96,14 @@ def of_slurm_task(environment: Mapping[str, str] = os.environ) -> Placement:
     """The one rank of a Slurm task.
 
     Raises:
-        ValueError: `scontrol` does not say which hosts the step runs on.
+        UserError: `scontrol` does not say which hosts the step runs on.
     """
     nodes = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        raise ValueError(f"`scontrol show hostnames {nodes}` does not say where rank 0 is: {reason}") from None
+        raise UserError(f"`scontrol show hostnames {nodes}` does not say where rank 0 is: {reason}") from None
     hosts = listed.stdout.split()
     world_size = int(environment["SLURM_NTASKS"])
     # Steps of one job that run side by side must not meet at one port.
@@ -122,12 +124,12 @@ def read_hostfile(path: Path) -> list[Host]:
     """Read lines `host slots=8` as DeepSpeed has them; blank lines and what follows # are left out.
 
     Raises:
-        ValueError: a line is not one, a host comes twice, or there is none; names file and line.
+        UserError: a line is not one, a host comes twice, or there is none; names file and line.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"training.hostfile {path} cannot be read: {error}") from None
+        raise UserError(f"training.hostfile {path} cannot be read: {error}") from None
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
@@ -136,12 +138,12 @@ def read_hostfile(path: Path) -> list[Host]:
         match = re.fullmatch(r"([\w.@:-]+)\s+slots=(\d+)", text)
         # What starts with a dash would be an option of ssh.
         if match is None or int(match[2]) < 1 or match[1].startswith("-"):
-            raise ValueError(f"{path}, line {number}: {text!r} is not `host slots=8`, a name and its number of ranks")
+            raise UserError(f"{path}, line {number}: {text!r} is not `host slots=8`, a name and its number of ranks")
         if match[1] in hosts:
-            raise ValueError(f"{path}, line {number}: host {match[1]} comes twice; add its slots up")
+            raise UserError(f"{path}, line {number}: host {match[1]} comes twice; add its slots up")
         hosts[match[1]] = Host(match[1], int(match[2]))
     if not hosts:
-        raise ValueError(f"training.hostfile {path} names no host; a line is `host slots=8`")
+        raise UserError(f"training.hostfile {path} names no host; a line is `host slots=8`")
     return list(hosts.values())
 
 

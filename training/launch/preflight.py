@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from errors import UserError
 from pipelines.engine.progress import console
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
@@ -39,7 +40,7 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
     """Count the samples of a stage and cut its batches for `num_ranks` on all machines.
 
     Raises:
-        ValueError: the batch cannot be cut evenly, settings do not go together, or no sample has all its features.
+        UserError: the batch cannot be cut evenly, settings do not go together, or no sample has all its features.
     """
     settings = job.settings
     require_even_batches(settings, num_ranks)
@@ -54,7 +55,7 @@ def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
     """Refuse a batch that ranks and micro-batches cannot share evenly."""
     num_parts = num_ranks * settings.gradient_accumulation_steps
     if settings.global_batch_size % num_parts:
-        raise ValueError(
+        raise UserError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
             f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
         )
@@ -72,7 +73,7 @@ def _require_cache(job: TrainingJob, survey: Survey) -> None:
     with ThreadPoolExecutor(NUM_SIZE_THREADS) as pool:
         needed_gigabytes = sum(pool.map(remote_size, urls)) / GIGABYTE
     if needed_gigabytes > job.settings.cache_gigabytes:
-        raise ValueError(
+        raise UserError(
             f"training.cache_gigabytes = {job.settings.cache_gigabytes:g} is less than the {needed_gigabytes:.3g} GB "
             f"of the {len(urls) // 2} remote tars that are mixed at a time; raise it, or lower "
             f"training.shards_per_block = {job.settings.shards_per_block}"
@@ -163,11 +164,11 @@ def require_memory(job: TrainingJob, weights: WeightCounts, *, num_ranks: int, a
     """Refuse to start where not even the weights and what belongs to them fit; activations come on top.
 
     Raises:
-        ValueError: says what a rank has and needs.
+        UserError: says what a rank has and needs.
     """
     needed = rank_bytes(job.settings, weights, num_ranks=num_ranks)
     if needed > available_bytes:
-        raise ValueError(
+        raise UserError(
             f"weights, gradients, optimizer and average need {needed / GIGABYTE:.2f} GB a rank, but a rank has "
             f"{available_bytes / GIGABYTE:.2f} GB; raise training.zero_stage (now {job.settings.zero_stage}) or the "
             f"number of ranks (now {num_ranks})"
@@ -178,14 +179,14 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
     """Refuse to start where the checkpoints would not fit.
 
     Raises:
-        ValueError: says what is free and what is needed.
+        UserError: says what is free and what is needed.
     """
     kept = job.settings.keep_checkpoints
     num_checkpoints = max(1, kept + 1 - len(list(job.directory.glob("step-*"))))
     needed = checkpoint_bytes(job.settings, weights) * num_checkpoints
     free = shutil.disk_usage(job.directory).free
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{job.directory} has {free / GIGABYTE:.2f} GB free, but {num_checkpoints} more checkpoints "
             f"(training.keep_checkpoints = {kept} and the one being written) need {needed / GIGABYTE:.2f} GB; "
             "make room, lower training.keep_checkpoints, or put RUN on another disk"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.command import parse_command, run_command
+from errors import StorageError, UserError
+from pipelines.command import parse_command, run_command, users_message
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT
 from pixart.model import PixArt
@@ -65,7 +66,7 @@ def main() -> None:
         dist.barrier()
     except torch.OutOfMemoryError as error:
         settings = job.settings
-        raise ValueError(
+        raise UserError(
             f"the GPU's memory does not suffice: {str(error).splitlines()[0]} Raise "
             f"training.gradient_accumulation_steps {settings.gradient_accumulation_steps} (smaller micro-batches) or "
             f'training.zero_stage {settings.zero_stage}, or set training.keep_activations = "products" or '
@@ -73,9 +74,9 @@ def main() -> None:
         ) from error
     except RuntimeError as error:
         if is_lost_contact(error):
-            raise OSError(LOST_CONTACT) from error
+            raise StorageError(LOST_CONTACT) from error
         if isinstance(error, dist.DistError):
-            raise ValueError(f"the ranks cannot talk to each other: {error}") from error
+            raise UserError(f"the ranks cannot talk to each other: {error}") from error
         raise
     dist.destroy_process_group()
 
@@ -123,7 +124,7 @@ def _require_families(job: TrainingJob, objective: Objective) -> None:
     if dataset.has_labels:
         found.add("labels")
     for name in sorted(set(objective.families) - found):
-        raise ValueError(f"the objective reads {name}, but features.{job.features.table_name} has {sorted(found)}")
+        raise UserError(f"the objective reads {name}, but features.{job.features.table_name} has {sorted(found)}")
 
 
 def _require_room(job: TrainingJob, weights: WeightCounts, *, parameter_counts: Mapping[str, int]) -> None:
@@ -158,7 +159,7 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
     of_first = [mine]
     dist.broadcast_object_list(of_first, src=0)
     if mine != of_first[0]:
-        raise ValueError(
+        raise UserError(
             f"rank {dist.get_rank()} would continue from {mine or 'the start'}, but rank 0 from "
             f"{of_first[0] or 'the start'}: the storage of RUN does not show all machines the same yet; type it again"
         )
@@ -208,9 +209,10 @@ def run() -> int:
         main()
         return 0
     except Exception as error:  # noqa: BLE001 - printed in full, and the process ends
-        if isinstance(error, ValueError | OSError) and not os.environ.get("ATELIER_TRACEBACK"):
-            atomic_write_bytes(Path(folder) / os.environ["RANK"], str(error).encode())
-        else:
+        message = users_message(error)
+        if message is not None:
+            atomic_write_bytes(Path(folder) / os.environ["RANK"], message.encode())
+        if message is None or os.environ.get("ATELIER_TRACEBACK"):
             traceback.print_exc()
     sys.stderr.flush()
     os._exit(2)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from errors import ProgramFault, UserError
 from pipelines.engine.progress import get_logger
 from training.launch.placement import LOOPBACK, Placement
 from training.stages.checkpoint import remove_unfinished
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 
 
-class LostContactError(ValueError):
+class LostContactError(UserError):
     """The ranks here lost contact with one elsewhere, whose launcher says why."""
 
 
@@ -73,7 +74,7 @@ def run_ranks(
 
     Raises:
         LostContactError: the ranks here lost contact with one elsewhere.
-        ValueError: a rank failed, with its message; or another command is training in `directory`.
+        UserError: a rank failed, with its message; or another command is training in `directory`.
         KeyboardInterrupt: Ctrl-C was pressed; the ranks have saved.
     """
     with contextlib.ExitStack() as stack:
@@ -184,15 +185,15 @@ def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Pla
     causes = {rank: message for rank, message in messages.items() if message != LOST_CONTACT}
     if causes:
         rank = min(causes)
-        raise ValueError(causes[rank] if len(causes) == placement.world_size else f"rank {rank}: {causes[rank]}")
+        raise UserError(causes[rank] if len(causes) == placement.world_size else f"rank {rank}: {causes[rank]}")
     for rank, status in failed.items():
         if status < 0:
             name = signal.Signals(-status).name
             reason = "; the machine may be out of memory" if name == "SIGKILL" else ""
-            raise ValueError(f"rank {rank} was ended by {name}{reason}. The same command continues")
+            raise UserError(f"rank {rank} was ended by {name}{reason}. The same command continues")
     for rank, status in failed.items():
         if rank not in messages:
-            raise ValueError(f"rank {rank} ended with status {status}; its traceback is above")
+            raise ProgramFault(f"rank {rank} ended with status {status}; its traceback is above")
     raise LostContactError(f"rank {min(messages)} {LOST_CONTACT}, which has failed or whose machine is gone")
 
 
@@ -210,7 +211,7 @@ def _exclusive(directory: Path) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() > deadline_seconds:
                     message = f"{directory} is being trained by another process; wait for it or stop it"
-                    raise ValueError(message) from None
+                    raise UserError(message) from None
                 time.sleep(POLL_SECONDS)
         yield descriptor
     finally:

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+from errors import UserError
 from training.config import StageTraining
 
 
@@ -20,12 +21,12 @@ def require_compilable(settings: StageTraining) -> None:
     if settings.compile is not True:
         return
     if not _has_compiler():
-        raise ValueError(
+        raise UserError(
             f"training.compile = true needs a C++ compiler, and neither of {_compilers()} is here; "
             "install g++, set CXX, or training.compile = false"
         )
     if settings.zero_stage == 3:
-        raise ValueError(
+        raise UserError(
             "training.compile = true does not go with training.zero_stage = 3, which gathers weights inside a block; "
             "choose ZeRO 0, 1 or 2, or training.compile = false"
         )

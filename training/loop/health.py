@@ -7,13 +7,14 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from errors import UserError
 from pipelines.store.files import atomic_write_bytes
 from training.loop.losses import StepLosses
 from training.loop.measure import count_non_finite, total_norm
 from training.loop.zero import Update, ZeroModel
 
 
-class UnhealthyTrainingError(ValueError):
+class UnhealthyTrainingError(UserError):
     """Training was stopped because going on would waste or ruin it; says what was seen and where to look."""
 
 

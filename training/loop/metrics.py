@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from errors import StorageError
 from pipelines.store.files import atomic_write_bytes
 from training.config import StageTraining
 
@@ -48,12 +49,12 @@ class MetricsLog:
         """Write one line; its numbers go to TensorBoard under their names.
 
         Raises:
-            OSError: the disk is full; names the file.
+            StorageError: the disk is full; names the file.
         """
         try:
             self._file.write((json.dumps(record) + "\n").encode())
         except OSError as error:
-            raise OSError(
+            raise StorageError(
                 f"{self._file.name} cannot be written: {error.strerror}; the last checkpoint stays in force, and the "
                 "same command continues from it"
             ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from errors import StorageError, UserError
 from pipelines.store.files import atomic_write_json
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
@@ -38,7 +39,7 @@ def save_checkpoint(
     """Write the checkpoint of `trainer["step"]` and drop all but the newest `num_kept`; all ranks must call it.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
+        StorageError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
     """
     is_writer = dist.get_rank() == 0
     final = stage_directory / f"step-{trainer['step']}"
@@ -54,7 +55,7 @@ def save_checkpoint(
     except Exception as error:
         if not is_disk_full(error, stage_directory):
             raise
-        raise OSError(
+        raise StorageError(
             f"{stage_directory}: the disk is full, {final.name} was not saved and the checkpoint before it stays in "
             "force; make room and type the command again"
         ) from error
@@ -95,7 +96,7 @@ def _convert_to_universal(folder: Path) -> None:
             text=True,
         )
         if done.returncode:
-            raise ValueError(f"{folder} cannot be converted to DeepSpeed's universal form:\n{done.stdout[-2000:]}")
+            raise UserError(f"{folder} cannot be converted to DeepSpeed's universal form:\n{done.stdout[-2000:]}")
         output.rename(folder / UNIVERSAL_STATE)
 
 
@@ -112,11 +113,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     """Put weights, optimizer and average back as they were; all ranks must call it.
 
     Raises:
-        ValueError: the folder holds weights but no training state.
+        UserError: the folder holds weights but no training state.
     """
     state = checkpoint.path / STATE
     if not state.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
             "start from it with training.<stage>.starts_from and another RUN"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from training.data.batches import open_reader
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
@@ -66,7 +67,7 @@ def open_validation(job: TrainingJob) -> Validation | None:
     """Return the validation of a stage, None if no shards are held out for it.
 
     Raises:
-        ValueError: the held-out shards do not fill one batch, or have more classes than `model.num_classes`.
+        UserError: the held-out shards do not fill one batch, or have more classes than `model.num_classes`.
     """
     datasets, settings = job.features.held_out, job.settings
     if not datasets:
@@ -77,7 +78,7 @@ def open_validation(job: TrainingJob) -> Validation | None:
     num_samples = min(sum(survey.num_samples), settings.num_validation_samples)
     num_steps = num_samples // settings.global_batch_size
     if num_steps == 0:
-        raise ValueError(
+        raise UserError(
             f"training.validation_shards {settings.validation_shards} and training.num_validation_samples "
             f"{settings.num_validation_samples} give {num_samples} samples, fewer than one batch of "
             f"training.global_batch_size {settings.global_batch_size}"

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from errors import UserError
 from training.config import StageTraining
 from training.launch.placement import is_slurm_task
 from training.loop.compilation import is_compiled
@@ -255,7 +256,7 @@ def initialize_ranks() -> None:
         dist.init_process_group("nccl" if has_cuda else "gloo")
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error
     deepspeed.init_distributed("nccl" if has_cuda else "gloo")
 
 
@@ -268,13 +269,13 @@ def local_device(local_rank: int, num_devices: int, *, is_slurm: bool) -> int:
     """Return the GPU of a rank; Slurm may show each task its own GPU alone.
 
     Raises:
-        ValueError: there are fewer GPUs than ranks.
+        UserError: there are fewer GPUs than ranks.
     """
     if local_rank < num_devices:
         return local_rank
     if is_slurm and num_devices == 1:
         return 0
-    raise ValueError(
+    raise UserError(
         f"rank {local_rank} of this machine has no GPU, there are {num_devices}: lower GPUS (training.num_processes), "
         "the slots in training.hostfile, or the tasks per node"
     )

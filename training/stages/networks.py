@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from errors import UserError
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
@@ -18,7 +19,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
     """Return the shape of the stage's network: the recipe's `[model]`, and what the features decide.
 
     Raises:
-        ValueError: the data have more classes than `model.num_classes`.
+        UserError: the data have more classes than `model.num_classes`.
     """
     shared: dict[str, Any] = {
         "num_layers": job.model.num_layers,
@@ -41,7 +42,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
 def require_labels(job: TrainingJob, survey: Survey) -> None:
     """Refuse class labels that the network has no embedding for."""
     if survey.max_label >= job.model.num_classes:
-        raise ValueError(
+        raise UserError(
             f"model.num_classes is {job.model.num_classes}, "
             f"but {job.features.datasets[0].leading} has class label {survey.max_label}"
         )

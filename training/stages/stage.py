@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import resolve_model
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
 from pipelines.store.files import sha256_file
@@ -62,8 +63,8 @@ def open_stage(command: Command) -> TrainingJob:
     """Resolve a command and check it against what is on disk.
 
     Raises:
-        FileNotFoundError: features or the checkpoint it starts from are missing; says which command makes them.
-        ValueError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
+        MissingFileError: features or the checkpoint it starts from are missing; says which command makes them.
+        UserError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
     """
     settings = stage_training(command.recipe, command.stage_name)
     model = command.recipe.table("model", ModelConfig)
@@ -98,7 +99,7 @@ def _require_own_folders(command: Command, settings: StageTraining) -> None:
     cache = Path(settings.cache_dir.replace("{run}", str(command.run)))
     for name in stage_names(command.recipe):
         if command.run / "training" / name in (cache, *cache.parents):
-            raise ValueError(
+            raise UserError(
                 f"{command.recipe.path}: [training.{name}] has the folder of training.cache_dir = "
                 f"{settings.cache_dir!r}; give either another name"
             )
@@ -133,7 +134,7 @@ def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featu
 
     for name in sorted(made_with.keys() | wanted.keys(), key=place):
         if made_with.get(name) != wanted.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "
                 f"but it is {wanted.get(name)!r} now; remove {checkpoint.path.parent} to train anew, "
                 "or choose another RUN"
@@ -178,7 +179,7 @@ def _require_finished(command: Command, wanted: str, checkpoint: Checkpoint | No
     if former is not None:
         num_steps = min(num_steps, stage_training(command.recipe, former).num_steps)
     if checkpoint.step < num_steps:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
             f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to take it as it is"
         )
@@ -207,20 +208,20 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str) 
     location = wanted.replace("{run}", str(command.run))
     path = Path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
-        raise ValueError(f"{key} is this stage's own folder; resuming is automatic and needs no key")
+        raise UserError(f"{key} is this stage's own folder; resuming is automatic and needs no key")
     checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint)
     if former is not None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} has no checkpoint, and {key} needs its weights; "
             f"run `make train STAGE={former} RUN={command.run}` first, or name others"
         )
     if (path / STATE).is_dir():
-        raise ValueError(f"{key} is a checkpoint without {TRAINER}: it was not written whole")
+        raise UserError(f"{key} is a checkpoint without {TRAINER}: it was not written whole")
     if "/" not in location and not path.exists():
         names = ", ".join(stage_names(command.recipe))
-        raise FileNotFoundError(f"{key} is no stage of {command.recipe.path} ({names}), and no file or folder")
+        raise MissingFileError(f"{key} is no stage of {command.recipe.path} ({names}), and no file or folder")
     return find_weights(location)
 
 
@@ -233,7 +234,7 @@ def find_weights(model_id: str) -> StartingPoint:
     """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`).
 
     Raises:
-        FileNotFoundError: it looks like a path, and there is nothing.
+        MissingFileError: it looks like a path, and there is nothing.
     """
     if Path(model_id).is_file():
         return StartingPoint(Path(model_id), f"sha256:{sha256_file(Path(model_id))}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
 from pipelines.engine.progress import get_logger
 from pixart.convert import infer_config, load_diffusers, read_original
 from pixart.dit import DiT, DiTConfig
@@ -32,18 +33,18 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
         trained: the network that the stage trains.
 
     Raises:
-        ValueError: weights of a network are not named or do not fit, or are named and not needed; names the recipe key.
+        UserError: weights of a network are not named or do not fit, or are named and not needed; names the recipe key.
     """
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}"
     wanted = {name for name, role in roles.items() if isinstance(role, Frozen)}
     for name in sorted(wanted - job.networks.keys()):
-        raise ValueError(f"{key}.networks names no weights for {name!r}, a network that the objective needs")
+        raise UserError(f"{key}.networks names no weights for {name!r}, a network that the objective needs")
     for name in sorted(job.networks.keys() - wanted):
         has = f"has {', '.join(sorted(wanted))} alone" if wanted else "has none"
-        raise ValueError(f"{key}.networks names {name!r}, but of frozen networks the objective {has}")
+        raise UserError(f"{key}.networks names {name!r}, but of frozen networks the objective {has}")
     freeze_others(trained, job.settings.trains, key=f"{key}.trains")
     if job.begins_output_anew and not trained.final.weight.requires_grad:
-        raise ValueError(f"{key}.trains leaves out final.*, the output layer, which begins anew at zero: add it")
+        raise UserError(f"{key}.trains leaves out final.*, the output layer, which begins anew at zero: add it")
     networks = {}
     for name, role in roles.items():
         match role:
@@ -61,14 +62,14 @@ def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT |
     assert start.path is not None, "only a stage starts from nothing"
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}.networks.{name} ({start.path})"
     if start.process["name"] != job.settings.process:
-        raise ValueError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
+        raise UserError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
     network = load_network(start.path, None, sample_size=trained.config.sample_size, key=key)
     if type(network) is not type(trained):
-        raise ValueError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
+        raise UserError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
     found = dataclasses.asdict(network.config)
     for field in {"in_channels", "sample_size", "caption_channels", "num_classes"} & found.keys():
         if found[field] != (value := getattr(trained.config, field)):
-            raise ValueError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
+            raise UserError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
     return network.float().requires_grad_(False)
 
 
@@ -81,7 +82,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     Weights that were trained to predict something else keep their blocks, and begin their output layer anew.
 
     Raises:
-        ValueError: the weights are of another kind, shape or resolution; names the recipe key.
+        UserError: the weights are of another kind, shape or resolution; names the recipe key.
     """
     torch.manual_seed(job.settings.seed)
     if job.resume is not None:
@@ -97,7 +98,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     if former.kind == "dit" and config.kind == "pixart":
         return reparameterize(former, config)
     if former.kind != config.kind:
-        raise ValueError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
+        raise UserError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
     config = _inherit(config, former.config)
     # Only the positions change between resolutions, and they are computed.
     positions = {name: getattr(config, name) for name in config.position_fields}
@@ -135,7 +136,7 @@ def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, ke
     """Open a diffusers folder, or an original file of PixArt or DiT, which if it lacks positions is of `sample_size`.
 
     Raises:
-        ValueError: it is neither, or its keys do not fit; names `key`.
+        UserError: it is neither, or its keys do not fit; names `key`.
     """
     if path.is_dir():
         return load_diffusers(path, timestep_shift=timestep_shift)
@@ -143,12 +144,12 @@ def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, ke
     try:
         found = infer_config(weights, sample_size=None if "pos_embed" in weights else sample_size)
         return load_weights(found, weights, original_layout(found))
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _require_same_config(wanted: DiTConfig | PixArtConfig, found: DiTConfig | PixArtConfig, *, key: str) -> None:
     for name, value in dataclasses.asdict(wanted).items():
         other = getattr(found, name)
         if value != other:
-            raise ValueError(f"{key} has {name} {other}, but the recipe and the features give {value}")
+            raise UserError(f"{key} has {name} {other}, but the recipe and the features give {value}")

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from errors import UserError
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
@@ -20,14 +21,14 @@ def freeze_others(network: DiT | PixArt, trains: Literal["all"] | Sequence[str],
     """Let only those weights train whose names fit one of the shell patterns `trains`.
 
     Raises:
-        ValueError: a pattern fits none; names the recipe `key` and a weight there is.
+        UserError: a pattern fits none; names the recipe `key` and a weight there is.
     """
     if trains == "all":
         return
     names = [name for name, _ in network.named_parameters()]
     for pattern in trains:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{key}: pattern {pattern!r} fits none of the {len(names)} weights, such as {names[-1]!r}")
+            raise UserError(f"{key}: pattern {pattern!r} fits none of the {len(names)} weights, such as {names[-1]!r}")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trains))
 

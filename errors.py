@@ -1,0 +1,49 @@
+"""What a user can mend, and how it is said: the one module that every room may import."""
+
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+UNSOUND = (errno.EIO, errno.ESTALE)
+
+
+class UserError(ValueError):
+    """What a user can mend: a command ends with its message alone and status 2.
+
+    Every other exception is a fault of the program and keeps its traceback. A `ValueError`, so that a check of one
+    recipe key may raise it, too.
+    """
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file that a user has named, or that an earlier command makes, is not there."""
+
+
+class ProgramFault(Exception):
+    """A fault of the program in another process, whose traceback is in the message or has been printed there."""
+
+
+class StorageError(UserError, OSError):
+    """A disk or a server did not do what it should: full, out of reach, or its content has changed."""
+
+
+def describe_storage_error(error: OSError, place: object = None) -> str | None:
+    """Return what to do about a full, read-only or failing disk, or None if the error is another one.
+
+    `place` names what was being written, where the error does not.
+    """
+    where = error.filename if error.filename is not None else place
+    named = "" if where is None else f"{where}: "
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        return f"{named}the disk is full ({reason}); make room and type the command again, what is done is kept"
+    if error.errno == errno.EROFS:
+        return f"{named}the disk is read-only ({reason}); mount it for writing and type the command again"
+    if error.errno in REFUSED:
+        return f"{named}you may not read or write this ({reason}); change its rights or owner, or name another place"
+    if error.errno in TOO_MANY_FILES:
+        return f"{named}too many files are open ({reason}); raise the limit with `ulimit -n`"
+    if error.errno in UNSOUND:
+        return f"{named}the storage does not answer ({reason}); mend or mount it and type the command again"
+    return None

@@ -1,0 +1,48 @@
+"""The house's own JSON files of state, read in one way: a damaged one is named, with what to do about it."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from errors import MissingFileError, UserError
+
+
+def read_state(path: Path, *, mend: str, keys: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON object in a file that the house has written; `mend` says what to do when it is damaged.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is cut short, is no JSON object, or lacks one of `keys`; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} does not exist; {mend}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is damaged ({error})"
+        raise UserError(f"{path} {what}; {mend}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object; {mend}")
+    if missing := sorted(set(keys) - content.keys()):
+        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; {mend}")
+    return content
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log of one JSON object a line; a line that a killed writer has torn is left out.
+
+    Raises:
+        MissingFileError: there is no such file.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} does not exist") from None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
