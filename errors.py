@@ -8,11 +8,11 @@ TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 UNSOUND = (errno.EIO, errno.ESTALE)
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """What a user can mend: a command ends with its message alone and status 2.
 
-    Every other exception is a fault of the program and keeps its traceback. A `ValueError`, so that a check of one
-    recipe key may raise it, too.
+    Every other exception is a fault of the program and keeps its traceback. It is no `ValueError`: what catches those
+    of a library must not take a lost connection for bad data.
     """
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pydantic import Field, field_validator
 
 from encoders.chat_config import ChatServerConfig
-from errors import UserError
 from pipelines.recipe import Decides, TableConfig
 
 DESCRIBE = "Describe this image and its style in a very detailed manner"
@@ -130,9 +129,9 @@ class CaptioningConfig(TableConfig):
         for name, template in merged.items():
             fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
             if fields - {"alt_text"} or "<image>" in template:
-                raise UserError(f"prompt {name!r} may hold {{alt_text}} and no other placeholder, nor <image>")
+                raise ValueError(f"prompt {name!r} may hold {{alt_text}} and no other placeholder, nor <image>")
         if "{alt_text}" in merged["default"]:
-            raise UserError("prompt 'default' may not hold {alt_text}: it is what images without one are asked")
+            raise ValueError("prompt 'default' may not hold {alt_text}: it is what images without one are asked")
         return merged
 
     @property

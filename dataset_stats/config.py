@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
-from errors import UserError
 from pipelines.recipe import Decides, TableConfig
 
 DECIDES_REPORT = "decides the report, as the counts do"
@@ -106,23 +105,23 @@ class DatasetStatsConfig(TableConfig):
         # Names become column names of nouns.parquet and keys of summary.json.
         for name in sets:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name in ("noun", "singular"):
-                raise UserError(f"{name!r} cannot name a caption set: use letters, digits and . _ + -")
+                raise ValueError(f"{name!r} cannot name a caption set: use letters, digits and . _ + -")
         return sets
 
     @field_validator("sample")
     @classmethod
     def _check_sample(cls, sample: int) -> int:
         if 0 < sample < MIN_SAMPLE:
-            raise UserError(f"{sample} samples are too few for an estimate; use at least {MIN_SAMPLE}, or 0 for all")
+            raise ValueError(f"{sample} samples are too few for an estimate; use at least {MIN_SAMPLE}, or 0 for all")
         return sample
 
     @field_validator("text_limits")
     @classmethod
     def _check_limits(cls, limits: list[int]) -> list[int]:
         if min(limits) < 2:
-            raise UserError("a limit below 2 tokens leaves no room for text")
+            raise ValueError("a limit below 2 tokens leaves no room for text")
         if len(set(limits)) < len(limits):
-            raise UserError(f"every limit is counted once, but {limits} names one twice")
+            raise ValueError(f"every limit is counted once, but {limits} names one twice")
         return limits
 
 
@@ -142,7 +141,7 @@ def _parse_set(item: str) -> tuple[str, dict[str, Any]]:
     name, equals, rest = item.strip().partition("=")
     files, _, column = rest.partition("#")
     if not equals or not files:
-        raise UserError(f"{item!r} is not of the form name=files#column")
+        raise ValueError(f"{item!r} is not of the form name=files#column")
     suffix = PurePath(files).suffix
     fields: dict[str, Any] = {"column": column} if column else {}
     if "/" not in files and not suffix:

@@ -114,7 +114,7 @@ def require_vae_dtype(dtype: str) -> None:
     """
     if dtype not in VAE_DTYPES:
         reason = ": the VAE overflows float16 and gives black images" if dtype == "float16" else ""
-        raise UserError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
+        raise ValueError(f"vae_dtype {dtype} is not one of {', '.join(VAE_DTYPES)}{reason}")
 
 
 def require_whole_patches(pixels: int, spec: LatentSpec, *, patch_size: int, key: str) -> None:

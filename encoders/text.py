@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.batches import Batches
 from encoders.weights import ModelSource
-from errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +112,7 @@ def clean_text(text: str, cleaning: str) -> str:
     `lower` is lower case without surrounding space, `strip` leaves the case as it is, `none` leaves all as it is.
     """
     if cleaning not in CLEANINGS:
-        raise UserError(f"cleaning {cleaning} is not one of {', '.join(CLEANINGS)}")
+        raise ValueError(f"cleaning {cleaning} is not one of {', '.join(CLEANINGS)}")
     if cleaning == "none":
         return text
     return text.lower().strip() if cleaning == "lower" else text.strip()
@@ -127,7 +126,7 @@ def require_text_dtype(dtype: str) -> None:
     """
     if dtype not in TEXT_DTYPES:
         reason = f": {FP16_REFUSAL}" if dtype == "float16" else ""
-        raise UserError(f"text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
+        raise ValueError(f"text_dtype {dtype} is not one of {', '.join(TEXT_DTYPES)}{reason}")
 
 
 def text_batches(num_tokens: int) -> Batches:

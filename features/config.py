@@ -122,7 +122,7 @@ class FeaturesConfig(TableConfig):
     def _check_captions(cls, value: list[CaptionConfig]) -> list[CaptionConfig]:
         columns = [caption.column for caption in value]
         if len(set(columns)) < len(columns):
-            raise UserError(f"columns {', '.join(columns)}: a column is named twice")
+            raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
         return value
 
     @pydantic.field_validator("text_dtype")
@@ -135,7 +135,7 @@ class FeaturesConfig(TableConfig):
     @classmethod
     def _check_families(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if built_in := sorted({"text", "latents", "latent"} & value.keys()):
-            raise UserError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
+            raise ValueError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
         return value
 
     @pydantic.field_validator("vae_dtype")

@@ -98,7 +98,7 @@ class SamplingConfig(TableConfig):
     @classmethod
     def _check_prompt(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
-            raise UserError("the prompt is empty")
+            raise ValueError("the prompt is empty")
         return value
 
     @property

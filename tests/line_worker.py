@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from errors import UserError
 from pipelines.command import run_command
 from pipelines.engine.pieces import Piece, PieceReport, Source
 from pipelines.engine.run import EngineConfig, run_over_shards
@@ -34,7 +35,7 @@ class LineWorker:
         if piece.source.name == self.config.get("kills"):
             os.kill(os.getpid(), 9)
         if piece.source.name == self.config.get("fails"):
-            raise ValueError("features.dtype fp16 is refused")
+            raise UserError("features.dtype fp16 is refused")
         with atomic_file(piece.output(".txt")) as path, path.open("w") as file:
             for start, stop in piece.slices():
                 time.sleep(self.config.get("seconds_per_slice", 0.0))

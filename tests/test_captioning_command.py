@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioning.__main__ import main
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_sa1b, write_tar
@@ -142,7 +143,7 @@ def test_too_many_rejects_fail_by_name_and_a_higher_ceiling_needs_no_second_run(
     for path in (run / "raw").iterdir():
         path.unlink()
     write_tar(run / "raw" / "laion_00000.tar", members)
-    with pytest.raises(ValueError, match=r"3 of 9 samples rejected \(33.3%\).*empty_image 3"):
+    with pytest.raises(UserError, match=r"3 of 9 samples rejected \(33.3%\).*empty_image 3"):
         command(run, monkeypatch=monkeypatch)
     monkeypatch.setattr("captioning.engines.transformers_engine.TransformersEngine", None)
     command(run, "--set", "captioning.max_reject_fraction=0.5", monkeypatch=monkeypatch)

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, TokenizedPrompt
 from captioning.engines.llama import LlamaForward
+from errors import UserError
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
 END, IMAGE, NUM_IMAGE_TOKENS = 2, 3, 16
@@ -134,7 +135,7 @@ def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
 
 def test_broken_weights_are_noticed(model, prompts) -> None:
     broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
-    with pytest.raises(ValueError, match="logits are not finite"):
+    with pytest.raises(UserError, match="logits are not finite"):
         make_decoder(model, GREEDY).decode([broken])
 
 
@@ -168,7 +169,7 @@ def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts
 
 def test_a_text_model_of_another_kind_is_refused_by_name(tmp_path) -> None:
     other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text="gemma")).eval()
-    with pytest.raises(ValueError, match=r'a GemmaModel .* others by captioning.engine = "openai"'):
+    with pytest.raises(UserError, match=r'a GemmaModel .* others by captioning.engine = "openai"'):
         LlamaForward(other)
 
 

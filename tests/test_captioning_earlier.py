@@ -15,6 +15,7 @@ from PIL import Image
 from captioning.__main__ import main
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.worker import CaptionWorker
+from errors import UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.shards import RawShard
 from pipelines.store.manifest import ShardDirectory, read_manifest
@@ -194,11 +195,11 @@ def test_retry_does_not_caption_anew_what_was_made_under_other_settings(tmp_path
     run = make_run(tmp_path, model)
     command(run, monkeypatch=monkeypatch)
     before = contents(run)
-    with pytest.raises(ValueError, match=r"RETRY=1.*max_new_tokens is 24, but 12 is needed"):
+    with pytest.raises(UserError, match=r"RETRY=1.*max_new_tokens is 24, but 12 is needed"):
         command(run, *RETRY, "--set", "captioning.max_new_tokens=12", monkeypatch=monkeypatch)
     assert contents(run) == before
     (run / "captions" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"captions of laion_00000 were made under other settings"):
+    with pytest.raises(UserError, match=r"captions of laion_00000 were made under other settings"):
         command(run, *RETRY, "--set", "captioning.max_new_tokens=12", monkeypatch=monkeypatch)
 
 

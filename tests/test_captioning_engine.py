@@ -12,6 +12,7 @@ from captioning.config import DESCRIBE, CaptioningConfig
 from captioning.engines.protocol import Request, sample_seed
 from captioning.engines.slots import SlotCache
 from captioning.engines.transformers_engine import TransformersEngine
+from errors import UserError
 from tests.raw_shards import photo
 from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
 
@@ -101,7 +102,7 @@ def test_sampling_is_seeded_by_key(llava) -> None:
 
 
 def test_missing_weights_and_missing_models_are_said_in_one_line(llava, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"captioning.model 'nobody/nothing' cannot be loaded"):
+    with pytest.raises(UserError, match=r"captioning.model 'nobody/nothing' cannot be loaded"):
         load("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"model folder \./nowhere does not exist"):
         load("./nowhere")
@@ -114,15 +115,15 @@ def test_missing_weights_and_missing_models_are_said_in_one_line(llava, tmp_path
     save_file(
         {name: w for name, w in weights.items() if name != dropped}, broken / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(ValueError, match=r"lacks weights of a LlavaForConditionalGeneration: 1 would stay random"):
+    with pytest.raises(UserError, match=r"lacks weights of a LlavaForConditionalGeneration: 1 would stay random"):
         load(broken)
 
 
 def test_settings_the_machine_cannot_meet_are_named(llava, monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"captioning.max_new_tokens and the default prompt do not fit"):
+    with pytest.raises(UserError, match=r"captioning.max_new_tokens and the default prompt do not fit"):
         check_engine(load(llava, max_new_tokens=500), photo(0), DESCRIBE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"captioning.device is cuda:1, but torch .* sees no GPU"):
+    with pytest.raises(UserError, match=r"captioning.device is cuda:1, but torch .* sees no GPU"):
         load(llava, device="cuda:1")
 
 
@@ -133,7 +134,7 @@ def test_too_little_memory_is_said_with_the_way_out(llava, monkeypatch) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(engine._decoder, "decode", fail)
-    with pytest.raises(ValueError, match=r"captioning.batch_size 32 .* try a smaller batch"):
+    with pytest.raises(UserError, match=r"captioning.batch_size 32 .* try a smaller batch"):
         texts(engine, requests(1))
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import pipelines.store.remote
 from captioning.__main__ import main
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from tests.raw_shards import encode, photo, write_laion, write_sa1b, write_tar
 from tests.storage_servers import serve_folder
@@ -168,7 +169,7 @@ def test_what_is_not_in_the_bucket_is_said(recipe, bucket, tmp_path, shards: str
 
 def test_a_remote_run_folder_is_refused(recipe, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"RUN s3://atelier/run is a URL.*local or mounted folder"):
+    with pytest.raises(UserError, match=r"RUN s3://atelier/run is a URL.*local or mounted folder"):
         monkeypatch.setattr(sys, "argv", ["captioning", "--recipe", str(recipe), "--run", "s3://atelier/run"])
         main()
     assert not list(tmp_path.iterdir())
@@ -202,7 +203,7 @@ def test_faulty_samples_and_tars_are_rows_counts_and_warnings(recipe, tmp_path, 
             archive.addfile(info, io.BytesIO(good))
     monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
     run, shards = tmp_path / "run", f"{tmp_path}/raw"
-    with pytest.raises(ValueError, match=r"9 of 27 samples rejected \(33.3%\).*: empty_image 3, dotted_name 2, \w+ 1$"):
+    with pytest.raises(UserError, match=r"9 of 27 samples rejected \(33.3%\).*: empty_image 3, dotted_name 2, \w+ 1$"):
         caption(recipe, run, shards)
     assert "cut.tar: cut off" in caplog.text
     assert "odd.tar: 4 members are no samples: ../up.jpg, /etc/abs.jpg, a/../../b.jpg, ..." in caplog.text

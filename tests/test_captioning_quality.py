@@ -5,6 +5,7 @@ import pytest
 from captioning.config import DESCRIBE, CaptioningConfig, QualityConfig
 from captioning.prompts import fill_prompt, template_for
 from captioning.quality import alt_text_overlap, judge, repeated_ngram_ratio, strip_boilerplate
+from errors import UserError
 from pipelines.recipe import Recipe
 
 QUALITY = QualityConfig()
@@ -114,5 +115,5 @@ def test_the_papers_prompts_are_the_defaults_and_a_recipe_adds_to_them(tmp_path)
     ],
 )
 def test_mistakes_in_the_table_are_named(tmp_path, table: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Recipe(tmp_path / "r.toml", {"captioning": table}).table("captioning", CaptioningConfig)

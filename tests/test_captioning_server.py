@@ -18,6 +18,7 @@ from captioning.engines.protocol import Caption
 from captioning.engines.transformers_engine import TransformersEngine
 from encoders.chat import ChatClient
 from encoders.chat_server import ServerError
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from tests.chat_server import (
     ScriptedServer,
@@ -187,7 +188,7 @@ def test_no_server_at_all_is_said_before_any_work(tmp_path, monkeypatch) -> None
     run = make_run(tmp_path, base_url=f"http://127.0.0.1:{free_port()}/v1", patience=0.2)
     with pytest.raises(ServerError, match=r"captioning.server.base_url .* has not answered"):
         command(run, monkeypatch=monkeypatch)
-    with pytest.raises(ValueError, match=r"engine.gpus_per_worker is 1.0, but workers of captioning.engine = 'openai'"):
+    with pytest.raises(UserError, match=r"engine.gpus_per_worker is 1.0, but workers of captioning.engine = 'openai'"):
         command(run, "--set", "engine.gpus_per_worker=1.0", monkeypatch=monkeypatch)
 
 

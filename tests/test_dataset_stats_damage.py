@@ -12,6 +12,7 @@ from raw_shards import write_tar
 from stats_run import run_stage
 
 from dataset_stats import captions
+from errors import UserError
 from pipelines.store.summary import read_summary
 
 LATIN_1 = "café".encode("latin-1")
@@ -82,7 +83,7 @@ def test_parquet_strings_that_are_not_utf8_spoil_their_own_row_only(
 def test_a_folder_of_tars_and_texts_is_refused(tmp_path):
     write_tar(tmp_path / "sam" / "00.tar", [(f"{number}.txt", b"a dog") for number in range(100)])
     (tmp_path / "sam" / "README.txt").write_text("How to read these tars.")
-    with pytest.raises(ValueError, match=r"sets\.odd\.files: .*sam holds tars \(00\.tar\).*README\.txt.*sam/\*\.tar"):
+    with pytest.raises(UserError, match=r"sets\.odd\.files: .*sam holds tars \(00\.tar\).*README\.txt.*sam/\*\.tar"):
         counted(tmp_path, f"{tmp_path}/sam")
     assert counted(tmp_path, f"{tmp_path}/sam/*.tar")["num_captions"] == 100
 

@@ -15,6 +15,7 @@ from stats_run import caption_rows, run_stage, write_caption_shards
 from dataset_stats.captions import Address, RowSample, read_rows
 from dataset_stats.estimate import estimate_set
 from dataset_stats.sources import sample_sources
+from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
@@ -99,14 +100,14 @@ def test_a_sample_of_everything_is_the_full_count_without_error(run):
 
 
 def test_a_sample_too_small_to_have_errors_is_refused(run):
-    with pytest.raises(ValueError, match="at least 100"):
+    with pytest.raises(UserError, match="at least 100"):
         run_stage(run, "dataset_stats.sample=20")
 
 
 def test_a_set_too_large_to_draw_from_is_refused():
     path = str(Address(layout="captions", column="caption", path="a.parquet"))
     sources = [Source(name=str(number), path=path, identity="", num_samples=10_000_000) for number in range(100)]
-    with pytest.raises(ValueError, match=r"1,000,000,000 samples is more than can be drawn from \(999,999,999\)"):
+    with pytest.raises(UserError, match=r"1,000,000,000 samples is more than can be drawn from \(999,999,999\)"):
         sample_sources(sources, 1000, seed=0)
     assert sum(source.num_samples for source in sample_sources(sources[1:], 1000, seed=0)) == 1000
 

@@ -16,6 +16,7 @@ from raw_shards import encode, photo, write_tar
 from stats_run import RECIPE, caption_rows, run_stage, write_caption_shards
 
 from dataset_stats.captions import Address, CaptionRow, read_rows
+from errors import UserError
 from pipelines.store.summary import read_summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,7 +126,7 @@ def test_several_sets_by_make(run):
 
 
 def test_a_list_of_sets_that_says_no_files_is_refused(run):
-    with pytest.raises(ValueError, match="name=files#column"):
+    with pytest.raises(UserError, match="name=files#column"):
         stage_summary(run, "laion_0")
 
 
@@ -171,14 +172,14 @@ def test_null_blank_broken_and_huge_captions_are_counted_rows(run):
 
 def test_an_empty_set_is_one_clear_error_that_names_it(run):
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), run.parent / "empty.parquet")
-    with pytest.raises(ValueError, match=r"dataset_stats\.sets\.web is empty: no samples in .*empty\.parquet"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web is empty: no samples in .*empty\.parquet"):
         stage_summary(run, f"web={run.parent}/empty.parquet#text")
-    with pytest.raises(ValueError, match=r"dataset_stats\.sets\.web\.files: no shard matches .*gone"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web\.files: no shard matches .*gone"):
         stage_summary(run, f"web={run.parent}/gone_*.parquet#text")
-    with pytest.raises(ValueError, match=r"dataset_stats\.sets\.web\.shards: pattern 'sam_\*' matches none"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web\.shards: pattern 'sam_\*' matches none"):
         stage_summary(run, "web=sam_*")
     pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), run.parent / "null.parquet")
-    with pytest.raises(ValueError, match=r"dataset_stats\.sets\.web: none of its 2 samples has a text \(no_text 2\)"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web: none of its 2 samples has a text \(no_text 2\)"):
         stage_summary(run, f"good=laion_0,web={run.parent}/null.parquet#text")
 
 
@@ -189,14 +190,14 @@ def test_a_missing_column_names_those_there_are(run, kind):
         pq.write_table(pa.table({"url": ["x"], "TEXT": ["dog"]}), path)
     else:
         path.write_text("url,TEXT\nx,dog\n" if kind == "csv" else '{"url": "x", "TEXT": "dog"}\n')
-    with pytest.raises(ValueError, match=rf"a\.{kind}: no column 'caption'; columns are url, TEXT"):
+    with pytest.raises(UserError, match=rf"a\.{kind}: no column 'caption'; columns are url, TEXT"):
         stage_summary(run, f"web={path}")
 
 
 def test_a_missing_stage_column_or_file_is_one_clear_error(run):
-    with pytest.raises(ValueError, match=r"no column 'capton'; columns are key, alt_text, caption"):
+    with pytest.raises(UserError, match=r"no column 'capton'; columns are key, alt_text, caption"):
         run_stage(run, "dataset_stats.sets.dense.column=capton")
-    with pytest.raises(ValueError, match=r"dataset_stats\.sets\.dense\.files is missing"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.dense\.files is missing"):
         run_stage(run, "dataset_stats.sets.dense.layout=csv")
     shutil.rmtree(run / "captions")
     with pytest.raises(FileNotFoundError, match="has not finished"):

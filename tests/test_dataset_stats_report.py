@@ -21,6 +21,7 @@ from dataset_stats.counting import NounCounter
 from dataset_stats.noun_table import safe_cell
 from dataset_stats.tagging import nltk_data
 from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
+from errors import UserError
 from pipelines.recipe import load_recipe
 from pipelines.store.files import exclusive
 from pipelines.store.manifest import Fingerprint, read_manifest
@@ -154,7 +155,7 @@ def test_a_run_killed_over_the_report_leaves_nothing_that_passes_for_the_one_bef
 def test_two_runs_never_write_one_report(run):
     run_stage(run)
     expected = output_bytes(run)
-    with exclusive(run / "stats"), pytest.raises(ValueError, match="being written by another process"):
+    with exclusive(run / "stats"), pytest.raises(UserError, match="being written by another process"):
         run_stage(run, "dataset_stats.valid_threshold=50")
     assert output_bytes(run) == expected
 
@@ -197,7 +198,7 @@ def test_boilerplate_is_an_opening_of_whole_words(run):
 
 
 def test_a_limit_named_twice_is_refused(run):
-    with pytest.raises(ValueError, match="names one twice"):
+    with pytest.raises(UserError, match="names one twice"):
         run_stage(run, "dataset_stats.text_limits=[120, 120]")
 
 
@@ -246,7 +247,7 @@ def test_truncation_and_the_nouns_it_costs(run):
 
 @pytest.mark.parametrize("name", ["noun", "singular", "a b", "=x"])
 def test_set_names_that_break_columns_are_refused(run, name):
-    with pytest.raises(ValueError, match="cannot name a caption set"):
+    with pytest.raises(UserError, match="cannot name a caption set"):
         run_stage(run, f'dataset_stats.sets={{"{name}" = {{}}}}')
 
 
@@ -257,7 +258,7 @@ def test_nltk_data_is_installed_only_when_its_checksums_hold(tmp_path, monkeypat
     with zipfile.ZipFile(archive, "w") as file:
         for part, data in parts.items():
             file.writestr(f"{nltk_data.NLTK_TAGGER}/{nltk_data.NLTK_TAGGER}.{part}.json", data)
-    with pytest.raises(ValueError, match="SHA-256"):
+    with pytest.raises(UserError, match="SHA-256"):
         nltk_data.main(["--url", archive.as_uri()])
     assert not (tmp_path / "data").exists()
     monkeypatch.setattr(nltk_data, "SHA256", {part: nltk_data._sha256(data) for part, data in parts.items()})

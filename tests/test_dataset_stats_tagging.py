@@ -19,6 +19,7 @@ from dataset_stats.counting import NounCounter
 from dataset_stats.tagging.chunks import ChunkTokenizer, Vocabulary
 from dataset_stats.tagging.perceptron import CONTEXT_MARKERS, PerceptronTagger
 from dataset_stats.tagging.taggers import NLTK_PARTS, find_tagger, load_tagger, nltk_data_folders, read_nltk_part
+from errors import UserError
 
 WORDS = [
     "the",
@@ -215,7 +216,7 @@ def test_words_met_later_share_what_is_known_of_earlier_ones():
 
 
 def test_weights_that_are_not_averaged_are_refused():
-    with pytest.raises(ValueError, match=r"0\.001"):
+    with pytest.raises(UserError, match=r"0\.001"):
         PerceptronTagger({"bias": {"NN": 0.12345}}, {}, ["NN", "VB"])
 
 

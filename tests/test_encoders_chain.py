@@ -11,6 +11,7 @@ from safetensors.numpy import load
 from tiny_encoders import save_decoder, save_deep_codec
 from training_run import metrics, train
 
+from errors import UserError
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import read_manifest
 from pipelines.store.verify import verify_run
@@ -94,7 +95,7 @@ def test_a_model_trains_on_them_and_draws(run: Path) -> None:
     (path,) = (run / "samples" / "stage2-prompt").glob("a-*.png")
     with Image.open(path) as image:
         assert image.size == (64, 64)
-    with pytest.raises(ValueError, match=r"sampling\.size 48x64: 48 is not a positive multiple of 32"):
+    with pytest.raises(UserError, match=r"sampling\.size 48x64: 48 is not a positive multiple of 32"):
         sample([*arguments, "--set", "sampling.size=48x64"])
 
 

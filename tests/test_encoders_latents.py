@@ -5,6 +5,7 @@ from tiny_encoders import save_codec, save_deep_codec, save_text_encoder
 
 from encoders.latents import require_whole_patches
 from encoders.opening import open_codec
+from errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_decode_gives_rgb_images(codec):
 
 
 def test_float16_vae_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"vae_dtype float16"):
+    with pytest.raises(UserError, match=r"vae_dtype float16"):
         open_codec(str(tmp_path), dtype="float16")
 
 
@@ -66,12 +67,12 @@ def test_sides_are_whole_patches_of_the_codecs_latents(tmp_path):
         match=r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$",
     ):
         require_whole_patches(250, shallow, patch_size=2, key="features.stage2.resolution")
-    with pytest.raises(ValueError, match=r"48 is not a multiple of 32 \(VAE factor 16 times patch size 2\)"):
+    with pytest.raises(UserError, match=r"48 is not a multiple of 32 \(VAE factor 16 times patch size 2\)"):
         require_whole_patches(48, deep, patch_size=2, key="features.stage2.resolution")
 
 
 def test_a_model_that_is_no_codec_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features\.vae_model .* is a t5, not AutoencoderKL or AutoencoderDC"):
+    with pytest.raises(UserError, match=r"features\.vae_model .* is a t5, not AutoencoderKL or AutoencoderDC"):
         open_codec(str(save_text_encoder(tmp_path / "t5")))
-    with pytest.raises(ValueError, match=r"is a DiTTransformer2DModel, not AutoencoderKL or AutoencoderDC"):
+    with pytest.raises(UserError, match=r"is a DiTTransformer2DModel, not AutoencoderKL or AutoencoderDC"):
         open_codec("toyworld/weights/dit")

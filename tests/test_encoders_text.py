@@ -11,6 +11,7 @@ from encoders.opening import open_text_encoder
 from encoders.text import clean_text
 from encoders.tokens import find_lost_words
 from encoders.weights import resolve_model
+from errors import UserError
 
 TEXTS = ["a red circle", "", "Two BLUE squares on the left ", "x" * 70, "a small star, top", "a red circle"]
 
@@ -75,7 +76,7 @@ def test_bfloat16_is_near_float32(text_folder):
 
 
 def test_float16_text_is_refused_with_the_key_and_the_reason(text_folder):
-    with pytest.raises(ValueError, match=r"text_dtype float16.*overflow"):
+    with pytest.raises(UserError, match=r"text_dtype float16.*overflow"):
         load(text_folder, "float16")
 
 
@@ -158,7 +159,7 @@ def test_cleaning_is_a_rule_of_the_spec(text_folder):
     # The tiny tokenizer knows no capitals, space or line break: what is left of a text shows in its length.
     assert [len(tokens) for tokens in (ids["strip"][0], ids["none"][0])] == [6, 8]
     assert ids["strip"][0] != ids["lower"][0]
-    with pytest.raises(ValueError, match="cleaning diffusers is not one of lower, strip, none"):
+    with pytest.raises(UserError, match="cleaning diffusers is not one of lower, strip, none"):
         clean_text("a", "diffusers")
 
 
@@ -175,14 +176,14 @@ def test_what_is_cut_of_a_text_is_told(save, tmp_path):
 
 
 def test_a_model_that_is_no_text_encoder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"features\.text_model .* is a model of type None, not one of t5"):
+    with pytest.raises(UserError, match=r"features\.text_model .* is a model of type None, not one of t5"):
         load(str(save_codec(tmp_path / "vae")))
-    with pytest.raises(ValueError, match=r"features\.text_model toyworld/weights/llava is .* type llava"):
+    with pytest.raises(UserError, match=r"features\.text_model toyworld/weights/llava is .* type llava"):
         load("toyworld/weights/llava")
 
 
 def test_a_model_without_weights_is_refused_by_what_it_is_called(text_folder, tmp_path):
     folder = shutil.copytree(text_folder, tmp_path / "t5")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"^text encoder of stage 2 '.*t5' cannot be loaded: [^\n]*$"):
+    with pytest.raises(UserError, match=r"^text encoder of stage 2 '.*t5' cannot be loaded: [^\n]*$"):
         open_text_encoder(str(folder), max_tokens=40, key="text encoder of stage 2")

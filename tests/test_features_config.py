@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from features.config import feature_table
 from pipelines.recipe import Recipe
 
@@ -14,22 +15,22 @@ def table(name="stage2", **changes):
 
 
 def test_float16_text_names_key_and_reason():
-    with pytest.raises(ValueError, match=r"features\.text_dtype = 'float16'.*bfloat16.*overflow"):
+    with pytest.raises(UserError, match=r"features\.text_dtype = 'float16'.*bfloat16.*overflow"):
         table(text_dtype="float16")
 
 
 def test_float16_vae_is_refused():
-    with pytest.raises(ValueError, match=r"features\.vae_dtype = 'float16'"):
+    with pytest.raises(UserError, match=r"features\.vae_dtype = 'float16'"):
         table(vae_dtype="float16")
 
 
 def test_a_string_is_no_boolean():
-    with pytest.raises(ValueError, match=r"features\.stage2\.buckets = 'False'"):
+    with pytest.raises(UserError, match=r"features\.stage2\.buckets = 'False'"):
         table(stage2=STAGE | {"buckets": "False"})
 
 
 def test_unknown_key_is_named():
-    with pytest.raises(ValueError, match=r"features\.stage2\.bucket is not a known key"):
+    with pytest.raises(UserError, match=r"features\.stage2\.bucket is not a known key"):
         table(stage2=STAGE | {"bucket": True})
 
 
@@ -39,7 +40,7 @@ def test_unknown_key_is_named():
 )
 def test_tables_that_share_a_folder_must_agree(key, value, found):
     said = rf"features\.faces\.{key} = {value}, but features\.stage2\.{key} = {found}; .* would share one folder"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         table(faces=STAGE | {key: value})
     other = {"shards": ["hq_*"], "resolution": 128, "text": False, key: value}
     assert getattr(table("faces", faces=other), key) == value, "other folders"
@@ -51,9 +52,9 @@ def test_a_table_extends_another():
 
 
 def test_a_name_without_a_table_is_one_line_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no \[features.stage1\]; the tables of \[features\] are: stage2"):
+    with pytest.raises(UserError, match=r"no \[features.stage1\]; the tables of \[features\] are: stage2"):
         table("stage1")
-    with pytest.raises(ValueError, match=r"features\.stage3\.resolution is missing: Base resolution"):
+    with pytest.raises(UserError, match=r"features\.stage3\.resolution is missing: Base resolution"):
         table(stage3={"shards": ["hq_*"]})
 
 
@@ -65,7 +66,7 @@ def test_captions_of_one_column_set_share_a_folder_and_must_agree_on_weights():
     said = (
         r"stage3\.captions = {'caption': 0\.9, 'alt_text': 0\.5}, but features\.stage2\.captions = .*'alt_text': 0\.1}"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         table(stage2=stage, stage3=other)
     table(stage2=stage, stage3=STAGE)
 
@@ -80,10 +81,10 @@ def test_captions_of_one_column_set_share_a_folder_and_must_agree_on_weights():
     ],
 )
 def test_wrong_caption_sets_are_refused(captions, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         table(stage2=STAGE | {"captions": captions})
 
 
 def test_an_unknown_storage_is_refused():
-    with pytest.raises(ValueError, match=r"features\.text_storage = 'int4'"):
+    with pytest.raises(UserError, match=r"features\.text_storage = 'int4'"):
         table(text_storage="int4")

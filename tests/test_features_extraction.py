@@ -13,6 +13,7 @@ from PIL import Image
 
 from encoders.kl import KLCodec
 from encoders.opening import open_codec, open_text_encoder
+from errors import UserError
 from features.jobs import read_inputs
 from features.latents import latent_job
 from features.text import text_job
@@ -233,20 +234,20 @@ def test_new_captions_are_encoded_anew(run):
 
 def test_captions_of_another_tar_are_refused_by_field(run):
     write_raw(run / "raw" / "laion_00000.tar", [{"key": "1", "png": encoded(picture(1)), "txt": "", "json": "{}"}])
-    with pytest.raises(ValueError, match=r"laion_00000\.parquet: source is"):
+    with pytest.raises(UserError, match=r"laion_00000\.parquet: source is"):
         extract(run)
 
 
 def test_captions_changed_behind_their_manifest_are_refused_by_field(run):
     path = run / "captions" / "laion_00000.parquet"
     pq.write_table(pq.read_table(path).slice(0, 5), path)
-    with pytest.raises(ValueError, match=r"laion_00000\.parquet: sha256 is"):
+    with pytest.raises(UserError, match=r"laion_00000\.parquet: sha256 is"):
         extract(run)
 
 
 def test_a_shard_without_captions_is_named(run):
     write_raw(run / "raw" / "laion_00007.tar", [{"key": "1", "png": encoded(picture(1)), "txt": "", "json": "{}"}])
-    with pytest.raises(ValueError, match="shard laion_00007 has no captions"):
+    with pytest.raises(UserError, match="shard laion_00007 has no captions"):
         extract(run)
 
 
@@ -302,7 +303,7 @@ def test_an_embedding_that_is_not_finite_is_a_counted_reject(run):
     vocabulary = json.loads((run.parent / "t5" / "tokenizer.json").read_text())["model"]["vocab"]
     tensors["shared.weight"][vocabulary[letter]] = float("inf")
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="max_reject_fraction"):
+    with pytest.raises(UserError, match="max_reject_fraction"):
         extract(run, "features.max_reject_fraction=0.1")
     assert not (run / "features" / "text" / "manifest.json").exists()
     extract(run, "features.max_reject_fraction=1.0")
@@ -388,6 +389,6 @@ def test_stages_of_one_resolution_share_the_folder(tmp_path):
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_runs(run, monkeypatch):
     monkeypatch.setattr("features.plan._free_bytes", lambda path: 1000)
-    with pytest.raises(ValueError, match=r"stage2 need about .* but only 1\.0 kB"):
+    with pytest.raises(UserError, match=r"stage2 need about .* but only 1\.0 kB"):
         extract(run)
     assert not (run / "features").exists()

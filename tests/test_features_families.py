@@ -15,6 +15,7 @@ from feature_run import encoded, extract, picture, write_captions, write_raw, wr
 from PIL import Image
 
 from encoders.opening import open_codec
+from errors import UserError
 from features.jobs import FeatureInputs, FeatureJob, read_inputs
 from features.latents import LATENTS, LatentWorker, image_job, plan_images
 from features.plan import plan_families
@@ -250,12 +251,12 @@ def test_it_is_planned_like_the_latents_and_nothing_is_left_to_do(run: Path) -> 
     ],
 )
 def test_a_wrong_family_or_setting_is_named_by_its_key(run: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plan_families(inputs_of(run, f"features.stage3.families={override}"))
 
 
 def test_training_refuses_a_family_made_with_other_settings(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"edges-48: families\.edges\.strength is 3\.0, but 4\.0 is needed"):
+    with pytest.raises(UserError, match=r"edges-48: families\.edges\.strength is 3\.0, but 4\.0 is needed"):
         features_of(run, "features.stage3.families={edges = {}}")
     with pytest.raises(FileNotFoundError, match=r"lines-48 does not exist"):
         features_of(run, "features.stage3.families={lines = {}}")

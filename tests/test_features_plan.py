@@ -9,6 +9,7 @@ from feature_run import extract, write_run
 from rich.console import Console
 
 from encoders.kl import PUBLISHED_VAE
+from errors import UserError
 from features import plan
 from features.jobs import bucket_sizes, read_inputs
 from features.latents import latent_bytes, latent_job
@@ -33,7 +34,7 @@ def test_resolution_must_be_whole_patches(run, plan, vae):
         message = r"features\.vae_model = 'nobody/vae' .*hf download nobody/vae"
     else:
         message = r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         extract(run, "features.stage2.resolution=250", *overrides, plan=plan)
 
 
@@ -203,5 +204,5 @@ def test_buckets_are_whole_patches_of_the_recipes_model(run):
     assert latent_job(small).fingerprint != latent_job(large).fingerprint
     square = latent_job(inputs_of(run)), latent_job(inputs_of(run, "model.patch_size=4"))
     assert square[0].fingerprint == square[1].fingerprint
-    with pytest.raises(ValueError, match=r"stage2\.resolution 80 is not a multiple of 32 .* times patch size 4\)"):
+    with pytest.raises(UserError, match=r"stage2\.resolution 80 is not a multiple of 32 .* times patch size 4\)"):
         extract(run, "features.stage2.resolution=80", "model.patch_size=4", plan=True)

@@ -18,6 +18,7 @@ from tiny_encoders import save_text_encoder
 
 import features.__main__ as features_main
 from encoders.opening import open_text_encoder
+from errors import UserError
 from features.captions import IDENTITIES_NAME, text_identity
 from features.quantization import LARGEST, measure_error, restore_text, store_text, summarize_storage
 from pipelines.store.feature_store import load_index, payload_crc32, read_payload
@@ -212,14 +213,14 @@ def test_a_sample_without_any_caption_is_one_counted_reject(run):
 
 
 def test_a_column_that_is_not_there_is_named(run):
-    with pytest.raises(ValueError, match=r"laion_00000\.parquet: there is no column 'title' of texts"):
+    with pytest.raises(UserError, match=r"laion_00000\.parquet: there is no column 'title' of texts"):
         extract(run, THREE)
 
 
 def test_a_column_that_holds_no_texts_is_named(run):
     table = pq.read_table(run / "captions" / f"{SHARD}.parquet")
     rewrite_captions(run, table.append_column("title", pa.array(range(10))))
-    with pytest.raises(ValueError, match="there is no column 'title' of texts"):
+    with pytest.raises(UserError, match="there is no column 'title' of texts"):
         extract(run, THREE)
 
 
@@ -294,7 +295,7 @@ def test_an_identity_depends_on_the_columns_encoded_alone(run):
 
 def test_captions_that_are_no_parquet_are_named(run):
     (run / "captions" / f"{SHARD}.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"laion_00000\.parquet is not readable as Parquet"):
+    with pytest.raises(UserError, match=r"laion_00000\.parquet is not readable as Parquet"):
         extract(run)
 
 

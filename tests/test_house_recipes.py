@@ -7,6 +7,7 @@ import pytest
 
 from captioning.config import CaptioningConfig
 from dataset_stats.config import DatasetStatsConfig
+from errors import UserError
 from features.config import feature_table
 from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
@@ -97,10 +98,10 @@ def test_the_papers_stages_start_from_each_other_and_read_labels_then_text() -> 
 def test_a_wrong_key_in_any_stage_stops_every_stage(tmp_path: Path, line: str, stage: str) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(PAPER.read_text().replace("num_steps = 16_000", line))
-    with pytest.raises(ValueError, match=rf"training\.stage3-1024\.{line.split()[0]} "):
+    with pytest.raises(UserError, match=rf"training\.stage3-1024\.{line.split()[0]} "):
         stage_training(load_recipe(path), stage)
     path.write_text(PAPER.read_text().replace("resolution = 1024", "resolution = 8192"))
-    with pytest.raises(ValueError, match=r"features\.stage3-1024\.resolution = 8192"):
+    with pytest.raises(UserError, match=r"features\.stage3-1024\.resolution = 8192"):
         feature_table(load_recipe(path), stage)
 
 

@@ -13,6 +13,7 @@ import pytest
 import pipelines.engine.pieces
 import pipelines.engine.run
 import pipelines.store.files
+from errors import UserError
 from pipelines.engine.cluster import WorkerResources, choose_num_workers
 from pipelines.engine.pieces import Piece, PieceReport, Source, cut_into_pieces, finished_pieces
 from pipelines.engine.run import QuarantinedShardError
@@ -38,7 +39,7 @@ def test_two_processes_cannot_write_one_directory(tmp_path, sources) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="is being written by another process"):
+        with pytest.raises(UserError, match="is being written by another process"):
             run(tmp_path / "a", sources)
         holder.kill()
     assert run(tmp_path / "a", sources).num_read == 147
@@ -70,7 +71,7 @@ def test_a_third_run_does_nothing_and_a_change_redoes_just_what_it_must(tmp_path
 
 
 def test_an_interrupted_run_keeps_its_finished_pieces(tmp_path, sources) -> None:
-    with pytest.raises(ValueError, match="fp16 is refused"):
+    with pytest.raises(UserError, match="fp16 is refused"):
         run(tmp_path / "a", sources, settings={"fails": "s1"})
     before = calls(tmp_path / "a")
     assert not (tmp_path / "a" / "manifest.json").exists()
@@ -90,7 +91,7 @@ def test_a_shard_that_kills_its_workers_is_quarantined_and_the_rest_is_done(tmp_
 
 
 def test_a_users_mistake_in_a_ray_worker_reads_as_without_ray(tmp_path, sources) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         run(tmp_path / "a", sources, engine=ON_RAY, settings={"fails": "s2"})
     assert str(error.value) == "features.dtype fp16 is refused"
     assert "in a worker process" in error.value.__notes__[0]
@@ -105,7 +106,7 @@ def test_too_many_rejects_fail_by_name_and_keep_the_work(tmp_path, sources) -> N
     run(tmp_path / "a", sources, limit=0.2)
     assert calls(tmp_path / "a") == before
     assert read_manifest(tmp_path / "a").num_read == 147
-    with pytest.raises(ValueError, match=r"max_reject_fraction = 5\.0%"):
+    with pytest.raises(UserError, match=r"max_reject_fraction = 5\.0%"):
         run(tmp_path / "a", sources, limit=0.05)
 
 
@@ -214,9 +215,9 @@ def test_a_worker_that_outlives_its_driver_changes_nothing(tmp_path, sources) ->
         run(tmp_path / "a", sources, version=2, settings={"word": "new "})
 
     orphan = make_runner(output.path, pieces, claim, worker_class=OrphanWorker, word="old ", overtakes=overtake)
-    with pytest.raises(ValueError, match="another command has taken over"):
+    with pytest.raises(UserError, match="another command has taken over"):
         orphan.run(0, on_slice=lambda _: None)
-    with pytest.raises(ValueError, match="another command has taken over"):
+    with pytest.raises(UserError, match="another command has taken over"):
         orphan.run(1, on_slice=lambda _: None)
     run(tmp_path / "a", sources, version=2, settings={"word": "new "})
     kept = {name: data for name, data in contents(tmp_path / "a").items() if not name.startswith(".parts")}
@@ -292,15 +293,15 @@ def test_storage_without_locks_is_refused(tmp_path, sources, monkeypatch) -> Non
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(pipelines.store.files.fcntl, "flock", no_locks)
-    with pytest.raises(ValueError, match="this storage has no file locks"):
+    with pytest.raises(UserError, match="this storage has no file locks"):
         run(tmp_path / "a", sources)
 
 
 def test_a_worker_that_fits_no_node_is_an_error_and_not_a_wait(monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ValueError, match=r"engine\.gpus_per_worker = 1, but no node has that many"):
+    with pytest.raises(UserError, match=r"engine\.gpus_per_worker = 1, but no node has that many"):
         choose_num_workers(2, WorkerResources(cpus=1, gpus=1, memory_bytes=0))
-    with pytest.raises(ValueError, match=r"engine\.cpus_per_worker = 4096, but no node has that many"):
+    with pytest.raises(UserError, match=r"engine\.cpus_per_worker = 4096, but no node has that many"):
         choose_num_workers(0, WorkerResources(cpus=4096, gpus=0, memory_bytes=0))
     assert choose_num_workers(0, WorkerResources(cpus=0.5, gpus=0, memory_bytes=0)) >= 2
 

@@ -14,6 +14,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errors import UserError
 from pipelines.store.families import LATENT_SCHEMA, TEXT_SCHEMA, latent_directory, text_directory
 from pipelines.store.feature_store import (
     FeatureTarWriter,
@@ -183,7 +184,7 @@ def test_load_index_joins_shards_in_order_and_names_what_is_missing(tmp_path):
     assert load_index(tmp_path, ["a"], columns=["weight", "key"]).column_names == ["weight", "key"]
     with pytest.raises(FileNotFoundError, match="shard c"):
         load_index(tmp_path, ["a", "c"])
-    with pytest.raises(ValueError, match=r"a\.parquet.*mean_offset"):
+    with pytest.raises(UserError, match=r"a\.parquet.*mean_offset"):
         load_index(tmp_path, ["a"], columns=["mean_offset"])
 
 

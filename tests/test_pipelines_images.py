@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from errors import UserError
 from pipelines.raw.images import SampleReject, aspect_buckets, decode_image, nearest_bucket, plan_crop, resize_and_crop
 
 MAX_PIXELS = 1_000_000
@@ -188,7 +189,7 @@ def test_the_papers_forty_buckets(base: int) -> None:
 def test_small_bases_share_buckets_and_wrong_bases_are_refused() -> None:
     assert (64, 64) in aspect_buckets(64, multiple=16)
     assert len(set(aspect_buckets(64, multiple=16))) == len(aspect_buckets(64, multiple=16)) < 40
-    with pytest.raises(ValueError, match="resolution 250 is not a positive multiple of 16"):
+    with pytest.raises(UserError, match="resolution 250 is not a positive multiple of 16"):
         aspect_buckets(250, multiple=16)
 
 

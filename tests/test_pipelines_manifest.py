@@ -1,6 +1,7 @@
 import pytest
 
 from encoders.weights import resolve_model
+from errors import UserError
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import (
     Fingerprint,
@@ -70,7 +71,7 @@ def test_clearing_a_marker_takes_the_manifest_with_it(tmp_path) -> None:
 
 def test_a_mismatch_names_the_field_and_both_values() -> None:
     other = Fingerprint.of({"resolution": 512, "model": {"id": "vae"}})
-    with pytest.raises(ValueError, match="features/latent: resolution is 512, but 256 is needed"):
+    with pytest.raises(UserError, match="features/latent: resolution is 512, but 256 is needed"):
         require_same_fingerprint(FINGERPRINT, other, where="features/latent")
 
 

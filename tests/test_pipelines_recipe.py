@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 import pydantic
 import pytest
 
+from errors import UserError
 from pipelines.command import parse_command
 from pipelines.recipe import DataConfig, Decides, TableConfig, load_recipe
 
@@ -46,22 +47,22 @@ def test_overrides_are_toml_values_or_bare_strings(recipe_path) -> None:
     ],
 )
 def test_wrong_values_name_the_key_and_the_value(recipe_path, override: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_recipe(recipe_path, [override]).table("features", Table)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("override", ["features", "=3", "resolution=3", "features.resolution.deep=3"])
 def test_malformed_overrides_are_refused(recipe_path, override: str) -> None:
-    with pytest.raises(ValueError, match="--set"):
+    with pytest.raises(UserError, match="--set"):
         load_recipe(recipe_path, [override])
 
 
 def test_unknown_table_and_broken_toml_are_refused(recipe_path) -> None:
-    with pytest.raises(ValueError, match=r"unknown table \[feature\]"):
+    with pytest.raises(UserError, match=r"unknown table \[feature\]"):
         load_recipe(recipe_path, ["feature.resolution=3"])
     recipe_path.write_text("[data\n")
-    with pytest.raises(ValueError, match="not valid TOML"):
+    with pytest.raises(UserError, match="not valid TOML"):
         load_recipe(recipe_path)
     with pytest.raises(FileNotFoundError):
         load_recipe(recipe_path.parent / "other.toml")
@@ -127,9 +128,9 @@ def test_overrides_reach_the_chosen_stage_whatever_its_name(recipe_path) -> None
     chosen = named(recipe_path, NAMED, "third", *overrides)
     assert (chosen.num_steps, chosen.rate) == (5, 0.25), "the table's own rate, which a shared one does not change"
     assert named(recipe_path, NAMED, "first", "training.first.num_steps=3").num_steps == 3
-    with pytest.raises(ValueError, match=r"there is no \[training.fourth\]"):
+    with pytest.raises(UserError, match=r"there is no \[training.fourth\]"):
         named(recipe_path, NAMED, "fourth", *overrides)
-    with pytest.raises(ValueError, match="no stage is chosen"):
+    with pytest.raises(UserError, match="no stage is chosen"):
         load_recipe(recipe_path, overrides)
 
 
@@ -156,15 +157,15 @@ def test_overrides_reach_the_chosen_stage_whatever_its_name(recipe_path) -> None
     ],
 )
 def test_every_named_table_is_checked_whichever_is_asked_for(recipe_path, asked, old, new, message) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         named(recipe_path, NAMED.replace(old, new), asked)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_a_table_lacks_is_said_with_what_it_is(recipe_path) -> None:
-    with pytest.raises(ValueError, match=r"training\.first\.num_steps is missing: steps$"):
+    with pytest.raises(UserError, match=r"training\.first\.num_steps is missing: steps$"):
         named(recipe_path, NAMED.replace("num_steps = 7", ""), "first")
-    with pytest.raises(ValueError, match=r"training\.third: too far$"):
+    with pytest.raises(UserError, match=r"training\.third: too far$"):
         named(recipe_path, NAMED, "third", "training.third.num_steps=1000")
 
 
@@ -173,19 +174,19 @@ def test_an_unknown_name_lists_the_known_ones(recipe_path) -> None:
         ValueError, match=r"no \[training.fifth\]; the tables of \[training\] are: first, second, third"
     ):
         named(recipe_path, NAMED, "fifth")
-    with pytest.raises(ValueError, match=r"no \[training.first\]; the tables of \[training\] are: none"):
+    with pytest.raises(UserError, match=r"no \[training.first\]; the tables of \[training\] are: none"):
         named(recipe_path, "", "first")
-    with pytest.raises(ValueError, match="use letters, digits"):
+    with pytest.raises(UserError, match="use letters, digits"):
         named(recipe_path, '[training."../up"]\nnum_steps = 1\n', "../up")
 
 
 def test_phases_are_refused_with_their_new_name(recipe_path) -> None:
     recipe_path.write_text("[features.stage3]\n[features.stage3.phases.1024]\nresolution = 64\n")
     said = r"\[features.stage3.phases.1024\] is called \[features.stage3-1024\] now, with extends = 'stage3'"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         load_recipe(recipe_path)
     recipe_path.write_text("[training.stage3]\n")
-    with pytest.raises(ValueError, match=r"called \[training.stage3-512\] now"):
+    with pytest.raises(UserError, match=r"called \[training.stage3-512\] now"):
         load_recipe(recipe_path, ["training.stage3.phases.512.num_steps=3"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipelines.raw.shard_headers
+from errors import UserError
 from pipelines.raw.shards import (
     describe_shards,
     expand_braces,
@@ -65,7 +66,7 @@ def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
                (("jpg", b"i"), ("json", record))]  # fmt: skip
     with open_shard(write_tar(tmp_path / "laion_0.tar", members), "img2dataset") as raw:
         assert [raw.alt_text(sample) for sample in raw.samples[:2]] == ["a cat ?", "\U0001f600"]
-        with pytest.raises(ValueError, match="nested too deeply"):
+        with pytest.raises(UserError, match="nested too deeply"):
             raw.alt_text(raw.samples[2])
 
 
@@ -106,7 +107,7 @@ def test_a_cut_tar_keeps_what_is_whole(tmp_path) -> None:
             ("3", "cut_off"),
         ]
     path.write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(ValueError, match=r"x\.tar is not a readable tar"), open_shard(str(path)):
+    with pytest.raises(UserError, match=r"x\.tar is not a readable tar"), open_shard(str(path)):
         pass
 
 
@@ -132,7 +133,7 @@ def test_braces_globs_folders_and_lists(tmp_path) -> None:
         "a_0.tar",
         "a_1.tar",
     ]
-    with pytest.raises(ValueError, match=r"features.stage2.shards: pattern 'c_\*' matches none"):
+    with pytest.raises(UserError, match=r"features.stage2.shards: pattern 'c_\*' matches none"):
         select_shards(paths, ["c_*"], key="features.stage2.shards")
 
 
@@ -142,7 +143,7 @@ def test_local_addresses_and_streams(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert expand_shards("*.tar") == expand_shards("a.tar") == ["a.tar"]
     os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(ValueError, match=r"pipe\.tar is a stream; members are read by their place"):
+    with pytest.raises(UserError, match=r"pipe\.tar is a stream; members are read by their place"):
         expand_shards(str(tmp_path / "pipe.tar"))
 
 
@@ -152,7 +153,7 @@ def test_missing_shards_and_equal_names_are_refused(tmp_path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         write_tar(tmp_path / folder / "a.tar", [])
-    with pytest.raises(ValueError, match="have the same name 'a'"):
+    with pytest.raises(UserError, match="have the same name 'a'"):
         expand_shards([str(tmp_path / "one"), str(tmp_path / "two")])
 
 
@@ -239,7 +240,7 @@ def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypa
     again = describe_shards(paths, run=run)
     assert len(walks) == 1 and [a == b for a, b in zip(first, again, strict=True)] == [True, True, True, False, True]
     with (
-        pytest.raises(ValueError, match=r"3\.tar has changed since this command began"),
+        pytest.raises(UserError, match=r"3\.tar has changed since this command began"),
         open_shard(paths[3], run=run, identity=first[3].source.identity),
     ):
         pass
@@ -263,7 +264,7 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> Non
     Path(paths[0]).unlink()
     with pytest.raises(FileNotFoundError, match=r"00\.tar"):
         describe_shards(paths)
-    with pytest.raises(ValueError, match=r"05\.tar is not a readable tar"):
+    with pytest.raises(UserError, match=r"05\.tar is not a readable tar"):
         describe_shards(paths[1:])
 
 
@@ -285,7 +286,7 @@ def test_faulty_tars_are_all_named_at_once_and_damaged_ones_are_logged(tmp_path,
     for number in range(7):
         paths.append(tmp_path / f"bad_{number}.tar")
         paths[-1].write_bytes(b"<html>" * 200)
-    with pytest.raises(ValueError, match=r"bad_0\.tar is not a readable tar: [\s\S]*bad_4[\s\S]*and 2 more"):
+    with pytest.raises(UserError, match=r"bad_0\.tar is not a readable tar: [\s\S]*bad_4[\s\S]*and 2 more"):
         describe_shards([str(path) for path in paths])
     cut = tmp_path / "cut.tar"
     write_tar(cut, [("a.jpg", b"x" * 512), ("b.jpg", b"y" * 512)])

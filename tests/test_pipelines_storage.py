@@ -14,6 +14,7 @@ import fsspec
 import pytest
 
 import pipelines.store.remote
+from errors import StorageError, UserError
 from pipelines.engine.pieces import Piece, PieceReport, Source
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard, shard_source
@@ -118,7 +119,7 @@ def test_a_server_without_ranges_is_refused_before_anything_is_downloaded(tmp_pa
     with (tmp_path / "laion_00000.tar").open("ab") as file:
         file.write(bytes(30_000_000))
     with serve_folder(tmp_path, has_ranges=False) as server:
-        with pytest.raises(ValueError, match=r"http://.*laion_00000.tar: .*does not answer range requests.*download"):
+        with pytest.raises(UserError, match=r"http://.*laion_00000.tar: .*does not answer range requests.*download"):
             describe_shards([f"{server.url}/laion_00000.tar"])
         time.sleep(0.2)
         assert server.bytes_sent < 20_000_000  # what was under way when the connection was closed
@@ -133,7 +134,7 @@ def test_dropped_connections_are_retried_a_bounded_number_of_times(tmp_path, fau
         assert shard_source(url).identity == shard_source(str(path)).identity
         assert getattr(server, fault) == 0
         setattr(server, fault, 1000)
-        with pytest.raises(ConnectionError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts"):
+        with pytest.raises(StorageError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts"):
             describe_shards([url])
         assert getattr(server, fault) == 1000 - READ_ATTEMPTS
 
@@ -146,16 +147,16 @@ def test_a_server_that_is_gone_and_a_file_that_is_not_there_are_told_apart(tmp_p
     with socket.socket() as unserved:
         unserved.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unserved.getsockname()[1]}/gone.tar"
-    with pytest.raises(ConnectionError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts: .*[Cc]onnect"):
+    with pytest.raises(StorageError, match=rf"{url}: gave up after {READ_ATTEMPTS} attempts: .*[Cc]onnect"):
         RemoteFile(url)
 
 
 def test_a_protocol_without_its_package_says_what_to_install() -> None:
-    with pytest.raises(ValueError, match=r"gs://bucket/a.tar: gs:// needs a package.*gcsfs"):
+    with pytest.raises(UserError, match=r"gs://bucket/a.tar: gs:// needs a package.*gcsfs"):
         describe_shards(["gs://bucket/a.tar"])
-    with pytest.raises(ValueError, match=r"gs://bucket/\*.tar: gs:// needs a package.*gcsfs"):
+    with pytest.raises(UserError, match=r"gs://bucket/\*.tar: gs:// needs a package.*gcsfs"):
         expand_shards("gs://bucket/*.tar")
-    with pytest.raises(ValueError, match=r"s4://bucket/a.tar: Protocol not known: s4"):
+    with pytest.raises(UserError, match=r"s4://bucket/a.tar: Protocol not known: s4"):
         describe_shards(["s4://bucket/a.tar"])
 
 
@@ -164,7 +165,7 @@ def test_an_object_replaced_while_it_is_read_stops_the_work(tmp_path) -> None:
     path = write_laion(tmp_path / "laion_00000.tar", 3)
     with serve_folder(tmp_path) as server:
         url = f"{server.url}/laion_00000.tar"
-        with pytest.raises(ValueError, match=rf"{url} has changed while it was read"), open_shard(url) as raw:
+        with pytest.raises(UserError, match=rf"{url} has changed while it was read"), open_shard(url) as raw:
             assert raw.image_bytes(raw.samples[0])
             write_laion(path, 3, first=50)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from pipelines.raw.tar_headers import TarContents, read_tar
 from pipelines.store.files import open_ranges
 
@@ -111,7 +112,7 @@ def test_what_is_wrong_with_a_tar_is_said(tmp_path) -> None:
 )
 def test_what_is_no_tar_is_said(tmp_path, data: bytes, message: str) -> None:
     (tmp_path / "x.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read(tmp_path / "x.tar")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
+from errors import UserError
 from pixart.convert import load_diffusers, load_original, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import export_weights, original_layout
@@ -61,7 +62,7 @@ def test_others_have_no_per_block_adaln_and_say_so(tmp_path):
     save_diffusers(PixArt(PER_BLOCK), tmp_path)
     with pytest.raises(NotImplementedError, match="`norm_type` is 'ada_norm_zero'"):
         PixArtTransformer2DModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"adaln is per-block, but PixArt's original \.pth"):
+    with pytest.raises(UserError, match=r"adaln is per-block, but PixArt's original \.pth"):
         original_layout(PER_BLOCK)
 
 
@@ -120,7 +121,7 @@ def test_disagreeing_copies_are_refused(tmp_path):
         num_layers=2, num_attention_heads=2, attention_head_dim=12, num_embeds_ada_norm=10, sample_size=8
     )
     reference.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"transformer_blocks.1.norm1.emb.\S+ differs from transformer_blocks.0"):
+    with pytest.raises(UserError, match=r"transformer_blocks.1.norm1.emb.\S+ differs from transformer_blocks.0"):
         load_diffusers(tmp_path)
 
 
@@ -138,7 +139,7 @@ def test_what_does_not_fit_is_refused(tmp_path, change, message):
     save_diffusers(PixArt(PIXART), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_diffusers(tmp_path)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from errors import UserError
 from pixart import model as presets
 from pixart.layouts import load_weights, pixart_diffusers_layout
 from pixart.model import PixArt, PixArtConfig
@@ -153,7 +154,7 @@ def test_positions_are_not_stored():
 
 def test_size_must_fit_the_config():
     latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
-    with pytest.raises(ValueError, match="has_size_condition is False"):
+    with pytest.raises(UserError, match="has_size_condition is False"):
         PixArt(TINY)(latents, timesteps, text, mask, torch.ones(3, 3))
 
 
@@ -175,9 +176,9 @@ def test_parameter_counts(config, millions):
 
 
 def test_impossible_shapes_are_refused():
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(UserError, match="multiple of 4"):
         PixArtConfig(num_heads=1, head_dim=10)
-    with pytest.raises(ValueError, match="sample_size 9"):
+    with pytest.raises(UserError, match="sample_size 9"):
         PixArtConfig(sample_size=9)
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch.distributions import Normal, kl_divergence
 
+from errors import UserError
 from pixart.processes.ddpm import DDPM, EIGHT_BIT_STEP
 from pixart.processes.specs import DDPM_SCHEDULE
 
@@ -154,5 +155,5 @@ def test_schedules_of_others_are_those_of_diffusers(beta_schedule):
     schedule = DDPM_SCHEDULE | {"beta_schedule": beta_schedule}
     expected = DPMSolverMultistepScheduler(**schedule).alphas_cumprod
     torch.testing.assert_close(DDPM(schedule).alphas_cumprod, expected, rtol=1e-4, atol=1e-9)
-    with pytest.raises(ValueError, match="beta_schedule cubic is not known"):
+    with pytest.raises(UserError, match="beta_schedule cubic is not known"):
         DDPM(DDPM_SCHEDULE | {"beta_schedule": "cubic"})

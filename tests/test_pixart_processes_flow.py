@@ -7,6 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal
 
+from errors import UserError
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
 from pixart.processes.flow import Flow
 
@@ -146,5 +147,5 @@ def test_the_exported_config_is_that_of_the_default_solver():
 
 @pytest.mark.parametrize("values", [{"shift": 0.0}, {"logit_std": 0.0}])
 def test_values_without_meaning_are_refused(values):
-    with pytest.raises(ValueError, match=r"process flow: shift .* and logit_std .* must be positive"):
+    with pytest.raises(UserError, match=r"process flow: shift .* and logit_std .* must be positive"):
         Flow(**values)

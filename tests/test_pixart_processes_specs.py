@@ -5,6 +5,7 @@ import json
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from errors import UserError
 from pixart.processes.make import process_of
 from pixart.processes.specs import (
     SOLVERS,
@@ -51,7 +52,7 @@ def test_a_trainer_of_an_earlier_version_is_of_ddpm():
     ],
 )
 def test_unknown_processes_are_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         process_of(spec)
 
 
@@ -61,7 +62,7 @@ def test_the_training_of_flow_is_not_in_a_scheduler_config():
     assert spec_of_scheduler(process_of(spec).scheduler_config()) == flow_spec(shift=3.0)
     config = FlowMatchEulerDiscreteScheduler(shift=3.0).config
     assert spec_of_scheduler({**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}) == flow_spec(shift=3.0)
-    with pytest.raises(ValueError, match="prediction_type v_prediction, only epsilon and flow_prediction are"):
+    with pytest.raises(UserError, match="prediction_type v_prediction, only epsilon and flow_prediction are"):
         spec_of_scheduler({"prediction_type": "v_prediction"})
 
 
@@ -72,8 +73,8 @@ def test_passes_of_the_network_are_counted(solver):
 
 def test_a_solver_of_another_process_is_refused_naming_the_checkpoint():
     said = r"sampling\.solver = 'iddpm' does not go with x/model, which is of process flow: dpm-solver\+\+, eu"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         require_solver(flow_spec(), "iddpm", num_steps=20, checkpoint="x/model")
     said = r"sampling\.solver = 'heun' does not go with x/model, which is of process ddpm: dpm-solver\+\+, iddpm"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         require_solver(ddpm_spec(), "heun", num_steps=20, checkpoint="x/model")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from errors import UserError
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
@@ -94,7 +95,7 @@ def test_text_parts_are_as_in_a_new_model():
 
 def test_other_shapes_are_refused():
     dit = trained_dit()
-    with pytest.raises(ValueError, match=r"model\.num_layers is 4, but 3"):
+    with pytest.raises(UserError, match=r"model\.num_layers is 4, but 3"):
         reparameterize(dit, PixArtConfig(num_layers=4, num_heads=2, head_dim=12, sample_size=8))
-    with pytest.raises(ValueError, match="positions span 8"):
+    with pytest.raises(UserError, match="positions span 8"):
         reparameterize(dit, PixArtConfig(num_layers=3, num_heads=2, head_dim=12, sample_size=16))

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from errors import UserError
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
 from pixart.processes.ddpm import DDPM
 
@@ -43,14 +44,14 @@ def test_dpm_solver_converges_to_the_probability_flow():
 
 @pytest.mark.parametrize("name", ["dpm-solver++", "sa-solver"])
 def test_as_many_steps_as_timesteps_are_refused(name):
-    with pytest.raises(ValueError, match=rf"sampling\.num_steps 1000: {re.escape(name)} takes fewer than the sche"):
+    with pytest.raises(UserError, match=rf"sampling\.num_steps 1000: {re.escape(name)} takes fewer than the sche"):
         PROCESS.scheduler(name, 1000)
     timesteps = PROCESS.scheduler(name, 999).timesteps
     assert len(set(timesteps.tolist())) == 999
 
 
 def test_one_step_of_iddpm_is_refused():
-    with pytest.raises(ValueError, match=r"sampling\.num_steps 1: iddpm needs at least 2"):
+    with pytest.raises(UserError, match=r"sampling\.num_steps 1: iddpm needs at least 2"):
         PROCESS.scheduler("iddpm", 1)
 
 
@@ -123,5 +124,5 @@ def test_an_image_does_not_depend_on_its_batch(solver):
 def test_non_finite_latents_are_refused():
     scheduler = PROCESS.scheduler("dpm-solver++", 2)
     noise = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         denoise(lambda x, t: torch.full((1, 8, 2, 2), torch.nan), noise, scheduler, generators=make_generators([0]))

@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from sampling_run import PIXART, make_run, randomised, save_checkpoint, write_recipe
 
+from errors import UserError
 from pipelines.engine.run import EngineConfig
 from pixart.model import PixArt
 from sampling import app
@@ -201,7 +202,7 @@ def test_a_checkpoint_of_flow_offers_its_own_solvers_and_counts_passes(tmp_path)
     said: list[str] = []
     studio.draw(asked, on_step=lambda num_done: said.append(app._progress(asked, num_done)))
     assert said == ["reading the prompt", *(f"pass {number} of 5" for number in range(1, 6))]
-    with pytest.raises(ValueError, match=r"sampling\.solver = 'iddpm' does not go with stage 3, step 7 \(.* flow: dpm"):
+    with pytest.raises(UserError, match=r"sampling\.solver = 'iddpm' does not go with stage 3, step 7 \(.* flow: dpm"):
         make_studio(run, solver="iddpm")
 
 
@@ -239,7 +240,7 @@ def test_settings_of_one_wish_do_not_stay_for_the_next(run, monkeypatch):
     ],
 )
 def test_a_wish_out_of_bounds_is_refused(run, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make_studio(run).draw(wish(**changes), on_step=lambda step: None)
 
 
@@ -250,16 +251,16 @@ def test_broken_weights_leave_no_image(tmp_path):
     model = randomised(PixArt(PIXART))
     torch.nn.init.constant_(model.final.bias, torch.nan)
     save_checkpoint(run, 3, model)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         make_studio(run).draw(wish(size="32x32"), on_step=lambda step: None)
     assert not list(run.glob("samples/**/*.png"))
 
 
 def test_classes_and_foreign_images_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="stage 1, step 7 knows classes, not text"):
+    with pytest.raises(UserError, match="stage 1, step 7 knows classes, not text"):
         make_studio(run, stage=1)
     Image.new("RGB", (16, 16)).save(tmp_path / "other.png")
-    with pytest.raises(ValueError, match=r"other\.png does not say how it was drawn"):
+    with pytest.raises(UserError, match=r"other\.png does not say how it was drawn"):
         wish_of(tmp_path / "other.png")
 
 
@@ -272,7 +273,7 @@ def test_plan_serves_nothing_and_a_taken_port_is_named(run, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         flags[-1] = f"app.port={port}"
-        with pytest.raises(ValueError, match=rf"app\.port {port} of 127\.0\.0\.1 cannot be used"):
+        with pytest.raises(UserError, match=rf"app\.port {port} of 127\.0\.0\.1 cannot be used"):
             app.main(flags)
 
 

@@ -9,6 +9,7 @@ from feature_run import picture, write_raw
 from PIL import Image
 from tiny_clip import WIDTH, save_clip
 
+from errors import UserError
 from pipelines.engine.run import EngineConfig
 from sampling.evaluation import features as features_module
 from sampling.evaluation.config import EvaluationConfig
@@ -97,13 +98,13 @@ def test_unusable_images_are_counted_and_named(tmp_path, clip_folder, capsys):
     printed = " ".join(capsys.readouterr().err.split())
     assert "1 unusable images, such as broken.jpg: not_an_image" in printed and "1 files are no images" in printed
     assert len(features.embeddings()) == 5
-    with pytest.raises(ValueError, match=r"1 of 6 .*not_an_image 1.*broken\.jpg"):
+    with pytest.raises(UserError, match=r"1 of 6 .*not_an_image 1.*broken\.jpg"):
         compute(open_folder(folder, cache=cache), clip_folder, cache)
 
 
 def test_too_few_images_have_no_distance(tmp_path, clip_folder):
     folder = write_images(tmp_path / "set", 1)
-    with pytest.raises(ValueError, match="1 usable images, a distance needs at least 2"):
+    with pytest.raises(UserError, match="1 usable images, a distance needs at least 2"):
         compute(open_folder(folder, cache=tmp_path), clip_folder, tmp_path)
 
 

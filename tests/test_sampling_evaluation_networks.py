@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from encoders import inception
 from encoders.inception import BlockA, BlockE, InceptionV3, load_inception
+from errors import UserError
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.networks import find_networks, load_network
 
@@ -82,10 +83,10 @@ def test_other_weights_are_refused(inception_file, tmp_path):
     weights = torch.load(inception_file, weights_only=True)
     weights["Mixed_7c.branch_pool.conv.weight"] = torch.zeros(2, 2)
     torch.save(weights, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"1 weights differ .*Mixed_7c\.branch_pool\.conv\.weight"):
+    with pytest.raises(UserError, match=r"1 weights differ .*Mixed_7c\.branch_pool\.conv\.weight"):
         load_inception(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"evaluation\.inception .*text\.pth"):
+    with pytest.raises(UserError, match=r"evaluation\.inception .*text\.pth"):
         load_inception(tmp_path / "text.pth")
 
 

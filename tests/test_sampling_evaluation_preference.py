@@ -10,6 +10,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 
+from errors import UserError
 from pixart.model import PixArt
 from sampling.evaluation.__main__ import main
 from sampling.evaluation.preference import make_pairs
@@ -72,7 +73,7 @@ def test_order_and_sides_are_shuffled_by_the_seed(tmp_path):
     assert [pair for pair, _ in make_pairs(pictures, seed=2)[0]] != [pair for pair, _ in pairs]
     # The codes lie on the sides where their pictures are.
     assert all(paths[0] == tmp_path / key[pair["codes"][0]] for pair, paths in pairs)
-    with pytest.raises(ValueError, match="no prompt in common"):
+    with pytest.raises(UserError, match="no prompt in common"):
         make_pairs({"a": {("x", 0): ("one", tmp_path)}, "b": {("x", 0): ("two", tmp_path)}}, seed=0)
 
 
@@ -167,7 +168,7 @@ def test_votes_are_counted_once_and_for_the_right_checkpoint(tmp_path):
 )
 def test_a_file_that_holds_no_votes_is_named(tmp_path, row, head, message):
     path = write_votes(tmp_path / "v.csv", row, **({"head": head} if head else {}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_votes([path], make_key())
 
 
@@ -179,7 +180,7 @@ def test_missing_pieces_name_the_command(study, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make eval TASK=preference"):
         main(["winrates", *flags])
     flags[3] = str(run)
-    with pytest.raises(ValueError, match=r"name others in evaluation\.compare"):
+    with pytest.raises(UserError, match=r"name others in evaluation\.compare"):
         main(["preference", *flags, "--set", "evaluation.compare=[]"])
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from errors import UserError
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import read_coco, read_compbench, write_prompt_set
 from sampling.prompts import read_prompts
@@ -73,7 +74,7 @@ def test_sampling_reads_what_is_written(tmp_path):
 def test_a_bad_coco_file_is_refused(tmp_path, content, message):
     path = tmp_path / "captions.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"evaluation\.prompts .*captions\.json.*{message}"):
+    with pytest.raises(UserError, match=rf"evaluation\.prompts .*captions\.json.*{message}"):
         read_coco(path, num_prompts=1)
 
 
@@ -83,7 +84,7 @@ def test_missing_or_empty_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"captions_val2014\.json"):
         read_coco(tmp_path / "none.json", num_prompts=1)
     (tmp_path / "shape_val.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"shape_val\.txt holds no prompt"):
+    with pytest.raises(UserError, match=r"shape_val\.txt holds no prompt"):
         read_compbench(tmp_path)
-    with pytest.raises(ValueError, match=r"needs evaluation\.prompts"):
+    with pytest.raises(UserError, match=r"needs evaluation\.prompts"):
         EvaluationConfig(prompt_set="coco")

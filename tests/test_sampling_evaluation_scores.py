@@ -14,6 +14,7 @@ from PIL import Image
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 from tiny_clip import save_clip
 
+from errors import UserError
 from pipelines.recipe import Decides
 from pipelines.store.manifest import Fingerprint, read_manifest
 from pixart.model import PixArt
@@ -175,7 +176,7 @@ def test_checkpoints_are_compared_in_one_table(run, clip_folder, tmp_path):
     first, second = ({number["metric"]: number["value"] for number in row["numbers"]} for row in rows)
     assert first != second and first.keys() == second.keys()
     assert not (other / "samples").exists()
-    with pytest.raises(ValueError, match=r"evaluation\.compare: .* are the same weights"):
+    with pytest.raises(UserError, match=r"evaluation\.compare: .* are the same weights"):
         evaluate(run, clip_folder, compare=[f"{run}:stage2"])
 
 
@@ -304,7 +305,7 @@ def test_judgements_may_lie_anywhere_and_a_bad_one_is_named(run, clip_folder, tm
         ("[", r"evaluation\.judgements .*votes-stage2\.json: Invalid JSON"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluate(run, clip_folder, judgements=str(path))
 
 
@@ -357,10 +358,10 @@ def test_without_a_reference_there_is_a_clip_score_and_no_distance(run, clip_fol
     value = json.loads((run / "evaluation" / "stage2" / "scores.json").read_text())
     assert [number["metric"] for number in value["checkpoints"][0]["numbers"]] == ["CLIP score"]
     assert value["inputs"]["reference"] is None
-    with pytest.raises(ValueError, match=r"evaluation\.vision is set, but evaluation\.reference is not"):
+    with pytest.raises(UserError, match=r"evaluation\.vision is set, but evaluation\.reference is not"):
         main(["score", *flags, "--set", "evaluation.vision=toyworld/weights/llava"])
 
 
 def test_nothing_to_measure_says_what_to_set(run):
-    with pytest.raises(ValueError, match=r"evaluation\.inception.*let a judge write .*judge/stage2\.json"):
+    with pytest.raises(UserError, match=r"evaluation\.inception.*let a judge write .*judge/stage2\.json"):
         evaluate(run, None)

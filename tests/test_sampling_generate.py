@@ -16,6 +16,7 @@ from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised,
 from transformers import AutoTokenizer, T5EncoderModel
 
 from encoders.kl import KLCodec
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from pixart.convert import save_diffusers
 from pixart.drawing.denoise import draw_noise, make_generators
@@ -280,7 +281,7 @@ def test_another_process_than_the_checkpoints_is_refused(run):
         match=r"sampling\.solver = 'euler' .* stage 2, step 7 \(.*step-7/model\), which is of process ddpm: dpm-sol",
     ):
         sample(run, 2, solver="euler")
-    with pytest.raises(ValueError, match=r"training\.stage2\.process is 'flow' in the recipe, but .*7 was trained"):
+    with pytest.raises(UserError, match=r"training\.stage2\.process is 'flow' in the recipe, but .*7 was trained"):
         sample(run, 2, "--set", 'training.stage2.process="flow"')
     sample(run, 2, "--plan", "--set", 'training.process="flow"', "--set", 'training.stage2.process="ddpm"')
 
@@ -359,6 +360,6 @@ def test_missing_checkpoint_names_the_command(run):
 def test_another_vae_scale_is_refused(run):
     config = run / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.45", "0.18215"))
-    with pytest.raises(ValueError, match=r"scaling_factor is 0\.18215, but 0\.45 is needed"):
+    with pytest.raises(UserError, match=r"scaling_factor is 0\.18215, but 0\.45 is needed"):
         sample(run, 2)
     assert not list((run / "samples" / "stage2").glob("*.png"))

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from errors import UserError
 from sampling.config import SamplingConfig
 from sampling.prompts import class_prompts, read_prompts, single_prompt
 from sampling.requests import make_requests
@@ -75,7 +76,7 @@ def test_jsonl_gives_keys_and_aspect_ratios(tmp_path):
     ],
 )
 def test_unreadable_files_are_refused(tmp_path, name, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_prompts(write(tmp_path / name, content), seed=0)
 
 
@@ -91,10 +92,10 @@ def test_parquet_has_the_columns_of_jsonl(tmp_path):
     first, second = read_prompts(path, seed=0, column="caption")
     assert (first.key, first.text, first.aspect_ratio) == ("k", "a fox", 2.0)
     assert second == read_prompts(write(tmp_path / "p.txt", "a cat"), seed=0)[0]
-    with pytest.raises(ValueError, match=r"has no column 'text'; it has key, caption, aspect_ratio, prompt"):
+    with pytest.raises(UserError, match=r"has no column 'text'; it has key, caption, aspect_ratio, prompt"):
         read_prompts(path, seed=0, column="text")
     pq.write_table(pa.table({"prompt": ["a fox", None]}), path)
-    with pytest.raises(ValueError, match=r"p\.parquet:2 has no text"):
+    with pytest.raises(UserError, match=r"p\.parquet:2 has no text"):
         read_prompts(path, seed=0)
 
 
@@ -105,7 +106,7 @@ def test_blank_lines_are_named(tmp_path, capsys):
 
 def test_binary_and_missing_files_are_refused(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="as UTF-8 text"):
+    with pytest.raises(UserError, match="as UTF-8 text"):
         read_prompts(tmp_path / "p.txt", seed=0)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_prompts(tmp_path / "none.txt", seed=0)
@@ -138,12 +139,12 @@ def test_size_overrides_aspect_ratio_and_must_be_whole_patches():
     (request,) = make_requests(prompts, SamplingConfig(size="80x48"), TRAINED)
     assert (request.width, request.height) == (80, 48)
     assert (request.label, request.key, request.prompt) == (3, "class_0003", "class 3")
-    with pytest.raises(ValueError, match=r"sampling\.size 100x64: 100 is not a positive multiple of 16"):
+    with pytest.raises(UserError, match=r"sampling\.size 100x64: 100 is not a positive multiple of 16"):
         make_requests(prompts, SamplingConfig(size="100x64"), TRAINED)
 
 
 def test_images_never_share_a_file(tmp_path):
     lines = '{"key": "a", "prompt": "x"}\n{"key": "a-1", "prompt": "y"}\n'
     prompts = read_prompts(write(tmp_path / "p.jsonl", lines), seed=0)
-    with pytest.raises(ValueError, match=r"two images would be called a-1\.png"):
+    with pytest.raises(UserError, match=r"two images would be called a-1\.png"):
         make_requests(prompts, SamplingConfig(images_per_prompt=2), TRAINED)

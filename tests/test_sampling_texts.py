@@ -16,6 +16,7 @@ from sampling_run import MAX_TOKENS, PROMPTS, make_run, write_recipe
 from encoders.int8_linear import Int8Linear, quantize_linears
 from encoders.opening import open_text_encoder
 from encoders.t5 import T5Encoder
+from errors import UserError
 from features.quantization import store_text
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_SCHEMA, text_directory
 from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
@@ -105,7 +106,7 @@ def test_a_written_file_gives_the_images_of_the_encoder(run):
     }
     sample(run, **precomputed)
     assert largest_difference(images(run), expected) == 0
-    with pytest.raises(ValueError, match=r"texts\.safetensors lacks 'a purple fox'"):
+    with pytest.raises(UserError, match=r"texts\.safetensors lacks 'a purple fox'"):
         sample(run, **precomputed, prompt="a purple fox")
 
 
@@ -142,7 +143,7 @@ def test_embeddings_of_another_encoder_are_refused(run, caplog):
         (spoilt, r"texts\.safetensors: the embedding of '' is not finite"),
     ):
         save_file(changed, written, metadata=metadata)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             sample(run, **precomputed, text_embeddings=str(written))
     assert not list((run / "samples").glob("*/*.png"))
     save_file(tensors, written, metadata=metadata | {"text_model": "google/t5"})
@@ -196,7 +197,7 @@ def test_eight_bit_weights_are_within_half_a_step():
 def test_an_encoder_that_overflows_leaves_no_image(run, monkeypatch):
     encode = T5Encoder.encode
     monkeypatch.setattr(T5Encoder, "encode", lambda self, texts: [x * torch.inf for x in encode(self, texts)])
-    with pytest.raises(ValueError, match=r"gives no finite embedding of ''"):
+    with pytest.raises(UserError, match=r"gives no finite embedding of ''"):
         sample(run)
     assert not list((run / "samples").glob("*/*.png"))
 

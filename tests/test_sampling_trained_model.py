@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sampling_run import DIT, FLOW, MAX_TOKENS, PIXART, make_run, randomised, save_checkpoint, write_recipe
 from transformers import AutoTokenizer, T5EncoderModel
 
+from errors import UserError
 from pipelines.recipe import load_recipe
 from pixart.convert import save_diffusers
 from pixart.dit import DiT
@@ -121,14 +122,14 @@ def test_a_hub_id_is_found_in_the_cache_by_revision(run, tmp_path, monkeypatch):
 
 def test_a_bare_transformer_needs_encoders(run, encoders):
     folder = run / "training" / "stage2" / "step-7" / "model"
-    with pytest.raises(ValueError, match=r"features\.text_model and features\.vae_model"):
+    with pytest.raises(UserError, match=r"features\.text_model and features\.vae_model"):
         open_trained_model(str(folder), None)
     trained = open_trained_model(str(folder), encoders)
     text = {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS, "cleaning": "lower"}
     assert trained.text == text
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
-    with pytest.raises(ValueError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
+    with pytest.raises(UserError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
         open_trained_model(str(folder), encoders)
 
 
@@ -139,7 +140,7 @@ def test_a_checkpoints_model_folder_is_of_the_process_beside_it(run, encoders):
     assert trained.process == FLOW
     assert trained.load().config.out_channels == 4
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(ValueError, match=r"model gives 4 channels for latents of 4, but process ddpm needs 8"):
+    with pytest.raises(UserError, match=r"model gives 4 channels for latents of 4, but process ddpm needs 8"):
         open_trained_model(str(folder / "model"), encoders).load()
 
 
@@ -205,17 +206,17 @@ def original_mistakes(run: Path) -> dict[str, tuple[object, str]]:
 def test_originals_that_cannot_be_used_are_refused(run, encoders, name):
     content, message = original_mistakes(run)[name]
     torch.save(content, run / "x.pth")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         open_trained_model(str(run / "x.pth"), encoders)
     (run / "x.pth").write_bytes(b"no zip, no pickle")
-    with pytest.raises(ValueError, match=r"x\.pth is not a checkpoint of torch"):
+    with pytest.raises(UserError, match=r"x\.pth is not a checkpoint of torch"):
         open_trained_model(str(run / "x.pth"), encoders)
 
 
 def test_a_checkpoint_without_ema_is_refused(run):
     path = run / "training" / "stage2" / "step-7" / "trainer.json"
     path.write_text(path.read_text().replace('"ema"', '"raw"'))
-    with pytest.raises(ValueError, match="holds raw weights, samples are drawn from ema weights"):
+    with pytest.raises(UserError, match="holds raw weights, samples are drawn from ema weights"):
         open_run_model(run, "stage2")
 
 
@@ -224,7 +225,7 @@ def test_nan_weights_leave_no_image(run, part):
     model = randomised(PixArt(PIXART))
     getattr(model.blocks[1].mlp.out, part).data[0] = torch.nan
     save_checkpoint(run, 2, model)
-    with pytest.raises(ValueError, match=r"not finite \(sampling\.num_steps 5\): its weights or sampling\.dtype"):
+    with pytest.raises(UserError, match=r"not finite \(sampling\.num_steps 5\): its weights or sampling\.dtype"):
         sample(run)
     assert not list((run / "samples" / "stage2-prompt").glob("*.png"))
 
@@ -243,14 +244,14 @@ def test_a_vae_of_nan_leaves_no_image(run):
 def test_weights_that_were_cut_short_are_named(run):
     (path,) = (run / "training" / "stage2" / "step-7" / "model").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"step-7/model/.*\.safetensors cannot be read, it may have been cut short"):
+    with pytest.raises(UserError, match=r"step-7/model/.*\.safetensors cannot be read, it may have been cut short"):
         sample(run)
 
 
 def test_wrong_encoder_settings_name_their_key(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('[features]\ntext_model = "a"\nvae_model = 3\n')
-    with pytest.raises(ValueError, match=r"features\.vae_model: Input should be a valid string"):
+    with pytest.raises(UserError, match=r"features\.vae_model: Input should be a valid string"):
         encoder_config(load_recipe(recipe))
     recipe.write_text('[features]\ntext_model = "a"\n')
     assert encoder_config(load_recipe(recipe)) is None

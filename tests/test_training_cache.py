@@ -22,6 +22,7 @@ from moto.server import ThreadedMotoServer
 from training_run import arguments, make_run, metrics, validations, write_latents, write_text
 from warm_python import run_module
 
+from errors import UserError
 from pipelines.command import parse_command
 from training.data.assembly import BatchAssembler
 from training.data.cache import CacheFullError, ShardCache
@@ -284,7 +285,7 @@ def test_ranks_share_a_small_cache(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_cache_smaller_than_what_is_mixed_is_refused_before_training(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"training\.cache_gigabytes = 5e-05 is less than the .* of the 8 remote tars"):
+    with pytest.raises(UserError, match=r"training\.cache_gigabytes = 5e-05 is less than the .* of the 8 remote tars"):
         inspect_stage(remote_job(empty_run(tmp_path, source), "training.cache_gigabytes=5e-5"), 1)
 
 

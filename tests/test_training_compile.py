@@ -10,6 +10,7 @@ import pytest
 import torch
 from ray_nodes import free_port
 
+from errors import UserError
 from training.config import StageTraining
 from training.loop.compilation import is_compiled, require_compilable
 
@@ -52,11 +53,11 @@ torch.distributed.destroy_process_group()
 
 def test_zero_3_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     require_compilable(StageTraining(network="pixart", compile=True, zero_stage=2))
-    with pytest.raises(ValueError, match=r"training\.compile = true does not go with training\.zero_stage = 3"):
+    with pytest.raises(UserError, match=r"training\.compile = true does not go with training\.zero_stage = 3"):
         require_compilable(StageTraining(network="pixart", compile=True, zero_stage=3))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and neither of \['no-such-compiler', 'clang\+\+'\]"):
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler, and neither of \['no-such-compiler', 'clang\+\+'\]"):
         require_compilable(StageTraining(network="pixart", compile=True))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from training_run import arguments, make_run
 
+from errors import UserError
 from pipelines.command import parse_command
 from pipelines.recipe import KEYS_THAT_ARE_TABLES
 from training.config import StageTraining
@@ -49,7 +50,7 @@ def test_keys_of_the_other_process_do_not_count_where_all_stages_share_them(run:
     ],
 )
 def test_a_key_of_the_other_process_is_refused_in_a_stages_own_table(run, process, override, message) -> None:
-    with pytest.raises(ValueError, match=rf"recipe\.toml: {message}"):
+    with pytest.raises(UserError, match=rf"recipe\.toml: {message}"):
         job_with(run, f"training.process={process}", f"training.stage2.{override}")
 
 
@@ -73,7 +74,7 @@ def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
     ],
 )
 def test_a_wrong_value_is_one_line_with_the_key_of_the_recipe(run: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         job_with(run, f"training.stage2.{override}")
     assert f"training.stage2.{message}" in str(error.value) and "\n" not in str(error.value)
 
@@ -81,7 +82,7 @@ def test_a_wrong_value_is_one_line_with_the_key_of_the_recipe(run: Path, overrid
 def test_a_recipe_without_networks_is_told_what_an_unnamed_start_was(run: Path) -> None:
     recipe = run.parent / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('network = "pixart"\nstarts_from = "stage1"', ""))
-    with pytest.raises(ValueError, match=r"training\.stage2\.network is missing: .* starts_from = 'stage1' in stage 2"):
+    with pytest.raises(UserError, match=r"training\.stage2\.network is missing: .* starts_from = 'stage1' in stage 2"):
         job_with(run)
 
 
@@ -89,7 +90,7 @@ def test_a_recipe_without_networks_is_told_what_an_unnamed_start_was(run: Path) 
 def test_a_stage_called_like_the_folder_of_the_cache_is_refused(run: Path, stage: str) -> None:
     recipe = run.parent / "recipe.toml"
     recipe.write_text(recipe.read_text() + '\n[training.cache]\nextends = "stage2"\nfeatures = "stage2"\n')
-    with pytest.raises(ValueError, match=r"\[training\.cache\] has the folder of training\.cache_dir = '\{run\}/trai"):
+    with pytest.raises(UserError, match=r"\[training\.cache\] has the folder of training\.cache_dir = '\{run\}/trai"):
         job_with(run, stage=stage)
     job_with(run, "training.cache_dir='{run}/copies'", stage=stage)
 

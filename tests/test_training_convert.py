@@ -10,6 +10,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from training_run import REPOSITORY
 
+from errors import UserError
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import export_weights, original_layout
@@ -86,10 +87,10 @@ def test_converted_weights_keep_their_process(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(UserError, match="exists already"):
         main([str(dit_file), str(tmp_path)])
     save_diffusers(PixArt(PixArtConfig(num_layers=1, num_heads=2, head_dim=8, caption_channels=4)), tmp_path / "pixart")
-    with pytest.raises(ValueError, match=r"SOURCE \(.*pixart\) is a PixArt: only a class-conditional DiT"):
+    with pytest.raises(UserError, match=r"SOURCE \(.*pixart\) is a PixArt: only a class-conditional DiT"):
         main([str(tmp_path / "pixart"), str(tmp_path / "new"), "--reparameterize"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main([str(tmp_path / "nothing"), str(tmp_path / "new")])

@@ -9,6 +9,7 @@ import pytest
 from test_training_stage import write_checkpoint
 from training_run import arguments, make_run, write_latents, write_text
 
+from errors import UserError
 from pipelines.command import parse_command
 from pipelines.store.families import latent_directory, text_directory
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
@@ -56,9 +57,9 @@ def test_one_dataset_named_is_the_same_as_none_named(run: Path) -> None:
 def test_a_checkpoint_is_bound_to_its_mixture(run: Path) -> None:
     write_checkpoint(open_job(run, mixed(FIRST, SECOND)), step=6)
     assert open_job(run, mixed(FIRST, SECOND)).resume is not None
-    with pytest.raises(ValueError, match=r"trained with datasets\.1\.weight 1\.0, but it is 2\.0 now"):
+    with pytest.raises(UserError, match=r"trained with datasets\.1\.weight 1\.0, but it is 2\.0 now"):
         open_job(run, mixed(FIRST, SECOND.replace("weight = 1", "weight = 2")))
-    with pytest.raises(ValueError, match=r"trained with datasets\.0\.latents\.files '\w+', but it is '\w+' now"):
+    with pytest.raises(UserError, match=r"trained with datasets\.0\.latents\.files '\w+', but it is '\w+' now"):
         open_job(run, mixed(SECOND.replace("weight = 1", "weight = 3"), FIRST.replace("weight = 3", "weight = 1")))
 
 
@@ -83,11 +84,11 @@ def test_datasets_of_other_encoders_are_refused(run: Path, tmp_path: Path) -> No
     other = make_run(tmp_path / "other")
     path = latent_directory(other, 32) / "manifest.json"
     path.write_text(path.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.6'))
-    with pytest.raises(ValueError, match=r"other/run/features/latent-32: vae\.scaling_factor is 0\.6, but 0\.5 is"):
+    with pytest.raises(UserError, match=r"other/run/features/latent-32: vae\.scaling_factor is 0\.6, but 0\.5 is"):
         open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_1"]'))
     shutil.rmtree(text_directory(other))
     write_text(other, SHARDS, storage="int8")
-    with pytest.raises(ValueError, match=r"text: text_storage is 'int8', but 'bfloat16' is needed"):
+    with pytest.raises(UserError, match=r"text: text_storage is 'int8', but 'bfloat16' is needed"):
         open_job(run, mixed(FIRST, f'run = "{other}", shards = ["laion_1"]'))
 
 
@@ -95,7 +96,7 @@ def test_features_made_anew_with_other_settings_end_a_training_by_name(run: Path
     """The recipe and the features agree with each other, but no longer with the checkpoint that is to be resumed."""
     write_checkpoint(open_job(run), step=6)
     write_latents(run, 48, SHARDS, buckets=["48x48"], is_bucketed=False)
-    with pytest.raises(ValueError, match=r"trained with latents\.resolution 32, but it is 48 now"):
+    with pytest.raises(UserError, match=r"trained with latents\.resolution 32, but it is 48 now"):
         open_job(run, "features.stage2.resolution=48")
     write_text(run, SHARDS, columns=("alt_text",))
     with pytest.raises(
@@ -107,7 +108,7 @@ def test_features_made_anew_with_other_settings_end_a_training_by_name(run: Path
         write_text(run, SHARDS, **{field: setting})
         key = {"max_tokens": "max_tokens", "revision": "text_revision", "storage": "text_storage"}[field]
         value = f"'{setting}'" if isinstance(setting, str) else setting
-        with pytest.raises(ValueError, match=rf"trained with text\.{field} .*, but it is {value} now"):
+        with pytest.raises(UserError, match=rf"trained with text\.{field} .*, but it is {value} now"):
             open_job(run, f"features.{key}={setting}")
 
 
@@ -120,7 +121,7 @@ def test_text_of_other_captions_is_refused_and_of_captions_with_a_new_score_is_n
         captions.write_manifest(fingerprint, [], upstream={}, extra=extra)
         open_job(run)
     captions.write_manifest(scored, [], upstream={}, extra={"texts": "another"})
-    with pytest.raises(ValueError, match=rf"captions is '{plain.digest}', but 'another' is needed"):
+    with pytest.raises(UserError, match=rf"captions is '{plain.digest}', but 'another' is needed"):
         open_job(run)
 
 
@@ -176,5 +177,5 @@ def test_features_made_again_end_no_training_whether_defaults_are_written_out_or
     manifest = json.loads(path.read_text())
     manifest["extra"]["defaults"]["tiling"] = False
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"latents\.tiling False, but it is True now"):
+    with pytest.raises(UserError, match=r"latents\.tiling False, but it is True now"):
         open_job(run, *datasets)

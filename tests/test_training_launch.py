@@ -18,6 +18,7 @@ from processes import kill_tree, process_tree
 from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
 from warm_python import WarmProcess
 
+from errors import UserError
 from pipelines.command import parse_command
 from training.config import stage_training
 from training.launch.placement import Host, is_slurm_task, on_hosts, read_hostfile
@@ -82,7 +83,7 @@ def test_a_bad_hostfile_is_refused_by_line(text: str | None, message: str, tmp_p
     path = tmp_path / "hosts"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_hostfile(path)
 
 

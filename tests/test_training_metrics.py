@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from errors import UserError
 from training.config import StageTraining
 from training.launch.preflight import checkpoint_bytes, rank_bytes, require_even_batches
 from training.loop.clock import Clock
@@ -18,7 +19,7 @@ from training.stages.weights import WeightCounts
 
 
 def test_batches_that_cannot_be_shared_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size 8 is not a multiple of 6: 3 ranks times .* 2"):
+    with pytest.raises(UserError, match=r"global_batch_size 8 is not a multiple of 6: 3 ranks times .* 2"):
         require_even_batches(StageTraining(network="pixart", global_batch_size=8, gradient_accumulation_steps=2), 3)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_run import D_TEXT, arguments, make_run
 
+from errors import UserError
 from pipelines.command import parse_command
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
@@ -67,7 +68,7 @@ def test_shapes_come_from_the_recipe_and_the_features(run: Path) -> None:
 
 def test_labels_beyond_the_classes_are_refused(run: Path) -> None:
     job, survey = open_job(run, 1)
-    with pytest.raises(ValueError, match=r"model\.num_classes is 5, but .*latent-32 has class label 7"):
+    with pytest.raises(UserError, match=r"model\.num_classes is 5, but .*latent-32 has class label 7"):
         network_config(job, dataclasses.replace(survey, max_label=7))
 
 
@@ -134,7 +135,7 @@ def test_original_files_are_a_start(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, pixart.state_dict()[name]) for name, value in larger.state_dict().items())
     del weights["final_layer.linear.bias"]
     torch.save(weights, tmp_path / "broken.pth")
-    with pytest.raises(ValueError, match=r"starts_from \(.*broken\.pth\): .*missing \['final_layer\.linear\.bias'\]"):
+    with pytest.raises(UserError, match=r"starts_from \(.*broken\.pth\): .*missing \['final_layer\.linear\.bias'\]"):
         start_wide(run, 3, tmp_path / "broken.pth", shape)
 
 
@@ -153,12 +154,12 @@ def with_config(run: Path, stage: int) -> tuple[TrainingJob, DiTConfig | PixArtC
 def test_each_stage_refuses_weights_of_another_kind_or_size(run: Path, tmp_path: Path) -> None:
     pixart = saved(PixArt(PixArtConfig(**SHAPE, caption_channels=D_TEXT)), tmp_path / "pixart")
     wide = saved(PixArt(PixArtConfig(**(SHAPE | {"head_dim": 12}), caption_channels=D_TEXT)), tmp_path / "wide")
-    with pytest.raises(ValueError, match=r"is a PixArt, but training\.stage1\.network is 'dit'"):
+    with pytest.raises(UserError, match=r"is a PixArt, but training\.stage1\.network is 'dit'"):
         start(run, 1, pixart)
-    with pytest.raises(ValueError, match=r"training\.stage2\.starts_from .* has head_dim 12, but .* give 8"):
+    with pytest.raises(UserError, match=r"training\.stage2\.starts_from .* has head_dim 12, but .* give 8"):
         start(run, 2, wide)
     larger = saved(DiT(DiTConfig(**(SHAPE | {"sample_size": 8}), num_classes=5)), tmp_path / "larger")
-    with pytest.raises(ValueError, match="has sample_size 8, but the recipe and the features give 4"):
+    with pytest.raises(UserError, match="has sample_size 8, but the recipe and the features give 4"):
         start(run, 1, larger)
 
 
@@ -189,7 +190,7 @@ def test_figure_6_adaln_per_block_and_no_reparameterisation(run: Path, tmp_path:
     single = saved(PixArt(PixArtConfig(**SHAPE, caption_channels=D_TEXT)), tmp_path / "single")
     argv = [*arguments(run, 2, starts_from=single), "--set", "model.adaln=per-block"]
     job = open_stage(parse_command("training", "", argv=argv, has_stages=True))
-    with pytest.raises(ValueError, match=r"starts_from \(.*single\) has adaln single, but .* give per-block"):
+    with pytest.raises(UserError, match=r"starts_from \(.*single\) has adaln single, but .* give per-block"):
         starting_network(job, config)
 
 
@@ -197,20 +198,20 @@ def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.M
     job, _ = open_job(run, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50e9))
     require_disk(job, WeightCounts(trained=500_000_000))
-    with pytest.raises(ValueError, match=r"has 50\.00 GB free, but 3 more checkpoints .* need 60\.00 GB; make room"):
+    with pytest.raises(UserError, match=r"has 50\.00 GB free, but 3 more checkpoints .* need 60\.00 GB; make room"):
         require_disk(job, WeightCounts(trained=1_000_000_000))
     # Those that are kept already need no room again.
     for step in (1, 2):
         (job.directory / f"step-{step}").mkdir()
     require_disk(job, WeightCounts(trained=1_000_000_000))
-    with pytest.raises(ValueError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
+    with pytest.raises(UserError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
         require_disk(job, WeightCounts(trained=3_000_000_000))
 
 
 def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
     job, _ = open_job(run, 1, zero_stage=2, dtype="bf16")
     require_memory(job, WeightCounts(trained=1_000_000_000), num_ranks=8, available_bytes=10e9)
-    with pytest.raises(ValueError, match=r"need 20\.00 GB a rank, but a rank has 10\.00 GB; raise"):
+    with pytest.raises(UserError, match=r"need 20\.00 GB a rank, but a rank has 10\.00 GB; raise"):
         require_memory(job, WeightCounts(trained=1_000_000_000), num_ranks=1, available_bytes=10e9)
 
 
@@ -218,7 +219,7 @@ def test_a_rank_without_a_gpu_is_refused() -> None:
     assert [local_device(rank, 4, is_slurm=False) for rank in range(4)] == [0, 1, 2, 3]
     assert local_device(5, 1, is_slurm=True) == 0, "Slurm shows each task its own GPU alone"
     for is_slurm, num_devices in ((False, 1), (False, 4), (True, 4)):
-        with pytest.raises(ValueError, match=rf"rank 5 of .* has no GPU, there are {num_devices}: lower GPUS"):
+        with pytest.raises(UserError, match=rf"rank 5 of .* has no GPU, there are {num_devices}: lower GPUS"):
             local_device(5, num_devices, is_slurm=is_slurm)
 
 

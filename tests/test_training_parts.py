@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from training_run import CHANNELS, D_TEXT, arguments, make_run, metrics
 
+from errors import UserError
 from pipelines.command import parse_command
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.model import PixArt, PixArtConfig
@@ -172,7 +173,7 @@ def test_another_teacher_is_refused_at_the_resume(runs: Runs, tmp_path: Path) ->
     case = runs.distilled
     assert open_job(case.run, **case.settings, num_steps=9).resume is not None
     other = {"networks.teacher": str(random_network(tmp_path / "other", 3))}
-    with pytest.raises(ValueError, match=r"was trained with training\.networks\.teacher 'sha256:.*' now"):
+    with pytest.raises(UserError, match=r"was trained with training\.networks\.teacher 'sha256:.*' now"):
         open_job(case.run, **(case.settings | other))
     with pytest.raises(FileNotFoundError, match="/nowhere/at/all does not exist"):
         open_job(case.run, **(case.settings | {"networks.teacher": "/nowhere/at/all"}))
@@ -186,16 +187,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_networks_that_an_objective_lacks_or_has_no_use_for_are_refused(run: Path, tmp_path: Path) -> None:
     teacher = str(random_network(tmp_path / "teacher", 2))
     roles = {"teacher": Frozen(), "student": Trained(), "average": Average()}
-    with pytest.raises(ValueError, match=r"training\.stage2\.networks names no weights for 'teacher'"):
+    with pytest.raises(UserError, match=r"training\.stage2\.networks names no weights for 'teacher'"):
         objective_networks(open_job(run), roles, PixArt(SHAPE))
     named = open_job(run, **{"networks.teacher": teacher})
-    with pytest.raises(ValueError, match=r"stage2\.networks names 'teacher', but of frozen networks .* has none"):
+    with pytest.raises(UserError, match=r"stage2\.networks names 'teacher', but of frozen networks .* has none"):
         objective_networks(named, {"network": Trained()}, PixArt(SHAPE))
     flow = open_job(run, **{"networks.teacher": teacher, "process": "flow"})
-    with pytest.raises(ValueError, match=r"networks\.teacher \(.*\) was trained with process ddpm, not flow"):
+    with pytest.raises(UserError, match=r"networks\.teacher \(.*\) was trained with process ddpm, not flow"):
         objective_networks(flow, roles, PixArt(SHAPE))
     wide = dataclasses.replace(SHAPE, caption_channels=2 * D_TEXT)
-    with pytest.raises(ValueError, match=rf"networks\.teacher \(.*\) has caption_channels {D_TEXT}, but .* has 32"):
+    with pytest.raises(UserError, match=rf"networks\.teacher \(.*\) has caption_channels {D_TEXT}, but .* has 32"):
         objective_networks(named, roles, PixArt(wide))
     networks = objective_networks(named, roles, PixArt(SHAPE))
     assert [weight.requires_grad for weight in networks["student"].parameters()] == [True] * 57
@@ -206,13 +207,13 @@ def test_networks_that_an_objective_lacks_or_has_no_use_for_are_refused(run: Pat
 
 def test_a_pattern_that_fits_no_weight_is_refused(run: Path) -> None:
     job = open_job(run, trains=[CROSS_ATTENTION, "block.*"])
-    with pytest.raises(ValueError, match=r"training\.stage2\.trains: pattern 'block\.\*' fits none of the 57 weights"):
+    with pytest.raises(UserError, match=r"training\.stage2\.trains: pattern 'block\.\*' fits none of the 57 weights"):
         objective_networks(job, {"network": Trained()}, PixArt(SHAPE))
 
 
 def test_an_output_layer_that_begins_anew_must_train(run: Path, tmp_path: Path) -> None:
     settings = {"starts_from": str(random_network(tmp_path / "start", 1)), "process": "flow"}
-    with pytest.raises(ValueError, match=r"training\.stage2\.trains leaves out final\.\*, the output layer"):
+    with pytest.raises(UserError, match=r"training\.stage2\.trains leaves out final\.\*, the output layer"):
         objective_networks(open_job(run, trains=[CROSS_ATTENTION], **settings), {"network": Trained()}, PixArt(SHAPE))
     objective_networks(open_job(run, trains=["final.*"], **settings), {"network": Trained()}, PixArt(SHAPE))
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errors import UserError
 from training.data.plan import Plan, PlannedBatch
 
 Sample = tuple[int, int, int]
@@ -117,7 +118,7 @@ def test_the_shards_around_a_step_are_those_of_its_block_and_the_next() -> None:
 
 
 def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="no samples to train on in dataset 2 of 2"):
+    with pytest.raises(UserError, match="no samples to train on in dataset 2 of 2"):
         Plan([[[3]], [[0]]], weights=(1, 1), batch_size=4, seed=0, shards_per_block=1)
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load
 from training_run import make_run, write_latents, write_text
 
+from errors import UserError
 from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
 from training.data.batch import Batch, PackedRows
@@ -291,7 +292,7 @@ def test_a_key_twice_in_one_index_is_refused(tmp_path: Path) -> None:
     path = latent_directory(run, 32) / "laion_1.parquet"
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table, table.slice(3, 1)]), path)
-    with pytest.raises(ValueError, match=r"shard laion_1 of .*latent-32: key laion_1_003 is there twice"):
+    with pytest.raises(UserError, match=r"shard laion_1 of .*latent-32: key laion_1_003 is there twice"):
         survey_of(open_index(run))
 
 
@@ -312,7 +313,7 @@ def cut(path: Path, num_bytes: int) -> None:
 def test_a_cut_tar_is_named_before_training(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     cut(text_directory(run) / "laion_1.tar", 9000)
-    with pytest.raises(ValueError, match=r"shard laion_1: .*text/laion_1.tar has 9000 bytes, but .* cut short"):
+    with pytest.raises(UserError, match=r"shard laion_1: .*text/laion_1.tar has 9000 bytes, but .* cut short"):
         survey_of(open_index(run))
 
 
@@ -322,7 +323,7 @@ def test_a_tar_cut_or_lost_while_training_is_named_by_the_iterator(tmp_path: Pat
     survey = survey_of(index)
     tar = latent_directory(run, 32) / "laion_1.tar"
     cut(tar, tar.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"shard laion_1: sample laion_1_\d+ ends at byte \d+, but its tar has \d+"):
+    with pytest.raises(UserError, match=r"shard laion_1: sample laion_1_\d+ ends at byte \d+, but its tar has \d+"):
         batches_of(open_reader(index, steps=range(10), survey=survey))
     tar.unlink()
     with pytest.raises(FileNotFoundError, match=r"shard laion_1: .*laion_1.tar is missing; make its features again"):
@@ -362,7 +363,7 @@ def test_leaving_the_reader_early_stops_its_thread(run: Path) -> None:
 
 
 def test_a_sample_without_label_is_refused_by_a_dit(run: Path) -> None:
-    with pytest.raises(ValueError, match="shard laion_0: sample laion_0_000 has no class label"):
+    with pytest.raises(UserError, match="shard laion_0: sample laion_0_000 has no class label"):
         survey_of(open_index(run, ["laion_0"], has_text=False))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from training_run import REPOSITORY, arguments, make_run, write_text
 
+from errors import UserError
 from pipelines.command import parse_command
 from pipelines.recipe import ModelConfig, load_recipe
 from pipelines.store.families import text_directory
@@ -66,22 +67,22 @@ def test_a_stage_overrides_the_shared_table() -> None:
 )
 def test_a_wrong_key_is_named_with_its_table(override: str, message: str) -> None:
     recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml", [override])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         stage_training(recipe, "stage2")
 
 
 def test_features_must_exist_and_be_what_the_recipe_says(run: Path) -> None:
-    with pytest.raises(ValueError, match="max_tokens is 12, but 20 is needed"):
+    with pytest.raises(UserError, match="max_tokens is 12, but 20 is needed"):
         job_with(run, "features.max_tokens=20")
-    with pytest.raises(ValueError, match="vae_model is 'toy/vae', but 'other/vae' is needed"):
+    with pytest.raises(UserError, match="vae_model is 'toy/vae', but 'other/vae' is needed"):
         job_with(run, "features.vae_model=other/vae")
     with pytest.raises(FileNotFoundError, match=r"latent-512 does not exist.*run `make features STAGE=stage2 RUN="):
         job_with(run, "features.stage2.resolution=512")
-    with pytest.raises(ValueError, match=r"features\.stage2\.shards: pattern 'sa_\*' matches none"):
+    with pytest.raises(UserError, match=r"features\.stage2\.shards: pattern 'sa_\*' matches none"):
         job_with(run, 'features.stage2.shards=["sa_*"]')
     shutil.rmtree(text_directory(run))
     write_text(run, {"laion_0": 40})
-    with pytest.raises(ValueError, match="lacks shard laion_1"):
+    with pytest.raises(UserError, match="lacks shard laion_1"):
         job_of(run, 2, starts_from="scratch")
 
 
@@ -89,13 +90,13 @@ def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
     job = job_of(run, 2, starts_from="scratch")
     write_checkpoint(job, step=6)
     assert job_of(run, 2, starts_from="scratch", num_steps=50, log_every=7).resume is not None, "these may change"
-    with pytest.raises(ValueError, match=r"trained with training\.learning_rate 0\.001, but it is 0\.5 now"):
+    with pytest.raises(UserError, match=r"trained with training\.learning_rate 0\.001, but it is 0\.5 now"):
         job_of(run, 2, starts_from="scratch", learning_rate=0.5)
     shutil.rmtree(text_directory(run))
     write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60}, max_tokens=11)
     recipe = (run.parent / "recipe.toml").read_text()
     (run.parent / "recipe.toml").write_text(recipe.replace("max_tokens = 12", "max_tokens = 11"))
-    with pytest.raises(ValueError, match=r"trained with text\.max_tokens 12, but it is 11 now"):
+    with pytest.raises(UserError, match=r"trained with text\.max_tokens 12, but it is 11 now"):
         job_of(run, 2, starts_from="scratch")
 
 
@@ -104,13 +105,13 @@ def test_stages_start_from_the_former_one(run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"stage1 has no checkpoint.*run `make train STAGE=stage1"):
         job_of(run, 2)
     first = write_checkpoint(job_of(run, 1), step=6)
-    with pytest.raises(ValueError, match=r"stage1 has done 6 of 12 steps; finish that stage first"):
+    with pytest.raises(UserError, match=r"stage1 has done 6 of 12 steps; finish that stage first"):
         job_of(run, 2)
     shutil.rmtree(first)
     folder = write_checkpoint(job_of(run, 1), step=12)
     assert job_of(run, 2).start.path == folder / "model"
     assert job_of(run, 2, starts_from=str(folder)).start == job_of(run, 2).start
-    with pytest.raises(ValueError, match="is this stage's own folder; resuming is automatic"):
+    with pytest.raises(UserError, match="is this stage's own folder; resuming is automatic"):
         job_of(run, 1, starts_from="{run}/training/stage1")
     with pytest.raises(FileNotFoundError, match="model folder /nowhere/at/all does not exist"):
         job_of(run, 2, starts_from="/nowhere/at/all")
@@ -197,7 +198,7 @@ def test_a_stage_without_a_network_is_told_what_one_is(run: Path) -> None:
 
 def test_another_process_than_the_checkpoints_is_refused(run: Path) -> None:
     write_checkpoint(job_of(run, 2, starts_from="scratch"), step=6)
-    with pytest.raises(ValueError, match=r"trained with training\.process 'ddpm', but it is 'flow' now"):
+    with pytest.raises(UserError, match=r"trained with training\.process 'ddpm', but it is 'flow' now"):
         job_of(run, 2, starts_from="scratch", process="flow")
 
 
@@ -224,7 +225,7 @@ def test_a_checkpoint_of_before_stages_had_names_is_continued(run: Path) -> None
     assert job.resume is not None and job.resume.trainer["starts_from"] == "stage1"
     assert job.fingerprint.fields == begun.fingerprint.fields
     assert job.fingerprint.digest == "0" * 64, "what later stages and the survey know it by"
-    with pytest.raises(ValueError, match=r"trained with training\.ema_decay 0\.9, but it is 0\.5 now"):
+    with pytest.raises(UserError, match=r"trained with training\.ema_decay 0\.9, but it is 0\.5 now"):
         job_of(run, 2, ema_decay=0.5)
     shutil.rmtree(first.parent)
     assert job_of(run, 2).start.identity == begun.start.identity, "the start is gone, and was stage1"
@@ -234,7 +235,7 @@ def test_a_checkpoint_of_before_there_was_a_choice_of_adaln_is_continued(run: Pa
     job = job_of(run, 2, starts_from="scratch")
     assert "model.adaln" not in job.fingerprint.fields
     write_checkpoint(job, step=6)
-    with pytest.raises(ValueError, match=r"trained with model\.adaln 'single', but it is 'per-block' now"):
+    with pytest.raises(UserError, match=r"trained with model\.adaln 'single', but it is 'per-block' now"):
         job_with(run, 'model.adaln="per-block"')
 
 
@@ -242,13 +243,13 @@ def test_a_resume_with_another_process_is_refused_with_both(run: Path) -> None:
     job = job_of(run, 2, starts_from="scratch")
     assert not any("process" in name or "flow" in name for name in job.fingerprint.fields)
     folder = write_checkpoint(job, step=6)
-    with pytest.raises(ValueError, match=r"step-6 was trained with training\.process 'ddpm', but it is 'flow' now"):
+    with pytest.raises(UserError, match=r"step-6 was trained with training\.process 'ddpm', but it is 'flow' now"):
         job_of(run, 2, starts_from="scratch", process="flow")
     trainer = json.loads((folder / "trainer.json").read_text()) | {"process": flow_spec(shift=2.0)}
     flow = job_of(run, 3, starts_from="scratch", process="flow", flow_shift=2.0)
     trainer["fingerprint"] = flow.fingerprint.fields
     (folder / "trainer.json").write_text(json.dumps(trainer))
-    with pytest.raises(ValueError, match=r"step-6 was trained with training\.process 'flow', but it is 'ddpm' now"):
+    with pytest.raises(UserError, match=r"step-6 was trained with training\.process 'flow', but it is 'ddpm' now"):
         job_of(run, 2, starts_from="scratch")
     assert flow.fingerprint.fields["training.flow_shift"] == 2.0
 
@@ -256,7 +257,7 @@ def test_a_resume_with_another_process_is_refused_with_both(run: Path) -> None:
 def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path) -> None:
     """Stopped at step 6 of 12: enough once `num_steps` is lowered to that."""
     folder = write_checkpoint(job_of(run, 1), step=6)
-    with pytest.raises(ValueError, match="stage1 has done 6 of 12 steps"):
+    with pytest.raises(UserError, match="stage1 has done 6 of 12 steps"):
         job_of(run, 2)
     assert job_of(run, 2, num_steps=6).start.path == folder / "model"
 

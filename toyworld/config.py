@@ -2,7 +2,6 @@
 
 import pydantic
 
-from errors import UserError
 from pipelines.recipe import TableConfig
 
 
@@ -51,5 +50,5 @@ class ToyworldConfig(TableConfig):
     def _check_sides(self) -> "ToyworldConfig":
         for lower, upper in (("min_side_pixels", "max_side_pixels"), ("hq_min_side_pixels", "hq_max_side_pixels")):
             if getattr(self, lower) > getattr(self, upper):
-                raise UserError(f"{lower} {getattr(self, lower)} is larger than {upper} {getattr(self, upper)}")
+                raise ValueError(f"{lower} {getattr(self, lower)} is larger than {upper} {getattr(self, upper)}")
         return self

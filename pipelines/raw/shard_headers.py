@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
 from pipelines.engine.progress import progress_bar
 from pipelines.raw.samples import Member, RawSample, detect_dialect, group_samples
-from pipelines.raw.tar_headers import read_tar
+from pipelines.raw.tar_headers import UnreadableTarError, read_tar
 from pipelines.store.files import RangeFile, atomic_write_bytes, is_remote, open_ranges, sha256_text
 
 FOLDER = ".headers"
@@ -62,12 +61,12 @@ def read_headers(path: str, file: RangeFile) -> ShardHeaders:
     """Read and group the headers of the tar at `path`.
 
     Raises:
-        UserError: it is no tar; names it.
+        UnreadableTarError: it is no tar; names it.
     """
     try:
         contents = read_tar(file)
-    except UserError as error:
-        raise UserError(f"{path} is not a readable tar: {error}") from None
+    except UnreadableTarError as error:
+        raise UnreadableTarError(f"{path} is not a readable tar: {error}") from None
     grouped = group_samples(contents.entries, num_bytes=file.size)
     summary = ShardSummary(
         stamp=file.stamp,
@@ -138,7 +137,7 @@ def _load_sample(item: list[Any]) -> RawSample:
     return RawSample(key=key, members=found, image_extension=image_extension, reject=reject)
 
 
-def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary | UserError]:
+def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary | UnreadableTarError]:
     """Return what is to be known of each shard, or what is wrong with it; what was not remembered in `run` is read.
 
     Raises:
@@ -148,7 +147,7 @@ def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary 
         found = dict(zip(paths, pool.map(functools.partial(_recall_summary, run=run), paths), strict=True))
     unread = [path for path, summary in found.items() if summary is None]
     tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
-    read: dict[str, ShardSummary | UserError] = {}
+    read: dict[str, ShardSummary | UnreadableTarError] = {}
     with progress_bar("shards", len(unread), unit="shards") as progress:
         for task, summaries in zip(tasks, _run_tasks(tasks, run), strict=True):
             read.update(zip(task, summaries, strict=True))
@@ -156,7 +155,7 @@ def read_summaries(paths: Sequence[str], run: Path | None) -> list[ShardSummary 
     return [summary or read[path] for path, summary in found.items()]
 
 
-def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[ShardSummary | UserError]]:
+def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[ShardSummary | UnreadableTarError]]:
     read = functools.partial(_read_some, run=run)
     num_processes = min(os.cpu_count() or 1, sum(map(len, tasks)) // MIN_SHARDS_PER_PROCESS)
     if num_processes < 2:
@@ -167,7 +166,7 @@ def _run_tasks(tasks: Sequence[list[str]], run: Path | None) -> Iterator[list[Sh
         yield from pool.map(read, tasks)
 
 
-def _read_some(paths: Sequence[str], *, run: Path | None) -> list[ShardSummary | UserError]:
+def _read_some(paths: Sequence[str], *, run: Path | None) -> list[ShardSummary | UnreadableTarError]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(functools.partial(_read_summary, run=run), paths))
 
@@ -179,11 +178,11 @@ def _recall_summary(path: str, *, run: Path | None) -> ShardSummary | None:
         return HeaderCache(run).summary(path, file.stamp)
 
 
-def _read_summary(path: str, *, run: Path | None) -> ShardSummary | UserError:
+def _read_summary(path: str, *, run: Path | None) -> ShardSummary | UnreadableTarError:
     try:
         with open_ranges(path) as file:
             headers = read_headers(path, file)
-    except UserError as error:
+    except UnreadableTarError as error:
         return error
     if run is not None:
         HeaderCache(run).remember(path, headers)

@@ -13,6 +13,7 @@ from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary, read_headers, read_summaries
+from pipelines.raw.tar_headers import UnreadableTarError
 from pipelines.store.files import RangeFile, atomic_write_json, is_remote, open_ranges
 from pipelines.store.remote import list_urls
 
@@ -162,7 +163,7 @@ class RawShard:
         Undecodable bytes of a text file become U+FFFD, half a surrogate pair in JSON `?`: the text is valid UTF-8.
 
         Raises:
-            UserError: the JSON that would hold it is no JSON, or nested too deeply.
+            ValueError: the JSON that would hold it is no JSON, or nested too deeply.
         """
         if self.dialect == "sa1b":
             return None
@@ -173,7 +174,7 @@ class RawShard:
             try:
                 record = json.loads(self.read(sample.members["json"]))
             except RecursionError as error:
-                raise UserError(f"JSON nested too deeply: {error}") from None
+                raise ValueError(f"JSON nested too deeply: {error}") from None
             caption = record.get("caption") if isinstance(record, dict) else None
             return caption.encode("utf-8", errors="replace").decode() if isinstance(caption, str) else None
         return None
@@ -236,7 +237,7 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
         StorageError: a shard cannot be read; names it.
     """
     summaries = read_summaries(paths, run)
-    if errors := [str(summary) for summary in summaries if isinstance(summary, UserError)]:
+    if errors := [str(summary) for summary in summaries if isinstance(summary, UnreadableTarError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
         raise UserError("\n".join([*errors[:FAULTS_NAMED], *more]))
     described = []

@@ -49,6 +49,10 @@ class TarContents:
     fault: str | None
 
 
+class UnreadableTarError(UserError):
+    """A file is not a tar at all, or one whose members cannot be read by place."""
+
+
 class _HeaderError(Exception):
     """A block that should be a header is none."""
 
@@ -57,7 +61,7 @@ def read_tar(file: RangeFile) -> TarContents:
     """Read the headers of a tar up to its end, or to where it is damaged; what comes before is usable.
 
     Raises:
-        UserError: it is not a tar at all.
+        UnreadableTarError: it is not a tar at all.
     """
     entries: list[TarEntry] = []
     digest = hashlib.sha256()
@@ -114,12 +118,14 @@ class _Walk:
     def _require_tar(self) -> None:
         block = self._file.read(0, BLOCK_BYTES)
         if block[:2] == b"\x1f\x8b":
-            raise UserError("it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip")
+            raise UnreadableTarError(
+                "it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip"
+            )
         try:
             if len(block) < BLOCK_BYTES or block != ZEROS:
                 _checked_type(block)
         except _HeaderError as error:
-            raise UserError(str(error) if block else "it is empty") from None
+            raise UnreadableTarError(str(error) if block else "it is empty") from None
 
     def _next_block(self, size: int) -> bytes:
         self._offset += BLOCK_BYTES + _padded(size)

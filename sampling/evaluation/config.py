@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from errors import UserError
 from pipelines.recipe import Decides, TableConfig
 
 DECIDES_FEATURES = "decides what a network sees of an image"
@@ -86,13 +85,13 @@ class EvaluationConfig(TableConfig):
     @classmethod
     def _check_scales(cls, value: list[float]) -> list[float]:
         if min(value) < 1 or len(set(value)) < len(value):
-            raise UserError("guidance scales are distinct and at least 1")
+            raise ValueError("guidance scales are distinct and at least 1")
         return value
 
     @pydantic.model_validator(mode="after")
     def _check_prompts(self) -> "EvaluationConfig":
         if self.prompt_set != "sampling" and self.prompts is None:
-            raise UserError(f"prompt_set {self.prompt_set!r} needs evaluation.prompts")
+            raise ValueError(f"prompt_set {self.prompt_set!r} needs evaluation.prompts")
         return self
 
     def folder(self, text: str, run: Path) -> Path:
