@@ -1,5 +1,6 @@
 """What the app does behind its page: one checkpoint kept in memory, one image at a time, a history on disk."""
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -7,16 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import plain_message
+from pipelines.store.png_files import DAMAGE
 from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
-from sampling.images import is_written, write_image
+from sampling.images import is_whole, is_written, write_image
 from sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -169,9 +171,9 @@ class Studio:
         return self._renderer
 
     def history(self) -> list[Path]:
-        """Return the images drawn here, the latest first, also those of earlier days."""
+        """Return the images drawn here, the latest first, also those of earlier days; those cut short are left out."""
         found = sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        return found[:MAX_HISTORY]
+        return list(itertools.islice(filter(is_whole, found), MAX_HISTORY))
 
 
 def wish_of(path: Path) -> Wish:
@@ -193,5 +195,5 @@ def wish_of(path: Path) -> Wish:
                 guidance_scale=settings["guidance_scale"],
                 seed=int(info["seed"]),
             )
-    except (KeyError, json.JSONDecodeError, UnidentifiedImageError) as error:
+    except (KeyError, TypeError, *DAMAGE) as error:
         raise UserError(f"{path.name} does not say how it was drawn: {error}") from None

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import ModelSource, require_model, resolve_model
@@ -19,11 +17,12 @@ from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
 from pipelines.store.files import atomic_file, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
+from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
 from pixart.processes.specs import num_passes, require_solver
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
-from sampling.images import is_written
+from sampling.images import MEND, is_whole, is_written
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
 from sampling.trained_model import TrainedModel
@@ -56,10 +55,12 @@ class SamplingJob:
         return "sha256:" + sha256_text(json.dumps([asdict(request) for request in self.requests]))
 
     def is_done(self) -> bool:
-        """Whether this very job has been finished and all its files are still there."""
-        files = [MANIFEST_NAME, GRID_NAME, *(request.file for request in self.requests)]
-        return self.directory.is_done(REPORT_NAME, self.identity, self.fingerprint) and all(
-            (self.directory.path / file).is_file() for file in files
+        """Whether this very job has been finished and all its files are still there, images to their end."""
+        folder = self.directory.path
+        return (
+            self.directory.is_done(REPORT_NAME, self.identity, self.fingerprint)
+            and (folder / MANIFEST_NAME).is_file()
+            and all(is_whole(folder / file) for file in (GRID_NAME, *(request.file for request in self.requests)))
         )
 
     def changed_settings(self) -> list[str]:
@@ -282,8 +283,8 @@ def _write_grid(job: SamplingJob) -> None:
     samples = []
     for number, request in enumerate(job.requests[: config.num_grid_images]):
         is_first = number % config.images_per_prompt == 0
-        with Image.open(folder / request.file) as image:
-            samples.append(Sample(image.convert("RGB"), request.prompt if is_first else f"seed {request.seed}"))
+        image = read_picture(folder / request.file, mend=MEND)
+        samples.append(Sample(image, request.prompt if is_first else f"seed {request.seed}"))
     title = f"{job.trained.name} · {config.solver}, {config.num_steps} steps · guidance {config.guidance_scale:g}"
     num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None
     with atomic_file(folder / GRID_NAME) as temporary:

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
+from pipelines.store.png_files import DAMAGE, missing_of_png
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
+
+# What to do about an image that cannot be read; a cut one is drawn anew without being asked.
+MEND = "delete it, and the command that drew it draws it anew"
 
 
 def write_image(folder: Path, image: Image.Image, request: ImageRequest, *, fingerprint: Fingerprint) -> None:
@@ -26,12 +30,12 @@ def write_image(folder: Path, image: Image.Image, request: ImageRequest, *, fing
 
 
 def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint) -> bool:
-    """Whether the request's file is this very image: same prompt, seed, size, model and settings.
+    """Whether the request's file is this very image, to its end: same prompt, seed, size, model and settings.
 
     A setting that the file does not know was at its default.
     """
     path = folder / request.file
-    if not path.is_file():
+    if not is_whole(path):
         return False
     try:
         with Image.open(path) as image:
@@ -40,10 +44,15 @@ def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint)
             if found != expected or image.size != (request.width, request.height):
                 return False
             settings = json.loads(image.info.get("settings", "{}"))
-    except (UnidentifiedImageError, json.JSONDecodeError):
+    except DAMAGE:
         return False
     defaults = SamplingConfig.fingerprint_defaults()
     return {**defaults, **settings} == {**defaults, **fingerprint.fields}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and a PNG to its end: text chunks stand before the pixels, so a cut one has them all."""
+    return path.is_file() and missing_of_png(path) is None
 
 
 def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, Any]:

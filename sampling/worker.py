@@ -71,8 +71,9 @@ class SampleWorker:
                 for batch in self._pending(start, stop):
                     images = self._draw(batch, piece, start=start)
                     _finish(writes)
-                    # PNGs are compressed and written while the next batch is drawn.
-                    writes = [pool.submit(self._write, *pair) for pair in zip(images, batch, strict=True)]
+                    # PNGs are compressed and written while the next batch is drawn; those that are there stay.
+                    pairs = zip(images, batch, strict=True)
+                    writes = [pool.submit(self._write, *pair) for pair in pairs if not self._has(pair[1])]
             _finish(writes)
         requests = self._config.requests[piece.start : piece.stop]
         with atomic_file(piece.output(".parquet")) as path:
@@ -92,8 +93,11 @@ class SampleWorker:
         """
         for _, group in groupby(self._config.requests[start:stop], key=lambda item: (item.height, item.width)):
             batch = list(group)
-            if not all(is_written(self._config.folder, item, fingerprint=self._config.fingerprint) for item in batch):
+            if not all(map(self._has, batch)):
                 yield batch
+
+    def _has(self, request: ImageRequest) -> bool:
+        return is_written(self._config.folder, request, fingerprint=self._config.fingerprint)
 
     def _write(self, image: Image.Image, request: ImageRequest) -> None:
         write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)

@@ -128,6 +128,34 @@ def test_only_missing_or_stale_images_are_drawn(run, monkeypatch):
     assert len(drawn) == 3
 
 
+@pytest.mark.parametrize("name", ["tall.png", "grid.png"])
+def test_a_finished_image_cut_short_is_made_anew_and_no_other_file_touched(run, monkeypatch, name, capsys):
+    sample(run, 2)
+    folder = run / "samples" / "stage2"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    whole = before[name]
+    (folder / name).write_bytes(whole[:-40])  # prompt, seed and size stand before the pixels
+    drawn = count_draws(monkeypatch)
+    sample(run, 2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    written = {path.name for path in folder.glob("*.png") if path.stat().st_mtime_ns != times[path.name]}
+    assert written == {name, "grid.png"}
+    assert bool(drawn) == (name == "tall.png")
+    assert f"drew {int(name == 'tall.png')} of 3 images" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_image_with_changed_bytes_is_named_where_it_is_read(run):
+    sample(run, 2)
+    path = run / "samples" / "stage2" / "tall.png"
+    data = path.read_bytes()
+    first = data.index(b"IDAT") + 4
+    path.write_bytes(data[:first] + bytes(20) + data[first + 20 :])
+    (path.parent / ".done" / "samples.json").unlink()
+    with pytest.raises(UserError, match=r"tall\.png cannot be read as an image \(.*\); delete it, and the command"):
+        sample(run, 2)
+
+
 def interrupt(run: Path, monkeypatch: pytest.MonkeyPatch, *, num_draws: int, **table: object) -> None:
     draw, num_drawn = renderer.Renderer.draw, 0
 

@@ -15,9 +15,10 @@ from errors import MissingFileError
 from pipelines.raw.images import decode_image
 from pipelines.raw.shards import open_shard, shard_name
 from pipelines.recipe import DataConfig
+from pipelines.store.png_files import read_picture
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import Scene, SceneObject, class_name
-from toyworld.scoring import class_of, read_verdicts
+from toyworld.scoring import MEND_SAMPLE, class_of, read_verdicts
 
 MAX_SIDE_PIXELS = 160  # of embedded pictures: sharp on a phone, small in the file
 MISSES_SHOWN = 4  # one in so many captions shown is a miss, if there are any
@@ -149,8 +150,7 @@ def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[Sam
     examples = []
     for row in _spread(pq.read_table(folder / "samples.parquet").to_pylist(), config.num_report_examples):
         verdict = verdicts.get(row["file"])
-        with Image.open(folder / row["file"]) as image:
-            picture = embed_picture(image.convert("RGB"))
+        picture = embed_picture(read_picture(folder / row["file"], mend=MEND_SAMPLE))
         examples.append(
             SampleExample(
                 key=row["key"],

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from encoders.weights import resolve_model
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
@@ -29,6 +29,7 @@ log = get_logger("toyworld")
 
 SCORING_VERSION = 3  # raise it when what the numbers mean changes
 CAPTIONS_NAME = "captions"
+MEND_SAMPLE = "delete it, and `make sample` (or `make eval`, of its own samples) draws it anew"
 # What the demo promises of its samples, shown beside the scores.
 TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
 CAPTION_HITS_SCHEMA = pa.schema(
@@ -244,8 +245,13 @@ def _judging_inputs(config: ToyworldConfig, run: Path, folder: Path) -> tuple[Fi
     """What scores of a folder's samples depend on: the judge, and the identity of samples and prompts."""
     fingerprint = Fingerprint.of({"version": SCORING_VERSION, "judge": resolve_model(config.judge).identity})
     names = pq.read_table(folder / "samples.parquet", columns=["file"]).column("file").to_pylist()
+    images = [folder / name for name in names]
+    if missing := [path for path in images if not path.is_file()]:
+        raise MissingFileError(
+            f"{missing[0]} does not exist, though samples.parquet has it; `make sample` draws it anew"
+        )
     prompts = run / "raw" / "prompts.jsonl"
-    return fingerprint, _files_identity([prompts, folder / "samples.parquet", *(folder / name for name in names)])
+    return fingerprint, _files_identity([prompts, folder / "samples.parquet", *images])
 
 
 def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:
@@ -267,10 +273,7 @@ def _judge_files(files: Sequence[Path], targets: Sequence[Scene | int], judge_fo
         return []
     from toyworld.judge import Judge
 
-    images = []
-    for path in files:
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
+    images = [read_picture(path, mend=MEND_SAMPLE) for path in files]
     judge = Judge.load(judge_folder)
     scenes = [
         target if isinstance(target, Scene) else _class_scene(target, judge.look([image])[0])

@@ -14,6 +14,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, sha256_file, sha256_text
+from sampling.images import MEND
 
 HASH_THREADS = 8
 
@@ -28,12 +29,14 @@ class ImageSet:
         name: what the user called it.
         identity: hash of the images (and prompts), whatever their folder is called.
         dialect: of raw shards; empty for lists of files.
+        mend: what to do about an image that cannot be used, where that is known.
     """
 
     name: str
     identity: str
     sources: list[Source]
     dialect: str = ""
+    mend: str = ""
 
     @property
     def num_images(self) -> int:
@@ -101,10 +104,10 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
         | ({"prompt": row["prompt"]} if has_prompts else {})
         for row in pq.read_table(table, columns=["file", "prompt"]).to_pylist()
     ]
-    return _list_images(str(folder), rows, cache=cache)
+    return _list_images(str(folder), rows, cache=cache, mend=MEND)
 
 
-def _list_images(name: str, rows: Sequence[dict[str, str]], *, cache: Path) -> ImageSet:
+def _list_images(name: str, rows: Sequence[dict[str, str]], *, cache: Path, mend: str = "") -> ImageSet:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = list(pool.map(lambda row: sha256_file(Path(row["file"])), rows))
     described = [[row["key"], row.get("prompt"), digest] for row, digest in zip(rows, hashes, strict=True)]
@@ -113,7 +116,7 @@ def _list_images(name: str, rows: Sequence[dict[str, str]], *, cache: Path) -> I
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     source = Source(name="images", path=str(path.absolute()), identity=identity, num_samples=len(rows))
-    return ImageSet(name=name, identity=identity, sources=[source])
+    return ImageSet(name=name, identity=identity, sources=[source], mend=mend)
 
 
 def read_images(source: Source, start: int, stop: int, *, dialect: str) -> Iterator[SetImage]:

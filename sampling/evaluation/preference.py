@@ -24,8 +24,10 @@ from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json
 from pipelines.store.manifest import Fingerprint
+from pipelines.store.png_files import read_picture
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.images import MEND
 
 TEMPLATE = Path(__file__).parent / "templates" / "preference.html"
 PAGE_NAME = "preference.html"
@@ -151,8 +153,7 @@ def _code(*parts: Any) -> str:
 
 def _embed(path: Path, longest_side_pixels: int) -> str:
     # Decoded and encoded again, so that no text chunk with the checkpoint's name comes along.
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = read_picture(path, mend=MEND)
     scale = longest_side_pixels / max(picture.size)
     if scale < 1:
         size = (round(picture.width * scale), round(picture.height * scale))
