@@ -145,7 +145,7 @@ def test_a_lost_connection_fails_by_name_and_the_next_run_goes_on(recipe, raw, l
             return call(self, piece)
 
         monkeypatch.setattr(CaptionWorker, "__call__", call_then_break)
-        with pytest.raises((ValueError, OSError), match=rf"{server.url}/.*\.tar: gave up after 5 attempts: .*503"):
+        with pytest.raises(UserError, match=rf"{server.url}/.*\.tar: gave up after 5 attempts: .*503"):
             caption(recipe, tmp_path, shards)
         server.num_busy = 0
         monkeypatch.setattr(CaptionWorker, "__call__", call)
@@ -163,7 +163,7 @@ def test_a_lost_connection_fails_by_name_and_the_next_run_goes_on(recipe, raw, l
     ],
 )
 def test_what_is_not_in_the_bucket_is_said(recipe, bucket, tmp_path, shards: str, message: str) -> None:
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(UserError, match=message):
         caption(recipe, tmp_path, shards)
 
 

@@ -77,7 +77,7 @@ def test_features_hold_what_the_encoders_give(run: Path) -> None:
 def test_a_resolution_of_cut_patches_is_refused_before_anything_is_made(run: Path) -> None:
     # Stage 3 asks for buckets at 48 pixels, which a factor of 8 could do.
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"^features\.stage3\.resolution 48 is not a multiple of 32 \(VAE factor 16 times patch size 2\)$",
     ):
         extract(run, stage=3)

@@ -63,7 +63,7 @@ def test_sides_are_whole_patches_of_the_codecs_latents(tmp_path):
     shallow, deep = open_codec(str(save_codec(tmp_path / "vae"))).spec, open_codec(str(save_deep_codec(tmp_path))).spec
     require_whole_patches(48, shallow, patch_size=2, key="features.stage2.resolution")
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"^features\.stage2\.resolution 250 is not a multiple of 16 \(VAE factor 8 times patch size 2\)$",
     ):
         require_whole_patches(250, shallow, patch_size=2, key="features.stage2.resolution")

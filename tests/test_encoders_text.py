@@ -76,7 +76,7 @@ def test_bfloat16_is_near_float32(text_folder):
 
 
 def test_float16_text_is_refused_with_the_key_and_the_reason(text_folder):
-    with pytest.raises(UserError, match=r"text_dtype float16.*overflow"):
+    with pytest.raises(ValueError, match=r"text_dtype float16.*overflow"):
         load(text_folder, "float16")
 
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_encoder_weights_is_refused(tmp_path):
     # The trap of lab and forum alike: this saves key names that T5EncoderModel does not know.
     model.encoder.save_pretrained(folder)
     with pytest.raises(
-        ValueError, match=r"^features\.text_model .* lacks weights of a T5EncoderModel.* would stay random"
+        UserError, match=r"^features\.text_model .* lacks weights of a T5EncoderModel.* would stay random"
     ):
         load(folder)
 
@@ -159,7 +159,7 @@ def test_cleaning_is_a_rule_of_the_spec(text_folder):
     # The tiny tokenizer knows no capitals, space or line break: what is left of a text shows in its length.
     assert [len(tokens) for tokens in (ids["strip"][0], ids["none"][0])] == [6, 8]
     assert ids["strip"][0] != ids["lower"][0]
-    with pytest.raises(UserError, match="cleaning diffusers is not one of lower, strip, none"):
+    with pytest.raises(ValueError, match="cleaning diffusers is not one of lower, strip, none"):
         clean_text("a", "diffusers")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from feature_run import extract, write_run
 
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from pipelines.store.verify import verify_run
 
@@ -60,9 +61,7 @@ def test_a_full_disk_is_one_clear_error_and_the_rerun_writes_the_same_bytes(disk
     monkeypatch.setattr("features.plan._free_bytes", lambda path: 10**12)
     last = (done / "laion_00002.tar").stat().st_size
     filler = fill(disk, but_bytes=pages(done.rglob("*")) - last // 2)
-    with pytest.raises(
-        ValueError, match=rf"features/{family}: the disk is full .*make room and type the command again"
-    ):
+    with pytest.raises(UserError, match=rf"features/{family}: the disk is full .*make room and type the command again"):
         extract(run)
     directory = run / "features" / family
     assert not (directory / "manifest.json").exists()

@@ -118,7 +118,7 @@ def test_a_shared_key_that_is_a_table_is_no_named_one(recipe_path) -> None:
     text = NAMED + "[training.options]\nslow = false\n"
     assert named(recipe_path, text, "first").options == {"slow": False}
     with pytest.raises(
-        ValueError, match=r"no \[training.options\]; the tables of \[training\] are: first, second, third"
+        UserError, match=r"no \[training.options\]; the tables of \[training\] are: first, second, third"
     ):
         named(recipe_path, text, "options")
 
@@ -170,9 +170,7 @@ def test_what_a_table_lacks_is_said_with_what_it_is(recipe_path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones(recipe_path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no \[training.fifth\]; the tables of \[training\] are: first, second, third"
-    ):
+    with pytest.raises(UserError, match=r"no \[training.fifth\]; the tables of \[training\] are: first, second, third"):
         named(recipe_path, NAMED, "fifth")
     with pytest.raises(UserError, match=r"no \[training.first\]; the tables of \[training\] are: none"):
         named(recipe_path, "", "first")

@@ -154,5 +154,5 @@ def test_a_llavas_tower_is_seen_through_the_layer_it_reads(tmp_path):
     ],
 )
 def test_a_missing_network_names_key_and_way_out(networks, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         find_networks(EvaluationConfig(**networks))

@@ -346,7 +346,7 @@ def test_plan_writes_nothing(run, clip_folder, capsys):
     ],
 )
 def test_mistakes_get_one_clear_line_and_draw_nothing(run, clip_folder, table, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(run, None, **({"clip": str(clip_folder)} | table))
     assert not (run / "samples").exists()
 

@@ -305,7 +305,7 @@ def test_flow_draws_with_its_own_solvers(run, solver, capsys):
 
 def test_another_process_than_the_checkpoints_is_refused(run):
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"sampling\.solver = 'euler' .* stage 2, step 7 \(.*step-7/model\), which is of process ddpm: dpm-sol",
     ):
         sample(run, 2, solver="euler")
@@ -357,7 +357,7 @@ def test_truncation_names_the_lost_words(run, capsys):
     ],
 )
 def test_mistakes_get_one_clear_line(run, stage, table, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         sample(run, stage, **table)
 
 

@@ -158,7 +158,7 @@ def test_text_features_that_do_not_fit_are_refused(run):
         ({"negative_prompt": "blue"}, r"sampling\.negative_prompt 'blue': text features hold only that of ''"),
         ({"text_embeddings": "{run}/none.safetensors"}, r"none\.safetensors does not exist"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with pytest.raises(UserError, match=message):
             sample(run, text_encoder="precomputed", **table)
     assert not list((run / "samples").glob("*/*.png"))
 

@@ -350,7 +350,7 @@ def test_a_flipped_byte_is_named_on_the_rank_that_reads_it(tmp_path: Path, famil
     for rank in range(3):
         try:
             batches_of(open_reader(index, steps=range(4), rank=rank, num_ranks=3, dropout=0, checks_payloads=True))
-        except ValueError as error:
+        except UserError as error:
             assert f"shard laion_1: {what} of sample {key} has CRC-32" in str(error)
             failed.append(rank)
     assert len(failed) == 1, "48 of 50 samples are read once, the changed one among them, by one of three ranks"

@@ -182,7 +182,7 @@ def test_a_stage_of_any_name_reads_and_starts_from_what_its_table_says(run: Path
 def test_what_a_stage_cannot_be_is_one_line(run: Path, stage: int | str, override: str, message: str) -> None:
     argv = arguments(run, stage)
     argv += ["--set", f"training.{{stage}}.{override}"] if override else []
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_stage(parse_command("training", "", argv=argv, has_stages=True))
     assert "\n" not in str(error.value)
 
@@ -191,7 +191,7 @@ def test_a_stage_without_a_network_is_told_what_one_is(run: Path) -> None:
     recipe = run.parent / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('network = "dit"', ""))
     with pytest.raises(
-        ValueError, match=r"training\.stage1\.network is missing: What is trained: dit reads class labels"
+        UserError, match=r"training\.stage1\.network is missing: What is trained: dit reads class labels"
     ):
         job_of(run, 1)
 
