@@ -15,7 +15,9 @@ from encoders.opening import latent_spec
 from encoders.weights import REPOSITORY, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.command import Command
+from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
+from pipelines.store.checkpoints import MODEL, find_checkpoint
 from pipelines.store.files import sha256_file
 from pixart.processes.specs import (
     SCHEDULER_FILE,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pixart.dit import DiT, DiTConfig
     from pixart.model import PixArt, PixArtConfig
 
+log = get_logger("sampling")
 # by norm_type, and whether captions are read; the last is Figure 6's PixArt with per-block adaLN
 KINDS = {("ada_norm_zero", False): "dit", ("ada_norm_single", True): "pixart", ("ada_norm_zero", True): "pixart"}
 ORIGINAL_SUFFIXES = (".pth", ".pt")
@@ -127,26 +130,27 @@ def _require_same_process(trained: TrainedModel, command: Command) -> None:
 
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:
-    """Open what `latest` points to in `RUN/training/<stage name>`; the weights are read later.
+    """Open the checkpoint of `RUN/training/<stage name>` that training would go on from; the weights are read later.
 
     Raises:
         MissingFileError: the stage has no checkpoint yet.
-        UserError: the checkpoint has no EMA weights.
+        UserError: the checkpoint is damaged, or has no EMA weights.
     """
     stage_folder = run / "training" / stage_name
-    latest = stage_folder / "latest"
-    if not latest.is_file():
+    checkpoint = find_checkpoint(stage_folder)
+    if checkpoint is None:
         raise MissingFileError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage_name}` first")
-    folder = stage_folder / latest.read_text(encoding="utf-8").strip()
-    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    if checkpoint.note is not None:
+        log.warning(checkpoint.note)
+    folder, trainer = checkpoint.path, checkpoint.trainer
     if trainer["weights"] != "ema":
         raise UserError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
-    config = _read_config(folder / "model")
+    config = _read_config(folder / MODEL)
     return TrainedModel(
         name=f"{re.sub(r'^stage(?=[0-9])', 'stage ', stage_name)}, step {trainer['step']}",
         kind=trainer["kind"],
-        model_path=folder / "model",
-        identity=resolve_model(str(folder / "model")).identity,
+        model_path=folder / MODEL,
+        identity=resolve_model(str(folder / MODEL)).identity,
         num_classes=config.get("num_embeds_ada_norm") if trainer["kind"] == "dit" else None,
         resolution=trainer["resolution"],
         # Runs made before the factor was recorded have the paper's.

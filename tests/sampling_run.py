@@ -40,8 +40,12 @@ def save_checkpoint(
     save_diffusers(model, folder / "model")
     text = {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS, "d_text": 32}
     trainer = {
-        "stage": stage,
+        "stage": f"stage{stage}",
         "step": step,
+        "num_steps": step,
+        "num_ranks": 1,
+        "zero_stage": 0,
+        "dtype": "fp32",
         "weights": "ema",
         "kind": "dit" if is_dit else "pixart",
         "resolution": 32,

@@ -240,7 +240,7 @@ def test_a_vae_of_nan_leaves_no_image(run):
 def test_weights_that_were_cut_short_are_named(run):
     (path,) = (run / "training" / "stage2" / "step-7" / "model").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"step-7/model/.*\.safetensors cannot be read, it may have been cut short"):
+    with pytest.raises(UserError, match=r"step-7 is damaged: model/.*\.safetensors is cut short or overwritten"):
         sample(run)
 
 

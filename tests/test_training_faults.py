@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training_run import REPOSITORY, arguments, finish, make_run, start, train
 
-from training.stages.checkpoint import find_checkpoint
+from pipelines.store.checkpoints import find_checkpoint
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"starts_from": "scratch", "num_steps": 100_000, "log_every": 100, "checkpoint_every": 5}

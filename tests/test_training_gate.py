@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny_checkpoint import write_checkpoint
 
-from training.stages.checkpoint import Checkpoint, open_checkpoint
+from pipelines.store.checkpoints import Checkpoint, open_checkpoint
 from training.stages.gate import samples_of, stage_gate
 
 
@@ -14,8 +15,7 @@ from training.stages.gate import samples_of, stage_gate
 def checkpoint(tmp_path: Path) -> Checkpoint:
     """A finished stage whose losses fell."""
     folder = tmp_path / "training" / "stage2" / "step-100"
-    folder.mkdir(parents=True)
-    (folder / "trainer.json").write_text(json.dumps({"step": 100, "num_steps": 100, "skipped_steps": 0}))
+    write_checkpoint(folder.parent, 100, trainer={"num_steps": 100, "skipped_steps": 0})
     write_metrics(folder.parent, losses=[1.0 - i / 40 for i in range(20)], validation=[1.0, 0.7, 0.69])
     return open_checkpoint(folder)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_checkpoint
 from training_run import REPOSITORY, arguments, make_run, write_text
 
 from errors import UserError
@@ -15,7 +16,6 @@ from pipelines.recipe import ModelConfig, load_recipe
 from pipelines.store.families import text_directory
 from pixart.processes.specs import flow_spec
 from training.config import StageTraining, random_stream, stage_training
-from training.stages.checkpoint import find_checkpoint
 from training.stages.stage import TrainingJob, open_stage
 
 
@@ -34,17 +34,13 @@ def job_with(run: Path, override: str) -> TrainingJob:
 
 
 def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Path:
-    folder = job.directory / f"step-{step}"
-    (folder / "deepspeed").mkdir(parents=True)
-    (folder / "model").mkdir()
     trainer = {
-        "step": step,
         "num_steps": num_steps,
         "starts_from": job.settings.starts_from,
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
     }
-    (folder / "trainer.json").write_text(json.dumps(trainer))
+    folder = tiny_checkpoint.write_checkpoint(job.directory, step, trainer=trainer)
     (job.directory / "latest").write_text(f"step-{step}\n")
     return folder
 
@@ -260,21 +256,6 @@ def test_a_stage_is_finished_when_it_has_done_what_the_recipe_says_now(run: Path
     with pytest.raises(UserError, match="stage1 has done 6 of 12 steps"):
         job_of(run, 2)
     assert job_of(run, 2, num_steps=6).start.path == folder / "model"
-
-
-def test_half_written_checkpoints_are_ignored(run: Path) -> None:
-    job = job_of(run, 1)
-    assert job.resume is None
-    whole = write_checkpoint(job, step=6)
-    (job.directory / ".step-9.tmp" / "model").mkdir(parents=True)
-    (job.directory / "step-9" / "model").mkdir(parents=True)
-    newest = find_checkpoint(job.directory)
-    assert newest is not None
-    assert newest.path == whole
-    (job.directory / "latest").write_text("step-9\n")
-    checkpoint = find_checkpoint(job.directory)
-    assert checkpoint is not None
-    assert checkpoint.path == whole
 
 
 def test_a_finished_stage_does_nothing_and_loads_no_torch(run: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.store.checkpoints import open_checkpoint
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
 from training.config import KeepActivations, StageTraining
 from training.loop.ema import EMA
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
-from training.stages.checkpoint import open_checkpoint
 
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 GLOBAL_BATCH = 8
@@ -151,7 +151,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     average = ema.gather()
     to_run = new_network()
     ema.copy_to(to_run)
-    trainer = {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "num_ranks": dist.get_world_size()}
+    trainer = {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "num_ranks": dist.get_world_size(), "dtype": dtype}
     save_checkpoint(folder, model=model, ema=ema, trainer=trainer, num_kept=1)
     dist.barrier()
     on = [train_step(model, ema, step) for step in range(4, 6)]

@@ -8,13 +8,13 @@ from pathlib import Path
 from errors import UserError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import find_checkpoint
 from pipelines.store.summary import update_summary
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
 from training.launch.preflight import Preflight, inspect_stage, print_plan, print_weights
 from training.launch.ranks import LostContactError, run_ranks
-from training.stages.checkpoint import find_checkpoint
 from training.stages.gate import print_gate, samples_of
 from training.stages.stage import TrainingJob, open_stage
 
@@ -37,6 +37,9 @@ def lead(*, announce: Callable[[], None]) -> None:
     start_seconds = time.monotonic()
     command = _command()
     job = open_stage(command)
+    for checkpoint in (job.resume, job.start.checkpoint, *(weights.checkpoint for weights in job.networks.values())):
+        if checkpoint is not None and checkpoint.note is not None:
+            log.warning(checkpoint.note)
     ranks = _where(job)
     resume = job.resume
     if resume is not None and resume.step >= job.settings.num_steps and not command.is_plan:

@@ -15,18 +15,32 @@ def read_state(path: Path, *, mend: str, keys: Collection[str] = ()) -> dict[str
         MissingFileError: there is no such file.
         UserError: it is cut short, is no JSON object, or lacks one of `keys`; names the file.
     """
+    content, damage = _read(path, keys)
+    if damage is None:
+        return content
+    if content is None:
+        raise MissingFileError(f"{path} {damage}; {mend}")
+    raise UserError(f"{path} {damage}; {mend}")
+
+
+def state_damage(path: Path, *, keys: Collection[str] = ()) -> str | None:
+    """Return what is wrong with a file that `read_state` would refuse, such as "is empty"; None if nothing is."""
+    return _read(path, keys)[1]
+
+
+def _read(path: Path, keys: Collection[str]) -> tuple[Any, str | None]:
+    """Return the content of a file, None if there is none, and what is wrong with it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingFileError(f"{path} does not exist; {mend}") from None
+        return None, "does not exist"
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        what = "is empty" if path.stat().st_size == 0 else f"is damaged ({error})"
-        raise UserError(f"{path} {what}; {mend}") from None
+        return {}, "is empty" if path.stat().st_size == 0 else f"is damaged ({error})"
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object; {mend}")
+        return {}, f"is damaged: it holds a {type(content).__name__}, not an object"
     if missing := sorted(set(keys) - content.keys()):
-        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; {mend}")
-    return content
+        return {}, f"is damaged: it lacks {', '.join(missing)}"
+    return content, None
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

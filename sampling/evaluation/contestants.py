@@ -1,6 +1,5 @@
 """The checkpoints that are scored side by side, and the folder of samples of each."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from errors import UserError
 from pipelines.command import Command, full_stage_name
 from pipelines.engine.run import EngineConfig
+from pipelines.store.checkpoints import TRAINER, read_trainer
 from pipelines.store.files import sha256_text
 from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
@@ -54,8 +54,8 @@ class Contestant:
 
 def weights_kind(trained: TrainedModel) -> str:
     """Return `ema` for a run's export, as its trainer.json says; other folders do not say."""
-    path = trained.model_path.parent / "trainer.json"
-    return json.loads(path.read_text(encoding="utf-8"))["weights"] if path.is_file() else "as saved in the folder"
+    folder = trained.model_path.parent
+    return read_trainer(folder)["weights"] if (folder / TRAINER).is_file() else "as saved in the folder"
 
 
 def find_contestants(

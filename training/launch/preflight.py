@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from errors import UserError
 from pipelines.engine.progress import console
+from pipelines.store.checkpoints import checkpoint_folders
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
 from training.data.index import FeatureIndex
@@ -182,7 +183,7 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
         UserError: says what is free and what is needed.
     """
     kept = job.settings.keep_checkpoints
-    num_checkpoints = max(1, kept + 1 - len(list(job.directory.glob("step-*"))))
+    num_checkpoints = max(1, kept + 1 - len(checkpoint_folders(job.directory)))
     needed = checkpoint_bytes(job.settings, weights) * num_checkpoints
     free = shutil.disk_usage(job.directory).free
     if needed > free:

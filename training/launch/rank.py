@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from errors import StorageError, UserError
 from pipelines.command import parse_command, run_command, users_message
+from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT
 from pixart.model import PixArt
@@ -41,7 +42,6 @@ from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
 from training.objectives.objective import Objective
-from training.stages.checkpoint import Checkpoint
 from training.stages.networks import blank_copy, count_weights, network_config, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
 from training.stages.starts import objective_networks, starting_network
@@ -55,7 +55,9 @@ LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "r
 
 def main() -> None:
     """Train one stage on this rank."""
-    job = open_stage(parse_command("training.launch.rank", "One rank of a training stage.", has_stages=True))
+    command = parse_command("training.launch.rank", "One rank of a training stage.", has_stages=True)
+    # One rank looks at the files of checkpoints for all; where a launcher has started it, that one has, too.
+    job = open_stage(command, checks_files=os.environ["RANK"] == "0")
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     # The launcher blocks it until there is somebody to listen.

@@ -15,8 +15,8 @@ from types import FrameType
 
 from errors import ProgramFault, UserError
 from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import remove_unfinished
 from training.launch.placement import LOOPBACK, Placement
-from training.stages.checkpoint import remove_unfinished
 
 log = get_logger("training")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.stages.checkpoint import Checkpoint
+from pipelines.store.checkpoints import Checkpoint
 
 # In `trainer.json`; states without one are of the former layout.
 LAYOUT_KEY, LAYOUT = "weight_layout", 2

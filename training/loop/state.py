@@ -1,5 +1,8 @@
 """The state of training on disk and back: DeepSpeed's, the average as `model/`, how to draw with it, `trainer.json`."""
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,27 +13,27 @@ import torch
 import torch.distributed as dist
 
 from errors import StorageError, UserError
-from pipelines.store.files import atomic_write_json
-from pixart.processes.make import process_of
-from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
-from training.loop.ema import EMA
-from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_state
-from training.loop.zero import ZeroModel, deepspeed_records
-from training.stages.checkpoint import (
+from pipelines.store.checkpoints import (
     MODEL,
     STATE,
     TRAINER,
     Checkpoint,
     drop_old,
-    fsync_tree,
-    is_disk_full,
     put_in_force,
     remove_unfinished,
 )
+from pipelines.store.files import atomic_write_json, fsync_directory
+from pixart.processes.make import process_of
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
+from training.loop.ema import EMA
+from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_state
+from training.loop.zero import ZeroModel, deepspeed_records
 from training.stages.trainable import load_weights, save_weights
 
 UNIVERSAL_STATE = "deepspeed-universal"
 SEPARATE_STATE = "deepspeed-separate"
+# What is left when a write has failed for want of room.
+SMALLEST_FREE_BYTES = 1 << 20
 
 
 def save_checkpoint(
@@ -53,7 +56,7 @@ def save_checkpoint(
         if is_writer:
             put_in_force(temporary, final)
     except Exception as error:
-        if not is_disk_full(error, stage_directory):
+        if not _is_disk_full(error, stage_directory):
             raise
         raise StorageError(
             f"{stage_directory}: the disk is full, {final.name} was not saved and the checkpoint before it stays in "
@@ -72,7 +75,7 @@ def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any])
         scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
         atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
         atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
-        fsync_tree(folder)
+        _fsync_tree(folder)
 
 
 def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
@@ -133,3 +136,24 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     dist.barrier()
     model.load_state(checkpoint.path, tag)
     ema.load(load_weights(checkpoint.path / MODEL))
+
+
+def _is_disk_full(error: Exception, directory: Path) -> bool:
+    """Whether a failed write is a full disk's or quota's; torch and safetensors have errors of their own for that."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    says_so = any(
+        sign in str(error) for sign in ("os error 28", "os error 122", "PytorchStreamWriter", "unexpected pos")
+    )
+    return says_so or shutil.disk_usage(directory).free < SMALLEST_FREE_BYTES
+
+
+def _fsync_tree(folder: Path) -> None:
+    """Bring all files and folders in `folder` to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_directory(path)
+    fsync_directory(folder)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 
 from pipelines.engine.progress import console
+from pipelines.store.checkpoints import Checkpoint
 from training.loop.metrics import METRICS
-from training.stages.checkpoint import Checkpoint
 
 # Part of the logged lines at either end whose mean is compared: single lines are noisy.
 END_FRACTION = 0.1

@@ -9,12 +9,12 @@ from encoders.weights import resolve_model
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
+from pipelines.store.checkpoints import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
 from pixart.processes.specs import ddpm_spec, spec_beside, spec_of_trainer
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
-from training.stages.checkpoint import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 
 SURVEY = "survey.json"
 STAGE_FOLDER = "{run}/training/"
@@ -59,8 +59,10 @@ class TrainingJob:
         return has_weights and self.start.process["name"] != self.settings.process
 
 
-def open_stage(command: Command) -> TrainingJob:
+def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     """Resolve a command and check it against what is on disk.
+
+    `checks_files` looks at the files of checkpoints, too; with many ranks one does it for all.
 
     Raises:
         MissingFileError: features or the checkpoint it starts from are missing; says which command makes them.
@@ -71,9 +73,9 @@ def open_stage(command: Command) -> TrainingJob:
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     _require_own_folders(command, settings)
-    resume = find_checkpoint(directory)
-    start = _start_or_recorded(command, settings, directory, resume=resume)
-    networks = _networks(command, settings, directory)
+    resume = find_checkpoint(directory, checks_files=checks_files)
+    start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
+    networks = _networks(command, settings, directory, checks_files=checks_files)
     origins = {"training.starts_from": start.identity}
     origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
     fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, origins=origins)
@@ -142,11 +144,11 @@ def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featu
 
 
 def _start_or_recorded(
-    command: Command, settings: StageTraining, directory: Path, *, resume: Checkpoint | None
+    command: Command, settings: StageTraining, directory: Path, *, resume: Checkpoint | None, checks_files: bool
 ) -> StartingPoint:
     """Return where the stage starts; one that has begun can go on when that is gone: its checkpoint has all of it."""
     try:
-        start = _starting_point(command, settings, directory)
+        start = _starting_point(command, settings, directory, checks_files=checks_files)
     except FileNotFoundError:
         if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
@@ -185,23 +187,26 @@ def _require_finished(command: Command, wanted: str, checkpoint: Checkpoint | No
         )
 
 
-def _starting_point(command: Command, settings: StageTraining, directory: Path) -> StartingPoint:
+def _starting_point(command: Command, settings: StageTraining, directory: Path, *, checks_files: bool) -> StartingPoint:
     if settings.starts_from is None or settings.starts_from == SCRATCH:
         return StartingPoint(None, SCRATCH)
-    return _named_weights(command, settings.starts_from, directory, key=_starts_from(command))
+    key = _starts_from(command)
+    return _named_weights(command, settings.starts_from, directory, key=key, checks_files=checks_files)
 
 
-def _networks(command: Command, settings: StageTraining, directory: Path) -> dict[str, StartingPoint]:
+def _networks(
+    command: Command, settings: StageTraining, directory: Path, *, checks_files: bool
+) -> dict[str, StartingPoint]:
     """Return the weights of networks beside the one that is trained, which a stage needs as long as it trains."""
     key = f"training.{command.stage_name}.networks"
     networks = {}
     for name, wanted in settings.networks.items():
-        networks[name] = _named_weights(command, wanted, directory, key=f"{key}.{name}")
+        networks[name] = _named_weights(command, wanted, directory, key=f"{key}.{name}", checks_files=checks_files)
         _require_finished(command, wanted, networks[name].checkpoint, key=f"{key}.{name}")
     return networks
 
 
-def _named_weights(command: Command, wanted: str, directory: Path, *, key: str) -> StartingPoint:
+def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, checks_files: bool) -> StartingPoint:
     """Return the weights that a recipe's `key` names: of a stage, a checkpoint, or others."""
     former = _former_stage(command, wanted)
     key = f"{key} = {wanted!r}"
@@ -209,7 +214,8 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str) 
     path = Path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
         raise UserError(f"{key} is this stage's own folder; resuming is automatic and needs no key")
-    checkpoint = open_checkpoint(path) if (path / TRAINER).is_file() else find_checkpoint(path)
+    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+    checkpoint = opens(path, checks_files=checks_files)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint)
     if former is not None:

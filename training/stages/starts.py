@@ -10,13 +10,13 @@ import torch
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import MODEL
 from pixart.convert import infer_config, load_diffusers, read_original
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from training.objectives.objective import Average, Frozen, Role, Trained
-from training.stages.checkpoint import MODEL
 from training.stages.networks import blank_network
 from training.stages.stage import TrainingJob
 from training.stages.trainable import freeze_others

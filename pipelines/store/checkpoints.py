@@ -1,0 +1,224 @@
+"""Checkpoints of a training stage on disk: which folders are ours, which one is in force, and which are whole.
+
+`training/<stage>/step-<k>/` holds DeepSpeed's state, the EMA weights as a diffusers folder, and `trainer.json`. It is
+written under a temporary name, fsynced and renamed, and `latest` moves last: a process that is killed at any time
+leaves the former checkpoint in force. People keep copies beside them, so ours are folders of exactly that name; all
+else, such as `step-20-best`, a file or a link, is read if `latest` names it, and never removed.
+"""
+
+import re
+import secrets
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_write_bytes, fsync_directory
+from pipelines.store.former_trainer import in_todays_words
+from pipelines.store.state_files import read_state, state_damage
+from pipelines.store.weight_files import weight_file_damage
+
+LATEST = "latest"
+TRAINER = "trainer.json"
+MODEL = "model"
+STATE = "deepspeed"
+WEIGHTS = f"{MODEL}/diffusion_pytorch_model.safetensors"
+CONFIGS = (f"{MODEL}/config.json", "scheduler/scheduler_config.json")
+TRAINER_KEYS = ("step", "num_steps", "zero_stage", "num_ranks", "dtype")
+OURS = re.compile(r"step-([1-9][0-9]*)")
+# What is being written, and with eight digits what is being removed.
+UNFINISHED = re.compile(r"\.step-[1-9][0-9]*(\.[0-9a-f]{8})?\.tmp")
+log = get_logger("checkpoints")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and its `trainer.json`; `note` says why it is not the one that `latest` names."""
+
+    path: Path
+    trainer: dict[str, Any]
+    note: str | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer["step"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the stage had done all its steps."""
+        return self.step >= self.trainer["num_steps"]
+
+
+def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Checkpoint | None:
+    """Return the checkpoint that `latest` names, or the newest whole one should that be gone; None if there is none.
+
+    A checkpoint that `latest` names and that is damaged is never passed over: steps would be lost without a word.
+
+    Args:
+        stage_directory: `RUN/training/<stage>`; it need not exist.
+        checks_files: looks at the files of what `latest` names, a few bytes of each; another process may have done so.
+
+    Raises:
+        UserError: it is damaged; names the file, the newest intact checkpoint and how to go on.
+    """
+    latest = stage_directory / LATEST
+    named = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else ""
+    folder = next((path for path in _folders(stage_directory) if path.name == named), None)
+    if folder is not None:
+        if checks_files and (damage := damage_of(folder)):
+            raise UserError(_refusal(folder, damage))
+        return Checkpoint(folder, read_trainer(folder))
+    damages: dict[Path, str] = {}
+    for folder in reversed(checkpoint_folders(stage_directory)):
+        damage = damage_of(folder)
+        if damage is None:
+            reason = f"names {named!r}, which is not there" if named else "is empty" if latest.is_file() else "is gone"
+            passed = "".join(f"; {other.name} is damaged ({damages[other]})" for other in damages)
+            note = f"{latest} {reason}{passed}: the newest whole checkpoint is taken, {folder.name}"
+            return Checkpoint(folder, read_trainer(folder), note)
+        damages[folder] = damage
+    if damages:
+        raise UserError(_refusal(*next(iter(damages.items()))))
+    return None
+
+
+def open_checkpoint(folder: Path, *, checks_files: bool = True) -> Checkpoint:
+    """Return the checkpoint in a folder that somebody has named; `checks_files` as in `find_checkpoint`.
+
+    Raises:
+        UserError: it is damaged; names the file.
+    """
+    if checks_files and (damage := damage_of(folder)):
+        intact = _newest_intact(folder)
+        other = "" if intact is None else f"; the newest intact checkpoint beside it is {intact}, name that instead"
+        raise UserError(f"{folder} is damaged: {damage}{other}")
+    return Checkpoint(folder, read_trainer(folder))
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's `trainer.json` in today's words; raises as `read_state` does."""
+    mend = "restore it from a copy, or take another checkpoint"
+    return in_todays_words(read_state(folder / TRAINER, mend=mend, keys=TRAINER_KEYS))
+
+
+def checkpoint_folders(stage_directory: Path) -> list[Path]:
+    """Return the folders of a stage that are ours, oldest first, whole or not."""
+    return sorted(filter(_is_ours, _folders(stage_directory)), key=_step_of)
+
+
+def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
+    """Return what is wrong with a checkpoint, the file first, such as "deepspeed/... is empty"; None if it is whole.
+
+    A checkpoint without its `deepspeed/` is whole: weights that can be drawn with.
+
+    Args:
+        folder: of the checkpoint.
+        is_thorough: reads all of every file, and compares checksums where there are any.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if damage := state_damage(folder / TRAINER, keys=TRAINER_KEYS):
+        return f"{TRAINER} {damage}"
+    for name in CONFIGS:
+        if (folder / name).parent.is_dir() and (damage := state_damage(folder / name)):
+            return f"{name} {damage}"
+    weights = [WEIGHTS, *_state_files(folder)]
+    for name in weights:
+        if damage := weight_file_damage(folder / name, is_thorough=is_thorough):
+            return f"{name} {damage}"
+    return None
+
+
+def _state_files(folder: Path) -> list[str]:
+    """Return the files that DeepSpeed has written for all ranks, and all others it can read."""
+    if not (folder / STATE).is_dir():
+        return []
+    trainer = read_trainer(folder)
+    if trainer["zero_stage"] == 0:
+        return [f"{STATE}/mp_rank_00_model_states.pt"]
+    kind = "bf16_" if trainer["dtype"] == "bf16" else ""
+    shards = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(trainer["num_ranks"])]
+    weights = [f"{shard}_model_states.pt" for shard in shards]
+    if trainer["zero_stage"] < 3:
+        weights = ["mp_rank_00_model_states.pt"]
+    return [f"{STATE}/{name}" for name in (*weights, *(f"{kind}{shard}_optim_states.pt" for shard in shards))]
+
+
+def _refusal(folder: Path, damage: str) -> str:
+    """Return what to say of a damaged checkpoint that is in force."""
+    intact = _newest_intact(folder)
+    if intact is None:
+        return (
+            f"{folder} is damaged: {damage}; no intact checkpoint is beside it: restore the file from a copy, or "
+            f"`mv {shlex.quote(str(folder))} {shlex.quote(f'{folder}.damaged')}` and train the stage anew"
+        )
+    command = f"echo {shlex.quote(intact.name)} > {shlex.quote(str(folder.parent / LATEST))}"
+    return (
+        f"{folder} is damaged: {damage}; the newest intact checkpoint beside it is {intact.name}: to go on from that, "
+        f"type `{command}` and then the same command again"
+    )
+
+
+def _newest_intact(damaged: Path) -> Path | None:
+    """Return the whole checkpoint of most steps beside a damaged one, also a copy that a user has made."""
+    others = [path for path in _folders(damaged.parent) if path.name != damaged.name and path.name[0] != "."]
+    intact = [path for path in others if damage_of(path) is None]
+    return max(intact, key=lambda path: (read_trainer(path)["step"], _is_ours(path)), default=None)
+
+
+def put_in_force(temporary: Path, final: Path) -> None:
+    """Give a whole folder its final name, and `latest` last; a former folder of ours of that name goes."""
+    if final.is_dir() and _is_ours(final):
+        _discard(final)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+    atomic_write_bytes(final.parent / LATEST, f"{final.name}\n".encode())
+
+
+def drop_old(newest: Path, num_kept: int) -> None:
+    """Remove all but `num_kept` of ours: first those of later steps, abandoned when `latest` was set back, then old.
+
+    What cannot be removed is a warning.
+    """
+    step = _step_of(newest)
+    others = [path for path in checkpoint_folders(newest.parent) if path != newest]
+    others.sort(key=lambda path: (_step_of(path) < step, _step_of(path)))
+    for old in others[: max(0, len(others) + 1 - num_kept)]:
+        _discard(old)
+
+
+def remove_unfinished(stage_directory: Path) -> None:
+    """Remove what a save that did not end has left; no rank may be saving. What cannot be removed is a warning."""
+    for path in _folders(stage_directory):
+        if UNFINISHED.fullmatch(path.name) and not path.is_symlink():
+            _discard(path)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder of ours, which at once loses the name that would make it a checkpoint."""
+    step = folder.name.strip(".").split(".")[0]
+    doomed = folder.with_name(f".{step}.{secrets.token_hex(4)}.tmp")
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        left = doomed if doomed.exists() else folder
+        log.warning(f"{left} cannot be removed ({error.strerror or error}): remove it by hand")
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Return the folders in a directory by name, links to some too; none if there is no such directory."""
+    return sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+
+
+def _is_ours(folder: Path) -> bool:
+    return OURS.fullmatch(folder.name) is not None and not folder.is_symlink()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
