@@ -1,27 +1,41 @@
 # Every room is `python -m <room> --recipe R --run RUN`; this file only names them and brings up the environment.
 
-RECIPE ?= recipes/pixart-alpha.toml
-RUN ?= runs/default
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-# Variables a user may type behind a target; each becomes one `--set` of the recipe. Texts go through the
-# environment (make exports what is typed on its command line), so that the shell never reads inside them.
-FLAGS = --recipe $(RECIPE) --run $(RUN) $(if $(PLAN),--plan) $(foreach pair,$(SET),--set '$(pair)')
-STAGE_FLAGS = --stage $(STAGE) $(if $(PHASE),--phase $(PHASE))
-DATA_FLAGS = $(if $(SHARDS),--set "data.shards=$$SHARDS")
-TRAIN_FLAGS = $(if $(GPUS),--set training.num_processes=$(GPUS)) $(if $(HOSTFILE),--set "training.hostfile=$$HOSTFILE") \
-	$(if $(REMOTE_SHELL),--set "training.remote_shell=$$REMOTE_SHELL") $(if $(FROM_SCRATCH),--set 'training.{stage}.starts_from=scratch')
-SAMPLE_FLAGS = $(if $(PROMPT),--set "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--set "sampling.prompts=$$PROMPTS") \
-	$(if $(N),--set sampling.images_per_prompt=$(N)) $(if $(STEPS),--set sampling.num_steps=$(STEPS)) \
-	$(if $(CFG),--set sampling.guidance_scale=$(CFG)) $(if $(SEED),--set sampling.seed=$(SEED)) \
-	$(if $(SIZE),--set sampling.size=$(SIZE))
-EVAL_FLAGS = $(if $(REFERENCE),--set "evaluation.reference=$$REFERENCE") $(if $(CLIP),--set "evaluation.clip=$$CLIP") \
-	$(if $(INCEPTION),--set "evaluation.inception=$$INCEPTION")
-STATS_FLAGS = $(if $(SETS),--set "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--set dataset_stats.sample=$(SAMPLE)) \
-	$(if $(SEED),--set dataset_stats.seed=$(SEED))
+# What a user may type behind a target. Only what is typed counts, not a PROMPT or a PORT that the shell exports, and it
+# arrives as it was typed: `$(value ...)` keeps make from reading `$`, and commands take it from the environment, so that
+# the shell reads no quotes, spaces or `#` in it.
+TYPED := RECIPE RUN STAGE PHASE PLAN SET SHARDS RETRY SETS SAMPLE GPUS HOSTFILE REMOTE_SHELL FROM_SCRATCH \
+	PROMPT PROMPTS N STEPS CFG SEED SIZE TASK REFERENCE CLIP INCEPTION PORT FROM TO REPARAMETERIZE
+MAY_BE_EMPTY := SET PLAN RETRY FROM_SCRATCH REPARAMETERIZE
+is_typed = $(filter command,$(origin $1))
+$(foreach name,$(filter-out $(MAY_BE_EMPTY),$(TYPED)),$(if $(call is_typed,$(name)),$(if $(strip $(value $(name))),, \
+	$(error $(name) is empty: type a value, or leave $(name)= out))))
+$(foreach name,$(TYPED),$(eval override $(name) := $(if $(call is_typed,$(name)),$$(value $(name)))))
+override RECIPE := $(or $(RECIPE),recipes/pixart-alpha.toml)
+override RUN := $(or $(RUN),runs/default)
+export $(TYPED)
+
+# `--set` reads its value as TOML, `--settings` several of them, `--text` takes its value as it is.
+is_on = $(filter-out 0,$($1))
+FLAGS = --recipe "$$RECIPE" --run "$$RUN" $(if $(call is_on,PLAN),--plan) $(if $(SET),--settings "$$SET")
+STAGE_FLAGS = --stage "$$STAGE" $(if $(PHASE),--phase "$$PHASE")
+DATA_FLAGS = $(if $(SHARDS),--text "data.shards=$$SHARDS")
+CAPTION_FLAGS = $(if $(call is_on,RETRY),--set captioning.retry_rejects=true)
+TRAIN_FLAGS = $(if $(GPUS),--set "training.num_processes=$$GPUS") $(if $(HOSTFILE),--text "training.hostfile=$$HOSTFILE") \
+	$(if $(REMOTE_SHELL),--text "training.remote_shell=$$REMOTE_SHELL") \
+	$(if $(call is_on,FROM_SCRATCH),--set 'training.{stage}.starts_from=scratch')
+SAMPLE_FLAGS = $(if $(PROMPT),--text "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--text "sampling.prompts=$$PROMPTS") \
+	$(if $(N),--set "sampling.images_per_prompt=$$N") $(if $(STEPS),--set "sampling.num_steps=$$STEPS") \
+	$(if $(CFG),--set "sampling.guidance_scale=$$CFG") $(if $(SEED),--set "sampling.seed=$$SEED") \
+	$(if $(SIZE),--text "sampling.size=$$SIZE")
+EVAL_FLAGS = $(if $(REFERENCE),--text "evaluation.reference=$$REFERENCE") $(if $(CLIP),--text "evaluation.clip=$$CLIP") \
+	$(if $(INCEPTION),--text "evaluation.inception=$$INCEPTION")
+STATS_FLAGS = $(if $(SETS),--text "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--set "dataset_stats.sample=$$SAMPLE") \
+	$(if $(SEED),--set "dataset_stats.seed=$$SEED")
 
 .DEFAULT_GOAL := help
 
@@ -32,6 +46,8 @@ help:  ## Show this list
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
 	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
+	@echo "  They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, \$$ and #."
+	@echo "  SET holds any number of table.key=value: numbers, true, [lists] and \"strings\" as in the recipe, other text as it is."
 
 $(READY): requirements.lock
 	@echo "make: installing the packages that requirements.lock pins into $(VENV); this takes a minute or two" >&2
@@ -84,7 +100,7 @@ zoo: $(READY)  ## Train the embedded toy models anew (about an hour on two cores
 
 .PHONY: caption
 caption: $(READY)  ## Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')
-	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS) $(if $(RETRY),--set captioning.retry_rejects=true)
+	@$(PY) -m captioning $(FLAGS) $(DATA_FLAGS) $(CAPTION_FLAGS)
 
 .PHONY: stats
 stats: $(READY)  ## Captions -> noun statistics and report.html (SETS='name=files#column,…' SAMPLE=10000 SEED=0)
@@ -100,7 +116,7 @@ buckets: $(READY) need-stage  ## Images per aspect bucket, crop, upscaling and r
 
 .PHONY: verify
 verify: $(READY)  ## Check every file of a run against its manifests, name the first bad shard and key
-	@$(PY) -m pipelines.store.verify --run $(RUN)
+	@$(PY) -m pipelines.store.verify --run "$$RUN"
 
 .PHONY: train
 train: $(READY) need-stage  ## Features -> checkpoints (STAGE=2 GPUS=8, or HOSTFILE=hosts)
@@ -108,7 +124,7 @@ train: $(READY) need-stage  ## Features -> checkpoints (STAGE=2 GPUS=8, or HOSTF
 
 .PHONY: convert
 convert: $(READY) need-source  ## Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)
-	@$(PY) -m training.convert "$$FROM" "$$TO" $(if $(REPARAMETERIZE),--reparameterize)
+	@$(PY) -m training.convert "$$FROM" "$$TO" $(if $(call is_on,REPARAMETERIZE),--reparameterize)
 
 .PHONY: sample
 sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT='…')
@@ -116,11 +132,11 @@ sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT
 
 .PHONY: eval
 eval: $(READY) need-stage  ## Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)
-	@$(PY) -m sampling.evaluation $(or $(TASK),score) $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(EVAL_FLAGS)
+	@$(PY) -m sampling.evaluation "$${TASK:-score}" $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(EVAL_FLAGS)
 
 .PHONY: app
 app: $(READY) need-stage  ## A local page to draw from a checkpoint (STAGE=2 PORT=7860)
-	@$(PY) -m sampling.app $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(if $(PORT),--set app.port=$(PORT))
+	@$(PY) -m sampling.app $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(if $(PORT),--set "app.port=$$PORT")
 
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
@@ -132,7 +148,7 @@ need-source:
 
 .PHONY: need-stage
 need-stage:
-	@test -n "$(STAGE)" || { echo "make: say which stage, for example STAGE=2" >&2; exit 2; }
+	@test -n "$$STAGE" || { echo "make: say which stage, for example STAGE=2" >&2; exit 2; }
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from errors import ProgramFault, UserError, describe_storage_error
 from pipelines.engine.progress import console
+from pipelines.overrides import split_settings
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.store.files import is_remote
 
@@ -37,7 +38,11 @@ class Command:
 def parse_command(
     room: str, description: str, *, argv: Sequence[str] | None = None, has_stages: bool = False
 ) -> Command:
-    """Parse a room's command line; with `has_stages` it must name one with `--stage`."""
+    """Parse a room's command line; with `has_stages` it must name one with `--stage`.
+
+    Raises:
+        UserError: as `load_recipe`, the run's folder is a URL, or something typed is not UTF-8.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
     parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
     parser.add_argument("--run", required=True, help="local folder of the run; each room writes one sub-folder")
@@ -50,13 +55,31 @@ def parse_command(
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a recipe key",
+        help="override a recipe key; the value is read as TOML, what is none is taken as text",
+    )
+    parser.add_argument(
+        "--settings",
+        dest="overrides",
+        action="extend",
+        type=split_settings,
+        metavar="KEY=VALUE ...",
+        help="several of them in one text",
+    )
+    parser.add_argument(
+        "--text",
+        dest="texts",
+        action="append",
+        default=[],
+        metavar="KEY=TEXT",
+        help="override a recipe key with this text as it is; comes after --set",
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    _require_utf8(words)
+    options = parser.parse_args(words)
     stage = full_stage_name(options.stage, options.phase) if has_stages else None
     return Command(
-        recipe=load_recipe(options.recipe, options.overrides, stage=stage),
+        recipe=load_recipe(options.recipe.expanduser(), options.overrides, texts=options.texts, stage=stage),
         run=_run_folder(options.run),
         stage=stage,
         is_plan=options.plan,
@@ -74,7 +97,15 @@ def _run_folder(text: str) -> Path:
         raise UserError(
             f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"
         )
-    return Path(text)
+    return Path(text).expanduser()
+
+
+def _require_utf8(words: Sequence[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} was typed in another encoding than UTF-8") from None
 
 
 def run_command(room: str, main: Callable[[], None]) -> int:

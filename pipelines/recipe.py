@@ -14,6 +14,7 @@ import pydantic
 import pydantic_core
 
 from errors import MissingFileError, UserError
+from pipelines.overrides import apply_setting
 from pipelines.raw.shards import expand_shards
 
 TABLES = (
@@ -32,7 +33,6 @@ TABLES = (
 EXTENDS = "extends"
 # Keys that are tables and no named ones, for rooms that do not own the table.
 KEYS_THAT_ARE_TABLES = ("networks",)
-STAGE_PLACEHOLDER = "{stage}"
 # A name is that of a folder, too.
 TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -278,26 +278,32 @@ def _describe(path: Path, table: str, item: Mapping[str, Any], model: type[Table
     return f"{path}: {key} = {item['input']!r}: {item['msg']}"
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
-    """Read a recipe and apply overrides such as `training.stage2.num_steps=10`.
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, texts: Sequence[str] = (), stage: str | None = None
+) -> Recipe:
+    """Read a recipe and apply overrides such as `training.stage2.num_steps=10`, then those whose values are texts.
 
     An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string. `{stage}` in its
     key stands for `stage`.
 
     Raises:
         MissingFileError: the recipe does not exist.
-        UserError: it is not TOML, has an unknown table or a stage with phases, as recipes had before stages had
-            names, or an override is not `table.key=value`.
+        UserError: it cannot be read, is not TOML, has an unknown table or a stage with phases, as recipes had before
+            stages had names, or an override is not `table.key=value`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise MissingFileError(f"recipe {path} does not exist")
     try:
-        tables = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
     for override in overrides:
-        _apply(tables, override, stage=stage)
+        apply_setting(tables, override, stage=stage)
+    for text in texts:
+        apply_setting(tables, text, stage=stage, is_text=True)
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
         raise UserError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
@@ -314,27 +320,3 @@ def _refuse_phases(tables: Mapping[str, Any], path: Path) -> None:
                     f"{path}: [{table}.{name}.phases.{phase}] is called [{table}.{name}-{phase}] now, "
                     f"with extends = {name!r}"
                 )
-
-
-def _apply(tables: dict[str, Any], override: str, *, stage: str | None) -> None:
-    dotted, equals, text = override.partition("=")
-    if STAGE_PLACEHOLDER in dotted:
-        if stage is None:
-            raise UserError(f"--set {override!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
-        table = dotted.partition(".")[0].strip()
-        if stage not in tables.get(table, {}):
-            raise UserError(f"--set {override!r}: there is no [{table}.{stage}]")
-        dotted = dotted.replace(STAGE_PLACEHOLDER, stage)
-    *parents, key = dotted.strip().split(".")
-    if not equals or not parents or not key:
-        raise UserError(f"--set {override!r} is not of the form table.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    node: Any = tables
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {parent} is a value, not a table")
-    node[key] = value

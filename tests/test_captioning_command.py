@@ -1,6 +1,7 @@
 """`python -m captioning` as typed: what it writes and says, and no work twice."""
 
 import itertools
+import re
 import shlex
 import subprocess
 import sys
@@ -197,6 +198,7 @@ def test_commands_of_the_docs_page_are_real(line: str) -> None:
     """Each is what make turns into a command whose every key the recipe's tables take."""
     from captioning.config import CaptioningConfig
     from pipelines.engine.run import EngineConfig
+    from pipelines.overrides import split_settings
     from pipelines.recipe import DataConfig, load_recipe
 
     # Texts reach the command through the environment; make only names them.
@@ -204,10 +206,13 @@ def test_commands_of_the_docs_page_are_real(line: str) -> None:
     variables = dict(word.split("=", 1) for word in typed[2:])
     done = subprocess.run(["make", "-n", *typed[1:]], capture_output=True, text=True, check=True)
     [made] = [made for made in done.stdout.splitlines() if "-m captioning" in made]
-    words = shlex.split(made.replace("$SHARDS", variables["SHARDS"]))
-    overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
-    assert set(variables) <= {"SHARDS", "RUN", "PLAN", "RETRY", "SET"} and len(overrides) >= 1
-    recipe = load_recipe("recipes/pixart-alpha.toml", overrides)
+    words = [re.sub(r"\$([A-Z]+)", lambda match: variables.get(match[1], ""), word) for word in shlex.split(made)]
+    typed = {option: value for option, value in itertools.pairwise(words) if option in ("--text", "--settings")}
+    overrides = split_settings(typed.get("--settings", "")) + ["captioning.retry_rejects=true"] * ("RETRY" in variables)
+    assert set(variables) <= {"SHARDS", "RUN", "PLAN", "RETRY", "SET"} and ("SET" in variables) == (
+        "--settings" in typed
+    )
+    recipe = load_recipe("recipes/pixart-alpha.toml", overrides, texts=[typed["--text"]])
     config = recipe.table("captioning", CaptioningConfig)
     engine, data = recipe.table("engine", EngineConfig), recipe.table("data", DataConfig)
     assert data.shards == variables["SHARDS"] and config.retry_rejects == ("RETRY" in variables)

@@ -316,9 +316,3 @@ def test_the_batch_script_of_the_page_trains() -> None:
     command = parse_command("training", "", argv=words, has_stages=True)
     assert command.stage == "stage2"
     require_even_batches(stage_training(command.recipe, command.stage_name), 4 * 8)
-
-
-def test_make_passes_the_hostfile_on() -> None:
-    typed = ["make", "--dry-run", "train", "STAGE=2", "HOSTFILE=my hosts", "REMOTE_SHELL=ssh -p 2222"]
-    said = subprocess.run(typed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert '--set "training.hostfile=$HOSTFILE"' in said and '--set "training.remote_shell=$REMOTE_SHELL"' in said

@@ -1,0 +1,87 @@
+"""What is typed over a recipe's keys: `table.key=value`, one or several, with values in TOML or as plain text."""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from errors import UserError
+
+STAGE_PLACEHOLDER = "{stage}"
+# Where one of several settings begins; a value may hold spaces, and a word such as `a==b`.
+SETTING = re.compile(r"(?<!\S)[A-Za-z_][\w-]*(?:\.[\w{}-]+)+=(?!=)")
+# What TOML closes again, so that a value may hold what looks like another setting.
+OPENING = ('"', "'", "[", "{")
+NO_VALUE = object()
+
+
+def split_settings(text: str) -> list[str]:
+    """Return each `table.key=value` of a text of several: one ends where the next begins.
+
+    So a value may hold spaces, without quotes; what looks like another setting belongs to it where it is in quotes or
+    brackets of TOML.
+    """
+    starts = [match.start() for match in SETTING.finditer(text)]
+    if text[: starts[0] if starts else None].strip():
+        starts.insert(0, 0)
+    settings = []
+    while starts:
+        first = starts.pop(0)
+        ends = [*starts, len(text)]
+        num_inside = _num_inside(text, first, ends)
+        settings.append(text[first : ends[num_inside]].rstrip())
+        del starts[:num_inside]
+    return settings
+
+
+def _num_inside(text: str, first: int, ends: Sequence[int]) -> int:
+    """Return how many of the settings that seem to begin behind `first` are inside its value."""
+    values = [text[first:end].partition("=")[2].strip() for end in ends]
+    if not values[0].startswith(OPENING):
+        return 0
+    return next((number for number, value in enumerate(values) if _toml_value(value) is not NO_VALUE), 0)
+
+
+def apply_setting(tables: dict[str, Any], setting: str, *, stage: str | None, is_text: bool = False) -> None:
+    """Put the value of `table.key=value` into `tables`; `{stage}` in its key stands for `stage`.
+
+    The value is read as TOML; what is not one value of TOML (a bare word, a path, a text with a comment behind it), or
+    is given as text, is taken as it is.
+
+    Raises:
+        UserError: it is not `table.key=value`, a part of its key is a value, or no stage is chosen that it could mean.
+    """
+    dotted, equals, text = setting.partition("=")
+    if STAGE_PLACEHOLDER in dotted:
+        dotted = _with_stage(dotted, stage, tables, setting)
+    *parents, key = dotted.strip().split(".")
+    if not equals or not parents or not key:
+        raise UserError(f"--set {setting!r} is not of the form table.key=value")
+    value = NO_VALUE if is_text else _toml_value(text)
+    node: Any = tables
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {setting!r}: {parent} is a value, not a table")
+    node[key] = text if value is NO_VALUE else value
+
+
+def _with_stage(dotted: str, stage: str | None, tables: dict[str, Any], setting: str) -> str:
+    if stage is None:
+        raise UserError(f"--set {setting!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
+    table = dotted.partition(".")[0].strip()
+    if stage not in tables.get(table, {}):
+        raise UserError(f"--set {setting!r}: there is no [{table}.{stage}]")
+    return dotted.replace(STAGE_PLACEHOLDER, stage)
+
+
+def _toml_value(text: str) -> Any:
+    """Return the one value of TOML that `text` is, or NO_VALUE.
+
+    Read as the first of a list, for behind a key a comment would be taken away, and further keys in further lines.
+    """
+    try:
+        values = tomllib.loads(f"value = [{text}, 0]")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return NO_VALUE
+    return values[0] if len(values) == 2 else NO_VALUE

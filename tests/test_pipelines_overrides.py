@@ -1,0 +1,82 @@
+"""`table.key=value` as typed behind `--set` and SET."""
+
+import pytest
+
+from errors import UserError
+from pipelines.command import parse_command, run_command
+from pipelines.overrides import apply_setting, split_settings
+
+
+def read(text: str) -> dict[str, object]:
+    """What a text of settings becomes, by dotted key of two parts."""
+    tables: dict = {}
+    for setting in split_settings(text):
+        apply_setting(tables, setting, stage="stage2")
+    return {f"{table}.{key}": value for table, content in tables.items() for key, value in content.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("", {}),
+        ("  a.b=1 \n a.c=true  ", {"a.b": 1, "a.c": True}),
+        ('a.b="low quality" a.c=2', {"a.b": "low quality", "a.c": 2}),
+        ("a.b=low quality, it's bad a.c=2", {"a.b": "low quality, it's bad", "a.c": 2}),
+        ("a.b=it's a.c=it's", {"a.b": "it's", "a.c": "it's"}),
+        ('a.b="x c.d=1 e.f=2" g.h=3', {"a.b": "x c.d=1 e.f=2", "g.h": 3}),
+        ("a.b=['x y', 'c.d=1'] g.h=3", {"a.b": ["x y", "c.d=1"], "g.h": 3}),
+        ('a.b=[{c="d e"}] g.h=["*"]', {"a.b": [{"c": "d e"}], "g.h": ["*"]}),
+        ('a.b={"x_*" = "What is this?"} c.d=1', {"a.b": {"x_*": "What is this?"}, "c.d": 1}),
+        ("a.b=width.x == 3 and y a.c=1", {"a.b": "width.x == 3 and y", "a.c": 1}),
+        ('a.b="open a.c=1', {"a.b": '"open', "a.c": 1}),
+        ("a.b=", {"a.b": ""}),
+        ('a.b="hello" # world', {"a.b": '"hello" # world'}),
+        ("a.b=1 # one", {"a.b": "1 # one"}),
+        ("a.b=1, 2", {"a.b": "1, 2"}),
+        ("a.b=1,", {"a.b": "1,"}),
+        ("a.b=1\nc = 2", {"a.b": "1\nc = 2"}),
+        ("a.b=http://x.y/?c.d=1", {"a.b": "http://x.y/?c.d=1"}),
+    ],
+)
+def test_a_text_of_settings_is_cut_where_the_next_one_begins(text, settings) -> None:
+    assert read(text) == settings
+
+
+def test_stages_are_named_in_any_of_them() -> None:
+    tables: dict = {"training": {"stage2": {}}}
+    for setting in split_settings("training.{stage}.num_steps=5 training.stage2.name=a b"):
+        apply_setting(tables, setting, stage="stage2")
+    assert tables == {"training": {"stage2": {"num_steps": 5, "name": "a b"}}}
+
+
+@pytest.mark.parametrize("text", ["word", "word a.b=1", "=1", "a=1 b.c=2"])
+def test_what_is_no_setting_is_refused_as_typed(text) -> None:
+    with pytest.raises(UserError, match="is not of the form"):
+        read(text)
+
+
+def test_later_settings_win_and_texts_come_last(tmp_path) -> None:
+    (tmp_path / "r.toml").write_text("[sampling]\nseed = 1\n")
+    typed = ["--set", "sampling.seed=2", "--settings", "sampling.seed=3 sampling.size=4", "--text", "sampling.size=5"]
+    command = parse_command("sampling", "", argv=["--recipe", str(tmp_path / "r.toml"), "--run", "x", *typed])
+    assert command.recipe.tables == {"sampling": {"seed": 3, "size": "5"}}
+
+
+def refuse(argv) -> None:
+    parse_command("sampling", "", argv=argv)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[data", b"a = " + b"[" * 2000])
+def test_recipes_that_are_none_are_refused(tmp_path, content, capsys) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_bytes(content)
+    argv = ["--recipe", str(recipe), "--run", "x"]
+    assert run_command("sampling", lambda: refuse(argv)) == 2
+    assert f"{recipe} is not valid TOML" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_recipe_and_words_are_utf8(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"recipe .* cannot be read: Is a directory"):
+        parse_command("sampling", "", argv=["--recipe", str(tmp_path), "--run", "x"])
+    with pytest.raises(UserError, match="in another encoding than UTF-8"):
+        parse_command("sampling", "", argv=["--recipe", str(tmp_path), "--run", "x\udcff"])
