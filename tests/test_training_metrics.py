@@ -4,13 +4,16 @@ import itertools
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from errors import UserError
 from training.config import StageTraining
 from training.launch.preflight import checkpoint_bytes, rank_bytes, require_even_batches
+from training.loop import loop
 from training.loop.clock import Clock
 from training.loop.loop import learning_rate_at
 from training.loop.losses import LossWindow
@@ -127,3 +130,32 @@ def test_device_seconds_count_the_ranks_of_each_part(monkeypatch: pytest.MonkeyP
     resumed = Clock(clock.elapsed_seconds, device_seconds=clock.device_seconds, num_devices=2)
     now_seconds = 115.0
     assert (resumed.elapsed_seconds, resumed.device_seconds) == (15, 90)
+
+
+@pytest.mark.parametrize(("read_seconds", "copy_seconds", "fraction"), [(3.0, 0.0, 0.75), (0.0, 3.0, 0.0)])
+def test_waiting_for_data_is_not_waiting_for_its_copy(
+    monkeypatch: pytest.MonkeyPatch, read_seconds: float, copy_seconds: float, fraction: float
+) -> None:
+    """On a GPU a copy to it ends when the kernels of the step before do."""
+    now_seconds = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_seconds)
+
+    def take(seconds: float, result: Any) -> Any:
+        nonlocal now_seconds
+        now_seconds += seconds
+        return result
+
+    losses = SimpleNamespace(total=torch.ones(1), times=torch.zeros(1), parts={})
+    batch = SimpleNamespace(keys=["a"], shards=["laion_0"], indices=[0], bucket="32x32")
+    packed = SimpleNamespace(to=lambda device: take(copy_seconds, batch))
+    clock = Clock()
+    session: Any = SimpleNamespace(
+        networks=SimpleNamespace(model=SimpleNamespace(device="cpu", backward=lambda loss, is_last: None)),
+        progress=SimpleNamespace(clock=clock),
+        job=SimpleNamespace(settings=StageTraining(network="pixart", gradient_accumulation_steps=2)),
+        flops=SimpleNamespace(of_batch=lambda packed: 0),
+        objective=SimpleNamespace(loss=lambda networks, batch: take(0.5, losses)),
+        batches=(take(read_seconds / 2, packed) for _ in range(2)),
+    )
+    loop._forward_backward(session)
+    assert clock.lap(8, peak_teraflops=None)["data_wait_fraction"] == fraction

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from zero_ranks import PIECE_SIZE
 
 from training.launch.placement import on_this_machine
 from training.launch.ranks import rank_environment
@@ -108,3 +109,14 @@ def test_what_the_backward_pass_keeps_changes_no_weight(results: dict[str, dict[
     """DeepSpeed's own linear function of ZeRO 3 would make selective checkpointing wrong without a word."""
     assert results[stage]["recomputing_changes_nothing"]
     assert results[stage]["leaves_torch_alone"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_updates_are_measured_without_copies_as_they_are_with(results: dict[str, dict[str, Any]], stage: str) -> None:
+    found = results[stage]
+    for measured, expected in zip(found["measured"], found["from_copies"], strict=True):
+        assert measured == pytest.approx(expected, rel=1e-5)
+    assert found["measured"][0][0] > 100 * found["measured"][2][0] > 1000 * found["measured_when_skipped"][0]
+    assert found["measured_when_skipped"] == [0, 0]
+    assert found["largest_piece"] == PIECE_SIZE < found["largest_master"]

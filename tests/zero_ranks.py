@@ -12,18 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipelines.store.checkpoints import open_checkpoint
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
 from training.config import KeepActivations, StageTraining
+from training.loop import measure
 from training.loop.ema import EMA
+from training.loop.measure import UpdateMeter, total_norm
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
 
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 GLOBAL_BATCH = 8
 EMA_DECAY = 0.9
+PIECE_SIZE = 512
 LINEAR = torch.nn.functional.linear
 Weights = dict[str, Tensor]  # by name; gathered ones only on rank 0, elsewhere empty
 
@@ -56,7 +61,9 @@ def mean_loss(model: ZeroModel, batch: list[Tensor], mine: slice) -> Tensor:
     return process.loss(output, latents, noise, timesteps).total.mean()
 
 
-def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> dict[str, float]:
+def train_step(
+    model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0, rate: float | None = None
+) -> dict[str, float]:
     """Train on this rank's half of a batch; returns the loss over both halves and the gradient's norm."""
     batch = batch_of(step)
     num_micro_batches = model.settings.gradient_accumulation_steps
@@ -66,7 +73,7 @@ def train_step(model: ZeroModel, ema: EMA, step: int, *, scale: float = 1.0) -> 
         loss = mean_loss(model, batch, slice(dist.get_rank() * num_micro_batches + i, None, num_parts))
         model.backward(loss * scale, is_last=i + 1 == num_micro_batches)
         total += loss.detach() / num_parts
-    update = model.update(model.settings.learning_rate)
+    update = model.update(model.settings.learning_rate if rate is None else rate)
     if not update.is_skipped:
         ema.update()
     dist.all_reduce(total)
@@ -89,6 +96,60 @@ def masters_keeping(settings: StageTraining, kept: KeepActivations) -> Weights:
     for step in range(2):
         train_step(*model, step)
     return model[0].gather_masters()
+
+
+class LargestNew(TorchDispatchMode):
+    """Notes the elements of the largest tensor made inside, views of others not counted."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves(args) if isinstance(each, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.num_elements = max(self.num_elements, made.numel())
+        return result
+
+
+class WatchedMeter(UpdateMeter):
+    """A meter whose own memory is watched."""
+
+    largest = LargestNew()
+
+    def _add_gradient(self, adamw: torch.optim.Optimizer) -> None:
+        with self.largest:
+            super()._add_gradient(adamw)
+
+    def _add_change(self, adamw: torch.optim.Optimizer) -> None:
+        with self.largest:
+            super()._add_change(adamw)
+
+
+def try_meter(settings: StageTraining) -> dict[str, Any]:
+    """Measure updates at large and small rates, and the same from copies of all masters and first moments."""
+    model, ema = new_model(settings)
+    measured, from_copies = [], []
+    for step, rate in enumerate((1e-2, 1e-2, 2e-5, 1e-6)):
+        masters = [master.detach().clone() for master in model.masters]
+        moments = [moment.clone() for moment in model.first_moments()]
+        meter = WatchedMeter(model)
+        train_step(model, ema, step, rate=rate)
+        measured.append(meter.norms())
+        changes = [new.detach() - old for new, old in zip(model.masters, masters, strict=True)]
+        pairs = zip(model.first_moments(), moments, strict=True)
+        gradients = [(new - 0.9 * old) / (1 - 0.9) for new, old in pairs]
+        from_copies.append((total_norm(model, changes), total_norm(model, gradients)))
+    meter = UpdateMeter(model)
+    train_step(model, ema, 4, scale=float("inf"))
+    sizes = [master.numel() for master in model.masters]
+    return {
+        "measured": measured,
+        "from_copies": from_copies,
+        "measured_when_skipped": meter.norms(),
+        "largest_piece": WatchedMeter.largest.num_elements,
+        "largest_master": max(sizes),
+    }
 
 
 def is_same(ours: Weights, theirs: Weights) -> bool:
@@ -174,6 +235,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         "leaves_torch_alone": torch.nn.functional.linear is LINEAR,
         **averaged,
         **try_clipping(settings, steps[0]["norm"]),
+        **try_meter(settings),
         "losses": [step["loss"] for step in steps],
         "norms": [step["norm"] for step in steps],
         "norms_of_repeats": [norm_of_repeats(settings, num_repeats) for num_repeats in (1, 64)],
@@ -206,6 +268,7 @@ def refuses_foreign_pickles(model: ZeroModel, checkpoint: Path) -> bool:
 if __name__ == "__main__":
     initialize_ranks()
     folder, dtype, *stages = sys.argv[1:]
+    measure.PIECE_SIZE = PIECE_SIZE
     for stage in stages:
         result = try_stage(Path(folder) / f"{dtype}-{stage}", dtype, int(stage))
         if dist.get_rank() == 0:

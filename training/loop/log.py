@@ -51,7 +51,7 @@ class StepLog:
 
     def _write_line(self, update: Update, meter: UpdateMeter, *, learning_rate: float) -> None:
         settings, progress = self._settings, self._progress
-        update_norm, clipped_norm = meter.update_norm(), meter.clipped_gradient_norm()
+        update_norm, clipped_norm = meter.norms()
         max_norm = progress.window.state["max_gradient_norm"]
         losses, num_steps = progress.window.flush()
         peak_teraflops = settings.device_peak_teraflops or device_peak_teraflops(meter.device)

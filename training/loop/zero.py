@@ -94,7 +94,7 @@ class ZeroModel:
         if settings.dtype == "bf16":
             # DeepSpeed makes the masters of weights it has rounded, and without sharding takes a step without a
             # gradient, which decays them and which Adam's bias correction would count.
-            getattr(self.engine.optimizer, "optimizer", self.engine.optimizer).state.clear()
+            self.adamw.state.clear()
             self.scatter_masters(starting_weights)
         if is_compiled(settings):
             # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
@@ -111,6 +111,11 @@ class ZeroModel:
         """Where the model runs."""
         return torch.device(self.engine.device)
 
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        """The optimizer that steps `masters`, inside DeepSpeed's own where that has one."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
     def _find_masters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
         match self.settings.zero_stage:
@@ -125,9 +130,8 @@ class ZeroModel:
 
     def first_moments(self) -> list[Tensor]:
         """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
-        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         weights = self._trained.values() if _is_plain(self.settings) else self.masters
-        return [optimizer.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
+        return [self.adamw.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
 
     @property
     def is_sharded(self) -> bool:
