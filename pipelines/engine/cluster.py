@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import ProgramFault, UserError, describe_storage_error
-from pipelines.engine.pieces import PieceReport
+from pipelines.engine.pieces import JoinedParts, PieceReport
 from pipelines.engine.runner import PieceOutcome, PieceRunner
 from pipelines.store.remote import adopt_storage_environment, storage_environment
 
@@ -205,9 +205,14 @@ def run_on_ray(
                 raise error
             if row["traceback"]:
                 raise ProgramFault(f"in a worker process:\n{row['traceback']}")
-            content = json.loads(row["outcome"])
-            report = content.pop("report")
-            yield int(row["index"]), PieceOutcome(report=PieceReport(**report) if report else None, **content)
+            yield int(row["index"]), _outcome(json.loads(row["outcome"]))
+
+
+def _outcome(content: dict[str, Any]) -> PieceOutcome:
+    report, joined = content.pop("report"), content.pop("joined")
+    return PieceOutcome(
+        report=PieceReport(**report) if report else None, joined=JoinedParts(**joined) if joined else None, **content
+    )
 
 
 def _rows(ray: Any, dataset: Any) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,8 @@ from pipelines.store.files import atomic_file, atomic_write_json, fsync_director
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 
 PARTS_FOLDER = ".parts"
+REPORT_NAME = re.compile(r"(\d{9,})-(\d{9,})(?:\.[0-9a-f]{8})?\.report")
+ATTEMPTS_NAME = re.compile(r"(\d{9,})-(\d{9,})\.attempts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,11 @@ class Piece:
     on_slice: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether these are all samples of the source."""
+        return (self.start, self.stop) == (0, self.source.num_samples)
+
+    @property
     def span(self) -> str:
         """The piece's samples as its files are named."""
         return f"{self.start:09d}-{self.stop:09d}"
@@ -71,7 +80,8 @@ class PieceReport:
     Over a shard's pieces, numbers in `details` are summed; of those called `max_*` the largest is taken.
 
     `wait_seconds` is how long the device waited for data; it, `busy_seconds` and `peak_memory_bytes` (resident, filled
-    in by the engine) are shown, and never written.
+    in by the engine) are shown, and never written. `files` (suffix -> SHA-256) is filled in by the engine for a piece
+    that is all of its shard.
     """
 
     num_read: int
@@ -81,6 +91,22 @@ class PieceReport:
     wait_seconds: float = 0.0
     busy_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedParts:
+    """The files of a shard of several pieces, joined under names with `attempt` in them; `files` is suffix -> SHA-256.
+
+    The shard's last worker makes them, so that one driver need not read all that its workers have written.
+    """
+
+    attempt: str
+    files: dict[str, str]
+
+    def path(self, folder: Path, suffix: str) -> Path:
+        """Return the path of a joined file in the folder of parts."""
+        return folder / f"joined.{self.attempt}{suffix}"
 
 
 class ShardWorker(Protocol):
@@ -176,6 +202,16 @@ def finished_pieces(
     return found
 
 
+def begun_attempts(source: Source, output: ShardDirectory, finished: Sequence[Piece]) -> list[Path]:
+    """Return the counts of attempts at pieces of a source that have begun and are not among `finished`.
+
+    A worker that raises takes its attempt back, so these are of workers that died, with their driver or without.
+    """
+    folder, spans = _parts_folder(source, output), {piece.span for piece in finished}
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if ATTEMPTS_NAME.fullmatch(path.name) and path.stem not in spans]
+
+
 def forget_pieces(name: str, output: ShardDirectory) -> None:
     """Let a source's finished pieces count as not done: a run that takes the source makes them anew."""
     for path in (output.path / PARTS_FOLDER / name).glob("*.report"):
@@ -194,36 +230,84 @@ def write_piece_report(piece: Piece, report: PieceReport, fingerprint: Fingerpri
     atomic_write_json(piece.output(".report"), content)
 
 
+def hash_files(piece: Piece, suffixes: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of a piece's part files by suffix."""
+    return {suffix: sha256_file(piece.output(suffix)) for suffix in suffixes}
+
+
+def join_if_last(
+    worker_class: type[ShardWorker], piece: Piece, output: ShardDirectory, fingerprint: Fingerprint
+) -> JoinedParts | None:
+    """Join and hash the parts of a shard if `piece`, just finished, was the last that it lacked.
+
+    Of two that end at once both may do it, under names of their own. None may, where a node sees the other's files
+    late: then the driver does.
+    """
+    if not _are_covered(piece):
+        return None
+    found = finished_pieces(
+        piece.source, output, fingerprint, worker_class.suffixes, samples_per_slice=piece.samples_per_slice
+    )
+    pieces = [finished for finished, _ in found]
+    if list(_gaps(piece.source.num_samples, pieces)):
+        return None
+    return _join(worker_class, pieces)
+
+
+def _are_covered(piece: Piece) -> bool:
+    """Whether there are reports over all samples of a piece's source, by their names: cheap to ask after each piece."""
+    names = [REPORT_NAME.fullmatch(path.name) for path in piece.folder.iterdir()]
+    position = 0
+    for start, stop in sorted((int(name[1]), int(name[2])) for name in names if name):
+        if start > position:
+            return False
+        position = max(position, stop)
+    return position >= piece.source.num_samples
+
+
+def _join(worker_class: type[ShardWorker], pieces: Sequence[Piece]) -> JoinedParts:
+    folder = pieces[0].folder
+    joined = JoinedParts(attempt=secrets.token_hex(4), files={})
+    paths = {suffix: joined.path(folder, suffix) for suffix in worker_class.suffixes}
+    parts = [{suffix: piece.output(suffix) for suffix in paths} for piece in pieces]
+    with contextlib.ExitStack() as stack:
+        worker_class.join(parts, {suffix: stack.enter_context(atomic_file(path)) for suffix, path in paths.items()})
+    return dataclasses.replace(joined, files={suffix: sha256_file(path) for suffix, path in paths.items()})
+
+
 def finish_shard(
     worker_class: type[ShardWorker],
     pieces: Sequence[tuple[Piece, PieceReport]],
     output: ShardDirectory,
     *,
     fingerprint: Fingerprint,
+    joined: JoinedParts | None = None,
 ) -> ShardReport:
-    """Join the parts of a shard, given in order, put its files in place, write its marker last, and drop the parts."""
+    """Put a shard's files in place, write its marker last, and drop the parts, which are given in order.
+
+    A worker has joined and hashed them; what an earlier run's has not is done here.
+    """
     source, folder = pieces[0][0].source, pieces[0][0].folder
-    outputs = {suffix: output.file(source.name, suffix) for suffix in worker_class.suffixes}
-    parts = [{suffix: piece.output(suffix) for suffix in outputs} for piece, _ in pieces]
-    joined = parts[0]
-    if len(parts) > 1:
-        joined = {suffix: folder / f"joined{suffix}" for suffix in outputs}
-        with contextlib.ExitStack() as stack:
-            worker_class.join(
-                parts, {suffix: stack.enter_context(atomic_file(path)) for suffix, path in joined.items()}
-            )
-    for suffix, path in outputs.items():
-        joined[suffix].replace(path)
+    if len(pieces) == 1:
+        piece, report = pieces[0]
+        files = report.files or hash_files(piece, worker_class.suffixes)
+        paths = {suffix: piece.output(suffix) for suffix in files}
+    else:
+        joined = joined or _join(worker_class, [piece for piece, _ in pieces])
+        files = joined.files
+        paths = {suffix: joined.path(folder, suffix) for suffix in files}
+    for suffix, path in paths.items():
+        path.replace(output.file(source.name, suffix))
     # The marker must not reach the disk before the files it speaks of.
     fsync_directory(output.path)
-    report = _sum_reports(source, [report for _, report in pieces], outputs)
+    report = _sum_reports(source, [report for _, report in pieces], files)
     output.write_marker(report, fingerprint)
     # What cannot be removed now, such as a file an orphaned worker holds open on NFS, goes with the next run.
     shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
-def _sum_reports(source: Source, reports: Sequence[PieceReport], outputs: Mapping[str, Path]) -> ShardReport:
+def _sum_reports(source: Source, reports: Sequence[PieceReport], files: Mapping[str, str]) -> ShardReport:
     rejected: Counter[str] = Counter()
     details: dict[str, Any] = {}
     for report in reports:
@@ -238,6 +322,6 @@ def _sum_reports(source: Source, reports: Sequence[PieceReport], outputs: Mappin
         num_read=sum(report.num_read for report in reports),
         num_kept=sum(report.num_kept for report in reports),
         rejected=dict(sorted(rejected.items())),
-        files={suffix: sha256_file(path) for suffix, path in outputs.items()},
+        files=dict(files),
         details=details,
     )

@@ -1,4 +1,4 @@
-"""`run_over_shards`: map a worker over shards with a Ray Data actor pool; resume, retry, quarantine, and account."""
+"""`run_over_shards`: map a worker over shards, here or in Ray's workers; resume, retry, quarantine, and account."""
 
 import contextlib
 import shutil
@@ -10,13 +10,15 @@ from typing import Any
 import pydantic
 
 from errors import StorageError, UserError, describe_storage_error
-from pipelines.engine.cluster import WorkerResources, choose_num_workers, run_on_ray
+from pipelines.engine.cluster import WorkerResources, choose_num_workers, is_cluster, run_on_ray
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
+    JoinedParts,
     Piece,
     PieceReport,
     ShardWorker,
     Source,
+    begun_attempts,
     cut_into_pieces,
     finish_shard,
     finished_pieces,
@@ -34,7 +36,9 @@ class EngineConfig(TableConfig):
     """`[engine]`: how work is spread; none of it changes a byte of the outputs but `samples_per_slice`."""
 
     num_workers: int = pydantic.Field(
-        default=0, ge=0, description="Worker processes; 0 = as many as GPUs, or CPU cores if workers need no GPU, allow"
+        default=0,
+        ge=0,
+        description="Worker processes at most; 0 = as many as GPUs, or CPU cores if workers need no GPU, allow",
     )
     cpus_per_worker: float = pydantic.Field(default=1.0, gt=0, description="CPU cores Ray reserves for each worker")
     gpus_per_worker: float = pydantic.Field(
@@ -49,8 +53,10 @@ class EngineConfig(TableConfig):
     max_shard_attempts: int = pydantic.Field(
         default=3, ge=1, description="Workers a shard may kill before it is put in quarantine"
     )
-    in_process: bool = pydantic.Field(
-        default=False, description="Run the worker in this process, without Ray: for debugging and tests"
+    in_process: bool | None = pydantic.Field(
+        default=None,
+        description="true: one worker in the command's own process; false: workers of Ray; left out: small work, which "
+        "would be done before Ray's workers have started, in the process",
     )
 
     @property
@@ -58,6 +64,15 @@ class EngineConfig(TableConfig):
         """What Ray reserves for each worker."""
         memory_bytes = int(self.memory_gigabytes_per_worker * GIGABYTE)
         return WorkerResources(cpus=self.cpus_per_worker, gpus=self.gpus_per_worker, memory_bytes=memory_bytes)
+
+    def is_in_process(self, num_samples: int, few_samples: int) -> bool:
+        """Whether the work on `num_samples` is done in this process; up to `few_samples` are small work of their room.
+
+        A GPU is reserved, and a cluster found, by Ray alone.
+        """
+        if self.in_process is not None:
+            return self.in_process
+        return num_samples <= few_samples and not self.gpus_per_worker and not is_cluster()
 
 
 class QuarantinedShardError(UserError):
@@ -74,13 +89,15 @@ def run_over_shards(
     engine: EngineConfig,
     max_reject_fraction: float,
     room: str,
+    few_samples: int = 0,
     upstream: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Run `worker_class(config)` over every source that is not done yet and write the directory's manifest.
 
     Rerunning continues where an earlier run stopped: finished shards and finished pieces of shards are kept.
-    `room` names the caller in the progress view; `upstream` and `extra` go into the manifest as they are.
+    `room` names the caller in the progress view; up to `few_samples` of it take a worker less time than Ray takes to
+    start. `upstream` and `extra` go into the manifest as they are.
 
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
@@ -94,7 +111,16 @@ def run_over_shards(
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
         with exclusive(output.path):
-            _run_pending(worker_class, config, sources, output, fingerprint=fingerprint, engine=engine, room=room)
+            _run_pending(
+                worker_class,
+                config,
+                sources,
+                output,
+                fingerprint=fingerprint,
+                engine=engine,
+                room=room,
+                few_samples=few_samples,
+            )
             _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
             names = [source.name for source in sources]
             return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
@@ -124,6 +150,7 @@ def _run_pending(
     fingerprint: Fingerprint,
     engine: EngineConfig,
     room: str,
+    few_samples: int,
 ) -> None:
     # Asked anew under the lock: another command may have finished shards in the meantime.
     pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
@@ -131,15 +158,14 @@ def _run_pending(
     _drop_parts(output, fingerprint)
     if not pending:
         return
-    num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
     cut = {"samples_per_slice": engine.samples_per_slice}
     found = {
         source.name: finished_pieces(source, output, fingerprint, worker_class.suffixes, **cut) for source in pending
     }
     finished = {name: [piece for piece, _ in parts] for name, parts in found.items()}
+    engine = _settle_place(engine, pending, output, finished=finished, room=room, few_samples=few_samples)
+    num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
     waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
-    for piece in waiting:
-        (piece.folder / f"{piece.span}.attempts").unlink(missing_ok=True)
     counts = _ProgressCounts(
         worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
     )
@@ -162,7 +188,7 @@ def _run_pending(
             if outcome.num_deaths:
                 place = f"{piece.source.name}, samples {piece.start:,} to {piece.stop:,}"
                 get_logger(room).warning(f"{place}: {outcome.num_deaths} workers died with it")
-            counts.add(piece, outcome.report)
+            counts.add(piece, outcome.report, joined=outcome.joined)
             progress.advance(piece.stop - piece.start if outcome.report else 0, note=counts.note())
         get_logger(room).info(counts.summary(progress))
     _drop_parts(output, fingerprint)
@@ -171,6 +197,32 @@ def _run_pending(
         raise QuarantinedShardError(
             f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}"
         )
+
+
+def _settle_place(
+    engine: EngineConfig,
+    pending: Sequence[Source],
+    output: ShardDirectory,
+    *,
+    finished: Mapping[str, Sequence[Piece]],
+    room: str,
+    few_samples: int,
+) -> EngineConfig:
+    """Return `engine` with `in_process` true or false, and forget the attempts of earlier runs.
+
+    Small work that has taken its command with it goes to Ray, where a worker that dies does not, and is counted.
+    """
+    num_left = sum(source.num_samples for source in pending)
+    num_left -= sum(piece.stop - piece.start for pieces in finished.values() for piece in pieces)
+    is_in_process, died = engine.is_in_process(num_left, few_samples), []
+    for source in pending:
+        for attempts in begun_attempts(source, output, finished[source.name]):
+            died += [source.name] if attempts.stat().st_size else []
+            attempts.unlink()
+    if is_in_process and died and engine.in_process is None:
+        is_in_process = False
+        get_logger(room).info(f"the last run was killed at {died[0]}: this one works in Ray's workers, which may die")
+    return engine.model_copy(update={"in_process": is_in_process})
 
 
 def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
@@ -235,6 +287,7 @@ class _ProgressCounts:
         self._num_done = num_done
         self._num_expected: Counter[str] = Counter()
         self._parts: dict[str, list[tuple[Piece, PieceReport]]] = {}
+        self._joined: dict[str, JoinedParts] = {}
         self.quarantined: set[str] = set()
         self._num_read = 0
         self._rejected: Counter[str] = Counter()
@@ -246,8 +299,8 @@ class _ProgressCounts:
         """Say which pieces there are; a shard is whole when all of its own have been added."""
         self._num_expected.update(piece.source.name for piece in pieces)
 
-    def add(self, piece: Piece, report: PieceReport | None) -> None:
-        """Count one piece; `report` is None when it killed its worker too often."""
+    def add(self, piece: Piece, report: PieceReport | None, *, joined: JoinedParts | None = None) -> None:
+        """Count one piece; `report` is None when it killed its worker too often, `joined` the shard if it is whole."""
         name = piece.source.name
         if report is None:
             self.quarantined.add(name)
@@ -259,9 +312,17 @@ class _ProgressCounts:
         self._peak = max(self._peak, (report.peak_memory_bytes, name))
         parts = self._parts.setdefault(name, [])
         parts.append((piece, report))
+        if joined is not None:
+            self._joined[name] = joined
         if len(parts) == self._num_expected[name]:
             parts.sort(key=lambda part: part[0].start)
-            finish_shard(self._worker_class, self._parts.pop(name), self._output, fingerprint=self._fingerprint)
+            finish_shard(
+                self._worker_class,
+                self._parts.pop(name),
+                self._output,
+                fingerprint=self._fingerprint,
+                joined=self._joined.pop(name, None),
+            )
             self._num_done += 1
 
     def note(self) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import resource
 import secrets
 import socket
@@ -11,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from pipelines.engine.pieces import PARTS_FOLDER, Piece, PieceReport, ShardWorker, write_piece_report
+from pipelines.engine.pieces import (
+    PARTS_FOLDER,
+    JoinedParts,
+    Piece,
+    PieceReport,
+    ShardWorker,
+    hash_files,
+    join_if_last,
+    write_piece_report,
+)
 from pipelines.store.files import fsync_directory
 from pipelines.store.manifest import Fingerprint, ShardDirectory
 
@@ -20,12 +30,13 @@ from pipelines.store.manifest import Fingerprint, ShardDirectory
 class PieceOutcome:
     """What became of a piece: `attempt` names its part files; `report` is None when it killed too many workers.
 
-    `num_deaths` counts the workers that died with it.
+    `num_deaths` counts the workers that died with it; `joined` is the whole shard, if this was its last piece.
     """
 
     attempt: str
     report: PieceReport | None
     num_deaths: int
+    joined: JoinedParts | None = None
 
 
 @contextlib.contextmanager
@@ -61,7 +72,8 @@ class PieceRunner:
         max_attempts: int,
         claim: Path,
     ) -> None:
-        self._load = lambda: worker_class(config)
+        self._worker_class = worker_class
+        self._config = config
         self._worker: ShardWorker | None = None
         self._pieces = pieces
         self._fingerprint = fingerprint
@@ -87,14 +99,18 @@ class PieceRunner:
         num_deaths = attempts.stat().st_size if attempts.is_file() else 0
         if num_deaths >= self._max_attempts:
             return PieceOutcome(attempt=piece.attempt, report=None, num_deaths=num_deaths)
-        with attempts.open("ab") as file:
-            file.write(b".")
-        _reset_peak_memory()
-        self._worker = self._worker or self._load()
-        report = dataclasses.replace(self._worker(piece), peak_memory_bytes=_peak_memory_bytes())
-        self._require_claim()
-        write_piece_report(piece, report, self._fingerprint)
-        return PieceOutcome(attempt=piece.attempt, report=report, num_deaths=num_deaths)
+        with _counted(attempts, num_before=num_deaths):
+            _reset_peak_memory()
+            self._worker = self._worker or self._worker_class(self._config)
+            report = dataclasses.replace(self._worker(piece), peak_memory_bytes=_peak_memory_bytes())
+            if piece.is_whole:
+                report = dataclasses.replace(report, files=hash_files(piece, self._worker_class.suffixes))
+            self._require_claim()
+            write_piece_report(piece, report, self._fingerprint)
+            joined = None
+            if not piece.is_whole:
+                joined = join_if_last(self._worker_class, piece, ShardDirectory(self.directory), self._fingerprint)
+        return PieceOutcome(attempt=piece.attempt, report=report, num_deaths=num_deaths, joined=joined)
 
     def _require_claim(self) -> None:
         if self._claim.is_file():
@@ -103,6 +119,19 @@ class PieceRunner:
             f"a worker on {socket.gethostname()} does not see {self._claim}: RUN must be on storage that all nodes "
             "share, under one path (or another command has taken over, and this worker is a leftover)"
         )
+
+
+@contextlib.contextmanager
+def _counted(attempts: Path, *, num_before: int) -> Iterator[None]:
+    """Count an attempt before it begins; one that ends in an exception, Ctrl-C too, has killed nobody."""
+    with attempts.open("ab") as file:
+        file.write(b".")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.truncate(attempts, num_before)
+        raise
 
 
 def _reset_peak_memory() -> None:
