@@ -21,6 +21,11 @@ from pipelines.store.summary import update_summary
 
 log = get_logger("captioning")
 
+# The toy LLaVA captions so many in about eight seconds, in which Ray's workers would hardly have started. A server
+# answers many at once, and more to more workers.
+FEW_SAMPLES = 500
+FEW_SAMPLES_OF_SERVER = 100
+
 
 def main() -> None:
     """Caption the recipe's shards, or print what that would take."""
@@ -60,6 +65,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         engine=job.workers,
         max_reject_fraction=job.config.max_reject_fraction,
         room="captioning",
+        few_samples=FEW_SAMPLES_OF_SERVER if job.config.engine == "openai" else FEW_SAMPLES,
         extra=job.extra,
     )
     _clear_earlier(job)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import Address
-from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig, fields_of_today
+from dataset_stats.config import DECIDES_REPORT, FEW_CAPTIONS, DatasetStatsConfig, fields_of_today
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
@@ -253,6 +253,7 @@ def _count(job: StatsJob) -> Manifest:
         engine=job.command.recipe.table("engine", EngineConfig).model_copy(update={"gpus_per_worker": 0.0}),
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
+        few_samples=FEW_CAPTIONS,
     )
 
 

@@ -14,6 +14,8 @@ DECIDES_REPORT = "decides the report, as the counts do"
 Value = TypeVar("Value")
 ForReport = Annotated[Value, DECIDES_REPORT]
 MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
+# A core counts the nouns of so many captions in about eight seconds, in which Ray's workers would hardly have started.
+FEW_CAPTIONS = 500_000
 
 
 class CaptionSet(TableConfig):

@@ -7,7 +7,7 @@ from typing import Any
 
 from encoders.weights import require_model
 from features.families import wanted_families
-from features.jobs import FeatureInputs, FeatureJob, read_inputs
+from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob, read_inputs
 from features.plan import print_plan, require_space
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
@@ -57,6 +57,7 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
         engine=inputs.engine,
         max_reject_fraction=inputs.features.max_reject_fraction,
         room=f"features {job.family.name}",
+        few_samples=FEW_SAMPLES,
         upstream=job.upstream,
         extra={} if is_done else job.family.manifest_extra(job, inputs),
     )

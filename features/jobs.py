@@ -29,6 +29,8 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, Shard
 CODE_VERSION = 2
 # safetensors header of one tensor and of one more, and a row of the index.
 HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
+# The toy world's encoders take so many in about eight seconds, in which Ray's workers would hardly have started.
+FEW_SAMPLES = 500
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encoders.weights import is_model_here
-from features.jobs import FeatureInputs, FeatureJob
+from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob
 from pipelines.engine.pieces import Piece
 from pipelines.engine.run import EngineConfig
 from pipelines.store.summary import read_summary, update_summary
@@ -36,7 +36,8 @@ class Speed:
 
 def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
     """Return how fast a job with pending samples will be, or what is missing to know it."""
-    num_workers = count_workers(inputs.engine)
+    num_pending = sum(source.num_samples for source in job.pending())
+    num_workers = count_workers(inputs.engine, num_pending)
     known = read_summary(inputs.run).get("features", {}).get("speed", {}).get(job.output.path.name, {})
     if known.get("fingerprint") == job.fingerprint.digest:
         rate = known["samples_per_second_of_a_worker"]
@@ -54,14 +55,14 @@ def remember_speed(job: FeatureJob, inputs: FeatureInputs, *, num_samples: int, 
         return
     content = {
         "fingerprint": job.fingerprint.digest,
-        "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs.engine), 4),
+        "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs.engine, num_samples), 4),
     }
     update_summary(inputs.run, f"{SUMMARY_KEY}.{job.output.path.name}", content)
 
 
-def count_workers(engine: EngineConfig) -> int:
-    """Return how many workers this machine will run; a cluster of `RAY_ADDRESS` may have more."""
-    if engine.in_process:
+def count_workers(engine: EngineConfig, num_samples: int) -> int:
+    """Return how many workers this machine will run for so much; a cluster of `RAY_ADDRESS` may have more."""
+    if engine.is_in_process(num_samples, FEW_SAMPLES):
         return 1
     if engine.num_workers:
         return engine.num_workers

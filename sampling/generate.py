@@ -250,6 +250,9 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
     # Only here, so that a finished job loads no model library.
     from sampling.worker import SampleWorker, SampleWorkerConfig
 
+    in_process = job.engine.in_process
+    if in_process is None:
+        in_process = num_pending <= job.config.max_images_in_process
     # First images of all prompts come first, so that a larger N leaves their batches as they are.
     num_images = job.config.images_per_prompt
     by_size = sorted(job.requests, key=lambda item: (item.height, item.width, item.number % num_images, item.number))
@@ -265,12 +268,7 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
         sources=[Source(name=REPORT_NAME, path="", identity=job.identity, num_samples=len(by_size))],
         output=job.directory,
         fingerprint=job.fingerprint,
-        engine=job.engine.model_copy(
-            update={
-                "samples_per_slice": job.config.batch_size,
-                "in_process": job.engine.in_process or num_pending <= job.config.max_images_in_process,
-            }
-        ),
+        engine=job.engine.model_copy(update={"samples_per_slice": job.config.batch_size, "in_process": in_process}),
         max_reject_fraction=0.0,
         room="sampling",
         upstream={"checkpoint": job.trained.identity},

@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def line(folder: Path, run: Path, *, alone: bool) -> list[str]:
-    options = ["--set", "engine.in_process=true"] if alone else []
+    options = ["--set", f"engine.in_process={str(alone).lower()}"]
     return [sys.executable, "-m", "captioning", "--recipe", str(folder / "recipe.toml"), "--run", str(run), *options]
 
 

@@ -261,8 +261,10 @@ def compute_features(
     num_pending = sum(
         source.num_samples for source in images.sources if not output.is_done(source.name, source.identity, fingerprint)
     )
-    # Starting workers takes longer than seeing a few images.
-    is_few = num_pending <= config.max_images_in_process
+    in_process = engine.in_process
+    if in_process is None:
+        # Starting workers takes longer than seeing a few images.
+        in_process = num_pending <= config.max_images_in_process
     try:
         manifest = run_over_shards(
             FeatureWorker,
@@ -270,7 +272,7 @@ def compute_features(
             sources=images.sources,
             output=output,
             fingerprint=fingerprint,
-            engine=engine.model_copy(update={"in_process": engine.in_process or is_few}),
+            engine=engine.model_copy(update={"in_process": in_process}),
             max_reject_fraction=config.max_reject_fraction,
             room="evaluation",
             extra={"images": images.name, "network": network.source.location},
