@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+TEXTS_AT_ONCE = 4096
 
 
 def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
@@ -53,6 +55,48 @@ def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> A
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder or source.location, revision=source.revision or "main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCut:
+    """How much of some texts is longer than a model reads; tokens are counted with those that begin and end a text.
+
+    Attributes:
+        num_texts: all of them, and num_cut those that are longer than `max_tokens`.
+        num_tokens: of all texts, and num_tokens_cut those that the model does not read.
+    """
+
+    max_tokens: int
+    num_texts: int = 0
+    num_cut: int = 0
+    num_tokens: int = 0
+    num_tokens_cut: int = 0
+
+    def describe(self, *, noun: str, model: str) -> str:
+        """Return the count as a sentence, such as "3 of 96 prompts are longer than the 77 tokens that CLIP reads"."""
+        if not self.num_cut:
+            return f"none of {self.num_texts:,} {noun} is longer than the {self.max_tokens} tokens that {model} reads"
+        return (
+            f"{self.num_cut:,} of {self.num_texts:,} {noun} are longer than the {self.max_tokens} tokens that {model} "
+            f"reads, which sees only their start: {self.num_tokens_cut:,} of {self.num_tokens:,} tokens are cut off"
+        )
+
+
+def count_cut(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> TextCut:
+    """Count what a model that reads `max_tokens` does not see of `texts`; `tokenizer` is transformers'."""
+    lengths: list[int] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        # What is too long is no surprise here, the tokenizer need not warn of it.
+        ids = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), verbose=False).input_ids
+        lengths += [len(tokens) for tokens in ids]
+    beyond = [length - max_tokens for length in lengths if length > max_tokens]
+    return TextCut(
+        max_tokens=max_tokens,
+        num_texts=len(lengths),
+        num_cut=len(beyond),
+        num_tokens=sum(lengths),
+        num_tokens_cut=sum(beyond),
+    )
 
 
 def find_lost_words(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from encoders.tokens import pretrained_tokenizer
+from encoders.tokens import TextCut, count_cut, pretrained_tokenizer
 from encoders.weights import ModelSource, load_pretrained
 from errors import UserError
 
@@ -65,6 +65,19 @@ def describe_resizer(source: ModelSource, *, key: str) -> str:
     return f"PIL {method} with antialiasing to {size}{cut}"
 
 
+def find_crop(source: ModelSource, *, key: str) -> str:
+    """Return of which images edges are cut off: "none", "oblong" ones or "all"; raises as `image_processor` does."""
+    processor = image_processor(source, key=key)
+    if not processor.do_center_crop:
+        return "none"
+    size, crop = dict(processor.size), dict(processor.crop_size)
+    shortest = size.get("shortest_edge")
+    height, width = (size.get("height"), size.get("width")) if shortest is None else (shortest, shortest)
+    if (height, width) != (crop["height"], crop["width"]):
+        return "all"
+    return "none" if shortest is None else "oblong"
+
+
 class InceptionTower:
     """The Inception-v3 of FID with clean-fid's resizing (Parmar et al. 2022).
 
@@ -95,6 +108,9 @@ class InceptionTower:
 class ClipTowers:
     """Both towers of a CLIP of transformers; embeddings have unit length.
 
+    Attributes:
+        max_tokens: of a text, of what is longer the start is read.
+
     Raises:
         UserError: the model is no CLIP, or lacks weights; names the recipe `key`.
     """
@@ -105,7 +121,7 @@ class ClipTowers:
         self._processor = image_processor(source, key=key)
         self._tokenizer = pretrained_tokenizer(source)
         self._model = load_pretrained(CLIPModel, source, settings={"dtype": dtype}, key=key).to(device)
-        self._max_tokens = self._model.config.text_config.max_position_embeddings
+        self.max_tokens = self._model.config.text_config.max_position_embeddings
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """Return an RGB image as CLIP reads it, [3, H, W]."""
@@ -116,10 +132,14 @@ class ClipTowers:
         pixels = images.to(self._model.device, self._model.dtype)
         return _unit(self._model.get_image_features(pixel_values=pixels))
 
+    def count_cut(self, texts: Sequence[str]) -> TextCut:
+        """Count what `text_features` does not see of texts."""
+        return count_cut(texts, self._tokenizer, max_tokens=self.max_tokens)
+
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into embeddings [B, D]; of what is longer than CLIP's 77 tokens the start is read."""
         tokens = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self._model.device)
         output = self._model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return _unit(output)

@@ -96,7 +96,8 @@ def test_unusable_images_are_counted_and_named(tmp_path, clip_folder, capsys):
     assert (features.num_images, features.rejected) == (5, {"not_an_image": 1})
     assert features.faults == ["broken.jpg: not_an_image"]
     printed = " ".join(capsys.readouterr().err.split())
-    assert "1 unusable images, such as broken.jpg: not_an_image" in printed and "1 files are no images" in printed
+    assert "1 unusable images, such as broken.jpg: not_an_image" in printed
+    assert "files left out: 1 no image by its name" in printed
     assert len(features.embeddings()) == 5
     with pytest.raises(UserError, match=r"1 of 6 .*not_an_image 1.*broken\.jpg"):
         compute(open_folder(folder, cache=cache), clip_folder, cache)

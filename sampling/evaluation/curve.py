@@ -1,6 +1,7 @@
 """Numbers over guidance scales, as in the paper's Figure 20: `RUN/evaluation/<stage>-curve/curve.{csv,json,html}`."""
 
 import csv
+import html
 import io
 import json
 import time
@@ -22,6 +23,8 @@ CURVE_VERSION = 1  # raise it when the same numbers are written in another way
 REPORT_NAME = "curve"
 # What the plot shows, the first that there is; all of them are in the table.
 DISTANCES = ("FID", "FD-", "CLIP-FD")
+# Columns behind the numbers: what they were compared with, and what was left out or cut to get them.
+COUNTS = ("num_reference", "unusable_samples", "unusable_reference", "num_prompts", "prompts_cut_by_clip")
 
 log = get_logger("evaluation")
 
@@ -93,12 +96,26 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(number["metric"] for row in rows for number in row["numbers"]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["checkpoint", "guidance_scale", "num_images", *names])
+    writer.writerow(["checkpoint", "guidance_scale", "num_images", *names, *COUNTS])
     for row in rows:
         values = {number["metric"]: number["value"] for number in row["numbers"]}
         cells = [repr(values[name]) if name in values else "" for name in names]
-        writer.writerow([row["title"], f"{row['guidance_scale']:g}", row["inputs"]["num_images"], *cells])
+        counts = _counts(row["numbers"])
+        writer.writerow([row["title"], f"{row['guidance_scale']:g}", row["inputs"]["num_images"], *cells, *counts])
     return text.getvalue()
+
+
+def _counts(numbers: Sequence[Mapping[str, Any]]) -> list[int | str]:
+    """Return what `COUNTS` names; a number that no network of ours has taken has none."""
+    measured = [number for number in numbers if number["network_key"]]
+    prompts = next((number["prompts"] for number in measured if number["prompts"] is not None), None)
+    return [
+        max((number["num_reference"] for number in measured), default=0),
+        max((sum(number["rejected_samples"].values()) for number in measured), default=0),
+        max((sum(number["rejected_reference"].values()) for number in measured), default=0),
+        "" if prompts is None else prompts["num_texts"],
+        "" if prompts is None else prompts["num_cut"],
+    ]
 
 
 def plot(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
@@ -124,7 +141,27 @@ def plot(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
             mode="lines+markers+text",
             textposition="top center",
         )
+    shown = ("CLIP score", distance) if has_clip else (distance,)
+    remarks = dict.fromkeys(
+        f"{number['metric']}: {number['remark']}"
+        for row in rows
+        for number in row["numbers"]
+        if number["metric"] in shown and number["remark"]
+    )
+    figure.add_annotation(
+        text="<br>".join(html.escape(remark) for remark in remarks),
+        showarrow=False,
+        align="left",
+        xref="paper",
+        yref="paper",
+        x=0,
+        y=0,
+        yshift=-70,
+        yanchor="top",
+        font_size=12,
+    )
     figure.update_layout(
+        margin_b=100 + 18 * len(remarks),
         title=f"{distance} over {'CLIP score' if has_clip else 'guidance scale'} · {title}",
         xaxis_title="CLIP score (higher is better)" if has_clip else "guidance scale",
         yaxis_title=f"{distance} (lower is better)" if distances else distance,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
@@ -29,6 +30,7 @@ from sampling.evaluation.config import DECIDES_FEATURES, EvaluationConfig
 from sampling.evaluation.distances import Array, Gaussian, Moments
 from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
 from sampling.evaluation.networks import NetworkSource, load_network
+from sampling.evaluation.sizes import SetSizes
 
 FEATURES_VERSION = 1  # raise it when the same images give other features
 STATISTICS_NAME = "statistics.safetensors"
@@ -44,6 +46,8 @@ SCHEMA = pa.schema(
         ("clip_score", pa.float32()),
         ("reject", pa.string()),
         ("detail", pa.string()),
+        # As the image came, and as the network saw it.
+        *((name, pa.int32()) for name in ("width", "height", "seen_width", "seen_height")),
     ]
 )
 
@@ -113,7 +117,7 @@ class FeatureWorker:
             for part in parts:
                 table = pq.ParquetFile(part[".parquet"])
                 for group in range(table.num_row_groups):
-                    writer.write_table(table.read_row_group(group))
+                    writer.write_table(_in_schema(table.read_row_group(group)))
 
     def _slice_rows(self, images: Iterator[SetImage]) -> list[dict[str, Any]]:
         pictures: list[_Picture] = []
@@ -151,7 +155,10 @@ class FeatureWorker:
             decoded = decode_image(image.data, max_pixels=self._config.max_pixels)
         except SampleReject as reject:
             return _Picture({"key": image.key, "reject": reject.reason, "detail": reject.detail})
-        return _Picture({"key": image.key}, prompt=image.prompt, pixels=self._network.prepare(decoded))
+        pixels = self._network.prepare(decoded)
+        sizes = {"width": decoded.width, "height": decoded.height}
+        seen = {"seen_width": pixels.shape[2], "seen_height": pixels.shape[1]}
+        return _Picture({"key": image.key} | sizes | seen, prompt=image.prompt, pixels=pixels)
 
     def _see(self, pictures: Sequence[_Picture]) -> None:
         if not pictures:
@@ -175,6 +182,14 @@ class FeatureWorker:
                 cosines = (features * self._network.text_features(prompts)).sum(dim=1)
                 scores = [100 * cosine for cosine in cosines.clamp(min=0).tolist()]
         return list(zip(features.cpu().numpy(), scores, strict=True))
+
+
+def _in_schema(table: pa.Table) -> pa.Table:
+    """Return a table with all of today's columns: parts of an interrupted run may be older."""
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(SCHEMA.names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +238,23 @@ class Features:
     def embeddings(self) -> Array:
         """Return all features [N, D]."""
         return np.concatenate(list(self._blocks())).astype(np.float64)
+
+    def sizes(self) -> SetSizes | None:
+        """Return the sizes of the usable images; None where the features are of before those were written down."""
+        names = ["width", "height", "seen_width", "seen_height"]
+        paths = [self.folder / f"{source.name}.parquet" for source in self.images.sources]
+        if any(not {*names} <= {*pq.read_schema(path).names} for path in paths):
+            return None
+        table = pa.concat_tables(pq.read_table(path, columns=[*names, "reject"]) for path in paths)
+        usable = table.filter(pc.field("reject").is_null())
+        if usable["width"].null_count:
+            return None
+        found = usable.group_by(names).aggregate([([], "count_all")]).to_pylist()
+        counts: Counter[tuple[int, int]] = Counter()
+        for row in found:
+            counts[row["width"], row["height"]] += row["count_all"]
+        target = (found[0]["seen_width"], found[0]["seen_height"])
+        return SetSizes(target=target, counts=counts, cropped=self.network.cropped)
 
     def clip_score(self) -> float | None:
         """Return the mean CLIP score; None where the images have no prompts or the network is not CLIP."""

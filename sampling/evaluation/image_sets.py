@@ -1,9 +1,10 @@
 """Sets of images that features are taken of: a folder, raw shards, or a folder of samples with their prompts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +18,12 @@ from pipelines.store.files import atomic_write_bytes, sha256_file, sha256_text
 from sampling.images import MEND
 
 HASH_THREADS = 8
+SAMPLES_NAME = "samples.parquet"
+# Why a file of a folder is no image of the set.
+NO_SAMPLE = "not one of its samples.parquet"
+NO_IMAGE = "no image by its name"
+HIDDEN = "hidden"
+BESIDE_SHARDS = "beside the shards"
 
 log = get_logger("evaluation")
 
@@ -30,6 +37,7 @@ class ImageSet:
         identity: hash of the images (and prompts), whatever their folder is called.
         dialect: of raw shards; empty for lists of files.
         mend: what to do about an image that cannot be used, where that is known.
+        left_out: files of the folder that are not in the set, by reason.
     """
 
     name: str
@@ -37,11 +45,17 @@ class ImageSet:
     sources: list[Source]
     dialect: str = ""
     mend: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
         """Images in the set, unusable ones too."""
         return sum(source.num_samples for source in self.sources)
+
+    def prompts(self) -> list[str]:
+        """Return what the images should show, each prompt once; nothing for images without prompts."""
+        rows = [] if self.dialect else [row for source in self.sources for row in _rows(source)]
+        return list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt") is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +71,10 @@ class SetImage:
 def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     """Find the images of `evaluation.reference`: a folder of images, or shards by folder, pattern or URL.
 
+    Of a folder of samples it takes the samples alone: neither their grid nor what else somebody has put there.
+
     Raises:
-        MissingFileError: there are none; names the key.
+        MissingFileError: there are none, or a sample is gone; names the key.
     """
     spec = spec.replace("{run}", str(run))
     folder = Path(spec).expanduser()
@@ -71,34 +87,87 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     shards = describe_shards(paths, run=run)
     sources = [shard.source for shard in shards]
     identity = "sha256:" + sha256_text("\n".join(sorted(f"{source.name} {source.identity}" for source in sources)))
-    return ImageSet(name=spec, identity=identity, sources=sources, dialect="auto")
+    left_out = {}
+    if folder.is_dir():
+        shown = [path for path in _files(folder) if not _is_hidden(path, folder)]
+        left_out = _say_left_out(folder, Counter(BESIDE_SHARDS for path in shown if _is_image(path)))
+    return ImageSet(name=spec, identity=identity, sources=sources, dialect="auto", left_out=left_out)
 
 
 def open_folder(folder: Path, *, cache: Path) -> ImageSet:
-    """List the images below a folder by their extensions; other files are counted and left out.
+    """List the images below a folder by their extensions; in a folder of samples those of its table alone.
+
+    Other files are counted by reason and left out.
 
     Raises:
-        MissingFileError: there is no image.
+        MissingFileError: there is no image, or a sample is gone.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    images = [path for path in files if path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS]
-    if not images:
+    files = _files(folder)
+    tables = {path.parent for path in files if path.name == SAMPLES_NAME}
+    samples = {path for table in tables for path in _sample_files(table)}
+    rows: list[dict[str, str]] = []
+    left_out: Counter[str] = Counter()
+    for path in files:
+        if path in samples or path.name == SAMPLES_NAME:
+            reason = None
+        elif _is_hidden(path, folder):
+            reason = HIDDEN
+        elif not _is_image(path):
+            reason = NO_IMAGE
+        else:
+            reason = NO_SAMPLE if tables & {path.parent, *path.parents} else None
+        if reason is not None:
+            left_out[reason] += 1
+        elif path.name != SAMPLES_NAME:
+            rows.append({"key": path.relative_to(folder).as_posix(), "file": str(path.absolute())})
+    if not rows:
         raise MissingFileError(f"evaluation.reference {folder} holds no image (of {len(files)} files)")
-    if len(images) < len(files):
-        log.info(f"{folder}: {len(files) - len(images):,} files are no images by their names, and left out")
-    rows = [{"key": path.relative_to(folder).as_posix(), "file": str(path.absolute())} for path in images]
-    return _list_images(str(folder), rows, cache=cache)
+    return _list_images(str(folder), rows, cache=cache, left_out=_say_left_out(folder, left_out))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a name on the way to a file has a dot in front, as of thumbnails and notebooks' copies."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _sample_files(folder: Path) -> list[Path]:
+    """Return the files that a folder's table of samples names.
+
+    Raises:
+        MissingFileError: one is gone.
+    """
+    paths = [folder / name for name in pq.read_table(folder / SAMPLES_NAME, columns=["file"])["file"].to_pylist()]
+    for path in paths:
+        if not path.is_file():
+            raise MissingFileError(f"{path} does not exist, but {folder / SAMPLES_NAME} names it: draw it again")
+    return paths
+
+
+def _say_left_out(folder: Path, reasons: Mapping[str, int]) -> dict[str, int]:
+    if reasons:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+        log.info(f"evaluation.reference {folder}: files left out: {counts}")
+    return dict(sorted(reasons.items()))
 
 
 def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> ImageSet:
     """Take the images of a finished folder of samples; a class label is no prompt, so classes come without.
 
     Raises:
-        MissingFileError: sampling has not finished there.
+        MissingFileError: sampling has not finished there, or a sample is gone.
     """
-    table = folder / "samples.parquet"
+    table = folder / SAMPLES_NAME
     if not table.is_file():
         raise MissingFileError(f"{table} does not exist: the samples of {folder} have not been drawn")
+    _sample_files(folder)
     rows = [
         {"key": row["file"], "file": str((folder / row["file"]).absolute())}
         | ({"prompt": row["prompt"]} if has_prompts else {})
@@ -107,7 +176,14 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
     return _list_images(str(folder), rows, cache=cache, mend=MEND)
 
 
-def _list_images(name: str, rows: Sequence[dict[str, str]], *, cache: Path, mend: str = "") -> ImageSet:
+def _list_images(
+    name: str,
+    rows: Sequence[dict[str, str]],
+    *,
+    cache: Path,
+    mend: str = "",
+    left_out: Mapping[str, int] | None = None,
+) -> ImageSet:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = list(pool.map(lambda row: sha256_file(Path(row["file"])), rows))
     described = [[row["key"], row.get("prompt"), digest] for row, digest in zip(rows, hashes, strict=True)]
@@ -116,7 +192,12 @@ def _list_images(name: str, rows: Sequence[dict[str, str]], *, cache: Path, mend
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     source = Source(name="images", path=str(path.absolute()), identity=identity, num_samples=len(rows))
-    return ImageSet(name=name, identity=identity, sources=[source], mend=mend)
+    return ImageSet(name=name, identity=identity, sources=[source], mend=mend, left_out=left_out or {})
+
+
+def _rows(source: Source) -> list[dict[str, str]]:
+    """Return the rows of a list of files."""
+    return [json.loads(line) for line in Path(source.path).read_text(encoding="utf-8").splitlines()]
 
 
 def read_images(source: Source, start: int, stop: int, *, dialect: str) -> Iterator[SetImage]:
@@ -127,8 +208,7 @@ def read_images(source: Source, start: int, stop: int, *, dialect: str) -> Itera
                 data = b"" if sample.reject else shard.image_bytes(sample)
                 yield SetImage(key=f"{source.name}/{sample.key}", data=data, reject=sample.reject)
         return
-    lines = Path(source.path).read_text(encoding="utf-8").splitlines()
-    for row in map(json.loads, lines[start:stop]):
+    for row in _rows(source)[start:stop]:
         try:
             yield SetImage(key=row["key"], data=Path(row["file"]).read_bytes(), prompt=row.get("prompt"))
         except OSError:

@@ -4,11 +4,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from encoders.vision import INCEPTION_RESIZER, ClipTowers, InceptionTower, VisionModel, VisionTower, describe_resizer
+from encoders.tokens import TextCut, count_cut, pretrained_tokenizer
+from encoders.vision import (
+    INCEPTION_RESIZER,
+    ClipTowers,
+    InceptionTower,
+    VisionModel,
+    VisionTower,
+    describe_resizer,
+    find_crop,
+)
 from encoders.weights import ModelSource, find_file, read_config, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.store.files import sha256_file
@@ -19,6 +29,7 @@ if TYPE_CHECKING:
 
 # The CLIP that CMMD is defined with (Jayasumana et al. 2024): ViT-L/14 at 336 pixels.
 CMMD_VISION = {"hidden_size": 1024, "patch_size": 14, "image_size": 336}
+CLIP_MAX_TOKENS = 77  # CLIPTextConfig's default, which configs on the hub leave out
 LABELS = {"dinov2": "DINOv2", "dinov2_with_registers": "DINOv2", "llava": "LLaVA", "llava_next": "LLaVA-NeXT"}
 
 
@@ -32,6 +43,7 @@ class NetworkSource:
         distance: what a Fréchet distance of its features is called.
         mmd: what an MMD of its features is called; None where none is taken.
         resizer: how images reach the network's size, in words.
+        cropped: which images lose their edges on the way there: "none", "oblong" ones or "all".
     """
 
     key: str
@@ -39,6 +51,7 @@ class NetworkSource:
     distance: str
     mmd: str | None
     resizer: str
+    cropped: str = "none"
 
 
 def find_networks(config: EvaluationConfig) -> list[NetworkSource]:
@@ -87,6 +100,7 @@ def _find_clip(config: EvaluationConfig) -> NetworkSource:
         distance="CLIP-FD",
         mmd="CMMD" if is_cmmd else "CLIP-MMD",
         resizer=describe_resizer(source, key="evaluation.clip"),
+        cropped=find_crop(source, key="evaluation.clip"),
     )
 
 
@@ -101,6 +115,7 @@ def _find_vision(config: EvaluationConfig) -> NetworkSource:
         distance=f"FD-{LABELS.get(kind, kind)}",
         mmd=None,
         resizer=describe_resizer(source, key="evaluation.vision"),
+        cropped=find_crop(source, key="evaluation.vision"),
     )
 
 
@@ -109,6 +124,13 @@ def _read_config(source: ModelSource, *, key: str) -> dict[str, Any]:
     if config is None:
         raise UserError(f"{key} {source.location} has no config.json: it is not a folder that transformers saves")
     return config
+
+
+def count_cut_prompts(prompts: Sequence[str], network: NetworkSource) -> TextCut:
+    """Count what a CLIP does not read of prompts, without loading its weights."""
+    settings = _read_config(network.source, key=f"evaluation.{network.key}").get("text_config") or {}
+    max_tokens = settings.get("max_position_embeddings", CLIP_MAX_TOKENS)
+    return count_cut(prompts, pretrained_tokenizer(network.source), max_tokens=max_tokens)
 
 
 def load_network(network: NetworkSource, *, device: torch.device) -> VisionTower:

@@ -3,8 +3,9 @@
 import importlib.metadata
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sampling.evaluation.distances import cmmd, frechet_distance
 from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
 from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
 from sampling.evaluation.judgement import judgement_file, read_judgement
-from sampling.evaluation.networks import NetworkSource, find_networks
+from sampling.evaluation.networks import NetworkSource, count_cut_prompts, find_networks
 from sampling.evaluation.tables import render_scores
 
 SCORES_VERSION = 1  # raise it when what the numbers mean changes
@@ -39,7 +40,12 @@ class Number:
     Attributes:
         better: "lower" or "higher".
         num_images: samples that it is over, num_reference: images they are compared with, 0 where there are none.
-        rejected: unusable images of both, by reason.
+        rejected: unusable images of both, by reason; rejected_samples and rejected_reference: of each.
+        sizes: of "samples" and "reference", how many were resized or cropped, from which sizes and to what, as
+            `SetSizes.as_json` has it; a set whose sizes were not written down is left out.
+        prompts: of a CLIP score, how much of the prompts CLIP does not read, as `TextCut` has it.
+        remark: what must be known beside the value, in words.
+        network_key: of the recipe, empty of a judge's number.
     """
 
     metric: str
@@ -51,7 +57,12 @@ class Number:
     network_fingerprint: str
     resizer: str
     rejected: dict[str, int]
+    rejected_samples: dict[str, int] = field(default_factory=dict)
+    rejected_reference: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prompts: dict[str, int] | None = None
     remark: str = ""
+    network_key: str = ""
 
 
 class Meter:
@@ -85,7 +96,7 @@ class Meter:
                 numbers += _distances(samples, self._features(self.reference, network))
             score = samples.clip_score() if network.key == "clip" else None
             if score is not None:
-                numbers.append(_number("CLIP score", score, samples, better="higher"))
+                numbers.append(_clip_score(score, samples, title=contestant.title))
         return numbers + self.judged(contestant)
 
     def judged(self, contestant: Contestant) -> list[Number]:
@@ -116,8 +127,15 @@ class Meter:
         """Return what else decides the numbers: which images are usable, and how features are computed."""
         return {"features_version": FEATURES_VERSION, **self._config.fingerprint_fields()}
 
+    def described_inputs(self) -> dict[str, Any]:
+        """Return `inputs`, and what is beside the reference's images and not among them."""
+        inputs = self.inputs()
+        if self.reference is not None:
+            inputs["reference"] |= {"left_out": dict(self.reference.left_out)}
+        return inputs
+
     def inputs(self) -> dict[str, Any]:
-        """Return reference, networks and package versions, to be printed beside the numbers."""
+        """Return what decides the numbers: reference, networks and package versions."""
         reference = None
         if self.reference is not None:
             reference = {
@@ -129,7 +147,8 @@ class Meter:
             "reference": reference,
             # Source beside the rest, as in scores made before.
             "networks": [
-                {name: value for name, value in asdict(network).items() if name != "source"} | asdict(network.source)
+                {name: value for name, value in asdict(network).items() if name not in ("source", "cropped")}
+                | asdict(network.source)
                 for network in self.networks
             ],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -151,6 +170,15 @@ def _distances(samples: Features, reference: Features) -> list[Number]:
     return numbers
 
 
+def _clip_score(score: float, samples: Features, *, title: str) -> Number:
+    """Return the CLIP score, and say what of the prompts it is not about."""
+    cut = count_cut_prompts(samples.images.prompts(), samples.network)
+    remark = cut.describe(noun="prompts", model="this CLIP")
+    if cut.num_cut:
+        log.warning(f"CLIP score of {title}: {remark}")
+    return replace(_number("CLIP score", score, samples, better="higher", remark=remark), prompts=asdict(cut))
+
+
 def _number(
     metric: str,
     value: float,
@@ -160,9 +188,8 @@ def _number(
     better: str = "lower",
     remark: str = "",
 ) -> Number:
-    rejected = dict(samples.rejected)
-    for reason, count in (reference.rejected if reference else {}).items():
-        rejected[reason] = rejected.get(reason, 0) + count
+    sets = {"samples": samples} | ({"reference": reference} if reference is not None else {})
+    sizes = {name: found.as_json() for name, images in sets.items() if (found := images.sizes()) is not None}
     return Number(
         metric=metric,
         value=value,
@@ -172,8 +199,12 @@ def _number(
         network=samples.network.source.location,
         network_fingerprint=samples.network.source.identity,
         resizer=samples.network.resizer,
-        rejected=rejected,
+        rejected=dict(sum((Counter(images.rejected) for images in sets.values()), Counter())),
+        rejected_samples=dict(samples.rejected),
+        rejected_reference=dict(reference.rejected) if reference is not None else {},
+        sizes=sizes,
         remark=remark,
+        network_key=samples.network.key,
     )
 
 
@@ -210,8 +241,8 @@ def score(command: Command) -> None:
         write_report(
             directory,
             REPORT_NAME,
-            {"inputs": meter.inputs(), "checkpoints": rows},
-            {".md": render_scores(rows, meter.inputs())},
+            {"inputs": meter.described_inputs(), "checkpoints": rows},
+            {".md": render_scores(rows, meter.described_inputs())},
             fingerprint=fingerprint,
             identity=identity,
         )
@@ -220,8 +251,16 @@ def score(command: Command) -> None:
         )
         figures = {number["metric"]: number["value"] for number in rows[0]["numbers"]}
         update_summary(command.run, f"evaluation.{command.stage_name}", figures)
+        counts = {number["metric"]: _counts(number) for number in rows[0]["numbers"]}
+        update_summary(command.run, f"evaluation_counts.{command.stage_name}", counts)
     log.info(f"written to {directory.path}")
     console.print(directory.file(REPORT_NAME, ".md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+
+
+def _counts(number: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a number is over, and what was left out or cut to get it."""
+    counts = {name: number[name] for name in ("num_images", "num_reference", "rejected")}
+    return counts if number["prompts"] is None else {**counts, "prompts": number["prompts"]}
 
 
 def describe_score(command: Command) -> list[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sampling.evaluation.sizes import describe_sizes
+
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
@@ -19,6 +21,7 @@ def render_scores(rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) 
     lines.append(_line(["checkpoint", "number", "value", "images", "reference", "unusable", "network", "resizer"]))
     lines.append(_line(["---", "---", "---:", "---:", "---:", "---", "---", "---"]))
     lines += [_number_line(row["title"], number) for row in rows for number in row["numbers"]]
+    lines += ["", *_cuts(rows)]
     lines += ["", "## Samples", ""]
     for row in rows:
         lines += [f"**{row['title']}**", "", *(f"- {name}: {value}" for name, value in row["inputs"].items()), ""]
@@ -36,7 +39,7 @@ def _value(value: float) -> str:
 
 
 def _number_line(title: str, number: Mapping[str, Any]) -> str:
-    unusable = ", ".join(f"{reason} {count:,}" for reason, count in number["rejected"].items()) or "0"
+    unusable = _unusable(number)
     fingerprint = number["network_fingerprint"].removeprefix("sha256:")[:12]
     reference = f"{number['num_reference']:,}" if number["num_reference"] else "–"
     return _line(
@@ -53,6 +56,30 @@ def _number_line(title: str, number: Mapping[str, Any]) -> str:
     )
 
 
+def _unusable(number: Mapping[str, Any]) -> str:
+    """Return the unusable images by reason, those of samples and reference apart."""
+    sets = {"samples": number["rejected_samples"], "reference": number["rejected_reference"]}
+    parts = [
+        f"{name}: {', '.join(f'{reason} {count:,}' for reason, count in reasons.items())}"
+        for name, reasons in sets.items()
+        if reasons
+    ]
+    return "; ".join(parts) or "0"
+
+
+def _cuts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was resized, cropped or cut to get the numbers; a judge says of itself how it looks."""
+    lines = {}
+    for row in rows:
+        for number in (number for number in row["numbers"] if number["network_key"]):
+            sets = ["samples"] + (["reference"] if number["num_reference"] else [])
+            for name in sets:
+                of = row["title"] if name == "samples" else "reference"
+                said = f"- evaluation.{number['network_key']}, {of}: {describe_sizes(number['sizes'].get(name))}"
+                lines[said] = None
+    return ["What was resized or cropped:", "", *lines] if lines else []
+
+
 def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = {
         f"{row['title']}, {number['metric']}: {number['remark']}"
@@ -66,4 +93,8 @@ def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reference(reference: Mapping[str, Any] | None) -> str:
     if reference is None:
         return "none"
-    return f"{reference['images']}, {reference['num_images']:,} images, {reference['fingerprint']}"
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in reference["left_out"].items()) or "none"
+    return (
+        f"{reference['images']}, {reference['num_images']:,} images (files left out: {left_out}), "
+        f"{reference['fingerprint']}"
+    )
