@@ -6,6 +6,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM)
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 UNSOUND = (errno.EIO, errno.ESTALE)
+# How a file begins that stands for another one.
+POINTER = b"version https://git-lfs"
+PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 class UserError(Exception):
@@ -46,4 +49,15 @@ def describe_storage_error(error: OSError, place: object = None) -> str | None:
         return f"{named}too many files are open ({reason}); raise the limit with `ulimit -n`"
     if error.errno in UNSOUND:
         return f"{named}the storage does not answer ({reason}); mend or mount it and type the command again"
+    return None
+
+
+def describe_unfetched(head: bytes) -> str | None:
+    """Return what a file is, and what to do about it, if its first bytes say that it was never fetched as itself."""
+    if not head:
+        return "is empty: it was not written or fetched to its end"
+    if head.startswith(POINTER):
+        return "is a pointer of git-lfs, not the file itself: run `git lfs pull` where it was cloned"
+    if head.lstrip().lower().startswith(PAGES):
+        return "is a web page that was saved under this name: fetch the file itself"
     return None

@@ -38,9 +38,9 @@ from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from sampling.config import SamplingConfig
+from sampling.foreign_weights import open_trained_model
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
-from sampling.trained_model import open_trained_model
 from toyworld.scenes import random_scene
 from toyworld.wording import dense_caption
 

@@ -12,6 +12,9 @@ from encoders.latents import DiffusersCodec, LatentSpec, to_model_input
 if TYPE_CHECKING:
     import torch
 
+# What diffusers assumes for a config without these keys.
+CONFIG_DEFAULTS = {"scaling_factor": 1.0, "latent_channels": 32, "encoder_block_out_channels": (128,) * 6}
+
 
 class DCCodec(DiffusersCodec):
     """An `AutoencoderDC`, see `LatentCodec`."""
@@ -21,6 +24,7 @@ class DCCodec(DiffusersCodec):
     @staticmethod
     def read_spec(config: Mapping[str, Any], *, identity: str) -> LatentSpec:
         """Return the spec of an `AutoencoderDC` with this `config.json`."""
+        config = CONFIG_DEFAULTS | dict(config)
         return LatentSpec(
             channels=config["latent_channels"],
             factor=2 ** (len(config["encoder_block_out_channels"]) - 1),

@@ -10,7 +10,7 @@ pools leave padding out of the mean, and the last block pools by maximum.
 from __future__ import annotations
 
 import hashlib
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -214,18 +214,12 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def load_inception(path: Path) -> InceptionV3:
-    """Read the weights of a `.pth` file, as tensors only.
+def inception_of(weights: Mapping[str, Tensor], *, origin: str) -> InceptionV3:
+    """Return the network with these weights; `origin` names their file in an error.
 
     Raises:
-        UserError: the file does not hold exactly this network's weights (and its classifier, which is not used).
+        UserError: they are not exactly this network's (and its classifier's, which is not used).
     """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(f"evaluation.inception {path} holds no weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(weights, dict):
-        raise UserError(f"evaluation.inception {path} holds no weights, but a {type(weights).__name__}")
     weights = {name: value for name, value in weights.items() if name not in ("fc.weight", "fc.bias")}
     network = InceptionV3()
     expected = network.state_dict()
@@ -234,7 +228,7 @@ def load_inception(path: Path) -> InceptionV3:
     wrong += sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if wrong:
         raise UserError(
-            f"evaluation.inception {path} is not the Inception-v3 of FID: {len(wrong)} weights differ in name or shape "
+            f"{origin} is not the Inception-v3 of FID: {len(wrong)} weights differ in name or shape "
             f"({', '.join(wrong[:3])}, ...); it should be pt_inception-2015-12-05-6726825d.pth"
         )
     network.load_state_dict(weights, strict=False)

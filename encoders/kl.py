@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from encoders.latents import DiffusersCodec, LatentSpec, to_model_input
+from errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 # What diffusers assumes for a config without these keys, as older VAEs have.
 CONFIG_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4, "block_out_channels": (64,)}
+# Means and deviations by channel that some pipelines scale with; PixArt's do not, and neither do we.
+UNSUPPORTED = ("latents_mean", "latents_std")
 # The VAE of the paper, for planning before it is downloaded.
 PUBLISHED_VAE = LatentSpec(channels=4, factor=8, scale=0.18215, shift=0.0, has_std=True, identity="")
 
@@ -25,8 +28,11 @@ class KLCodec(DiffusersCodec):
 
     @staticmethod
     def read_spec(config: Mapping[str, Any], *, identity: str) -> LatentSpec:
-        """Return the spec of an `AutoencoderKL` with this `config.json`."""
+        """Return the spec of an `AutoencoderKL` with this `config.json`; UserError if it scales channel by channel."""
         config = CONFIG_DEFAULTS | dict(config)
+        for name in UNSUPPORTED:
+            if config.get(name) is not None:
+                raise UserError(f"{name} is {config[name]}, but latents are scaled by scaling_factor alone")
         return LatentSpec(
             channels=config["latent_channels"],
             factor=2 ** (len(config["block_out_channels"]) - 1),

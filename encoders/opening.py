@@ -48,7 +48,9 @@ def text_spec(
     config = read_config(source)
     if config is None:
         return None
-    width = config[_text_class(source, config, key=key).width_key]
+    width_key = _text_class(source, config, key=key).width_key
+    if not isinstance(width := config.get(width_key), int):
+        raise UserError(f"{key} {source.location}: config.json gives no {width_key}, the width of the embeddings")
     return TextSpec(width=width, max_tokens=max_tokens, cleaning=cleaning, identity=source.identity)
 
 
@@ -102,7 +104,11 @@ def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None
     config = read_config(source)
     if config is None:
         return None
-    return _codec_class(source, config, key=key).read_spec(config, identity=source.identity)
+    codec_class = _codec_class(source, config, key=key)
+    try:
+        return codec_class.read_spec(config, identity=source.identity)
+    except UserError as error:
+        raise UserError(f"{key} {source.location}: {error}") from None
 
 
 def open_codec(

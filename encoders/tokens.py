@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.text import clean_text
 from encoders.weights import ModelSource, find_file
-from errors import MissingFileError
+from errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,10 +51,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> Any:
-    """Return transformers' tokenizer of a model, which lies beside its weights or in a `folder` of its own."""
+    """Return transformers' tokenizer of a model, which lies beside its weights or in a `folder` of its own.
+
+    Raises:
+        UserError: there is none, or it is damaged; names the folder.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder or source.location, revision=source.revision or "main")
+    location = folder or source.location
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=source.revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        said = str(error).strip() or type(error).__name__
+        raise UserError(f"the tokenizer in {location} cannot be loaded: {said.splitlines()[0]}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

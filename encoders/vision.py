@@ -7,8 +7,7 @@ What is measured with their features (distances, scores) belongs to the rooms th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -82,14 +81,14 @@ class InceptionTower:
     """The Inception-v3 of FID with clean-fid's resizing (Parmar et al. 2022).
 
     Raises:
-        UserError: `path` does not hold its weights.
+        UserError: the weights are not its own; names their `origin`.
     """
 
-    def __init__(self, path: Path, *, device: torch.device) -> None:
-        from encoders.inception import load_inception
+    def __init__(self, weights: Mapping[str, Tensor], *, origin: str, device: torch.device) -> None:
+        from encoders.inception import inception_of
 
         self._device = device
-        self._model = load_inception(path).to(device)
+        self._model = inception_of(weights, origin=origin).to(device)
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """Return an RGB image squashed to 299 x 299, [3, 299, 299] from 0 to 255."""

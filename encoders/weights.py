@@ -1,16 +1,22 @@
 """Where a model's files are, in a local folder or the hub's cache, and whether all weights are among them."""
 
-import json
 import os
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import MissingFileError, UserError
+from errors import MissingFileError, UserError, describe_unfetched
 from pipelines.store.files import sha256_file, sha256_text
+from pipelines.store.state_files import read_state
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Files of weights of transformers and diffusers, whole or in pieces, with the variant (fp16) on either side of those.
+WEIGHT_FILE = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(\w+))??(?:-\d+-of-\d+)?(?:\.(\w+))??\.(?:safetensors|bin)"
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def read_config(source: ModelSource) -> dict[str, Any] | None:
     path = find_file(source, "config.json")
     if path is None and Path(source.location).is_dir():
         raise MissingFileError(f"{source.location} has no config.json: it is not a folder that a model was saved in")
-    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return None if path is None else read_state(path, mend="fetch the model again")
 
 
 def is_model_here(source: ModelSource) -> bool:
@@ -112,17 +118,60 @@ def load_pretrained(
     Raises:
         UserError: its files are missing or broken, or lack weights; names `key`.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    named, folder = f"{key} {source.location!r}", Path(source.location)
+    kind = _weights_kind(folder, named) if folder.is_dir() else {}
     try:
         model, loading = model_class.from_pretrained(
-            source.location, revision=source.revision or "main", output_loading_info=True, **settings
+            source.location,
+            revision=source.revision or "main",
+            output_loading_info=True,
+            **kind,
+            **settings,
         )
-    except OSError as error:
-        raise UserError(f"{key} {source.location!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    _require_complete(loading, f"{key} {source.location!r} lacks weights of a {type(model).__name__}{hint}")
+    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise UserError(f"{named} cannot be loaded: {_describe_damage(folder, error)}") from error
+    _require_complete(loading, f"{named} lacks weights of a {type(model).__name__}{hint}")
     return model.eval().requires_grad_(False)
+
+
+def _weights_kind(folder: Path, named: str) -> dict[str, Any]:
+    """Return what the libraries must be told to find a folder's weights: a variant, or that they are pickles.
+
+    Raises:
+        UserError: there are several variants, and no plain weights.
+    """
+    matches = [match for path in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))]
+    variants = sorted({match[1] or match[2] or "" for match in matches})
+    if not variants:
+        return {}
+    if variants[0] and len(variants) > 1:
+        raise UserError(f"{named} holds weights as {' and as '.join(variants)}: keep the files of one of them")
+    chosen = [match[0] for match in matches if (match[1] or match[2] or "") == variants[0]]
+    kind: dict[str, Any] = {"variant": variants[0]} if variants[0] else {}
+    is_pickled = not any(name.endswith(".safetensors") for name in chosen)
+    return kind | {"use_safetensors": False} if is_pickled else kind
+
+
+def _describe_damage(folder: Path, error: Exception) -> str:
+    """Say what is wrong with a model's files; never with the advice of torch to unpickle whatever they hold."""
+    for path in sorted(folder.glob("*")):
+        if WEIGHT_FILE.fullmatch(path.name):
+            with path.open("rb") as file:
+                fault = describe_unfetched(file.read(1024))
+            if fault is not None:
+                return f"{path.name} {fault}"
+    said = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in said:
+        return "a pickle in it holds more than weights, and to open that could run any program"
+    if isinstance(error, OSError):
+        return said.splitlines()[0]
+    return f"a file of its weights is damaged or has been cut short ({type(error).__name__}); fetch it again"
 
 
 def _require_complete(loading: Mapping[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from sampling.config import SamplingConfig
 from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, run_job
-from sampling.trained_model import find_trained_model
+from sampling.opening import find_trained_model
 
 log = get_logger("sampling")
 

@@ -22,8 +22,8 @@ from pipelines.recipe import TableConfig
 from pixart.processes.specs import num_passes
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
 from sampling.config import SamplingConfig
+from sampling.opening import find_trained_model
 from sampling.prompts import NUM_SEEDS
-from sampling.trained_model import find_trained_model
 
 if TYPE_CHECKING:
     import gradio

@@ -128,8 +128,8 @@ def test_disagreeing_copies_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_fn": "geglu"}, "activation_fn geglu, only gelu-approximate"),
-        ({"norm_type": "layer_norm"}, "not a PixArt or DiT transformer"),
+        ({"activation_fn": "geglu"}, "config.json: activation_fn is 'geglu', but only 'gelu-approximate' is supported"),
+        ({"norm_type": "layer_norm"}, "of norm_type layer_norm, not a PixArt or DiT"),
         ({"num_layers": 3}, r"missing \['transformer_blocks.2"),
         ({"num_layers": 1}, r"unexpected \['transformer_blocks.1"),
         ({"caption_channels": 24}, r"is \(24, 20\), .* needs \(24, 24\)"),

@@ -7,13 +7,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from errors import UserError
 from pixart.processes.make import process_of
+from pixart.processes.scheduler_configs import spec_of_scheduler
 from pixart.processes.specs import (
     SOLVERS,
     ddpm_spec,
     flow_spec,
     num_passes,
     require_solver,
-    spec_of_scheduler,
     spec_of_trainer,
 )
 

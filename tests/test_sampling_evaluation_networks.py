@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor
 
 from encoders import inception
-from encoders.inception import BlockA, BlockE, InceptionV3, load_inception
+from encoders.inception import BlockA, BlockE, InceptionV3
 from errors import UserError
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.networks import find_networks, load_network
@@ -84,10 +84,10 @@ def test_other_weights_are_refused(inception_file, tmp_path):
     weights["Mixed_7c.branch_pool.conv.weight"] = torch.zeros(2, 2)
     torch.save(weights, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"1 weights differ .*Mixed_7c\.branch_pool\.conv\.weight"):
-        load_inception(tmp_path / "other.pth")
+        load_network(source_of(inception=str(tmp_path / "other.pth")), device="cpu")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(UserError, match=r"evaluation\.inception .*text\.pth"):
-        load_inception(tmp_path / "text.pth")
+        load_network(source_of(inception=str(tmp_path / "text.pth")), device="cpu")
 
 
 def test_inceptions_resizing_has_antialiasing_and_does_not_round(inception_file):

@@ -25,7 +25,8 @@ from pixart.model import PixArt
 from pixart.processes.specs import ddpm_spec
 from sampling.__main__ import main
 from sampling.config import EncoderConfig, encoder_config
-from sampling.trained_model import open_run_model, open_trained_model
+from sampling.foreign_weights import open_trained_model
+from sampling.trained_model import open_run_model
 
 # published width and heads, one block
 WIDE = replace(PIXART, num_layers=1, num_heads=6, head_dim=64)
@@ -101,7 +102,7 @@ def test_pickled_weights_are_fetched_of_parts_that_have_no_others(run, tmp_path,
         return str(tmp_path / "saved")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("sampling.trained_model.require_model", lambda source, key: None)
+    monkeypatch.setattr("sampling.foreign_weights.require_model", lambda source, key: None)
     open_trained_model("someone/pixart", None)
     assert asked == [["*.json", "*.safetensors", "*.model"], ["transformer/*.bin"]]
 
@@ -127,7 +128,7 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
     assert trained.text == text
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"norm_type": "layer_norm"}))
-    with pytest.raises(UserError, match="is a PixArtTransformer2DModel, not a PixArt or DiT"):
+    with pytest.raises(UserError, match="PixArtTransformer2DModel of norm_type layer_norm, not a PixArt or DiT"):
         open_trained_model(str(folder), encoders)
 
 
@@ -196,7 +197,7 @@ def original_mistakes(run: Path) -> dict[str, tuple[object, str]]:
         "positions": (weights, r"hold no positions, .* \(see sampling\.checkpoint_resolution\)"),
         "narrow": (narrow, r"width 24 is none of \[384, 768, 1024, 1152\]"),
         "other": ({"a": torch.zeros(1)}, "neither an original PixArt nor a DiT"),
-        "code": ({"a": Path("x")}, "is not a checkpoint of torch"),
+        "code": ({"a": Path("x")}, r"holds more than weights, namely pathlib\.PosixPath; to open that could run any"),
     }
 
 

@@ -18,7 +18,7 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.specs import ddpm_spec, flow_spec
 from sampling.config import EncoderConfig
-from sampling.trained_model import open_trained_model
+from sampling.foreign_weights import open_trained_model
 from training.convert import main
 from training.stages.stage import find_weights
 
@@ -71,7 +71,7 @@ def test_converted_weights_keep_their_process(tmp_path: Path) -> None:
     (tmp_path / "step-7" / "scheduler").mkdir()
     (tmp_path / "step-7" / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
     main([str(tmp_path / "step-7" / "model"), str(tmp_path / "converted")])
-    assert find_weights(str(tmp_path / "converted")).process == flow_spec(shift=3.0)
+    assert find_weights(str(tmp_path / "converted"), key="x").process == flow_spec(shift=3.0)
     PixArtTransformer2DModel.from_pretrained(tmp_path / "converted", subfolder="transformer")
     DPMSolverMultistepScheduler.from_pretrained(tmp_path / "converted", subfolder="scheduler")
     encoders = EncoderConfig(text_model="google/t5", vae_model="someone/vae")
@@ -80,7 +80,7 @@ def test_converted_weights_keep_their_process(tmp_path: Path) -> None:
     # Somebody else's scheduler does not count, neither for training nor for sampling.
     (tmp_path / "step-7" / "model").rename(tmp_path / "step-7" / "mine")
     for process in (
-        find_weights(str(tmp_path / "step-7" / "mine")).process,
+        find_weights(str(tmp_path / "step-7" / "mine"), key="x").process,
         open_trained_model(str(tmp_path / "step-7" / "mine"), encoders).process,
     ):
         assert process == ddpm_spec()

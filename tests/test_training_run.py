@@ -19,7 +19,8 @@ from pixart.convert import load_diffusers, save_diffusers
 from pixart.drawing.denoise import denoise, draw_noise, make_generators, predict_from_text
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
-from pixart.processes.specs import ddpm_spec, flow_spec, spec_beside
+from pixart.processes.scheduler_configs import spec_beside
+from pixart.processes.specs import ddpm_spec, flow_spec
 from sampling.trained_model import open_run_model
 
 NUM_STEPS = 200

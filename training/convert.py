@@ -42,26 +42,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.folder.exists():
         raise UserError(f"{options.folder} exists already: name a new folder, or remove it first")
-    start = find_weights(options.source)
+    start = find_weights(options.source, key="SOURCE")
     source = start.path
     assert source is not None, "only a stage starts from nothing"
-    network = load_network(source, options.timestep_shift, sample_size=options.sample_size, key="SOURCE").float()
+    network = load_network(
+        source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
+    ).float()
     if options.reparameterize:
         if network.kind != "dit":
             raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
-        console.print(f"{source}: {_describe(network)}", markup=False, soft_wrap=True)
+        _say(f"{source}: {_describe(network)}")
         torch.manual_seed(options.seed)
         dit, network = network, reparameterize(network, _pixart_config(network, options))
         _compare(dit, network)
     _write(network, options.folder, start.process)
-    console.print(f"{options.folder}: {_describe(network)}", markup=False, soft_wrap=True)
+    _say(f"{options.folder}: {_describe(network)}")
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert", description="Published weights as a folder of ours."
     )
-    parser.add_argument("source", help="diffusers folder or hub id, original .pth of PixArt, .pt of DiT")
+    parser.add_argument(
+        "source", help="diffusers folder or hub id, original file (.pth, .pt, .safetensors) of PixArt or DiT"
+    )
     parser.add_argument(
         "folder",
         type=Path,

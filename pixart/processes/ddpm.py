@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from pixart.processes.dpm_solver import dpm_solver
 from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, require_solver
 
@@ -26,7 +27,7 @@ class DDPM:
     """Forward process q and training loss for T discrete timesteps 0 ... T-1, all in fp32.
 
     `schedule` is in the words of diffusers' schedulers. `min_snr_gamma` caps the squared error's weight at high
-    signal-to-noise ratio (min-SNR, 5 is usual).
+    signal-to-noise ratio (min-SNR, 5 is usual). `sampler` sets diffusers' DPM-Solver++ otherwise than it is by itself.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class DDPM:
         schedule: Mapping[str, Any] = DDPM_SCHEDULE,
         *,
         min_snr_gamma: float | None = None,
+        sampler: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         betas = _betas(schedule)
@@ -48,6 +50,7 @@ class DDPM:
 
         self.schedule = dict(schedule)
         self.min_snr_gamma = min_snr_gamma
+        self.sampler = dict(sampler or {})
         self.num_times = len(betas)
         self.alphas_cumprod = table(alphas_cumprod)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
@@ -60,7 +63,7 @@ class DDPM:
     @property
     def spec(self) -> dict[str, Any]:
         """All that makes this process again, as JSON."""
-        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma)
+        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma, sampler=self.sampler)
 
     def out_channels(self, channels: int) -> int:
         """Channels of the output: those of the noise, and as many of the variance."""
@@ -141,7 +144,6 @@ class DDPM:
             UserError: the solver is of another process, or takes not so many steps.
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
         from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
         require_solver(self.spec, solver, num_steps=num_steps)
@@ -153,7 +155,7 @@ class DDPM:
             case "sa-solver":
                 scheduler = SASolverScheduler(**self.schedule)
             case _:
-                scheduler = DPMSolverMultistepScheduler(**self.schedule)
+                return dpm_solver({**self.schedule, **self.sampler}, num_steps)
         scheduler.set_timesteps(num_steps)
         if solver == "sa-solver":
             scheduler.sigmas[-1] = LAST_SIGMA  # diffusers leaves in the noise of timestep 0
@@ -161,7 +163,12 @@ class DDPM:
 
     def scheduler_config(self) -> dict[str, Any]:
         """What `scheduler/scheduler_config.json` must say for diffusers to draw with DPM-Solver++."""
-        return {"_class_name": "DPMSolverMultistepScheduler", **self.schedule, "prediction_type": "epsilon"}
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **self.schedule,
+            **self.sampler,
+            "prediction_type": "epsilon",
+        }
 
 
 def _betas(schedule: Mapping[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ Rectified flow is Liu et al. 2022; logit-normal times and the shift are Esser et
 
 # B batch, C latent channels, h x w latent size
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from pixart.processes.dpm_solver import dpm_solver
 from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import FLOW_NUM_TIMES, flow_spec, require_solver
 
@@ -24,22 +26,30 @@ class Flow:
 
     Sigmas to train at are logit-normal, sigmoid(`logit_mean` + `logit_std` * normal), and then shifted, as are those
     that are drawn at: shift * sigma / (1 + (shift - 1) * sigma) (SD3 eq. 23). A larger `shift` trains and draws more
-    among the noisy ones, as larger images want.
+    among the noisy ones, as larger images want. `sampler` sets diffusers' DPM-Solver++ otherwise than it is by itself.
     """
 
     num_times = FLOW_NUM_TIMES
 
-    def __init__(self, *, shift: float = 1.0, logit_mean: float = 0.0, logit_std: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        shift: float = 1.0,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        sampler: Mapping[str, Any] | None = None,
+    ) -> None:
         if not (shift > 0 and logit_std > 0):
             raise UserError(f"process flow: shift {shift} and logit_std {logit_std} must be positive")
         self.shift = shift
         self.logit_mean = logit_mean
         self.logit_std = logit_std
+        self.sampler = dict(sampler or {})
 
     @property
     def spec(self) -> dict[str, Any]:
         """All that makes this process again, as JSON."""
-        return flow_spec(shift=self.shift, logit_mean=self.logit_mean, logit_std=self.logit_std)
+        return flow_spec(shift=self.shift, logit_mean=self.logit_mean, logit_std=self.logit_std, sampler=self.sampler)
 
     def out_channels(self, channels: int) -> int:
         """Channels of the output: as many as the latents have."""
@@ -82,7 +92,6 @@ class Flow:
         Raises:
             UserError: the solver is of another process, or takes not so many steps.
         """
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
         from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
@@ -97,8 +106,7 @@ class Flow:
                 scheduler.sigma_min, scheduler.sigma_max = 1 / num_steps, 1.0
                 scheduler.set_timesteps(num_steps)
             case _:
-                scheduler = DPMSolverMultistepScheduler(**self._dpm_solver_settings())
-                scheduler.set_timesteps(num_steps)
+                scheduler = dpm_solver(self._dpm_solver_settings(), num_steps)
         # its whole timesteps may repeat, and diffusers would look up where it is
         scheduler.set_begin_index(0)
         return scheduler
@@ -113,6 +121,7 @@ class Flow:
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
             "flow_shift": self.shift,
+            **self.sampler,
         }
 
     def _sigmas(self, times: Tensor) -> Tensor:

@@ -20,16 +20,18 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
     """
     match dict(spec):
         case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **others} if others.keys() <= {
-            "min_snr_gamma"
+            "min_snr_gamma",
+            "sampler",
         }:
-            return DDPM(schedule, min_snr_gamma=others.get("min_snr_gamma"), device=device)
+            gamma, sampler = others.get("min_snr_gamma"), others.get("sampler")
+            return DDPM(schedule, min_snr_gamma=gamma, sampler=sampler, device=device)
         case {
             "name": "flow",
             "prediction": "velocity",
             "schedule": {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std, **unknown},
             **others,
-        } if not unknown and not others:
-            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+        } if not unknown and others.keys() <= {"sampler"}:
+            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, sampler=others.get("sampler"))
         case {"name": name, **others} if name in SOLVERS:
             raise UserError(f"process {name} with {others} is none that this version knows")
         case _:

@@ -1,11 +1,9 @@
-"""Processes as they stand in files: the spec in `trainer.json`, and the scheduler's config of a diffusers folder.
+"""Processes as they stand in `trainer.json`: their specs.
 
-Nothing here needs torch; `make.py` makes a process of its spec.
+Nothing here needs torch; `make.py` makes a process of its spec, `scheduler_configs.py` reads those of diffusers.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from errors import UserError
@@ -28,54 +26,44 @@ FLOW_NUM_TIMES = 1000
 SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver"), "flow": ("dpm-solver++", "euler", "heun")}
 
 
-def ddpm_spec(schedule: Mapping[str, Any] = DDPM_SCHEDULE, *, min_snr_gamma: float | None = None) -> dict[str, Any]:
-    """Return the spec of PixArt's own process: the network predicts the noise and, beside it, a variance."""
+def ddpm_spec(
+    schedule: Mapping[str, Any] = DDPM_SCHEDULE,
+    *,
+    min_snr_gamma: float | None = None,
+    sampler: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the spec of PixArt's own process: the network predicts the noise and, beside it, a variance.
+
+    `sampler` holds settings of diffusers' DPM-Solver++, where they are not its defaults.
+    """
     spec = {"name": "ddpm", "prediction": "noise", "schedule": dict(schedule)}
-    return spec if min_snr_gamma is None else spec | {"min_snr_gamma": min_snr_gamma}
+    return _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler)
 
 
-def flow_spec(*, shift: float = 1.0, logit_mean: float = 0.0, logit_std: float = 1.0) -> dict[str, Any]:
-    """Return the spec of rectified flow, of which the network predicts the velocity."""
+def flow_spec(
+    *,
+    shift: float = 1.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    sampler: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the spec of rectified flow, of which the network predicts the velocity; `sampler` as in `ddpm_spec`."""
     schedule = {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std}
-    return {"name": "flow", "prediction": "velocity", "schedule": schedule}
+    spec = {"name": "flow", "prediction": "velocity", "schedule": schedule}
+    return _with_settings(spec, sampler=sampler)
+
+
+def _with_settings(
+    spec: dict[str, Any], *, min_snr_gamma: float | None = None, sampler: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Add what most processes do without; their specs stay those of before these settings came."""
+    spec = spec if min_snr_gamma is None else spec | {"min_snr_gamma": min_snr_gamma}
+    return spec | {"sampler": dict(sampler)} if sampler else spec
 
 
 def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the process of a `trainer.json`; those written when there was but one name its schedule alone."""
     return trainer["process"] if "process" in trainer else ddpm_spec(trainer.get("schedule", DDPM_SCHEDULE))
-
-
-def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the process that a `scheduler_config.json` of diffusers draws with; what it leaves out is PixArt's.
-
-    Of flow it has the shift alone: nobody draws with the times that it was trained at.
-
-    Raises:
-        UserError: the network predicts something else; names it.
-    """
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction == "flow_prediction" or "FlowMatch" in config.get("_class_name", ""):
-        return flow_spec(shift=config.get("flow_shift", config.get("shift", 1.0)))
-    if prediction != "epsilon":
-        raise UserError(f"prediction_type {prediction}, only epsilon and flow_prediction are supported")
-    return ddpm_spec({name: config.get(name, value) for name, value in DDPM_SCHEDULE.items()})
-
-
-def spec_beside(weights: Path) -> dict[str, Any] | None:
-    """Return the process that `scheduler/` beside a folder of weights tells of, None if there is none.
-
-    Beside a folder of any other name than `WEIGHT_FOLDERS` it is somebody else's.
-
-    Raises:
-        UserError: the network predicts something that is not supported; names the file.
-    """
-    path = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
-    if weights.name not in WEIGHT_FOLDERS or not path.is_file():
-        return None
-    try:
-        return spec_of_scheduler(json.loads(path.read_text(encoding="utf-8")))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def num_passes(solver: str, num_steps: int) -> int:

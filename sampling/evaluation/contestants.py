@@ -12,8 +12,10 @@ from pipelines.store.files import sha256_text
 from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import write_prompt_set
+from sampling.foreign_weights import open_trained_model
 from sampling.generate import SamplingJob, make_job, run_job
-from sampling.trained_model import TrainedModel, find_trained_model, open_run_model, open_trained_model
+from sampling.opening import find_trained_model
+from sampling.trained_model import TrainedModel, open_run_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,10 @@ def load_network(network: NetworkSource, *, device: torch.device) -> VisionTower
 
     key = f"evaluation.{network.key}"
     if network.key == "inception":
-        return InceptionTower(Path(network.source.location), device=device)
+        from pixart.tensor_files import read_weight_file
+
+        path = Path(network.source.location)
+        return InceptionTower(read_weight_file(path, key=key).tensors, origin=f"{key} {path}", device=device)
     if network.key == "clip":
         return ClipTowers(network.source, device=device, dtype=torch.float32, key=key)
     return VisionModel(network.source, device=device, key=key)

@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import resolve_model
+from encoders.weights import require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
-from pixart.processes.specs import ddpm_spec, spec_beside, spec_of_trainer
+from pixart.processes.scheduler_configs import spec_beside
+from pixart.processes.specs import ddpm_spec, spec_of_trainer
+from pixart.weight_files import ORIGINAL_SUFFIXES
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 
@@ -209,26 +211,26 @@ def _networks(
 def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, checks_files: bool) -> StartingPoint:
     """Return the weights that a recipe's `key` names: of a stage, a checkpoint, or others."""
     former = _former_stage(command, wanted)
-    key = f"{key} = {wanted!r}"
+    named = f"{key} = {wanted!r}"
     location = wanted.replace("{run}", str(command.run))
     path = Path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
-        raise UserError(f"{key} is this stage's own folder; resuming is automatic and needs no key")
+        raise UserError(f"{named} is this stage's own folder; resuming is automatic and needs no key")
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path, checks_files=checks_files)
     if checkpoint is not None:
         return _from_checkpoint(checkpoint)
     if former is not None:
         raise MissingFileError(
-            f"{path} has no checkpoint, and {key} needs its weights; "
+            f"{path} has no checkpoint, and {named} needs its weights; "
             f"run `make train STAGE={former} RUN={command.run}` first, or name others"
         )
     if (path / STATE).is_dir():
-        raise UserError(f"{key} is a checkpoint without {TRAINER}: it was not written whole")
+        raise UserError(f"{named} is a checkpoint without {TRAINER}: it was not written whole")
     if "/" not in location and not path.exists():
         names = ", ".join(stage_names(command.recipe))
-        raise MissingFileError(f"{key} is no stage of {command.recipe.path} ({names}), and no file or folder")
-    return find_weights(location)
+        raise MissingFileError(f"{named} is no stage of {command.recipe.path} ({names}), and no file or folder")
+    return find_weights(location, key=key)
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
@@ -236,17 +238,21 @@ def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
     return StartingPoint(checkpoint.path / MODEL, identity, checkpoint, spec_of_trainer(checkpoint.trainer))
 
 
-def find_weights(model_id: str) -> StartingPoint:
+def find_weights(model_id: str, *, key: str) -> StartingPoint:
     """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`).
 
     Raises:
         MissingFileError: it looks like a path, and there is nothing.
+        UserError: the hub has no such model, or the folder's process is not supported; the former names `key`.
     """
     if Path(model_id).is_file():
         return StartingPoint(Path(model_id), f"sha256:{sha256_file(Path(model_id))}")
+    if model_id.endswith(ORIGINAL_SUFFIXES) and not Path(model_id).exists():
+        raise MissingFileError(f"{key}: {model_id} does not exist")
     source = resolve_model(model_id)
     folder = Path(source.location)
     if not folder.is_dir():
+        require_model(source, key=key)
         from huggingface_hub import snapshot_download
 
         patterns = ["transformer/*", "scheduler/*"]

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,17 +11,24 @@ import torch
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL
-from pixart.convert import infer_config, load_diffusers, read_original
+from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
+from pixart.tensor_files import read_weight_file
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.networks import blank_network
 from training.stages.stage import TrainingJob
 from training.stages.trainable import freeze_others
 
 log = get_logger("training")
+
+
+def log_once(line: str) -> None:
+    """Log a line on one rank of many."""
+    if os.environ.get("RANK", "0") == "0":
+        log.info(line)
 
 
 def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT | PixArt) -> dict[str, DiT | PixArt]:
@@ -132,15 +139,22 @@ def _inherit(config: DiTConfig | PixArtConfig, former: DiTConfig | PixArtConfig)
     return dataclasses.replace(config, **{name: getattr(former, name) for name in config.inherited_fields})
 
 
-def load_network(path: Path, timestep_shift: int | None, *, sample_size: int, key: str) -> DiT | PixArt:
+def load_network(
+    path: Path, timestep_shift: int | None, *, sample_size: int, key: str, say: Callable[[str], None] = log_once
+) -> DiT | PixArt:
     """Open a diffusers folder, or an original file of PixArt or DiT, which if it lacks positions is of `sample_size`.
+
+    `say` is told which weights of the file are taken, where it holds several or keeps them in a part.
 
     Raises:
         UserError: it is neither, or its keys do not fit; names `key`.
     """
     if path.is_dir():
         return load_diffusers(path, timestep_shift=timestep_shift)
-    weights = read_original(path)
+    stored = read_weight_file(path)
+    if stored.part is not None:
+        say(f"{path}: {stored.describe()} are taken")
+    weights = stored.tensors
     try:
         found = infer_config(weights, sample_size=None if "pos_embed" in weights else sample_size)
         return load_weights(found, weights, original_layout(found))

@@ -1,0 +1,209 @@
+"""Processes as diffusers' pipelines tell of them, in `scheduler/scheduler_config.json`.
+
+Every key of such a file is one of four: it defines the process, and is honoured or refused; it sets DPM-Solver++, and
+is handed on where the file is of that class; it belongs to a sampler that `sampling.solver` takes the place of; or it
+is unknown, and refused unless it is off. Nothing here needs torch.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from pixart.processes.specs import (
+    DDPM_SCHEDULE,
+    FLOW_NUM_TIMES,
+    SCHEDULER_FILE,
+    SCHEDULER_FOLDER,
+    WEIGHT_FOLDERS,
+    ddpm_spec,
+    flow_spec,
+)
+from pixart.weight_files import read_json
+
+DPM_SOLVER = "DPMSolverMultistepScheduler"
+# Classes of diffusers by what they take for a schedule that a config leaves out.
+KARRAS_SCHEDULE = {**DDPM_SCHEDULE, "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    DPM_SOLVER: DDPM_SCHEDULE,
+    "DPMSolverSinglestepScheduler": DDPM_SCHEDULE,
+    "DDPMScheduler": DDPM_SCHEDULE,
+    "DDIMScheduler": DDPM_SCHEDULE,
+    "DEISMultistepScheduler": DDPM_SCHEDULE,
+    "EulerAncestralDiscreteScheduler": DDPM_SCHEDULE,
+    "EulerDiscreteScheduler": DDPM_SCHEDULE,
+    "LMSDiscreteScheduler": DDPM_SCHEDULE,
+    "PNDMScheduler": DDPM_SCHEDULE,
+    "SASolverScheduler": DDPM_SCHEDULE,
+    "UniPCMultistepScheduler": DDPM_SCHEDULE,
+    "HeunDiscreteScheduler": KARRAS_SCHEDULE,
+    "KDPM2AncestralDiscreteScheduler": KARRAS_SCHEDULE,
+    "KDPM2DiscreteScheduler": KARRAS_SCHEDULE,
+}
+FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# A network that these draw from has been distilled, and no solver of ours draws what it was made for.
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# What would make it another process than ours, and the value at which it does not.
+PROCESS_DEFAULTS: dict[str, Any] = {
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+}
+# What diffusers' DPM-Solver++ is set by, with its defaults; other classes have some of these, too.
+SAMPLER_DEFAULTS: dict[str, Any] = {
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+# Of samplers of other classes, which DPM-Solver++ does not have; and how a learned variance is drawn from, which the
+# number of channels of the network says.
+OTHER_SAMPLER_KEYS = {
+    "base_image_seq_len",
+    "base_shift",
+    "clip_sample",
+    "clip_sample_range",
+    "corrector_order",
+    "disable_corrector",
+    "interpolation_type",
+    "max_image_seq_len",
+    "max_shift",
+    "predict_x0",
+    "predictor_order",
+    "set_alpha_to_one",
+    "sigma_max",
+    "sigma_min",
+    "skip_prk_steps",
+    "solver_p",
+    "stochastic_sampling",
+    "tau_func",
+    "time_shift_type",
+    "timestep_type",
+    "variance_type",
+}
+READ_KEYS = {*DDPM_SCHEDULE, "prediction_type", "use_flow_sigmas", "flow_shift", "shift"}
+
+
+def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the process that a `scheduler_config.json` of diffusers draws with; what it leaves out is its class's.
+
+    Of flow it has the shift alone: nobody draws with the times that it was trained at.
+
+    Raises:
+        UserError: it is of another process, class or network, or has a setting that is not known; names key and value.
+    """
+    class_name = config.get("_class_name", DPM_SOLVER)
+    _require_known(class_name, config)
+    prediction = config.get("prediction_type", "epsilon")
+    uses_flow_sigmas = bool(config.get("use_flow_sigmas", class_name in FLOW_CLASSES))
+    if class_name in FLOW_CLASSES:
+        prediction = "flow_prediction"
+    if prediction not in ("epsilon", "flow_prediction"):
+        raise UserError(f"prediction_type {prediction}, only epsilon and flow_prediction are supported")
+    if uses_flow_sigmas != (prediction == "flow_prediction"):
+        raise UserError(
+            f"prediction_type {prediction} with use_flow_sigmas {uses_flow_sigmas} is no process known here"
+        )
+    sampler = _sampler(config) if class_name == DPM_SOLVER else {}
+    if uses_flow_sigmas:
+        _require_flow_times(config)
+        return flow_spec(
+            shift=_number(config, "shift" if class_name in FLOW_CLASSES else "flow_shift", 1.0), sampler=sampler
+        )
+    return ddpm_spec(_schedule(config, SCHEDULES[class_name]), sampler=sampler)
+
+
+def spec_beside(weights: Path) -> dict[str, Any] | None:
+    """Return the process that `scheduler/` beside a folder of weights tells of, None if there is none.
+
+    Beside a folder of any other name than `WEIGHT_FOLDERS` it is somebody else's.
+
+    Raises:
+        UserError: it is of a process that is not supported, or damaged; names the file.
+    """
+    path = _scheduler_file(weights)
+    if path is None:
+        return None
+    try:
+        return spec_of_scheduler(read_json(path))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def describe_replaced_sampler(weights: Path) -> str | None:
+    """Return which sampler of the folder `sampling.solver` takes the place of; None if there is none, or the same."""
+    path = _scheduler_file(weights)
+    class_name = DPM_SOLVER if path is None else read_json(path).get("_class_name", DPM_SOLVER)
+    if class_name == DPM_SOLVER:
+        return None
+    return f"{path} is of {class_name}: its noise schedule is kept, but sampling.solver says how images are drawn"
+
+
+def _scheduler_file(weights: Path) -> Path | None:
+    path = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
+    return path if weights.name in WEIGHT_FOLDERS and path.is_file() else None
+
+
+def _require_known(class_name: str, config: Mapping[str, Any]) -> None:
+    if class_name in DISTILLED:
+        raise UserError(
+            f"_class_name {class_name}: the network is distilled to few steps, and no solver here draws those"
+        )
+    if class_name not in SCHEDULES and class_name not in FLOW_CLASSES:
+        raise UserError(f"_class_name {class_name} is none of {', '.join([*SCHEDULES, *FLOW_CLASSES])}")
+    for key, value in config.items():
+        if key in PROCESS_DEFAULTS and value != PROCESS_DEFAULTS[key]:
+            said = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+            raise UserError(
+                f"{key} is {said}, but only {PROCESS_DEFAULTS[key]!r} is supported: images would be drawn under "
+                "another noise schedule than the network was trained with"
+            )
+        is_known = key in READ_KEYS | PROCESS_DEFAULTS.keys() | SAMPLER_DEFAULTS.keys() | OTHER_SAMPLER_KEYS
+        if not is_known and not key.startswith("_") and value not in (None, False):
+            raise UserError(f"{key} is {value!r}, a setting that is not known here: without it images may be wrong")
+
+
+def _sampler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config of DPM-Solver++ sets otherwise than diffusers does by itself."""
+    return {key: config[key] for key, value in SAMPLER_DEFAULTS.items() if config.get(key, value) != value}
+
+
+def _schedule(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    schedule = {name: config.get(name, value) for name, value in defaults.items()}
+    if schedule["beta_schedule"] not in BETA_SCHEDULES:
+        raise UserError(f"beta_schedule {schedule['beta_schedule']} is none of {', '.join(BETA_SCHEDULES)}")
+    num_times = schedule["num_train_timesteps"]
+    if not isinstance(num_times, int) or num_times < 2:
+        raise UserError(f"num_train_timesteps is {num_times!r}, not a whole number from 2 on")
+    for name in ("beta_start", "beta_end"):
+        _number(schedule, name, None)
+    return schedule
+
+
+def _require_flow_times(config: Mapping[str, Any]) -> None:
+    num_times = config.get("num_train_timesteps", FLOW_NUM_TIMES)
+    if num_times != FLOW_NUM_TIMES:
+        raise UserError(f"num_train_timesteps is {num_times!r}, but networks of flow are told {FLOW_NUM_TIMES} times")
+
+
+def _number(config: Mapping[str, Any], key: str, default: float | None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise UserError(f"{key} is {value!r}, not a positive number")
+    return value

@@ -1,0 +1,181 @@
+"""What is in files of weights: safetensors, and what `torch.save` leaves in training code.
+
+A file is known by its first bytes, whatever it is called. Pickles are read as tensors and plain values alone: none runs
+code, and no message advises to let one.
+"""
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from errors import UserError
+from pixart.weight_files import find_weight_files, read_head
+
+# Where training code keeps the weights in a file, in the order in which they are taken: averages first.
+PARTS = ("state_dict_ema", "ema", "state_dict", "model", "module")
+AVERAGES = PARTS[:2]
+# What DistributedDataParallel and torch.compile put in front of every key.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+ZIP, PICKLE = b"PK", b"\x80"
+# What unpickling of foreign bytes may raise, by the documentation of pickle and beyond it.
+UNPICKLING_FAULTS = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    zipfile.BadZipFile,
+)
+REFUSED_CLASS = re.compile(r"(?:GLOBAL|class) ([\w.]+)")
+# Plain data that training code saves beside the weights; numpy 1 and 2 write their functions under other names.
+ARRAY_FUNCTIONS = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+PLAIN_CLASSES = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
+    *((function, f"numpy.core.multiarray.{name}") for name, function in ARRAY_FUNCTIONS.items()),
+    *((function, f"numpy._core.multiarray.{name}") for name, function in ARRAY_FUNCTIONS.items()),
+]
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Tensors of one file by name, and where in the file they were: None at its top, else the name of the part."""
+
+    tensors: dict[str, Tensor]
+    part: str | None = None
+
+    def describe(self) -> str:
+        """What was taken, in words."""
+        if self.part is None:
+            return "its weights"
+        return f"its {'average' if self.part in AVERAGES else 'trained'} weights ({self.part})"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return all weights of a folder of diffusers, in the dtype they are stored in; raises as its two halves do."""
+    weights: dict[str, Tensor] = {}
+    for path in find_weight_files(folder):
+        weights |= read_weight_file(path).tensors
+    return weights
+
+
+def read_weight_file(path: Path, *, key: str = "") -> StoredWeights:
+    """Return the tensors of a safetensors file, or of a file of `torch.save` as training code leaves them.
+
+    Of several sets of weights the average is taken. Prefixes of wrappers are left out of the names.
+
+    Args:
+        path: of the file, on which end of its name nothing depends.
+        key: of the recipe, to begin messages with.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is no file of weights, holds more than data, or is damaged; says which and what to do.
+        StorageError: it cannot be read.
+    """
+    name = f"{key} {path}".strip()
+    head = read_head(path, name)
+    if _is_safetensors(head, path):
+        try:
+            return StoredWeights(_without_prefixes(load_file(path)))
+        except SafetensorError as error:
+            raise UserError(f"{name} cannot be read, it may have been cut short: {error}") from None
+    _require_torch_file(path, head, name)
+    stored = _weights_in(_load_plain(path, name), name)
+    return StoredWeights(_without_prefixes(stored.tensors), stored.part)
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether a file begins as safetensors do, or is called so and begins as nothing else."""
+    is_pickled = head.startswith((ZIP, PICKLE))
+    return head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_pickled)
+
+
+def _require_torch_file(path: Path, head: bytes, name: str) -> None:
+    if head.startswith(ZIP) and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+        if any(member.endswith("/constants.pkl") for member in members):
+            raise UserError(f"{name} is a program of TorchScript: save the weights alone, its state_dict()")
+        if not any(member.endswith("/data.pkl") for member in members):
+            raise UserError(f"{name} is a zip archive, but none that torch.save wrote: unpack it first")
+    elif not head.startswith((ZIP, PICKLE)):
+        raise UserError(f"{name} is not a checkpoint of torch: it begins neither as torch.save nor as safetensors does")
+
+
+def _load_plain(path: Path, name: str) -> Any:
+    """Unpickle tensors, containers, numbers, texts and `PLAIN_CLASSES`, and nothing else."""
+    try:
+        # torch warns of pickles that are newer than its own, and asks to report them
+        with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings(action="ignore"):
+            # of a map, optimiser states beside the weights are not read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UNPICKLING_FAULTS as error:
+        said = str(error)
+        if "alloc" in said:
+            raise
+    if refused := REFUSED_CLASS.search(said):
+        raise UserError(
+            f"{name} holds more than weights, namely {refused[1]}; to open that could run any program, so it is not "
+            "opened: where the file comes from, save the weights alone, torch.save(model.state_dict(), ...)"
+        )
+    if "PytorchStreamReader" in said or "EOF" in said or "truncated" in said:
+        raise UserError(f"{name} is not a checkpoint of torch any more: it has been cut short, fetch it again")
+    raise UserError(f"{name} is not a checkpoint of torch, but a pickle of something else, or it is damaged")
+
+
+def _weights_in(content: Any, name: str) -> StoredWeights:
+    """Return the weights that training code has put into a file, whether at the top or in a part of it."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{name} holds no weights by name, but a {type(content).__name__}")
+    parts = [part for part in PARTS if part in content]
+    for part in parts:
+        if isinstance(content[part], Mapping) and content[part]:
+            return StoredWeights(_as_tensors(content[part], name), part)
+    if parts:
+        found = ", ".join(f"{part} is {_describe(content[part])}" for part in parts)
+        raise UserError(f"{name} holds no weights: {found}")
+    if not content:
+        raise UserError(f"{name} holds no weights: it is an empty dict")
+    return StoredWeights(_as_tensors(content, name))
+
+
+def _as_tensors(weights: Mapping[Any, Any], name: str) -> dict[str, Tensor]:
+    tensors = {}
+    for key, value in weights.items():
+        array = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else value
+        if not isinstance(key, str) or not isinstance(array, Tensor):
+            raise UserError(f"{name} is no file of weights: {key!r} in it is {_describe(value)}")
+        tensors[key] = array
+    return tensors
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}{' of nothing' if value == {} else ''}"
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what wrappers put in front of every name, in whatever order they were put on."""
+    for prefix in WRAPPER_PREFIXES * 2:
+        if weights and all(key.startswith(prefix) for key in weights):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights

@@ -1,0 +1,195 @@
+"""Our shapes of networks to and from `config.json` of diffusers' transformers.
+
+Every stored key is one of four: it says the shape, it must have the value that we compute with, nothing is computed
+with it, or it is unknown and therefore refused unless it is off.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import MissingFileError, UserError
+from pixart.dit import DiTConfig
+from pixart.model import PixArtConfig
+from pixart.weight_files import describe_originals, read_json
+
+CONFIG_NAME = "config.json"
+DIFFUSERS_VERSION = "0.38.0"  # the oldest whose classes we are tested against
+# config values that we compute with and that a folder may therefore not contradict
+FIXED_CONFIG = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_type": "default",
+    "double_self_attention": False,
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "only_cross_attention": False,
+    "upcast_attention": False,
+    "num_vector_embeds": None,
+}
+# diffusers' default of its DiT, which comes with weights that were trained with 1e-6
+DIT_NORM_EPS = 1e-5
+# of groups in a norm and linear projections that only transformers of feature maps have, and of steps that a PixArt,
+# whose blocks know no table of them, is never asked for
+WITHOUT_EFFECT = ("norm_num_groups", "use_linear_projection", "num_embeds_ada_norm")
+# what a config says by leaving a key out: the defaults of diffusers' classes
+PIXART_DEFAULTS: dict[str, Any] = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 128,
+    "norm_type": "ada_norm_single",
+    "cross_attention_dim": None,  # where it is left out the weights' shapes say it
+    "caption_channels": None,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+}
+DIT_DEFAULTS: dict[str, Any] = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": None,
+    "sample_size": 32,
+    "norm_type": "ada_norm_zero",
+    "cross_attention_dim": None,
+    "caption_channels": None,
+    "num_embeds_ada_norm": 1000,
+    "timestep_shift": 1,  # ours; diffusers' timesteps have no other
+}
+# by class, where a config leaves out its norm_type
+NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
+SHAPE_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "sample_size")
+# latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
+# `PixArtTransformer2DModel` takes `max(sample_size // 64, 1)`
+DIFFUSERS_POSITION_BASE = 64
+
+
+def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
+    """Return what `config.json` must say for diffusers to build the network."""
+    shared = {
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "activation_fn": FIXED_CONFIG["activation_fn"],
+        "norm_eps": FIXED_CONFIG["norm_eps"],
+        "num_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+    }
+    if config.kind == "dit":
+        return {
+            **shared,
+            "_class_name": "DiTTransformer2DModel",
+            "norm_type": "ada_norm_zero",
+            "num_embeds_ada_norm": config.num_classes,
+            "timestep_shift": config.timestep_shift,
+        }
+    return {
+        **shared,
+        "_class_name": "PixArtTransformer2DModel",
+        "norm_type": "ada_norm_single" if config.adaln == "single" else "ada_norm_zero",
+        "cross_attention_dim": config.width,
+        "caption_channels": config.caption_channels,
+        "interpolation_scale": config.interpolation_scale,
+        "use_additional_conditions": config.has_size_condition,
+    }
+
+
+def read_transformer_config(folder: Path, *, timestep_shift: int | None = None) -> PixArtConfig | DiTConfig:
+    """Return the shape that a diffusers folder describes; `timestep_shift` overrides a DiT's.
+
+    Raises:
+        MissingFileError: the folder has no config.json.
+        UserError: it is of another model, or one of its keys asks for what we do not compute; names the file.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise MissingFileError(f"{folder} has no config.json of a transformer{describe_originals(folder)}")
+    stored = read_json(path)
+    # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
+    norm_type = stored.get("norm_type", NORM_TYPES.get(stored.get("_class_name", "")))
+    reads_captions = stored.get("caption_channels") is not None
+    try:
+        if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and reads_captions):
+            return _pixart_config({**PIXART_DEFAULTS, **stored})
+        if norm_type == "ada_norm_zero":
+            return _dit_config({**DIT_DEFAULTS, **stored}, timestep_shift)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    raise UserError(f"{path} describes {stored.get('_class_name')} of norm_type {norm_type}, not a PixArt or DiT")
+
+
+def default_interpolation_scale(sample_size: int) -> float:
+    """Return how far the positions are pulled apart where nothing says it, as diffusers and PixArt's configs do."""
+    return max(sample_size // DIFFUSERS_POSITION_BASE, 1)
+
+
+def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
+    _require_known(stored, PIXART_DEFAULTS)
+    shared = _shape(stored)
+    sample_size, width = shared["sample_size"], shared["num_heads"] * shared["head_dim"]
+    if stored["cross_attention_dim"] not in (None, width):
+        raise UserError(
+            f"cross_attention_dim is {stored['cross_attention_dim']}, but captions are projected to the width, {width}"
+        )
+    scale, has_size_condition = stored["interpolation_scale"], stored["use_additional_conditions"]
+    if scale is not None and not (isinstance(scale, int | float) and scale > 0):
+        raise UserError(f"interpolation_scale is {scale!r}, not a positive number")
+    return PixArtConfig(
+        **shared,
+        caption_channels=_whole(stored, "caption_channels"),
+        # both defaults as diffusers has them
+        interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
+        has_size_condition=sample_size == 128 if has_size_condition is None else bool(has_size_condition),
+        adaln="single" if stored["norm_type"] == "ada_norm_single" else "per-block",
+    )
+
+
+def _dit_config(stored: Mapping[str, Any], timestep_shift: int | None) -> DiTConfig:
+    stored = dict(stored)
+    if stored.get("norm_eps") == DIT_NORM_EPS:
+        del stored["norm_eps"]
+    _require_known(stored, DIT_DEFAULTS)
+    shift = stored["timestep_shift"] if timestep_shift is None else timestep_shift
+    if shift not in (0, 1):
+        raise UserError(f"timestep_shift is {shift!r}, not 0 or 1")
+    return DiTConfig(**_shape(stored), num_classes=_whole(stored, "num_embeds_ada_norm"), timestep_shift=shift)
+
+
+def _require_known(stored: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """Refuse what a config says and we do not compute."""
+    for key, value in stored.items():
+        if key.startswith("_") or key in shape or key in WITHOUT_EFFECT:
+            continue
+        if key in FIXED_CONFIG and value != FIXED_CONFIG[key]:
+            raise UserError(f"{key} is {value!r}, but only {FIXED_CONFIG[key]!r} is supported")
+        if key not in FIXED_CONFIG and value not in (None, False):
+            raise UserError(f"{key} is {value!r}, a setting that is not known here: without it the output may be wrong")
+
+
+def _shape(stored: Mapping[str, Any]) -> dict[str, int]:
+    sizes = {key: _whole(stored, key) for key in SHAPE_KEYS}
+    return {
+        "num_layers": sizes["num_layers"],
+        "num_heads": sizes["num_attention_heads"],
+        "head_dim": sizes["attention_head_dim"],
+        "patch_size": sizes["patch_size"],
+        "in_channels": sizes["in_channels"],
+        "out_channels": sizes["in_channels"] if stored["out_channels"] is None else _whole(stored, "out_channels"),
+        "sample_size": sizes["sample_size"],
+    }
+
+
+def _whole(stored: Mapping[str, Any], key: str) -> int:
+    value = stored[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key} is {value!r}, not a positive whole number")
+    return value
