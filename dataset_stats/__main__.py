@@ -392,6 +392,7 @@ def _finish(job: StatsJob, summary: dict[str, Any], *, extra: dict[str, Any], co
         "tagger": job.tagger.title,
         "valid_threshold": job.config.valid_threshold,
         "sample": {"size": job.config.sample, "seed": job.config.seed} if job.is_sample else None,
+        "files": {name: sha256_file(job.folder / name) for name in OUTPUTS},
     }
     directory.write_manifest(fingerprint, list(job.sources), upstream=upstream, extra=extra)
 

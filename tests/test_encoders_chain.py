@@ -14,7 +14,7 @@ from training_run import metrics, train
 from errors import UserError
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import read_manifest
-from pipelines.store.verify import verify_run
+from pipelines.store.verify.run import verify_run
 from sampling.__main__ import main as sample
 
 TRAINING = """

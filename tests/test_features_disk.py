@@ -10,7 +10,7 @@ from feature_run import extract, write_run
 
 from errors import UserError
 from pipelines.store.manifest import read_manifest
-from pipelines.store.verify import verify_run
+from pipelines.store.verify.run import verify_run
 
 PAGE_BYTES = 4096
 

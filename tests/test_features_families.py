@@ -26,7 +26,7 @@ from pipelines.raw.images import resize_and_crop
 from pipelines.recipe import Decides, TableConfig
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
-from pipelines.store.verify import verify_run
+from pipelines.store.verify.run import verify_run
 from training.config import stage_training
 from training.data.assembly import BatchAssembler
 from training.data.batch import Batch

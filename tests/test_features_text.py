@@ -24,7 +24,7 @@ from features.quantization import LARGEST, measure_error, restore_text, store_te
 from pipelines.store.feature_store import load_index, payload_crc32, read_payload
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport, read_manifest
-from pipelines.store.verify import verify_run
+from pipelines.store.verify.run import verify_run
 
 THREE = 'features.stage2.captions=[{column="caption", weight=6.0}, {column="alt_text"}, {column="title", weight=0.5}]'
 SHARD = "laion_00000"

@@ -15,7 +15,8 @@ from feature_run import encoded, extract, picture, write_captions, write_raw, wr
 from pipelines.raw.shards import remember_shards
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import MANIFEST_NAME
-from pipelines.store.verify import missing_between, verify_run
+from pipelines.store.verify.coverage import missing_between
+from pipelines.store.verify.run import verify_run
 
 STORAGES = {
     "bfloat16": (),
@@ -198,10 +199,20 @@ def test_counts_that_do_not_balance_are_found(run):
     assert "28 kept" in problems(run)[1]
 
 
-def test_a_stage_that_has_not_finished_is_named(run):
-    for directory in ("features/text", "captions"):
-        (run / directory / MANIFEST_NAME).unlink()
-        assert any(f"{directory}: no manifest.json: what writes here has not" in problem for problem in problems(run))
+@pytest.mark.parametrize(
+    ("directory", "command"), [("features/text", "make features STAGE=… RUN="), ("captions", "make caption RUN=")]
+)
+def test_what_has_not_finished_is_no_damage_and_its_shards_are_checked(run, directory, command):
+    (run / directory / MANIFEST_NAME).unlink()
+    findings = verify_run(run)
+    (unfinished,) = findings.unfinished
+    assert findings.problems == []
+    assert "no manifest.json: what writes here has not finished; 3 shards are done" in str(unfinished)
+    assert (unfinished.directory, unfinished.command) == (run / directory, f"{command}{run}")
+    path = run / directory / f"{SHARD}.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    (problem,) = verify_run(run).problems
+    assert f"SHA-256 of {SHARD}.parquet is not its marker's" in str(problem)
 
 
 def test_a_key_of_two_shards_is_noted_and_no_error(tmp_path):
@@ -240,5 +251,7 @@ def test_the_command_names_the_first_bad_shard_and_key_and_fails(run):
     broken = subprocess.run(command, check=False, capture_output=True, text=True)
     assert broken.returncode == 1
     assert f"shard {SHARD}, key {row['key']}" in broken.stderr.replace("\n", " ")
+    tar = run / "features" / "text" / f"{SHARD}.tar"
+    assert f"    `rm {tar}`, then `make features STAGE=… RUN={run}`\n" in broken.stderr
     empty = subprocess.run([*command[:-1], str(run / "raw")], check=False, capture_output=True, text=True)
     assert (empty.returncode, "nothing has finished here" in empty.stderr) == (2, True)

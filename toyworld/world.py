@@ -240,7 +240,8 @@ def write_world(config: ToyworldConfig, run: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_prompts(config)]
     atomic_write_bytes(raw.path / "prompts.jsonl", "".join(lines).encode())
     names = [shard.path for shard in planned]
-    extra = {"num_prompts": config.num_prompts, "held_out_percent": HELD_OUT_PERCENT}
+    hashes = {name: sha256_file(raw.path / name) for name in ("truth.parquet", "prompts.jsonl")}
+    extra = {"num_prompts": config.num_prompts, "held_out_percent": HELD_OUT_PERCENT, "files": hashes}
     manifest = raw.write_manifest(fingerprint, names, upstream={}, extra=extra)
     update_summary(run, "seconds.world", round(time.monotonic() - start_seconds, 1))
     counts = {dataset.name: dataset.num_images for dataset in datasets(config)}

@@ -93,6 +93,17 @@ class HeaderCache:
         with file.open("rb") as lines:
             return _parse_summary(lines.readline(), stamp)
 
+    def stamp(self, path: str) -> str | None:
+        """Return the stamp that the shard at `path` had when its headers were read; None if that is not known."""
+        file = self._file(path)
+        if not file.is_file():
+            return None
+        with file.open("rb") as lines:
+            try:
+                return json.loads(lines.readline())["stamp"]
+            except (ValueError, LookupError, TypeError):
+                return None
+
     def headers(self, path: str, stamp: str | None) -> ShardHeaders | None:
         """Return all remembered headers of the shard at `path`, or None as `summary` does."""
         file = self._file(path)

@@ -1,0 +1,136 @@
+"""The folders of a run, each with its kind, its manifest and the files that it owns."""
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from errors import UserError
+from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Manifest, ShardReport, read_manifest
+from pipelines.store.state_files import read_state, state_damage
+from pipelines.store.verify.findings import Problem
+from pipelines.store.verify.kinds import KINDS, FolderKind, match_place
+
+MARKER_KEYS = ("fingerprint", "report")
+
+
+@dataclass
+class Folder:
+    """A folder of a kind.
+
+    Attributes:
+        path: of it; name: the same below the run.
+        command: makes what is in it and goes on with it, with RUN.
+        files: by their paths below it; those of folders of a kind within it are theirs.
+        manifest: None where there is none, or a damaged one, which `fault` tells of.
+        reports: of its shards, by the manifest or, without one, by the markers.
+    """
+
+    path: Path
+    name: str
+    kind: FolderKind
+    command: str
+    files: dict[str, Path] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    fault: Problem | None = None
+    reports: dict[str, ShardReport] = field(default_factory=dict)
+
+    def problem(self, text: str, *, shard: str | None = None, key: str | None = None, mend: str = "") -> Problem:
+        """Return a problem of this folder."""
+        return Problem(directory=self.path, shard=shard, key=key, text=text, mend=mend)
+
+    def mend(self, template: str, path: Path) -> str:
+        """Return what to do about a file, from a `FileKind.mend`."""
+        quoted = {"path": shlex.quote(str(path)), "folder": shlex.quote(str(self.path))}
+        return template.format(**quoted, command=self.command)
+
+    def markers(self) -> dict[str, Path]:
+        """Return the markers by the names of their shards."""
+        prefix = f"{MARKER_FOLDER}/"
+        names = [name for name in self.files if name.startswith(prefix) and name.endswith(".json")]
+        found = {name: name.removeprefix(prefix).removesuffix(".json") for name in names}
+        return {shard: self.files[name] for name, shard in found.items() if not _file_name(name).startswith(".")}
+
+
+def find_folders(run: Path) -> list[Folder]:
+    """Return every folder of a run that a room writes, in order of their paths; the run itself is the first."""
+    files = dict(_walk(run))
+    folders: dict[str, Folder] = {}
+    candidates: dict[str, list[tuple[FolderKind, dict[str, str]]]] = {}
+    for name in files:
+        for place in _ancestors(name):
+            if place in folders:
+                continue
+            if place not in candidates:
+                matches = [(kind, match_place(kind, place)) for kind in KINDS]
+                candidates[place] = [(kind, groups) for kind, groups in matches if groups is not None]
+            for kind, groups in candidates[place]:
+                if any(fnmatchcase(_below(place, name), sign) for sign in kind.signs):
+                    command = f"{kind.command.format_map(groups)} RUN={shlex.quote(str(run))}"
+                    folders[place] = Folder(path=run / place, name=place, kind=kind, command=command)
+                    break
+    for name, path in files.items():
+        owner = next(folders[place] for place in _ancestors(name) if place in folders)
+        owner.files[_below(owner.name, name)] = path
+    ordered = [folders[place] for place in sorted(folders, key=lambda place: PurePosixPath(place).parts)]
+    for folder in ordered:
+        _open(folder)
+    return ordered
+
+
+def _walk(run: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every file by its path below the run; what links lead to is seen once."""
+    seen: set[Path] = set()
+    for directory, folders, names in os.walk(run, followlinks=True):
+        real = Path(directory).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        place = Path(directory)
+        for name in sorted(names):
+            yield (place / name).relative_to(run).as_posix(), place / name
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return the folders that a file is in, the deepest first."""
+    return [parent.as_posix() for parent in PurePosixPath(name).parents]
+
+
+def _below(place: str, name: str) -> str:
+    return name if place == "." else name.removeprefix(f"{place}/")
+
+
+def _file_name(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _open(folder: Folder) -> None:
+    """Read what a folder says of itself."""
+    if MANIFEST_NAME in folder.files and folder.kind.has_manifest:
+        fault = _open_manifest(folder)
+        if fault is None:
+            return
+        mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.files[MANIFEST_NAME])
+        folder.fault = folder.problem(fault, mend=mend)
+    if folder.kind.has_shards:
+        for shard, path in folder.markers().items():
+            # One that cannot be used is named by the check of the markers.
+            with contextlib.suppress(UserError, TypeError, AssertionError, AttributeError):
+                folder.reports[shard] = ShardReport(**read_state(path, mend="", keys=MARKER_KEYS)["report"])
+
+
+def _open_manifest(folder: Folder) -> str | None:
+    """Read a folder's manifest; returns what is wrong with it."""
+    if damage := state_damage(folder.files[MANIFEST_NAME], keys=("schema",)):
+        return f"{MANIFEST_NAME} {damage}"
+    try:
+        folder.manifest = read_manifest(folder.path)
+    except (UserError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        return f"{MANIFEST_NAME} cannot be used: {error}"
+    folder.reports = folder.manifest.shards
+    return None

@@ -1,0 +1,274 @@
+"""Every kind of folder that a run can have: what lies there, how each file is checked, which command makes it.
+
+Who adds a file to a folder adds it here; a test makes a whole run and finds every file of it described.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pipelines.store.checkpoints import OURS
+from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER
+from pipelines.store.verify.file_checks import (
+    copy_damage,
+    headers_damage,
+    json_damage,
+    lines_damage,
+    log_damage,
+    page_damage,
+    picture_damage,
+    table_damage,
+    text_damage,
+    weights_damage,
+)
+
+ANEW = "`rm {path}`, then `{command}`"
+COPY = "`rm {path}`: it is a copy, and the next command that needs it makes it anew"
+RESTORE = "restore it from a copy, or `rm -r {folder}`; `{command}` then goes on from the newest whole checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKind:
+    """Files that lie in a folder beside its shards.
+
+    Attributes:
+        pattern: of their paths below the folder.
+        check: returns what is wrong with one; None where they are by design not looked into.
+        mend: what to do about a damaged one, with {path}, {folder} and {command}.
+        is_required: a finished folder without it is damaged.
+        is_log: what is wrong with it is only worth a note.
+    """
+
+    pattern: str
+    check: Callable[[Path], str | None] | None
+    mend: str = ANEW
+    is_required: bool = False
+    is_log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderKind:
+    """A folder that a room writes.
+
+    Attributes:
+        title: what is in it, in a word or two.
+        place: regular expression of its path below the run; its groups go into `command`.
+        command: makes what is in it, and goes on with it.
+        files: what lies there beside shards, markers and manifest.
+        signs: patterns, one of which a folder of this kind has; others of its name are the user's.
+        has_shards: whether markers say which files there are, and their hashes.
+        has_manifest: whether a finished one has a manifest.
+        stranger: pattern of files that a glob over the folder would take for its own.
+    """
+
+    title: str
+    place: str
+    command: str
+    files: tuple[FileKind, ...] = ()
+    signs: tuple[str, ...] = (MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*")
+    has_shards: bool = True
+    has_manifest: bool = True
+    stranger: str | None = None
+
+    def file_kind(self, name: str) -> FileKind | None:
+        """Return what a file below the folder is, beside its shards; None for one that no room writes."""
+        return next((kind for kind in (*self.files, *EVERYWHERE) if fnmatchcase(name, kind.pattern)), None)
+
+
+# Locks hold nothing; parts are work that has not ended, which the next command checks by their reports.
+EVERYWHERE = tuple(
+    FileKind(pattern=pattern, check=None) for pattern in (".lock", ".parts/*", ".*.tmp", f"{MARKER_FOLDER}/.*.tmp")
+)
+RUN = FolderKind(
+    title="run",
+    place=r"\.",
+    command="make report",
+    files=(
+        FileKind(
+            pattern="shards.json", check=json_damage, mend="`rm {path}`, and give SHARDS with the next command again"
+        ),
+        FileKind(
+            pattern="summary.json", check=json_damage, mend="`rm {path}`: each command writes its figures as it ends"
+        ),
+        FileKind(pattern="index.html", check=page_damage),
+        FileKind(pattern="buckets-*-rejects.csv", check=text_damage, mend="`rm {path}`, then `make buckets`"),
+        FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
+        FileKind(pattern=".summary.lock", check=None),
+    ),
+    signs=("*",),
+    has_shards=False,
+    has_manifest=False,
+)
+RAW = FolderKind(
+    title="toy world",
+    place=r"raw",
+    command="make world",
+    files=(
+        FileKind(pattern="truth.parquet", check=table_damage, is_required=True),
+        FileKind(pattern="prompts.jsonl", check=lines_damage, is_required=True),
+    ),
+)
+CAPTIONS = FolderKind(
+    title="captions",
+    place=r"captions",
+    command="make caption",
+    files=(FileKind(pattern=".earlier/*", check=None),),
+    stranger="*.parquet",
+)
+REPORT_FILES = (
+    FileKind(pattern="report.html", check=page_damage, is_required=True),
+    FileKind(pattern="table1.md", check=text_damage, is_required=True),
+    FileKind(pattern="nouns.parquet", check=table_damage, is_required=True),
+    FileKind(pattern="nouns.csv", check=text_damage, is_required=True),
+    FileKind(pattern=".merge/*", check=None),
+)
+STATS = FolderKind(title="statistics", place=r"stats", command="make stats", files=REPORT_FILES)
+STATS_SAMPLE = FolderKind(
+    title="statistics of a sample", place=r"stats-sample", command="make stats SAMPLE=…", files=REPORT_FILES
+)
+COUNTS = FolderKind(title="noun counts", place=r"stats(-sample)?/counts", command="make stats", stranger="*.parquet")
+FEATURES = FolderKind(
+    title="features",
+    place=r"features/[^/]+",
+    command="make features STAGE=…",
+    files=(
+        FileKind(pattern="null.safetensors", check=weights_damage),
+        FileKind(pattern=".captions.json", check=json_damage, mend=COPY),
+        FileKind(pattern="preview-*.png", check=picture_damage, mend="`rm {path}`: it is only for people to look at"),
+    ),
+    stranger="*.tar",
+)
+CACHE = FolderKind(
+    title="copies of remote features",
+    place=r"training/cache",
+    command="make train STAGE=…",
+    files=(
+        FileKind(pattern="*.partial", check=None),
+        FileKind(pattern="*/*", check=copy_damage, mend=COPY),
+    ),
+    signs=("*/*",),
+    has_shards=False,
+    has_manifest=False,
+)
+CHECKPOINT = FolderKind(
+    title="checkpoint",
+    place=rf"training/(?P<stage>[^/]+)/{OURS.pattern}",
+    command="make train STAGE={stage}",
+    files=(
+        FileKind(pattern="*.json", check=json_damage, mend=RESTORE),
+        FileKind(pattern="*.safetensors", check=weights_damage, mend=RESTORE),
+        FileKind(pattern="deepspeed/*.pt", check=weights_damage, mend=RESTORE),
+        FileKind(  # made of deepspeed/ for another number of ranks or another layout
+            pattern="deepspeed-*.pt", check=weights_damage, mend="`rm -r {folder}/deepspeed-*`: it is made anew"
+        ),
+        FileKind(pattern="deepspeed*", check=None),
+    ),
+    signs=("*",),
+    has_shards=False,
+    has_manifest=False,
+)
+TRAINING = FolderKind(
+    title="training",
+    place=r"training/(?P<stage>[^/]+)",
+    command="make train STAGE={stage}",
+    files=(
+        FileKind(pattern="latest", check=None),  # looked into with the checkpoints that it may name
+        FileKind(pattern="metrics.jsonl", check=log_damage, is_log=True),
+        FileKind(pattern="survey.json", check=json_damage, mend=COPY),
+        FileKind(
+            pattern="non-finite-step-*.json", check=json_damage, mend="`rm {path}`: it tells people what happened"
+        ),
+        FileKind(pattern="tensorboard/*", check=None),
+        FileKind(pattern=".step-*.tmp/*", check=None),
+    ),
+    signs=("latest", "step-*/*", "metrics.jsonl", "survey.json"),
+    has_shards=False,
+    has_manifest=False,
+)
+APP = FolderKind(
+    title="pictures of the app",
+    place=r"samples/(?P<stage>.+)-app",
+    command="make app STAGE={stage}",
+    files=(FileKind(pattern="*.png", check=picture_damage, mend="`rm {path}`"),),
+    signs=("*.png",),
+    has_shards=False,
+    has_manifest=False,
+)
+SAMPLE_FILES = (
+    FileKind(pattern="grid.png", check=picture_damage, is_required=True),
+    FileKind(pattern="*.png", check=picture_damage),
+)
+SAMPLES = FolderKind(
+    title="samples",
+    place=r"samples/(?P<stage>[^/]+)",
+    command="make sample STAGE={stage}",
+    files=SAMPLE_FILES,
+    signs=(MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*", "*.png"),
+    stranger="*.png",
+)
+SCORED_SAMPLES = FolderKind(
+    title="samples to score",
+    place=r"evaluation/samples/[^/]+",
+    command="make eval STAGE=…",
+    files=SAMPLE_FILES,
+    signs=SAMPLES.signs,
+    stranger="*.png",
+)
+SEEN = FolderKind(
+    title="features of images",
+    place=r"evaluation/cache/[^/]+",
+    command="make eval STAGE=…",
+    files=(FileKind(pattern="statistics.safetensors", check=weights_damage, mend=COPY),),
+    stranger="*.parquet",
+)
+LISTS = FolderKind(
+    title="lists of images",
+    place=r"evaluation/cache/lists",
+    command="make eval STAGE=…",
+    files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
+    signs=("*.jsonl",),
+    has_shards=False,
+    has_manifest=False,
+)
+PROMPTS = FolderKind(
+    title="prompts of a benchmark",
+    place=r"evaluation/prompts",
+    command="make eval STAGE=…",
+    files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
+    signs=("*.jsonl",),
+    has_shards=False,
+    has_manifest=False,
+)
+CURVE = FolderKind(title="curve", place=r"evaluation/(?P<stage>.+)-curve", command="make eval STAGE={stage} TASK=curve")
+PREFERENCE = FolderKind(
+    title="preference",
+    place=r"evaluation/(?P<stage>.+)-preference",
+    command="make eval STAGE={stage} TASK=preference",
+    files=(
+        FileKind(pattern="preference.html", check=page_damage, is_required=True),
+        FileKind(pattern="preference-key.json", check=json_damage, mend="restore it from a copy: votes are read by it"),
+        FileKind(pattern="win-rates.json", check=json_damage, mend="`make eval STAGE=… TASK=winrates`"),
+        FileKind(pattern="win-rates.md", check=text_damage, mend="`make eval STAGE=… TASK=winrates`"),
+        FileKind(pattern="*.csv", check=None),  # votes, which people put here
+    ),
+    signs=("preference*",),
+    has_shards=False,
+    has_manifest=False,
+)
+SCORES = FolderKind(title="scores", place=r"evaluation/(?P<stage>[^/]+)", command="make eval STAGE={stage}")
+# Its entries are made under different settings, captions under others than samples, so no manifest sums them up.
+JUDGE = FolderKind(title="judge", place=r"judge", command="make judge", has_manifest=False)
+
+# The first whose place a folder's path is, and of which it has a sign.
+KINDS = (
+    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CACHE, CHECKPOINT, TRAINING, APP, SAMPLES),
+    *(SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
+)
+
+
+def match_place(kind: FolderKind, name: str) -> dict[str, str] | None:
+    """Return the groups of a kind's place in a path below the run; None where it is no such place."""
+    found = re.fullmatch(kind.place, name)
+    return None if found is None else found.groupdict()
