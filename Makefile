@@ -115,7 +115,7 @@ buckets: $(READY) need-stage  ## Images per aspect bucket, crop, upscaling and r
 	@$(PY) -m features.buckets $(FLAGS) $(STAGE_FLAGS) $(DATA_FLAGS)
 
 .PHONY: verify
-verify: $(READY)  ## Check every file of a run against its manifests, name the first bad shard and key
+verify: $(READY)  ## Read every file of a run to its end, say what is damaged and what to do about it
 	@$(PY) -m pipelines.store.verify --run "$$RUN"
 
 .PHONY: train

@@ -373,8 +373,7 @@ def _write_report(
 
 
 def _finish(job: StatsJob, summary: dict[str, Any], *, extra: dict[str, Any], counts: Manifest) -> None:
-    directory = ShardDirectory(job.folder)
-    fingerprint = job.report_fingerprint
+    directory, fingerprint = ShardDirectory(job.folder), job.report_fingerprint
     for name, sources in job.sources.items():
         reports = [counts.shards[source.name] for source in sources]
         set_report = ShardReport(

@@ -15,6 +15,7 @@ from errors import UserError
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_sa1b, write_tar
+from tests.sound_run import require_sound
 from tests.tiny_models import save_llava
 
 RECIPE = """
@@ -71,6 +72,7 @@ def finished(tmp_path_factory, model) -> Path:
     run = make_run(tmp_path_factory.mktemp("finished"), model)
     with pytest.MonkeyPatch.context() as monkeypatch:
         command(run, monkeypatch=monkeypatch)
+    require_sound(run)
     return run
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pydantic
 import pytest
 from raw_shards import encode, photo, write_tar
+from sound_run import require_sound
 from stats_run import run_stage, write_caption_shards
 
 from dataset_stats import worker
@@ -56,6 +57,7 @@ def run(tmp_path) -> Path:
 
 def test_numbers_files_and_summary_agree(run):
     run_stage(run)
+    require_sound(run)
     summary = read_summary(run)["dataset_stats"]
     dense, alt = summary["dense"], summary["alt"]
     assert dense["num_captions"] == 2 * (NUM_ROWS - 3)

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from feature_run import encoded, extract, picture, write_captions, write_raw, write_recipe, write_run
 from PIL import Image
+from sound_run import require_sound
 
 from encoders.kl import KLCodec
 from encoders.opening import open_codec, open_text_encoder
@@ -33,6 +34,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("features"))
     extract(run)
+    require_sound(run)
     return run
 
 

@@ -264,6 +264,20 @@ def test_classes_and_foreign_images_are_refused(run, tmp_path):
         wish_of(tmp_path / "other.png")
 
 
+def test_a_picture_cut_short_is_not_shown_and_is_drawn_again(run):
+    studio = make_studio(run)
+    first = studio.draw(wish(seed=41), on_step=lambda step: None)
+    second = studio.draw(wish(seed=42), on_step=lambda step: None)
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-20])
+    assert studio.history()[0] == second and first not in studio.history()
+    assert studio.draw(wish(seed=41), on_step=lambda step: None) == first
+    assert first.read_bytes() == whole and studio.history()[:2] == [first, second]
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{first.name} does not say how it was drawn: cannot identify image"):
+        wish_of(first)
+
+
 def test_plan_serves_nothing_and_a_taken_port_is_named(run, capsys):
     flags = ["--recipe", str(write_recipe(run)), "--run", str(run), "--stage", "2", "--set", "app.port=7999"]
     app.main([*flags, "--plan"])

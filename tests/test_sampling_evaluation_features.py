@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from feature_run import picture, write_raw
 from PIL import Image
@@ -86,6 +88,16 @@ def test_shards_and_a_folder_of_the_same_images_agree(tmp_path, clip_folder):
     two = compute(open_reference(spec, run=tmp_path, cache=cache), clip_folder, cache)
     np.testing.assert_allclose(two.embeddings(), one.embeddings(), atol=1e-5)
     assert open_reference(str(tmp_path / "shards"), run=tmp_path, cache=cache).num_images == 5
+
+
+def test_a_damaged_sample_is_named_with_what_to_do(tmp_path, clip_folder):
+    folder, cache = write_images(tmp_path / "set", 5), tmp_path / "cache"
+    rows = [{"file": path.name, "prompt": "a star"} for path in sorted(folder.glob("*.png"))]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    path = folder / "03.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"such as 03\.png: corrupt_image \(delete it, and the command that drew it dr"):
+        compute(open_samples(folder, cache=cache), clip_folder, cache)
 
 
 def test_unusable_images_are_counted_and_named(tmp_path, clip_folder, capsys):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
+from sound_run import require_sound
 
 from errors import UserError
 from pixart.model import PixArt
@@ -43,6 +44,7 @@ def count(study: Path) -> dict:
 
 
 def test_the_page_names_nobody_and_needs_no_network(study):
+    require_sound(study.parents[1])
     text = (study / "preference.html").read_text()
     key = json.loads((study / "preference-key.json").read_text())
     assert list(key["checkpoints"]) == NAMES

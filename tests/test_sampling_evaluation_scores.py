@@ -12,6 +12,7 @@ from feature_run import picture
 from former_run import as_formerly, times_of
 from PIL import Image
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
+from sound_run import require_sound
 from tiny_clip import save_clip
 
 from errors import UserError
@@ -87,6 +88,7 @@ def embeddings_of(files, clip_folder):
 
 def test_the_table_has_every_input_beside_the_number(run, clip_folder):
     folder = evaluate(run, clip_folder)
+    require_sound(run)
     value = json.loads((folder / "scores.json").read_text())
     (row,) = value["checkpoints"]
     numbers = {number["metric"]: number for number in row["numbers"]}

@@ -13,6 +13,7 @@ import pytest
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from sampling_run import DIT, MAX_TOKENS, PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
+from sound_run import require_sound
 from transformers import AutoTokenizer, T5EncoderModel
 
 from encoders.kl import KLCodec
@@ -54,6 +55,7 @@ def count_draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_stage_2_writes_the_contract(run):
     sample(run, 2)
+    require_sound(run)
     folder = run / "samples" / "stage2"
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
     assert [(row["key"], row["prompt"]) for row in rows] == [(row["key"], row["prompt"]) for row in PROMPTS]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sampling_run import PROMPTS, make_run, write_recipe
+from sound_run import require_sound
 
 from pipelines.store.manifest import read_manifest
 from sampling.__main__ import main
@@ -39,6 +40,7 @@ def test_two_workers_draw_the_same_bytes(tmp_path, expected):
     sample(run)
     assert len(expected) == 4 * len(PROMPTS) + 2
     assert outputs(run) == expected
+    require_sound(run)
     assert read_manifest(run / "samples" / "stage3").num_kept == 4 * len(PROMPTS)
 
 
@@ -53,8 +55,10 @@ def test_a_killed_job_continues_to_the_same_bytes(tmp_path, expected):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (folder / "manifest.json").exists()
+    require_sound(run, unfinished=["samples/stage3"])
     # a batch of which one image was written before the kill
     next(folder.glob("*.png")).unlink()
     sample(run, **IN_PROCESS)
     assert outputs(run) == expected
+    require_sound(run)
     assert not list(folder.glob(".*.tmp"))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from sound_run import require_sound
 from training_run import D_TEXT, all_metrics, finish, make_run, metrics, start, train, validations
 
 from pipelines.store.families import latent_directory
@@ -79,6 +80,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     run = make_run(tmp_path_factory.mktemp("straight"))
     train(run, 2, **settings())
+    require_sound(run)
     return run
 
 
@@ -173,6 +175,7 @@ def every_step(**changed: object) -> dict[str, object]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     run = make_run(tmp_path_factory.mktemp("two_ranks"))
     train(run, 2, **every_step(num_steps=12))
+    require_sound(run)
     return metrics(run, 2)
 
 

@@ -18,7 +18,7 @@ MAX_SHOWN = 20
 def print_findings(run: Path, findings: Findings) -> None:
     """Print one line per directory, the notes, what is unfinished, and the first problems with what to do."""
     table = Table(title=f"verify, {escape(str(run))}", title_justify="left")
-    for heading in ("directory", "files", "samples", "rejected", "bad"):
+    for heading in ("directory", "files", "kept", "rejected", "bad"):
         table.add_column(heading, justify="left" if heading == "directory" else "right")
     for row in findings.rows:
         num_bad = sum(problem.directory == row.directory for problem in findings.problems)

@@ -95,14 +95,15 @@ def _non_finite(path: Path) -> str | None:
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
-    data = (
-        np.memmap(path, np.uint8, mode="r", offset=8 + header_bytes) if path.stat().st_size > 8 + header_bytes else ()
-    )
     for name, tensor in header.items():
         if name == "__metadata__" or tensor["dtype"] not in FLOATS:
             continue
         start, stop = tensor["data_offsets"]
-        values = np.frombuffer(data[start:stop], FLOATS[tensor["dtype"]])
+        if start == stop:
+            continue
+        dtype = np.dtype(FLOATS[tensor["dtype"]])
+        place, size = 8 + header_bytes + start, (stop - start) // dtype.itemsize
+        values = np.memmap(path, dtype, mode="r", offset=place, shape=(size,))
         for first in range(0, len(values), VALUES_AT_ONCE):
             block = values[first : first + VALUES_AT_ONCE]
             is_bad = ~np.isfinite(block)
@@ -117,7 +118,8 @@ def headers_damage(path: Path) -> str | None:
     """Check remembered headers of a raw shard."""
     first, _, rest = path.read_bytes().partition(b"\n")
     try:
-        json.loads(first), json.loads(zlib.decompress(rest))
+        for text in (first, zlib.decompress(rest)):
+            json.loads(text)
     except (ValueError, zlib.error) as error:
         return f"is damaged ({error})" if first else "is empty"
     return None

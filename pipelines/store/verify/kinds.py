@@ -208,6 +208,14 @@ SAMPLES = FolderKind(
     signs=(MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*", "*.png"),
     stranger="*.png",
 )
+PROMPT_SAMPLES = FolderKind(
+    title="samples of a prompt",
+    place=r"samples/(?P<stage>.+)-prompt",
+    command="make sample STAGE={stage} PROMPT=…",
+    files=SAMPLE_FILES,
+    signs=SAMPLES.signs,
+    stranger="*.png",
+)
 SCORED_SAMPLES = FolderKind(
     title="samples to score",
     place=r"evaluation/samples/[^/]+",
@@ -261,10 +269,12 @@ SCORES = FolderKind(title="scores", place=r"evaluation/(?P<stage>[^/]+)", comman
 # Its entries are made under different settings, captions under others than samples, so no manifest sums them up.
 JUDGE = FolderKind(title="judge", place=r"judge", command="make judge", has_manifest=False)
 
+WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
+
 # The first whose place a folder's path is, and of which it has a sign.
 KINDS = (
-    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CACHE, CHECKPOINT, TRAINING, APP, SAMPLES),
-    *(SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
+    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CACHE, CHECKPOINT, TRAINING, APP),
+    *(PROMPT_SAMPLES, SAMPLES, SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
 )
 
 

@@ -13,7 +13,7 @@ from pipelines.store.manifest import MANIFEST_NAME
 from pipelines.store.verify.coverage import check_coverage, check_families
 from pipelines.store.verify.findings import Check, Findings, Problem, Row, Unfinished
 from pipelines.store.verify.folders import Folder, find_folders
-from pipelines.store.verify.kinds import CHECKPOINT, FEATURES, RAW, RUN, SAMPLES, SCORED_SAMPLES, TRAINING, FileKind
+from pipelines.store.verify.kinds import CHECKPOINT, FEATURES, RAW, RUN, TRAINING, WITH_IMAGES, FileKind
 from pipelines.store.verify.raw import raw_notes
 from pipelines.store.verify.samples import read_samples, sample_checks
 from pipelines.store.verify.shards import check_counts, marker_checks, shard_checks
@@ -61,7 +61,7 @@ def _plan(folder: Folder, findings: Findings) -> Iterator[Check]:
     checks: list[Check] = []
     if folder.kind.has_shards:
         checks += [*shard_checks(folder), *marker_checks(folder)]
-    if folder.kind in (SAMPLES, SCORED_SAMPLES):
+    if folder.kind in WITH_IMAGES:
         checks += sample_checks(folder, read_samples(folder))
     if folder.kind is CHECKPOINT:
         checks += checkpoint_checks(folder)
@@ -159,7 +159,7 @@ def _unfinished(folder: Folder) -> Unfinished | None:
         return None
     num_done = len(folder.markers())
     text = f"no {MANIFEST_NAME}: what writes here has not finished; {num_done:,} shards are done"
-    if folder.kind in (SAMPLES, SCORED_SAMPLES):
+    if folder.kind in WITH_IMAGES:
         num_images = sum(name.endswith(".png") for name in folder.files)
         text = f"no {MANIFEST_NAME}: what draws here has not finished; {num_images:,} images are there"
     return Unfinished(directory=folder.path, text=text, command=folder.command)

@@ -61,9 +61,9 @@ def _check_marker(folder: Folder, shard: str, path: Path) -> Problem | None:
     except (TypeError, AssertionError, AttributeError) as error:
         return folder.problem(f"{name} is damaged ({error})", shard=shard, mend=mend)
     manifest = folder.manifest
-    if manifest is None or content["fingerprint"] != manifest.fingerprint.digest:
+    if manifest is None or content["fingerprint"] != manifest.fingerprint.digest or shard not in manifest.shards:
         return None
-    if report != manifest.shards.get(shard):
+    if report != manifest.shards[shard]:
         return folder.problem(f"{name} and {MANIFEST_NAME} say different things of it", shard=shard, mend=mend)
     return None
 
