@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipelines.store.checkpoints import Checkpoint
 from pixart.model import PixArt, PixArtConfig
+from training.loop.conversions import needs_universal
 from training.loop.former_layout import LAYOUT, LAYOUT_KEY, has_former_layout, separate_model_state, separate_state
-from training.loop.state import needs_universal
 
 CONFIG = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
 FUSED = {

@@ -34,6 +34,16 @@ def write_state(folder: Path, *, zero_stage: int = 0, num_ranks: int = 1) -> Non
         write_torch_file(folder / name)
 
 
+def write_universal(folder: Path) -> None:
+    """Write the files of a state in DeepSpeed's universal form, of two weights."""
+    for name in ("final.weight", "final.bias"):
+        (folder / "zero" / name).mkdir(parents=True)
+        for part in ("fp32", "exp_avg", "exp_avg_sq"):
+            write_torch_file(folder / "zero" / name / f"{part}.pt")
+    write_torch_file(folder / "zero" / "optimizer_state.pt")
+    write_torch_file(folder / "mp_rank_00_model_states.pt")
+
+
 def write_torch_file(path: Path) -> None:
     """Write a zip file as `torch.save` does: stored, with a checksum of each record."""
     with zipfile.ZipFile(path, "w") as archive:

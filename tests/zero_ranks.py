@@ -4,7 +4,6 @@ Usage: python zero_ranks.py FOLDER dtype zero_stage...
 """
 
 import json
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from errors import UserError
 from pipelines.store.checkpoints import open_checkpoint
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
@@ -246,22 +246,22 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         "is_ema_fp32": all(value.dtype == torch.float32 for value in average.values()),
         "ema_survives_disk": is_same(average, loaded),
         "resumes_exactly": on == again and same_masters and same_ema,
-        "refuses_foreign_pickles": refuses_foreign_pickles(resumed, folder / "step-4"),
+        "refuses_foreign_pickles": refuses_foreign_pickles(resumed, resumed_ema, folder / "step-4"),
         "skips_infinite": bool(skipped["skipped"]) and same_after_skip,
     }
 
 
-def refuses_foreign_pickles(model: ZeroModel, checkpoint: Path) -> bool:
-    """Whether state that holds more than tensors and DeepSpeed's own records is not unpickled."""
+def refuses_foreign_pickles(model: ZeroModel, ema: EMA, checkpoint: Path) -> bool:
+    """Whether state that holds more than tensors and DeepSpeed's own records is not unpickled, with a word."""
     dist.barrier()
     if dist.get_rank() == 0:
         for path in (checkpoint / "deepspeed").glob("*model_states.pt"):
             torch.save({"module": checkpoint}, path)
     dist.barrier()
     try:
-        model.load_state(checkpoint, "deepspeed")
-    except pickle.UnpicklingError as error:
-        return "PosixPath" in str(error)
+        load_checkpoint(open_checkpoint(checkpoint), model=model, ema=ema)
+    except UserError as error:
+        return f"{checkpoint / 'deepspeed'} holds what no training has written" in str(error)
     return False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from errors import UserError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
-from pipelines.store.checkpoints import find_checkpoint
+from pipelines.store.checkpoints import find_checkpoint, require_free_names
 from pipelines.store.summary import update_summary
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
@@ -46,6 +46,7 @@ def lead(*, announce: Callable[[], None]) -> None:
         log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
         return
     num_ranks = ranks.world_size if isinstance(ranks, Placement) else sum(host.slots for host in ranks)
+    require_free_names(job.directory, after_step=0 if resume is None else resume.step)
     preflight = inspect_stage(job, num_ranks)
     former = job.start.checkpoint
     if former is not None and resume is None:

@@ -6,6 +6,7 @@ leaves the former checkpoint in force. People keep copies beside them, so ours a
 else, such as `step-20-best`, a file or a link, is read if `latest` names it, and never removed.
 """
 
+import os
 import re
 import secrets
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
+from pipelines.store.deepspeed_files import STATE, state_files
 from pipelines.store.files import atomic_write_bytes, fsync_directory
 from pipelines.store.former_trainer import in_todays_words
 from pipelines.store.state_files import read_state, state_damage
@@ -24,13 +26,13 @@ from pipelines.store.weight_files import weight_file_damage
 LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
-STATE = "deepspeed"
 WEIGHTS = f"{MODEL}/diffusion_pytorch_model.safetensors"
 CONFIGS = (f"{MODEL}/config.json", "scheduler/scheduler_config.json")
 TRAINER_KEYS = ("step", "num_steps", "zero_stage", "num_ranks", "dtype")
 OURS = re.compile(r"step-([1-9][0-9]*)")
 # What is being written, and with eight digits what is being removed.
 UNFINISHED = re.compile(r"\.step-[1-9][0-9]*(\.[0-9a-f]{8})?\.tmp")
+NEXT = re.compile(r"\.?step-([1-9][0-9]*)(?:\.tmp)?")
 log = get_logger("checkpoints")
 
 
@@ -69,8 +71,8 @@ def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Chec
     named = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else ""
     folder = next((path for path in _folders(stage_directory) if path.name == named), None)
     if folder is not None:
-        if checks_files and (damage := damage_of(folder)):
-            raise UserError(_refusal(folder, damage))
+        if checks_files:
+            require_whole(folder)
         return Checkpoint(folder, read_trainer(folder))
     damages: dict[Path, str] = {}
     for folder in reversed(checkpoint_folders(stage_directory)):
@@ -84,6 +86,12 @@ def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Chec
     if damages:
         raise UserError(_refusal(*next(iter(damages.items()))))
     return None
+
+
+def require_whole(folder: Path, *, is_thorough: bool = False) -> None:
+    """Refuse a checkpoint in force that `damage_of` finds damaged: names the file, and the way to go on."""
+    if damage := damage_of(folder, is_thorough=is_thorough):
+        raise UserError(_refusal(folder, damage))
 
 
 def open_checkpoint(folder: Path, *, checks_files: bool = True) -> Checkpoint:
@@ -127,26 +135,11 @@ def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
     for name in CONFIGS:
         if (folder / name).parent.is_dir() and (damage := state_damage(folder / name)):
             return f"{name} {damage}"
-    weights = [WEIGHTS, *_state_files(folder)]
-    for name in weights:
+    has_state = (folder / STATE).is_dir()
+    for name in (WEIGHTS, *(state_files(read_trainer(folder)) if has_state else ())):
         if damage := weight_file_damage(folder / name, is_thorough=is_thorough):
             return f"{name} {damage}"
     return None
-
-
-def _state_files(folder: Path) -> list[str]:
-    """Return the files that DeepSpeed has written for all ranks, and all others it can read."""
-    if not (folder / STATE).is_dir():
-        return []
-    trainer = read_trainer(folder)
-    if trainer["zero_stage"] == 0:
-        return [f"{STATE}/mp_rank_00_model_states.pt"]
-    kind = "bf16_" if trainer["dtype"] == "bf16" else ""
-    shards = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(trainer["num_ranks"])]
-    weights = [f"{shard}_model_states.pt" for shard in shards]
-    if trainer["zero_stage"] < 3:
-        weights = ["mp_rank_00_model_states.pt"]
-    return [f"{STATE}/{name}" for name in (*weights, *(f"{kind}{shard}_optim_states.pt" for shard in shards))]
 
 
 def _refusal(folder: Path, damage: str) -> str:
@@ -171,10 +164,39 @@ def _newest_intact(damaged: Path) -> Path | None:
     return max(intact, key=lambda path: (read_trainer(path)["step"], _is_ours(path)), default=None)
 
 
+def require_free_names(stage_directory: Path, *, after_step: int) -> None:
+    """Refuse files and links that have the names of checkpoints after a step: they are not ours to replace.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if not stage_directory.is_dir():
+        return
+    for path in sorted(stage_directory.iterdir()):
+        is_folder = path.is_dir() and not path.is_symlink()
+        step = NEXT.fullmatch(path.name)
+        is_later = step is not None and int(step[1]) > after_step
+        if is_folder if path.name == LATEST else is_later and not is_folder:
+            raise UserError(_in_the_way(path))
+
+
+def _in_the_way(path: Path) -> str:
+    return (
+        f"{path} was not made by training, which needs that name for a checkpoint: "
+        "move it away and type the command again; what is saved stays in force"
+    )
+
+
 def put_in_force(temporary: Path, final: Path) -> None:
-    """Give a whole folder its final name, and `latest` last; a former folder of ours of that name goes."""
+    """Give a whole folder its final name, and `latest` last; a former folder of ours of that name goes.
+
+    Raises:
+        UserError: something that is not ours has that name.
+    """
     if final.is_dir() and _is_ours(final):
         _discard(final)
+    if os.path.lexists(final):
+        raise UserError(_in_the_way(final))
     temporary.rename(final)
     fsync_directory(final.parent)
     atomic_write_bytes(final.parent / LATEST, f"{final.name}\n".encode())

@@ -7,8 +7,9 @@ from torch import nn
 
 from pixart.dit import DiT
 from pixart.model import PixArt
+from training.loop.conversions import needs_universal
 from training.loop.ema import EMA
-from training.loop.state import load_checkpoint, needs_universal
+from training.loop.state import load_checkpoint
 from training.loop.zero import Update, ZeroModel
 from training.objectives.objective import Average, Role, Trained
 from training.stages.stage import TrainingJob

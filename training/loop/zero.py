@@ -215,9 +215,11 @@ class ZeroModel:
         os.environ[WEIGHTS_ONLY] = "1"
         try:
             with torch.serialization.safe_globals(deepspeed_records()):
-                self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
+                path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
         finally:
             os.environ[WEIGHTS_ONLY] = former or "0"
+        if path is None:
+            raise FileNotFoundError(f"{folder / tag} has no state that DeepSpeed finds")
 
     @contextlib.contextmanager
     def masters_as(self, values: list[Tensor]) -> Iterator[None]:

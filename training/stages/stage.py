@@ -9,7 +9,8 @@ from encoders.weights import require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
-from pipelines.store.checkpoints import MODEL, STATE, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.deepspeed_files import STATE
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
 from pixart.processes.scheduler_configs import spec_beside
