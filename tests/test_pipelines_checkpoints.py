@@ -86,9 +86,12 @@ def test_without_latest_the_newest_whole_one_is_taken_and_that_is_said(
     assert found.note == f"{stage}/latest {reason}: the newest whole checkpoint is taken, step-20"
 
 
-@pytest.mark.parametrize("name", ["step-99", "../stage2/step-5", "/tmp", ".", "..", "step-5\nstep-15", "\0", "step-3"])
+@pytest.mark.parametrize(
+    "name", ["step-99", "../stage2/step-5", "/tmp", ".", "..", "step-5\nstep-15", "\0", "step-3", ".step-9.tmp"]
+)
 def test_a_latest_that_names_nothing_here_is_quoted(stage: Path, name: str) -> None:
     make_users_things(stage)
+    shutil.copytree(stage / "step-5", stage / ".step-9.tmp")
     (stage / "latest").write_bytes(name.encode() + b"\n")
     found = find_checkpoint(stage)
     assert found is not None and found.path == stage / "step-20"

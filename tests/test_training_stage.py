@@ -114,9 +114,13 @@ def test_stages_start_from_the_former_one(run: Path) -> None:
 
 
 def test_a_stage_that_has_begun_needs_its_start_no_more(run: Path) -> None:
-    write_checkpoint(job_of(run, 1), step=12)
+    start = write_checkpoint(job_of(run, 1), step=12)
     begun = job_of(run, 2)
+    (start / "model" / "config.json").write_bytes(b"")
+    with pytest.raises(UserError, match=r"stage1/step-12 is damaged: model/config\.json is empty; no intact"):
+        job_of(run, 2)
     write_checkpoint(begun, step=6)
+    assert job_of(run, 2).fingerprint == begun.fingerprint
     shutil.rmtree(run / "training" / "stage1")
     job = job_of(run, 2)
     assert job.start.path is None

@@ -65,7 +65,8 @@ def follow(task: Placement) -> None:
     answer = ask_first_task(task)
     if answer == START:
         try:
-            _run(open_stage(_command()), task, announce=lambda: None)
+            # The first task has looked at the checkpoints' files.
+            _run(open_stage(_command(), checks_files=False), task, announce=lambda: None)
         except LostContactError:
             sys.exit(2)
     elif answer != NOTHING_TO_DO:

@@ -36,6 +36,10 @@ NEXT = re.compile(r"\.?step-([1-9][0-9]*)(?:\.tmp)?")
 log = get_logger("checkpoints")
 
 
+class DamagedCheckpointError(UserError):
+    """A file of a checkpoint is gone, cut short or changed."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder and its `trainer.json`; `note` says why it is not the one that `latest` names."""
@@ -65,11 +69,11 @@ def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Chec
         checks_files: looks at the files of what `latest` names, a few bytes of each; another process may have done so.
 
     Raises:
-        UserError: it is damaged; names the file, the newest intact checkpoint and how to go on.
+        DamagedCheckpointError: names the file, the newest intact checkpoint and how to go on.
     """
     latest = stage_directory / LATEST
     named = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else ""
-    folder = next((path for path in _folders(stage_directory) if path.name == named), None)
+    folder = next((path for path in _folders(stage_directory) if path.name == named and named[0] != "."), None)
     if folder is not None:
         if checks_files:
             require_whole(folder)
@@ -84,26 +88,26 @@ def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Chec
             return Checkpoint(folder, read_trainer(folder), note)
         damages[folder] = damage
     if damages:
-        raise UserError(_refusal(*next(iter(damages.items()))))
+        raise DamagedCheckpointError(_refusal(*next(iter(damages.items()))))
     return None
 
 
 def require_whole(folder: Path, *, is_thorough: bool = False) -> None:
     """Refuse a checkpoint in force that `damage_of` finds damaged: names the file, and the way to go on."""
     if damage := damage_of(folder, is_thorough=is_thorough):
-        raise UserError(_refusal(folder, damage))
+        raise DamagedCheckpointError(_refusal(folder, damage))
 
 
 def open_checkpoint(folder: Path, *, checks_files: bool = True) -> Checkpoint:
     """Return the checkpoint in a folder that somebody has named; `checks_files` as in `find_checkpoint`.
 
     Raises:
-        UserError: it is damaged; names the file.
+        DamagedCheckpointError: names the file.
     """
     if checks_files and (damage := damage_of(folder)):
         intact = _newest_intact(folder)
         other = "" if intact is None else f"; the newest intact checkpoint beside it is {intact}, name that instead"
-        raise UserError(f"{folder} is damaged: {damage}{other}")
+        raise DamagedCheckpointError(f"{folder} is damaged: {damage}{other}")
     return Checkpoint(folder, read_trainer(folder))
 
 

@@ -9,7 +9,14 @@ from encoders.weights import require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
-from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import (
+    MODEL,
+    TRAINER,
+    Checkpoint,
+    DamagedCheckpointError,
+    find_checkpoint,
+    open_checkpoint,
+)
 from pipelines.store.deepspeed_files import STATE
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
@@ -149,10 +156,10 @@ def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featu
 def _start_or_recorded(
     command: Command, settings: StageTraining, directory: Path, *, resume: Checkpoint | None, checks_files: bool
 ) -> StartingPoint:
-    """Return where the stage starts; one that has begun can go on when that is gone: its checkpoint has all of it."""
+    """Return where the stage starts; one that has begun can go on without that: its own checkpoint has all of it."""
     try:
         start = _starting_point(command, settings, directory, checks_files=checks_files)
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedCheckpointError):
         if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
         return StartingPoint(None, resume.trainer["fingerprint"]["training.starts_from"])
