@@ -14,7 +14,8 @@ from errors import MissingFileError, UserError
 from pipelines.command import parse_command
 from sampling.config import SamplingConfig
 from sampling.evaluation.contestants import weights_kind
-from sampling.trained_model import find_trained_model, open_run_model
+from sampling.opening import find_trained_model
+from sampling.trained_model import open_run_model
 
 STEPS = (4, 6, 12)
 

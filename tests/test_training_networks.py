@@ -203,9 +203,12 @@ def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.M
     # Those that are kept already need no room again.
     for step in (1, 2):
         (job.directory / f"step-{step}").mkdir()
+        (job.directory / f"step-{step}-best").mkdir()
     require_disk(job, WeightCounts(trained=1_000_000_000))
     with pytest.raises(UserError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
         require_disk(job, WeightCounts(trained=3_000_000_000))
+    for folder in job.directory.glob("step-*"):
+        folder.rmdir()
 
 
 def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
