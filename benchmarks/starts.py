@@ -22,10 +22,6 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sample import toy_model
-from benchmarks.stats import CaptionMaker
-from pixart.convert import save_diffusers
-
 RESULT = Path(__file__).parent / "results" / "starts.json"
 RECIPE = "recipes/toyworld.toml"
 NUM_CAPTIONS = 3000
@@ -45,6 +41,11 @@ class Small:
 
 def small_commands(folder: Path) -> list[Small]:
     """Return the commands over inputs that are made in `folder`, with the run's raw shards in `folder/raw`."""
+    # Libraries of models, which need seconds of their own to start.
+    from benchmarks.sample import toy_model
+    from benchmarks.stats import CaptionMaker
+    from pixart.convert import save_diffusers
+
     captions = folder / "captions.parquet"
     pq.write_table(pa.table({"caption": list(CaptionMaker(0).captions(NUM_CAPTIONS))}), captions)
     save_diffusers(toy_model(), folder / "model")
