@@ -1,6 +1,7 @@
 """What a user can mend, and how it is said: the one module that every room may import."""
 
 import errno
+from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM)
@@ -9,6 +10,8 @@ UNSOUND = (errno.EIO, errno.ESTALE)
 # How a file begins that stands for another one.
 POINTER = b"version https://git-lfs"
 PAGES = (b"<!doctype", b"<html", b"<?xml")
+# A file where a folder is needed, and the like: only what stands on the disk can bring them about.
+MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(Exception):
@@ -32,7 +35,7 @@ class StorageError(UserError, OSError):
 
 
 def describe_storage_error(error: OSError, place: object = None) -> str | None:
-    """Return what to do about a full, read-only or failing disk, or None if the error is another one.
+    """Return what to do about a full, read-only or failing disk, or a file in the way; None if the error is another.
 
     `place` names what was being written, where the error does not.
     """
@@ -49,6 +52,8 @@ def describe_storage_error(error: OSError, place: object = None) -> str | None:
         return f"{named}too many files are open ({reason}); raise the limit with `ulimit -n`"
     if error.errno in UNSOUND:
         return f"{named}the storage does not answer ({reason}); mend or mount it and type the command again"
+    if error.errno in MISPLACED or (isinstance(where, str) and _is_in_the_way(error, where)):
+        return f"{named}this is not what is needed there ({reason}); move it away, or name another place"
     return None
 
 
@@ -61,3 +66,8 @@ def describe_unfetched(head: bytes) -> str | None:
     if head.lstrip().lower().startswith(PAGES):
         return "is a web page that was saved under this name: fetch the file itself"
     return None
+
+
+def _is_in_the_way(error: OSError, where: str) -> bool:
+    """Whether a folder was to be made where there is a file, or a link that leads nowhere."""
+    return error.errno == errno.EEXIST and not Path(where).is_dir()

@@ -16,12 +16,12 @@ from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
-from errors import UserError
+from errors import MissingFileError, UserError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
-from pipelines.raw.shards import expand_shards, shard_name
+from pipelines.raw.shards import shard_name
 from pipelines.recipe import DataConfig
 from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, remove_temporary_files, sha256_file
 from pipelines.store.manifest import (
@@ -183,10 +183,9 @@ def _count_fingerprint(
 
 
 def _raw_shards(command: Command, data: DataConfig, *, is_needed: bool) -> list[str]:
-    patterns = [data.shards] if isinstance(data.shards, str) else data.shards
     try:
-        return expand_shards([pattern.replace("{run}", str(command.run)) for pattern in patterns])
-    except FileNotFoundError as error:
+        return data.paths(command.run)
+    except MissingFileError as error:
         if is_needed:
             raise
         log.info(f"the gallery will have no images: {error}")

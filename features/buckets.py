@@ -168,13 +168,13 @@ def list_rejects(rejects: Sequence[Reject], path: Path) -> None:
     path.unlink(missing_ok=True)
     if len(rejects) <= MAX_REJECTS_SHOWN:
         for reject in rejects:
-            console.print(f"rejected: {reject.shard} {reject.key} {reject.reason}", markup=False, soft_wrap=True)
+            console.print(f"rejected: {reject.shard} {reject.key} {reject.reason}", soft_wrap=True)
         return
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("shard", "key", "reason"))
         writer.writerows((reject.shard, reject.key, reject.reason) for reject in rejects)
-    console.print(f"the {len(rejects):,} rejects, with shard, key and reason: {path}", markup=False, soft_wrap=True)
+    console.print(f"the {len(rejects):,} rejects, with shard, key and reason: {path}", soft_wrap=True)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import ModelSource
-from errors import UserError
+from errors import MissingFileError, UserError
 from features.config import FeaturesConfig, feature_table
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
@@ -219,7 +219,7 @@ def _raw_shards(command: Command, data: DataConfig) -> list[str]:
     """Return the shards that `[data]` names or, if it names none, those that captioning read."""
     try:
         return data.paths(command.run)
-    except FileNotFoundError:
+    except MissingFileError:
         if remembered := recall_shards(command.run):
             return remembered
         raise

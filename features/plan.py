@@ -35,7 +35,7 @@ def print_plan(inputs: FeatureInputs) -> None:
             notes.append(f"{family.directory} was made with other settings and would be computed anew: {change}")
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 from errors import ProgramFault, UserError, describe_storage_error
 from pipelines.engine.progress import console
 from pipelines.overrides import split_settings
@@ -117,7 +119,7 @@ def run_command(room: str, main: Callable[[], None]) -> int:
     try:
         main()
     except KeyboardInterrupt:
-        console.print(f"[bold]{room}:[/] interrupted; the same command continues")
+        console.print(Text.assemble((f"{room}:", "bold"), " interrupted; the same command continues"))
         return 130
     except Exception as error:  # noqa: BLE001 - said in full, and the command ends
         message = users_message(error)
@@ -144,5 +146,4 @@ def _traceback(error: Exception) -> str:
 
 
 def _say(room: str, text: str) -> None:
-    console.print(f"[bold red]{room}:[/] ", end="")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(Text.assemble((f"{room}:", "bold red"), f" {text}"), soft_wrap=True)

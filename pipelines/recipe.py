@@ -104,8 +104,7 @@ class DataConfig(TableConfig):
 
     def paths(self, run: Path) -> list[str]:
         """Return the raw shards of a run, sorted by name, with `{run}` filled in; raises as `expand_shards` does."""
-        patterns = [self.shards] if isinstance(self.shards, str) else self.shards
-        return expand_shards([pattern.replace("{run}", str(run)) for pattern in patterns])
+        return expand_shards(self.shards, run=run)
 
 
 class ModelConfig(TableConfig):

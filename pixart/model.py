@@ -207,7 +207,7 @@ class PixArt(nn.Module):
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         condition = self.timestep_embed(timesteps)  # [B, D]
         if (size is not None) != self.config.has_size_condition:
-            raise UserError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
+            raise ValueError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
         if size is not None:
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)

@@ -58,7 +58,7 @@ def _find_folder(location: str, revision: str | None) -> Path:
     """Return the local folder of a checkpoint; a hub id's is in the hub's cache, filled if the hub can be reached."""
     try:
         source = resolve_model(location, revision)
-    except FileNotFoundError as error:
+    except MissingFileError as error:
         raise MissingFileError(f"sampling.checkpoint: {error}") from None
     if Path(source.location).is_dir():
         return Path(source.location)

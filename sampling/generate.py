@@ -242,7 +242,7 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
 def _resolve(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> ModelSource:
     try:
         return resolve_model(model["model"], model["revision"])
-    except FileNotFoundError as error:
+    except MissingFileError as error:
         raise MissingFileError(f"{part} of {trained.name}: {error}") from None
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from captioning.__main__ import main
 from errors import UserError
+from pipelines.engine.progress import console
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_sa1b, write_tar
@@ -188,6 +189,19 @@ def test_the_recipes_of_the_house_parse() -> None:
         load_recipe(path).table("captioning", CaptioningConfig)
     models = [load_recipe(path).tables["captioning"]["model"] for path in sorted(Path("recipes").glob("pixart*.toml"))]
     assert "llava-hf/llava-1.5-7b-hf" in models
+
+
+def test_what_looks_like_markup_and_patterns_is_text(tmp_path, model, monkeypatch, capsys) -> None:
+    """`[INST]` in a prompt, and a run and a shard whose names hold brackets, braces and commas."""
+    run = make_run(tmp_path / "[bold]x, {a,b} $1", model)
+    (run / "raw" / "sa_000000.tar").rename(run / "raw" / "sa_[red].tar")
+    prompt = "[INST] What is [/bold] this? :cat:"
+    monkeypatch.setattr(console, "width", 400)
+    command(run, "--plan", "--text", f"captioning.prompts.sa1b={prompt}", monkeypatch=monkeypatch)
+    said = capsys.readouterr().err
+    assert prompt in said and str(run) in said
+    command(run, "--settings", 'captioning.shards=["sa_[[]red]"]', monkeypatch=monkeypatch)
+    assert [path.name for path in (run / "captions").glob("*.parquet")] == ["sa_[red].parquet"]
 
 
 def documented_commands() -> list[str]:

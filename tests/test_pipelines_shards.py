@@ -1,6 +1,7 @@
 import io
 import logging
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pipelines.raw.shard_headers
-from errors import UserError
+from errors import MissingFileError, UserError
 from pipelines.raw.shards import (
     describe_shards,
     expand_braces,
@@ -66,7 +67,7 @@ def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
                (("jpg", b"i"), ("json", record))]  # fmt: skip
     with open_shard(write_tar(tmp_path / "laion_0.tar", members), "img2dataset") as raw:
         assert [raw.alt_text(sample) for sample in raw.samples[:2]] == ["a cat ?", "\U0001f600"]
-        with pytest.raises(UserError, match="nested too deeply"):
+        with pytest.raises(ValueError, match="nested too deeply"):
             raw.alt_text(raw.samples[2])
 
 
@@ -303,3 +304,13 @@ def test_a_tar_that_shrinks_while_it_is_read_is_an_error_not_a_broken_image(tmp_
         os.truncate(path, 2000)
         with pytest.raises(OSError, match=r"x\.tar: ends at byte 2,000; it has changed"):
             raw.image_bytes(raw.samples[0])
+
+
+def test_what_a_runs_folder_is_called_is_no_pattern(tmp_path) -> None:
+    run = tmp_path / "a, [b]{c,d}*"
+    run.mkdir()
+    (run / "[x]_0.tar").touch()
+    for spec in ("{run}/*.tar", "{run}", "{run}/[x]_{0,0}.tar", ["{run}/[x]_0.tar"], "{run}/?x?_0.tar"):
+        assert expand_shards(spec, run=run) == [str(run / "[x]_0.tar")]
+    with pytest.raises(MissingFileError, match=re.escape(f"no shard matches {run}/y_*.tar")):
+        expand_shards("{run}/y_*.tar", run=run)

@@ -154,7 +154,7 @@ def test_positions_are_not_stored():
 
 def test_size_must_fit_the_config():
     latents, timesteps, text, mask = inputs_for(TINY, 8, 8)
-    with pytest.raises(UserError, match="has_size_condition is False"):
+    with pytest.raises(ValueError, match="has_size_condition is False"):
         PixArt(TINY)(latents, timesteps, text, mask, torch.ones(3, 3))
 
 

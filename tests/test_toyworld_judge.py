@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import UserError
 from toyworld.judge import WEIGHTS, Judge, Score, Verdict
 from toyworld.render import render
 from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, random_scene
@@ -92,7 +91,7 @@ def test_noise_is_no_scene(judge: Judge):
 def test_batches_equal_single_pictures_and_must_match(judge: Judge):
     scenes, images = pictures(6, width=80, height=64, seed=17)
     assert judge.score_batch(images, scenes) == [judge.score(i, s) for i, s in zip(images, scenes, strict=True)]
-    with pytest.raises(UserError, match="6 images but 5 scenes"):
+    with pytest.raises(ValueError, match="6 images but 5 scenes"):
         judge.score_batch(images, scenes[:5])
-    with pytest.raises(UserError, match="no objects"):
+    with pytest.raises(ValueError, match="no objects"):
         Score.of([])

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from errors import UserError
 from pipelines.recipe import load_recipe
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.summary import update_summary
@@ -214,7 +213,7 @@ def test_loss_chart_stays_inside_its_frame(losses):
 
 
 def test_loss_chart_without_losses_says_so():
-    with pytest.raises(UserError, match="stage 1: no loss is finite and positive"):
+    with pytest.raises(ValueError, match="stage 1: no loss is finite and positive"):
         loss_chart([(1, math.nan)], label="stage 1")
 
 

@@ -71,7 +71,7 @@ def test_json_round_trips_and_unknown_words_are_named():
 def test_num_objects_is_kept_and_bounded():
     rng = np.random.default_rng(0)
     assert {len(random_scene(rng, num_objects=2).objects) for _ in range(20)} == {2}
-    with pytest.raises(UserError, match="num_objects 4 is not between 1 and 3"):
+    with pytest.raises(ValueError, match="num_objects 4 is not between 1 and 3"):
         random_scene(rng, num_objects=4)
 
 
@@ -82,7 +82,7 @@ def test_classes_number_shape_and_colour():
     labels = {class_label(single(shape, colour)): f"{colour} {shape}" for shape in SHAPES for colour in COLOURS}
     assert sorted(labels) == list(range(NUM_CLASSES)) == list(range(24))
     assert all(class_name(label) == name for label, name in labels.items())
-    with pytest.raises(UserError, match="2 objects"):
+    with pytest.raises(ValueError, match="2 objects"):
         class_label(Scene(single("star", "red").objects * 2, "white", "plain"))
 
 

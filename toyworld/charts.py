@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from errors import UserError
-
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 30
 MAX_POINTS = 360
@@ -56,11 +54,11 @@ def loss_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
     Losses that are not finite and positive leave no point.
 
     Raises:
-        UserError: no loss is finite and positive.
+        ValueError: no loss is finite and positive.
     """
     drawn = [(step, loss) for step, loss in points if math.isfinite(loss) and loss > 0]
     if not drawn:
-        raise UserError(f"{label}: no loss is finite and positive")
+        raise ValueError(f"{label}: no loss is finite and positive")
     low, high = (extreme(loss for _, loss in drawn) for extreme in (min, max))
     if high / low < MIN_RATIO:
         low, high = low / math.sqrt(MIN_RATIO), high * math.sqrt(MIN_RATIO)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from errors import UserError
 from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
 from toyworld.zoo.judge_net import EMPTY, JudgeNet, anchor_crops, crops_to_tensor
 
@@ -66,7 +65,7 @@ class Score:
         """The mean of these verdicts; ValueError when there are none."""
         hits = [hit for verdict in verdicts for hit in verdict.hits]
         if not hits:
-            raise UserError("no objects to score")
+            raise ValueError("no objects to score")
         return Score(
             position=float(np.mean([hit.has_position for hit in hits])),
             colour=float(np.mean([hit.has_colour for hit in hits])),
@@ -96,7 +95,7 @@ class Judge:
     def score_batch(self, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> list[Verdict]:
         """Judge many pictures; their sizes may differ."""
         if len(images) != len(scenes):
-            raise UserError(f"{len(images)} images but {len(scenes)} scenes")
+            raise ValueError(f"{len(images)} images but {len(scenes)} scenes")
         return [_verdict(scene, seen) for scene, seen in zip(scenes, self.look(images), strict=True)]
 
     @torch.no_grad()

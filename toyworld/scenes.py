@@ -72,7 +72,7 @@ def random_scene(rng: np.random.Generator, *, num_objects: int | None = None) ->
     if num_objects is None:
         num_objects = int(rng.integers(1, _MAX_OBJECTS + 1))
     if not 1 <= num_objects <= _MAX_OBJECTS:
-        raise UserError(f"num_objects {num_objects} is not between 1 and {_MAX_OBJECTS}")
+        raise ValueError(f"num_objects {num_objects} is not between 1 and {_MAX_OBJECTS}")
     places = np.sort(rng.choice(len(POSITIONS), size=num_objects, replace=False))
     is_crowded = num_objects > 1 and POSITIONS.index("center") in places
     objects = tuple(
@@ -92,7 +92,7 @@ def random_scene(rng: np.random.Generator, *, num_objects: int | None = None) ->
 def class_label(scene: Scene) -> int:
     """Class of a single-object scene, shape * 6 + colour, 0 to 23; ValueError when it holds more than one."""
     if len(scene.objects) != 1:
-        raise UserError(f"a scene of {len(scene.objects)} objects has no class: only single objects do")
+        raise ValueError(f"a scene of {len(scene.objects)} objects has no class: only single objects do")
     item = scene.objects[0]
     return SHAPES.index(item.shape) * len(COLOURS) + COLOURS.index(item.colour)
 

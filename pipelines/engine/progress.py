@@ -19,7 +19,8 @@ LOG_FILE_COLUMNS = 200
 MAX_REASONS_SHOWN = 3
 # Libraries that tell at their import of kernels for other GPUs and of names that torch will give up.
 TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-console = Console(stderr=True, highlight=False)
+# What is printed comes from recipes, paths and data, too: `[INST]` and `:cat:` in them are text. Styles are `Text`.
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
     # A log file has no width, and rich would wrap its lines at 80 columns.
     console.width = LOG_FILE_COLUMNS

@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ FAULTS_NAMED = 5
 NAMES_SHOWN = 3
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_DIGITS = 100
+RUN_PLACE = "\0"  # in a pattern, as no path has it
 BRACE = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -63,8 +65,10 @@ def _split_commas(spec: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def expand_shards(spec: str | Sequence[str]) -> list[str]:
+def expand_shards(spec: str | Sequence[str], *, run: Path | None = None) -> list[str]:
     """Turn brace ranges, globs, folders and fsspec URLs (comma-separated or a list) into sorted paths of tars.
+
+    `{run}` stands for the folder `run`, whose own commas, braces and brackets are no pattern.
 
     Raises:
         MissingFileError: a pattern matches nothing.
@@ -72,8 +76,10 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
             a pipe; or see `open_file_system`.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
+    if run is not None:
+        patterns = [pattern.replace("{run}", RUN_PLACE) for pattern in patterns]
     expanded = [path for pattern in patterns for part in _split_commas(pattern) for path in expand_braces(part)]
-    paths = [path for pattern in expanded for path in _match(pattern)]
+    paths = [path for pattern in expanded for path in _match(pattern, str(run))]
     by_name: dict[str, str] = {}
     for path in sorted(paths):
         other = by_name.setdefault(shard_name(path), path)
@@ -82,19 +88,21 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def _match(pattern: str) -> list[str]:
+def _match(pattern: str, run: str) -> list[str]:
     # In a web address `?` begins the query.
     magic = "*[" if pattern.startswith(("http://", "https://")) else "*?["
     has_magic = any(character in pattern for character in magic)
+    globbed = pattern.removeprefix("file://").replace(RUN_PLACE, glob.escape(run))
+    pattern = pattern.replace(RUN_PLACE, run)
     path = Path(pattern.removeprefix("file://"))
     if is_remote(pattern):
         # Whether a single remote shard is there is found when it is opened.
         found = list_urls(pattern) if has_magic or pattern.endswith("/") else [pattern]
     elif path.is_dir():
         found = [str(tar) for tar in path.glob("*.tar")]
-    elif has_magic:
+    elif has_magic and not path.is_file():
         anchor = path.anchor or "."
-        found = [str(tar) for tar in Path(anchor).glob(str(path).removeprefix(path.anchor))]
+        found = [str(tar) for tar in Path(anchor).glob(str(Path(globbed)).removeprefix(path.anchor))]
     elif path.exists() and not path.is_file():
         raise UserError(f"data.shards: {path} is a stream; members are read by their place, so a shard must be a file")
     else:

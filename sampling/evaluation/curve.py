@@ -71,7 +71,7 @@ def draw_curve(command: Command) -> None:
     )
     update_summary(command.run, f"seconds.curve_{command.stage_name}", round(time.monotonic() - start_seconds, 1))
     log.info(f"written to {directory.path}")
-    console.print(_table(rows), markup=False, soft_wrap=True)
+    console.print(_table(rows), soft_wrap=True)
 
 
 def describe_curve(command: Command) -> list[str]:

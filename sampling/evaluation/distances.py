@@ -9,8 +9,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import UserError
-
 Array = NDArray[np.float64]
 
 CMMD_SIGMA = 10.0
@@ -57,10 +55,10 @@ class Moments:
         """Return mean and unbiased covariance (divided by N - 1).
 
         Raises:
-            UserError: there are fewer than two images.
+            ValueError: there are fewer than two images.
         """
         if self.num_images < 2:
-            raise UserError(f"a covariance needs at least 2 images, not {self.num_images}")
+            raise ValueError(f"a covariance needs at least 2 images, not {self.num_images}")
         return Gaussian(self._mean.copy(), self._scatter / (self.num_images - 1), self.num_images)
 
 
@@ -72,10 +70,10 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     also where there are fewer images than dimensions.
 
     Raises:
-        UserError: the widths differ.
+        ValueError: the widths differ.
     """
     if first.mean.shape != second.mean.shape:
-        raise UserError(f"features of width {len(first.mean)} and {len(second.mean)} have no distance")
+        raise ValueError(f"features of width {len(first.mean)} and {len(second.mean)} have no distance")
     root = _square_root(first.covariance)
     eigenvalues = np.linalg.eigvalsh(root @ second.covariance @ root)
     trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()

@@ -76,13 +76,13 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     Raises:
         MissingFileError: there are none, or a sample is gone; names the key.
     """
-    spec = spec.replace("{run}", str(run))
+    pattern, spec = spec, spec.replace("{run}", str(run))
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
         return open_folder(folder, cache=cache)
     try:
-        paths = expand_shards(spec)
-    except FileNotFoundError:
+        paths = expand_shards(pattern, run=run)
+    except MissingFileError:
         raise MissingFileError(f"evaluation.reference {spec} is no folder of images, and no shard matches it") from None
     shards = describe_shards(paths, run=run)
     sources = [shard.source for shard in shards]

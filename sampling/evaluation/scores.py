@@ -254,7 +254,7 @@ def score(command: Command) -> None:
         counts = {number["metric"]: _counts(number) for number in rows[0]["numbers"]}
         update_summary(command.run, f"evaluation_counts.{command.stage_name}", counts)
     log.info(f"written to {directory.path}")
-    console.print(directory.file(REPORT_NAME, ".md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    console.print(directory.file(REPORT_NAME, ".md").read_text(encoding="utf-8"), soft_wrap=True)
 
 
 def _counts(number: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def count_votes(command: Command) -> None:
     text = render_rates(rates, num_votes=len(votes), rejected=rejected)
     atomic_write_bytes(folder / f"{REPORT_NAME}.md", text.encode())
     log.info(f"written to {folder}")
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def read_votes(files: Sequence[Path], key: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, int]]:

@@ -328,10 +328,10 @@ def _open_family(run: str, family: str, resolution: int, *, command: str, cache:
     """Open a family beside text and latents: of the images at this resolution, or of no resolution."""
     try:
         return _open(run, image_directory(Path(), family, resolution), command=command, cache=cache)
-    except FileNotFoundError as missing:
+    except MissingFileError as missing:
         try:
             return _open(run, family_directory(Path(), family), command=command, cache=cache)
-        except FileNotFoundError:
+        except MissingFileError:
             raise missing from None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rich.text import Text
+
 from errors import UserError
 from pipelines.engine.progress import console
 from pipelines.store.checkpoints import checkpoint_folders
@@ -88,7 +90,7 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
     micro_batch_size = settings.global_batch_size // (num_ranks * num_micro_batches)
     buckets = survey.buckets[0] if len(survey.buckets) == 1 else f"{len(survey.buckets)} buckets"
     split = f"{num_ranks} ranks x {num_micro_batches} micro-batches x {micro_batch_size}"
-    console.print(f"[bold]training {job.command.stage_name}[/] · {job.directory}")
+    console.print(Text.assemble((f"training {job.command.stage_name}", "bold"), f" · {job.directory}"), soft_wrap=True)
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
     threads = settings.threads_per_process or "a share of the"
@@ -212,4 +214,4 @@ def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
 
 
 def _print(name: str, line: str) -> None:
-    console.print(f"  {name:<9}{line}", markup=False, soft_wrap=True)
+    console.print(f"  {name:<9}{line}", soft_wrap=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from pipelines.engine.progress import console
 from pipelines.store.checkpoints import Checkpoint
@@ -56,10 +56,10 @@ def samples_of(checkpoint: Checkpoint) -> Path:
 def print_gate(checkpoint: Checkpoint, *, samples: Path) -> None:
     """Print the gate of a stage."""
     checks = stage_gate(checkpoint, samples=samples)
-    console.print(f"[bold]before going on from {checkpoint.path.parent.name}[/]")
+    console.print(Text(f"before going on from {checkpoint.path.parent.name}", style="bold"))
     for check in checks:
-        mark = {True: "[green]ok[/]  ", False: "[red]NO[/]  ", None: "[yellow]look[/]"}[check.holds]
-        console.print(f"  {mark} {check.name:<11}{escape(check.finding)}", soft_wrap=True)
+        mark = {True: ("ok  ", "green"), False: ("NO  ", "red"), None: ("look", "yellow")}[check.holds]
+        console.print(Text.assemble("  ", mark, f" {check.name:<11}{check.finding}"), soft_wrap=True)
 
 
 def _steps(checkpoint: Checkpoint) -> Check:

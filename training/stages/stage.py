@@ -159,7 +159,7 @@ def _start_or_recorded(
     """Return where the stage starts; one that has begun can go on without that: its own checkpoint has all of it."""
     try:
         start = _starting_point(command, settings, directory, checks_files=checks_files)
-    except (FileNotFoundError, DamagedCheckpointError):
+    except (MissingFileError, DamagedCheckpointError):
         if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
         return StartingPoint(None, resume.trainer["fingerprint"]["training.starts_from"])

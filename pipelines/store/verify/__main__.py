@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.command import run_command
 from pipelines.engine.progress import clock, console
@@ -17,7 +17,7 @@ MAX_SHOWN = 20
 
 def print_findings(run: Path, findings: Findings) -> None:
     """Print one line per directory, the notes, what is unfinished, and the first problems with what to do."""
-    table = Table(title=f"verify, {escape(str(run))}", title_justify="left")
+    table = Table(title=f"verify, {run}", title_justify="left")
     for heading in ("directory", "files", "kept", "rejected", "bad"):
         table.add_column(heading, justify="left" if heading == "directory" else "right")
     for row in findings.rows:
@@ -25,17 +25,17 @@ def print_findings(run: Path, findings: Findings) -> None:
         numbers = (row.num_kept, row.num_rejected)
         cells = [f"{row.num_files:,}", *("–" if number is None else f"{number:,}" for number in numbers)]
         place = row.directory.relative_to(run).as_posix()
-        table.add_row(escape(place), *cells, f"[bold red]{num_bad:,}[/]" if num_bad else "0")
+        table.add_row(place, *cells, Text(f"{num_bad:,}", style="bold red" if num_bad else ""))
     console.print(table)
     for note in findings.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     for item in findings.unfinished:
-        console.print(f"[bold yellow]unfinished[/] {escape(str(item))}", soft_wrap=True)
-        console.print(f"    `{item.command}` goes on with it", markup=False, soft_wrap=True)
+        console.print(Text.assemble(("unfinished", "bold yellow"), f" {item}"), soft_wrap=True)
+        console.print(f"    `{item.command}` goes on with it", soft_wrap=True)
     for problem in findings.problems[:MAX_SHOWN]:
-        console.print(f"[bold red]bad[/] {escape(str(problem))}", soft_wrap=True)
+        console.print(Text.assemble(("bad", "bold red"), f" {problem}"), soft_wrap=True)
         if problem.mend:
-            console.print(f"    {problem.mend}", markup=False, soft_wrap=True)
+            console.print(f"    {problem.mend}", soft_wrap=True)
     if len(findings.problems) > MAX_SHOWN:
         console.print(f"and {len(findings.problems) - MAX_SHOWN:,} more")
     megabytes = findings.num_bytes / MEGABYTE
