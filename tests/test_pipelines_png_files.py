@@ -63,12 +63,18 @@ def test_pixels_that_cannot_be_decoded_are_damage_though_every_checksum_holds(pi
 
 
 def test_a_picture_that_cannot_be_read_is_named_with_what_to_do(picture):
+    whole = picture.read_bytes()
     assert read_picture(picture, mend="draw it").getpixel((3, 5)) is not None
-    picture.write_bytes(picture.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"image\.png cannot be read as an image \(.*truncated.*\); draw it"):
+    picture.write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"image\.png cannot be read as an image: it is cut short .*; draw it"):
+        read_picture(picture, mend="draw it")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    picture.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"image: bytes of its chunk IDAT at 33 have changed \(CRC-32\); draw it"):
         read_picture(picture, mend="draw it")
     picture.write_bytes(b"")
-    with pytest.raises(UserError, match=r"image\.png cannot be read as an image \(cannot identify.*\); draw it"):
+    with pytest.raises(UserError, match=r"image\.png cannot be read as an image: it is empty; draw it"):
         read_picture(picture, mend="draw it")
     picture.unlink()
     with pytest.raises(MissingFileError, match=r"image\.png does not exist; draw it"):

@@ -154,7 +154,9 @@ def test_an_image_with_changed_bytes_is_named_where_it_is_read(run):
     first = data.index(b"IDAT") + 4
     path.write_bytes(data[:first] + bytes(20) + data[first + 20 :])
     (path.parent / ".done" / "samples.json").unlink()
-    with pytest.raises(UserError, match=r"tall\.png cannot be read as an image \(.*\); delete it, and the command"):
+    with pytest.raises(
+        UserError, match=r"tall\.png cannot be read as an image: bytes of .*; delete it, and the command"
+    ):
         sample(run, 2)
 
 

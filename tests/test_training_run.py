@@ -80,7 +80,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     run = make_run(tmp_path_factory.mktemp("straight"))
     train(run, 2, **settings())
-    require_sound(run)
+    require_sound(run, room="training")
     return run
 
 
@@ -175,7 +175,7 @@ def every_step(**changed: object) -> dict[str, object]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     run = make_run(tmp_path_factory.mktemp("two_ranks"))
     train(run, 2, **every_step(num_steps=12))
-    require_sound(run)
+    require_sound(run, room="training")
     return metrics(run, 2)
 
 

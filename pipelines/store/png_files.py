@@ -48,8 +48,11 @@ def _missing(descriptor: int, size: int) -> str | None:
     return f"it is cut short or overwritten: of its {size:,} bytes the last are not a PNG's end"
 
 
-def damage_of_png(path: Path) -> str | None:
-    """Return what is wrong with a PNG file, or None: as `missing_of_png`, then each chunk's CRC-32 and all pixels."""
+def change_of_png(path: Path) -> str | None:
+    """Return why a PNG file is not as it was written, or None: as `missing_of_png`, then the CRC-32 of each chunk.
+
+    Pillow compares none of those around pixels, and decodes changed ones without a word.
+    """
     if (missing := missing_of_png(path)) is not None:
         return missing
     data = path.read_bytes()
@@ -60,6 +63,13 @@ def damage_of_png(path: Path) -> str | None:
         if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + CRC_BYTES]):
             return f"bytes of its chunk {name.decode()} at {position:,} have changed (CRC-32)"
         position = end + CRC_BYTES
+    return None
+
+
+def damage_of_png(path: Path) -> str | None:
+    """Return what is wrong with a PNG file, or None: as `change_of_png`, then all of its pixels."""
+    if (change := change_of_png(path)) is not None:
+        return change
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
@@ -69,16 +79,28 @@ def damage_of_png(path: Path) -> str | None:
 
 
 def read_picture(path: Path, *, mend: str) -> Image.Image:
-    """Return the pixels of an image file in RGB; `mend` says what to do when they cannot be had.
+    """Return the pixels of a PNG file in RGB; `mend` says what to do when they cannot be had.
+
+    Raises: see `require_sound_png`.
+    """
+    require_sound_png(path, mend=mend)
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except DAMAGE as error:
+        raise UserError(f"{path} cannot be read as an image: {error}; {mend}") from None
+
+
+def require_sound_png(path: Path, *, mend: str) -> None:
+    """Check that a PNG file is as it was written; `mend` says what to do when it is not.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is no image, or a damaged one; names it.
+        UserError: it is no PNG, or one that is cut or changed; names it.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        change = change_of_png(path)
     except FileNotFoundError:
         raise MissingFileError(f"{path} does not exist; {mend}") from None
-    except DAMAGE as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); {mend}") from None
+    if change is not None:
+        raise UserError(f"{path} cannot be read as an image: {change}; {mend}")

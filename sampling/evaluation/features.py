@@ -312,13 +312,11 @@ def compute_features(
     except QuarantinedShardError:
         raise
     except UserError as error:
-        raise UserError(
-            f"{images.name}: {error}; such as {_faults_told(_read_faults(folder, images), images)}"
-        ) from None
+        raise UserError(f"{images.name}: {error}; such as {'; '.join(_read_faults(folder, images))}") from None
     faults = _read_faults(folder, images) if manifest.rejected else []
     if faults:
         num_unusable = sum(manifest.rejected.values())
-        log.warning(f"{images.name}: {num_unusable:,} unusable images, such as {_faults_told(faults, images)}")
+        log.warning(f"{images.name}: {num_unusable:,} unusable images, such as {'; '.join(faults)}")
     if manifest.num_kept < 2:
         raise UserError(f"{images.name}: {manifest.num_kept} usable images, a distance needs at least 2")
     return Features(
@@ -342,10 +340,6 @@ def _folder_of(fingerprint: Fingerprint, network: NetworkSource, *, cache: Path)
         if {**defaults, **found.fields} == {**defaults, **fingerprint.fields}:
             return path.parent, found
     return folder, fingerprint
-
-
-def _faults_told(faults: Sequence[str], images: ImageSet) -> str:
-    return "; ".join(faults) + (f" ({images.mend})" if images.mend else "")
 
 
 def _read_faults(folder: Path, images: ImageSet) -> list[str]:

@@ -15,6 +15,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, sha256_file, sha256_text
+from pipelines.store.png_files import require_sound_png
 from sampling.images import MEND
 
 HASH_THREADS = 8
@@ -36,7 +37,6 @@ class ImageSet:
         name: what the user called it.
         identity: hash of the images (and prompts), whatever their folder is called.
         dialect: of raw shards; empty for lists of files.
-        mend: what to do about an image that cannot be used, where that is known.
         left_out: files of the folder that are not in the set, by reason.
     """
 
@@ -44,7 +44,6 @@ class ImageSet:
     identity: str
     sources: list[Source]
     dialect: str = ""
-    mend: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -143,11 +142,14 @@ def _sample_files(folder: Path) -> list[Path]:
 
     Raises:
         MissingFileError: one is gone.
+        UserError: one is cut or changed; names it.
     """
     paths = [folder / name for name in pq.read_table(folder / SAMPLES_NAME, columns=["file"])["file"].to_pylist()]
     for path in paths:
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist, but {folder / SAMPLES_NAME} names it: draw it again")
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        list(pool.map(lambda path: require_sound_png(path, mend=MEND), paths))
     return paths
 
 
@@ -163,6 +165,7 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
 
     Raises:
         MissingFileError: sampling has not finished there, or a sample is gone.
+        UserError: a sample is damaged; names it.
     """
     table = folder / SAMPLES_NAME
     if not table.is_file():
@@ -173,7 +176,7 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
         | ({"prompt": row["prompt"]} if has_prompts else {})
         for row in pq.read_table(table, columns=["file", "prompt"]).to_pylist()
     ]
-    return _list_images(str(folder), rows, cache=cache, mend=MEND)
+    return _list_images(str(folder), rows, cache=cache)
 
 
 def _list_images(
@@ -181,7 +184,6 @@ def _list_images(
     rows: Sequence[dict[str, str]],
     *,
     cache: Path,
-    mend: str = "",
     left_out: Mapping[str, int] | None = None,
 ) -> ImageSet:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
@@ -192,7 +194,7 @@ def _list_images(
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     source = Source(name="images", path=str(path.absolute()), identity=identity, num_samples=len(rows))
-    return ImageSet(name=name, identity=identity, sources=[source], mend=mend, left_out=left_out or {})
+    return ImageSet(name=name, identity=identity, sources=[source], left_out=left_out or {})
 
 
 def _rows(source: Source) -> list[dict[str, str]]:

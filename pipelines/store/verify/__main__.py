@@ -41,7 +41,8 @@ def print_findings(run: Path, findings: Findings) -> None:
     megabytes = findings.num_bytes / MEGABYTE
     rate = megabytes / max(findings.seconds, 1e-6)
     counts = f"{len(findings.checked):,} files, {megabytes:,.1f} MB in {clock(findings.seconds)} ({rate:,.0f} MB/s)"
-    console.print(f"read {counts}; {len(findings.unchecked):,} files hold nothing to check, such as locks")
+    rest = f"{len(findings.unchecked):,} files hold nothing to check, such as locks"
+    console.print(f"read {counts}; {rest}", soft_wrap=True)
 
 
 def main() -> None:

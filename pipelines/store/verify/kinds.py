@@ -78,9 +78,7 @@ class FolderKind:
 
 
 # Locks hold nothing; parts are work that has not ended, which the next command checks by their reports.
-EVERYWHERE = tuple(
-    FileKind(pattern=pattern, check=None) for pattern in (".lock", ".parts/*", ".*.tmp", f"{MARKER_FOLDER}/.*.tmp")
-)
+EVERYWHERE = tuple(FileKind(pattern=pattern, check=None) for pattern in (".lock", ".parts/*", ".*.tmp", "*/.*.tmp"))
 RUN = FolderKind(
     title="run",
     place=r"\.",
