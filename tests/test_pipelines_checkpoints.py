@@ -19,6 +19,7 @@ from pipelines.store.checkpoints import (
     open_checkpoint,
     put_in_force,
     remove_unfinished,
+    require_free_names,
 )
 
 MODEL_STATES = "deepspeed/mp_rank_00_model_states.pt"
@@ -289,3 +290,28 @@ def test_trainer_json_of_a_former_version_is_read_in_todays_words(stage: Path) -
     path.write_text(json.dumps(json.loads(path.read_text()) | former))
     found = find_checkpoint(stage)
     assert found is not None and found.trainer["stage"] == "stage2" and found.trainer["starts_from"] == "stage1"
+
+
+@pytest.mark.parametrize("name", ["step-21", ".step-21.tmp"])
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("step-5")])
+def test_what_is_in_the_way_of_a_coming_checkpoint_is_refused_and_kept(
+    stage: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    make_users_things(stage)
+    require_free_names(stage, after_step=20)
+    make(stage / name)
+    require_free_names(stage, after_step=21)
+    with pytest.raises(UserError, match=rf"{stage}/{name} was not made by training, which needs that name"):
+        require_free_names(stage, after_step=20)
+    shutil.copytree(stage / "step-5", stage / ".step-15.tmp")
+    if name == "step-21":
+        with pytest.raises(UserError, match=rf"{stage}/step-21 was not made .* what is saved stays in force"):
+            put_in_force(stage / ".step-15.tmp", stage / "step-21")
+    assert os.path.lexists(stage / name) and (stage / "latest").read_text() == "step-20\n"
+
+
+def test_a_folder_called_latest_is_in_the_way(stage: Path) -> None:
+    (stage / "latest").unlink()
+    (stage / "latest").mkdir()
+    with pytest.raises(UserError, match=f"{stage}/latest was not made by training"):
+        require_free_names(stage, after_step=20)
