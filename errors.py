@@ -1,7 +1,10 @@
 """What a user can mend, and how it is said: the one module that every room may import."""
 
 import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM)
@@ -12,6 +15,15 @@ POINTER = b"version https://git-lfs"
 PAGES = (b"<!doctype", b"<html", b"<?xml")
 # A file where a folder is needed, and the like: only what stands on the disk can bring them about.
 MISPLACED = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+# How libraries say that memory is short where they raise no error of its own kind.
+MEMORY_SIGNS = (
+    "DefaultCPUAllocator: ",
+    "std::bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+MAX_REASON_CHARACTERS = 160
 
 
 class UserError(Exception):
@@ -32,6 +44,70 @@ class ProgramFault(Exception):
 
 class StorageError(UserError, OSError):
     """A disk or a server did not do what it should: full, out of reach, or its content has changed."""
+
+
+class MemoryShortageError(UserError):
+    """The memory of the machine or of its GPU does not suffice; says for what, and what to lower."""
+
+
+class LoneItemError(MemoryError):
+    """A single item does not fit the memory: smaller batches are of no use."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's memory or a GPU's was too small.
+
+    Errors of torch and Ray are known by their names and words: nothing loads either for this question.
+    """
+    if isinstance(error, UserError | ProgramFault):
+        return False
+    if isinstance(error, MemoryError):  # of numpy and pyarrow, too
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def describe_memory_shortage(error: BaseException, *, what: str, settings: Mapping[str, Any]) -> str:
+    """Return one line: what did not fit, how much was asked for, and which of `settings` to lower.
+
+    Args:
+        error: one of `is_out_of_memory`.
+        what: the shard, image or step that did not fit.
+        settings: keys of the recipe with the values to lower; numbers of 1 and less cannot be lowered.
+    """
+    reason = describe_reason(error)
+    is_alone = isinstance(error, LoneItemError)
+    lower = [
+        f"{key} = {value}"
+        for key, value in settings.items()
+        if not (isinstance(value, int | float) and value <= 1) and not (is_alone and "batch" in key)
+    ]
+    advice = f"lower {' or '.join(lower)}" if lower else "close other programs, or take a machine with more memory"
+    return f"{what}: out of memory{f' ({reason})' if reason else ''}; {advice}; what is done is kept"
+
+
+def describe_reason(error: BaseException) -> str:
+    """Return what a library says of the memory that it lacks, cut to some words; often nothing."""
+    reason = (str(error).splitlines() or [""])[0].rpartition("DefaultCPUAllocator: ")[2].strip().rstrip(".")
+    return reason if len(reason) <= MAX_REASON_CHARACTERS else f"{reason[:MAX_REASON_CHARACTERS]} …"
+
+
+@contextmanager
+def memory_for(what: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Say in one line that what is done inside does not fit the memory.
+
+    Raises:
+        MemoryShortageError: it does not; names `what`, and `settings` to lower as `describe_memory_shortage` does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryShortageError(describe_memory_shortage(error, what=what, settings=settings)) from error
 
 
 def describe_storage_error(error: OSError, place: object = None) -> str | None:

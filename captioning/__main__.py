@@ -66,6 +66,12 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         max_reject_fraction=job.config.max_reject_fraction,
         room="captioning",
         few_samples=FEW_SAMPLES_OF_SERVER if job.config.engine == "openai" else FEW_SAMPLES,
+        memory_settings={
+            "captioning.batch_size": job.config.batch_size,
+            "captioning.max_new_tokens": job.config.max_new_tokens,
+            "captioning.num_decode_threads": job.config.num_decode_threads,
+            "data.max_pixels": job.data.max_pixels,
+        },
         extra=job.extra,
     )
     _clear_earlier(job)

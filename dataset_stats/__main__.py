@@ -253,6 +253,10 @@ def _count(job: StatsJob) -> Manifest:
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
         few_samples=FEW_CAPTIONS,
+        memory_settings={
+            "dataset_stats.max_characters": job.config.max_characters,
+            "engine.samples_per_slice": job.command.recipe.table("engine", EngineConfig).samples_per_slice,
+        },
     )
 
 

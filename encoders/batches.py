@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from errors import LoneItemError, is_out_of_memory
 from pipelines.engine.progress import get_logger
 
 log = get_logger("encoders")
@@ -25,7 +26,7 @@ class Batches:
         """Yield one result of `encode` per item, in order.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: a single item does not fit; the latter is what a CPU raises.
+            LoneItemError: a single item does not fit.
         """
         import torch
 
@@ -35,9 +36,11 @@ class Batches:
             batch = items[start : start + max(1, self.size // cost)]
             try:
                 results = encode(batch)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or len(batch) == 1:
+            except Exception as error:
+                if not is_out_of_memory(error):
                     raise
+                if len(batch) == 1:
+                    raise LoneItemError(str(error)) from error
                 results = None
             # Out here the error and its frames are gone, and with them what they held of the memory.
             if results is None:
@@ -47,9 +50,3 @@ class Batches:
                 continue
             start += len(results)
             yield from results
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import MissingFileError, UserError, describe_unfetched
+from errors import MissingFileError, UserError, describe_unfetched, is_out_of_memory
 from pipelines.store.files import sha256_file, sha256_text
 from pipelines.store.state_files import read_state
 
@@ -133,7 +133,8 @@ def load_pretrained(
             **settings,
         )
     except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+        is_of_the_file = not isinstance(error, RuntimeError) or "PytorchStreamReader" in str(error)
+        if not is_of_the_file or is_out_of_memory(error):
             raise
         raise UserError(f"{named} cannot be loaded: {_describe_damage(folder, error)}") from error
     _require_complete(loading, f"{named} lacks weights of a {type(model).__name__}{hint}")

@@ -58,6 +58,7 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
         max_reject_fraction=inputs.features.max_reject_fraction,
         room=f"features {job.family.name}",
         few_samples=FEW_SAMPLES,
+        memory_settings=job.memory_settings,
         upstream=job.upstream,
         extra={} if is_done else job.family.manifest_extra(job, inputs),
     )

@@ -55,7 +55,8 @@ class FeatureInputs:
 class FeatureJob:
     """One family of features to compute; `model_key` is the recipe key that names its encoder.
 
-    `defaults` are what the settings are that `fingerprint` leaves out, by name.
+    `defaults` are what the settings are that `fingerprint` leaves out, by name; `memory_settings` what to lower where
+    the memory is too small, as keys of the recipe with their values.
     """
 
     family: FeatureFamily
@@ -68,6 +69,7 @@ class FeatureJob:
     upstream: dict[str, str]
     model: ModelSource
     model_key: str
+    memory_settings: Mapping[str, Any]
 
     def pending(self) -> list[Source]:
         """Return the sources that are not done yet."""

@@ -315,6 +315,11 @@ def image_job(
         upstream={},
         model=model,
         model_key="features.vae_model",
+        memory_settings={
+            "features.vae_batch_size": features.vae_batch_size,
+            f"features.{inputs.stage_name}.resolution": features.resolution,
+            "data.max_pixels": inputs.data.max_pixels,
+        },
     )
 
 

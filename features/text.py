@@ -237,6 +237,11 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         upstream={"captions": texts_digest(captions)},
         model=model,
         model_key="features.text_model",
+        memory_settings={
+            "features.text_batch_tokens": features.text_batch_tokens or "null (8192 on a GPU, 1024 on a CPU)",
+            "features.max_tokens": features.max_tokens,
+            "engine.samples_per_slice": inputs.engine.samples_per_slice,
+        },
     )
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from pixart.weight_files import find_weight_files, read_head
 
 # Where training code keeps the weights in a file, in the order in which they are taken: averages first.
@@ -131,7 +131,7 @@ def _load_plain(path: Path, name: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNPICKLING_FAULTS as error:
         said = str(error)
-        if "alloc" in said:
+        if is_out_of_memory(error):
             raise
     if refused := REFUSED_CLASS.search(said):
         raise UserError(

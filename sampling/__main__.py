@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, memory_for
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from sampling.config import SamplingConfig
-from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, run_job
+from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, memory_settings, run_job
 from sampling.opening import find_trained_model
 
 log = get_logger("sampling")
@@ -44,7 +44,8 @@ def _write_embeddings(job: SamplingJob, path: Path) -> None:
     if job.trained.text is None:
         raise UserError(f"sampling.write_embeddings is set, but {job.trained.name} knows classes, not text")
     check_inputs(job)
-    num_prompts = write_embeddings(path, job.requests, job.config, job.trained.text)
+    with memory_for(f"embeddings of the prompts for {path}", memory_settings(job)):
+        num_prompts = write_embeddings(path, job.requests, job.config, job.trained.text)
     log.info(f"{path}: embeddings of {num_prompts:,} prompts; read them with sampling.text_encoder=precomputed")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -220,7 +220,6 @@ def _require_gradio() -> None:
 def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
     """Draw, and show a mistake on the page until it is clicked away."""
     import gradio
-    import torch
 
     try:
         return studio.draw(wish, on_step=on_step)
@@ -228,7 +227,9 @@ def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
         raise gradio.Error("Nothing was kept.", title="Stopped", duration=5, print_exception=False) from None
     except UserError as error:
         raise gradio.Error(str(error), duration=None, print_exception=False) from None
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         message = f"{wish.size} does not fit the memory of the device: choose a smaller size"
         raise gradio.Error(message, duration=None, print_exception=False) from None
 

@@ -271,9 +271,23 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
         engine=job.engine.model_copy(update={"samples_per_slice": job.config.batch_size, "in_process": in_process}),
         max_reject_fraction=0.0,
         room="sampling",
+        memory_settings=memory_settings(job),
         upstream={"checkpoint": job.trained.identity},
         extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution},
     )
+
+
+def memory_settings(job: SamplingJob) -> dict[str, Any]:
+    """Return what of the recipe to lower where the memory is too small, with its values."""
+    config = job.config
+    sizes = {f"{item.width}x{item.height}": item.width * item.height for item in job.requests}
+    settings: dict[str, Any] = {
+        "sampling.batch_size": config.batch_size,
+        "sampling.size": max(sizes, key=lambda size: sizes[size], default=config.size),
+    }
+    if job.trained.text is not None and config.text_encoder == "device":
+        settings["sampling.text_encoder"] = f"{config.text_encoder} (8bit takes half, precomputed nothing)"
+    return settings
 
 
 def _write_grid(job: SamplingJob) -> None:

@@ -127,17 +127,6 @@ def test_settings_the_machine_cannot_meet_are_named(llava, monkeypatch) -> None:
         load(llava, device="cuda:1")
 
 
-def test_too_little_memory_is_said_with_the_way_out(llava, monkeypatch) -> None:
-    engine = load(llava)
-
-    def fail(prompts, *, repetition_penalty):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(engine._decoder, "decode", fail)
-    with pytest.raises(UserError, match=r"captioning.batch_size 32 .* try a smaller batch"):
-        texts(engine, requests(1))
-
-
 def test_the_canary_lets_a_sound_model_pass(engine, tmp_path) -> None:
     check_engine(engine, photo(0), DESCRIBE)
     check_engine(load(save_llava_next(tmp_path)), photo(0), DESCRIBE)

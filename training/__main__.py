@@ -13,7 +13,7 @@ from pipelines.store.summary import update_summary
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
-from training.launch.preflight import Preflight, inspect_stage, print_plan, print_weights
+from training.launch.preflight import Preflight, inspect_stage, memory_advice, print_plan, print_weights
 from training.launch.ranks import LostContactError, run_ranks
 from training.stages.gate import print_gate, samples_of
 from training.stages.stage import TrainingJob, open_stage
@@ -98,6 +98,7 @@ def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[
             threads_per_process=settings.threads_per_process,
             directory=job.directory,
             announce=announce,
+            memory_advice=memory_advice(settings),
         )
     else:
         run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)

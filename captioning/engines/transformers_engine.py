@@ -18,7 +18,6 @@ from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from encoders.devices import choose_device, choose_dtype
 from encoders.weights import load_pretrained, resolve_model
-from errors import UserError
 
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
@@ -55,7 +54,7 @@ class TransformersEngine:
             end_token_ids=end_token_ids,
         )
         self._context = self.model.config.get_text_config().max_position_embeddings
-        self._max_new_tokens, self._batch_size = config.max_new_tokens, config.batch_size
+        self._max_new_tokens = config.max_new_tokens
         self._forward = LlamaForward(self.model)
         self._decoder = ContinuousDecoder(self._forward, settings)
         self._probe_settings = dataclasses.replace(
@@ -99,13 +98,7 @@ class TransformersEngine:
     def _continue(
         self, decoder: ContinuousDecoder, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float
     ) -> list[Caption]:
-        try:
-            continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"captioning.batch_size {self._batch_size} with captioning.max_new_tokens {self._max_new_tokens} does "
-                f"not fit the memory of {self.model.device}; finished shards stay, try a smaller batch"
-            ) from error
+        continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
         return [
             Caption(
                 text=self.tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),

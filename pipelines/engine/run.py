@@ -90,6 +90,7 @@ def run_over_shards(
     max_reject_fraction: float,
     room: str,
     few_samples: int = 0,
+    memory_settings: Mapping[str, Any] | None = None,
     upstream: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -97,10 +98,12 @@ def run_over_shards(
 
     Rerunning continues where an earlier run stopped: finished shards and finished pieces of shards are kept.
     `room` names the caller in the progress view; up to `few_samples` of it take a worker less time than Ray takes to
-    start. `upstream` and `extra` go into the manifest as they are.
+    start. `memory_settings` are keys of the recipe to lower where memory is short, with their values; the number of
+    workers is one in any case. `upstream` and `extra` go into the manifest as they are.
 
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
+        MemoryShortageError: names the piece that does not fit, and what to lower.
         UserError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
             Or another process is writing `output`.
     """
@@ -120,6 +123,7 @@ def run_over_shards(
                 engine=engine,
                 room=room,
                 few_samples=few_samples,
+                memory_settings=memory_settings or {},
             )
             _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
             names = [source.name for source in sources]
@@ -151,6 +155,7 @@ def _run_pending(
     engine: EngineConfig,
     room: str,
     few_samples: int,
+    memory_settings: Mapping[str, Any],
 ) -> None:
     # Asked anew under the lock: another command may have finished shards in the meantime.
     pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
@@ -165,6 +170,7 @@ def _run_pending(
     finished = {name: [piece for piece, _ in parts] for name, parts in found.items()}
     engine = _settle_place(engine, pending, output, finished=finished, room=room, few_samples=few_samples)
     num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
+    memory_settings = {**memory_settings, "engine.num_workers": num_workers}
     waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
     counts = _ProgressCounts(
         worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
@@ -182,6 +188,7 @@ def _run_pending(
             fingerprint=fingerprint,
             max_attempts=engine.max_shard_attempts,
             claim=claim,
+            memory_settings=memory_settings,
         )
         for index, outcome in _outcomes(runner, waiting, engine, num_workers=num_workers, progress=progress):
             piece = replace(waiting[index], attempt=outcome.attempt)
@@ -194,8 +201,10 @@ def _run_pending(
     _drop_parts(output, fingerprint)
     if counts.quarantined:
         names = ", ".join(sorted(counts.quarantined))
+        lower = " or ".join(f"{key} = {value}" for key, value in memory_settings.items())
         raise QuarantinedShardError(
-            f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}"
+            f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}; "
+            f"if the machine is out of memory, lower {lower}"
         )
 
 

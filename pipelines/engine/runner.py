@@ -6,12 +6,12 @@ import os
 import resource
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, memory_for
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
     JoinedParts,
@@ -71,6 +71,7 @@ class PieceRunner:
         fingerprint: Fingerprint,
         max_attempts: int,
         claim: Path,
+        memory_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._worker_class = worker_class
         self._config = config
@@ -79,6 +80,7 @@ class PieceRunner:
         self._fingerprint = fingerprint
         self._max_attempts = max_attempts
         self._claim = claim
+        self._memory_settings = memory_settings or {}
 
     @property
     def directory(self) -> Path:
@@ -90,6 +92,7 @@ class PieceRunner:
 
         Raises:
             UserError: this node does not see the claim of the driver.
+            MemoryShortageError: names the piece, and which of `memory_settings` to lower.
             Whatever the worker raises.
         """
         self._require_claim()
@@ -99,7 +102,8 @@ class PieceRunner:
         num_deaths = attempts.stat().st_size if attempts.is_file() else 0
         if num_deaths >= self._max_attempts:
             return PieceOutcome(attempt=piece.attempt, report=None, num_deaths=num_deaths)
-        with _counted(attempts, num_before=num_deaths):
+        place = f"{self.directory}: {piece.source.name}, samples {piece.start:,} to {piece.stop:,}"
+        with memory_for(place, self._memory_settings), _counted(attempts, num_before=num_deaths):
             _reset_peak_memory()
             self._worker = self._worker or self._worker_class(self._config)
             report = dataclasses.replace(self._worker(piece), peak_memory_bytes=_peak_memory_bytes())

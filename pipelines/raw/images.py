@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from errors import UserError
+from errors import UserError, is_out_of_memory
 
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
 ALWAYS_RESIZED = 20
+BYTES_PER_PIXEL = 4  # of a decoded image
 # EXIF orientations that exchange width and height.
 SIDEWAYS = (5, 6, 7, 8)
 # What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
@@ -66,10 +67,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     try:
         image.load()
     except Exception as error:
+        _require_memory(error, BYTES_PER_PIXEL * image.width * image.height)
         raise SampleReject("corrupt_image", str(error)) from error
-    # Pictures with damaged EXIF are common, and are shown as they are stored.
-    with contextlib.suppress(Exception):
+    try:
         ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # noqa: BLE001 - looked at, and the picture is kept
+        # Pictures with damaged EXIF are common, and are shown as they are stored.
+        _require_memory(error, BYTES_PER_PIXEL * image.width * image.height)
     try:
         return _to_rgb(image)
     except (ValueError, OSError) as error:
@@ -101,12 +105,23 @@ def _open_image(data: bytes, *, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         raise SampleReject("unsupported_image" if _is_unsupported(data) else "not_an_image", str(error)) from None
     except Exception as error:  # whatever the bytes lead a decoder into
+        _require_memory(error, BYTES_PER_PIXEL * len(data))
         raise SampleReject("corrupt_image", str(error)) from error
     if image.width * image.height > max_pixels:
         raise SampleReject("too_many_pixels", f"{image.width} x {image.height} > {max_pixels}")
     if min(image.size) < MIN_SIDE_PIXELS:
         raise SampleReject("too_small", f"{image.width} x {image.height}")
     return image
+
+
+def _require_memory(error: Exception, num_bytes: int) -> None:
+    """Tell a machine without memory from damaged data that asks a decoder for absurd amounts of it.
+
+    Raises:
+        MemoryError: what a sound image takes is not there either: the image is not at fault, and is not rejected.
+    """
+    if is_out_of_memory(error):
+        bytearray(num_bytes)
 
 
 def _is_unsupported(data: bytes) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from errors import is_out_of_memory
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import TAR_END, payload_crc32, serialize_member
 from pipelines.store.manifest import ShardReport
@@ -27,6 +28,8 @@ def read_index(path: Path, family: FamilySchema) -> pa.Table | Fault:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         return Fault(None, f"{path.name} is not readable as Parquet: {error}")
     if not table.schema.equals(family.columns):
         return Fault(None, f"{path.name} has other columns than an index of this version")

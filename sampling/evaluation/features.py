@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from encoders.batches import Batches
 from encoders.devices import choose_device
 from encoders.vision import ClipTowers
-from errors import UserError
+from errors import MemoryShortageError, UserError
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
@@ -307,9 +307,14 @@ def compute_features(
             engine=engine.model_copy(update={"in_process": in_process}),
             max_reject_fraction=config.max_reject_fraction,
             room="evaluation",
+            memory_settings={
+                "evaluation.batch_size": config.batch_size,
+                "evaluation.decode_threads": config.decode_threads,
+                "evaluation.max_pixels": config.max_pixels,
+            },
             extra={"images": images.name, "network": network.source.location},
         )
-    except QuarantinedShardError:
+    except (QuarantinedShardError, MemoryShortageError):
         raise
     except UserError as error:
         raise UserError(f"{images.name}: {error}; such as {'; '.join(_read_faults(folder, images))}") from None

@@ -9,6 +9,7 @@ import threading
 from pipelines.command import parse_command, users_message
 from training.launch.hosts import DONE, FAILED, LOST, REPORT_PREFIX, STARTED, STOP
 from training.launch.placement import Placement
+from training.launch.preflight import memory_advice
 from training.launch.ranks import LostContactError, run_ranks
 from training.stages.stage import open_stage
 
@@ -31,6 +32,7 @@ def main() -> int:
             threads_per_process=job.settings.threads_per_process,
             directory=job.directory,
             announce=lambda: None,
+            memory_advice=memory_advice(job.settings),
         )
     except LostContactError as error:
         _report(LOST, str(error))

@@ -24,6 +24,7 @@ from training.stages.weights import WeightCounts
 
 GIGABYTE = 1e9
 NUM_SIZE_THREADS = 8
+MAX_ZERO_STAGE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,19 @@ def require_memory(job: TrainingJob, weights: WeightCounts, *, num_ranks: int, a
             f"{available_bytes / GIGABYTE:.2f} GB; raise training.zero_stage (now {job.settings.zero_stage}) or the "
             f"number of ranks (now {num_ranks})"
         )
+
+
+def memory_advice(settings: StageTraining) -> str:
+    """Return what to change where the memory is too small for a step, with the values that the keys have."""
+    parts = [
+        f"raise training.gradient_accumulation_steps = {settings.gradient_accumulation_steps} (smaller micro-batches)"
+    ]
+    if settings.zero_stage < MAX_ZERO_STAGE:
+        parts.append(f"raise training.zero_stage = {settings.zero_stage}")
+    if settings.keep_activations != "inputs":
+        parts.append(f"set training.keep_activations = {settings.keep_activations!r} to 'inputs'")
+    parts.append(f"lower training.num_processes = {settings.num_processes} where ranks share a machine's memory")
+    return ", or ".join(parts)
 
 
 def require_disk(job: TrainingJob, weights: WeightCounts) -> None:

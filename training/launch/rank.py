@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import StorageError, UserError
+from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory
 from pipelines.command import parse_command, run_command, users_message
 from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import atomic_write_bytes
@@ -26,6 +26,7 @@ from pixart.model import PixArt
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.launch.preflight import (
+    memory_advice,
     print_weights,
     require_disk,
     require_even_batches,
@@ -66,15 +67,9 @@ def main() -> None:
     try:
         run_rank(job, stop)
         dist.barrier()
-    except torch.OutOfMemoryError as error:
-        settings = job.settings
-        raise UserError(
-            f"the GPU's memory does not suffice: {str(error).splitlines()[0]} Raise "
-            f"training.gradient_accumulation_steps {settings.gradient_accumulation_steps} (smaller micro-batches) or "
-            f'training.zero_stage {settings.zero_stage}, or set training.keep_activations = "products" or '
-            f'"inputs" (it is {settings.keep_activations!r})'
-        ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryShortageError(_describe_shortage(job, error)) from error
         if is_lost_contact(error):
             raise StorageError(LOST_CONTACT) from error
         if isinstance(error, dist.DistError):
@@ -83,7 +78,17 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def is_lost_contact(error: RuntimeError) -> bool:
+def _describe_shortage(job: TrainingJob, error: BaseException) -> str:
+    settings = job.settings
+    memory = "the GPU's memory" if rank_device().type == "cuda" else "the machine's memory"
+    reason = describe_reason(error)
+    return (
+        f"{memory} does not suffice for training.{job.command.stage_name}{f' ({reason})' if reason else ''}: "
+        f"{memory_advice(settings)}; the last checkpoint stays in force"
+    )
+
+
+def is_lost_contact(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone; what that rank says is the message that matters."""
     return isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_SIGNS)
 

@@ -67,10 +67,12 @@ def run_ranks(
     threads_per_process: int,
     directory: Path,
     announce: Callable[[], None],
+    memory_advice: str,
 ) -> None:
     """Run the ranks of `placement` (`training.launch.rank`) until they are done; at a SIGTERM they save and end.
 
-    `announce` is called when nothing is left to refuse, just before they start.
+    `announce` is called when nothing is left to refuse, just before they start; `memory_advice` is what to change in
+    the recipe where the machine ends a rank for lack of memory.
 
     Raises:
         LostContactError: the ranks here lost contact with one elsewhere.
@@ -97,7 +99,7 @@ def run_ranks(
             _end(ranks)
             if placement.has_first:
                 remove_unfinished(directory)
-        _raise_failure(statuses, Path(errors), placement)
+        _raise_failure(statuses, Path(errors), placement, memory_advice=memory_advice)
     signals.raise_interrupt()
 
 
@@ -176,7 +178,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             rank.stdin.close()
 
 
-def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Placement) -> None:
+def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Placement, *, memory_advice: str) -> None:
     """Raise the message of the rank that is the cause; the others lost contact with it."""
     failed = {rank: status for rank, status in statuses.items() if status}
     if not failed:
@@ -189,7 +191,7 @@ def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Pla
     for rank, status in failed.items():
         if status < 0:
             name = signal.Signals(-status).name
-            reason = "; the machine may be out of memory" if name == "SIGKILL" else ""
+            reason = f"; the machine may be out of memory: {memory_advice}" if name == "SIGKILL" else ""
             raise UserError(f"rank {rank} was ended by {name}{reason}. The same command continues")
     for rank, status in failed.items():
         if rank not in messages:
