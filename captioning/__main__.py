@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
@@ -10,6 +11,7 @@ from captioning.job import CaptioningJob, read_job
 from captioning.plan import print_plan
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
+from encoders.tokens import TextCut
 from encoders.weights import require_model, resolve_model
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
@@ -46,6 +48,7 @@ def main() -> None:
         update_summary(command.run, "seconds.captioning", round(seconds, 1))
         update_summary(command.run, "counts.captioning", counts)
         log.info(f"{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}")
+        _say_cut(job, manifest)
 
 
 def caption_shards(job: CaptioningJob) -> Manifest:
@@ -120,6 +123,23 @@ def _counts(job: CaptioningJob, manifest: Manifest) -> dict[str, Any]:
         "kept": sum(report.num_kept for report in reports),
         "rejected": dict(sorted(rejected.items())),
     }
+
+
+def _say_cut(job: CaptioningJob, manifest: Manifest) -> None:
+    """Say, and note in the summary, how much of the captions their CLIP scores are not about."""
+    details = [manifest.shards[source.name].details for source in job.sources]
+    details = [found for found in details if "clip_captions" in found]
+    if job.config.clip_model is None or not details:
+        return
+    cut = TextCut(
+        max_tokens=max(found["max_clip_tokens"] for found in details),
+        num_texts=sum(found["clip_captions"] for found in details),
+        num_cut=sum(found["clip_captions_cut"] for found in details),
+        num_tokens=sum(found["clip_tokens"] for found in details),
+        num_tokens_cut=sum(found["clip_tokens_cut"] for found in details),
+    )
+    log.info(f"CLIP scores: {cut.describe(noun='captions', model='this CLIP')}")
+    update_summary(job.run, "captioning.clip_score_captions", asdict(cut))
 
 
 def _describe(counts: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captioning.config import CaptioningConfig
 from encoders.devices import choose_device, choose_dtype
+from encoders.tokens import TextCut
 from encoders.vision import ClipTowers
 from encoders.weights import resolve_model
 
@@ -46,6 +47,10 @@ class ClipScorer:
     def embed_images(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """Return unit embeddings [N, D] on the CPU."""
         return self._towers.features(torch.from_numpy(np.stack(pixels))).cpu()
+
+    def count_cut(self, captions: Sequence[str]) -> TextCut:
+        """Count what CLIP does not read of captions, and so what their scores are not about."""
+        return self._towers.count_cut(captions)
 
     @torch.inference_mode()
     def scores(self, embeddings: Tensor, captions: Sequence[str]) -> list[float]:

@@ -88,6 +88,7 @@ class CaptionWorker:
             # Of the tar as a whole: told once, by the first piece.
             faults = {"unusable_members": len(raw.unusable), "damaged_tars": int(raw.fault is not None)}
             faults = {name: count for name, count in faults.items() if count and piece.start == 0}
+        faults |= self._count_cut([row["caption_raw"] for row in rows if row.get("clip_score") is not None])
         with atomic_file(piece.output(".parquet")) as path:
             write_rows(rows, path, quality=self._settings.quality, settings=self._config.settings)
         rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
@@ -105,6 +106,19 @@ class CaptionWorker:
     def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
         """Concatenate the parts of a shard."""
         join_files([part[".parquet"] for part in parts], outputs[".parquet"])
+
+    def _count_cut(self, captions: Sequence[str]) -> dict[str, int]:
+        """Return how much of the scored captions CLIP does not read, as details of the piece."""
+        if self._scorer is None:
+            return {}
+        cut = self._scorer.count_cut(captions)
+        return {
+            "max_clip_tokens": cut.max_tokens,
+            "clip_captions": cut.num_texts,
+            "clip_captions_cut": cut.num_cut,
+            "clip_tokens": cut.num_tokens,
+            "clip_tokens_cut": cut.num_tokens_cut,
+        }
 
     def _check_engine(self, loader: ShardLoader, samples: Sequence[RawSample]) -> None:
         """Look at the first image that tells something; a piece without one leaves the look to the next."""

@@ -253,10 +253,7 @@ def _count(job: StatsJob) -> Manifest:
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
         few_samples=FEW_CAPTIONS,
-        memory_settings={
-            "dataset_stats.max_characters": job.config.max_characters,
-            "engine.samples_per_slice": job.command.recipe.table("engine", EngineConfig).samples_per_slice,
-        },
+        memory_settings={"dataset_stats.max_characters": job.config.max_characters},
     )
 
 
@@ -302,9 +299,8 @@ def _report(job: StatsJob, counts: Manifest) -> None:
     summary = {name: measure.summary() for name, measure in measures.items()}
     _finish(job, summary, extra=as_json(measures), counts=counts)
     for name, m in measures.items():
-        ratio = f"{m.valid_distinct_nouns:,}/{m.distinct_nouns:,} = {m.valid_fraction:.1%}"
         drawn = f" (a sample of {job.set_sizes[name]:,})" if job.is_sample else ""
-        log.info(f"{name}: VN/DN {ratio}, {m.nouns_per_image:.1f} nouns per image, {m.num_captions:,} captions{drawn}")
+        log.info(f"{name}: {m.headline()}{drawn}{m.left_out()}")
     log.info(f"report: {job.folder / OUTPUTS[0]}")
 
 

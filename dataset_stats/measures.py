@@ -79,6 +79,17 @@ class SetMeasures:
         """Captions and rejected samples."""
         return self.num_captions + sum(self.rejected.values())
 
+    def headline(self) -> str:
+        """Return the figures of Table 1 in a line."""
+        ratio = f"{self.valid_distinct_nouns:,}/{self.distinct_nouns:,} = {self.valid_fraction:.1%}"
+        return f"VN/DN {ratio}, {self.nouns_per_image:.1f} nouns per image, {self.num_captions:,} captions"
+
+    def left_out(self) -> str:
+        """Say what is not among the captions, and how many are longer than a text encoder reads; empty if neither."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.items())
+        longer = ", ".join(f"{count:,} over {limit} tokens" for limit, count in self.num_over_limit.items() if count)
+        return "".join(f"; {what}: {found}" for what, found in (("left out", reasons), ("longer", longer)) if found)
+
     def fraction(self, count: int) -> float:
         """Share of the captions."""
         return count / self.num_captions if self.num_captions else 0.0

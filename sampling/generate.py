@@ -131,22 +131,35 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     log.info(f"{job.trained.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     for change in job.changed_settings():
         log.info(f"{folder} was drawn with another setting: {change}")
+    prompts = {request.prompt for request in job.requests}
+    lost = check_inputs(job) if pending else _lost_words(job)
+    lost = {prompt: words for prompt, words in lost.items() if prompt in prompts}  # the negative one is no sample's
     if pending:
-        check_inputs(job)
         # What is drawn is what is missing now, whatever pieces of a table an interrupted run has left: images may have
         # been deleted since, or drawn over under other settings.
         job.directory.clear_marker(REPORT_NAME)
         forget_pieces(REPORT_NAME, job.directory)
-    _draw(job, num_pending=len(pending))
-    _write_grid(job)
+    _draw(job, num_pending=len(pending), lost=lost)
+    _write_grid(job, lost=lost)
     update_summary(run, f"seconds.sampling_{folder.name}", round(time.monotonic() - start_seconds, 1))
-    counts = {"read": len(job.requests), "kept": len(job.requests), "rejected": {}}
+    counts: dict[str, Any] = {"read": len(job.requests), "kept": len(job.requests), "rejected": {}}
+    if lost:
+        counts["prompts_cut"] = len(lost)
     update_summary(run, f"counts.sampling_{folder.name}", counts)
-    log.info(f"drew {len(pending):,} of {len(job.requests):,} images, see {folder / GRID_NAME}")
+    cut = f" ({_describe_cut(job, lost)})" if lost else ""
+    log.info(f"drew {len(pending):,} of {len(job.requests):,} images{cut}, see {folder / GRID_NAME}")
 
 
-def check_inputs(job: SamplingJob) -> None:
+def _describe_cut(job: SamplingJob, lost: Mapping[str, str]) -> str:
+    assert job.trained.text is not None
+    num_prompts = len({request.prompt for request in job.requests})
+    return f"{len(lost):,} of {num_prompts:,} prompts cut at {job.trained.text['max_tokens']} tokens"
+
+
+def check_inputs(job: SamplingJob) -> dict[str, str]:
     """Look at what would be wrong or odd before any model is loaded: encoders, sizes, prompts that are too long.
+
+    Returns what the model does not read of each prompt that is too long.
 
     Raises:
         UserError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
@@ -155,16 +168,9 @@ def check_inputs(job: SamplingJob) -> None:
     require_model(_resolve(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
     warn_of_untrained_size(job.config, trained)
     if trained.text is None or job.config.text_encoder == "precomputed":
-        return
+        return {}
     require_model(_resolve(trained, "text encoder", trained.text), key=f"text encoder of {trained.name}")
-    text, prompts = trained.text, [request.prompt for request in job.requests]
-    lost = find_lost_words(
-        [job.config.negative_prompt, *prompts],
-        resolve_model(text["model"], text["revision"]),
-        max_tokens=text["max_tokens"],
-        cleaning=text.get("cleaning", DEFAULT_CLEANING),
-        tokenizer=text.get("tokenizer"),
-    )
+    lost = _lost_words(job)
     for prompt, words in list(lost.items())[:MAX_LOST_SHOWN]:
         log.warning(
             f"the model reads {trained.text['max_tokens']} tokens; of {_cut(prompt, 60)!r} these words are lost: "
@@ -172,6 +178,21 @@ def check_inputs(job: SamplingJob) -> None:
         )
     if len(lost) > MAX_LOST_SHOWN:
         log.warning(f"{len(lost):,} prompts are too long in all")
+    return lost
+
+
+def _lost_words(job: SamplingJob) -> dict[str, str]:
+    """Return what is cut off each prompt that is too long; of embeddings made earlier it is not known."""
+    text, prompts = job.trained.text, [request.prompt for request in job.requests]
+    if text is None or job.config.text_encoder == "precomputed":
+        return {}
+    return find_lost_words(
+        [job.config.negative_prompt, *prompts],
+        resolve_model(text["model"], text["revision"]),
+        max_tokens=text["max_tokens"],
+        cleaning=text.get("cleaning", DEFAULT_CLEANING),
+        tokenizer=text.get("tokenizer"),
+    )
 
 
 def _cut(text: str, num_characters: int) -> str:
@@ -246,7 +267,7 @@ def _resolve(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> Mode
         raise MissingFileError(f"{part} of {trained.name}: {error}") from None
 
 
-def _draw(job: SamplingJob, *, num_pending: int) -> None:
+def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> None:
     # Only here, so that a finished job loads no model library.
     from sampling.worker import SampleWorker, SampleWorkerConfig
 
@@ -264,6 +285,7 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
             requests=tuple(by_size),
             fingerprint=job.fingerprint,
             folder=job.directory.path.absolute(),
+            lost_words=lost,
         ),
         sources=[Source(name=REPORT_NAME, path="", identity=job.identity, num_samples=len(by_size))],
         output=job.directory,
@@ -273,7 +295,7 @@ def _draw(job: SamplingJob, *, num_pending: int) -> None:
         room="sampling",
         memory_settings=memory_settings(job),
         upstream={"checkpoint": job.trained.identity},
-        extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution},
+        extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution, "prompts_cut": len(lost)},
     )
 
 
@@ -290,14 +312,17 @@ def memory_settings(job: SamplingJob) -> dict[str, Any]:
     return settings
 
 
-def _write_grid(job: SamplingJob) -> None:
+def _write_grid(job: SamplingJob, *, lost: Mapping[str, str]) -> None:
     config, folder = job.config, job.directory.path
     samples = []
     for number, request in enumerate(job.requests[: config.num_grid_images]):
         is_first = number % config.images_per_prompt == 0
         image = read_picture(folder / request.file, mend=MEND)
-        samples.append(Sample(image, request.prompt if is_first else f"seed {request.seed}"))
+        prompt = f"[cut] {request.prompt}" if request.prompt in lost else request.prompt
+        samples.append(Sample(image, prompt if is_first else f"seed {request.seed}"))
     title = f"{job.trained.name} · {config.solver}, {config.num_steps} steps · guidance {config.guidance_scale:g}"
+    if lost:
+        title += f" · {_describe_cut(job, lost)}"
     num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None
     with atomic_file(folder / GRID_NAME) as temporary:
         make_grid(samples, title=title, num_columns=num_columns).save(temporary, format="PNG")

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("file", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("lost_words", pa.string()),
     ]
 )
 # The prompts of so many images are encoded at once; T5-XXL gives 1 MB for 120 tokens.
@@ -40,13 +41,17 @@ NUM_PNG_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SampleWorkerConfig:
-    """What a `SampleWorker` needs: all requests of the job in the order of work, and where their images go."""
+    """What a `SampleWorker` needs: all requests of the job in the order of work, and where their images go.
+
+    `lost_words` are what the text encoder does not read of a prompt that is too long.
+    """
 
     sampling: SamplingConfig
     trained: TrainedModel
     requests: tuple[ImageRequest, ...]
     fingerprint: Fingerprint
     folder: Path
+    lost_words: Mapping[str, str] = field(default_factory=dict)
 
 
 class SampleWorker:
@@ -77,7 +82,7 @@ class SampleWorker:
             _finish(writes)
         requests = self._config.requests[piece.start : piece.stop]
         with atomic_file(piece.output(".parquet")) as path:
-            _write_rows(path, [_to_row(request) for request in requests])
+            _write_rows(path, [self._row(request) for request in requests])
         return PieceReport(num_read=len(requests), num_kept=len(requests))
 
     @staticmethod
@@ -95,6 +100,10 @@ class SampleWorker:
             batch = list(group)
             if not all(map(self._has, batch)):
                 yield batch
+
+    def _row(self, request: ImageRequest) -> dict[str, Any]:
+        lost = self._config.lost_words.get(request.prompt)
+        return {name: getattr(request, name, None) for name in SCHEMA.names} | {"lost_words": lost}
 
     def _has(self, request: ImageRequest) -> bool:
         return is_written(self._config.folder, request, fingerprint=self._config.fingerprint)
@@ -126,10 +135,6 @@ def _finish(writes: Sequence[Future[None]]) -> None:
         write.result()
 
 
-def _to_row(request: ImageRequest) -> dict[str, str | int]:
-    return {name: getattr(request, name) for name in SCHEMA.names}
-
-
-def _write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: row["number"])
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)

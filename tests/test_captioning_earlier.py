@@ -19,6 +19,7 @@ from errors import UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.shards import RawShard
 from pipelines.store.manifest import ShardDirectory, read_manifest
+from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_tar
 from tests.tiny_models import save_clip, save_llava
 
@@ -240,6 +241,13 @@ def test_clip_scores_come_with_captions_or_after_them(tmp_path, model, fresh, co
         expected = float(output.image_embeds[0] @ output.text_embeds[0])
         assert row["clip_score"] == pytest.approx(expected, abs=2e-4)
     assert len({row["clip_score"] for row in rows(scored)}) > 10
+    lengths = [
+        len(processor.tokenizer(row["caption_raw"]).input_ids) for row in rows(scored) if row["clip_score"] is not None
+    ]
+    cut = read_summary(scored)["captioning"]["clip_score_captions"]
+    assert (cut["num_texts"], cut["num_tokens"]) == (len(lengths), sum(lengths))
+    assert cut["num_cut"] == sum(length > cut["max_tokens"] for length in lengths)
+    assert cut == read_summary(later)["captioning"]["clip_score_captions"]
     # Switched off again: the scores go, the captions stay.
     command(later, *RAISED, monkeypatch=monkeypatch)
     assert contents(later) == contents(fresh) and sum(count_prompts) == 0

@@ -340,6 +340,9 @@ def test_truncation_names_the_lost_words(run, capsys):
     # the tiny tokenizer has one token per character, and the log wraps
     printed = "".join(capsys.readouterr().err.split())
     assert "themodelreads40tokens" in printed and "lost:ircleandapurpleelephant" in printed
+    assert "drew1of1images(1of1promptscutat40tokens)" in printed
+    (row,) = pq.read_table(run / "samples" / "stage2-prompt" / "samples.parquet").to_pylist()
+    assert row["lost_words"].replace(" ", "") == "ircleandapurpleelephant"
 
 
 @pytest.mark.parametrize(

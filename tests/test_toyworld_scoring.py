@@ -114,6 +114,7 @@ def test_captions_are_scored_per_object_and_rejects_are_no_misses(run):
     assert (figures["right"], figures["objects"], figures["accuracy"]) == (3, 4, 0.75)
     assert figures["by_dataset"]["laion"]["accuracy"] == 0.5 and figures["by_dataset"]["sa"]["accuracy"] == 1.0
     assert figures["by_dataset"]["laion"]["named_in_alt_text"] == 0.5
+    assert figures["captions"] == 2 and figures["not_scored"] == {"rejected_upstream": 1, "no_scene": 1}
     assert figures["named_in_caption"] == 1.0 and figures["invented_per_caption"] == 0.5
     rows = {(row["shard"], row["key"]): row for row in pq.read_table(run / "judge" / "captions.parquet").to_pylist()}
     assert rows["laion_0", "a"]["hits"] == [True, False] and rows["laion_0", "a"]["num_invented"] == 1
@@ -126,7 +127,7 @@ def test_samples_are_scored_against_the_scene_of_their_prompt(run):
     folder = write_samples(run, "stage2", {"a": wrong, "b": SCENES["a"], "c": SCENES["a"]})
     judge_samples(ToyworldConfig(judge=str(run / "raw")), run, folder)
     score = read_summary(run)["judge"]["stage2"]
-    assert score["num_objects"] == 3 and score["num_images"] == 2
+    assert score["num_objects"] == 3 and score["num_images"] == 2 and score["num_not_judged"] == 1
     assert score["position"] == 1.0 and score["colour"] == pytest.approx(2 / 3) == score["all"]
     assert score["extra"] == 0.5
     assert score["axes"]["colour_binding"] == {"score": 0.0, "num_images": 1}

@@ -123,6 +123,7 @@ def test_validation_repeats_and_falls(straight: Path) -> None:
     lines = validations(straight, 2)
     assert [line["step"] for line in lines] == [0, 40, 80, 120, 160, 200]
     assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
+    assert {line["num_validation_samples"] for line in lines} == {16}
     # The same samples, noise and timesteps every time: the same bins of timesteps are filled.
     filled = {tuple(value is None for value in line["validation_loss_by_timestep"]) for line in lines}
     assert len(filled) == 1

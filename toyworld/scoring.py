@@ -121,7 +121,7 @@ def score_captions(run: Path) -> None:
             rows.append(_caption_score(row, *scene))
     _write_rows(directory.file(CAPTIONS_NAME, ".parquet"), rows, CAPTION_HITS_SCHEMA)
     _write_report(directory, CAPTIONS_NAME, identity, fingerprint, num_kept=len(rows), rejected=rejected)
-    _summarize_captions(run, rows)
+    _summarize_captions(run, rows, rejected)
     update_summary(run, "seconds.judge_captions", round(time.monotonic() - start_seconds, 1))
 
 
@@ -159,17 +159,20 @@ def _num_named(scene: Scene, text: str) -> int:
     return sum((item.shape, item.colour) in said for item in scene.objects)
 
 
-def _summarize_captions(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _summarize_captions(run: Path, rows: Sequence[Mapping[str, Any]], rejected: Mapping[str, int]) -> None:
     if not rows:
         log.warning("captions: none of them belongs to a known scene")
         return
     total: dict[str, Any] = _caption_figures(rows)
     names = sorted({row["dataset"] for row in rows})
     by_dataset = {name: _caption_figures([row for row in rows if row["dataset"] == name]) for name in names}
-    for key, value in {**total, "by_dataset": by_dataset}.items():
+    for key, value in {**total, "by_dataset": by_dataset, "not_scored": dict(rejected)}.items():
         if value is not None:
             update_summary(run, f"captioning.{key}", value)
-    log.info(f"captions: {total['right']:,} of {total['objects']:,} objects right ({total['accuracy']:.1%})")
+    log.info(
+        f"captions: {total['right']:,} of {total['objects']:,} objects right ({total['accuracy']:.1%}), in "
+        f"{len(rows):,} captions; not scored: {sum(rejected.values()):,}"
+    )
 
 
 def _caption_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -220,7 +223,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     _write_rows(directory.file(name, ".parquet"), rows, VERDICT_SCHEMA)
     rejected = {"no_scene": len(samples) - len(known)}
     if verdicts:
-        figures = _figures(verdicts)
+        figures = _figures(verdicts) | {"num_not_judged": rejected["no_scene"]}
         _write_figures(directory.file(name, ".json"), figures, config, folder)
         _log_figures(name, figures)
         if folder.parent == run / "samples":
@@ -341,9 +344,14 @@ def _write_figures(path: Path, figures: Mapping[str, Any], config: ToyworldConfi
 def _log_figures(name: str, figures: Mapping[str, Any]) -> None:
     parts = ", ".join(f"{axis} {figures[axis]:.1%}" for axis in ("position", "colour", "shape", "all"))
     counts = f"{figures['num_objects']} objects, {figures['num_images']} images"
+    if figures["num_not_judged"]:
+        counts += f"; {figures['num_not_judged']} more belong to no known scene"
     log.info(f"{name}: {parts}, {figures['extra']:.2f} extra per image ({counts})")
     axes = {axis: score for axis, score in figures["axes"].items() if score["num_images"]}
-    log.info(f"{name}: " + ", ".join(f"{axis} {score['score']:.1%}" for axis, score in axes.items()))
+    log.info(
+        f"{name}: "
+        + ", ".join(f"{axis} {score['score']:.1%} of {score['num_images']} images" for axis, score in axes.items())
+    )
 
 
 # Files

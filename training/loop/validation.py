@@ -60,7 +60,8 @@ class Validation:
             stop_on_non_finite(losses, model, self.job.directory, step=step)
         window = LossWindow()
         window.add(losses)
-        return {f"validation_{name}": value for name, value in window.flush()[0].items()}
+        means = {f"validation_{name}": value for name, value in window.flush()[0].items()}
+        return means | {"num_validation_samples": self.num_steps * self.job.settings.global_batch_size}
 
 
 def open_validation(job: TrainingJob) -> Validation | None:
