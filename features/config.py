@@ -1,5 +1,6 @@
 """`[features]`: which encoders make features, from which shards, at which resolution; a named table for each set."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -136,6 +137,10 @@ class FeaturesConfig(TableConfig):
     def _check_families(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if built_in := sorted({"text", "latents", "latent"} & value.keys()):
             raise ValueError(f"{built_in[0]} is asked for by text and resolution, not here; this is for other families")
+        for family, settings in value.items():
+            for key, number in settings.items():
+                if not _is_finite(number):
+                    raise ValueError(f"{family}.{key} = {number!r} should be finite")
         return value
 
     @pydantic.field_validator("vae_dtype")
@@ -191,3 +196,10 @@ def _values(table: FeaturesConfig, *notes: str) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     captions = isinstance(value, list) and all(isinstance(item, CaptionConfig) for item in value)
     return str({item.column: item.weight for item in value} if captions else value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a value, of any type, is an infinity or NaN."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)

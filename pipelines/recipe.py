@@ -37,6 +37,13 @@ KEYS_THAT_ARE_TABLES = ("networks",)
 TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
+# Where pydantic's words do not tell what is to be written.
+PLAIN_WORDS = {
+    "sequence_str": 'Input should be a valid list, such as ["x"]',
+    "list_type": "Input should be a valid list, in [brackets]",
+    "dict_type": "Input should be a table of keys, in {braces}",
+    "model_type": "Input should be a table of keys, in {braces}",
+}
 Value = TypeVar("Value")
 DECIDES = "decides numbers"
 # The type of a field that decides numbers, as the others do not: places, batch sizes of inference, what is logged.
@@ -49,7 +56,9 @@ class TableConfig(pydantic.BaseModel):
     `renamed_keys` gives the new name of keys that had another one, and if values differ theirs in brackets.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
     renamed_keys: ClassVar[Mapping[str, str]] = {}
 
     def fingerprint_fields(self, decides: str = DECIDES) -> dict[str, Any]:
@@ -258,8 +267,8 @@ def _place(location: Sequence[str | int], content: Any) -> tuple[tuple[str | int
 
 
 def plain_message(error: Mapping[str, Any]) -> str:
-    """Return what an error of pydantic says, without pydantic's own words in front of ours."""
-    return error["msg"].removeprefix("Value error, ")
+    """Return what an error of pydantic says, without pydantic's own words in front of ours, or about its own types."""
+    return str(PLAIN_WORDS.get(error["type"]) or error["msg"]).removeprefix("Value error, ")
 
 
 def _describe(path: Path, table: str, item: Mapping[str, Any], model: type[TableConfig]) -> str:

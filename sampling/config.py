@@ -1,5 +1,6 @@
 """`[sampling]`: which prompts become images, with which solver, guidance and size (paper A.5)."""
 
+import re
 from typing import Any, Literal
 
 import pydantic
@@ -7,6 +8,8 @@ import pydantic
 from encoders.text import DEFAULT_CLEANING
 from errors import UserError
 from pipelines.recipe import Decides, Recipe, TableConfig
+
+SIZE = re.compile(r"\d+x\d+", re.ASCII)
 
 
 class SamplingConfig(TableConfig):
@@ -32,7 +35,6 @@ class SamplingConfig(TableConfig):
     seed: int = pydantic.Field(default=0, ge=0, lt=2**32, description="Seed of the first image of a prompt")
     size: str | None = pydantic.Field(
         default=None,
-        pattern=r"^\d+x\d+$",
         description="Width x height in pixels, such as 1024x768; null = what the checkpoint was trained at",
     )
     solver: Decides[Literal["dpm-solver++", "iddpm", "sa-solver", "euler", "heun"]] = pydantic.Field(
@@ -101,6 +103,13 @@ class SamplingConfig(TableConfig):
             raise ValueError("the prompt is empty")
         return value
 
+    @pydantic.field_validator("size", mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and SIZE.fullmatch(value)):
+            raise ValueError("a size is width x height in pixels, such as 1024x768")
+        return value
+
     @property
     def reads_features(self) -> bool:
         """Whether embeddings come from a run's text features, where they are found by the sample's key."""
@@ -110,7 +119,7 @@ class SamplingConfig(TableConfig):
 class EncoderConfig(pydantic.BaseModel):
     """What sampling from a bare transformer reads of `[features]`; the features room owns and validates that table."""
 
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, strict=True)
 
     text_model: str
     text_revision: str | None = None

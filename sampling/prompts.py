@@ -126,15 +126,20 @@ def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
         raise UserError(f"sampling.prompts {where} has no text: the prompt is {text!r}")
     if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
         raise UserError(f"sampling.prompts {where}: aspect_ratio {ratio!r} is not a positive number (width / height)")
-    key = row.get("key") or _key_of(text)
+    key = row.get("key")
+    if key is not None and not isinstance(key, str):
+        raise UserError(f'sampling.prompts {where}: key {key!r} is no text: write it in quotes, "{key}"')
+    key = key or _key_of(text)
     if (
-        not isinstance(key, str)
-        or re.search(r"[/\\\0]", key)
+        re.search(r"[/\\\0]", key)
         or key.startswith(".")
         or key in RESERVED_KEYS
         or len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES
     ):
-        raise UserError(f"sampling.prompts {where}: key {key!r} cannot name a file")
+        raise UserError(
+            f"sampling.prompts {where}: key {key!r} cannot name a file: no slash, no dot in front, "
+            f"at most {MAX_KEY_BYTES} bytes, not {RESERVED_KEYS[0]}"
+        )
     return Prompt(key=key, text=text, seed=_seed_of(key, seed), aspect_ratio=float(ratio))
 
 

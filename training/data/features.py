@@ -31,7 +31,7 @@ GIGABYTE = 1e9
 class CaptionTable(pydantic.BaseModel):
     """An entry of `captions`: a column of the captions, and how often training draws it."""
 
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     column: str
     weight: float = 1.0
@@ -40,7 +40,7 @@ class CaptionTable(pydantic.BaseModel):
 class FeatureTable(pydantic.BaseModel):
     """What training reads of a named table of `[features]`; the features room owns and validates the tables."""
 
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     shards: list[str]
     resolution: int
