@@ -127,8 +127,11 @@ def _load_plain(path: Path, name: str) -> Any:
     try:
         # torch warns of pickles that are newer than its own, and asks to report them
         with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings(action="ignore"):
-            # of a map, optimiser states beside the weights are not read
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+                # of a map, optimiser states beside the weights are not read
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:  # torch goes by the ends of names
+                return torch.load(file, map_location="cpu", weights_only=True)
     except UNPICKLING_FAULTS as error:
         said = str(error)
         if is_out_of_memory(error):

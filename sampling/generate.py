@@ -235,9 +235,11 @@ def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
 def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of the process decides an image: not the loss, nor the times trained at."""
     schedule = process["schedule"]
+    # Few processes bring settings of the sampler; images of the others were made before there were any.
+    sampler = {"sampler": process["sampler"]} if "sampler" in process else {}
     if process["name"] == "ddpm":  # of which images made before there was another name the schedule alone
-        return {"schedule": schedule}
-    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}}
+        return {"schedule": schedule, **sampler}
+    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}, **sampler}
 
 
 def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:

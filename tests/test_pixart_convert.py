@@ -1,5 +1,6 @@
 """Weights to and from diffusers' folders and the original files."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -7,11 +8,19 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-from errors import UserError
-from pixart.convert import load_diffusers, load_original, save_diffusers
+from errors import MissingFileError, UserError
+from pixart.convert import infer_config, load_diffusers, load_original, save_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.layers import position_embedding
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
+from pixart.transformer_config import (
+    DIT_DEFAULTS,
+    FIXED_CONFIG,
+    PIXART_DEFAULTS,
+    WITHOUT_EFFECT,
+    read_transformer_config,
+)
 
 PIXART = PixArtConfig(
     num_layers=2, num_heads=2, head_dim=12, caption_channels=20, sample_size=12, interpolation_scale=1.5
@@ -130,6 +139,13 @@ def test_disagreeing_copies_are_refused(tmp_path):
     [
         ({"activation_fn": "geglu"}, "config.json: activation_fn is 'geglu', but only 'gelu-approximate' is supported"),
         ({"norm_type": "layer_norm"}, "of norm_type layer_norm, not a PixArt or DiT"),
+        ({"norm_eps": 1e-5}, "norm_eps is 1e-05, but only 1e-06 is supported"),
+        ({"num_vector_embeds": 8}, "num_vector_embeds is 8, but only None is supported"),
+        ({"cross_attention_dim": 32}, "cross_attention_dim is 32, but captions are projected to the width, 24"),
+        ({"interpolation_scale": -1}, "interpolation_scale is -1, not a positive number"),
+        ({"num_layers": "2"}, "num_layers is '2', not a positive whole number"),
+        ({"caption_channels": None}, "caption_channels is None, not a positive whole number"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config is {'bits': 4}, a setting that is not known here"),
         ({"num_layers": 3}, r"missing \['transformer_blocks.2"),
         ({"num_layers": 1}, r"unexpected \['transformer_blocks.1"),
         ({"caption_channels": 24}, r"is \(24, 20\), .* needs \(24, 24\)"),
@@ -176,3 +192,57 @@ def test_original_layouts_have_the_published_names():
         "blocks.2.adaLN_modulation.1.weight",
         "final_layer.adaLN_modulation.1.bias",
     } <= dit
+
+
+def test_keys_that_are_left_out_or_without_effect_are_those_of_diffusers(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel", "caption_channels": 20}')
+    config = read_transformer_config(tmp_path)
+    assert config == PixArtConfig(caption_channels=20, sample_size=128, interpolation_scale=2, has_size_condition=True)
+    for transformer, defaults in ((PixArtTransformer2DModel, PIXART_DEFAULTS), (DiTTransformer2DModel, DIT_DEFAULTS)):
+        theirs = {name: value.default for name, value in inspect.signature(transformer.__init__).parameters.items()}
+        del theirs["self"]
+        known = defaults.keys() | FIXED_CONFIG.keys() | set(WITHOUT_EFFECT)
+        assert theirs.keys() <= known
+        for name in (defaults.keys() & theirs.keys()) - {"cross_attention_dim"}:
+            assert theirs[name] == defaults[name], name
+    harmless = {"norm_num_groups": 8, "num_embeds_ada_norm": 500, "new_trick": None, "use_linear_projection": False}
+    save_diffusers(randomise(PixArt(PIXART)), tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | harmless))
+    assert load_diffusers(tmp_path).config == PIXART
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "PixArt.pth").write_bytes(b"x")
+    with pytest.raises(MissingFileError, match=r"has no config\.json of a transformer, but PixArt\.pth: if that is"):
+        load_diffusers(tmp_path)
+
+
+@pytest.mark.parametrize(("sample_size", "scale"), [(8, 0.5), (8, 1.0), (8, 2.0), (128, 1.5)])
+def test_stored_positions_say_how_far_they_are_apart(sample_size, scale):
+    config = PixArtConfig(num_layers=1, num_heads=6, head_dim=64, caption_channels=20, sample_size=sample_size)
+    weights = export_weights(PixArt(config), original_layout(config))
+    side = sample_size // 2
+    positions = position_embedding(side, side, channels=384, base_size=side, scale=scale)[None]
+    assert infer_config(weights | {"pos_embed": positions.half()}) == replace(config, interpolation_scale=scale)
+    # of zeros, which nobody filled, the scale is that of PixArt's configs
+    expected = replace(config, interpolation_scale=max(sample_size // 64, 1))
+    assert infer_config(weights | {"pos_embed": torch.zeros_like(positions)}) == expected
+    with pytest.raises(UserError, match="pos_embed does not hold the sines and cosines of a square grid"):
+        infer_config(weights | {"pos_embed": positions + 0.1})
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard_size", ["10GB", "20KB"])
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_folders_open_as_people_have_them(tmp_path, variant, shard_size, is_safe):
+    reference = PixArtTransformer2DModel(
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=20,
+        sample_size=8,
+    )
+    reference.save_pretrained(tmp_path, variant=variant, max_shard_size=shard_size, safe_serialization=is_safe)
+    assert len(list(tmp_path.iterdir())) == 2 or shard_size == "20KB"
+    model = load_diffusers(tmp_path)
+    assert torch.equal(model.final.weight, reference.proj_out.weight)

@@ -1,0 +1,133 @@
+"""Processes of diffusers' scheduler configs: every key is honoured, left to the solver, or refused by name."""
+
+import inspect
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from errors import UserError
+from pixart.processes.make import process_of
+from pixart.processes.scheduler_configs import (
+    DISTILLED,
+    DPM_SOLVER,
+    FLOW_CLASSES,
+    OTHER_SAMPLER_KEYS,
+    PROCESS_DEFAULTS,
+    READ_KEYS,
+    SAMPLER_DEFAULTS,
+    SCHEDULES,
+    describe_replaced_sampler,
+    spec_beside,
+    spec_of_scheduler,
+)
+from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, flow_spec
+
+
+def defaults(class_name: str) -> dict[str, object]:
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+
+
+def test_the_table_has_every_key_and_default_of_diffusers() -> None:
+    solver = defaults(DPM_SOLVER)
+    assert {name: solver[name] for name in SAMPLER_DEFAULTS} == SAMPLER_DEFAULTS
+    assert SAMPLER_DEFAULTS.keys() == solver.keys() - READ_KEYS - PROCESS_DEFAULTS.keys() - OTHER_SAMPLER_KEYS
+    known = READ_KEYS | PROCESS_DEFAULTS.keys() | SAMPLER_DEFAULTS.keys() | OTHER_SAMPLER_KEYS
+    for class_name in (*SCHEDULES, *FLOW_CLASSES):
+        theirs = defaults(class_name)
+        assert theirs.keys() <= known, class_name
+        assert {
+            name: theirs[name] for name in PROCESS_DEFAULTS.keys() & theirs.keys()
+        }.items() <= PROCESS_DEFAULTS.items()
+        if class_name in SCHEDULES:
+            assert {name: theirs[name] for name in DDPM_SCHEDULE} == SCHEDULES[class_name], class_name
+
+
+@pytest.mark.parametrize("class_name", [*SCHEDULES, *FLOW_CLASSES])
+def test_what_a_scheduler_of_diffusers_saves_opens(tmp_path: Path, class_name: str) -> None:
+    getattr(diffusers, class_name)().save_pretrained(tmp_path / "scheduler")
+    expected = flow_spec() if class_name in FLOW_CLASSES else ddpm_spec(SCHEDULES[class_name])
+    assert spec_beside(tmp_path / "transformer") == expected
+    replaced = describe_replaced_sampler(tmp_path / "transformer")
+    assert (
+        replaced is None if class_name == DPM_SOLVER else f"scheduler_config.json is of {class_name}" in str(replaced)
+    )
+    assert spec_beside(tmp_path / "somebody-elses") is None
+
+
+SETTINGS = {
+    "use_karras_sigmas": True,
+    "solver_order": 3,
+    "algorithm_type": "sde-dpmsolver++",
+    "timestep_spacing": "trailing",
+    "thresholding": True,
+}
+
+
+def test_settings_of_dpm_solver_go_through_file_spec_and_scheduler() -> None:
+    config = {"_class_name": DPM_SOLVER, "beta_schedule": "scaled_linear", **SETTINGS, "lower_order_final": True}
+    spec = spec_of_scheduler(config)
+    assert spec == ddpm_spec({**DDPM_SCHEDULE, "beta_schedule": "scaled_linear"}, sampler=SETTINGS)
+    process = process_of(json.loads(json.dumps(spec)))
+    assert process.spec == spec == spec_of_scheduler(process.scheduler_config())
+    drawn = process.scheduler("dpm-solver++", 5)
+    theirs = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear", **SETTINGS)
+    theirs.set_timesteps(5)
+    assert drawn.timesteps.tolist() == theirs.timesteps.tolist()
+    settings = {name: value for name, value in theirs.config.items() if not name.startswith("_")}
+    assert {name: drawn.config[name] for name in settings} == settings
+    flow = spec_of_scheduler({**process_of(flow_spec(shift=3.0)).scheduler_config(), "solver_order": 1})
+    assert flow == flow_spec(shift=3.0, sampler={"solver_order": 1})
+    assert process_of(flow).scheduler("dpm-solver++", 5).config.solver_order == 1
+    # of another class they belong to a sampler that ours takes the place of
+    assert spec_of_scheduler({"_class_name": "DDIMScheduler", **SETTINGS}) == ddpm_spec()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"trained_betas": [0.1] * 7},
+            "trained_betas is a list of 7, but only None is supported: images would be drawn",
+        ),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, but only False is supported: images would"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting is True, but only False is supported"),
+        ({"_class_name": FLOW_CLASSES[0], "invert_sigmas": True}, "invert_sigmas is True, but only False"),
+        ({"_class_name": FLOW_CLASSES[0], "shift_terminal": 0.1}, "shift_terminal is 0.1, but only None"),
+        ({"_class_name": FLOW_CLASSES[0], "num_train_timesteps": 500}, "num_train_timesteps is 500, but networks of"),
+        ({"_class_name": FLOW_CLASSES[0], "shift": 0}, "shift is 0, not a positive number"),
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction, only epsilon and flow_prediction are"),
+        ({"prediction_type": "sample"}, "prediction_type sample, only epsilon and flow_prediction are"),
+        ({"use_flow_sigmas": True}, "prediction_type epsilon with use_flow_sigmas True is no process known here"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type flow_prediction with use_flow_sigmas False is no"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule sigmoid is none of linear, scaled_linear, squaredcos_cap_v2"),
+        ({"beta_end": "0.02"}, "beta_end is '0.02', not a positive number"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0, not a whole number from 2 on"),
+        (
+            {"_class_name": "EDMEulerScheduler"},
+            "_class_name EDMEulerScheduler is none of DPMSolverMultistepScheduler, ",
+        ),
+        ({"_class_name": DISTILLED[0]}, "_class_name LCMScheduler: the network is distilled to few steps"),
+        ({"sigma_warp": 0.3}, "sigma_warp is 0.3, a setting that is not known here: without it images may be wrong"),
+    ],
+)
+def test_another_process_is_refused_by_key_and_value(tmp_path: Path, config: dict, message: str) -> None:
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        spec_beside(tmp_path / "transformer")
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_what_is_off_or_of_nobody_is_no_setting() -> None:
+    off = {"_diffusers_version": "0.1", "sigma_warp": None, "skip_prk_steps": True, "new_trick": False}
+    assert spec_of_scheduler(off) == ddpm_spec()
+
+
+def test_a_setting_that_diffusers_refuses_is_named() -> None:
+    process = process_of(spec_of_scheduler({"solver_type": "newton"}))
+    with pytest.raises(UserError, match=r"DPM-Solver\+\+ cannot be set to .*'solver_type': 'newton'.*not implemented"):
+        process.scheduler("dpm-solver++", 4)
