@@ -15,9 +15,9 @@ from training.config import StageTraining
 from training.launch.preflight import checkpoint_bytes, rank_bytes, require_even_batches
 from training.loop import loop
 from training.loop.clock import Clock
-from training.loop.loop import learning_rate_at
 from training.loop.losses import LossWindow
 from training.loop.metrics import MetricsLog, costs
+from training.loop.schedule import learning_rate_at
 from training.stages.weights import WeightCounts
 
 

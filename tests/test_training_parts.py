@@ -173,7 +173,7 @@ def test_another_teacher_is_refused_at_the_resume(runs: Runs, tmp_path: Path) ->
     case = runs.distilled
     assert open_job(case.run, **case.settings, num_steps=9).resume is not None
     other = {"networks.teacher": str(random_network(tmp_path / "other", 3))}
-    with pytest.raises(UserError, match=r"was trained with training\.networks\.teacher 'sha256:.*' now"):
+    with pytest.raises(UserError, match=r"was trained with training\.stage.\.networks\.teacher 'sha256:.*' now"):
         open_job(case.run, **(case.settings | other))
     with pytest.raises(FileNotFoundError, match="/nowhere/at/all does not exist"):
         open_job(case.run, **(case.settings | {"networks.teacher": "/nowhere/at/all"}))

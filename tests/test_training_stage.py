@@ -16,6 +16,7 @@ from pipelines.recipe import ModelConfig, load_recipe
 from pipelines.store.families import text_directory
 from pixart.processes.specs import flow_spec
 from training.config import StageTraining, random_stream, stage_training
+from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob, open_stage
 
 
@@ -86,7 +87,7 @@ def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
     job = job_of(run, 2, starts_from="scratch")
     write_checkpoint(job, step=6)
     assert job_of(run, 2, starts_from="scratch", num_steps=50, log_every=7).resume is not None, "these may change"
-    with pytest.raises(UserError, match=r"trained with training\.learning_rate 0\.001, but it is 0\.5 now"):
+    with pytest.raises(UserError, match=r"trained with training\.stage2\.learning_rate 0\.001, but it is 0\.5 now"):
         job_of(run, 2, starts_from="scratch", learning_rate=0.5)
     shutil.rmtree(text_directory(run))
     write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60}, max_tokens=11)
@@ -94,6 +95,100 @@ def test_stale_features_are_refused_naming_the_field(run: Path) -> None:
     (run.parent / "recipe.toml").write_text(recipe.replace("max_tokens = 12", "max_tokens = 11"))
     with pytest.raises(UserError, match=r"trained with text\.max_tokens 12, but it is 11 now"):
         job_of(run, 2, starts_from="scratch")
+
+
+def test_a_refused_resume_says_how_to_go_on_first_and_the_table_it_names_starts(run: Path) -> None:
+    folder = write_checkpoint(job_of(run, 2, starts_from="scratch"), step=6)
+    with pytest.raises(UserError) as refusal:
+        job_of(run, 2, starts_from="scratch", learning_rate=0.5, seed=7)
+    said = str(refusal.value)
+    assert "also training.stage2.seed 0 -> 7" in said
+    assert said.index(f"starts_from = '{folder}/model'") < said.index("set training.stage2.learning_rate back")
+    assert said.index("learning_rate back") < said.index(f"Only to train anew, remove {folder.parent}")
+    table = {"extends": "stage2", "features": "stage2", "starts_from": f"{folder}/model"}
+    assert all(f"{name} = '{value}'" in said for name, value in table.items()) and "[training.stage2-next]" in said
+    recipe = run.parent / "recipe.toml"
+    lines = [f'{name} = "{value}"' for name, value in table.items()]
+    recipe.write_text("\n".join([recipe.read_text(), "[training.stage2-next]", *lines]))
+    onward = job_of(run, "stage2-next", learning_rate=0.5, seed=7)
+    assert onward.start.path == folder / "model" and onward.resume is None
+
+
+def test_a_resume_refused_for_its_shape_its_start_or_its_features_says_what_to_set_back(run: Path) -> None:
+    first = write_checkpoint(job_of(run, 1), step=12)
+    folder = write_checkpoint(job_of(run, 2), step=6)
+    recipe = run.parent / "recipe.toml"
+    was = recipe.read_text()
+    recipe.write_text(was.replace("num_layers = 2", "num_layers = 3"))
+    with pytest.raises(
+        UserError, match=r"with model\.num_layers 2, but it is 3 now.* set model\.num_layers back"
+    ) as said:
+        job_of(run, 2)
+    recipe.write_text(was)
+    assert "stage2-next" not in str(said.value), "weights of another shape do not start it"
+    longer = write_checkpoint(job_of(run, 1, num_steps=24), step=24, num_steps=24)
+    with pytest.raises(UserError, match=rf"to go on as it was, set training\.stage2\.starts_from = '{first}'"):
+        job_of(run, 2)
+    assert job_of(run, 2, starts_from=str(first)).resume is not None
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=r"starts_from back to the weights it had \('stage1' when it began\)"):
+        job_of(run, 2)
+    shutil.rmtree(longer)
+
+    former = run.rename(run.parent / "former")
+    folder = former / folder.relative_to(run)
+    run = make_run(run.parent)
+    shutil.copytree(folder.parent, run / "training" / "stage2")
+    shutil.rmtree(text_directory(run))
+    write_text(run, {"laion_0": 40, "laion_1": 23, "hq_0": 60}, seed=1)
+    with pytest.raises(UserError, match=r"text\.files .* or read them from a run .* training\.stage2\.datasets = \["):
+        job_of(run, 2)
+    shutil.rmtree(run / "features")
+    datasets = f"[training.stage2]\ndatasets = [{{ run = '{former}' }}]"
+    recipe.write_text(was.replace("[training.stage2]", datasets))
+    assert job_of(run, 2).resume is not None
+
+
+@pytest.mark.parametrize(
+    ("step", "num_steps", "said"),
+    [
+        (20, 40, "rate was 0.000143 at step 20 and is 0.001 at step 21 now"),
+        (15, 40, "rate was 0.000714 at step 16 and is 0.001 at step 16 now"),
+        (15, 18, "rate was 0.000714 at step 16 and is 0.000469 at step 16 now"),
+        (5, 40, "rate is 0.001 at step 6 as before, but decay_fraction 0.3 has it fall from step 29 on, not from 15"),
+    ],
+)
+def test_a_resume_says_what_other_steps_do_to_the_learning_rate(
+    run: Path, step: int, num_steps: int, said: str
+) -> None:
+    decay = {"starts_from": "scratch", "decay_fraction": 0.3}
+    write_checkpoint(job_of(run, 2, **decay, num_steps=20), step=step, num_steps=20)
+    (change,) = changes_of(job_of(run, 2, **decay, num_steps=num_steps))
+    assert change.startswith(f"training.stage2.num_steps: 20 -> {num_steps}; the learning {said}")
+    assert ("keep num_steps = 20 and train on in [training.stage2-next]" in change) == (step != 5)
+    assert changes_of(job_of(run, 2, **decay, num_steps=20)) == []
+
+
+def test_a_resume_says_each_setting_that_may_change_and_steers_what_comes(run: Path) -> None:
+    job = job_of(run, 2, starts_from="scratch")
+    folder = write_checkpoint(job, step=6)
+    other = {"num_steps": 24, "gradient_accumulation_steps": 2, "num_validation_samples": 8, "log_every": 3}
+    resumed = job_of(run, 2, starts_from="scratch", **other)
+    assert changes_of(resumed) == ["training.stage2.num_steps: 12 -> 24"], "all that an old checkpoint tells"
+    trainer = json.loads((folder / "trainer.json").read_text()) | {"steering": job.settings.steering}
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+    assert changes_of(job_of(run, 2, starts_from="scratch", **other), num_ranks=2) == [
+        "training.stage2.num_steps: 12 -> 24",
+        "training.stage2.gradient_accumulation_steps: 1 -> 2; the same samples, but sums are rounded otherwise",
+        "training.stage2.num_validation_samples: 2048 -> 8; validation losses before and after are of other samples",
+        "ranks: 1 -> 2; the same samples, but sums are rounded otherwise",
+    ]
+    assert changes_of(job_of(run, 2, starts_from="scratch")) == []
+
+
+def changes_of(job: TrainingJob, *, num_ranks: int = 1) -> list[str]:
+    assert job.resume is not None
+    return changes_since(job.resume, job.settings, num_ranks=num_ranks, table_name=job.features.table_name)
 
 
 def test_stages_start_from_the_former_one(run: Path) -> None:
@@ -198,7 +293,7 @@ def test_a_stage_without_a_network_is_told_what_one_is(run: Path) -> None:
 
 def test_another_process_than_the_checkpoints_is_refused(run: Path) -> None:
     write_checkpoint(job_of(run, 2, starts_from="scratch"), step=6)
-    with pytest.raises(UserError, match=r"trained with training\.process 'ddpm', but it is 'flow' now"):
+    with pytest.raises(UserError, match=r"trained with training\.stage2\.process 'ddpm', but it is 'flow' now"):
         job_of(run, 2, starts_from="scratch", process="flow")
 
 
@@ -225,7 +320,7 @@ def test_a_checkpoint_of_before_stages_had_names_is_continued(run: Path) -> None
     assert job.resume is not None and job.resume.trainer["starts_from"] == "stage1"
     assert job.fingerprint.fields == begun.fingerprint.fields
     assert job.fingerprint.digest == "0" * 64, "what later stages and the survey know it by"
-    with pytest.raises(UserError, match=r"trained with training\.ema_decay 0\.9, but it is 0\.5 now"):
+    with pytest.raises(UserError, match=r"trained with training\.stage2\.ema_decay 0\.9, but it is 0\.5 now"):
         job_of(run, 2, ema_decay=0.5)
     shutil.rmtree(first.parent)
     assert job_of(run, 2).start.identity == begun.start.identity, "the start is gone, and was stage1"
@@ -243,13 +338,17 @@ def test_a_resume_with_another_process_is_refused_with_both(run: Path) -> None:
     job = job_of(run, 2, starts_from="scratch")
     assert not any("process" in name or "flow" in name for name in job.fingerprint.fields)
     folder = write_checkpoint(job, step=6)
-    with pytest.raises(UserError, match=r"step-6 was trained with training\.process 'ddpm', but it is 'flow' now"):
+    with pytest.raises(
+        UserError, match=r"step-6 was trained with training\.stage2\.process 'ddpm', but it is 'flow' now"
+    ):
         job_of(run, 2, starts_from="scratch", process="flow")
     trainer = json.loads((folder / "trainer.json").read_text()) | {"process": flow_spec(shift=2.0)}
     flow = job_of(run, 3, starts_from="scratch", process="flow", flow_shift=2.0)
     trainer["fingerprint"] = flow.fingerprint.fields
     (folder / "trainer.json").write_text(json.dumps(trainer))
-    with pytest.raises(UserError, match=r"step-6 was trained with training\.process 'flow', but it is 'ddpm' now"):
+    with pytest.raises(
+        UserError, match=r"step-6 was trained with training\.stage2\.process 'flow', but it is 'ddpm' now"
+    ):
         job_of(run, 2, starts_from="scratch")
     assert flow.fingerprint.fields["training.flow_shift"] == 2.0
 

@@ -13,7 +13,14 @@ from pipelines.store.summary import update_summary
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
-from training.launch.preflight import Preflight, inspect_stage, memory_advice, print_plan, print_weights
+from training.launch.preflight import (
+    Preflight,
+    inspect_stage,
+    memory_advice,
+    print_plan,
+    print_weights,
+    say_changes,
+)
 from training.launch.ranks import LostContactError, run_ranks
 from training.stages.gate import print_gate, samples_of
 from training.stages.stage import TrainingJob, open_stage
@@ -114,6 +121,7 @@ def _print_weights(job: TrainingJob, preflight: Preflight) -> None:
     config = network_config(job, preflight.survey)
     roles = choose_objective(job, torch.device("meta")).networks
     weights = count_weights(roles, objective_networks(job, roles, blank_network(config)))
+    say_changes(job, num_ranks=preflight.num_ranks)
     print_weights(job, weights, parameter_counts=parameter_counts(config), num_ranks=preflight.num_ranks)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 
@@ -15,6 +15,10 @@ SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
 KeepActivations = Literal["all", "products", "inputs"]
+Value = TypeVar("Value")
+STEERS = "steers what comes"
+# The type of a setting that a resume may change, unlike one that `Decides`, but that changes what comes: it is said.
+Steers = Annotated[Value, STEERS]
 
 
 class DatasetConfig(TableConfig):
@@ -82,11 +86,11 @@ class StageTraining(TableConfig):
         description="Of a DiT in diffusers' layout that starts_from names: 0 for official weights that were converted, "
         "such as facebook/DiT-XL-2-256; null = what its config says, else 1 as in diffusers",
     )
-    num_steps: int = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
+    num_steps: Steers[int] = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
     global_batch_size: Decides[int] = pydantic.Field(
         default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
     )
-    gradient_accumulation_steps: int = pydantic.Field(
+    gradient_accumulation_steps: Steers[int] = pydantic.Field(
         default=1, ge=1, description="Micro-batches whose gradients make one step"
     )
     num_processes: int = pydantic.Field(
@@ -117,7 +121,7 @@ class StageTraining(TableConfig):
         description="What blocks keep for the backward pass: 'all'; 'products' of matrices and attention alone, which "
         "takes little time and 0.6 of the memory; 'inputs' of blocks, which takes a third more time and least memory",
     )
-    compile: Literal["auto"] | bool = pydantic.Field(
+    compile: Steers[Literal["auto"] | bool] = pydantic.Field(
         default="auto",
         description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3. "
         "'auto' = with CUDA and a C++ compiler",
@@ -178,7 +182,7 @@ class StageTraining(TableConfig):
         default=[], description="Shell patterns of shard names that are kept out of training, for the validation loss"
     )
     validate_every: int = pydantic.Field(default=1000, ge=1, description="Steps between validations")
-    num_validation_samples: int = pydantic.Field(
+    num_validation_samples: Steers[int] = pydantic.Field(
         default=2048, ge=1, description="Samples of a validation at most, rounded down to whole global batches"
     )
     prefetch_batches: int = pydantic.Field(default=2, ge=1, description="Micro-batches a rank reads ahead")
@@ -217,6 +221,11 @@ class StageTraining(TableConfig):
         """Return what `TableConfig` says, less the keys of other processes: all stages of a recipe may share them."""
         others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
+
+    @property
+    def steering(self) -> dict[str, Any]:
+        """The settings of `Steers` by name; `trainer.json` keeps them, so that a resume can say what has changed."""
+        return {name: getattr(self, name) for name in self.noted_fields(STEERS)}
 
     @property
     def process_spec(self) -> dict[str, Any]:

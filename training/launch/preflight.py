@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from errors import UserError
-from pipelines.engine.progress import console
+from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import checkpoint_folders
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
@@ -19,8 +19,11 @@ from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import Survey
 from training.loop.compilation import is_compiled, require_compilable
+from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
+
+log = get_logger("training")
 
 GIGABYTE = 1e9
 NUM_SIZE_THREADS = 8
@@ -102,6 +105,15 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
         is_gone = job.start.path is None and job.start.identity != SCRATCH
         gone = "; what the stage started from is gone, and not needed any more" if is_gone else ""
         _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}{gone}")
+
+
+def say_changes(job: TrainingJob, *, num_ranks: int) -> None:
+    """Say what a resume does otherwise than what it goes on from, as far as that steers what comes."""
+    if job.resume is None:
+        return
+    table_name = job.features.table_name
+    for change in changes_since(job.resume, job.settings, num_ranks=num_ranks, table_name=table_name):
+        log.warning(change)
 
 
 def _print_datasets(job: TrainingJob, survey: Survey) -> None:

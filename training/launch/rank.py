@@ -31,6 +31,7 @@ from training.launch.preflight import (
     require_disk,
     require_even_batches,
     require_memory,
+    say_changes,
 )
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
 from training.loop.compilation import require_compilable
@@ -138,6 +139,7 @@ def _require_room(job: TrainingJob, weights: WeightCounts, *, parameter_counts: 
     """Say what the weights need, and refuse to start where memory or disk lack that."""
     num_ranks = dist.get_world_size()
     if dist.get_rank() == 0:
+        say_changes(job, num_ranks=num_ranks)
         print_weights(job, weights, parameter_counts=parameter_counts, num_ranks=num_ranks)
     require_memory(job, weights, num_ranks=num_ranks, available_bytes=_available_bytes())
     require_disk(job, weights)
@@ -181,6 +183,7 @@ def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
         "weights": "ema",
         "starts_from": job.settings.starts_from,
         "num_steps": job.settings.num_steps,
+        "steering": job.settings.steering,
         "num_ranks": dist.get_world_size(),
         "zero_stage": job.settings.zero_stage,
         "dtype": job.settings.dtype,

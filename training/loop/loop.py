@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from training.config import StageTraining
 from training.data.batch import PackedBatch
 from training.loop.flops import StepFlops
 from training.loop.health import stop_on_non_finite
@@ -13,6 +12,7 @@ from training.loop.log import StepLog
 from training.loop.losses import StepLosses
 from training.loop.networks import Networks
 from training.loop.progress import Progress
+from training.loop.schedule import learning_rate_at
 from training.loop.state import save_checkpoint
 from training.loop.validation import Validation, is_due
 from training.objectives.objective import Objective
@@ -76,14 +76,6 @@ def _forward_backward(session: Session) -> StepLosses:
         model.backward(losses.total.mean(), is_last=i + 1 == num_micro_batches)
         step_losses.add(batch, losses)
     return step_losses
-
-
-def learning_rate_at(settings: StageTraining, step: int) -> float:
-    """Return the learning rate of `step`, counted from 0: linear warm-up, constant, and a linear end if one is set."""
-    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    num_decay_steps = settings.decay_fraction * settings.num_steps
-    remaining = min(1.0, (settings.num_steps - step) / (num_decay_steps + 1))
-    return settings.learning_rate * warmup * remaining
 
 
 def _validate(session: Session) -> None:

@@ -25,6 +25,7 @@ from pixart.processes.specs import ddpm_spec, spec_of_trainer
 from pixart.weight_files import ORIGINAL_SUFFIXES
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
+from training.stages.resume import require_same_job, weights_identity
 
 SURVEY = "survey.json"
 STAGE_FOLDER = "{run}/training/"
@@ -90,7 +91,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
     fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, origins=origins)
     if resume is not None:
-        _require_same_job(fingerprint, resume, features=features)
+        require_same_job(fingerprint, resume, features=features)
         # Later stages know its weights by this digest, which may be that of a former version.
         fingerprint = Fingerprint(fingerprint.fields, resume.trainer["plan_fingerprint"])
     return TrainingJob(
@@ -131,26 +132,6 @@ def _fingerprint(
         | {f"model.{name}": value for name, value in shape.items()}
         | {f"training.{name}": value for name, value in settings.fingerprint_fields().items()}
     )
-
-
-def _require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, features: StageFeatures) -> None:
-    defaults = {f"model.{name}": value for name, value in ModelConfig.fingerprint_defaults().items()}
-    defaults |= {f"training.{name}": value for name, value in StageTraining.fingerprint_defaults().items()}
-    # Whether features leave out what is at its default depends on when they were made, now and when this was begun.
-    defaults |= checkpoint.trainer.get("feature_defaults", {}) | features.fingerprint_defaults()
-    made_with, wanted = defaults | checkpoint.trainer["fingerprint"], defaults | fingerprint.fields
-
-    def place(name: str) -> tuple[bool, bool, str]:
-        # Another process is another network; and a setting says more than the hash of the files it changed.
-        return name != "training.process", name.endswith(".files"), name
-
-    for name in sorted(made_with.keys() | wanted.keys(), key=place):
-        if made_with.get(name) != wanted.get(name):
-            raise UserError(
-                f"{checkpoint.path} was trained with {name} {made_with.get(name)!r}, "
-                f"but it is {wanted.get(name)!r} now; remove {checkpoint.path.parent} to train anew, "
-                "or choose another RUN"
-            )
 
 
 def _start_or_recorded(
@@ -242,8 +223,9 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
-    identity = f"{checkpoint.trainer['plan_fingerprint']}@{checkpoint.step}"
-    return StartingPoint(checkpoint.path / MODEL, identity, checkpoint, spec_of_trainer(checkpoint.trainer))
+    return StartingPoint(
+        checkpoint.path / MODEL, weights_identity(checkpoint), checkpoint, spec_of_trainer(checkpoint.trainer)
+    )
 
 
 def find_weights(model_id: str, *, key: str) -> StartingPoint:
