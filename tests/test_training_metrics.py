@@ -146,7 +146,7 @@ def test_waiting_for_data_is_not_waiting_for_its_copy(
         return result
 
     losses = SimpleNamespace(total=torch.ones(1), times=torch.zeros(1), parts={})
-    batch = SimpleNamespace(keys=["a"], shards=["laion_0"], indices=[0], bucket="32x32")
+    batch = SimpleNamespace(keys=["a"], shards=["laion_0"], bucket="32x32")
     packed = SimpleNamespace(to=lambda device: take(copy_seconds, batch))
     clock = Clock()
     session: Any = SimpleNamespace(

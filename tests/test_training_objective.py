@@ -50,6 +50,7 @@ def make_batch(*, has_text: bool) -> Batch:
         step=0,
         bucket="32x48",
         keys=list("abcd"),
+        shards=["laion_0"] * 4,
         mean=(2 * normal(*latents) + 1).half(),
         std=normal(*latents).abs().half(),
         posterior_noise=normal(*latents),

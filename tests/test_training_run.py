@@ -255,11 +255,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_keys(tmp_path: Path) -> N
             tar.seek(row["mean_offset"])
             tar.write(np.full(1, np.nan, np.float16).tobytes())
     said = train(run, 2, status=2, **settings(validation_shards=[]))
-    assert "is not finite, first laion_1_" in said
+    assert "is not finite, first laion_1_" in said and " of shard laion_1; " in said
+    assert f"`make verify RUN={run}` finds features that are damaged" in said
     assert "Traceback" not in said
     (dump,) = stage2(run).glob("non-finite-step-*.json")
     content = json.loads(dump.read_text())
-    assert len(content["samples"]) == 8, "all samples of the global batch, from both ranks"
+    assert [sample["position"] for sample in content["samples"]] == list(range(8)), "the global batch, of both ranks"
+    assert all(sample["key"].startswith(f"{sample['shard']}_") for sample in content["samples"])
     assert all(key.startswith("laion_1_") for key in content["non_finite"])
     assert content["weights"]["norm"] > 0 and content["weights"]["num_non_finite"] == 0
     checkpoint = stage2(run) / "latest"

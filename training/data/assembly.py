@@ -117,6 +117,7 @@ class BatchAssembler:
             step=planned.step,
             bucket=bucket,
             keys=samples.keys,
+            shards=[shard.table.name for shard in samples.shards],
             mean=leading["mean"],
             std=leading.get("std"),
             posterior_noise=noises.get("posterior_noise"),

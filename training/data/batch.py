@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         step: optimizer step it belongs to, counted from 0.
         bucket: `HxW` in pixels.
-        keys: of the samples.
+        keys, shards: of the samples, and the names of the shards they lie in.
         mean, std: of the codec's posterior, unscaled, fp16 [B, C, h, w]; std is None where the codec has none.
         posterior_noise, noise: standard normal, fp32 [B, C, h, w]; the first is None without std.
         timestep_draws: uniform in [0, 1), float64 [B].
@@ -35,6 +35,7 @@ class Batch:
     step: int
     bucket: str
     keys: list[str]
+    shards: list[str]
     mean: Tensor
     std: Tensor | None
     posterior_noise: Tensor | None
@@ -94,6 +95,7 @@ class PackedBatch:
     step: int
     bucket: str
     keys: list[str]
+    shards: list[str]
     mean: Tensor
     std: Tensor | None
     posterior_noise: Tensor | None
@@ -116,6 +118,7 @@ class PackedBatch:
             step=self.step,
             bucket=self.bucket,
             keys=self.keys,
+            shards=self.shards,
             mean=self.mean.to(device),
             std=None if self.std is None else self.std.to(device),
             posterior_noise=None if self.posterior_noise is None else self.posterior_noise.to(device),

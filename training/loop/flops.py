@@ -87,6 +87,7 @@ class StepFlops:
             step=0,
             bucket="",
             keys=[""],
+            shards=[""],
             mean=blank(*latents, dtype=torch.float16),
             std=blank(*latents, dtype=torch.float16),
             posterior_noise=blank(*latents),

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -12,13 +11,14 @@ from pipelines.store.files import atomic_write_bytes
 from training.loop.losses import StepLosses
 from training.loop.measure import count_non_finite, total_norm
 from training.loop.zero import Update, ZeroModel
+from training.stages.stage import TrainingJob
 
 
 class UnhealthyTrainingError(UserError):
     """Training was stopped because going on would waste or ruin it; says what was seen and where to look."""
 
 
-def stop_on_non_finite(losses: StepLosses, model: ZeroModel, directory: Path, *, step: int) -> NoReturn:
+def stop_on_non_finite(losses: StepLosses, model: ZeroModel, job: TrainingJob, *, step: int) -> NoReturn:
     """Write the batch and the state of the weights to `non-finite-step-<k>.json` and stop before the update spoils any.
 
     Raises:
@@ -27,16 +27,18 @@ def stop_on_non_finite(losses: StepLosses, model: ZeroModel, directory: Path, *,
     samples, num_spoilt = losses.gather_samples(), count_non_finite(model)
     weights = {"norm": total_norm(model, model.masters), "num_non_finite": num_spoilt}
     moments = {"norm": total_norm(model, model.first_moments())}
-    bad = [sample["key"] for sample in samples if not math.isfinite(sample["loss"])]
-    path = directory / f"non-finite-step-{step}.json"
+    bad = [sample for sample in samples if not math.isfinite(sample["loss"])]
+    path = job.directory / f"non-finite-step-{step}.json"
     if dist.get_rank() == 0:
         # `NaN` and `Infinity` as Python's json writes them: which of the two it was is half the diagnosis.
-        dump = {"step": step, "non_finite": bad, "samples": samples}
+        dump = {"step": step, "non_finite": [sample["key"] for sample in bad], "samples": samples}
         dump |= {"weights": weights, "first_moments": moments}
         atomic_write_bytes(path, json.dumps(dump, indent=1).encode())
+    first, runs = bad[0], " and ".join(dict.fromkeys(f"`make verify RUN={each.run}`" for each in job.features.datasets))
     raise UnhealthyTrainingError(
-        f"step {step}: the loss of {len(bad)} samples is not finite, first {bad[0]}; {path} lists the batch. "
-        f"No weights were changed by it; {num_spoilt} of them are not finite themselves"
+        f"step {step}: the loss of {len(bad)} samples is not finite, first {first['key']} of shard {first['shard']}; "
+        f"{path} lists the batch. No weights were changed by it; {num_spoilt} of them are not finite themselves. "
+        f"{runs} finds features that are damaged; if none are, lower training.learning_rate"
     )
 
 

@@ -49,7 +49,7 @@ def train(session: Session) -> None:
         losses = _forward_backward(session)
         is_stopping = losses.share(is_stopping=session.stop.is_set())
         if losses.has_non_finite:
-            stop_on_non_finite(losses, networks.model, session.job.directory, step=progress.step)
+            stop_on_non_finite(losses, networks.model, session.job, step=progress.step)
         meter = session.log.meter(networks.model)
         learning_rate = learning_rate_at(settings, progress.step)
         update = networks.update(learning_rate)

@@ -18,6 +18,7 @@ class StepLosses:
 
     def __init__(self) -> None:
         self._keys: list[str] = []
+        self._shards: list[str] = []
         self._buckets: list[str] = []
         self._times: list[Tensor] = []
         self._totals: list[Tensor] = []
@@ -30,6 +31,7 @@ class StepLosses:
     def add(self, batch: Batch, losses: Losses) -> None:
         """Add a micro-batch and the losses of its samples."""
         self._keys += batch.keys
+        self._shards += batch.shards
         self._buckets += [batch.bucket] * len(batch.keys)
         self._times.append(losses.times)
         self._totals.append(losses.total.detach())
@@ -55,15 +57,21 @@ class StepLosses:
         return num_stopping > 0
 
     def gather_samples(self) -> list[dict[str, Any]]:
-        """Return key, bucket, time and loss of all ranks' samples, rank by rank; all ranks must call it."""
+        """Return key, shard, bucket, time and loss of all ranks' samples, and their place in the global batch.
+
+        All ranks must call it.
+        """
         times, losses = torch.cat(self._times).tolist(), torch.cat(self._totals).tolist()
         mine = [
-            {"key": key, "bucket": bucket, "time": time, "loss": loss}
-            for key, bucket, time, loss in zip(self._keys, self._buckets, times, losses, strict=True)
+            {"key": key, "shard": shard, "bucket": bucket, "time": time, "loss": loss}
+            for key, shard, bucket, time, loss in zip(
+                self._keys, self._shards, self._buckets, times, losses, strict=True
+            )
         ]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        return [sample for samples in everyone for sample in samples]
+        # A rank has one stretch of the global batch, micro-batch by micro-batch.
+        return [{"position": i, **sample} for i, sample in enumerate(sample for mine in everyone for sample in mine)]
 
 
 class LossWindow:

@@ -57,7 +57,7 @@ class Validation:
         model.engine.train()
         losses.share(is_stopping=False)
         if losses.has_non_finite:
-            stop_on_non_finite(losses, model, self.job.directory, step=step)
+            stop_on_non_finite(losses, model, self.job, step=step)
         window = LossWindow()
         window.add(losses)
         means = {f"validation_{name}": value for name, value in window.flush()[0].items()}
