@@ -58,6 +58,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
             judged = judge_directory_again(job.output, fingerprint=job.fingerprint, quality=job.config.quality)
         if judged:
             log.info(f"captioning.quality or its judge has changed: judged {len(judged)} shards again, captioned none")
+    changes = job.changed_settings()
     _set_aside(job)
     manifest = run_over_shards(
         CaptionWorker,
@@ -76,6 +77,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
             "data.max_pixels": job.data.max_pixels,
         },
         extra=job.extra,
+        changes=changes,
     )
     _clear_earlier(job)
     return manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
-from captioning.earlier import EARLIER_FOLDER, found_settings, to_set_aside, updatable
+from captioning.earlier import EARLIER_FOLDER, UPDATABLE, found_settings, to_set_aside, updatable
 from captioning.quality import JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
@@ -93,6 +93,11 @@ class CaptioningJob:
         return [
             source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
         ]
+
+    def changed_settings(self) -> list[str]:
+        """Return `field: old -> new` of each setting by which captions that are there differ, but for `UPDATABLE`."""
+        changes = self.output.changes(self.fingerprint, defaults=self.config.fingerprint_defaults())
+        return [change for change in changes if not change.startswith(tuple(f"{name}: " for name in UPDATABLE))]
 
     def to_complete(self) -> list[str]:
         """Return the finished shards that are completed rather than captioned: rejects, other limits, CLIP scores.

@@ -28,6 +28,9 @@ def print_plan(job: CaptioningJob) -> None:
     console.print(table)
     if completed := job.to_complete():
         console.print(f"{len(completed)} of the shards done keep their captions: rejects, limits or CLIP scores change")
+    for change in job.changed_settings():
+        line = f"{job.output.path} was made with other settings and would be captioned anew: {change}"
+        console.print(line, markup=False, soft_wrap=True)
     config = job.config
     decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
     place = f", at {config.server.base_url}" if config.engine == "openai" else ""

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_a_third_run_does_nothing_and_a_change_redoes_just_what_it_must(tmp_path
     run(tmp_path / "a", changed, version=2)
     redone = calls(tmp_path / "a")[len(first) + len(redone) :]
     assert {line.split()[0] for line in redone} == {"s0", "s1", "s2"}
+
+
+def test_finished_work_that_is_done_anew_is_said_before(tmp_path, sources, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    run(tmp_path / "a", sources)
+    assert "anew" not in caplog.text
+    changed = [sources[0], dataclasses.replace(sources[1], identity="new"), sources[2]]
+    run(tmp_path / "a", changed)
+    assert "a: 1 of 3 shards were made from other files than there are now and are made anew, first s1" in caplog.text
+    assert "other settings" not in caplog.text
+    run(tmp_path / "a", changed, version=2)
+    assert "a: 3 of 3 shards were made with other settings and are made anew, first s0; to keep such" in caplog.text
+    caplog.clear()
+    run(tmp_path / "a", changed, version=2)
+    assert "anew" not in caplog.text
 
 
 def test_an_interrupted_run_keeps_its_finished_pieces(tmp_path, sources) -> None:

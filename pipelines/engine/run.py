@@ -93,13 +93,15 @@ def run_over_shards(
     memory_settings: Mapping[str, Any] | None = None,
     upstream: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
+    changes: Sequence[str] = (),
 ) -> Manifest:
     """Run `worker_class(config)` over every source that is not done yet and write the directory's manifest.
 
     Rerunning continues where an earlier run stopped: finished shards and finished pieces of shards are kept.
     `room` names the caller in the progress view; up to `few_samples` of it take a worker less time than Ray takes to
     start. `memory_settings` are keys of the recipe to lower where memory is short, with their values; the number of
-    workers is one in any case. `upstream` and `extra` go into the manifest as they are.
+    workers is one in any case. `upstream` and `extra` go into the manifest as they are. Work that is there and is done
+    anew is said before, with `changes`, the settings that differ where the caller knows them.
 
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
@@ -114,6 +116,7 @@ def run_over_shards(
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
         with exclusive(output.path):
+            _say_done_anew(output, sources, fingerprint, changes=changes, room=room)
             _run_pending(
                 worker_class,
                 config,
@@ -143,6 +146,28 @@ def _finished_manifest(sources: Sequence[Source], output: ShardDirectory, finger
         for source in sources
     )
     return manifest if is_finished else None
+
+
+def _say_done_anew(
+    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, changes: Sequence[str], room: str
+) -> None:
+    """Say how many finished shards will be replaced, and why: it may be the work of hours."""
+    there = [source for source in sources if (output.path / MARKER_FOLDER / f"{source.name}.json").is_file()]
+    reports = {source.name: output.report(source.name, fingerprint) for source in there}
+    others = [source.name for source in there if reports[source.name] is None]
+    count = f"of {len(sources):,} shards"
+    if others:
+        which = f" ({'; '.join(changes)})" if changes else ""
+        get_logger(room).warning(
+            f"{output.path}: {len(others):,} {count} were made with other settings{which} and are made anew, first "
+            f"{others[0]}; to keep such work, give changed settings another RUN"
+        )
+    moved = [each.name for each in there if (report := reports[each.name]) and report.source != each.identity]
+    if moved:
+        get_logger(room).warning(
+            f"{output.path}: {len(moved):,} {count} were made from other files than there are now and are made anew, "
+            f"first {moved[0]}"
+        )
 
 
 def _run_pending(
