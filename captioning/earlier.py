@@ -5,20 +5,28 @@ and only then is its marker removed. The worker takes from it every row that sta
 moment, the next run goes on from there; the bytes are those of a run that never knew anything else.
 """
 
-import json
+import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from captioning.table import read_settings
 from errors import UserError
-from pipelines.engine.pieces import PARTS_FOLDER, Source, forget_pieces
-from pipelines.store.files import atomic_file, atomic_write_json
+from pipelines.engine.pieces import Source, all_piece_reports, forget_pieces, read_piece_note
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import (
+    atomic_file,
+    atomic_write_json,
+    discard,
+    discard_folder,
+    is_file_itself,
+    own_files,
+    remove_temporary_files,
+)
 from pipelines.store.manifest import (
     MANIFEST_NAME,
     MARKER_FOLDER,
@@ -27,10 +35,16 @@ from pipelines.store.manifest import (
     read_manifest,
     require_same_fingerprint,
 )
+from pipelines.store.state_files import read_state
+from pipelines.store.tables import read_table
 
 EARLIER_FOLDER = ".earlier"
+NOTE_NAME = re.compile(r"[^.].*\.json", re.DOTALL)
+MEND = "its shard is captioned anew"
 # Fields of the fingerprint that decide which samples have a caption, and what is measured of it, but not its words.
 UPDATABLE = ("max_pixels", "max_aspect_ratio", "clip_model")
+
+log = get_logger("captioning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +62,11 @@ def updatable(fingerprint: Fingerprint) -> dict[str, Any]:
 
 def found_settings(output: ShardDirectory) -> Iterator[dict[str, Any]]:
     """Yield the settings that the files of a folder of captions were made under, parts and those set aside too."""
-    for pattern in ("*.parquet", f"{EARLIER_FOLDER}/*.parquet", f"{PARTS_FOLDER}/*/*.parquet"):
-        for path in output.path.glob(pattern):
-            yield read_settings(path)
+    found = [output.file(name, ".parquet") for name in output.marked()]
+    found += [path.with_suffix(".parquet") for path in own_files(output.path / EARLIER_FOLDER, NOTE_NAME)]
+    found += [path.with_suffix(".parquet") for path in all_piece_reports(output)]
+    for path in filter(Path.is_file, found):
+        yield read_settings(path)
 
 
 def read_earlier(folder: Path | None, name: str) -> Earlier | None:
@@ -58,7 +74,8 @@ def read_earlier(folder: Path | None, name: str) -> Earlier | None:
     path = (folder or Path()) / f"{name}.parquet"
     if folder is None or not path.with_suffix(".json").is_file():
         return None
-    return Earlier(rows=pq.read_table(path).to_pylist(), settings=read_settings(path))
+    mend = "remove it and type the command again: this shard is captioned anew"
+    return Earlier(rows=read_table(path, mend=mend).to_pylist(), settings=read_settings(path))
 
 
 def to_set_aside(
@@ -96,7 +113,7 @@ def set_aside(
     identities = {source.name: source.identity for source in sources}
     for name in names:
         folder.mkdir(exist_ok=True)
-        (output.path / MANIFEST_NAME).unlink(missing_ok=True)
+        output.clear_manifest()
         path = output.file(name, ".parquet")
         with atomic_file(folder / f"{name}.parquet") as temporary:
             temporary.unlink(missing_ok=True)
@@ -110,28 +127,36 @@ def set_aside(
 
 def forget_parts_with_rejects(output: ShardDirectory) -> None:
     """Let an interrupted run's parts be made again where they hold rejects, but not those of shards set aside."""
-    for path in sorted((output.path / PARTS_FOLDER).glob("*/*.report")):
+    for path in all_piece_reports(output):
         is_retried = (output.path / EARLIER_FOLDER / f"{path.parent.name}.json").is_file()
-        if not is_retried and json.loads(path.read_text())["report"]["rejected"]:
-            path.unlink()
+        with contextlib.suppress(UserError):  # the run that follows says so, and does the piece again
+            if not is_retried and read_piece_note(path).report.rejected:
+                path.unlink()
 
 
 def clear_earlier(output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
     """Forget what was set aside of shards that are done, and what the recipe or the tars have left behind."""
     folder = output.path / EARLIER_FOLDER
-    by_name = {source.name: source for source in sources}
-    for path in sorted(folder.glob("*.json")):
-        note, source = json.loads(path.read_text()), by_name.get(path.stem)
-        file = path.with_suffix(".parquet")
-        if source is None:
-            continue
-        is_done = output.is_done(source.name, source.identity, fingerprint)
-        expected = {"source": source.identity, "fingerprint": _with(fingerprint, read_settings(file)).digest}
-        if is_done or note != expected:
-            path.unlink()
-            file.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    remove_temporary_files(folder)
+    for source in sources:
+        note, file = folder / f"{source.name}.json", folder / f"{source.name}.parquet"
+        if note.is_file():
+            is_done = output.is_done(source.name, source.identity, fingerprint)
+            if is_done or not _is_usable(note, file, source, fingerprint):
+                discard(note)
+        # Without its note, a file is what a killed run has left.
+        if not note.is_file() and is_file_itself(file):
+            discard(file)
+    discard_folder(folder)
+
+
+def _is_usable(note: Path, file: Path, source: Source, fingerprint: Fingerprint) -> bool:
+    try:
+        found, settings = read_state(note, mend=MEND), read_settings(file)
+    except UserError as error:
+        log.warning(str(error))
+        return False
+    return found == {"source": source.identity, "fingerprint": _with(fingerprint, settings).digest}
 
 
 def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 
 from captioning.config import QualityConfig
 from captioning.quality import FLAGS, JUDGE_VERSION, judge
-from pipelines.engine.pieces import PARTS_FOLDER
+from errors import UserError
+from pipelines.engine.pieces import all_piece_reports, read_piece_note
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.state_files import parse_state
+from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, read_table_schema
 
 # `caption_raw` is what the model said; `caption` differs from it only where boilerplate is stripped. `first_caption` is
 # what it said before, where that was a loop and it was asked again.
@@ -69,12 +72,13 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings a file's rows were made under, empty for a file that does not say."""
-    return json.loads((pq.read_schema(path).metadata or {}).get(SETTINGS_KEY, b"{}"))
+    found = (read_table_schema(path, mend=MEND_SHARD).metadata or {}).get(SETTINGS_KEY, b"{}")
+    return parse_state(found, where=str(path), mend=MEND_SHARD)
 
 
 def join_files(parts: Sequence[Path], output: Path) -> None:
     """Concatenate files in order."""
-    tables = [pq.read_table(part) for part in parts]
+    tables = [read_table(part, mend=MEND_PART) for part in parts]
     assert all(table.schema.metadata == tables[0].schema.metadata for table in tables), "parts are judged alike"
     _write(pa.concat_tables(tables), output)
 
@@ -93,24 +97,25 @@ def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint
     """
     manifest_path = directory.path / MANIFEST_NAME
     settled = read_manifest(directory.path).shards if manifest_path.is_file() else {}
-    for report_path in sorted((directory.path / PARTS_FOLDER).glob("*/*.report")):
+    for report_path in all_piece_reports(directory):
         _judge_part_again(directory, report_path, fingerprint=fingerprint, quality=quality)
     judged = []
-    for path in sorted(directory.path.glob("*.parquet")):
-        report = directory.report(path.stem, fingerprint)
-        if report is None:
+    for name in directory.marked():
+        report, path = directory.report(name, fingerprint), directory.file(name, ".parquet")
+        if report is None or not path.is_file():
             continue
-        is_whole = settled.get(path.stem) == report or sha256_file(path) == report.files[".parquet"]
+        is_whole = settled.get(name) == report or sha256_file(path) == report.files[".parquet"]
         if is_whole and _is_judged(path, quality):
             continue
-        manifest_path.unlink(missing_ok=True)
+        directory.clear_manifest()
         _judge_shard_again(directory, report, fingerprint=fingerprint, quality=quality)
-        judged.append(path.stem)
+        judged.append(name)
     return judged
 
 
 def _is_judged(path: Path, quality: QualityConfig) -> bool:
-    return (pq.read_schema(path).metadata or {}).get(QUALITY_KEY) == quality_digest(quality).encode()
+    found = read_table_schema(path, mend=MEND_SHARD).metadata or {}
+    return found.get(QUALITY_KEY) == quality_digest(quality).encode()
 
 
 def _judge_shard_again(
@@ -128,26 +133,28 @@ def _judge_shard_again(
 def _judge_part_again(
     directory: ShardDirectory, report_path: Path, *, fingerprint: Fingerprint, quality: QualityConfig
 ) -> None:
-    content = json.loads(report_path.read_text())
     path = report_path.with_suffix(".parquet")
-    if content["fingerprint"] != fingerprint.digest or not path.is_file():
+    try:
+        content = read_piece_note(report_path)
+    except UserError:
+        return  # the run that follows says so
+    if content.fingerprint != fingerprint.digest or not path.is_file():
         return
     if _is_judged(path, quality):
-        rows = pq.read_table(path).to_pylist()
+        rows = read_table(path, mend=MEND_PART).to_pylist()
     else:
-        (directory.path / MANIFEST_NAME).unlink(missing_ok=True)
+        directory.clear_manifest()
         with atomic_file(path) as temporary:
             rows = _rewrite(path, temporary, quality=quality)
     # Counted even where the file was judged: a run that died in between has left the old counts.
-    details = _with_flags(content["report"]["details"], rows)
-    if details != content["report"]["details"]:
-        content["report"]["details"] = details
-        atomic_write_json(report_path, content)
+    details = _with_flags(content.report.details, rows)
+    if details != content.report.details:
+        atomic_write_json(report_path, asdict(replace(content, report=replace(content.report, details=details))))
 
 
 def _rewrite(path: Path, target: Path, *, quality: QualityConfig) -> list[dict[str, Any]]:
     """Write the rows of `path` to `target`, judged anew; returns them."""
-    rows = [judge_row_again(row, quality) for row in pq.read_table(path).to_pylist()]
+    rows = [judge_row_again(row, quality) for row in read_table(path, mend=MEND_SHARD).to_pylist()]
     write_rows(rows, target, quality=quality, settings=read_settings(path))
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.shards import shard_name
 from pipelines.recipe import DataConfig
-from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, remove_temporary_files, sha256_file
+from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, sha256_file
 from pipelines.store.manifest import (
     MANIFEST_NAME,
-    MARKER_FOLDER,
     Fingerprint,
     Manifest,
     ShardDirectory,
@@ -229,7 +227,7 @@ def _is_done(job: StatsJob) -> bool:
     if not all((job.folder / name).is_file() for name in (MANIFEST_NAME, *OUTPUTS)):
         return False
     found = read_manifest(job.folder).fingerprint.fields
-    return found | {"config": fields_of_today(found["config"])} == job.report_fingerprint.fields
+    return found | {"config": fields_of_today(found.get("config", {}))} == job.report_fingerprint.fields
 
 
 def _count(job: StatsJob) -> Manifest:
@@ -259,9 +257,9 @@ def _count(job: StatsJob) -> Manifest:
 
 def _clear(folder: Path) -> None:
     """Remove what killed runs left half-written, and the manifest: it would vouch for files that are now replaced."""
-    for directory in (folder, folder / MARKER_FOLDER):
-        remove_temporary_files(directory)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    directory = ShardDirectory(folder)
+    directory.clear_leftovers()
+    directory.clear_manifest()
     # No power cut may bring the manifest back after the files have been replaced.
     fsync_directory(folder)
 
@@ -307,7 +305,7 @@ def _report(job: StatsJob, counts: Manifest) -> None:
 def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDirectory) -> NounTable:
     """Add up the shards' nouns; fills in what `measures` still lack: DN and VN, and the errors of a sample."""
     from dataset_stats.estimate import estimate_set
-    from dataset_stats.merge import merge_counts
+    from dataset_stats.merge import clear_scratch, merge_counts
     from dataset_stats.noun_table import write_noun_table
     from dataset_stats.tagging.plurals import PluralFolder
     from dataset_stats.worker import CAPTIONS, NOUNS
@@ -317,6 +315,7 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDire
     names = {name: [source.name for source in sources] for name, sources in job.sources.items()}
     scratch = job.folder / ".merge"
     merged = scratch / "nouns.parquet"
+    clear_scratch(scratch)
     noun_files = {name: [directory.file(shard, NOUNS) for shard in shards] for name, shards in names.items()}
     merge_counts(noun_files, merged, scratch=scratch)
     noun_table = write_noun_table(
@@ -327,7 +326,7 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDire
         num_top=config.num_table_nouns,
         singular=singular,
     )
-    shutil.rmtree(scratch)
+    clear_scratch(scratch)
     if job.is_sample:
         for name, measure in measures.items():
             measure.estimate = estimate_set(

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+
+from pipelines.store.tables import MEND_SHARD, read_table
 
 NUM_SUBSAMPLES = 200
 
@@ -65,7 +66,7 @@ def estimate_set(
         caption_files: the caption files of the set's shards, with a column `nouns`.
         num_samples: samples in the whole set.
     """
-    rows = pa.concat_tables([pq.read_table(path) for path in caption_files])
+    rows = pa.concat_tables([read_table(path, mend=MEND_SHARD) for path in caption_files])
     captions = rows.filter(pc.field("reject").is_null())
     unread = max(1 - len(rows) / num_samples, 0.0)
     errors = {name: error * unread**0.5 for name, error in _mean_errors(rows, captions).items()}

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dataset_stats.estimate import Estimate
 from pipelines.store.manifest import ShardReport
+from pipelines.store.tables import MEND_SHARD, read_table, read_table_schema
 
 UNUSED_COLUMNS = ("key", "nouns")  # the largest
 HISTOGRAM_BINS = 256  # captions with more nouns or tokens than this share the last bin
@@ -150,7 +150,8 @@ def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *
     text_tokens = np.zeros(HISTOGRAM_BINS * 2, dtype=np.int64)
     for report, path in zip(reports, caption_files, strict=True):
         rejected.update(report.rejected)
-        table = pq.read_table(path, columns=[name for name in pq.read_schema(path).names if name not in UNUSED_COLUMNS])
+        columns = [name for name in read_table_schema(path, mend=MEND_SHARD).names if name not in UNUSED_COLUMNS]
+        table = read_table(path, columns, mend=MEND_SHARD)
         kept = table.filter(pc.field("reject").is_null())
         num_nouns = kept["num_nouns"].to_numpy()
         nouns += _histogram(num_nouns, len(nouns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, discard, discard_folder, own_files, remove_temporary_files
+from pipelines.store.tables import MEND_SHARD, sound_table
 
 ROWS_PER_BATCH = 65_536
 MAX_OPEN_FILES = 32
 # Rows of a shard are numbered within it; the shard's place in its set makes them unique: shard << 32 | row.
 ROW_BITS = 32
+SCRATCH_NAME = re.compile(r"(nouns|set-\d+-\d+-\d+)\.parquet")
 
 
 def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: Path) -> None:
@@ -24,7 +27,7 @@ def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: P
         sets: set name -> the noun files of its shards (`NOUN_SCHEMA`, sorted by noun).
         output: Parquet with columns noun, `<set>` (occurrences) and `<set> first_row` (shard number << 32 | row,
             null where the noun does not occur).
-        scratch: folder for files between the levels of the merge; removed by the caller.
+        scratch: folder for files between the levels of the merge; `clear_scratch` removes them.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     runs = []
@@ -32,6 +35,14 @@ def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: P
         sources = [_Run(path, shard=shard, columns=(name,)) for shard, path in enumerate(paths)]
         runs.append(_merge_levels(sources, (name,), scratch / f"set-{position}"))
     _write_run(runs, tuple(sets), output)
+
+
+def clear_scratch(scratch: Path) -> None:
+    """Remove the files between the levels of a merge, those of a killed run too; what else is there stays."""
+    remove_temporary_files(scratch)
+    for path in own_files(scratch, SCRATCH_NAME):
+        discard(path)
+    discard_folder(scratch)
 
 
 class _Run:
@@ -43,7 +54,7 @@ class _Run:
         self._shard = shard
 
     def batches(self) -> Iterator[pa.Table]:
-        with pq.ParquetFile(self._path) as file:
+        with sound_table(self._path, mend=MEND_SHARD), pq.ParquetFile(self._path) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
                 yield self._with_shard(pa.Table.from_batches([batch]))
 

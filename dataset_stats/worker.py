@@ -20,6 +20,7 @@ from encoders.text import DEFAULT_CLEANING, clean_text
 from encoders.tokens import load_tokenizer
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
+from pipelines.store.tables import MEND_PART, read_table
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,8 +76,8 @@ class NounCountWorker:
     @staticmethod
     def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
         """Add up the nouns of the parts and put their captions one after the other."""
-        _write(sum_nouns([pq.read_table(part[NOUNS]) for part in parts]), outputs[NOUNS])
-        _write(pa.concat_tables([pq.read_table(part[CAPTIONS]) for part in parts]), outputs[CAPTIONS])
+        _write(sum_nouns([read_table(part[NOUNS], mend=MEND_PART) for part in parts]), outputs[NOUNS])
+        _write(pa.concat_tables([read_table(part[CAPTIONS], mend=MEND_PART) for part in parts]), outputs[CAPTIONS])
 
     def _reject(self, row: CaptionRow) -> str | None:
         if row.reject:

@@ -19,7 +19,7 @@ from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
 from pipelines.raw.images import SampleReject, image_size, nearest_bucket, plan_crop
 from pipelines.raw.shards import Member, RawSample, RawShard, open_shard
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, remove_temporary_files, take_away
 
 log = get_logger("features")
 
@@ -165,7 +165,8 @@ def _figures(crops: Sequence[float], scales: Sequence[float]) -> Iterator[str]:
 
 def list_rejects(rejects: Sequence[Reject], path: Path) -> None:
     """Print shard, key and reason of each reject; many of them go to the CSV file `path` instead."""
-    path.unlink(missing_ok=True)
+    remove_temporary_files(path.parent, path.name)
+    take_away(path)
     if len(rejects) <= MAX_REJECTS_SHOWN:
         for reject in rejects:
             console.print(f"rejected: {reject.shard} {reject.key} {reject.reason}", soft_wrap=True)

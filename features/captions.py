@@ -10,12 +10,18 @@ import pyarrow.parquet as pq
 
 from errors import UserError
 from pipelines.engine.pieces import Source
-from pipelines.store.files import atomic_write_json, sha256_file, sha256_text
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_write_json, discard, sha256_file, sha256_text
 from pipelines.store.manifest import Manifest, require_same
+from pipelines.store.state_files import read_state, state_of
+from pipelines.store.tables import sound_table
 
 # In a directory of text features: the identity of each shard's captions, and the Parquet file it was taken from.
 IDENTITIES_NAME = ".captions.json"
 NUM_READERS = 8
+MEND = "remove it and type `make caption` again: this shard alone is captioned anew"
+
+log = get_logger("features")
 
 
 def caption_sources(
@@ -54,15 +60,13 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
         UserError: the file is no Parquet, or lacks a column of texts; names both.
     """
     wanted = ["key", *columns, "reject"]
-    try:
+    with sound_table(path, mend=MEND):
         schema = pq.read_schema(path)
         for column in wanted:
             position = schema.get_field_index(column)
             if position < 0 or not pa.types.is_string(schema.field(position).type):
                 raise UserError(f"{path}: there is no column {column!r} of texts, which features.<name>.captions names")
         table = pq.read_table(path, columns=wanted)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not readable as Parquet: {error}") from None
     return sha256_text(json.dumps([table.column(column).to_pylist() for column in wanted], ensure_ascii=False))
 
 
@@ -73,8 +77,9 @@ def require_unchanged(source: Source, captions: Manifest) -> None:
         UserError: it is not; names the file and both hashes.
     """
     path = Path(source.path)
-    expected = captions.shards[source.name].files[path.suffix]
-    require_same("sha256", expected, sha256_file(path), where=source.path)
+    expected, found = captions.shards[source.name].files[path.suffix], sha256_file(path)
+    if found != expected:
+        raise UserError(f"{path} has SHA-256 {found}, but by its manifest {expected}: it has changed; {MEND}")
 
 
 def remember_identities(sources: Sequence[Source], *, captions: Manifest, directory: Path) -> None:
@@ -86,5 +91,12 @@ def remember_identities(sources: Sequence[Source], *, captions: Manifest, direct
 
 
 def _read_identities(directory: Path) -> dict[str, list[str]]:
-    path = directory / IDENTITIES_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    path, mend = directory / IDENTITIES_NAME, "the captions are read again"
+    if not path.is_file():
+        return {}
+    try:
+        return state_of(dict[str, list[str]], read_state(path, mend=mend), where=str(path), mend=mend)
+    except UserError as error:
+        log.warning(str(error))
+        discard(path)
+        return {}

@@ -5,10 +5,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from encoders.weights import is_model_here
+from errors import UserError
 from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob
 from pipelines.engine.pieces import Piece
+from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.store.summary import read_summary, update_summary
 
@@ -19,6 +22,8 @@ MEASURED_SECONDS = 3.0
 MAX_MEASURED_SAMPLES = 4096
 # In a shorter run, starting workers and loading the model is too large a part.
 MIN_REMEMBERED_SECONDS = 600.0
+
+log = get_logger("features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +43,29 @@ def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
     """Return how fast a job with pending samples will be, or what is missing to know it."""
     num_pending = sum(source.num_samples for source in job.pending())
     num_workers = count_workers(inputs.engine, num_pending)
-    known = read_summary(inputs.run).get("features", {}).get("speed", {}).get(job.output.path.name, {})
-    if known.get("fingerprint") == job.fingerprint.digest:
-        rate = known["samples_per_second_of_a_worker"]
+    rate = _recall_speed(job, inputs)
+    if rate is not None:
         return Speed(samples_per_second=rate, num_workers=num_workers, basis="as in the last run")
     if inputs.engine.gpus_per_worker and not _count_gpus():
         return f"not measured: engine.gpus_per_worker = {inputs.engine.gpus_per_worker:g}, and there is no GPU here"
     if not is_model_here(job.model):
         return f"not measured: {job.model.location} is not here; `hf download {job.model.location}` fetches it"
     return _measure(job, inputs, num_workers=num_workers)
+
+
+def _recall_speed(job: FeatureJob, inputs: FeatureInputs) -> float | None:
+    """Return the samples per second of a worker that a former run has noted of this very job."""
+    try:
+        node: Any = read_summary(inputs.run)
+    except UserError as error:
+        log.warning(str(error))
+        return None
+    for name in ("features", "speed", job.output.path.name):
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or node.get("fingerprint") != job.fingerprint.digest:
+        return None
+    rate = node.get("samples_per_second_of_a_worker")
+    return rate if isinstance(rate, int | float) and rate > 0 else None
 
 
 def remember_speed(job: FeatureJob, inputs: FeatureInputs, *, num_samples: int, seconds: float) -> None:

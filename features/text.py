@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder, text_spec
 from encoders.text import TextSpec, clean_text
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
-from features.captions import caption_sources, remember_identities, require_unchanged
+from features.captions import MEND, caption_sources, remember_identities, require_unchanged
 from features.config import DECIDES_TEXT
 from features.jobs import (
     CODE_VERSION,
@@ -32,9 +31,11 @@ from pipelines.engine.pieces import Piece, PieceReport, Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema, texts_digest
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, take_away
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 from pipelines.store.summary import update_summary
+from pipelines.store.tables import read_table
+from pipelines.store.weight_files import weight_file_damage
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,7 @@ class _TextCounts:
 def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
     """Return the captions of each sample, one per column of `weights`, those it lacks too."""
     columns = ["key", *weights, "reject"]
-    table = pq.read_table(piece.source.path, columns=columns).slice(piece.start, piece.stop - piece.start)
+    table = read_table(Path(piece.source.path), columns, mend=MEND).slice(piece.start, piece.stop - piece.start)
     return [
         [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
         for row in table.to_pylist()
@@ -289,7 +290,7 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureI
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
     columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
     probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
-    tables = [pq.read_table(source.path, columns=[*columns, "reject"]) for source in probed]
+    tables = [read_table(Path(source.path), [*columns, "reject"], mend=MEND) for source in probed]
     kept = [table.filter(pc.field("reject").is_null()) for table in tables]
     rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
     samples = [[clean_text(row[column] or "", inputs.features.text_cleaning) for column in columns] for row in rows]
@@ -342,7 +343,11 @@ def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
     for source in job.pending():
         require_unchanged(source, captions)
     remember_identities(job.sources, captions=captions, directory=job.output.path)
-    if not (job.output.path / NULL_CAPTION_FILE).is_file():
+    null = job.output.path / NULL_CAPTION_FILE
+    if null.is_file() and (damage := weight_file_damage(null)):
+        log.warning(f"{null} {damage}: it is written anew, with the texts of one shard")
+        take_away(null)
+    if not null.is_file():
         # The workers write it, so one shard has to be done again, finished parts of it too.
         forget_pieces(job.sources[0].name, job.output)
         job.output.clear_marker(job.sources[0].name)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import plain_message
+from pipelines.store.files import own_files
 from pipelines.store.png_files import DAMAGE
 from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
-from sampling.images import is_whole, is_written, write_image
+from sampling.images import is_own, is_whole, is_written, write_image
 from sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -171,9 +173,10 @@ class Studio:
         return self._renderer
 
     def history(self) -> list[Path]:
-        """Return the images drawn here, the latest first, also those of earlier days; those cut short are left out."""
-        found = sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        return list(itertools.islice(filter(is_whole, found), MAX_HISTORY))
+        """Return the images drawn here, the latest first, also those of earlier days; none that are cut or not ours."""
+        found = own_files(self.folder, re.compile(r"[^.].*\.png", re.DOTALL))
+        found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return list(itertools.islice((path for path in found if is_whole(path) and is_own(path)), MAX_HISTORY))
 
 
 def wish_of(path: Path) -> Wish:

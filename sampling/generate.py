@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
-from pipelines.store.files import atomic_file, sha256_file, sha256_text
+from pipelines.store.files import atomic_file, remove_temporary_files, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
 from pixart.processes.specs import num_passes, require_solver
 from sampling.config import SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
-from sampling.images import MEND, is_whole, is_written
+from sampling.images import MEND, is_own, is_whole, is_written
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
 from sampling.trained_model import TrainedModel
@@ -131,6 +131,8 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     log.info(f"{job.trained.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
     for change in job.changed_settings():
         log.info(f"{folder} was drawn with another setting: {change}")
+    _require_own(folder, pending)
+    remove_temporary_files(folder)
     prompts = {request.prompt for request in job.requests}
     lost = check_inputs(job) if pending else _lost_words(job)
     lost = {prompt: words for prompt, words in lost.items() if prompt in prompts}  # the negative one is no sample's
@@ -148,6 +150,13 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     update_summary(run, f"counts.sampling_{folder.name}", counts)
     cut = f" ({_describe_cut(job, lost)})" if lost else ""
     log.info(f"drew {len(pending):,} of {len(job.requests):,} images{cut}, see {folder / GRID_NAME}")
+
+
+def _require_own(folder: Path, pending: Sequence[ImageRequest]) -> None:
+    """Refuse to draw over a picture that somebody else has put here, or has saved anew with changes of his own."""
+    for path in (folder / request.file for request in pending):
+        if path.is_file() and not is_own(path):
+            raise UserError(f"{path} is in the way: it is no image that this command has drawn; move it away")
 
 
 def _describe_cut(job: SamplingJob, lost: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
-from pipelines.store.png_files import DAMAGE, missing_of_png
+from pipelines.store.png_files import DAMAGE, SIGNATURE, missing_of_png
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 
@@ -46,8 +46,20 @@ def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint)
             settings = json.loads(image.info.get("settings", "{}"))
     except DAMAGE:
         return False
+    if not isinstance(settings, dict):
+        return False
     defaults = SamplingConfig.fingerprint_defaults()
     return {**defaults, **settings} == {**defaults, **fingerprint.fields}
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file may be drawn over: an image of the house, whatever of, or too little of one to be anybody's."""
+    try:
+        with Image.open(path) as image:
+            return {"prompt", "checkpoint"} <= image.info.keys()
+    except DAMAGE:
+        with path.open("rb") as file:
+            return SIGNATURE.startswith(file.read(4))  # also where what follows is not a PNG's
 
 
 def is_whole(path: Path) -> bool:

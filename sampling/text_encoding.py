@@ -19,9 +19,9 @@ from encoders.opening import open_text_encoder
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
-from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
+from pipelines.store.families import MEND_NULL_CAPTION, NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
 from pipelines.store.feature_store import load_index, read_payload
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import read_manifest, require_same
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
@@ -102,6 +102,7 @@ def write_embeddings(
         "max_tokens": str(text["max_tokens"]),
         "text_model": text["model"],
     }
+    remove_temporary_files(path.parent, path.name)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return len(embeddings)
@@ -116,18 +117,20 @@ def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]
             metadata = file.metadata() or {}
             require_same("max_tokens", str(text["max_tokens"]), metadata.get("max_tokens"), where=str(path))
             _warn_of_other_model(metadata.get("text_model"), text, path)
-            numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata["prompts"]))}
+            numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata.get("prompts", "")))}
             if missing := [prompt for prompt in prompts if prompt not in numbers]:
                 raise UserError(f"sampling.text_embeddings {path} lacks {_describe(missing)}")
             return {prompt: file.get_tensor(numbers[prompt]) for prompt in prompts}
-    except SafetensorError as error:
-        raise UserError(f"sampling.text_embeddings {path} cannot be read: {error}") from None
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UserError(
+            f"sampling.text_embeddings {path} is damaged ({error}); write it again with sampling.write_embeddings"
+        ) from None
 
 
 def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """Read the first caption of each sample of `keys`, and the null caption, out of a run's text features."""
     manifest = read_manifest(directory)
-    stored = manifest.extra["text"]
+    stored = manifest.fact("text", where=directory)
     require_same("max_tokens", text["max_tokens"], stored["max_tokens"], where=str(directory))
     _warn_of_other_model(stored["model"], text, directory)
     columns = ["key", "shard", "caption_index", "offset", "scale_offset", "num_tokens", "nbytes"]
@@ -140,8 +143,12 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
     shards = {row["shard"] for row in rows.values()}
     tars = {name: np.memmap(directory / f"{name}.tar", np.uint8, mode="r") for name in shards}
     captions = {key: _restore(tars[row["shard"]], row, stored["storage"]) for key, row in rows.items()}
-    with safe_open(directory / NULL_CAPTION_FILE, framework="pt") as file:
-        return captions, file.get_tensor("embedding_0")
+    path = directory / NULL_CAPTION_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            return captions, file.get_tensor("embedding_0")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); {MEND_NULL_CAPTION}") from None
 
 
 def _warn_of_other_model(model: str | None, text: Mapping[str, Any], path: Path) -> None:

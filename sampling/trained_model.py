@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from encoders.weights import resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL, find_checkpoint
+from pipelines.store.state_files import read_state
 from pixart.processes.specs import (
     SCHEDULER_FILE,
     SCHEDULER_FOLDER,
@@ -112,7 +112,8 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    mend = "remove the folder of this checkpoint, and the one before it counts; without one, train on"
+    return read_state(folder / "config.json", mend=mend, keys=("patch_size",))
 
 
 def _trained_sizes(resolution: int, buckets: list[str]) -> tuple[tuple[int, int], ...]:

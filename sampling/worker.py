@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
+from pipelines.store.tables import MEND_PART, read_table
 from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image
 from sampling.renderer import Renderer
@@ -88,7 +89,7 @@ class SampleWorker:
     @staticmethod
     def join(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]) -> None:
         """Put the rows of all parts into one table, in the order of prompts."""
-        rows = [row for part in parts for row in pq.read_table(part[".parquet"]).to_pylist()]
+        rows = [row for part in parts for row in read_table(part[".parquet"], mend=MEND_PART).to_pylist()]
         _write_rows(outputs[".parquet"], rows)
 
     def _pending(self, start: int, stop: int) -> Iterator[list[ImageRequest]]:

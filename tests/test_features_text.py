@@ -295,7 +295,7 @@ def test_an_identity_depends_on_the_columns_encoded_alone(run):
 
 def test_captions_that_are_no_parquet_are_named(run):
     (run / "captions" / f"{SHARD}.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match=r"laion_00000\.parquet is not readable as Parquet"):
+    with pytest.raises(UserError, match=r"laion_00000\.parquet is no readable table .* type `make caption` again"):
         extract(run)
 
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.summary import read_summary
 from toyworld import judge as judge_module
 from toyworld.axes import AXES
@@ -84,7 +85,10 @@ def write_captions(run, dataset, rows):
     columns = ("key", "alt_text", "caption", "reject")
     table = [dict(zip(columns, row, strict=True)) | {"shard": f"{dataset}_0"} for row in rows]
     schema = pa.schema([(name, pa.string()) for name in (*columns, "shard")])
-    pq.write_table(pa.Table.from_pylist(table, schema=schema), run / "captions" / f"{dataset}_0.parquet")
+    name = f"{dataset}_0"
+    pq.write_table(pa.Table.from_pylist(table, schema=schema), run / "captions" / f"{name}.parquet")
+    report = ShardReport(name=name, source="-", num_read=len(rows), num_kept=len(rows))
+    ShardDirectory(run / "captions").write_marker(report, Fingerprint.of({}))
 
 
 def write_samples(run, stage, pictures, **replaced):

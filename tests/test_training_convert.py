@@ -38,9 +38,10 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_official_file_becomes_a_folder(dit_file: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / ".dit.tmp" / "left-by-a-kill").mkdir(parents=True)
+    for name in (".dit.0123abcd.tmp", ".dit.tmp", ".other.0123abcd.tmp"):
+        (tmp_path / name / "left-by-a-kill").mkdir(parents=True)
     main([str(dit_file), str(tmp_path / "dit")])
-    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dit.tmp", ".other.0123abcd.tmp", "dit"]
     dit = load_diffusers(tmp_path / "dit" / "transformer")
     assert isinstance(dit, DiT) and dit.config == DIT
     weights = torch.load(dit_file, weights_only=True)

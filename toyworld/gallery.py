@@ -16,9 +16,10 @@ from pipelines.raw.images import decode_image
 from pipelines.raw.shards import open_shard, shard_name
 from pipelines.recipe import DataConfig
 from pipelines.store.png_files import read_picture
+from pipelines.store.tables import MEND_SHARD, read_table, sound_table
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import Scene, SceneObject, class_name
-from toyworld.scoring import MEND_SAMPLE, class_of, read_verdicts
+from toyworld.scoring import MEND_SAMPLE, MEND_WORLD, class_of, read_samples, read_verdicts
 
 MAX_SIDE_PIXELS = 160  # of embedded pictures: sharp on a phone, small in the file
 MISSES_SHOWN = 4  # one in so many captions shown is a miss, if there are any
@@ -89,7 +90,7 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     hits_path = run / "judge" / "captions.parquet"
     if not hits_path.is_file():
         return []
-    rows = pq.read_table(hits_path, columns=["key", "shard", "hits"]).to_pylist()
+    rows = read_table(hits_path, ["key", "shard", "hits"], mend=MEND_SHARD).to_pylist()
     missed = _spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
     chosen = missed + _spread([row for row in rows if all(row["hits"])], count - len(missed))
     chosen.sort(key=lambda row: (row["shard"], row["key"]))
@@ -112,9 +113,8 @@ def _by_shard(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 def _shard_examples(run: Path, data: DataConfig, path: str, rows: Sequence[Mapping[str, Any]]) -> list[CaptionExample]:
     shard = shard_name(path)
     columns = ["key", "alt_text", "caption"]
-    texts = {
-        row["key"]: row for row in pq.read_table(run / "captions" / f"{shard}.parquet", columns=columns).to_pylist()
-    }
+    captions = read_table(run / "captions" / f"{shard}.parquet", columns, mend=MEND_SHARD)
+    texts = {row["key"]: row for row in captions.to_pylist()}
     scenes = _read_scenes(run, shard)
     examples = []
     with open_shard(path, data.dialect) as raw:
@@ -140,7 +140,9 @@ def _shard_examples(run: Path, data: DataConfig, path: str, rows: Sequence[Mappi
 
 
 def _read_scenes(run: Path, shard: str) -> dict[str, Scene]:
-    table = pq.read_table(run / "raw" / "truth.parquet", columns=["key", "scene"], filters=[("shard", "=", shard)])
+    path = run / "raw" / "truth.parquet"
+    with sound_table(path, mend=MEND_WORLD):
+        table = pq.read_table(path, columns=["key", "scene"], filters=[("shard", "=", shard)])
     return {row["key"]: Scene.from_json(row["scene"]) for row in table.to_pylist()}
 
 
@@ -148,7 +150,7 @@ def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[Sam
     """Return samples of a folder such as `samples/stage2`, evenly spaced, marked where the judge has seen them."""
     verdicts = {row["file"]: row for row in read_verdicts(config, run, folder)}
     examples = []
-    for row in _spread(pq.read_table(folder / "samples.parquet").to_pylist(), config.num_report_examples):
+    for row in _spread(read_samples(folder), config.num_report_examples):
         verdict = verdicts.get(row["file"])
         picture = embed_picture(read_picture(folder / row["file"], mend=MEND_SAMPLE))
         examples.append(

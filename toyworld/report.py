@@ -1,6 +1,5 @@
 """The run's page, `index.html`: one file that shows what every room made, from whatever has finished so far."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
 from pipelines.store.families import schema_of
-from pipelines.store.files import atomic_write_bytes
-from pipelines.store.manifest import MANIFEST_NAME, read_manifest
+from pipelines.store.files import atomic_write_bytes, remove_temporary_files
+from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
+from pipelines.store.state_files import read_log
 from pipelines.store.summary import read_summary
+from pipelines.store.tables import MEND_SHARD, count_table_rows
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
-from toyworld.scoring import CAPTIONS_NAME, TARGETS, sample_folders
+from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
 
 log = get_logger("toyworld")
 
@@ -152,6 +152,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         links=[(path, what) for path, what in LINKS if (run / path).is_file()],
     )
     path = run / PAGE_NAME
+    remove_temporary_files(run, PAGE_NAME)
     if path.is_file() and path.read_bytes() == page.encode():
         log.info(f"nothing to do: {path} is up to date")
         return path
@@ -252,15 +253,16 @@ def _training_step(run: Path, stage: StageTitle) -> Step:
 
 
 def _sampling_step(run: Path) -> Step:
-    counts = [pq.read_metadata(folder / "samples.parquet").num_rows for folder in sample_folders(run)]
+    counts = [count_table_rows(folder / SAMPLES_TABLE, mend=MEND_SHARD) for folder in sample_folders(run)]
     amounts = [" + ".join(f"{count:,}" for count in counts) + " images"] if counts else []
     what = "DPM-Solver++ draws unseen scenes"
     return Step(title="Samples", what=what, anchor="samples", amounts=amounts, is_done=bool(counts))
 
 
 def _judge_step(run: Path) -> Step:
-    files = [path for path in sorted((run / "judge").glob("*.parquet")) if path.stem != CAPTIONS_NAME]
-    counts = [pq.read_metadata(path).num_rows for path in files]
+    directory = ShardDirectory(run / "judge")
+    files = [directory.file(name, ".parquet") for name in directory.marked() if name != CAPTIONS_NAME]
+    counts = [count_table_rows(path, mend=MEND_SHARD) for path in filter(Path.is_file, files)]
     amounts = [f"{sum(counts):,} images"] if counts else []
     what = "scores samples against the scenes of their prompts"
     return Step(title="Judge", what=what, anchor="scores", amounts=amounts, is_done=bool(counts))
@@ -281,11 +283,13 @@ def _read_losses(path: Path) -> list[tuple[int, float]]:
     """(step, finite loss) in order; a resumed run repeats steps, of which the last counts."""
     if not path.is_file():
         return []
-    # Only whole lines: training may be writing the last one right now.
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     # Lines of the validation have no training loss.
-    losses = {row["step"]: row["loss"] for row in rows if "loss" in row and math.isfinite(row["loss"])}
+    rows = [(row.get("step"), row.get("loss")) for row in read_log(path)]
+    losses = {
+        step: loss
+        for step, loss in rows
+        if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss)
+    }
     return sorted(losses.items())
 
 
@@ -323,7 +327,7 @@ def _grids(config: ToyworldConfig, run: Path, *, stages: Sequence[StageTitle]) -
                 name=stage.name,
                 title=stage.full,
                 detail=stage.detail,
-                num_images=pq.read_metadata(folder / "samples.parquet").num_rows if folder else 0,
+                num_images=count_table_rows(folder / SAMPLES_TABLE, mend=MEND_SHARD) if folder else 0,
                 examples=sample_examples(config, run, folder) if folder else [],
                 grid_file=f"samples/{stage.name}/grid.png" if folder and (folder / "grid.png").is_file() else None,
             )

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 from encoders.weights import resolve_model
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
-from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text
+from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text, take_away
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
 from pipelines.store.png_files import read_picture
+from pipelines.store.state_files import read_records
 from pipelines.store.summary import update_summary
+from pipelines.store.tables import MEND_SHARD, read_table
 from toyworld.config import ToyworldConfig
 from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
 from toyworld.wording import caption_hits, parse_caption
@@ -30,6 +32,8 @@ log = get_logger("toyworld")
 SCORING_VERSION = 3  # raise it when what the numbers mean changes
 CAPTIONS_NAME = "captions"
 MEND_SAMPLE = "delete it, and `make sample` (or `make eval`, of its own samples) draws it anew"
+SAMPLES_TABLE = "samples.parquet"
+MEND_WORLD = "remove it and type `make world` again: that writes it anew"
 # What the demo promises of its samples, shown beside the scores.
 TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
 CAPTION_HITS_SCHEMA = pa.schema(
@@ -72,6 +76,7 @@ def score_run(config: ToyworldConfig, run: Path) -> None:
         MissingFileError: the run has no raw truth, so that there is nothing to score against.
     """
     truth, prompts = run / "raw" / "truth.parquet", run / "raw" / "prompts.jsonl"
+    ShardDirectory(run / "judge").clear_leftovers()
     if not truth.is_file() or not prompts.is_file():
         raise MissingFileError(
             f"{truth.parent} holds no toy world: only captions and samples of known scenes have scores"
@@ -84,7 +89,12 @@ def score_run(config: ToyworldConfig, run: Path) -> None:
 def sample_folders(run: Path) -> list[Path]:
     """Return the folders of finished samples, such as `samples/stage2`, and those that evaluation had drawn."""
     parents = (run / "samples", run / "evaluation" / "samples")
-    return [path.parent for parent in parents for path in sorted(parent.glob("*/samples.parquet"))]
+    return [path.parent for parent in parents for path in sorted(parent.glob(f"*/{SAMPLES_TABLE}"))]
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a folder's table of samples, in the order of its prompts."""
+    return read_table(folder / SAMPLES_TABLE, mend=MEND_SHARD).to_pylist()
 
 
 # Captions
@@ -96,7 +106,8 @@ def score_captions(run: Path) -> None:
     An object counts as right when the caption names it with its shape, colour and position. Rejected samples and
     samples without a known scene are counted as rejects, not as misses.
     """
-    sources = sorted((run / "captions").glob("*.parquet"))
+    captions = ShardDirectory(run / "captions")
+    sources = sorted(captions.file(name, ".parquet") for name in captions.finished())
     if not sources:
         log.info("captions: none yet")
         return
@@ -129,13 +140,14 @@ def _read_truth(path: Path) -> dict[tuple[str, str], tuple[str, Scene]]:
     """Dataset and scene by (shard, key)."""
     return {
         (row["shard"], row["key"]): (row["dataset"], Scene.from_json(row["scene"]))
-        for row in pq.read_table(path).to_pylist()
+        for row in read_table(path, mend=MEND_WORLD).to_pylist()
     }
 
 
 def _caption_rows(sources: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for path in sources:
-        yield from pq.read_table(path, columns=["key", "shard", "alt_text", "caption", "reject"]).to_pylist()
+        columns = ["key", "shard", "alt_text", "caption", "reject"]
+        yield from read_table(path, columns, mend=MEND_SHARD).to_pylist()
 
 
 def _caption_score(row: Mapping[str, Any], dataset: str, scene: Scene) -> dict[str, Any]:
@@ -206,7 +218,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
     """
     name = folder.name
     directory = ShardDirectory(run / "judge")
-    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    samples = read_samples(folder)
     fingerprint, identity = _judging_inputs(config, run, folder)
     if directory.is_done(name, identity, fingerprint):
         log.info(f"{name}: nothing to do, its scores are up to date")
@@ -230,7 +242,7 @@ def judge_samples(config: ToyworldConfig, run: Path, folder: Path) -> None:
             update_summary(run, f"judge.{name}", figures)
     else:
         log.info(f"{name}: none of its samples belongs to a known scene")
-        directory.file(name, ".json").unlink(missing_ok=True)
+        take_away(directory.file(name, ".json"))
     _write_report(directory, name, identity, fingerprint, num_kept=len(rows), rejected=rejected)
     update_summary(run, f"seconds.judge_{name}", round(time.monotonic() - start_seconds, 1))
 
@@ -241,26 +253,24 @@ def read_verdicts(config: ToyworldConfig, run: Path, folder: Path) -> list[dict[
     fingerprint, identity = _judging_inputs(config, run, folder)
     if not directory.is_done(folder.name, identity, fingerprint):
         return []
-    return pq.read_table(directory.file(folder.name, ".parquet")).to_pylist()
+    return read_table(directory.file(folder.name, ".parquet"), mend=MEND_SHARD).to_pylist()
 
 
 def _judging_inputs(config: ToyworldConfig, run: Path, folder: Path) -> tuple[Fingerprint, str]:
     """What scores of a folder's samples depend on: the judge, and the identity of samples and prompts."""
     fingerprint = Fingerprint.of({"version": SCORING_VERSION, "judge": resolve_model(config.judge).identity})
-    names = pq.read_table(folder / "samples.parquet", columns=["file"]).column("file").to_pylist()
-    images = [folder / name for name in names]
+    images = [folder / row["file"] for row in read_samples(folder)]
     if missing := [path for path in images if not path.is_file()]:
         raise MissingFileError(
             f"{missing[0]} does not exist, though samples.parquet has it; `make sample` draws it anew"
         )
     prompts = run / "raw" / "prompts.jsonl"
-    return fingerprint, _files_identity([prompts, folder / "samples.parquet", *images])
+    return fingerprint, _files_identity([prompts, folder / SAMPLES_TABLE, *images])
 
 
 def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:
     """Return the scene of each (key, prompt) in the run's `prompts.jsonl`."""
-    lines = (run / "raw" / "prompts.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_records(run / "raw" / "prompts.jsonl", mend=MEND_WORLD, keys=("key", "prompt", "scene"))
     return {(row["key"], row["prompt"]): Scene.from_json(json.dumps(row["scene"])) for row in rows}
 
 
@@ -352,9 +362,6 @@ def _log_figures(name: str, figures: Mapping[str, Any]) -> None:
         f"{name}: "
         + ", ".join(f"{axis} {score['score']:.1%} of {score['num_images']} images" for axis, score in axes.items())
     )
-
-
-# Files
 
 
 def _files_identity(paths: Sequence[Path]) -> str:

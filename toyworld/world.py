@@ -6,6 +6,7 @@ are split by what their objects are and where they stand: prompts hold a tenth o
 
 import hashlib
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from errors import UserError
 from pipelines.engine.progress import ProgressBar, get_logger, progress_bar
-from pipelines.store.files import atomic_file, atomic_write_bytes, sha256_file
+from pipelines.store.files import (
+    atomic_file,
+    atomic_write_bytes,
+    discard,
+    is_file_itself,
+    remove_temporary_files,
+    sha256_file,
+)
 from pipelines.store.manifest import (
     MANIFEST_NAME,
     MARKER_FOLDER,
@@ -232,6 +241,8 @@ def write_world(config: ToyworldConfig, run: Path) -> None:
         log.info(f"nothing to do: {len(planned)} shards and {config.num_prompts} prompts of {raw.path} are done")
         return
     start_seconds = time.monotonic()
+    _require_own(raw, planned)
+    _clear(raw, planned)
     _remove_unplanned(raw, planned)
     with progress_bar("toyworld draws", sum(shard.stop - shard.start for shard in pending)) as progress:
         for shard in pending:
@@ -267,20 +278,44 @@ def _is_complete(
     return (
         manifest.fingerprint.digest == fingerprint.digest
         and set(manifest.shards) == {shard.path for shard in planned}
-        and manifest.extra["num_prompts"] == config.num_prompts
+        and manifest.extra.get("num_prompts") == config.num_prompts
     )
 
 
+def _require_own(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
+    """Refuse to draw over tars that somebody else has put here: where this has never drawn, none are its own."""
+    if (raw.path / MARKER_FOLDER).is_dir() or (raw.path / MANIFEST_NAME).is_file():
+        return
+    for shard in planned:
+        for path in (raw.file(shard.path, suffix) for suffix in shard.dataset.suffixes):
+            if path.exists():
+                raise UserError(f"{path} is there, and not of the toy world: name another RUN, or move it away")
+
+
+def _clear(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
+    """Remove what killed runs left half-written; from now on the folder is known as this room's."""
+    (raw.path / MARKER_FOLDER).mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(raw.path)
+    for name in sorted({shard.dataset.name for shard in planned}):
+        remove_temporary_files(raw.path / name)
+        remove_temporary_files(raw.path / MARKER_FOLDER / name)
+
+
 def _remove_unplanned(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
+    """Remove the shards of larger worlds: the files of which a marker tells, if they are as they were written."""
     wanted = {shard.path for shard in planned}
-    markers = raw.path / MARKER_FOLDER
-    for marker in sorted(markers.glob("*/*.json")):
-        name = marker.relative_to(markers).with_suffix("").as_posix()
-        if name not in wanted:
-            raw.clear_marker(name)
-            for suffix in IMG2DATASET_SUFFIXES:
-                raw.file(name, suffix).unlink(missing_ok=True)
-            log.info(f"removed {raw.path / name}, which the recipe no longer asks for")
+    for name in raw.marked():
+        report = raw.any_report(name)
+        if name in wanted or re.fullmatch(r"(laion|sa|hq|imagenet)/\1_\d+", name) is None:
+            continue
+        files = {raw.file(name, suffix): digest for suffix, digest in report.files.items()}
+        raw.clear_marker(name)
+        for path in (path for path, digest in files.items() if is_file_itself(path)):
+            if sha256_file(path) == files[path]:
+                discard(path)
+            else:
+                log.warning(f"{path} stays: it has changed since it was drawn")
+        log.info(f"removed {raw.path / name}, which the recipe no longer asks for")
 
 
 def _write_shard(

@@ -5,7 +5,6 @@ With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from errors import UserError
 from pipelines.command import run_command
 from pipelines.engine.progress import console
-from pipelines.store.files import atomic_write_json
+from pipelines.store.files import atomic_folder, atomic_write_json
 from pixart.convert import save_diffusers
 from pixart.dit import DiT
 from pixart.model import PixArt, PixArtConfig
@@ -119,11 +118,9 @@ def _compare(dit: DiT, model: PixArt) -> None:
 
 def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any]) -> None:
     """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
-    save_diffusers(network, temporary / WEIGHTS_FOLDER)
-    atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
-    temporary.rename(folder)
+    with atomic_folder(folder) as temporary:
+        save_diffusers(network, temporary / WEIGHTS_FOLDER)
+        atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
 
 
 def _describe(network: DiT | PixArt) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from dataset_stats.captions import Address, read_rows
 from dataset_stats.merge import ROW_BITS
 from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.shards import open_shard, shard_name
+from pipelines.store.tables import MEND_SHARD, read_table_schema
 
 EXAMPLE_CHARACTERS = 240
 THUMBNAIL_PIXELS = 288
@@ -123,7 +123,7 @@ def _sample_shard(
 
 
 def _has_alt_texts(path: str) -> bool:
-    return "alt_text" in pq.read_schema(path).names
+    return "alt_text" in read_table_schema(Path(path), mend=MEND_SHARD).names
 
 
 def _thumbnails(raw_path: str, keys: Sequence[str], max_pixels: int, *, run: Path) -> dict[str, str]:

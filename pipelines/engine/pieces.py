@@ -2,23 +2,38 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from pipelines.store.files import atomic_file, atomic_write_json, fsync_directory, sha256_file
+from errors import UserError
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import (
+    TEMPORARY_NAME,
+    atomic_file,
+    atomic_write_json,
+    discard,
+    discard_folder,
+    fsync_directory,
+    own_files,
+    put_in_place,
+    sha256_file,
+)
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
+from pipelines.store.state_files import read_state, state_of
 
 PARTS_FOLDER = ".parts"
-REPORT_NAME = re.compile(r"(\d{9,})-(\d{9,})(?:\.[0-9a-f]{8})?\.report")
-ATTEMPTS_NAME = re.compile(r"(\d{9,})-(\d{9,})\.attempts")
+_SPAN = r"(\d{9,})-(\d{9,})"
+REPORT_NAME = re.compile(rf"{_SPAN}(?:\.[0-9a-f]{{8}})?\.report")
+ATTEMPTS_NAME = re.compile(rf"{_SPAN}\.attempts")
+_PART_NAME = re.compile(rf"({_SPAN}|joined)(\.[0-9a-f]{{8}})?\.[a-z.]+|{TEMPORARY_NAME.pattern}", re.DOTALL)
+
+log = get_logger("engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +205,19 @@ def finished_pieces(
     """
     folder = _parts_folder(source, output)
     found: list[tuple[Piece, PieceReport]] = []
-    for path in sorted(folder.glob("*.report")):
-        content = json.loads(path.read_text())
-        span = content.pop("piece")
-        if (content["fingerprint"], content["source"]) != (fingerprint.digest, source.identity):
+    for path in piece_reports(output, source.name):
+        try:
+            note = read_piece_note(path)
+        except UserError as error:
+            log.warning(str(error))
+            discard(path)
             continue
-        piece = Piece(source=source, folder=folder, **span)
+        if (note.fingerprint, note.source) != (fingerprint.digest, source.identity):
+            continue
+        piece = Piece(source=source, folder=folder, **dataclasses.asdict(note.piece))
         is_whole = piece.samples_per_slice == samples_per_slice and all(piece.output(s).is_file() for s in suffixes)
         if is_whole and piece.start >= (found[-1][0].stop if found else 0):
-            found.append((piece, PieceReport(**content["report"])))
+            found.append((piece, note.report))
     return found
 
 
@@ -208,13 +227,64 @@ def begun_attempts(source: Source, output: ShardDirectory, finished: Sequence[Pi
     A worker that raises takes its attempt back, so these are of workers that died, with their driver or without.
     """
     folder, spans = _parts_folder(source, output), {piece.span for piece in finished}
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if ATTEMPTS_NAME.fullmatch(path.name) and path.stem not in spans]
+    return [path for path in own_files(folder, ATTEMPTS_NAME) if path.stem not in spans]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceSpan:
+    """Which samples a finished piece has, see `Piece`."""
+
+    start: int
+    stop: int
+    samples_per_slice: int
+    attempt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceNote:
+    """What stands in a `.report` beside the part files of a finished piece."""
+
+    fingerprint: str
+    source: str
+    piece: PieceSpan
+    report: PieceReport
+
+
+def piece_reports(output: ShardDirectory, name: str) -> list[Path]:
+    """Return the files that say which pieces of the source `name` are finished, in the order of their samples."""
+    return own_files(output.path / PARTS_FOLDER / name, REPORT_NAME)
+
+
+def all_piece_reports(output: ShardDirectory) -> list[Path]:
+    """Return what `piece_reports` does, of every source that has parts."""
+    folder = output.path / PARTS_FOLDER
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [path for name in names for path in piece_reports(output, name)]
+
+
+def read_piece_note(path: Path) -> PieceNote:
+    """Return what one of `piece_reports` says.
+
+    Raises:
+        UserError: it is damaged; names it.
+    """
+    mend = "its samples are done again"
+    return state_of(PieceNote, read_state(path, mend=mend), where=str(path), mend=mend)
+
+
+def drop_parts(folder: Path) -> None:
+    """Remove the part files of a source that is done; what the house has not written there stays.
+
+    What cannot be removed now, such as a file an orphaned worker holds open on NFS, goes with the next run.
+    """
+    for path in own_files(folder, _PART_NAME):
+        discard(path)
+    discard_folder(folder)
 
 
 def forget_pieces(name: str, output: ShardDirectory) -> None:
     """Let a source's finished pieces count as not done: a run that takes the source makes them anew."""
-    for path in (output.path / PARTS_FOLDER / name).glob("*.report"):
+    for path in piece_reports(output, name):
         path.unlink(missing_ok=True)
 
 
@@ -297,13 +367,12 @@ def finish_shard(
         files = joined.files
         paths = {suffix: joined.path(folder, suffix) for suffix in files}
     for suffix, path in paths.items():
-        path.replace(output.file(source.name, suffix))
+        put_in_place(path, output.file(source.name, suffix))
     # The marker must not reach the disk before the files it speaks of.
     fsync_directory(output.path)
     report = _sum_reports(source, [report for _, report in pieces], files)
     output.write_marker(report, fingerprint)
-    # What cannot be removed now, such as a file an orphaned worker holds open on NFS, goes with the next run.
-    shutil.rmtree(folder, ignore_errors=True)
+    drop_parts(folder)
     return report
 
 

@@ -1,7 +1,5 @@
 """`run_over_shards`: map a worker over shards, here or in Ray's workers; resume, retry, quarantine, and account."""
 
-import contextlib
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +18,14 @@ from pipelines.engine.pieces import (
     Source,
     begun_attempts,
     cut_into_pieces,
+    drop_parts,
     finish_shard,
     finished_pieces,
 )
 from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
 from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed
 from pipelines.recipe import TableConfig
-from pipelines.store.files import exclusive, fsync_directory, remove_temporary_files
+from pipelines.store.files import discard_folder, exclusive, fsync_directory
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 GIGABYTE = 10**9
@@ -262,8 +261,7 @@ def _settle_place(
 def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
     """Remove the markers of what is to be done again, and what killed drivers left half-written."""
     markers = output.path / MARKER_FOLDER
-    for directory in (output.path, markers):
-        remove_temporary_files(directory)
+    output.clear_leftovers()
     for source in pending:
         output.clear_marker(source.name)
     if markers.is_dir():
@@ -274,11 +272,10 @@ def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
 def _drop_parts(output: ShardDirectory, fingerprint: Fingerprint) -> None:
     """Remove the parts of done shards: of a killed driver, or of workers that outlived it."""
     parts = output.path / PARTS_FOLDER
-    for folder in parts.glob("*"):
-        if output.report(folder.name, fingerprint) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        parts.rmdir()
+    for folder in parts.iterdir() if parts.is_dir() else ():
+        if folder.is_dir() and not folder.is_symlink() and output.report(folder.name, fingerprint) is not None:
+            drop_parts(folder)
+    discard_folder(parts)
 
 
 def _outcomes(

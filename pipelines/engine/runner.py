@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import resource
 import secrets
 import socket
@@ -22,8 +23,10 @@ from pipelines.engine.pieces import (
     join_if_last,
     write_piece_report,
 )
-from pipelines.store.files import fsync_directory
+from pipelines.store.files import discard, fsync_directory, own_files
 from pipelines.store.manifest import Fingerprint, ShardDirectory
+
+_CLAIM_NAME = re.compile(r"\.claim-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +51,15 @@ def claimed(output: ShardDirectory) -> Iterator[Path]:
     """
     folder = (output.path / PARTS_FOLDER).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".claim-*"):
-        stale.unlink(missing_ok=True)
+    for stale in own_files(folder, _CLAIM_NAME):
+        discard(stale)
     claim = folder / f".claim-{secrets.token_hex(8)}"
     claim.touch()
     fsync_directory(folder)
     try:
         yield claim
     finally:
-        claim.unlink(missing_ok=True)
+        discard(claim)
 
 
 class PieceRunner:

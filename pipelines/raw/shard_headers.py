@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.engine.progress import progress_bar
+from errors import UserError
+from pipelines.engine.progress import get_logger, progress_bar
 from pipelines.raw.samples import Member, RawSample, detect_dialect, group_samples
 from pipelines.raw.tar_headers import UnreadableTarError, read_tar
-from pipelines.store.files import RangeFile, atomic_write_bytes, is_remote, open_ranges, sha256_text
+from pipelines.store.files import RangeFile, atomic_write_bytes, discard, is_remote, open_ranges, sha256_text
+from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when tars are grouped in another way, or the files change their form.
@@ -27,6 +29,8 @@ FORMAT_VERSION = 1
 NUM_THREADS = 16
 SHARDS_PER_TASK = 16
 MIN_SHARDS_PER_PROCESS = 64
+
+log = get_logger("shards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +84,11 @@ def read_headers(path: str, file: RangeFile) -> ShardHeaders:
 
 
 class HeaderCache:
-    """The folder of remembered headers of a run."""
+    """The folder of remembered headers of a run; `has_forgotten` when a damaged file was found and taken away."""
 
     def __init__(self, run: Path) -> None:
         self._folder = run / FOLDER
+        self.has_forgotten = False
 
     def summary(self, path: str, stamp: str | None) -> ShardSummary | None:
         """Return what is known of the shard at `path`, or None if it has changed since or was never read."""
@@ -91,7 +96,7 @@ class HeaderCache:
         if stamp is None or not file.is_file():
             return None
         with file.open("rb") as lines:
-            return _parse_summary(lines.readline(), stamp)
+            return self._parse_summary(file, lines.readline(), stamp)
 
     def stamp(self, path: str) -> str | None:
         """Return the stamp that the shard at `path` had when its headers were read; None if that is not known."""
@@ -110,10 +115,14 @@ class HeaderCache:
         if stamp is None or not file.is_file():
             return None
         first, _, rest = file.read_bytes().partition(b"\n")
-        summary = _parse_summary(first, stamp)
+        summary = self._parse_summary(file, first, stamp)
         if summary is None:
             return None
-        return ShardHeaders(summary=summary, samples=[_load_sample(item) for item in json.loads(zlib.decompress(rest))])
+        try:
+            samples = [_load_sample(item) for item in json.loads(zlib.decompress(rest))]
+        except (zlib.error, ValueError, TypeError) as error:
+            return self._forget(file, str(error))
+        return ShardHeaders(summary=summary, samples=samples)
 
     def remember(self, path: str, headers: ShardHeaders) -> None:
         """Write down the headers of the shard at `path`, unless its storage cannot tell when it changes."""
@@ -123,18 +132,26 @@ class HeaderCache:
         rest = json.dumps([_dump_sample(sample) for sample in headers.samples], separators=(",", ":"))
         atomic_write_bytes(self._file(path), first.encode() + b"\n" + zlib.compress(rest.encode(), level=1))
 
+    def _parse_summary(self, file: Path, line: bytes, stamp: str) -> ShardSummary | None:
+        try:
+            content = parse_state(line, where=str(file), mend="", keys=("format", "stamp", "path"))
+            if content.pop("format") != FORMAT_VERSION or content["stamp"] != stamp:
+                return None
+            del content["path"]
+            return state_of(ShardSummary, content, where=str(file), mend="")
+        except UserError as error:
+            return self._forget(file, str(error).removeprefix(f"{file} ").rstrip("; "))
+
+    def _forget(self, file: Path, reason: str) -> None:
+        """Take a damaged file away: its tar is read again, and the headers remembered anew."""
+        log.warning(f"{file} {reason}: the headers of its shard are read again")
+        discard(file)
+        self.has_forgotten = True
+
     def _file(self, path: str) -> Path:
         # `make caption` has the path as it was typed, later commands the absolute one.
         place = path if is_remote(path) else str(Path(path.removeprefix("file://")).absolute())
         return self._folder / f"{sha256_text(place)[:24]}.headers"
-
-
-def _parse_summary(line: bytes, stamp: str) -> ShardSummary | None:
-    content = json.loads(line)
-    if content.pop("format") != FORMAT_VERSION or content["stamp"] != stamp:
-        return None
-    del content["path"]
-    return ShardSummary(**content)
 
 
 def _dump_sample(sample: RawSample) -> list[Any]:

@@ -17,6 +17,7 @@ from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary,
 from pipelines.raw.tar_headers import UnreadableTarError
 from pipelines.store.files import RangeFile, atomic_write_json, is_remote, open_ranges
 from pipelines.store.remote import list_urls
+from pipelines.store.state_files import read_state, state_of
 
 REMEMBERED_NAME = "shards.json"
 FAULTS_NAMED = 5
@@ -215,8 +216,12 @@ def open_shard(
         StorageError: it cannot be read; names the shard.
     """
     with open_ranges(path) as file:
-        headers = HeaderCache(run).headers(path, file.stamp) if run else None
-        headers = headers or read_headers(path, file)
+        cache = HeaderCache(run) if run else None
+        headers = cache.headers(path, file.stamp) if cache else None
+        if headers is None:
+            headers = read_headers(path, file)
+            if cache and cache.has_forgotten:
+                cache.remember(path, headers)
         if identity not in (None, headers.summary.identity):
             raise UserError(f"{path} has changed since this command began; run it again")
         yield RawShard(path, file, headers, dialect=dialect)
@@ -281,4 +286,7 @@ def recall_shards(run: Path) -> list[str]:
 
 def _remembered(run: Path) -> dict[str, str]:
     path = run / REMEMBERED_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    mend = "remove it and say SHARDS once more, as for the first command of the run"
+    return state_of(dict[str, str], read_state(path, mend=mend), where=str(path), mend=mend)

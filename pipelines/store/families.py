@@ -21,6 +21,7 @@ from pipelines.store.manifest import Manifest
 # come with one float32 scale per token [L]: value = stored * scale[token].
 TEXT_STORAGE_DTYPES = {"bfloat16": "uint16", "float8_e4m3": "uint8", "int8": "int8"}
 NULL_CAPTION_FILE = "null.safetensors"
+MEND_NULL_CAPTION = "remove it and type `make features` again: that writes it anew, with one shard's texts"
 
 TEXT_SCHEMA = pa.schema(
     [

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
 from pipelines.store.files import atomic_write_bytes
+from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, read_table_schema
 
 TAR_BLOCK_BYTES = 512
 TAR_END = bytes(2 * TAR_BLOCK_BYTES)
@@ -144,7 +145,7 @@ def join_shards(parts: Sequence[Mapping[str, Path]], outputs: Mapping[str, Path]
     position = 0
     with outputs[".tar"].open("wb") as joined:
         for part in parts:
-            tables.append(_shift_offsets(pq.read_table(part[".parquet"]), position))
+            tables.append(_shift_offsets(read_table(part[".parquet"], mend=MEND_PART), position))
             num_member_bytes = part[".tar"].stat().st_size - len(TAR_END)
             with part[".tar"].open("rb") as file:
                 shutil.copyfileobj(file, joined, length=1 << 20)
@@ -177,9 +178,9 @@ def load_index(directory: Path, names: Sequence[str], *, columns: Sequence[str] 
         path = directory / f"{name}.parquet"
         if not path.is_file():
             raise MissingFileError(f"{path}: the index of shard {name} is missing")
-        if missing := set(columns or ()) - set(pq.read_schema(path).names):
+        if missing := set(columns or ()) - set(read_table_schema(path, mend=MEND_SHARD).names):
             raise UserError(f"{path}: column {sorted(missing)[0]!r} is missing; this is no such index")
-        tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
+        tables.append(read_table(path, columns, mend=MEND_SHARD))
     if not tables:
         raise UserError(f"{directory}: no shards to load an index of")
     return pa.concat_tables(tables)

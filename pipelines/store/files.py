@@ -3,19 +3,28 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from errors import UserError
+from pipelines.engine.progress import get_logger
 from pipelines.store.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
+# What `atomic_file` calls its temporary files, and nobody else his.
+TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+log = get_logger("store")
 
 
 class RangeFile(Protocol):
@@ -117,24 +126,147 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path`.
 
     After an exception the temporary file is removed and `path` is as it was. The temporary name is random, so that
-    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree.
+    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree. It is
+    locked while it is written, so that `remove_temporary_files` knows it from what a killed process has left.
+
+    Raises:
+        UserError: there is a folder of that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        with contextlib.suppress(OSError):  # storage without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        put_in_place(temporary, path)
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
 
 
-def remove_temporary_files(directory: Path) -> None:
-    """Remove what `atomic_file` left in `directory` when its process was killed; the caller holds the directory."""
-    for leftover in directory.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to fill; on success it is renamed to `path`, which must not be there yet.
+
+    After an exception it is removed, and so is what killed processes have left of the same `path`: folders of exactly
+    such a name that nobody holds.
+
+    Raises:
+        UserError: there is something of that name by now.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = TEMPORARY_NAME.fullmatch(leftover.name)
+        is_folder = leftover.is_dir() and not leftover.is_symlink()
+        if is_folder and found is not None and found["name"] == path.name and not _is_locked(leftover):
+            shutil.rmtree(leftover, onerror=_warn_of_leftover)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # storage without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+        try:
+            temporary.rename(path)
+        except (FileExistsError, NotADirectoryError, OSError) as error:
+            if not path.exists():
+                raise
+            raise UserError(f"{path} is there by now ({error.strerror}): name another folder, or remove it") from None
+    finally:
+        os.close(descriptor)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, onerror=_warn_of_leftover)
+    fsync_directory(path.parent)
+
+
+def _warn_of_leftover(_: Any, path: str, failure: Any) -> None:
+    log.warning(f"{path} is of no use any more, but could not be removed: {failure[1].strerror}")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a finished file to `path`, in the place of an older one.
+
+    Raises:
+        UserError: there is a folder of that name.
+    """
+    try:
+        temporary.replace(path)
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, where a file is to be written; move it away") from None
+
+
+def is_file_itself(path: Path) -> bool:
+    """Whether there is a file of that name: no folder, no link to one, as the house makes none."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def own_files(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    """Return the files in `directory` whose whole names match, sorted: no folders, no links, nothing if it is gone."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(path for path in directory.iterdir() if name.fullmatch(path.name) and is_file_itself(path))
+    return []
+
+
+def discard(path: Path) -> None:
+    """Remove a file of the house that nobody needs; where that fails, a warning names it, and work goes on."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning(f"{path} is of no use any more, but could not be removed: {error.strerror}")
+
+
+def take_away(path: Path) -> None:
+    """Remove a file of the house that must not stay; there may be none.
+
+    Raises:
+        UserError: there is a folder of that name.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):
+        if not path.is_dir():  # macOS forbids to unlink a folder, Linux says that it is one
+            raise
+        raise UserError(f"{path} is a folder, where a file is to be written; move it away") from None
+
+
+def discard_folder(path: Path) -> None:
+    """Remove a folder of the house if nothing is left in it; what somebody else has put there keeps it."""
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def remove_temporary_files(directory: Path, name: str = "") -> None:
+    """Remove what `atomic_file` left in `directory` when its process was killed; what is being written stays.
+
+    With `name`, only what was to become the file of that name: in a folder that is not the house's own.
+    """
+    for leftover in own_files(directory, TEMPORARY_NAME):
+        found = TEMPORARY_NAME.fullmatch(leftover.name)
+        if found is not None and name in ("", found["name"]) and not _is_locked(leftover):
+            discard(leftover)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a file or folder; also where that cannot be found out."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def fsync_directory(directory: Path) -> None:

@@ -1,18 +1,20 @@
 """Markers and manifests: what was done, with which settings, from which source, and where every sample went."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError
-from pipelines.store.files import atomic_write_json
+from pipelines.store.files import atomic_write_json, is_file_itself, remove_temporary_files, take_away
+from pipelines.store.state_files import parse_state, read_state, state_of
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -65,6 +67,19 @@ class Manifest:
     shards: dict[str, ShardReport]
     extra: dict[str, Any]
 
+    def fact(self, name: str, *, where: Any) -> Any:
+        """Return what `extra` says of `name`.
+
+        Raises:
+            UserError: it says nothing; names the key, and `where` the manifest was read.
+        """
+        if name not in self.extra:
+            raise UserError(
+                f"{where}/{MANIFEST_NAME} does not say what {name!r} is: it is damaged, or of another version; "
+                "remove it and type the command that makes this folder again: that writes it anew"
+            )
+        return self.extra[name]
+
 
 class ShardDirectory:
     """A directory that one room writes: shard files, their markers under `.done/`, and the manifest."""
@@ -101,9 +116,7 @@ class ShardDirectory:
                 return fingerprint
             formerly = {name: value for name, value in defaults.items() if _field(found, name) is not _NOTHING}
             return Fingerprint.of(_written_out(fingerprint.fields, formerly))
-        # Markers, parts, and captions set aside of a run that has been interrupted.
-        notes = (*self.path.glob(".*/*.json"), *self.path.glob(".*/*/*.report"))
-        digests = {json.loads(note.read_text()).get("fingerprint") for note in notes}
+        digests = set(self._digests())
         if not digests:
             return fingerprint
         former = Fingerprint.of(_written_out(fingerprint.fields, defaults))
@@ -125,18 +138,67 @@ class ShardDirectory:
             f"{name}: {found.get(name)} -> {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)
         ]
 
+    def _digests(self) -> Iterator[str]:
+        """Yield the fingerprints by which markers, parts, and captions set aside of an interrupted run are known."""
+        for name in self.marked():
+            yield self._read_marker(name)["fingerprint"]
+        for note in (*self.path.glob(".*/*.json"), *self.path.glob(".*/*/*.report")):
+            # Whoever needs one of them says what is wrong with it.
+            if note.parent.name != MARKER_FOLDER and is_file_itself(note):
+                with contextlib.suppress(UserError):
+                    content = read_state(note, mend="")
+                    yield str(content.get("fingerprint"))
+
+    def marked(self) -> list[str]:
+        """Return the names of the shards that have a marker of their own, sorted; a copy of one under another is none.
+
+        Raises:
+            UserError: a marker is damaged; names it.
+        """
+        folder = self.path / MARKER_FOLDER
+        found = sorted(
+            path.relative_to(folder).with_suffix("").as_posix()
+            for path in folder.rglob("*.json")
+            if not path.name.startswith(".") and path.is_file()
+        )
+        return [name for name in found if self._read_marker(name)["report"].get("name") == name]
+
+    def finished(self) -> list[str]:
+        """Return the names of the shards that are done, sorted: those of the manifest, where there is one.
+
+        Raises:
+            UserError: the manifest or a marker is damaged; names it.
+        """
+        return sorted(read_manifest(self.path).shards) if (self.path / MANIFEST_NAME).is_file() else self.marked()
+
     def _marker(self, name: str) -> Path:
         return self.path / MARKER_FOLDER / f"{name}.json"
 
+    def _read_marker(self, name: str) -> dict[str, Any]:
+        path = self._marker(name)
+        content = read_state(path, mend=_mend_marker(name), keys=("fingerprint", "report"))
+        state_of(dict[str, Any], content["report"], where=str(path), mend=_mend_marker(name))
+        return content
+
     def report(self, name: str, fingerprint: Fingerprint) -> ShardReport | None:
-        """Return the report of a shard finished under `fingerprint`, or None."""
+        """Return the report of a shard finished under `fingerprint`, or None.
+
+        Raises:
+            UserError: the marker is damaged; names it.
+        """
         marker = self._marker(name)
         if not marker.is_file():
             return None
-        content = json.loads(marker.read_text())
+        content = self._read_marker(name)
         if content["fingerprint"] != fingerprint.digest:
             return None
-        return ShardReport(**content["report"])
+        report = state_of(ShardReport, content["report"], where=str(marker), mend=_mend_marker(name))
+        return report if report.name == name else None
+
+    def any_report(self, name: str) -> ShardReport:
+        """Return the report of a shard that has a marker, under whatever settings it was made; raises as `report`."""
+        mend = _mend_marker(name)
+        return state_of(ShardReport, self._read_marker(name)["report"], where=str(self._marker(name)), mend=mend)
 
     def is_done(self, name: str, source_identity: str, fingerprint: Fingerprint) -> bool:
         """Whether marker, fingerprint and source identity of a shard match and its files are there."""
@@ -147,10 +209,23 @@ class ShardDirectory:
             and all(self.file(name, suffix).is_file() for suffix in report.files)
         )
 
+    def clear_leftovers(self) -> None:
+        """Remove what killed processes have left half-written here and among the markers."""
+        for folder in (self.path, self.path / MARKER_FOLDER):
+            remove_temporary_files(folder)
+
     def clear_marker(self, name: str) -> None:
-        """Remove a stale marker, and with it the manifest that counted the shard."""
-        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
-        self._marker(name).unlink(missing_ok=True)
+        """Remove a stale marker, and with it the manifest that counted the shard.
+
+        Raises:
+            UserError: there is a folder of that name.
+        """
+        self.clear_manifest()
+        take_away(self._marker(name))
+
+    def clear_manifest(self) -> None:
+        """Remove the manifest, before what it vouches for is replaced; raises as `clear_marker` does."""
+        take_away(self.path / MANIFEST_NAME)
 
     def write_marker(self, report: ShardReport, fingerprint: Fingerprint) -> None:
         """Declare a shard done; call it after the shard's files have been renamed into place."""
@@ -166,8 +241,7 @@ class ShardDirectory:
         extra: Mapping[str, Any],
     ) -> Manifest:
         """Write the manifest over `names` and every other shard of this directory with the same fingerprint."""
-        others = {path.stem for path in (self.path / MARKER_FOLDER).glob("*.json")}
-        reports = {name: self.report(name, fingerprint) for name in sorted(others | set(names))}
+        reports = {name: self.report(name, fingerprint) for name in sorted({*self.marked(), *names})}
         missing = [name for name in names if reports[name] is None]
         assert not missing, f"{self.path}: shards without a marker: {missing}"
         shards = {name: report for name, report in reports.items() if report is not None}
@@ -212,20 +286,24 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         MissingFileError: what writes there has not finished.
-        UserError: the manifest is of another schema version.
+        UserError: the manifest is damaged, or of another schema version; names it.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist: what writes {directory} has not finished")
-    return parse_manifest(json.loads(path.read_text()), where=str(path))
+    return parse_manifest(path.read_bytes(), where=str(path))
 
 
-def parse_manifest(content: dict[str, Any], *, where: str) -> Manifest:
-    """Return the manifest in the JSON object `content`, read from `where`; raises as `read_manifest` does."""
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """Return the manifest in the JSON text `data` of the file or URL `where`; raises as `read_manifest` does."""
+    mend = f"remove it and type the command that makes {where.rpartition('/')[0]} again: that writes it anew"
+    content = parse_state(data, where=where, mend=mend, keys=("schema",))
     require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=where)
-    content["fingerprint"] = Fingerprint(**content["fingerprint"])
-    content["shards"] = {name: ShardReport(**report) for name, report in content["shards"].items()}
-    return Manifest(**content)
+    return state_of(Manifest, content, where=where, mend=mend)
+
+
+def _mend_marker(name: str) -> str:
+    return f"remove it and type the command again: {name} alone is done anew"
 
 
 def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:

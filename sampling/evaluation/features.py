@@ -2,6 +2,7 @@
 
 # B images, D feature width
 
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from encoders.batches import Batches
@@ -24,8 +26,9 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
 from pipelines.raw.images import SampleReject, decode_image
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
+from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, sound_table
 from sampling.evaluation.config import DECIDES_FEATURES, EvaluationConfig
 from sampling.evaluation.distances import Array, Gaussian, Moments
 from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
@@ -115,9 +118,10 @@ class FeatureWorker:
         """Put the tables of a source's pieces behind each other."""
         with pq.ParquetWriter(outputs[".parquet"], SCHEMA) as writer:
             for part in parts:
-                table = pq.ParquetFile(part[".parquet"])
-                for group in range(table.num_row_groups):
-                    writer.write_table(_in_schema(table.read_row_group(group)))
+                with sound_table(part[".parquet"], mend=MEND_PART):
+                    table = pq.ParquetFile(part[".parquet"])
+                    for group in range(table.num_row_groups):
+                        writer.write_table(_in_schema(table.read_row_group(group)))
 
     def _slice_rows(self, images: Iterator[SetImage]) -> list[dict[str, Any]]:
         pictures: list[_Picture] = []
@@ -210,7 +214,8 @@ class Features:
     def _tables(self) -> Iterator[pa.RecordBatch]:
         for source in self.images.sources:
             path = self.folder / f"{source.name}.parquet"
-            yield from pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE, columns=["feature", "clip_score"])
+            with sound_table(path, mend=MEND_SHARD):
+                yield from pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE, columns=["feature", "clip_score"])
 
     def _blocks(self) -> Iterator[np.ndarray]:
         for table in self._tables():
@@ -221,9 +226,13 @@ class Features:
     def gaussian(self) -> Gaussian:
         """Return mean and covariance, read from disk where they have been computed before."""
         path = self.folder / STATISTICS_NAME
+        remove_temporary_files(self.folder, STATISTICS_NAME)
         if path.is_file():
-            tensors = load_file(path)
-            return Gaussian(tensors["mean"], tensors["covariance"], int(tensors["num_images"]))
+            try:
+                tensors = load_file(path)
+                return Gaussian(tensors["mean"], tensors["covariance"], int(tensors["num_images"]))
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                log.warning(f"{path} is damaged ({error}): mean and covariance are computed again")
         blocks = self._blocks()
         first = next(blocks)
         moments = Moments(first.shape[1]).add(first)
@@ -340,8 +349,14 @@ def _folder_of(fingerprint: Fingerprint, network: NetworkSource, *, cache: Path)
     if folder.is_dir():
         return folder, fingerprint
     defaults = EvaluationConfig.fingerprint_defaults(DECIDES_FEATURES)
-    for path in sorted(cache.glob(f"*/{MANIFEST_NAME}")):
-        found = read_manifest(path.parent).fingerprint
+    for path in sorted(cache.glob(f"{network.key}-*/{MANIFEST_NAME}")):
+        if re.fullmatch(r"[0-9a-f]{16}", path.parent.name.removeprefix(f"{network.key}-")) is None:
+            continue  # somebody's copy
+        try:
+            found = read_manifest(path.parent).fingerprint
+        except UserError as error:
+            log.warning(f"{str(error).partition(';')[0]}; features of its images are not known")
+            continue
         if {**defaults, **found.fields} == {**defaults, **fingerprint.fields}:
             return path.parent, found
     return folder, fingerprint
@@ -351,6 +366,6 @@ def _read_faults(folder: Path, images: ImageSet) -> list[str]:
     faults: list[str] = []
     paths = [folder / f"{source.name}.parquet" for source in images.sources]
     for path in filter(Path.is_file, paths):
-        rows = pq.read_table(path, columns=["key", "reject"]).to_pylist()
+        rows = read_table(path, ["key", "reject"], mend=MEND_SHARD).to_pylist()
         faults += [f"{row['key']}: {row['reject']}" for row in rows if row["reject"] is not None]
     return faults[:FAULTS_NAMED]

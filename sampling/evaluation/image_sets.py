@@ -7,15 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from errors import MissingFileError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard
-from pipelines.store.files import atomic_write_bytes, sha256_file, sha256_text
+from pipelines.store.files import atomic_write_bytes, remove_temporary_files, sha256_file, sha256_text
 from pipelines.store.png_files import require_sound_png
+from pipelines.store.state_files import read_records
+from pipelines.store.tables import MEND_SHARD, read_table
 from sampling.images import MEND
 
 HASH_THREADS = 8
@@ -144,7 +144,8 @@ def _sample_files(folder: Path) -> list[Path]:
         MissingFileError: one is gone.
         UserError: one is cut or changed; names it.
     """
-    paths = [folder / name for name in pq.read_table(folder / SAMPLES_NAME, columns=["file"])["file"].to_pylist()]
+    table = read_table(folder / SAMPLES_NAME, ["file"], mend=MEND_SHARD)
+    paths = [folder / name for name in table["file"].to_pylist()]
     for path in paths:
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist, but {folder / SAMPLES_NAME} names it: draw it again")
@@ -174,7 +175,7 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
     rows = [
         {"key": row["file"], "file": str((folder / row["file"]).absolute())}
         | ({"prompt": row["prompt"]} if has_prompts else {})
-        for row in pq.read_table(table, columns=["file", "prompt"]).to_pylist()
+        for row in read_table(table, ["file", "prompt"], mend=MEND_SHARD).to_pylist()
     ]
     return _list_images(str(folder), rows, cache=cache)
 
@@ -191,7 +192,7 @@ def _list_images(
     described = [[row["key"], row.get("prompt"), digest] for row, digest in zip(rows, hashes, strict=True)]
     identity = "sha256:" + sha256_text(json.dumps(described))
     path = cache / "lists" / f"{identity.removeprefix('sha256:')[:16]}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(path.parent)
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     source = Source(name="images", path=str(path.absolute()), identity=identity, num_samples=len(rows))
     return ImageSet(name=name, identity=identity, sources=[source], left_out=left_out or {})
@@ -199,7 +200,8 @@ def _list_images(
 
 def _rows(source: Source) -> list[dict[str, str]]:
     """Return the rows of a list of files."""
-    return [json.loads(line) for line in Path(source.path).read_text(encoding="utf-8").splitlines()]
+    mend = "remove it and type the command again: that writes it anew"
+    return read_records(Path(source.path), mend=mend, keys=("key", "file"))
 
 
 def read_images(source: Source, start: int, stop: int, *, dialect: str) -> Iterator[SetImage]:

@@ -13,18 +13,20 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
-from pipelines.store.files import atomic_write_bytes, atomic_write_json
+from pipelines.store.files import atomic_write_bytes, atomic_write_json, remove_temporary_files
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.png_files import read_picture
+from pipelines.store.state_files import read_state, state_of
+from pipelines.store.tables import MEND_SHARD, read_table
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
 from sampling.images import MEND
@@ -61,7 +63,7 @@ def write_page(command: Command) -> Path:
         "images": {code: _embed(path, config.preference_pixels) for code, path in shown.items()},
     }
     folder = preference_folder(command)
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(folder)
     page = TEMPLATE.read_text(encoding="utf-8")
     # Inside a script element only `<` means something to HTML.
     data = json.dumps(study, ensure_ascii=False).replace("<", "\\u003c")
@@ -109,7 +111,7 @@ def _read_samples(folder: Path) -> dict[tuple[str, int], tuple[str, Path]]:
     """Return prompt and file by key and number of the image among its prompt's."""
     found: dict[tuple[str, int], tuple[str, Path]] = {}
     num_seen: Counter[str] = Counter()
-    for row in pq.read_table(folder / "samples.parquet", columns=["key", "prompt", "file"]).to_pylist():
+    for row in read_table(folder / "samples.parquet", ["key", "prompt", "file"], mend=MEND_SHARD).to_pylist():
         found[row["key"], num_seen[row["key"]]] = (row["prompt"], folder / row["file"])
         num_seen[row["key"]] += 1
     return found
@@ -163,13 +165,27 @@ def _embed(path: Path, longest_side_pixels: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyKey:
+    """What stands in `KEY_NAME`: which checkpoint a code of the page stands for, and what was asked."""
+
+    study: str
+    seed: int
+    questions: list[str]
+    checkpoints: dict[str, dict[str, Any]]
+    codes: dict[str, str]
+
+
 def read_key(folder: Path) -> dict[str, Any]:
     """Return the key of a page.
 
     Raises:
         MissingFileError: there is none; names the command.
+        UserError: it is damaged; names it.
     """
     path = folder / KEY_NAME
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist: `make eval TASK=preference` writes it with the page")
-    return json.loads(path.read_text(encoding="utf-8"))
+    mend = "type `make eval TASK=preference` again: that writes it anew, and the same one if nothing has changed since"
+    content = read_state(path, mend=mend)
+    return asdict(state_of(StudyKey, content, where=str(path), mend=mend))

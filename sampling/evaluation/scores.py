@@ -13,8 +13,19 @@ from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
 from pipelines.engine.run import EngineConfig
-from pipelines.store.files import atomic_write_bytes, atomic_write_json, sha256_file, sha256_text
-from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    sha256_file,
+    sha256_text,
+)
+from pipelines.store.manifest import (
+    MANIFEST_NAME,
+    Fingerprint,
+    ShardDirectory,
+    ShardReport,
+    read_manifest,
+)
 from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig, written_out_defaults
 from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
@@ -298,7 +309,7 @@ def as_outlined(directory: ShardDirectory, fingerprint: Fingerprint) -> Fingerpr
     found = read_manifest(directory.path).fingerprint
     outlines = {
         name: judged_outline(numbers) if isinstance(numbers, list) else numbers
-        for name, numbers in found.fields["judged"].items()
+        for name, numbers in found.fields.get("judged", {}).items()
     }
     return found if {**found.fields, "judged": outlines} == fingerprint.fields else fingerprint
 
@@ -321,8 +332,8 @@ def write_report(
     identity: str,
 ) -> None:
     """Write `<name>.json` and further files (suffix to text), their marker and the directory's manifest."""
+    directory.clear_leftovers()
     directory.clear_marker(name)
-    directory.path.mkdir(parents=True, exist_ok=True)
     atomic_write_json(directory.file(name, ".json"), value)
     for suffix, text in texts.items():
         atomic_write_bytes(directory.file(name, suffix), text.encode())

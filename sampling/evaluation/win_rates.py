@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.files import atomic_write_bytes, atomic_write_json
+from pipelines.store.files import atomic_write_bytes, atomic_write_json, own_files, remove_temporary_files
 from sampling.evaluation.distances import wilson_interval
 from sampling.evaluation.preference import preference_folder, read_key
 
@@ -43,7 +44,7 @@ class WinRate:
 
 def vote_files(command: Command) -> list[Path]:
     """Return the CSV files that lie beside the page."""
-    return sorted(preference_folder(command).glob("*.csv"))
+    return own_files(preference_folder(command), re.compile(r"[^.].*\.csv", re.DOTALL))
 
 
 def count_votes(command: Command) -> None:
@@ -67,6 +68,7 @@ def count_votes(command: Command) -> None:
         "rates": [asdict(rate) for rate in rates],
         "checkpoints": key["checkpoints"],
     }
+    remove_temporary_files(folder)
     atomic_write_json(folder / f"{REPORT_NAME}.json", value)
     text = render_rates(rates, num_votes=len(votes), rejected=rejected)
     atomic_write_bytes(folder / f"{REPORT_NAME}.md", text.encode())
@@ -111,6 +113,8 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
             rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV file: {error}") from None
     for number, row in rows:
         if None in row or None in row.values():
             raise UserError(f"{path}:{number} has not {len(COLUMNS)} cells")

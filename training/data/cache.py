@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from types import TracebackType
 from typing import Self
 
 from errors import StorageError, UserError
-from pipelines.store.files import RangeFile, open_ranges
+from pipelines.store.files import RangeFile, discard, discard_folder, open_ranges, own_files
 
 GIGABYTE = 1e9
 CHUNK_BYTES = 8 << 20
 PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
+# A copy lies in a folder that is called after its SHA-256.
+FOLDER_NAME = re.compile(r"[0-9a-f]{64}")
+FILE_NAME = re.compile(rf"[^.].*\.(tar|parquet)({re.escape(PARTIAL_SUFFIX)})?", re.DOTALL)
 
 
 class CacheFullError(UserError):
@@ -122,11 +126,14 @@ class ShardCache:
             os.ftruncate(descriptor, size)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield time of last use, size and path of every file, unfinished ones too."""
-        for path in self.directory.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it meanwhile
-                status = path.stat()
-                yield status.st_mtime, status.st_size, path
+        """Yield time of last use, size and path of every copy, unfinished ones too; what else lies here is not ours."""
+        for folder in self.directory.iterdir():
+            if FOLDER_NAME.fullmatch(folder.name) is None or folder.is_symlink():
+                continue
+            for path in own_files(folder, FILE_NAME):
+                with contextlib.suppress(FileNotFoundError):  # another process may rename or remove it meanwhile
+                    status = path.stat()
+                    yield status.st_mtime, status.st_size, path
 
 
 def _copy(remote: RangeFile, descriptor: int, is_stopping: threading.Event) -> str:
@@ -197,9 +204,8 @@ def _remove_if_unused(path: Path) -> bool:
     except BlockingIOError:
         return False
     else:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another file of the same hash, or one being fetched again
-            path.parent.rmdir()
-        return True
+        discard(path)
+        discard_folder(path.parent)  # unless another file of the same hash is there, or one is being fetched again
+        return not path.exists()
     finally:
         os.close(descriptor)

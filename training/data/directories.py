@@ -1,10 +1,10 @@
 """Feature directories, on a disk or behind a URL."""
 
-import json
 import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from errors import MissingFileError, UserError
 from pipelines.store.families import FamilySchema, schema_of
@@ -36,6 +36,10 @@ class FeatureDirectory:
             raise UserError(f"{self.location}/{MANIFEST_NAME} does not say which family of features it is of")
         return family
 
+    def fact(self, name: str) -> Any:
+        """Return what the manifest says of `name`; raises as `Manifest.fact` does."""
+        return self.manifest.fact(name, where=self.location)
+
     def url(self, name: str, suffix: str) -> str:
         """Return where a shard's file is."""
         return f"{self.location}/{name}{suffix}"
@@ -59,7 +63,7 @@ def open_directory(location: str, cache: ShardCache | None = None) -> FeatureDir
     Raises:
         MissingFileError: it does not exist, or the stage that writes it has not finished.
         StorageError, UserError: the URL cannot be read, see `pipelines.store.remote`.
-        UserError: the manifest is of another schema version.
+        UserError: the manifest is damaged, or of another schema version.
     """
     if not is_remote(location):
         return FeatureDirectory(location=location, manifest=read_manifest(Path(location)))
@@ -71,7 +75,7 @@ def _read_manifest(location: str) -> Manifest:
     url = f"{location}/{MANIFEST_NAME}"
     try:
         with open_binary(url) as file:
-            content = json.load(file)
+            data = file.read()
     except FileNotFoundError:
         raise MissingFileError(f"{url} does not exist: there are no finished features at {location}") from None
-    return parse_manifest(content, where=url)
+    return parse_manifest(data, where=url)

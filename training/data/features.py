@@ -123,12 +123,12 @@ class StageFeatures:
     @property
     def resolution(self) -> int:
         """Base resolution in pixels."""
-        return self.datasets[0].leading.manifest.extra["resolution"]
+        return self.datasets[0].leading.fact("resolution")
 
     @property
     def vae(self) -> dict[str, Any]:
         """Model, revision, scaling_factor and shift_factor of the VAE."""
-        return self.datasets[0].leading.manifest.extra["vae"]
+        return self.datasets[0].leading.fact("vae")
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
@@ -229,12 +229,12 @@ def _open_dataset(
 ) -> Dataset:
     command = f"make features STAGE={table_name} RUN={run}"
     latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
-    vae = latents.manifest.extra["vae"]
+    vae = latents.fact("vae")
     for field_name, expected, found in (
-        ("resolution", table.resolution, latents.manifest.extra["resolution"]),
+        ("resolution", table.resolution, latents.fact("resolution")),
         ("buckets", table.buckets, latents.manifest.fingerprint.fields.get("buckets", False)),
-        ("vae_model", table.vae_model, vae["model"]),
-        ("vae_revision", table.vae_revision, vae["revision"]),
+        ("vae_model", table.vae_model, vae.get("model")),
+        ("vae_revision", table.vae_revision, vae.get("revision")),
     ):
         require_same(field_name, expected, found, where=str(latents))
     patterns, pattern_key = config.shards, f"{key}.shards"
@@ -301,7 +301,7 @@ def _require_alike(datasets: Sequence[Dataset]) -> None:
     first, *others = datasets
     for other in others:
         for name in ("channels", "scaling_factor", "shift_factor"):
-            values = [dataset.leading.manifest.extra["vae"].get(name) for dataset in (first, other)]
+            values = [dataset.leading.fact("vae").get(name) for dataset in (first, other)]
             require_same(f"vae.{name}", *values, where=str(other.leading))
         for one, another in zip(first.directories, other.directories, strict=True):
             tensors = [list(map(str, directory.family.tensors)) for directory in (one, another)]
@@ -345,7 +345,7 @@ def _check_family(
         require_same(name, latents.manifest.extra.get(name), extra[name], where=where)
     if "vae" in extra:
         for name in ("model", "revision"):
-            require_same(f"vae_{name}", latents.manifest.extra["vae"][name], extra["vae"][name], where=where)
+            require_same(f"vae_{name}", latents.fact("vae").get(name), directory.fact("vae").get(name), where=where)
     # Of its settings, those that decide numbers.
     found, defaults = extra.get("settings", {}), extra.get("defaults", {})
     for name in sorted(found):
@@ -355,13 +355,13 @@ def _check_family(
 
 def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -> None:
     manifest, where = directory.manifest, str(directory)
-    encoder = manifest.extra["text"]
+    encoder = directory.fact("text")
     require_same("text_model", table.text_model, encoder["model"], where=where)
     require_same("text_revision", table.text_revision, encoder["revision"], where=where)
     require_same("text_storage", table.text_storage, encoder.get("storage", "bfloat16"), where=where)
     if "captions" in manifest.extra:
         captions = [caption.model_dump() for caption in table.captions]
-        require_same("captions", captions, manifest.extra["captions"], where=where)
+        require_same("captions", captions, directory.fact("captions"), where=where)
     require_same("text_cleaning", table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING), where=where)
     if table.max_tokens is not None:
         require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)

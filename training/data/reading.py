@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from errors import UserError
-from pipelines.store.families import FamilySchema
+from pipelines.store.families import MEND_NULL_CAPTION, FamilySchema
 from pipelines.store.feature_store import payload_crc32
 from training.data.batch import Buffers, PackedRows
 from training.data.directories import FeatureDirectory
@@ -107,7 +108,7 @@ class RaggedReading:
         self._family = directory.family
         self._checks_payloads = checks_payloads
         assert self._family.null_file is not None
-        (self._null,) = load(directory.read_bytes(self._family.null_file)).values()
+        self._null = _read_null(directory, self._family.null_file)
         (length,) = dict.fromkeys(tensor.shape[0] for tensor in self._family.tensors)
         assert isinstance(length, str), "rows of one length are stacked"
         self._length = number_columns(self._family).index(length)
@@ -143,6 +144,14 @@ class RaggedReading:
             is_dropped=torch.from_numpy(is_dropped),
             null=self._null,
         )
+
+
+def _read_null(directory: FeatureDirectory, name: str) -> Tensor:
+    try:
+        (null,) = load(directory.read_bytes(name)).values()
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{directory}/{name} is damaged ({error}); {MEND_NULL_CAPTION}") from None
+    return null
 
 
 def copy_payloads(

@@ -2,7 +2,6 @@
 
 # S shards, K buckets
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -12,10 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import MissingFileError, UserError
-from pipelines.store.files import atomic_write_json
+from pipelines.engine.progress import get_logger
+from pipelines.store.files import atomic_write_json, remove_temporary_files
+from pipelines.store.state_files import read_state, state_of
 from training.data.index import FeatureIndex, ShardTable, bucket_size
 
 NUM_COUNTING_THREADS = 8
+
+log = get_logger("training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +100,22 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
 
 def save_survey(survey: Survey, path: Path, *, identity: str) -> None:
     """Keep a survey, so that ranks and later runs need not read every shard's index again."""
+    remove_temporary_files(path.parent, path.name)
     atomic_write_json(path, {"identity": identity, **asdict(survey)})
 
 
 def load_survey(path: Path, *, identity: str) -> Survey | None:
-    """Return the survey kept at `path` if it is of the data that `identity` stands for."""
+    """Return the survey kept at `path` if it is of the data that `identity` stands for; a damaged one is none."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    return Survey(**content) if content.pop("identity") == identity else None
+    mend = "the shards are counted again"
+    try:
+        content = read_state(path, mend=mend, keys=("identity",))
+        is_same = content.pop("identity") == identity
+        return state_of(Survey, content, where=str(path), mend=mend) if is_same else None
+    except UserError as error:
+        log.warning(str(error))
+        return None
 
 
 def _describe(table: ShardTable, *, leading: str) -> ShardSurvey:

@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from errors import StorageError
-from pipelines.store.files import atomic_write_bytes
+from pipelines.store.files import atomic_write_bytes, remove_temporary_files
+from pipelines.store.state_files import log_lines
 from training.config import StageTraining
 
 METRICS = "metrics.jsonl"
@@ -41,6 +42,7 @@ class MetricsLog:
 
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS
+        remove_temporary_files(directory)
         atomic_write_bytes(path, b"".join(_lines_up_to(path, step)))
         self._file = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
@@ -80,5 +82,5 @@ def _lines_up_to(path: Path, step: int) -> list[bytes]:
     """Return the whole lines of steps up to `step`, none if that is the start; one that a kill has cut is not whole."""
     if step == 0 or not path.is_file():
         return []
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+    found = ((line, record.get("step")) for line, record in log_lines(path))
+    return [line + b"\n" for line, number in found if isinstance(number, int) and number <= step]

@@ -1,7 +1,7 @@
 """What must hold before the next stage is worth its cost: loss, health, and samples that somebody has looked at."""
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from rich.text import Text
 
 from pipelines.engine.progress import console
 from pipelines.store.checkpoints import Checkpoint
+from pipelines.store.files import own_files
+from pipelines.store.state_files import read_log
 from training.loop.metrics import METRICS
 
 # Part of the logged lines at either end whose mean is compared: single lines are noisy.
@@ -17,6 +19,7 @@ END_FRACTION = 0.1
 # A validation loss this far over its lowest is on its way up.
 TOLERATED_RISE = 1.02
 MAX_SKIPPED_FRACTION = 0.001
+DUMP_NAME = re.compile(r"non-finite-step-\d+\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +40,18 @@ def stage_gate(checkpoint: Checkpoint, *, samples: Path) -> list[Check]:
     """
     directory = checkpoint.path.parent
     path = directory / METRICS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = list(read_log(path)) if path.is_file() else []
     return [
         _steps(checkpoint),
-        _loss([line["loss"] for line in lines if "loss" in line]),
-        _validation([line["validation_loss"] for line in lines if "validation_loss" in line]),
-        _health(checkpoint, [path.name for path in sorted(directory.glob("non-finite-step-*.json"))]),
+        _loss(_numbers(lines, "loss")),
+        _validation(_numbers(lines, "validation_loss")),
+        _health(checkpoint, [path.name for path in own_files(directory, DUMP_NAME)]),
         _samples(checkpoint, samples),
     ]
+
+
+def _numbers(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in lines if isinstance(line.get(name), int | float)]
 
 
 def samples_of(checkpoint: Checkpoint) -> Path:
