@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NOUNS, CAPTIONS = ".nouns.parquet", ".captions.parquet"
 ROW_GROUP_SIZE = 65_536
+# As Parquet gives it back: the parts of a shard are read, and joined to the bytes of a shard that was never cut.
+TEXTS = pa.list_(pa.field("element", pa.string()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class NounCountWorker:
             "is_boilerplate": ([self._is_boilerplate(text) for text in texts], pa.bool_()),
         }
         if self._config.keeps_nouns:
-            columns["nouns"] = (self._counter.nouns(texts), pa.list_(pa.string()))
+            columns["nouns"] = (self._counter.nouns(texts), TEXTS)
         if self._text_tokenizer is not None:
             columns |= self._measure_truncation(self._text_tokenizer, texts, lengths.num_nouns)
         positions = np.full(len(rows), -1, dtype=np.int64)
@@ -106,7 +108,7 @@ class NounCountWorker:
             {
                 "key": pa.array([row.key for row in rows], pa.string()),
                 **{name: pa.array(values, kind).take(take) for name, (values, kind) in columns.items()},
-                "flags": pa.array([list(row.flags) for row in rows], pa.list_(pa.string())),
+                "flags": pa.array([list(row.flags) for row in rows], TEXTS),
                 "reject": pa.array(rejects, pa.string()),
             }
         )

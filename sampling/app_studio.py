@@ -151,7 +151,7 @@ class Studio:
             raise UserError(f"{'.'.join(str(part) for part in first['loc'])}: {plain_message(first)}") from None
 
     def _embeddings(
-        self, config: SamplingConfig, prompts: list[str], *, check: Callable[[], None]
+        self, config: SamplingConfig, prompts: list[str], *, check: Callable[[], object]
     ) -> Mapping[str, "Tensor"]:
         from sampling.text_encoding import encode_prompts
 

@@ -220,12 +220,17 @@ def test_a_new_shard_is_the_only_one_counted(run, monkeypatch):
     assert read_summary(run)["dataset_stats"]["dense"]["num_captions"] == 3 * (NUM_ROWS - 3)
 
 
-def test_cutting_shards_into_pieces_changes_no_byte(run):
-    run_stage(run)
+def test_cutting_shards_into_pieces_changes_no_byte(run, monkeypatch):
+    # One source for one worker is cut in two.
+    one = "dataset_stats.sets=one=laion_0#caption"
+    run_stage(run, one, "engine.in_process=true", "engine.samples_per_slice=1000")
     files = sorted((run / "stats" / "counts").glob("*.parquet"))
     whole = {path.name: path.read_bytes() for path in files}
     shutil.rmtree(run / "stats")
-    run_stage(run, "engine.samples_per_slice=100")
+    joined, join = [], worker.NounCountWorker.join
+    monkeypatch.setattr(worker.NounCountWorker, "join", lambda *parts: joined.append(parts) or join(*parts))
+    run_stage(run, one, "engine.in_process=true", "engine.samples_per_slice=20")
+    assert len(joined) == 1
     assert {path.name: path.read_bytes() for path in files} == whole
 
 

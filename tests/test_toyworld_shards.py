@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from errors import UserError
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.shards import expand_shards, open_shard
 from toyworld import world
@@ -231,7 +230,7 @@ def test_broken_images_are_rejected_by_the_decoder_and_keep_their_rows(tmp_path)
 
 
 def test_sides_that_cross_name_both_values():
-    with pytest.raises(UserError, match="min_side_pixels 80 is larger than max_side_pixels 64"):
+    with pytest.raises(ValueError, match="min_side_pixels 80 is larger than max_side_pixels 64"):
         small_config(min_side_pixels=80, max_side_pixels=64)
 
 
