@@ -38,6 +38,14 @@ class LatentSpec:
     identity: str
 
 
+class NonFinitePixelsError(UserError):
+    """A codec gave pixels that are not finite; `image` is the number of the first such latent in its batch."""
+
+    def __init__(self, message: str, *, image: int) -> None:
+        super().__init__(message)
+        self.image = image
+
+
 class LatentCodec(Protocol):
     """A loaded codec; `encoders.opening.open_codec` gives one. Latents are unscaled here."""
 
@@ -55,7 +63,7 @@ class LatentCodec(Protocol):
         """Return one image per unscaled latent of [B, C, h, w].
 
         Raises:
-            UserError: the codec gives values that are not finite.
+            NonFinitePixelsError: the codec gives values that are not finite.
         """
         ...
 
@@ -101,8 +109,11 @@ class DiffusersCodec:
 
         with torch.inference_mode():
             pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample  # [B, 3, H, W]
-        if not pixels.isfinite().all():
-            raise UserError(f"the VAE gave pixels that are not finite: the weights of {self.origin} are at fault")
+        is_finite = pixels.isfinite().flatten(1).all(1).cpu()  # [B]
+        if not is_finite.all():
+            fault = f"the weights of {self.origin} are at fault, put them there anew"
+            image = int(is_finite.int().argmin())
+            raise NonFinitePixelsError(f"the VAE gave pixels that are not finite: {fault}", image=image)
         return to_images(pixels)
 
 

@@ -6,8 +6,10 @@ from collections import Counter
 from typing import Any
 
 from encoders.weights import require_model
+from errors import UserError
 from features.families import wanted_families
 from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob, read_inputs
+from features.overflow import warn_of_overflow
 from features.plan import print_plan, require_space
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
@@ -41,31 +43,37 @@ def main() -> None:
 
 def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
-    for change in job.changed_settings():
-        log.warning(f"{job.output.path} was made with other settings and is computed anew: {change}")
+    changes = job.changed_settings()
     job.family.prepare(job, inputs)
     is_done = job.is_done()
     num_pending = sum(source.num_samples for source in job.pending())
     is_resumed = (job.output.path / PARTS_FOLDER).is_dir()
     start_seconds = time.monotonic()
-    manifest = run_over_shards(
-        job.worker_class,
-        job.worker_config,
-        sources=job.sources,
-        output=job.output,
-        fingerprint=job.fingerprint,
-        engine=inputs.engine,
-        max_reject_fraction=inputs.features.max_reject_fraction,
-        room=f"features {job.family.name}",
-        few_samples=FEW_SAMPLES,
-        memory_settings=job.memory_settings,
-        upstream=job.upstream,
-        extra={} if is_done else job.family.manifest_extra(job, inputs),
-    )
+    try:
+        manifest = run_over_shards(
+            job.worker_class,
+            job.worker_config,
+            sources=job.sources,
+            output=job.output,
+            fingerprint=job.fingerprint,
+            engine=inputs.engine,
+            max_reject_fraction=inputs.features.max_reject_fraction,
+            room=f"features {job.family.name}",
+            few_samples=FEW_SAMPLES,
+            memory_settings=job.memory_settings,
+            upstream=job.upstream,
+            extra={} if is_done else job.family.manifest_extra(job, inputs),
+            changes=changes,
+        )
+    except UserError:
+        # Too many rejects, perhaps, and these are why.
+        warn_of_overflow(job)
+        raise
     # Of a resumed run it is not known here how much an earlier one had done.
     if num_pending and not is_resumed:
         remember_speed(job, inputs, num_samples=num_pending, seconds=time.monotonic() - start_seconds)
     if not is_done:
+        warn_of_overflow(job)
         job.family.report(job, manifest, inputs)
     return manifest
 

@@ -53,7 +53,7 @@ class FeatureInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureJob:
-    """One family of features to compute; `model_key` is the recipe key that names its encoder.
+    """One family of features to compute; `model_key` and `dtype_key` are the recipe keys of its encoder.
 
     `defaults` are what the settings are that `fingerprint` leaves out, by name; `memory_settings` what to lower where
     the memory is too small, as keys of the recipe with their values.
@@ -69,6 +69,7 @@ class FeatureJob:
     upstream: dict[str, str]
     model: ModelSource
     model_key: str
+    dtype_key: str
     memory_settings: Mapping[str, Any]
 
     def pending(self) -> list[Source]:

@@ -33,6 +33,7 @@ from features.jobs import (
     count_samples,
     member_bytes,
 )
+from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
@@ -46,11 +47,10 @@ from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 
 log = get_logger("features")
 
-# Reconstructions of the right VAE have 25 dB and more.
 DEFAULT_PATCH_SIZE = ModelConfig.fingerprint_defaults()["patch_size"]
 # What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT = ("buckets", "vae_dtype", "dialect", "max_pixels")
-SUSPICIOUS_PSNR_DB = 20.0
+SUSPICIOUS_PSNR_DB = 20.0  # reconstructions of the right VAE have 25 dB and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,8 @@ class LatentWorker:
         for picture in self._decode_ahead(raw, raw.samples[: 2 * self.config.num_preview_images]):
             if picture.pixels is not None and len(originals) < self.config.num_preview_images:
                 originals.append(picture.pixels)
-        if not originals:
-            return {}
-        return {"preview_psnr_db": write_preview(self.config.preview_path, originals, self._codec)}
+        psnr_db = write_preview(self.config.preview_path, originals, self._codec)
+        return {} if psnr_db is None else {"preview_psnr_db": psnr_db}
 
     def _prepare(self, row: dict[str, Any], data: bytes) -> _Picture:
         if row["reject"] is not None:
@@ -240,7 +239,7 @@ class LatentWorker:
             return picture.row
         # float16 overflows at 65504, far beyond any sound latent; what does is inf here and rejected like nan.
         if not all(np.isfinite(array).all() for array in picture.latent):
-            return picture.row | {"reject": "non_finite_latent"}
+            return picture.row | {"reject": NON_FINITE_LATENT}
         row = dict(picture.row)
         self._family.write(tar, [row], [picture.latent])
         return row
@@ -315,6 +314,7 @@ def image_job(
         upstream={},
         model=model,
         model_key="features.vae_model",
+        dtype_key="features.vae_dtype",
         memory_settings={
             "features.vae_batch_size": features.vae_batch_size,
             f"features.{inputs.stage_name}.resolution": features.resolution,

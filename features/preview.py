@@ -15,27 +15,25 @@ CELL_PIXELS = 192
 GAP_PIXELS = 4
 
 
-def write_preview(path: Path, originals: Sequence[np.ndarray], codec: LatentCodec) -> float:
+def write_preview(path: Path, originals: Sequence[np.ndarray], codec: LatentCodec) -> float | None:
     """Write the grid of `originals` (uint8 [H, W, 3]) above what their latent means decode to.
 
-    Returns the mean PSNR of the reconstructions in dB: about 30 and more for the right VAE, under 20 for a wrong one.
+    Those whose latents are not finite are rejected elsewhere, and left out here. Returns the mean PSNR of the
+    reconstructions in dB, about 30 and more for the right VAE, under 20 for a wrong one; None if there are none.
     """
-    reconstructions = [_reconstruct(original, codec) for original in originals]
-    columns = [
-        (Image.fromarray(original), reconstruction)
-        for original, reconstruction in zip(originals, reconstructions, strict=True)
-    ]
+    pairs = [(original, image) for original in originals if (image := _reconstruct(original, codec)) is not None]
+    if not pairs:
+        return None
     with atomic_file(path) as temporary:
-        _draw_grid(columns).save(temporary, format="PNG")
-    pairs = zip(originals, reconstructions, strict=True)
+        _draw_grid([(Image.fromarray(original), image) for original, image in pairs]).save(temporary, format="PNG")
     return round(float(np.mean([_psnr_db(original, np.asarray(image)) for original, image in pairs])), 2)
 
 
-def _reconstruct(original: np.ndarray, codec: LatentCodec) -> Image.Image:
+def _reconstruct(original: np.ndarray, codec: LatentCodec) -> Image.Image | None:
     import torch
 
     mean, _ = codec.encode(torch.from_numpy(original).permute(2, 0, 1)[None])  # [1, C, h, w]
-    return codec.decode(mean)[0]
+    return codec.decode(mean)[0] if mean.isfinite().all() else None
 
 
 def _psnr_db(original: np.ndarray, reconstruction: np.ndarray) -> float:

@@ -26,6 +26,7 @@ from features.jobs import (
     count_samples,
     member_bytes,
 )
+from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
 from features.quantization import StoredText, measure_error, restore_text, store_text, summarize_storage
 from pipelines.engine.pieces import Piece, PieceReport, Source, forget_pieces
 from pipelines.engine.progress import get_logger
@@ -138,7 +139,8 @@ class TextWorker:
                         stored[index] = store_text(embedding, self._config.storage)
                         counts.count(embedding, stored[index], self._config.storage)
                     else:
-                        caption.row["reject"] = "non_finite_text"
+                        caption.row["reject"] = NON_FINITE_TEXT
+                        counts.count_non_finite()
             if stored:
                 kept = [captions[index].row for index in stored]
                 parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
@@ -156,6 +158,10 @@ class _TextCounts:
         self._max_tokens = max_tokens
         self.rejected: Counter[str] = Counter()
         self.details: dict[str, Any] = {"num_captions": 0, "num_tokens": 0, "num_at_token_limit": 0}
+
+    def count_non_finite(self) -> None:
+        """Add one caption that is not stored; reports without any are as they were before there was this count."""
+        self.details[NUM_NON_FINITE_CAPTIONS] = self.details.get(NUM_NON_FINITE_CAPTIONS, 0) + 1
 
     def count(self, embedding: "torch.Tensor", stored: StoredText, storage: str) -> None:
         """Add one stored caption."""
@@ -238,6 +244,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         upstream={"captions": texts_digest(captions)},
         model=model,
         model_key="features.text_model",
+        dtype_key="features.text_dtype",
         memory_settings={
             "features.text_batch_tokens": features.text_batch_tokens or "null (8192 on a GPU, 1024 on a CPU)",
             "features.max_tokens": features.max_tokens,

@@ -9,10 +9,19 @@ from PIL import Image
 from torch import Tensor
 
 from encoders.devices import choose_device, choose_dtype
+from encoders.latents import NonFinitePixelsError
 from encoders.opening import open_codec
 from errors import UserError
 from pipelines.store.manifest import require_same
-from pixart.drawing.denoise import Predict, denoise, draw_noise, make_generators, predict_from_labels, predict_from_text
+from pixart.drawing.denoise import (
+    NonFiniteLatentsError,
+    Predict,
+    denoise,
+    draw_noise,
+    make_generators,
+    predict_from_labels,
+    predict_from_text,
+)
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
@@ -21,6 +30,10 @@ from sampling.trained_model import TrainedModel
 
 # Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.
 MAX_DECODED_PIXELS = 1024 * 1024
+
+
+def _name(request: ImageRequest) -> str:
+    return f"{request.file} (seed {request.seed})"
 
 
 class Renderer:
@@ -54,6 +67,9 @@ class Renderer:
 
         `texts` are the embeddings [L, D] of their prompts and of the negative prompt (none for a DiT); `on_step` is
         told how many solver steps are done.
+
+        Raises:
+            UserError: latents or pixels are not finite; names the image and what finds weights that are damaged.
         """
         height, width = requests[0].height, requests[0].width
         spec = self.codec.spec
@@ -62,10 +78,29 @@ class Renderer:
         scheduler = process_of(self.trained.process).scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         predict = self._predict(requests, texts)
-        latents = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
-        latents = latents / spec.scale + spec.shift
-        num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
-        return [image for part in latents.split(num_at_once) for image in self.codec.decode(part)]
+        try:
+            latents = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
+        except NonFiniteLatentsError as error:
+            raise UserError(f"{_name(requests[error.image])}: {error}: {self._blame()}") from None
+        return self._decode(latents / spec.scale + spec.shift, requests)
+
+    def _decode(self, latents: Tensor, requests: Sequence[ImageRequest]) -> list[Image.Image]:
+        num_at_once = max(1, MAX_DECODED_PIXELS // (requests[0].height * requests[0].width))
+        images: list[Image.Image] = []
+        for part in latents.split(num_at_once):
+            try:
+                images += self.codec.decode(part)
+            except NonFinitePixelsError as error:
+                raise UserError(f"{_name(requests[len(images) + error.image])}: {error}") from None
+        return images
+
+    def _blame(self) -> str:
+        """Return what to do about a model that gives nothing finite."""
+        weights, dtype = self.trained.model_path, str(self.model.final.weight.dtype).removeprefix("torch.")
+        other = "" if dtype == "float32" else f"; if they are sound, set sampling.dtype = 'float32', it is {dtype} now"
+        if self.trained.run is None:
+            return f"the weights of {weights} are at fault, put them there anew{other}"
+        return f"`make verify RUN={self.trained.run}` finds weights that are damaged in {weights}{other}"
 
     @torch.inference_mode()
     def _predict(self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor]) -> Predict:

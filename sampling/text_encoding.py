@@ -50,9 +50,11 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     else:
         captions, null = _read_features(path, [request.key for request in requests], text)
         embeddings = {"": null, **captions}
+    finds = f"`make verify RUN={path.parent.parent}` finds what is damaged"
+    mend = finds if config.reads_features else "write it again with sampling.write_embeddings"
     for name, embedding in embeddings.items():
         if not embedding.float().isfinite().all():
-            raise UserError(f"sampling.text_embeddings {path}: the embedding of {name[:80]!r} is not finite")
+            raise UserError(f"sampling.text_embeddings {path}: the embedding of {name[:80]!r} is not finite; {mend}")
     return embeddings
 
 
@@ -86,7 +88,15 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
         torch.cuda.empty_cache()
     for prompt, embedding in embeddings.items():
         if not embedding.isfinite().all():
-            raise UserError(f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}")
+            other = (
+                ""
+                if config.text_dtype == "float32"
+                else f", or sampling.text_dtype {config.text_dtype!r}: 'float32' is wider"
+            )
+            raise UserError(
+                f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}: its weights are at fault, "
+                f"put them there anew{other}"
+            )
     return embeddings
 
 

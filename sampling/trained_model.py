@@ -44,6 +44,7 @@ class TrainedModel:
         vae: model and revision; scaling_factor and shift_factor where the training recorded them.
         process: spec of the process it was trained with.
         original_config: shape of an original file, which does not hold it.
+        run: whose checkpoint it is; None of weights from elsewhere.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TrainedModel:
     vae: dict[str, Any]
     process: dict[str, Any]
     original_config: PixArtConfig | DiTConfig | None = None
+    run: Path | None = None
 
     def load(self) -> PixArt | DiT:
         """Read the transformer, in evaluation mode, on the CPU."""
@@ -108,6 +110,7 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
         text=trainer["text"],
         vae=trainer["vae"],
         process=spec_of_trainer(trainer),
+        run=run,
     )
 
 

@@ -99,4 +99,4 @@ def test_features_with_every_field_written_out_go_on(run, monkeypatch, is_finish
     capsys.readouterr()
     extract(run, "features.vae_dtype=bfloat16")
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("computed anew") == 1 and "vae_dtype: float32 -> bfloat16" in said
+    assert said.count("anew") == 1 and "other settings (vae_dtype: float32 -> bfloat16) and are made anew" in said

@@ -307,25 +307,24 @@ def test_captions_that_are_no_parquet_are_named(run):
         ("features.text_dtype=bfloat16", "text_dtype: float32 -> bfloat16"),
     ],
 )
-def test_what_is_computed_anew_says_which_setting_changed(run, monkeypatch, override, field):
+def test_what_is_computed_anew_says_which_setting_changed(run, capsys, override, field):
     extract(run)
-    warnings = []
-    monkeypatch.setattr(features_main.log, "warning", warnings.append)
+    capsys.readouterr()
     extract(run, override)
-    (warning,) = [warning for warning in warnings if "computed anew" in warning]
-    assert warning.endswith(field)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("made anew") == 1
+    assert f"text: 1 of 1 shards were made with other settings ({field}) and are made anew, first {SHARD}" in said
 
 
-def test_other_weights_and_another_model_are_named_too(run, monkeypatch):
+def test_other_weights_and_another_model_are_named_too(run, capsys):
     sets = 'features.stage2.captions=[{{column="caption", weight={}}}, {{column="alt_text"}}]'
     extract(run, sets.format(9.0))
     save_text_encoder(run.parent / "t5", seed=1)
-    warnings = []
-    monkeypatch.setattr(features_main.log, "warning", warnings.append)
+    capsys.readouterr()
     extract(run, sets.format(4.0))
-    changes = [warning for warning in warnings if "computed anew" in warning]
-    assert changes[0].endswith("caption_weights: [9.0, 1.0] -> [4.0, 1.0]")
-    assert re.search(r"text_model: sha256:\w+ -> sha256:\w+$", changes[1])
+    said = " ".join(capsys.readouterr().err.split())
+    change = r"\(caption_weights: \[9\.0, 1\.0\] -> \[4\.0, 1\.0\]; text_model: sha256:\w+ -> sha256:\w+\)"
+    assert re.search(rf"made with other settings {change} and are made anew", said)
     weights = load_index(run / "features" / "text-caption+alt_text", [SHARD]).column("weight").to_pylist()
     assert weights == [4.0, 1.0] * 10
 

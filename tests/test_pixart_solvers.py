@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
-from pixart.drawing.denoise import denoise, draw_noise, make_generators
+from pixart.drawing.denoise import NonFiniteLatentsError, denoise, draw_noise, make_generators
 from pixart.processes.ddpm import DDPM
 
 PROCESS = DDPM()
@@ -122,7 +122,15 @@ def test_an_image_does_not_depend_on_its_batch(solver):
 
 
 def test_non_finite_latents_are_refused():
-    scheduler = PROCESS.scheduler("dpm-solver++", 2)
-    noise = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(UserError, match="not finite"):
-        denoise(lambda x, t: torch.full((1, 8, 2, 2), torch.nan), noise, scheduler, generators=make_generators([0]))
+    scheduler = PROCESS.scheduler("dpm-solver++", 3)
+    num_asked = 0
+
+    def predict(latents, timestep):
+        nonlocal num_asked
+        num_asked += 1
+        spoilt = torch.tensor([0.0, torch.nan if num_asked == 2 else 0.0, 0.0])
+        return torch.zeros(3, 8, 2, 2) + spoilt[:, None, None, None]
+
+    with pytest.raises(NonFiniteLatentsError, match=r"not finite, at pass 2 of 3$") as error:
+        denoise(predict, torch.zeros(3, 4, 2, 2), scheduler, generators=make_generators([0, 1, 2]))
+    assert error.value.image == 1

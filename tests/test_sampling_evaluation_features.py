@@ -1,13 +1,14 @@
 """Features of image sets: what is read, what is rejected and named, what is kept and computed once."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feature_run import picture, write_raw
+from feature_run import encoded, picture, write_raw
 from PIL import Image
 from tiny_clip import WIDTH, save_clip
 
@@ -15,7 +16,7 @@ from errors import UserError
 from pipelines.engine.run import EngineConfig
 from sampling.evaluation import features as features_module
 from sampling.evaluation.config import EvaluationConfig
-from sampling.evaluation.features import compute_features
+from sampling.evaluation.features import FeatureWorker, compute_features
 from sampling.evaluation.image_sets import open_folder, open_reference, open_samples
 from sampling.evaluation.networks import find_networks, load_network
 
@@ -115,6 +116,27 @@ def test_unusable_images_are_counted_and_named(tmp_path, clip_folder, capsys):
     assert len(features.embeddings()) == 5
     with pytest.raises(UserError, match=r"1 of 6 .*not_an_image 1.*broken\.jpg"):
         compute(open_folder(folder, cache=cache), clip_folder, cache)
+
+
+def test_a_feature_that_is_not_finite_is_named_with_its_shard(tmp_path, clip_folder, monkeypatch):
+    images = [encoded(picture(number)) for number in range(5)]
+    write_raw(tmp_path / "shards" / "a.tar", [{"key": f"{n}", "png": image} for n, image in enumerate(images)])
+    see = FeatureWorker._see_batch
+
+    def spoilt(self, pictures):
+        return [
+            (feature * (np.nan if p.row["key"] == "a/3" else 1), score) for p, (feature, score) in pairs(self, pictures)
+        ]
+
+    def pairs(self, pictures):
+        return zip(pictures, see(self, pictures), strict=True)
+
+    monkeypatch.setattr(FeatureWorker, "_see_batch", spoilt)
+    reference = open_reference(str(tmp_path / "shards"), run=tmp_path, cache=tmp_path / "cache")
+    message = f"such as a/3: non_finite_feature (the weights of {clip_folder} are at fault, put them there anew)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        compute(reference, clip_folder, tmp_path / "cache")
+    assert compute(reference, clip_folder, tmp_path / "cache", max_reject_fraction=0.5).num_images == 4
 
 
 def test_too_few_images_have_no_distance(tmp_path, clip_folder):

@@ -140,7 +140,7 @@ def test_embeddings_of_another_encoder_are_refused(run, caplog):
     spoilt = {name: tensor * torch.nan for name, tensor in tensors.items()}
     for changed, message in (
         (narrow, "embeddings are 16 wide, but stage 2"),
-        (spoilt, r"texts\.safetensors: the embedding of '' is not finite"),
+        (spoilt, r"texts\.safetensors: the embedding of '' is not finite; write it again with s"),
     ):
         save_file(changed, written, metadata=metadata)
         with pytest.raises(UserError, match=message):
@@ -197,7 +197,9 @@ def test_eight_bit_weights_are_within_half_a_step():
 def test_an_encoder_that_overflows_leaves_no_image(run, monkeypatch):
     encode = T5Encoder.encode
     monkeypatch.setattr(T5Encoder, "encode", lambda self, texts: [x * torch.inf for x in encode(self, texts)])
-    with pytest.raises(UserError, match=r"gives no finite embedding of ''"):
+    with pytest.raises(
+        UserError, match=r"gives no finite embedding of '': its weights are at fault, put them there anew$"
+    ):
         sample(run)
     assert not list((run / "samples").glob("*/*.png"))
 

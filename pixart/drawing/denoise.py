@@ -13,6 +13,19 @@ from errors import UserError
 from pixart.dit import DiT
 from pixart.model import PixArt
 
+
+class NonFiniteLatentsError(UserError):
+    """The model gave latents that are not finite.
+
+    Attributes:
+        image: number of the first such image in its batch.
+    """
+
+    def __init__(self, image: int, *, num_done: int, num_passes: int) -> None:
+        super().__init__(f"the model gave latents that are not finite, at pass {num_done} of {num_passes}")
+        self.image = image
+
+
 # noisy latents [B, C, h, w] and a time [] to what the network says of them [B, C or 2C, h, w], both fp32
 Predict = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,20 +110,22 @@ def denoise(
     `generators` feed the solvers that add noise on the way; `on_step` is told how many passes of the network are done.
 
     Raises:
-        UserError: the latents are not finite.
+        NonFiniteLatentsError: the latents are not finite; says since which pass of the network.
     """
     latents = noise.float()
     reads_variance = scheduler.config.get("variance_type") == "learned_range"
+    finite: list[Tensor] = []  # of each pass [B]; read at the end alone, so that no step waits for the device
     for num_done, timestep in enumerate(scheduler.timesteps, 1):
         output = predict(latents, timestep.to(latents.device))  # [B, C or 2C, h, w]
         if not reads_variance:
             output = output[:, : latents.shape[1]]
         latents = scheduler.step(output, timestep, latents, generator=generators, return_dict=False)[0]
+        finite.append(latents.isfinite().flatten(1).all(1))
         if on_step is not None:
             on_step(num_done)
-    if not latents.isfinite().all():
-        raise UserError(
-            f"the model gave latents that are not finite (sampling.num_steps {scheduler.num_inference_steps}): its "
-            "weights or sampling.dtype are at fault"
-        )
+    is_finite = torch.stack(finite).cpu()  # [passes, B]
+    if not is_finite[-1].all():
+        image = int(is_finite[-1].int().argmin())
+        num_done = int(is_finite[:, image].int().argmin()) + 1
+        raise NonFiniteLatentsError(image, num_done=num_done, num_passes=len(finite))
     return latents

@@ -38,6 +38,7 @@ from sampling.evaluation.sizes import SetSizes
 FEATURES_VERSION = 1  # raise it when the same images give other features
 STATISTICS_NAME = "statistics.safetensors"
 FAULTS_NAMED = 5
+NON_FINITE = "non_finite_feature"
 _ROWS_AT_ONCE = 4096
 
 log = get_logger("evaluation")
@@ -172,7 +173,7 @@ class FeatureWorker:
             if np.isfinite(feature).all():
                 picture.row |= {"feature": feature, "clip_score": score}
             else:
-                picture.row["reject"] = "non_finite_feature"
+                picture.row["reject"] = NON_FINITE
 
     def _see_batch(self, pictures: Sequence[_Picture]) -> list[tuple[np.ndarray, float | None]]:
         import torch
@@ -326,11 +327,12 @@ def compute_features(
     except (QuarantinedShardError, MemoryShortageError):
         raise
     except UserError as error:
-        raise UserError(f"{images.name}: {error}; such as {'; '.join(_read_faults(folder, images))}") from None
+        faults = _read_faults(folder, images)
+        raise UserError(f"{images.name}: {error}; such as {_describe_faults(faults, network)}") from None
     faults = _read_faults(folder, images) if manifest.rejected else []
     if faults:
         num_unusable = sum(manifest.rejected.values())
-        log.warning(f"{images.name}: {num_unusable:,} unusable images, such as {'; '.join(faults)}")
+        log.warning(f"{images.name}: {num_unusable:,} unusable images, such as {_describe_faults(faults, network)}")
     if manifest.num_kept < 2:
         raise UserError(f"{images.name}: {manifest.num_kept} usable images, a distance needs at least 2")
     return Features(
@@ -369,3 +371,10 @@ def _read_faults(folder: Path, images: ImageSet) -> list[str]:
         rows = read_table(path, ["key", "reject"], mend=MEND_SHARD).to_pylist()
         faults += [f"{row['key']}: {row['reject']}" for row in rows if row["reject"] is not None]
     return faults[:FAULTS_NAMED]
+
+
+def _describe_faults(faults: Sequence[str], network: NetworkSource) -> str:
+    described = "; ".join(faults)
+    if NON_FINITE in described:
+        described += f" (the weights of {network.source.location} are at fault, put them there anew)"
+    return described
