@@ -140,16 +140,21 @@ def _judge_part_again(
         return  # the run that follows says so
     if content.fingerprint != fingerprint.digest or not path.is_file():
         return
+    report = content.report
     if _is_judged(path, quality):
         rows = read_table(path, mend=MEND_PART).to_pylist()
     else:
         directory.clear_manifest()
+        if report.files:
+            # The worker has hashed a whole shard: that goes first, and the run that follows hashes the new file.
+            report = replace(report, files={})
+            atomic_write_json(report_path, asdict(replace(content, report=report)))
         with atomic_file(path) as temporary:
             rows = _rewrite(path, temporary, quality=quality)
     # Counted even where the file was judged: a run that died in between has left the old counts.
-    details = _with_flags(content.report.details, rows)
-    if details != content.report.details:
-        atomic_write_json(report_path, asdict(replace(content, report=replace(content.report, details=details))))
+    details = _with_flags(report.details, rows)
+    if details != report.details:
+        atomic_write_json(report_path, asdict(replace(content, report=replace(report, details=details))))
 
 
 def _rewrite(path: Path, target: Path, *, quality: QualityConfig) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 from captioning import job, quality, table
 from captioning.__main__ import main
 from captioning.worker import CaptionWorker
+from pipelines.engine import run as engine
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import ShardDirectory, read_manifest
 from tests.chat_server import ScriptedServer, describe
@@ -90,7 +91,7 @@ def dying(owner: Any, name: str, *, calls: int, monkeypatch) -> None:
     monkeypatch.setattr(owner, name, stepping)
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     raise Killed
 
 
@@ -169,6 +170,27 @@ def test_parts_of_an_interrupted_run_are_judged_and_not_captioned_again(
     command(run, *STRICT, monkeypatch=monkeypatch)
     assert contents(run) == calm["strict"]
     assert sum(body["max_tokens"] == 256 for body in server.requests) == 10 - 8, "the second piece only"
+
+
+@pytest.mark.parametrize("last_step", ["", "atomic_write_json", "_with_flags"])
+def test_a_whole_shard_judged_before_it_is_in_place_is_hashed_anew(
+    tmp_path, server, calm, monkeypatch, last_step: str
+) -> None:
+    """Its part's report has the worker's hash. Killed again before the file is judged, before its counts, or not."""
+    run, whole = make_run(tmp_path, server), ("--set", "engine.samples_per_slice=16")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine, "finish_shard", die)
+        command(run, *whole, monkeypatch=patch)
+    [report] = (run / "captions").glob(".parts/*/*.report")
+    assert json.loads(report.read_text())["report"]["files"]
+    if last_step:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dying(table, last_step, calls=1, monkeypatch=patch)
+            command(run, *whole, *STRICT, monkeypatch=patch)
+    command(run, *whole, *STRICT, monkeypatch=monkeypatch)
+    assert contents(run) == calm["strict"]
+    [shard] = read_manifest(run / "captions").shards.values()
+    assert shard.files[".parquet"] == sha256_file(run / "captions" / "laion_00000.parquet")
 
 
 def test_thresholds_there_and_back_while_another_shard_has_a_manifest(tmp_path, server, calm, monkeypatch) -> None:
