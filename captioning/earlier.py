@@ -137,7 +137,7 @@ def forget_parts_with_rejects(output: ShardDirectory) -> None:
 def clear_earlier(output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
     """Forget what was set aside of shards that are done, and what the recipe or the tars have left behind."""
     folder = output.path / EARLIER_FOLDER
-    remove_temporary_files(folder)
+    remove_temporary_files(folder, is_held=True)
     for source in sources:
         note, file = folder / f"{source.name}.json", folder / f"{source.name}.parquet"
         if note.is_file():

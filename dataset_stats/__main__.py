@@ -258,7 +258,7 @@ def _count(job: StatsJob) -> Manifest:
 def _clear(folder: Path) -> None:
     """Remove what killed runs left half-written, and the manifest: it would vouch for files that are now replaced."""
     directory = ShardDirectory(folder)
-    directory.clear_leftovers()
+    directory.clear_leftovers(is_held=True)
     directory.clear_manifest()
     # No power cut may bring the manifest back after the files have been replaced.
     fsync_directory(folder)

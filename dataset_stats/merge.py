@@ -39,7 +39,7 @@ def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: P
 
 def clear_scratch(scratch: Path) -> None:
     """Remove the files between the levels of a merge, those of a killed run too; what else is there stays."""
-    remove_temporary_files(scratch)
+    remove_temporary_files(scratch, is_held=True)
     for path in own_files(scratch, SCRATCH_NAME):
         discard(path)
     discard_folder(scratch)

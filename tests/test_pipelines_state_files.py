@@ -1,7 +1,10 @@
 """Damaged state is named with what to do; what can be had again is, with one line; torn lines are left out."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +14,7 @@ import pytest
 from errors import UserError
 from pipelines.engine.pieces import PARTS_FOLDER
 from pipelines.raw.shards import describe_shards, open_shard, recall_shards, remember_shards
-from pipelines.store.files import atomic_file, atomic_write_bytes, remove_temporary_files
+from pipelines.store.files import atomic_file, atomic_folder, atomic_write_bytes, remove_temporary_files
 from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
 from pipelines.store.state_files import read_log, read_records, read_state, state_of
 from pipelines.store.tables import MEND_SHARD, count_table_rows, read_table
@@ -134,13 +137,55 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path) -> None:
         state_of(dict[str, int], {"a": "b"}, where="somewhere", mend="mend it")
 
 
+def leave(path: Path, data: bytes = b"of a killed process") -> Path:
+    """Write a temporary file that nobody has written to for a long time."""
+    path.write_bytes(data)
+    os.utime(path, (0, 0))
+    return path
+
+
 def test_what_is_being_written_is_no_leftover(tmp_path) -> None:
-    (tmp_path / ".x.0123abcd.tmp").write_bytes(b"of a killed process")
+    leave(tmp_path / ".x.0123abcd.tmp")
     with atomic_file(tmp_path / "x") as temporary:
         temporary.write_bytes(b"1")
         remove_temporary_files(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [temporary.name]
     assert (tmp_path / "x").read_bytes() == b"1"
+
+
+def test_leftovers_go_and_files_are_written_where_locks_are_of_no_use(tmp_path, monkeypatch) -> None:
+    """NFS locks no file that is open for reading, SMB lets nobody write a locked one, some storage has no locks."""
+
+    def no_locks(*_) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    leave(tmp_path / ".x.0123abcd.tmp")
+    (tmp_path / ".y.0123abcd.tmp").write_bytes(b"perhaps somebody's")
+    remove_temporary_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".y.0123abcd.tmp"]
+    remove_temporary_files(tmp_path, is_held=True)
+    assert not list(tmp_path.iterdir())
+    atomic_write_bytes(tmp_path / "x", b"1")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "a").write_bytes(b"2")
+    assert (tmp_path / "x").read_bytes() + (tmp_path / "folder" / "a").read_bytes() == b"12"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_renamed_is_told_by_its_own_error(tmp_path, monkeypatch, code: int) -> None:
+    def fail(*_) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_bytes(b"1")
+    with pytest.raises(UserError, match=r"folder is there by now"), atomic_folder(tmp_path / "folder"):
+        pass
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError) as said, atomic_folder(tmp_path / "folder"):
+        pass
+    assert said.value.errno == code
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize("size", [0, 3, -20])

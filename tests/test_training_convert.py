@@ -1,6 +1,7 @@
 """`python -m training.convert`: published weights in, a folder out."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -40,8 +41,13 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_official_file_becomes_a_folder(dit_file: Path, tmp_path: Path, capsys) -> None:
     for name in (".dit.0123abcd.tmp", ".dit.tmp", ".other.0123abcd.tmp"):
         (tmp_path / name / "left-by-a-kill").mkdir(parents=True)
+        os.utime(tmp_path / name / "left-by-a-kill", (0, 0))
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".dit.4567abcd.tmp").mkdir()  # somebody is at it, perhaps
     main([str(dit_file), str(tmp_path / "dit")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".dit.tmp", ".other.0123abcd.tmp", "dit"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".dit.4567abcd.tmp", ".dit.tmp", ".other.0123abcd.tmp", "dit"),
+    ]
     dit = load_diffusers(tmp_path / "dit" / "transformer")
     assert isinstance(dit, DiT) and dit.config == DIT
     weights = torch.load(dit_file, weights_only=True)

@@ -261,7 +261,7 @@ def _settle_place(
 def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
     """Remove the markers of what is to be done again, and what killed drivers left half-written."""
     markers = output.path / MARKER_FOLDER
-    output.clear_leftovers()
+    output.clear_leftovers(is_held=True)
     for source in pending:
         output.clear_marker(source.name)
     if markers.is_dir():

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -21,6 +22,10 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
+# Nobody goes on with a temporary file after that time; far more than the clocks of hosts are apart.
+ABANDONED_SECONDS = 24 * 3600
+# Why a folder cannot get a name that is in use.
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 # What `atomic_file` calls its temporary files, and nobody else his.
 TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
@@ -126,24 +131,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write; on success it is fsynced and renamed to `path`.
 
     After an exception the temporary file is removed and `path` is as it was. The temporary name is random, so that
-    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree. It is
-    locked while it is written, so that `remove_temporary_files` knows it from what a killed process has left.
+    two processes writing the same file cannot mix their bytes: in containers of two nodes even process ids agree. It
+    is not locked: on SMB nobody can write a locked file but through the descriptor that holds the lock.
 
     Raises:
         UserError: there is a folder of that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    temporary.touch(exist_ok=False)
     try:
-        with contextlib.suppress(OSError):  # storage without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         put_in_place(temporary, path)
     finally:
-        os.close(descriptor)
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
 
@@ -153,7 +155,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to fill; on success it is renamed to `path`, which must not be there yet.
 
     After an exception it is removed, and so is what killed processes have left of the same `path`: folders of exactly
-    such a name that nobody holds.
+    such a name in which nothing has been written for `ABANDONED_SECONDS`.
 
     Raises:
         UserError: there is something of that name by now.
@@ -162,23 +164,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         found = TEMPORARY_NAME.fullmatch(leftover.name)
         is_folder = leftover.is_dir() and not leftover.is_symlink()
-        if is_folder and found is not None and found["name"] == path.name and not _is_locked(leftover):
+        if is_folder and found is not None and found["name"] == path.name and _is_abandoned(leftover):
             shutil.rmtree(leftover, onerror=_warn_of_leftover)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # storage without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         try:
             temporary.rename(path)
-        except (FileExistsError, NotADirectoryError, OSError) as error:
-            if not path.exists():
+        except OSError as error:
+            if error.errno not in TAKEN:
                 raise
             raise UserError(f"{path} is there by now ({error.strerror}): name another folder, or remove it") from None
     finally:
-        os.close(descriptor)
         if temporary.is_dir():
             shutil.rmtree(temporary, onerror=_warn_of_leftover)
     fsync_directory(path.parent)
@@ -243,30 +241,30 @@ def discard_folder(path: Path) -> None:
         path.rmdir()
 
 
-def remove_temporary_files(directory: Path, name: str = "") -> None:
+def remove_temporary_files(directory: Path, name: str = "", *, is_held: bool = False) -> None:
     """Remove what `atomic_file` left in `directory` when its process was killed; what is being written stays.
 
-    With `name`, only what was to become the file of that name: in a folder that is not the house's own.
+    No lock tells the two apart: not all storage has one for a file that is being written. Without `is_held`, only what
+    nobody has written to for `ABANDONED_SECONDS` goes.
+
+    Args:
+        directory: that is looked into, not what is below it.
+        name: only what was to become the file of that name, as in a folder that is not the house's own.
+        is_held: the caller holds the lock that all hold who write here, such as `exclusive`, and writes nothing yet.
     """
     for leftover in own_files(directory, TEMPORARY_NAME):
         found = TEMPORARY_NAME.fullmatch(leftover.name)
-        if found is not None and name in ("", found["name"]) and not _is_locked(leftover):
+        if found is not None and name in ("", found["name"]) and (is_held or _is_abandoned(leftover)):
             discard(leftover)
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds a file or folder; also where that cannot be found out."""
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody has written to a file, or to a folder and all in it, for `ABANDONED_SECONDS`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+        written = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:  # somebody is at work there
+        return False
+    return time.time() - written > ABANDONED_SECONDS
 
 
 def fsync_directory(directory: Path) -> None:

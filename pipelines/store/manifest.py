@@ -209,10 +209,14 @@ class ShardDirectory:
             and all(self.file(name, suffix).is_file() for suffix in report.files)
         )
 
-    def clear_leftovers(self) -> None:
-        """Remove what killed processes have left half-written here and among the markers."""
+    def clear_leftovers(self, *, is_held: bool = False) -> None:
+        """Remove what killed processes have left half-written here and among the markers.
+
+        With `is_held`, the caller holds `exclusive` of this directory: everything of the kind; see
+        `remove_temporary_files`.
+        """
         for folder in (self.path, self.path / MARKER_FOLDER):
-            remove_temporary_files(folder)
+            remove_temporary_files(folder, is_held=is_held)
 
     def clear_marker(self, name: str) -> None:
         """Remove a stale marker, and with it the manifest that counted the shard.

@@ -36,7 +36,7 @@ def update_summary(run: Path, key: str, value: Mapping[str, Any] | float | int) 
     with (run / ".summary.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Under its lock, what is left of a killed writer is nobody's.
-        remove_temporary_files(run, SUMMARY_NAME)
+        remove_temporary_files(run, SUMMARY_NAME, is_held=True)
         summary = _read_or_put_aside(run)
         node = summary
         *parents, last = key.split(".")
