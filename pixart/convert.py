@@ -35,8 +35,8 @@ from pixart.weight_files import WEIGHTS_NAME
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 # what every original has beside what tells a PixArt from a DiT
 ORIGINAL_KEYS = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
-# of stored positions in half precision to computed ones
-POSITION_TOLERANCE = 4e-3
+# of stored positions to computed ones: in single precision, in float16, in bfloat16, whatever type they are kept in
+POSITION_TOLERANCES = (1e-4, 5e-4, 4e-3)
 
 
 def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
@@ -141,6 +141,8 @@ def _require_original(weights: Mapping[str, Tensor], *, is_dit: bool) -> None:
         raise UserError(
             f"x_embedder.proj.weight is {tuple(weights['x_embedder.proj.weight'].shape)}, not 4-dimensional"
         )
+    if "pos_embed" in weights and weights["pos_embed"].ndim < 2:
+        raise UserError(f"pos_embed is {tuple(weights['pos_embed'].shape)}, not 3-dimensional")
 
 
 def _stored_scale(positions: Tensor) -> float | None:
@@ -155,10 +157,28 @@ def _stored_scale(positions: Tensor) -> float | None:
     side, channels = math.isqrt(len(stored)), stored.shape[1]
     if not stored.any():
         return None
-    # the second token is one column on; the first frequency is 1
-    step = math.atan2(float(stored[1, 0]), float(stored[1, channels // 4])) if side > 1 else 1.0
-    scale = round(1 / step, 2) if step else math.inf
-    expected = position_embedding(side, side, channels=channels, base_size=side, scale=scale or math.inf)
-    if expected.shape != stored.shape or (expected - stored).abs().max() > POSITION_TOLERANCE:
-        raise UserError("pos_embed does not hold the sines and cosines of a square grid, and no others are computed")
-    return scale
+    if stored.isfinite().all():
+        scale = 1 / (_column_step(stored[:side], channels // 4) or math.inf)
+        # what people type comes before what was measured
+        candidates = [near for near in (round(8 * scale) / 8, round(scale, 2), round(scale, 3), scale) if near > 0]
+        grids = [position_embedding(side, side, channels=channels, base_size=side, scale=near) for near in candidates]
+        errors = [float((grid - stored).abs().max()) for grid in grids if grid.shape == stored.shape]
+        for tolerance in POSITION_TOLERANCES:
+            for near, error in zip(candidates, errors, strict=False):
+                if error <= tolerance:
+                    return near
+    raise UserError("pos_embed does not hold the sines and cosines of a square grid, and no others are computed")
+
+
+def _column_step(row: Tensor, cosine: int) -> float:
+    """Return how far the columns of a row of positions [side, D] are apart.
+
+    Their first frequency is 1. The first column tells the angle of the step, each later one more exactly, where the
+    turns that an angle leaves out are known from the columns before it.
+    """
+    step, column = (math.atan2(float(row[1, 0]), float(row[1, cosine])), 1) if len(row) > 1 else (1.0, 1)
+    while column < len(row) - 1:
+        column = min(2 * column, len(row) - 1)
+        angle = math.atan2(float(row[column, 0]), float(row[column, cosine]))
+        step = (angle + math.tau * round((column * step - angle) / math.tau)) / column
+    return step

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -216,18 +217,25 @@ def test_keys_that_are_left_out_or_without_effect_are_those_of_diffusers(tmp_pat
         load_diffusers(tmp_path)
 
 
-@pytest.mark.parametrize(("sample_size", "scale"), [(8, 0.5), (8, 1.0), (8, 2.0), (128, 1.5)])
+@pytest.mark.parametrize(
+    ("sample_size", "scale"),
+    [(8, 0.5), (8, 1.0), (8, 2.0), (8, 1.125), (8, 0.33), (128, 1.5), (128, 2.0), (128, 0.625), (128, 4.13)],
+)
 def test_stored_positions_say_how_far_they_are_apart(sample_size, scale):
     config = PixArtConfig(num_layers=1, num_heads=6, head_dim=64, caption_channels=20, sample_size=sample_size)
     weights = export_weights(PixArt(config), original_layout(config))
     side = sample_size // 2
     positions = position_embedding(side, side, channels=384, base_size=side, scale=scale)[None]
-    assert infer_config(weights | {"pos_embed": positions.half()}) == replace(config, interpolation_scale=scale)
+    rounded = positions.bfloat16()
+    for stored in (positions, positions.half(), rounded, rounded.float()):
+        assert infer_config(weights | {"pos_embed": stored}) == replace(config, interpolation_scale=scale)
     # of zeros, which nobody filled, the scale is that of PixArt's configs
     expected = replace(config, interpolation_scale=max(sample_size // 64, 1))
     assert infer_config(weights | {"pos_embed": torch.zeros_like(positions)}) == expected
     with pytest.raises(UserError, match="pos_embed does not hold the sines and cosines of a square grid"):
         infer_config(weights | {"pos_embed": positions + 0.1})
+    with pytest.raises(UserError, match="pos_embed does not hold the sines and cosines of a square grid"):
+        infer_config(weights | {"pos_embed": positions * math.nan})
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
