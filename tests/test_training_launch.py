@@ -1,6 +1,7 @@
 """Stages on several launchers: tasks of Slurm and hosts over a remote shell, each a real process on this machine."""
 
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -18,9 +19,11 @@ from processes import kill_tree, process_tree
 from training_run import REPOSITORY, arguments, finish, make_run, metrics, train
 from warm_python import WarmProcess
 
-from errors import UserError
+from errors import ProgramFault, UserError
 from pipelines.command import parse_command
 from training.config import stage_training
+from training.launch import node
+from training.launch.hosts import run_hosts
 from training.launch.placement import Host, is_slurm_task, on_hosts, read_hostfile
 from training.launch.preflight import require_even_batches
 
@@ -252,6 +255,36 @@ def test_a_host_that_cannot_take_part_is_named(shell: str, tmp_path: Path) -> No
     said = train(run, 2, status=2, **common)
     assert f"host 127.0.0.1: has no folder {REPOSITORY}" in said
     assert "cannot be started" in train(run, 2, status=2, **common | {"remote_shell": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "is_printed"),
+    [
+        (KeyError("a_name"), "host gpu7: KeyError: 'a_name'; its traceback is above", True),
+        (ProgramFault("rank 3 ended with status 1; its traceback is above"), "host gpu7: rank 3 ended", False),
+    ],
+    ids=["launcher", "rank"],
+)
+def test_a_fault_of_the_program_on_a_host_is_no_lost_connection(
+    error: Exception, said: str, is_printed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    def fail(command: object) -> None:
+        raise error
+
+    order = json.dumps({"environment": {}, "placement": {}}).encode()
+    replaced = {"_read_line": lambda: order, "_follow_head": lambda: None, "open_stage": fail}
+    for name, function in (replaced | {"parse_command": lambda *_, has_stages: None}).items():
+        monkeypatch.setattr(node, name, function)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    status = node.main()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    reported, printed = capfd.readouterr()
+    assert status == 1 and ("Traceback (most recent call last)" in printed) == is_printed
+    (tmp_path / "reported").write_text(reported)
+    (tmp_path / "shell").write_text(f"#!/bin/sh\ncat {tmp_path}/reported\nexit 1\n")
+    (tmp_path / "shell").chmod(0o755)
+    with pytest.raises(ProgramFault, match=re.escape(said)):
+        run_hosts([], hosts=[Host("gpu7", 1)], remote_shell=str(tmp_path / "shell"))
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import ProgramFault, UserError
 from pipelines.store.remote import storage_environment
 from training.launch.placement import Host, on_hosts
 from training.launch.ranks import GRACE_SECONDS, StopSignals, wait_all
 
 STOP = b"stop\n"
-STARTED, DONE, FAILED, LOST = "started", "done", "failed", "lost contact"
+STARTED, DONE, FAILED, FAULT, LOST = "started", "done", "failed", "fault", "lost contact"
 REPORT_PREFIX = "ATELIER_NODE "  # a login shell may write to stdout too
 ENVIRONMENT_PREFIXES = ("NCCL_", "GLOO_", "TORCH", "HF_", "DS_", "ATELIER_", "PYTHONPATH")
 # A host's own launcher waits GRACE_SECONDS for its ranks before it reports.
@@ -43,7 +43,7 @@ class _HostEnd:
     def reason(self) -> str:
         """What to tell the user."""
         folder = shlex.quote(str(Path.cwd()))
-        if self.kind in (FAILED, LOST):
+        if self.kind in (FAILED, FAULT, LOST):
             return self.message
         if self.kind == STARTED:
             return "the connection was lost or its launcher was killed. The same command continues"
@@ -60,6 +60,7 @@ def run_hosts(arguments: Sequence[str], *, hosts: Sequence[Host], remote_shell: 
 
     Raises:
         UserError: a host cannot be reached or its ranks failed; names the host.
+        ProgramFault: the program has a fault there; names the host, whose stderr has the traceback.
         KeyboardInterrupt: Ctrl-C was pressed; the ranks have saved.
     """
     shell = shlex.split(remote_shell)
@@ -85,6 +86,9 @@ def run_hosts(arguments: Sequence[str], *, hosts: Sequence[Host], remote_shell: 
             _end(nodes)
     ended = zip(hosts, nodes, statuses, strict=True)
     outcomes = [_outcome(host, node, status) for host, node, status in ended if status is not None]
+    for node in nodes:
+        assert node.stdout is not None
+        node.stdout.close()
     _raise_failure([outcome for outcome in outcomes if outcome.kind != DONE], num_hosts=len(hosts))
     signals.raise_interrupt()
 
@@ -150,6 +154,7 @@ def _raise_failure(outcomes: Sequence[_HostEnd], *, num_hosts: int) -> None:
     reasons = {outcome.reason for outcome in outcomes}
     if len(outcomes) == num_hosts and len(reasons) == 1 and outcomes[0].kind == FAILED:
         raise UserError(outcomes[0].message)
-    order = {FAILED: 0, None: 1, STARTED: 1, LOST: 2}
+    order = {FAILED: 0, FAULT: 1, None: 2, STARTED: 2, LOST: 3}
     first = min(outcomes, key=lambda outcome: order[outcome.kind])
-    raise UserError(f"host {first.host.name}: {first.reason}")
+    kind = ProgramFault if first.kind == FAULT else UserError
+    raise kind(f"host {first.host.name}: {first.reason}")

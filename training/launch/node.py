@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
+from errors import ProgramFault
 from pipelines.command import parse_command, users_message
-from training.launch.hosts import DONE, FAILED, LOST, REPORT_PREFIX, STARTED, STOP
+from training.launch.hosts import DONE, FAILED, FAULT, LOST, REPORT_PREFIX, STARTED, STOP
 from training.launch.placement import Placement
 from training.launch.preflight import memory_advice
 from training.launch.ranks import LostContactError, run_ranks
@@ -37,14 +39,25 @@ def main() -> int:
     except LostContactError as error:
         _report(LOST, str(error))
         return 2
-    except Exception as error:
-        message = users_message(error)
-        if message is None or os.environ.get("ATELIER_TRACEBACK"):
-            raise
-        _report(FAILED, message)
-        return 2
+    except Exception as error:  # noqa: BLE001 - said in full, here or by the head
+        return _report_error(error)
     _report(DONE)
     return 0
+
+
+def _report_error(error: Exception) -> int:
+    """Tell the head how this host failed, and print what its report has no room for; returns the exit status."""
+    message = users_message(error)
+    is_of_rank = isinstance(error, ProgramFault)  # which has printed its traceback
+    if not is_of_rank and (message is None or os.environ.get("ATELIER_TRACEBACK")):
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    if message is not None:
+        _report(FAILED, message)
+        return 2
+    last_line = "".join(traceback.format_exception_only(error)).rstrip().rpartition("\n")[2]
+    _report(FAULT, str(error) if is_of_rank else f"{last_line}; its traceback is above")
+    return 1
 
 
 def _read_line() -> bytes:

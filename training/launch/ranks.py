@@ -77,6 +77,7 @@ def run_ranks(
     Raises:
         LostContactError: the ranks here lost contact with one elsewhere.
         UserError: a rank failed, with its message; or another command is training in `directory`.
+        ProgramFault: a rank ended without a message; it has printed its traceback.
         KeyboardInterrupt: Ctrl-C was pressed; the ranks have saved.
     """
     with contextlib.ExitStack() as stack:
