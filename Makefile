@@ -5,37 +5,43 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-# What a user may type behind a target. Only what is typed counts, not a PROMPT or a PORT that the shell exports, and it
-# arrives as it was typed: `$(value ...)` keeps make from reading `$`, and commands take it from the environment, so that
-# the shell reads no quotes, spaces or `#` in it.
+# What a user may type behind a target. Only what is typed counts, not a PROMPT or a PORT that the shell exports, which
+# reaches commands as the shell has it. It arrives as it was typed: `$(value ...)` keeps make from reading `$`, and
+# commands take it from the environment, so that the shell reads no quotes, spaces or `#` in it.
 TYPED := RECIPE RUN STAGE PHASE PLAN SET SHARDS RETRY SETS SAMPLE GPUS HOSTFILE REMOTE_SHELL FROM_SCRATCH \
 	PROMPT PROMPTS N STEPS CFG SEED SIZE TASK REFERENCE CLIP INCEPTION PORT FROM TO REPARAMETERIZE
 MAY_BE_EMPTY := SET PLAN RETRY FROM_SCRATCH REPARAMETERIZE
-is_typed = $(filter command,$(origin $1))
-$(foreach name,$(filter-out $(MAY_BE_EMPTY),$(TYPED)),$(if $(call is_typed,$(name)),$(if $(strip $(value $(name))),, \
-	$(error $(name) is empty: type a value, or leave $(name)= out))))
-$(foreach name,$(TYPED),$(eval override $(name) := $(if $(call is_typed,$(name)),$$(value $(name)))))
-override RECIPE := $(or $(RECIPE),recipes/pixart-alpha.toml)
-override RUN := $(or $(RUN),runs/default)
-export $(TYPED)
+GIVEN := $(foreach name,$(TYPED),$(if $(filter command,$(origin $(name))),$(name)))
+$(foreach name,$(filter-out $(MAY_BE_EMPTY),$(GIVEN)),$(if $(strip $(value $(name))),, \
+	$(error $(name) is empty: type a value, or leave $(name)= out)))
+$(if $(filter demo demo-raw,$(MAKECMDGOALS)),$(foreach name,$(filter RECIPE RUN STAGE,$(GIVEN)), \
+	$(error the demo has a RECIPE, a RUN and stages of its own: leave $(name)= out)))
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+given = $(if $(filter $1,$(GIVEN)),$($1))
+override RECIPE := $(or $(call given,RECIPE),recipes/pixart-alpha.toml)
+override RUN := $(or $(call given,RUN),runs/default)
+export RECIPE RUN $(GIVEN)
+
+# The targets of a line are steps, each of which reads what the ones before it have written.
+.NOTPARALLEL:
 
 # `--set` reads its value as TOML, `--settings` several of them, `--text` takes its value as it is.
-is_on = $(filter-out 0,$($1))
-FLAGS = --recipe "$$RECIPE" --run "$$RUN" $(if $(call is_on,PLAN),--plan) $(if $(SET),--settings "$$SET")
-STAGE_FLAGS = --stage "$$STAGE" $(if $(PHASE),--phase "$$PHASE")
-DATA_FLAGS = $(if $(SHARDS),--text "data.shards=$$SHARDS")
+is_on = $(filter-out 0,$(call given,$1))
+FLAGS = --recipe "$$RECIPE" --run "$$RUN" $(if $(call is_on,PLAN),--plan) $(if $(call given,SET),--settings "$$SET")
+STAGE_FLAGS = --stage "$$STAGE" $(if $(call given,PHASE),--phase "$$PHASE")
+DATA_FLAGS = $(if $(call given,SHARDS),--text "data.shards=$$SHARDS")
 CAPTION_FLAGS = $(if $(call is_on,RETRY),--set captioning.retry_rejects=true)
-TRAIN_FLAGS = $(if $(GPUS),--set "training.num_processes=$$GPUS") $(if $(HOSTFILE),--text "training.hostfile=$$HOSTFILE") \
-	$(if $(REMOTE_SHELL),--text "training.remote_shell=$$REMOTE_SHELL") \
+TRAIN_FLAGS = $(if $(call given,GPUS),--set "training.num_processes=$$GPUS") $(if $(call given,HOSTFILE),--text "training.hostfile=$$HOSTFILE") \
+	$(if $(call given,REMOTE_SHELL),--text "training.remote_shell=$$REMOTE_SHELL") \
 	$(if $(call is_on,FROM_SCRATCH),--set 'training.{stage}.starts_from=scratch')
-SAMPLE_FLAGS = $(if $(PROMPT),--text "sampling.prompt=$$PROMPT") $(if $(PROMPTS),--text "sampling.prompts=$$PROMPTS") \
-	$(if $(N),--set "sampling.images_per_prompt=$$N") $(if $(STEPS),--set "sampling.num_steps=$$STEPS") \
-	$(if $(CFG),--set "sampling.guidance_scale=$$CFG") $(if $(SEED),--set "sampling.seed=$$SEED") \
-	$(if $(SIZE),--text "sampling.size=$$SIZE")
-EVAL_FLAGS = $(if $(REFERENCE),--text "evaluation.reference=$$REFERENCE") $(if $(CLIP),--text "evaluation.clip=$$CLIP") \
-	$(if $(INCEPTION),--text "evaluation.inception=$$INCEPTION")
-STATS_FLAGS = $(if $(SETS),--text "dataset_stats.sets=$$SETS") $(if $(SAMPLE),--set "dataset_stats.sample=$$SAMPLE") \
-	$(if $(SEED),--set "dataset_stats.seed=$$SEED")
+SAMPLE_FLAGS = $(if $(call given,PROMPT),--text "sampling.prompt=$$PROMPT") $(if $(call given,PROMPTS),--text "sampling.prompts=$$PROMPTS") \
+	$(if $(call given,N),--set "sampling.images_per_prompt=$$N") $(if $(call given,STEPS),--set "sampling.num_steps=$$STEPS") \
+	$(if $(call given,CFG),--set "sampling.guidance_scale=$$CFG") $(if $(call given,SEED),--set "sampling.seed=$$SEED") \
+	$(if $(call given,SIZE),--text "sampling.size=$$SIZE")
+EVAL_FLAGS = $(if $(call given,REFERENCE),--text "evaluation.reference=$$REFERENCE") $(if $(call given,CLIP),--text "evaluation.clip=$$CLIP") \
+	$(if $(call given,INCEPTION),--text "evaluation.inception=$$INCEPTION")
+STATS_FLAGS = $(if $(call given,SETS),--text "dataset_stats.sets=$$SETS") $(if $(call given,SAMPLE),--set "dataset_stats.sample=$$SAMPLE") \
+	$(if $(call given,SEED),--set "dataset_stats.seed=$$SEED")
 
 .DEFAULT_GOAL := help
 
@@ -48,6 +54,7 @@ help:  ## Show this list
 	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
 	@echo "  They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, \$$ and #."
 	@echo "  SET holds any number of table.key=value: numbers, true, [lists] and \"strings\" as in the recipe, other text as it is."
+	@echo "  demo and demo-raw have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps."
 
 $(READY): requirements.lock
 	@echo "make: installing the packages that requirements.lock pins into $(VENV); this takes a minute or two" >&2
@@ -70,7 +77,7 @@ demo: $(READY)  ## Everything on the toy world: captions, statistics, features, 
 
 # SA-1B has no text of its own, so alt texts exist for the LAION-like half only. The demo's page then shows both runs.
 RAW := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo-raw \
-	SET='features.stage2.captions=[{column="alt_text"}] features.stage2.shards=["laion_*"]'
+	SET='features.stage2.captions=[{column="alt_text"}] features.stage2.shards=["laion_*"]'$(if $(call given,SET),' '"$$SET")
 
 .PHONY: demo-raw
 demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense captions
@@ -132,11 +139,11 @@ sample: $(READY) need-stage  ## Checkpoint and prompts -> images (STAGE=2 PROMPT
 
 .PHONY: eval
 eval: $(READY) need-stage  ## Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)
-	@$(PY) -m sampling.evaluation "$${TASK:-score}" $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(EVAL_FLAGS)
+	@$(PY) -m sampling.evaluation $(if $(call given,TASK),"$$TASK",score) $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(EVAL_FLAGS)
 
 .PHONY: app
 app: $(READY) need-stage  ## A local page to draw from a checkpoint (STAGE=2 PORT=7860)
-	@$(PY) -m sampling.app $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(if $(PORT),--set "app.port=$$PORT")
+	@$(PY) -m sampling.app $(FLAGS) $(STAGE_FLAGS) $(SAMPLE_FLAGS) $(if $(call given,PORT),--set "app.port=$$PORT")
 
 .PHONY: nltk-data
 nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
@@ -144,11 +151,11 @@ nltk-data: $(READY)  ## Fetch NLTK's tagger once, checksummed
 
 .PHONY: need-source
 need-source:
-	@test -n "$$FROM" -a -n "$$TO" || { echo "make: say which, for example FROM=facebook/DiT-XL-2-256 TO=dit" >&2; exit 2; }
+	@$(if $(and $(call given,FROM),$(call given,TO)),:,echo "make: say which, for example FROM=facebook/DiT-XL-2-256 TO=dit" >&2; exit 2)
 
 .PHONY: need-stage
 need-stage:
-	@test -n "$$STAGE" || { echo "make: say which stage, for example STAGE=2" >&2; exit 2; }
+	@$(if $(call given,STAGE),:,echo "make: say which stage, for example STAGE=2" >&2; exit 2)
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,11 @@ from pipelines.command import parse_command
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Stands in for the interpreter of .venv, and writes down what it is asked to run.
 RECORDER = """#!/bin/sh
+mkdir busy || echo "two at once" >> all
 printf '%s\\0' "$@" > asked
+env > environment
+echo "$*" >> all
+rmdir busy
 """
 TEXTS = [
     "a sign that says $5 off",
@@ -133,9 +137,12 @@ def test_verify_and_convert_get_paths_with_spaces(house) -> None:
 @pytest.mark.parametrize("target", sorted({target for target, *_ in (VARIABLES | SWITCHES).values()}))
 def test_what_the_shell_exports_is_not_taken(house, target) -> None:
     exported = dict.fromkeys([*VARIABLES, *SWITCHES, "TO"], "%n@%m")
-    assert asked(house, target, *NEEDED.get(target, []), exported=exported) == asked(
-        house, target, *NEEDED.get(target, [])
-    )
+    expected = asked(house, target, *NEEDED.get(target, []))
+    assert asked(house, target, *NEEDED.get(target, []), exported=exported) == expected
+    # But programs that ours start, such as a remote shell, read it where it is theirs.
+    kept = dict(line.split("=", 1) for line in (house / "environment").read_text().splitlines() if "=" in line)
+    typed = {pair.split("=")[0] for pair in NEEDED.get(target, [])} | {"RECIPE", "RUN"}
+    assert {name for name in exported if kept.get(name) != "%n@%m"} == typed
     if target in NEEDED:
         done = run_make(house, target, exported=exported)
         assert done.returncode == 2 and "make: say which" in done.stderr
@@ -166,6 +173,44 @@ def test_a_make_inside_a_make_passes_settings_on(house) -> None:
     (house / "outer.mk").write_text("outer:\n\t@$(MAKE) -f Makefile RUN=x caption\n")
     words = asked(house, "-f", "outer.mk", "outer", "SET=sampling.prompt=it's $5 off", "RUN=y")
     assert words[-2:] == ["--settings", "sampling.prompt=it's $5 off"] and words[words.index("--run") + 1] == "x"
+
+
+def steps_of(house: Path, *typed: str, exported: dict[str, str] | None = None) -> list[str]:
+    """All that a target's steps are asked to do, in their order."""
+    (house / "all").unlink(missing_ok=True)
+    done = run_make(house, *typed, exported=exported)
+    assert done.returncode == 0, done.stderr
+    return (house / "all").read_text().splitlines()
+
+
+def test_the_demo_takes_its_steps_one_by_one_whatever_jobs_are_typed(house) -> None:
+    steps = steps_of(house, "demo")
+    assert len(steps) == 16 and [step.split()[:3] for step in steps[:2]] == [
+        ["-m", "toyworld", "world"],
+        ["-m", "captioning", "--recipe"],
+    ]
+    assert steps_of(house, "-j4", "demo") == steps
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-raw"])
+@pytest.mark.parametrize("typed", ["RUN=runs/x", "RECIPE=r.toml", "STAGE=2"])
+def test_the_demo_refuses_what_it_would_ignore(house, target, typed) -> None:
+    (house / "all").unlink(missing_ok=True)
+    done = run_make(house, target, typed)
+    name = typed.partition("=")[0]
+    assert done.returncode == 2 and f"stages of its own: leave {name}= out" in done.stderr
+    assert not (house / "all").exists()
+
+
+def test_the_raw_half_of_the_demo_keeps_typed_settings_beside_its_own(house) -> None:
+    own = 'features.stage2.captions=[{column="alt_text"}] features.stage2.shards=["laion_*"]'
+    said = "sampling.prompt=it's $5 off"
+    plain, changed = (
+        [step for step in steps_of(house, "demo-raw", *typed, exported={"SET": "not=typed"}) if "runs/demo-raw" in step]
+        for typed in ([], [f"SET={said}"])
+    )
+    assert len(plain) == 5 and all(f"--settings {own}" in step and "typed" not in step for step in plain)
+    assert changed == [step.replace(own, f"{own} {said}") for step in plain]
 
 
 def test_texts_stay_texts_in_the_recipe(tmp_path) -> None:
