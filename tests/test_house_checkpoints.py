@@ -1,4 +1,7 @@
-"""Training, sampling, the app and evaluation open the same checkpoint of a stage, or say the same of it."""
+"""Training, sampling, the app and evaluation open the same checkpoint of a stage, or say the same of it.
+
+Where optimizer state alone is damaged, training refuses, and the others draw from the same checkpoint.
+"""
 
 import json
 import shutil
@@ -55,6 +58,10 @@ def without_latest(stage: Path) -> None:
     (stage / "latest").unlink()
 
 
+def lose_state(stage: Path) -> None:
+    shutil.rmtree(stage / "step-12" / "deepspeed")
+
+
 def empties(file: str) -> Callable[[Path], object]:
     return lambda stage: (stage / file).write_bytes(b"")
 
@@ -89,13 +96,24 @@ STATES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "weights damaged": (empties(f"step-12/{WEIGHTS}"), "step-12 is damaged: model/", "echo step-6 > "),
     "state damaged": (empties(f"step-12/{STATE}"), "step-12 is damaged: deepspeed/", "echo step-6 > "),
+    "state gone": (lose_state, "step-12 is damaged: deepspeed/ does not exist", "echo step-6 > "),
+    "state and latest gone": (
+        all_of(without_latest, lose_state),
+        "step-6",
+        f"latest is gone; step-12 is damaged (deepspeed/ does not exist){NEWEST}6",
+    ),
     "trainer.json damaged": (empties("step-12/trainer.json"), "step-12 is damaged: trainer.json", "echo step-6 > "),
     "nothing": (shutil.rmtree, "", ""),
+}
+# What all others open, and the one warning, where training alone refuses: they need the weights.
+DRAWN = {
+    "state damaged": f"{STATE} is empty; its weights are whole and are taken, but training cannot go on from it",
+    "state gone": "step-12 None",
 }
 
 
 def opened_by_training(run: Path) -> str | None:
-    resume = job_of(run, 2, starts_from="scratch").resume
+    resume = job_of(run, 2, starts_from="scratch", num_steps=24).resume
     return resume and f"{resume.path} {resume.note}"
 
 
@@ -132,7 +150,12 @@ def test_training_and_sampling_open_the_same_checkpoint(
     shutil.copy(whole.parent / "recipe.toml", tmp_path)
     change(stage)
     by_training = outcome(lambda: opened_by_training(run))
-    assert outcome(lambda: opened_by_sampling(run, caplog)) == by_training
+    by_sampling = outcome(lambda: opened_by_sampling(run, caplog))
+    if state in DRAWN:
+        assert by_sampling is not None and by_sampling.startswith(f"{stage}/step-12 ")
+        assert by_sampling.endswith(DRAWN[state])
+    else:
+        assert by_sampling == by_training
     if state == "nothing":
         assert by_training is None
     else:

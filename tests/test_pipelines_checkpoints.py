@@ -12,6 +12,7 @@ from tiny_checkpoint import write_checkpoint
 
 from errors import UserError
 from pipelines.store.checkpoints import (
+    Checkpoint,
     checkpoint_folders,
     damage_of,
     drop_old,
@@ -20,6 +21,8 @@ from pipelines.store.checkpoints import (
     put_in_force,
     remove_unfinished,
     require_free_names,
+    require_whole,
+    weights_damage,
 )
 
 MODEL_STATES = "deepspeed/mp_rank_00_model_states.pt"
@@ -47,6 +50,13 @@ def make_users_things(stage: Path) -> list[str]:
     (stage / ".step-7.tmp").write_text("a note")
     (stage / ".step-8.tmp").symlink_to(stage / "step-15.bak")
     return sorted(path.name for path in stage.iterdir() if path.name not in ("latest", "step-5", "step-15", "step-20"))
+
+
+def found_to_train(stage: Path) -> Checkpoint:
+    found = find_checkpoint(stage)
+    assert found is not None
+    require_whole(found.path)
+    return found
 
 
 def names(stage: Path) -> list[str]:
@@ -162,17 +172,20 @@ def test_a_damaged_file_is_named_with_the_intact_one_and_the_way_on(
     harm(stage / "step-20" / file)
     (stage / "step-15" / "trainer.json").write_text("{")
     with pytest.raises(UserError) as refusal:
-        find_checkpoint(stage)
+        found_to_train(stage)
     said = str(refusal.value)
     assert said.startswith(f"{stage}/step-20 is damaged: {file} {damage}")
     way = f"echo step-5 > {stage}/latest"
+    start = (
+        f"; its weights are whole: or start another stage with training.<stage>.starts_from = '{stage}/step-20/model'"
+    )
     assert said.endswith(
         "; the newest intact checkpoint beside it is step-5: to go on from that, "
-        f"type `{way}` and then the same command again"
+        f"type `{way}` and then the same command again{start if file == MODEL_STATES else ''}"
     )
     os.system(way)
-    found = find_checkpoint(stage)
-    assert found is not None and (found.path, found.note) == (stage / "step-5", None)
+    found = found_to_train(stage)
+    assert (found.path, found.note) == (stage / "step-5", None)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -216,10 +229,15 @@ def test_without_an_intact_one_the_way_is_to_train_anew(stage: Path) -> None:
     for step in (5, 15, 20):
         empty(stage / f"step-{step}" / MODEL_STATES)
     way = f"mv {stage}/step-20 {stage}/step-20.damaged"
-    with pytest.raises(UserError, match=f"no intact checkpoint is beside it: restore the file .* `{way}` and train"):
-        find_checkpoint(stage)
+    start = rf"start another stage with training\.<stage>\.starts_from = '{stage}/step-20/model', or `{way}` and train"
+    with pytest.raises(UserError, match=f"no intact checkpoint is beside it: restore the file from a copy, {start}"):
+        found_to_train(stage)
     (stage / "latest").unlink()
     with pytest.raises(UserError, match=r"step-20 is damaged: .* no intact checkpoint is beside it"):
+        found_to_train(stage)
+    for step in (5, 15, 20):
+        empty(stage / f"step-{step}" / WEIGHTS)
+    with pytest.raises(UserError, match=f"no intact checkpoint is beside it: restore the file from a copy, or `{way}`"):
         find_checkpoint(stage)
 
 
@@ -230,16 +248,40 @@ def test_a_named_folder_that_is_damaged_is_not_replaced(stage: Path) -> None:
         open_checkpoint(stage / "step-15")
 
 
-def test_weights_without_optimizer_state_are_whole(stage: Path) -> None:
+def test_without_optimizer_state_the_weights_are_taken_and_training_names_who_has_it(stage: Path) -> None:
     shutil.rmtree(stage / "step-20" / "deepspeed")
     found = find_checkpoint(stage)
-    assert found is not None and found.step == 20
+    assert found is not None and (found.step, found.note) == (20, None)
+    assert open_checkpoint(stage / "step-20").note is None and weights_damage(stage / "step-20") is None
+    with pytest.raises(UserError, match=rf"step-20 is damaged: deepspeed/ does not exist; .* `echo step-15 > {stage}/"):
+        require_whole(found.path)
+    (stage / "latest").unlink()
+    assert found_to_train(stage).note == (
+        f"{stage}/latest is gone; step-20 is damaged (deepspeed/ does not exist): "
+        "the newest whole checkpoint is taken, step-15"
+    )
+    for step in (5, 15):
+        shutil.rmtree(stage / f"step-{step}" / "deepspeed")
+    found = find_checkpoint(stage)
+    assert found is not None and found.path == stage / "step-20"
+    assert found.note == f"{stage}/latest is gone: the newest checkpoint of whole weights is taken, step-20"
+
+
+def test_what_only_training_needs_is_a_note_for_all_others(stage: Path) -> None:
+    empty(stage / "step-20" / MODEL_STATES)
+    said = (
+        f"{stage}/step-20 is damaged: {MODEL_STATES} is empty; "
+        "its weights are whole and are taken, but training cannot go on from it"
+    )
+    found = find_checkpoint(stage)
+    assert found is not None and found.note == open_checkpoint(stage / "step-20").note == said
 
 
 def test_files_are_not_looked_at_where_another_rank_has_done_so(stage: Path) -> None:
     empty(stage / "step-20" / MODEL_STATES)
+    empty(stage / "step-20" / WEIGHTS)
     found = find_checkpoint(stage, checks_files=False)
-    assert found is not None and found.step == 20
+    assert found is not None and (found.step, found.note) == (20, None)
 
 
 def test_a_save_again_replaces_ours_and_moves_latest(stage: Path) -> None:

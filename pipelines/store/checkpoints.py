@@ -42,7 +42,7 @@ class DamagedCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder and its `trainer.json`; `note` says why it is not the one that `latest` names."""
+    """A checkpoint folder and its `trainer.json`; `note` says what a person should know of it."""
 
     path: Path
     trainer: dict[str, Any]
@@ -62,7 +62,8 @@ class Checkpoint:
 def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Checkpoint | None:
     """Return the checkpoint that `latest` names, or the newest whole one should that be gone; None if there is none.
 
-    A checkpoint that `latest` names and that is damaged is never passed over: steps would be lost without a word.
+    It can be drawn with; whether training can go on from it too, `require_whole` says. A checkpoint that `latest` names
+    and that is damaged is never passed over: steps would be lost without a word.
 
     Args:
         stage_directory: `RUN/training/<stage>`; it need not exist.
@@ -75,40 +76,50 @@ def find_checkpoint(stage_directory: Path, *, checks_files: bool = True) -> Chec
     named = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else ""
     folder = next((path for path in _folders(stage_directory) if path.name == named and named[0] != "."), None)
     if folder is not None:
-        if checks_files:
-            require_whole(folder)
-        return Checkpoint(folder, read_trainer(folder))
-    damages: dict[Path, str] = {}
-    for folder in reversed(checkpoint_folders(stage_directory)):
-        damage = damage_of(folder)
-        if damage is None:
-            reason = f"names {named!r}, which is not there" if named else "is empty" if latest.is_file() else "is gone"
-            passed = "".join(f"; {other.name} is damaged ({damages[other]})" for other in damages)
-            note = f"{latest} {reason}{passed}: the newest whole checkpoint is taken, {folder.name}"
-            return Checkpoint(folder, read_trainer(folder), note)
-        damages[folder] = damage
-    if damages:
-        raise DamagedCheckpointError(_refusal(*next(iter(damages.items()))))
-    return None
+        if checks_files and (damage := weights_damage(folder)):
+            raise DamagedCheckpointError(_refusal(folder, damage))
+        return _opened(folder, checks_files=checks_files)
+    damages = {path: damage_of(path) for path in reversed(checkpoint_folders(stage_directory))}
+    if not damages:
+        return None
+    whole = [path for path in damages if damages[path] is None]
+    folder = next(iter(whole or [path for path in damages if weights_damage(path) is None]), None)
+    newest = next(iter(damages))
+    if folder is None:
+        raise DamagedCheckpointError(_refusal(newest, str(damages[newest])))
+    reason = f"names {named!r}, which is not there" if named else "is empty" if latest.is_file() else "is gone"
+    passed = [path for path in damages if _step_of(path) > _step_of(folder)]
+    said = "".join(f"; {other.name} is damaged ({damages[other]})" for other in passed)
+    kind = "the newest whole checkpoint" if whole else "the newest checkpoint of whole weights"
+    return _opened(folder, note=f"{latest} {reason}{said}: {kind} is taken, {folder.name}")
 
 
 def require_whole(folder: Path, *, is_thorough: bool = False) -> None:
-    """Refuse a checkpoint in force that `damage_of` finds damaged: names the file, and the way to go on."""
+    """Refuse a checkpoint in force from which training cannot go on: names the file, and the way to go on."""
     if damage := damage_of(folder, is_thorough=is_thorough):
         raise DamagedCheckpointError(_refusal(folder, damage))
 
 
 def open_checkpoint(folder: Path, *, checks_files: bool = True) -> Checkpoint:
-    """Return the checkpoint in a folder that somebody has named; `checks_files` as in `find_checkpoint`.
+    """Return the checkpoint in a folder that is named for its weights; `checks_files` as in `find_checkpoint`.
 
     Raises:
         DamagedCheckpointError: names the file.
     """
-    if checks_files and (damage := damage_of(folder)):
+    if checks_files and (damage := weights_damage(folder)):
         intact = _newest_intact(folder)
         other = "" if intact is None else f"; the newest intact checkpoint beside it is {intact}, name that instead"
         raise DamagedCheckpointError(f"{folder} is damaged: {damage}{other}")
-    return Checkpoint(folder, read_trainer(folder))
+    return _opened(folder, checks_files=checks_files)
+
+
+def _opened(folder: Path, *, note: str | None = None, checks_files: bool = True) -> Checkpoint:
+    """Return a checkpoint of whole weights; its note says, too, what is damaged of the state that training needs."""
+    # A person who has removed all of the state knows what the rest is good for.
+    if checks_files and (folder / STATE).is_dir() and (damage := damage_of(folder)):
+        said = f"{folder} is damaged: {damage}; its weights are whole and are taken, but training cannot go on from it"
+        note = said if note is None else f"{note}; {said}"
+    return Checkpoint(folder, read_trainer(folder), note)
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
@@ -125,8 +136,6 @@ def checkpoint_folders(stage_directory: Path) -> list[Path]:
 def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
     """Return what is wrong with a checkpoint, the file first, such as "deepspeed/... is empty"; None if it is whole.
 
-    A checkpoint without its `deepspeed/` is whole: weights that can be drawn with.
-
     Args:
         folder: of the checkpoint.
         is_thorough: reads all of every file, and compares checksums where there are any.
@@ -134,13 +143,25 @@ def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
     Raises:
         OSError: a file cannot be read.
     """
+    if damage := weights_damage(folder, is_thorough=is_thorough):
+        return damage
+    if not (folder / STATE).is_dir():
+        return f"{STATE}/ does not exist"
+    return _file_damage(folder, state_files(read_trainer(folder)), is_thorough=is_thorough)
+
+
+def weights_damage(folder: Path, *, is_thorough: bool = False) -> str | None:
+    """Return what is wrong with what drawing needs of a checkpoint; arguments and errors as of `damage_of`."""
     if damage := state_damage(folder / TRAINER, keys=TRAINER_KEYS):
         return f"{TRAINER} {damage}"
     for name in CONFIGS:
         if (folder / name).parent.is_dir() and (damage := state_damage(folder / name)):
             return f"{name} {damage}"
-    has_state = (folder / STATE).is_dir()
-    for name in (WEIGHTS, *(state_files(read_trainer(folder)) if has_state else ())):
+    return _file_damage(folder, [WEIGHTS], is_thorough=is_thorough)
+
+
+def _file_damage(folder: Path, names: list[str], *, is_thorough: bool) -> str | None:
+    for name in names:
         if damage := weight_file_damage(folder / name, is_thorough=is_thorough):
             return f"{name} {damage}"
     return None
@@ -149,15 +170,19 @@ def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
 def _refusal(folder: Path, damage: str) -> str:
     """Return what to say of a damaged checkpoint that is in force."""
     intact = _newest_intact(folder)
+    start = (
+        "" if weights_damage(folder) else f"start another stage with training.<stage>.starts_from = '{folder / MODEL}'"
+    )
     if intact is None:
         return (
-            f"{folder} is damaged: {damage}; no intact checkpoint is beside it: restore the file from a copy, or "
-            f"`mv {shlex.quote(str(folder))} {shlex.quote(f'{folder}.damaged')}` and train the stage anew"
+            f"{folder} is damaged: {damage}; no intact checkpoint is beside it: restore the file from a copy, "
+            f"{start and f'{start}, '}or `mv {shlex.quote(str(folder))} {shlex.quote(f'{folder}.damaged')}` and train "
+            "the stage anew"
         )
     command = f"echo {shlex.quote(intact.name)} > {shlex.quote(str(folder.parent / LATEST))}"
     return (
         f"{folder} is damaged: {damage}; the newest intact checkpoint beside it is {intact.name}: to go on from that, "
-        f"type `{command}` and then the same command again"
+        f"type `{command}` and then the same command again{start and f'; its weights are whole: or {start}'}"
     )
 
 

@@ -70,14 +70,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     """Put weights, optimizer and average back as they were; all ranks must call it.
 
     Raises:
-        UserError: the folder holds weights but no training state, or what cannot be loaded; names the file.
+        UserError: there is no training state, or what cannot be loaded; names the file.
         StorageError: the disk is full, and the state must be converted.
     """
     if not (checkpoint.path / STATE).is_dir():
-        raise UserError(
-            f"{checkpoint.path} holds weights but no optimizer state, so training cannot be resumed from it; "
-            "start from it with training.<stage>.starts_from and another RUN"
-        )
+        require_whole(checkpoint.path)
     with _naming_damage(checkpoint, STATE):
         tag = loadable_state(checkpoint, dist.get_world_size())
     dist.barrier()

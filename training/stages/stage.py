@@ -16,6 +16,7 @@ from pipelines.store.checkpoints import (
     DamagedCheckpointError,
     find_checkpoint,
     open_checkpoint,
+    require_whole,
 )
 from pipelines.store.deepspeed_files import STATE
 from pipelines.store.files import sha256_file
@@ -85,6 +86,9 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     directory = command.run / "training" / command.stage_name
     _require_own_folders(command, settings)
     resume = find_checkpoint(directory, checks_files=checks_files)
+    # A finished stage needs no state any more, only weights.
+    if resume is not None and resume.step < settings.num_steps and checks_files:
+        require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
     networks = _networks(command, settings, directory, checks_files=checks_files)
     origins = {"training.starts_from": start.identity}

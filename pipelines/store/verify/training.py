@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from errors import UserError
-from pipelines.store.checkpoints import LATEST, TRAINER, checkpoint_folders, damage_of, read_trainer
+from pipelines.store.checkpoints import LATEST, TRAINER, checkpoint_folders, damage_of, read_trainer, weights_damage
+from pipelines.store.deepspeed_files import STATE
 from pipelines.store.state_files import state_damage
 from pipelines.store.verify.findings import Check, Problem, Unfinished
 from pipelines.store.verify.folders import Folder
@@ -16,7 +17,8 @@ def checkpoint_checks(folder: Folder) -> Iterator[Check]:
         return
 
     def look() -> Problem | None:
-        damage = damage_of(folder.path)
+        # One whose state was removed, to save room, can still be drawn with.
+        damage = damage_of(folder.path) if (folder.path / STATE).is_dir() else weights_damage(folder.path)
         if damage is None or not ("does not exist" in damage or "it lacks" in damage):
             return None
         return folder.problem(damage, mend=folder.mend(RESTORE, folder.path))
