@@ -86,5 +86,5 @@ def test_missing_or_empty_files_are_named(tmp_path):
     (tmp_path / "shape_val.txt").write_text("\n\n")
     with pytest.raises(UserError, match=r"shape_val\.txt holds no prompt"):
         read_compbench(tmp_path)
-    with pytest.raises(UserError, match=r"needs evaluation\.prompts"):
+    with pytest.raises(ValueError, match=r"needs evaluation\.prompts"):
         EvaluationConfig(prompt_set="coco")
