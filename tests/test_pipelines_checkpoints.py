@@ -79,9 +79,15 @@ def test_what_a_person_keeps_beside_is_neither_counted_nor_removed(stage: Path) 
     assert (stage / "step-3").read_text() == "a note" and (stage / "step-4" / "trainer.json").is_file()
 
 
-def test_abandoned_later_steps_are_removed_before_older_ones(stage: Path) -> None:
+def test_abandoned_later_steps_are_removed_before_older_ones_and_named(
+    stage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(stage, 25)
     drop_old(stage / "step-15", 2)
     assert names(stage) == ["step-5", "step-15"]
+    drop_old(stage / "step-15", 1)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "removed step-20, step-25: abandoned when latest was set back to train on to step-15"
 
 
 @pytest.mark.parametrize(("latest", "reason"), [(None, "is gone"), ("", "is empty"), (" \n", "is empty")])
@@ -332,6 +338,19 @@ def test_trainer_json_of_a_former_version_is_read_in_todays_words(stage: Path) -
     path.write_text(json.dumps(json.loads(path.read_text()) | former))
     found = find_checkpoint(stage)
     assert found is not None and found.trainer["stage"] == "stage2" and found.trainer["starts_from"] == "stage1"
+
+
+def test_a_former_checkpoint_of_that_name_that_cannot_be_removed_is_called_ours(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    shutil.copytree(stage / "step-5", stage / ".step-15.tmp")
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=rf"^{stage}/step-15 is a former checkpoint .*: remove it by hand and type"):
+        put_in_force(stage / ".step-15.tmp", stage / "step-15")
+    assert (stage / "latest").read_text() == "step-20\n" and damage_of(stage / "step-15") is None
 
 
 @pytest.mark.parametrize("name", ["step-21", ".step-21.tmp"])

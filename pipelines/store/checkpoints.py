@@ -220,11 +220,15 @@ def put_in_force(temporary: Path, final: Path) -> None:
     """Give a whole folder its final name, and `latest` last; a former folder of ours of that name goes.
 
     Raises:
-        UserError: something that is not ours has that name.
+        UserError: something has that name that is not ours, or cannot be removed.
     """
     if final.is_dir() and _is_ours(final):
-        _discard(final)
-    if os.path.lexists(final):
+        if not _discard(final):
+            raise UserError(
+                f"{final} is a former checkpoint and in the way of the one that was to be saved: remove it by hand and "
+                "type the command again; the checkpoint in force stays so"
+            )
+    elif os.path.lexists(final):
         raise UserError(_in_the_way(final))
     temporary.rename(final)
     fsync_directory(final.parent)
@@ -234,13 +238,14 @@ def put_in_force(temporary: Path, final: Path) -> None:
 def drop_old(newest: Path, num_kept: int) -> None:
     """Remove all but `num_kept` of ours: first those of later steps, abandoned when `latest` was set back, then old.
 
-    What cannot be removed is a warning.
+    Those of later steps are named in a line; what cannot be removed is a warning.
     """
     step = _step_of(newest)
     others = [path for path in checkpoint_folders(newest.parent) if path != newest]
     others.sort(key=lambda path: (_step_of(path) < step, _step_of(path)))
-    for old in others[: max(0, len(others) + 1 - num_kept)]:
-        _discard(old)
+    removed = [path for path in others[: max(0, len(others) + 1 - num_kept)] if _discard(path)]
+    if later := [path.name for path in removed if _step_of(path) > step]:
+        log.info(f"removed {', '.join(later)}: abandoned when {LATEST} was set back to train on to {newest.name}")
 
 
 def remove_unfinished(stage_directory: Path) -> None:
@@ -250,8 +255,8 @@ def remove_unfinished(stage_directory: Path) -> None:
             _discard(path)
 
 
-def _discard(folder: Path) -> None:
-    """Remove a folder of ours, which at once loses the name that would make it a checkpoint."""
+def _discard(folder: Path) -> bool:
+    """Remove a folder of ours, which at once loses the name that would make it a checkpoint; returns whether it has."""
     step = folder.name.strip(".").split(".")[0]
     doomed = folder.with_name(f".{step}.{secrets.token_hex(4)}.tmp")
     try:
@@ -260,6 +265,8 @@ def _discard(folder: Path) -> None:
     except OSError as error:
         left = doomed if doomed.exists() else folder
         log.warning(f"{left} cannot be removed ({error.strerror or error}): remove it by hand")
+        return left != folder
+    return True
 
 
 def _folders(directory: Path) -> list[Path]:
