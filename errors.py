@@ -79,14 +79,18 @@ def describe_memory_shortage(error: BaseException, *, what: str, settings: Mappi
         settings: keys of the recipe with the values to lower; numbers of 1 and less cannot be lowered.
     """
     reason = describe_reason(error)
-    is_alone = isinstance(error, LoneItemError)
-    lower = [
-        f"{key} = {value}"
-        for key, value in settings.items()
-        if not (isinstance(value, int | float) and value <= 1) and not (is_alone and "batch" in key)
-    ]
-    advice = f"lower {' or '.join(lower)}" if lower else "close other programs, or take a machine with more memory"
+    if isinstance(error, LoneItemError):
+        settings = {key: value for key, value in settings.items() if "batch" not in key}
+    advice = describe_lowering(settings)
     return f"{what}: out of memory{f' ({reason})' if reason else ''}; {advice}; what is done is kept"
+
+
+def describe_lowering(settings: Mapping[str, Any]) -> str:
+    """Return what to do where the memory is too small: which of `settings` to lower, those of 1 and less left out."""
+    lower = [
+        f"{key} = {value}" for key, value in settings.items() if not (isinstance(value, int | float) and value <= 1)
+    ]
+    return f"lower {' or '.join(lower)}" if lower else "close other programs, or take a machine with more memory"
 
 
 def describe_reason(error: BaseException) -> str:

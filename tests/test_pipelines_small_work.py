@@ -115,6 +115,25 @@ def test_work_that_has_killed_its_command_goes_to_workers_and_is_quarantined(tmp
     assert contents(tmp_path / "a") == contents(tmp_path / "undisturbed")
 
 
+def test_a_death_is_remembered_where_ray_does_not_start(tmp_path, monkeypatch) -> None:
+    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "a")], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+    def refuse(*_, **__) -> None:
+        raise UserError("Ray does not start")
+
+    monkeypatch.setattr(pipelines.engine.run, "choose_num_workers", refuse)
+    for _ in range(2):
+        with pytest.raises(UserError, match="Ray does not start"):
+            work(tmp_path / "a", few_samples=1000)
+
+
+def test_a_finished_piece_is_no_death_whatever_becomes_of_its_report(tmp_path) -> None:
+    output, _ = made_pieces(tmp_path / "a", num_workers=1)
+    assert list((tmp_path / "a" / ".parts" / "s0").glob("*.report"))
+    assert begun_attempts(make_sources(1, 50)[0], output, []) == []
+
+
 class InterruptedWorker(LineWorker):
     """Its user types Ctrl-C."""
 

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from errors import StorageError, UserError, describe_storage_error
+from errors import StorageError, UserError, describe_lowering, describe_storage_error
 from pipelines.engine.cluster import WorkerResources, choose_num_workers, is_cluster, run_on_ray
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
@@ -98,9 +99,9 @@ def run_over_shards(
 
     Rerunning continues where an earlier run stopped: finished shards and finished pieces of shards are kept.
     `room` names the caller in the progress view; up to `few_samples` of it take a worker less time than Ray takes to
-    start. `memory_settings` are keys of the recipe to lower where memory is short, with their values; the number of
-    workers is one in any case. `upstream` and `extra` go into the manifest as they are. Work that is there and is done
-    anew is said before, with `changes`, the settings that differ where the caller knows them.
+    start. `memory_settings` are keys of the recipe to lower where memory is short, with their values; several
+    workers are one more. `upstream` and `extra` go into the manifest as they are. Work that is there and is done anew
+    is said before, with `changes`, the settings that differ where the caller knows them.
 
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
@@ -192,9 +193,14 @@ def _run_pending(
         source.name: finished_pieces(source, output, fingerprint, worker_class.suffixes, **cut) for source in pending
     }
     finished = {name: [piece for piece, _ in parts] for name, parts in found.items()}
-    engine = _settle_place(engine, pending, output, finished=finished, room=room, few_samples=few_samples)
+    attempts = [path for source in pending for path in begun_attempts(source, output, finished[source.name])]
+    engine = _settle_place(engine, pending, attempts, finished=finished, room=room, few_samples=few_samples)
     num_workers = 1 if engine.in_process else choose_num_workers(engine.num_workers, engine.worker_resources)
-    memory_settings = {**memory_settings, "engine.num_workers": num_workers}
+    # Only now: where Ray does not start, the next run must know of the deaths, too.
+    for path in attempts:
+        path.unlink()
+    if num_workers > 1:
+        memory_settings = {**memory_settings, "engine.num_workers": num_workers}
     waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
     counts = _ProgressCounts(
         worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
@@ -225,33 +231,30 @@ def _run_pending(
     _drop_parts(output, fingerprint)
     if counts.quarantined:
         names = ", ".join(sorted(counts.quarantined))
-        lower = " or ".join(f"{key} = {value}" for key, value in memory_settings.items())
         raise QuarantinedShardError(
             f"{output.path}: quarantined after {engine.max_shard_attempts} attempts that killed the worker: {names}; "
-            f"if the machine is out of memory, lower {lower}"
+            f"if the machine is out of memory, {describe_lowering(memory_settings)}"
         )
 
 
 def _settle_place(
     engine: EngineConfig,
     pending: Sequence[Source],
-    output: ShardDirectory,
+    attempts: Sequence[Path],
     *,
     finished: Mapping[str, Sequence[Piece]],
     room: str,
     few_samples: int,
 ) -> EngineConfig:
-    """Return `engine` with `in_process` true or false, and forget the attempts of earlier runs.
+    """Return `engine` with `in_process` true or false.
 
-    Small work that has taken its command with it goes to Ray, where a worker that dies does not, and is counted.
+    Small work that has taken its command with it, as `attempts` of earlier runs tell, goes to Ray, where a worker that
+    dies does not, and is counted.
     """
     num_left = sum(source.num_samples for source in pending)
     num_left -= sum(piece.stop - piece.start for pieces in finished.values() for piece in pieces)
-    is_in_process, died = engine.is_in_process(num_left, few_samples), []
-    for source in pending:
-        for attempts in begun_attempts(source, output, finished[source.name]):
-            died += [source.name] if attempts.stat().st_size else []
-            attempts.unlink()
+    is_in_process = engine.is_in_process(num_left, few_samples)
+    died = [path.parent.name for path in attempts if path.stat().st_size]
     if is_in_process and died and engine.in_process is None:
         is_in_process = False
         get_logger(room).info(f"the last run was killed at {died[0]}: this one works in Ray's workers, which may die")

@@ -130,7 +130,10 @@ class PieceRunner:
 
 @contextlib.contextmanager
 def _counted(attempts: Path, *, num_before: int) -> Iterator[None]:
-    """Count an attempt before it begins; one that ends in an exception, Ctrl-C too, has killed nobody."""
+    """Count an attempt before it begins; one that ends in an exception, Ctrl-C too, has killed nobody.
+
+    A finished piece has no count: whatever becomes of its report, nobody died with it.
+    """
     with attempts.open("ab") as file:
         file.write(b".")
     try:
@@ -139,6 +142,7 @@ def _counted(attempts: Path, *, num_before: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.truncate(attempts, num_before)
         raise
+    discard(attempts)
 
 
 def _reset_peak_memory() -> None:
