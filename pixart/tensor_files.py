@@ -5,13 +5,15 @@ code, and no message advises to let one.
 """
 
 import argparse
+import datetime
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -35,22 +37,45 @@ UNPICKLING_FAULTS = (
     AttributeError,
     EOFError,
     ImportError,
-    IndexError,
-    KeyError,
+    LookupError,
+    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,
     AssertionError,
+    struct.error,
     zipfile.BadZipFile,
 )
-REFUSED_CLASS = re.compile(r"(?:GLOBAL|class) ([\w.]+)")
+REFUSED_CLASS = re.compile(r"(?:GLOBAL|class) '?([\w.]+)")
+
+
+def _plain_dict(*_factory: Any) -> dict[Any, Any]:
+    """Stand in for `defaultdict`, into which torch's unpickler puts nothing."""
+    return {}
+
+
 # Plain data that training code saves beside the weights; numpy 1 and 2 write their functions under other names.
 ARRAY_FUNCTIONS = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 PLAIN_CLASSES = [
     argparse.Namespace,
+    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
+    (_plain_dict, "collections.defaultdict"),
+    *(bool, dict, float, int, list, str, tuple),  # what a defaultdict may be of
+    # where a file system of the other kind would refuse them; Python 3.13 has them elsewhere
+    *(
+        (PurePosixPath, f"pathlib.{module}{name}")
+        for module in ("", "_local.")
+        for name in ("PosixPath", "PurePosixPath")
+    ),
+    *(
+        (PureWindowsPath, f"pathlib.{module}{name}")
+        for module in ("", "_local.")
+        for name in ("WindowsPath", "PureWindowsPath")
+    ),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
+    *(type(np.dtype(kind)) for kind in ("U1", "S1", "M8", "m8")),
     *((function, f"numpy.core.multiarray.{name}") for name, function in ARRAY_FUNCTIONS.items()),
     *((function, f"numpy._core.multiarray.{name}") for name, function in ARRAY_FUNCTIONS.items()),
 ]
@@ -67,7 +92,8 @@ class StoredWeights:
         """What was taken, in words."""
         if self.part is None:
             return "its weights"
-        return f"its {'average' if self.part in AVERAGES else 'trained'} weights ({self.part})"
+        is_average = any(part in AVERAGES for part in self.part.split("."))
+        return f"its {'average' if is_average else 'trained'} weights ({self.part})"
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -112,8 +138,11 @@ def _is_safetensors(head: bytes, path: Path) -> bool:
 
 def _require_torch_file(path: Path, head: bytes, name: str) -> None:
     if head.startswith(ZIP) and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.namelist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise UserError(f"{name} is a zip archive that is damaged ({error}): fetch it again") from None
         if any(member.endswith("/constants.pkl") for member in members):
             raise UserError(f"{name} is a program of TorchScript: save the weights alone, its state_dict()")
         if not any(member.endswith("/data.pkl") for member in members):
@@ -124,41 +153,53 @@ def _require_torch_file(path: Path, head: bytes, name: str) -> None:
 
 def _load_plain(path: Path, name: str) -> Any:
     """Unpickle tensors, containers, numbers, texts and `PLAIN_CLASSES`, and nothing else."""
+    is_zip, is_at_end = zipfile.is_zipfile(path), False
     try:
         # torch warns of pickles that are newer than its own, and asks to report them
         with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings(action="ignore"):
-            if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+            if path.suffix != ".safetensors" and is_zip:
                 # of a map, optimiser states beside the weights are not read
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with path.open("rb") as file:  # torch goes by the ends of names
-                return torch.load(file, map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+                finally:
+                    is_at_end = file.tell() >= path.stat().st_size
     except UNPICKLING_FAULTS as error:
         said = str(error)
         if is_out_of_memory(error):
             raise
-    if refused := REFUSED_CLASS.search(said):
+    # the first of the pickles in a file is a number by which torch knows its own
+    is_cut = is_at_end and not is_zip and "magic number" not in said
+    if not is_cut and (refused := REFUSED_CLASS.search(said)):
         raise UserError(
             f"{name} holds more than weights, namely {refused[1]}; to open that could run any program, so it is not "
             "opened: where the file comes from, save the weights alone, torch.save(model.state_dict(), ...)"
         )
-    if "PytorchStreamReader" in said or "EOF" in said or "truncated" in said:
+    if is_cut or "PytorchStreamReader" in said or "EOF" in said or "truncated" in said:
         raise UserError(f"{name} is not a checkpoint of torch any more: it has been cut short, fetch it again")
     raise UserError(f"{name} is not a checkpoint of torch, but a pickle of something else, or it is damaged")
 
 
-def _weights_in(content: Any, name: str) -> StoredWeights:
-    """Return the weights that training code has put into a file, whether at the top or in a part of it."""
+def _weights_in(content: Any, name: str, *, outer: str = "") -> StoredWeights:
+    """Return the weights that training code has put into a file: at the top, in a part of it, or in a part of that."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{name} holds no weights by name, but a {type(content).__name__}")
+        raise UserError(f"{name} holds no weights by name, but {_describe(content)}")
     parts = [part for part in PARTS if part in content]
     for part in parts:
-        if isinstance(content[part], Mapping) and content[part]:
-            return StoredWeights(_as_tensors(content[part], name), part)
+        inner = content[part]
+        if isinstance(inner, Mapping) and inner:
+            if not outer and any(isinstance(inner.get(deeper), Mapping) for deeper in PARTS):
+                return _weights_in(inner, name, outer=f"{part}.")
+            return StoredWeights(_as_tensors(inner, name), f"{outer}{part}")
     if parts:
         found = ", ".join(f"{part} is {_describe(content[part])}" for part in parts)
         raise UserError(f"{name} holds no weights: {found}")
     if not content:
         raise UserError(f"{name} holds no weights: it is an empty dict")
+    if any(isinstance(value, Tensor) for value in content.values()):
+        # an epoch or a step beside the weights is none of them
+        content = {key: value for key, value in content.items() if not isinstance(value, int | float | str)}
     return StoredWeights(_as_tensors(content, name))
 
 
@@ -173,7 +214,10 @@ def _as_tensors(weights: Mapping[Any, Any], name: str) -> dict[str, Tensor]:
 
 
 def _describe(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}{' of nothing' if value == {} else ''}"
+    if value is None:
+        return "None"
+    kind, is_empty = type(value).__name__, isinstance(value, Mapping) and not value
+    return f"{'an' if kind[0] in 'aeioAEIO' else 'a'} {kind}{' of nothing' if is_empty else ''}"
 
 
 def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:

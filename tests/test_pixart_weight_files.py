@@ -1,6 +1,9 @@
 """Files of weights as people have them: what opens, and what is said of what does not."""
 
 import argparse
+import collections
+import contextlib
+import datetime
 import json
 import os
 import pickle
@@ -17,6 +20,13 @@ from pixart.tensor_files import read_weight_file
 from pixart.weight_files import find_weight_files, read_json
 
 STEM = "diffusion_pytorch_model"
+PLAIN = {
+    "output": Path("runs/a"),
+    "begun": datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC),
+    "lasted": datetime.timedelta(hours=3),
+    "losses": collections.defaultdict(list, train=[0.1]),
+    "names": np.array(["a", "b"]),
+}
 WEIGHTS = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.float16)}
 
 
@@ -103,8 +113,12 @@ def test_a_folder_without_weights_says_what_is_there_instead(tmp_path: Path) -> 
         ({"model": WEIGHTS, "ema": None, "rng": np.zeros(2), "loss": np.float64(1)}, "model", "its trained weights"),
         ({"module": {f"module._orig_mod.{key}": value for key, value in WEIGHTS.items()}}, "module", "its trained"),
         ({"state_dict": {key: value.numpy() for key, value in WEIGHTS.items()}}, "state_dict", "its trained weights"),
+        ({**WEIGHTS, "epoch": 3, "loss": 0.1, "name": "x"}, None, "its weights"),
+        ({"model": {"state_dict": WEIGHTS, "epoch": 3}}, "model.state_dict", "its trained weights (model.state_dict)"),
+        ({"state_dict": {"ema": WEIGHTS, "model": {}}}, "state_dict.ema", "its average weights (state_dict.ema)"),
+        ({"model": WEIGHTS, "args": argparse.Namespace(**PLAIN)}, "model", "its trained weights"),
     ],
-    ids=["plain", "state_dict", "ema", "namespace", "model", "prefixes", "arrays"],
+    ids=["plain", "state_dict", "ema", "namespace", "model", "prefixes", "arrays", "epoch", "nested", "deep", "args"],
 )
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_what_training_code_saves_opens(tmp_path: Path, content, part, said: str, is_zip: bool) -> None:
@@ -128,6 +142,12 @@ def write_zip(path: Path) -> None:
         archive.writestr("photos/a.txt", "no weights")
 
 
+def endless() -> dict:
+    content: dict = {}
+    content["model"] = content
+    return content
+
+
 FAULTS = {
     "empty": (lambda path: path.write_bytes(b""), "is empty: it was not written or fetched to its end"),
     "pointer": (
@@ -143,6 +163,13 @@ FAULTS = {
     "none": (lambda path: torch.save({"state_dict": None}, path), "holds no weights: state_dict is None"),
     "nothing": (lambda path: torch.save({}, path), "holds no weights: it is an empty dict"),
     "other": (lambda path: torch.save({"words": ["a"]}, path), "is no file of weights: 'words' in it is a list"),
+    "texts": (lambda path: torch.save({"a": np.array(["b", "c"])}, path), "'a' in it is a ndarray"),
+    "number": (lambda path: torch.save({"epoch": 3}, path), "is no file of weights: 'epoch' in it is an int"),
+    "objects": (
+        lambda path: torch.save({"a": np.array([None])}, path),
+        "holds more than weights, namely numpy.dtypes.ObjectDType; to open that could run any program",
+    ),
+    "itself": (lambda path: torch.save(endless(), path), "is no file of weights: 'model' in it is a dict"),
     "module": (
         lambda path: torch.save(torch.nn.Linear(1, 1), path),
         "holds more than weights, namely torch.nn.modules.linear.Linear; to open that could run any program",
@@ -183,6 +210,22 @@ def test_a_file_that_was_cut_short_says_so(tmp_path: Path, is_zip: bool) -> None
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-1])
     with pytest.raises(UserError, match=r"x\.safetensors cannot be read, it may have been cut short"):
         read_weight_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_damage_anywhere_is_said_in_one_line(tmp_path: Path, is_zip: bool) -> None:
+    path = tmp_path / "x.pth"
+    content = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=1e-4, steps=70_000), "rng": np.zeros(2)}
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    whole = path.read_bytes()
+    for length in range(64, len(whole), 37 if is_zip else 5):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"x\.pth is not a checkpoint of torch any more: it has been cut short"):
+            read_weight_file(path)
+    for place in range(64, len(whole), 61 if is_zip else 11):
+        path.write_bytes(whole[:place] + b"\xf8" + whole[place + 1 :])
+        with contextlib.suppress(UserError):  # a byte of a number is damaged without a trace
+            assert read_weight_file(path).tensors.keys() == WEIGHTS.keys()
 
 
 def test_a_file_that_may_not_be_read_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
