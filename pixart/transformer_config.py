@@ -4,6 +4,7 @@ Every stored key is one of four: it says the shape, it must have the value that 
 with it, or it is unknown and therefore refused unless it is off.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def read_transformer_config(folder: Path, *, timestep_shift: int | None = None) 
         raise MissingFileError(f"{folder} has no config.json of a transformer{describe_originals(folder)}")
     stored = read_json(path)
     # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
-    norm_type = stored.get("norm_type", NORM_TYPES.get(stored.get("_class_name", "")))
+    norm_type = stored.get("norm_type", NORM_TYPES.get(str(stored.get("_class_name"))))
     reads_captions = stored.get("caption_channels") is not None
     try:
         if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and reads_captions):
@@ -141,7 +142,8 @@ def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
             f"cross_attention_dim is {stored['cross_attention_dim']}, but captions are projected to the width, {width}"
         )
     scale, has_size_condition = stored["interpolation_scale"], stored["use_additional_conditions"]
-    if scale is not None and not (isinstance(scale, int | float) and scale > 0):
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (is_number and scale > 0 and math.isfinite(scale)):
         raise UserError(f"interpolation_scale is {scale!r}, not a positive number")
     return PixArtConfig(
         **shared,

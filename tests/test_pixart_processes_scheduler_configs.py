@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import diffusers
@@ -104,6 +105,16 @@ def test_settings_of_dpm_solver_go_through_file_spec_and_scheduler() -> None:
         ({"prediction_type": "flow_prediction"}, "prediction_type flow_prediction with use_flow_sigmas False is no"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule sigmoid is none of linear, scaled_linear, squaredcos_cap_v2"),
         ({"beta_end": "0.02"}, "beta_end is '0.02', not a positive number"),
+        ({"beta_end": 2.0}, "beta_end is 2.0, not a number between 0 and 1"),
+        ({"beta_start": math.nan}, "beta_start is nan, not a finite number"),
+        ({"sample_max_value": math.nan}, "sample_max_value is nan, not a finite number"),
+        ({"lambda_min_clipped": math.inf}, "lambda_min_clipped is inf, not a finite number"),
+        ({"_class_name": "DDIMScheduler", "clip_sample_range": math.inf}, "clip_sample_range is inf, not a finite"),
+        ({"solver_order": 0}, "solver_order is 0, not one of 1, 2, 3"),
+        ({"solver_order": True}, "solver_order is True, not a number"),
+        ({"steps_offset": "1"}, "steps_offset is '1', not a number"),
+        ({"_class_name": ["x"]}, "_class_name is ['x'], not the name of a class"),
+        ({"predict_epsilon": False}, "predict_epsilon is False, but only True is supported: images would be drawn"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0, not a whole number from 2 on"),
         (
             {"_class_name": "EDMEulerScheduler"},
@@ -123,7 +134,13 @@ def test_another_process_is_refused_by_key_and_value(tmp_path: Path, config: dic
 
 
 def test_what_is_off_or_of_nobody_is_no_setting() -> None:
-    off = {"_diffusers_version": "0.1", "sigma_warp": None, "skip_prk_steps": True, "new_trick": False}
+    off = {
+        "predict_epsilon": True,
+        "lambda_min_clipped": -math.inf,
+        "sigma_warp": None,
+        "skip_prk_steps": True,
+        "new_trick": False,
+    }
     assert spec_of_scheduler(off) == ddpm_spec()
 
 

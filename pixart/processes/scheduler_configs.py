@@ -48,6 +48,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What would make it another process than ours, and the value at which it does not.
 PROCESS_DEFAULTS: dict[str, Any] = {
     "trained_betas": None,
+    "predict_epsilon": True,  # the name of `prediction_type` before diffusers 0.10
     "rescale_betas_zero_snr": False,
     "use_dynamic_shifting": False,
     "invert_sigmas": False,
@@ -97,6 +98,7 @@ OTHER_SAMPLER_KEYS = {
     "timestep_type",
     "variance_type",
 }
+SOLVER_ORDERS = (1, 2, 3)
 READ_KEYS = {*DDPM_SCHEDULE, "prediction_type", "use_flow_sigmas", "flow_shift", "shift"}
 
 
@@ -165,14 +167,19 @@ def _require_known(class_name: str, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"_class_name {class_name}: the network is distilled to few steps, and no solver here draws those"
         )
+    if not isinstance(class_name, str):
+        raise UserError(f"_class_name is {class_name!r}, not the name of a class")
     if class_name not in SCHEDULES and class_name not in FLOW_CLASSES:
         raise UserError(f"_class_name {class_name} is none of {', '.join([*SCHEDULES, *FLOW_CLASSES])}")
     for key, value in config.items():
-        if key in PROCESS_DEFAULTS and value != PROCESS_DEFAULTS[key]:
+        # as diffusers saves lambda_min_clipped where nothing is clipped
+        if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("lambda_min_clipped", -math.inf):
+            raise UserError(f"{key} is {value}, not a finite number")
+        if key in PROCESS_DEFAULTS and value not in (None, PROCESS_DEFAULTS[key]):
             said = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
             raise UserError(
                 f"{key} is {said}, but only {PROCESS_DEFAULTS[key]!r} is supported: images would be drawn under "
-                "another noise schedule than the network was trained with"
+                "another process than the network was trained with"
             )
         is_known = key in READ_KEYS | PROCESS_DEFAULTS.keys() | SAMPLER_DEFAULTS.keys() | OTHER_SAMPLER_KEYS
         if not is_known and not key.startswith("_") and value not in (None, False):
@@ -181,6 +188,12 @@ def _require_known(class_name: str, config: Mapping[str, Any]) -> None:
 
 def _sampler(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config of DPM-Solver++ sets otherwise than diffusers does by itself."""
+    for key, default in SAMPLER_DEFAULTS.items():
+        value, is_number = config.get(key, default), type(default) in (int, float)
+        if is_number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{key} is {value!r}, not a number")
+    if (order := config.get("solver_order", 2)) not in SOLVER_ORDERS:
+        raise UserError(f"solver_order is {order!r}, not one of {', '.join(map(str, SOLVER_ORDERS))}")
     return {key: config[key] for key, value in SAMPLER_DEFAULTS.items() if config.get(key, value) != value}
 
 
@@ -192,7 +205,8 @@ def _schedule(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     if not isinstance(num_times, int) or num_times < 2:
         raise UserError(f"num_train_timesteps is {num_times!r}, not a whole number from 2 on")
     for name in ("beta_start", "beta_end"):
-        _number(schedule, name, None)
+        if _number(schedule, name, None) >= 1:
+            raise UserError(f"{name} is {schedule[name]!r}, not a number between 0 and 1")
     return schedule
 
 
