@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_checkpoint import TRAINER
 from tiny_encoders import save_codec, save_text_encoder
 
 from pixart.convert import save_diffusers
@@ -39,14 +40,13 @@ def save_checkpoint(
     folder = run / "training" / f"stage{stage}" / f"step-{step}"
     save_diffusers(model, folder / "model")
     text = {"model": str(run / "t5"), "revision": None, "max_tokens": MAX_TOKENS, "d_text": 32}
-    trainer = {
+    trainer = TRAINER | {
         "stage": f"stage{stage}",
         "step": step,
         "num_steps": step,
         "num_ranks": 1,
         "zero_stage": 0,
         "dtype": "fp32",
-        "weights": "ema",
         "kind": "dit" if is_dit else "pixart",
         "resolution": 32,
         "buckets": list(buckets),

@@ -12,6 +12,7 @@ from tiny_checkpoint import write_checkpoint
 
 from errors import UserError
 from pipelines.store.checkpoints import (
+    TRAINER_KEYS,
     Checkpoint,
     checkpoint_folders,
     damage_of,
@@ -330,6 +331,18 @@ def test_a_folder_that_may_not_be_written_keeps_all(
     assert names(stage) == ["step-5", "step-15", "step-20"]
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"{stage}/step-{step} cannot be removed (Permission denied): remove it by hand" for step in (5, 15)]
+
+
+@pytest.mark.parametrize("key", TRAINER_KEYS)
+def test_a_trainer_json_without_a_key_or_of_another_type_is_damaged(stage: Path, key: str) -> None:
+    path = stage / "step-20" / "trainer.json"
+    trainer = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in trainer.items() if name != key}))
+    with pytest.raises(UserError, match=rf"step-20 is damaged: trainer\.json is damaged: it lacks {key}; .* step-15"):
+        find_checkpoint(stage)
+    path.write_text(json.dumps(trainer | {key: True if key in ("vae", "text", "fingerprint") else {}}))
+    with pytest.raises(UserError, match=rf"trainer\.json is damaged: {key} is a (bool|dict); "):
+        find_checkpoint(stage)
 
 
 def test_trainer_json_of_a_former_version_is_read_in_todays_words(stage: Path) -> None:

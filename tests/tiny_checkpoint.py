@@ -9,6 +9,23 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+# The keys that every version has written, beside steps and ranks.
+TRAINER: dict[str, Any] = {
+    "stage": "stage2",
+    "kind": "pixart",
+    "weights": "ema",
+    "plan_fingerprint": "0123",
+    "fingerprint": {},
+    "resolution": 32,
+    "buckets": [],
+    "vae": {},
+    "text": None,
+    "num_samples_seen": 0,
+    "elapsed_seconds": 1.0,
+    "skipped_steps": 0,
+    "skipped_in_a_row": 0,
+}
+
 
 def write_checkpoint(
     stage: Path, step: int, *, zero_stage: int = 0, num_ranks: int = 1, trainer: Mapping[str, Any] | None = None
@@ -19,8 +36,8 @@ def write_checkpoint(
     save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model" / "diffusion_pytorch_model.safetensors")
     (folder / "model" / "config.json").write_text(json.dumps({"num_layers": 2}))
     write_state(folder / "deepspeed", zero_stage=zero_stage, num_ranks=num_ranks)
-    settings = {"num_steps": 12, "zero_stage": zero_stage, "num_ranks": num_ranks, "dtype": "bf16", "weights": "ema"}
-    (folder / "trainer.json").write_text(json.dumps({"step": step} | settings | dict(trainer or {})))
+    settings = {"num_steps": 12, "zero_stage": zero_stage, "num_ranks": num_ranks, "dtype": "bf16"}
+    (folder / "trainer.json").write_text(json.dumps(TRAINER | {"step": step} | settings | dict(trainer or {})))
     return folder
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from errors import UserError
@@ -28,7 +29,17 @@ TRAINER = "trainer.json"
 MODEL = "model"
 WEIGHTS = f"{MODEL}/diffusion_pytorch_model.safetensors"
 CONFIGS = (f"{MODEL}/config.json", "scheduler/scheduler_config.json")
-TRAINER_KEYS = ("step", "num_steps", "zero_stage", "num_ranks", "dtype")
+# What `trainer.json` has had from the first version on, and the types.
+TRAINER_KEYS = {
+    **dict.fromkeys(("step", "num_steps", "zero_stage", "num_ranks", "resolution", "num_samples_seen"), int),
+    **dict.fromkeys(("skipped_steps", "skipped_in_a_row"), int),
+    **dict.fromkeys(("kind", "weights", "dtype", "plan_fingerprint"), str),
+    **dict.fromkeys(("fingerprint", "vae"), dict),
+    "stage": (int, str),
+    "elapsed_seconds": (int, float),
+    "text": (dict, NoneType),
+    "buckets": list,
+}
 OURS = re.compile(r"step-([1-9][0-9]*)")
 # What is being written, and with eight digits what is being removed.
 UNFINISHED = re.compile(r"\.step-[1-9][0-9]*(\.[0-9a-f]{8})?\.tmp")

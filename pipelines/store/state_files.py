@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ def read_state(path: Path, *, mend: str, keys: Collection[str] = ()) -> dict[str
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is cut short, is no JSON object, or lacks one of `keys`; names the file.
+        UserError: it is cut short, is no JSON object, or lacks one of `keys`, or has another type there if they are a
+            mapping to types; names the file.
     """
     try:
         data = path.read_bytes()
@@ -58,6 +59,9 @@ def _parse(data: bytes, keys: Collection[str]) -> tuple[dict[str, Any], str | No
         return {}, f"is damaged: it holds a {type(content).__name__}, not an object"
     if missing := sorted(set(keys) - content.keys()):
         return {}, f"is damaged: it lacks {', '.join(missing)}"
+    for key, kind in keys.items() if isinstance(keys, Mapping) else ():
+        if not isinstance(content[key], kind):
+            return {}, f"is damaged: {key} is a {type(content[key]).__name__}"
     return content, None
 
 

@@ -122,7 +122,7 @@ def _ways_on(name: str, checkpoint: Checkpoint, *, former: Any, table_name: str)
 
 def _former_start(checkpoint: Checkpoint, identity: str) -> str:
     """Return how to name the weights that a stage started from, if they are still there."""
-    wanted = checkpoint.trainer["starts_from"]
+    wanted = checkpoint.trainer.get("starts_from")
     key = _key(START, checkpoint)
     stage = str(wanted).rpartition("/")[2]
     kept = _run(checkpoint) / "training" / stage / f"step-{identity.rpartition('@')[2]}"

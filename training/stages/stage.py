@@ -145,7 +145,10 @@ def _start_or_recorded(
     try:
         start = _starting_point(command, settings, directory, checks_files=checks_files)
     except (MissingFileError, DamagedCheckpointError):
-        if resume is None or not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
+        # Checkpoints of before stages had names may not say where they started.
+        if resume is None or "starts_from" not in resume.trainer:
+            raise
+        if not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
         return StartingPoint(None, resume.trainer["fingerprint"]["training.starts_from"])
     if resume is None and settings.starts_from is not None:
