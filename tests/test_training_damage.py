@@ -9,7 +9,7 @@ from training_run import make_run, train
 
 from errors import ProgramFault, StorageError
 from pipelines.store.checkpoints import open_checkpoint
-from pipelines.store.deepspeed_files import conversion_damage
+from pipelines.store.deepspeed_files import conversion_damage, list_files
 from training.loop.conversions import loadable_state
 
 SETTINGS = {
@@ -94,16 +94,28 @@ def test_a_conversion_that_was_cut_short_is_made_anew_and_a_killed_one_removed(
         f"{folder / lost} does not exist: it is made anew from deepspeed/"
     ]
     assert conversion_damage(folder / "deepspeed-universal", is_thorough=True) is None
+    shutil.rmtree(folder / "deepspeed-universal" / "zero" / "final.weight")
+    assert loadable_state(checkpoint, 1) == "deepspeed-universal" and len(made) == 3, "all of a weight is missed, too"
 
 
+@pytest.mark.parametrize("is_listed", [True, False], ids=["listed", "of before"])
 @pytest.mark.parametrize("file", ["zero/optimizer_state.pt", "zero/final.weight/fp32.pt", "mp_rank_00_model_states.pt"])
-def test_every_file_of_a_conversion_must_be_there(tmp_path: Path, file: str) -> None:
+def test_every_file_of_a_conversion_must_be_there(tmp_path: Path, file: str, is_listed: bool) -> None:
     write_universal(tmp_path / "deepspeed-universal")
+    if is_listed:
+        list_files(tmp_path / "deepspeed-universal")
     path = tmp_path / "deepspeed-universal" / file
     path.write_bytes(path.read_bytes()[:-9])
     assert conversion_damage(path.parents[file.count("/")]) == f"deepspeed-universal/{file} is cut short or overwritten"
     path.unlink()
     assert conversion_damage(path.parents[file.count("/")]) == f"deepspeed-universal/{file} does not exist"
+
+
+def test_a_list_of_a_conversion_that_is_damaged_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "deepspeed-universal"
+    write_universal(folder)
+    (folder / "files.json").write_text("{")
+    assert str(conversion_damage(folder)).startswith("deepspeed-universal/files.json is damaged (")
 
 
 def test_a_disk_that_is_full_during_a_conversion_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.store.files import atomic_write_json
+from pipelines.store.state_files import read_state, state_damage
 from pipelines.store.weight_files import weight_file_damage
 
 STATE = "deepspeed"
@@ -13,6 +15,8 @@ SEPARATE_STATE = "deepspeed-separate"
 CONVERSIONS = (UNIVERSAL_STATE, SEPARATE_STATE)
 WEIGHTS_FOLDER = "zero"
 SHARED_STATE = f"{WEIGHTS_FOLDER}/optimizer_state.pt"
+# In a conversion: the names of all its files, which nothing else says. Those of before have none.
+FILES, FILES_KEY = "files.json", "files"
 
 
 def state_files(trainer: Mapping[str, Any]) -> list[str]:
@@ -37,13 +41,30 @@ def conversion_damage(folder: Path, *, is_thorough: bool = False) -> str | None:
         folder: of the conversion.
         is_thorough: reads all of every file, and compares checksums.
     """
+    listed = state_damage(folder / FILES, keys={FILES_KEY: list})
+    if listed is None:
+        files = read_state(folder / FILES, mend="remove it")[FILES_KEY]
+    elif listed == "does not exist":
+        files = _former_files(folder)
+    else:
+        return f"{folder.name}/{FILES} {listed}"
+    for name in files:
+        if damage := weight_file_damage(folder / name, is_thorough=is_thorough):
+            return f"{folder.name}/{name} {damage}"
+    return None
+
+
+def list_files(folder: Path) -> None:
+    """Write down which files a conversion has, that has just been made."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.pt"))
+    atomic_write_json(folder / FILES, {FILES_KEY: names})
+
+
+def _former_files(folder: Path) -> list[str]:
+    """Return what must be in a conversion without a list: for each weight there is, what there is of any of them."""
     weights = [path for path in sorted((folder / WEIGHTS_FOLDER).glob("*")) if path.is_dir()]
     of_weight = sorted({path.name for weight in weights for path in weight.glob("*.pt")})
     files = [path.name for path in sorted(folder.glob("*model_states.pt"))] or ["mp_rank_00_model_states.pt"]
     if (folder / WEIGHTS_FOLDER).is_dir():
         files.append(SHARED_STATE)
-    files += [f"{WEIGHTS_FOLDER}/{weight.name}/{name}" for weight in weights for name in of_weight]
-    for name in files:
-        if damage := weight_file_damage(folder / name, is_thorough=is_thorough):
-            return f"{folder.name}/{name} {damage}"
-    return None
+    return files + [f"{WEIGHTS_FOLDER}/{weight.name}/{name}" for weight in weights for name in of_weight]

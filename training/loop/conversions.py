@@ -14,7 +14,7 @@ import torch.distributed as dist
 from errors import ProgramFault
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import Checkpoint
-from pipelines.store.deepspeed_files import SEPARATE_STATE, STATE, UNIVERSAL_STATE, conversion_damage
+from pipelines.store.deepspeed_files import SEPARATE_STATE, STATE, UNIVERSAL_STATE, conversion_damage, list_files
 from training.loop.disk import fsync_tree, saying_a_full_disk
 from training.loop.former_layout import has_former_layout, separate_state
 from training.loop.zero import deepspeed_records
@@ -69,6 +69,7 @@ def _make(conversion: Path, write: Callable[[Path], None]) -> None:
     ):
         output = Path(temporary) / conversion.name
         write(output)
+        list_files(output)
         fsync_tree(output)
         output.rename(conversion)
 
