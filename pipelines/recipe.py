@@ -296,8 +296,8 @@ def load_recipe(
 
     Raises:
         MissingFileError: the recipe does not exist.
-        UserError: it cannot be read, is not TOML, has an unknown table or a stage with phases, as recipes had before
-            stages had names, or an override is not `table.key=value`.
+        UserError: it cannot be read, is not TOML, has an unknown table, a value where a table should be, or a stage
+            with phases, as recipes had before stages had names, or an override is not `table.key=value`.
     """
     path = Path(path)
     if not path.exists():
@@ -308,6 +308,7 @@ def load_recipe(
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+    _require_tables(tables, path)
     for override in overrides:
         apply_setting(tables, override, stage=stage)
     for text in texts:
@@ -317,6 +318,15 @@ def load_recipe(
         raise UserError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
     _refuse_phases(tables, path)
     return Recipe(path, tables)
+
+
+def _require_tables(tables: Mapping[str, Any], path: Path) -> None:
+    for name in TABLES:
+        content = tables.get(name, {})
+        if isinstance(content, list):
+            raise UserError(f"{path}: {name} = {content!r} is a list: write it as one table, [{name}]")
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: {name} = {content!r} is no table: write its keys below [{name}]")
 
 
 def _refuse_phases(tables: Mapping[str, Any], path: Path) -> None:

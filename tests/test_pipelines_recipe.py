@@ -238,3 +238,24 @@ def test_a_table_in_a_field_leaves_out_its_own_defaults() -> None:
     nested = Nested(first=Deciding(kind="a", folder="y"), second=Deciding(kind="b", rate=2.0))
     assert nested.fingerprint_fields() == {"second": {"kind": "b", "rate": 2.0}}
     assert Nested(first=Deciding(kind="b")).fingerprint_fields() == {"first": {"kind": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training = 3", "training = 3 is no table: write its keys below [training]"),
+        (
+            '[[training]]\nx = 1\n[data]\nshards = "a.tar"',
+            "training = [{'x': 1}] is a list: write it as one table, [training]",
+        ),
+        ("features = []", "features = [] is a list: write it as one table, [features]"),
+        ('app = "x"', "app = 'x' is no table: write its keys below [app]"),
+    ],
+)
+@pytest.mark.parametrize("overrides", [(), ("training.num_steps=3", "features.resolution=64", "app.port=80")])
+def test_a_table_that_is_none_is_named(tmp_path, text: str, said: str, overrides: tuple[str, ...]) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    assert str(error.value) == f"{path}: {said}"
