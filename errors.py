@@ -1,6 +1,7 @@
 """What a user can mend, and how it is said: the one module that every room may import."""
 
 import errno
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,11 @@ MEMORY_SIGNS = (
     "Cannot allocate memory",
 )
 MAX_REASON_CHARACTERS = 160
+
+
+def run_argument(run: object) -> str:
+    """Return how a folder or URL of a run is typed to `make`: `RUN=` and the path, quoted where it needs that."""
+    return f"RUN={shlex.quote(str(run))}"
 
 
 class UserError(Exception):

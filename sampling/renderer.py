@@ -11,7 +11,7 @@ from torch import Tensor
 from encoders.devices import choose_device, choose_dtype
 from encoders.latents import NonFinitePixelsError
 from encoders.opening import open_codec
-from errors import UserError
+from errors import UserError, run_argument
 from pipelines.store.manifest import require_same
 from pixart.drawing.denoise import (
     NonFiniteLatentsError,
@@ -100,7 +100,7 @@ class Renderer:
         other = "" if dtype == "float32" else f"; if they are sound, set sampling.dtype = 'float32', it is {dtype} now"
         if self.trained.run is None:
             return f"the weights of {weights} are at fault, put them there anew{other}"
-        return f"`make verify RUN={self.trained.run}` finds weights that are damaged in {weights}{other}"
+        return f"`make verify {run_argument(self.trained.run)}` finds weights that are damaged in {weights}{other}"
 
     @torch.inference_mode()
     def _predict(self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor]) -> Predict:

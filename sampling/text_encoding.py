@@ -17,7 +17,7 @@ from torch import Tensor
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
 from encoders.text import DEFAULT_CLEANING
-from errors import MissingFileError, UserError
+from errors import MissingFileError, UserError, run_argument
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import MEND_NULL_CAPTION, NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
 from pipelines.store.feature_store import load_index, read_payload
@@ -50,7 +50,7 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     else:
         captions, null = _read_features(path, [request.key for request in requests], text)
         embeddings = {"": null, **captions}
-    finds = f"`make verify RUN={path.parent.parent}` finds what is damaged"
+    finds = f"`make verify {run_argument(path.parent.parent)}` finds what is damaged"
     mend = finds if config.reads_features else "write it again with sampling.write_embeddings"
     for name, embedding in embeddings.items():
         if not embedding.float().isfinite().all():

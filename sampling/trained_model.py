@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.kl import PUBLISHED_VAE
 from encoders.weights import resolve_model
-from errors import MissingFileError, UserError
+from errors import MissingFileError, UserError, run_argument
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL, find_checkpoint
 from pipelines.store.state_files import read_state
@@ -90,7 +90,9 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     stage_folder = run / "training" / stage_name
     checkpoint = find_checkpoint(stage_folder)
     if checkpoint is None:
-        raise MissingFileError(f"{stage_folder} has no checkpoint: run `make train RUN={run} STAGE={stage_name}` first")
+        raise MissingFileError(
+            f"{stage_folder} has no checkpoint: run `make train {run_argument(run)} STAGE={stage_name}` first"
+        )
     if checkpoint.note is not None:
         log.warning(checkpoint.note)
     folder, trainer = checkpoint.path, checkpoint.trainer

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from encoders.text import DEFAULT_CLEANING
-from errors import MissingFileError, UserError
+from errors import MissingFileError, UserError, run_argument
 from pipelines.command import Command
 from pipelines.raw.shards import select_shards
 from pipelines.recipe import Recipe
@@ -227,7 +227,7 @@ def _open_dataset(
     cache: ShardCache,
     key: str,
 ) -> Dataset:
-    command = f"make features STAGE={table_name} RUN={run}"
+    command = f"make features STAGE={table_name} {run_argument(run)}"
     latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
     vae = latents.fact("vae")
     for field_name, expected, found in (

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, run_argument
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, open_checkpoint
 from pipelines.store.manifest import Fingerprint
@@ -115,7 +115,7 @@ def _ways_on(name: str, checkpoint: Checkpoint, *, former: Any, table_name: str)
     stage = _stage(checkpoint)
     return (
         f"{onward}; to go on as it was, set the features back and run `make features STAGE={table_name} "
-        f"RUN={_run(checkpoint)}`, or read them from a run that still has them: training.{stage}.datasets = "
+        f"{run_argument(_run(checkpoint))}`, or read them from a run that still has them: training.{stage}.datasets = "
         "[{ run = '…' }]"
     )
 

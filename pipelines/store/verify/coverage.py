@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pandas.util import hash_array
 
+from errors import run_argument
 from pipelines.raw.shards import shard_name
 from pipelines.store.families import FamilySchema, schema_of, texts_digest
 from pipelines.store.manifest import Manifest
@@ -22,6 +23,7 @@ DIGITS = re.compile(r"\d+")
 
 def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> None:
     """Check that no shard of a directory's input, `raw_shards` or captions, is missing between those it has done."""
+    typed = run_argument(run)
     captions = findings.manifests.get(run / "captions")
     remembered = [shard_name(path) for path in raw_shards]
     for directory, manifest in findings.manifests.items():
@@ -30,9 +32,12 @@ def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> 
             digest = texts_digest(captions)
             if upstream != digest:
                 text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
-                mend = f"`make features STAGE=… RUN={run}` encodes what has changed"
+                mend = f"`make features STAGE=… {typed}` encodes what has changed"
                 findings.problems.append(Problem(directory=directory, text=text, mend=mend))
-            text, mend = f"{run / 'captions'} has no such shard", f"`make caption RUN={run}` with SHARDS of it, too"
+            text, mend = (
+                f"{run / 'captions'} has no such shard",
+                f"`make caption {typed}` with SHARDS of it, too",
+            )
             findings.problems += [
                 Problem(directory=directory, shard=name, text=text, mend=mend)
                 for name in sorted(manifest.shards.keys() - captions.shards.keys())
@@ -41,7 +46,7 @@ def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> 
         if directory.parent == run / "features" or directory == run / "captions":
             text = "missing, though shards before and after it are there"
             command = "make caption" if directory == run / "captions" else "make features STAGE=…"
-            mend = f"`{command} RUN={run}` with SHARDS of all of them"
+            mend = f"`{command} {typed}` with SHARDS of all of them"
             findings.problems += [
                 Problem(directory=directory, shard=name, text=text, mend=mend)
                 for name in missing_between(expected, manifest.shards)
@@ -89,7 +94,7 @@ def check_families(run: Path, findings: Findings, *, are_all_finished: bool) -> 
             has_condition = any(name in findings.manifests[path].shards for path in conditions)
             if are_all_finished and not has_condition and len(keys) and not _has_labels(directory / f"{name}.parquet"):
                 text = f"it has {families[directory].name}, but neither text nor class labels: no stage can train on it"
-                mend = f"`make caption RUN={run}` and `make features STAGE=… RUN={run}`"
+                mend = f"`make caption {run_argument(run)}` and `make features STAGE=… {run_argument(run)}`"
                 findings.problems.append(Problem(directory=directory, shard=name, text=text, mend=mend))
     if not are_all_finished:
         return
@@ -98,7 +103,7 @@ def check_families(run: Path, findings: Findings, *, are_all_finished: bool) -> 
     for path in joined:
         alone = [name for name in findings.manifests[path].shards if name not in known]
         text = f"it has {families[path].name}, but no {names_of_leading}"
-        mend = f"`make features STAGE=… RUN={run}` with SHARDS of it"
+        mend = f"`make features STAGE=… {run_argument(run)}` with SHARDS of it"
         findings.problems += [Problem(directory=path, shard=name, text=text, mend=mend) for name in alone]
 
 
