@@ -82,7 +82,7 @@ def parse_command(
     stage = full_stage_name(options.stage, options.phase) if has_stages else None
     return Command(
         recipe=load_recipe(options.recipe.expanduser(), options.overrides, texts=options.texts, stage=stage),
-        run=_run_folder(options.run),
+        run=run_folder(options.run),
         stage=stage,
         is_plan=options.plan,
     )
@@ -94,7 +94,12 @@ def full_stage_name(text: str, phase: str | None = None) -> str:
     return f"{name}-{phase}" if phase else name
 
 
-def _run_folder(text: str) -> Path:
+def run_folder(text: str) -> Path:
+    """Return the folder that a user has typed as RUN, with `~` filled in.
+
+    Raises:
+        UserError: it is a URL.
+    """
     if is_remote(text):
         raise UserError(
             f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"

@@ -10,6 +10,7 @@ import pytest
 from sound_run import require_sound
 from warm_python import run_module
 
+from pipelines.store.verify import kinds
 from pipelines.store.verify.findings import Findings
 from pipelines.store.verify.folders import find_folders
 from pipelines.store.verify.run import check_folders
@@ -116,10 +117,10 @@ def test_verify_finds_it_sound_and_knows_all_of_its_files(run: Path) -> None:
     assert findings.others == set()
     unchecked = {re.sub(r"events\..*", "events", path.name) for path in findings.unchecked}
     assert unchecked == {".lock", ".summary.lock", "events"}
-    kinds = {row.title for row in findings.rows}
-    assert kinds == {
-        *("run", "toy world", "captions", "statistics", "noun counts", "features", "training", "checkpoint"),
-        *("samples", "features of images", "lists of images", "scores", "judge"),
+    found = {folder.kind for folder in find_folders(run)}
+    assert found == {
+        *(kinds.RUN, kinds.RAW, kinds.CAPTIONS, kinds.STATS, kinds.COUNTS, kinds.FEATURES, kinds.TRAINING),
+        *(kinds.CHECKPOINT, kinds.SAMPLES, kinds.SEEN, kinds.LISTS, kinds.SCORES, kinds.JUDGE),
     }
 
 

@@ -328,15 +328,6 @@ def test_a_copy_of_a_remote_shard_is_compared_with_its_name(run):
     assert "is not the file whose SHA-256 its folder is called after" in str(problem) and COPY in problem.mend
 
 
-def test_what_cannot_be_read_is_named(run, monkeypatch):
-    def failing(path: Path) -> str:
-        raise OSError(5, "Input/output error", str(path))
-
-    monkeypatch.setattr("pipelines.store.verify.shards.sha256_file", failing)
-    found = [str(problem) for problem in verify_run(run).problems]
-    assert f"{run / 'captions'}: laion_0.parquet cannot be read: Input/output error" in found
-
-
 def test_a_run_of_which_nothing_has_begun_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for run in (tmp_path, tmp_path / "nowhere"):

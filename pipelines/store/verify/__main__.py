@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.command import run_command
+from pipelines.command import run_command, run_folder
 from pipelines.engine.progress import clock, console
 from pipelines.store.verify.findings import Findings
 from pipelines.store.verify.run import MEGABYTE, verify_run
@@ -48,8 +48,8 @@ def print_findings(run: Path, findings: Findings) -> None:
 def main() -> None:
     """Verify a run and print what was found; the exit status is 1 if anything is damaged, not if it is unfinished."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.store.verify", description="Check the files of a run.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    run = parser.parse_args().run
+    parser.add_argument("--run", required=True, help="folder of the run")
+    run = run_folder(parser.parse_args().run)
     findings = verify_run(run)
     print_findings(run, findings)
     if findings.problems:

@@ -6,6 +6,13 @@ from pathlib import Path
 
 from pipelines.store.manifest import Manifest
 
+SEE_TO_IT = "see to its rights, or to the disk"
+
+
+def unreadable(name: str, error: OSError) -> str:
+    """Return what is wrong with a file or folder that the disk does not give."""
+    return f"{name} cannot be read: {error.strerror or error}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -36,9 +43,15 @@ class Unfinished:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Some files that are read to their end; `look` returns what is wrong, a text is a note."""
+    """Some files of a folder that are read to their end; `look` returns what is wrong, a text is a note.
 
-    files: tuple[Path, ...]
+    Attributes:
+        directory: the folder, which a file that cannot be read is told of, and `shard` if it is one's.
+    """
+
+    directory: Path
+    shard: str | None = None
+    files: tuple[Path, ...] = ()
     look: Callable[[], Problem | str | None]
 
 
@@ -47,7 +60,6 @@ class Row:
     """One directory in the table; samples are those of its manifest, or of its markers where it has none."""
 
     directory: Path
-    title: str
     num_files: int
     num_kept: int | None
     num_rejected: int | None
@@ -76,8 +88,3 @@ class Findings:
     others: set[Path] = field(default_factory=set)
     num_bytes: int = 0
     seconds: float = 0.0
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.problems

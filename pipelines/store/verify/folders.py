@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from errors import UserError
+from errors import UserError, run_argument
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Manifest, ShardReport, read_manifest
 from pipelines.store.state_files import read_state, state_damage
-from pipelines.store.verify.findings import Problem
-from pipelines.store.verify.kinds import KINDS, FolderKind, match_place
+from pipelines.store.verify.findings import SEE_TO_IT, Problem, unreadable
+from pipelines.store.verify.kinds import KINDS, RUN, FolderKind, match_place
 
 MARKER_KEYS = ("fingerprint", "report")
 
@@ -25,7 +25,8 @@ class Folder:
         path: of it; name: the same below the run.
         command: makes what is in it and goes on with it, with RUN.
         files: by their paths below it; those of folders of a kind within it are theirs.
-        manifest: None where there is none, or a damaged one, which `fault` tells of.
+        manifest: None where there is none, or a damaged one, which `faults` tell of.
+        faults: what is wrong with the manifest, and the folders below that cannot be listed.
         reports: of its shards, by the manifest or, without one, by the markers.
     """
 
@@ -35,7 +36,7 @@ class Folder:
     command: str
     files: dict[str, Path] = field(default_factory=dict)
     manifest: Manifest | None = None
-    fault: Problem | None = None
+    faults: list[Problem] = field(default_factory=list)
     reports: dict[str, ShardReport] = field(default_factory=dict)
 
     def problem(self, text: str, *, shard: str | None = None, key: str | None = None, mend: str = "") -> Problem:
@@ -57,7 +58,8 @@ class Folder:
 
 def find_folders(run: Path) -> list[Folder]:
     """Return every folder of a run that a room writes, in order of their paths; the run itself is the first."""
-    files = dict(_walk(run))
+    failed: list[OSError] = []
+    files = dict(_walk(run, failed))
     folders: dict[str, Folder] = {}
     candidates: dict[str, list[tuple[FolderKind, dict[str, str]]]] = {}
     for name in files:
@@ -69,22 +71,35 @@ def find_folders(run: Path) -> list[Folder]:
                 candidates[place] = [(kind, groups) for kind, groups in matches if groups is not None]
             for kind, groups in candidates[place]:
                 if any(fnmatchcase(_below(place, name), sign) for sign in kind.signs):
-                    command = f"{kind.command.format_map(groups)} RUN={shlex.quote(str(run))}"
+                    command = f"{kind.command.format_map(groups)} {run_argument(run)}"
                     folders[place] = Folder(path=run / place, name=place, kind=kind, command=command)
                     break
     for name, path in files.items():
         owner = next(folders[place] for place in _ancestors(name) if place in folders)
         owner.files[_below(owner.name, name)] = path
+    for error in failed:
+        name = Path(error.filename).relative_to(run).as_posix()
+        place = next((place for place in (name, *_ancestors(name)) if place in folders), ".")
+        owner = folders.setdefault(place, Folder(path=run, name=".", kind=RUN, command=RUN.command))
+        owner.faults.append(owner.problem(unreadable(_below(place, name), error), mend=SEE_TO_IT))
     ordered = [folders[place] for place in sorted(folders, key=lambda place: PurePosixPath(place).parts)]
     for folder in ordered:
         _open(folder)
     return ordered
 
 
-def _walk(run: Path) -> Iterator[tuple[str, Path]]:
-    """Yield every file by its path below the run; what links lead to is seen once."""
+def _walk(run: Path, failed: list[OSError]) -> Iterator[tuple[str, Path]]:
+    """Yield every file by its path below the run; what links lead to is seen once.
+
+    What keeps a folder from being listed is added to `failed`, unless a command has just removed it.
+    """
     seen: set[Path] = set()
-    for directory, folders, names in os.walk(run, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            failed.append(error)
+
+    for directory, folders, names in os.walk(run, onerror=fail, followlinks=True):
         real = Path(directory).resolve()
         if real in seen:
             folders.clear()
@@ -112,15 +127,18 @@ def _file_name(name: str) -> str:
 def _open(folder: Folder) -> None:
     """Read what a folder says of itself."""
     if MANIFEST_NAME in folder.files and folder.kind.has_manifest:
-        fault = _open_manifest(folder)
+        mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.files[MANIFEST_NAME])
+        try:
+            fault = _open_manifest(folder)
+        except OSError as error:
+            fault, mend = unreadable(MANIFEST_NAME, error), SEE_TO_IT
         if fault is None:
             return
-        mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.files[MANIFEST_NAME])
-        folder.fault = folder.problem(fault, mend=mend)
+        folder.faults.append(folder.problem(fault, mend=mend))
     if folder.kind.has_shards:
         for shard, path in folder.markers().items():
             # One that cannot be used is named by the check of the markers.
-            with contextlib.suppress(UserError, TypeError, AssertionError, AttributeError):
+            with contextlib.suppress(UserError, OSError, TypeError, AssertionError, AttributeError):
                 folder.reports[shard] = ShardReport(**read_state(path, mend="", keys=MARKER_KEYS)["report"])
 
 

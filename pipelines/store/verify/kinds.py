@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipelines.store.checkpoints import OURS
+from pipelines.store.deepspeed_files import CONVERSIONS, STATE
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER
 from pipelines.store.verify.file_checks import (
     copy_damage,
@@ -53,7 +54,6 @@ class FolderKind:
     """A folder that a room writes.
 
     Attributes:
-        title: what is in it, in a word or two.
         place: regular expression of its path below the run; its groups go into `command`.
         command: makes what is in it, and goes on with it.
         files: what lies there beside shards, markers and manifest.
@@ -63,7 +63,6 @@ class FolderKind:
         stranger: pattern of files that a glob over the folder would take for its own.
     """
 
-    title: str
     place: str
     command: str
     files: tuple[FileKind, ...] = ()
@@ -80,7 +79,6 @@ class FolderKind:
 # Locks hold nothing; parts are work that has not ended, which the next command checks by their reports.
 EVERYWHERE = tuple(FileKind(pattern=pattern, check=None) for pattern in (".lock", ".parts/*", ".*.tmp", "*/.*.tmp"))
 RUN = FolderKind(
-    title="run",
     place=r"\.",
     command="make report",
     files=(
@@ -90,6 +88,7 @@ RUN = FolderKind(
         FileKind(
             pattern="summary.json", check=json_damage, mend="`rm {path}`: each command writes its figures as it ends"
         ),
+        FileKind(pattern="summary-damaged-*.json", check=None),  # put aside, for people to look at
         FileKind(pattern="index.html", check=page_damage),
         FileKind(pattern="buckets-*-rejects.csv", check=text_damage, mend="`rm {path}`, then `make buckets`"),
         FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
@@ -100,7 +99,6 @@ RUN = FolderKind(
     has_manifest=False,
 )
 RAW = FolderKind(
-    title="toy world",
     place=r"raw",
     command="make world",
     files=(
@@ -109,7 +107,6 @@ RAW = FolderKind(
     ),
 )
 CAPTIONS = FolderKind(
-    title="captions",
     place=r"captions",
     command="make caption",
     files=(FileKind(pattern=".earlier/*", check=None),),
@@ -122,13 +119,10 @@ REPORT_FILES = (
     FileKind(pattern="nouns.csv", check=text_damage, is_required=True),
     FileKind(pattern=".merge/*", check=None),
 )
-STATS = FolderKind(title="statistics", place=r"stats", command="make stats", files=REPORT_FILES)
-STATS_SAMPLE = FolderKind(
-    title="statistics of a sample", place=r"stats-sample", command="make stats SAMPLE=…", files=REPORT_FILES
-)
-COUNTS = FolderKind(title="noun counts", place=r"stats(-sample)?/counts", command="make stats", stranger="*.parquet")
+STATS = FolderKind(place=r"stats", command="make stats", files=REPORT_FILES)
+STATS_SAMPLE = FolderKind(place=r"stats-sample", command="make stats SAMPLE=…", files=REPORT_FILES)
+COUNTS = FolderKind(place=r"stats(-sample)?/counts", command="make stats", stranger="*.parquet")
 FEATURES = FolderKind(
-    title="features",
     place=r"features/[^/]+",
     command="make features STAGE=…",
     files=(
@@ -139,7 +133,6 @@ FEATURES = FolderKind(
     stranger="*.tar",
 )
 CACHE = FolderKind(
-    title="copies of remote features",
     place=r"training/cache",
     command="make train STAGE=…",
     files=(
@@ -151,24 +144,23 @@ CACHE = FolderKind(
     has_manifest=False,
 )
 CHECKPOINT = FolderKind(
-    title="checkpoint",
     place=rf"training/(?P<stage>[^/]+)/{OURS.pattern}",
     command="make train STAGE={stage}",
     files=(
         FileKind(pattern="*.json", check=json_damage, mend=RESTORE),
         FileKind(pattern="*.safetensors", check=weights_damage, mend=RESTORE),
         FileKind(pattern="deepspeed/*.pt", check=weights_damage, mend=RESTORE),
-        FileKind(  # made of deepspeed/ for another number of ranks or another layout
-            pattern="deepspeed-*.pt", check=weights_damage, mend="`rm -r {folder}/deepspeed-*`: it is made anew"
+        *(  # made of deepspeed/ for another number of ranks or another layout
+            FileKind(pattern=f"{name}/*.pt", check=weights_damage, mend=f"`rm -r {{folder}}/{name}`: it is made anew")
+            for name in CONVERSIONS
         ),
-        FileKind(pattern="deepspeed*", check=None),
+        *(FileKind(pattern=f"{name}/*", check=None) for name in (STATE, *CONVERSIONS)),
     ),
     signs=("*",),
     has_shards=False,
     has_manifest=False,
 )
 TRAINING = FolderKind(
-    title="training",
     place=r"training/(?P<stage>[^/]+)",
     command="make train STAGE={stage}",
     files=(
@@ -186,7 +178,6 @@ TRAINING = FolderKind(
     has_manifest=False,
 )
 APP = FolderKind(
-    title="pictures of the app",
     place=r"samples/(?P<stage>.+)-app",
     command="make app STAGE={stage}",
     files=(FileKind(pattern="*.png", check=picture_damage, mend="`rm {path}`"),),
@@ -199,7 +190,6 @@ SAMPLE_FILES = (
     FileKind(pattern="*.png", check=picture_damage),
 )
 SAMPLES = FolderKind(
-    title="samples",
     place=r"samples/(?P<stage>[^/]+)",
     command="make sample STAGE={stage}",
     files=SAMPLE_FILES,
@@ -207,7 +197,6 @@ SAMPLES = FolderKind(
     stranger="*.png",
 )
 PROMPT_SAMPLES = FolderKind(
-    title="samples of a prompt",
     place=r"samples/(?P<stage>.+)-prompt",
     command="make sample STAGE={stage} PROMPT=…",
     files=SAMPLE_FILES,
@@ -215,7 +204,6 @@ PROMPT_SAMPLES = FolderKind(
     stranger="*.png",
 )
 SCORED_SAMPLES = FolderKind(
-    title="samples to score",
     place=r"evaluation/samples/[^/]+",
     command="make eval STAGE=…",
     files=SAMPLE_FILES,
@@ -223,14 +211,12 @@ SCORED_SAMPLES = FolderKind(
     stranger="*.png",
 )
 SEEN = FolderKind(
-    title="features of images",
     place=r"evaluation/cache/[^/]+",
     command="make eval STAGE=…",
     files=(FileKind(pattern="statistics.safetensors", check=weights_damage, mend=COPY),),
     stranger="*.parquet",
 )
 LISTS = FolderKind(
-    title="lists of images",
     place=r"evaluation/cache/lists",
     command="make eval STAGE=…",
     files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
@@ -239,7 +225,6 @@ LISTS = FolderKind(
     has_manifest=False,
 )
 PROMPTS = FolderKind(
-    title="prompts of a benchmark",
     place=r"evaluation/prompts",
     command="make eval STAGE=…",
     files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
@@ -247,9 +232,8 @@ PROMPTS = FolderKind(
     has_shards=False,
     has_manifest=False,
 )
-CURVE = FolderKind(title="curve", place=r"evaluation/(?P<stage>.+)-curve", command="make eval STAGE={stage} TASK=curve")
+CURVE = FolderKind(place=r"evaluation/(?P<stage>.+)-curve", command="make eval STAGE={stage} TASK=curve")
 PREFERENCE = FolderKind(
-    title="preference",
     place=r"evaluation/(?P<stage>.+)-preference",
     command="make eval STAGE={stage} TASK=preference",
     files=(
@@ -263,9 +247,9 @@ PREFERENCE = FolderKind(
     has_shards=False,
     has_manifest=False,
 )
-SCORES = FolderKind(title="scores", place=r"evaluation/(?P<stage>[^/]+)", command="make eval STAGE={stage}")
+SCORES = FolderKind(place=r"evaluation/(?P<stage>[^/]+)", command="make eval STAGE={stage}")
 # Its entries are made under different settings, captions under others than samples, so no manifest sums them up.
-JUDGE = FolderKind(title="judge", place=r"judge", command="make judge", has_manifest=False)
+JUDGE = FolderKind(place=r"judge", command="make judge", has_manifest=False)
 
 WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 

@@ -11,7 +11,7 @@ from pipelines.raw.shards import REMEMBERED_NAME, recall_shards
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import MANIFEST_NAME
 from pipelines.store.verify.coverage import check_coverage, check_families
-from pipelines.store.verify.findings import Check, Findings, Problem, Row, Unfinished
+from pipelines.store.verify.findings import SEE_TO_IT, Check, Findings, Problem, Row, Unfinished, unreadable
 from pipelines.store.verify.folders import Folder, find_folders
 from pipelines.store.verify.kinds import CHECKPOINT, FEATURES, RAW, RUN, TRAINING, WITH_IMAGES, FileKind
 from pipelines.store.verify.raw import raw_notes
@@ -30,7 +30,7 @@ def verify_run(run: Path) -> Findings:
         MissingFileError: the run does not exist, or nothing of it has begun.
     """
     folders = find_folders(run) if run.is_dir() else []
-    if all(folder.kind is RUN for folder in folders):
+    if all(folder.kind is RUN and not folder.faults for folder in folders):
         raise MissingFileError(f"{run}: nothing has finished here, there is no folder that a room writes")
     findings = check_folders(folders)
     raw_shards = _recall(run)
@@ -56,7 +56,7 @@ def check_folders(folders: Sequence[Folder]) -> Findings:
 
 def _plan(folder: Folder, findings: Findings) -> Iterator[Check]:
     """Yield what is to be looked into in a folder; sorts its files into those that are, and those that are not."""
-    findings.problems += filter(None, [folder.fault])
+    findings.problems += folder.faults
     findings.problems += check_counts(folder)
     checks: list[Check] = []
     if folder.kind.has_shards:
@@ -109,7 +109,7 @@ def _file_check(folder: Folder, kind: FileKind, name: str) -> Check:
             return f"{path}: {damage}"
         return folder.problem(f"{name} {damage}", mend=folder.mend(kind.mend, path))
 
-    return Check(files=(path,), look=look)
+    return Check(directory=folder.path, files=(path,), look=look)
 
 
 def _absent(folder: Folder) -> Iterator[Check]:
@@ -119,12 +119,12 @@ def _absent(folder: Folder) -> Iterator[Check]:
     for kind in folder.kind.files:
         if kind.is_required and kind.pattern not in folder.files:
             problem = folder.problem(f"{kind.pattern} does not exist", mend=f"`{folder.command}` makes it anew")
-            yield Check(files=(), look=lambda problem=problem: problem)
+            yield Check(directory=folder.path, look=lambda problem=problem: problem)
 
 
 def _run_checks(checks: Sequence[Check], findings: Findings) -> None:
     """Do the checks in threads, say how far they are, and collect what they find in their order."""
-    sizes = [sum(path.stat().st_size for path in check.files if path.is_file()) for check in checks]
+    sizes = [sum(map(_size, check.files)) for check in checks]
     findings.num_bytes = sum(sizes)
     findings.checked.update(path for check in checks for path in check.files)
     start_seconds, num_done = time.monotonic(), 0
@@ -143,13 +143,22 @@ def _run_checks(checks: Sequence[Check], findings: Findings) -> None:
     findings.seconds = time.monotonic() - start_seconds
 
 
+def _size(path: Path) -> int:
+    """Return the bytes of a file; none if it is gone or out of reach, which its check tells."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _look(check: Check) -> Problem | str | None:
     try:
         return check.look()
     except OSError as error:
-        path = Path(error.filename) if error.filename else check.files[0]
-        text = f"{path.name} cannot be read: {error.strerror or error}"
-        return Problem(directory=path.parent, text=text, mend="see to its rights, or to the disk")
+        # An error while a file is read has no name, and some checks find their files themselves.
+        path = Path(error.filename) if isinstance(error.filename, str) else (*check.files, check.directory)[0]
+        text = unreadable(path.name, error)
+        return Problem(directory=check.directory, shard=check.shard, text=text, mend=SEE_TO_IT)
 
 
 def _unfinished(folder: Folder) -> Unfinished | None:
@@ -170,7 +179,6 @@ def _row(folder: Folder) -> Row:
     has_samples = folder.kind.has_shards
     return Row(
         directory=folder.path,
-        title=folder.kind.title,
         num_files=len(folder.files),
         num_kept=sum(report.num_kept for report in reports) if has_samples else None,
         num_rejected=sum(sum(report.rejected.values()) for report in reports) if has_samples else None,
@@ -181,5 +189,5 @@ def _recall(run: Path) -> list[str]:
     """Return the raw shards of a run; none where the list cannot be read, which the check of the file tells."""
     try:
         return recall_shards(run) if (run / REMEMBERED_NAME).is_file() else []
-    except (UserError, ValueError, AttributeError):
+    except (UserError, ValueError, AttributeError, OSError):
         return []

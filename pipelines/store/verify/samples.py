@@ -1,6 +1,7 @@
 """Checks of a folder of samples: each row of its table has its image, whole and of what the row says."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def sample_checks(folder: Folder, rows: list[dict[str, Any]]) -> Iterator[Check]
     """Check the image of each row."""
     for row in rows:
         path = folder.path / row["file"]
-        yield Check(files=(path,), look=lambda row=row, path=path: _check_image(folder, row, path))
+        yield Check(directory=folder.path, files=(path,), look=partial(_check_image, folder, row, path))
 
 
 def _check_image(folder: Folder, row: Mapping[str, Any], path: Path) -> Problem | None:

@@ -1,6 +1,7 @@
 """Checks of a directory of shards: counts, markers, and the files of each shard against their hashes."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +41,14 @@ def check_counts(folder: Folder) -> Iterator[Problem]:
 def marker_checks(folder: Folder) -> Iterator[Check]:
     """Compare each marker with the manifest; those of other settings than the manifest's are only read."""
     for shard, path in folder.markers().items():
-        yield Check(files=(path,), look=lambda shard=shard, path=path: _check_marker(folder, shard, path))
+        yield Check(directory=folder.path, shard=shard, files=(path,), look=partial(_check_marker, folder, shard, path))
     if folder.manifest is None:
         return
     for shard in sorted(folder.reports.keys() - folder.markers().keys()):
         path = folder.path / MARKER_FOLDER / f"{shard}.json"
         text = f"its marker {path.relative_to(folder.path)} does not exist, so that it counts as not done"
         problem = folder.problem(text, shard=shard, mend=f"`{folder.command}` does it again")
-        yield Check(files=(), look=lambda problem=problem: problem)
+        yield Check(directory=folder.path, shard=shard, look=lambda problem=problem: problem)
 
 
 def _check_marker(folder: Folder, shard: str, path: Path) -> Problem | None:
@@ -73,7 +74,8 @@ def shard_checks(folder: Folder) -> Iterator[Check]:
     for report in folder.reports.values():
         files = tuple(folder.path / f"{report.name}{suffix}" for suffix in report.files)
         if files:
-            yield Check(files=files, look=lambda report=report: _check_shard(folder, report))
+            look = partial(_check_shard, folder, report)
+            yield Check(directory=folder.path, shard=report.name, files=files, look=look)
 
 
 def _check_shard(folder: Folder, report: ShardReport) -> Problem | None:
