@@ -2,9 +2,13 @@
 
 from errors import UserError
 from pipelines.command import Command
+from pipelines.engine.progress import get_logger
+from pixart.processes.specs import describe_unused_settings
 from sampling.config import SamplingConfig, encoder_config
 from sampling.foreign_weights import open_trained_model
 from sampling.trained_model import TrainedModel, open_run_model
+
+log = get_logger("sampling")
 
 
 def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel:
@@ -13,13 +17,16 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
         _require_stage(command)
         trained = open_run_model(command.run, command.stage_name)
         _require_same_process(trained, command)
-        return trained
-    return open_trained_model(
-        config.checkpoint,
-        encoder_config(command.recipe),
-        revision=config.checkpoint_revision,
-        resolution=config.checkpoint_resolution,
-    )
+    else:
+        trained = open_trained_model(
+            config.checkpoint,
+            encoder_config(command.recipe),
+            revision=config.checkpoint_revision,
+            resolution=config.checkpoint_resolution,
+        )
+    if (unused := describe_unused_settings(trained.process, config.solver)) is not None:
+        log.info(f"{trained.name}: {unused}")
+    return trained
 
 
 def _require_stage(command: Command) -> None:

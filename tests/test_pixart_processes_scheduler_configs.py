@@ -23,7 +23,7 @@ from pixart.processes.scheduler_configs import (
     spec_beside,
     spec_of_scheduler,
 )
-from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, flow_spec
+from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, describe_unused_settings, flow_spec
 
 
 def defaults(class_name: str) -> dict[str, object]:
@@ -82,6 +82,10 @@ def test_settings_of_dpm_solver_go_through_file_spec_and_scheduler() -> None:
     flow = spec_of_scheduler({**process_of(flow_spec(shift=3.0)).scheduler_config(), "solver_order": 1})
     assert flow == flow_spec(shift=3.0, sampler={"solver_order": 1})
     assert process_of(flow).scheduler("dpm-solver++", 5).config.solver_order == 1
+    assert describe_unused_settings(spec, "dpm-solver++") is describe_unused_settings(ddpm_spec(), "iddpm") is None
+    assert describe_unused_settings(flow, "euler") == (
+        "its scheduler sets dpm-solver++ to solver_order 1: sampling.solver euler takes none of that"
+    )
     # of another class they belong to a sampler that ours takes the place of
     assert spec_of_scheduler({"_class_name": "DDIMScheduler", **SETTINGS}) == ddpm_spec()
 

@@ -71,6 +71,15 @@ def num_passes(solver: str, num_steps: int) -> int:
     return 2 * num_steps - 1 if solver == "heun" else num_steps
 
 
+def describe_unused_settings(spec: Mapping[str, Any], solver: str) -> str | None:
+    """Return which settings of DPM-Solver++ a process brings that `solver` does not take, None if there are none."""
+    settings = spec.get("sampler")
+    if not settings or solver == SOLVERS[spec["name"]][0]:
+        return None
+    said = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"its scheduler sets {SOLVERS[spec['name']][0]} to {said}: sampling.solver {solver} takes none of that"
+
+
 def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, checkpoint: str = "the network") -> None:
     """Refuse a solver of another process than the checkpoint's, and a number of steps that it cannot take.
 
