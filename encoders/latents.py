@@ -121,7 +121,7 @@ def require_vae_dtype(dtype: str) -> None:
     """Refuse a compute dtype in which codecs overflow.
 
     Raises:
-        UserError: names the dtype and those that there are.
+        ValueError: names the dtype and those that there are; a field of a config adds its key.
     """
     if dtype not in VAE_DTYPES:
         reason = ": the VAE overflows float16 and gives black images" if dtype == "float16" else ""

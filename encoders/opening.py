@@ -6,7 +6,7 @@ model is said with a `key`: the recipe's for the text encoder or the codec of fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def open_text_encoder(
         MissingFileError: there is no such folder, or no model in it.
         UserError: `dtype` is not bfloat16 or float32, no class here opens the model, or its checkpoint lacks weights.
     """
-    require_text_dtype(dtype)
+    _require_dtype(require_text_dtype, dtype)
     import torch
 
     source = resolve_model(model, revision)
@@ -125,7 +125,7 @@ def open_codec(
         MissingFileError: there is no such folder, or no model in it.
         UserError: `dtype` is not float32 or bfloat16, no class here opens the model, or its checkpoint lacks weights.
     """
-    require_vae_dtype(dtype)
+    _require_dtype(require_vae_dtype, dtype)
     import torch
 
     source = resolve_model(model, revision)
@@ -137,6 +137,14 @@ def open_codec(
     spec = latent_spec(source, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
     return codec_class(spec, loaded, f"{key} {source.location}")
+
+
+def _require_dtype(require: Callable[[str], None], dtype: str) -> None:
+    """Refuse a dtype where no config has done it."""
+    try:
+        require(dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _text_class(source: ModelSource, config: Mapping[str, Any], *, key: str) -> type[HiddenStatesEncoder]:

@@ -122,7 +122,7 @@ def require_text_dtype(dtype: str) -> None:
     """Refuse a compute dtype in which text encoders overflow.
 
     Raises:
-        UserError: names the dtype and those that there are.
+        ValueError: names the dtype and those that there are; a field of a config adds its key.
     """
     if dtype not in TEXT_DTYPES:
         reason = f": {FP16_REFUSAL}" if dtype == "float16" else ""

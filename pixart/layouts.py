@@ -19,7 +19,7 @@ DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "c
 
 
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
-    """Layout of PixArt's original .pth or DiT's official .pt; ValueError for the ablation, which has none."""
+    """Layout of PixArt's original .pth or DiT's official .pt; UserError for the ablation, which has none."""
     if config.kind == "pixart" and config.adaln != "single":
         raise UserError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
     layout = {
@@ -127,7 +127,7 @@ def export_weights(model: PixArt | DiT, layout: Layout) -> dict[str, Tensor]:
 
 
 def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor], layout: Layout) -> PixArt | DiT:
-    """Build the model of `config` from the other side's `weights`; ValueError lists what is missing or unexpected."""
+    """Build the model of `config` from the other side's `weights`; UserError lists what is missing or unexpected."""
     missing, unexpected = sorted(layout.keys() - weights.keys()), sorted(weights.keys() - layout.keys() - DERIVED_KEYS)
     if missing or unexpected:
         raise UserError(f"weights do not fit {config}: missing {missing}, unexpected {unexpected}")

@@ -21,7 +21,7 @@ def reparameterize(dit: DiT, config: PixArtConfig, *, timestep: int = 500) -> Pi
     block's own at `timestep`: E_i = f_i(t) - f_0(t). With per-block adaLN the layers are carried as they are, and the
     outputs are equal at every timestep, unless the DiT's `timestep_shift` is 1 and PixArt's 0: then biases make up for
     the difference at `timestep` alone. Cross-attention starts at zero and the caption projection at random, from
-    torch's global generator. Raises ValueError if the two models differ in shape.
+    torch's global generator. Raises UserError if the two models differ in shape.
     """
     _require_same_shape(dit, config)
     model = PixArt(config).to(dit.final.weight)

@@ -23,7 +23,7 @@ def find_weight_files(folder: Path, stem: str = WEIGHTS_NAME) -> list[Path]:
 
     Raises:
         MissingFileError: there are none, or a piece of the index is missing.
-        UserError: there are several variants and no plain weights, or the index is damaged.
+        UserError: there are several variants and no plain weights, or the index is damaged or names files elsewhere.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     variant, index = r"(?:\.(\w+))??", r"\.index"
@@ -66,6 +66,8 @@ def _pieces(index: Path) -> list[Path]:
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise UserError(f"{index} has no weight_map that says which file holds what")
     names = sorted(set(places.values()))
+    if elsewhere := [name for name in names if Path(name).name != name or "\\" in name]:
+        raise UserError(f"{index} names {elsewhere[0]!r}, which is no name of a file beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -40,7 +40,7 @@ def test_decode_gives_rgb_images(codec):
 
 
 def test_float16_vae_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"vae_dtype float16"):
+    with pytest.raises(UserError, match=r"vae_dtype float16"):
         open_codec(str(tmp_path), dtype="float16")
 
 

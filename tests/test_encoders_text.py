@@ -76,7 +76,7 @@ def test_bfloat16_is_near_float32(text_folder):
 
 
 def test_float16_text_is_refused_with_the_key_and_the_reason(text_folder):
-    with pytest.raises(ValueError, match=r"text_dtype float16.*overflow"):
+    with pytest.raises(UserError, match=r"text_dtype float16.*overflow"):
         load(text_folder, "float16")
 
 

@@ -101,6 +101,10 @@ def test_a_folder_without_weights_says_what_is_there_instead(tmp_path: Path) -> 
     (tmp_path / f"{STEM}.bin.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(UserError, match=r"index\.json has no weight_map"):
         find_weight_files(tmp_path)
+    for name in ("../x.safetensors", "/tmp/x.safetensors", "parts/x.safetensors", "..\\\\x.bin"):
+        write_index(tmp_path, f"{STEM}.bin.index.json", name)
+        with pytest.raises(UserError, match=r"index\.json names '.*', which is no name of a file beside it"):
+            find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(

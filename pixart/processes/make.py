@@ -11,6 +11,10 @@ from pixart.processes.flow import Flow
 from pixart.processes.process import Process
 from pixart.processes.specs import SOLVERS
 
+# What a spec may have beside its name, prediction and schedule.
+FLOW_SETTINGS = {"sampler"}
+DDPM_SETTINGS = {"sampler", "min_snr_gamma"}
+
 
 def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Process:
     """Make the process that a spec describes, its tables on `device`.
@@ -19,19 +23,18 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
         UserError: the spec is of no process known here, or one of its values is; says which.
     """
     match dict(spec):
-        case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **others} if others.keys() <= {
-            "min_snr_gamma",
-            "sampler",
-        }:
-            gamma, sampler = others.get("min_snr_gamma"), others.get("sampler")
+        case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **settings} if (
+            settings.keys() <= DDPM_SETTINGS
+        ):
+            gamma, sampler = settings.get("min_snr_gamma"), settings.get("sampler")
             return DDPM(schedule, min_snr_gamma=gamma, sampler=sampler, device=device)
         case {
             "name": "flow",
             "prediction": "velocity",
             "schedule": {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std, **unknown},
-            **others,
-        } if not unknown and others.keys() <= {"sampler"}:
-            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, sampler=others.get("sampler"))
+            **settings,
+        } if not unknown and settings.keys() <= FLOW_SETTINGS:
+            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, sampler=settings.get("sampler"))
         case {"name": name, **others} if name in SOLVERS:
             raise UserError(f"process {name} with {others} is none that this version knows")
         case _:
