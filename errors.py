@@ -56,6 +56,10 @@ class MemoryShortageError(UserError):
     """The memory of the machine or of its GPU does not suffice; says for what, and what to lower."""
 
 
+class TooManyRejectsError(UserError):
+    """More samples could not be used than the recipe allows; names the largest reasons."""
+
+
 class LoneItemError(MemoryError):
     """A single item does not fit the memory: smaller batches are of no use."""
 

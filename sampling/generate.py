@@ -282,9 +282,6 @@ def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> Non
     # Only here, so that a finished job loads no model library.
     from sampling.worker import SampleWorker, SampleWorkerConfig
 
-    in_process = job.engine.in_process
-    if in_process is None:
-        in_process = num_pending <= job.config.max_images_in_process
     # First images of all prompts come first, so that a larger N leaves their batches as they are.
     num_images = job.config.images_per_prompt
     by_size = sorted(job.requests, key=lambda item: (item.height, item.width, item.number % num_images, item.number))
@@ -301,9 +298,11 @@ def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> Non
         sources=[Source(name=REPORT_NAME, path="", identity=job.identity, num_samples=len(by_size))],
         output=job.directory,
         fingerprint=job.fingerprint,
-        engine=job.engine.model_copy(update={"samples_per_slice": job.config.batch_size, "in_process": in_process}),
+        engine=job.engine.model_copy(update={"samples_per_slice": job.config.batch_size}),
         max_reject_fraction=0.0,
         room="sampling",
+        # The engine counts the images that are there, too: a table of all is made.
+        few_samples=len(by_size) if num_pending <= job.config.max_images_in_process else 0,
         memory_settings=memory_settings(job),
         upstream={"checkpoint": job.trained.identity},
         extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution, "prompts_cut": len(lost)},

@@ -172,6 +172,19 @@ def test_the_clip_score_is_a_hundred_times_the_mean_cosine(tmp_path, clip_folder
     assert compute(open_samples(folder, cache=cache, has_prompts=False), clip_folder, cache).clip_score() is None
 
 
+def test_small_sets_stay_in_the_process_and_what_is_no_reject_names_no_image(tmp_path, clip_folder, monkeypatch):
+    def refuse(*_):
+        raise UserError("Ray is started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipelines.engine.run.choose_num_workers", refuse)
+    images = open_folder(write_images(tmp_path / "set", 3), cache=tmp_path)
+    for engine, limit in ((EngineConfig(gpus_per_worker=1.0), 3), (EngineConfig(), 2)):
+        with pytest.raises(UserError, match=r"^Ray is started$"):
+            compute(images, clip_folder, tmp_path, engine=engine, max_images_in_process=limit)
+    assert compute(images, clip_folder, tmp_path, engine=EngineConfig(), max_images_in_process=3).num_images == 3
+
+
 def test_two_workers_of_ray_give_the_same_bytes(tmp_path, clip_folder):
     folder = write_images(tmp_path / "set", 12)
     alone = compute(open_folder(folder, cache=tmp_path / "one"), clip_folder, tmp_path / "one")

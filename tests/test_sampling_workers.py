@@ -9,6 +9,7 @@ import pytest
 from sampling_run import PROMPTS, make_run, write_recipe
 from sound_run import require_sound
 
+from errors import UserError
 from pipelines.store.manifest import read_manifest
 from sampling.__main__ import main
 
@@ -24,9 +25,13 @@ def expected(tmp_path_factory) -> dict[str, bytes]:
     return outputs(run)
 
 
-def sample(run: Path, **table: object) -> None:
+def sample(run: Path, *options: str, **table: object) -> None:
     recipe = write_recipe(run, **(SETTINGS | table))
-    main(["--recipe", str(recipe), "--run", str(run), "--stage", "3"])
+    main(["--recipe", str(recipe), "--run", str(run), "--stage", "3", *options])
+
+
+def refuse(*_: object) -> None:
+    raise UserError("Ray is started")
 
 
 def outputs(run: Path) -> dict[str, bytes]:
@@ -58,7 +63,11 @@ def test_a_killed_job_continues_to_the_same_bytes(tmp_path, expected):
     require_sound(run, unfinished=["samples/stage3"])
     # a batch of which one image was written before the kill
     next(folder.glob("*.png")).unlink()
-    sample(run, **IN_PROCESS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.engine.run.choose_num_workers", refuse)
+        with pytest.raises(UserError, match="Ray is started"):
+            sample(run, **IN_PROCESS)  # it may have killed its command
+    sample(run, "--set", "engine.in_process=true", **IN_PROCESS)
     assert outputs(run) == expected
     require_sound(run)
     assert not list(folder.glob(".*.tmp"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 
-from errors import StorageError, UserError, describe_lowering, describe_storage_error
+from errors import StorageError, TooManyRejectsError, UserError, describe_lowering, describe_storage_error
 from pipelines.engine.cluster import WorkerResources, choose_num_workers, is_cluster, run_on_ray
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
@@ -106,8 +106,8 @@ def run_over_shards(
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
         MemoryShortageError: names the piece that does not fit, and what to lower.
-        UserError: more than `max_reject_fraction` of all samples were rejected; names the three largest reasons.
-            Or another process is writing `output`.
+        TooManyRejectsError: more than `max_reject_fraction` of all samples were; names the three largest reasons.
+        UserError: another process is writing `output`.
     """
     try:
         manifest = _finished_manifest(sources, output, fingerprint)
@@ -389,7 +389,7 @@ def _require_few_rejects(
     num_rejected = sum(reasons.values())
     if num_rejected > max_reject_fraction * num_read:
         largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
-        raise UserError(
+        raise TooManyRejectsError(
             f"{output.path}: {num_rejected} of {num_read} samples rejected ({num_rejected / num_read:.1%}), more than "
             f"max_reject_fraction = {max_reject_fraction:.1%}: "
             + ", ".join(f"{name} {count}" for name, count in largest)

@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 from encoders.batches import Batches
 from encoders.devices import choose_device
 from encoders.vision import ClipTowers
-from errors import MemoryShortageError, UserError
+from errors import TooManyRejectsError, UserError
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
-from pipelines.engine.run import EngineConfig, QuarantinedShardError, run_over_shards
+from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
@@ -300,13 +300,6 @@ def compute_features(
         num_threads=max(1, int(engine.cpus_per_worker)),
     )
     output = ShardDirectory(folder)
-    num_pending = sum(
-        source.num_samples for source in images.sources if not output.is_done(source.name, source.identity, fingerprint)
-    )
-    in_process = engine.in_process
-    if in_process is None:
-        # Starting workers takes longer than seeing a few images.
-        in_process = num_pending <= config.max_images_in_process
     try:
         manifest = run_over_shards(
             FeatureWorker,
@@ -314,9 +307,10 @@ def compute_features(
             sources=images.sources,
             output=output,
             fingerprint=fingerprint,
-            engine=engine.model_copy(update={"in_process": in_process}),
+            engine=engine,
             max_reject_fraction=config.max_reject_fraction,
             room="evaluation",
+            few_samples=config.max_images_in_process,
             memory_settings={
                 "evaluation.batch_size": config.batch_size,
                 "evaluation.decode_threads": config.decode_threads,
@@ -324,9 +318,7 @@ def compute_features(
             },
             extra={"images": images.name, "network": network.source.location},
         )
-    except (QuarantinedShardError, MemoryShortageError):
-        raise
-    except UserError as error:
+    except TooManyRejectsError as error:
         faults = _read_faults(folder, images)
         raise UserError(f"{images.name}: {error}; such as {_describe_faults(faults, network)}") from None
     faults = _read_faults(folder, images) if manifest.rejected else []
