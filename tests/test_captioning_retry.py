@@ -35,7 +35,7 @@ def test_rejects_in_parts_behind_a_marker_are_tried_again(run, monkeypatch) -> N
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RawShard, "image_bytes", failing)
-        patch.setattr("pipelines.engine.pieces.shutil.rmtree", die)
+        patch.setattr("pipelines.engine.pieces.drop_parts", die)
         command(run, *RAISED, monkeypatch=patch)
     assert len(list((run / "captions" / ".parts" / "laion_00000").glob("*.report"))) == 2
     assert [row["key"] for row in rows(run) if row["reject"]] == ["000000002"]

@@ -353,7 +353,7 @@ def finish_shard(
     fingerprint: Fingerprint,
     joined: JoinedParts | None = None,
 ) -> ShardReport:
-    """Put a shard's files in place, write its marker last, and drop the parts, which are given in order.
+    """Remove a stale marker, put the shard's files in place, write its marker last, and drop the parts, given in order.
 
     A worker has joined and hashed them; what an earlier run's has not is done here.
     """
@@ -366,6 +366,7 @@ def finish_shard(
         joined = joined or _join(worker_class, [piece for piece, _ in pieces])
         files = joined.files
         paths = {suffix: joined.path(folder, suffix) for suffix in files}
+    output.clear_marker(source.name)
     for suffix, path in paths.items():
         put_in_place(path, output.file(source.name, suffix))
     # The marker must not reach the disk before the files it speaks of.

@@ -24,9 +24,9 @@ from pipelines.engine.pieces import (
     finished_pieces,
 )
 from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
-from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed
+from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, drop_claims
 from pipelines.recipe import TableConfig
-from pipelines.store.files import discard_folder, exclusive, fsync_directory
+from pipelines.store.files import discard_folder, exclusive
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 GIGABYTE = 10**9
@@ -185,7 +185,7 @@ def _run_pending(
     # Asked anew under the lock: another command may have finished shards in the meantime.
     pending = [source for source in sources if not output.is_done(source.name, source.identity, fingerprint)]
     _clear(output, pending)
-    _drop_parts(output, fingerprint)
+    _drop_parts(output, sources, fingerprint)
     if not pending:
         return
     cut = {"samples_per_slice": engine.samples_per_slice}
@@ -228,7 +228,7 @@ def _run_pending(
             counts.add(piece, outcome.report, joined=outcome.joined)
             progress.advance(piece.stop - piece.start if outcome.report else 0, note=counts.note())
         get_logger(room).info(counts.summary(progress))
-    _drop_parts(output, fingerprint)
+    _drop_parts(output, sources, fingerprint)
     if counts.quarantined:
         names = ", ".join(sorted(counts.quarantined))
         raise QuarantinedShardError(
@@ -262,21 +262,25 @@ def _settle_place(
 
 
 def _clear(output: ShardDirectory, pending: Sequence[Source]) -> None:
-    """Remove the markers of what is to be done again, and what killed drivers left half-written."""
-    markers = output.path / MARKER_FOLDER
+    """Remove what killed drivers left half-written and, if something is to be done, the manifest of a whole directory.
+
+    Stale markers stay until their files are replaced: whoever stops this run and sets a setting back has lost nothing.
+    """
     output.clear_leftovers(is_held=True)
-    for source in pending:
-        output.clear_marker(source.name)
-    if markers.is_dir():
-        # No power cut may bring an old marker back after its files have been replaced.
-        fsync_directory(markers)
+    drop_claims(output)
+    if pending:
+        output.clear_manifest()
 
 
-def _drop_parts(output: ShardDirectory, fingerprint: Fingerprint) -> None:
+def _drop_parts(output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
     """Remove the parts of done shards: of a killed driver, or of workers that outlived it."""
-    parts = output.path / PARTS_FOLDER
+    parts, identities = output.path / PARTS_FOLDER, {source.name: source.identity for source in sources}
     for folder in parts.iterdir() if parts.is_dir() else ():
-        if folder.is_dir() and not folder.is_symlink() and output.report(folder.name, fingerprint) is not None:
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        report = output.report(folder.name, fingerprint)
+        # A marker of another source, or of files that are gone, is one to be done again.
+        if report is not None and output.is_done(folder.name, identities.get(folder.name, report.source), fingerprint):
             drop_parts(folder)
     discard_folder(parts)
 

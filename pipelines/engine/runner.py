@@ -44,15 +44,13 @@ class PieceOutcome:
 
 @contextlib.contextmanager
 def claimed(output: ShardDirectory) -> Iterator[Path]:
-    """Yield a new file in `output`, the claim of this driver; removes the claims of drivers that were killed.
+    """Yield a new file in `output`, the claim of this driver.
 
     A worker looks for the claim of its driver before it starts on a piece. The name is random and never used again, so
     that no node's cache of file names can be stale.
     """
     folder = (output.path / PARTS_FOLDER).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in own_files(folder, _CLAIM_NAME):
-        discard(stale)
     claim = folder / f".claim-{secrets.token_hex(8)}"
     claim.touch()
     fsync_directory(folder)
@@ -60,6 +58,12 @@ def claimed(output: ShardDirectory) -> Iterator[Path]:
         yield claim
     finally:
         discard(claim)
+
+
+def drop_claims(output: ShardDirectory) -> None:
+    """Remove the claims of drivers that were killed, so that workers which outlive them stop."""
+    for stale in own_files(output.path / PARTS_FOLDER, _CLAIM_NAME):
+        discard(stale)
 
 
 class PieceRunner:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError
-from pipelines.store.files import atomic_write_json, is_file_itself, remove_temporary_files, take_away
+from pipelines.store.files import atomic_write_json, fsync_directory, is_file_itself, remove_temporary_files, take_away
 from pipelines.store.state_files import parse_state, read_state, state_of
 
 SCHEMA_VERSION = 1
@@ -225,11 +225,11 @@ class ShardDirectory:
             UserError: there is a folder of that name.
         """
         self.clear_manifest()
-        take_away(self._marker(name))
+        _take_away_for_good(self._marker(name))
 
     def clear_manifest(self) -> None:
         """Remove the manifest, before what it vouches for is replaced; raises as `clear_marker` does."""
-        take_away(self.path / MANIFEST_NAME)
+        _take_away_for_good(self.path / MANIFEST_NAME)
 
     def write_marker(self, report: ShardReport, fingerprint: Fingerprint) -> None:
         """Declare a shard done; call it after the shard's files have been renamed into place."""
@@ -264,6 +264,13 @@ class ShardDirectory:
         assert manifest.num_read == manifest.num_kept + sum(rejected.values())
         atomic_write_json(self.path / MANIFEST_NAME, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
         return manifest
+
+
+def _take_away_for_good(path: Path) -> None:
+    """Remove a file so that no power cut brings it back after what it vouches for has been replaced."""
+    if path.is_symlink() or path.exists():
+        take_away(path)
+        fsync_directory(path.parent)
 
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:
