@@ -22,7 +22,7 @@ from sampling.trained_model import TrainedModel
 
 log = get_logger("sampling")
 # what diffusers' pipelines read of a prompt; their folders do not say
-PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "PixArtSigmaPAGPipeline": 300}
 PARTS = ("transformer", "vae", "text_encoder")
 # of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
@@ -90,18 +90,26 @@ def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[s
 
 
 def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel:
+    from pixart.transformer_config import read_transformer_config
+
     index = read_json(folder / "model_index.json")
     has_text = (folder / "text_encoder").is_dir() or "text_encoder" not in index
     has_vae = (folder / "vae").is_dir()
     parts = {} if has_text and has_vae else _encoders(str(folder), encoders)
+    class_name = str(index.get("_class_name"))
     if has_text:
+        if class_name not in PIPELINE_TOKENS and read_transformer_config(folder / "transformer").kind == "pixart":
+            raise UserError(
+                f"{folder / 'model_index.json'}: _class_name {class_name} is none of {', '.join(PIPELINE_TOKENS)}, so "
+                f"how many tokens of a prompt it reads is not known: name {folder / 'transformer'} as "
+                "sampling.checkpoint, and its encoders and tokens in [features]"
+            )
         parts["text"] = {
             "model": str(folder / "text_encoder"),
             "tokenizer": str(folder / "tokenizer"),
             "revision": None,
-            "max_tokens": 120,
         }
-    if (class_name := index.get("_class_name")) in PIPELINE_TOKENS:
+    if class_name in PIPELINE_TOKENS:
         parts["text"]["max_tokens"] = PIPELINE_TOKENS[class_name]
     if has_vae:
         parts["vae"] = {"model": str(folder / "vae"), "revision": None}

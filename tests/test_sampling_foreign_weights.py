@@ -1,5 +1,6 @@
 """Pipelines of others are drawn as diffusers draws them, under the scheduler settings that they bring."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,37 @@ def test_a_pipelines_files_have_whatever_names_diffusers_gives(run: Path, tmp_pa
     assert (draw(run, tmp_path / "saved", seed=4) == draw(run, tmp_path / "plain", seed=4)).all()
 
 
+def test_settings_that_another_solver_does_not_take_are_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_pipeline(run, tmp_path / "saved", SCHEDULERS["karras"])
+    draw(run, tmp_path / "saved", solver="iddpm", num_steps=2, seed=5)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "use_karras_sigmas True" in said and "sampling.solver iddpm takes none of that" in said
+
+
+def rename_class(folder: Path, class_name: str) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": class_name}))
+
+
 def test_what_is_missing_or_another_process_is_said_before_anything_is_loaded(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     save_pipeline(run, folder, {**BASE, "trained_betas": [0.01] * 1000}, max_shard_size="20KB")
     with pytest.raises(UserError, match=r"scheduler_config\.json: trained_betas is a list of 1000, but only None is"):
         open_trained_model(str(folder), None)
     DPMSolverMultistepScheduler(**BASE).save_pretrained(folder / "scheduler")
-    assert open_trained_model(str(folder), None).process == ddpm_spec()
+    trained = open_trained_model(str(folder), None)
+    assert trained.process == ddpm_spec() and trained.text is not None and trained.text["max_tokens"] == 120
+    rename_class(folder, "PixArtSigmaPAGPipeline")
+    trained = open_trained_model(str(folder), None)
+    assert trained.text is not None and trained.text["max_tokens"] == 300
+    rename_class(folder, "FluxPipeline")
+    with pytest.raises(
+        UserError, match=r"model_index\.json: _class_name FluxPipeline is none of PixArtAlphaPipeline, P"
+    ):
+        open_trained_model(str(folder), None)
+    rename_class(folder, "PixArtAlphaPipeline")
     next((folder / "transformer").glob("*-00002-of-*")).unlink()
     with pytest.raises(MissingFileError, match=r"transformer lacks 1 of the \d+ files that .*index\.json names"):
         open_trained_model(str(folder), None)
