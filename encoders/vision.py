@@ -64,6 +64,21 @@ def describe_resizer(source: ModelSource, *, key: str) -> str:
     return f"PIL {method} with antialiasing to {size}{cut}"
 
 
+def find_resize(source: ModelSource, *, key: str) -> int | tuple[int, int] | None:
+    """Return to which size images are resized before edges are cut off; raises as `image_processor` does.
+
+    It is the shortest side in pixels, or (width, height); None where they keep their size.
+    """
+    processor = image_processor(source, key=key)
+    size = dict(processor.size)
+    if not processor.do_resize:
+        return None
+    if size.get("width") is not None:
+        return size["width"], size["height"]
+    # Only square images become of one size by their longest side, and theirs is the shortest, too.
+    return size.get("shortest_edge") or size.get("longest_edge")
+
+
 def find_crop(source: ModelSource, *, key: str) -> str:
     """Return of which images edges are cut off: "none", "oblong" ones or "all"; raises as `image_processor` does."""
     processor = image_processor(source, key=key)

@@ -264,7 +264,8 @@ class Features:
         for row in found:
             counts[row["width"], row["height"]] += row["count_all"]
         target = (found[0]["seen_width"], found[0]["seen_height"])
-        return SetSizes(target=target, counts=counts, cropped=self.network.cropped)
+        network = self.network
+        return SetSizes(target=target, counts=counts, resized_to=network.resized_to, cropped=network.cropped)
 
     def clip_score(self) -> float | None:
         """Return the mean CLIP score; None where the images have no prompts or the network is not CLIP."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.tokens import TextCut, count_cut, pretrained_tokenizer
 from encoders.vision import (
+    INCEPTION_PIXELS,
     INCEPTION_RESIZER,
     ClipTowers,
     InceptionTower,
@@ -18,6 +19,7 @@ from encoders.vision import (
     VisionTower,
     describe_resizer,
     find_crop,
+    find_resize,
 )
 from encoders.weights import ModelSource, find_file, read_config, require_model, resolve_model
 from errors import MissingFileError, UserError
@@ -43,6 +45,8 @@ class NetworkSource:
         distance: what a Fréchet distance of its features is called.
         mmd: what an MMD of its features is called; None where none is taken.
         resizer: how images reach the network's size, in words.
+        resized_to: the shortest side in pixels or (width, height) that images are resized to before they lose edges;
+            None where they are not.
         cropped: which images lose their edges on the way there: "none", "oblong" ones or "all".
     """
 
@@ -51,6 +55,7 @@ class NetworkSource:
     distance: str
     mmd: str | None
     resizer: str
+    resized_to: int | tuple[int, int] | None
     cropped: str = "none"
 
 
@@ -81,6 +86,7 @@ def _find_inception(config: EvaluationConfig) -> NetworkSource:
         distance="FID" if is_published(path) else "FD-Inception",
         mmd=None,
         resizer=INCEPTION_RESIZER,
+        resized_to=(INCEPTION_PIXELS, INCEPTION_PIXELS),
     )
 
 
@@ -100,6 +106,7 @@ def _find_clip(config: EvaluationConfig) -> NetworkSource:
         distance="CLIP-FD",
         mmd="CMMD" if is_cmmd else "CLIP-MMD",
         resizer=describe_resizer(source, key="evaluation.clip"),
+        resized_to=find_resize(source, key="evaluation.clip"),
         cropped=find_crop(source, key="evaluation.clip"),
     )
 
@@ -115,6 +122,7 @@ def _find_vision(config: EvaluationConfig) -> NetworkSource:
         distance=f"FD-{LABELS.get(kind, kind)}",
         mmd=None,
         resizer=describe_resizer(source, key="evaluation.vision"),
+        resized_to=find_resize(source, key="evaluation.vision"),
         cropped=find_crop(source, key="evaluation.vision"),
     )
 

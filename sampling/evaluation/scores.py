@@ -39,6 +39,7 @@ from sampling.evaluation.tables import render_scores
 SCORES_VERSION = 1  # raise it when what the numbers mean changes
 REPORT_NAME = "scores"
 FEW_IMAGES = 2048  # below it a covariance of Inception's 2048 channels has no full rank
+NOT_INPUTS = ("source", "resized_to", "cropped")  # of a network: the first is written out, the others the resizer says
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 log = get_logger("evaluation")
@@ -158,7 +159,7 @@ class Meter:
             "reference": reference,
             # Source beside the rest, as in scores made before.
             "networks": [
-                {name: value for name, value in asdict(network).items() if name not in ("source", "cropped")}
+                {name: value for name, value in asdict(network).items() if name not in NOT_INPUTS}
                 | asdict(network.source)
                 for network in self.networks
             ],

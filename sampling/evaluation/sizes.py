@@ -14,11 +14,14 @@ class SetSizes:
     Attributes:
         target: what the network sees, (width, height).
         counts: images of each size (width, height).
+        resized_to: the shortest side in pixels or (width, height) that images get before edges are cut off; None where
+            they keep their size.
         cropped: of which of them edges are cut off: "none", "oblong" ones (of another shape than the target) or "all".
     """
 
     target: tuple[int, int]
     counts: Mapping[tuple[int, int], int]
+    resized_to: int | tuple[int, int] | None
     cropped: str
 
     @property
@@ -28,8 +31,8 @@ class SetSizes:
 
     @property
     def num_resized(self) -> int:
-        """Images that have not the network's size already."""
-        return self.num_images - self.counts.get(self.target, 0)
+        """Images that have not the size already that they are resized to."""
+        return sum(count for size, count in self.counts.items() if self._is_resized(size))
 
     @property
     def num_cropped(self) -> int:
@@ -39,6 +42,11 @@ class SetSizes:
             self.cropped, lambda size: size[0] * height != size[1] * width
         )
         return sum(count for size, count in self.counts.items() if is_cropped(size))
+
+    def _is_resized(self, size: tuple[int, int]) -> bool:
+        if self.resized_to is None:
+            return False
+        return (min(size) if isinstance(self.resized_to, int) else size) != self.resized_to
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts, and the most frequent sizes by name."""
