@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from sampling_run import PROMPTS, make_run
 from test_sampling_evaluation_scores import evaluate
 from tiny_clip import save_clip
 
-from errors import MissingFileError
+from errors import MissingFileError, UserError
 from pipelines.engine.run import EngineConfig
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.features import Features, FeatureWorker, compute_features
@@ -31,7 +32,10 @@ def clip_folder(tmp_path_factory):
 def write_samples(folder: Path, prompts: list[str]) -> Path:
     """Write what sampling leaves: images, their table, a grid and a manifest."""
     folder.mkdir(parents=True)
-    rows = [{"file": f"{number}.png", "prompt": prompt} for number, prompt in enumerate(prompts)]
+    rows = [
+        {"number": number, "key": str(number), "prompt": prompt, "seed": number, "file": f"{number}.png"}
+        for number, prompt in enumerate(prompts)
+    ]
     for number, row in enumerate(rows):
         picture(number, width=20, height=20).save(folder / row["file"])
     pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
@@ -76,6 +80,52 @@ def test_a_sample_that_is_gone_is_named(tmp_path):
             open_it(folder, cache=tmp_path)
 
 
+@pytest.mark.parametrize("content", ["other columns", "no table", "a column of ours"])
+def test_a_table_of_the_users_own_is_one_file_left_out(tmp_path, content):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(2):
+        picture(number).save(folder / f"{number}.png")
+    picture(9).save(tmp_path / "outside.png")
+    rows = {"other columns": {"id": 1}, "a column of ours": {"file": "../outside.png"}}
+    if content in rows:
+        pq.write_table(pa.Table.from_pylist([rows[content]]), folder / "samples.parquet")
+    else:
+        (folder / "samples.parquet").write_bytes(b"PAR1 and no more")
+    images = open_reference(str(folder), run=tmp_path, cache=tmp_path / "cache")
+    assert (images.num_images, dict(images.left_out)) == (2, {"no image by its name": 1})
+
+
+def test_a_damaged_table_of_ours_is_named_and_never_to_be_removed(tmp_path):
+    folder = write_samples(tmp_path / "stage2", ["a star"])
+    (folder / "samples.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"stage2/samples\.parquet is no readable table \(.*\); ") as said:
+        open_reference(str(folder), run=tmp_path, cache=tmp_path / "cache")
+    assert str(said.value).endswith(
+        "`make verify` of the run that drew it says how to mend it, or name another evaluation.reference"
+    )
+    assert "remove" not in str(said.value)
+
+
+def test_a_sample_outside_its_folder_is_refused(tmp_path):
+    folder = write_samples(tmp_path / "stage2", ["a star"])
+    picture(9).save(tmp_path / "outside.png")
+    row = pq.read_table(folder / "samples.parquet").to_pylist()[0] | {"file": "../outside.png"}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "samples.parquet")
+    for open_it in (open_folder, open_samples):
+        with pytest.raises(
+            UserError, match=r"samples\.parquet names '\.\./outside\.png', which is no file of its own fold"
+        ):
+            open_it(folder, cache=tmp_path / "cache")
+
+
+def test_samples_of_a_hidden_folder_do_not_count(tmp_path):
+    write_samples(tmp_path / "set" / ".earlier", ["a star", "a circle"])
+    picture(0).save(tmp_path / "set" / "0.png")
+    images = open_reference(str(tmp_path / "set"), run=tmp_path, cache=tmp_path / "cache")
+    assert (images.num_images, dict(images.left_out)) == (1, {"hidden": 6})
+
+
 def test_images_beside_shards_are_counted(tmp_path, capsys):
     from feature_run import write_raw
 
@@ -87,11 +137,20 @@ def test_images_beside_shards_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("cropped", "num_cropped"), [("none", 0), ("oblong", 7), ("all", 12)], ids=["squashed", "to a square", "all"]
+    ("resized_to", "num_resized", "cropped", "num_cropped"),
+    [
+        ((16, 16), 10, "none", 0),
+        (16, 10, "oblong", 7),
+        (20, 5, "all", 12),
+        ((20, 20), 12, "all", 12),
+        (None, 0, "all", 12),
+    ],
+    ids=["squashed", "to a square", "larger than the crop", "squashed larger than the crop", "crop alone"],
 )
-def test_sizes_say_what_was_resized_and_cropped(cropped, num_cropped):
-    sizes = SetSizes(target=(16, 16), counts={(16, 16): 2, (64, 64): 3, (30, 20): 4, (20, 30): 3}, cropped=cropped)
-    assert (sizes.num_images, sizes.num_resized, sizes.num_cropped) == (12, 10, num_cropped)
+def test_sizes_say_what_was_resized_and_cropped(resized_to, num_resized, cropped, num_cropped):
+    counts = {(16, 16): 2, (64, 64): 3, (30, 20): 4, (20, 30): 3}
+    sizes = SetSizes(target=(16, 16), counts=counts, resized_to=resized_to, cropped=cropped)
+    assert (sizes.num_images, sizes.num_resized, sizes.num_cropped) == (12, num_resized, num_cropped)
     found = sizes.as_json()
     assert (found["to"], found["num_sizes"]) == ("16x16", 4)
     assert found["most_frequent"] == {"30x20": 4, "20x30": 3, "64x64": 3, "16x16": 2}
@@ -107,6 +166,26 @@ def features_of(folder: Path, clip_folder: Path, cache: Path, *, max_reject_frac
 def without_sizes(path: Path) -> None:
     table = pq.read_table(path)
     pq.write_table(table.select(["key", "feature", "clip_score", "reject", "detail"]), path)
+
+
+@pytest.mark.parametrize(
+    ("size", "do_resize", "expected"),
+    [
+        ({"shortest_edge": 256}, True, 256),
+        ({"height": 20, "width": 30}, True, (30, 20)),
+        ({"longest_edge": 9}, True, 9),
+        ({"shortest_edge": 9}, False, None),
+    ],
+)
+def test_a_processor_says_what_images_are_resized_to_before_the_crop(clip_folder, tmp_path, size, do_resize, expected):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    path = folder / "preprocessor_config.json"
+    crop = {"height": 224, "width": 224}
+    changed = {"size": size, "do_resize": do_resize, "crop_size": crop}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    (network,) = find_networks(EvaluationConfig(clip=str(folder)))
+    assert network.resized_to == expected and network.cropped == "all"
 
 
 def test_features_know_the_sizes_of_usable_images(tmp_path, clip_folder):

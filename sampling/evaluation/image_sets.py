@@ -1,5 +1,6 @@
 """Sets of images that features are taken of: a folder, raw shards, or a folder of samples with their prompts."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,19 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import MissingFileError
+from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, remove_temporary_files, sha256_file, sha256_text
+from pipelines.store.manifest import MARKER_FOLDER, read_manifest
 from pipelines.store.png_files import require_sound_png
 from pipelines.store.state_files import read_records
-from pipelines.store.tables import MEND_SHARD, read_table
+from pipelines.store.tables import MEND_SHARD, read_table, read_table_schema
 from sampling.images import MEND
 
 HASH_THREADS = 8
-SAMPLES_NAME = "samples.parquet"
+SAMPLES_SHARD = "samples"
+SAMPLES_NAME = f"{SAMPLES_SHARD}.parquet"
+# What sampling has always written of each sample.
+SAMPLES_COLUMNS = {"number", "key", "prompt", "seed", "file"}
+# A reference may be of another run, where nothing is to be removed on this one's word.
+MEND_REFERENCE = "`make verify` of the run that drew it says how to mend it, or name another evaluation.reference"
 # Why a file of a folder is no image of the set.
 NO_SAMPLE = "not one of its samples.parquet"
 NO_IMAGE = "no image by its name"
@@ -102,26 +109,25 @@ def open_folder(folder: Path, *, cache: Path) -> ImageSet:
         MissingFileError: there is no image, or a sample is gone.
     """
     files = _files(folder)
-    tables = {path.parent for path in files if path.name == SAMPLES_NAME}
-    samples = {path for table in tables for path in _sample_files(table)}
+    shown = [path for path in files if not _is_hidden(path, folder)]
+    tables = {path.parent for path in shown if path.name == SAMPLES_NAME and _is_of_samples(path.parent)}
+    samples = {path for table in tables for path in _sample_files(table, mend=MEND_REFERENCE)}
     rows: list[dict[str, str]] = []
-    left_out: Counter[str] = Counter()
-    for path in files:
-        if path in samples or path.name == SAMPLES_NAME:
-            reason = None
-        elif _is_hidden(path, folder):
-            reason = HIDDEN
+    left_out: Counter[str] = Counter({HIDDEN: len(files) - len(shown)})
+    for path in shown:
+        if path in samples:
+            rows.append({"key": path.relative_to(folder).as_posix(), "file": str(path.absolute())})
+        elif path.name == SAMPLES_NAME and path.parent in tables:
+            continue
         elif not _is_image(path):
-            reason = NO_IMAGE
+            left_out[NO_IMAGE] += 1
+        elif tables & {path.parent, *path.parents}:
+            left_out[NO_SAMPLE] += 1
         else:
-            reason = NO_SAMPLE if tables & {path.parent, *path.parents} else None
-        if reason is not None:
-            left_out[reason] += 1
-        elif path.name != SAMPLES_NAME:
             rows.append({"key": path.relative_to(folder).as_posix(), "file": str(path.absolute())})
     if not rows:
         raise MissingFileError(f"evaluation.reference {folder} holds no image (of {len(files)} files)")
-    return _list_images(str(folder), rows, cache=cache, left_out=_say_left_out(folder, left_out))
+    return _list_images(str(folder), rows, cache=cache, left_out=_say_left_out(folder, +left_out))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -137,18 +143,33 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _sample_files(folder: Path) -> list[Path]:
+def _is_of_samples(folder: Path) -> bool:
+    """Whether a folder's table is what sampling writes, and not a user's own file of that name."""
+    if (folder / MARKER_FOLDER / f"{SAMPLES_SHARD}.json").is_file():
+        return True
+    with contextlib.suppress(UserError):
+        if {*read_table_schema(folder / SAMPLES_NAME, mend=MEND_REFERENCE).names} >= SAMPLES_COLUMNS:
+            return True
+    with contextlib.suppress(UserError):
+        return SAMPLES_SHARD in read_manifest(folder).shards
+    return False
+
+
+def _sample_files(folder: Path, *, mend: str) -> list[Path]:
     """Return the files that a folder's table of samples names.
 
     Raises:
         MissingFileError: one is gone.
-        UserError: one is cut or changed; names it.
+        UserError: the table is damaged or names a file elsewhere, or a sample is cut or changed; names it.
     """
-    table = read_table(folder / SAMPLES_NAME, ["file"], mend=MEND_SHARD)
-    paths = [folder / name for name in table["file"].to_pylist()]
-    for path in paths:
-        if not path.is_file():
-            raise MissingFileError(f"{path} does not exist, but {folder / SAMPLES_NAME} names it: draw it again")
+    table = folder / SAMPLES_NAME
+    names = read_table(table, ["file"], mend=mend)["file"].to_pylist()
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{table} names {name!r}, which is no file of its own folder; {mend}")
+        if not (folder / name).is_file():
+            raise MissingFileError(f"{folder / name} does not exist, but {table} names it: draw it again")
+    paths = [folder / name for name in names]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         list(pool.map(lambda path: require_sound_png(path, mend=MEND), paths))
     return paths
@@ -171,7 +192,7 @@ def open_samples(folder: Path, *, cache: Path, has_prompts: bool = True) -> Imag
     table = folder / SAMPLES_NAME
     if not table.is_file():
         raise MissingFileError(f"{table} does not exist: the samples of {folder} have not been drawn")
-    _sample_files(folder)
+    _sample_files(folder, mend=MEND_SHARD)
     rows = [
         {"key": row["file"], "file": str((folder / row["file"]).absolute())}
         | ({"prompt": row["prompt"]} if has_prompts else {})
