@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from errors import UserError, is_out_of_memory
-from pipelines.command import parse_command, run_command
+from pipelines.command import parse_command, run_command, users_message
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig
@@ -129,8 +129,11 @@ def build_page(studio: Studio) -> "gradio.Blocks":
             path = studio.folder / Path(event.value["image"]["path"]).name
             try:
                 wish = wish_of(path)
-            except UserError as error:
-                raise gr.Error(str(error), duration=None) from None
+            except Exception as error:
+                message = users_message(error)
+                if message is None:
+                    raise
+                raise gr.Error(message, duration=None) from None
             return (str(path), _describe(wish, path), *_values(wish))
 
         for event in (start.click, fields[0].submit):
@@ -225,12 +228,12 @@ def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
         return studio.draw(wish, on_step=on_step)
     except DrawingStopped:
         raise gradio.Error("Nothing was kept.", title="Stopped", duration=5, print_exception=False) from None
-    except UserError as error:
-        raise gradio.Error(str(error), duration=None, print_exception=False) from None
     except Exception as error:
-        if not is_out_of_memory(error):
+        message = users_message(error)
+        if message is None:
             raise
-        message = f"{wish.size} does not fit the memory of the device: choose a smaller size"
+        if is_out_of_memory(error):
+            message = f"{wish.size} does not fit the memory of the device: choose a smaller size"
         raise gradio.Error(message, duration=None, print_exception=False) from None
 
 

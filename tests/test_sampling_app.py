@@ -1,5 +1,6 @@
 """`make app` in Chromium: the image of `make sample`, progress, history, errors on the page, and nobody called."""
 
+import errno
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -289,6 +291,22 @@ def test_plan_serves_nothing_and_a_taken_port_is_named(run, capsys):
         flags[-1] = f"app.port={port}"
         with pytest.raises(UserError, match=rf"app\.port {port} of 127\.0\.0\.1 cannot be used"):
             app.main(flags)
+
+
+def test_a_full_disk_is_said_on_the_page_with_what_to_do():
+    import gradio
+
+    def studio_failing_with(number: int) -> SimpleNamespace:
+        def draw(wish: Wish, *, on_step: object) -> Path:
+            raise OSError(number, os.strerror(number), "a.png")
+
+        return SimpleNamespace(draw=draw)
+
+    for number, said in ((errno.ENOSPC, "a.png: the disk is full"), (errno.EACCES, "a.png: you may not read or write")):
+        with pytest.raises(gradio.Error, match=said):
+            app._draw(studio_failing_with(number), wish(), on_step=lambda step: None)
+    with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program
+        app._draw(studio_failing_with(errno.EBADF), wish(), on_step=lambda step: None)
 
 
 def test_a_stopped_drawing_is_not_kept_and_the_next_one_is_whole(run):
