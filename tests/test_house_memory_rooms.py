@@ -154,6 +154,24 @@ def test_a_rank_of_training(monkeypatch):
     monkeypatch.setattr(rank, "run_rank", allocate)
     with pytest.raises(MemoryShortageError, match=r"\(can't allocate memory: you tried"):
         rank.main()
+    # On a machine with a GPU the error tells which memory it was.
+    for error, memory in (
+        (MemoryError("Unable to allocate 1 PiB"), "the machine's memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "the machine's memory"),
+        (torch.OutOfMemoryError("Tried to allocate 20 GiB"), "the GPU's memory"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's memory"),
+    ):
+        monkeypatch.setattr(rank, "rank_device", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(rank, "run_rank", failing_with(error))
+        with pytest.raises(MemoryShortageError, match=f"^{memory} does not suffice for training"):
+            rank.main()
+
+
+def failing_with(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
 
 
 def allocate_nothing(*_: Any, **__: Any) -> None:

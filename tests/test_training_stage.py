@@ -16,6 +16,7 @@ from pipelines.recipe import ModelConfig, load_recipe
 from pipelines.store.families import text_directory
 from pixart.processes.specs import flow_spec
 from training.config import StageTraining, random_stream, stage_training
+from training.loop.schedule import learning_rate_at
 from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob, open_stage
 
@@ -126,6 +127,13 @@ def test_a_resume_refused_for_its_shape_its_start_or_its_features_says_what_to_s
         job_of(run, 2)
     recipe.write_text(was)
     assert "stage2-next" not in str(said.value), "weights of another shape do not start it"
+    recipe.write_text(was.replace('network = "pixart"', 'network = "dit"'))
+    with pytest.raises(
+        UserError, match=r"training\.stage2\.network 'pixart', but it is .*\.network back: they"
+    ) as said:
+        job_of(run, 2)
+    recipe.write_text(was)
+    assert "stage2-next" not in str(said.value), "a PixArt does not start a DiT"
     longer = write_checkpoint(job_of(run, 1, num_steps=24), step=24, num_steps=24)
     with pytest.raises(UserError, match=rf"to go on as it was, set training\.stage2\.starts_from = '{first}'"):
         job_of(run, 2)
@@ -167,6 +175,21 @@ def test_a_resume_says_what_other_steps_do_to_the_learning_rate(
     assert change.startswith(f"training.stage2.num_steps: 20 -> {num_steps}; the learning {said}")
     assert ("keep num_steps = 20 and train on in [training.stage2-next]" in change) == (step != 5)
     assert changes_of(job_of(run, 2, **decay, num_steps=20)) == []
+
+
+@pytest.mark.parametrize(
+    ("fraction", "num_steps", "first"), [(0.9, 100, 11), (0.3, 20, 15), (0.3, 18, 13), (0.7, 9, 3)]
+)
+def test_the_step_from_which_the_rate_is_said_to_fall_is_the_first_below_it(
+    run: Path, fraction: float, num_steps: int, first: int
+) -> None:
+    decay = {"starts_from": "scratch", "decay_fraction": fraction, "warmup_steps": 0}
+    settings = job_of(run, 2, **decay, num_steps=num_steps).settings
+    assert learning_rate_at(settings, first - 1) < learning_rate_at(settings, first - 2)
+    assert learning_rate_at(settings, first - 2) == pytest.approx(settings.learning_rate)
+    write_checkpoint(job_of(run, 2, **decay, num_steps=num_steps), step=1, num_steps=num_steps)
+    (change,) = changes_of(job_of(run, 2, **decay, num_steps=num_steps * 3))
+    assert change.endswith(f"not from {first}")
 
 
 def test_a_resume_says_each_setting_that_may_change_and_steers_what_comes(run: Path) -> None:

@@ -51,6 +51,8 @@ from training.stages.weights import WeightCounts
 
 META = torch.device("meta")
 ObjectiveChoice = Callable[[TrainingJob, torch.device], Objective]
+# How libraries say that a GPU's memory was too small, where torch does not by its own error.
+GPU_SIGNS = ("CUDA", "CUBLAS", "CUDNN")
 # How gloo and NCCL say that the other end of a connection is gone.
 LOST_SIGNS = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "remote process exited")
 
@@ -81,7 +83,9 @@ def main() -> None:
 
 def _describe_shortage(job: TrainingJob, error: BaseException) -> str:
     settings = job.settings
-    memory = "the GPU's memory" if rank_device().type == "cuda" else "the machine's memory"
+    # Ranks with a GPU need the machine's memory, too, for batches and checkpoints.
+    is_of_gpu = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in GPU_SIGNS)
+    memory = "the GPU's memory" if is_of_gpu else "the machine's memory"
     reason = describe_reason(error)
     return (
         f"{memory} does not suffice for training.{job.command.stage_name}{f' ({reason})' if reason else ''}: "

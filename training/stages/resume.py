@@ -1,5 +1,6 @@
 """Going on from a checkpoint: what must be as it was and what to do if not, and what of the rest a resume says."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from training.config import StageTraining
 from training.data.features import StageFeatures
 from training.loop.schedule import learning_rate_at
 
-START = "training.starts_from"
+START, NETWORK = "training.starts_from", "training.network"
 MAX_CHANGES_SHOWN = 4
 
 
@@ -28,8 +29,9 @@ def require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featur
     made_with, wanted = defaults | checkpoint.trainer["fingerprint"], defaults | fingerprint.fields
 
     def place(name: str) -> tuple[bool, bool, str]:
-        # Another process is another network; and a setting says more than the hash of the files it changed.
-        return name != "training.process", name.endswith(".files"), name
+        # Another process or kind is another network, and brings other differences along. A setting says more than the
+        # hash of the files it changed.
+        return name not in (NETWORK, "training.process"), name.endswith(".files"), name
 
     names = [name for name in made_with.keys() | wanted.keys() if made_with.get(name) != wanted.get(name)]
     if not names:
@@ -91,9 +93,8 @@ def _rate_change(checkpoint: Checkpoint, settings: StageTraining, *, table_name:
     # A stage that was at its end had no rate for the next step: its last one says where it was.
     place = min(step, num_steps - 1)
     before, now = learning_rate_at(former, place), learning_rate_at(settings, step)
-    kept = 1 - settings.decay_fraction
-    why = f"decay_fraction {settings.decay_fraction:g} has it fall from step {int(kept * settings.num_steps) + 1:,} on"
-    why += f", not from {int(kept * num_steps) + 1:,}"
+    why = f"decay_fraction {settings.decay_fraction:g} has it fall from step {_first_decay_step(settings):,} on"
+    why += f", not from {_first_decay_step(former):,}"
     if before == now:
         return f"; the learning rate is {now:.3g} at step {step + 1:,} as before, but {why}"
     return (
@@ -102,16 +103,23 @@ def _rate_change(checkpoint: Checkpoint, settings: StageTraining, *, table_name:
     )
 
 
+def _first_decay_step(settings: StageTraining) -> int:
+    """Return the first step, counted from 1, whose rate is below that of the steps between warm-up and end."""
+    # 1 - 0.9 is a little less than 0.1.
+    return math.floor(round((1 - settings.decay_fraction) * settings.num_steps, 6)) + 1
+
+
 def _ways_on(name: str, checkpoint: Checkpoint, *, former: Any, table_name: str) -> str:
     """Return how to go on from the weights with what is there now, and how to go on as it was."""
     onward = f"To go on from its weights, train {another_table(checkpoint, table_name)}"
     kind, _, _ = name.partition(".")
     if name == START:
         return f"{onward}; to go on as it was, {_former_start(checkpoint, str(former))}"
+    if kind == "model" or name == NETWORK:
+        shape = "shape" if kind == "model" else "kind"
+        return f"To go on from its weights, set {_key(name, checkpoint)} back: they have that {shape}"
     if kind == "training":
         return f"{onward}; to go on as it was, set {_key(name, checkpoint)} back"
-    if kind == "model":
-        return f"To go on from its weights, set {name} back: they have that shape"
     stage = _stage(checkpoint)
     return (
         f"{onward}; to go on as it was, set the features back and run `make features STAGE={table_name} "
