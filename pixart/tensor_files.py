@@ -137,12 +137,14 @@ def _is_safetensors(head: bytes, path: Path) -> bool:
 
 
 def _require_torch_file(path: Path, head: bytes, name: str) -> None:
-    if head.startswith(ZIP) and zipfile.is_zipfile(path):
-        try:
+    try:
+        is_zip, members = head.startswith(ZIP) and zipfile.is_zipfile(path), []
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 members = archive.namelist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise UserError(f"{name} is a zip archive that is damaged ({error}): fetch it again") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"{name} is a zip archive that is damaged ({error}): fetch it again") from None
+    if is_zip:
         if any(member.endswith("/constants.pkl") for member in members):
             raise UserError(f"{name} is a program of TorchScript: save the weights alone, its state_dict()")
         if not any(member.endswith("/data.pkl") for member in members):
@@ -153,8 +155,9 @@ def _require_torch_file(path: Path, head: bytes, name: str) -> None:
 
 def _load_plain(path: Path, name: str) -> Any:
     """Unpickle tensors, containers, numbers, texts and `PLAIN_CLASSES`, and nothing else."""
-    is_zip, is_at_end = zipfile.is_zipfile(path), False
+    is_zip = is_at_end = False
     try:
+        is_zip = zipfile.is_zipfile(path)
         # torch warns of pickles that are newer than its own, and asks to report them
         with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings(action="ignore"):
             if path.suffix != ".safetensors" and is_zip:

@@ -232,6 +232,15 @@ def test_damage_anywhere_is_said_in_one_line(tmp_path: Path, is_zip: bool) -> No
             assert read_weight_file(path).tensors.keys() == WEIGHTS.keys()
 
 
+def test_a_zip_of_several_disks_is_damaged(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "x.pth")
+    content = bytearray((tmp_path / "x.pth").read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 7  # of the locator, the number of disks
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.pth is a zip archive that is damaged \(zipfiles that span multiple disks"):
+        read_weight_file(tmp_path / "x.pth")
+
+
 def test_a_file_that_may_not_be_read_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,10 @@ def original_mistakes(run: Path) -> dict[str, tuple[object, str]]:
         "positions": (weights, r"hold no positions, .* \(see sampling\.checkpoint_resolution\)"),
         "narrow": (narrow, r"width 24 is none of \[384, 768, 1024, 1152\]"),
         "other": ({"a": torch.zeros(1)}, "neither an original PixArt nor a DiT"),
-        "code": ({"a": Path("x")}, r"holds more than weights, namely pathlib\.PosixPath; to open that could run any"),
+        "code": (
+            {"a": Fraction(1, 2)},
+            r"holds more than weights, namely fractions\.Fraction; to open that could run any",
+        ),
     }
 
 
