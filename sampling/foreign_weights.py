@@ -1,4 +1,4 @@
-"""Weights from elsewhere: a folder or hub id of diffusers, an original file; what they lack, the recipe says."""
+"""Weights that are named: a folder or hub id of diffusers, an original file; what they lack, the recipe says."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from encoders.weights import REPOSITORY, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
+from pipelines.store.checkpoints import TRAINER
 from pipelines.store.files import sha256_file
 from pixart.processes.scheduler_configs import describe_replaced_sampler, spec_beside
 from pixart.processes.specs import WEIGHT_FOLDERS, ddpm_spec
 from pixart.weight_files import ORIGINAL_SUFFIXES, find_weight_files, read_json
 from sampling.config import EncoderConfig
-from sampling.trained_model import TrainedModel
+from sampling.trained_model import TrainedModel, open_checkpoint_model
 
 log = get_logger("sampling")
 # what diffusers' pipelines read of a prompt; their folders do not say
@@ -31,7 +32,8 @@ DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 def open_trained_model(
     location: str, encoders: EncoderConfig | None, *, revision: str | None = None, resolution: int | None = None
 ) -> TrainedModel:
-    """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, or an original file (.pth, .safetensors).
+    """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, an original file (.pth, .safetensors), or
+    a checkpoint of training.
 
     A pipeline's folder brings its text encoder, tokenizer, VAE and process; what is missing is `encoders`.
     `resolution` in pixels is for an original file that holds no positions.
@@ -44,6 +46,8 @@ def open_trained_model(
     places = [root / location for root in (Path(), REPOSITORY)]
     if file := next((path for path in places if path.is_file()), None):
         return _open_original(file, encoders, resolution=resolution)
+    if folder := next((path for path in places if (path / TRAINER).is_file()), None):
+        return open_checkpoint_model(folder)
     if location.endswith(ORIGINAL_SUFFIXES) and not any(path.is_dir() for path in places):
         raise MissingFileError(f"sampling.checkpoint {location} does not exist")
     folder = _find_folder(location, revision)

@@ -11,7 +11,7 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.weights import resolve_model
 from errors import MissingFileError, UserError, run_argument
 from pipelines.engine.progress import get_logger
-from pipelines.store.checkpoints import MODEL, find_checkpoint
+from pipelines.store.checkpoints import MODEL, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.state_files import read_state
 from pixart.processes.specs import (
     SCHEDULER_FILE,
@@ -93,6 +93,21 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
         raise MissingFileError(
             f"{stage_folder} has no checkpoint: run `make train {run_argument(run)} STAGE={stage_name}` first"
         )
+    return _of_checkpoint(checkpoint, stage_name, run=run)
+
+
+def open_checkpoint_model(folder: Path) -> TrainedModel:
+    """Open a checkpoint of training by its folder, `RUN/training/<stage>/step-<k>`; the weights are read later.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has no EMA weights.
+    """
+    stage = folder.absolute().parent
+    run = stage.parent.parent if stage.parent.name == "training" else None
+    return _of_checkpoint(open_checkpoint(folder), stage.name, run=run)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None) -> TrainedModel:
     if checkpoint.note is not None:
         log.warning(checkpoint.note)
     folder, trainer = checkpoint.path, checkpoint.trainer

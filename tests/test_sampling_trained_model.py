@@ -133,6 +133,14 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
         open_trained_model(str(folder), encoders)
 
 
+def test_a_checkpoints_folder_opens_as_the_runs_own(run):
+    own = open_run_model(run, "stage3")
+    assert open_trained_model(str(run / "training" / "stage3" / "step-7"), None) == own
+    (own.model_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-7 is damaged: model/diffusion_pytorch_model\.safetensors is empty"):
+        open_trained_model(str(run / "training" / "stage3" / "step-7"), None)
+
+
 def test_a_checkpoints_model_folder_is_of_the_process_beside_it(run, encoders):
     save_checkpoint(run, 2, randomised(PixArt(replace(PIXART, out_channels=4))))
     folder = run / "training" / "stage2" / "step-7"
