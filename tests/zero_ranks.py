@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tiny_checkpoint import TRAINER
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -212,7 +213,8 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     average = ema.gather()
     to_run = new_network()
     ema.copy_to(to_run)
-    trainer = {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "num_ranks": dist.get_world_size(), "dtype": dtype}
+    trainer = TRAINER | {"step": 4, "num_steps": 9, "zero_stage": zero_stage, "dtype": dtype}
+    trainer["num_ranks"] = dist.get_world_size()
     save_checkpoint(folder, model=model, ema=ema, trainer=trainer, num_kept=1)
     dist.barrier()
     on = [train_step(model, ema, step) for step in range(4, 6)]
