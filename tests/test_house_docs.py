@@ -11,8 +11,9 @@ PAGE = REPOSITORY / "docs" / "FAULTS.md"
 NUM_COLUMNS = 4
 # What stands for a value, and words that are left out.
 PLACEHOLDER = re.compile(r"\bN\b|[A-Z][A-Z0-9]+|…")
-# Words that a message puts together, such as a file's name and what is wrong with it.
-MAX_PIECES = 3
+# A message is put together: of what was done, and what is wrong with it.
+MAX_PIECES = 2
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def rows() -> list[list[str]]:
@@ -29,24 +30,24 @@ def fragments() -> list[str]:
 
 
 @cache
-def program_texts() -> str:
-    """Every text in the sources, with what is filled in cut out."""
+def program_words() -> str:
+    """The words of every text in the sources, with what is filled in cut out."""
     paths = [*SOURCES, REPOSITORY / "errors.py"]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
-    return "\0".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return "\0".join(f" {' '.join(WORD.findall(text))} " for text in texts)
 
 
 def num_pieces(text: str) -> int:
     """Of how many pieces of the program's texts, as long as can be, `text` is put together."""
-    count, start = 0, 0
-    while start < len(text):
-        low, high = start, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if text[start:middle] in program_texts() else (low, middle - 1)
-        if low == start:
+    words, count, start = WORD.findall(text), 0, 0
+    while start < len(words):
+        stop = start
+        while stop < len(words) and f" {' '.join(words[start : stop + 1])} " in program_words():
+            stop += 1
+        if stop == start:
             return MAX_PIECES + 1
-        count, start = count + 1, low
+        count, start = count + 1, stop
     return count
 
 

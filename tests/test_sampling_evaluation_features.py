@@ -79,6 +79,20 @@ def test_a_set_is_known_by_its_content_and_seen_once(tmp_path, clip_folder, monk
     assert changed.folder != before.folder
 
 
+def test_damaged_statistics_are_computed_again(tmp_path, clip_folder, capsys):
+    images = open_folder(write_images(tmp_path / "set", 4), cache=tmp_path / "cache")
+    features = compute(images, clip_folder, tmp_path / "cache")
+    expected = features.gaussian()
+    path = features.folder / "statistics.safetensors"
+    whole = path.read_bytes()
+    for data in (b"", whole[:-8]):
+        path.write_bytes(data)
+        np.testing.assert_array_equal(features.gaussian().covariance, expected.covariance)
+        assert path.read_bytes() == whole
+        said = " ".join(capsys.readouterr().err.split())
+        assert "statistics.safetensors is damaged (" in said and "mean and covariance are computed again" in said
+
+
 def test_shards_and_a_folder_of_the_same_images_agree(tmp_path, clip_folder):
     folder, cache = write_images(tmp_path / "set", 5), tmp_path / "cache"
     samples = [{"key": f"{number:02d}", "png": (folder / f"{number:02d}.png").read_bytes()} for number in range(5)]

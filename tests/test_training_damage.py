@@ -7,10 +7,11 @@ import pytest
 from tiny_checkpoint import write_checkpoint, write_universal
 from training_run import make_run, train
 
-from errors import ProgramFault, StorageError
+from errors import ProgramFault, StorageError, UserError
 from pipelines.store.checkpoints import open_checkpoint
 from pipelines.store.deepspeed_files import conversion_damage, list_files
 from training.loop.conversions import loadable_state
+from training.loop.state import _naming_damage
 
 SETTINGS = {
     "starts_from": "scratch",
@@ -137,3 +138,19 @@ def test_a_link_with_the_name_of_a_coming_checkpoint_is_refused_before_training(
     said = train(stage.parent.parent, 2, status=2, **SETTINGS, num_steps=5)
     assert f"{stage}/step-5 was not made by training, which needs that name for a checkpoint: move it away" in said
     assert (stage / "step-5").is_symlink() and (stage / "latest").read_text() == "step-4\n"
+
+
+def test_a_conversion_that_has_changed_is_named_when_it_cannot_be_loaded(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 4, zero_stage=1, num_ranks=2)
+    write_universal(folder / "deepspeed-universal")
+    path = folder / "deepspeed-universal" / "zero" / "final.bias" / "fp32.pt"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    said = (
+        f"{path} has changed .*; remove {folder}/deepspeed-universal and type the command again: it is made anew from"
+    )
+    with pytest.raises(UserError, match=said), _naming_damage(open_checkpoint(folder), "deepspeed-universal"):
+        raise ValueError("what a library says of it")
+    with pytest.raises(ValueError, match="a fault"), _naming_damage(open_checkpoint(folder), "deepspeed"):
+        raise ValueError("a fault of ours, for the state is whole")

@@ -356,6 +356,14 @@ def test_a_flipped_byte_is_named_on_the_rank_that_reads_it(tmp_path: Path, famil
     assert len(failed) == 1, "48 of 50 samples are read once, the changed one among them, by one of three ranks"
 
 
+def test_a_damaged_null_caption_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    path = text_directory(run) / "null.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"text/null\.safetensors is damaged .*; remove it and type `make features`"):
+        batches_of(open_reader(open_index(run), steps=range(1)))
+
+
 def test_leaving_the_reader_early_stops_its_thread(run: Path) -> None:
     with open_reader(open_index(run), steps=range(1000)) as reader:
         next(iter(reader))
