@@ -15,7 +15,7 @@ from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
-from pipelines.store.files import atomic_file, remove_temporary_files, sha256_file, sha256_text
+from pipelines.store.files import atomic_file, exclusive, remove_temporary_files, sha256_file, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
@@ -132,7 +132,8 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     for change in job.changed_settings():
         log.info(f"{folder} was drawn with another setting: {change}")
     _require_own(folder, pending)
-    remove_temporary_files(folder)
+    with exclusive(folder):
+        remove_temporary_files(folder, is_held=True)
     prompts = {request.prompt for request in job.requests}
     lost = check_inputs(job) if pending else _lost_words(job)
     lost = {prompt: words for prompt, words in lost.items() if prompt in prompts}  # the negative one is no sample's

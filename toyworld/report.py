@@ -14,7 +14,7 @@ from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
 from pipelines.store.families import schema_of
-from pipelines.store.files import atomic_write_bytes, remove_temporary_files
+from pipelines.store.files import atomic_write_bytes, one_at_a_time
 from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
 from pipelines.store.state_files import read_log
 from pipelines.store.summary import read_summary
@@ -152,11 +152,11 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         links=[(path, what) for path, what in LINKS if (run / path).is_file()],
     )
     path = run / PAGE_NAME
-    remove_temporary_files(run, PAGE_NAME)
-    if path.is_file() and path.read_bytes() == page.encode():
-        log.info(f"nothing to do: {path} is up to date")
-        return path
-    atomic_write_bytes(path, page.encode())
+    with one_at_a_time(run, PAGE_NAME):
+        if path.is_file() and path.read_bytes() == page.encode():
+            log.info(f"nothing to do: {path} is up to date")
+            return path
+        atomic_write_bytes(path, page.encode())
     log.info(f"wrote {path} ({len(page) / 1e6:.1f} MB)")
     return path
 

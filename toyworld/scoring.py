@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from encoders.weights import resolve_model
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
-from pipelines.store.files import atomic_file, atomic_write_json, sha256_file, sha256_text, take_away
+from pipelines.store.files import atomic_file, atomic_write_json, exclusive, sha256_file, sha256_text, take_away
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
 from pipelines.store.png_files import read_picture
 from pipelines.store.state_files import read_records
@@ -76,14 +76,15 @@ def score_run(config: ToyworldConfig, run: Path) -> None:
         MissingFileError: the run has no raw truth, so that there is nothing to score against.
     """
     truth, prompts = run / "raw" / "truth.parquet", run / "raw" / "prompts.jsonl"
-    ShardDirectory(run / "judge").clear_leftovers()
     if not truth.is_file() or not prompts.is_file():
         raise MissingFileError(
             f"{truth.parent} holds no toy world: only captions and samples of known scenes have scores"
         )
-    score_captions(run)
-    for folder in sample_folders(run):
-        judge_samples(config, run, folder)
+    with exclusive(run / "judge"):
+        ShardDirectory(run / "judge").clear_leftovers(is_held=True)
+        score_captions(run)
+        for folder in sample_folders(run):
+            judge_samples(config, run, folder)
 
 
 def sample_folders(run: Path) -> list[Path]:

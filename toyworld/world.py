@@ -24,6 +24,7 @@ from pipelines.store.files import (
     atomic_file,
     atomic_write_bytes,
     discard,
+    exclusive,
     is_file_itself,
     remove_temporary_files,
     sha256_file,
@@ -240,6 +241,19 @@ def write_world(config: ToyworldConfig, run: Path) -> None:
     if not pending and _is_complete(raw, planned, fingerprint, config):
         log.info(f"nothing to do: {len(planned)} shards and {config.num_prompts} prompts of {raw.path} are done")
         return
+    with exclusive(raw.path):
+        _write_pending(config, run, raw, planned, fingerprint=fingerprint, pending=pending)
+
+
+def _write_pending(
+    config: ToyworldConfig,
+    run: Path,
+    raw: ShardDirectory,
+    planned: list[PlannedShard],
+    *,
+    fingerprint: Fingerprint,
+    pending: list[PlannedShard],
+) -> None:
     start_seconds = time.monotonic()
     _require_own(raw, planned)
     _clear(raw, planned)
@@ -295,10 +309,10 @@ def _require_own(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
 def _clear(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
     """Remove what killed runs left half-written; from now on the folder is known as this room's."""
     (raw.path / MARKER_FOLDER).mkdir(parents=True, exist_ok=True)
-    remove_temporary_files(raw.path)
+    remove_temporary_files(raw.path, is_held=True)
     for name in sorted({shard.dataset.name for shard in planned}):
-        remove_temporary_files(raw.path / name)
-        remove_temporary_files(raw.path / MARKER_FOLDER / name)
+        remove_temporary_files(raw.path / name, is_held=True)
+        remove_temporary_files(raw.path / MARKER_FOLDER / name, is_held=True)
 
 
 def _remove_unplanned(raw: ShardDirectory, planned: list[PlannedShard]) -> None:

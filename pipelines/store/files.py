@@ -22,6 +22,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
+LOCK_NAME = ".lock"
 # Nobody goes on with a temporary file after that time; far more than the clocks of hosts are apart.
 ABANDONED_SECONDS = 24 * 3600
 # Why a folder cannot get a name that is in use.
@@ -286,7 +287,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         UserError: another process is writing the directory, or its storage has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
+    with (directory / LOCK_NAME).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -298,6 +299,21 @@ def exclusive(directory: Path) -> Iterator[None]:
                 f"{directory}: this storage has no file locks ({error.strerror}), so two commands could write it at "
                 "once; mount it with locks (Lustre: -o flock; NFS: without nolock)"
             ) from None
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path, name: str = "") -> Iterator[None]:
+    """Hold a directory for the instant in which a small file is written, after what killed processes have left there.
+
+    Others wait for that instant. `name` as in `remove_temporary_files`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_NAME).open("w") as lock:
+        # Storage without locks has no instant of its own; what is left there goes a day later.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            remove_temporary_files(directory, name, is_held=True)
         yield
 
 

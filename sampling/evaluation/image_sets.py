@@ -13,7 +13,7 @@ from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, expand_shards, open_shard
-from pipelines.store.files import atomic_write_bytes, remove_temporary_files, sha256_file, sha256_text
+from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_file, sha256_text
 from pipelines.store.manifest import MARKER_FOLDER, read_manifest
 from pipelines.store.png_files import require_sound_png
 from pipelines.store.state_files import read_records
@@ -213,8 +213,8 @@ def _list_images(
     described = [[row["key"], row.get("prompt"), digest] for row, digest in zip(rows, hashes, strict=True)]
     identity = "sha256:" + sha256_text(json.dumps(described))
     path = cache / "lists" / f"{identity.removeprefix('sha256:')[:16]}.jsonl"
-    remove_temporary_files(path.parent)
-    atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    with one_at_a_time(path.parent):
+        atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     source = Source(name="images", path=str(path.absolute()), identity=identity, num_samples=len(rows))
     return ImageSet(name=name, identity=identity, sources=[source], left_out=left_out or {})
 

@@ -22,7 +22,7 @@ from PIL import Image
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
-from pipelines.store.files import atomic_write_bytes, atomic_write_json, remove_temporary_files
+from pipelines.store.files import atomic_write_bytes, atomic_write_json, one_at_a_time
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.png_files import read_picture
 from pipelines.store.state_files import read_state, state_of
@@ -63,22 +63,20 @@ def write_page(command: Command) -> Path:
         "images": {code: _embed(path, config.preference_pixels) for code, path in shown.items()},
     }
     folder = preference_folder(command)
-    remove_temporary_files(folder)
     page = TEMPLATE.read_text(encoding="utf-8")
     # Inside a script element only `<` means something to HTML.
     data = json.dumps(study, ensure_ascii=False).replace("<", "\\u003c")
     page = page.replace("{{title}}", html.escape("Which image?")).replace("{{study}}", data)
-    atomic_write_json(
-        folder / KEY_NAME,
-        {
-            "study": study["study"],
-            "seed": config.preference_seed,
-            "questions": config.preference_questions,
-            "checkpoints": {item.title: item.inputs() for item in contestants},
-            "codes": key,
-        },
-    )
-    atomic_write_bytes(folder / PAGE_NAME, page.encode())
+    content = {
+        "study": study["study"],
+        "seed": config.preference_seed,
+        "questions": config.preference_questions,
+        "checkpoints": {item.title: item.inputs() for item in contestants},
+        "codes": key,
+    }
+    with one_at_a_time(folder):
+        atomic_write_json(folder / KEY_NAME, content)
+        atomic_write_bytes(folder / PAGE_NAME, page.encode())
     num_votes = len(pairs) * len(config.preference_questions)
     log.info(
         f"{folder / PAGE_NAME}: {len(pairs):,} pairs, {num_votes:,} votes; send the page alone, keep {KEY_NAME}, put "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError
-from pipelines.store.files import atomic_write_bytes, remove_temporary_files, sha256_text
+from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_text
 from sampling.evaluation.config import EvaluationConfig
 
 # Of T2I-CompBench (Huang et al. 2023), in the order of the paper's Table 3, then what T2I-CompBench++ added.
@@ -31,9 +31,9 @@ def write_prompt_set(config: EvaluationConfig, *, run: Path) -> Path | None:
         rows = read_coco(path, num_prompts=config.num_prompts or COCO_PROMPTS)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     output = run / "evaluation" / "prompts" / f"{config.prompt_set}.jsonl"
-    remove_temporary_files(output.parent)
-    if not output.is_file() or output.read_bytes() != text.encode():
-        atomic_write_bytes(output, text.encode())
+    with one_at_a_time(output.parent):
+        if not output.is_file() or output.read_bytes() != text.encode():
+            atomic_write_bytes(output, text.encode())
     return output
 
 

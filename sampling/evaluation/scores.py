@@ -16,6 +16,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.store.files import (
     atomic_write_bytes,
     atomic_write_json,
+    one_at_a_time,
     sha256_file,
     sha256_text,
 )
@@ -333,17 +334,18 @@ def write_report(
     identity: str,
 ) -> None:
     """Write `<name>.json` and further files (suffix to text), their marker and the directory's manifest."""
-    directory.clear_leftovers()
-    directory.clear_marker(name)
-    atomic_write_json(directory.file(name, ".json"), value)
-    for suffix, text in texts.items():
-        atomic_write_bytes(directory.file(name, suffix), text.encode())
-    num_rows = len(value["checkpoints"])
-    files = {suffix: sha256_file(directory.file(name, suffix)) for suffix in (".json", *texts)}
-    report = ShardReport(name=name, source=identity, num_read=num_rows, num_kept=num_rows, files=files)
-    directory.write_marker(report, fingerprint)
-    upstream = {
-        row["inputs"]["samples"]: read_manifest(Path(row["inputs"]["samples"])).fingerprint.digest
-        for row in value["checkpoints"]
-    }
-    directory.write_manifest(fingerprint, [name], upstream=upstream, extra={})
+    with one_at_a_time(directory.path):
+        directory.clear_leftovers(is_held=True)
+        directory.clear_marker(name)
+        atomic_write_json(directory.file(name, ".json"), value)
+        for suffix, text in texts.items():
+            atomic_write_bytes(directory.file(name, suffix), text.encode())
+        num_rows = len(value["checkpoints"])
+        files = {suffix: sha256_file(directory.file(name, suffix)) for suffix in (".json", *texts)}
+        report = ShardReport(name=name, source=identity, num_read=num_rows, num_kept=num_rows, files=files)
+        directory.write_marker(report, fingerprint)
+        upstream = {
+            row["inputs"]["samples"]: read_manifest(Path(row["inputs"]["samples"])).fingerprint.digest
+            for row in value["checkpoints"]
+        }
+        directory.write_manifest(fingerprint, [name], upstream=upstream, extra={})

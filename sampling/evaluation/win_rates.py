@@ -12,7 +12,7 @@ from typing import Any
 from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.files import atomic_write_bytes, atomic_write_json, own_files, remove_temporary_files
+from pipelines.store.files import atomic_write_bytes, atomic_write_json, one_at_a_time, own_files
 from sampling.evaluation.distances import wilson_interval
 from sampling.evaluation.preference import preference_folder, read_key
 
@@ -68,10 +68,10 @@ def count_votes(command: Command) -> None:
         "rates": [asdict(rate) for rate in rates],
         "checkpoints": key["checkpoints"],
     }
-    remove_temporary_files(folder)
-    atomic_write_json(folder / f"{REPORT_NAME}.json", value)
     text = render_rates(rates, num_votes=len(votes), rejected=rejected)
-    atomic_write_bytes(folder / f"{REPORT_NAME}.md", text.encode())
+    with one_at_a_time(folder):
+        atomic_write_json(folder / f"{REPORT_NAME}.json", value)
+        atomic_write_bytes(folder / f"{REPORT_NAME}.md", text.encode())
     log.info(f"written to {folder}")
     console.print(text, soft_wrap=True)
 

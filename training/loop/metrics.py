@@ -42,7 +42,8 @@ class MetricsLog:
 
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS
-        remove_temporary_files(directory)
+        # The launcher holds the directory.
+        remove_temporary_files(directory, is_held=True)
         atomic_write_bytes(path, b"".join(_lines_up_to(path, step)))
         self._file = path.open("ab", buffering=0)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
