@@ -45,6 +45,21 @@ def test_what_is_said_of_damaged_state_is_what_mends_it(output, kind: str, name:
     assert contents(output) == before
 
 
+@pytest.mark.parametrize("data", [b"", b'{"fingerprint": 1}', b'{"fingerprint": "%s", "report": {"name": "mine"}}'])
+def test_a_damaged_marker_of_no_shard_of_the_command_stops_nothing(output, data: bytes, caplog) -> None:
+    before = contents(output)
+    (output / "manifest.json").unlink()
+    mine = output / ".done" / "mine.json"
+    mine.write_bytes(data.replace(b"%s", FINGERPRINT.digest.encode()))
+    with caplog.at_level(logging.WARNING, logger="atelier"):
+        run(output, make_sources(3, 20))
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "mine.json" in line and "it is no shard of this command, and left out" in line
+    assert ShardDirectory(output).marked() == ["s0", "s1", "s2"]
+    mine.unlink()
+    assert contents(output) == before
+
+
 def test_a_marker_or_manifest_of_other_content_is_named_with_the_value(output) -> None:
     marker = output / ".done" / "s1.json"
     content = json.loads(marker.read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError
+from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, fsync_directory, is_file_itself, remove_temporary_files, take_away
 from pipelines.store.state_files import parse_state, read_state, state_of
 
@@ -20,6 +21,8 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MARKER_FOLDER = ".done"
 _NOTHING = object()
+
+log = get_logger("store")
 
 
 @dataclass(frozen=True)
@@ -150,24 +153,30 @@ class ShardDirectory:
                     yield str(content.get("fingerprint"))
 
     def marked(self) -> list[str]:
-        """Return the names of the shards that have a marker of their own, sorted; a copy of one under another is none.
+        """Return the names of the shards that have a marker of their own, sorted.
 
-        Raises:
-            UserError: a marker is damaged; names it.
+        A copy of one under another name is none, nor is a damaged or foreign file: whoever needs that shard is told.
         """
+        return [name for name in self._marker_names() if self._is_own(name)]
+
+    def _is_own(self, name: str) -> bool:
+        with contextlib.suppress(UserError):
+            return self.any_report(name).name == name
+        return False
+
+    def _marker_names(self) -> list[str]:
         folder = self.path / MARKER_FOLDER
-        found = sorted(
+        return sorted(
             path.relative_to(folder).with_suffix("").as_posix()
             for path in folder.rglob("*.json")
             if not path.name.startswith(".") and path.is_file()
         )
-        return [name for name in found if self._read_marker(name)["report"].get("name") == name]
 
     def finished(self) -> list[str]:
         """Return the names of the shards that are done, sorted: those of the manifest, where there is one.
 
         Raises:
-            UserError: the manifest or a marker is damaged; names it.
+            UserError: the manifest is damaged; names it.
         """
         return sorted(read_manifest(self.path).shards) if (self.path / MANIFEST_NAME).is_file() else self.marked()
 
@@ -245,10 +254,15 @@ class ShardDirectory:
         extra: Mapping[str, Any],
     ) -> Manifest:
         """Write the manifest over `names` and every other shard of this directory with the same fingerprint."""
-        reports = {name: self.report(name, fingerprint) for name in sorted({*self.marked(), *names})}
+        reports = {name: self.report(name, fingerprint) for name in names}
         missing = [name for name in names if reports[name] is None]
         assert not missing, f"{self.path}: shards without a marker: {missing}"
-        shards = {name: report for name, report in reports.items() if report is not None}
+        for name in set(self._marker_names()).difference(names):
+            try:
+                reports[name] = self.report(name, fingerprint)
+            except UserError as error:
+                log.warning(f"{error} (it is no shard of this command, and left out)")
+        shards = {name: report for name, report in sorted(reports.items()) if report is not None}
         rejected: Counter[str] = Counter()
         for report in shards.values():
             rejected.update(report.rejected)
