@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_stats.captions import Address
-from dataset_stats.config import DECIDES_REPORT, FEW_CAPTIONS, DatasetStatsConfig, fields_of_today
+from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig, few_captions, fields_of_today
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
@@ -250,7 +250,7 @@ def _count(job: StatsJob) -> Manifest:
         engine=job.command.recipe.table("engine", EngineConfig).model_copy(update={"gpus_per_worker": 0.0}),
         max_reject_fraction=job.config.max_reject_fraction,
         room="dataset_stats",
-        few_samples=FEW_CAPTIONS,
+        few_samples=few_captions([source.path for source in job.all_sources]),
         memory_settings={"dataset_stats.max_characters": job.config.max_characters},
     )
 

@@ -14,8 +14,16 @@ DECIDES_REPORT = "decides the report, as the counts do"
 Value = TypeVar("Value")
 ForReport = Annotated[Value, DECIDES_REPORT]
 MIN_SAMPLE = 100  # standard errors of fewer samples are themselves guesses
-# A core counts the nouns of so many captions in about eight seconds, in which Ray's workers would hardly have started.
-FEW_CAPTIONS = 500_000
+# So much takes a core ten to twenty seconds, in which Ray's workers would hardly have done more. It was measured at
+# 60,000 captions of 30 tokens a second, so dense ones of 120 are 15,000; their T5 tokens and reading come on top.
+FEW_CAPTIONS = 100_000
+# What is read over a network waits for it, and several workers wait at the same time.
+FEW_REMOTE_CAPTIONS = 2_000
+
+
+def few_captions(paths: list[str]) -> int:
+    """Return how many captions of the files or URLs `paths` are small work."""
+    return FEW_REMOTE_CAPTIONS if any("://" in path for path in paths) else FEW_CAPTIONS
 
 
 class CaptionSet(TableConfig):

@@ -61,12 +61,14 @@ def work(folder: Path, *, few_samples: int, **settings: str) -> list[int]:
     return found
 
 
-def test_small_work_is_done_in_the_process_and_large_work_in_workers(tmp_path, monkeypatch) -> None:
+def test_small_work_is_done_in_the_process_and_large_work_in_workers(tmp_path, monkeypatch, capfd) -> None:
     def refuse(*_, **__) -> None:
         raise UserError("Ray is started")
 
     monkeypatch.setattr(pipelines.engine.run, "choose_num_workers", refuse)
     assert set(work(tmp_path / "a", few_samples=147)) == {os.getpid()}
+    said = " ".join(capfd.readouterr().err.split())
+    assert "147 samples are done in this process (unless engine.in_process = false)" in said
     with pytest.raises(UserError, match="Ray is started"):
         work(tmp_path / "b", few_samples=146)
 

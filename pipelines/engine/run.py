@@ -199,8 +199,7 @@ def _run_pending(
     # Only now: where Ray does not start, the next run must know of the deaths, too.
     for path in attempts:
         path.unlink()
-    if num_workers > 1:
-        memory_settings = {**memory_settings, "engine.num_workers": num_workers}
+    memory_settings = {**memory_settings, **({"engine.num_workers": num_workers} if num_workers > 1 else {})}
     waiting = cut_into_pieces(pending, output, num_workers=num_workers, finished=finished, **cut)
     counts = _ProgressCounts(
         worker_class, output, fingerprint, num_shards=len(sources), num_done=len(sources) - len(pending)
@@ -248,8 +247,7 @@ def _settle_place(
 ) -> EngineConfig:
     """Return `engine` with `in_process` true or false.
 
-    Small work that has taken its command with it, as `attempts` of earlier runs tell, goes to Ray, where a worker that
-    dies does not, and is counted.
+    Small work that has taken its command with it, as `attempts` tell, goes to Ray, where deaths are counted.
     """
     num_left = sum(source.num_samples for source in pending)
     num_left -= sum(piece.stop - piece.start for pieces in finished.values() for piece in pieces)
@@ -258,6 +256,8 @@ def _settle_place(
     if is_in_process and died and engine.in_process is None:
         is_in_process = False
         get_logger(room).info(f"the last run was killed at {died[0]}: this one works in Ray's workers, which may die")
+    elif is_in_process and num_left and engine.in_process is None and engine.num_workers > 1:
+        get_logger(room).info(f"{num_left:,} samples are done in this process (unless engine.in_process = false)")
     return engine.model_copy(update={"in_process": is_in_process})
 
 
