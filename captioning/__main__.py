@@ -69,7 +69,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         engine=job.workers,
         max_reject_fraction=job.config.max_reject_fraction,
         room="captioning",
-        few_samples=FEW_SAMPLES_OF_SERVER if job.config.engine == "openai" else FEW_SAMPLES,
+        few_samples=_few_samples(job),
         memory_settings={
             "captioning.batch_size": job.config.batch_size,
             "captioning.max_new_tokens": job.config.max_new_tokens,
@@ -87,6 +87,13 @@ def _clear_earlier(job: CaptioningJob) -> None:
     if (job.output.path / EARLIER_FOLDER).is_dir():
         with exclusive(job.output.path):
             clear_earlier(job.output, job.sources, job.fingerprint)
+
+
+def _few_samples(job: CaptioningJob) -> int:
+    """Return how many samples are small work; with GPUs none are: the work is theirs, and they share it."""
+    if job.config.engine == "openai":
+        return FEW_SAMPLES_OF_SERVER
+    return 0 if job.workers.gpus_per_worker else FEW_SAMPLES
 
 
 def _set_aside(job: CaptioningJob) -> None:

@@ -59,7 +59,8 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
             engine=inputs.engine,
             max_reject_fraction=inputs.features.max_reject_fraction,
             room=f"features {job.family.name}",
-            few_samples=FEW_SAMPLES,
+            # With GPUs the work is theirs, and they share it.
+            few_samples=0 if inputs.engine.gpus_per_worker else FEW_SAMPLES,
             memory_settings=job.memory_settings,
             upstream=job.upstream,
             extra={} if is_done else job.family.manifest_extra(job, inputs),

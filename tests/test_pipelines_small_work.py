@@ -84,7 +84,7 @@ def test_what_an_interrupted_run_has_done_is_no_part_of_the_work(tmp_path) -> No
     [
         ({}, True),
         ({"num_workers": 8}, True),
-        ({"gpus_per_worker": 1.0}, False),
+        ({"gpus_per_worker": 1.0}, True),
         ({"in_process": False}, False),
         ({"in_process": True, "gpus_per_worker": 1.0}, True),
     ],

@@ -68,11 +68,11 @@ class EngineConfig(TableConfig):
     def is_in_process(self, num_samples: int, few_samples: int) -> bool:
         """Whether the work on `num_samples` is done in this process; up to `few_samples` are small work of their room.
 
-        A GPU is reserved, and a cluster found, by Ray alone.
+        A cluster is found by Ray alone.
         """
         if self.in_process is not None:
             return self.in_process
-        return num_samples <= few_samples and not self.gpus_per_worker and not is_cluster()
+        return num_samples <= few_samples and not is_cluster()
 
 
 class QuarantinedShardError(UserError):
