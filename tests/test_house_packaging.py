@@ -26,10 +26,10 @@ def test_every_make_target_is_in_help() -> None:
     assert quality | {"demo", "caption", "stats", "features", "train", "sample"} <= targets
 
 
-def test_ci_runs_the_checks_every_test_and_the_demo_twice() -> None:
+def test_ci_runs_the_checks_every_test_and_the_demo_twice_and_verifies_it() -> None:
     lines = [line.partition(" #")[0] for line in (REPOSITORY / ".ci" / "run").read_text().splitlines()]
     called = [line.split()[1] for line in lines if line.startswith("make ")]
-    assert called == ["check", "test", "test-faults", "demo", "demo"]
+    assert called == ["check", "test", "test-faults", "demo", "demo", "verify"]
 
 
 FAKE_PYTHON = """#!/bin/sh
