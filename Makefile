@@ -164,7 +164,7 @@ test: $(READY)  ## Run all tests but the random kills
 	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
-test-faults: $(READY)  ## Campaigns of kill -9 at random moments
+test-faults: $(READY)  ## Campaigns of kill -9, of dying nodes and of disks that fill up
 	@$(VENV)/bin/pytest -m faults
 
 .PHONY: check

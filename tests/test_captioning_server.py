@@ -104,6 +104,7 @@ def test_a_real_server_says_what_the_model_says_in_process(serve) -> None:
         assert their.finish_reason == our.finish_reason or their.num_tokens == 60
 
 
+@pytest.mark.faults
 def test_a_server_killed_in_the_middle_of_a_shard_costs_nothing_but_time(serve, tmp_path, monkeypatch) -> None:
     """Kill -9 after the tenth answer, start it again two seconds later; and another number of requests in flight."""
     calm = make_run(tmp_path / "calm", base_url=serve.base_url, model=serve.model, num_requests=2)

@@ -42,7 +42,7 @@ def wait_for(is_true, process: subprocess.Popen, what: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_node_killed_during_the_job_costs_only_time(tmp_path, cluster) -> None:
     """One worker per CPU of the cluster, of which each node has one; the second node goes while its worker is busy.
 

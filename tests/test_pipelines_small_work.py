@@ -104,6 +104,7 @@ CODE = (
 )
 
 
+@pytest.mark.faults
 def test_work_that_has_killed_its_command_goes_to_workers_and_is_quarantined(tmp_path, capfd) -> None:
     """A killed worker takes a small command with it; the same command typed again ends, and names the shard."""
     done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "a")], capture_output=True, check=False)

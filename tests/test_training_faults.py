@@ -25,6 +25,7 @@ exit $status
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_a_disk_that_fills_up_ends_training_in_one_line(tmp_path: Path, zero_stage: int) -> None:
     if (probe := subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)).returncode:

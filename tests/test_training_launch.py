@@ -211,7 +211,7 @@ def processes_of(run: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_head_dies_stops_and_continues(ordinary: list[list[float]], shell: str, tmp_path: Path) -> None:
     run, hosts = make_run(tmp_path), write_hosts(tmp_path, "127.0.0.1", "localhost")
     endless = {"hostfile": hosts, "remote_shell": shell, "num_steps": 100_000, "checkpoint_every": 2}
