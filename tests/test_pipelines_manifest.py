@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from encoders.weights import resolve_model
@@ -47,6 +49,17 @@ def test_manifest_sums_the_shards_and_survives_a_round_trip(tmp_path) -> None:
     assert manifest == written
     assert (manifest.num_read, manifest.num_kept, manifest.rejected) == (6, 4, {"corrupt_image": 2})
     assert list(manifest.shards) == ["a", "b"]
+
+
+def test_of_an_interrupted_run_only_what_it_wrote_under_its_last_settings_is_finished(tmp_path) -> None:
+    directory, changed = ShardDirectory(tmp_path), Fingerprint.of({"resolution": 512})
+    assert directory.finished() == []
+    for name, fingerprint, written in (("a", FINGERPRINT, 1), ("b", changed, 2), ("c", FINGERPRINT, 3)):
+        directory.write_marker(report(name), fingerprint)
+        os.utime(tmp_path / ".done" / f"{name}.json", (written, written))
+    assert directory.finished() == ["a", "c"]
+    os.utime(tmp_path / ".done" / "b.json", (4, 4))
+    assert directory.finished() == ["b"]
 
 
 def test_equal_manifests_have_equal_bytes(tmp_path) -> None:

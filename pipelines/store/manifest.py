@@ -175,10 +175,16 @@ class ShardDirectory:
     def finished(self) -> list[str]:
         """Return the names of the shards that are done, sorted: those of the manifest, where there is one.
 
+        Of a run that was interrupted it is those of the settings that it wrote last: others wait to be made anew.
+
         Raises:
             UserError: the manifest is damaged; names it.
         """
-        return sorted(read_manifest(self.path).shards) if (self.path / MANIFEST_NAME).is_file() else self.marked()
+        if (self.path / MANIFEST_NAME).is_file():
+            return sorted(read_manifest(self.path).shards)
+        settings = {name: self._read_marker(name)["fingerprint"] for name in self.marked()}
+        newest = max(settings, key=lambda name: self._marker(name).stat().st_mtime_ns, default=None)
+        return [name for name, digest in settings.items() if digest == settings[newest]] if newest else []
 
     def _marker(self, name: str) -> Path:
         return self.path / MARKER_FOLDER / f"{name}.json"
