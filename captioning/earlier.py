@@ -166,7 +166,10 @@ def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
 def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None:
     if (output.path / MANIFEST_NAME).is_file():
         require_same_fingerprint(
-            fingerprint, read_manifest(output.path).fingerprint, where="captioning.retry_rejects (RETRY=1)"
+            fingerprint,
+            read_manifest(output.path).fingerprint,
+            where="captioning.retry_rejects (RETRY=1)",
+            mend="set it back to keep these captions, or name another RUN; without RETRY=1 they are all made anew",
         )
     raise UserError(
         f"captioning.retry_rejects (RETRY=1): the captions of {name} were made under other settings than these; "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError
+from errors import UserError, run_argument
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, discard, sha256_file, sha256_text
@@ -20,6 +20,11 @@ from pipelines.store.tables import sound_table
 IDENTITIES_NAME = ".captions.json"
 NUM_READERS = 8
 MEND = "remove it and type `make caption` again: this shard alone is captioned anew"
+
+MEND_SOURCE = (
+    "{shard} has changed since: put back the one that was captioned, or type `make caption {run}` with its SHARDS "
+    "again: this shard alone is captioned anew"
+)
 
 log = get_logger("features")
 
@@ -43,7 +48,13 @@ def caption_sources(
         if shard.name not in captions.shards:
             raise UserError(f"{path.parent}: shard {shard.name} has no captions; run `make caption` on it first")
         report = captions.shards[shard.name]
-        require_same("source", shard.identity, report.source, where=str(path))
+        require_same(
+            "source",
+            shard.identity,
+            report.source,
+            where=str(path),
+            mend=MEND_SOURCE.format(shard=shard.path, run=run_argument(run)),
+        )
         file, identity = known.get(shard.name, ("", ""))
         if file != report.files[path.suffix]:
             identity = text_identity(path, columns)

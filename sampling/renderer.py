@@ -54,7 +54,13 @@ class Renderer:
         )
         spec = self.codec.spec
         for name, found in (("scaling_factor", spec.scale), ("shift_factor", spec.shift)):
-            require_same(name, trained.vae.get(name, found), found, where=f"VAE {trained.vae['model']}")
+            require_same(
+                name,
+                trained.vae.get(name, found),
+                found,
+                where=f"VAE {trained.vae['model']}",
+                mend=f"{trained.name} was trained with another VAE than lies there now: put that one back",
+            )
 
     def draw(
         self,

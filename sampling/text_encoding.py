@@ -125,7 +125,8 @@ def _read_embeddings(path: Path, prompts: Sequence[str], text: Mapping[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            require_same("max_tokens", str(text["max_tokens"]), metadata.get("max_tokens"), where=str(path))
+            mend = "give sampling.write_embeddings another file, which writes them for this checkpoint, and read that"
+            require_same("max_tokens", str(text["max_tokens"]), metadata.get("max_tokens"), where=str(path), mend=mend)
             _warn_of_other_model(metadata.get("text_model"), text, path)
             numbers = {prompt: str(number) for number, prompt in enumerate(json.loads(metadata.get("prompts", "")))}
             if missing := [prompt for prompt in prompts if prompt not in numbers]:
@@ -141,7 +142,8 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
     """Read the first caption of each sample of `keys`, and the null caption, out of a run's text features."""
     manifest = read_manifest(directory)
     stored = manifest.fact("text", where=directory)
-    require_same("max_tokens", text["max_tokens"], stored["max_tokens"], where=str(directory))
+    mend = "leave sampling.text_encoder = 'precomputed' out: prompts are then encoded as the checkpoint reads them"
+    require_same("max_tokens", text["max_tokens"], stored["max_tokens"], where=str(directory), mend=mend)
     _warn_of_other_model(stored["model"], text, directory)
     columns = ["key", "shard", "caption_index", "offset", "scale_offset", "num_tokens", "nbytes"]
     table = load_index(directory, sorted(manifest.shards), columns=columns)

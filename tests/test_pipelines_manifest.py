@@ -84,8 +84,8 @@ def test_clearing_a_marker_takes_the_manifest_with_it(tmp_path) -> None:
 
 def test_a_mismatch_names_the_field_and_both_values() -> None:
     other = Fingerprint.of({"resolution": 512, "model": {"id": "vae"}})
-    with pytest.raises(UserError, match="features/latent: resolution is 512, but 256 is needed"):
-        require_same_fingerprint(FINGERPRINT, other, where="features/latent")
+    with pytest.raises(UserError, match="features/latent: resolution is 512, but 256 is needed; set it back"):
+        require_same_fingerprint(FINGERPRINT, other, where="features/latent", mend="set it back")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path) -> None:

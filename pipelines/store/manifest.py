@@ -329,7 +329,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """Return the manifest in the JSON text `data` of the file or URL `where`; raises as `read_manifest` does."""
     mend = f"remove it and type the command that makes {where.rpartition('/')[0]} again: that writes it anew"
     content = parse_state(data, where=where, mend=mend, keys=("schema",))
-    require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=where)
+    require_same("schema", SCHEMA_VERSION, content.pop("schema"), where=where, mend=mend)
     return state_of(Manifest, content, where=where, mend=mend)
 
 
@@ -337,15 +337,13 @@ def _mend_marker(name: str) -> str:
     return f"remove it and type the command again: {name} alone is done anew"
 
 
-def require_same(field_name: str, expected: Any, found: Any, *, where: str) -> None:
-    """Refuse an upstream that was made with another setting, naming the field and both values."""
+def require_same(field_name: str, expected: Any, found: Any, *, where: str, mend: str) -> None:
+    """Refuse what was made with another setting, naming the field and both values; `mend` says what to do about it."""
     if expected != found:
-        raise UserError(
-            f"{where}: {field_name} is {found!r}, but {expected!r} is needed; run the earlier command again"
-        )
+        raise UserError(f"{where}: {field_name} is {found!r}, but {expected!r} is needed; {mend}")
 
 
-def require_same_fingerprint(expected: Fingerprint, found: Fingerprint, *, where: str) -> None:
-    """Refuse a fingerprint that differs, naming the first field that does."""
+def require_same_fingerprint(expected: Fingerprint, found: Fingerprint, *, where: str, mend: str) -> None:
+    """Refuse a fingerprint that differs, naming the first field that does, as `require_same` does."""
     for name in sorted(expected.fields.keys() | found.fields.keys()):
-        require_same(name, expected.fields.get(name), found.fields.get(name), where=where)
+        require_same(name, expected.fields.get(name), found.fields.get(name), where=where, mend=mend)

@@ -1,5 +1,6 @@
 """The features a stage trains on: which datasets, directories and shards, and whether they are what the recipe says."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -236,7 +237,8 @@ def _open_dataset(
         ("vae_model", table.vae_model, vae.get("model")),
         ("vae_revision", table.vae_revision, vae.get("revision")),
     ):
-        require_same(field_name, expected, found, where=str(latents))
+        mend = _ways_on(f"features.{table_name}.{field_name}", found, command)
+        require_same(field_name, expected, found, where=str(latents), mend=mend)
     patterns, pattern_key = config.shards, f"{key}.shards"
     if patterns is None:
         patterns, pattern_key = table.shards, f"features.{table_name}.shards"
@@ -245,11 +247,11 @@ def _open_dataset(
     if reads_text:
         columns = [caption.column for caption in table.captions]
         text = _open(run, text_directory(Path(), columns), command=command, cache=cache)
-        _check_text(text, table=table, run=run)
+        _check_text(text, table=table, run=run, table_name=table_name, command=command)
         directories.append(text)
     for family, settings in table.families.items():
         other = _open_family(run, family, table.resolution, command=command, cache=cache)
-        _check_family(other, family, settings, latents=latents)
+        _check_family(other, family, settings, latents=latents, table_name=table_name, command=command)
         directories.append(other)
     for directory in directories:
         for name in shards:
@@ -300,12 +302,15 @@ def _require_alike(datasets: Sequence[Dataset]) -> None:
     """Refuse datasets that one network cannot be trained on; names and revisions have been compared with the recipe."""
     first, *others = datasets
     for other in others:
+        mend = (
+            f"leave one of {first.run} and {other.run} out of `datasets`, or make the features of both with one encoder"
+        )
         for name in ("channels", "scaling_factor", "shift_factor"):
             values = [dataset.leading.fact("vae").get(name) for dataset in (first, other)]
-            require_same(f"vae.{name}", *values, where=str(other.leading))
+            require_same(f"vae.{name}", *values, where=str(other.leading), mend=mend)
         for one, another in zip(first.directories, other.directories, strict=True):
             tensors = [list(map(str, directory.family.tensors)) for directory in (one, another)]
-            require_same(f"{one.family.name}.tensors", *tensors, where=str(another))
+            require_same(f"{one.family.name}.tensors", *tensors, where=str(another), mend=mend)
 
 
 def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: FeatureTable) -> list[str]:
@@ -335,36 +340,57 @@ def _open_family(run: str, family: str, resolution: int, *, command: str, cache:
             raise missing from None
 
 
+def _ways_on(key: str, found: Any, command: str) -> str:
+    """Return how to read features that are there, and how to make them anew."""
+    keep = f"leave {key} out" if found is None else f"set {key} = {json.dumps(found)}"
+    return f"to read what is there, {keep}; to make it anew, `{command}`, with another RUN to keep both"
+
+
 def _check_family(
-    directory: FeatureDirectory, family: str, settings: Mapping[str, Any], *, latents: FeatureDirectory
+    directory: FeatureDirectory,
+    family: str,
+    settings: Mapping[str, Any],
+    *,
+    latents: FeatureDirectory,
+    table_name: str,
+    command: str,
 ) -> None:
     """Refuse a family that is not what the recipe asks for, or is made of images otherwise than the latents are."""
     extra, where = directory.manifest.extra, str(directory)
-    require_same("family", family, directory.family.name, where=where)
+    anew = f"`{command}` makes it anew"
+    require_same("family", family, directory.family.name, where=where, mend=anew)
     for name in {"resolution", "buckets"} & extra.keys():
-        require_same(name, latents.manifest.extra.get(name), extra[name], where=where)
+        require_same(name, latents.manifest.extra.get(name), extra[name], where=where, mend=anew)
     if "vae" in extra:
         for name in ("model", "revision"):
-            require_same(f"vae_{name}", latents.fact("vae").get(name), directory.fact("vae").get(name), where=where)
+            require_same(
+                f"vae_{name}", latents.fact("vae").get(name), directory.fact("vae").get(name), where=where, mend=anew
+            )
     # Of its settings, those that decide numbers.
     found, defaults = extra.get("settings", {}), extra.get("defaults", {})
     for name in sorted(found):
         wanted = settings.get(name, defaults.get(name))
-        require_same(f"families.{family}.{name}", wanted, found[name], where=where)
+        mend = _ways_on(f"features.{table_name}.families.{family}.{name}", found[name], command)
+        require_same(f"families.{family}.{name}", wanted, found[name], where=where, mend=mend)
 
 
-def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str) -> None:
+def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, table_name: str, command: str) -> None:
     manifest, where = directory.manifest, str(directory)
     encoder = directory.fact("text")
-    require_same("text_model", table.text_model, encoder["model"], where=where)
-    require_same("text_revision", table.text_revision, encoder["revision"], where=where)
-    require_same("text_storage", table.text_storage, encoder.get("storage", "bfloat16"), where=where)
+    wanted = {
+        "text_model": (table.text_model, encoder["model"]),
+        "text_revision": (table.text_revision, encoder["revision"]),
+        "text_storage": (table.text_storage, encoder.get("storage", "bfloat16")),
+        "text_cleaning": (table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING)),
+    }
     if "captions" in manifest.extra:
-        captions = [caption.model_dump() for caption in table.captions]
-        require_same("captions", captions, directory.fact("captions"), where=where)
-    require_same("text_cleaning", table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING), where=where)
+        wanted["captions"] = ([caption.model_dump() for caption in table.captions], directory.fact("captions"))
     if table.max_tokens is not None:
-        require_same("max_tokens", table.max_tokens, encoder["max_tokens"], where=where)
+        wanted["max_tokens"] = (table.max_tokens, encoder["max_tokens"])
+    for name, (expected, found) in wanted.items():
+        mend = _ways_on(f"features.{table_name}.{name}", found, command)
+        require_same(name, expected, found, where=where, mend=mend)
     if not is_remote(run) and (Path(run) / "captions" / "manifest.json").is_file():
         captions = texts_digest(read_manifest(Path(run) / "captions"))
-        require_same("captions", captions, manifest.upstream.get("captions"), where=where)
+        mend = f"the captions of {run} have changed since: `{command}` encodes them; to keep both, name another RUN"
+        require_same("captions", captions, manifest.upstream.get("captions"), where=where, mend=mend)
