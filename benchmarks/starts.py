@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.engine.progress import get_logger
+
 RESULT = Path(__file__).parent / "results" / "starts.json"
 RECIPE = "recipes/toyworld.toml"
 NUM_CAPTIONS = 3000
@@ -41,6 +43,7 @@ class Small:
 
 def small_commands(folder: Path) -> list[Small]:
     """Return the commands over inputs that are made in `folder`, with the run's raw shards in `folder/raw`."""
+    get_logger("benchmarks")  # libraries then say nothing of themselves
     # Libraries of models, which need seconds of their own to start.
     from benchmarks.sample import toy_model
     from benchmarks.stats import CaptionMaker
