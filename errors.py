@@ -147,6 +147,18 @@ def describe_storage_error(error: OSError, place: object = None) -> str | None:
     return None
 
 
+def users_message(error: BaseException, place: object = None) -> str | None:
+    """Return what to tell a user who can mend it, or None if the error is a fault of the program.
+
+    `place` as in `describe_storage_error`.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return describe_memory_shortage(error, what="this command", settings={})
+    return describe_storage_error(error, place) if isinstance(error, OSError) else None
+
+
 def describe_unfetched(head: bytes) -> str | None:
     """Return what a file is, and what to do about it, if its first bytes say that it was never fetched as itself."""
     if not head:

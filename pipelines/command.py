@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from errors import ProgramFault, UserError, describe_memory_shortage, describe_storage_error, is_out_of_memory
+from errors import ProgramFault, UserError, users_message
 from pipelines.engine.progress import console
 from pipelines.overrides import split_settings
 from pipelines.recipe import Recipe, load_recipe
@@ -137,15 +137,6 @@ def run_command(room: str, main: Callable[[], None]) -> int:
         return 2
     sys.stdout.flush()
     return 0
-
-
-def users_message(error: BaseException) -> str | None:
-    """Return what to tell a user who can mend it, or None if the error is a fault of the program."""
-    if isinstance(error, UserError):
-        return str(error)
-    if is_out_of_memory(error):
-        return describe_memory_shortage(error, what="this command", settings={})
-    return describe_storage_error(error) if isinstance(error, OSError) else None
 
 
 def _traceback(error: Exception) -> str:

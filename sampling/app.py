@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from errors import UserError, is_out_of_memory
-from pipelines.command import parse_command, run_command, users_message
+from errors import UserError, is_out_of_memory, users_message
+from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import ProgramFault, UserError, describe_storage_error
+from errors import ProgramFault, UserError, users_message
 from pipelines.engine.pieces import JoinedParts, PieceReport
 from pipelines.engine.runner import PieceOutcome, PieceRunner
 from pipelines.store.remote import adopt_storage_environment, storage_environment
@@ -145,9 +145,7 @@ def _users_message(error: Exception, directory: Path) -> str | None:
     """Return what to tell a user who can mend it, or None if the error is a fault of the program."""
     if isinstance(error, FileNotFoundError) and is_cluster():
         return f"{error} (on {socket.gethostname()}: do all nodes see the same storage?)"
-    if isinstance(error, UserError):
-        return str(error)
-    return describe_storage_error(error, directory) if isinstance(error, OSError) else None
+    return users_message(error, directory)
 
 
 class _Gauge:

@@ -7,8 +7,8 @@ import sys
 import threading
 import traceback
 
-from errors import ProgramFault
-from pipelines.command import parse_command, users_message
+from errors import ProgramFault, users_message
+from pipelines.command import parse_command
 from training.launch.hosts import DONE, FAILED, FAULT, LOST, REPORT_PREFIX, STARTED, STOP
 from training.launch.placement import Placement
 from training.launch.preflight import memory_advice

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory
-from pipelines.command import parse_command, run_command, users_message
+from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory, users_message
+from pipelines.command import parse_command, run_command
 from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT
