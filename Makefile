@@ -9,8 +9,8 @@ PY := $(VENV)/bin/python
 # reaches commands as the shell has it. It arrives as it was typed: `$(value ...)` keeps make from reading `$`, and
 # commands take it from the environment, so that the shell reads no quotes, spaces or `#` in it.
 TYPED := RECIPE RUN STAGE PHASE PLAN SET SHARDS RETRY SETS SAMPLE GPUS HOSTFILE REMOTE_SHELL FROM_SCRATCH \
-	PROMPT PROMPTS N STEPS CFG SEED SIZE TASK REFERENCE CLIP INCEPTION PORT FROM TO REPARAMETERIZE
-MAY_BE_EMPTY := SET PLAN RETRY FROM_SCRATCH REPARAMETERIZE
+	PROMPT PROMPTS N STEPS CFG SEED SIZE TASK REFERENCE CLIP INCEPTION PORT FROM TO REPARAMETERIZE PARTS TINY
+MAY_BE_EMPTY := SET PLAN RETRY FROM_SCRATCH REPARAMETERIZE TINY
 GIVEN := $(foreach name,$(TYPED),$(if $(filter command,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(MAY_BE_EMPTY),$(GIVEN)),$(if $(strip $(value $(name))),, \
 	$(error $(name) is empty: type a value, or leave $(name)= out)))
@@ -51,7 +51,7 @@ help:  ## Show this list
 	@echo
 	@echo "  Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'"
 	@echo "             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH FROM_SCRATCH=1 RETRY=1"
-	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1"
+	@echo "             TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1"
 	@echo "  They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, \$$ and #."
 	@echo "  SET holds any number of table.key=value: numbers, true, [lists] and \"strings\" as in the recipe, other text as it is."
 	@echo "  demo and demo-raw have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps."
@@ -180,3 +180,7 @@ bench: $(BENCHMARKS)  ## Run every benchmark (make bench-stats runs one)
 
 $(BENCHMARKS): bench-%: $(READY)
 	@$(PY) -m benchmarks.$*
+
+.PHONY: bench-gpu
+bench-gpu: $(READY)  ## One CUDA device against what others do on it (PARTS=loop_256,caption_7b; TINY=1 on a CPU)
+	@$(PY) -m benchmarks.gpu $(if $(call given,PARTS),"$$PARTS") $(if $(call is_on,TINY),--tiny)

@@ -58,12 +58,14 @@ VARIABLES = {
     "INCEPTION": ("eval", "--text", "evaluation.inception="),
     "PORT": ("app", "--set", "app.port="),
     "FROM": ("convert", "training.convert", ""),
+    "PARTS": ("bench-gpu", "benchmarks.gpu", ""),
 }
 SWITCHES = {
     "PLAN": ("caption", ["--plan"]),
     "RETRY": ("caption", ["--set", "captioning.retry_rejects=true"]),
     "FROM_SCRATCH": ("train", ["--set", "training.{stage}.starts_from=scratch"]),
     "REPARAMETERIZE": ("convert", ["--reparameterize"]),
+    "TINY": ("bench-gpu", ["--tiny"]),
 }
 NEEDED = {
     "train": ["STAGE=2"],

@@ -1,0 +1,105 @@
+"""`make bench-gpu`: what the house does on one CUDA device, against what others do on it, part by part.
+
+Each part is a process of its own with a limit of time, forked from this one, which imports the large libraries once
+and never touches CUDA. A part that fails, dies or is late says so and leaves the others alone. Rows for
+docs/BENCHMARKS.md are printed as parts end; the last line is one JSON object. Both are in benchmarks/results/ after
+every part. `--tiny` runs the same code small on a CPU: nothing it prints says anything of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from benchmarks.gpu import report
+from benchmarks.gpu.parts import PARTS, Figures, Part, Size
+from benchmarks.gpu.process import run_job
+
+LIMIT_SECONDS = 75.0
+LIBRARIES = (
+    "torch",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.t5.modeling_t5",
+    "diffusers.models.transformers.pixart_transformer_2d",
+    "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha",
+)
+
+
+def chosen_parts(names: str | None, parts: Sequence[Part]) -> list[Part]:
+    """Return the parts of a comma-separated list in their own order; all for None.
+
+    Raises:
+        ValueError: a name is of no part.
+    """
+    if names is None:
+        return list(parts)
+    wanted = {name.strip() for name in names.split(",")} - {""}
+    unknown = sorted(wanted - {part.name for part in parts})
+    if unknown:
+        raise ValueError(f"no part is called {', '.join(unknown)}; there are {', '.join(part.name for part in parts)}")
+    return [part for part in parts if part.name in wanted]
+
+
+def part_job(part: Part, *, is_tiny: bool) -> Callable[[Callable[[Figures], None]], Figures]:
+    """Return what a part's process runs."""
+
+    def job(keep: Callable[[Figures], None]) -> Figures:
+        function = getattr(importlib.import_module(part.module), part.name)
+        return function(Size(is_tiny=is_tiny, keep=keep))
+
+    return job
+
+
+def run_parts(parts: Sequence[Part], *, is_tiny: bool, limit_seconds: float) -> tuple[Figures, bool]:
+    """Run parts one after the other; returns all figures, and whether every part came to its end."""
+    device = {"device": "cpu"} if is_tiny else run_job(lambda keep: report.describe_device(), limit_seconds=60).figures
+    figures: Figures = {"is_tiny": is_tiny, **device, **report.describe_software()}
+    if not is_tiny and device.get("device") is None:
+        print("bench-gpu: no CUDA device is here; --tiny runs the parts small on a CPU", file=sys.stderr)
+        return figures, False
+    print(f"{device['device']}\n\n{report.HEADER}", flush=True)
+    rows, has_failed = [], False
+    name = "gpu-tiny" if is_tiny else "gpu"
+    report.write(figures, rows, name=name)  # so that no older run is taken for this one
+    for part in parts:
+        outcome = run_job(part_job(part, is_tiny=is_tiny), limit_seconds=limit_seconds)
+        found = report.figures_of(part, outcome)
+        figures |= found
+        has_failed |= outcome.error is not None
+        rows.append(report.row(part, found))
+        print(rows[-1], flush=True)
+        if outcome.trace:
+            print(outcome.trace, file=sys.stderr, flush=True)
+        report.write(figures, rows, name=name)
+    return figures, not has_failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run parts, print rows and as last line the JSON object; returns 1 if a part has failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="The house on one CUDA device, part by part.")
+    names = ", ".join(part.name for part in PARTS)
+    parser.add_argument("parts", nargs="?", help=f"comma-separated, of {names}; default: all")
+    parser.add_argument("--tiny", action="store_true", help="run small on a CPU, to see that all of it runs")
+    parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="limit of a part (%(default)g)")
+    options = parser.parse_args(argv)
+    try:
+        parts = chosen_parts(options.parts, PARTS)
+    except ValueError as error:
+        parser.error(str(error))
+    # If a library asks for CUDA while it is imported, it is told by the driver's tools, and nothing is initialised.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the part that runs, too
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    figures, is_complete = run_parts(parts, is_tiny=options.tiny, limit_seconds=options.seconds)
+    print(json.dumps(figures), flush=True)
+    return 0 if is_complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

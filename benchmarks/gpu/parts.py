@@ -1,0 +1,68 @@
+"""The parts of `make bench-gpu`, in the order in which they run, with the bars that their figures are held to.
+
+A part is a function of its own name in `module`, imported in its own process only: it takes a `Size` and returns
+figures whose keys begin with the part's name.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Figure = float | str | bool | None
+Figures = dict[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a part runs: tiny on a CPU, for its code path alone, or as the bars have it on a CUDA device.
+
+    `keep` hands figures over before the part has ended; they stay should it fail or run out of time.
+    """
+
+    is_tiny: bool
+    keep: Callable[[Figures], None]
+
+    @property
+    def device(self) -> str:
+        """Where the part runs, as torch names it."""
+        return "cpu" if self.is_tiny else "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What a figure has to reach: `at_least` or `at_most`, whichever is given."""
+
+    key: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.key} {'≥' if self.at_most is None else '≤'} {self._bound}"
+
+    @property
+    def _bound(self) -> float:
+        bound = self.at_least if self.at_most is None else self.at_most
+        assert bound is not None
+        return bound
+
+    def verdict(self, figures: Mapping[str, Figure]) -> str:
+        """Say "met" or "short", and "open" where the figure is missing."""
+        value = figures.get(self.key)
+        if not isinstance(value, int | float):
+            return "open"
+        reaches = operator.ge if self.at_most is None else operator.le
+        return "met" if reaches(value, self._bound) else "short"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part: its name, the module that has a function of that name, and its bars."""
+
+    name: str
+    module: str
+    bars: tuple[Bar, ...]
+
+
+PARTS: tuple[Part, ...] = ()

@@ -1,0 +1,112 @@
+"""The frame of `make bench-gpu`: parts in processes of their own, of which none takes another along."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import report
+from benchmarks.gpu.parts import PARTS, Bar, Figures, Part, Size
+from benchmarks.gpu.process import run_job
+
+ONE = Part(name="one", module="tests.test_benchmarks_gpu", bars=(Bar(key="one_ratio", at_least=1.5),))
+BROKEN = Part(name="broken", module="tests.test_benchmarks_gpu", bars=(Bar(key="broken_share", at_most=3.0),))
+DEAD = Part(name="dead", module="tests.test_benchmarks_gpu", bars=())
+BARE = Part(name="bare", module="tests.test_benchmarks_gpu", bars=())
+
+
+def one(size: Size) -> Figures:
+    return {"one_ratio": 1.25, "one_device": size.device}
+
+
+def broken(size: Size) -> Figures:
+    size.keep({"broken_share": 2.0})
+    raise ValueError("a | b\nc")
+
+
+def dead(size: Size) -> Figures:
+    os._exit(9)
+
+
+def bare(size: Size) -> Figures:
+    import no_such_package  # type: ignore[import-not-found]
+
+    return {"bare_version": no_such_package.version}
+
+
+def test_a_part_that_fails_or_dies_leaves_the_others_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    parts = [BROKEN, DEAD, BARE, ONE]
+    figures, is_complete = command.run_parts(parts, is_tiny=True, limit_seconds=60)
+    assert not is_complete
+    assert figures["one_ratio"] == 1.25 and figures["one_device"] == "cpu" and "one_error" not in figures
+    assert figures["broken_error"] == "ValueError: a | b\nc" and figures["broken_share"] == 2.0
+    assert figures["dead_error"] == "its process ended by itself with status 9"
+    assert figures["bare_error"] == "needs the package no_such_package, which is not here"
+    shown = capfd.readouterr()
+    assert "in broken" in shown.err and "no_such_package" not in shown.err
+    rows = [line for line in shown.out.splitlines() if line.startswith("| `")]
+    assert rows[0].endswith("**failed: ValueError: a \\| b c** | share ≤ 3.0 | met |")
+    assert rows[3].endswith("| ratio ≥ 1.5 | short |")
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text()) == figures
+    assert (tmp_path / "gpu-tiny.md").read_text().splitlines()[2:] == rows
+
+
+def test_the_limit_ends_a_job_and_what_it_has_started(tmp_path):
+    started = tmp_path / "pid"
+
+    def job(keep):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        started.write_text(str(child.pid))
+        keep({"early": 1.0})
+        time.sleep(600)
+        return {"late": 1.0}
+
+    outcome = run_job(job, limit_seconds=3)
+    assert outcome.error == "not ready after 3 s"
+    assert outcome.figures == {"early": 1.0}
+    assert not _is_running(int(started.read_text()))
+
+
+def _is_running(pid: int) -> bool:
+    for _ in range(100):  # its new parent has yet to take it down
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_parts_run_in_their_own_order_and_unknown_ones_are_refused(capsys):
+    assert command.chosen_parts("one, broken", [BROKEN, ONE]) == [BROKEN, ONE]
+    assert command.chosen_parts("one", [BROKEN, ONE]) == [ONE]
+    with pytest.raises(SystemExit):
+        command.main(["--tiny", "loop_265"])
+    assert "no part is called loop_265" in capsys.readouterr().err
+
+
+def test_a_missing_figure_leaves_its_bar_open():
+    assert Bar(key="x", at_least=1).verdict({}) == Bar(key="x", at_least=1).verdict({"x": None}) == "open"
+
+
+def test_every_part_runs_small_on_a_cpu(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from benchmarks.gpu import report, __main__ as command; "
+        f"report.RESULTS = Path({str(tmp_path)!r}); sys.exit(command.main(['--tiny']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "gpu-tiny.json").read_text())
+    assert figures["is_tiny"] and figures["device"] == "cpu" and "torch" in figures
+    for part in PARTS:
+        assert part.name + "_seconds" in figures
+        assert all(bar.key in figures for bar in part.bars), part.name
