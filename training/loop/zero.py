@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from errors import UserError
 from training.config import StageTraining
 from training.launch.placement import is_slurm_task
-from training.loop.compilation import is_compiled
+from training.loop.compilation import compile_blocks, is_compiled
 from training.loop.memory import keep_activations
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
@@ -97,9 +97,7 @@ class ZeroModel:
             self.adamw.state.clear()
             self.scatter_masters(starting_weights)
         if is_compiled(settings):
-            # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
-            for block in model.get_submodule("blocks").children():
-                block.compile()
+            compile_blocks(model)
 
     @property
     def dtype(self) -> torch.dtype:
