@@ -20,6 +20,8 @@ from training.loop.metrics import MetricsLog, costs
 from training.loop.schedule import learning_rate_at
 from training.stages.weights import WeightCounts
 
+CPU = torch.device("cpu")
+
 
 def test_batches_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(UserError, match=r"global_batch_size 8 is not a multiple of 6: 3 ranks times .* 2"):
@@ -37,9 +39,9 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
 
 
 class Losses:
-    sums = (1.0, 2.0, *[0.0] * 8)
-    counts = (1.0, 3.0, *[0.0] * 8)
-    parts: ClassVar = {"mse": 2.0, "vlb": 1.0}
+    sums = torch.tensor([1.0, 2.0, *[0.0] * 8])
+    counts = torch.tensor([1.0, 3.0, *[0.0] * 8])
+    parts: ClassVar = {"mse": torch.tensor(2.0), "vlb": torch.tensor(1.0)}
 
 
 def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
@@ -68,9 +70,9 @@ def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_loss_window_goes_through_a_checkpoint() -> None:
-    window = LossWindow()
+    window = LossWindow(device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
-    window = LossWindow(json.loads(json.dumps(window.state)))
+    window = LossWindow(json.loads(json.dumps(window.state)), device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
     losses, num_steps = window.flush()
     assert num_steps == 2
@@ -78,14 +80,14 @@ def test_a_loss_window_goes_through_a_checkpoint() -> None:
     assert losses["mse"] == pytest.approx(4 / 8)
     assert losses["vlb"] == pytest.approx(2 / 8)
     assert losses["loss_by_timestep"] == pytest.approx([1.0, 2 / 3, *[None] * 8])
-    assert window.state == LossWindow().state
+    assert window.state == LossWindow(device=CPU).state
 
 
 def test_a_loss_window_of_an_earlier_checkpoint_keeps_what_it_had() -> None:
-    window = LossWindow()
+    window = LossWindow(device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
     earlier = {name: value for name, value in window.state.items() if name != "parts"} | {"squared_error": 2.0}
-    window = LossWindow(earlier)
+    window = LossWindow(earlier, device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
     losses, _ = window.flush()
     assert losses["mse"] == pytest.approx(4 / 8) and "vlb" not in losses
@@ -136,7 +138,6 @@ def test_device_seconds_count_the_ranks_of_each_part(monkeypatch: pytest.MonkeyP
 def test_waiting_for_data_is_not_waiting_for_its_copy(
     monkeypatch: pytest.MonkeyPatch, read_seconds: float, copy_seconds: float, fraction: float
 ) -> None:
-    """On a GPU a copy to it ends when the kernels of the step before do."""
     now_seconds = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now_seconds)
 
@@ -147,7 +148,9 @@ def test_waiting_for_data_is_not_waiting_for_its_copy(
 
     losses = SimpleNamespace(total=torch.ones(1), times=torch.zeros(1), parts={})
     batch = SimpleNamespace(keys=["a"], shards=["laion_0"], bucket="32x32")
-    packed = SimpleNamespace(to=lambda device: take(copy_seconds, batch))
+    transfers = SimpleNamespace(
+        bring=lambda packed: take(copy_seconds / 2, batch), finish=lambda: take(copy_seconds / 2, None)
+    )
     clock = Clock()
     session: Any = SimpleNamespace(
         networks=SimpleNamespace(model=SimpleNamespace(device="cpu", backward=lambda loss, is_last: None)),
@@ -155,7 +158,8 @@ def test_waiting_for_data_is_not_waiting_for_its_copy(
         job=SimpleNamespace(settings=StageTraining(network="pixart", gradient_accumulation_steps=2)),
         flops=SimpleNamespace(of_batch=lambda packed: 0),
         objective=SimpleNamespace(loss=lambda networks, batch: take(0.5, losses)),
-        batches=(take(read_seconds / 2, packed) for _ in range(2)),
+        batches=(take(read_seconds / 2, None) for _ in range(2)),
+        transfers=transfers,
     )
     loop._forward_backward(session)
     assert clock.lap(8, peak_teraflops=None)["data_wait_fraction"] == fraction

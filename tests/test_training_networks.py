@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from pixart.processes.make import process_of
 from training.data.stage_data import survey_stage
 from training.data.survey import Survey
 from training.launch.preflight import print_weights, require_disk, require_memory
-from training.loop.health import SkipCounter, UnhealthyTrainingError
+from training.loop.health import Health, UnhealthyTrainingError
 from training.loop.zero import Update, local_device
 from training.stages.networks import (
     blank_network,
@@ -32,6 +34,7 @@ from training.stages.stage import TrainingJob, open_stage
 from training.stages.starts import starting_network
 from training.stages.weights import WeightCounts
 
+CPU = torch.device("cpu")
 SHAPE = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "sample_size": 4}
 
 
@@ -226,12 +229,38 @@ def test_a_rank_without_a_gpu_is_refused() -> None:
             local_device(5, num_devices, is_slurm=is_slurm)
 
 
+def count_steps(health: Health, norms: list[float], *, num_non_finite: int = 0, num_stopping: int = 0) -> list[bool]:
+    """Give `health` steps whose gradients have these norms; returns which of them it lets move the weights."""
+    is_moving = []
+    for step, norm in enumerate(norms, 1):
+        signs = {"num_non_finite": num_non_finite, "num_stopping": num_stopping}
+        losses: Any = SimpleNamespace(**{name: torch.tensor(float(sign)) for name, sign in signs.items()})
+        is_skipped = health.is_ruined(losses) | torch.tensor(not math.isfinite(norm))
+        health.count(losses, Update(torch.tensor(norm), is_skipped), step=step)
+        is_moving.append(not is_skipped)
+    return is_moving
+
+
 def test_skips_in_a_row_end_training_and_single_ones_do_not() -> None:
-    skips = SkipCounter(3)
-    skipped, taken = Update(float("inf"), is_skipped=True), Update(1.0, is_skipped=False)
-    for step, update in enumerate([skipped, skipped, taken, skipped, skipped]):
-        skips.count(update, step=step)
-    assert (skips.total, skips.in_a_row) == (4, 2)
-    resumed = SkipCounter(3, total=skips.total, in_a_row=skips.in_a_row)
-    with pytest.raises(UnhealthyTrainingError, match=r"step 5: the last 3 updates were skipped"):
-        resumed.count(skipped, step=5)
+    unused: Any = None
+    health = Health(3, device=CPU)
+    assert count_steps(health, [math.inf, math.nan, 1.0, math.inf, math.inf]) == [False, False, True, False, False]
+    health.look(unused, unused, is_all=True)
+    assert health.counts() == (4, 2)
+    resumed = Health(3, total=4, in_a_row=2, device=CPU)
+    # The host looks at a step when it has launched the next, and by then nothing moves any more.
+    assert count_steps(resumed, [math.inf, 1.0, 1.0]) == [False, False, False]
+    with pytest.raises(UnhealthyTrainingError, match=r"step 1: the last 3 updates were skipped"):
+        resumed.look(unused, unused, is_all=False)
+
+
+def test_the_host_looks_at_a_step_when_the_next_is_launched() -> None:
+    unused: Any = None
+    health = Health(3, device=CPU)
+    count_steps(health, [1.0], num_stopping=1)
+    health.look(unused, unused, is_all=False)
+    assert not health.is_stopping
+    count_steps(health, [1.0])
+    health.look(unused, unused, is_all=False)
+    assert health.is_stopping
+    assert count_steps(health, [1.0], num_non_finite=1) + count_steps(health, [1.0]) == [False, False]

@@ -1,6 +1,7 @@
 """What ZeRO shards must not matter: two real gloo ranks try every stage in fp32 and bf16."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,11 @@ def test_saving_and_loading_changes_nothing(results: dict[str, dict[str, Any]], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_infinite_gradient_changes_no_weight(results: dict[str, dict[str, Any]], stage: str) -> None:
+def test_a_step_that_is_not_sound_changes_nothing(results: dict[str, dict[str, Any]], stage: str) -> None:
+    """Of an infinite gradient, or of a finite one whose step is ruined otherwise, as by a loss that is not finite."""
     assert results[stage]["skips_infinite"]
+    infinite, finite = results[stage]["norms_of_skipped"]
+    assert not math.isfinite(infinite) and math.isfinite(finite)
 
 
 @pytest.mark.slow

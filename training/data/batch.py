@@ -7,7 +7,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class Batch:
     labels: Tensor | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def device_tensors(self) -> list[Tensor]:
+        """Return all its tensors."""
+        found = (getattr(self, each.name) for each in fields(self))
+        return [value for value in found if isinstance(value, Tensor)] + list(self.tensors.values())
+
     def draw_latents(self) -> Tensor:
         """Return latents drawn from the posterior, unscaled, fp32 [B, C, h, w]: its mean where it has no std."""
         if self.std is None or self.posterior_noise is None:
@@ -74,18 +79,18 @@ class PackedRows:
 
     def unpack(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the captions in bf16, padded with zeros to the longest [B, L, D], and the mask of tokens [B, L]."""
-        values = self.values.to(device)
+        values = self.values.to(device, non_blocking=True)
         if self.scale is not None:
-            values = (values.float() * self.scale.to(device)[:, None]).bfloat16()
+            values = (values.float() * self.scale.to(device, non_blocking=True)[:, None]).bfloat16()
         max_length = int(self.lengths.max())
         mask = torch.arange(max_length) < self.lengths[:, None]  # [B, L]
         places = (mask & ~self.is_dropped[:, None]).flatten().nonzero().squeeze(1)  # [T] of [B * L]
         text = values.new_zeros(len(mask), max_length, values.shape[1])
-        text.view(-1, values.shape[1]).index_copy_(0, places.to(device), values)
-        dropped = self.is_dropped.nonzero().squeeze(1).to(device)
+        text.view(-1, values.shape[1]).index_copy_(0, places.to(device, non_blocking=True), values)
+        dropped = self.is_dropped.nonzero().squeeze(1).to(device, non_blocking=True)
         if len(dropped):  # else the null caption may be longer than all there are
-            text[dropped, : len(self.null)] = self.null.to(device)
-        return text, mask.to(device)
+            text[dropped, : len(self.null)] = self.null.to(device, non_blocking=True)
+        return text, mask.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,26 +113,29 @@ class PackedBatch:
     texts: dict[str, PackedRows] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`."""
+        """Return the batch on `device`; the copies of pinned buffers are only queued, on the current stream."""
         text, text_mask = (None, None) if self.text is None else self.text.unpack(device)
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        tensors = {name: copy(tensor) for name, tensor in self.tensors.items()}
         for name, packed in self.texts.items():
             tensors[name], tensors[f"{name}.mask"] = packed.unpack(device)
-        # Blocking copies: the buffers are filled again as soon as the loop asks for the next batch.
         return Batch(
             step=self.step,
             bucket=self.bucket,
             keys=self.keys,
             shards=self.shards,
-            mean=self.mean.to(device),
-            std=None if self.std is None else self.std.to(device),
-            posterior_noise=None if self.posterior_noise is None else self.posterior_noise.to(device),
-            noise=self.noise.to(device),
-            timestep_draws=self.timestep_draws.to(device),
-            is_dropped=self.is_dropped.to(device),
+            mean=copy(self.mean),
+            std=None if self.std is None else copy(self.std),
+            posterior_noise=None if self.posterior_noise is None else copy(self.posterior_noise),
+            noise=copy(self.noise),
+            timestep_draws=copy(self.timestep_draws),
+            is_dropped=copy(self.is_dropped),
             text=text,
             text_mask=text_mask,
-            labels=None if self.labels is None else self.labels.to(device),
+            labels=None if self.labels is None else copy(self.labels),
             tensors=tensors,
         )
 

@@ -25,6 +25,7 @@ from pixart.dit import DiT
 from pixart.model import PixArt
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
+from training.data.transfer import Transfers
 from training.launch.preflight import (
     memory_advice,
     print_weights,
@@ -119,6 +120,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             objective=objective,
             networks=networks,
             batches=iter(reader),
+            transfers=Transfers(networks.model.device),
             progress=progress,
             log=open_log(job, progress, stack),
             flops=flops,

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.loop.zero import ZeroModel
 
@@ -12,13 +11,31 @@ class EMA:
 
     def __init__(self, model: ZeroModel, decay: float) -> None:
         self._model = model
-        self._average = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         self.shards = [master.detach().clone() for master in model.masters]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the masters: ema = decay * ema + (1 - decay) * master."""
-        self._average(self.shards, [master.detach() for master in self._model.masters], 0)
+    def update(self, *, is_skipped: Tensor) -> None:
+        """Move the average towards the masters: ema = decay * ema + (1 - decay) * master.
+
+        Where the scalar `is_skipped` on the device says so it stays where it is.
+        """
+        # The one kernel of torch that does it in one pass and asks the device whether to: plain SGD at the rate
+        # 1 - decay along ema - master, of which "weight decay" gives the first part and "maximize" the second.
+        torch._fused_sgd_(
+            self.shards,
+            [master.detach() for master in self._model.masters],
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - self._decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=is_skipped.float(),
+        )
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor]:

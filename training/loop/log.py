@@ -13,6 +13,7 @@ from training.loop.flops import device_peak_teraflops
 from training.loop.measure import UpdateMeter
 from training.loop.metrics import MetricsLog, costs
 from training.loop.progress import Progress
+from training.loop.schedule import is_due
 from training.loop.zero import Update, ZeroModel
 from training.stages.stage import TrainingJob
 
@@ -33,9 +34,8 @@ class StepLog:
 
     def meter(self, model: ZeroModel) -> UpdateMeter | None:
         """Return a meter for the next update if a line will be written of it; all ranks must call it."""
-        step = self._progress.step + 1
-        is_due = step % self._settings.log_every == 0 or step == self._settings.num_steps
-        return UpdateMeter(model) if is_due else None
+        step, settings = self._progress.step + 1, self._settings
+        return UpdateMeter(model) if is_due(step, every=settings.log_every, last=settings.num_steps) else None
 
     def step(self, update: Update, meter: UpdateMeter | None, *, learning_rate: float) -> None:
         """Take note of a step that was counted; all ranks must call it."""
@@ -52,20 +52,21 @@ class StepLog:
     def _write_line(self, update: Update, meter: UpdateMeter, *, learning_rate: float) -> None:
         settings, progress = self._settings, self._progress
         update_norm, clipped_norm = meter.norms()
+        num_skipped, _ = progress.health.counts()
         max_norm = progress.window.state["max_gradient_norm"]
         losses, num_steps = progress.window.flush()
         peak_teraflops = settings.device_peak_teraflops or device_peak_teraflops(meter.device)
         speed = progress.clock.lap(num_steps * settings.global_batch_size, peak_teraflops=peak_teraflops)
-        norm = update.gradient_norm
+        norm, is_skipped = float(update.gradient_norm), bool(update.is_skipped)
         self.write(
             {
                 "num_samples_seen": progress.step * settings.global_batch_size,
                 **losses,
                 "gradient_norm": norm if math.isfinite(norm) else None,
                 "max_gradient_norm": max_norm,
-                "clipped_gradient_norm": None if update.is_skipped else clipped_norm,
+                "clipped_gradient_norm": None if is_skipped else clipped_norm,
                 "update_norm": update_norm,
-                "skipped_steps": progress.skips.total,
+                "skipped_steps": num_skipped,
                 "learning_rate": learning_rate,
                 **speed,
                 "peak_memory_gigabytes": _peak_memory_gigabytes(meter.device),

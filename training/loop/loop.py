@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.batch import PackedBatch
+from training.data.transfer import Transfers
 from training.loop.flops import StepFlops
-from training.loop.health import stop_on_non_finite
 from training.loop.log import StepLog
 from training.loop.losses import StepLosses
 from training.loop.networks import Networks
 from training.loop.progress import Progress
-from training.loop.schedule import learning_rate_at
+from training.loop.schedule import is_due, learning_rate_at
 from training.loop.state import save_checkpoint
-from training.loop.validation import Validation, is_due
+from training.loop.validation import Validation
 from training.objectives.objective import Objective
 from training.stages.stage import TrainingJob
 
@@ -27,6 +27,7 @@ class Session:
     objective: Objective
     networks: Networks
     batches: Iterator[PackedBatch]
+    transfers: Transfers
     progress: Progress
     log: StepLog
     flops: StepFlops
@@ -41,24 +42,37 @@ def train(session: Session) -> None:
     Raises:
         UnhealthyTrainingError: a loss is not finite, or too many updates in a row were skipped.
     """
-    settings, networks, progress = session.job.settings, session.networks, session.progress
-    is_stopping = False
+    settings, progress = session.job.settings, session.progress
     if progress.step == 0:
         _validate(session)
-    while progress.step < settings.num_steps and not is_stopping:
-        losses = _forward_backward(session)
-        is_stopping = losses.share(is_stopping=session.stop.is_set())
-        if losses.has_non_finite:
-            stop_on_non_finite(losses, networks.model, session.job, step=progress.step)
-        meter = session.log.meter(networks.model)
-        learning_rate = learning_rate_at(settings, progress.step)
-        update = networks.update(learning_rate)
-        progress.count(losses, update)
-        session.log.step(update, meter, learning_rate=learning_rate)
+    while progress.step < settings.num_steps and not progress.health.is_stopping:
+        _step(session)
         if is_due(progress.step, every=settings.validate_every, last=settings.num_steps):
+            _look(session, is_all=True)
             _validate(session)
-        if is_stopping or is_due(progress.step, every=settings.checkpoint_every, last=settings.num_steps):
+        is_save_due = is_due(progress.step, every=settings.checkpoint_every, last=settings.num_steps)
+        if is_save_due or progress.health.is_stopping:
+            _look(session, is_all=True)
             _save(session)
+
+
+def _step(session: Session) -> None:
+    """Launch one step, and look at the one before it."""
+    networks, progress = session.networks, session.progress
+    losses = _forward_backward(session)
+    losses.share(is_stopping=session.stop.is_set())
+    meter = session.log.meter(networks.model)
+    learning_rate = learning_rate_at(session.job.settings, progress.step)
+    update = networks.update(learning_rate, is_ruined=progress.health.is_ruined(losses))
+    progress.count(losses, update)
+    # A line of metrics waits for its step anyway; it is of sound ones.
+    _look(session, is_all=meter is not None)
+    session.log.step(update, meter, learning_rate=learning_rate)
+
+
+def _look(session: Session, *, is_all: bool) -> None:
+    """Look whether steps were sound, all of them or those that the device is past, and whether a rank is to stop."""
+    session.progress.health.look(session.networks.model, session.job, is_all=is_all)
 
 
 def _forward_backward(session: Session) -> StepLosses:
@@ -67,10 +81,10 @@ def _forward_backward(session: Session) -> StepLosses:
     step_losses = StepLosses()
     num_micro_batches = session.job.settings.gradient_accumulation_steps
     for i in range(num_micro_batches):
+        session.transfers.finish()
         with clock.waiting():
             packed = next(session.batches)
-        # Not waiting for data: on a GPU a copy ends after the kernels of the step before.
-        batch = packed.to(model.device)
+        batch = session.transfers.bring(packed)
         clock.count_flops(session.flops.of_batch(packed))
         losses = session.objective.loss(session.networks, batch)
         model.backward(losses.total.mean(), is_last=i + 1 == num_micro_batches)

@@ -1,6 +1,5 @@
 """Losses of a step over all ranks, and their sums until the next line of metrics."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,10 +10,31 @@ from training.data.batch import Batch
 from training.objectives.objective import Losses
 
 NUM_TIMESTEP_BINS = 10
+# What a window is that has seen no step.
+BLANK: dict[str, Any] = {
+    "sums": [0.0] * NUM_TIMESTEP_BINS,
+    "counts": [0.0] * NUM_TIMESTEP_BINS,
+    "parts": {},
+    "num_steps": 0,
+    "max_gradient_norm": 0.0,
+}
 
 
 class StepLosses:
-    """Losses of one optimizer step: this rank's samples at first, sums over all ranks after `share`."""
+    """Losses of one optimizer step: this rank's samples at first, sums over all ranks after `share`; on the device.
+
+    Attributes, after `share`, float64:
+        sums, counts: losses and samples by bin of the timestep, [NUM_TIMESTEP_BINS].
+        parts: sums of the parts by name.
+        num_non_finite: samples whose loss is not finite.
+        num_stopping: ranks that are to stop.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    parts: dict[str, Tensor]
+    num_non_finite: Tensor
+    num_stopping: Tensor
 
     def __init__(self) -> None:
         self._keys: list[str] = []
@@ -23,10 +43,6 @@ class StepLosses:
         self._times: list[Tensor] = []
         self._totals: list[Tensor] = []
         self._parts: dict[str, list[Tensor]] = {}
-        self.has_non_finite = False
-        self.parts: dict[str, float] = {}
-        self.sums = [0.0] * NUM_TIMESTEP_BINS
-        self.counts = [0.0] * NUM_TIMESTEP_BINS
 
     def add(self, batch: Batch, losses: Losses) -> None:
         """Add a micro-batch and the losses of its samples."""
@@ -38,23 +54,21 @@ class StepLosses:
         for name, part in losses.parts.items():
             self._parts.setdefault(name, []).append(part.detach())
 
-    def share(self, *, is_stopping: bool) -> bool:
-        """Sum over all ranks; returns whether any rank is to stop. One small exchange per step carries it all."""
+    def share(self, *, is_stopping: bool) -> None:
+        """Sum over all ranks, by one small exchange for which the host does not wait on a GPU."""
         times, totals = torch.cat(self._times), torch.cat(self._totals).double()
         # The last bin holds pure noise, too, where a process has that.
         bins = (times * NUM_TIMESTEP_BINS).long().clamp(max=NUM_TIMESTEP_BINS - 1)
         sums = totals.new_zeros(NUM_TIMESTEP_BINS).index_add_(0, bins, totals)
         counts = totals.new_zeros(NUM_TIMESTEP_BINS).index_add_(0, bins, torch.ones_like(totals))
-        first = [totals.new_tensor(float(is_stopping)), totals.isfinite().logical_not().sum().double()]
+        # Filled on the device: a tensor made of a number on the host would wait for its copy.
+        first = [totals.new_full((), float(is_stopping)), totals.isfinite().logical_not().sum().double()]
         parts = [torch.cat(values).double().sum() for values in self._parts.values()]
         row = torch.cat([sums, counts, torch.stack([*first, *parts])])
         dist.all_reduce(row)
-        values = row.tolist()
-        self.sums, self.counts = values[:NUM_TIMESTEP_BINS], values[NUM_TIMESTEP_BINS : 2 * NUM_TIMESTEP_BINS]
-        num_stopping, num_non_finite, *part_sums = values[2 * NUM_TIMESTEP_BINS :]
-        self.has_non_finite = num_non_finite > 0
+        self.sums, self.counts, rest = row.split([NUM_TIMESTEP_BINS, NUM_TIMESTEP_BINS, len(first) + len(parts)])
+        self.num_stopping, self.num_non_finite, *part_sums = rest.unbind()
         self.parts = dict(zip(self._parts, part_sums, strict=True))
-        return num_stopping > 0
 
     def gather_samples(self) -> list[dict[str, Any]]:
         """Return key, shard, bucket, time and loss of all ranks' samples, and their place in the global batch.
@@ -75,37 +89,53 @@ class StepLosses:
 
 
 class LossWindow:
-    """Sums of losses since the last line, by bin of the timestep; part of a checkpoint, so that a resume loses none."""
+    """Sums of losses since the last line, by bin of the timestep; part of a checkpoint, so that a resume loses none.
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self._state = {
-            "sums": [0.0] * NUM_TIMESTEP_BINS,
-            "counts": [0.0] * NUM_TIMESTEP_BINS,
-            "parts": {},
-            "num_steps": 0,
-            "max_gradient_norm": 0.0,
-        } | (state or {})
+    They are on the device, in float64, and `state` and `flush` wait for it.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None, *, device: torch.device) -> None:
+        self._device = device
+        self._begin(BLANK | (state or {}))
+
+    def _begin(self, kept: dict[str, Any]) -> None:
         # Checkpoints made before losses had parts with names kept one of them.
-        if "squared_error" in self._state:
-            self._state["parts"] = {"mse": self._state.pop("squared_error")}
+        if "squared_error" in kept:
+            kept = kept | {"parts": {"mse": kept["squared_error"]}}
+        self._num_steps: int = kept["num_steps"]
+        self._sums, self._counts, self._max_norm = (
+            self._to_device(kept[name]) for name in ("sums", "counts", "max_gradient_norm")
+        )
+        self._parts = {name: self._to_device(total) for name, total in kept["parts"].items()}
+
+    def _to_device(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
 
     @property
     def state(self) -> dict[str, Any]:
         """What to keep in a checkpoint."""
-        return self._state
-
-    def add(self, losses: StepLosses, *, gradient_norm: float = 0.0) -> None:
-        """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
-        state = self._state
-        # A window that such a checkpoint began has no more parts than it.
-        names = state["parts"] if state["num_steps"] else losses.parts
-        self._state = {
-            "sums": [total + value for total, value in zip(state["sums"], losses.sums, strict=True)],
-            "counts": [total + value for total, value in zip(state["counts"], losses.counts, strict=True)],
-            "parts": {name: state["parts"].get(name, 0.0) + losses.parts[name] for name in names},
-            "num_steps": state["num_steps"] + 1,
-            "max_gradient_norm": max(state["max_gradient_norm"], gradient_norm if math.isfinite(gradient_norm) else 0),
+        scalars = torch.stack([self._max_norm, *self._parts.values()])
+        values = torch.cat([self._sums, self._counts, scalars]).tolist()
+        max_norm, *parts = values[2 * NUM_TIMESTEP_BINS :]
+        return {
+            "sums": values[:NUM_TIMESTEP_BINS],
+            "counts": values[NUM_TIMESTEP_BINS : 2 * NUM_TIMESTEP_BINS],
+            "parts": dict(zip(self._parts, parts, strict=True)),
+            "num_steps": self._num_steps,
+            "max_gradient_norm": max_norm,
         }
+
+    def add(self, losses: StepLosses, *, gradient_norm: Tensor | None = None) -> None:
+        """Add the shared losses of a step, and the norm of its gradient before clipping, which may be infinite."""
+        self._sums = self._sums + losses.sums
+        self._counts = self._counts + losses.counts
+        # A window that an earlier checkpoint began has no more parts than it.
+        names = self._parts if self._num_steps else losses.parts
+        self._parts = {name: self._parts.get(name, 0.0) + losses.parts[name] for name in names}
+        self._num_steps += 1
+        if gradient_norm is not None:
+            finite = gradient_norm.where(gradient_norm.isfinite(), 0.0)
+            self._max_norm = torch.maximum(self._max_norm, finite)
 
     def flush(self) -> tuple[dict[str, Any], int]:
         """Return mean losses and the number of steps they are of, and start anew.
@@ -113,8 +143,8 @@ class LossWindow:
         The losses are `loss` (what is minimised), its parts by name (`mse` of what is predicted; `vlb`, the bound, of
         a ddpm), and `loss_by_timestep`, one value per tenth of the way to noise, null where none fell.
         """
-        state = self._state
-        self._state = LossWindow().state
+        state = self.state
+        self._begin(BLANK)
         num_samples = sum(state["counts"])
         pairs = zip(state["sums"], state["counts"], strict=True)
         losses = {

@@ -41,7 +41,10 @@ class UpdateMeter:
         """
         for hook in self._hooks:
             hook.remove()
-        change, gradient = _sum_over_ranks(self._model, torch.stack([self._change, self._gradient])).sqrt().tolist()
+        adamw = vars(self._model.adamw)
+        squares = torch.stack([self._change, self._gradient / adamw["grad_scale"].double().square()])
+        sums = _sum_over_ranks(self._model, torch.where(adamw["found_inf"] == 0, squares, 0.0))
+        change, gradient = sums.sqrt().tolist()
         return change, gradient
 
     @torch.no_grad()

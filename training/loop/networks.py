@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pixart.dit import DiT
 from pixart.model import PixArt
@@ -43,12 +43,11 @@ class Networks(Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self._roles)
 
-    def update(self, learning_rate: float) -> Update:
-        """Step the optimizer and move the average, unless the gradient is not finite."""
-        update = self.model.update(learning_rate)
-        if not update.is_skipped:
-            self.ema.update()
-            self._stale = {name for name, role in self._roles.items() if isinstance(role, Average)}
+    def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
+        """Step the optimizer and move the average, unless the gradient is not finite or `is_ruined` on the device."""
+        update = self.model.update(learning_rate, is_ruined=is_ruined)
+        self.ema.update(is_skipped=update.is_skipped)
+        self._stale = {name for name, role in self._roles.items() if isinstance(role, Average)}
         return update
 
 

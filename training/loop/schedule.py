@@ -1,4 +1,4 @@
-"""How the learning rate goes over the steps of a stage."""
+"""How the learning rate goes over the steps of a stage, and what else happens after some of them."""
 
 from training.config import StageTraining
 
@@ -9,3 +9,8 @@ def learning_rate_at(settings: StageTraining, step: int) -> float:
     num_decay_steps = settings.decay_fraction * settings.num_steps
     remaining = min(1.0, (settings.num_steps - step) / (num_decay_steps + 1))
     return settings.learning_rate * warmup * remaining
+
+
+def is_due(step: int, *, every: int, last: int) -> bool:
+    """Whether something happens after `step` steps that happens `every` so many, and after the last."""
+    return step % every == 0 or step == last

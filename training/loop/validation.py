@@ -10,6 +10,7 @@ from training.data.batches import open_reader
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.survey import make_survey, survey_shards
+from training.data.transfer import Transfers
 from training.loop.health import stop_on_non_finite
 from training.loop.losses import LossWindow, StepLosses
 from training.loop.networks import Networks
@@ -50,15 +51,17 @@ class Validation:
             caption_dropout=0.0,
         )
         model.engine.eval()
+        transfers = Transfers(model.device)
         with reader:
             for packed in reader:
-                batch = packed.to(model.device)
+                batch = transfers.bring(packed)
                 losses.add(batch, objective.loss(networks, batch))
+                transfers.finish()
         model.engine.train()
         losses.share(is_stopping=False)
-        if losses.has_non_finite:
+        if losses.num_non_finite:
             stop_on_non_finite(losses, model, self.job, step=step)
-        window = LossWindow()
+        window = LossWindow(device=model.device)
         window.add(losses)
         means = {f"validation_{name}": value for name, value in window.flush()[0].items()}
         return means | {"num_validation_samples": self.num_steps * self.job.settings.global_batch_size}
@@ -92,8 +95,3 @@ def open_validation(job: TrainingJob) -> Validation | None:
         shards_per_block=settings.shards_per_block,
     )
     return Validation(job=job, buckets=survey.buckets, plan=plan, num_steps=num_steps)
-
-
-def is_due(step: int, *, every: int, last: int) -> bool:
-    """Whether something happens after `step` steps that happens `every` so many, and after the last."""
-    return step % every == 0 or step == last

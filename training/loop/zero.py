@@ -17,6 +17,7 @@ from training.config import StageTraining
 from training.launch.placement import is_slurm_task
 from training.loop.compilation import compile_blocks, is_compiled
 from training.loop.memory import keep_activations
+from training.loop.partitions import find_partitions
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -25,17 +26,20 @@ WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did: norm of the whole gradient before clipping; skipped if that was not finite."""
+    """What an optimizer step did, as scalars on the device, which the host has not seen.
 
-    gradient_norm: float
-    is_skipped: bool
+    Attributes:
+        gradient_norm: of the whole gradient before clipping, float64.
+        is_skipped: whether that was not finite, or the step was ruined otherwise; then nothing was changed.
+    """
+
+    gradient_norm: Tensor
+    is_skipped: Tensor
 
 
 def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
     num_micro_batches = settings.gradient_accumulation_steps
-    # DeepSpeed cannot below ZeRO 2; what that costs is in docs/TRAINING.md.
-    sums_in_fp32 = settings.zero_stage >= 2 and num_micro_batches > 1
     return {
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
@@ -45,20 +49,22 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
         "zero_optimization": {"stage": settings.zero_stage, "memory_efficient_linear": False},
         "checkpoint": {"load_universal": loads_universal},
         "bf16": {"enabled": settings.dtype == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32 else None},
-        # 0 is off; DeepSpeed's own default is to clip at 1.
-        "gradient_clipping": 0.0 if _is_plain(settings) else settings.gradient_clip,
+        "data_types": {"grad_accum_dtype": "fp32" if _sums_in_fp32(settings) else None},
+        # Clipping is part of our own step; DeepSpeed's default is to clip at 1.
+        "gradient_clipping": 0.0,
+        # Its clock of samples per second waits for the device at each forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }
+
+
+def _sums_in_fp32(settings: StageTraining) -> bool:
+    """Whether micro-batches are summed in fp32; DeepSpeed cannot below ZeRO 2, see docs/TRAINING.md for the cost."""
+    return settings.zero_stage >= 2 and settings.gradient_accumulation_steps > 1
 
 
 def compute_dtype(settings: StageTraining) -> torch.dtype:
     """Return the precision that networks compute in."""
     return torch.bfloat16 if settings.dtype == "bf16" else torch.float32
-
-
-def _is_plain(settings: StageTraining) -> bool:
-    """Whether we clip: without sharding, in fp32, DeepSpeed has no optimizer of its own and keeps no norm."""
-    return settings.zero_stage == 0 and settings.dtype == "fp32"
 
 
 class ZeroModel:
@@ -90,7 +96,10 @@ class ZeroModel:
             optimizer=optimizer,
             config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
         )
-        self.masters = self._find_masters()
+        self._partitions = find_partitions(
+            self.engine, self.adamw, zero_stage=settings.zero_stage, sums_in_fp32=_sums_in_fp32(settings)
+        )
+        self.masters = self._partitions.masters
         if settings.dtype == "bf16":
             # DeepSpeed makes the masters of weights it has rounded, and without sharding takes a step without a
             # gradient, which decays them and which Adam's bias correction would count.
@@ -114,21 +123,9 @@ class ZeroModel:
         """The optimizer that steps `masters`, inside DeepSpeed's own where that has one."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
-    def _find_masters(self) -> list[Tensor]:
-        optimizer = self.engine.optimizer
-        match self.settings.zero_stage:
-            case 3:
-                return list(optimizer.fp32_partitioned_groups_flat)
-            case 1 | 2:
-                return list(optimizer.single_partition_of_fp32_groups)
-            case _ if self.settings.dtype == "bf16":
-                return [weight for group in optimizer.fp32_groups for weight in group]
-            case _:
-                return [weight.data for weight in self._trained.values()]
-
     def first_moments(self) -> list[Tensor]:
         """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
-        weights = self._trained.values() if _is_plain(self.settings) else self.masters
+        weights = self._trained.values() if self.engine.optimizer is self.adamw else self.masters
         return [self.adamw.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
 
     @property
@@ -141,21 +138,31 @@ class ZeroModel:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss)
 
-    def update(self, learning_rate: float) -> Update:
-        """Clip the gradient, step the optimizer, forget the gradient; one that is not finite changes nothing."""
-        engine = self.engine
-        for group in engine.optimizer.param_groups:
+    @torch.no_grad()
+    def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
+        """Clip the gradient, step the optimizer, forget the gradient; all without asking the host.
+
+        A gradient that is not finite changes nothing, nor does any where `is_ruined`, a scalar on the device that is
+        the same on all ranks, says so: neither masters and moments nor the weights the network computes with.
+        """
+        for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        if not _is_plain(self.settings):
-            engine.step()
-            norm = float(engine.get_global_grad_norm())
-            return Update(norm, is_skipped=bool(engine.optimizer.overflow))
-        norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self.settings.gradient_clip))
-        is_skipped = not torch.tensor(norm).isfinite().item()
-        if is_skipped:
-            engine.zero_grad()
-        engine.step()
+        gradients = self._partitions.gradients()
+        norm = self._norm(gradients)
+        is_skipped = norm.isfinite().logical_not() | is_ruined
+        clip = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1.0)
+        # What torch's GradScaler gives a fused optimizer: it divides by the one and does nothing where the other is 1.
+        vars(self.adamw).update(grad_scale=clip.float(), found_inf=is_skipped.float())
+        self._partitions.step(gradients)
+        self.engine.global_steps += 1
         return Update(norm, is_skipped)
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the norm over all ranks, float64 on the device."""
+        square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
+        if self.is_sharded:
+            dist.all_reduce(square)
+        return square.sqrt()
 
     def gather_masters(self) -> dict[str, Tensor]:
         """Return the whole fp32 weights that train, on the CPU; all ranks must call it, and only rank 0 gets them."""
@@ -251,13 +258,14 @@ def deepspeed_records() -> list[Any]:
 def initialize_ranks() -> None:
     """Join the process group that the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...) describes: NCCL or gloo."""
     deepspeed = _import_deepspeed()
-    has_cuda = torch.cuda.is_available()
-    if has_cuda:
-        device = local_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), is_slurm=is_slurm_task())
-        os.environ["LOCAL_RANK"] = str(device)
+    device = None
+    if has_cuda := torch.cuda.is_available():
+        number = local_device(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), is_slurm=is_slurm_task())
+        os.environ["LOCAL_RANK"] = str(number)
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if has_cuda else "gloo")
+        dist.init_process_group("nccl" if has_cuda else "gloo", device_id=device)
     except dist.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"cannot meet the other ranks at {where}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,181 @@
+"""Where each ZeRO stage keeps gradients and masters on this rank, and the optimizer's step over them.
+
+DeepSpeed's own steps ask the host between norm, clipping and AdamW, and pass over the gradients ten times. Here the
+host is asked for nothing, and a step is: norms, one copy to fp32, AdamW (which divides by the clip and is held back by
+`found_inf`), one copy to the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Partitions(Protocol):
+    """What a rank updates."""
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 weights that this rank updates."""
+        ...
+
+    def gradients(self) -> list[Tensor]:
+        """Return the step's mean gradient of what this rank updates, shared by the ranks."""
+        ...
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step AdamW, set the weights that the network computes with to the masters, and forget the gradient."""
+        ...
+
+
+class PlainWeights:
+    """ZeRO 0 in fp32: the weights are their own masters."""
+
+    def __init__(self, engine: Any, adamw: Optimizer) -> None:
+        self._adamw = adamw
+        self._weights: list[nn.Parameter] = [weight for group in adamw.param_groups for weight in group["params"]]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The weights themselves."""
+        return [weight.data for weight in self._weights]
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of weights that have one."""
+        return [weight.grad for weight in self._weights if weight.grad is not None]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step AdamW."""
+        self._adamw.step()
+        self._adamw.zero_grad()
+
+
+class WholeMasters:
+    """ZeRO 0 in bf16: each rank keeps a master of each weight."""
+
+    def __init__(self, engine: Any, adamw: Optimizer) -> None:
+        self._adamw = adamw
+        self._weights: list[nn.Parameter] = [weight for group in engine.optimizer.fp16_groups for weight in group]
+        self._masters: list[Tensor] = [master for group in engine.optimizer.fp32_groups for master in group]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """One for each weight."""
+        return self._masters
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each weight, zero where there is none."""
+        return [_gradient(weight) for weight in self._weights]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step AdamW."""
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = gradient.to(master.dtype)
+        for weight in self._weights:
+            weight.grad = None
+        self._adamw.step()
+        for master in self._masters:
+            master.grad = None
+        torch._foreach_copy_([weight.data for weight in self._weights], self._masters)
+
+
+class FlatPartitions:
+    """ZeRO 1 and 2: a rank updates one stretch of all weights laid end to end."""
+
+    def __init__(self, engine: Any, adamw: Optimizer, *, sums_in_fp32: bool) -> None:
+        self._optimizer = engine.optimizer
+        self._adamw = adamw
+        self._rank = dist.get_rank()
+        # Alone there is nothing to share, and what DeepSpeed's hooks do for that are four copies of each gradient.
+        self._is_alone = dist.get_world_size() == 1 and not sums_in_fp32
+        if self._is_alone:
+            for hook in self._optimizer._grad_acc_hooks:
+                hook.remove()
+            engine.enable_backward_allreduce = False
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's stretch of each group of weights."""
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the pieces of the gradient of this rank's stretches, in order."""
+        return [piece for i in range(len(self.masters)) for piece in self._pieces(i)]
+
+    def _pieces(self, group: int) -> Sequence[Tensor]:
+        if self._is_alone:
+            return [_gradient(weight) for weight in self._optimizer.round_robin_bit16_groups[group]]
+        return self._optimizer.averaged_gradients[group]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step AdamW."""
+        optimizer = self._optimizer
+        for i, master in enumerate(self.masters):
+            master.grad = _flatten(self._pieces(i), master)
+            optimizer.averaged_gradients[i] = optimizer.all_grad_tensors[i] = None
+        gradients.clear()
+        optimizer.zero_grad(set_to_none=True)
+        self._adamw.step()
+        for master in self.masters:
+            master.grad = None
+        optimizer.update_lp_params()
+
+
+class ScatteredShares:
+    """ZeRO 3: a rank updates its share of each weight; DeepSpeed steps over groups of them."""
+
+    def __init__(self, engine: Any, adamw: Optimizer) -> None:
+        self._optimizer = engine.optimizer
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """This rank's shares, laid end to end by group."""
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of this rank's shares."""
+        return [piece for i in range(len(self.masters)) for piece in self._optimizer.averaged_gradients[i]]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step AdamW, group by group, as DeepSpeed does once it has found a gradient sound."""
+        optimizer = self._optimizer
+        gradients.clear()
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer.zero_grad(set_to_none=True)
+        timers: set[str] = set()
+        for i in range(len(self.masters)):
+            optimizer._prepare_sub_group(i, timers)
+            optimizer._optimizer_step(i)
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer._release_sub_group(i, timers)
+        optimizer._post_step(timers)
+
+
+def find_partitions(engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_fp32: bool) -> Partitions:
+    """Return what this rank updates under DeepSpeed's engine, whose AdamW is `adamw`."""
+    if zero_stage == 3:
+        return ScatteredShares(engine, adamw)
+    if zero_stage > 0:
+        return FlatPartitions(engine, adamw, sums_in_fp32=sums_in_fp32)
+    return PlainWeights(engine, adamw) if engine.optimizer is adamw else WholeMasters(engine, adamw)
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _flatten(pieces: Sequence[Tensor], master: Tensor) -> Tensor:
+    """Return pieces of a gradient end to end in the master's precision, zero behind them."""
+    flat = getattr(pieces, "flat_partition", None)  # where DeepSpeed has summed micro-batches in fp32
+    if flat is not None:
+        return flat
+    sizes = [piece.numel() for piece in pieces]
+    flat = torch.empty_like(master.detach())
+    flat[sum(sizes) :].zero_()
+    views = flat[: sum(sizes)].split(sizes)
+    torch._foreach_copy_([view.view_as(piece) for view, piece in zip(views, pieces, strict=True)], list(pieces))
+    return flat
