@@ -39,7 +39,7 @@ def losses(is_compiled, kept):
         output = model.engine(torch.randn(2, 4, side, side), torch.rand(2), torch.randn(2, num_tokens, 8), mask)
         loss = output.square().mean() + (output - 1).square().mean()
         model.backward(loss, is_last=True)
-        model.update(1e-3)
+        model.update(1e-3, is_ruined=torch.tensor(False))
         found.append(float(loss))
     assert list(model.engine.module.state_dict()) == names
     return found

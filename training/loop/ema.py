@@ -22,7 +22,7 @@ class EMA:
         """
         # The one kernel of torch that does it in one pass and asks the device whether to: plain SGD at the rate
         # 1 - decay along ema - master, of which "weight decay" gives the first part and "maximize" the second.
-        torch._fused_sgd_(
+        torch.ops.aten._fused_sgd_.default(
             self.shards,
             [master.detach() for master in self._model.masters],
             [],

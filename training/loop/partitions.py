@@ -79,7 +79,7 @@ class WholeMasters:
         self._adamw.step()
         for master in self._masters:
             master.grad = None
-        torch._foreach_copy_([weight.data for weight in self._weights], self._masters)
+        torch.ops.aten._foreach_copy_.default([weight.data for weight in self._weights], self._masters)
 
 
 class FlatPartitions:
@@ -177,5 +177,7 @@ def _flatten(pieces: Sequence[Tensor], master: Tensor) -> Tensor:
     flat = torch.empty_like(master.detach())
     flat[sum(sizes) :].zero_()
     views = flat[: sum(sizes)].split(sizes)
-    torch._foreach_copy_([view.view_as(piece) for view, piece in zip(views, pieces, strict=True)], list(pieces))
+    torch.ops.aten._foreach_copy_.default(
+        [view.view_as(piece) for view, piece in zip(views, pieces, strict=True)], list(pieces)
+    )
     return flat

@@ -159,7 +159,8 @@ class ZeroModel:
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the norm over all ranks, float64 on the device."""
-        square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
+        norms = torch.ops.aten._foreach_norm.Scalar(gradients, 2, torch.float32)
+        square = torch.stack(norms).double().square().sum()
         if self.is_sharded:
             dist.all_reduce(square)
         return square.sqrt()
