@@ -18,6 +18,7 @@ from pixart.layers import (
     unpatchify,
     xavier_,
 )
+from pixart.reuse import BlockReuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +126,14 @@ class DiT(nn.Module):
         """Label of the null class, which stands for a dropped label in classifier-free guidance."""
         return self.config.num_classes
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor | None, *, reuse: BlockReuse | None = None
+    ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 
         timesteps [B] lie in [0, 1000); labels [B] are classes, `null_label` where dropped. Without labels (None) the
-        condition is the timestep alone, c = 0, as re-parameterisation needs it (PixArt section 2.3).
+        condition is the timestep alone, c = 0, as re-parameterisation needs it (PixArt section 2.3). `reuse` says which
+        blocks are computed, and stands for the others.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
@@ -137,8 +141,10 @@ class DiT(nn.Module):
         if labels is not None:
             condition = condition + self.label_embed(labels)
         condition = F.silu(condition)
-        for block in self.blocks:
-            x = block(x, condition, grid=grid)
+        for number, block in enumerate(self.blocks):
+            if reuse is None or not reuse.skips(number):
+                x = block(x, condition, grid=grid)
+            x = x if reuse is None else reuse.after(number, x)
         shift, scale = self.final_modulation(condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, grid, patch_size=self.config.patch_size)

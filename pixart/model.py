@@ -24,6 +24,7 @@ from pixart.layers import (
     unpatchify,
     xavier_,
 )
+from pixart.reuse import BlockReuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +196,15 @@ class PixArt(nn.Module):
         text: Tensor | ReadText,
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
+        *,
+        reuse: BlockReuse | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 
         timesteps [B] lie in [0, 1000); text [B, L, caption_channels] is the text encoder's output, or what `read_text`
         gives of it, and text_mask [B, L] is True at its real tokens (None: all are), of which each text needs one.
         `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
-        aspect ratio height / width.
+        aspect ratio height / width. `reuse` says which blocks are computed, and stands for the others.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
@@ -227,8 +230,10 @@ class PixArt(nn.Module):
             text_mask = torch.zeros(text_mask.shape, dtype=x.dtype, device=x.device).masked_fill(
                 ~text_mask.bool(), -torch.inf
             )[:, None, None, :]  # [B, 1, 1, L]
-        for block, block_text in zip(self.blocks, texts, strict=True):
-            x = block(x, block_condition, text=block_text, text_mask=text_mask, grid=grid)
+        for number, (block, block_text) in enumerate(zip(self.blocks, texts, strict=True)):
+            if reuse is None or not reuse.skips(number):
+                x = block(x, block_condition, text=block_text, text_mask=text_mask, grid=grid)
+            x = x if reuse is None else reuse.after(number, x)
         shift, scale = self.final_modulation(final_condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, grid, patch_size=self.config.patch_size)

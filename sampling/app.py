@@ -123,7 +123,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 progress((num_done, num_passes(wish.solver, wish.num_steps)), desc=_progress(wish, num_done))
 
             path = _draw(studio, wish, on_step=show)
-            return str(path), _describe(wish, path), [str(item) for item in studio.history()]
+            return str(path), _describe(studio, wish, path), [str(item) for item in studio.history()]
 
         def bring_back(event: gr.SelectData) -> tuple[Any, ...]:
             path = studio.folder / Path(event.value["image"]["path"]).name
@@ -134,7 +134,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 if message is None:
                     raise
                 raise gr.Error(message, duration=None) from None
-            return (str(path), _describe(wish, path), *_values(wish))
+            return (str(path), _describe(studio, wish, path), *_values(wish))
 
         for event in (start.click, fields[0].submit):
             event(draw, fields, [image, said, past], concurrency_limit=1, concurrency_id="draw", show_progress_on=image)
@@ -270,10 +270,8 @@ def _progress(wish: Wish, num_done: int) -> str:
     return f"{'step' if total == wish.num_steps else 'pass'} {num_done} of {total}"
 
 
-def _describe(wish: Wish, path: Path) -> str:
-    return (
-        f"seed {wish.seed} · {wish.solver}, {wish.num_steps} steps · guidance {wish.guidance_scale:g} · `{path.name}`"
-    )
+def _describe(studio: Studio, wish: Wish, path: Path) -> str:
+    return f"seed {wish.seed} · {studio.config_of(wish).title} · `{path.name}`"
 
 
 if __name__ == "__main__":

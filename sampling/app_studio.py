@@ -117,7 +117,7 @@ class Studio:
                 raise DrawingStopped
             on_step(num_done)
 
-        config = self._config_of(wish)
+        config = self.config_of(wish)
         job = make_job(config, self.trained, run=self._run, name=self._name, engine=self._engine)
         (request,) = job.requests
         # One prompt has many images here, and each is kept.
@@ -140,7 +140,8 @@ class Studio:
         """Stop the drawing that is under way, before its next step."""
         self._is_stopped.set()
 
-    def _config_of(self, wish: Wish) -> SamplingConfig:
+    def config_of(self, wish: Wish) -> SamplingConfig:
+        """Return the recipe's settings with those of the page; UserError where a field is out of its bounds."""
         import pydantic
 
         fields = {**wish.__dict__, "prompts": None, "images_per_prompt": 1}

@@ -1,6 +1,7 @@
 """`[sampling]`: which prompts become images, with which solver, guidance and size (paper A.5)."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import pydantic
@@ -8,6 +9,7 @@ import pydantic
 from encoders.text import DEFAULT_CLEANING
 from errors import UserError
 from pipelines.recipe import Decides, Recipe, TableConfig
+from pixart.drawing.passes import Pass, plan_passes
 
 SIZE = re.compile(r"\d+x\d+", re.ASCII)
 
@@ -50,6 +52,17 @@ class SamplingConfig(TableConfig):
     )
     guidance_scale: Decides[float] = pydantic.Field(
         default=4.5, ge=1, description="Classifier-free guidance; 1 = off, which halves the work"
+    )
+    guidance_interval: Decides[tuple[float, float] | None] = pydantic.Field(
+        default=None,
+        description="Guide only at noise levels in [low, high], fractions of the way from the image (0) to noise (1): "
+        "the timestep through 1000, or flow's sigma; elsewhere half the work is left out. null = everywhere",
+    )
+    cache: Decides[int | None] = pydantic.Field(
+        default=None,
+        ge=2,
+        description="Compute all blocks at every n-th pass of the network alone, and at the others the first block, "
+        "taking for the rest what they gave last; null = all at every pass",
     )
     negative_prompt: Decides[str] = pydantic.Field(
         default="", description="What guidance leads away from; empty = null caption"
@@ -109,6 +122,33 @@ class SamplingConfig(TableConfig):
         if value is not None and not (isinstance(value, str) and SIZE.fullmatch(value)):
             raise ValueError("a size is width x height in pixels, such as 1024x768")
         return value
+
+    @pydantic.field_validator("guidance_interval", mode="before")
+    @classmethod
+    def _check_interval(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        numbers = value if isinstance(value, list | tuple) else []
+        are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        if len(numbers) != 2 or not are_numbers or not 0 <= numbers[0] < numbers[1] <= 1:
+            raise ValueError("an interval is [low, high] between 0 (no noise) and 1 (nothing else), such as [0.1, 0.8]")
+        return float(numbers[0]), float(numbers[1])
+
+    def passes(self, timesteps: Iterable[float], num_times: int) -> list[Pass]:
+        """Return what each pass of the network computes, of a solver that asks it at these times of `num_times`."""
+        return plan_passes(
+            [float(timestep) / num_times for timestep in timesteps],
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            num_passes_per_refresh=self.cache or 1,
+        )
+
+    @property
+    def title(self) -> str:
+        """What pictures of the images say of the settings."""
+        interval = "" if self.guidance_interval is None else " in [{:g}, {:g}]".format(*self.guidance_interval)
+        cache = "" if self.cache is None else f" · all blocks in every {self.cache} passes"
+        return f"{self.solver}, {self.num_steps} steps · guidance {self.guidance_scale:g}{interval}{cache}"
 
     @property
     def reads_features(self) -> bool:

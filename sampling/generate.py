@@ -106,14 +106,24 @@ def describe_job(job: SamplingJob) -> list[str]:
     """Return what the job would do, line by line."""
     config, requests, pending = job.config, job.requests, job.pending()
     sizes = sorted({(item.width, item.height) for item in requests})
-    passes = len(pending) * num_passes(config.solver, config.num_steps) * (1 if config.guidance_scale == 1 else 2)
     shown = ", ".join(f"{width}x{height}" for width, height in sizes[:5]) + (", …" if len(sizes) > 5 else "")
     return [
         f"checkpoint: {job.trained.name} ({job.trained.model_path})",
         f"would draw {len(pending):,} of {len(requests):,} images ({shown} pixels) into {job.directory.path}",
-        f"{config.solver}, {config.num_steps} steps, guidance {config.guidance_scale:g}: "
-        f"{passes:,} passes of one image through the transformer",
+        f"{config.title}: {len(pending) * _num_passes(job):,} passes of one image through the transformer",
     ]
+
+
+def _num_passes(job: SamplingJob) -> int:
+    """Return how often an image goes through the transformer, both halves of guidance counted."""
+    config = job.config
+    if config.guidance_interval is None or config.guidance_scale == 1:
+        return num_passes(config.solver, config.num_steps) * (1 if config.guidance_scale == 1 else 2)
+    from pixart.processes.make import process_of  # which imports torch
+
+    process = process_of(job.trained.process)
+    timesteps = process.scheduler(config.solver, config.num_steps).timesteps
+    return sum(2 if item.is_guided else 1 for item in config.passes(timesteps, process.num_times))
 
 
 def run_job(job: SamplingJob, *, run: Path) -> None:
@@ -331,7 +341,7 @@ def _write_grid(job: SamplingJob, *, lost: Mapping[str, str]) -> None:
         image = read_picture(folder / request.file, mend=MEND)
         prompt = f"[cut] {request.prompt}" if request.prompt in lost else request.prompt
         samples.append(Sample(image, prompt if is_first else f"seed {request.seed}"))
-    title = f"{job.trained.name} · {config.solver}, {config.num_steps} steps · guidance {config.guidance_scale:g}"
+    title = f"{job.trained.name} · {config.title}"
     if lost:
         title += f" · {_describe_cut(job, lost)}"
     num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None

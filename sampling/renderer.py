@@ -13,15 +13,9 @@ from encoders.latents import NonFinitePixelsError
 from encoders.opening import open_codec
 from errors import UserError, run_argument
 from pipelines.store.manifest import require_same
-from pixart.drawing.denoise import (
-    NonFiniteLatentsError,
-    Predict,
-    denoise,
-    draw_noise,
-    make_generators,
-    predict_from_labels,
-    predict_from_text,
-)
+from pixart.drawing.denoise import NonFiniteLatentsError, denoise, draw_noise, make_generators, require_finite
+from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
+from pixart.drawing.passes import Pass
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
@@ -81,11 +75,13 @@ class Renderer:
         spec = self.codec.spec
         shape = (spec.channels, height // spec.factor, width // spec.factor)
         generators = make_generators([request.seed for request in requests])
-        scheduler = process_of(self.trained.process).scheduler(self.config.solver, self.config.num_steps)
+        process = process_of(self.trained.process)
+        scheduler = process.scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
-        predict = self._predict(requests, texts)
+        network = self._network(requests, texts, passes=self.config.passes(scheduler.timesteps, process.num_times))
         try:
-            latents = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
+            latents, is_finite = denoise(network, noise, scheduler, generators=generators, on_step=on_step)
+            require_finite(is_finite)
         except NonFiniteLatentsError as error:
             raise UserError(f"{_name(requests[error.image])}: {error}: {self._blame()}") from None
         return self._decode(latents / spec.scale + spec.shift, requests)
@@ -109,11 +105,13 @@ class Renderer:
         return f"`make verify {run_argument(self.trained.run)}` finds weights that are damaged in {weights}{other}"
 
     @torch.inference_mode()
-    def _predict(self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor]) -> Predict:
+    def _network(
+        self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor], *, passes: Sequence[Pass]
+    ) -> GuidedNetwork:
         scale = self.config.guidance_scale
         if self.model.kind == "dit":
             labels = [request.label for request in requests if request.label is not None]
-            return predict_from_labels(self.model, labels, guidance_scale=scale)
+            return network_of_labels(self.model, labels, passes=passes, guidance_scale=scale)
         conditions = [texts[text_id(request, self.config)] for request in requests]
         width = self.model.config.caption_channels
         if conditions[0].shape[-1] != width:
@@ -121,10 +119,11 @@ class Renderer:
                 f"embeddings are {conditions[0].shape[-1]} wide, but {self.trained.name} reads {width}: they are of "
                 f"another text encoder (sampling.text_embeddings {self.config.text_embeddings})"
             )
-        return predict_from_text(
+        return network_of_texts(
             self.model,
             conditions,
             texts[self.config.negative_prompt],
+            passes=passes,
             guidance_scale=scale,
             size_pixels=(requests[0].height, requests[0].width),
         )

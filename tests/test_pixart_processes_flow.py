@@ -84,11 +84,11 @@ def run(process: Flow, solver: str, num_steps: int, velocity) -> torch.Tensor:
     scheduler = process.scheduler(solver, num_steps)
     generators = make_generators([0, 1, 2, 3])
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, _: int) -> torch.Tensor:
         at = scheduler.step_index or 0
         return velocity(latents, scheduler.sigmas[at])
 
-    return denoise(predict, draw_noise(generators, (4, 8, 8)), scheduler, generators=generators)
+    return denoise(predict, draw_noise(generators, (4, 8, 8)), scheduler, generators=generators)[0]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

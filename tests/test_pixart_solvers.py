@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
-from pixart.drawing.denoise import NonFiniteLatentsError, denoise, draw_noise, make_generators
+from pixart.drawing.denoise import NonFiniteLatentsError, denoise, draw_noise, make_generators, require_finite
 from pixart.processes.ddpm import DDPM
 
 PROCESS = DDPM()
@@ -14,7 +14,7 @@ MEAN, STD = 0.7, 0.4
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
 
-def exact_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def exact_noise(latents: torch.Tensor, timestep: torch.Tensor, _: int) -> torch.Tensor:
     """Give E[noise | x_t] for x_0 ~ N(MEAN, STD^2), and the lower bound of the variance."""
     alpha_bar = ALPHAS_CUMPROD[timestep.long()].float()
     variance = alpha_bar * STD**2 + 1 - alpha_bar
@@ -25,7 +25,7 @@ def exact_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 def run(solver: str, num_steps: int, num_images: int = 4) -> torch.Tensor:
     generators = make_generators(list(range(num_images)))
     noise = draw_noise(generators, (4, 16, 16))
-    return denoise(exact_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
+    return denoise(exact_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)[0]
 
 
 def test_dpm_solver_converges_to_the_probability_flow():
@@ -69,7 +69,7 @@ def test_more_steps_of_a_stochastic_solver_are_closer(solver):
     assert errors[3] < 0.1 * STD
 
 
-def mixture_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def mixture_noise(latents: torch.Tensor, timestep: torch.Tensor, _: int) -> torch.Tensor:
     """Give E[noise | x_t] for x_0 ~ 0.3 N(-1, 0.25^2) + 0.7 N(1, 0.25^2), and the lower bound of the variance."""
     alpha_bar = ALPHAS_CUMPROD[timestep.long()].float()
     variance = alpha_bar * 0.25**2 + 1 - alpha_bar
@@ -84,7 +84,7 @@ def mixture_noise(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor
 def test_both_sides_of_a_mixture_are_found(solver, num_steps):
     generators = make_generators([0, 1, 2, 3])
     noise = draw_noise(generators, (4, 16, 16))
-    latents = denoise(mixture_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
+    latents, _ = denoise(mixture_noise, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
     assert (latents > 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
     for side in (latents[latents > 0], -latents[latents < 0]):
         assert side.mean().item() == pytest.approx(1.0, abs=0.02)
@@ -96,7 +96,7 @@ def test_both_sides_of_a_mixture_are_found(solver, num_steps):
 def test_every_step_count_ends_finite_and_without_noise(solver, dtype):
     """Data that are one value, so that all noise left over would be seen; bfloat16 is that of the network's output."""
 
-    def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, _: int) -> torch.Tensor:
         alpha_bar = ALPHAS_CUMPROD[timestep.long()].float()
         noise = ((latents - alpha_bar.sqrt() * MEAN) / (1 - alpha_bar).sqrt()).to(dtype)
         return torch.cat([noise, -torch.ones_like(noise)], dim=1).float()
@@ -104,7 +104,7 @@ def test_every_step_count_ends_finite_and_without_noise(solver, dtype):
     for num_steps in range(2 if solver == "iddpm" else 1, 51):
         generators = make_generators([num_steps])
         noise = draw_noise(generators, (1, 2, 2))
-        latents = denoise(predict, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
+        latents, _ = denoise(predict, noise, PROCESS.scheduler(solver, num_steps), generators=generators)
         assert latents.isfinite().all()
         if dtype == torch.float32:
             torch.testing.assert_close(latents, torch.full_like(latents, MEAN), rtol=0, atol=2e-4)
@@ -117,7 +117,7 @@ def test_an_image_does_not_depend_on_its_batch(solver):
     together = run(solver, 7, num_images=3)
     generators = make_generators([2])
     noise = draw_noise(generators, (4, 16, 16))
-    alone = denoise(exact_noise, noise, PROCESS.scheduler(solver, 7), generators=generators)
+    alone, _ = denoise(exact_noise, noise, PROCESS.scheduler(solver, 7), generators=generators)
     torch.testing.assert_close(together[2:], alone)
 
 
@@ -125,12 +125,13 @@ def test_non_finite_latents_are_refused():
     scheduler = PROCESS.scheduler("dpm-solver++", 3)
     num_asked = 0
 
-    def predict(latents, timestep):
+    def predict(latents, timestep, number):
         nonlocal num_asked
         num_asked += 1
         spoilt = torch.tensor([0.0, torch.nan if num_asked == 2 else 0.0, 0.0])
         return torch.zeros(3, 8, 2, 2) + spoilt[:, None, None, None]
 
+    _, is_finite = denoise(predict, torch.zeros(3, 4, 2, 2), scheduler, generators=make_generators([0, 1, 2]))
     with pytest.raises(NonFiniteLatentsError, match=r"not finite, at pass 2 of 3$") as error:
-        denoise(predict, torch.zeros(3, 4, 2, 2), scheduler, generators=make_generators([0, 1, 2]))
+        require_finite(is_finite)
     assert error.value.image == 1

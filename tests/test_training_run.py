@@ -17,7 +17,9 @@ from training_run import D_TEXT, all_metrics, finish, make_run, metrics, start, 
 
 from pipelines.store.families import latent_directory
 from pixart.convert import load_diffusers, save_diffusers
-from pixart.drawing.denoise import denoise, draw_noise, make_generators, predict_from_text
+from pixart.drawing.denoise import denoise, draw_noise, make_generators
+from pixart.drawing.guidance import network_of_texts
+from pixart.drawing.passes import Pass
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.scheduler_configs import spec_beside
@@ -229,9 +231,9 @@ def test_flow_trains_from_a_ddpm_resumes_and_draws(tmp_path: Path) -> None:
     assert trained.process == flow_spec(shift=2.0) == spec_beside(trained.model_path)
     model, generators = trained.load(), make_generators([0])
     texts = [torch.randn(3, D_TEXT), torch.randn(1, D_TEXT)]
-    predict = predict_from_text(model, texts[:1], texts[1], guidance_scale=2.0, size_pixels=(32, 32))
-    scheduler = process_of(trained.process).scheduler("heun", 2)
-    latents = denoise(predict, draw_noise(generators, (4, 4, 4)), scheduler, generators=generators)
+    scheduler, passes = process_of(trained.process).scheduler("heun", 2), [Pass(is_guided=True)] * 3
+    network = network_of_texts(model, texts[:1], texts[1], passes=passes, guidance_scale=2.0, size_pixels=(32, 32))
+    latents, _ = denoise(network, draw_noise(generators, (4, 4, 4)), scheduler, generators=generators)
     assert latents.shape == (1, 4, 4, 4)
 
 

@@ -1,0 +1,114 @@
+"""What a network says of noisy latents, led by classifier-free guidance (Ho & Salimans 2022)."""
+
+# B images, L text tokens, C latent channels, h x w latent size
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pixart.dit import DiT
+from pixart.drawing.passes import Pass
+from pixart.model import PixArt
+from pixart.reuse import BlockReuse
+
+# What a network takes behind latents and times: nested tuples and lists of tensors, their rows first.
+Conditions = tuple[Any, ...]
+
+
+class GuidedNetwork:
+    """A network with what its images are conditioned on, ready to be asked at every step.
+
+    Attributes:
+        passes: what each pass computes, in their order.
+        conditions: by whether a pass is guided, what the network is told: null rows and then those of the images, or
+            those of the images alone. What no pass needs is not there.
+        reuse: what stands for blocks that a pass leaves out; None where every pass computes all.
+    """
+
+    def __init__(
+        self,
+        model: PixArt | DiT,
+        make_conditions: Callable[[bool], Conditions],
+        *,
+        passes: Sequence[Pass],
+        guidance_scale: float,
+        num_images: int,
+    ) -> None:
+        self.model = model
+        self.passes = passes
+        self.conditions = {is_guided: make_conditions(is_guided) for is_guided in {item.is_guided for item in passes}}
+        self.reuse: BlockReuse | None = None
+        if not all(item.is_fresh for item in passes):
+            num_rows = (2 if True in self.conditions else 1) * num_images
+            self.reuse = BlockReuse(num_blocks=len(model.blocks), num_rows=num_rows)
+        self._scale = guidance_scale
+
+    def __call__(self, latents: Tensor, timestep: Tensor, number: int) -> Tensor:
+        """Give noise or velocity, and a variance if the network has one, [B, C or 2C, h, w] in fp32.
+
+        For noisy latents [B, C, h, w] at a time [] that all have, in the pass of this number. Guidance leads noise or
+        velocity, of which there are as many channels as of latents; the variance is the conditional one.
+        """
+        item = self.passes[number]
+        if self.reuse is not None:
+            self.reuse.is_fresh = item.is_fresh
+        rows = torch.cat([latents, latents]) if item.is_guided else latents
+        rows = rows.to(self.model.final.weight.dtype)
+        conditions = self.conditions[item.is_guided]
+        output = self.model(rows, timestep.expand(len(rows)), *conditions, reuse=self.reuse).float()
+        if not item.is_guided:
+            return output
+        null, conditional = output.chunk(2)
+        channels = latents.shape[1]
+        null, led, variance = null[:, :channels], conditional[:, :channels], conditional[:, channels:]
+        return torch.cat([null + self._scale * (led - null), variance], dim=1)
+
+
+def network_of_texts(
+    model: PixArt,
+    texts: Sequence[Tensor],
+    null_text: Tensor,
+    *,
+    passes: Sequence[Pass],
+    guidance_scale: float,
+    size_pixels: tuple[int, int],
+    min_tokens: int = 0,
+) -> GuidedNetwork:
+    """Condition on text embeddings [num_tokens, d_text], guided away from `null_text`.
+
+    `size_pixels` (height, width) goes to models that are conditioned on it. Texts are padded to the longest of them and
+    to `min_tokens`.
+    """
+    weight = model.final.weight
+
+    def conditions(is_guided: bool) -> Conditions:
+        rows = [null_text] * len(texts) + list(texts) if is_guided else list(texts)
+        lengths = torch.tensor([len(row) for row in rows])
+        text = pad_sequence([row.to(weight.dtype) for row in rows], batch_first=True)  # [B or 2B, L, d_text]
+        if (num_missing := min_tokens - text.shape[1]) > 0:
+            text = torch.nn.functional.pad(text, (0, 0, 0, num_missing))
+        mask = torch.arange(text.shape[1]) < lengths[:, None]  # [B or 2B, L]
+        text, mask = text.to(weight.device), mask.to(weight.device)
+        read = model.read_text(text, mask)
+        if not model.config.has_size_condition:
+            return read, mask
+        height, width = size_pixels
+        size = torch.tensor([[height, width, height / width]], device=weight.device).expand(len(rows), 3)
+        return read, mask, size
+
+    return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(texts))
+
+
+def network_of_labels(
+    model: DiT, labels: Sequence[int], *, passes: Sequence[Pass], guidance_scale: float
+) -> GuidedNetwork:
+    """Condition on class labels, guided away from the null class."""
+
+    def conditions(is_guided: bool) -> Conditions:
+        rows = [model.null_label] * len(labels) + list(labels) if is_guided else list(labels)
+        return (torch.tensor(rows, device=model.final.weight.device),)  # [B or 2B]
+
+    return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(labels))
