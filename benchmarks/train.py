@@ -6,9 +6,8 @@ turns: ours, which keeps all that the backward pass asks for, ours that keeps pr
 that keeps less. Our batch ends with its longest caption, as our reader cuts it; diffusers' is padded to 120 tokens with
 a mask, as its users do. Weights, gradients and AdamW's moments are bf16 on all sides.
 
-On a CPU the seconds are the process's own with one thread, and peak memory is what the process grew by since before
-the model was built, in a run of its own in which freed memory leaves the process at once. With a GPU it is PixArt-XL/2
-at 256 and 1024 pixels, eager and compiled.
+The seconds are the process's own with one thread, and peak memory is what the process grew by since before the model
+was built, in a run of its own in which freed memory leaves the process at once. XL/2 on a GPU is `make bench-gpu`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +34,7 @@ from benchmarks.sample import random_model
 from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArtConfig
 from pixart.processes.ddpm import DDPM
-from training.loop.flops import StepFlops, device_peak_teraflops
+from training.loop.flops import StepFlops
 from training.loop.memory import keep_activations
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
@@ -48,64 +47,62 @@ VAE_FACTOR = 8  # of the VAE that both sides are trained on
 MAX_TOKENS, MEAN_TOKENS, SPREAD_TOKENS = 120, 80, 22
 KIBIBYTE, GIGABYTE, TERA = 1024, 1e9, 1e12
 GRADIENT_CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 2e-5, 0.03  # the paper's
-NUM_HEADS = {384: 6, 1152: 16}  # of S/2 and XL/2
 # glibc gives larger blocks back to the system when they are freed: without it the peak hangs on chance holes
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison: the network's shape, the images, and whether both networks are compiled."""
+    """One comparison: the network's shape, and the images."""
 
     width: int
     num_layers: int
     pixels: int
     batch_size: int
+    head_dim: int = 72
     caption_channels: int = 4096
-    is_compiled: bool = False
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        shape = f"width {self.width}, {self.num_layers} blocks, {self.pixels}px, batch {self.batch_size}"
-        return shape + (", compiled" if self.is_compiled else "")
+        return f"width {self.width}, {self.num_layers} blocks, {self.pixels}px, batch {self.batch_size}"
 
     @property
     def config(self) -> PixArtConfig:
         """The network's shape; above 512 pixels positions are interpolated."""
         return PixArtConfig(
             num_layers=self.num_layers,
-            num_heads=NUM_HEADS[self.width],
-            head_dim=self.width // NUM_HEADS[self.width],
+            num_heads=self.width // self.head_dim,
+            head_dim=self.head_dim,
             caption_channels=self.caption_channels,
             sample_size=self.pixels // VAE_FACTOR,
             interpolation_scale=max(self.pixels // 512, 1),
         )
 
 
-CPU_CASES = [
-    Case(width=384, num_layers=6, pixels=256, batch_size=16),
+CASES = [
+    Case(width=384, num_layers=6, pixels=256, batch_size=16, head_dim=64),
 ]
-GPU_CASES = [
-    Case(width=1152, num_layers=28, pixels=pixels, batch_size=batch_size, is_compiled=is_compiled)
-    for pixels, batch_size in ((256, 176), (1024, 12))
-    for is_compiled in (False, True)
-]
+
+
+def diffusers_shape(config: PixArtConfig) -> dict[str, Any]:
+    """The same network as diffusers' `PixArtTransformer2DModel` is told of it."""
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "out_channels": config.out_channels,
+        "num_layers": config.num_layers,
+        "cross_attention_dim": config.width,
+        "caption_channels": config.caption_channels,
+        "sample_size": config.sample_size,
+        "interpolation_scale": int(config.interpolation_scale),
+        "use_additional_conditions": False,
+    }
 
 
 def diffusers_model(config: PixArtConfig) -> nn.Module:
     """diffusers' network with the weights of ours."""
-    model = PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        out_channels=config.out_channels,
-        num_layers=config.num_layers,
-        cross_attention_dim=config.width,
-        caption_channels=config.caption_channels,
-        sample_size=config.sample_size,
-        interpolation_scale=int(config.interpolation_scale),
-        use_additional_conditions=False,
-    )
+    model = PixArtTransformer2DModel(**diffusers_shape(config))
     weights = export_weights(random_model(config), pixart_diffusers_layout(config))
     model.load_state_dict(weights, strict=False)  # its positions are a buffer of its own
     return model
@@ -128,36 +125,34 @@ def caption_lengths(case: Case) -> Tensor:
 
 
 class Step:
-    """One side's training step on a batch that lies ready on the device."""
+    """One side's training step on a batch that lies ready."""
 
-    def __init__(self, side: str, case: Case, *, device: str) -> None:
+    def __init__(self, side: str, case: Case) -> None:
         self.side = side
-        self.device = device
         model = diffusers_model(case.config) if side == "diffusers" else random_model(case.config)
         keep_activations(model, "products" if side == PRODUCTS_SIDE else "all")
-        model.to(device, torch.bfloat16).train()
+        model.to(torch.bfloat16).train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
         self.model = model
-        self.call: Callable[..., Any] = torch.compile(model) if case.is_compiled else model
-        self.process = DDPM(device=device)
+        self.process = DDPM()
         self.lengths = caption_lengths(case)
         generator = torch.Generator().manual_seed(2)
         latent = (case.batch_size, 4, case.pixels // VAE_FACTOR, case.pixels // VAE_FACTOR)
-        self.latents = torch.randn(latent, generator=generator).to(device)
-        self.noise = torch.randn(latent, generator=generator).to(device)
-        self.timesteps = torch.randint(1000, (case.batch_size,), generator=generator).to(device)
+        self.latents = torch.randn(latent, generator=generator)
+        self.noise = torch.randn(latent, generator=generator)
+        self.timesteps = torch.randint(1000, (case.batch_size,), generator=generator)
         text = torch.randn(case.batch_size, MAX_TOKENS, case.caption_channels, generator=generator)
         num_tokens = MAX_TOKENS if side == "diffusers" else int(self.lengths.max())
-        self.text = text[:, :num_tokens].to(device, torch.bfloat16)
-        self.mask = (torch.arange(num_tokens) < self.lengths[:, None]).to(device)
+        self.text = text[:, :num_tokens].to(torch.bfloat16)
+        self.mask = torch.arange(num_tokens) < self.lengths[:, None]
 
     def __call__(self) -> float:
         """Train on the batch once; returns its loss."""
         noisy = self.process.noisy(self.latents, self.noise, self.timesteps).to(torch.bfloat16)
         if self.side != "diffusers":
-            output = self.call(noisy, self.timesteps, self.text, self.mask)
+            output = self.model(noisy, self.timesteps, self.text, self.mask)
         else:
-            output = self.call(
+            output = self.model(
                 noisy,
                 encoder_hidden_states=self.text,
                 timestep=self.timesteps,
@@ -169,55 +164,29 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())  # waits for the device
+        return float(loss.detach())
 
 
-def measure(side: str, case: Case, *, num_steps: int) -> dict[str, float | None]:
-    """Return the loss of the first step, which is not timed, and of the others the fastest's seconds; peak gigabytes.
-
-    Where a GPU's memory does not suffice, all are None.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    if device == "cpu":
-        torch.set_num_threads(1)
-    _forget_peak(device)
-    before_bytes = _peak_bytes(device)
-    try:
-        step = Step(side, case, device=device)
-        loss, seconds = step(), []
-        for _ in range(num_steps):
-            start_seconds = clock()
-            step()
-            seconds.append(clock() - start_seconds)
-    except torch.OutOfMemoryError:
-        return {"loss": None, "seconds": None, "peak_gigabytes": None, "mfu": None}
-    flops = step_flops(case).of_samples(
-        case.batch_size,
-        height=case.pixels // VAE_FACTOR,
-        width=case.pixels // VAE_FACTOR,
-        num_text_tokens=int(step.lengths.sum()),
-    )
-    peak_teraflops = device_peak_teraflops(torch.device(device))
+def measure(side: str, case: Case, *, num_steps: int) -> dict[str, float]:
+    """Return the first step's loss, which is not timed, of the others the fastest's seconds, and peak gigabytes."""
+    torch.set_num_threads(1)
+    # The peak starts from what is in use now, and not from what imports have needed.
+    Path("/proc/self/clear_refs").write_text("5")
+    before_bytes = _peak_bytes()
+    step = Step(side, case)
+    loss, seconds = step(), []
+    for _ in range(num_steps):
+        start_seconds = time.process_time()
+        step()
+        seconds.append(time.process_time() - start_seconds)
     return {
         "loss": loss,
         "seconds": min(seconds),
-        "peak_gigabytes": (_peak_bytes(device) - before_bytes) / GIGABYTE,
-        "mfu": flops / TERA / min(seconds) / peak_teraflops if peak_teraflops else None,
+        "peak_gigabytes": (_peak_bytes() - before_bytes) / GIGABYTE,
     }
 
 
-def _forget_peak(device: str) -> None:
-    """Let the peak start from what is in use now, and not from what imports have needed."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+def _peak_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(kibibytes) * KIBIBYTE
@@ -232,7 +201,7 @@ def measure_in_process(side: str, case: Case, *, num_steps: int, returns_freed_m
     return json.loads(output.splitlines()[-1])
 
 
-def compare(case: Case, *, num_steps: int, num_rounds: int) -> dict[str, float | None]:
+def compare(case: Case, *, num_steps: int, num_rounds: int) -> dict[str, float]:
     """Measure the sides by turns: memory in a first round, the fastest step of all the others."""
     peaks: dict[str, Any] = {}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -246,38 +215,24 @@ def compare(case: Case, *, num_steps: int, num_rounds: int) -> dict[str, float |
                 peaks[side] = found["peak_gigabytes"]
             else:
                 runs[side].append(found)
-    best = {side: min(found, key=lambda run: run["seconds"] or 0) for side, found in runs.items()}
+    best = {side: min(found, key=lambda run: run["seconds"]) for side, found in runs.items()}
     ours, leaner, theirs = best["ours"], best[PRODUCTS_SIDE], best["diffusers"]
-    figures: dict[str, float | None] = {}
+    figures: dict[str, float] = {}
     for side, run in best.items():
-        seconds = run["seconds"]
         figures |= {
-            f"{side}_seconds": _rounded(seconds),
-            f"{side}_images_per_second": _rounded(case.batch_size / seconds if seconds else None),
-            f"{side}_peak_gigabytes": _rounded(peaks[side]),
-            f"{side}_mfu": _rounded(run["mfu"]),
+            f"{side}_seconds": round(run["seconds"], 4),
+            f"{side}_images_per_second": round(case.batch_size / run["seconds"], 4),
+            f"{side}_peak_gigabytes": round(peaks[side], 4),
         }
     return {
         **figures,
-        "ratio_step": _ratio(theirs["seconds"], ours["seconds"]),
-        "ratio_peak_memory": _ratio(peaks["diffusers"], peaks[PRODUCTS_SIDE]),
-        "ratio_peak_memory_keeping_all": _ratio(peaks["diffusers"], peaks["ours"]),
-        "ratio_step_keeping_products": _ratio(theirs["seconds"], leaner["seconds"]),
-        "extra_time_keeping_products": _extra(leaner["seconds"], ours["seconds"]),
-        "loss_difference": None if None in (ours["loss"], theirs["loss"]) else abs(ours["loss"] / theirs["loss"] - 1),
+        "ratio_step": round(theirs["seconds"] / ours["seconds"], 3),
+        "ratio_peak_memory": round(peaks["diffusers"] / peaks[PRODUCTS_SIDE], 3),
+        "ratio_peak_memory_keeping_all": round(peaks["diffusers"] / peaks["ours"], 3),
+        "ratio_step_keeping_products": round(theirs["seconds"] / leaner["seconds"], 3),
+        "extra_time_keeping_products": round(leaner["seconds"] / ours["seconds"] - 1, 3),
+        "loss_difference": abs(ours["loss"] / theirs["loss"] - 1),
     }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
-def _ratio(theirs: float | None, ours: float | None) -> float | None:
-    return None if theirs is None or ours is None else round(theirs / ours, 3)
-
-
-def _extra(leaner: float | None, ours: float | None) -> float | None:
-    return None if leaner is None or ours is None else round(leaner / ours - 1, 3)
 
 
 def compare_all(cases: Sequence[Case], *, num_steps: int, num_rounds: int) -> dict[str, Any]:
@@ -288,9 +243,8 @@ def compare_all(cases: Sequence[Case], *, num_steps: int, num_rounds: int) -> di
         "ratio_step": first["ratio_step"],
         "ratio_peak_memory": first["ratio_peak_memory"],
         "extra_time_keeping_products": first["extra_time_keeping_products"],
-        **({"mfu": first["ours_mfu"]} if torch.cuda.is_available() else {}),
         **figures,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, 1 thread",
+        "device": "cpu, 1 thread",
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
@@ -307,12 +261,11 @@ def main() -> None:
     if options.side is not None:
         print(json.dumps(measure(options.side, Case(**options.case), num_steps=options.steps)))
         return
-    cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
-    result = compare_all(cases, num_steps=options.steps, num_rounds=options.rounds)
-    names = list(result[cases[0].name])
-    table = Table("", *(case.name for case in cases))
+    result = compare_all(CASES, num_steps=options.steps, num_rounds=options.rounds)
+    names = list(result[CASES[0].name])
+    table = Table("", *(case.name for case in CASES))
     for name in names:
-        table.add_row(name.replace("_", " "), *(str(result[case.name][name]) for case in cases))
+        table.add_row(name.replace("_", " "), *(str(result[case.name][name]) for case in CASES))
     Console().print(table)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

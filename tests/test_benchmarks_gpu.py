@@ -5,14 +5,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
 from benchmarks.gpu.parts import PARTS, Bar, Figures, Part, Size
 from benchmarks.gpu.process import run_job
+from benchmarks.gpu.steps import case_flops, largest_fitting
+from benchmarks.gpu.training import TINY, XL_256, XL_256_HEADS_64
+from benchmarks.train import VAE_FACTOR, caption_lengths, step_flops
+from training.stages.networks import blank_network
 
 ONE = Part(name="one", module="tests.test_benchmarks_gpu", bars=(Bar(key="one_ratio", at_least=1.5),))
 BROKEN = Part(name="broken", module="tests.test_benchmarks_gpu", bars=(Bar(key="broken_share", at_most=3.0),))
@@ -110,3 +116,32 @@ def test_every_part_runs_small_on_a_cpu(tmp_path):
     for part in PARTS:
         assert part.name + "_seconds" in figures
         assert all(bar.key in figures for bar in part.bars), part.name
+
+
+def test_operations_of_a_step_are_those_of_all_blocks_counted():
+    case = replace(TINY, num_layers=5)
+    side = case.pixels // VAE_FACTOR
+    num_text_tokens = int(caption_lengths(case).sum())
+    counted = step_flops(case).of_samples(2, height=side, width=side, num_text_tokens=num_text_tokens)
+    assert case_flops(case) == counted
+
+
+def test_the_batch_shrinks_by_quarters_until_it_fits_and_what_was_measured_is_said():
+    tried = []
+
+    def measure(case):
+        tried.append(case.batch_size)
+        if case.batch_size > 100:
+            raise torch.OutOfMemoryError
+
+    assert largest_fitting(XL_256, measure).batch_size == 96
+    assert tried == [176, 132, 96]
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_fitting(replace(XL_256, batch_size=1024), measure)
+
+
+def test_a_step_of_ours_in_other_heads_has_as_many_weights():
+    counts = [
+        sum(weight.numel() for weight in blank_network(case.config).parameters()) for case in (XL_256, XL_256_HEADS_64)
+    ]
+    assert counts[0] == counts[1]

@@ -1,21 +1,17 @@
-"""The benchmark of a training step at a tiny size: both sides do the same work, compiled too."""
-
-from functools import partial
+"""The benchmark of a training step at a tiny size: both sides do the same work, each in a process of its own."""
 
 import pytest
-import torch
 
 from benchmarks import train
 from benchmarks.train import PRODUCTS_SIDE, Case, compare_all, measure, measure_in_process
 
-TINY = Case(width=384, num_layers=1, pixels=64, batch_size=2, caption_channels=16)
+TINY = Case(width=384, num_layers=1, pixels=64, batch_size=2, head_dim=64, caption_channels=16)
 
 
 def test_a_side_is_measured_in_a_process_of_its_own():
     found = measure_in_process("diffusers", TINY, num_steps=1, returns_freed_memory=True)
     assert found["seconds"] > 0
     assert found["peak_gigabytes"] > 0
-    assert found["mfu"] is None
 
 
 def test_both_sides_train_on_the_same_loss(monkeypatch):
@@ -32,24 +28,3 @@ def test_both_sides_train_on_the_same_loss(monkeypatch):
     assert figures["ratio_peak_memory_keeping_all"] == 1
     extra = figures["ours_keeping_products_seconds"] / figures["ours_seconds"] - 1
     assert result["extra_time_keeping_products"] == pytest.approx(extra, abs=0.01)
-    assert "mfu" not in result
-
-
-def test_the_gpus_cases_compile_count_operations_and_survive_too_little_memory(monkeypatch):
-    # dynamo traces as it does for a GPU, without the minutes of generating code
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(train, "device_peak_teraflops", lambda device: 1.0)
-    compiled = Case(width=384, num_layers=1, pixels=64, batch_size=2, caption_channels=16, is_compiled=True)
-    eager, traced = measure("ours", TINY, num_steps=1), measure("ours", compiled, num_steps=1)
-    theirs, leaner = (measure(side, compiled, num_steps=1) for side in ("diffusers", PRODUCTS_SIDE))
-    assert leaner["loss"] == pytest.approx(traced["loss"], rel=1e-4)
-    assert traced["loss"] == pytest.approx(eager["loss"], rel=0.01)
-    assert theirs["loss"] == pytest.approx(eager["loss"], rel=0.01)
-    assert eager["mfu"] is not None
-    assert eager["mfu"] > 0
-
-    def fail(self: object) -> float:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(train.Step, "__call__", fail)
-    assert set(measure("ours", TINY, num_steps=1).values()) == {None}

@@ -65,4 +65,20 @@ class Part:
     bars: tuple[Bar, ...]
 
 
-PARTS: tuple[Part, ...] = ()
+PARTS: tuple[Part, ...] = (
+    Part(
+        name="train_256",
+        module="benchmarks.gpu.training",
+        bars=(
+            Bar(key="train_256_ratio_compiled", at_least=1.15),
+            Bar(key="train_256_ratio_eager", at_least=1.0),
+            Bar(key="train_256_mfu", at_least=0.5),
+        ),
+    ),
+    Part(
+        name="train_1024",
+        module="benchmarks.gpu.training",
+        bars=(Bar(key="train_1024_ratio_compiled", at_least=1.2), Bar(key="train_1024_mfu", at_least=0.44)),
+    ),
+    Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
+)

@@ -50,7 +50,8 @@ def figures_of(part: Part, outcome: Outcome) -> Figures:
 def row(part: Part, figures: Figures) -> str:
     """Return a part as a row of Markdown: what was measured, its bars, and whether they are met."""
     error = figures.get(f"{part.name}_error")
-    measured = [f"{_short(part, key)} {value}" for key, value in figures.items() if not key.endswith("_error")]
+    told = {key: value for key, value in figures.items() if value is not None and not key.endswith("_error")}
+    measured = [f"{_short(part, key)} {value}" for key, value in told.items()]
     if error is not None:
         measured.append("**failed: " + str(error).replace("|", "\\|").replace("\n", " ") + "**")
     bars = "; ".join(_short(part, str(bar)) for bar in part.bars)
