@@ -97,7 +97,9 @@ class CaptioningConfig(TableConfig):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one",
     )
-    batch_size: int = Field(default=32, ge=1, description="Captions decoded at a time; more is faster as memory allows")
+    batch_size: int = Field(
+        default=0, ge=0, description="Captions decoded at a time; 0 = as many as the GPU's memory holds, 32 on a CPU"
+    )
     max_new_tokens: Decides[int] = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
     temperature: Decides[float] = Field(
         default=0.0, ge=0, le=2, description="0 decodes greedily; LLaVA's own demo and the paper's code use 0.2"

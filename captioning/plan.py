@@ -35,7 +35,7 @@ def print_plan(job: CaptioningJob) -> None:
     decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
     place = f", at {config.server.base_url}" if config.engine == "openai" else ""
     console.print(f"model    {config.model} ({job.model.identity}){place}", soft_wrap=True)
-    at_a_time = config.server.num_requests if config.engine == "openai" else config.batch_size
+    at_a_time = config.server.num_requests if config.engine == "openai" else config.batch_size or "as many as fit"
     console.print(f"decoding {decoding}, at most {config.max_new_tokens} tokens, {at_a_time} captions at a time")
     console.print(f"prompts  sha256 {config.prompts_sha256}")
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from captioning.engines.decoding import ContinuousDecoder, DecodingSettings, TokenizedPrompt
+from captioning.engines import decoding
+from captioning.engines.decoding import GPU_PACE, ContinuousDecoder, Pace
+from captioning.engines.graphs import padded_rows
 from captioning.engines.llama import LlamaForward
+from captioning.engines.rows import DecodingSettings, TokenizedPrompt
 from errors import UserError
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
@@ -23,8 +26,8 @@ def alone(prompt: TokenizedPrompt) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **prompt.image_inputs}
 
 
-def make_decoder(model: Any, settings: DecodingSettings) -> ContinuousDecoder:
-    return ContinuousDecoder(LlamaForward(model), settings)
+def make_decoder(model: Any, settings: DecodingSettings, pace: Pace | None = None) -> ContinuousDecoder:
+    return ContinuousDecoder(LlamaForward(model), settings, pace=pace)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,90 @@ def test_greedy_is_generate_whatever_shares_the_batch(model, prompts, generated,
     again = decoder.decode(sorted(prompts, key=lambda prompt: len(prompt.input_ids)))
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
     assert [result.token_ids for result in again] == [generated[index] for index in by_length]
+
+
+PACES = [
+    Pace(num_steps=3, num_ahead=0, pads_rows=False),
+    GPU_PACE,
+    Pace(num_steps=9, num_ahead=4, pads_rows=True),
+]
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("num_slots", [1, 5, 64])
+def test_rows_that_are_done_and_not_yet_seen_change_nothing(model, prompts, generated, num_slots: int, pace) -> None:
+    """As on a GPU: looked at every few steps, the last of them under way, rows padded to few numbers of them."""
+    settings = dataclasses.replace(GREEDY, num_slots=num_slots)
+    results = make_decoder(model, settings, pace).decode(prompts)
+    assert [result.token_ids for result in results] == generated
+    sampled = dataclasses.replace(settings, temperature=0.8)
+    options = {"repetition_penalty": 1.3}
+    expected = make_decoder(model, sampled).decode(prompts, **options)
+    assert make_decoder(model, sampled, pace).decode(prompts, **options) == expected
+
+
+def test_steps_carry_few_numbers_of_rows() -> None:
+    assert [padded_rows(rows, num_slots=96) for rows in (1, 4, 5, 9, 32, 33, 64, 65, 96)] == [
+        *(4, 4, 8, 16, 32),
+        *(64, 64, 96, 96),
+    ]
+    assert padded_rows(3, num_slots=3) == 3 and padded_rows(97, num_slots=104) == 104
+    assert len({padded_rows(rows, num_slots=128) for rows in range(1, 129)}) == 7
+
+
+def test_prompts_beyond_a_reading_are_read_in_packs(model, prompts, generated, monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 100)
+    sizes: list[int] = []
+    prefill = LlamaForward.prefill
+
+    def count(self, input_ids, *rest, **options):
+        sizes.append(sum(len(ids) for ids in input_ids))
+        return prefill(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(LlamaForward, "prefill", count)
+    results = make_decoder(model, dataclasses.replace(GREEDY, num_slots=64)).decode(prompts)
+    assert [result.token_ids for result in results] == generated
+    assert max(sizes) <= 100 and len(sizes) < len(prompts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("num_slots", [3, 64])
+def test_greedy_is_generate_on_a_gpu_in_float32(prompts, num_slots: int, kind: str, tmp_path) -> None:
+    """Graphs, the kernel of a token's attention and looks every few steps, twice: captured, then replayed."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text=kind)).eval().to("cuda")
+    expected = []
+    for prompt in prompts:
+        inputs = {name: tensor.to("cuda") for name, tensor in alone(prompt).items()}
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=GREEDY.max_new_tokens)
+        expected.append([token for token in output[0, len(prompt.input_ids) :].tolist() if token != END])
+    decoder = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots))
+    for _ in range(2):
+        assert [result.token_ids for result in decoder.decode(prompts)] == expected
+    other_pace = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots), PACES[0])
+    assert [result.token_ids for result in other_pace.decode(prompts)] == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_kernel_attends_as_torchs_operations_do(prompts, kind, dtype, tolerance, tmp_path, monkeypatch) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text=kind), dtype=dtype)
+    forward = LlamaForward(model.eval().to("cuda"))
+    pixels = {"pixel_values": torch.cat([prompt.image_inputs["pixel_values"] for prompt in prompts[:5]])}
+    input_ids = [prompt.input_ids for prompt in prompts[:5]]
+    lengths = torch.tensor([len(ids) for ids in input_ids], device="cuda")
+    outputs = []
+    for attend in (LlamaForward._attend_on_gpu, LlamaForward._attend_eagerly):
+        monkeypatch.setattr(LlamaForward, "_attend_on_gpu", attend)
+        cache = forward.make_cache(8)
+        cache.reserve(100)
+        with torch.inference_mode():
+            forward.prefill(input_ids, pixels, cache, first_slot=0)
+            logits = forward.step(lengths % 60, lengths, cache, longest=int(lengths.max()))
+        outputs.append((logits, torch.stack(cache.keys), torch.stack(cache.values)))
+    for ours, theirs in zip(*outputs, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 def test_sampling_depends_on_the_seed_and_on_nothing_else(model, prompts, generated) -> None:

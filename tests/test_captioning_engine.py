@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from captioning.canary import CanaryError, check_engine, is_worth_showing
 from captioning.config import DESCRIBE, CaptioningConfig
+from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import Request, sample_seed
+from captioning.engines.room import CPU_SLOTS, prefill_bytes, slot_bytes, slots_within
 from captioning.engines.slots import SlotCache
 from captioning.engines.transformers_engine import TransformersEngine
 from errors import UserError
@@ -140,15 +143,45 @@ def test_the_canary_refuses_a_model_that_does_not_see(tmp_path) -> None:
 
 def test_the_canary_refuses_captions_that_depend_on_the_batch(llava, monkeypatch) -> None:
     """The fault that gave millions of bad captions: what a row reads depends on where in the batch it stands."""
-    store = SlotCache.store
+    places = SlotCache.places
 
-    def store_askew(self, layer, slot, keys, values):
-        store(self, layer, slot, keys.roll(slot, dims=1), values)
+    def places_askew(self, slots, positions):
+        return places(self, slots, (positions + slots).clamp(max=self.capacity - 1))
 
     engine = load(llava)
-    monkeypatch.setattr(SlotCache, "store", store_askew)
+    monkeypatch.setattr(SlotCache, "places", places_askew)
     with pytest.raises(CanaryError, match="depends on what it is batched with"):
         check_engine(engine, photo(0), DESCRIBE)
+
+
+def test_without_a_number_there_are_as_many_slots_as_before_on_a_cpu(llava) -> None:
+    assert load(llava)._decoder._settings.num_slots == 32 == CPU_SLOTS
+    assert load(llava, batch_size=5)._decoder._settings.num_slots == 5
+
+
+def test_slots_fill_what_memory_is_left() -> None:
+    """LLaVA-1.5-7B's shape in bfloat16: half a megabyte a token; 13.5 GB of weights are not counted here."""
+    text = LlamaConfig(vocab_size=32_064, max_position_embeddings=4096)
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).bfloat16()
+    assert slot_bytes(model, num_tokens=1) == 64 * 2 * 32 * 4096 * 2
+    sizes = {"num_prompt_tokens": 640, "max_new_tokens": 256}
+    assert slot_bytes(model, num_tokens=896) == 448 * 2**20
+    budgets = [0, 10e9, 25e9, 62e9, 125e9]
+    found = [slots_within(int(budget), model, **sizes) for budget in budgets]
+    assert found == [8, 16, 48, 120, 128]
+    for num_slots in (16, 48):
+        needed = num_slots * 448 * 2**20 + prefill_bytes(model, num_prompts=num_slots // 8, num_prompt_tokens=640)
+        assert slots_within(needed, model, **sizes) == num_slots
+        assert slots_within(needed - 1, model, **sizes) == num_slots - 8
+
+
+def test_a_probe_takes_room_for_what_it_shows_only(engine, monkeypatch) -> None:
+    made: list[int] = []
+    make_cache = LlamaForward.make_cache
+    monkeypatch.setattr(LlamaForward, "make_cache", lambda self, slots: made.append(slots) or make_cache(self, slots))
+    assert len(engine.probe(engine.prepare(requests(3)))) == 3 and made == [3]
 
 
 def test_the_canary_waits_for_an_image_worth_showing() -> None:

@@ -2,75 +2,69 @@
 
 `model.generate` keeps a batch until its longest caption ends. Here finished rows are replaced from the queue, and when
 the queue is empty the batch shrinks. Which rows share a batch depends only on the order of the prompts, never on time.
+
+Tokens are chosen, ends are seen and lengths advance where the model is (`RowStates`). On a GPU the host looks at the
+rows every few steps and has the next step launched before it looks, so that neither waits for the other.
 """
 
-# B rows in use, R prompts admitted, L prompt tokens, T cached tokens, V vocabulary
-
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from captioning.engines.graphs import StepGraphs, padded_rows
 from captioning.engines.llama import LlamaForward
-from captioning.engines.protocol import FinishReason
+from captioning.engines.rows import Continuation, DecodingSettings, Note, RowStates, TokenizedPrompt
 from errors import UserError
 
 # A prefill waits for this share of the slots to be free.
 REFILL_DIVISOR = 8
-IMAGE_INPUTS = ("pixel_values", "image_sizes")
+# Tokens read at a time, about: more are not faster, and their activations take memory.
+PREFILL_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizedPrompt:
-    """A tokenized request: `input_ids` int64 [L], image tokens expanded, and the processor's tensors of one image."""
+class Pace:
+    """When the host looks at the rows: after `num_steps` more, the last `num_ahead` of which are not waited for.
 
-    input_ids: Tensor
-    image_inputs: dict[str, Tensor]
-    seed: int
+    `pads_rows`: whether steps carry one of few numbers of rows, as graphs need it.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """The new tokens of one prompt, without the end token."""
-
-    token_ids: list[int]
-    finish_reason: FinishReason
+    num_steps: int
+    num_ahead: int
+    pads_rows: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodingSettings:
-    """How to decode: at most `num_slots` rows at a time; `temperature` 0 is greedy."""
-
-    num_slots: int
-    max_new_tokens: int
-    temperature: float
-    end_token_ids: frozenset[int]
+# On a CPU a look is free and a row that is done costs.
+CPU_PACE = Pace(num_steps=1, num_ahead=0, pads_rows=False)
+GPU_PACE = Pace(num_steps=4, num_ahead=1, pads_rows=True)
 
 
 @dataclass(kw_only=True)
 class _Row:
-    # `length` counts the tokens in the cache; the last of `token_ids` is not among them, it is fed next.
+    # `length` counts the tokens in the cache; of a row that is done, more.
     index: int
     length: int
-    uniforms: list[float]
-    # Tokens of prompt and caption, bool [V]; None without a repetition penalty.
-    seen: Tensor | None
-    token_ids: list[int] = field(default_factory=list)
-    is_finished: bool = False
 
 
 class ContinuousDecoder:
     """Continues prompts of a vision-language model of transformers whose text model is Llama-like."""
 
-    def __init__(self, forward: LlamaForward, settings: DecodingSettings) -> None:
+    def __init__(self, forward: LlamaForward, settings: DecodingSettings, *, pace: Pace | None = None) -> None:
+        """Take a model and how to decode; `pace` is that of the device where it is None."""
         self._forward = forward
         self._settings = settings
+        self._device = forward.device
+        is_cuda = self._device.type == "cuda"
+        self._pace = pace or (GPU_PACE if is_cuda else CPU_PACE)
         self._cache = forward.make_cache(settings.num_slots)
+        self._states = RowStates(settings, vocabulary=forward.vocabulary, device=self._device)
+        self._graphs = StepGraphs(self._step) if is_cuda else None
         # Prompts are admitted some at a time: one by one would starve the device.
         self._refill = max(1, settings.num_slots // REFILL_DIVISOR)
-        self._penalty = 1.0
         self._rows: list[_Row] = []
         self._results: list[Continuation | None] = []
 
@@ -85,108 +79,105 @@ class ContinuousDecoder:
             UserError: the model's logits are not finite.
         """
         queue = iter(prompts)
-        self._penalty = repetition_penalty
         self._rows, self._results = [], []
-        while self._admit(queue) or self._rows:
-            if self._rows:
-                self._step()
+        with torch.cuda.device(self._device) if self._graphs is not None else nullcontext():
+            self._states.start(penalty=repetition_penalty)
+            while self._fill(queue):
+                self._advance()
         results = [result for result in self._results if result is not None]
         assert len(results) == len(self._results), "every prompt is continued"
         return results
 
-    def _admit(self, queue: Iterator[TokenizedPrompt]) -> bool:
-        if self._settings.num_slots - len(self._rows) < self._refill:
-            return False
-        admitted = list(islice(queue, self._refill))
-        if admitted:
-            self._prefill(admitted)
-        return bool(admitted)
+    def _fill(self, queue: Iterator[TokenizedPrompt]) -> bool:
+        """Admit prompts while there is room for some; returns whether any row is in use."""
+        while self._settings.num_slots - len(self._rows) >= self._refill:
+            admitted = list(islice(queue, self._refill))
+            for pack in _packs(admitted):
+                self._prefill(pack)
+            if not admitted:
+                break
+        return bool(self._rows)
 
     def _prefill(self, prompts: Sequence[TokenizedPrompt]) -> None:
         lengths = [len(prompt.input_ids) for prompt in prompts]
-        self._cache.reserve(max(lengths) + self._settings.max_new_tokens)
+        if self._cache.reserve(max(lengths) + self._settings.max_new_tokens) and self._graphs is not None:
+            self._graphs.forget()
         images = {name: _stack([prompt.image_inputs[name] for prompt in prompts]) for name in prompts[0].image_inputs}
+        first = len(self._rows)
         input_ids = [prompt.input_ids for prompt in prompts]
-        logits = self._forward.prefill(input_ids, images, self._cache, first_slot=len(self._rows))
-        if not torch.isfinite(logits).all():
-            raise UserError(f"captioning.dtype {logits.dtype}: the model's logits are not finite")
-        rows = [
-            _Row(
-                index=len(self._results) + number,
-                length=length,
-                uniforms=self._draw_uniforms(prompt.seed),
-                seen=self._mark_seen(prompt, logits),
-            )
-            for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-        ]
-        self._rows += rows
-        self._results += [None] * len(rows)
-        self._append(rows, self._choose(logits, rows))
+        logits = self._forward.prefill(input_ids, images, self._cache, first_slot=first)
+        indices = range(len(self._results), len(self._results) + len(prompts))
+        self._states.admit(prompts, logits, first=first, limits=[self._limit(index) for index in indices])
+        self._rows += [_Row(index=index, length=length) for index, length in zip(indices, lengths, strict=True)]
+        self._results += [None] * len(prompts)
 
-    def _step(self) -> None:
-        rows, device = self._rows, self._cache.keys[0].device
-        token_ids = torch.tensor([row.token_ids[-1] for row in rows], device=device)  # [B]
-        lengths = [row.length for row in rows]
-        positions = torch.tensor(lengths, device=device)
-        logits = self._forward.step(token_ids, positions, self._cache, longest=max(lengths))
-        for row in rows:
+    def _limit(self, index: int) -> int:
+        """Return the new tokens of a prompt at most, `index` its place in the queue."""
+        return self._settings.max_new_tokens
+
+    def _advance(self) -> None:
+        """Take the steps up to the next look at the rows, and give the slots of finished ones back."""
+        note = None
+        for number in range(self._pace.num_steps):
+            if number == self._pace.num_steps - self._pace.num_ahead:
+                note = self._states.note()
+            self._launch()
+        self._collect(note or self._states.note())
+
+    def _launch(self) -> None:
+        num_rows = len(self._rows)
+        if self._pace.pads_rows:
+            num_rows = padded_rows(num_rows, num_slots=self._settings.num_slots)
+        if self._graphs is not None:
+            self._graphs.run(num_rows, setting=self._states.penalty)
+        else:
+            self._step(num_rows)
+        for row in self._rows:
             row.length += 1
-        self._append(rows, self._choose(logits, rows))
 
-    def _mark_seen(self, prompt: TokenizedPrompt, logits: Tensor) -> Tensor | None:
-        if self._penalty == 1.0:
-            return None
-        seen = torch.zeros_like(logits[0], dtype=torch.bool)
-        seen[prompt.input_ids.to(seen.device)] = True
-        return seen
+    def _step(self, num_rows: int) -> None:
+        states = self._states
+        longest = min(max(row.length for row in self._rows), self._cache.capacity - 1)
+        logits = self._forward.step(states.tokens[:num_rows], states.lengths[:num_rows], self._cache, longest=longest)
+        states.advance(logits)
 
-    def _penalise(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:
-        marks = [row.seen for row in rows if row.seen is not None]
-        if not marks:
-            return logits
-        penalised = torch.where(logits < 0, logits * self._penalty, logits / self._penalty)
-        return torch.where(torch.stack(marks), penalised, logits)
+    def _collect(self, note: Note) -> None:
+        is_done, is_finite = note.wait()
+        if not is_finite:
+            raise UserError(f"captioning.dtype {self._forward.dtype}: the model's logits are not finite")
+        is_done = is_done[: len(self._rows)]
+        for slot, row in enumerate(self._rows):
+            if is_done[slot]:
+                self._results[row.index] = note.continuation(slot)
+        if any(is_done):
+            self._close_gaps(is_done)
 
-    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-        logits = self._penalise(logits, rows)
-        if self._settings.temperature == 0:
-            return logits.argmax(-1).tolist()
-        cumulative = torch.softmax(logits.double() / self._settings.temperature, -1).cumsum(-1)  # [B, V]
-        uniforms = cumulative.new_tensor([row.uniforms[len(row.token_ids)] for row in rows])
-        tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)  # [B, 1]
-        return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+    def _close_gaps(self, is_done: list[bool]) -> None:
+        # The rows in use are always the first slots: the last unfinished rows move into the finished ones' places.
+        num_left = is_done.count(False)
+        targets = [slot for slot in range(num_left) if is_done[slot]]
+        sources = [slot for slot in range(len(is_done) - 1, num_left - 1, -1) if not is_done[slot]]
+        if sources:
+            longest = min(max(self._rows[slot].length for slot in sources), self._cache.capacity)
+            self._cache.move(*self._states.move(sources, targets), longest=longest)
+        for source, target in zip(sources, targets, strict=True):
+            self._rows[target] = self._rows[source]
+        del self._rows[num_left:]
+        self._states.release(num_left)
 
-    def _draw_uniforms(self, seed: int) -> list[float]:
-        if self._settings.temperature == 0:
-            return []
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(self._settings.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
 
-    def _append(self, rows: Sequence[_Row], tokens: Sequence[int]) -> None:
-        for row, token in zip(rows, tokens, strict=True):
-            is_end = token in self._settings.end_token_ids
-            if not is_end:
-                row.token_ids.append(token)
-                if row.seen is not None:
-                    row.seen[token] = True
-            if is_end or len(row.token_ids) == self._settings.max_new_tokens:
-                row.is_finished = True
-                reason: FinishReason = "stop" if is_end else "length"
-                self._results[row.index] = Continuation(token_ids=row.token_ids, finish_reason=reason)
-        self._close_gaps()
-
-    def _close_gaps(self) -> None:
-        # The rows in use are always the first slots: the last unfinished row moves into a finished one's place.
-        rows = self._rows
-        slot = 0
-        while slot < len(rows):
-            if not rows[slot].is_finished:
-                slot += 1
-                continue
-            last = rows.pop()
-            if slot < len(rows) and not last.is_finished:
-                self._cache.move(len(rows), slot, last.length)
-                rows[slot] = last
+def _packs(prompts: Sequence[TokenizedPrompt]) -> Iterator[list[TokenizedPrompt]]:
+    """Cut prompts into packs of `PREFILL_TOKENS` at most, or of one prompt."""
+    pack: list[TokenizedPrompt] = []
+    num_tokens = 0
+    for prompt in prompts:
+        if pack and num_tokens + len(prompt.input_ids) > PREFILL_TOKENS:
+            yield pack
+            pack, num_tokens = [], 0
+        pack.append(prompt)
+        num_tokens += len(prompt.input_ids)
+    if pack:
+        yield pack
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

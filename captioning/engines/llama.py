@@ -9,7 +9,6 @@ model's own.
 # B rows in use, R prompts, N packed tokens, L tokens of one prompt, T cached tokens, V vocabulary
 # W model width, H query heads, K key heads, D head width, F hidden width
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,11 @@ TEXT_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")
 # Others stretch positions by the length of what was read so far.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Takes the layer's number and queries [N, H, D], keys and values [N, K, D]; gives what was attended [N, H * D].
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Takes the layer's number and its mixed queries, keys and values [N, H + 2 K, D]; gives what was attended [N, H * D],
+# of the tokens that ask.
+Attend = Callable[[int, Tensor], Tensor]
+# On a GPU padded prompts have one of few lengths: attention kernels are planned anew for each.
+PROMPT_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class LlamaForward:
         """
         text_model, config = model.model.language_model, model.config.get_text_config()
         require_llama(text_model, config)
-        self._model = model
+        self.model = model
         self._head_width = text_model.layers[0].self_attn.head_dim
         self._num_heads, self._num_key_heads = config.num_attention_heads, config.num_key_value_heads
         self._scale = text_model.layers[0].self_attn.scaling
@@ -66,6 +68,21 @@ class LlamaForward:
         self._cos = cos[0]
         self._signed_sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and the cache."""
+        return self._embed.weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the logits of a token."""
+        return self._lm_head.weight.shape[0]
+
     def make_cache(self, num_slots: int) -> SlotCache:
         """Return an empty cache for this model."""
         like = self._embed.weight.new_empty(1, self._num_key_heads, 0, self._head_width)
@@ -74,52 +91,101 @@ class LlamaForward:
     def prefill(
         self, prompts: Sequence[Tensor], image_inputs: dict[str, Tensor], cache: SlotCache, *, first_slot: int
     ) -> Tensor:
-        """Read `prompts`, ids [L] each, with their images into slots from `first_slot` on; returns logits [R, V]."""
-        lengths = [len(prompt) for prompt in prompts]
-        stops = list(itertools.accumulate(lengths))
-        input_ids = torch.cat(list(prompts)).to(self._model.device)  # [N]
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)
+        """Read `prompts`, ids [L] each, with their images into slots from `first_slot` on; returns logits [R, V].
+
+        Only attention sees padded prompts: what stands behind a prompt's end is in the future of all its tokens.
+        """
+        pack = _Pack(prompts, first_slot=first_slot, multiple=PROMPT_MULTIPLE if self.device.type == "cuda" else 1)
+        slots, positions, ends, places = (
+            send(indices, self.device) for indices in (pack.slots, pack.positions, pack.ends, pack.places)
+        )
+        sources = send(pack.sources, self.device) if pack.is_padded else None
+        cached_places = cache.places(slots, positions)
+        cos, sin = self._rotary(positions)
         last = len(self._layers) - 1
+        in_use = slice(first_slot, first_slot + len(prompts))
 
-        def attend(number: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            # In the last layer only the last token of each prompt asks.
-            asking = [1] * len(lengths) if number == last else lengths
-            answers = []
-            for row, (query, key, value) in enumerate(
-                zip(queries.split(asking), keys.split(lengths), values.split(lengths), strict=True)
-            ):
-                query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-                cache.store(number, first_slot + row, key, value)
-                answers.append(self._attend(query[None], key[None], value[None], is_causal=query.shape[1] > 1))
-            return torch.cat([answer[0].transpose(0, 1).flatten(1) for answer in answers])
+        def attend(number: int, mixed: Tensor) -> Tensor:
+            queries, keys, values = self._turn(mixed, cos, sin)
+            cache.append(number, cached_places, keys, values)
+            if number == last:
+                return self._attend_last(queries[ends], cache, number, in_use, positions[ends], pack.longest)
+            queries = queries if sources is None else queries[sources]
+            answers = self._attend(
+                queries.view(len(prompts), pack.padded_length, self._num_heads, self._head_width).transpose(1, 2),
+                cache.keys[number][in_use, :, : pack.padded_length],
+                cache.values[number][in_use, :, : pack.padded_length],
+                is_causal=True,
+            )
+            answers = answers.transpose(1, 2).flatten(2).flatten(0, 1)  # [R * P, H * D]
+            return answers if sources is None else answers[places]
 
-        ends = torch.tensor(stops, device=input_ids.device) - 1
-        return self._run(self._embed_images(input_ids, image_inputs), positions, attend, asking=ends)
+        hidden = self._embed_images(torch.cat(list(prompts)), image_inputs)
+        return self._run(hidden, attend, asking=ends)
 
     def step(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, *, longest: int) -> Tensor:
-        """Feed `token_ids` [B] at positions `lengths` [B], of which `longest` is the largest; returns logits [B, V]."""
-        num_rows = len(token_ids)
-        hidden = self._embed(token_ids)  # [B, W]
-        columns = torch.arange(longest + 1, device=lengths.device)  # [T]
-        mask = hidden.new_zeros(num_rows, 1, 1, longest + 1)
-        mask.masked_fill_((columns > lengths[:, None])[:, None, None], -torch.inf)
-        places = cache.places(lengths)
+        """Feed `token_ids` [B] at positions `lengths` [B], of which `longest` is the largest; returns logits [B, V].
 
-        def attend(number: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            cache.append(number, places, keys, values)
-            cached = (
-                cache.keys[number][:num_rows, :, : longest + 1],
-                cache.values[number][:num_rows, :, : longest + 1],
+        On a GPU nothing depends on `longest`: each row is read to its own length.
+        """
+        attend = self._attend_on_gpu if self.device.type == "cuda" else self._attend_eagerly
+        return self._run(self._embed(token_ids), attend(lengths, cache, longest), asking=None)
+
+    def _attend_on_gpu(self, lengths: Tensor, cache: SlotCache, longest: int) -> Attend:
+        # Triton is where CUDA is.
+        from captioning.engines.decode_kernel import append_and_attend
+
+        def attend(number: int, mixed: Tensor) -> Tensor:
+            return append_and_attend(
+                mixed,
+                lengths,
+                cache.keys[number],
+                cache.values[number],
+                cos=self._cos,
+                signed_sin=self._signed_sin,
+                num_heads=self._num_heads,
+                scale=self._scale,
             )
-            return self._attend(queries[:, :, None], *cached, mask=mask).flatten(1)
 
-        return self._run(hidden, lengths, attend, asking=None)
+        return attend
+
+    def _attend_eagerly(self, lengths: Tensor, cache: SlotCache, longest: int) -> Attend:
+        slots = torch.arange(len(lengths), device=lengths.device)
+        places = cache.places(slots, lengths)
+        cos, sin = self._rotary(lengths)
+        in_use = slice(0, len(lengths))
+
+        def attend(number: int, mixed: Tensor) -> Tensor:
+            queries, keys, values = self._turn(mixed, cos, sin)
+            cache.append(number, places, keys, values)
+            return self._attend_last(queries, cache, number, in_use, lengths, longest + 1)
+
+        return attend
+
+    def _attend_last(
+        self, queries: Tensor, cache: SlotCache, number: int, in_use: slice, places: Tensor, num_tokens: int
+    ) -> Tensor:
+        """Let one query [B, H, D] per slot see the tokens up to its own at `places` [B], of `num_tokens` read."""
+        columns = torch.arange(num_tokens, device=places.device)  # [T]
+        mask = queries.new_zeros(len(queries), 1, 1, num_tokens)
+        mask.masked_fill_((columns > places[:, None])[:, None, None], -torch.inf)
+        keys, values = cache.keys[number][in_use, :, :num_tokens], cache.values[number][in_use, :, :num_tokens]
+        return self._attend(queries[:, :, None], keys, values, mask=mask).flatten(1)
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cos[positions][:, None], self._signed_sin[positions][:, None]  # [N, 1, D]
+
+    def _turn(self, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split `mixed` into queries [N, H, D], keys and values [N, K, D], the first two turned by their positions."""
+        turned = mixed[:, : -self._num_key_heads]
+        turned = torch.addcmul(turned * cos, turned.roll(self._head_width // 2, -1), sin)  # [N, H + K, D]
+        return turned[:, : self._num_heads], turned[:, self._num_heads :], mixed[:, -self._num_key_heads :]
 
     def _embed_images(self, input_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        model, config = self._model, self._model.config
-        hidden = self._embed(input_ids)  # [N, W]
+        model, config = self.model, self.model.config
+        hidden = self._embed(send(input_ids, self.device))  # [N, W]
         inputs = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            name: send(tensor, self.device).to(model.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in image_inputs.items()
         }
         features = model.model.get_image_features(
@@ -128,29 +194,23 @@ class LlamaForward:
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             return_dict=True,
         ).pooler_output
-        is_image = input_ids == config.image_token_id
         features = torch.cat(list(features)).to(hidden.dtype)
-        assert len(features) == int(is_image.sum()), f"{int(is_image.sum())} image tokens, {len(features)} features"
-        hidden[is_image] = features
-        return hidden
+        # Found on the CPU: the device is not waited for.
+        places = (input_ids == config.image_token_id).nonzero()[:, 0]
+        assert len(features) == len(places), f"{len(places)} image tokens, {len(features)} features"
+        return hidden.index_copy_(0, send(places, self.device), features)
 
-    def _run(self, hidden: Tensor, positions: Tensor, attend: Attend, *, asking: Tensor | None) -> Tensor:
+    def _run(self, hidden: Tensor, attend: Attend, *, asking: Tensor | None) -> Tensor:
         """Run all layers over `hidden` [N, W]; logits of the rows `asking`, or of all."""
-        cos, sin = self._cos[positions][:, None], self._signed_sin[positions][:, None]  # [N, 1, D]
         for number, layer in enumerate(self._layers):
             mixed = functional.linear(
                 _normalise(hidden, layer.attention_norm), layer.query_key_value, layer.query_key_value_bias
             ).view(len(hidden), -1, self._head_width)  # [N, H + 2 K, D]
-            turned = mixed[:, : -self._num_key_heads]
-            turned = torch.addcmul(turned * cos, turned.roll(self._head_width // 2, -1), sin)  # [N, H + K, D]
-            queries, keys, values = (
-                turned[:, : self._num_heads],
-                turned[:, self._num_heads :],
-                mixed[:, -self._num_key_heads :],
-            )
+            attended = attend(number, mixed)
             if asking is not None and layer is self._layers[-1]:
-                hidden, queries = hidden[asking], queries[asking]
-            hidden = hidden + layer.output(attend(number, queries, keys, values))
+                # In the last layer only the last token of each prompt asks.
+                hidden = hidden[asking]
+            hidden = hidden + layer.output(attended)
             gate, up = functional.linear(_normalise(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)  # [N, F]
             hidden = hidden + layer.down(functional.silu(gate) * up)
         return self._lm_head(_normalise(hidden, self._norm))
@@ -167,6 +227,37 @@ class LlamaForward:
             scale=self._scale,
             enable_gqa=self._num_heads != self._num_key_heads,
         )
+
+
+class _Pack:
+    """Where the tokens of some prompts stand: packed one behind the other, padded to one length, and in the cache.
+
+    Attributes:
+        slots, positions: of each packed token, [N].
+        ends: where the last token of each prompt stands among the packed, [R].
+        places: where each packed token stands among the padded, [N].
+        sources: which packed token stands at each padded place, [R * P]; any, behind the end of a prompt.
+        longest, padded_length: of the longest prompt, and P.
+    """
+
+    def __init__(self, prompts: Sequence[Tensor], *, first_slot: int, multiple: int) -> None:
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths)  # [N]
+        self.longest = int(lengths.max())
+        self.padded_length = -(-self.longest // multiple) * multiple
+        self.is_padded = bool((lengths != self.padded_length).any())
+        self.ends = lengths.cumsum(0) - 1
+        starts = self.ends + 1 - lengths
+        self.positions = torch.arange(len(rows)) - starts[rows]
+        self.slots = first_slot + rows
+        self.places = rows * self.padded_length + self.positions
+        columns = torch.arange(self.padded_length).minimum(lengths[:, None] - 1)  # [R, P]
+        self.sources = (starts[:, None] + columns).flatten()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on `device`, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def require_llama(text_model: Any, config: Any) -> None:

@@ -10,15 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from captioning.config import CaptioningConfig
-from captioning.engines.decoding import IMAGE_INPUTS, ContinuousDecoder, DecodingSettings, TokenizedPrompt
+from captioning.engines.decoding import ContinuousDecoder
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
+from captioning.engines.room import CPU_SLOTS, count_slots
+from captioning.engines.rows import DecodingSettings, TokenizedPrompt
+from captioning.prompts import fill_prompt
 from encoders.devices import choose_device, choose_dtype
 from encoders.weights import load_pretrained, resolve_model
+from pipelines.engine.progress import get_logger
 
+log = get_logger("captioning")
+
+IMAGE_INPUTS = ("pixel_values", "image_sizes")
+# Cut into as many tiles as a LLaVA-NeXT cuts a large square.
+LARGE_IMAGE = (1344, 1344)
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
 
@@ -46,20 +56,35 @@ class TransformersEngine:
         self._special_tokens = re.compile("|".join(re.escape(token) for token in self._all_special_tokens()))
         # The tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
         self._lock = threading.Lock()
-        end_token_ids = _end_token_ids(self.model, self.tokenizer)
-        settings = DecodingSettings(
-            num_slots=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            end_token_ids=end_token_ids,
-        )
         self._context = self.model.config.get_text_config().max_position_embeddings
         self._max_new_tokens = config.max_new_tokens
         self._forward = LlamaForward(self.model)
+        settings = DecodingSettings(
+            num_slots=config.batch_size or self._count_slots(config),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            end_token_ids=_end_token_ids(self.model, self.tokenizer),
+        )
         self._decoder = ContinuousDecoder(self._forward, settings)
         self._probe_settings = dataclasses.replace(
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
+
+    def _count_slots(self, config: CaptioningConfig) -> int:
+        """Return the captions decoded at a time where the recipe leaves it open: as many as the GPU's memory holds."""
+        if self.model.device.type == "cpu":
+            return CPU_SLOTS
+        alt_text = ("a " * config.max_alt_text_chars)[: config.max_alt_text_chars]
+        default = config.prompts["default"]
+        prompts = [
+            fill_prompt(template, alt_text, default=default, max_alt_text_chars=config.max_alt_text_chars)
+            for template in config.prompts.values()
+        ]
+        [longest] = self.prepare([Request(image=Image.new("RGB", LARGE_IMAGE), prompt=max(prompts, key=len), seed=0)])
+        num_tokens = self._context - self._max_new_tokens if longest is None else len(longest.input_ids)
+        num_slots = count_slots(self.model, num_prompt_tokens=num_tokens, max_new_tokens=self._max_new_tokens)
+        log.info(f"captioning.batch_size 0: {num_slots} captions at a time fit the GPU")
+        return num_slots
 
     def prepare(self, requests: Sequence[Request]) -> list[TokenizedPrompt | None]:
         """Return each request as token ids and pixels on the CPU, or None; see `CaptionEngine`."""
@@ -92,8 +117,9 @@ class TransformersEngine:
 
     def probe(self, prepared: Iterable[TokenizedPrompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
-        decoder = ContinuousDecoder(self._forward, self._probe_settings)
-        return self._continue(decoder, prepared, repetition_penalty=1.0)
+        batch = list(prepared)
+        decoder = ContinuousDecoder(self._forward, dataclasses.replace(self._probe_settings, num_slots=len(batch)))
+        return self._continue(decoder, batch, repetition_penalty=1.0)
 
     def _continue(
         self, decoder: ContinuousDecoder, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float
