@@ -1,10 +1,15 @@
-"""`make bench-caption` at small size: both ways give the same captions, in its CPU and in its GPU mode."""
+"""`make bench-caption` at small size: both ways give the same captions, and so does the part for a GPU."""
 
 import json
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import caption
+from benchmarks.gpu import captioning as gpu
+from benchmarks.gpu.parts import Size
+from captioning.engines.llama import LlamaForward
 
 
 @pytest.fixture
@@ -21,18 +26,20 @@ def test_both_ways_say_the_same_of_toy_images(result, capsys) -> None:
     assert figures["caption_tokens"]["p5"] < figures["caption_tokens"]["p95"], "lengths vary"
 
 
-def test_the_gpu_mode_forces_the_same_lengths_on_both_sides(result, capsys) -> None:
-    caption.main(["--shape", "tiny", "--rounds", "1"])
-    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert figures["identical"] and figures["shape"] == "tiny" and figures["share_of_bandwidth"] > 0
-    lengths = caption.make_prompts(caption.SHAPES["llava-1.5-7b"])[1]
-    assert 90 < sum(lengths) / len(lengths) < 110 and min(lengths) < 60 and max(lengths) > 180
+def test_on_a_gpu_lengths_are_forced_on_both_sides() -> None:
+    kept: list[dict[str, Any]] = []
+    figures = gpu.caption_7b(Size(is_tiny=True, keep=lambda early: kept.append(dict(early))))
+    assert figures["caption_7b_identical"] and figures["caption_7b_ratio"] > 0
+    assert kept[0].keys() < figures.keys() and kept[-1] == figures
+    lengths = gpu.make_prompts(gpu.LLAVA_7B)[1]
+    assert 90 < sum(lengths) / len(lengths) < 102 and min(lengths) < 50 and max(lengths) > 180
 
 
-def test_the_limit_counts_weights_and_live_keys_once() -> None:
-    shape = caption.SHAPES["tiny"]
-    model = caption.build_model(shape, device="cpu", dtype=caption.torch.float32)
-    limit = caption.bandwidth_limit(model, shape, [10, 10], bytes_per_second=1e9)
-    weights = sum(p.numel() for p in model.model.language_model.layers.parameters()) + 64 * 32
-    keys_and_values = 2 * 2 * 32 * (1 + 16 + 6 + 5)
-    assert limit == pytest.approx(1e9 * 4 / ((weights + 4 * keys_and_values) * 4))
+def test_a_step_moves_the_weights_and_the_live_keys_once() -> None:
+    model = gpu.build_model(gpu.TINY, device="cpu", dtype=torch.float32)
+    assert gpu.text_bytes(model) == 4 * (2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 64 * 32)
+    prompts = gpu.make_prompts(gpu.TINY)[0]
+    decoder = gpu.ForcedDecoder(LlamaForward(model), num_slots=3, longest=40)
+    _, num_tokens = decoder.time_steps(prompts, num_steps=5)
+    # 23 of each prompt, 4 steps before, and on average half of those timed, their own token included.
+    assert num_tokens == 3 * (23 + 4 + 3)

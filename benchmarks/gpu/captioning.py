@@ -65,8 +65,8 @@ TINY = Shape(
     vision=dict(zip(VISION, (16, 24, 2, 2, 16, 4), strict=True)),
     num_prompt_tokens=6,
     mean_tokens=12.0,
-    num_images={8: 24, 4: 24},
-    generated=(4, 8),
+    num_images={96: 112, 32: 40},
+    generated=(32, 96),
     num_timed_steps=3,
 )
 
@@ -163,7 +163,8 @@ def _time_ours(
     step_bytes = text_bytes(model) + num_tokens * slot_bytes(model, num_tokens=64) / 64
     # Rows that end one after the other: every number of rows that a graph is captured for.
     num_slots = decoder._settings.num_slots
-    decoder.lengths = [2 + 8 * number // num_slots * 2 for number in range(num_slots)]
+    slots = range(num_slots)
+    decoder.lengths = [2 + 16 * slot // num_slots + 4 * max(0, slot - num_slots + 8) for slot in slots]
     decoder.decode(prompts[:num_slots])
     decoder.lengths = lengths
     _synchronise(device)

@@ -81,4 +81,13 @@ PARTS: tuple[Part, ...] = (
         bars=(Bar(key="train_1024_ratio_compiled", at_least=1.2), Bar(key="train_1024_mfu", at_least=0.44)),
     ),
     Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
+    Part(
+        name="caption_7b",
+        module="benchmarks.gpu.captioning",
+        bars=(
+            Bar(key="caption_7b_ratio", at_least=6.0),
+            Bar(key="caption_7b_share_of_bandwidth_32", at_least=0.55),
+            Bar(key="caption_7b_share_of_bandwidth_96", at_least=0.55),
+        ),
+    ),
 )
