@@ -74,6 +74,9 @@ TINY = Shape(
 def caption_7b(size: Size) -> Figures:
     """Captions/s with each number of slots and by `generate`, and decoding's share of the memory bandwidth."""
     shape = TINY if size.is_tiny else LLAVA_7B
+    if size.is_tiny:
+        # Threads of a busy machine wait for each other longer than tensors of this size take.
+        torch.set_num_threads(1)
     model = build_model(shape, device=size.device, dtype=torch.float32 if size.is_tiny else torch.bfloat16)
     prompts, lengths = make_prompts(shape)
     bandwidth = memory_bandwidth(size.device)

@@ -38,5 +38,6 @@ class StepGraphs:
         self._graphs[key] = graph
 
     def forget(self) -> None:
-        """Drop all graphs: tensors they know are no more."""
+        """Drop all graphs, once the last of them has run: tensors they know are no more."""
+        torch.cuda.synchronize()
         self._graphs.clear()

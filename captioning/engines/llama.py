@@ -25,8 +25,10 @@ TEXT_MODELS = ("LlamaModel", "MistralModel", "Qwen2Model")
 # Others stretch positions by the length of what was read so far.
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-# Takes the layer's number and its mixed queries, keys and values [N, H + 2 K, D]; gives what was attended [N, H * D],
-# of the tokens that ask.
+# Takes the layer's number and its mixed queries, keys and values [N, H + 2 K, D], puts the last two into the cache, and
+# gives the turned queries [N, H, D].
+Place = Callable[[int, Tensor], Tensor]
+# The same, and gives what was attended [N, H * D], of the tokens that ask.
 Attend = Callable[[int, Tensor], Tensor]
 # On a GPU padded prompts have one of few lengths: attention kernels are planned anew for each.
 PROMPT_MULTIPLE = 64
@@ -100,14 +102,13 @@ class LlamaForward:
             send(indices, self.device) for indices in (pack.slots, pack.positions, pack.ends, pack.places)
         )
         sources = send(pack.sources, self.device) if pack.is_padded else None
-        cached_places = cache.places(slots, positions)
-        cos, sin = self._rotary(positions)
+        place = self._place_on_gpu if self.device.type == "cuda" else self._place_eagerly
+        place_layer = place(slots, positions, cache)
         last = len(self._layers) - 1
         in_use = slice(first_slot, first_slot + len(prompts))
 
         def attend(number: int, mixed: Tensor) -> Tensor:
-            queries, keys, values = self._turn(mixed, cos, sin)
-            cache.append(number, cached_places, keys, values)
+            queries = place_layer(number, mixed)  # [N, H, D]
             if number == last:
                 return self._attend_last(queries[ends], cache, number, in_use, positions[ends], pack.longest)
             queries = queries if sources is None else queries[sources]
@@ -131,9 +132,30 @@ class LlamaForward:
         attend = self._attend_on_gpu if self.device.type == "cuda" else self._attend_eagerly
         return self._run(self._embed(token_ids), attend(lengths, cache, longest), asking=None)
 
-    def _attend_on_gpu(self, lengths: Tensor, cache: SlotCache, longest: int) -> Attend:
+    def _place_on_gpu(self, slots: Tensor, positions: Tensor, cache: SlotCache) -> Place:
         # Triton is where CUDA is.
-        from captioning.engines.decode_kernel import append_and_attend
+        from captioning.engines.cache_kernels import turn_and_place
+
+        def place(number: int, mixed: Tensor) -> Tensor:
+            keys, values = cache.keys[number], cache.values[number]
+            tables = {"cos": self._cos, "signed_sin": self._signed_sin}
+            return turn_and_place(mixed, slots, positions, keys, values, **tables, num_heads=self._num_heads)
+
+        return place
+
+    def _place_eagerly(self, slots: Tensor, positions: Tensor, cache: SlotCache) -> Place:
+        places = cache.places(slots, positions)
+        cos, sin = self._rotary(positions)
+
+        def place(number: int, mixed: Tensor) -> Tensor:
+            queries, keys, values = self._turn(mixed, cos, sin)
+            cache.append(number, places, keys, values)
+            return queries
+
+        return place
+
+    def _attend_on_gpu(self, lengths: Tensor, cache: SlotCache, longest: int) -> Attend:
+        from captioning.engines.cache_kernels import append_and_attend
 
         def attend(number: int, mixed: Tensor) -> Tensor:
             return append_and_attend(
@@ -150,14 +172,11 @@ class LlamaForward:
         return attend
 
     def _attend_eagerly(self, lengths: Tensor, cache: SlotCache, longest: int) -> Attend:
-        slots = torch.arange(len(lengths), device=lengths.device)
-        places = cache.places(slots, lengths)
-        cos, sin = self._rotary(lengths)
+        place_layer = self._place_eagerly(torch.arange(len(lengths), device=lengths.device), lengths, cache)
         in_use = slice(0, len(lengths))
 
         def attend(number: int, mixed: Tensor) -> Tensor:
-            queries, keys, values = self._turn(mixed, cos, sin)
-            cache.append(number, places, keys, values)
+            queries = place_layer(number, mixed)
             return self._attend_last(queries, cache, number, in_use, lengths, longest + 1)
 
         return attend

@@ -1,12 +1,15 @@
-"""One Triton kernel for a token's attention: turns it by its position, puts it into the cache and reads the cache once.
+"""Triton kernels of the text model: a token's attention over the cache, and prompts' keys and values put into it.
 
-A query of one token makes no use of tensor cores: each byte of the cache is read once and used for one product, so that
-memory is the limit and the kernels of prompts, made for 64 to 128 queries, are not made for it. Rows are read to their
-own length, so that neither a mask nor a bound on lengths is needed. Online softmax (arXiv 1805.02867) with one stream
-per position of a block, joined at the end. `LlamaForward` has the same in torch's own operations for a CPU.
+A token's attention turns it by its position, puts it into the cache and reads the cache once. A query of one token has
+no use for tensor cores: each byte of the cache is used for one product, so that memory is the limit, and kernels made
+for 64 to 128 queries are not made for it. Rows are read to their own length, so that neither a mask nor a bound on
+lengths is needed. Online softmax (arXiv 1805.02867) with one stream per position of a block, joined at the end.
+
+Prompts are turned and put into the cache in one pass over memory, where torch's own operations take seven.
+`LlamaForward` has both in torch's own operations for a CPU.
 """
 
-# B rows, H query heads, K key heads, D head width, S slots, C capacity
+# B rows, N packed tokens, H query heads, K key heads, D head width, S slots, C capacity
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -61,6 +64,81 @@ def append_and_attend(
         num_warps=NUM_WARPS,
     )
     return answers
+
+
+def turn_and_place(
+    mixed: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    cos: Tensor,
+    signed_sin: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Turn tokens by their `positions` and write their keys and values to those of `slots`, both int64 [N].
+
+    The other arguments are those of `append_and_attend`, `mixed` [N, H + 2 K, D]. Returns the queries, [N, H, D].
+    """
+    num_tokens, num_mixed, width = mixed.shape
+    queries = mixed.new_empty(num_tokens, num_heads, width)
+    _turn_and_place[(num_tokens, num_mixed)](  # pyright: ignore[reportIndexIssue]
+        mixed,
+        slots,
+        positions,
+        keys,
+        values,
+        queries,
+        cos,
+        signed_sin,
+        keys.shape[2],
+        num_heads,
+        keys.shape[1],
+        width,
+        triton.next_power_of_2(width),
+        num_warps=1,
+    )
+    return queries
+
+
+@triton.jit
+def _turn_and_place(
+    mixed: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    queries: tl.tensor,
+    cos: tl.tensor,
+    signed_sin: tl.tensor,
+    capacity: tl.tensor,
+    num_heads: tl.constexpr,
+    num_key_heads: tl.constexpr,
+    width: tl.constexpr,
+    padded_width: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    channels = tl.arange(0, padded_width)
+    is_channel = channels < width
+    kind = keys.dtype.element_ty
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    source = mixed + (token * (num_heads + 2 * num_key_heads) + head) * width
+    own = tl.load(source + channels, mask=is_channel, other=0.0)
+    if head >= num_heads + num_key_heads:
+        place = ((slot * num_key_heads + head - num_heads - num_key_heads) * capacity + position) * width
+        tl.store(values + place + channels, own, mask=is_channel)
+    else:
+        opposite = tl.load(source + (channels + width // 2) % width, mask=is_channel, other=0.0).to(tl.float32)
+        turned = own.to(tl.float32) * tl.load(cos + position * width + channels, mask=is_channel, other=0.0)
+        turned += opposite * tl.load(signed_sin + position * width + channels, mask=is_channel, other=0.0)
+        if head < num_heads:
+            tl.store(queries + (token * num_heads + head) * width + channels, turned.to(kind), mask=is_channel)
+        else:
+            place = ((slot * num_key_heads + head - num_heads) * capacity + position) * width
+            tl.store(keys + place + channels, turned.to(kind), mask=is_channel)
 
 
 @triton.jit
