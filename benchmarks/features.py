@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from encoders.t5 import T5Encoder, fuse_gelu
+from encoders.t5 import T5Encoder
+from encoders.t5_packed import PackedT5
 from encoders.text import DEFAULT_BATCH_TOKENS, DEFAULT_CLEANING, TextSpec, clean_text, text_batches
 from toyworld.scenes import random_scene
 from toyworld.wording import dense_caption
@@ -65,7 +66,7 @@ def make_encoder(model: Any, *, batch_tokens: int | None) -> T5Encoder:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[model.device.type])
     spec = TextSpec(width=model.config.d_model, max_tokens=MAX_TOKENS, cleaning=DEFAULT_CLEANING, identity="random")
-    return T5Encoder(spec, fuse_gelu(copy.deepcopy(model)), tokenizer, batches)
+    return T5Encoder(spec, PackedT5(copy.deepcopy(model)), tokenizer, batches)
 
 
 def demo_captions(count: int) -> list[str]:

@@ -8,6 +8,7 @@ from pipelines.engine.progress import get_logger
 
 log = get_logger("encoders")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Batches:
@@ -23,7 +24,12 @@ class Batches:
         self._cost = cost
 
     def run(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], list[Any]]) -> Iterator[Any]:
-        """Yield one result of `encode` per item, in order.
+        """Yield one result of `encode` per item, in order; raises as `each` does."""
+        for results in self.each(items, encode):
+            yield from results
+
+    def each(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+        """Yield what `encode` gives for each batch, in order.
 
         Raises:
             LoneItemError: a single item does not fit.
@@ -35,18 +41,18 @@ class Batches:
             cost = self._cost(items[start])
             batch = items[start : start + max(1, self.size // cost)]
             try:
-                results = encode(batch)
+                result = encode(batch)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise LoneItemError(str(error)) from error
-                results = None
+                result = None
             # Out here the error and its frames are gone, and with them what they held of the memory.
-            if results is None:
+            if result is None:
                 self.size = len(batch) // 2 * cost
                 torch.cuda.empty_cache()
                 log.warning(f"out of memory: going on with batches of {len(batch) // 2}")
                 continue
-            start += len(results)
-            yield from results
+            start += len(batch)
+            yield result

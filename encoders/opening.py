@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encoders.compilation import can_compile
 from encoders.dc import DCCodec
 from encoders.kl import KLCodec
 from encoders.latents import DiffusersCodec, LatentCodec, LatentSpec, require_vae_dtype
@@ -65,12 +66,14 @@ def open_text_encoder(
     batch_tokens: int | None = None,
     tokenizer: str | None = None,
     is_8bit: bool = False,
+    is_long_run: bool = False,
     key: str = TEXT_KEY,
 ) -> TextEncoder:
     """Load the text encoder of a local folder or hub id.
 
     `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device. `tokenizer` is a
-    folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers.
+    folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers. In a
+    long run seconds of compilation pay, where there is what it takes.
 
     Raises:
         MissingFileError: there is no such folder, or no model in it.
@@ -91,7 +94,10 @@ def open_text_encoder(
     spec = text_spec(source, max_tokens=max_tokens, cleaning=cleaning, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
     batches = text_batches(batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type])
-    return encoder_class(spec, loaded, pretrained_tokenizer(source, folder=tokenizer), batches)
+    encoder = encoder_class(spec, loaded, pretrained_tokenizer(source, folder=tokenizer), batches)
+    if is_long_run and can_compile(torch.device(device)):
+        encoder.compile_kernels()
+    return encoder
 
 
 def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from encoders.text import HiddenStatesEncoder
+from encoders.text import HiddenStatesEncoder, PackedTexts
 from encoders.weights import ModelSource, load_pretrained
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 HINT = " (save the model as one; the encoder of a T5ForConditionalGeneration alone has other key names)"
-
-
-def fuse_gelu(model: Any) -> Any:
-    """Give a T5 encoder the tanh-approximated GELU as one kernel; transformers' "gelu_new" makes it of eight."""
-    import torch
-
-    for block in model.encoder.block:
-        feed_forward = block.layer[-1].DenseReluDense
-        if type(feed_forward.act).__name__ == "NewGELUActivation":
-            feed_forward.act = torch.nn.GELU(approximate="tanh")
-    return model
 
 
 class T5Encoder(HiddenStatesEncoder):
@@ -29,10 +19,23 @@ class T5Encoder(HiddenStatesEncoder):
 
     model_types: ClassVar[tuple[str, ...]] = ("t5", "mt5")
     width_key: ClassVar[str] = "d_model"
+    # Kernels of attention read a bias in steps of eight values.
+    length_step: ClassVar[int] = 8
 
     @staticmethod
     def load_weights(source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
         """Load the weights of a T5's encoder; raises as `encoders.weights.load_pretrained` does."""
         from transformers import T5EncoderModel
 
-        return fuse_gelu(load_pretrained(T5EncoderModel, source, settings={"dtype": dtype}, key=key, hint=HINT))
+        from encoders.t5_packed import PackedT5
+
+        model = load_pretrained(T5EncoderModel, source, settings={"dtype": dtype}, key=key, hint=HINT)
+        return PackedT5(model).eval().requires_grad_(False)
+
+    def compile_kernels(self) -> None:
+        """Compile what lies between the matrix products."""
+        self.model.compile_kernels()
+
+    def hidden_states(self, texts: PackedTexts) -> Tensor:
+        """Return the last hidden states [N, D] of packed texts."""
+        return self.model(texts)

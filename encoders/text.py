@@ -4,19 +4,22 @@ This file and the classes behind `encoders.opening` load torch only when a model
 from here.
 """
 
-# B batch, L text tokens (with padding), D text width
+# B batch, L text tokens (with padding), N tokens of a batch without padding, D text width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.batches import Batches
+from encoders.transfers import HostCopy, one_behind, to_device
 from encoders.weights import ModelSource
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 FP16_REFUSAL = "T5 was trained in bfloat16 and its activations overflow float16, which gives inf and nan embeddings"
 TEXT_DTYPES = ("bfloat16", "float32")
@@ -61,6 +64,23 @@ class TextEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedTexts:
+    """Texts one behind the other without padding, and how they lie below each other with padding, as attention wants.
+
+    Attributes:
+        input_ids: of all tokens, [N].
+        is_real: which places of the texts laid below each other are tokens, [B, L], with L of the longest, rounded up.
+        tokens: number of the token among the N at each place [B, L]; at padding that of the text's first token.
+        places: of each of the N tokens among the B * L.
+    """
+
+    input_ids: Tensor
+    is_real: Tensor
+    tokens: Tensor
+    places: Tensor
+
+
 @dataclass
 class HiddenStatesEncoder:
     """A `TextEncoder` that gives the last hidden states of a model of transformers.
@@ -70,10 +90,12 @@ class HiddenStatesEncoder:
     Attributes:
         model_types: the kinds, by `model_type` of their `config.json`.
         width_key: key of their `config.json` that holds the width of an embedding.
+        length_step: with padding, texts are as long as a multiple of it.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     width_key: ClassVar[str]
+    length_step: ClassVar[int] = 1
 
     spec: TextSpec
     model: Any
@@ -84,6 +106,9 @@ class HiddenStatesEncoder:
     def load_weights(source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
         """Load the weights, frozen and on the CPU; raises as `encoders.weights.load_pretrained` does."""
         raise NotImplementedError
+
+    def compile_kernels(self) -> None:
+        """Compile what pays in a long run on a GPU: nothing of a model that is transformers' own."""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, with those that the tokenizer adds; of one without any the padding token.
@@ -98,7 +123,32 @@ class HiddenStatesEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Return one embedding [L, D] per text."""
-        return embed_tokens(self.model, self.tokenize(texts), pad_token_id=self._pad_token_id, batches=self.batches)
+        return self.embed(self.tokenize(texts))
+
+    def embed(self, ids: Sequence[list[int]]) -> list[Tensor]:
+        """Return the last hidden states [num_tokens, D] of each list of ids, on the CPU, in order.
+
+        Texts of like length share a batch. On a GPU the next batch is started before one is waited for.
+        """
+        order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+        started = self.batches.each([ids[index] for index in order], self._start)
+        results = itertools.chain.from_iterable(one_behind(started))
+        embeddings = dict(zip(order, results, strict=True))
+        return [embeddings[index] for index in range(len(ids))]
+
+    def _start(self, ids: Sequence[list[int]]) -> Callable[[], list[Tensor]]:
+        import torch
+
+        with torch.inference_mode():
+            copy = HostCopy(self.hidden_states(pack(ids, self.model.device, length_step=self.length_step)))
+        lengths = [len(tokens) for tokens in ids]
+        return lambda: [embedding.clone() for embedding in copy.wait().split(lengths)]
+
+    def hidden_states(self, texts: PackedTexts) -> Tensor:
+        """Return the last hidden states [N, D] of packed texts: here of a model that wants them padded on the right."""
+        padded = texts.input_ids[texts.tokens]  # [B, L]
+        hidden = self.model(padded, attention_mask=texts.is_real.long()).last_hidden_state  # [B, L, D]
+        return hidden.flatten(0, 1)[texts.places]
 
     @property
     def _pad_token_id(self) -> int:
@@ -134,31 +184,20 @@ def text_batches(num_tokens: int) -> Batches:
     return Batches(num_tokens, cost=len)
 
 
-def embed_tokens(model: Any, ids: Sequence[list[int]], *, pad_token_id: int, batches: Batches) -> list[torch.Tensor]:
-    """Return the last hidden states [num_tokens, D] of each list of ids, on the CPU, in order.
+def pack(ids: Sequence[list[int]], device: torch.device, *, length_step: int = 1) -> PackedTexts:
+    """Lay texts one behind the other on a device, which takes them when it comes to it.
 
-    Texts of like length share a batch and are padded on the right, to the longest of it and never to a fixed length.
+    With padding they are as long as the longest, rounded up to a multiple of `length_step`.
     """
-
-    def encode_batch(batch: Sequence[list[int]]) -> list[torch.Tensor]:
-        return _embed_batch(model, batch, pad_token_id=pad_token_id)
-
-    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-    results = batches.run([ids[index] for index in order], encode_batch)
-    embeddings = dict(zip(order, results, strict=True))
-    return [embeddings[index] for index in range(len(ids))]
-
-
-def _embed_batch(model: Any, ids: Sequence[list[int]], *, pad_token_id: int) -> list[torch.Tensor]:
     import torch
 
-    lengths = [len(tokens) for tokens in ids]
-    input_ids = torch.full((len(ids), max(lengths)), pad_token_id)  # [B, L]
-    mask = torch.zeros_like(input_ids)
-    for row, tokens in enumerate(ids):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    with torch.inference_mode():
-        hidden = model(input_ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
-    hidden = hidden.cpu()  # [B, L, D]
-    return [hidden[row, :length].clone() for row, length in enumerate(lengths)]
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    columns = torch.arange(-(-int(lengths.max()) // length_step) * length_step)
+    is_real = columns < lengths[:, None]  # [B, L]
+    starts = lengths.cumsum(0) - lengths
+    return PackedTexts(
+        input_ids=to_device(torch.tensor([token for tokens in ids for token in tokens]), device),
+        is_real=to_device(is_real, device),
+        tokens=to_device(starts[:, None] + torch.where(is_real, columns, 0), device),
+        places=to_device(is_real.flatten().nonzero()[:, 0], device),
+    )

@@ -52,11 +52,13 @@ DEFAULT_D_TEXT = 4096
 NUM_PROBED_CAPTIONS, NUM_PROBED_SHARDS = 1000, 10
 TOKENS_PER_WORD = 1.3
 SCALE_BYTES = 4
+# A GPU encodes so many with an XXL in about half a minute; compiling takes seconds, and saves one in fifteen.
+LONG_RUN_CAPTIONS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextWorkerConfig:
-    """What a `TextWorker` needs; `directory` is where the null caption's record goes."""
+    """What a `TextWorker` needs; `directory` is where the null caption's record goes, see also `open_text_encoder`."""
 
     model: str
     revision: str | None
@@ -65,6 +67,7 @@ class TextWorkerConfig:
     max_tokens: int
     cleaning: str
     batch_tokens: int | None
+    is_long_run: bool
     device: str
     num_threads: int
     caption_weights: dict[str, float]
@@ -98,6 +101,7 @@ class TextWorker:
             device=choose_device(config.device, key="features.device"),
             dtype=config.dtype,
             batch_tokens=config.batch_tokens,
+            is_long_run=config.is_long_run,
         )
         self._family = text_schema(
             config.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
@@ -231,6 +235,8 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
             max_tokens=features.max_tokens,
             cleaning=features.text_cleaning,
             batch_tokens=features.text_batch_tokens,
+            # Of all samples, done or not: a resumed run rounds as the first one did.
+            is_long_run=count_samples(inputs.raw) * len(columns) >= LONG_RUN_CAPTIONS,
             device=features.device,
             num_threads=inputs.num_threads,
             caption_weights={caption.column: caption.weight for caption in inputs.features.captions},

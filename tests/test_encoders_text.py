@@ -1,3 +1,5 @@
+import copy
+import functools
 import shutil
 import subprocess
 import sys
@@ -5,10 +7,11 @@ import sys
 import pytest
 import torch
 from tiny_encoders import save_codec, save_decoder, save_text_encoder
-from transformers import Gemma2Model, T5EncoderModel
+from transformers import Gemma2Model, T5Config, T5EncoderModel
 
 from encoders.opening import open_text_encoder
-from encoders.text import clean_text
+from encoders.t5_packed import PackedT5
+from encoders.text import clean_text, pack
 from encoders.tokens import find_lost_words
 from encoders.weights import resolve_model
 from errors import UserError
@@ -107,15 +110,15 @@ def test_a_text_batch_that_does_not_fit_is_halved_in_tokens(text_folder, monkeyp
     encoder = load(text_folder)
     expected = encoder.encode(TEXTS)
     shapes = []
-    forward = encoder.model.forward
+    hidden_states = encoder.hidden_states
 
-    def hungry(input_ids, **arguments):
-        shapes.append(tuple(input_ids.shape))
-        if input_ids.numel() > 60:
+    def hungry(texts):
+        shapes.append((len(texts.tokens), int(texts.is_real.sum(1).max())))
+        if texts.tokens.numel() > 60:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(input_ids, **arguments)
+        return hidden_states(texts)
 
-    monkeypatch.setattr(encoder.model, "forward", hungry)
+    monkeypatch.setattr(encoder, "hidden_states", hungry)
     found = encoder.encode(TEXTS)
     # The longest first, then as many as fit 40 tokens of the shortened budget.
     assert shapes == [(6, 40), (3, 40), (1, 40), (1, 29), (2, 18), (2, 13)]
@@ -130,8 +133,68 @@ def test_importing_encoders_loads_neither_torch_nor_transformers():
 
 
 def test_loading_is_complete_for_the_encoder_alone(text_folder):
-    direct = T5EncoderModel.from_pretrained(text_folder)
-    assert torch.equal(direct.shared.weight, load(text_folder).model.shared.weight)
+    direct, packed = T5EncoderModel.from_pretrained(text_folder), load(text_folder).model
+    assert torch.equal(direct.shared.weight, packed.embed.weight)
+    # Key, query and value, and both halves of the gated layer, lie side by side; nothing is there twice or left out.
+    assert sum(weight.numel() for weight in packed.parameters()) == sum(w.numel() for w in direct.parameters())
+
+
+def random_t5(**settings):
+    """A T5 of transformers with weights as training begins with them, in which each activation has its real scale."""
+    torch.manual_seed(3)
+    config = T5Config(vocab_size=64, d_model=128, d_kv=16, d_ff=320, num_heads=8, num_layers=6, **settings)
+    model = T5EncoderModel(config).eval().requires_grad_(False)
+    for block in model.encoder.block:
+        for layer in block.layer:
+            layer.layer_norm.weight.uniform_(0.5, 1.5)
+    return model
+
+
+def packed_states(model, texts, dtype=torch.float32):
+    with torch.inference_mode():
+        return PackedT5(copy.deepcopy(model).to(dtype))(texts).float()
+
+
+def padded_states(model, texts, dtype=torch.float32):
+    mask = texts.is_real.long()
+    with torch.inference_mode():
+        hidden = copy.deepcopy(model).to(dtype)(texts.input_ids[texts.tokens], attention_mask=mask).last_hidden_state
+    return hidden[texts.is_real].float()
+
+
+def random_texts():
+    generator = torch.Generator().manual_seed(5)
+    lengths = [150, 83, 40, 40, 17, 1]  # farther apart than the last bucket of distances begins
+    return pack(
+        [torch.randint(2, 64, (length,), generator=generator).tolist() for length in lengths],
+        torch.device("cpu"),
+        length_step=8,
+    )
+
+
+@pytest.mark.parametrize("feed_forward", ["gated-gelu", "relu", "gated-silu"])
+def test_packed_texts_give_what_transformers_gives_of_padded_ones(feed_forward):
+    model, texts = random_t5(feed_forward_proj=feed_forward), random_texts()
+    torch.testing.assert_close(packed_states(model, texts), padded_states(model, texts), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("feed_forward", ["gated-gelu", "relu"])
+def test_packed_bfloat16_is_no_farther_from_float32_than_that_of_transformers(feed_forward):
+    model, texts = random_t5(feed_forward_proj=feed_forward), random_texts()
+    exact = padded_states(model.to(torch.bfloat16).float(), texts)
+    ours = (packed_states(model, texts, torch.bfloat16) - exact).square().mean().sqrt()
+    theirs = (padded_states(model, texts, torch.bfloat16) - exact).square().mean().sqrt()
+    assert 0 < ours <= theirs
+
+
+def test_compiled_kernels_have_the_numbers_of_the_others(monkeypatch):
+    # Without a compiler: what would be compiled is traced and run as it is.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model, texts = random_t5(feed_forward_proj="gated-gelu"), random_texts()
+    packed = PackedT5(copy.deepcopy(model))
+    packed.compile_kernels()
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(texts), packed_states(model, texts))
 
 
 def test_a_decoder_gives_its_last_hidden_states_whatever_it_is_batched_with(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tiny_encoders import save_codec, save_text_encoder
+from transformers import T5EncoderModel
 
 from encoders.opening import latent_spec, open_codec, open_text_encoder, text_spec
 from encoders.weights import resolve_model
@@ -23,8 +25,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy(models: Path, name: str, folder: Path, **keywords: object) -> Path:
     """Save a model again, with its files named as the keywords make the libraries name them."""
-    opened = open_codec(str(models / name)) if name == "vae" else open_text_encoder(str(models / name), max_tokens=8)
-    opened.model.save_pretrained(folder, **keywords)  # pyright: ignore[reportAttributeAccessIssue]
+    model_class, dtype = (AutoencoderKL, torch.float32) if name == "vae" else (T5EncoderModel, torch.bfloat16)
+    model_class.from_pretrained(str(models / name), torch_dtype=dtype).save_pretrained(folder, **keywords)
     for path in (models / name).iterdir():
         if not path.name.endswith(".safetensors") and not (folder / path.name).exists():
             (folder / path.name).write_bytes(path.read_bytes())
