@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 # Triton builds the part that starts its kernels with one of these.
 C_COMPILERS = ("cc", "gcc", "clang")
+RECOMPILE_LIMIT = 64
 
 
 def can_compile(device: torch.device) -> bool:
@@ -27,3 +29,18 @@ def compile_pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch
 
     return torch.compile(function, fullgraph=True)
+
+
+def compile_modules(modules: Sequence[nn.Module]) -> None:
+    """Compile modules that share a class, in place: one code for all with weights of one shape, at images of any size.
+
+    Among them are more shapes of weights than torch would compile one class for before it gives up without a word; and
+    a square image must not be taken for a promise that all are square.
+    """
+    import torch._dynamo
+    import torch.fx.experimental._config as shapes
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    shapes.use_duck_shape = False
+    for module in modules:
+        module.compile(dynamic=True)

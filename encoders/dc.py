@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from encoders.latents import DiffusersCodec, LatentSpec, to_model_input
+from encoders.latents import DiffusersCodec, LatentSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from encoders.latents import Latents
 
 # What diffusers assumes for a config without these keys.
 CONFIG_DEFAULTS = {"scaling_factor": 1.0, "latent_channels": 32, "encoder_block_out_channels": (128,) * 6}
@@ -41,10 +43,6 @@ class DCCodec(DiffusersCodec):
 
         return AutoencoderDC
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def moments(self, images: torch.Tensor) -> Latents:
         """Return the latents [B, C, h, w], which have no standard deviation."""
-        import torch
-
-        with torch.inference_mode():
-            latents = self.model.encode(to_model_input(images, self.model)).latent
-        return latents.float().cpu(), None
+        return self.model.encode(images).latent, None

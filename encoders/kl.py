@@ -7,11 +7,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from encoders.latents import DiffusersCodec, LatentSpec, to_model_input
+from encoders.compilation import compile_modules
+from encoders.latents import DiffusersCodec, LatentSpec
 from errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from encoders.latents import Latents
 
 # What diffusers assumes for a config without these keys, as older VAEs have.
 CONFIG_DEFAULTS = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4, "block_out_channels": (64,)}
@@ -49,10 +52,13 @@ class KLCodec(DiffusersCodec):
 
         return AutoencoderKL
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, images: torch.Tensor) -> Latents:
         """Return mean and standard deviation of the latents [B, C, h, w]."""
-        import torch
+        distribution = self.model.encode(images).latent_dist
+        return distribution.mean, distribution.std
 
-        with torch.inference_mode():
-            distribution = self.model.encode(to_model_input(images, self.model)).latent_dist
-        return distribution.mean.float().cpu(), distribution.std.float().cpu()
+    def compile_blocks(self) -> None:
+        """Compile the residual blocks of the encoder, one code for all of a shape, and for images of any size."""
+        from diffusers.models.resnet import ResnetBlock2D
+
+        compile_modules([module for module in self.model.encoder.modules() if isinstance(module, ResnetBlock2D)])

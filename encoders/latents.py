@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from encoders.transfers import HostCopy, to_device
 from encoders.weights import ModelSource, load_pretrained
 from errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    # Means and standard deviations [B, C, h, w]; None where the codec has no deviations.
+    Latents = tuple[torch.Tensor, torch.Tensor | None]
 
 VAE_DTYPES = ("float32", "bfloat16")
 
@@ -51,12 +55,16 @@ class LatentCodec(Protocol):
 
     spec: LatentSpec
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(self, images: torch.Tensor) -> Latents:
         """Return mean and standard deviation of the latents, fp32 [B, C, h, w] on the CPU; without `has_std` no second.
 
         Args:
             images: [B, 3, H, W], uint8, or floats in [-1, 1]; H and W multiples of `spec.factor`.
         """
+        ...
+
+    def start(self, images: torch.Tensor) -> Callable[[], Latents]:
+        """Start what `encode` does; the call of what comes back waits for it. On a CPU there is nothing to wait for."""
         ...
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -99,9 +107,25 @@ class DiffusersCodec:
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         return load_pretrained(cls.model_class(), source, settings=settings, key=key)
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the latents of images, see `LatentCodec`."""
+    def moments(self, images: torch.Tensor) -> Latents:
+        """Return mean and standard deviation of the latents of what the model reads, on its device."""
         raise NotImplementedError
+
+    def compile_blocks(self) -> None:
+        """Compile what pays in a long run on a GPU; of a kind of model nobody has measured nothing."""
+
+    def start(self, images: torch.Tensor) -> Callable[[], Latents]:
+        """Start encoding images, see `LatentCodec`."""
+        import torch
+
+        with torch.inference_mode():
+            mean, std = self.moments(to_model_input(images, self.model))
+            copies = HostCopy(mean.float()), None if std is None else HostCopy(std.float())
+        return lambda: (copies[0].wait(), None if copies[1] is None else copies[1].wait())
+
+    def encode(self, images: torch.Tensor) -> Latents:
+        """Return the latents of images, see `LatentCodec`."""
+        return self.start(images)()
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Return one image per latent of [B, C, h, w]."""
@@ -146,7 +170,7 @@ def to_model_input(images: torch.Tensor, model: Any) -> torch.Tensor:
     import torch
 
     if images.dtype == torch.uint8:
-        images = images.to(model.device).to(torch.float32) / 127.5 - 1.0
+        images = to_device(images, model.device).to(torch.float32) / 127.5 - 1.0
     return images.to(model.device, model.dtype)
 
 

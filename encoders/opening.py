@@ -123,9 +123,10 @@ def open_codec(
     *,
     device: str | torch.device = "cpu",
     dtype: str = "float32",
+    is_long_run: bool = False,
     key: str = VAE_KEY,
 ) -> LatentCodec:
-    """Load the latent codec of a local folder or hub id.
+    """Load the latent codec of a local folder or hub id; in a long run of encoding seconds of compilation pay.
 
     Raises:
         MissingFileError: there is no such folder, or no model in it.
@@ -142,7 +143,10 @@ def open_codec(
         loaded = loaded.to(memory_format=torch.channels_last)
     spec = latent_spec(source, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
-    return codec_class(spec, loaded, f"{key} {source.location}")
+    codec = codec_class(spec, loaded, f"{key} {source.location}")
+    if is_long_run and can_compile(torch.device(device)):
+        codec.compile_blocks()
+    return codec
 
 
 def _require_dtype(require: Callable[[str], None], dtype: str) -> None:

@@ -128,9 +128,9 @@ def test_images_are_read_and_decoded_ahead_of_the_device(finished, monkeypatch, 
     job = latent_job(read_inputs(parse_command("features", "", argv=arguments, has_stages=True)))
     worker = job.worker_class(job.worker_config)
     events = []
-    read, encode = RawShard.image_bytes, KLCodec.encode
+    read, encode = RawShard.image_bytes, KLCodec.start
     monkeypatch.setattr(RawShard, "image_bytes", lambda self, sample: events.append("read") or read(self, sample))
-    monkeypatch.setattr(KLCodec, "encode", lambda self, images: events.append("encode") or encode(self, images))
+    monkeypatch.setattr(KLCodec, "start", lambda self, images: events.append("encode") or encode(self, images))
     worker(Piece(source=job.sources[1], start=0, stop=20, folder=tmp_path, samples_per_slice=20))
     # Batches of 3: the first is encoded when two more are on their way, and each step asks for what comes after.
     reads_before = [events[:position].count("read") for position, event in enumerate(events) if event == "encode"]

@@ -17,7 +17,8 @@ from PIL import Image
 from encoders.opening import open_codec
 from errors import UserError
 from features.jobs import FeatureInputs, FeatureJob, read_inputs
-from features.latents import LATENTS, LatentWorker, image_job, plan_images
+from features.latent_worker import LatentWorker
+from features.latents import LATENTS, image_job, plan_images
 from features.plan import plan_families
 from features.text import TEXT
 from pipelines.command import parse_command

@@ -90,4 +90,14 @@ PARTS: tuple[Part, ...] = (
             Bar(key="caption_7b_share_of_bandwidth_96", at_least=0.55),
         ),
     ),
+    Part(
+        name="text_xxl",
+        module="benchmarks.gpu.text",
+        bars=(
+            Bar(key="text_xxl_ratio", at_least=1.9),
+            Bar(key="text_xxl_mfu", at_least=0.45),
+            Bar(key="text_xxl_error_of_theirs", at_most=1.0),
+        ),
+    ),
+    Part(name="latents", module="benchmarks.gpu.latents", bars=(Bar(key="latents_ratio", at_least=1.15),)),
 )

@@ -140,10 +140,11 @@ def _errors(config: T5Config, captions: list[list[int]], device: torch.device) -
     batch_tokens = DEFAULT_BATCH_TOKENS[device.type]
     found["ours"] = make_encoder(_shared_copy(theirs, config), batch_tokens=batch_tokens).embed(captions)
     exact = torch.cat(_encode_padded(theirs.float(), captions))
-    return {
+    errors = {
         f"{side}_error": round(((torch.cat(rows).float() - exact).norm() / exact.norm()).item(), 6)
         for side, rows in found.items()
     }
+    return errors | {"error_of_theirs": round(errors["ours_error"] / errors["theirs_error"], 3)}
 
 
 def _timed(encode: Any) -> float:

@@ -1,0 +1,236 @@
+"""The worker of the latent family: images of a raw shard decoded ahead, cropped, encoded, and written as latents.
+
+While a GPU encodes a batch, the next one is decoded, and the latents of the one before come back.
+"""
+
+# B batch, C latent channels, H W pixels, h w latent height and width
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from encoders.batches import Batches
+from encoders.devices import choose_device
+from encoders.opening import open_codec
+from encoders.transfers import one_behind
+from features.overflow import NON_FINITE_LATENT
+from features.preview import write_preview
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
+from pipelines.raw.shards import RawSample, RawShard, open_shard
+from pipelines.recipe import TableConfig
+from pipelines.store.families import latent_schema
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
+from pipelines.store.files import atomic_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWorkerConfig:
+    """What a `LatentWorker` needs; it writes `preview_path` when it comes by the start of `preview_shard`.
+
+    Attributes:
+        family: that it makes; `leads` as `FamilySchema` has it, and `settings` as the family does.
+        run: where the headers of the raw shards are remembered.
+    """
+
+    family: str
+    leads: bool
+    settings: TableConfig
+    model: str
+    revision: str | None
+    dtype: str
+    batch_size: int
+    is_long_run: bool
+    device: str
+    num_threads: int
+    decode_threads: int
+    resolution: int
+    is_bucketed: bool
+    patch_size: int
+    dialect: str
+    max_pixels: int
+    run: Path
+    preview_shard: str
+    preview_path: Path
+    num_preview_images: int
+
+
+@dataclass
+class _Picture:
+    """An image cropped to its bucket, [H, W, 3] until it is encoded, then its latent: mean and maybe std, [C, h, w].
+
+    Of a reject there is only the index row.
+    """
+
+    row: dict[str, Any]
+    pixels: np.ndarray | None = None
+    latent: tuple[np.ndarray, ...] | None = None
+
+
+# Pictures with their latents.
+_Encoded = list[tuple[_Picture, tuple[np.ndarray, ...]]]
+
+
+class LatentWorker:
+    """Encodes the images of a shard; one tar member per image kept, one index row per sample."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".tar", ".parquet")
+    join = staticmethod(join_shards)
+
+    def __init__(self, config: LatentWorkerConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.num_threads)
+        self.config = config
+        device = choose_device(config.device, key="features.device")
+        self._codec = open_codec(
+            config.model, config.revision, device=device, dtype=config.dtype, is_long_run=config.is_long_run
+        )
+        self._family = latent_schema(has_std=self._codec.spec.has_std, name=config.family, leads=config.leads)
+        self._batches = Batches(config.batch_size)
+        self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        self._wait_seconds = 0.0
+
+    def depict(self, image: np.ndarray) -> np.ndarray:
+        """Return the picture that is encoded of a cropped image, both uint8 [H, W, 3]: here the image itself."""
+        return image
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        """Write the tar and index of samples [piece.start, piece.stop)."""
+        self._wait_seconds, start_seconds = 0.0, time.perf_counter()
+        rows: list[dict[str, Any]] = []
+        details: dict[str, Any] = {}
+        source, run = piece.source, self.config.run
+        with (
+            open_shard(source.path, self.config.dialect, run=run, identity=source.identity) as raw,
+            atomic_file(piece.output(".tar")) as tar_path,
+            FeatureTarWriter(tar_path) as tar,
+        ):
+            for start, stop in piece.slices():
+                pictures = self._encode_slice(raw, raw.samples[start:stop])
+                rows += [self._store(picture, tar) for picture in pictures]
+            if piece.start == 0 and raw.name == self.config.preview_shard:
+                details = self._preview(raw)
+        with atomic_file(piece.output(".parquet")) as index_path:
+            write_index(index_path, rows, self._family.columns)
+        rejected = Counter(row["reject"] for row in rows if row.get("reject") is not None)
+        return PieceReport(
+            num_read=len(rows),
+            num_kept=len(rows) - rejected.total(),
+            rejected=dict(rejected),
+            details=details,
+            wait_seconds=self._wait_seconds,
+            busy_seconds=time.perf_counter() - start_seconds - self._wait_seconds,
+        )
+
+    def _encode_slice(self, raw: RawShard, samples: Sequence[RawSample]) -> list[_Picture]:
+        """Return one picture per sample, in order; a batch holds images of one size, and never leaves the slice."""
+        pictures: list[_Picture] = []
+        for encoded in one_behind(self._start_batches(raw, samples, pictures)):
+            for picture, latent in encoded:
+                picture.latent, picture.pixels = latent, None
+        return pictures
+
+    def _start_batches(
+        self, raw: RawShard, samples: Sequence[RawSample], pictures: list[_Picture]
+    ) -> Iterator[Callable[[], _Encoded]]:
+        """Decode all samples into `pictures`, and start encoding whenever there are enough of one size."""
+        waiting: dict[tuple[int, ...], list[_Picture]] = {}
+        for picture in self._decode_ahead(raw, samples):
+            pictures.append(picture)
+            if picture.pixels is None:
+                continue
+            batch = waiting.setdefault(picture.pixels.shape, [])
+            batch.append(picture)
+            if len(batch) >= self._batches.size:
+                yield from self._batches.each(waiting.pop(picture.pixels.shape), self._start_batch)
+        for batch in waiting.values():
+            yield from self._batches.each(batch, self._start_batch)
+
+    def _decode_ahead(self, raw: RawShard, samples: Sequence[RawSample]) -> Iterator[_Picture]:
+        """Decode in threads, two batches ahead of the device; the tar itself is read by this thread alone."""
+        # Some samples of the shard have a class, so the others lack theirs.
+        is_labelled = any("cls" in sample.members for sample in raw.samples)
+        futures: deque[Future[_Picture]] = deque()
+        for sample in samples:
+            row = {"key": sample.key, "shard": raw.name, "label": None, "reject": sample.reject}
+            data = b""
+            if sample.reject is None:
+                data = raw.image_bytes(sample)
+                row["label"] = raw.label(sample)
+                if row["label"] is None and is_labelled:
+                    row["reject"] = "no_label"
+            futures.append(self._threads.submit(self._prepare, row, data))
+            if len(futures) > 2 * self._batches.size:
+                yield self._wait(futures.popleft())
+        while futures:
+            yield self._wait(futures.popleft())
+
+    def _wait(self, future: Future[_Picture]) -> _Picture:
+        start_seconds = time.perf_counter()
+        picture = future.result()
+        self._wait_seconds += time.perf_counter() - start_seconds
+        return picture
+
+    def _start_batch(self, pictures: Sequence[_Picture]) -> Callable[[], _Encoded]:
+        import torch
+
+        images = np.stack([picture.pixels for picture in pictures if picture.pixels is not None])  # [B, H, W, 3]
+        finish = self._codec.start(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+        def finish_batch() -> _Encoded:
+            arrays = [moment.half().numpy() for moment in finish() if moment is not None]  # [B, C, h, w] each
+            return list(zip(pictures, zip(*arrays, strict=True), strict=True))
+
+        return finish_batch
+
+    def _preview(self, raw: RawShard) -> dict[str, Any]:
+        """Write originals above their reconstructions; returns the mean PSNR, and nothing if no image is usable."""
+        originals: list[np.ndarray] = []
+        for picture in self._decode_ahead(raw, raw.samples[: 2 * self.config.num_preview_images]):
+            if picture.pixels is not None and len(originals) < self.config.num_preview_images:
+                originals.append(picture.pixels)
+        psnr_db = write_preview(self.config.preview_path, originals, self._codec)
+        return {} if psnr_db is None else {"preview_psnr_db": psnr_db}
+
+    def _prepare(self, row: dict[str, Any], data: bytes) -> _Picture:
+        if row["reject"] is not None:
+            return _Picture(row)
+        resolution, max_pixels = self.config.resolution, self.config.max_pixels
+        try:
+            image = decode_image(data, max_pixels=max_pixels)
+            height, width = resolution, resolution
+            if self.config.is_bucketed:
+                height, width = nearest_bucket(
+                    image.width, image.height, resolution, multiple=self._codec.spec.factor * self.config.patch_size
+                )
+            cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
+        except SampleReject as reject:
+            return _Picture(row | {"reject": reject.reason})
+        geometry = {
+            "bucket": f"{height}x{width}",
+            "original_width": image.width,
+            "original_height": image.height,
+            "resized_width": crop.resized_width,
+            "resized_height": crop.resized_height,
+            "crop_x": crop.x,
+            "crop_y": crop.y,
+        }
+        return _Picture(row | geometry, self.depict(np.array(cropped)))
+
+    def _store(self, picture: _Picture, tar: FeatureTarWriter) -> dict[str, Any]:
+        """Write one latent; returns its index row."""
+        if picture.latent is None:
+            return picture.row
+        # float16 overflows at 65504, far beyond any sound latent; what does is inf here and rejected like nan.
+        if not all(np.isfinite(array).all() for array in picture.latent):
+            return picture.row | {"reject": NON_FINITE_LATENT}
+        row = dict(picture.row)
+        self._family.write(tar, [row], [picture.latent])
+        return row
