@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from errors import UserError
 from training.config import StageTraining
 from training.launch.preflight import checkpoint_bytes, rank_bytes, require_even_batches
-from training.loop import loop
+from training.loop import loop, measure
 from training.loop.clock import Clock
 from training.loop.losses import LossWindow
 from training.loop.metrics import MetricsLog, costs
@@ -163,3 +164,15 @@ def test_waiting_for_data_is_not_waiting_for_its_copy(
     )
     loop._forward_backward(session)
     assert clock.lap(8, peak_teraflops=None)["data_wait_fraction"] == fraction
+
+
+def test_compiled_changes_are_measured_as_others_are() -> None:
+    generator, num_graphs = torch.Generator().manual_seed(0), counters["stats"]["unique_graphs"]
+    # The learning rate differs at every line: numbers are tensors, or the code would be compiled anew for each.
+    for size, rate in ((5000, 1e-3), (5000, 1e-4), (777, 1e-5)):
+        new, mean = (torch.randn(size, generator=generator) for _ in range(2))
+        square = torch.rand(size, generator=generator)
+        numbers = [torch.tensor(number, dtype=torch.float64) for number in (rate, 0.5, 1e-8, 1 - 0.03 * rate)]
+        expected = measure._square_of_change(new, mean, square, *numbers)
+        assert float(measure._compiled_change()(new, mean, square, *numbers)) == pytest.approx(float(expected))
+    assert counters["stats"]["unique_graphs"] <= num_graphs + 2, "one of the first size and one of all others"

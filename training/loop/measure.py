@@ -1,6 +1,7 @@
 """Norms over all master weights: what an update really did to them, and whether they are sound."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training.loop.compilation import is_compiled
 from training.loop.zero import ZeroModel
 
-# Elements that are measured at a time: what it takes beside the weights is a few times as many in fp64.
+# Elements that are measured at a time: what it takes beside the weights is a few times as many in fp64. Compiled, it is
+# one kernel that keeps nothing, and takes all at a time.
 PIECE_SIZE = 1 << 20
 
 
@@ -22,6 +25,7 @@ class UpdateMeter:
 
     def __init__(self, model: ZeroModel) -> None:
         self._model = model
+        self._is_compiled = is_compiled(model.settings)
         self._gradient = torch.zeros((), dtype=torch.float64, device=model.device)  # sums of squares
         self._change = torch.zeros_like(self._gradient)
         self._hooks = (
@@ -50,28 +54,50 @@ class UpdateMeter:
     @torch.no_grad()
     def _add_gradient(self, adamw: Optimizer) -> None:
         for _, _, gradient in _stepped(adamw):
-            for piece in gradient.flatten().split(PIECE_SIZE):
-                self._gradient += piece.double().square().sum()
+            pieces = gradient.flatten().split(PIECE_SIZE)
+            norms = torch.ops.aten._foreach_norm.Scalar(pieces, 2, torch.float32)
+            self._gradient += torch.stack(norms).double().square().sum()
 
     @torch.no_grad()
     def _add_change(self, adamw: Optimizer) -> None:
+        measure = _compiled_change() if self._is_compiled else _square_of_change
         for group, weight, _ in _stepped(adamw):
             (beta1, beta2), state = group["betas"], adamw.state[weight]
             step = state["step"].double()
-            rate, kept = group["lr"] / (1 - beta1**step), _kept_by_decay(group, weight)
+            # Numbers that differ from step to step are tensors: compiled code takes others without being compiled anew.
+            numbers = (
+                group["lr"] / (1 - beta1**step),
+                1 - beta2**step,
+                step.new_full((), group["eps"]),
+                step.new_full((), _kept_by_decay(group, weight)),
+            )
+            size = weight.numel() if self._is_compiled else PIECE_SIZE
             tensors = (weight, state["exp_avg"], state["exp_avg_sq"])
-            for new, mean, square in zip(*(tensor.flatten().split(PIECE_SIZE) for tensor in tensors), strict=True):
-                # new = kept * old - rate * mean / denominator, rounded twice: so the nearest is what was there.
-                denominator = (square.double() / (1 - beta2**step)).sqrt() + group["eps"]
-                decayed = (new + rate * mean.double() / denominator).to(new.dtype)
-                old = (decayed.double() / kept).to(new.dtype)
-                self._change += (new - old).double().square().sum()
+            split = (tensor.detach().flatten().split(size) for tensor in tensors)
+            for new, mean, square in zip(*split, strict=True):
+                self._change += measure(new, mean, square, *numbers)
 
 
-def _kept_by_decay(group: dict[str, Any], weight: Tensor) -> Tensor:
-    """Return what decoupled decay multiplies weights by, fp64; torch's kernel for CPUs rounds it as the weights."""
-    kept = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float64)
-    return kept.to(weight.dtype).double() if weight.device.type == "cpu" else kept
+def _square_of_change(
+    new: Tensor, mean: Tensor, square: Tensor, rate: Tensor, correction: Tensor, epsilon: Tensor, kept: Tensor
+) -> Tensor:
+    """Return the sum of squares of what a step of AdamW changed, from what it left; numbers are fp64 scalars."""
+    # new = kept * old - rate * mean / denominator, rounded twice: so the nearest is what was there.
+    denominator = (square.double() / correction).sqrt() + epsilon
+    decayed = (new + rate * mean.double() / denominator).to(new.dtype)
+    old = (decayed.double() / kept).to(new.dtype)
+    return (new - old).double().square().sum()
+
+
+@cache
+def _compiled_change() -> Callable[..., Tensor]:
+    return torch.compile(_square_of_change)
+
+
+def _kept_by_decay(group: dict[str, Any], weight: Tensor) -> float:
+    """Return what decoupled decay multiplies weights by; torch's kernel for CPUs rounds it as the weights."""
+    kept = 1 - group["lr"] * group["weight_decay"]
+    return float(torch.tensor(kept, dtype=weight.dtype)) if weight.device.type == "cpu" else kept
 
 
 def _stepped(adamw: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
