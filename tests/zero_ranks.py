@@ -1,4 +1,4 @@
-"""One of two ranks that try ZeRO stages in turn; `test_training_zero.py` starts them and reads what rank 0 prints.
+"""One of the ranks that try ZeRO stages in turn; `test_training_zero.py` starts them and reads what rank 0 prints.
 
 Usage: python zero_ranks.py FOLDER dtype zero_stage...
 """

@@ -22,6 +22,10 @@ class Partitions(Protocol):
         """The fp32 weights that this rank updates."""
         ...
 
+    def add_micro_batch(self) -> None:
+        """Take note that a backward pass of the step has ended."""
+        ...
+
     def gradients(self) -> list[Tensor]:
         """Return the step's mean gradient of what this rank updates, shared by the ranks."""
         ...
@@ -42,6 +46,9 @@ class PlainWeights:
     def masters(self) -> list[Tensor]:
         """The weights themselves."""
         return [weight.data for weight in self._weights]
+
+    def add_micro_batch(self) -> None:
+        """Do nothing: autograd and DeepSpeed add."""
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of weights that have one."""
@@ -66,6 +73,9 @@ class WholeMasters:
         """One for each weight."""
         return self._masters
 
+    def add_micro_batch(self) -> None:
+        """Do nothing: autograd and DeepSpeed add."""
+
     def gradients(self) -> list[Tensor]:
         """Return the gradient of each weight, zero where there is none."""
         return [_gradient(weight) for weight in self._weights]
@@ -85,43 +95,73 @@ class WholeMasters:
 class FlatPartitions:
     """ZeRO 1 and 2: a rank updates one stretch of all weights laid end to end."""
 
-    def __init__(self, engine: Any, adamw: Optimizer, *, sums_in_fp32: bool) -> None:
+    def __init__(self, engine: Any, adamw: Optimizer) -> None:
         self._optimizer = engine.optimizer
         self._adamw = adamw
-        self._rank = dist.get_rank()
-        # Alone there is nothing to share, and what DeepSpeed's hooks do for that are four copies of each gradient.
-        self._is_alone = dist.get_world_size() == 1 and not sums_in_fp32
-        if self._is_alone:
-            for hook in self._optimizer._grad_acc_hooks:
-                hook.remove()
-            engine.enable_backward_allreduce = False
 
     @property
     def masters(self) -> list[Tensor]:
         """This rank's stretch of each group of weights."""
         return list(self._optimizer.single_partition_of_fp32_groups)
 
+    def add_micro_batch(self) -> None:
+        """Do nothing: DeepSpeed adds."""
+
     def gradients(self) -> list[Tensor]:
         """Return the pieces of the gradient of this rank's stretches, in order."""
-        return [piece for i in range(len(self.masters)) for piece in self._pieces(i)]
+        return [piece for i in range(len(self.masters)) for piece in self._optimizer.averaged_gradients[i]]
 
-    def _pieces(self, group: int) -> Sequence[Tensor]:
-        if self._is_alone:
-            return [_gradient(weight) for weight in self._optimizer.round_robin_bit16_groups[group]]
-        return self._optimizer.averaged_gradients[group]
+    def _flat_gradient(self, group: int) -> Tensor:
+        """Give this rank's gradient of a group in fp32, and keep it nowhere else."""
+        pieces = self._optimizer.averaged_gradients[group]
+        self._optimizer.averaged_gradients[group] = self._optimizer.all_grad_tensors[group] = None
+        flat = getattr(pieces, "flat_partition", None)  # where DeepSpeed has summed micro-batches in fp32
+        return _flatten(pieces, self.masters[group]) if flat is None else flat
 
     def step(self, gradients: list[Tensor]) -> None:
         """Step AdamW."""
-        optimizer = self._optimizer
-        for i, master in enumerate(self.masters):
-            master.grad = _flatten(self._pieces(i), master)
-            optimizer.averaged_gradients[i] = optimizer.all_grad_tensors[i] = None
         gradients.clear()
-        optimizer.zero_grad(set_to_none=True)
+        for i, master in enumerate(self.masters):
+            master.grad = self._flat_gradient(i)
+        self._optimizer.zero_grad(set_to_none=True)
         self._adamw.step()
         for master in self.masters:
             master.grad = None
-        optimizer.update_lp_params()
+        self._optimizer.update_lp_params()
+
+
+class LonePartitions(FlatPartitions):
+    """ZeRO 1 and 2 on one rank, which shares nothing: hooks of DeepSpeed would copy each gradient four times for it."""
+
+    def __init__(self, engine: Any, adamw: Optimizer, *, sums_in_fp32: bool) -> None:
+        super().__init__(engine, adamw)
+        for hook in self._optimizer._grad_acc_hooks:
+            hook.remove()
+        engine.enable_backward_allreduce = False
+        self._sums_in_fp32 = sums_in_fp32
+        self._sums: list[Tensor] = []
+
+    def _pieces(self, group: int) -> list[Tensor]:
+        return [_gradient(weight) for weight in self._optimizer.round_robin_bit16_groups[group]]
+
+    def add_micro_batch(self) -> None:
+        """Add to the sums in fp32, where there are several micro-batches; else autograd's gradient is the step's."""
+        if not self._sums_in_fp32:
+            return
+        if self._sums:
+            for i, flat in enumerate(self._sums):
+                pieces = self._pieces(i)
+                torch.ops.aten._foreach_add_.List(_views(flat, pieces), pieces)
+        else:
+            self._sums = [_flatten(self._pieces(i), master) for i, master in enumerate(self.masters)]
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of all weights, in order, or of whole groups."""
+        return list(self._sums) or [piece for i in range(len(self.masters)) for piece in self._pieces(i)]
+
+    def _flat_gradient(self, group: int) -> Tensor:
+        return self._sums.pop(0) if self._sums else _flatten(self._pieces(group), self.masters[group])
 
 
 class ScatteredShares:
@@ -134,6 +174,9 @@ class ScatteredShares:
     def masters(self) -> list[Tensor]:
         """This rank's shares, laid end to end by group."""
         return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def add_micro_batch(self) -> None:
+        """Do nothing: autograd and DeepSpeed add."""
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of this rank's shares."""
@@ -160,7 +203,8 @@ def find_partitions(engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_f
     if zero_stage == 3:
         return ScatteredShares(engine, adamw)
     if zero_stage > 0:
-        return FlatPartitions(engine, adamw, sums_in_fp32=sums_in_fp32)
+        is_alone = dist.get_world_size() == 1
+        return LonePartitions(engine, adamw, sums_in_fp32=sums_in_fp32) if is_alone else FlatPartitions(engine, adamw)
     return PlainWeights(engine, adamw) if engine.optimizer is adamw else WholeMasters(engine, adamw)
 
 
@@ -170,14 +214,14 @@ def _gradient(weight: nn.Parameter) -> Tensor:
 
 def _flatten(pieces: Sequence[Tensor], master: Tensor) -> Tensor:
     """Return pieces of a gradient end to end in the master's precision, zero behind them."""
-    flat = getattr(pieces, "flat_partition", None)  # where DeepSpeed has summed micro-batches in fp32
-    if flat is not None:
-        return flat
-    sizes = [piece.numel() for piece in pieces]
     flat = torch.empty_like(master.detach())
-    flat[sum(sizes) :].zero_()
-    views = flat[: sum(sizes)].split(sizes)
-    torch.ops.aten._foreach_copy_.default(
-        [view.view_as(piece) for view, piece in zip(views, pieces, strict=True)], list(pieces)
-    )
+    flat[sum(piece.numel() for piece in pieces) :].zero_()
+    torch.ops.aten._foreach_copy_.default(_views(flat, pieces), list(pieces))
     return flat
+
+
+def _views(flat: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of `flat` that pieces laid end to end have, in their shapes."""
+    sizes = [piece.numel() for piece in pieces]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view_as(piece) for part, piece in zip(parts, pieces, strict=True)]

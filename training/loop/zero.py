@@ -137,6 +137,7 @@ class ZeroModel:
         """Add the gradient of a micro-batch's mean loss to the step's mean; after the last one ranks share it."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss)
+        self._partitions.add_micro_batch()
 
     @torch.no_grad()
     def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
