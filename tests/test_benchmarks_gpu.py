@@ -13,11 +13,12 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import report
+from benchmarks.gpu.muon import BatchedMuon, cost, largest_share
 from benchmarks.gpu.parts import PARTS, Bar, Figures, Part, Size
 from benchmarks.gpu.process import run_job
 from benchmarks.gpu.steps import case_flops, largest_fitting
 from benchmarks.gpu.training import TINY, XL_256, XL_256_HEADS_64
-from benchmarks.train import VAE_FACTOR, caption_lengths, step_flops
+from benchmarks.train import LEARNING_RATE, VAE_FACTOR, WEIGHT_DECAY, caption_lengths, step_flops
 from training.stages.networks import blank_network
 
 ONE = Part(name="one", module="tests.test_benchmarks_gpu", bars=(Bar(key="one_ratio", at_least=1.5),))
@@ -145,3 +146,28 @@ def test_a_step_of_ours_in_other_heads_has_as_many_weights():
         sum(weight.numel() for weight in blank_network(case.config).parameters()) for case in (XL_256, XL_256_HEADS_64)
     ]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_muon_in_batches_is_torchs_muon(shape):
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for _ in range(3)]
+    sides = [[weight.clone().requires_grad_() for weight in weights] for _ in range(2)]
+    batched = BatchedMuon(sides[0])
+    single = torch.optim.Muon(sides[1], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for ours, theirs in zip(*sides, strict=True):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+        batched.step()
+        single.step()
+    for ours, theirs, before in zip(*sides, weights, strict=True):
+        change = (theirs - before).norm()
+        assert change > 0 and (ours - theirs).norm() < 0.02 * change
+
+
+def test_matrices_are_dealt_out_by_cost():
+    weights = [torch.empty(8, 8) for _ in range(6)] + [torch.empty(8, 32) for _ in range(3)]
+    costs = sorted(sum(cost(weight.shape) for weight in largest_share(weights, num_cards=num)) for num in (1, 3))
+    assert costs[1] == sum(cost(weight.shape) for weight in weights)
+    assert costs[0] < 1.2 * costs[1] / 3

@@ -116,6 +116,11 @@ class StageTraining(TableConfig):
     dtype: Decides[Literal["bf16", "fp32"]] = pydantic.Field(
         default="bf16", description="Compute precision; master weights, optimizer and EMA are fp32 either way"
     )
+    products: Steers[Literal["dtype", "fp8"]] = pydantic.Field(
+        default="dtype",
+        description="What blocks multiply matrices of image tokens in: as dtype says, or in 8-bit floats, scaled anew "
+        "in each product; weights stay as they are. fp8 needs bf16 and Ada or Hopper; a CPU emulates it, slowly",
+    )
     keep_activations: KeepActivations = pydantic.Field(
         default="all",
         description="What blocks keep for the backward pass: 'all'; 'products' of matrices and attention alone, which "

@@ -19,6 +19,7 @@ from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import Survey
 from training.loop.compilation import is_compiled, require_compilable
+from training.loop.products import require_products
 from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
@@ -52,6 +53,7 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
     settings = job.settings
     require_even_batches(settings, num_ranks)
     require_compilable(settings)
+    require_products(settings)
     job.directory.mkdir(parents=True, exist_ok=True)
     survey = survey_stage(job)
     _require_cache(job, survey)

@@ -40,6 +40,7 @@ from training.loop.flops import StepFlops
 from training.loop.log import open_log
 from training.loop.loop import Session, train
 from training.loop.networks import open_networks
+from training.loop.products import require_products
 from training.loop.progress import open_progress
 from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
@@ -103,6 +104,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     """Build networks and reader, resume if there is a checkpoint, and train for the objective that `choose` gives."""
     require_even_batches(job.settings, dist.get_world_size())
     require_compilable(job.settings)
+    require_products(job.settings)
     _require_same_resume(job.resume)
     survey = shared_survey(job)
     config = network_config(job, survey)

@@ -18,6 +18,7 @@ from training.launch.placement import is_slurm_task
 from training.loop.compilation import compile_blocks, is_compiled
 from training.loop.memory import keep_activations
 from training.loop.partitions import find_partitions
+from training.loop.products import choose_products
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -77,6 +78,7 @@ class ZeroModel:
     def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
         deepspeed = _import_deepspeed()
         self.settings = settings
+        choose_products(model, settings, device=rank_device())
         keep_activations(model, settings.keep_activations)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         starting_weights = {name: weight.detach() for name, weight in self._trained.items()}

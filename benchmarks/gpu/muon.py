@@ -1,0 +1,148 @@
+"""Part `muon_256`: an update of XL/2's weights by Muon (Jordan et al. 2024) against one by AdamW, and against the step.
+
+Muon takes the matrices of blocks, AdamW the rest. Matrices of one shape are orthogonalised together, in one batched
+product after the other. Shared out over eight cards each would orthogonalise some of the matrices and pass them on;
+measured is what the card with the largest share computes, on this one card: what passing on costs is not in it.
+There is no setting for it yet.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# K matrices of one shape, m x n
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import (
+    Tensor,
+    nn,
+)
+from torch import (
+    _foreach_add_ as foreach_add_,
+)
+from torch import (
+    _foreach_lerp as foreach_lerp,
+)
+from torch import (
+    _foreach_lerp_ as foreach_lerp_,
+)
+from torch import (
+    _foreach_mul_ as foreach_mul_,
+)
+
+from benchmarks.gpu.parts import Figures, Size
+from benchmarks.gpu.steps import fresh_memory, measure_step, our_step, random_network, time_steps
+from benchmarks.gpu.training import TINY, XL_256
+from benchmarks.train import LEARNING_RATE, WEIGHT_DECAY
+from pixart.model import PixArt
+
+# Of torch.optim.Muon, whose numbers these are.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS, EPSILON, MOMENTUM = 5, 1e-7, 0.95
+NUM_CARDS = 8
+MATCHED_ADAMW = 0.2  # of the update's scale that keeps AdamW's learning rates (Liu et al. 2025)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Give of matrices [K, m, n] the nearest that are nearly orthogonal, in bf16, by Newton and Schulz' iteration."""
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+class BatchedMuon:
+    """Muon over matrices, those of one shape together: Nesterov momentum, decoupled weight decay."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for weight in weights:
+            groups[weight.shape].append(weight)
+        self._groups = [(group, [torch.zeros_like(weight) for weight in group]) for group in groups.values()]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every weight by its gradient."""
+        for weights, moments in self._groups:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            foreach_lerp_(moments, gradients, 1 - MOMENTUM)
+            nesterov = foreach_lerp(gradients, moments, MOMENTUM)
+            updates = orthogonalised(torch.stack(nesterov)).to(weights[0].dtype)  # [K, m, n]
+            scale = MATCHED_ADAMW * max(weights[0].shape) ** 0.5
+            foreach_mul_(weights, 1 - LEARNING_RATE * WEIGHT_DECAY)
+            foreach_add_(weights, list(updates), alpha=-LEARNING_RATE * scale)
+
+
+def cost(shape: torch.Size) -> int:
+    """Return the multiplications of an orthogonalisation of an m x n matrix."""
+    short, long = sorted(shape)
+    return NUM_ITERATIONS * (2 * short * short * long + short**3)
+
+
+def largest_share(weights: Sequence[Tensor], *, num_cards: int) -> list[Tensor]:
+    """Deal matrices out by cost, each to whom has least so far; returns what the one with most has got."""
+    shares: list[list[Tensor]] = [[] for _ in range(num_cards)]
+    loads = [0] * num_cards
+    for weight in sorted(weights, key=lambda weight: cost(weight.shape), reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(weight)
+        loads[least] += cost(weight.shape)
+    return shares[loads.index(max(loads))]
+
+
+def muon_256(size: Size) -> Figures:
+    """Updates of fp32 weights, with the step of 256px, batch 176, beside them."""
+    case, device = (TINY if size.is_tiny else XL_256), size.device
+    with fresh_memory(device):
+        seconds = _time_updates(random_network(case, device=device), device=device)
+    size.keep({f"muon_256_{name}_milliseconds": round(1e3 * value, 2) for name, value in seconds.items()})
+    step = measure_step(partial(our_step, case, device=device), device=device).seconds
+    # The step has an AdamW over bf16 weights in it; it is left in, as it is small.
+    return {
+        "muon_256_step_milliseconds": round(1e3 * step, 2),
+        "muon_256_share_of_step": round(seconds["update"] / step, 4),
+        "muon_256_share_of_step_over_eight": round(seconds["largest_of_eight"] / step, 4),
+    }
+
+
+def _time_updates(network: PixArt, *, device: str) -> dict[str, float]:
+    """Return the seconds of an update of all weights by each optimizer, and of the largest of eight shares."""
+    for weight in network.parameters():
+        weight.grad = torch.randn_like(weight) * 1e-3
+    matrices = [layer.weight for layer in network.blocks.modules() if isinstance(layer, nn.Linear)]
+    in_blocks = {id(weight) for weight in matrices}
+    rest = _adamw([weight for weight in network.parameters() if id(weight) not in in_blocks])
+    by_matrix = torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    batched = BatchedMuon(matrices)
+    shared = BatchedMuon(largest_share(matrices, num_cards=NUM_CARDS))
+
+    def both(muon: BatchedMuon | torch.optim.Optimizer) -> None:
+        muon.step()
+        rest.step()
+
+    updates: dict[str, Callable[[], object]] = {
+        "adamw": _adamw(list(network.parameters())).step,
+        "update": partial(both, batched),
+        "torch_update": partial(both, by_matrix),
+        "largest_of_eight": shared.step,
+    }
+    seconds = {}
+    for name, update in updates.items():
+        update()  # the first makes the state
+        seconds[name] = statistics.median(time_steps(update, device=device))
+    return seconds
+
+
+def _adamw(weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
