@@ -1,10 +1,9 @@
 """`make bench-sample`: images/s of our sampler against diffusers' `PixArtAlphaPipeline` on the same checkpoint.
 
 Same weights, prompts, first noise, solver, steps and guidance on both sides, models loaded beforehand, and the images
-are compared. On a CPU the checkpoint has the demo's shape: the embedded DiT re-parameterised, with random
-cross-attention, as no text-to-image weights are shipped, behind the embedded T5 and VAE. With a GPU it is PixArt-XL/2
-at 1024 pixels with random weights, a VAE of the paper's shape and the embedded T5, eager and compiled; peak memory is
-measured too.
+are compared, on one core of a CPU; `make bench-gpu PARTS=sample_1024` is the one for a GPU. The checkpoint has the
+demo's shape: the embedded DiT re-parameterised, with random cross-attention, as no text-to-image weights are shipped,
+behind the embedded T5 and VAE.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from rich.table import Table
 from transformers import AutoTokenizer, T5EncoderModel
 
 from encoders.kl import PUBLISHED_VAE
-from encoders.opening import open_codec, open_text_encoder
+from encoders.opening import open_text_encoder
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT
 from pixart.drawing.denoise import draw_noise, make_generators
-from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
+from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from sampling.config import SamplingConfig
 from sampling.foreign_weights import open_trained_model
@@ -53,20 +52,18 @@ GUIDANCE = 4.5
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison: size of the images, how many at once, and whether both transformers are compiled."""
+    """One comparison: size of the images, and how many at once."""
 
     pixels: int
     batch_size: int
-    is_compiled: bool = False
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return f"{self.pixels}px, batch {self.batch_size}" + (", compiled" if self.is_compiled else "")
+        return f"{self.pixels}px, batch {self.batch_size}"
 
 
-CPU_CASES = [Case(pixels=64, batch_size=8), Case(pixels=64, batch_size=1), Case(pixels=256, batch_size=2)]
-GPU_CASES = [Case(pixels=1024, batch_size=size, is_compiled=mode) for mode in (False, True) for size in (1, 8)]
+CASES = [Case(pixels=64, batch_size=8), Case(pixels=64, batch_size=1), Case(pixels=256, batch_size=2)]
 
 
 def toy_model() -> PixArt:
@@ -86,27 +83,6 @@ def toy_model() -> PixArt:
         if name.endswith("cross_attention.out.weight"):
             torch.nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
     return model
-
-
-def random_model(config: PixArtConfig) -> PixArt:
-    """Weights that keep the scale of what passes through them, zero nowhere."""
-    torch.manual_seed(0)
-    model = PixArt(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 / parameter.shape[-1] ** 0.5)
-    return model
-
-
-def stable_diffusion_vae() -> AutoencoderKL:
-    """A VAE of the paper's shape with random weights."""
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-    }
-    return AutoencoderKL(**shape)
 
 
 def save_pipeline(folder: Path, model: PixArt, vae: AutoencoderKL) -> None:
@@ -130,17 +106,15 @@ def demo_prompts(count: int) -> list[str]:
 class Ours:
     """Our sampler with its models loaded."""
 
-    def __init__(self, folder: Path, *, num_steps: int, device: str) -> None:
-        config = SamplingConfig(guidance_scale=GUIDANCE, num_steps=num_steps)
+    def __init__(self, folder: Path, *, num_steps: int) -> None:
+        config = SamplingConfig(guidance_scale=GUIDANCE, num_steps=num_steps, device="cpu")
         trained = open_trained_model(str(folder), None)
         assert trained.text is not None
         text = trained.text
         self.encoder = open_text_encoder(
-            text["model"], max_tokens=MAX_TOKENS, device=device, dtype="float32", tokenizer=text["tokenizer"]
+            text["model"], max_tokens=MAX_TOKENS, dtype="float32", tokenizer=text["tokenizer"]
         )
         self.renderer = Renderer(config, trained)
-        if device == "cuda":  # as diffusers' pipeline has it, which decodes in the transformer's dtype
-            self.renderer.codec = open_codec(trained.vae["model"], device=device, dtype="bfloat16")
 
     def draw(self, prompts: Sequence[str], pixels: int) -> list[Image.Image]:
         """Encode and draw one batch."""
@@ -148,16 +122,15 @@ class Ours:
         texts = dict(zip(distinct, self.encoder.encode(distinct), strict=True))
         shape: dict[str, Any] = {"width": pixels, "height": pixels, "label": None, "file": "", "key": ""}
         requests = [ImageRequest(number=i, prompt=prompt, seed=i, **shape) for i, prompt in enumerate(prompts)]
-        return self.renderer.draw(requests, texts)
+        return self.renderer.draw(requests, texts).images()
 
 
 class Theirs:
     """diffusers' pipeline with its models loaded."""
 
-    def __init__(self, folder: Path, *, num_steps: int, device: str) -> None:
+    def __init__(self, folder: Path, *, num_steps: int) -> None:
         self.num_steps = num_steps
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.pipeline: Any = PixArtAlphaPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        self.pipeline: Any = PixArtAlphaPipeline.from_pretrained(folder, dtype=torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, prompts: Sequence[str], pixels: int) -> list[Image.Image]:
@@ -170,23 +143,18 @@ class Theirs:
             guidance_scale=GUIDANCE,
             width=pixels,
             height=pixels,
-            latents=noise.to(self.pipeline.device, self.pipeline.dtype),
+            latents=noise,
             use_resolution_binning=False,
             clean_caption=False,
             max_sequence_length=MAX_TOKENS,
         ).images
 
 
-def timed(draw: Callable[[], list[Image.Image]]) -> tuple[float, float, list[Image.Image]]:
-    """Seconds, peak gigabytes of GPU memory and images; on a CPU the process's own seconds, free of other jobs."""
-    is_cuda = torch.cuda.is_available()
-    clock = time.perf_counter if is_cuda else time.process_time
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start_seconds = clock()
+def timed(draw: Callable[[], list[Image.Image]]) -> tuple[float, list[Image.Image]]:
+    """Return the process's own seconds, free of other jobs, and the images."""
+    start_seconds = time.process_time()
     images = draw()
-    seconds = clock() - start_seconds
-    return seconds, torch.cuda.max_memory_allocated() / 1e9 if is_cuda else 0.0, images
+    return time.process_time() - start_seconds, images
 
 
 def compare(case: Case, ours: Ours, theirs: Theirs, *, num_rounds: int) -> dict[str, float]:
@@ -194,22 +162,17 @@ def compare(case: Case, ours: Ours, theirs: Theirs, *, num_rounds: int) -> dict[
     prompts = demo_prompts(case.batch_size)
     sides = {"ours": ours, "pipeline": theirs}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    peaks: dict[str, float] = {}
     images: dict[str, list[Image.Image]] = {}
     for number in range(num_rounds + 1):
         for name, side in sides.items():
-            elapsed, peaks[name], images[name] = timed(lambda side=side: side.draw(prompts, case.pixels))
+            elapsed, images[name] = timed(lambda side=side: side.draw(prompts, case.pixels))
             if number:
                 seconds[name].append(elapsed)
     fastest = {name: min(times) / case.batch_size for name, times in seconds.items()}
     pairs = zip(images["ours"], images["pipeline"], strict=True)
     differences = [np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max() for one, other in pairs]
-    figures = {f"{name}_images_per_second": round(1 / value, 3) for name, value in fastest.items()}
-    if torch.cuda.is_available():
-        figures |= {f"{name}_seconds_per_image": round(value, 4) for name, value in fastest.items()}
-        figures |= {f"{name}_peak_gigabytes": round(value, 2) for name, value in peaks.items()}
     return {
-        **figures,
+        **{f"{name}_images_per_second": round(1 / value, 3) for name, value in fastest.items()},
         "ratio": round(fastest["pipeline"] / fastest["ours"], 2),
         "max_difference": int(max(differences)),
     }
@@ -218,20 +181,12 @@ def compare(case: Case, ours: Ours, theirs: Theirs, *, num_rounds: int) -> dict[
 def measure(
     model: PixArt, vae: AutoencoderKL, cases: Sequence[Case], *, num_steps: int, num_rounds: int
 ) -> dict[str, Any]:
-    """Compare every case on one checkpoint; compiled ones come last."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Compare every case on one checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(Path(folder), model, vae)
-        ours = Ours(Path(folder) / "pipeline", num_steps=num_steps, device=device)
-        theirs = Theirs(Path(folder) / "pipeline", num_steps=num_steps, device=device)
-    figures: dict[str, Any] = {}
-    for case in cases:
-        if case.is_compiled and not hasattr(theirs.pipeline.transformer, "_orig_mod"):
-            compiled: Any = torch.compile(ours.renderer.model)
-            ours.renderer.model = compiled
-            theirs.pipeline.transformer = torch.compile(theirs.pipeline.transformer)
-        figures[case.name] = compare(case, ours, theirs, num_rounds=num_rounds)
-    return figures
+        ours = Ours(Path(folder) / "pipeline", num_steps=num_steps)
+        theirs = Theirs(Path(folder) / "pipeline", num_steps=num_steps)
+    return {case.name: compare(case, ours, theirs, num_rounds=num_rounds) for case in cases}
 
 
 def main() -> None:
@@ -240,25 +195,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    is_cuda = torch.cuda.is_available()
-    if is_cuda:
-        model, vae, cases = (
-            random_model(replace(PIXART_XL_2_1024, caption_channels=TEXT_WIDTH)),
-            stable_diffusion_vae(),
-            GPU_CASES,
-        )
-    else:
-        torch.set_num_threads(1)
-        model, vae, cases = toy_model(), AutoencoderKL.from_pretrained(WEIGHTS / "vae"), CPU_CASES
-    figures = measure(model, vae, cases, num_steps=options.steps, num_rounds=options.rounds)
+    torch.set_num_threads(1)
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "vae")
+    figures = measure(toy_model(), vae, CASES, num_steps=options.steps, num_rounds=options.rounds)
     result = {
-        "ratio_pipeline": figures[cases[0].name]["ratio"],
+        "ratio_pipeline": figures[CASES[0].name]["ratio"],
         **figures,
-        "device": torch.cuda.get_device_name() if is_cuda else "cpu, 1 thread",
+        "device": "cpu, 1 thread",
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }
-    names = list(figures[cases[0].name])
+    names = list(figures[CASES[0].name])
     table = Table("images", *(name.replace("_", " ") for name in names))
     for case, values in figures.items():
         table.add_row(case, *(str(values[name]) for name in names))

@@ -75,6 +75,14 @@ class LatentCodec(Protocol):
         """
         ...
 
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return [B, 3, H, W] in [-1, 1] of unscaled latents, on the codec's device and in its dtype."""
+        ...
+
+    def images_of(self, pixels: PixelsAhead) -> list[Image.Image]:
+        """Return the images of pixels that `pixels_ahead` was asked for; raises as `decode` does."""
+        ...
+
 
 @dataclass
 class DiffusersCodec:
@@ -129,16 +137,25 @@ class DiffusersCodec:
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Return one image per latent of [B, C, h, w]."""
+        return self.images_of(pixels_ahead(self.pixels(latents)))
+
+    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return [B, 3, H, W] in [-1, 1], see `LatentCodec`."""
         import torch
 
         with torch.inference_mode():
-            pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample  # [B, 3, H, W]
-        is_finite = pixels.isfinite().flatten(1).all(1).cpu()  # [B]
+            return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
+
+    def images_of(self, pixels: PixelsAhead) -> list[Image.Image]:
+        """Return the images of pixels on their way, see `LatentCodec`."""
+        from PIL import Image
+
+        levels, is_finite = pixels.wait()
         if not is_finite.all():
             fault = f"the weights of {self.origin} are at fault, put them there anew"
             image = int(is_finite.int().argmin())
             raise NonFinitePixelsError(f"the VAE gave pixels that are not finite: {fault}", image=image)
-        return to_images(pixels)
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]
 
 
 def require_vae_dtype(dtype: str) -> None:
@@ -174,10 +191,43 @@ def to_model_input(images: torch.Tensor, model: Any) -> torch.Tensor:
     return images.to(model.device, model.dtype)
 
 
-def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Return the images of what a decoder gives [B, 3, H, W] in [-1, 1]."""
-    import torch
-    from PIL import Image
+@dataclass(frozen=True, kw_only=True)
+class PixelsAhead:
+    """Pixels on their way from a device to the CPU.
 
-    levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).cpu()
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in levels]
+    Attributes:
+        levels: uint8 [B, 3, H, W] on the CPU; `is_finite` [B] says whether what they stand for was.
+        arrived: event of a GPU behind which both are there; None where they are.
+    """
+
+    levels: torch.Tensor
+    is_finite: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.arrived is None or self.arrived.query()
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return levels and whether each image is finite, once they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.levels, self.is_finite
+
+
+def pixels_ahead(pixels: torch.Tensor) -> PixelsAhead:
+    """Send what a decoder gives [B, 3, H, W] in [-1, 1] to the CPU, without waiting for it."""
+    import torch
+
+    is_finite = pixels.isfinite().flatten(1).all(1)  # [B]
+    levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    if not pixels.is_cuda:
+        return PixelsAhead(levels=levels, is_finite=is_finite, arrived=None)
+    # a copy that is not waited for needs memory that stays where it is
+    sent = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in (levels, is_finite)]
+    for target, part in zip(sent, (levels, is_finite), strict=True):
+        target.copy_(part, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return PixelsAhead(levels=sent[0], is_finite=sent[1], arrived=arrived)

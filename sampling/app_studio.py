@@ -17,6 +17,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.recipe import plain_message
 from pipelines.store.files import own_files
 from pipelines.store.png_files import DAMAGE
+from pixart.compilation import require_compiler
 from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
@@ -131,7 +132,7 @@ class Studio:
             step(0)
             texts = self._embeddings(config, [config.negative_prompt, request.prompt], check=lambda: check_inputs(job))
             renderer = self._load(config)
-            (image,) = renderer.draw([request], texts, on_step=step)
+            (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_image(self.folder, image, request, fingerprint=job.fingerprint)
         return path
@@ -169,7 +170,11 @@ class Studio:
         from sampling.renderer import Renderer
 
         if self._renderer is None:
-            self._renderer = Renderer(config, self.trained)
+            shapes: set[tuple[int, int, int]] = set()
+            if config.compile is True:  # by itself an image at a time is never worth it
+                require_compiler(key="sampling.compile")
+                shapes = {(1, *size) for size in self.trained.buckets}
+            self._renderer = Renderer(config, self.trained, compiled_shapes=shapes)
         self._renderer.config = config
         return self._renderer
 

@@ -74,6 +74,16 @@ class SamplingConfig(TableConfig):
     dtype: Decides[Literal["auto", "float32", "bfloat16"]] = pydantic.Field(
         default="auto", description="Compute dtype of the transformer; auto = bfloat16 on a GPU, float32 on a CPU"
     )
+    vae_dtype: Decides[Literal["auto", "float32", "bfloat16"]] = pydantic.Field(
+        default="auto",
+        description="Compute dtype of the VAE; auto = float32 on a CPU, bfloat16 on a GPU if a test picture of these "
+        "weights comes out as in float32",
+    )
+    compile: bool | Literal["auto"] = pydantic.Field(
+        default="auto",
+        description="Compile the transformer's blocks, and capture its passes in CUDA graphs (15 to 25 s); auto = on a "
+        "GPU with a C++ compiler, for batches of a shape that 8 images or more have. Pixels move as by batch_size",
+    )
     text_dtype: Decides[Literal["float32", "bfloat16"]] = pydantic.Field(
         default="bfloat16", description="Compute dtype of the text encoder"
     )

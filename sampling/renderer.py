@@ -2,18 +2,30 @@
 
 # B images, L text tokens, D text width, C latent channels, h x w latent size
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from encoders.devices import choose_device, choose_dtype
-from encoders.latents import NonFinitePixelsError
+from encoders.latents import LatentCodec, NonFinitePixelsError, PixelsAhead, pixels_ahead
 from encoders.opening import open_codec
+from encoders.vae_precision import open_in_bfloat16_if_it_holds
 from errors import UserError, run_argument
+from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import require_same
-from pixart.drawing.denoise import NonFiniteLatentsError, denoise, draw_noise, make_generators, require_finite
+from pixart.compilation import compile_blocks
+from pixart.drawing.denoise import (
+    NonFiniteLatentsError,
+    Predict,
+    denoise,
+    draw_noise,
+    make_generators,
+    require_finite,
+)
+from pixart.drawing.graphs import PassGraphs
 from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
 from pixart.drawing.passes import Pass
 from pixart.processes.make import process_of
@@ -26,27 +38,95 @@ from sampling.trained_model import TrainedModel
 MAX_DECODED_PIXELS = 1024 * 1024
 
 
+# Texts of compiled passes are padded to the most tokens there can be, and those to a multiple that kernels like: passes
+# of one shape are compiled and captured once, whatever the prompts.
+TOKENS_MULTIPLE = 8
+Shape = tuple[int, int, int]  # images of a batch, their height and width in pixels
+
+log = get_logger("sampling")
+
+
 def _name(request: ImageRequest) -> str:
     return f"{request.file} (seed {request.seed})"
+
+
+class Drawing:
+    """Images of a batch on their way from the device."""
+
+    def __init__(
+        self,
+        requests: Sequence[ImageRequest],
+        parts: Sequence[PixelsAhead],
+        is_finite: Tensor,
+        *,
+        codec: LatentCodec,
+        blame: str,
+    ) -> None:
+        self._requests, self._parts, self._is_finite = requests, parts, is_finite
+        self._codec, self._blame = codec, blame
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `images` would not wait."""
+        return all(part.is_there for part in self._parts)
+
+    def images(self) -> list[Image.Image]:
+        """Return one image per request, once the device has drawn them.
+
+        Raises:
+            UserError: latents or pixels are not finite; names the image and what finds weights that are damaged.
+        """
+        try:
+            require_finite(self._is_finite)
+        except NonFiniteLatentsError as error:
+            raise UserError(f"{_name(self._requests[error.image])}: {error}: {self._blame}") from None
+        images: list[Image.Image] = []
+        for part in self._parts:
+            try:
+                images += self._codec.images_of(part)
+            except NonFinitePixelsError as error:
+                raise UserError(f"{_name(self._requests[len(images) + error.image])}: {error}") from None
+        return images
 
 
 class Renderer:
     """A checkpoint's transformer and VAE on their device, ready to draw batches of images of one size.
 
+    Passes of batches of `compiled_shapes` are compiled, and on a GPU captured in CUDA graphs.
+
     Raises:
         UserError: the VAE's scaling is not the one that the transformer was trained with.
     """
 
-    def __init__(self, config: SamplingConfig, trained: TrainedModel) -> None:
+    def __init__(
+        self, config: SamplingConfig, trained: TrainedModel, *, compiled_shapes: Collection[Shape] = ()
+    ) -> None:
         self.config = config
         self.trained = trained
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
         self.device = choose_device(config.device, key="sampling.device")
         self.model = trained.load().to(self.device, choose_dtype(config.dtype, self.device))
-        self.codec = open_codec(
-            trained.vae["model"], trained.vae["revision"], device=self.device, key=f"VAE of {trained.name}"
-        )
-        spec = self.codec.spec
+        self.codec = self._open_codec()
+        self.compiled_shapes = frozenset(compiled_shapes)
+        if self.compiled_shapes:
+            compile_blocks(self.model)
+        self._graphs, self._has_warned = PassGraphs(), False
+
+    def _open_codec(self) -> LatentCodec:
+        trained, dtype = self.trained, self.config.vae_dtype
+
+        def opened(dtype: str) -> LatentCodec:
+            key, vae = f"VAE of {trained.name}", trained.vae
+            return open_codec(vae["model"], vae["revision"], device=self.device, dtype=dtype, key=key)
+
+        if dtype != "auto":
+            codec = opened(dtype)
+        elif self.device.type == "cpu":
+            codec = opened("float32")
+        else:
+            codec, found = open_in_bfloat16_if_it_holds(opened)
+            log.info(f"the VAE decodes in {found}, as a test picture says")
+        spec = codec.spec
         for name, found in (("scaling_factor", spec.scale), ("shift_factor", spec.shift)):
             require_same(
                 name,
@@ -55,21 +135,20 @@ class Renderer:
                 where=f"VAE {trained.vae['model']}",
                 mend=f"{trained.name} was trained with another VAE than lies there now: put that one back",
             )
+        return codec
 
+    @torch.inference_mode()
     def draw(
         self,
         requests: Sequence[ImageRequest],
         texts: Mapping[str, Tensor],
         *,
         on_step: Callable[[int], None] | None = None,
-    ) -> list[Image.Image]:
-        """Return one image per request; all are of one size, and none depends on the others.
+    ) -> Drawing:
+        """Draw one image per request; all are of one size, and none depends on the others.
 
-        `texts` are the embeddings [L, D] of their prompts and of the negative prompt (none for a DiT); `on_step` is
-        told how many solver steps are done.
-
-        Raises:
-            UserError: latents or pixels are not finite; names the image and what finds weights that are damaged.
+        A GPU is given all its work and not waited for, but by `on_step`, which is told how many solver steps are done.
+        `texts` are the embeddings [L, D] of their prompts and of the negative prompt (none for a DiT).
         """
         height, width = requests[0].height, requests[0].width
         spec = self.codec.spec
@@ -78,23 +157,28 @@ class Renderer:
         process = process_of(self.trained.process)
         scheduler = process.scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
-        network = self._network(requests, texts, passes=self.config.passes(scheduler.timesteps, process.num_times))
-        try:
-            latents, is_finite = denoise(network, noise, scheduler, generators=generators, on_step=on_step)
-            require_finite(is_finite)
-        except NonFiniteLatentsError as error:
-            raise UserError(f"{_name(requests[error.image])}: {error}: {self._blame()}") from None
-        return self._decode(latents / spec.scale + spec.shift, requests)
+        is_compiled = (len(requests), height, width) in self.compiled_shapes
+        passes = self.config.passes(scheduler.timesteps, process.num_times)
+        network = self._network(requests, texts, passes=passes, is_compiled=is_compiled)
+        with self._compiling(is_compiled):
+            predict: Predict = self._graphs.capture(network, noise) if is_compiled else network
+            latents, is_finite = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
+        self._warn_of_failure()
+        num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
+        unscaled = latents / spec.scale + spec.shift
+        parts = [pixels_ahead(self.codec.pixels(part)) for part in unscaled.split(num_at_once)]
+        return Drawing(requests, parts, is_finite, codec=self.codec, blame=self._blame())
 
-    def _decode(self, latents: Tensor, requests: Sequence[ImageRequest]) -> list[Image.Image]:
-        num_at_once = max(1, MAX_DECODED_PIXELS // (requests[0].height * requests[0].width))
-        images: list[Image.Image] = []
-        for part in latents.split(num_at_once):
-            try:
-                images += self.codec.decode(part)
-            except NonFinitePixelsError as error:
-                raise UserError(f"{_name(requests[len(images) + error.image])}: {error}") from None
-        return images
+    def _compiling(self, is_compiled: bool) -> AbstractContextManager[object]:
+        """Let blocks that are compiled for other shapes run as they are written."""
+        if is_compiled or not self.compiled_shapes:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+    def _warn_of_failure(self) -> None:
+        if self._graphs.failure is not None and not self._has_warned:
+            log.warning(f"passes are not captured in CUDA graphs, but computed: {self._graphs.failure}")
+            self._has_warned = True
 
     def _blame(self) -> str:
         """Return what to do about a model that gives nothing finite."""
@@ -106,7 +190,12 @@ class Renderer:
 
     @torch.inference_mode()
     def _network(
-        self, requests: Sequence[ImageRequest], texts: Mapping[str, Tensor], *, passes: Sequence[Pass]
+        self,
+        requests: Sequence[ImageRequest],
+        texts: Mapping[str, Tensor],
+        *,
+        passes: Sequence[Pass],
+        is_compiled: bool,
     ) -> GuidedNetwork:
         scale = self.config.guidance_scale
         if self.model.kind == "dit":
@@ -126,4 +215,9 @@ class Renderer:
             passes=passes,
             guidance_scale=scale,
             size_pixels=(requests[0].height, requests[0].width),
+            min_tokens=self._most_tokens() if is_compiled else 0,
         )
+
+    def _most_tokens(self) -> int:
+        assert self.trained.text is not None
+        return -(-self.trained.text["max_tokens"] // TOKENS_MULTIPLE) * TOKENS_MULTIPLE

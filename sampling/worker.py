@@ -16,9 +16,10 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.tables import MEND_PART, read_table
+from sampling.compiled_shapes import compiled_shapes
 from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image
-from sampling.renderer import Renderer
+from sampling.renderer import Drawing, Renderer
 from sampling.requests import ImageRequest
 from sampling.text_encoding import load_texts, text_id
 from sampling.trained_model import TrainedModel
@@ -71,16 +72,14 @@ class SampleWorker:
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Draw images [piece.start, piece.stop) of the job and write their rows."""
-        writes: list[Future[None]] = []
         with ThreadPoolExecutor(max_workers=NUM_PNG_THREADS) as pool:
-            for start, stop in piece.slices():
-                for batch in self._pending(start, stop):
-                    images = self._draw(batch, piece, start=start)
-                    _finish(writes)
-                    # PNGs are compressed and written while the next batch is drawn; those that are there stay.
-                    pairs = zip(images, batch, strict=True)
-                    writes = [pool.submit(self._write, *pair) for pair in pairs if not self._has(pair[1])]
-            _finish(writes)
+            writer = _Writer(self, pool)
+            try:
+                for start, stop in piece.slices():
+                    for batch in self._pending(start, stop):
+                        writer.take(self._draw(batch, piece, start=start), batch)
+            finally:
+                writer.finish()
         requests = self._config.requests[piece.start : piece.stop]
         with atomic_file(piece.output(".parquet")) as path:
             _write_rows(path, [self._row(request) for request in requests])
@@ -91,6 +90,14 @@ class SampleWorker:
         """Put the rows of all parts into one table, in the order of prompts."""
         rows = [row for part in parts for row in read_table(part[".parquet"], mend=MEND_PART).to_pylist()]
         _write_rows(outputs[".parquet"], rows)
+
+    def missing(self, batch: Sequence[ImageRequest]) -> list[bool]:
+        """Whether each image of a batch is not there; what is there stays."""
+        return [not self._has(request) for request in batch]
+
+    def write(self, image: Image.Image, request: ImageRequest) -> None:
+        """Write an image's file."""
+        write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
 
     def _pending(self, start: int, stop: int) -> Iterator[list[ImageRequest]]:
         """Yield the batches of a slice that lack an image.
@@ -109,14 +116,13 @@ class SampleWorker:
     def _has(self, request: ImageRequest) -> bool:
         return is_written(self._config.folder, request, fingerprint=self._config.fingerprint)
 
-    def _write(self, image: Image.Image, request: ImageRequest) -> None:
-        write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
-
-    def _draw(self, batch: Sequence[ImageRequest], piece: Piece, *, start: int) -> list[Image.Image]:
+    def _draw(self, batch: Sequence[ImageRequest], piece: Piece, *, start: int) -> Drawing:
         sampling, trained = self._config.sampling, self._config.trained
         if trained.text is not None and not all(text_id(request, sampling) in self._texts for request in batch):
             self._texts = load_texts(self._upcoming(piece, start), sampling, trained.text)
-        self._renderer = self._renderer or Renderer(sampling, trained)
+        self._renderer = self._renderer or Renderer(
+            sampling, trained, compiled_shapes=compiled_shapes(sampling, self._config.requests)
+        )
         return self._renderer.draw(batch, self._texts)
 
     def _upcoming(self, piece: Piece, start: int) -> list[ImageRequest]:
@@ -131,9 +137,43 @@ class SampleWorker:
         return [request for batch in batches for request in batch]
 
 
-def _finish(writes: Sequence[Future[None]]) -> None:
-    for write in writes:
-        write.result()
+class _Writer:
+    """Writes a batch while the next is drawn: a GPU is waited for when it has that one already."""
+
+    def __init__(self, worker: SampleWorker, pool: ThreadPoolExecutor) -> None:
+        self._worker, self._pool = worker, pool
+        self._drawn: tuple[Drawing, list[ImageRequest]] | None = None
+        self._writes: list[Future[None]] = []
+
+    def take(self, drawing: Drawing, batch: list[ImageRequest]) -> None:
+        """Write the batch before this one, and this one if it is there already."""
+        former, self._drawn = self._drawn, (drawing, batch)
+        self._write(former)
+        if drawing.is_there:
+            self._drawn = None
+            self._write((drawing, batch))
+
+    def finish(self) -> None:
+        """Write what is left, and wait for all files."""
+        former, self._drawn = self._drawn, None
+        self._write(former)
+        self._wait()
+
+    def _write(self, drawn: tuple[Drawing, list[ImageRequest]] | None) -> None:
+        if drawn is None:
+            return
+        drawing, batch = drawn
+        images = drawing.images()
+        self._wait()
+        rows = zip(images, batch, self._worker.missing(batch), strict=True)
+        self._writes = [
+            self._pool.submit(self._worker.write, image, request) for image, request, lacks in rows if lacks
+        ]
+
+    def _wait(self) -> None:
+        for write in self._writes:
+            write.result()
+        self._writes = []
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

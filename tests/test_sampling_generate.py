@@ -229,13 +229,13 @@ def test_images_do_not_depend_on_the_batch(run, solver):
 
 def test_large_images_are_decoded_one_by_one(run, monkeypatch):
     num_decoded: list[int] = []
-    decode = KLCodec.decode
+    decoded = KLCodec.pixels
 
     def recording(self, latents):
         num_decoded.append(len(latents))
-        return decode(self, latents)
+        return decoded(self, latents)
 
-    monkeypatch.setattr(KLCodec, "decode", recording)
+    monkeypatch.setattr(KLCodec, "pixels", recording)
     monkeypatch.setattr(renderer, "MAX_DECODED_PIXELS", 2 * 32 * 32)
     sample(run, 2, batch_size=3)
     assert num_decoded == [2, 1]

@@ -23,6 +23,7 @@ class GuidedNetwork:
 
     Attributes:
         passes: what each pass computes, in their order.
+        scale: of guidance.
         conditions: by whether a pass is guided, what the network is told: null rows and then those of the images, or
             those of the images alone. What no pass needs is not there.
         reuse: what stands for blocks that a pass leaves out; None where every pass computes all.
@@ -44,7 +45,7 @@ class GuidedNetwork:
         if not all(item.is_fresh for item in passes):
             num_rows = (2 if True in self.conditions else 1) * num_images
             self.reuse = BlockReuse(num_blocks=len(model.blocks), num_rows=num_rows)
-        self._scale = guidance_scale
+        self.scale = guidance_scale
 
     def __call__(self, latents: Tensor, timestep: Tensor, number: int) -> Tensor:
         """Give noise or velocity, and a variance if the network has one, [B, C or 2C, h, w] in fp32.
@@ -64,7 +65,7 @@ class GuidedNetwork:
         null, conditional = output.chunk(2)
         channels = latents.shape[1]
         null, led, variance = null[:, :channels], conditional[:, :channels], conditional[:, channels:]
-        return torch.cat([null + self._scale * (led - null), variance], dim=1)
+        return torch.cat([null + self.scale * (led - null), variance], dim=1)
 
 
 def network_of_texts(
@@ -96,7 +97,7 @@ def network_of_texts(
         if not model.config.has_size_condition:
             return read, mask
         height, width = size_pixels
-        size = torch.tensor([[height, width, height / width]], device=weight.device).expand(len(rows), 3)
+        size = torch.tensor([[height, width, height / width]], device=weight.device).repeat(len(rows), 1)
         return read, mask, size
 
     return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(texts))

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
+from pixart.compilation import compile_blocks
 from training.config import StageTraining
 from training.launch.placement import is_slurm_task
-from training.loop.compilation import compile_blocks, is_compiled
+from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products

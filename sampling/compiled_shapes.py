@@ -1,0 +1,33 @@
+"""`sampling.compile`: which batches of a job are drawn by compiled passes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+
+from pixart.compilation import pays_to_compile, require_compiler
+from sampling.config import SamplingConfig
+from sampling.requests import ImageRequest
+
+# A compilation takes 15 to 25 seconds.
+MIN_IMAGES = 8
+
+
+def compiled_shapes(config: SamplingConfig, requests: Sequence[ImageRequest]) -> set[tuple[int, int, int]]:
+    """Return (images, height, width) of the batches that are worth compiling for, of all requests of a job.
+
+    It does not depend on which images are missing: an image drawn after a kill is the one that would have been.
+
+    Raises:
+        UserError: the recipe insists on compiling, and there is no compiler.
+    """
+    if config.compile is True:
+        require_compiler(key="sampling.compile")
+    elif config.compile is False or config.device == "cpu" or not pays_to_compile():
+        return set()
+    num_images: Counter[tuple[int, int, int]] = Counter()
+    for start in range(0, len(requests), config.batch_size):
+        batch = requests[start : start + config.batch_size]
+        for (height, width), group in groupby(batch, key=lambda item: (item.height, item.width)):
+            size = len(list(group))
+            num_images[size, height, width] += size
+    return {shape for shape, number in num_images.items() if config.compile is True or number >= MIN_IMAGES}

@@ -1,0 +1,63 @@
+"""Captured passes: without CUDA the memory they share is the same, and the network itself stands for the graphs."""
+
+from dataclasses import replace
+
+import torch
+from sampling_run import PIXART, randomised
+
+from pixart.drawing.denoise import denoise, draw_noise, make_generators
+from pixart.drawing.graphs import MAX_SHAPES, PassGraphs
+from pixart.drawing.guidance import network_of_texts
+from pixart.drawing.passes import plan_passes
+from pixart.model import PixArt
+from pixart.processes.ddpm import DDPM
+
+MODEL = randomised(PixArt(replace(PIXART, num_layers=4)))
+NULL_TEXT = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+
+
+def draw(graphs: PassGraphs | None, seeds, *, refresh=1, interval=None, size=4) -> torch.Tensor:
+    assert isinstance(MODEL, PixArt)
+    scheduler, generators = DDPM().scheduler("dpm-solver++", 6), make_generators(seeds)
+    passes = plan_passes(
+        [float(timestep) / 1000 for timestep in scheduler.timesteps],
+        guidance_scale=3.0,
+        guidance_interval=interval,
+        num_passes_per_refresh=refresh,
+    )
+    texts = [torch.randn(2 + seed % 5, 32, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    with torch.inference_mode():
+        network = network_of_texts(
+            MODEL, texts, NULL_TEXT, passes=passes, guidance_scale=3.0, size_pixels=(32, 32), min_tokens=8
+        )
+        noise = draw_noise(generators, (4, size, 4))
+        predict = network if graphs is None else graphs.capture(network, noise)
+        return denoise(predict, noise, scheduler, generators=generators)[0]
+
+
+def test_captured_passes_give_the_bits_of_the_network_batch_after_batch():
+    graphs = PassGraphs()
+    settings = ({}, {"refresh": 2}, {"refresh": 2, "interval": (0.2, 0.8)}, {"interval": (0.4, 1.0)}, {"size": 6})
+    for _ in range(2):  # the second time in memory of other batches
+        for seeds in ((0, 1), (7, 3), (5,)):
+            for setting in settings:
+                assert torch.equal(draw(graphs, seeds, **setting), draw(None, seeds, **setting))
+    assert graphs.failure is None
+
+
+def test_batches_of_one_shape_share_their_memory_and_few_shapes_keep_theirs():
+    graphs = PassGraphs()
+    for seeds in ((0, 1), (2, 3), (4, 5)):
+        draw(graphs, seeds)
+    assert len(graphs._captured) == 1
+    for num_images in range(1, MAX_SHAPES + 3):
+        draw(graphs, tuple(range(num_images)))
+    assert len(graphs._captured) == MAX_SHAPES
+
+
+def test_what_cannot_be_captured_is_computed():
+    graphs = PassGraphs()
+    expected = draw(graphs, (0, 1))
+    graphs._fail("out of memory")
+    assert torch.equal(draw(graphs, (0, 1)), expected)
+    assert not graphs._captured
