@@ -90,6 +90,18 @@ PARTS: tuple[Part, ...] = (
         ),
     ),
     Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
+    *(
+        Part(
+            name=name,
+            module="benchmarks.gpu.sampling",
+            bars=(
+                Bar(key=f"{name}_ratio_eager", at_least=1.4),
+                Bar(key=f"{name}_ratio_compiled", at_least=1.1),
+                Bar(key=f"{name}_distance_ratio", at_most=1.0),
+            ),
+        )
+        for name in ("sample_1024", "sample_1024_4")
+    ),
     Part(
         name="caption_7b",
         module="benchmarks.gpu.captioning",

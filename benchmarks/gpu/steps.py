@@ -36,11 +36,11 @@ from benchmarks.train import (
     diffusers_shape,
     step_flops,
 )
+from pixart.compilation import compile_blocks
 from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
 from training.data.batch import PackedBatch, PackedRows
-from training.loop.compilation import compile_blocks
 from training.loop.flops import device_peak_teraflops
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
