@@ -79,7 +79,7 @@ class LatentCodec(Protocol):
         """Return [B, 3, H, W] in [-1, 1] of unscaled latents, on the codec's device and in its dtype."""
         ...
 
-    def images_of(self, pixels: PixelsAhead) -> list[Image.Image]:
+    def images_of(self, pixels: SentAhead) -> list[Image.Image]:
         """Return the images of pixels that `pixels_ahead` was asked for; raises as `decode` does."""
         ...
 
@@ -146,7 +146,7 @@ class DiffusersCodec:
         with torch.inference_mode():
             return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
 
-    def images_of(self, pixels: PixelsAhead) -> list[Image.Image]:
+    def images_of(self, pixels: SentAhead) -> list[Image.Image]:
         """Return the images of pixels on their way, see `LatentCodec`."""
         from PIL import Image
 
@@ -192,16 +192,15 @@ def to_model_input(images: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelsAhead:
-    """Pixels on their way from a device to the CPU.
+class SentAhead:
+    """Tensors on their way from a device to the CPU.
 
     Attributes:
-        levels: uint8 [B, 3, H, W] on the CPU; `is_finite` [B] says whether what they stand for was.
-        arrived: event of a GPU behind which both are there; None where they are.
+        tensors: on the CPU.
+        arrived: event of a GPU behind which they are there; None where they are.
     """
 
-    levels: torch.Tensor
-    is_finite: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
     arrived: torch.cuda.Event | None
 
     @property
@@ -209,25 +208,31 @@ class PixelsAhead:
         """Whether `wait` would return at once."""
         return self.arrived is None or self.arrived.query()
 
-    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return levels and whether each image is finite, once they are there."""
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Return the tensors once they are there, whatever the device has to do after them."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.levels, self.is_finite
+        return self.tensors
 
 
-def pixels_ahead(pixels: torch.Tensor) -> PixelsAhead:
-    """Send what a decoder gives [B, 3, H, W] in [-1, 1] to the CPU, without waiting for it."""
+def send_ahead(*tensors: torch.Tensor) -> SentAhead:
+    """Send tensors of one device to the CPU, without waiting for it."""
     import torch
 
-    is_finite = pixels.isfinite().flatten(1).all(1)  # [B]
-    levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    if not pixels.is_cuda:
-        return PixelsAhead(levels=levels, is_finite=is_finite, arrived=None)
+    if not tensors[0].is_cuda:
+        return SentAhead(tensors=tensors, arrived=None)
     # a copy that is not waited for needs memory that stays where it is
-    sent = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in (levels, is_finite)]
-    for target, part in zip(sent, (levels, is_finite), strict=True):
+    targets = tuple(torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in tensors)
+    for target, part in zip(targets, tensors, strict=True):
         target.copy_(part, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return PixelsAhead(levels=sent[0], is_finite=sent[1], arrived=arrived)
+    return SentAhead(tensors=targets, arrived=arrived)
+
+
+def pixels_ahead(pixels: torch.Tensor) -> SentAhead:
+    """Send what a decoder gives [B, 3, H, W] in [-1, 1]: as uint8, and beside it whether each image is finite [B]."""
+    import torch
+
+    levels = ((pixels.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return send_ahead(levels, pixels.isfinite().flatten(1).all(1))

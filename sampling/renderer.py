@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoders.devices import choose_device, choose_dtype
-from encoders.latents import LatentCodec, NonFinitePixelsError, PixelsAhead, pixels_ahead
+from encoders.latents import LatentCodec, NonFinitePixelsError, SentAhead, pixels_ahead, send_ahead
 from encoders.opening import open_codec
 from encoders.vae_precision import open_in_bfloat16_if_it_holds
 from errors import UserError, run_argument
@@ -56,8 +56,8 @@ class Drawing:
     def __init__(
         self,
         requests: Sequence[ImageRequest],
-        parts: Sequence[PixelsAhead],
-        is_finite: Tensor,
+        parts: Sequence[SentAhead],
+        is_finite: SentAhead,
         *,
         codec: LatentCodec,
         blame: str,
@@ -77,7 +77,7 @@ class Drawing:
             UserError: latents or pixels are not finite; names the image and what finds weights that are damaged.
         """
         try:
-            require_finite(self._is_finite)
+            require_finite(*self._is_finite.wait())
         except NonFiniteLatentsError as error:
             raise UserError(f"{_name(self._requests[error.image])}: {error}: {self._blame}") from None
         images: list[Image.Image] = []
@@ -164,10 +164,11 @@ class Renderer:
             predict: Predict = self._graphs.capture(network, noise) if is_compiled else network
             latents, is_finite = denoise(predict, noise, scheduler, generators=generators, on_step=on_step)
         self._warn_of_failure()
+        sent = send_ahead(is_finite)
         num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
         unscaled = latents / spec.scale + spec.shift
         parts = [pixels_ahead(self.codec.pixels(part)) for part in unscaled.split(num_at_once)]
-        return Drawing(requests, parts, is_finite, codec=self.codec, blame=self._blame())
+        return Drawing(requests, parts, sent, codec=self.codec, blame=self._blame())
 
     def _compiling(self, is_compiled: bool) -> AbstractContextManager[object]:
         """Let blocks that are compiled for other shapes run as they are written."""

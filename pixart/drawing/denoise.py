@@ -72,7 +72,7 @@ def denoise(
 
 
 def require_finite(is_finite: Tensor) -> None:
-    """Check what `denoise` says of its passes [passes, B]; waits for it to be known.
+    """Check what `denoise` says of its passes [passes, B].
 
     Raises:
         NonFiniteLatentsError: the latents are not finite; says since which pass of the network.
