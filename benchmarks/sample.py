@@ -85,6 +85,15 @@ def toy_model() -> PixArt:
     return model
 
 
+def random_model(config: PixArtConfig) -> PixArt:
+    """Weights that keep the scale of what passes through them, zero nowhere."""
+    torch.manual_seed(0)
+    model = PixArt(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 / parameter.shape[-1] ** 0.5)
+    return model
+
+
 def save_pipeline(folder: Path, model: PixArt, vae: AutoencoderKL) -> None:
     """Write what both sides open: a folder of diffusers' pipeline."""
     save_diffusers(model, folder / "exported")

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu.parts import Figures, Size
+from benchmarks.sample import random_model
 from encoders.kl import PUBLISHED_VAE
 from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import export_weights, pixart_diffusers_layout
@@ -99,11 +100,8 @@ def _against_pipeline(name: str, size: Size, *, batch_size: int) -> Figures:
 
 def _bench(size: Size, folder: Path, *, batch_size: int) -> Bench:
     config = TINY if size.is_tiny else XL_1024
-    torch.manual_seed(0)
     with torch.device(size.device):
-        network = PixArt(config).eval().requires_grad_(False)
-        for parameter in network.parameters():  # they keep the scale of what passes through them, and are zero nowhere
-            torch.nn.init.normal_(parameter, std=0.3 / parameter.shape[-1] ** 0.5)
+        network = random_model(config).eval().requires_grad_(False)
     shape: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
