@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KeyValue = tuple[Tensor, Tensor]  # keys and values of a text, each [B, H, L, E]
+from pixart.attention import Packing, attend, attend_to_text, lay_out
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values of texts, each as `pixart.attention.lay_out` gives them
 FREQUENCY_CHANNELS = 256
 MAX_PERIOD = 10_000
 
@@ -50,13 +52,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Give a view [B, H, N, E] of x [B, N, H*E]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    """Give a view [..., H, E] of x [..., H*E]."""
+    return x.unflatten(-1, (num_heads, -1))
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """Give [B, N, H*E] of x [B, H, N, E]; a view of what torch's fused attention gives."""
-    return x.transpose(1, 2).flatten(2)
+    """Give [..., H*E] of x [..., H, E]; a view of what fused attention gives."""
+    return x.flatten(-2)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], *, patch_size: int) -> Tensor:
@@ -157,7 +159,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Give [B, N, D] for x [B, N, D]."""
         query, key, value = (split_heads(layer(x), self.num_heads) for layer in (self.query, self.key, self.value))
-        return self.out(join_heads(F.scaled_dot_product_attention(query, key, value)))
+        return self.out(join_heads(attend(query, key, value)))
 
 
 class CrossAttention(nn.Module):
@@ -171,14 +173,15 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def read(self, text: Tensor) -> KeyValue:
-        """Give the keys and values, each [B, H, L, E], of text [B, L, D]."""
-        return split_heads(self.key(text), self.num_heads), split_heads(self.value(text), self.num_heads)
+    def read(self, text: Tensor, packing: Packing) -> KeyValue:
+        """Give the keys and values of packed texts [T, D]."""
+        key, value = split_heads(self.key(text), self.num_heads), split_heads(self.value(text), self.num_heads)
+        return lay_out(key, packing), lay_out(value, packing)
 
-    def forward(self, x: Tensor, text: KeyValue, mask: Tensor | None) -> Tensor:
-        """Give [B, N, D] for x [B, N, D], the text as `read`, and a mask [B, 1, 1, L] that is added to the scores."""
+    def forward(self, x: Tensor, text: KeyValue, packing: Packing) -> Tensor:
+        """Give [B, N, D] for x [B, N, D] and the texts as `read` gave them."""
         query = split_heads(self.query(x), self.num_heads)
-        return self.out(join_heads(F.scaled_dot_product_attention(query, *text, attn_mask=mask)))
+        return self.out(join_heads(attend_to_text(query, *text, packing)))
 
 
 class MLP(nn.Module):

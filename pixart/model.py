@@ -1,7 +1,7 @@
 """PixArt, the text-to-image diffusion transformer (PixArt-alpha, Chen et al. 2023, section 2.3)."""
 
-# B batch, N image tokens, L text tokens, D width, H heads, E head width, C latent channels, P patch size,
-# h x w latent size
+# B batch, N image tokens, L text tokens with padding, T tokens of all texts, D width, H heads, E head width,
+# C latent channels, P patch size, h x w latent size
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
+from pixart.attention import Packing, pack
 from pixart.layers import (
     MLP,
     AdaLNSingle,
@@ -81,11 +82,39 @@ PIXART_XL_2 = PixArtConfig()
 PIXART_XL_2_1024 = PixArtConfig(sample_size=128, interpolation_scale=2.0, has_size_condition=True)
 
 
+class PackedText(NamedTuple):
+    """The text encoder's output for a batch of texts, end to end without padding between them.
+
+    Attributes:
+        values: [T, caption_channels]; rows behind the last text are no text's and count for nothing.
+        offsets: text i is values[offsets[i] : offsets[i + 1]], int32 [B + 1]; each has a token or more.
+        max_length: no text is longer.
+        has_equal_lengths: whether all texts have max_length tokens and there are no other rows.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    max_length: int
+    has_equal_lengths: bool = False
+
+
 class ReadText(NamedTuple):
-    """What the network takes of a text: keys and values of each block, and with per-block adaLN its feature [B, D]."""
+    """What the network takes of texts: keys and values of each block, and with per-block adaLN their feature [B, D]."""
 
     key_values: list[KeyValue]
+    packing: Packing
     feature: Tensor | None
+
+
+def pack_text(text: Tensor, text_mask: Tensor | None) -> PackedText:
+    """Pack texts [B, L, caption_channels], of which `text_mask` [B, L] keeps the real tokens (None: all)."""
+    num_texts, max_length, _ = text.shape
+    if text_mask is None:
+        offsets = torch.arange(num_texts + 1, dtype=torch.int32, device=text.device) * max_length
+        return PackedText(text.flatten(0, 1), offsets, max_length, has_equal_lengths=True)
+    is_real = text_mask.bool()
+    offsets = F.pad(is_real.sum(1).cumsum(0), (1, 0)).int()
+    return PackedText(text[is_real], offsets, max_length)
 
 
 class PixArtBlock(nn.Module):
@@ -104,19 +133,19 @@ class PixArtBlock(nn.Module):
         condition: Tensor,
         *,
         text: Tensor | KeyValue,
-        text_mask: Tensor | None,
+        packing: Packing,
         grid: tuple[int, int],  # of no use to plain attention, which needs no neighbours
     ) -> Tensor:
         """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens one after the other.
 
-        The condition is S [B, 6, D] with adaLN-single, and SiLU(condition) [B, D] with the block's own adaLN. The text
-        is [B, L, D], or what `cross_attention.read` gives of it; its mask [B, 1, 1, L] is added to the scores.
+        The condition is S [B, 6, D] with adaLN-single, and SiLU(condition) [B, D] with the block's own adaLN. The
+        texts lie as `packing` says: [T, D], or what `cross_attention.read` gives of that.
         """
-        key_value = self.cross_attention.read(text) if isinstance(text, Tensor) else text
+        key_value = self.cross_attention.read(text, packing) if isinstance(text, Tensor) else text
         shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
         x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
-        x = x + self.cross_attention(x, key_value, text_mask)
+        x = x + self.cross_attention(x, key_value, packing)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
@@ -170,30 +199,43 @@ class PixArt(nn.Module):
             nn.init.zeros_(self.text_feature.weight)  # again leaves a pretrained DiT as it is
         nn.init.zeros_(self.final.weight)
 
-    def read_text(self, text: Tensor, text_mask: Tensor | None = None) -> ReadText:
-        """Read the text encoder's output [B, L, caption_channels], of which `text_mask` [B, L] keeps the real tokens.
+    def read_text(self, text: Tensor | PackedText, text_mask: Tensor | None = None) -> ReadText:
+        """Read the text encoder's output, packed or [B, L, caption_channels] with a mask, as `forward` takes it.
 
         `forward` takes what is read in its place: a sampler reads a text once, and not again at every step.
         """
-        projected = self.caption_projection(text)  # [B, L, D]
+        packed = text if isinstance(text, PackedText) else pack_text(text, text_mask)
+        projected, packing = self._project(packed)
         blocks = cast("list[PixArtBlock]", list(self.blocks))
-        key_values = [block.cross_attention.read(projected) for block in blocks]
-        return ReadText(key_values, self._text_feature(text, text_mask))
+        key_values = [block.cross_attention.read(projected, packing) for block in blocks]
+        return ReadText(key_values, packing, self._text_feature(packed))
 
-    def _text_feature(self, text: Tensor, text_mask: Tensor | None) -> Tensor | None:
-        """Give the mean of the real tokens, projected to [B, D]; None with adaLN-single, which sees the time alone."""
+    def _project(self, text: PackedText) -> tuple[Tensor, Packing]:
+        """Give the texts as blocks read them, [T, D], and where they lie."""
+        projected = self.caption_projection(text.values)
+        query = projected.new_empty(0, self.config.head_dim)
+        return projected, pack(
+            text.offsets,
+            num_tokens=len(projected),
+            max_length=text.max_length,
+            has_equal_lengths=text.has_equal_lengths,
+            query=query,
+        )
+
+    def _text_feature(self, text: PackedText) -> Tensor | None:
+        """Give the projected mean of each text's tokens [B, D]; None with adaLN-single, which sees the time alone."""
         if self.config.adaln == "single":
             return None
-        if text_mask is None:
-            return self.text_feature(text.mean(dim=1))
-        is_real = text_mask.bool()[:, :, None]  # [B, L, 1]
-        return self.text_feature(torch.where(is_real, text, 0).sum(dim=1) / is_real.sum(dim=1))
+        num_texts, tokens = len(text.offsets) - 1, torch.arange(len(text.values), device=text.values.device)
+        owners = torch.searchsorted(text.offsets[1:].contiguous(), tokens, right=True)  # [T], B for padding
+        sums = text.values.new_zeros(num_texts + 1, text.values.shape[1]).index_add(0, owners, text.values)[:-1]
+        return self.text_feature(sums / text.offsets.diff()[:, None])
 
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        text: Tensor | ReadText,
+        text: Tensor | PackedText | ReadText,
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
         *,
@@ -201,8 +243,8 @@ class PixArt(nn.Module):
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 
-        timesteps [B] lie in [0, 1000); text [B, L, caption_channels] is the text encoder's output, or what `read_text`
-        gives of it, and text_mask [B, L] is True at its real tokens (None: all are), of which each text needs one.
+        timesteps [B] lie in [0, 1000). The text encoder's output is packed, or [B, L, caption_channels] with text_mask
+        [B, L] True at its real tokens (None: all are), of which each text needs one; or it is what `read_text` gives.
         `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
         aspect ratio height / width. `reuse` says which blocks are computed, and stands for the others.
         """
@@ -215,24 +257,21 @@ class PixArt(nn.Module):
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)
         texts: Sequence[Tensor | KeyValue]
-        if isinstance(text, Tensor):
-            # Each block reads the text itself: where blocks are recomputed, its keys and values need not be kept.
-            texts, feature = [self.caption_projection(text)] * len(self.blocks), self._text_feature(text, text_mask)
+        if isinstance(text, ReadText):
+            texts, packing, feature = text
         else:
-            texts, feature = text
+            # Each block reads the text itself: where blocks are recomputed, its keys and values need not be kept.
+            packed = text if isinstance(text, PackedText) else pack_text(text, text_mask)
+            projected, packing = self._project(packed)
+            texts, feature = [projected] * len(self.blocks), self._text_feature(packed)
         if self.config.adaln == "single":
             block_condition = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
             final_condition = condition[:, None]
         else:
             block_condition = final_condition = F.silu(condition + feature)
-        if text_mask is not None:
-            # once for all blocks: attention would turn booleans into numbers in each
-            text_mask = torch.zeros(text_mask.shape, dtype=x.dtype, device=x.device).masked_fill(
-                ~text_mask.bool(), -torch.inf
-            )[:, None, None, :]  # [B, 1, 1, L]
         for number, (block, block_text) in enumerate(zip(self.blocks, texts, strict=True)):
             if reuse is None or not reuse.skips(number):
-                x = block(x, block_condition, text=block_text, text_mask=text_mask, grid=grid)
+                x = block(x, block_condition, text=block_text, packing=packing, grid=grid)
             x = x if reuse is None else reuse.after(number, x)
         shift, scale = self.final_modulation(final_condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]

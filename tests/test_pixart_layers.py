@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixart.attention import pack
 from pixart.dit import DiT, DiTConfig
 from pixart.layouts import dit_diffusers_copies, dit_diffusers_layout, export_weights, pixart_diffusers_layout
-from pixart.model import PixArt, PixArtConfig
+from pixart.model import PixArt, PixArtConfig, pack_text
 
 BATCH, GRID, NUM_TEXT = 3, (4, 6), 5
 NUM_TOKENS = GRID[0] * GRID[1]
@@ -105,10 +106,13 @@ def pixart_blocks() -> tuple[tuple[nn.Module, Call], tuple[nn.Module, Call]]:
     )
     reference.load_state_dict(export_weights(model, pixart_diffusers_layout(PIXART)))
     condition, text = draw(BATCH, 6, PIXART.width, seed=1), draw(BATCH, NUM_TEXT, PIXART.width, seed=2)
-    mask = torch.where(torch.arange(NUM_TEXT) < torch.tensor([5, 2, 1])[:, None], 0.0, -torch.inf)  # [B, L]
+    is_real = torch.arange(NUM_TEXT) < torch.tensor([5, 2, 1])[:, None]  # [B, L]
+    mask = torch.where(is_real, 0.0, -torch.inf)
+    packed = pack_text(text, is_real)
+    packing = pack(packed.offsets, num_tokens=8, max_length=NUM_TEXT, has_equal_lengths=False, query=text)
     ours, theirs = model.blocks[0], reference.transformer_blocks[0]
     return (
-        (ours, lambda x: ours(x, condition, text=text, text_mask=mask[:, None, None], grid=GRID)),
+        (ours, lambda x: ours(x, condition, text=packed.values, packing=packing, grid=GRID)),
         (
             theirs,
             lambda x: theirs(

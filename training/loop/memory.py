@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+import pixart.attention  # noqa: F401  (registers the operator)
 from training.config import KeepActivations
 
 _aten = torch.ops.aten
@@ -22,6 +23,7 @@ PRODUCTS = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.pixart.attention.default,
 ]
 
 
