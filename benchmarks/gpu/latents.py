@@ -74,7 +74,8 @@ def make_vae(*, is_tiny: bool) -> Any:
     """A randomly weighted VAE of Stable Diffusion's shape, or a small one."""
     torch.manual_seed(0)
     widths = (8, 8, 8, 8) if is_tiny else (128, 256, 512, 512)
-    vae: Any = AutoencoderKL(
+    model_class: Any = AutoencoderKL  # its annotations want tuples of one
+    vae = model_class(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=widths,
