@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pixart.model import PackedText
 from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import DDPM_SCHEDULE as SCHEDULE
 from training.data.batch import Batch
@@ -42,10 +43,10 @@ def make_batch(*, has_text: bool) -> Batch:
         return torch.randn(shape, generator=generator)
 
     latents = (len(DRAWS), 4, 4, 6)
-    condition: dict[str, Any] = {"text": None, "text_mask": None, "labels": torch.tensor([3, 0, 9, 3])}
+    condition: dict[str, Any] = {"text": None, "labels": torch.tensor([3, 0, 9, 3])}
     if has_text:
-        mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
-        condition = {"text": normal(len(DRAWS), 5, 8).bfloat16(), "text_mask": mask, "labels": None}
+        offsets = torch.tensor([0, 5, 6, 9, 11], dtype=torch.int32)
+        condition = {"text": PackedText(normal(16, 8).bfloat16(), offsets, max_length=5), "labels": None}
     return Batch(
         step=0,
         bucket="32x48",
@@ -100,14 +101,14 @@ def test_a_dropped_label_is_the_null_label() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_text_and_its_mask_reach_the_model(dtype: torch.dtype) -> None:
+def test_the_text_reaches_the_model_packed(dtype: torch.dtype) -> None:
     batch = make_batch(has_text=True)
-    assert batch.text is not None and batch.text_mask is not None
+    assert batch.text is not None
     model, _ = denoise(batch, dtype)
-    ((_, _, text, mask),) = model.calls
-    assert text.dtype == dtype
-    assert torch.equal(text, batch.text.to(dtype))
-    assert torch.equal(mask, batch.text_mask)
+    ((_, _, text),) = model.calls
+    assert isinstance(text, PackedText)
+    assert text.values.dtype == dtype and torch.equal(text.values, batch.text.values.to(dtype))
+    assert text[1:] == batch.text[1:], "the same offsets"
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
+from torch.utils._pytree import tree_map_only
 from training_run import make_run, write_latents, write_text
 
 from errors import UserError
@@ -116,30 +117,29 @@ def read_batches(
 
 
 def clone(batch: Batch) -> Batch:
-    copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()}
-    return Batch(**copied)
+    return Batch(**tree_map_only(torch.Tensor, torch.clone, vars(batch)))
 
 
 def samples(batches: list[Batch]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor, Batch, int]]:
     for batch in batches:
         assert batch.text is not None
-        assert batch.text_mask is not None and batch.std is not None
+        assert batch.std is not None
         for i, key in enumerate(batch.keys):
-            yield key, batch.mean[i], batch.std[i], batch.text[i][batch.text_mask[i]], batch, i
+            text = batch.text.values[batch.text.offsets[i] : batch.text.offsets[i + 1]]
+            yield key, batch.mean[i], batch.std[i], text, batch, i
 
 
 def test_batches_equal_plain_safetensors(run: Path) -> None:
     latents = read_tars(latent_directory(run, 32))
     texts = read_tars(text_directory(run))
     seen = set()
-    for key, mean, std, text, batch, i in samples(read_batches(run, steps=range(12), dropout=0.0)):
+    for key, mean, std, text, batch, _ in samples(read_batches(run, steps=range(12), dropout=0.0)):
         seen.add(key)
         assert torch.equal(mean, latents[key]["mean"])
         assert torch.equal(std, latents[key]["std"])
         assert any(torch.equal(text, caption) for caption in texts[key].values())
         assert batch.text is not None
-        assert batch.text_mask is not None
-        assert not batch.text[i][~batch.text_mask[i]].any(), "padding is zero, whatever the buffer held before"
+        assert not batch.text.values[batch.text.offsets[-1] :].any(), "zero, whatever the buffer held before"
     assert seen == latents.keys() & texts.keys(), "samples without latents or without captions are left out"
 
 
@@ -247,14 +247,15 @@ def test_compact_captions_are_the_stored_values_times_their_scale(tmp_path: Path
         values = [(stored[key][value].float() * stored[key][scale][:, None]).bfloat16() for value, scale in parts]
         assert any(torch.equal(text, value) for value in ([null] if batch.is_dropped[i] else values))
         assert batch.text is not None
-        assert batch.text_mask is not None
-        assert not batch.text[i][~batch.text_mask[i]].any()
+        assert not batch.text.values[batch.text.offsets[-1] :].any()
     assert num_dropped
 
 
 def test_a_batch_of_dropped_captions_alone_is_the_null_record(run: Path) -> None:
     batches = batches_of(open_reader(open_index(run), steps=range(2), batch_size=2, dropout=1.0))
-    assert all(torch.equal(batch.text, torch.ones(2, 2, 16, dtype=torch.bfloat16)) for batch in batches)
+    for batch in batches:
+        assert batch.text is not None and batch.text.offsets.tolist() == [0, 2, 4]
+        assert torch.equal(batch.text.values[:4], torch.ones(4, 16, dtype=torch.bfloat16))
 
 
 def test_datasets_are_mixed_by_weight_and_read_from_their_own_folders(run: Path, tmp_path: Path) -> None:
@@ -375,15 +376,25 @@ def test_a_sample_without_label_is_refused_by_a_dit(run: Path) -> None:
         survey_of(open_index(run, ["laion_0"], has_text=False))
 
 
-def test_a_null_caption_may_be_longer_than_all_captions_of_a_batch() -> None:
-    values = torch.arange(6, dtype=torch.bfloat16).view(3, 2)
-    text = PackedRows(
-        values=values,
-        scale=None,
-        lengths=torch.tensor([2, 1]),
-        is_dropped=torch.tensor([False, False]),
-        null=torch.ones(5, 2, dtype=torch.bfloat16),
+@pytest.mark.parametrize("dropped", [[], [1], [0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_captions_lie_end_to_end_dropped_ones_as_the_null_caption(dropped: list[int], dtype: torch.dtype) -> None:
+    lengths, null = torch.tensor([3, 100, 1, 200]), torch.randn(4, 6, dtype=torch.bfloat16)
+    is_dropped = torch.zeros(4, dtype=torch.bool).index_fill(0, torch.tensor(dropped, dtype=torch.int64), True)
+    num_stored = int(lengths[~is_dropped].sum())
+    rows = PackedRows(
+        values=torch.randn(num_stored, 6).to(dtype),
+        scale=None if dtype == torch.bfloat16 else torch.rand(num_stored),
+        lengths=lengths.where(~is_dropped, len(null)),
+        is_dropped=is_dropped,
+        null=null,
     )
-    captions, mask = text.unpack(torch.device("cpu"))
-    assert torch.equal(captions[mask], values)
-    assert captions.shape == (2, 2, 2)
+    text = rows.to(torch.device("cpu"))
+    stored = rows.values if rows.scale is None else (rows.values.float() * rows.scale[:, None]).bfloat16()
+    kept = iter(stored.split(lengths[~is_dropped].tolist()))
+    captions = [null if is_null else next(kept) for is_null in is_dropped]
+    assert torch.equal(text.values[: text.offsets[-1]], torch.cat(captions))
+    assert not text.values[text.offsets[-1] :].any() and len(text.values) % 256 == 0
+    assert text.values.dtype == torch.bfloat16 and text.offsets.dtype == torch.int32
+    assert text.offsets.diff().tolist() == list(map(len, captions))
+    assert text.max_length == max(map(len, captions))

@@ -1,7 +1,7 @@
 """A micro-batch: in host memory as its payloads lie in the tars, and on the device as the model wants it."""
 
 # B samples of a micro-batch, C latent channels, h x w latent size
-# T tokens of all its captions, L text tokens of the longest, D text width
+# T tokens of all its captions, D text width
 
 import contextlib
 import math
@@ -11,6 +11,12 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pixart.model import PackedText
+
+# Tokens that a batch of captions is filled up to a multiple of.
+TOKENS_MULTIPLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +31,10 @@ class Batch:
         posterior_noise, noise: standard normal, fp32 [B, C, h, w]; the first is None without std.
         timestep_draws: uniform in [0, 1), float64 [B].
         is_dropped: whether the condition is the null one, [B]; `text` already holds the null caption there.
-        text: bf16 [B, L, D], zero behind a caption's end; None in stage 1.
-        text_mask: True at real tokens, [B, L]; None in stage 1.
+        text: captions end to end, bf16 [T, D]; None in stage 1.
         labels: class labels, int64 [B]; None in stages 2 and 3.
-        tensors: of every other family: `<family>.<tensor>`; of rows of different lengths `<family>`, as `text` is,
-            and `<family>.mask`.
+        tensors: of every other family: `<family>.<tensor>`.
+        texts: of every other family of rows of different lengths, as `text` is.
     """
 
     step: int
@@ -42,15 +47,15 @@ class Batch:
     noise: Tensor
     timestep_draws: Tensor
     is_dropped: Tensor
-    text: Tensor | None
-    text_mask: Tensor | None
+    text: PackedText | None
     labels: Tensor | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: Mapping[str, PackedText] = field(default_factory=dict)
 
     def device_tensors(self) -> list[Tensor]:
         """Return all its tensors."""
-        found = (getattr(self, each.name) for each in fields(self))
-        return [value for value in found if isinstance(value, Tensor)] + list(self.tensors.values())
+        found = tree_leaves([getattr(self, each.name) for each in fields(self)])
+        return [value for value in found if isinstance(value, Tensor)]
 
     def draw_latents(self) -> Tensor:
         """Return latents drawn from the posterior, unscaled, fp32 [B, C, h, w]: its mean where it has no std."""
@@ -77,20 +82,26 @@ class PackedRows:
     is_dropped: Tensor
     null: Tensor
 
-    def unpack(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the captions in bf16, padded with zeros to the longest [B, L, D], and the mask of tokens [B, L]."""
-        values = self.values.to(device, non_blocking=True)
+    def to(self, device: torch.device) -> PackedText:
+        """Return the captions in bf16 end to end, the null caption in place of dropped ones.
+
+        Zeros follow up to a multiple of `TOKENS_MULTIPLE`, so that shapes repeat.
+        """
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        offsets = torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))  # on the host, as all indices
+        num_tokens, is_null = int(offsets[-1]), self.is_dropped.repeat_interleave(self.lengths)
+        stored = copy(self.values)
         if self.scale is not None:
-            values = (values.float() * self.scale.to(device, non_blocking=True)[:, None]).bfloat16()
-        max_length = int(self.lengths.max())
-        mask = torch.arange(max_length) < self.lengths[:, None]  # [B, L]
-        places = (mask & ~self.is_dropped[:, None]).flatten().nonzero().squeeze(1)  # [T] of [B * L]
-        text = values.new_zeros(len(mask), max_length, values.shape[1])
-        text.view(-1, values.shape[1]).index_copy_(0, places.to(device, non_blocking=True), values)
-        dropped = self.is_dropped.nonzero().squeeze(1).to(device, non_blocking=True)
-        if len(dropped):  # else the null caption may be longer than all there are
-            text[dropped, : len(self.null)] = self.null.to(device, non_blocking=True)
-        return text, mask.to(device, non_blocking=True)
+            stored = (stored.float() * copy(self.scale)[:, None]).bfloat16()
+        text = stored.new_empty(-(-num_tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE, stored.shape[1])
+        text[num_tokens:].zero_()
+        text.index_copy_(0, copy((~is_null).nonzero().squeeze(1)), stored)
+        places = copy(is_null.nonzero().view(-1, len(self.null)))  # [dropped, tokens]
+        text[places] = copy(self.null)
+        return PackedText(text, copy(offsets.int()), int(self.lengths.max()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +125,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the copies of pinned buffers are only queued, on the current stream."""
-        text, text_mask = (None, None) if self.text is None else self.text.unpack(device)
 
         def copy(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        tensors = {name: copy(tensor) for name, tensor in self.tensors.items()}
-        for name, packed in self.texts.items():
-            tensors[name], tensors[f"{name}.mask"] = packed.unpack(device)
         return Batch(
             step=self.step,
             bucket=self.bucket,
@@ -133,10 +140,10 @@ class PackedBatch:
             noise=copy(self.noise),
             timestep_draws=copy(self.timestep_draws),
             is_dropped=copy(self.is_dropped),
-            text=text,
-            text_mask=text_mask,
+            text=None if self.text is None else self.text.to(device),
             labels=None if self.labels is None else copy(self.labels),
-            tensors=tensors,
+            tensors={name: copy(tensor) for name, tensor in self.tensors.items()},
+            texts={name: rows.to(device) for name, rows in self.texts.items()},
         )
 
 

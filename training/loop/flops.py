@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pixart.model import PackedText
 from training.data.batch import Batch, PackedBatch
 from training.objectives.objective import Objective
 
@@ -94,7 +95,13 @@ class StepFlops:
             noise=blank(*latents),
             timestep_draws=blank(1, dtype=torch.float64),
             is_dropped=blank(1, dtype=torch.bool),
-            text=None if self._text_width is None else blank(1, num_text_tokens, self._text_width),
-            text_mask=None,
+            text=None if self._text_width is None else self._blank_text(num_text_tokens, self._text_width),
             labels=blank(1, dtype=torch.int64) if self._text_width is None else None,
         )
+
+    @staticmethod
+    def _blank_text(num_tokens: int, width: int) -> PackedText:
+        """Return one caption; of equal lengths, it is not laid out among others, which is no operation that counts."""
+        offsets = torch.empty(2, dtype=torch.int32, device="meta")
+        values = torch.empty(num_tokens, width, device="meta")
+        return PackedText(values, offsets, num_tokens, has_equal_lengths=True)

@@ -1,6 +1,6 @@
 """What a batch's features become before a network sees them."""
 
-# B batch, C latent channels, h x w latent size, L text tokens, D text width
+# B batch, C latent channels, h x w latent size
 
 from dataclasses import dataclass
 
@@ -39,6 +39,6 @@ class NetworkInputs:
         noisy = noisy.to(self.dtype)
         if self.null_label is None:
             assert batch.text is not None
-            return network(noisy, times, batch.text.to(self.dtype), batch.text_mask)
+            return network(noisy, times, batch.text._replace(values=batch.text.values.to(self.dtype)))
         assert batch.labels is not None
         return network(noisy, times, batch.labels.masked_fill(batch.is_dropped, self.null_label))
