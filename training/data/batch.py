@@ -17,6 +17,7 @@ from pixart.model import PackedText
 
 # Tokens that a batch of captions is filled up to a multiple of.
 TOKENS_MULTIPLE = 256
+LENGTH_MULTIPLE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class PackedRows:
     def to(self, device: torch.device) -> PackedText:
         """Return the captions in bf16 end to end, the null caption in place of dropped ones.
 
-        Zeros follow up to a multiple of `TOKENS_MULTIPLE`, so that shapes repeat.
+        Zeros follow up to a multiple of `TOKENS_MULTIPLE`, so that shapes repeat; on a GPU, whose code is compiled for
+        it, the bound on a caption's length is rounded up to `LENGTH_MULTIPLE`.
         """
 
         def copy(tensor: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ class PackedRows:
         text.index_copy_(0, copy((~is_null).nonzero().squeeze(1)), stored)
         places = copy(is_null.nonzero().view(-1, len(self.null)))  # [dropped, tokens]
         text[places] = copy(self.null)
-        return PackedText(text, copy(offsets.int()), int(self.lengths.max()))
+        multiple = LENGTH_MULTIPLE if device.type == "cuda" else 1
+        return PackedText(text, copy(offsets.int()), -(-int(self.lengths.max()) // multiple) * multiple)
 
 
 @dataclass(frozen=True, kw_only=True)
