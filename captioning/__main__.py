@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from captioning.architectures import read_architecture, require_fit
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.job import CaptioningJob, read_job
 from captioning.plan import print_plan
@@ -113,13 +114,16 @@ def _set_aside(job: CaptioningJob) -> None:
 def _require_models(job: CaptioningJob) -> None:
     """Find out that a model or a server is missing before any work starts."""
     if job.config.engine == "openai":
-        # The client is of no use to the other engine.
+        # The client is of no use to the other engines.
         from captioning.engines.openai_engine import chat_server
         from encoders.chat_server import require_server
 
         require_server(chat_server(job.config, job.worker_config.api_key))
     else:
         require_model(job.model, key="captioning.model")
+        architecture = read_architecture(job.model)
+        if job.config.engine == "transformers" and architecture is not None:
+            require_fit(architecture, job.config.model)
     if job.config.clip_model is not None:
         require_model(resolve_model(job.config.clip_model), key="captioning.clip_model")
 

@@ -68,12 +68,13 @@ class CaptioningConfig(TableConfig):
 
     engine: Decides[str] = Field(
         default="transformers",
-        pattern="^(transformers|openai)$",
-        description="transformers decodes in the worker; openai asks a chat server, see [captioning.server]",
+        pattern="^(transformers|generate|openai)$",
+        description="transformers: a LLaVA in the worker; generate: any other model of images and text there, slower; "
+        "openai: a chat server, see [captioning.server]",
     )
     model: str = Field(
         default="llava-hf/llava-1.5-7b-hf",
-        description="Hub id or local folder of a LLaVA-1.5 or LLaVA-NeXT; with openai, its name at the server",
+        description="Hub id or local folder of a model that `engine` takes; with openai, its name at the server",
     )
     revision: str | None = Field(default=None, description="Commit of the hub model; pin it for a run that matters")
     shards: Sequence[str] = Field(default=("*",), min_length=1, description="Names of the shards to caption (fnmatch)")
@@ -98,7 +99,9 @@ class CaptioningConfig(TableConfig):
         description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one",
     )
     batch_size: int = Field(
-        default=0, ge=0, description="Captions decoded at a time; 0 = as many as the GPU's memory holds, 32 on a CPU"
+        default=0,
+        ge=0,
+        description="Captions decoded at a time; 0 = as many as the GPU's memory holds, 32 on a CPU and with `generate`",
     )
     max_new_tokens: Decides[int] = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
     temperature: Decides[float] = Field(

@@ -180,7 +180,7 @@ def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSour
 
 
 def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
-    if config.engine == "transformers":
+    if config.engine != "openai":
         return resolve_model(config.model, config.revision)
     if workers.gpus_per_worker:
         raise UserError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from captioning.architectures import read_architecture, require_fit
 from captioning.job import CaptioningJob
 from captioning.prompts import template_for
 from pipelines.engine.pieces import Source
@@ -35,9 +36,27 @@ def print_plan(job: CaptioningJob) -> None:
     decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
     place = f", at {config.server.base_url}" if config.engine == "openai" else ""
     console.print(f"model    {config.model} ({job.model.identity}){place}", soft_wrap=True)
+    console.print(f"engine   {config.engine}, {_describe_engine(job)}", markup=False, soft_wrap=True)
     at_a_time = config.server.num_requests if config.engine == "openai" else config.batch_size or "as many as fit"
     console.print(f"decoding {decoding}, at most {config.max_new_tokens} tokens, {at_a_time} captions at a time")
     console.print(f"prompts  sha256 {config.prompts_sha256}")
+
+
+def _describe_engine(job: CaptioningJob) -> str:
+    """Return what captions: a server, or a class of transformers and how it decodes.
+
+    Raises:
+        UserError: the engine of the recipe does not take the model.
+    """
+    if job.config.engine == "openai":
+        return "a chat server"
+    architecture = read_architecture(job.model)
+    name = "whose files are not here yet" if architecture is None else f"a {architecture.name}"
+    if job.config.engine == "generate":
+        return f"{name}, on batches of prompts of about one length"
+    if architecture is not None:
+        require_fit(architecture, job.config.model)
+    return f"{name}, with continuous batching"
 
 
 def _by_prompt(job: CaptioningJob) -> dict[str, Sequence[Source]]:

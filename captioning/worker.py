@@ -143,11 +143,15 @@ class CaptionWorker:
 
 
 def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:
-    # Each brings libraries that the driver, or the other, never needs.
+    # Each brings libraries that the driver, or the others, never need.
     if config.captioning.engine == "openai":
         from captioning.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config.captioning, api_key=config.api_key)
+    if config.captioning.engine == "generate":
+        from captioning.engines.generate_engine import GenerateEngine
+
+        return GenerateEngine(config.captioning, num_threads=config.num_threads)
     from captioning.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config.captioning, num_threads=config.num_threads)

@@ -256,7 +256,7 @@ def test_other_llama_like_text_models_decode_as_generate_does(kind: str, prompts
 
 def test_a_text_model_of_another_kind_is_refused_by_name(tmp_path) -> None:
     other = AutoModelForImageTextToText.from_pretrained(save_llava(tmp_path, text="gemma")).eval()
-    with pytest.raises(UserError, match=r'a GemmaModel .* others by captioning.engine = "openai"'):
+    with pytest.raises(UserError, match=r'a GemmaModel .* others by "generate"'):
         LlamaForward(other)
 
 

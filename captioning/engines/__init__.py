@@ -1,1 +1,1 @@
-"""What turns an image into a caption: LLaVA in this process, or a chat server."""
+"""What turns an image into a caption: LLaVA or any other model in this process, or a chat server."""

@@ -287,8 +287,8 @@ def require_llama(text_model: Any, config: Any) -> None:
     if name not in TEXT_MODELS or rope_type not in FIXED_ROPE_TYPES or sliding or config.hidden_act != "silu":
         raise UserError(
             f"captioning.model has a {name} (rope {rope_type}, sliding window {sliding}, {config.hidden_act}) as text "
-            f"model; {', '.join(TEXT_MODELS)} with full attention can be decoded in process, others by "
-            'captioning.engine = "openai"'
+            f"model; {', '.join(TEXT_MODELS)} with full attention are decoded by "
+            'captioning.engine = "transformers", others by "generate"'
         )
 
 

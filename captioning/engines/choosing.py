@@ -1,0 +1,67 @@
+"""How the next token of each row is chosen inside `generate`: by that row alone, whatever it is batched with."""
+
+# B rows of a batch, L prompt tokens, N new tokens, V vocabulary
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from errors import UserError
+
+
+class RowChoice(LogitsProcessor):
+    """Chooses the next token of each row from nothing but that row: its logits, its tokens, its seed.
+
+    Without temperature and penalty logits stay as they are. The penalty is that of transformers (arXiv 1909.05858), but
+    for the padding: a row's captions must not depend on how long the others' prompts are.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        uniforms: Tensor | None,
+        temperature: float,
+        repetition_penalty: float,
+    ) -> None:
+        """Take the prompts [B, L], left-padded, and for a `temperature` uniforms [B, N], one per token to come."""
+        self._prompts, self._is_prompt = input_ids, attention_mask.bool()
+        self._uniforms, self._temperature, self._penalty = uniforms, temperature, repetition_penalty
+        self._seen: Tensor | None = None  # bool [B, V]
+        self._num_chosen = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits [B, V] from which `generate` takes the largest.
+
+        Raises:
+            UserError: those of the prompts are not finite.
+        """
+        if self._num_chosen == 0 and not torch.isfinite(scores.amax(-1)).all():
+            raise UserError("captioning.dtype: the model's logits are not finite; bfloat16 and float32 reach further")
+        if self._penalty != 1.0:
+            scores = self._penalise(input_ids, scores)
+        if self._uniforms is not None:
+            # The inverse of the cumulative distribution, in float64 so that rare words keep their share.
+            cumulative = torch.softmax(scores.double() / self._temperature, -1).cumsum(-1)
+            aims = self._uniforms[:, self._num_chosen, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, aims, right=True).clamp(max=scores.shape[-1] - 1)  # [B, 1]
+            scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+        self._num_chosen += 1
+        return scores
+
+    def _penalise(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._seen is None:
+            self._seen = torch.zeros_like(scores, dtype=torch.bool)
+            # Tokens of images may lie outside the vocabulary of words.
+            rows, columns = torch.nonzero(self._is_prompt & (self._prompts < scores.shape[-1]), as_tuple=True)
+            self._seen[rows, self._prompts[rows, columns]] = True
+        else:
+            self._seen.scatter_(1, input_ids[:, -1:], True)
+        penalised = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        return torch.where(self._seen, penalised, scores)
+
+
+def draw_uniforms(seed: int, num: int) -> Tensor:
+    """Return `num` numbers from [0, 1) in float64 that depend on the seed alone."""
+    return torch.rand(num, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
