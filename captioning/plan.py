@@ -10,6 +10,8 @@ from captioning.prompts import template_for
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
 
+# Captions at a time where `captioning.batch_size` is 0.
+OPEN_BATCH = {"transformers": "as many as fit", "generate": "32 or as many as fit"}
 # A row with a caption of about 100 words, compressed.
 BYTES_PER_ROW = 450
 
@@ -37,7 +39,9 @@ def print_plan(job: CaptioningJob) -> None:
     place = f", at {config.server.base_url}" if config.engine == "openai" else ""
     console.print(f"model    {config.model} ({job.model.identity}){place}", soft_wrap=True)
     console.print(f"engine   {config.engine}, {_describe_engine(job)}", markup=False, soft_wrap=True)
-    at_a_time = config.server.num_requests if config.engine == "openai" else config.batch_size or "as many as fit"
+    at_a_time = (
+        config.server.num_requests if config.engine == "openai" else config.batch_size or OPEN_BATCH[config.engine]
+    )
     console.print(f"decoding {decoding}, at most {config.max_new_tokens} tokens, {at_a_time} captions at a time")
     console.print(f"prompts  sha256 {config.prompts_sha256}")
 
