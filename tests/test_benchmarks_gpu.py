@@ -107,7 +107,7 @@ def test_a_missing_figure_leaves_its_bar_open():
 def test_every_part_runs_small_on_a_cpu(tmp_path):
     program = (
         "import sys; from pathlib import Path; from benchmarks.gpu import report, __main__ as command; "
-        f"report.RESULTS = Path({str(tmp_path)!r}); sys.exit(command.main(['--tiny']))"
+        f"report.RESULTS = Path({str(tmp_path)!r}); sys.exit(command.main(['--tiny', '--seconds', '240']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

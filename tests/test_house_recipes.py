@@ -13,12 +13,14 @@ from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.shards import expand_braces, select_shards
 from pipelines.recipe import DataConfig, ModelConfig, load_recipe
+from pixart.model import PixArtConfig
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import stage_names, stage_training
 from training.data.features import read_feature_table
 from training.launch.preflight import rank_bytes, require_even_batches
+from training.stages.networks import blank_network
 from training.stages.weights import WeightCounts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -153,3 +155,15 @@ def test_the_page_types_every_stage_with_its_share() -> None:
     assert set(typed) >= {(room, stage) for room in ("features", "train") for stage in STAGES}
     shares = {_name(stage, phase): pair for room, stage, phase, pair in TYPED if room == "train" and pair}
     assert shares == {key: f"training.gradient_accumulation_steps={cells[4]}" for key, cells in SHARES.items()}
+
+
+def test_the_recipe_with_heads_of_64_is_the_papers_in_other_heads() -> None:
+    paper, other = load_recipe(PAPER), load_recipe(REPOSITORY / "recipes/pixart-alpha-heads64.toml")
+    heads = {"num_heads": 18, "head_dim": 64}
+    assert other.tables == paper.tables | {"model": paper.tables["model"] | heads}
+    shapes = [
+        PixArtConfig(num_heads=model["num_heads"], head_dim=model["head_dim"], num_layers=model["num_layers"])
+        for model in (paper.tables["model"], other.tables["model"])
+    ]
+    weights = [{name: weight.shape for name, weight in blank_network(shape).named_parameters()} for shape in shapes]
+    assert weights[0] == weights[1]

@@ -80,16 +80,7 @@ PARTS: tuple[Part, ...] = (
         module="benchmarks.gpu.training",
         bars=(Bar(key="train_1024_ratio_compiled", at_least=1.2), Bar(key="train_1024_mfu", at_least=0.44)),
     ),
-    Part(name="fp8_256", module="benchmarks.gpu.products", bars=(Bar(key="fp8_256_ratio", at_least=1.1),)),
-    Part(
-        name="muon_256",
-        module="benchmarks.gpu.muon",
-        bars=(
-            Bar(key="muon_256_share_of_step", at_most=0.18),
-            Bar(key="muon_256_share_of_step_over_eight", at_most=0.03),
-        ),
-    ),
-    Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
+    Part(name="loop_256", module="benchmarks.gpu.loop", bars=(Bar(key="loop_256_ratio", at_least=0.97),)),
     *(
         Part(
             name=name,
@@ -121,4 +112,14 @@ PARTS: tuple[Part, ...] = (
         ),
     ),
     Part(name="latents", module="benchmarks.gpu.latents", bars=(Bar(key="latents_ratio", at_least=1.15),)),
+    Part(name="fp8_256", module="benchmarks.gpu.products", bars=(Bar(key="fp8_256_ratio", at_least=1.1),)),
+    Part(
+        name="muon_256",
+        module="benchmarks.gpu.muon",
+        bars=(
+            Bar(key="muon_256_share_of_step", at_most=0.18),
+            Bar(key="muon_256_share_of_step_over_eight", at_most=0.03),
+        ),
+    ),
+    Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
 )

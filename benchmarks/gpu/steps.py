@@ -117,11 +117,8 @@ def packed_batch(case: Case) -> PackedBatch:
 
 def our_step(case: Case, *, device: str, prepare: Callable[[nn.Module], None] = compile_blocks) -> Step:
     """Return a step of our network, which `prepare` changes as training does."""
-    network = random_network(case, device=device).to(torch.bfloat16)
-    prepare(network)
-    optimizer = fused_adamw(network)
-    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.bfloat16)
-    objective = Denoise(process=DDPM(device=device), inputs=inputs)
+    network = our_network(case, device=device, prepare=prepare)
+    optimizer, objective = fused_adamw(network), our_objective(device=device)
     batch = packed_batch(case).to(torch.device(device))
 
     def step() -> Tensor:
@@ -130,6 +127,19 @@ def our_step(case: Case, *, device: str, prepare: Callable[[nn.Module], None] = 
         return loss.detach()
 
     return step
+
+
+def our_network(case: Case, *, device: str, prepare: Callable[[nn.Module], None] = compile_blocks) -> PixArt:
+    """Return our network in bf16, which `prepare` changes as training does."""
+    network = random_network(case, device=device).to(torch.bfloat16)
+    prepare(network)
+    return network
+
+
+def our_objective(*, device: str) -> Denoise:
+    """Return what training minimises, in bf16."""
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.bfloat16)
+    return Denoise(process=DDPM(device=device), inputs=inputs)
 
 
 def diffusers_step(case: Case, *, device: str, is_compiled: bool) -> Step:
