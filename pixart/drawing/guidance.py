@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 from pixart.dit import DiT
 from pixart.drawing.passes import Pass
-from pixart.model import PixArt
+from pixart.model import PackedText, PixArt
 from pixart.reuse import BlockReuse
 
 # What a network takes behind latents and times: nested tuples and lists of tensors, their rows first.
@@ -80,27 +80,31 @@ def network_of_texts(
 ) -> GuidedNetwork:
     """Condition on text embeddings [num_tokens, d_text], guided away from `null_text`.
 
-    `size_pixels` (height, width) goes to models that are conditioned on it. Texts are padded to the longest of them and
-    to `min_tokens`.
+    `size_pixels` (height, width) goes to models that are conditioned on it. With `min_tokens` all shapes are those of
+    texts that have as many, so that what is compiled or captured for some texts serves others.
     """
     weight = model.final.weight
 
     def conditions(is_guided: bool) -> Conditions:
         rows = [null_text] * len(texts) + list(texts) if is_guided else list(texts)
-        lengths = torch.tensor([len(row) for row in rows])
-        text = pad_sequence([row.to(weight.dtype) for row in rows], batch_first=True)  # [B or 2B, L, d_text]
-        if (num_missing := min_tokens - text.shape[1]) > 0:
-            text = torch.nn.functional.pad(text, (0, 0, 0, num_missing))
-        mask = torch.arange(text.shape[1]) < lengths[:, None]  # [B or 2B, L]
-        text, mask = text.to(weight.device), mask.to(weight.device)
-        read = model.read_text(text, mask)
+        read = model.read_text(_packed([row.to(weight.dtype) for row in rows], min_tokens, device=weight.device))
         if not model.config.has_size_condition:
-            return read, mask
+            return (read,)
         height, width = size_pixels
         size = torch.tensor([[height, width, height / width]], device=weight.device).repeat(len(rows), 1)
-        return read, mask, size
+        return read, None, size
 
     return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(texts))
+
+
+def _packed(texts: Sequence[Tensor], min_tokens: int, *, device: torch.device) -> PackedText:
+    """Pack texts [num_tokens, d_text]; the indices are made where the host knows the lengths."""
+    lengths = torch.tensor([len(text) for text in texts])
+    max_length, values = max(min_tokens, int(lengths.max())), torch.cat(list(texts))
+    if min_tokens:
+        values = pad(values, (0, 0, 0, len(texts) * max_length - len(values)))
+    offsets = pad(lengths.cumsum(0), (1, 0)).int()
+    return PackedText(values.to(device), offsets.to(device), max_length)
 
 
 def network_of_labels(
