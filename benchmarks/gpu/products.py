@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.gpu.parts import Figures, Size
 from benchmarks.gpu.steps import measure_step, our_step
 from benchmarks.gpu.training import TINY, XL_256
-from training.loop.compilation import compile_blocks
+from pixart.compilation import compile_blocks
 from training.loop.products import IMAGE_LAYERS, use_fp8
 
 # The larger the matrices, the more of a product's time is saved for what scaling them costs.
