@@ -8,7 +8,7 @@ from typing import Any
 from encoders.weights import require_model
 from errors import UserError
 from features.families import wanted_families
-from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob, read_inputs
+from features.jobs import FeatureInputs, FeatureJob, read_inputs
 from features.overflow import warn_of_overflow
 from features.plan import print_plan, require_space
 from features.speed import remember_speed
@@ -59,8 +59,7 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
             engine=inputs.engine,
             max_reject_fraction=inputs.features.max_reject_fraction,
             room=f"features {job.family.name}",
-            # With GPUs the work is theirs, and they share it.
-            few_samples=0 if inputs.engine.gpus_per_worker else FEW_SAMPLES,
+            few_samples=inputs.few_samples,
             memory_settings=job.memory_settings,
             upstream=job.upstream,
             extra={} if is_done else job.family.manifest_extra(job, inputs),

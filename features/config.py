@@ -105,7 +105,11 @@ class FeaturesConfig(TableConfig):
     device: Literal["auto", "cpu", "cuda"] = pydantic.Field(
         default="auto", description="Where the encoders run; auto = the GPU where torch sees one"
     )
-    decode_threads: int = pydantic.Field(default=2, ge=1, description="Threads per worker that decode images ahead")
+    decode_threads: int | None = pydantic.Field(
+        default=None,
+        ge=1,
+        description="Threads per worker that decode images ahead; null = CPU cores per worker, at most 16",
+    )
     max_reject_fraction: float = pydantic.Field(
         default=0.05, ge=0.0, le=1.0, description="Largest part of the samples that may be rejected, per directory"
     )

@@ -50,6 +50,11 @@ class FeatureInputs:
         """Threads torch may use in a worker."""
         return max(1, int(self.engine.cpus_per_worker))
 
+    @property
+    def few_samples(self) -> int:
+        """So many are done in the command's process; none with GPUs, as the work is theirs and they share it."""
+        return 0 if self.engine.gpus_per_worker else FEW_SAMPLES
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureJob:

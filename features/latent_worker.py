@@ -5,6 +5,7 @@ While a GPU encodes a batch, the next one is decoded, and the latents of the one
 
 # B batch, C latent channels, H W pixels, h w latent height and width
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from pipelines.store.families import latent_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
 
+MAX_DECODE_THREADS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentWorkerConfig:
@@ -36,6 +39,7 @@ class LatentWorkerConfig:
 
     Attributes:
         family: that it makes; `leads` as `FamilySchema` has it, and `settings` as the family does.
+        decode_threads: None is as many as `choose_decode_threads` finds, with `num_workers_here` on the machine.
         run: where the headers of the raw shards are remembered.
     """
 
@@ -49,7 +53,8 @@ class LatentWorkerConfig:
     is_long_run: bool
     device: str
     num_threads: int
-    decode_threads: int
+    decode_threads: int | None
+    num_workers_here: int | None
     resolution: int
     is_bucketed: bool
     patch_size: int
@@ -77,6 +82,16 @@ class _Picture:
 _Encoded = list[tuple[_Picture, tuple[np.ndarray, ...]]]
 
 
+def choose_decode_threads(num_workers: int | None) -> int:
+    """Return how many threads decode images of a worker: its share of this machine's cores, of which 16 are enough.
+
+    With two threads an H100 waits for images of 256px for most of the time. Without a number of workers, as on a
+    cluster, whose machines have several GPUs and many cores, it is all cores up to that number.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_DECODE_THREADS, num_cores // (num_workers or 1)))
+
+
 class LatentWorker:
     """Encodes the images of a shard; one tar member per image kept, one index row per sample."""
 
@@ -94,7 +109,8 @@ class LatentWorker:
         )
         self._family = latent_schema(has_std=self._codec.spec.has_std, name=config.family, leads=config.leads)
         self._batches = Batches(config.batch_size)
-        self._threads = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        num_threads = config.decode_threads or choose_decode_threads(config.num_workers_here)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._wait_seconds = 0.0
 
     def depict(self, image: np.ndarray) -> np.ndarray:

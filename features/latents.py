@@ -25,6 +25,8 @@ from features.jobs import (
     member_bytes,
 )
 from features.latent_worker import LatentWorker, LatentWorkerConfig
+from features.speed import count_workers
+from pipelines.engine.cluster import is_cluster
 from pipelines.engine.progress import get_logger
 from pipelines.recipe import ModelConfig
 from pipelines.store.families import FamilySchema, image_directory, latent_schema
@@ -78,7 +80,7 @@ def image_job(
     if features.buckets and inputs.patch_size != DEFAULT_PATCH_SIZE:
         fields["model.patch_size"] = inputs.patch_size
     defaults["model.patch_size"] = DEFAULT_PATCH_SIZE
-    return FeatureJob(
+    job = FeatureJob(
         family=family,
         worker_class=worker_class,
         worker_config=LatentWorkerConfig(
@@ -94,6 +96,7 @@ def image_job(
             device=features.device,
             num_threads=inputs.num_threads,
             decode_threads=features.decode_threads,
+            num_workers_here=None,
             resolution=features.resolution,
             is_bucketed=features.buckets,
             patch_size=inputs.patch_size,
@@ -115,9 +118,20 @@ def image_job(
         memory_settings={
             "features.vae_batch_size": features.vae_batch_size,
             f"features.{inputs.stage_name}.resolution": features.resolution,
+            "features.decode_threads": features.decode_threads or "null (CPU cores per worker, at most 16)",
             "data.max_pixels": inputs.data.max_pixels,
         },
     )
+    return _with_neighbours(job, inputs)
+
+
+def _with_neighbours(job: FeatureJob, inputs: FeatureInputs) -> FeatureJob:
+    """Return the job with workers that know how many they are on this machine; those of a cluster cannot know."""
+    # Counting GPUs takes torch: who has nothing to do needs none.
+    if is_cluster() or not job.pending():
+        return job
+    num_workers = count_workers(inputs, count_samples(inputs.raw))
+    return replace(job, worker_config=replace(job.worker_config, num_workers_here=num_workers))
 
 
 def plan_images(job: FeatureJob, inputs: FeatureInputs) -> FamilyPlan:

@@ -9,10 +9,9 @@ from typing import Any
 
 from encoders.weights import is_model_here
 from errors import UserError
-from features.jobs import FEW_SAMPLES, FeatureInputs, FeatureJob
+from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.pieces import Piece
 from pipelines.engine.progress import get_logger
-from pipelines.engine.run import EngineConfig
 from pipelines.store.summary import read_summary, update_summary
 
 SUMMARY_KEY = "features.speed"
@@ -42,7 +41,7 @@ class Speed:
 def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
     """Return how fast a job with pending samples will be, or what is missing to know it."""
     num_pending = sum(source.num_samples for source in job.pending())
-    num_workers = count_workers(inputs.engine, num_pending)
+    num_workers = count_workers(inputs, num_pending)
     rate = _recall_speed(job, inputs)
     if rate is not None:
         return Speed(samples_per_second=rate, num_workers=num_workers, basis="as in the last run")
@@ -74,14 +73,15 @@ def remember_speed(job: FeatureJob, inputs: FeatureInputs, *, num_samples: int, 
         return
     content = {
         "fingerprint": job.fingerprint.digest,
-        "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs.engine, num_samples), 4),
+        "samples_per_second_of_a_worker": round(num_samples / seconds / count_workers(inputs, num_samples), 4),
     }
     update_summary(inputs.run, f"{SUMMARY_KEY}.{job.output.path.name}", content)
 
 
-def count_workers(engine: EngineConfig, num_samples: int) -> int:
+def count_workers(inputs: FeatureInputs, num_samples: int) -> int:
     """Return how many workers this machine will run for so much; a cluster of `RAY_ADDRESS` may have more."""
-    if engine.is_in_process(num_samples, FEW_SAMPLES):
+    engine = inputs.engine
+    if engine.is_in_process(num_samples, inputs.few_samples):
         return 1
     if engine.num_workers:
         return engine.num_workers

@@ -59,12 +59,12 @@ def test_captioning(tmp_path, monkeypatch):
 
 def test_features_halve_the_batch_and_then_name_the_image(tmp_path, monkeypatch, caplog):
     run = write_run(tmp_path, num_shards=1, samples_per_shard=6)
-    monkeypatch.setattr("encoders.kl.KLCodec.encode", allocate)
+    monkeypatch.setattr("encoders.kl.KLCodec.start", allocate)
     # All images are cut to one size: it is a batch of three, then one alone.
     said_by(lambda: extract(run), "latent-32: laion_00000, samples 0 to", "lower features.stage2.resolution = 32")
     assert "out of memory: going on with batches of 1" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr("encoders.text._embed_batch", allocate)
+    monkeypatch.setattr("encoders.text.HiddenStatesEncoder._start", allocate)
     # The empty caption comes first, alone.
     said_by(lambda: extract(run, "features.max_tokens=39"), "text: laion_00000", "lower features.max_tokens = 39")
 

@@ -7,7 +7,6 @@ the worker itself: it writes the features, too.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import tempfile
 import time
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu.parts import Figures, Size
-from features.latent_worker import LatentWorker, LatentWorkerConfig
+from features.latent_worker import LatentWorker, LatentWorkerConfig, choose_decode_threads
 from pipelines.engine.pieces import Piece
 from pipelines.raw.images import decode_image, resize_and_crop
 from pipelines.raw.shards import describe_shards
@@ -116,7 +115,8 @@ def _config(folder: Path, pixels: int, *, batch_size: int, device: str) -> Laten
         is_long_run=True,
         device=device,
         num_threads=1,
-        decode_threads=_num_threads(),
+        decode_threads=None,
+        num_workers_here=1,
         resolution=pixels,
         is_bucketed=False,
         patch_size=2,
@@ -144,7 +144,7 @@ def _run_worker(worker: LatentWorker, tar: Path, folder: Path, *, num_images: in
 def _run_loop(model: Any, tar: Path, pixels: int, *, batch_size: int, is_warm: bool) -> float:
     """Seconds of a plain loop: tensors made in threads ahead, stacked, encoded, and fetched batch by batch."""
     start_seconds = time.perf_counter()
-    with ThreadPoolExecutor(_num_threads()) as threads, tarfile.open(tar) as file:
+    with ThreadPoolExecutor(choose_decode_threads(1)) as threads, tarfile.open(tar) as file:
         batch: list[Tensor] = []
         found: list[Tensor] = []
         contents = _contents(file, limit=None if is_warm else 2 * batch_size)
@@ -176,7 +176,3 @@ def _encode(model: Any, batch: list[Tensor]) -> list[Tensor]:
     with torch.inference_mode():
         distribution = model.encode(images).latent_dist
     return list(torch.stack([distribution.mean, distribution.std], dim=1).half().cpu())
-
-
-def _num_threads() -> int:
-    return min(16, len(os.sched_getaffinity(0)))
