@@ -173,13 +173,18 @@ check: $(READY)  ## Lint, formatting, types
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyright
 
-BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
+# All but that of the cache, which reads a finished demo.
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
 
 .PHONY: bench $(BENCHMARKS)
-bench: $(BENCHMARKS)  ## Run every benchmark (make bench-stats runs one)
+bench: $(BENCHMARKS)  ## Run every benchmark that needs no demo (make bench-stats runs one)
 
 $(BENCHMARKS): bench-%: $(READY)
 	@$(PY) -m benchmarks.$*
+
+.PHONY: bench-cache
+bench-cache: $(READY)  ## Fewer block evaluations an image against points of the judge, of a finished demo (RUN=runs/demo)
+	@$(PY) -m benchmarks.cache $(if $(call given,RUN),--run "$$RUN")
 
 .PHONY: bench-gpu
 bench-gpu: $(READY)  ## One CUDA device against what others do on it (PARTS=loop_256,caption_7b; TINY=1 on a CPU)
