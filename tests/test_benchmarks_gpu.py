@@ -104,6 +104,8 @@ def test_a_missing_figure_leaves_its_bar_open():
     assert Bar(key="x", at_least=1).verdict({}) == Bar(key="x", at_least=1).verdict({"x": None}) == "open"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_part_runs_small_on_a_cpu(tmp_path):
     program = (
         "import sys; from pathlib import Path; from benchmarks.gpu import report, __main__ as command; "
