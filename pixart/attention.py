@@ -15,7 +15,6 @@ KERNEL_CAPABILITY = (9, 0)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_CHANNELS_MULTIPLE = 8
 KERNEL_MAX_HEAD_DIM = 128
-KERNEL_MAX_KEYS = 512  # with more torch's kernels are faster
 
 
 class Packing(NamedTuple):
@@ -37,7 +36,7 @@ class Packing(NamedTuple):
 
 def pack(offsets: Tensor, *, num_tokens: int, max_length: int, has_equal_lengths: bool, query: Tensor) -> Packing:
     """Return the packing of texts for attention of queries like `query` [..., E]."""
-    if _has_kernel(query, num_keys=max_length):
+    if _has_kernel(query):
         return Packing(offsets, max_length, places=None, bias=None)
     num_texts = len(offsets) - 1
     tokens = torch.arange(num_tokens, device=offsets.device)
@@ -63,9 +62,6 @@ def lay_out(rows: Tensor, packing: Packing) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend among the tokens of an image: query, key and value [B, N, H, E] to [B, N, H, E]."""
-    num_keys = key.shape[1]
-    if _has_kernel(query, num_keys=num_keys):
-        return torch.ops.pixart.attention(query, key.flatten(0, 1), value.flatten(0, 1), None, num_keys)[0]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -73,16 +69,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def attend_to_text(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """Attend from image tokens [B, N, H, E] to the texts whose keys and values `lay_out` gave; to [B, N, H, E]."""
     if packing.places is None:
-        return torch.ops.pixart.attention(query, key, value, packing.offsets, packing.max_length)[0]
+        return torch.ops.pixart.text_attention(query, key, value, packing.offsets, packing.max_length)[0]
     return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=packing.bias).transpose(1, 2)
 
 
-def _has_kernel(query: Tensor, *, num_keys: int) -> bool:
+def _has_kernel(query: Tensor) -> bool:
     head_dim = query.shape[-1]
     return (
         query.device.type == "cuda"
         and query.dtype in KERNEL_DTYPES
-        and num_keys <= KERNEL_MAX_KEYS
         and head_dim % KERNEL_CHANNELS_MULTIPLE == 0
         and head_dim <= KERNEL_MAX_HEAD_DIM
         and _runs_kernels(query.device.index or 0)
@@ -94,43 +89,43 @@ def _runs_kernels(device_index: int) -> bool:
     return HAS_TRITON and torch.cuda.get_device_capability(device_index) >= KERNEL_CAPABILITY
 
 
-@torch.library.custom_op("pixart::attention", mutates_args=())
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None, max_length: int
+@torch.library.custom_op("pixart::text_attention", mutates_args=())
+def text_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Attend to packed keys, as `pixart.attention_kernels.attention_forward` says; an operator of torch."""
-    from pixart.attention_kernels import attention_forward
+    """Attend to packed keys, as `pixart.attention_kernels.text_attention_forward` says; an operator of torch."""
+    from pixart.attention_kernels import text_attention_forward
 
-    return attention_forward(query, key, value, offsets)
+    return text_attention_forward(query, key, value, offsets)
 
 
-@attention.register_fake
-def _shapes(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor | None, max_length: int
-) -> tuple[Tensor, Tensor]:
+@text_attention.register_fake
+def _shapes(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     num_images, num_queries, num_heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return out, query.new_empty(num_images, num_heads, num_queries, dtype=torch.float32)
 
 
-@torch.library.custom_op("pixart::attention_backward", mutates_args=())
-def attention_backward(
+@torch.library.custom_op("pixart::text_attention_backward", mutates_args=())
+def text_attention_backward(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     sums: Tensor,
-    offsets: Tensor | None,
+    offsets: Tensor,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of queries, keys and values, as `pixart.attention_kernels.attention_backward` says."""
+    """Give the gradients of queries, keys and values, as `pixart.attention_kernels.text_attention_backward` says."""
     from pixart import attention_kernels
 
-    return attention_kernels.attention_backward(gradient, query, key, value, out, sums, offsets, max_length=max_length)
+    return attention_kernels.text_attention_backward(
+        gradient, query, key, value, out, sums, offsets, max_length=max_length
+    )
 
 
-@attention_backward.register_fake
+@text_attention_backward.register_fake
 def _gradient_shapes(
     gradient: Tensor,
     query: Tensor,
@@ -138,7 +133,7 @@ def _gradient_shapes(
     value: Tensor,
     out: Tensor,
     sums: Tensor,
-    offsets: Tensor | None,
+    offsets: Tensor,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (query.shape, key.shape, value.shape)
@@ -153,10 +148,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out, sums, offsets = ctx.saved_tensors
-    gradients = torch.ops.pixart.attention_backward(
+    gradients = torch.ops.pixart.text_attention_backward(
         gradient.contiguous(), query, key, value, out, sums, offsets, ctx.max_length
     )
     return *gradients, None, None
 
 
-attention.register_autograd(_backward, setup_context=_keep)
+text_attention.register_autograd(_backward, setup_context=_keep)

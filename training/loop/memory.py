@@ -23,7 +23,7 @@ PRODUCTS = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.pixart.attention.default,
+    torch.ops.pixart.text_attention.default,
 ]
 
 
