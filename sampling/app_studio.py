@@ -74,7 +74,8 @@ class Studio:
         # What is typed into a page is in no file of embeddings.
         self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config
         self.folder = run / "samples" / name
-        self._run, self._name, self._engine = run, name, engine
+        # Images are drawn here, on this machine's device, wherever workers would be.
+        self._run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
         self._renderer: Renderer | None = None
         self._texts: dict[str, Tensor] = {}
         self._lock = threading.Lock()
@@ -131,10 +132,10 @@ class Studio:
             self._is_stopped.clear()
             step(0)
             texts = self._embeddings(config, [config.negative_prompt, request.prompt], check=lambda: check_inputs(job))
-            renderer = self._load(config)
+            renderer = self._load(job.config)
             (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_image(self.folder, image, request, fingerprint=job.fingerprint)
+        write_image(self.folder, image, request, fingerprint=job.fingerprint, computed_in=renderer.computed_in)
         return path
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """`[sampling]`: which prompts become images, with which solver, guidance and size (paper A.5)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -11,6 +11,9 @@ from errors import UserError
 from pipelines.recipe import Decides, Recipe, TableConfig
 from pixart.drawing.passes import Pass, plan_passes
 
+# What `auto` of a dtype is on either kind of machine. Fingerprints of images of a CPU leave it out, or have "auto".
+ON_A_CPU = {"dtype": "float32", "vae_dtype": "float32"}
+ON_A_GPU = {"dtype": "bfloat16", "vae_dtype": "tested"}
 SIZE = re.compile(r"\d+x\d+", re.ASCII)
 
 
@@ -72,12 +75,14 @@ class SamplingConfig(TableConfig):
         default="auto", description="Where the models run; auto = the GPU where torch sees one"
     )
     dtype: Decides[Literal["auto", "float32", "bfloat16"]] = pydantic.Field(
-        default="auto", description="Compute dtype of the transformer; auto = bfloat16 on a GPU, float32 on a CPU"
-    )
-    vae_dtype: Decides[Literal["auto", "float32", "bfloat16"]] = pydantic.Field(
         default="auto",
-        description="Compute dtype of the VAE; auto = float32 on a CPU, bfloat16 on a GPU if a test picture of these "
-        "weights comes out as in float32",
+        description="Compute dtype of the transformer; auto = bfloat16 on a GPU, float32 on a CPU, "
+        "and of images that were begun what they were begun in",
+    )
+    vae_dtype: Decides[Literal["auto", "tested", "float32", "bfloat16"]] = pydantic.Field(
+        default="auto",
+        description="Compute dtype of the VAE; tested = bfloat16 if a test picture of these weights comes out as in "
+        "float32, else float32; auto = tested on a GPU, float32 on a CPU",
     )
     compile: bool | Literal["auto"] = pydantic.Field(
         default="auto",
@@ -164,6 +169,11 @@ class SamplingConfig(TableConfig):
     def reads_features(self) -> bool:
         """Whether embeddings come from a run's text features, where they are found by the sample's key."""
         return self.text_encoder == "precomputed" and not self.text_embeddings.endswith(".safetensors")
+
+
+def without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the whole settings of an image with a CPU's dtypes for `auto`."""
+    return {name: ON_A_CPU.get(name, value) if value == "auto" else value for name, value in settings.items()}
 
 
 class EncoderConfig(pydantic.BaseModel):

@@ -20,9 +20,10 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
 from pixart.processes.specs import num_passes, require_solver
-from sampling.config import SamplingConfig
+from sampling.config import ON_A_CPU, SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
 from sampling.images import MEND, is_own, is_whole, is_written
+from sampling.precision import settle
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
 from sampling.trained_model import TrainedModel
@@ -30,8 +31,6 @@ from sampling.trained_model import TrainedModel
 log = get_logger("sampling")
 
 SAMPLING_VERSION = 2  # raise it when the same settings give other images
-# What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
-WRITTEN_OUT = ("solver", "num_steps", "guidance_scale", "negative_prompt", "dtype", "text_dtype")
 REPORT_NAME = "samples"
 GRID_NAME = "grid.png"
 MAX_LOST_SHOWN = 3
@@ -40,7 +39,10 @@ MAX_LOST_CHARACTERS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingJob:
-    """Everything that is to lie in one folder of samples, whether drawn already or not."""
+    """Everything that is to lie in one folder of samples, whether drawn already or not.
+
+    No `auto` of a dtype is left in `config`; `note` says where it is not what this machine would have.
+    """
 
     config: SamplingConfig
     trained: TrainedModel
@@ -48,6 +50,7 @@ class SamplingJob:
     fingerprint: Fingerprint
     directory: ShardDirectory
     engine: EngineConfig
+    note: str | None = None
 
     @property
     def identity(self) -> str:
@@ -65,7 +68,8 @@ class SamplingJob:
 
     def changed_settings(self) -> list[str]:
         """Return `field: old -> new` of each setting by which what has been drawn differs from this job."""
-        changes = self.directory.changes(self.fingerprint, defaults=self.config.fingerprint_defaults())
+        defaults = {**self.config.fingerprint_defaults(), **ON_A_CPU}
+        changes = self.directory.changes(self.fingerprint, defaults=defaults)
         settings = tuple(f"{name}: " for name in self.config.noted_fields(DECIDES))
         return [change for change in changes if change.startswith(settings)]
 
@@ -89,16 +93,16 @@ def make_job(
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     directory = ShardDirectory(run / "samples" / name)
-    defaults = config.fingerprint_defaults()
+    requests = make_requests(prompts, config, trained)
+    settled = settle(config, _inputs(config, trained), directory=directory, requests=requests, engine=engine)
     return SamplingJob(
-        config=config,
+        config=settled.config,
         trained=trained,
-        requests=make_requests(prompts, config, trained),
-        fingerprint=directory.known_as(
-            _fingerprint(config, trained), defaults={name: defaults[name] for name in WRITTEN_OUT}
-        ),
+        requests=requests,
+        fingerprint=settled.fingerprint,
         directory=directory,
         engine=engine,
+        note=settled.note,
     )
 
 
@@ -139,6 +143,8 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
     start_seconds = time.monotonic()
     pending = job.pending()
     log.info(f"{job.trained.name}: {len(pending):,} of {len(job.requests):,} images to draw into {folder}")
+    if job.note is not None:
+        log.info(job.note)
     for change in job.changed_settings():
         log.info(f"{folder} was drawn with another setting: {change}")
     _require_own(folder, pending)
@@ -236,20 +242,17 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
-def _fingerprint(config: SamplingConfig, trained: TrainedModel) -> Fingerprint:
-    fields = config.fingerprint_fields()
-    if trained.text is not None:
-        fields["text"] = _text_identity(config, trained, trained.text)
+def _inputs(config: SamplingConfig, trained: TrainedModel) -> dict[str, Any]:
+    """Return what decides images beside the settings."""
+    text = {} if trained.text is None else {"text": _text_identity(config, trained, trained.text)}
     vae = _resolve(trained, "VAE", trained.vae)
-    return Fingerprint.of(
-        {
-            "version": SAMPLING_VERSION,
-            "checkpoint": trained.identity,
-            **_process_identity(trained.process),
-            "vae": {**trained.vae, "model": vae.identity},
-            **fields,
-        }
-    )
+    return {
+        "version": SAMPLING_VERSION,
+        "checkpoint": trained.identity,
+        **_process_identity(trained.process),
+        "vae": {**trained.vae, "model": vae.identity},
+        **text,
+    }
 
 
 def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,7 +319,13 @@ def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> Non
         few_samples=len(by_size) if num_pending <= job.config.max_images_in_process else 0,
         memory_settings=memory_settings(job),
         upstream={"checkpoint": job.trained.identity},
-        extra={"checkpoint": job.trained.name, "resolution": job.trained.resolution, "prompts_cut": len(lost)},
+        extra={
+            "checkpoint": job.trained.name,
+            "resolution": job.trained.resolution,
+            "prompts_cut": len(lost),
+            "dtype": job.config.dtype,
+            "vae_dtype": job.config.vae_dtype,
+        },
     )
 
 

@@ -10,21 +10,31 @@ from PIL import Image, PngImagePlugin
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.png_files import DAMAGE, SIGNATURE, missing_of_png
-from sampling.config import SamplingConfig
+from sampling.config import SamplingConfig, without_auto
 from sampling.requests import ImageRequest
 
 # What to do about an image that cannot be read; a cut one is drawn anew without being asked.
 MEND = "delete it, and the command that drew it draws it anew"
 
 
-def write_image(folder: Path, image: Image.Image, request: ImageRequest, *, fingerprint: Fingerprint) -> None:
-    """Write the image atomically; its settings are the fingerprint's fields and those at their default."""
+def write_image(
+    folder: Path,
+    image: Image.Image,
+    request: ImageRequest,
+    *,
+    fingerprint: Fingerprint,
+    computed_in: Mapping[str, str],
+) -> None:
+    """Write the image atomically; its settings are the fingerprint's fields and those at their default.
+
+    `computed_in` are the dtypes of transformer and VAE: of one that was tested what came of it.
+    """
     chunks = PngImagePlugin.PngInfo()
     for name, value in _identity(request, fingerprint).items():
         chunks.add_itxt(name, value)
     chunks.add_itxt("fingerprint", fingerprint.digest)
-    settings = {**SamplingConfig.fingerprint_defaults(), **fingerprint.fields}
-    chunks.add_itxt("settings", json.dumps(settings, sort_keys=True, ensure_ascii=False))
+    chunks.add_itxt("settings", json.dumps(_in_full(fingerprint.fields), sort_keys=True, ensure_ascii=False))
+    chunks.add_itxt("computed_in", json.dumps(computed_in, sort_keys=True))
     with atomic_file(folder / request.file) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
@@ -46,10 +56,7 @@ def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint)
             settings = json.loads(image.info.get("settings", "{}"))
     except DAMAGE:
         return False
-    if not isinstance(settings, dict):
-        return False
-    defaults = SamplingConfig.fingerprint_defaults()
-    return {**defaults, **settings} == {**defaults, **fingerprint.fields}
+    return isinstance(settings, dict) and _in_full(settings) == _in_full(fingerprint.fields)
 
 
 def is_own(path: Path) -> bool:
@@ -65,6 +72,10 @@ def is_own(path: Path) -> bool:
 def is_whole(path: Path) -> bool:
     """Whether a file is there and a PNG to its end: text chunks stand before the pixels, so a cut one has them all."""
     return path.is_file() and missing_of_png(path) is None
+
+
+def _in_full(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return without_auto({**SamplingConfig.fingerprint_defaults(), **fields})
 
 
 def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, Any]:

@@ -94,6 +94,9 @@ class Renderer:
 
     Passes of batches of `compiled_shapes` are compiled, and on a GPU captured in CUDA graphs.
 
+    Attributes:
+        computed_in: the dtypes of transformer and VAE.
+
     Raises:
         UserError: the VAE's scaling is not the one that the transformer was trained with.
     """
@@ -105,27 +108,29 @@ class Renderer:
         self.trained = trained
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
         self.device = choose_device(config.device, key="sampling.device")
-        self.model = trained.load().to(self.device, choose_dtype(config.dtype, self.device))
-        self.codec = self._open_codec()
+        dtype = choose_dtype(config.dtype, self.device)
+        self.model = trained.load().to(self.device, dtype)
+        self.codec, vae_dtype = self._open_codec()
+        self.computed_in = {"dtype": str(dtype).removeprefix("torch."), "vae_dtype": vae_dtype}
         self.compiled_shapes = frozenset(compiled_shapes)
         if self.compiled_shapes:
             compile_blocks(self.model)
         self._graphs, self._has_warned = PassGraphs(), False
 
-    def _open_codec(self) -> LatentCodec:
+    def _open_codec(self) -> tuple[LatentCodec, str]:
         trained, dtype = self.trained, self.config.vae_dtype
+        if dtype == "auto":
+            dtype = "float32" if self.device.type == "cpu" else "tested"
 
         def opened(dtype: str) -> LatentCodec:
             key, vae = f"VAE of {trained.name}", trained.vae
             return open_codec(vae["model"], vae["revision"], device=self.device, dtype=dtype, key=key)
 
-        if dtype != "auto":
-            codec = opened(dtype)
-        elif self.device.type == "cpu":
-            codec = opened("float32")
+        if dtype == "tested":
+            codec, dtype = open_in_bfloat16_if_it_holds(opened)
+            log.info(f"the VAE decodes in {dtype}, as a test picture says")
         else:
-            codec, found = open_in_bfloat16_if_it_holds(opened)
-            log.info(f"the VAE decodes in {found}, as a test picture says")
+            codec = opened(dtype)
         spec = codec.spec
         for name, found in (("scaling_factor", spec.scale), ("shift_factor", spec.shift)):
             require_same(
@@ -135,7 +140,7 @@ class Renderer:
                 where=f"VAE {trained.vae['model']}",
                 mend=f"{trained.name} was trained with another VAE than lies there now: put that one back",
             )
-        return codec
+        return codec, dtype
 
     @torch.inference_mode()
     def draw(

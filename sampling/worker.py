@@ -97,7 +97,14 @@ class SampleWorker:
 
     def write(self, image: Image.Image, request: ImageRequest) -> None:
         """Write an image's file."""
-        write_image(self._config.folder, image, request, fingerprint=self._config.fingerprint)
+        assert self._renderer is not None
+        write_image(
+            self._config.folder,
+            image,
+            request,
+            fingerprint=self._config.fingerprint,
+            computed_in=self._renderer.computed_in,
+        )
 
     def _pending(self, start: int, stop: int) -> Iterator[list[ImageRequest]]:
         """Yield the batches of a slice that lack an image.
