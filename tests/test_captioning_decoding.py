@@ -136,6 +136,11 @@ def test_greedy_is_generate_on_a_gpu_in_float32(prompts, num_slots: int, kind: s
         assert [result.token_ids for result in decoder.decode(prompts)] == expected
     other_pace = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots), PACES[0])
     assert [result.token_ids for result in other_pace.decode(prompts)] == expected
+    # The cache grows, so that graphs are forgotten and captured again.
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+    growing = make_decoder(model, dataclasses.replace(GREEDY, num_slots=num_slots, max_new_tokens=24))
+    for index in (by_length[0], by_length[-1], by_length[0]):
+        assert growing.decode([prompts[index]])[0].token_ids == expected[index][:24]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -17,6 +17,8 @@ from torch import Tensor
 
 BLOCK_TOKENS = 32
 NUM_WARPS = 4
+# Heads of a token that one program places: with one head each, programs would start more slowly than memory is read.
+BLOCK_HEADS = 8
 LOG2_E = 1.4426950408889634
 
 
@@ -83,7 +85,7 @@ def turn_and_place(
     """
     num_tokens, num_mixed, width = mixed.shape
     queries = mixed.new_empty(num_tokens, num_heads, width)
-    _turn_and_place[(num_tokens, num_mixed)](  # pyright: ignore[reportIndexIssue]
+    _turn_and_place[(num_tokens, triton.cdiv(num_mixed, BLOCK_HEADS))](  # pyright: ignore[reportIndexIssue]
         mixed,
         slots,
         positions,
@@ -97,7 +99,8 @@ def turn_and_place(
         keys.shape[1],
         width,
         triton.next_power_of_2(width),
-        num_warps=1,
+        BLOCK_HEADS,
+        num_warps=NUM_WARPS,
     )
     return queries
 
@@ -117,28 +120,37 @@ def _turn_and_place(
     num_key_heads: tl.constexpr,
     width: tl.constexpr,
     padded_width: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    heads = tl.program_id(1) * block + tl.arange(0, block)
     channels = tl.arange(0, padded_width)
     is_channel = channels < width
+    num_mixed: tl.constexpr = num_heads + 2 * num_key_heads
+    is_there = (heads < num_mixed)[:, None] & is_channel[None, :]
     kind = keys.dtype.element_ty
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
-    source = mixed + (token * (num_heads + 2 * num_key_heads) + head) * width
-    own = tl.load(source + channels, mask=is_channel, other=0.0)
-    if head >= num_heads + num_key_heads:
-        place = ((slot * num_key_heads + head - num_heads - num_key_heads) * capacity + position) * width
-        tl.store(values + place + channels, own, mask=is_channel)
-    else:
-        opposite = tl.load(source + (channels + width // 2) % width, mask=is_channel, other=0.0).to(tl.float32)
-        turned = own.to(tl.float32) * tl.load(cos + position * width + channels, mask=is_channel, other=0.0)
-        turned += opposite * tl.load(signed_sin + position * width + channels, mask=is_channel, other=0.0)
-        if head < num_heads:
-            tl.store(queries + (token * num_heads + head) * width + channels, turned.to(kind), mask=is_channel)
-        else:
-            place = ((slot * num_key_heads + head - num_heads) * capacity + position) * width
-            tl.store(keys + place + channels, turned.to(kind), mask=is_channel)
+    cosine = tl.load(cos + position * width + channels, mask=is_channel, other=0.0).to(tl.float32)
+    sine = tl.load(signed_sin + position * width + channels, mask=is_channel, other=0.0).to(tl.float32)
+
+    source = mixed + token * (num_mixed * width) + heads[:, None] * width
+    own = tl.load(source + channels[None, :], mask=is_there, other=0.0)
+    opposite = tl.load(source + ((channels + width // 2) % width)[None, :], mask=is_there, other=0.0)
+    turned = own.to(tl.float32) * cosine[None, :] + opposite.to(tl.float32) * sine[None, :]
+
+    asked = queries + token * (num_heads * width) + heads[:, None] * width + channels[None, :]
+    tl.store(asked, turned.to(kind), mask=is_there & (heads < num_heads)[:, None])
+    is_value = heads >= num_heads + num_key_heads
+    key_heads = tl.where(is_value, heads - num_heads - num_key_heads, heads - num_heads)
+    places = ((slot * num_key_heads + key_heads) * capacity + position) * width
+    places = places[:, None] + channels[None, :]
+    tl.store(
+        keys + places,
+        turned.to(kind),
+        mask=is_there & ((heads >= num_heads) & (heads < num_heads + num_key_heads))[:, None],
+    )
+    tl.store(values + places, own, mask=is_there & is_value[:, None])
 
 
 @triton.jit

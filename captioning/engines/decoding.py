@@ -62,7 +62,7 @@ class ContinuousDecoder:
         self._pace = pace or (GPU_PACE if is_cuda else CPU_PACE)
         self._cache = forward.make_cache(settings.num_slots)
         self._states = RowStates(settings, vocabulary=forward.vocabulary, device=self._device)
-        self._graphs = StepGraphs(self._step) if is_cuda else None
+        self._graphs = StepGraphs() if is_cuda else None
         # Prompts are admitted some at a time: one by one would starve the device.
         self._refill = max(1, settings.num_slots // REFILL_DIVISOR)
         self._rows: list[_Row] = []
@@ -129,7 +129,7 @@ class ContinuousDecoder:
         if self._pace.pads_rows:
             num_rows = padded_rows(num_rows, num_slots=self._settings.num_slots)
         if self._graphs is not None:
-            self._graphs.run(num_rows, setting=self._states.penalty)
+            self._graphs.run(self._step, num_rows, setting=self._states.penalty)
         else:
             self._step(num_rows)
         for row in self._rows:

@@ -67,7 +67,7 @@ class LlamaForward:
         cos, sin = text_model.rotary_emb(self._embed.weight[:1], positions)  # [1, positions, D]
         half = self._head_width // 2
         # x * cos + rotate_half(x) * sin, where rotate_half is a roll by half and a change of sign.
-        self._cos = cos[0]
+        self._cos = cos[0].contiguous()
         self._signed_sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 
     @property
