@@ -8,8 +8,7 @@ from here.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -61,6 +60,10 @@ class TextEncoder(Protocol):
 
         Values may be nan or inf where the model overflows: the caller decides what to do with the sample.
         """
+        ...
+
+    def encode_each(self, slices: Iterable[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
+        """Yield what `encode` gives for each of some sequences of texts; a GPU has begun with the next one by then."""
         ...
 
 
@@ -125,16 +128,38 @@ class HiddenStatesEncoder:
         """Return one embedding [L, D] per text."""
         return self.embed(self.tokenize(texts))
 
-    def embed(self, ids: Sequence[list[int]]) -> list[Tensor]:
-        """Return the last hidden states [num_tokens, D] of each list of ids, on the CPU, in order.
+    def encode_each(self, slices: Iterable[Sequence[str]]) -> Iterator[list[Tensor]]:
+        """Yield the embeddings of each sequence of texts, see `TextEncoder`."""
+        return self.embed_each(map(self.tokenize, slices))
 
-        Texts of like length share a batch. On a GPU the next batch is started before one is waited for.
+    def embed(self, ids: Sequence[list[int]]) -> list[Tensor]:
+        """Return the last hidden states [num_tokens, D] of each list of ids, on the CPU, in order."""
+        (embeddings,) = self.embed_each([ids])
+        return embeddings
+
+    def embed_each(self, slices: Iterable[Sequence[list[int]]]) -> Iterator[list[Tensor]]:
+        """Yield what `embed` gives for each of some sequences of ids.
+
+        Texts of like length share a batch, those of two sequences never. On a GPU the next batch, or the first of the
+        next sequence, is started before one is waited for.
         """
-        order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
-        started = self.batches.each([ids[index] for index in order], self._start)
-        results = itertools.chain.from_iterable(one_behind(started))
-        embeddings = dict(zip(order, results, strict=True))
-        return [embeddings[index] for index in range(len(ids))]
+        found: list[Tensor] = []
+        for order, embeddings in one_behind(self._start_each(slices)):
+            found += embeddings
+            if len(found) == len(order):
+                places = dict(zip(order, found, strict=True))
+                yield [places[index] for index in range(len(order))]
+                found = []
+
+    def _start_each(
+        self, slices: Iterable[Sequence[list[int]]]
+    ) -> Iterator[Callable[[], tuple[list[int], list[Tensor]]]]:
+        """Start all batches; each gives the order in which its slice is encoded, and embeddings in that order."""
+        for ids in slices:
+            order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+            batches = self.batches.each([ids[index] for index in order], self._start)
+            for finish in batches if order else [list]:
+                yield lambda order=order, finish=finish: (order, finish())
 
     def _start(self, ids: Sequence[list[int]]) -> Callable[[], list[Tensor]]:
         import torch

@@ -5,14 +5,16 @@ While a GPU encodes a batch, the next one is decoded, and the latents of the one
 
 # B batch, C latent channels, H W pixels, h w latent height and width
 
+import functools
+import itertools
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from encoders.opening import open_codec
 from encoders.transfers import one_behind
 from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
+from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
 from pipelines.raw.shards import RawSample, RawShard, open_shard
@@ -82,6 +85,18 @@ class _Picture:
 _Encoded = list[tuple[_Picture, tuple[np.ndarray, ...]]]
 
 
+class _Batch(NamedTuple):
+    """A batch that has come back: the start of its slice, all pictures of that slice so far, and those encoded."""
+
+    start: int
+    pictures: list[_Picture]
+    encoded: _Encoded
+
+
+def _finish(finish: Callable[[], _Encoded], start: int, pictures: list[_Picture]) -> _Batch:
+    return _Batch(start, pictures, finish())
+
+
 def choose_decode_threads(num_workers: int | None) -> int:
     """Return how many threads decode images of a worker: its share of this machine's cores, of which 16 are enough.
 
@@ -127,10 +142,10 @@ class LatentWorker:
             open_shard(source.path, self.config.dialect, run=run, identity=source.identity) as raw,
             atomic_file(piece.output(".tar")) as tar_path,
             FeatureTarWriter(tar_path) as tar,
+            SliceWriter() as writer,
         ):
-            for start, stop in piece.slices():
-                pictures = self._encode_slice(raw, raw.samples[start:stop])
-                rows += [self._store(picture, tar) for picture in pictures]
+            for _, pictures in zip(piece.slices(), self._encode_slices(raw, piece), strict=True):
+                writer.write(functools.partial(self._store_slice, pictures, tar, rows=rows))
             if piece.start == 0 and raw.name == self.config.preview_shard:
                 details = self._preview(raw)
         with atomic_file(piece.output(".parquet")) as index_path:
@@ -145,20 +160,36 @@ class LatentWorker:
             busy_seconds=time.perf_counter() - start_seconds - self._wait_seconds,
         )
 
-    def _encode_slice(self, raw: RawShard, samples: Sequence[RawSample]) -> list[_Picture]:
-        """Return one picture per sample, in order; a batch holds images of one size, and never leaves the slice."""
-        pictures: list[_Picture] = []
-        for encoded in one_behind(self._start_batches(raw, samples, pictures)):
-            for picture, latent in encoded:
-                picture.latent, picture.pixels = latent, None
-        return pictures
+    def _encode_slices(self, raw: RawShard, piece: Piece) -> Iterator[list[_Picture]]:
+        """Yield one picture per sample of each slice, in order; the device has begun with the next slice by then."""
+        batches = one_behind(self._start_batches(raw, piece))
+        for _, of_slice in itertools.groupby(batches, key=lambda batch: batch.start):
+            pictures: list[_Picture] = []
+            for batch in of_slice:
+                pictures = batch.pictures
+                for picture, latent in batch.encoded:
+                    picture.latent, picture.pixels = latent, None
+            yield pictures
 
-    def _start_batches(
-        self, raw: RawShard, samples: Sequence[RawSample], pictures: list[_Picture]
-    ) -> Iterator[Callable[[], _Encoded]]:
-        """Decode all samples into `pictures`, and start encoding whenever there are enough of one size."""
+    def _start_batches(self, raw: RawShard, piece: Piece) -> Iterator[Callable[[], _Batch]]:
+        """Decode all samples, and start encoding whenever there are enough of one size and slice.
+
+        A batch holds images of one size, and never leaves its slice; each slice has one, be it empty.
+        """
+        decoded = self._decode_ahead(raw, raw.samples[piece.start : piece.stop])
+        for start, stop in replace(piece, on_slice=None).slices():  # a slice that has begun is not done
+            pictures: list[_Picture] = []
+            num_batches = 0
+            for finish in self._start_slice(itertools.islice(decoded, stop - start), pictures):
+                num_batches += 1
+                yield functools.partial(_finish, finish, start, pictures)
+            if not num_batches:
+                yield functools.partial(_finish, list, start, pictures)
+
+    def _start_slice(self, decoded: Iterable[_Picture], pictures: list[_Picture]) -> Iterator[Callable[[], _Encoded]]:
+        """Start encoding the pictures of a slice, which are all added to `pictures`."""
         waiting: dict[tuple[int, ...], list[_Picture]] = {}
-        for picture in self._decode_ahead(raw, samples):
+        for picture in decoded:
             pictures.append(picture)
             if picture.pixels is None:
                 continue
@@ -239,6 +270,12 @@ class LatentWorker:
             "crop_y": crop.y,
         }
         return _Picture(row | geometry, self.depict(np.array(cropped)))
+
+    def _store_slice(self, pictures: Sequence[_Picture], tar: FeatureTarWriter, *, rows: list[dict[str, Any]]) -> None:
+        """Write the latents of a slice; adds their index rows to `rows`."""
+        for picture in pictures:
+            rows.append(self._store(picture, tar))
+            picture.latent = None
 
     def _store(self, picture: _Picture, tar: FeatureTarWriter) -> dict[str, Any]:
         """Write one latent; returns its index row."""

@@ -1,17 +1,13 @@
 """The text family: captions of `captions/<shard>.parquet` to T5 embeddings in `features/text/<shard>.tar`."""
 
-# k captions of a sample, L real tokens of a caption, D text width
-
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import pyarrow.compute as pc
 
-from encoders.devices import choose_device
-from encoders.opening import open_text_encoder, text_spec
+from encoders.opening import text_spec
 from encoders.text import TextSpec, clean_text
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
@@ -26,20 +22,16 @@ from features.jobs import (
     count_samples,
     member_bytes,
 )
-from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
-from features.quantization import StoredText, measure_error, restore_text, store_text, summarize_storage
-from pipelines.engine.pieces import Piece, PieceReport, Source, forget_pieces
+from features.quantization import summarize_storage
+from features.text_worker import TextWorker, TextWorkerConfig
+from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema, texts_digest
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
-from pipelines.store.files import atomic_file, take_away
+from pipelines.store.files import take_away
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 from pipelines.store.summary import update_summary
 from pipelines.store.tables import read_table
 from pipelines.store.weight_files import weight_file_damage
-
-if TYPE_CHECKING:
-    import torch
 
 # What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT = ("text_dtype", "text_storage", "max_tokens")
@@ -54,152 +46,6 @@ TOKENS_PER_WORD = 1.3
 SCALE_BYTES = 4
 # A GPU encodes so many with an XXL in about half a minute; compiling takes seconds, and saves one in fifteen.
 LONG_RUN_CAPTIONS = 20_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextWorkerConfig:
-    """What a `TextWorker` needs; `directory` is where the null caption's record goes, see also `open_text_encoder`."""
-
-    model: str
-    revision: str | None
-    dtype: str
-    storage: str
-    max_tokens: int
-    cleaning: str
-    batch_tokens: int | None
-    is_long_run: bool
-    device: str
-    num_threads: int
-    caption_weights: dict[str, float]
-    directory: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Caption:
-    """One of a sample's captions: its text, and its index row as far as it is known before encoding."""
-
-    text: str
-    row: dict[str, Any]
-
-
-class TextWorker:
-    """Encodes the captions of a shard; one tar member per sample kept, one index row per sample and caption column."""
-
-    suffixes: ClassVar[tuple[str, ...]] = (".tar", ".parquet")
-    join = staticmethod(join_shards)
-
-    def __init__(self, config: TextWorkerConfig) -> None:
-        import torch
-
-        torch.set_num_threads(config.num_threads)
-        self._config = config
-        self._encoder = open_text_encoder(
-            config.model,
-            config.revision,
-            max_tokens=config.max_tokens,
-            cleaning=config.cleaning,
-            device=choose_device(config.device, key="features.device"),
-            dtype=config.dtype,
-            batch_tokens=config.batch_tokens,
-            is_long_run=config.is_long_run,
-        )
-        self._family = text_schema(
-            config.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
-        )
-        # Every worker writes the same bytes, each atomically, so it does not matter which one is last.
-        (null_embedding,) = self._encoder.encode([""])
-        null = store_text(null_embedding, "bfloat16")
-        write_tensors(config.directory / NULL_CAPTION_FILE, {"embedding_0": null.values})
-
-    def __call__(self, piece: Piece) -> PieceReport:
-        """Write the tar and index of samples [piece.start, piece.stop)."""
-        samples = _read_captions(piece, self._config.caption_weights)
-        counts = _TextCounts(self._config.max_tokens)
-        rows: list[dict[str, Any]] = []
-        with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar:
-            for start, stop in piece.slices():
-                rows += self._encode_slice(samples[start - piece.start : stop - piece.start], tar, counts)
-        with atomic_file(piece.output(".parquet")) as index_path:
-            write_index(index_path, rows, self._family.columns)
-        return PieceReport(
-            num_read=len(samples),
-            num_kept=len(samples) - counts.rejected.total(),
-            rejected=dict(counts.rejected),
-            details=counts.details,
-        )
-
-    def _encode_slice(
-        self, samples: Sequence[Sequence[_Caption]], tar: FeatureTarWriter, counts: "_TextCounts"
-    ) -> list[dict[str, Any]]:
-        texts = [caption.text for captions in samples for caption in captions if caption.row["reject"] is None]
-        embeddings = iter(self._encoder.encode(texts))
-        rows: list[dict[str, Any]] = []
-        for captions in samples:
-            stored: dict[int, StoredText] = {}
-            for index, caption in enumerate(captions):
-                if caption.row["reject"] is None:
-                    embedding = next(embeddings)
-                    if embedding.isfinite().all():
-                        stored[index] = store_text(embedding, self._config.storage)
-                        counts.count(embedding, stored[index], self._config.storage)
-                    else:
-                        caption.row["reject"] = NON_FINITE_TEXT
-                        counts.count_non_finite()
-            if stored:
-                kept = [captions[index].row for index in stored]
-                parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
-                self._family.write(tar, kept, parts)
-            else:
-                counts.rejected[captions[0].row["reject"]] += 1
-            rows += [caption.row for caption in captions]
-        return rows
-
-
-class _TextCounts:
-    """What a piece's report says beyond its rows."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self.rejected: Counter[str] = Counter()
-        self.details: dict[str, Any] = {"num_captions": 0, "num_tokens": 0, "num_at_token_limit": 0}
-
-    def count_non_finite(self) -> None:
-        """Add one caption that is not stored; reports without any are as they were before there was this count."""
-        self.details[NUM_NON_FINITE_CAPTIONS] = self.details.get(NUM_NON_FINITE_CAPTIONS, 0) + 1
-
-    def count(self, embedding: "torch.Tensor", stored: StoredText, storage: str) -> None:
-        """Add one stored caption."""
-        found: dict[str, Any] = {
-            "num_captions": 1,
-            "num_tokens": len(embedding),
-            "num_at_token_limit": int(len(embedding) == self._max_tokens),
-        }
-        if stored.scale is not None:
-            found |= {"stored_bytes": stored.nbytes, "bfloat16_bytes": 2 * stored.values.size}
-            found |= measure_error(embedding, restore_text(stored, storage))
-        for name, value in found.items():
-            before = self.details.get(name, 0)
-            self.details[name] = max(before, value) if name.startswith("max_") else before + value
-
-
-def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
-    """Return the captions of each sample, one per column of `weights`, those it lacks too."""
-    columns = ["key", *weights, "reject"]
-    table = read_table(Path(piece.source.path), columns, mend=MEND).slice(piece.start, piece.stop - piece.start)
-    return [
-        [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
-        for row in table.to_pylist()
-    ]
-
-
-def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapping[str, float]) -> _Caption:
-    column, weight = list(weights.items())[index]
-    text = row[column] or ""
-    reject = None if row["reject"] is None else f"caption:{row['reject']}"
-    if reject is None and not text.strip():
-        reject = f"no_{column}"
-    content = {"key": row["key"], "shard": shard, "caption_index": index, "weight": weight, "reject": reject}
-    return _Caption(text=text, row=content)
 
 
 def text_job(inputs: FeatureInputs) -> FeatureJob:

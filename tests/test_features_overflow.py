@@ -87,22 +87,22 @@ def test_a_latent_that_is_not_finite_is_a_counted_reject(run, capsys):
 
 
 def test_one_latent_that_is_not_finite_stops_no_preview(run, capsys, monkeypatch):
-    encode = KLCodec.encode
+    start = KLCodec.start
 
     def spoilt(self, images):
-        mean, std = encode(self, images)
+        mean, std = start(self, images)()
         is_it = images.float().mean((1, 2, 3)) == brightness
-        return mean.masked_fill(is_it[:, None, None, None], torch.nan), std
+        return lambda: (mean.masked_fill(is_it[:, None, None, None], torch.nan), std)
 
     brightness = -1.0
     seen = []
-    monkeypatch.setattr(KLCodec, "encode", lambda self, images: seen.append(images) or encode(self, images))
+    monkeypatch.setattr(KLCodec, "start", lambda self, images: seen.append(images) or start(self, images))
     extract(run)
     brightness = seen[0].float().mean((1, 2, 3))[1]
     before = read_manifest(run / "features" / "latent-32").shards["laion_00000"].details
     for path in (run / "features" / "latent-32").rglob("*.json"):
         path.unlink()
-    monkeypatch.setattr(KLCodec, "encode", spoilt)
+    monkeypatch.setattr(KLCodec, "start", spoilt)
     capsys.readouterr()
     extract(run)
     manifest = read_manifest(run / "features" / "latent-32")

@@ -1,0 +1,185 @@
+"""The worker of the text family: captions of a shard tokenised, encoded, and written as embeddings.
+
+While a GPU encodes a slice, the one before is written.
+"""
+
+# k captions of a sample, L real tokens of a caption, D text width
+
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from encoders.devices import choose_device
+from encoders.opening import open_text_encoder
+from features.captions import MEND
+from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
+from features.quantization import StoredText, measure_error, restore_text, store_text
+from features.writer import SliceWriter
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.store.families import NULL_CAPTION_FILE, text_schema
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
+from pipelines.store.files import atomic_file
+from pipelines.store.tables import read_table
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWorkerConfig:
+    """What a `TextWorker` needs; `directory` is where the null caption's record goes, see also `open_text_encoder`."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    storage: str
+    max_tokens: int
+    cleaning: str
+    batch_tokens: int | None
+    is_long_run: bool
+    device: str
+    num_threads: int
+    caption_weights: dict[str, float]
+    directory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Caption:
+    """One of a sample's captions: its text, and its index row as far as it is known before encoding."""
+
+    text: str
+    row: dict[str, Any]
+
+
+class TextWorker:
+    """Encodes the captions of a shard; one tar member per sample kept, one index row per sample and caption column."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".tar", ".parquet")
+    join = staticmethod(join_shards)
+
+    def __init__(self, config: TextWorkerConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.num_threads)
+        self._config = config
+        self._encoder = open_text_encoder(
+            config.model,
+            config.revision,
+            max_tokens=config.max_tokens,
+            cleaning=config.cleaning,
+            device=choose_device(config.device, key="features.device"),
+            dtype=config.dtype,
+            batch_tokens=config.batch_tokens,
+            is_long_run=config.is_long_run,
+        )
+        self._family = text_schema(
+            config.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
+        )
+        # Every worker writes the same bytes, each atomically, so it does not matter which one is last.
+        (null_embedding,) = self._encoder.encode([""])
+        null = store_text(null_embedding, "bfloat16")
+        write_tensors(config.directory / NULL_CAPTION_FILE, {"embedding_0": null.values})
+
+    def __call__(self, piece: Piece) -> PieceReport:
+        """Write the tar and index of samples [piece.start, piece.stop)."""
+        samples = _read_captions(piece, self._config.caption_weights)
+        counts = _TextCounts(self._config.max_tokens)
+        rows: list[dict[str, Any]] = []
+        ahead = replace(piece, on_slice=None)  # a slice that has begun is not done
+        with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar, SliceWriter() as writer:
+            slices = [samples[start - piece.start : stop - piece.start] for start, stop in ahead.slices()]
+            encoded = self._encoder.encode_each(map(_texts_of, slices))
+            for _, of_slice, embeddings in zip(piece.slices(), slices, encoded, strict=True):
+                writer.write(functools.partial(self._store_slice, of_slice, embeddings, tar, counts, rows=rows))
+        with atomic_file(piece.output(".parquet")) as index_path:
+            write_index(index_path, rows, self._family.columns)
+        return PieceReport(
+            num_read=len(samples),
+            num_kept=len(samples) - counts.rejected.total(),
+            rejected=dict(counts.rejected),
+            details=counts.details,
+        )
+
+    def _store_slice(
+        self,
+        samples: Sequence[Sequence[_Caption]],
+        embeddings: "Sequence[torch.Tensor]",
+        tar: FeatureTarWriter,
+        counts: "_TextCounts",
+        *,
+        rows: list[dict[str, Any]],
+    ) -> None:
+        """Write the embeddings of samples; adds their index rows to `rows`."""
+        of_texts = iter(embeddings)
+        for captions in samples:
+            stored: dict[int, StoredText] = {}
+            for index, caption in enumerate(captions):
+                if caption.row["reject"] is None:
+                    embedding = next(of_texts)
+                    if embedding.isfinite().all():
+                        stored[index] = store_text(embedding, self._config.storage)
+                        counts.count(embedding, stored[index], self._config.storage)
+                    else:
+                        caption.row["reject"] = NON_FINITE_TEXT
+                        counts.count_non_finite()
+            if stored:
+                kept = [captions[index].row for index in stored]
+                parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
+                self._family.write(tar, kept, parts)
+            else:
+                counts.rejected[captions[0].row["reject"]] += 1
+            rows += [caption.row for caption in captions]
+
+
+class _TextCounts:
+    """What a piece's report says beyond its rows."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self.rejected: Counter[str] = Counter()
+        self.details: dict[str, Any] = {"num_captions": 0, "num_tokens": 0, "num_at_token_limit": 0}
+
+    def count_non_finite(self) -> None:
+        """Add one caption that is not stored; reports without any are as they were before there was this count."""
+        self.details[NUM_NON_FINITE_CAPTIONS] = self.details.get(NUM_NON_FINITE_CAPTIONS, 0) + 1
+
+    def count(self, embedding: "torch.Tensor", stored: StoredText, storage: str) -> None:
+        """Add one stored caption."""
+        found: dict[str, Any] = {
+            "num_captions": 1,
+            "num_tokens": len(embedding),
+            "num_at_token_limit": int(len(embedding) == self._max_tokens),
+        }
+        if stored.scale is not None:
+            found |= {"stored_bytes": stored.nbytes, "bfloat16_bytes": 2 * stored.values.size}
+            found |= measure_error(embedding, restore_text(stored, storage))
+        for name, value in found.items():
+            before = self.details.get(name, 0)
+            self.details[name] = max(before, value) if name.startswith("max_") else before + value
+
+
+def _texts_of(samples: Sequence[Sequence[_Caption]]) -> list[str]:
+    return [caption.text for captions in samples for caption in captions if caption.row["reject"] is None]
+
+
+def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
+    """Return the captions of each sample, one per column of `weights`, those it lacks too."""
+    columns = ["key", *weights, "reject"]
+    table = read_table(Path(piece.source.path), columns, mend=MEND).slice(piece.start, piece.stop - piece.start)
+    return [
+        [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
+        for row in table.to_pylist()
+    ]
+
+
+def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapping[str, float]) -> _Caption:
+    column, weight = list(weights.items())[index]
+    text = row[column] or ""
+    reject = None if row["reject"] is None else f"caption:{row['reject']}"
+    if reject is None and not text.strip():
+        reject = f"no_{column}"
+    content = {"key": row["key"], "shard": shard, "caption_index": index, "weight": weight, "reject": reject}
+    return _Caption(text=text, row=content)
