@@ -59,6 +59,14 @@ class KLCodec(DiffusersCodec):
 
     def compile_blocks(self) -> None:
         """Compile the residual blocks of the encoder, one code for all of a shape, and for images of any size."""
-        from diffusers.models.resnet import ResnetBlock2D
+        _compile_residual_blocks(self.model.encoder)
 
-        compile_modules([module for module in self.model.encoder.modules() if isinstance(module, ResnetBlock2D)])
+    def compile_decoder(self) -> None:
+        """Compile the residual blocks of the decoder in the same way."""
+        _compile_residual_blocks(self.model.decoder)
+
+
+def _compile_residual_blocks(half: Any) -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    compile_modules([module for module in half.modules() if isinstance(module, ResnetBlock2D)])

@@ -83,6 +83,10 @@ class LatentCodec(Protocol):
         """Return the images of pixels that `pixels_ahead` was asked for; raises as `decode` does."""
         ...
 
+    def compile_decoder(self) -> None:
+        """Compile what pays in a long run of decoding on a GPU; of a kind of model nobody has measured nothing."""
+        ...
+
 
 @dataclass
 class DiffusersCodec:
@@ -121,6 +125,9 @@ class DiffusersCodec:
 
     def compile_blocks(self) -> None:
         """Compile what pays in a long run on a GPU; of a kind of model nobody has measured nothing."""
+
+    def compile_decoder(self) -> None:
+        """Compile what pays in a long run of decoding, see `LatentCodec`."""
 
     def start(self, images: torch.Tensor) -> Callable[[], Latents]:
         """Start encoding images, see `LatentCodec`."""

@@ -10,6 +10,8 @@ from sampling.requests import ImageRequest
 
 # A compilation takes 15 to 25 seconds.
 MIN_IMAGES = 8
+# Of the VAE's decoder about as long, for some hundredths of a second a megapixel.
+MIN_DECODED_PIXELS = 1_000_000_000
 
 
 def compiled_shapes(config: SamplingConfig, requests: Sequence[ImageRequest]) -> set[tuple[int, int, int]]:
@@ -31,3 +33,8 @@ def compiled_shapes(config: SamplingConfig, requests: Sequence[ImageRequest]) ->
             size = len(list(group))
             num_images[size, height, width] += size
     return {shape for shape, number in num_images.items() if config.compile is True or number >= MIN_IMAGES}
+
+
+def compiles_decoder(config: SamplingConfig, requests: Sequence[ImageRequest]) -> bool:
+    """Whether a job is long enough to compile the VAE's decoder as well, where batches are compiled at all."""
+    return config.compile is True or sum(item.height * item.width for item in requests) >= MIN_DECODED_PIXELS

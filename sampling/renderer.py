@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from encoders.compilation import can_compile
 from encoders.devices import choose_device, choose_dtype
 from encoders.latents import LatentCodec, NonFinitePixelsError, SentAhead, pixels_ahead, send_ahead
 from encoders.opening import open_codec
@@ -92,7 +93,8 @@ class Drawing:
 class Renderer:
     """A checkpoint's transformer and VAE on their device, ready to draw batches of images of one size.
 
-    Passes of batches of `compiled_shapes` are compiled, and on a GPU captured in CUDA graphs.
+    Passes of batches of `compiled_shapes` are compiled, and on a GPU captured in CUDA graphs; if there are any,
+    `compiles_decoder` compiles the VAE's decoder on a GPU, for all shapes.
 
     Attributes:
         computed_in: the dtypes of transformer and VAE.
@@ -102,7 +104,12 @@ class Renderer:
     """
 
     def __init__(
-        self, config: SamplingConfig, trained: TrainedModel, *, compiled_shapes: Collection[Shape] = ()
+        self,
+        config: SamplingConfig,
+        trained: TrainedModel,
+        *,
+        compiled_shapes: Collection[Shape] = (),
+        compiles_decoder: bool = False,
     ) -> None:
         self.config = config
         self.trained = trained
@@ -115,6 +122,9 @@ class Renderer:
         self.compiled_shapes = frozenset(compiled_shapes)
         if self.compiled_shapes:
             compile_blocks(self.model)
+        # After the test of its dtype, which opens two: they would be compiled for one picture. On a CPU bytes stay.
+        if self.compiled_shapes and compiles_decoder and can_compile(self.device):
+            self.codec.compile_decoder()
         self._graphs, self._has_warned = PassGraphs(), False
 
     def _open_codec(self) -> tuple[LatentCodec, str]:

@@ -16,7 +16,7 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.tables import MEND_PART, read_table
-from sampling.compiled_shapes import compiled_shapes
+from sampling.compiled_shapes import compiled_shapes, compiles_decoder
 from sampling.config import SamplingConfig
 from sampling.images import is_written, write_image
 from sampling.renderer import Drawing, Renderer
@@ -128,7 +128,10 @@ class SampleWorker:
         if trained.text is not None and not all(text_id(request, sampling) in self._texts for request in batch):
             self._texts = load_texts(self._upcoming(piece, start), sampling, trained.text)
         self._renderer = self._renderer or Renderer(
-            sampling, trained, compiled_shapes=compiled_shapes(sampling, self._config.requests)
+            sampling,
+            trained,
+            compiled_shapes=compiled_shapes(sampling, self._config.requests),
+            compiles_decoder=compiles_decoder(sampling, self._config.requests),
         )
         return self._renderer.draw(batch, self._texts)
 

@@ -93,6 +93,24 @@ def test_compiled_blocks_have_the_numbers_of_the_others(codec, tmp_path, monkeyp
         torch.testing.assert_close(compiled.encode(images), codec.encode(images))
 
 
+def test_a_compiled_decoder_has_the_numbers_of_the_other(codec, tmp_path, monkeypatch):
+    compiled_calls = []
+
+    def traced(function, **options):
+        compiled_calls.append(options)
+        return compile_(function, backend="eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    compiled = open_codec(str(save_codec(tmp_path / "vae")))
+    compiled.compile_decoder()
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, codec.spec.channels, 4, 4), (3, codec.spec.channels, 4, 6), (1, codec.spec.channels, 4, 4)):
+        latents = torch.randn(shape, generator=generator)
+        torch.testing.assert_close(compiled.pixels(latents), codec.pixels(latents))
+    assert compiled_calls, "something is compiled"
+
+
 def test_the_toy_vae_loses_next_to_nothing_in_bfloat16():
     """Encoded in bfloat16, stored in float16 and decoded as ever: at most 0.05 dB less than of float32."""
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from sampling_run import make_run, write_recipe
 
 from errors import UserError
 from sampling.__main__ import main
-from sampling.compiled_shapes import compiled_shapes
+from sampling.compiled_shapes import compiled_shapes, compiles_decoder
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 
@@ -47,6 +47,13 @@ def test_a_gpu_compiles_batches_of_a_shape_that_has_eight_images_or_more():
     assert compiled_shapes(SamplingConfig(device="cpu"), enough) == set()
     mixed = requests(*[(64, 48)] * 10, *[(64, 64)] * 10)
     assert compiled_shapes(SamplingConfig(batch_size=8), mixed) == {(8, 64, 48)}  # then 2 and 6, and 4
+
+
+def test_the_decoder_is_compiled_in_jobs_of_a_gigapixel():
+    few, many = requests(*[(1000, 1000)] * 999), requests(*[(1000, 1000)] * 1000)
+    assert not compiles_decoder(SamplingConfig(), few)
+    assert compiles_decoder(SamplingConfig(), many)
+    assert compiles_decoder(SamplingConfig(compile=True), few)
 
 
 def test_to_insist_needs_a_compiler(monkeypatch):
