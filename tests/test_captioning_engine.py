@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +96,29 @@ def test_token_counts_and_finish_reasons(engine, llava) -> None:
         assert (caption.num_tokens == 40) == (caption.finish_reason == "length")
     short = load(llava, max_new_tokens=3)
     assert {caption.num_tokens for caption in short.caption(short.prepare(requests(1)))} <= {0, 1, 2, 3}
+
+
+def test_threads_prepare_at_the_same_time_what_one_prepares_alone(llava, monkeypatch) -> None:
+    """Each waits inside the processor until the other is there, too: none has it to itself."""
+    engine = load(llava)
+    groups = [requests(4)[:2], requests(4)[2:]]
+    expected = [engine.prepare(group) for group in groups]
+    both_are_in = threading.Barrier(2, timeout=60)
+    process = type(engine.processor).__call__
+
+    def meet(self, **inputs):
+        both_are_in.wait()
+        return process(self, **inputs)
+
+    monkeypatch.setattr(type(engine.processor), "__call__", meet)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(engine.prepare, groups))
+    for ours, theirs in zip(
+        [p for group in found for p in group], [p for group in expected for p in group], strict=True
+    ):
+        assert ours is not None and theirs is not None
+        assert torch.equal(ours.input_ids, theirs.input_ids) and ours.seed == theirs.seed
+        assert torch.equal(ours.image_inputs["pixel_values"], theirs.image_inputs["pixel_values"])
 
 
 def test_sampling_is_seeded_by_key(llava) -> None:

@@ -1,4 +1,4 @@
-"""How the next token of each row is chosen inside `generate`: by that row alone, whatever it is batched with."""
+"""How the next token of each row is chosen: by that row alone, whatever it is batched with."""
 
 # B rows of a batch, L prompt tokens, N new tokens, V vocabulary
 
@@ -10,7 +10,7 @@ from errors import UserError
 
 
 class RowChoice(LogitsProcessor):
-    """Chooses the next token of each row from nothing but that row: its logits, its tokens, its seed.
+    """Chooses, in `generate`, the next token of each row from nothing but that row: its logits, its tokens, its seed.
 
     Without temperature and penalty logits stay as they are. The penalty is that of transformers (arXiv 1909.05858), but
     for the padding: a row's captions must not depend on how long the others' prompts are.
@@ -42,10 +42,8 @@ class RowChoice(LogitsProcessor):
         if self._penalty != 1.0:
             scores = self._penalise(input_ids, scores)
         if self._uniforms is not None:
-            # The inverse of the cumulative distribution, in float64 so that rare words keep their share.
-            cumulative = torch.softmax(scores.double() / self._temperature, -1).cumsum(-1)
-            aims = self._uniforms[:, self._num_chosen, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, aims, right=True).clamp(max=scores.shape[-1] - 1)  # [B, 1]
+            uniforms = self._uniforms[:, self._num_chosen, None]
+            tokens = sample_tokens(scores, uniforms, temperature=self._temperature)
             scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
         self._num_chosen += 1
         return scores
@@ -58,8 +56,23 @@ class RowChoice(LogitsProcessor):
             self._seen[rows, self._prompts[rows, columns]] = True
         else:
             self._seen.scatter_(1, input_ids[:, -1:], True)
-        penalised = torch.where(scores < 0, scores * self._penalty, scores / self._penalty)
-        return torch.where(self._seen, penalised, scores)
+        return penalise(scores, self._seen, penalty=self._penalty)
+
+
+def penalise(logits: Tensor, is_seen: Tensor, *, penalty: float) -> Tensor:
+    """Return the logits [B, V], in float32 as `generate` has them, with those of tokens `is_seen` [B, V] moved down."""
+    logits = logits.float()
+    return torch.where(is_seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> Tensor:
+    """Return the token of each row's softmax at `uniforms` [B, 1], int64 [B, 1].
+
+    The inverse of the cumulative distribution, in float64 so that rare words keep their share.
+    """
+    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)  # [B, V]
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def draw_uniforms(seed: int, num: int) -> Tensor:

@@ -7,9 +7,6 @@ one. A batch lasts until its longest caption ends, so LLaVA is faster in `transf
 
 # L prompt tokens with those of the image
 
-import copy
-import queue
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,8 +23,9 @@ from captioning.architectures import read_architecture
 from captioning.config import CaptioningConfig
 from captioning.engines.choosing import RowChoice, draw_uniforms
 from captioning.engines.inputs import put_together
-from captioning.engines.processors import SERVER, load_processor
-from captioning.engines.protocol import PROBE_TOKENS, Caption, FinishReason, Request
+from captioning.engines.processors import SERVER, ProcessorCopies, load_processor
+from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
+from captioning.engines.tokens import end_token_ids, has_begin_token, read_caption, special_tokens
 from encoders.batches import Batches
 from encoders.devices import choose_device, choose_dtype
 from encoders.weights import ModelSource, load_pretrained, resolve_model
@@ -93,23 +91,17 @@ class GenerateEngine:
                 f"model that was tuned to answer, or write its chat_template.jinja; {SERVER}"
             )
         self._end_token_ids = _settle_tokens(self.model, self.tokenizer)
-        self._special_tokens = _special_tokens(self.tokenizer, self.processor)
+        self._special_tokens = special_tokens(self.tokenizer, self.processor)
         self._context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        # A tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
-        self._processors: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._processors = ProcessorCopies(self.processor)
         self._wrap(self.processor, SAMPLES[0][1])
         self.batch_rows = (config.batch_size or DEFAULT_ROWS) if self._can_put_together() else 1
         self._batches = Batches(self.batch_rows)
 
     def prepare(self, requests: Sequence[Request]) -> list[PreparedImage | None]:
         """Return each request as the model's inputs, or None; see `CaptionEngine`."""
-        try:
-            processor = self._processors.get_nowait()
-        except queue.Empty:
-            processor = copy.deepcopy(self.processor)
-        prepared = [self._prepare(processor, request) for request in requests]
-        self._processors.put(processor)
-        return prepared
+        with self._processors.take() as processor:
+            return [self._prepare(processor, request) for request in requests]
 
     def _prepare(self, processor: Any, request: Request) -> PreparedImage | None:
         inputs = self._process(processor, [request.image], [request.prompt])
@@ -176,9 +168,7 @@ class GenerateEngine:
     def _caption(self, tokens: Sequence[int]) -> Caption:
         ends = [index for index, token in enumerate(tokens) if token in self._end_token_ids]
         kept = tokens[: ends[0]] if ends else tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        reason: FinishReason = "stop" if ends else "length"
-        return Caption(text=text, num_tokens=len(kept), finish_reason=reason)
+        return read_caption(self.tokenizer, kept, "stop" if ends else "length")
 
     def _to_device(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -187,14 +177,11 @@ class GenerateEngine:
 
     def _process(self, processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         texts = [self._wrap(processor, prompt) for prompt in prompts]
-        # Some chat templates write the begin token themselves.
-        begin = self.tokenizer.bos_token
-        has_begin = begin is not None and texts[0].startswith(begin)
         return dict(
             processor(
                 images=[[image] for image in images],
                 text=texts,
-                add_special_tokens=not has_begin,
+                add_special_tokens=not has_begin_token(self.tokenizer, texts[0]),
                 padding=len(texts) > 1,
                 return_tensors="pt",
             )
@@ -271,16 +258,7 @@ def _settle_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         tokenizer.pad_token = tokenizer.eos_token
     found = model.generation_config
     kept = {name: getattr(found, name, None) for name in TOKENS_KEPT}
-    listed = kept["eos_token_id"] if isinstance(kept["eos_token_id"], list) else [kept["eos_token_id"]]
-    ends = frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
-    assert ends, "the model knows how to end a caption"
+    ends = end_token_ids(found, tokenizer)
     kept |= {"eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**kept)
     return ends
-
-
-def _special_tokens(tokenizer: Any, processor: Any) -> re.Pattern[str]:
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens = {getattr(processor, "image_token", None), *added, *tokenizer.all_special_tokens} - {None}
-    longest_first = sorted((str(token) for token in tokens if len(str(token)) > 1), key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in longest_first))

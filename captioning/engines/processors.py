@@ -1,6 +1,10 @@
 """The processor of any vision-language model of transformers: for images and texts, without what videos would need."""
 
+import copy
 import json
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,31 @@ PARTS = {
 }
 VIDEOS = "video_processor"
 SERVER = 'a server can have it: captioning.engine = "openai"'
+
+
+class ProcessorCopies:
+    """One processor for each thread that asks at a time.
+
+    A tokenizer's Rust half refuses to be used by two threads while one of them adjusts it; images take longest, and
+    threads that took turns would prepare them one by one.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        """Take the processor that all are copies of, which nobody changes from now on."""
+        self._processor = processor
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    @contextmanager
+    def take(self) -> Iterator[Any]:
+        """Lend a processor to the calling thread alone."""
+        try:
+            processor = self._idle.get_nowait()
+        except queue.Empty:
+            processor = copy.deepcopy(self._processor)
+        try:
+            yield processor
+        finally:
+            self._idle.put(processor)
 
 
 class NoVideos(dict):

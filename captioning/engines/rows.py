@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captioning.engines.choosing import draw_uniforms, penalise, sample_tokens
 from captioning.engines.llama import send
 from captioning.engines.protocol import FinishReason
 
@@ -92,7 +93,8 @@ class RowStates:
         self._is_done[slots] = False
         self._is_stopped[slots] = False
         if self._uniforms is not None:
-            self._uniforms[slots] = send(torch.stack([self._draw(prompt.seed) for prompt in prompts]), self._device)
+            drawn = [draw_uniforms(prompt.seed, self._settings.max_new_tokens) for prompt in prompts]
+            self._uniforms[slots] = send(torch.stack(drawn), self._device)
         if self.penalty != 1.0:
             assert self._seen is not None
             said = torch.nn.utils.rnn.pad_sequence([prompt.input_ids for prompt in prompts], padding_value=-1).T
@@ -140,19 +142,12 @@ class RowStates:
     def _choose(self, logits: Tensor, rows: slice) -> Tensor:
         if self.penalty != 1.0:
             assert self._seen is not None
-            penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-            logits = torch.where(self._seen[rows], penalised, logits)
+            logits = penalise(logits, self._seen[rows], penalty=self.penalty)
         if self._uniforms is None:
             return logits.argmax(-1)
-        cumulative = torch.softmax(logits.double() / self._settings.temperature, -1).cumsum(-1)  # [B, V]
         columns = self._counts[rows].clamp(max=self._settings.max_new_tokens - 1)
         uniforms = self._uniforms[rows].gather(1, columns[:, None])  # [B, 1]
-        tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)  # [B, 1]
-        return tokens[:, 0].clamp(max=logits.shape[-1] - 1)
-
-    def _draw(self, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(self._settings.max_new_tokens, generator=generator, dtype=torch.float64)
+        return sample_tokens(logits, uniforms, temperature=self._settings.temperature)[:, 0]
 
     def _send(self, values: Sequence[int]) -> Tensor:
         return send(torch.tensor(values, dtype=torch.int64), self._device)

@@ -3,8 +3,6 @@
 # N image tokens, L prompt tokens
 
 import dataclasses
-import re
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,9 +14,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from captioning.config import CaptioningConfig
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.engines.llama import LlamaForward
+from captioning.engines.processors import ProcessorCopies
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from captioning.engines.room import CPU_SLOTS, count_slots
 from captioning.engines.rows import DecodingSettings, TokenizedPrompt
+from captioning.engines.tokens import end_token_ids, has_begin_token, read_caption, special_tokens
 from captioning.prompts import fill_prompt
 from encoders.devices import choose_device, choose_dtype
 from encoders.weights import load_pretrained, resolve_model
@@ -53,9 +53,8 @@ class TransformersEngine:
         self.model = _load_model(config, dtype).to(device)
         self.processor = _load_processor(config, self.model)
         self.tokenizer = self.processor.tokenizer
-        self._special_tokens = re.compile("|".join(re.escape(token) for token in self._all_special_tokens()))
-        # The tokenizer's Rust half refuses to be used by two threads while one of them adjusts it.
-        self._lock = threading.Lock()
+        self._special_tokens = special_tokens(self.tokenizer, self.processor)
+        self._processors = ProcessorCopies(self.processor)
         self._context = self.model.config.get_text_config().max_position_embeddings
         self._max_new_tokens = config.max_new_tokens
         self._forward = LlamaForward(self.model)
@@ -63,7 +62,7 @@ class TransformersEngine:
             num_slots=config.batch_size or self._count_slots(config),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            end_token_ids=_end_token_ids(self.model, self.tokenizer),
+            end_token_ids=end_token_ids(self.model.generation_config, self.tokenizer),
         )
         self._decoder = ContinuousDecoder(self._forward, settings)
         self._probe_settings = dataclasses.replace(
@@ -91,12 +90,10 @@ class TransformersEngine:
         if not requests:
             return []
         texts = [self._wrap(request.prompt) for request in requests]
-        # Some chat templates write the begin token themselves.
-        begin = self.tokenizer.bos_token
-        has_begin = begin is not None and texts[0].startswith(begin)
-        with self._lock:
-            inputs = self.processor(
-                images=[request.image for request in requests], text=texts, add_special_tokens=not has_begin
+        adds_begin = not has_begin_token(self.tokenizer, texts[0])
+        with self._processors.take() as processor:
+            inputs = processor(
+                images=[request.image for request in requests], text=texts, add_special_tokens=adds_begin
             )
         return [self._make_prompt(inputs, row, seed=request.seed) for row, request in enumerate(requests)]
 
@@ -125,14 +122,7 @@ class TransformersEngine:
         self, decoder: ContinuousDecoder, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float
     ) -> list[Caption]:
         continuations = decoder.decode(prepared, repetition_penalty=repetition_penalty)
-        return [
-            Caption(
-                text=self.tokenizer.decode(continuation.token_ids, skip_special_tokens=True).strip(),
-                num_tokens=len(continuation.token_ids),
-                finish_reason=continuation.finish_reason,
-            )
-            for continuation in continuations
-        ]
+        return [read_caption(self.tokenizer, found.token_ids, found.finish_reason) for found in continuations]
 
     def _wrap(self, prompt: str) -> str:
         image_token = self.processor.image_token
@@ -146,10 +136,6 @@ class TransformersEngine:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text.count(image_token) == 1, f"one image per prompt, not {text.count(image_token)}: {text!r}"
         return text
-
-    def _all_special_tokens(self) -> list[str]:
-        tokens = {self.processor.image_token, *self.tokenizer.all_special_tokens}
-        return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
 
 
 def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:
@@ -170,11 +156,3 @@ def _load_processor(config: CaptioningConfig, model: Any) -> Any:
     processor.num_additional_image_tokens = int(has_class_token)
     assert processor.tokenizer.padding_side == "left"
     return processor
-
-
-def _end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    ids = frozenset(token for token in [*listed, tokenizer.eos_token_id] if token is not None)
-    assert ids, "the model knows how to end a caption"
-    return ids
