@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,10 @@ from training.stages.networks import blank_network
 ONE = Part(name="one", module="tests.test_benchmarks_gpu", bars=(Bar(key="one_ratio", at_least=1.5),))
 BROKEN = Part(name="broken", module="tests.test_benchmarks_gpu", bars=(Bar(key="broken_share", at_most=3.0),))
 DEAD = Part(name="dead", module="tests.test_benchmarks_gpu", bars=())
+SLOW = Part(name="slow", module="tests.test_benchmarks_gpu", bars=())
+WRITING = Part(name="writing", module="tests.test_benchmarks_gpu", bars=())
+READING = Part(name="reading", module="tests.test_benchmarks_gpu", bars=())
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 BARE = Part(name="bare", module="tests.test_benchmarks_gpu", bars=())
 
 
@@ -40,16 +45,41 @@ def dead(size: Size) -> Figures:
     os._exit(9)
 
 
+def slow(size: Size) -> Figures:
+    size.keep({"slow_share": 0.5})
+    time.sleep(600)
+    return {}
+
+
+def writing(size: Size) -> Figures:
+    for name in CACHES:
+        folder = Path(os.environ[name])
+        folder.mkdir(parents=True)
+        (folder / "kernel").write_text(name)
+    return {}
+
+
+def reading(size: Size) -> Figures:
+    for name in CACHES:
+        assert (Path(os.environ[name]) / "kernel").read_text() == name
+    return {"reading_folder": os.environ[CACHES[0]]}
+
+
 def bare(size: Size) -> Figures:
     import no_such_package  # type: ignore[import-not-found]
 
     return {"bare_version": no_such_package.version}
 
 
+def run_tiny(parts, *, part_seconds, total_seconds):
+    deadline_seconds = time.perf_counter() + total_seconds
+    return command.run_parts(parts, is_tiny=True, part_seconds=part_seconds, deadline_seconds=deadline_seconds)
+
+
 def test_a_part_that_fails_or_dies_leaves_the_others_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     parts = [BROKEN, DEAD, BARE, ONE]
-    figures, is_complete = command.run_parts(parts, is_tiny=True, limit_seconds=60)
+    figures, is_complete = run_tiny(parts, part_seconds=60, total_seconds=600)
     assert not is_complete
     assert figures["one_ratio"] == 1.25 and figures["one_device"] == "cpu" and "one_error" not in figures
     assert figures["broken_error"] == "ValueError: a | b\nc" and figures["broken_share"] == 2.0
@@ -78,6 +108,33 @@ def test_the_limit_ends_a_job_and_what_it_has_started(tmp_path):
     assert outcome.error == "not ready after 3 s"
     assert outcome.figures == {"early": 1.0}
     assert not _is_running(int(started.read_text()))
+
+
+def test_a_run_ends_with_its_time_and_what_is_left_is_not_started(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "LEAST_SECONDS", 1.0)
+    figures, is_complete = run_tiny([SLOW, ONE], part_seconds=75, total_seconds=5)
+    assert not is_complete
+    assert figures["slow_share"] == 0.5 and figures["slow_error"].startswith("not ready after ")
+    assert figures["one_error"] == "not started: 0 s left" and "one_ratio" not in figures
+    rows = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| `")]
+    assert rows[1] == "| `one` | seconds 0.0, **not started: 0 s left** | ratio ≥ 1.5 | open |"
+
+
+def test_parts_share_a_cache_of_what_is_compiled(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "PARTS", (WRITING, READING))
+    for name in CACHES:
+        monkeypatch.setenv(name, "")  # so that both are as they were afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command.main(["--tiny"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    folder = json.loads(capfd.readouterr().out.splitlines()[-1])["reading_folder"]
+    assert Path(folder).parent.name.startswith("bench-gpu-") and not Path(folder).parent.exists()
 
 
 def _is_running(pid: int) -> bool:

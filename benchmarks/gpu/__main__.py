@@ -1,8 +1,9 @@
 """`make bench-gpu`: what the house does on one CUDA device, against what others do on it, part by part.
 
 Each part is a process of its own with a limit of time, forked from this one, which imports the large libraries once
-and never touches CUDA. A part that fails, dies or is late says so and leaves the others alone. Rows for
-docs/BENCHMARKS.md are printed as parts end; the last line is one JSON object. Both are in benchmarks/results/ after
+and never touches CUDA. All share one cache of what is compiled. A part that fails, dies or is late says so and leaves
+the others alone; one that the whole run has no time for is not started. Rows for docs/BENCHMARKS.md are printed as
+parts end; the last line is one JSON object. Both are in benchmarks/results/ after
 every part. `--tiny` runs the same code small on a CPU: nothing it prints says anything of speed.
 """
 
@@ -14,13 +15,17 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.gpu import report
 from benchmarks.gpu.parts import PARTS, Figures, Part, Size
-from benchmarks.gpu.process import run_job
+from benchmarks.gpu.process import Outcome, run_job
 
-LIMIT_SECONDS = 75.0
+PART_SECONDS, TOTAL_SECONDS = 75.0, 600.0
+# A part with less time would hardly come past its compiler, and take it from nobody: the next has no more.
+LEAST_SECONDS = 40.0
 LIBRARIES = (
     "torch",
     "transformers.models.llava.modeling_llava",
@@ -58,8 +63,13 @@ def part_job(part: Part, *, is_tiny: bool) -> Callable[[Callable[[Figures], None
     return job
 
 
-def run_parts(parts: Sequence[Part], *, is_tiny: bool, limit_seconds: float) -> tuple[Figures, bool]:
-    """Run parts one after the other; returns all figures, and whether every part came to its end."""
+def run_parts(
+    parts: Sequence[Part], *, is_tiny: bool, part_seconds: float, deadline_seconds: float
+) -> tuple[Figures, bool]:
+    """Run parts one after the other, until `deadline_seconds` of `time.perf_counter`.
+
+    Returns all figures, and whether every part came to its end.
+    """
     device = {"device": "cpu"} if is_tiny else run_job(lambda keep: report.describe_device(), limit_seconds=60).figures
     figures: Figures = {"is_tiny": is_tiny, **device, **report.describe_software()}
     if not is_tiny and device.get("device") is None:
@@ -70,7 +80,11 @@ def run_parts(parts: Sequence[Part], *, is_tiny: bool, limit_seconds: float) -> 
     name = "gpu-tiny" if is_tiny else "gpu"
     report.write(figures, rows, name=name)  # so that no older run is taken for this one
     for part in parts:
-        outcome = run_job(part_job(part, is_tiny=is_tiny), limit_seconds=limit_seconds)
+        left_seconds = deadline_seconds - time.perf_counter()
+        if left_seconds < min(part_seconds, LEAST_SECONDS):
+            outcome = Outcome(error=f"{report.NOT_STARTED}: {max(0.0, left_seconds):.0f} s left")
+        else:
+            outcome = run_job(part_job(part, is_tiny=is_tiny), limit_seconds=min(part_seconds, left_seconds))
         found = report.figures_of(part, outcome)
         figures |= found
         has_failed |= outcome.error is not None
@@ -83,12 +97,14 @@ def run_parts(parts: Sequence[Part], *, is_tiny: bool, limit_seconds: float) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run parts, print rows and as last line the JSON object; returns 1 if a part has failed."""
+    """Run parts, print rows and as last line the JSON object; returns 1 if a part did not come to its end."""
+    start_seconds = time.perf_counter()
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="The house on one CUDA device, part by part.")
     names = ", ".join(part.name for part in PARTS)
     parser.add_argument("parts", nargs="?", help=f"comma-separated, of {names}; default: all")
     parser.add_argument("--tiny", action="store_true", help="run small on a CPU, to see that all of it runs")
-    parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="limit of a part (%(default)g)")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="limit of a part (%(default)g)")
+    parser.add_argument("--total-seconds", type=float, default=TOTAL_SECONDS, help="limit of the run (%(default)g)")
     options = parser.parse_args(argv)
     try:
         parts = chosen_parts(options.parts, PARTS)
@@ -97,9 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # If a library asks for CUDA while it is imported, it is told by the driver's tools, and nothing is initialised.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the part that runs, too
-    for library in LIBRARIES:
-        importlib.import_module(library)
-    figures, is_complete = run_parts(parts, is_tiny=options.tiny, limit_seconds=options.seconds)
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as folder:
+        # Networks of several parts are the same: what one has compiled, the next finds.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
+        os.environ.setdefault("TRITON_CACHE_DIR", f"{folder}/triton")
+        for library in LIBRARIES:
+            importlib.import_module(library)
+        figures, is_complete = run_parts(
+            parts,
+            is_tiny=options.tiny,
+            part_seconds=options.seconds,
+            deadline_seconds=start_seconds + options.total_seconds,
+        )
     print(json.dumps(figures), flush=True)
     return 0 if is_complete else 1
 

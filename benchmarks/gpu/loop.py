@@ -40,7 +40,7 @@ TINY_LOOP = Case(width=144, num_layers=1, pixels=RESOLUTION, batch_size=4, capti
 # Of a device with less memory than masters, moments, average and the activations of batch 176 take.
 SMALL_DEVICE_GIGABYTES, SMALL_DEVICE_BATCH = 100, 132
 NUM_BATCHES = 4  # of an epoch: epochs differ, and all of it is in the page cache anyway
-LOG_EVERY = 10
+LOG_EVERY, TINY_LOG_EVERY = 10, 1
 NUM_WARM_UP_LINES, NUM_LINES = 1, 3  # of metrics
 VAE = {"model": "random/vae", "revision": None, "scaling_factor": 0.18215, "shift_factor": 0.0}
 TEXT = {"model": "random/t5", "revision": None, "max_tokens": MAX_TOKENS, "d_text": WIDTH, "storage": "bfloat16"}
@@ -76,7 +76,7 @@ def loop_256(size: Size) -> Figures:
     case = TINY_LOOP if size.is_tiny else _fitting(XL_256)
     with tempfile.TemporaryDirectory(prefix="bench-loop-") as folder:
         dataset = _write_features(Path(folder) / "run", case)
-        lines = _run_loop(Path(folder), case, num_lines=NUM_WARM_UP_LINES + (1 if size.is_tiny else NUM_LINES))
+        lines = _run_loop(Path(folder), case, is_tiny=size.is_tiny)
         _await_memory(size.device)
         counted = lines[NUM_WARM_UP_LINES:]
         loop_speed = statistics.median(line["images_per_second"] for line in counted)
@@ -122,11 +122,12 @@ def _write_features(run: Path, case: Case) -> Dataset:
     return dataset
 
 
-def _run_loop(folder: Path, case: Case, *, num_lines: int) -> list[dict]:
-    """Train until so many lines of metrics are there, and end it; returns the lines.
+def _run_loop(folder: Path, case: Case, *, is_tiny: bool) -> list[dict]:
+    """Train until enough lines of metrics are there, and end it; returns the lines.
 
     It is killed: a checkpoint of all that XL/2 has in fp32 would take longer than what is measured.
     """
+    num_lines = NUM_WARM_UP_LINES + (1 if is_tiny else NUM_LINES)
     recipe = folder / "recipe.toml"
     recipe.write_text(
         RECIPE.format(
@@ -136,7 +137,7 @@ def _run_loop(folder: Path, case: Case, *, num_lines: int) -> list[dict]:
             num_heads=case.width // case.head_dim,
             head_dim=case.head_dim,
             batch_size=case.batch_size,
-            log_every=LOG_EVERY,
+            log_every=TINY_LOG_EVERY if is_tiny else LOG_EVERY,
         )
     )
     command = [sys.executable, "-m", "training", "--recipe", str(recipe), "--run", str(folder / "run")]

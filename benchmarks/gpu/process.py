@@ -65,7 +65,7 @@ def _receive(receiver: Connection, outcome: Outcome, *, deadline_seconds: float,
         outcome.error, outcome.trace = error, trace
         if is_last:
             return
-    outcome.error = f"not ready after {limit_seconds:g} s"
+    outcome.error = f"not ready after {limit_seconds:.3g} s"
 
 
 def _end_group(pid: int | None) -> None:

@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "torchao", "flash-attn-4")
 HEADER = "| part | figures | bar | |\n|---|---|---|---|"
 MAX_ERROR_CHARS = 400
+NOT_STARTED = "not started"
 
 
 def describe_software() -> Figures:
@@ -53,7 +54,8 @@ def row(part: Part, figures: Figures) -> str:
     told = {key: value for key, value in figures.items() if value is not None and not key.endswith("_error")}
     measured = [f"{_short(part, key)} {value}" for key, value in told.items()]
     if error is not None:
-        measured.append("**failed: " + str(error).replace("|", "\\|").replace("\n", " ") + "**")
+        failed = "" if str(error).startswith(NOT_STARTED) else "failed: "
+        measured.append(f"**{failed}" + str(error).replace("|", "\\|").replace("\n", " ") + "**")
     bars = "; ".join(_short(part, str(bar)) for bar in part.bars)
     verdicts = "; ".join(bar.verdict(figures) for bar in part.bars)
     return f"| `{part.name}` | {', '.join(measured)} | {bars} | {verdicts} |"

@@ -45,7 +45,7 @@ from training.loop.flops import device_peak_teraflops
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 
-NUM_WARM_UP_STEPS, NUM_STEPS = 3, 6
+NUM_WARM_UP_STEPS, NUM_STEPS = 2, 6
 WEIGHT_SCALE = 0.3  # times fan-in to the power of -1/2: keeps the scale of what passes through, zero nowhere
 
 
