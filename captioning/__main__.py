@@ -9,7 +9,7 @@ from typing import Any
 from captioning.architectures import read_architecture, require_fit
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.job import CaptioningJob, read_job
-from captioning.plan import print_plan
+from captioning.plan import OPEN_BATCH, print_plan
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
 from encoders.tokens import TextCut
@@ -72,7 +72,7 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         room="captioning",
         few_samples=_few_samples(job),
         memory_settings={
-            "captioning.batch_size": job.config.batch_size,
+            "captioning.batch_size": _batch_size(job),
             "captioning.max_new_tokens": job.config.max_new_tokens,
             "captioning.num_decode_threads": job.config.num_decode_threads,
             "data.max_pixels": job.data.max_pixels,
@@ -82,6 +82,13 @@ def caption_shards(job: CaptioningJob) -> Manifest:
     )
     _clear_earlier(job)
     return manifest
+
+
+def _batch_size(job: CaptioningJob) -> int | str:
+    """Return captions at a time as errors name them: one left open is one to lower, too. A server has its own."""
+    if job.config.batch_size == 0 and job.config.engine in OPEN_BATCH:
+        return f"0 ({OPEN_BATCH[job.config.engine]})"
+    return job.config.batch_size
 
 
 def _clear_earlier(job: CaptioningJob) -> None:

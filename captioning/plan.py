@@ -10,7 +10,7 @@ from captioning.prompts import template_for
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
 
-# Captions at a time where `captioning.batch_size` is 0.
+# Captions at a time where `captioning.batch_size` is 0, by engine.
 OPEN_BATCH = {"transformers": "as many as fit", "generate": "32 or as many as fit"}
 # A row with a caption of about 100 words, compressed.
 BYTES_PER_ROW = 450
