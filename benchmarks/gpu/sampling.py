@@ -159,9 +159,10 @@ def our_side(bench: Bench) -> Callable[[int], list[Image.Image]]:
 def their_side(bench: Bench, dtype: torch.dtype, *, is_compiled: bool = False) -> Callable[[int], list[Image.Image]]:
     """Return what draws so many steps with diffusers' pipeline."""
     with torch.device(bench.device):
-        transformer = PixArtTransformer2DModel.from_config(to_json(bench.network.config))
+        transformer: Any = PixArtTransformer2DModel.from_config(to_json(bench.network.config))
     transformer.load_state_dict(export_weights(bench.network, pixart_diffusers_layout(bench.network.config)))
-    pipeline: Any = PixArtAlphaPipeline(
+    pipeline_class: Any = PixArtAlphaPipeline  # which takes None for encoders that nobody asks
+    pipeline: Any = pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=AutoencoderKL.from_pretrained(bench.vae_folder, torch_dtype=dtype),
