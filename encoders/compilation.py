@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,13 +35,21 @@ def compile_pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
 def compile_modules(modules: Sequence[nn.Module]) -> None:
     """Compile modules that share a class, in place: one code for all with weights of one shape, at images of any size.
 
-    Among them are more shapes of weights than torch would compile one class for before it gives up without a word; and
-    a square image must not be taken for a promise that all are square.
+    They are to run inside `many_shapes`: among them are more shapes of weights than torch would compile one class for
+    before it gives up without a word; and a square image must not be taken for a promise that all are square.
     """
+    for module in modules:
+        module.compile(dynamic=True)
+
+
+@contextlib.contextmanager
+def many_shapes() -> Iterator[None]:
+    """Have what `compile_modules` has compiled run inside, where torch compiles for as many shapes as it needs."""
     import torch._dynamo
     import torch.fx.experimental._config as shapes
 
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    shapes.use_duck_shape = False
-    for module in modules:
-        module.compile(dynamic=True)
+    # Of torch's whole process: what others compile keeps its own.
+    dynamo_config: Any = torch._dynamo.config
+    shapes_config: Any = shapes  # both get `patch` when they are imported
+    with dynamo_config.patch(recompile_limit=RECOMPILE_LIMIT), shapes_config.patch(use_duck_shape=False):
+        yield

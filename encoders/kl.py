@@ -57,16 +57,28 @@ class KLCodec(DiffusersCodec):
         distribution = self.model.encode(images).latent_dist
         return distribution.mean, distribution.std
 
+    def adapt_to_gpu(self) -> None:
+        """Lay channels last, and compute the attention of wide heads in parts."""
+        from encoders.vae_attention import widen_attention
+
+        super().adapt_to_gpu()
+        widen_attention(self.model)
+
     def compile_blocks(self) -> None:
         """Compile the residual blocks of the encoder, one code for all of a shape, and for images of any size."""
-        _compile_residual_blocks(self.model.encoder)
+        self._compile_half(self.model.encoder)
 
     def compile_decoder(self) -> None:
         """Compile the residual blocks of the decoder in the same way."""
-        _compile_residual_blocks(self.model.decoder)
+        self._compile_half(self.model.decoder)
 
+    def _compile_half(self, half: Any) -> None:
+        from diffusers.models.resnet import ResnetBlock2D
 
-def _compile_residual_blocks(half: Any) -> None:
-    from diffusers.models.resnet import ResnetBlock2D
+        from encoders.vae_attention import WideAttention
 
-    compile_modules([module for module in half.modules() if isinstance(module, ResnetBlock2D)])
+        self.is_compiled = True
+        compile_modules([module for module in half.modules() if isinstance(module, ResnetBlock2D)])
+        for module in half.modules():
+            if isinstance(processor := getattr(module, "processor", None), WideAttention):
+                processor.compile_kernels()

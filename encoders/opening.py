@@ -138,12 +138,11 @@ def open_codec(
     source = resolve_model(model, revision)
     codec_class = _codec_class(source, _require_config(source), key=key)
     loaded = codec_class.load_weights(source, dtype=getattr(torch, dtype), key=key).to(torch.device(device))
-    if torch.device(device).type == "cuda":
-        # What tensor cores want; on a CPU it makes the convolutions eight times slower.
-        loaded = loaded.to(memory_format=torch.channels_last)
     spec = latent_spec(source, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
     codec = codec_class(spec, loaded, f"{key} {source.location}")
+    if torch.device(device).type == "cuda":
+        codec.adapt_to_gpu()
     if is_long_run and can_compile(torch.device(device)):
         codec.compile_blocks()
     return codec

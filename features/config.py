@@ -101,7 +101,12 @@ class FeaturesConfig(TableConfig):
     vae_dtype: OfImages[str] = pydantic.Field(
         default="float32", description="Compute dtype of the VAE: float32 or bfloat16; latents are stored as float16"
     )
-    vae_batch_size: int = pydantic.Field(default=32, ge=1, description="Images encoded at once; halved when too many")
+    vae_batch_size: int | None = pydantic.Field(
+        default=None,
+        ge=1,
+        description="Images encoded at once; null = 32 on a CPU, on a GPU as many as have the pixels of 16 of 512px "
+        "(64 of 256px, 4 of 1024px); halved when too many",
+    )
     device: Literal["auto", "cpu", "cuda"] = pydantic.Field(
         default="auto", description="Where the encoders run; auto = the GPU where torch sees one"
     )

@@ -34,6 +34,8 @@ from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_i
 from pipelines.store.files import atomic_file
 
 MAX_DECODE_THREADS = 16
+# Pixels keep a GPU busy, not images: with fewer it waits for launches, and more of them take memory alone.
+CPU_BATCH_SIZE, GPU_BATCH_PIXELS = 32, 16 * 512**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class LatentWorkerConfig:
 
     Attributes:
         family: that it makes; `leads` as `FamilySchema` has it, and `settings` as the family does.
+        batch_size: None is what `choose_batch_size` finds.
         decode_threads: None is as many as `choose_decode_threads` finds, with `num_workers_here` on the machine.
         run: where the headers of the raw shards are remembered.
     """
@@ -52,7 +55,7 @@ class LatentWorkerConfig:
     model: str
     revision: str | None
     dtype: str
-    batch_size: int
+    batch_size: int | None
     is_long_run: bool
     device: str
     num_threads: int
@@ -107,6 +110,11 @@ def choose_decode_threads(num_workers: int | None) -> int:
     return max(1, min(MAX_DECODE_THREADS, num_cores // (num_workers or 1)))
 
 
+def choose_batch_size(device_type: str, resolution: int) -> int:
+    """Return how many images of `resolution` squared pixels are encoded at once."""
+    return max(1, GPU_BATCH_PIXELS // resolution**2) if device_type == "cuda" else CPU_BATCH_SIZE
+
+
 class LatentWorker:
     """Encodes the images of a shard; one tar member per image kept, one index row per sample."""
 
@@ -123,7 +131,7 @@ class LatentWorker:
             config.model, config.revision, device=device, dtype=config.dtype, is_long_run=config.is_long_run
         )
         self._family = latent_schema(has_std=self._codec.spec.has_std, name=config.family, leads=config.leads)
-        self._batches = Batches(config.batch_size)
+        self._batches = Batches(config.batch_size or choose_batch_size(device.type, config.resolution))
         num_threads = config.decode_threads or choose_decode_threads(config.num_workers_here)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._wait_seconds = 0.0

@@ -116,7 +116,7 @@ def image_job(
         model_key="features.vae_model",
         dtype_key="features.vae_dtype",
         memory_settings={
-            "features.vae_batch_size": features.vae_batch_size,
+            "features.vae_batch_size": features.vae_batch_size or "null (32 on a CPU, by pixels on a GPU)",
             f"features.{inputs.stage_name}.resolution": features.resolution,
             "features.decode_threads": features.decode_threads or "null (CPU cores per worker, at most 16)",
             "data.max_pixels": inputs.data.max_pixels,

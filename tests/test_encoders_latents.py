@@ -3,6 +3,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental._config as shapes
 from tiny_encoders import save_codec, save_deep_codec, save_text_encoder
 
 from encoders.latents import require_whole_patches
@@ -83,6 +84,7 @@ def test_a_model_that_is_no_codec_is_refused(tmp_path):
 
 
 def test_compiled_blocks_have_the_numbers_of_the_others(codec, tmp_path, monkeypatch):
+    before = (torch._dynamo.config.recompile_limit, shapes.use_duck_shape)
     # Without a compiler: what would be compiled is traced and run as it is, for images of any size.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     compiled = open_codec(str(save_codec(tmp_path / "vae")))
@@ -91,6 +93,8 @@ def test_compiled_blocks_have_the_numbers_of_the_others(codec, tmp_path, monkeyp
     for shape in ((2, 3, 32, 32), (3, 3, 32, 48)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         torch.testing.assert_close(compiled.encode(images), codec.encode(images))
+    # What others in the process compile is as it was.
+    assert (torch._dynamo.config.recompile_limit, shapes.use_duck_shape) == before
 
 
 def test_a_compiled_decoder_has_the_numbers_of_the_other(codec, tmp_path, monkeypatch):

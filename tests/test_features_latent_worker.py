@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from feature_run import write_run
 
+from encoders.kl import KLCodec
 from features.jobs import FeatureInputs, FeatureJob, read_inputs
-from features.latent_worker import choose_decode_threads
+from features.latent_worker import choose_batch_size, choose_decode_threads
 from features.latents import latent_job
 from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece
@@ -36,6 +37,18 @@ def work(job: FeatureJob, folder: Path, **settings: object) -> dict[str, bytes]:
 def test_no_byte_depends_on_the_threads_that_decode(run, tmp_path):
     job = latent_job(inputs_of(run))
     assert work(job, tmp_path / "1", decode_threads=1) == work(job, tmp_path / "7", decode_threads=7)
+
+
+def test_a_gpu_takes_images_by_their_pixels_and_a_bound_of_the_recipe_goes_before(run, tmp_path, monkeypatch):
+    assert [choose_batch_size("cuda", pixels) for pixels in (256, 512, 1024, 4096)] == [64, 16, 4, 1]
+    assert choose_batch_size("cpu", 1024) == 32
+    sizes, start = [], KLCodec.start
+    monkeypatch.setattr(KLCodec, "start", lambda self, images: sizes.append(len(images)) or start(self, images))
+    monkeypatch.setattr("features.latent_worker.CPU_BATCH_SIZE", 5)
+    job = latent_job(inputs_of(run))
+    for batch_size in (None, 7):
+        work(job, tmp_path, batch_size=batch_size, preview_shard="")
+    assert sizes == [5, 3, 5, 3, 4, 7, 1, 7, 1, 4]
 
 
 def test_workers_of_a_machine_share_its_cores_and_none_has_more_than_16_threads(monkeypatch):

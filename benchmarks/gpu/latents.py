@@ -22,15 +22,15 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.gpu.parts import Figures, Size
-from features.latent_worker import LatentWorker, LatentWorkerConfig, choose_decode_threads
+from features.latent_worker import LatentWorker, LatentWorkerConfig, choose_batch_size, choose_decode_threads
 from pipelines.engine.pieces import Piece
 from pipelines.raw.images import decode_image, resize_and_crop
 from pipelines.raw.shards import describe_shards
 from pipelines.recipe import TableConfig
 
-# Pixels of a side: images of the tar, and images a batch on both sides.
-CASES = {256: (1024, 32), 512: (384, 16), 1024: (96, 4)}
-TINY_CASES = {32: (12, 4)}
+# Pixels of a side: images of the tar.
+CASES = {256: 1024, 512: 384, 1024: 96}
+TINY_CASES = {32: 40}
 NUM_DISTINCT, NUM_ROUNDS, MAX_PIXELS = 32, 2, 10**9
 # Photographs are larger than what is cut of them, and oblong.
 SOURCE_WIDTH, SOURCE_HEIGHT = 1.5, 1.25
@@ -45,13 +45,16 @@ def latents(size: Size) -> Figures:
         model = make_vae(is_tiny=size.is_tiny)
         model.save_pretrained(folder / "vae")
         plain: Any = model.to(size.device, torch.bfloat16).to(memory_format=torch.channels_last)
-        for pixels, (num_images, batch_size) in cases.items():
+        for pixels, num_images in cases.items():
+            batch_size = choose_batch_size(size.device, pixels)  # on both sides
             tar = write_tar(folder / f"images_{pixels}.tar", pixels, num_images=num_images)
-            worker = LatentWorker(_config(folder, pixels, batch_size=batch_size, device=size.device))
+            worker = LatentWorker(_config(folder, pixels, device=size.device))
             ours: list[tuple[float, float]] = []
             theirs: list[float] = []
             for is_warm in [False] + [True] * (1 if size.is_tiny else NUM_ROUNDS):
-                found = _run_worker(worker, tar, folder, num_images=num_images if is_warm else 2 * batch_size)
+                found = _run_worker(
+                    worker, tar, folder, num_images=num_images if is_warm else min(num_images, 2 * batch_size)
+                )
                 seconds = _run_loop(plain, tar, pixels, batch_size=batch_size, is_warm=is_warm)
                 if is_warm:
                     ours.append(found)
@@ -103,7 +106,7 @@ def write_tar(path: Path, pixels: int, *, num_images: int) -> Path:
     return path
 
 
-def _config(folder: Path, pixels: int, *, batch_size: int, device: str) -> LatentWorkerConfig:
+def _config(folder: Path, pixels: int, *, device: str) -> LatentWorkerConfig:
     return LatentWorkerConfig(
         family="latents",
         leads=True,
@@ -111,7 +114,7 @@ def _config(folder: Path, pixels: int, *, batch_size: int, device: str) -> Laten
         model=str(folder / "vae"),
         revision=None,
         dtype="bfloat16",
-        batch_size=batch_size,
+        batch_size=None,
         is_long_run=True,
         device=device,
         num_threads=1,
