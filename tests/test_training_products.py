@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torchao.float8.float8_linear import Float8Linear
+from training_run import make_run, metrics, train
 
 from errors import UserError
+from pixart.convert import load_diffusers
 from pixart.model import PixArt, PixArtConfig
 from training.config import StageTraining
 from training.loop.memory import keep_activations
@@ -101,3 +104,26 @@ def test_what_cannot_be_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(UserError, match=r"capability 8\.9 or more, and NVIDIA A100 has 8\.0"):
         use_fp8(network(), device=torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_resume_exactly_and_export_plain_weights(tmp_path):
+    """By emulation; ZeRO 2 with bf16 weights and fp32 masters, as on GPUs."""
+    straight, resumed, plain = (make_run(tmp_path / name) for name in ("straight", "resumed", "plain"))
+    settings = {"starts_from": "scratch", "dtype": "bf16", "zero_stage": 2, "log_every": 1}
+    for run, products, num_steps in (
+        (straight, "fp8", 6),
+        (resumed, "fp8", 3),
+        (resumed, "fp8", 6),
+        (plain, "dtype", 6),
+    ):
+        train(run, 2, products=products, num_steps=num_steps, **settings)
+    losses = [[line["loss"] for line in metrics(run, 2)] for run in (straight, resumed, plain)]
+    assert len(losses[0]) == 6 and losses[1] == losses[0]
+    assert losses[0] != losses[2] and losses[0] == pytest.approx(losses[2], rel=0.02)
+    folders = [run / "training" / "stage2" / "step-6" / "model" for run in (straight, resumed, plain)]
+    assert len({(folder / "config.json").read_bytes() for folder in folders}) == 1
+    weights = [load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    assert {name: value.dtype for name, value in weights[0].items()} == dict.fromkeys(weights[2], torch.float32)
+    assert isinstance(load_diffusers(folders[0]), PixArt)
