@@ -230,3 +230,26 @@ def test_matrices_are_dealt_out_by_cost():
     costs = sorted(sum(cost(weight.shape) for weight in largest_share(weights, num_cards=num)) for num in (1, 3))
     assert costs[1] == sum(cost(weight.shape) for weight in weights)
     assert costs[0] < 1.2 * costs[1] / 3
+
+
+IMPORTING = """
+import os, torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+def initialise():
+    raise AssertionError("CUDA was initialised")
+
+torch.cuda._lazy_init = initialise
+from benchmarks.gpu.__main__ import import_libraries
+
+import_libraries()
+assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+assert not torch.utils._triton.has_triton.cache_info().currsize
+assert "torchao" in __import__("sys").modules
+"""
+
+
+def test_importing_the_libraries_does_not_touch_cuda_nor_remember_that_there_was_none():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORTING], check=True)

@@ -26,6 +26,7 @@ from benchmarks.gpu.process import Outcome, run_job
 PART_SECONDS, TOTAL_SECONDS = 75.0, 600.0
 # A part with less time would hardly come past its compiler, and take it from nobody: the next has no more.
 LEAST_SECONDS = 40.0
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 LIBRARIES = (
     "torch",
     "transformers.models.llava.modeling_llava",
@@ -63,6 +64,30 @@ def part_job(part: Part, *, is_tiny: bool) -> Callable[[Callable[[Figures], None
     return job
 
 
+def import_libraries() -> None:
+    """Import what parts need, without touching CUDA: a process that has cannot be forked into one that may.
+
+    Raises:
+        RuntimeError: CUDA was initialised all the same.
+    """
+    import torch.utils._triton
+
+    # torchao asks while it is imported whether the card can run Triton, which initialises CUDA: it sees none, and what
+    # torch remembers of the answer is forgotten.
+    visible = os.environ.get(VISIBLE_DEVICES)
+    os.environ |= {VISIBLE_DEVICES: "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    del os.environ[VISIBLE_DEVICES]
+    if visible is not None:
+        os.environ[VISIBLE_DEVICES] = visible
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    if torch.cuda.is_initialized():
+        raise RuntimeError(f"importing {', '.join(LIBRARIES)} has initialised CUDA, so no part can be forked")
+
+
 def run_parts(
     parts: Sequence[Part], *, is_tiny: bool, part_seconds: float, deadline_seconds: float
 ) -> tuple[Figures, bool]:
@@ -70,10 +95,12 @@ def run_parts(
 
     Returns all figures, and whether every part came to its end.
     """
-    device = {"device": "cpu"} if is_tiny else run_job(lambda keep: report.describe_device(), limit_seconds=60).figures
+    outcome = None if is_tiny else run_job(lambda keep: report.describe_device(), limit_seconds=60)
+    device: Figures = {"device": "cpu"} if outcome is None else outcome.figures
     figures: Figures = {"is_tiny": is_tiny, **device, **report.describe_software()}
-    if not is_tiny and device.get("device") is None:
-        print("bench-gpu: no CUDA device is here; --tiny runs the parts small on a CPU", file=sys.stderr)
+    if outcome is not None and device.get("device") is None:
+        reason = outcome.error or "no CUDA device is here; --tiny runs the parts small on a CPU"
+        print(f"bench-gpu: {reason}", file=sys.stderr)
         return figures, False
     print(f"{device['device']}\n\n{report.HEADER}", flush=True)
     rows, has_failed = [], False
@@ -110,15 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = chosen_parts(options.parts, PARTS)
     except ValueError as error:
         parser.error(str(error))
-    # If a library asks for CUDA while it is imported, it is told by the driver's tools, and nothing is initialised.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the part that runs, too
     with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as folder:
         # Networks of several parts are the same: what one has compiled, the next finds.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
         os.environ.setdefault("TRITON_CACHE_DIR", f"{folder}/triton")
-        for library in LIBRARIES:
-            importlib.import_module(library)
+        import_libraries()
         figures, is_complete = run_parts(
             parts,
             is_tiny=options.tiny,
