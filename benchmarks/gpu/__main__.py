@@ -3,8 +3,8 @@
 Each part is a process of its own with a limit of time, forked from this one, which imports the large libraries once
 and never touches CUDA. All share one cache of what is compiled. A part that fails, dies or is late says so and leaves
 the others alone; one that the whole run has no time for is not started. Rows for docs/BENCHMARKS.md are printed as
-parts end; the last line is one JSON object. Both are in benchmarks/results/ after
-every part. `--tiny` runs the same code small on a CPU: nothing it prints says anything of speed.
+parts end; the last line is one JSON object. Both are in benchmarks/results/ after every part. `--tiny` runs the same
+code small on a CPU: nothing it prints says anything of speed.
 """
 
 from __future__ import annotations
