@@ -13,6 +13,7 @@ from tests.line_worker import contents
 from tests.processes import kill, kill_tree, ray_workers
 from tests.raw_shards import write_laion, write_sa1b
 from tests.tiny_models import save_llava
+from tests.tiny_vlms import save_idefics3
 
 SEED = 20261121
 RECIPE = """
@@ -25,21 +26,26 @@ num_workers = 2
 max_shard_attempts = 20
 
 [captioning]
-model = "{folder}/llava"
+model = "{folder}/model"
+engine = "{engine}"
 max_new_tokens = 24
 batch_size = 4
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+# The engines that caption in process, each with a model of its own.
+SAVES = {"transformers": save_llava, "generate": save_idefics3}
+
+
+@pytest.fixture(scope="module", params=SAVES)
+def folder(request, tmp_path_factory) -> Path:
     """Raw shards, a model, a recipe, and `calm/`, a run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("faults")
-    save_llava(folder / "llava")
+    SAVES[request.param](folder / "model")
     for number in range(3):
         write_laion(folder / "raw" / f"laion_{number:05d}.tar", 40, first=100 * number)
     write_sa1b(folder / "raw" / "sa_000000.tar", 24)
-    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
+    (folder / "recipe.toml").write_text(RECIPE.format(folder=folder, engine=request.param))
     finish(line(folder, folder / "calm", alone=True))
     return folder
 
@@ -100,6 +106,7 @@ cp -a "$run/captions" "$run.copy"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["transformers"], indirect=True)
 def test_a_full_disk_and_a_read_only_one(tmp_path, folder) -> None:
     """A real disk of 60 kB, in a mount namespace of its own, that fills up, turns read-only, and gets room."""
     probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]

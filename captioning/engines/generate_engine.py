@@ -69,8 +69,8 @@ class GenerateEngine:
         """Load the model and its processor.
 
         Raises:
-            UserError: the model is not there, lacks weights, sees no images or has no chat template; names
-                `captioning.model`.
+            UserError: the model is not there, lacks weights, sees no images, has no chat template or answers behind
+                an encoder; names `captioning.model`.
         """
         torch.set_num_threads(num_threads)
         device = choose_device(config.device, key="captioning.device")
@@ -82,6 +82,7 @@ class GenerateEngine:
         settings = {"dtype": dtype}
         self.model = load_pretrained(AutoModelForImageTextToText, source, settings=settings, key="captioning.model")
         self.model.to(device)
+        _require_decoder(self.model, self._named)
         self.processor = load_processor(source, config=self.model.config, named=self._named)
         self.tokenizer = self.processor.tokenizer
         self._template = self.processor.chat_template or self.tokenizer.chat_template
@@ -246,6 +247,19 @@ def _require_vision(source: ModelSource, named: str) -> None:
         "vision-language model: captions need one that sees images, in transformers' own form (of some, repositories "
         f"whose names end in -hf); {SERVER}"
     )
+
+
+def _require_decoder(model: Any, named: str) -> None:
+    """Refuse a model whose answers do not go on where the prompt ends.
+
+    Raises:
+        UserError: an encoder reads the prompt; names the class.
+    """
+    if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True).is_encoder_decoder:
+        raise UserError(
+            f"{named} is a {type(model).__name__}, whose encoder reads the prompt: captioning.engine = 'generate' is "
+            f"for models that go on where the prompt ends; {SERVER}"
+        )
 
 
 def _settle_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

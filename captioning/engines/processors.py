@@ -59,6 +59,9 @@ class NoVideos(dict):
     Empty settings, so that the processor can be printed and copied like any other.
     """
 
+    # SmolVLM's asks for these with every chat, and uses them for videos only.
+    num_frames = fps = None
+
 
 def load_processor(source: ModelSource, *, config: Any, named: str) -> Any:
     """Load the processor of a model with this `config` of transformers; `named` is the model as errors call it.
