@@ -2,19 +2,25 @@
 
 # B batch, N image tokens, H heads, E head width, L tokens of the longest text, T tokens of all texts
 
+import os
+import shutil
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-HAS_TRITON = find_spec("triton") is not None
-# What `pixart.attention_kernels` is written for and measured on.
-KERNEL_CAPABILITY = (9, 0)
+# Triton makes its kernels' launchers with a C compiler.
+HAS_TRITON = find_spec("triton") is not None and any(
+    map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))
+)
+# What `pixart.attention_kernels` is written for and measured on: Hopper.
+KERNEL_CAPABILITY_MAJOR = 9
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_CHANNELS_MULTIPLE = 8
-KERNEL_MAX_HEAD_DIM = 128
+KERNEL_HEAD_DIMS = range(24, 129)
 
 
 class Packing(NamedTuple):
@@ -67,8 +73,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attend_to_text(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-    """Attend from image tokens [B, N, H, E] to the texts whose keys and values `lay_out` gave; to [B, N, H, E]."""
+    """Attend from image tokens [B, N, H, E] to the texts whose keys and values `lay_out` gave; to [B, N, H, E].
+
+    Raises:
+        RuntimeError: forward derivatives are asked of the kernel, which has none.
+    """
     if packing.places is None:
+        if not torch.compiler.is_compiling() and any(
+            forward_ad.unpack_dual(each).tangent is not None for each in (query, key, value)
+        ):
+            # torch would leave them out without a word.
+            raise RuntimeError("attention to texts has no forward derivatives here: use sdpa_kernel(SDPBackend.MATH)")
         return torch.ops.pixart.text_attention(query, key, value, packing.offsets, packing.max_length)[0]
     return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=packing.bias).transpose(1, 2)
 
@@ -79,14 +94,16 @@ def _has_kernel(query: Tensor) -> bool:
         query.device.type == "cuda"
         and query.dtype in KERNEL_DTYPES
         and head_dim % KERNEL_CHANNELS_MULTIPLE == 0
-        and head_dim <= KERNEL_MAX_HEAD_DIM
+        and head_dim in KERNEL_HEAD_DIMS
         and _runs_kernels(query.device.index or 0)
     )
 
 
 @torch.compiler.assume_constant_result
 def _runs_kernels(device_index: int) -> bool:
-    return HAS_TRITON and torch.cuda.get_device_capability(device_index) >= KERNEL_CAPABILITY
+    # `sdpa_kernel(SDPBackend.MATH)`, which asks for derivatives that kernels lack, means this one, too.
+    is_wanted = HAS_TRITON and torch.backends.cuda.flash_sdp_enabled()
+    return is_wanted and torch.cuda.get_device_capability(device_index)[0] == KERNEL_CAPABILITY_MAJOR
 
 
 @torch.library.custom_op("pixart::text_attention", mutates_args=())

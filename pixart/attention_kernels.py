@@ -63,10 +63,10 @@ def _forward_kernel(
     H: tl.constexpr, E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    image, head = tl.program_id(1) // H, tl.program_id(1) % H
+    image, head = tl.program_id(0) // H, tl.program_id(0) % H
     start = tl.load(offsets + image)
     length = tl.load(offsets + image + 1) - start
-    rows, head_1, head_2 = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, E1), E1 + tl.arange(0, E2)
+    rows, head_1, head_2 = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, E1), E1 + tl.arange(0, E2)
     first = (image * num_queries).to(tl.int64)
     query += first * query_row + head * E
     key += start.to(tl.int64) * key_row + head * E
@@ -96,7 +96,7 @@ def _forward_kernel(
     out += first * out_row + head * E
     _store(out, rows, out_row, num_queries, head_1, sum_1 / total[:, None], E)
     _store(out, rows, out_row, num_queries, head_2, sum_2 / total[:, None], E)
-    tl.store(sums + tl.program_id(1) * num_queries + rows, largest + tl.log2(total), mask=rows < num_queries)
+    tl.store(sums + tl.program_id(0) * num_queries + rows, largest + tl.log2(total), mask=rows < num_queries)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _backward_kernel(
     partial += first * (H * E) + head * E
     place = tl.program_id(1).to(tl.int64) * part_stride + start.to(tl.int64) * (H * E) + head * E
     natural = scale * 0.6931471805599453  # back from base 2
-    # What is added for queries behind the last is zero, as are their values; so is what keys behind the last add.
+    # What is added for queries behind the last is zero, as are their values.
     last = tl.minimum((tl.program_id(1) + 1) * part_queries, num_queries)
     for first_key in range(0, length, K):
         keys = first_key + tl.arange(0, K)
@@ -144,7 +144,8 @@ def _backward_kernel(
             logs = tl.load(sums + tl.program_id(0) * num_queries + rows, mask=rows < last, other=0.0)
             scores = tl.dot(key_1, tl.trans(query_1))  # [K, M]
             scores = tl.dot(key_2, tl.trans(query_2), scores)
-            weights = tl.exp2(scores * scale - logs[None, :])
+            # Without a mask keys behind the last would have the score 0, whose weight may overflow.
+            weights = tl.where(keys[:, None] < length, tl.exp2(scores * scale - logs[None, :]), 0.0)
             low = weights.to(key_1.dtype)
             of_values_1 = tl.dot(low, gradient_1, of_values_1)
             of_values_2 = tl.dot(low, gradient_2, of_values_2)
@@ -179,8 +180,11 @@ def _widths(head_dim: int) -> tuple[int, int]:
 
 
 def _row(rows: Tensor) -> int:
-    """Return the stride of rows whose heads lie one behind the other."""
-    assert rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1], f"{rows.stride()} of {rows.shape}"
+    """Return the stride of rows [T, H, E] or [B, N, H, E] which, as their heads, lie one behind the other."""
+    is_dense = rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1]
+    assert is_dense and (rows.ndim == 3 or rows.stride(0) == rows.shape[1] * rows.stride(1)), (
+        f"{rows.stride()} of {rows.shape}"
+    )
     return rows.stride(-3)
 
 
@@ -193,7 +197,7 @@ def text_attention_forward(query: Tensor, key: Tensor, value: Tensor, offsets: T
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     sums = torch.empty(num_images, num_heads, num_queries, dtype=torch.float32, device=query.device)
     tiles, (whole, rest) = FORWARD, _widths(head_dim)
-    grid = (triton.cdiv(num_queries, tiles.queries), num_images * num_heads)
+    grid = (num_images * num_heads, triton.cdiv(num_queries, tiles.queries))
     _forward_kernel[grid](  # pyright: ignore[reportIndexIssue]
         query, key, value, out, sums, offsets, head_dim**-0.5 * LOG2_E,
         num_queries, _row(query), _row(key), _row(value), _row(out),

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from pixart.attention import attend_to_text, lay_out, pack
+from pixart.attention import Packing, attend_to_text, lay_out, pack
 from pixart.model import PixArt, PixArtConfig, pack_text
 
 LENGTHS = (5, 1, 3)
@@ -104,7 +105,21 @@ for num_images, num_queries, num_heads, head_dim, lengths, padding in (
         error = float((mine.double() - reference.detach()).norm() / reference.detach().norm())
         assert error < 1e-6, (head_dim, lengths, error)
     assert not found[1][sum(lengths):].any() and not found[2][sum(lengths):].any()
+
+# Scores so far below zero that the weight of a key that is not there, whose score is zero, would be infinite.
+query[..., 0], key[..., 0] = 10.0, -110.0
+out, sums = text_attention_forward(query, key, value, offsets)
+assert sums.max() < -130
+found = text_attention_backward(gradient, query, key, value, out, sums, offsets, max_length=max(lengths))
+assert all(each.isfinite().all() for each in (out, *found))
 """
+
+
+def test_the_kernel_refuses_forward_derivatives_which_torch_would_leave_out() -> None:
+    packing = Packing(torch.tensor([0, 5], dtype=torch.int32), 5, places=None, bias=None)
+    query, key = draw(1, 4, 2, 8, seed=0), draw(5, 2, 8, seed=1)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward derivatives"):
+        attend_to_text(forward_ad.make_dual(query, query), key, key, packing)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed; torch for CUDA brings it")

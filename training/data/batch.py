@@ -22,7 +22,7 @@ LENGTH_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of a rank, on its device; its tensors are valid until the reader is asked for the next.
+    """One micro-batch of a rank, on its device; on a CPU its tensors are valid until the reader is asked for the next.
 
     Attributes:
         step: optimizer step it belongs to, counted from 0.

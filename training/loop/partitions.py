@@ -38,7 +38,7 @@ class Partitions(Protocol):
 class PlainWeights:
     """ZeRO 0 in fp32: the weights are their own masters."""
 
-    def __init__(self, engine: Any, adamw: Optimizer) -> None:
+    def __init__(self, adamw: Optimizer) -> None:
         self._adamw = adamw
         self._weights: list[nn.Parameter] = [weight for group in adamw.param_groups for weight in group["params"]]
 
@@ -167,7 +167,7 @@ class LonePartitions(FlatPartitions):
 class ScatteredShares:
     """ZeRO 3: a rank updates its share of each weight; DeepSpeed steps over groups of them."""
 
-    def __init__(self, engine: Any, adamw: Optimizer) -> None:
+    def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
 
     @property
@@ -201,11 +201,11 @@ class ScatteredShares:
 def find_partitions(engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_fp32: bool) -> Partitions:
     """Return what this rank updates under DeepSpeed's engine, whose AdamW is `adamw`."""
     if zero_stage == 3:
-        return ScatteredShares(engine, adamw)
+        return ScatteredShares(engine)
     if zero_stage > 0:
         is_alone = dist.get_world_size() == 1
         return LonePartitions(engine, adamw, sums_in_fp32=sums_in_fp32) if is_alone else FlatPartitions(engine, adamw)
-    return PlainWeights(engine, adamw) if engine.optimizer is adamw else WholeMasters(engine, adamw)
+    return PlainWeights(adamw) if engine.optimizer is adamw else WholeMasters(engine, adamw)
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:
