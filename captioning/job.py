@@ -66,6 +66,7 @@ class CaptioningJob:
             dialect=self.data.dialect,
             max_pixels=self.data.max_pixels,
             num_threads=max(1, int(self.workers.cpus_per_worker)),
+            gpu_share=gpu_share(self.workers),
             settings=updatable(self.fingerprint),
             run=self.run.absolute(),
             earlier=(self.output.path / EARLIER_FOLDER).absolute(),
@@ -177,6 +178,13 @@ def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSour
     if config.engine == "openai" and (server := config.server.fingerprint_fields()):
         fields["server"] = server
     return Fingerprint.of(fields)
+
+
+def gpu_share(workers: EngineConfig) -> float:
+    """Return the part of a GPU that is one worker's alone; 0 where workers share what they see."""
+    if not workers.gpus_per_worker:
+        return 1.0 if workers.num_workers == 1 or workers.in_process else 0.0
+    return min(1.0, workers.gpus_per_worker)
 
 
 def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:

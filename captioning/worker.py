@@ -29,6 +29,7 @@ class CaptionWorkerConfig:
 
     Attributes:
         num_threads: for the model's arithmetic on a CPU.
+        gpu_share: the part of a GPU that is the worker's alone, at most 1; 0 where nobody knows how many share it.
         settings: those of `earlier.UPDATABLE`, which each file carries.
         run: where the headers of the shards are remembered; None reads them from the tars.
         earlier: the folder of the captions that are kept, and only completed.
@@ -39,6 +40,7 @@ class CaptionWorkerConfig:
     dialect: str
     max_pixels: int
     num_threads: int
+    gpu_share: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
     earlier: Path | None = None
@@ -154,4 +156,4 @@ def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:
         return GenerateEngine(config.captioning, num_threads=config.num_threads)
     from captioning.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine(config.captioning, num_threads=config.num_threads)
+    return TransformersEngine(config.captioning, num_threads=config.num_threads, gpu_share=config.gpu_share)

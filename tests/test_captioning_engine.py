@@ -14,10 +14,12 @@ from captioning.canary import CanaryError, check_engine, is_worth_showing
 from captioning.config import DESCRIBE, CaptioningConfig
 from captioning.engines.llama import LlamaForward
 from captioning.engines.protocol import Request, sample_seed
-from captioning.engines.room import CPU_SLOTS, prefill_bytes, slot_bytes, slots_within
+from captioning.engines.room import DEFAULT_SLOTS, count_slots, prefill_bytes, slot_bytes, slots_within
 from captioning.engines.slots import SlotCache
 from captioning.engines.transformers_engine import TransformersEngine
+from captioning.job import gpu_share
 from errors import UserError
+from pipelines.engine.run import EngineConfig
 from tests.raw_shards import photo
 from tests.tiny_models import IMAGE_PIXELS, PATCH_PIXELS, save_llava, save_llava_next
 
@@ -180,16 +182,47 @@ def test_the_canary_refuses_captions_that_depend_on_the_batch(llava, monkeypatch
 
 
 def test_without_a_number_there_are_as_many_slots_as_before_on_a_cpu(llava) -> None:
-    assert load(llava)._decoder._settings.num_slots == 32 == CPU_SLOTS
+    assert load(llava)._decoder._settings.num_slots == 32 == DEFAULT_SLOTS
     assert load(llava, batch_size=5)._decoder._settings.num_slots == 5
 
 
-def test_slots_fill_what_memory_is_left() -> None:
-    """LLaVA-1.5-7B's shape in bfloat16: half a megabyte a token; 13.5 GB of weights are not counted here."""
+def llava_7b() -> LlavaForConditionalGeneration:
+    """LLaVA-1.5-7B's shape in bfloat16, without memory: half a megabyte a token."""
     text = LlamaConfig(vocab_size=32_064, max_position_embeddings=4096)
     vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).bfloat16()
+        return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).bfloat16()
+
+
+def test_workers_that_share_a_gpu_share_its_memory(monkeypatch) -> None:
+    """Each has loaded its 14 GB and sees what the other has not taken yet as free."""
+    model, sizes = llava_7b(), {"num_prompt_tokens": 640, "max_new_tokens": 256}
+    total, weights = 85_000_000_000, 14_000_000_000
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total - 2 * weights, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: weights)
+    found = {share: count_slots(model, gpu_share=share, **sizes) for share in (1.0, 0.5, 0.25, 0.0)}
+    assert found == {1.0: 112, 0.5: 40, 0.25: 8, 0.0: 32}
+    assert 2 * found[0.5] * slot_bytes(model, num_tokens=896) < total - 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"gpus_per_worker": 0.5}, 0.5),
+        ({"gpus_per_worker": 2.0}, 1.0),
+        ({}, 0.0),  # as many as CPU cores allow, on whatever GPU they see
+        ({"num_workers": 1}, 1.0),
+        ({"in_process": True}, 1.0),
+    ],
+)
+def test_a_workers_part_of_a_gpu(engine, expected) -> None:
+    assert gpu_share(EngineConfig(**engine)) == expected
+
+
+def test_slots_fill_what_memory_is_left() -> None:
+    """13.5 GB of weights are not counted here."""
+    model = llava_7b()
     assert slot_bytes(model, num_tokens=1) == 64 * 2 * 32 * 4096 * 2
     sizes = {"num_prompt_tokens": 640, "max_new_tokens": 256}
     assert slot_bytes(model, num_tokens=896) == 448 * 2**20

@@ -7,8 +7,8 @@ import torch
 from captioning.engines.decoding import PREFILL_TOKENS, REFILL_DIVISOR
 from captioning.engines.slots import round_capacity
 
-# Without a GPU.
-CPU_SLOTS = 32
+# Without a GPU, or on one whose other workers nobody knows.
+DEFAULT_SLOTS = 32
 # Beyond, the keys and values of all rows take so much of a step that more rows gain little, and the end of a slice,
 # when rows run dry, costs more.
 MAX_SLOTS = 128
@@ -17,18 +17,21 @@ SLOT_MULTIPLE = 8
 USABLE_SHARE = 0.9
 
 
-def count_slots(model: Any, *, num_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Return how many captions a model that is on a GPU decodes at a time, where the recipe leaves it open.
+def count_slots(model: Any, *, gpu_share: float, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Return how many captions a model decodes at a time, where the recipe leaves it open.
 
-    As many as the memory holds beside the weights and the reading of new prompts, a multiple of
+    As many as `gpu_share` of its GPU's memory holds beside the weights and the reading of new prompts, a multiple of
     `SLOT_MULTIPLE` up to `MAX_SLOTS`; `num_prompt_tokens` is of the longest prompt that is expected. It depends on the
-    device and on what others hold of it.
+    device and on what others hold of it. `DEFAULT_SLOTS` on a CPU, and where the share is unknown, which is 0.
     """
+    if model.device.type == "cpu" or gpu_share == 0:
+        return DEFAULT_SLOTS
     # The projections were laid side by side, piece by piece: their former places are no use to larger tensors.
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
     held_bytes = torch.cuda.memory_allocated(model.device)
-    budget_bytes = min(free_bytes, int(USABLE_SHARE * total_bytes) - held_bytes)
+    # What is free now may be for a worker that comes to this GPU next.
+    budget_bytes = min(free_bytes, int(gpu_share * USABLE_SHARE * total_bytes) - held_bytes)
     return slots_within(budget_bytes, model, num_prompt_tokens=num_prompt_tokens, max_new_tokens=max_new_tokens)
 
 

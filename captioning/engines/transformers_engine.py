@@ -16,7 +16,7 @@ from captioning.engines.decoding import ContinuousDecoder
 from captioning.engines.llama import LlamaForward
 from captioning.engines.processors import ProcessorCopies
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
-from captioning.engines.room import CPU_SLOTS, count_slots
+from captioning.engines.room import count_slots
 from captioning.engines.rows import DecodingSettings, TokenizedPrompt
 from captioning.engines.tokens import end_token_ids, has_begin_token, read_caption, special_tokens
 from captioning.prompts import fill_prompt
@@ -40,8 +40,8 @@ class TransformersEngine:
         model, processor, tokenizer: those of transformers, the processor corrected from the model's config.
     """
 
-    def __init__(self, config: CaptioningConfig, *, num_threads: int) -> None:
-        """Load the model and correct its processor.
+    def __init__(self, config: CaptioningConfig, *, num_threads: int, gpu_share: float = 1.0) -> None:
+        """Load the model and correct its processor; `gpu_share` of the GPU's memory is for it, 0 if nobody knows.
 
         Raises:
             UserError: the model is not there, or lacks weights; names `captioning.model`.
@@ -59,7 +59,7 @@ class TransformersEngine:
         self._max_new_tokens = config.max_new_tokens
         self._forward = LlamaForward(self.model)
         settings = DecodingSettings(
-            num_slots=config.batch_size or self._count_slots(config),
+            num_slots=config.batch_size or self._count_slots(config, gpu_share=gpu_share),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             end_token_ids=end_token_ids(self.model.generation_config, self.tokenizer),
@@ -69,10 +69,8 @@ class TransformersEngine:
             settings, temperature=0.0, max_new_tokens=min(PROBE_TOKENS, config.max_new_tokens)
         )
 
-    def _count_slots(self, config: CaptioningConfig) -> int:
-        """Return the captions decoded at a time where the recipe leaves it open: as many as the GPU's memory holds."""
-        if self.model.device.type == "cpu":
-            return CPU_SLOTS
+    def _count_slots(self, config: CaptioningConfig, *, gpu_share: float) -> int:
+        """Return the captions decoded at a time where the recipe leaves it open: see `count_slots`."""
         alt_text = ("a " * config.max_alt_text_chars)[: config.max_alt_text_chars]
         default = config.prompts["default"]
         prompts = [
@@ -81,8 +79,13 @@ class TransformersEngine:
         ]
         [longest] = self.prepare([Request(image=Image.new("RGB", LARGE_IMAGE), prompt=max(prompts, key=len), seed=0)])
         num_tokens = self._context - self._max_new_tokens if longest is None else len(longest.input_ids)
-        num_slots = count_slots(self.model, num_prompt_tokens=num_tokens, max_new_tokens=self._max_new_tokens)
-        log.info(f"captioning.batch_size 0: {num_slots} captions at a time fit the GPU")
+        num_slots = count_slots(
+            self.model, gpu_share=gpu_share, num_prompt_tokens=num_tokens, max_new_tokens=self._max_new_tokens
+        )
+        if self.model.device.type != "cpu":
+            log.info(
+                f"captioning.batch_size 0: {num_slots} captions at a time on {gpu_share or 'an unknown part'} of the GPU"
+            )
         return num_slots
 
     def prepare(self, requests: Sequence[Request]) -> list[TokenizedPrompt | None]:
