@@ -101,7 +101,7 @@ class CaptioningConfig(TableConfig):
     batch_size: int = Field(
         default=0,
         ge=0,
-        description="Captions decoded at a time; 0 = what the GPU's memory holds, 32 on a CPU and with `generate`",
+        description="Captions decoded at a time; 0 = what its part of a GPU holds, 32 on a CPU and with `generate`",
     )
     max_new_tokens: Decides[int] = Field(default=256, ge=1, description="Longest caption, in tokens of the model")
     temperature: Decides[float] = Field(

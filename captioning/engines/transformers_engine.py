@@ -83,9 +83,8 @@ class TransformersEngine:
             self.model, gpu_share=gpu_share, num_prompt_tokens=num_tokens, max_new_tokens=self._max_new_tokens
         )
         if self.model.device.type != "cpu":
-            log.info(
-                f"captioning.batch_size 0: {num_slots} captions at a time on {gpu_share or 'an unknown part'} of the GPU"
-            )
+            share = f"{gpu_share:.0%} of the GPU" if gpu_share else "a GPU that other workers may use"
+            log.info(f"captioning.batch_size 0: {num_slots} captions at a time on {share}")
         return num_slots
 
     def prepare(self, requests: Sequence[Request]) -> list[TokenizedPrompt | None]:
