@@ -1,12 +1,14 @@
 """Captured passes: without CUDA the memory they share is the same, and the network itself stands for the graphs."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from sampling_run import PIXART, randomised
 
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
-from pixart.drawing.graphs import MAX_SHAPES, PassGraphs
+from pixart.drawing.graphs import MAX_SHAPES, PassGraphs, _CapturedPasses
 from pixart.drawing.guidance import network_of_texts
 from pixart.drawing.passes import plan_passes
 from pixart.model import PixArt
@@ -61,3 +63,50 @@ def test_what_cannot_be_captured_is_computed():
     graphs._fail("out of memory")
     assert torch.equal(draw(graphs, (0, 1)), expected)
     assert not graphs._captured
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was_and_says_why(monkeypatch):
+    """As torch's does: its end raises before the stream is given back, and hides what ended it early."""
+    entered, streams, failures = [], ["current"], []
+
+    class Capture:
+        def __init__(self, _, **options):
+            self.pool = options["pool"]
+
+        def __enter__(self):
+            entered.append(self.pool)
+            streams[-1] = "capture"
+
+        def __exit__(self, *_):
+            raise RuntimeError("capture invalidated")
+
+    @contextmanager
+    def stream(new):
+        before, streams[-1] = streams[-1], new
+        try:
+            yield
+        finally:
+            streams[-1] = before
+
+    def compute(*_):
+        if entered:
+            raise RuntimeError("not permitted in a capture")
+
+    side = SimpleNamespace(wait_stream=lambda _: None)
+    current = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in {
+        "graph": Capture,
+        "stream": stream,
+        "Stream": lambda _: side,
+        "current_stream": lambda _: current,
+        "CUDAGraph": object,
+        "graph_pool_handle": lambda: "pool",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    noise = torch.zeros(1)
+    passes = _CapturedPasses(SimpleNamespace(), noise, on_failure=failures.append)
+    passes._network, passes._time = compute, noise
+    monkeypatch.setattr(passes, "_latents", SimpleNamespace(is_cuda=True, device="cuda"))
+    passes._capture(0)
+    assert failures == ["not permitted in a capture"]
+    assert streams == ["current"]

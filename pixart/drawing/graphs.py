@@ -65,6 +65,8 @@ class _CapturedPasses:
         self._time: Tensor | None = None
         self._passes: dict[Pass, Callable[[], Tensor]] = {}
         self._on_failure = on_failure
+        # One for all passes: only one runs at a time, and what it gives is copied away before the next.
+        self._pool = torch.cuda.graph_pool_handle() if noise.is_cuda else None
 
     @torch.inference_mode()
     def take(self, network: GuidedNetwork) -> None:
@@ -91,13 +93,14 @@ class _CapturedPasses:
         if not self._latents.is_cuda:
             return compute
         try:
-            return _capture_in_graph(compute, self._latents.device)
+            return _capture_in_graph(compute, self._latents.device, pool=self._pool)
         except RuntimeError as error:  # what cannot be captured, or finds no memory for it, is computed all the same
-            self._on_failure(str(error).splitlines()[0])
+            # The end of a capture fails after what ended it early.
+            self._on_failure(str(error.__context__ or error).splitlines()[0])
             return compute
 
 
-def _capture_in_graph(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def _capture_in_graph(compute: Callable[[], Tensor], device: torch.device, *, pool: Any) -> Callable[[], Tensor]:
     side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -105,8 +108,9 @@ def _capture_in_graph(compute: Callable[[], Tensor], device: torch.device) -> Ca
             compute()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # other threads write files meanwhile, and what they ask of CUDA is none of this
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Other threads write files meanwhile, and what they ask of CUDA is none of this. Of a capture that fails torch's
+    # graph leaves its stream the current one.
+    with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = compute()
 
     def replay() -> Tensor:
