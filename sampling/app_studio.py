@@ -175,7 +175,9 @@ class Studio:
             if config.compile is True:  # by itself an image at a time is never worth it
                 require_compiler(key="sampling.compile")
                 shapes = {(1, *size) for size in self.trained.buckets}
-            self._renderer = Renderer(config, self.trained, compiled_shapes=shapes)
+            self._renderer = Renderer(
+                config, self.trained, compiled_shapes=shapes, compiles_decoder=config.compile is True
+            )
         self._renderer.config = config
         return self._renderer
 

@@ -87,8 +87,8 @@ class SamplingConfig(TableConfig):
     compile: bool | Literal["auto"] = pydantic.Field(
         default="auto",
         description="Compile the transformer's blocks, and capture its passes in CUDA graphs (15 to 25 s); auto = on a "
-        "GPU with a C++ compiler, for batches of a shape that 8 images or more have; in jobs of 10^9 pixels on a GPU "
-        "the VAE's decoder, too. Pixels move as by batch_size",
+        "GPU with a C++ compiler, for batches of a shape that 8 images or more have; with true, and in jobs of 10^9 "
+        "pixels, on a GPU the VAE's decoder, too. Pixels move as by batch_size",
     )
     text_dtype: Decides[Literal["float32", "bfloat16"]] = pydantic.Field(
         default="bfloat16", description="Compute dtype of the text encoder"
