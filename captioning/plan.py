@@ -11,7 +11,7 @@ from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
 
 # Captions at a time where `captioning.batch_size` is 0, by engine.
-OPEN_BATCH = {"transformers": "as many as fit", "generate": "32 or as many as fit"}
+OPEN_BATCH = {"transformers": "32 on a CPU, as many as fit a GPU", "generate": "32 or as many as fit"}
 # A row with a caption of about 100 words, compressed.
 BYTES_PER_ROW = 450
 

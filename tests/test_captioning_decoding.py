@@ -12,7 +12,7 @@ from captioning.engines import decoding
 from captioning.engines.decoding import GPU_PACE, ContinuousDecoder, Pace
 from captioning.engines.graphs import padded_rows
 from captioning.engines.llama import LlamaForward
-from captioning.engines.rows import DecodingSettings, TokenizedPrompt
+from captioning.engines.rows import DecodingSettings, RowStates, TokenizedPrompt
 from errors import UserError
 from tests.tiny_models import IMAGE_PIXELS, save_llava
 
@@ -227,7 +227,7 @@ def test_prompts_are_taken_only_when_there_is_room(model, prompts) -> None:
 
 def test_broken_weights_are_noticed(model, prompts) -> None:
     broken = dataclasses.replace(prompts[0], image_inputs={"pixel_values": torch.full((1, 3, 16, 16), torch.nan)})
-    with pytest.raises(UserError, match="logits are not finite"):
+    with pytest.raises(UserError, match=r"captioning.dtype float32: the model's logits are not finite; the weights"):
         make_decoder(model, GREEDY).decode([broken])
 
 
@@ -270,3 +270,11 @@ def test_weights_laid_side_by_side_are_held_once(model) -> None:
     attention = model.model.language_model.layers[0].self_attn
     storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(storages) == 1
+
+
+def test_an_image_token_outside_the_vocabulary_is_never_said() -> None:
+    prompt = TokenizedPrompt(input_ids=torch.tensor([1, 5, 5]), image_inputs={}, seed=0)
+    states = RowStates(GREEDY, vocabulary=5, device=torch.device("cpu"))
+    states.start(penalty=2.0)
+    states.admit([prompt], torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.0]]), first=0, limits=[4])
+    assert states.tokens[0] == 0 and states._is_done[0], "1 is moved below 2, which ends the caption"

@@ -291,5 +291,5 @@ def test_a_processor_that_needs_a_package_says_which(folder, monkeypatch) -> Non
 def test_logits_that_are_not_finite_are_said(folder, monkeypatch) -> None:
     engine = load(folder)
     monkeypatch.setattr(engine.model.lm_head, "weight", torch.nn.Parameter(engine.model.lm_head.weight * torch.nan))
-    with pytest.raises(UserError, match=r"captioning.dtype: the model's logits are not finite"):
+    with pytest.raises(UserError, match=r"captioning.dtype float32: the model's logits are not finite; the weights"):
         captions(engine, requests(2))

@@ -57,7 +57,10 @@ def test_captioning(tmp_path, monkeypatch):
     )
     # What the room was thought to hold can be wrong: prompts that came were longer.
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--set", "captioning.batch_size=0"])
-    said_by(captioning_main.main, "lower captioning.batch_size = 0 (as many as fit) or captioning.max_new_tokens = 24")
+    said_by(
+        captioning_main.main,
+        "lower captioning.batch_size = 0 (32 on a CPU, as many as fit a GPU) or captioning.max_new_tokens = 24",
+    )
 
 
 def test_features_halve_the_batch_and_then_name_the_image(tmp_path, monkeypatch, caplog):

@@ -24,8 +24,13 @@ class RowChoice(LogitsProcessor):
         uniforms: Tensor | None,
         temperature: float,
         repetition_penalty: float,
+        dtype: torch.dtype,
     ) -> None:
-        """Take the prompts [B, L], left-padded, and for a `temperature` uniforms [B, N], one per token to come."""
+        """Take the prompts [B, L], left-padded, and for a `temperature` uniforms [B, N], one per token to come.
+
+        `dtype` is the model's.
+        """
+        self._dtype = dtype
         self._prompts, self._is_prompt = input_ids, attention_mask.bool()
         self._uniforms, self._temperature, self._penalty = uniforms, temperature, repetition_penalty
         self._seen: Tensor | None = None  # bool [B, V]
@@ -37,8 +42,8 @@ class RowChoice(LogitsProcessor):
         Raises:
             UserError: those of the prompts are not finite.
         """
-        if self._num_chosen == 0 and not torch.isfinite(scores.amax(-1)).all():
-            raise UserError("captioning.dtype: the model's logits are not finite; bfloat16 and float32 reach further")
+        if self._num_chosen == 0:
+            require_finite(bool(torch.isfinite(scores.amax(-1)).all()), self._dtype)
         if self._penalty != 1.0:
             scores = self._penalise(input_ids, scores)
         if self._uniforms is not None:
@@ -51,12 +56,32 @@ class RowChoice(LogitsProcessor):
     def _penalise(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._seen is None:
             self._seen = torch.zeros_like(scores, dtype=torch.bool)
-            # Tokens of images may lie outside the vocabulary of words.
-            rows, columns = torch.nonzero(self._is_prompt & (self._prompts < scores.shape[-1]), as_tuple=True)
-            self._seen[rows, self._prompts[rows, columns]] = True
+            mark_seen(self._seen, self._prompts, self._is_prompt)
         else:
             self._seen.scatter_(1, input_ids[:, -1:], True)
         return penalise(scores, self._seen, penalty=self._penalty)
+
+
+def mark_seen(is_seen: Tensor, prompts: Tensor, is_prompt: Tensor) -> None:
+    """Mark in `is_seen` [B, V] the tokens of prompts [B, L] where `is_prompt` [B, L]; all on one device.
+
+    Tokens of images may lie outside the vocabulary of words, and are never said.
+    """
+    rows, columns = torch.nonzero(is_prompt & (prompts < is_seen.shape[-1]), as_tuple=True)
+    is_seen[rows, prompts[rows, columns]] = True
+
+
+def require_finite(is_finite: bool, dtype: torch.dtype) -> None:
+    """Refuse logits that are not finite.
+
+    Raises:
+        UserError: names the model's dtype, and others where they reach further.
+    """
+    if is_finite:
+        return
+    advice = "; bfloat16 and float32 reach further" if dtype == torch.float16 else "; the weights may be damaged"
+    name = str(dtype).removeprefix("torch.")
+    raise UserError(f"captioning.dtype {name}: the model's logits are not finite{advice}")
 
 
 def penalise(logits: Tensor, is_seen: Tensor, *, penalty: float) -> Tensor:

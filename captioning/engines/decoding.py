@@ -15,10 +15,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from captioning.engines.choosing import require_finite
 from captioning.engines.graphs import StepGraphs, padded_rows
 from captioning.engines.llama import LlamaForward
 from captioning.engines.rows import Continuation, DecodingSettings, Note, RowStates, TokenizedPrompt
-from errors import UserError
 
 # A prefill waits for this share of the slots to be free.
 REFILL_DIVISOR = 8
@@ -143,8 +143,7 @@ class ContinuousDecoder:
 
     def _collect(self, note: Note) -> None:
         is_done, is_finite = note.wait()
-        if not is_finite:
-            raise UserError(f"captioning.dtype {self._forward.dtype}: the model's logits are not finite")
+        require_finite(is_finite, self._forward.dtype)
         is_done = is_done[: len(self._rows)]
         for slot, row in enumerate(self._rows):
             if is_done[slot]:

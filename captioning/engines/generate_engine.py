@@ -137,7 +137,7 @@ class GenerateEngine:
             captions |= zip((index for index, _ in batch), self._batches.run(batch, generate), strict=True)
 
     def probe(self, prepared: Iterable[PreparedImage]) -> list[Caption]:
-        """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
+        """Return greedy captions of at most `PROBE_TOKENS` tokens, in batches like those of `caption`."""
 
         def generate(batch: Sequence[PreparedImage]) -> list[Caption]:
             most = min(PROBE_TOKENS, self._config.max_new_tokens)
@@ -158,6 +158,7 @@ class GenerateEngine:
             uniforms=torch.stack(uniforms).to(self.model.device) if uniforms else None,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
+            dtype=self.model.dtype,
         )
         output = self.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([choice])

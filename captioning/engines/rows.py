@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captioning.engines.choosing import draw_uniforms, penalise, sample_tokens
+from captioning.engines.choosing import draw_uniforms, mark_seen, penalise, sample_tokens
 from captioning.engines.llama import send
 from captioning.engines.protocol import FinishReason
 
@@ -98,9 +98,9 @@ class RowStates:
         if self.penalty != 1.0:
             assert self._seen is not None
             said = torch.nn.utils.rnn.pad_sequence([prompt.input_ids for prompt in prompts], padding_value=-1).T
-            said = torch.where(said < 0, said[:, :1], said)
-            self._seen[slots] = False
-            self._seen[slots].scatter_(1, send(said.contiguous(), self._device), True)
+            is_seen = torch.zeros(len(prompts), self._vocabulary, dtype=torch.bool)
+            mark_seen(is_seen, said, said >= 0)  # on the host, where nobody waits for the number of tokens
+            self._seen[slots] = send(is_seen, self._device)
         self._is_finite.logical_and_(torch.isfinite(logits).all())
         self._append(logits, slots)
 
