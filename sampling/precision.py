@@ -48,7 +48,8 @@ def settle(
     here = on_a_gpu if _is_drawn_on_a_gpu(config, engine, num_images=len(requests)) else on_a_cpu
     if begun is None or begun is here:
         return here
-    begun_on, vae = "a CPU" if begun is on_a_cpu else "a GPU", begun.config.vae_dtype
+    # Earlier versions did not write down where they drew, and what they left counts as a CPU's.
+    begun_on, vae = "a CPU or by an earlier version" if begun is on_a_cpu else "a GPU", begun.config.vae_dtype
     note = (
         f"{directory.path} was begun on {begun_on} and goes on as there, in {begun.config.dtype} with the VAE in "
         f"{'bfloat16 if a test picture holds' if vae == 'tested' else vae}; sampling.dtype and sampling.vae_dtype "
