@@ -160,7 +160,7 @@ need-stage:
 # -- quality ----------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(READY)  ## Run all tests but the random kills
+test: $(READY)  ## Run all tests but the campaigns of test-faults
 	@$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults

@@ -1,6 +1,7 @@
 """Remote features through a real S3 server: one download for all, checked, bounded, and nothing half after a kill."""
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -249,7 +250,9 @@ def read_keys_and_sums(job: TrainingJob, *, rank: int = 0, num_ranks: int = 1, n
         for packed in reader:
             batch = packed.to(torch.device("cpu"))
             assert batch.text is not None
-            sums = (batch.text.double().sum((1, 2)) + batch.mean.double().sum((1, 2, 3))).tolist()
+            tokens, ends = batch.text.values.double().sum(1), batch.text.offsets[1:].tolist()
+            texts = torch.stack([tokens[start:end].sum() for start, end in itertools.pairwise([0, *ends])])
+            sums = (texts + batch.mean.double().sum((1, 2, 3))).tolist()
             found += zip(batch.keys, sums, strict=True)
     return found
 
