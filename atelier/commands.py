@@ -1,0 +1,219 @@
+"""What can be typed: each sub-command with its room and its flags, and what a flag means to the room.
+
+`make` has a target for each sub-command and a variable for each flag: `--from-scratch` is FROM_SCRATCH. This file needs
+nothing but Python, as `make` reads it before there is an environment.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A flag of sub-commands.
+
+    Attributes:
+        meaning: one line for `--help`.
+        value: what its value is called there; none for a switch.
+        gives: `option` and `switch` are the room's own under the same name, a `word` stands in front of all options;
+            `toml`, `text` and `on` lay the value, the text as it is, or true over a key of the recipe.
+        key: that key; of `on` with the value, `table.key=true`.
+        is_path: `~` in front of it stands for the user's folder.
+    """
+
+    meaning: str
+    value: str = ""
+    gives: Literal["option", "switch", "word", "toml", "text", "on"]
+    key: str = ""
+    is_path: bool = False
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it stands alone, and its variable is on unless it is empty or 0."""
+        return self.gives in ("switch", "on")
+
+
+def _text(key: str, value: str, meaning: str, *, is_path: bool = False) -> Flag:
+    return Flag(gives="text", key=key, value=value, meaning=meaning, is_path=is_path)
+
+
+def _toml(key: str, value: str, meaning: str) -> Flag:
+    return Flag(gives="toml", key=key, value=value, meaning=meaning)
+
+
+FLAGS = {
+    "recipe": Flag(gives="option", value="FILE", meaning="TOML recipe, a file or the name of one that is shipped"),
+    "run": Flag(gives="option", value="FOLDER", meaning="folder of the run; each room writes one sub-folder of it"),
+    "stage": Flag(gives="option", value="NAME", meaning="a named table of the recipe; 2 is short for stage2"),
+    "phase": Flag(gives="option", value="N", meaning="512 with --stage 3 is short for --stage stage3-512"),
+    "set": Flag(gives="option", value="KEY=VALUE", meaning="lay a value over a key of the recipe, any number of times"),
+    "plan": Flag(gives="switch", meaning="print what would be done, with sizes, and stop"),
+    "shards": _text("data.shards", "PATHS", "raw shards: a path, a glob, a {range} or a URL"),
+    "retry": Flag(gives="on", key="captioning.retry_rejects=true", meaning="caption again what was rejected"),
+    "sets": _text("dataset_stats.sets", "SETS", "sets of captions to compare: name=files#column,…"),
+    "sample": _toml("dataset_stats.sample", "N", "estimate from so many captions of each set"),
+    "gpus": _toml("training.num_processes", "N", "processes of this machine, one a GPU"),
+    "hostfile": _text("training.hostfile", "FILE", "hosts to train on, one a line", is_path=True),
+    "remote-shell": _text("training.remote_shell", "COMMAND", "how to reach them, such as 'ssh -p 2222'"),
+    "from-scratch": Flag(
+        gives="on",
+        key="training.{stage}.starts_from=scratch",
+        meaning="start from fresh weights, whatever the recipe says",
+    ),
+    "prompt": _text("sampling.prompt", "TEXT", "what to draw"),
+    "prompts": _text("sampling.prompts", "FILE", "a file of prompts", is_path=True),
+    "n": _toml("sampling.images_per_prompt", "N", "images of each prompt"),
+    "steps": _toml("sampling.num_steps", "N", "steps of the solver"),
+    "cfg": _toml("sampling.guidance_scale", "SCALE", "scale of classifier-free guidance"),
+    "seed": _toml("sampling.seed", "N", "seed of the noise"),
+    "size": _text("sampling.size", "WxH", "width x height in pixels"),
+    "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, preference or winrates"),
+    "reference": _text("evaluation.reference", "IMAGES", "images to compare with", is_path=True),
+    "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub", is_path=True),
+    "inception": _text("evaluation.inception", "FILE", "weights of Inception", is_path=True),
+    "port": _toml("app.port", "N", "port of this machine that the page is served at"),
+    "from": Flag(
+        gives="word", value="WEIGHTS", meaning="published weights: folder, file or id of the hub", is_path=True
+    ),
+    "to": Flag(gives="word", value="FOLDER", meaning="what to write", is_path=True),
+    "reparameterize": Flag(gives="switch", meaning="turn a class-conditional DiT into a PixArt"),
+}
+# Of one sub-command alone, in the place of the flag of that name.
+SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subcommand:
+    """One door: the module that it runs, and what can be typed behind it.
+
+    Attributes:
+        module: run as `python -m` would.
+        words: what the module is given in front of all else.
+        flags: names in `FLAGS`.
+        required: those that must be typed, with what to type, for example.
+        defaults: of words that are not typed.
+        changed: flags that mean something else here.
+        passes_on: whether the module has further options of its own, which are typed behind its name as they are.
+    """
+
+    module: str
+    summary: str
+    words: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    required: tuple[tuple[str, str], ...] = ()
+    defaults: tuple[tuple[str, str], ...] = ()
+    changed: tuple[tuple[str, Flag], ...] = ()
+    passes_on: bool = False
+
+    def flag(self, name: str) -> Flag:
+        """Return one of its flags."""
+        return dict(self.changed).get(name) or FLAGS[name]
+
+
+_RUN = ("recipe", "run", "set", "plan")
+_STAGE = (*_RUN, "stage", "phase")
+_SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size")
+_NEEDS_STAGE = (("stage", "2"),)
+_DEFAULTS = (("recipe", "pixart-alpha"), ("run", "runs/default"))
+
+SUBCOMMANDS = {
+    "caption": Subcommand(
+        module="captioning",
+        summary="Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')",
+        flags=(*_RUN, "shards", "retry"),
+        defaults=_DEFAULTS,
+    ),
+    "stats": Subcommand(
+        module="dataset_stats",
+        summary="Captions -> noun statistics and report.html (SETS='name=files#column,…' SAMPLE=10000 SEED=0)",
+        flags=(*_RUN, "shards", "sets", "sample", "seed"),
+        defaults=_DEFAULTS,
+        changed=(("seed", SEED_OF_SAMPLE),),
+    ),
+    "features": Subcommand(
+        module="features",
+        summary="Captions and images -> T5 and VAE features (STAGE=2)",
+        flags=(*_STAGE, "shards"),
+        required=_NEEDS_STAGE,
+        defaults=_DEFAULTS,
+    ),
+    "buckets": Subcommand(
+        module="features.buckets",
+        summary="Images per aspect bucket, crop, upscaling and rejects, from headers alone (STAGE=3)",
+        flags=(*_STAGE, "shards"),
+        required=_NEEDS_STAGE,
+        defaults=_DEFAULTS,
+    ),
+    "verify": Subcommand(
+        module="pipelines.store.verify",
+        summary="Read every file of a run to its end, say what is damaged and what to do about it",
+        flags=("run",),
+        defaults=(("run", "runs/default"),),
+    ),
+    "train": Subcommand(
+        module="training",
+        summary="Features -> checkpoints (STAGE=2 GPUS=8, or HOSTFILE=hosts)",
+        flags=(*_STAGE, "shards", "gpus", "hostfile", "remote-shell", "from-scratch"),
+        required=_NEEDS_STAGE,
+        defaults=_DEFAULTS,
+    ),
+    "convert": Subcommand(
+        module="training.convert",
+        summary="Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)",
+        flags=("from", "to", "reparameterize"),
+        required=(("from", "facebook/DiT-XL-2-256"), ("to", "dit")),
+        passes_on=True,
+    ),
+    "sample": Subcommand(
+        module="sampling",
+        summary="Checkpoint and prompts -> images (STAGE=2 PROMPT='…')",
+        flags=(*_STAGE, *_SAMPLE),
+        required=_NEEDS_STAGE,
+        defaults=_DEFAULTS,
+    ),
+    "eval": Subcommand(
+        module="sampling.evaluation",
+        summary="Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)",
+        flags=("task", *_STAGE, *_SAMPLE, "reference", "clip", "inception"),
+        required=_NEEDS_STAGE,
+        defaults=(("task", "score"), *_DEFAULTS),
+    ),
+    "app": Subcommand(
+        module="sampling.app",
+        summary="A local page to draw from a checkpoint (STAGE=2 PORT=7860)",
+        flags=(*_STAGE, *_SAMPLE, "port"),
+        required=_NEEDS_STAGE,
+        defaults=_DEFAULTS,
+    ),
+    "world": Subcommand(
+        module="toyworld",
+        words=("world",),
+        summary="Write the toy world's raw shards, their truth and the prompts",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "judge": Subcommand(
+        module="toyworld",
+        words=("judge",),
+        summary="Score captions and samples against the toy world's truth",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "report": Subcommand(
+        module="toyworld",
+        words=("report",),
+        summary="Write the run's index.html",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "nltk-data": Subcommand(
+        module="dataset_stats.tagging.nltk_data",
+        summary="Fetch NLTK's tagger once, checksummed",
+        passes_on=True,
+    ),
+}
+
+
+def variable(flag: str) -> str:
+    """Return the name of a flag's variable of make."""
+    return flag.upper().replace("-", "_")

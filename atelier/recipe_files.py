@@ -1,0 +1,35 @@
+"""The recipe that is meant: a file of the user's, or one that is shipped, by its name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import MissingFileError
+
+HERE = Path(__file__).resolve().parent
+# Of a clone, and of an installed package.
+SHIPPED = (HERE.parent / "recipes", HERE / "shipped")
+
+
+def find_recipe(text: str) -> Path:
+    """Return the file of a recipe: as typed if there is one, else the shipped one of that name.
+
+    `pixart-alpha`, `pixart-alpha.toml` and `recipes/pixart-alpha.toml` name the same one.
+
+    Raises:
+        MissingFileError: there is neither; names those that are shipped.
+    """
+    typed = Path(text).expanduser()
+    if typed.is_file():
+        return typed
+    for path in shipped_recipes():
+        if text in (path.stem, path.name, f"recipes/{path.name}"):
+            return path
+    if typed.exists():
+        return typed
+    names = ", ".join(path.stem for path in shipped_recipes())
+    raise MissingFileError(f"recipe {text} does not exist; the shipped ones are {names}")
+
+
+def shipped_recipes() -> Sequence[Path]:
+    """Return the files of the recipes that came with the program."""
+    return sorted(path for folder in SHIPPED for path in folder.glob("*.toml"))
