@@ -17,7 +17,7 @@ from encoders.weights import require_model, resolve_model
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
-from pipelines.raw.shards import remember_shards
+from pipelines.raw.patterns import remember_shards
 from pipelines.store.files import exclusive
 from pipelines.store.manifest import Manifest
 from pipelines.store.summary import update_summary

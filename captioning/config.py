@@ -80,7 +80,8 @@ class CaptioningConfig(TableConfig):
     shards: Sequence[str] = Field(default=("*",), min_length=1, description="Names of the shards to caption (fnmatch)")
     prompts: Decides[dict[str, str]] = Field(
         default=DEFAULT_PROMPTS,
-        description="What is asked, by shard name (fnmatch), else by dialect, else `default`; {alt_text} is filled in",
+        description="What is asked, by shard name (fnmatch); else `img2dataset` of images with a text of their own, "
+        "which is filled in for {alt_text}, and `default` of the others",
     )
     max_alt_text_chars: Decides[int] = Field(
         default=300, ge=1, description="Characters of an alt text that go into the prompt; the column keeps all"
@@ -131,6 +132,8 @@ class CaptioningConfig(TableConfig):
     @classmethod
     def _check_prompts(cls, prompts: dict[str, str]) -> dict[str, str]:
         merged = DEFAULT_PROMPTS | prompts
+        for name in prompts.keys() & {"sa1b", "imagenet", "generic"}:
+            raise ValueError(f"prompt {name!r}: shards are told by their names; use a pattern of those, such as 'sa_*'")
         for name, template in merged.items():
             fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
             if fields - {"alt_text"} or "<image>" in template:

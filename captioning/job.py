@@ -17,14 +17,15 @@ from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from pipelines.raw.shards import describe_shards, select_shards, shard_name
+from pipelines.raw.patterns import select_shards, shard_name
+from pipelines.raw.shards import describe_shards
 from pipelines.recipe import DataConfig
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 log = get_logger("captioning")
 
 # Raised when a change of code changes the captions of unchanged inputs.
-CODE_VERSION = 2
+CODE_VERSION = 3
 # What every fingerprint had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT: dict[str, Any] = {
     "engine": "transformers",
@@ -46,14 +47,14 @@ WRITTEN_OUT_OF_SERVERS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningJob:
-    """A command's settings and the raw shards it covers; `dialects` has the layout of each by name."""
+    """A command's settings and the raw shards it covers; `num_texts` of each, by name, have a text of their own."""
 
     config: CaptioningConfig
     data: DataConfig
     workers: EngineConfig
     model: ModelSource
     sources: list[Source]
-    dialects: dict[str, str]
+    num_texts: dict[str, int]
     output: ShardDirectory
     fingerprint: Fingerprint
     run: Path
@@ -151,7 +152,7 @@ def read_job(command: Command) -> CaptioningJob:
         workers=workers,
         model=model,
         sources=[shard.source for shard in shards],
-        dialects={shard.source.name: shard.dialect for shard in shards},
+        num_texts={shard.source.name: shard.num_texts for shard in shards},
         output=output,
         fingerprint=output.known_as(fingerprint, defaults=written_out, made_under=found_settings(output)),
         run=command.run,

@@ -14,7 +14,8 @@ from captioning.engines.protocol import CaptionEngine, Request, sample_seed
 from captioning.prompts import fill_prompt, template_for
 from errors import UserError
 from pipelines.raw.images import SampleReject, decode_image
-from pipelines.raw.shards import RawSample, RawShard
+from pipelines.raw.samples import RawSample
+from pipelines.raw.shards import RawShard
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,7 +57,7 @@ class ShardLoader:
         self._max_pixels = max_pixels
         # What else is done with each image while it is there.
         self._look = look
-        self._template = template_for(raw.name, raw.dialect, config.prompts)
+        self._template = template_for(raw.name, config.prompts)
         self.wait_seconds = 0.0
 
     def load(self, samples: Sequence[RawSample]) -> Iterator[LoadedSample]:
@@ -79,10 +80,7 @@ class ShardLoader:
         """
         if sample.reject is not None:
             raise SampleReject(sample.reject)
-        try:
-            return self._raw.alt_text(sample)
-        except ValueError as error:
-            raise SampleReject("corrupt_alt_text", str(error)) from None
+        return self._raw.alt_text(sample)
 
     def limit_of(self, width: int, height: int) -> str | None:
         """Return the reason why an image of this size (pixels) is rejected, or None."""

@@ -1,13 +1,11 @@
 """What captioning a run would take: shards, samples, prompts and bytes, without loading a model."""
 
-from collections.abc import Sequence
-
 from rich.table import Table
+from rich.text import Text
 
 from captioning.architectures import read_architecture, require_fit
 from captioning.job import CaptioningJob
-from captioning.prompts import template_for
-from pipelines.engine.pieces import Source
+from captioning.prompts import DEFAULT, template_for
 from pipelines.engine.progress import console
 
 # Captions at a time where `captioning.batch_size` is 0, by engine.
@@ -23,11 +21,10 @@ def print_plan(job: CaptioningJob) -> None:
     for column in ("prompt", "shards", "samples", "to do", "about"):
         table.add_column(column, justify="left" if column == "prompt" else "right")
     names = {source.name for source in pending}
-    for template, sources in _by_prompt(job).items():
-        todo = sum(source.num_samples for source in sources if source.name in names)
-        total = sum(source.num_samples for source in sources)
+    for template, counts in _by_prompt(job).items():
+        todo, total = sum(counts[name] for name in counts.keys() & names), sum(counts.values())
         size = f"{todo * BYTES_PER_ROW / 1e6:,.1f} MB"
-        table.add_row(template, f"{len(sources):,}", f"{total:,}", f"{todo:,}", size)
+        table.add_row(Text(template), f"{len(counts):,}", f"{total:,}", f"{todo:,}", size)
     console.print(table)
     if completed := job.to_complete():
         console.print(f"{len(completed)} of the shards done keep their captions: rejects, limits or CLIP scores change")
@@ -63,9 +60,16 @@ def _describe_engine(job: CaptioningJob) -> str:
     return f"{name}, with continuous batching"
 
 
-def _by_prompt(job: CaptioningJob) -> dict[str, Sequence[Source]]:
-    groups: dict[str, list[Source]] = {}
+def _by_prompt(job: CaptioningJob) -> dict[str, dict[str, int]]:
+    """Return, by prompt, how many samples of which shards are asked it, as far as headers tell."""
+    groups: dict[str, dict[str, int]] = {}
     for source in job.sources:
-        template = template_for(source.name, job.dialects[source.name], job.config.prompts)
-        groups.setdefault(template, []).append(source)
-    return dict(groups)
+        template = template_for(source.name, job.config.prompts)
+        asked_with_text = source.num_samples
+        if "{alt_text}" in template:
+            asked_with_text = job.num_texts[source.name]
+            if asked_with_text < source.num_samples:
+                groups.setdefault(job.config.prompts[DEFAULT], {})[source.name] = source.num_samples - asked_with_text
+        if asked_with_text:
+            groups.setdefault(template, {})[source.name] = asked_with_text
+    return groups

@@ -3,17 +3,17 @@
 import fnmatch
 from collections.abc import Mapping
 
+WITH_TEXT, DEFAULT = "img2dataset", "default"
 
-def template_for(shard: str, dialect: str, prompts: Mapping[str, str]) -> str:
-    """Return the prompt template of a shard: by a pattern that fits its name, else by its dialect, else the default.
+
+def template_for(shard: str, prompts: Mapping[str, str]) -> str:
+    """Return the prompt template of a shard's images: by a pattern that fits its name, else that with the alt text.
 
     Of several patterns that fit, the longest one counts, and of equally long ones the first in the alphabet: the order
     of `prompts` is in no fingerprint.
     """
-    fitting = [name for name in prompts if name not in ("default", dialect) and fnmatch.fnmatchcase(shard, name)]
-    if fitting:
-        return prompts[min(fitting, key=lambda name: (-len(name), name))]
-    return prompts.get(dialect, prompts["default"])
+    fitting = [name for name in prompts if name not in (DEFAULT, WITH_TEXT) and fnmatch.fnmatchcase(shard, name)]
+    return prompts[min(fitting, key=lambda name: (-len(name), name), default=WITH_TEXT)]
 
 
 def fill_prompt(template: str, alt_text: str | None, *, default: str, max_alt_text_chars: int) -> str:

@@ -8,7 +8,7 @@ from captioning.engines.protocol import Caption, CaptionEngine, Refusal
 from captioning.loading import LoadedSample, ShardLoader
 from captioning.quality import judge, repeated_ngram_ratio
 from captioning.table import judge_row_again
-from pipelines.raw.shards import RawSample
+from pipelines.raw.samples import RawSample
 
 if TYPE_CHECKING:
     # They bring torch, which the driver never needs.

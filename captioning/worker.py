@@ -16,7 +16,8 @@ from captioning.slices import SliceCaptioner
 from captioning.table import count_flags, join_files, write_rows
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject
-from pipelines.raw.shards import RawSample, open_shard
+from pipelines.raw.samples import RawSample
+from pipelines.raw.shards import open_shard
 from pipelines.store.files import atomic_file
 
 # One image may be refused for its own sake; so many in a row, before any has a caption, are refused by a wrong setting.
@@ -88,7 +89,11 @@ class CaptionWorker:
                 is_scored = earlier.settings["clip_model"] == self._config.settings["clip_model"]
                 rows += self._slices.update(loader, samples, earlier.rows[start:stop], is_scored=is_scored)
             # Of the tar as a whole: told once, by the first piece.
-            faults = {"unusable_members": len(raw.unusable), "damaged_tars": int(raw.fault is not None)}
+            faults = {
+                "unusable_members": len(raw.unusable),
+                "stray_members": len(raw.strays),
+                "damaged_tars": int(raw.fault is not None),
+            }
             faults = {name: count for name, count in faults.items() if count and piece.start == 0}
         faults |= self._count_cut([row["caption_raw"] for row in rows if row.get("clip_score") is not None])
         with atomic_file(piece.output(".parquet")) as path:

@@ -17,11 +17,15 @@ import pyarrow.parquet as pq
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
+from pipelines.raw.images import SampleReject
+from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import open_shard
+from pipelines.raw.texts import decode_text, text_members
 from pipelines.store.files import is_remote, open_binary
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"
+TEXT_FILES_ALONE = "generic"  # of a tar, not its JSON
 PIPELINE_COLUMN = "caption"  # what captioning wrote
 # Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
 IMG2DATASET_COLUMNS = {"key", "status", "error_message"}
@@ -122,7 +126,7 @@ def count_rows(address: Address) -> int:
             log.warning(f"{address.path}: {shard.fault}")
         if shard.unusable:
             log.warning(f"{address.path}: {len(shard.unusable)} members are no samples, such as {shard.unusable[0]}")
-        return sum("txt" in sample.members for sample in shard.samples)
+        return sum(map(_has_text_file, shard.samples))
 
 
 def text_files(folder: str) -> list[Path]:
@@ -220,7 +224,7 @@ def _row(key: Any, text: Any) -> CaptionRow:
         return _rejected(key, "not_text")
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = decode_text(text)
         elif text is not None:
             text.encode("utf-8")  # JSON can hold half of a surrogate pair
     except UnicodeError:
@@ -268,12 +272,19 @@ def _read_text(address: Address, rows: Rows) -> Iterator[CaptionRow]:
         for _, path in _pick(text_files(address.path), rows):
             yield _row(path.stem, path.read_bytes())
         return
-    with open_shard(address.path) as shard:
-        for _, sample in _pick((sample for sample in shard.samples if "txt" in sample.members), rows):
+    with open_shard(address.path, TEXT_FILES_ALONE) as shard:
+        for _, sample in _pick(filter(_has_text_file, shard.samples), rows):
             if sample.reject == "cut_off":
                 yield _rejected(sample.key, sample.reject)
-            else:
-                yield _row(sample.key, shard.read(sample.members["txt"]))
+                continue
+            try:
+                yield _row(sample.key, shard.alt_text(sample))
+            except SampleReject as reject:
+                yield _rejected(sample.key, reject.reason)
+
+
+def _has_text_file(sample: RawSample) -> bool:
+    return bool(text_members(list(sample.members), sample.image_extension))
 
 
 def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
@@ -284,8 +295,8 @@ def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
                 continue
             try:
                 yield _row(sample.key, shard.alt_text(sample))
-            except ValueError:
-                yield _rejected(sample.key, "corrupt_alt_text")
+            except SampleReject as reject:
+                yield _rejected(sample.key, reject.reason)
 
 
 _READERS: dict[str, Callable[[Address, Rows], Iterator[CaptionRow]]] = {

@@ -13,7 +13,8 @@ from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_
 from dataset_stats.config import CaptionSet
 from errors import UserError
 from pipelines.engine.pieces import Source
-from pipelines.raw.shards import describe_shards, expand_braces, expand_shards, select_shards, shard_name
+from pipelines.raw.patterns import expand_braces, expand_shards, select_shards, shard_name
+from pipelines.raw.shards import describe_shards
 from pipelines.store.files import is_remote, open_ranges, sha256_text
 from pipelines.store.manifest import Manifest
 

@@ -18,7 +18,8 @@ from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
 from pipelines.raw.images import SampleReject, image_size, nearest_bucket, plan_crop
-from pipelines.raw.shards import Member, RawSample, RawShard, open_shard
+from pipelines.raw.samples import RawSample
+from pipelines.raw.shards import RawShard, open_shard
 from pipelines.store.files import atomic_file, remove_temporary_files, take_away
 
 log = get_logger("features")
@@ -98,10 +99,9 @@ def _report_shard(source: Source, inputs: FeatureInputs, *, multiple: int) -> Bu
     report = BucketReport()
     resolution, max_pixels = inputs.features.resolution, inputs.data.max_pixels
     with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
-        is_labelled = any("cls" in sample.members for sample in raw.samples)
         for sample in raw.samples:
             try:
-                width, height = _measure(raw, sample, is_labelled=is_labelled, max_pixels=max_pixels)
+                width, height = _measure(raw, sample, max_pixels=max_pixels)
                 bucket = (
                     nearest_bucket(width, height, resolution, multiple=multiple)
                     if inputs.features.buckets
@@ -116,16 +116,14 @@ def _report_shard(source: Source, inputs: FeatureInputs, *, multiple: int) -> Bu
     return report
 
 
-def _measure(raw: RawShard, sample: RawSample, *, is_labelled: bool, max_pixels: int) -> tuple[int, int]:
+def _measure(raw: RawShard, sample: RawSample, *, max_pixels: int) -> tuple[int, int]:
     """Return width and height of a sample's image; raises `SampleReject` where extraction will."""
     if sample.reject is not None:
         raise SampleReject(sample.reject)
-    if is_labelled and raw.label(sample) is None:
+    if raw.has_labels and raw.label(sample) is None:
         raise SampleReject("no_label")
-    assert sample.image_extension is not None
-    member = sample.members[sample.image_extension]
-    if member.size > HEADER_BYTES:
-        start = raw.read(Member(member.offset, HEADER_BYTES))
+    start = raw.image_start(sample, HEADER_BYTES)
+    if len(start) == HEADER_BYTES:
         try:
             return image_size(start, max_pixels=max_pixels)
         except SampleReject as reject:

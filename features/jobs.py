@@ -19,7 +19,8 @@ from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.images import aspect_buckets
-from pipelines.raw.shards import describe_shards, recall_shards, select_shards
+from pipelines.raw.patterns import recall_shards, select_shards
+from pipelines.raw.shards import describe_shards
 from pipelines.recipe import DataConfig, ModelConfig, TableConfig
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import TAR_BLOCK_BYTES

@@ -27,7 +27,8 @@ from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
-from pipelines.raw.shards import RawSample, RawShard, open_shard
+from pipelines.raw.samples import RawSample
+from pipelines.raw.shards import RawShard, open_shard
 from pipelines.recipe import TableConfig
 from pipelines.store.families import latent_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
@@ -210,16 +211,17 @@ class LatentWorker:
 
     def _decode_ahead(self, raw: RawShard, samples: Sequence[RawSample]) -> Iterator[_Picture]:
         """Decode in threads, two batches ahead of the device; the tar itself is read by this thread alone."""
-        # Some samples of the shard have a class, so the others lack theirs.
-        is_labelled = any("cls" in sample.members for sample in raw.samples)
         futures: deque[Future[_Picture]] = deque()
         for sample in samples:
             row = {"key": sample.key, "shard": raw.name, "label": None, "reject": sample.reject}
             data = b""
             if sample.reject is None:
-                data = raw.image_bytes(sample)
+                try:
+                    data = raw.image_bytes(sample)
+                except SampleReject as reject:
+                    row["reject"] = reject.reason
                 row["label"] = raw.label(sample)
-                if row["label"] is None and is_labelled:
+                if row["label"] is None and raw.has_labels:
                     row["reject"] = "no_label"
             futures.append(self._threads.submit(self._prepare, row, data))
             if len(futures) > 2 * self._batches.size:

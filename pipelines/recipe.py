@@ -15,7 +15,7 @@ import pydantic_core
 
 from errors import MissingFileError, UserError
 from pipelines.overrides import apply_setting
-from pipelines.raw.shards import expand_shards
+from pipelines.raw.patterns import expand_shards
 
 TABLES = (
     "data",
@@ -103,7 +103,8 @@ class DataConfig(TableConfig):
     dialect: Decides[str] = pydantic.Field(
         default="auto",
         pattern="^(auto|img2dataset|sa1b|imagenet|generic)$",
-        description="Layout of the tars; auto looks at their members",
+        description="Which texts of a sample count: auto and img2dataset: its text file, else the caption of its JSON; "
+        "generic and imagenet: its text file alone; sa1b: none",
     )
     max_pixels: Decides[int] = pydantic.Field(
         default=89_478_485,

@@ -11,7 +11,7 @@ from errors import UserError
 from features.config import feature_table
 from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
-from pipelines.raw.shards import expand_braces, select_shards
+from pipelines.raw.patterns import expand_braces, select_shards
 from pipelines.recipe import DataConfig, ModelConfig, load_recipe
 from pixart.model import PixArtConfig
 from sampling.config import SamplingConfig

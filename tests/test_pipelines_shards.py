@@ -10,14 +10,9 @@ import pytest
 
 import pipelines.raw.shard_headers
 from errors import MissingFileError, UserError
-from pipelines.raw.shards import (
-    describe_shards,
-    expand_braces,
-    expand_shards,
-    open_shard,
-    select_shards,
-    shard_source,
-)
+from pipelines.raw.images import SampleReject
+from pipelines.raw.patterns import expand_braces, expand_shards, select_shards
+from pipelines.raw.shards import describe_shards, open_shard, shard_source
 
 
 def write_tar(path, members: list[tuple[str, bytes]], *, tar_format: int = tarfile.PAX_FORMAT) -> str:
@@ -35,7 +30,6 @@ def test_members_are_grouped_in_any_order(tmp_path) -> None:
         [("./sa_2.json", b"{}"), ("./sa_1.jpg", b"one"), ("./sa_2.jpg", b"two"), ("./sa_1.json", b"{}")],
     )
     with open_shard(path) as raw:
-        assert raw.dialect == "sa1b"
         assert {sample.key: raw.image_bytes(sample) for sample in raw.samples} == {"sa_1": b"one", "sa_2": b"two"}
         assert all(raw.alt_text(sample) is None for sample in raw.samples)
 
@@ -47,7 +41,6 @@ def test_dialects_text_and_labels(tmp_path) -> None:
     )
     imagenet = write_tar(tmp_path / "imagenet_0.tar", [("n01.JPEG", b"i"), ("n01.cls", b"17\n"), ("n02.png", b"j")])
     with open_shard(laion) as raw:
-        assert raw.dialect == "img2dataset"
         assert raw.alt_text(raw.samples[0]) == "Grüße \U0001f600"
     with open_shard(imagenet, "imagenet") as raw:
         assert [raw.label(sample) for sample in raw.samples] == [17, None]
@@ -67,7 +60,7 @@ def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
                (("jpg", b"i"), ("json", record))]  # fmt: skip
     with open_shard(write_tar(tmp_path / "laion_0.tar", members), "img2dataset") as raw:
         assert [raw.alt_text(sample) for sample in raw.samples[:2]] == ["a cat ?", "\U0001f600"]
-        with pytest.raises(ValueError, match="nested too deeply"):
+        with pytest.raises(SampleReject, match="corrupt_alt_text: maximum recursion depth"):
             raw.alt_text(raw.samples[2])
 
 
@@ -191,9 +184,24 @@ def test_names_that_are_odd_but_usable(tmp_path) -> None:
         "A": ("jpg", None),
         "\u5bcc\u58eb": ("jpeg", None),
         "in/a.folder.v1/b": ("jpg", None),
-        ".hidden.jpg": (None, "no_image"),
         "no_extension": (None, "no_image"),
     }
+
+
+def test_paths_that_exist_are_no_patterns(tmp_path, monkeypatch) -> None:
+    places = ["[2024] set", "a,b", "{x,y}", "what?", "s p"]
+    for number, place in enumerate(places):
+        (tmp_path / place).mkdir()
+        write_tar(tmp_path / place / f"{number}.tar", [])
+    for number, place in enumerate(places):
+        tar = str(tmp_path / place / f"{number}.tar")
+        for spec in (tar, f"{tmp_path}/{place}", f"{tmp_path}/{place}/", f"{tmp_path}/{place}/*.tar",
+                     f"{tmp_path}/{place}/{{{number}..{number}}}.tar"):  # fmt: skip
+            assert expand_shards(spec) == [tar], spec
+    both = [str(tmp_path / place / f"{number}.tar") for number, place in enumerate(places)]
+    assert expand_shards(", ".join(both)) == both
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_shards("~/a,b/1.tar,~/s p") == [both[1], both[4]]
 
 
 def count_headers(monkeypatch) -> list[str]:
@@ -226,7 +234,7 @@ def test_headers_are_read_once_and_again_when_the_tar_changes(tmp_path, monkeypa
     assert len(walks) == 10  # the five without a run
     with open_shard(paths[3], run=run, identity=first[3].source.identity) as known, open_shard(paths[3]) as read:
         assert len(walks) == 11
-        assert (known.samples, known.unusable, known.dialect) == (read.samples, read.unusable, read.dialect)
+        assert (known.samples, known.unusable, known.strays) == (read.samples, read.unusable, read.strays)
         assert (known.identity, known.fault, read.unusable) == (read.identity, None, ["../up.jpg"])
     monkeypatch.chdir(tmp_path)
     assert [shard.source.identity for shard in describe_shards(["1.tar", f"file://{paths[2]}"], run=run)] == [
@@ -269,17 +277,19 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> Non
         describe_shards(paths[1:])
 
 
-def test_the_recipe_decides_the_dialect_of_remembered_headers_too(tmp_path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", b"t"), ("a.json", b"{}")])
+def test_the_recipe_decides_which_texts_count_of_remembered_headers_too(tmp_path) -> None:
+    members = [("a.jpg", b"x"), ("a.txt", b"t"), ("b.jpg", b"x"), ("b.json", b'{"caption": "c"}')]
+    path = write_tar(tmp_path / "x.tar", members)
     for dialect, expected in (
-        ("auto", "img2dataset"),
-        ("generic", "generic"),
-        ("sa1b", "sa1b"),
-        ("auto", "img2dataset"),
+        ("auto", ["t", "c"]),
+        ("generic", ["t", None]),
+        ("sa1b", [None, None]),
+        ("auto", ["t", "c"]),
     ):
-        assert describe_shards([path], dialect=dialect, run=tmp_path)[0].dialect == expected
+        (described,) = describe_shards([path], dialect=dialect, run=tmp_path)
+        assert described.num_texts == (0 if dialect == "sa1b" else 2)
         with open_shard(path, dialect, run=tmp_path) as raw:
-            assert raw.dialect == expected and raw.alt_text(raw.samples[0]) == (None if dialect == "sa1b" else "t")
+            assert [raw.alt_text(sample) for sample in raw.samples] == expected
 
 
 def test_faulty_tars_are_all_named_at_once_and_damaged_ones_are_logged(tmp_path, caplog, monkeypatch) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from errors import UserError
 from pipelines.engine.pieces import PARTS_FOLDER
-from pipelines.raw.shards import describe_shards, open_shard, recall_shards, remember_shards
+from pipelines.raw.patterns import recall_shards, remember_shards
+from pipelines.raw.shards import describe_shards, open_shard
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_bytes, remove_temporary_files
 from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
 from pipelines.store.state_files import read_log, read_records, read_state, state_of

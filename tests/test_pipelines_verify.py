@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from feature_run import encoded, extract, picture, write_captions, write_raw, write_run
 
-from pipelines.raw.shards import remember_shards
+from pipelines.raw.patterns import remember_shards
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import MANIFEST_NAME
 from pipelines.store.verify.coverage import missing_between

@@ -17,8 +17,8 @@ from sound_run import require_sound
 from tiny_checkpoint import write_checkpoint
 
 from errors import MissingFileError
+from pipelines.raw.patterns import remember_shards
 from pipelines.raw.shard_headers import HeaderCache, read_headers
-from pipelines.raw.shards import remember_shards
 from pipelines.store.files import open_ranges, sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.verify.__main__ import main

@@ -13,7 +13,8 @@ from PIL import Image
 
 from errors import MissingFileError
 from pipelines.raw.images import decode_image
-from pipelines.raw.shards import open_shard, shard_name
+from pipelines.raw.patterns import shard_name
+from pipelines.raw.shards import open_shard
 from pipelines.recipe import DataConfig
 from pipelines.store.png_files import read_picture
 from pipelines.store.tables import MEND_SHARD, read_table, sound_table

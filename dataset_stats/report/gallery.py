@@ -15,7 +15,8 @@ from dataset_stats.captions import Address, read_rows
 from dataset_stats.merge import ROW_BITS
 from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
-from pipelines.raw.shards import open_shard, shard_name
+from pipelines.raw.patterns import shard_name
+from pipelines.raw.shards import open_shard
 from pipelines.store.tables import MEND_SHARD, read_table_schema
 
 EXAMPLE_CHARACTERS = 240

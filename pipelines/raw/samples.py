@@ -1,21 +1,56 @@
-"""The samples of a raw tar: members grouped by key from the headers, as webdataset names them, and never guessed at."""
+"""The samples of a raw shard of files: members grouped by key from their names alone, and never guessed at.
 
-import itertools
+In a tar the key is webdataset's, the name up to its first dot; in a folder it is the name without its extension. In
+both `x.input.jpg` and `x.outputs.txt` are fields of `x`, and `x.jpg.txt` is the text of `x.jpg`.
+"""
+
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.raw.tar_headers import TarEntry
+from pipelines.raw.texts import TEXT_FIELDS
 
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "heic", "heif", "jxl")
+# What Pillow reads, and below what it does not: where a sample has one of each, as of phones, the first counts.
+READABLE_EXTENSIONS = frozenset(
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "avif",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "jp2",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+    )
 )
-DIALECT_SAMPLES = 100
+IMAGE_EXTENSIONS = READABLE_EXTENSIONS | {"heic", "heif", "jxl"}
+# Names of the picture where a sample has several members.
+IMAGE_FIELDS = ("image", "img", "input", "jpg", "jpeg", "png", "webp")
+# Images that are made of the picture, and never taken for it.
+CONTROL_FIELDS = ("mask", "seg", "depth", "canny", "edge", "hed", "pose", "normal", "control", "conditioning_image")
+OTHER_FIELDS = ("metadata", "meta", "info")
+FIELDS = frozenset((*IMAGE_FIELDS, *CONTROL_FIELDS, *OTHER_FIELDS, *(name.lower() for name in TEXT_FIELDS)))
+# What archivers, systems and people put beside samples.
+STRAY_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information"))
+STRAY_NAME = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|changelog|changes|contributing|citation|makefile|manifest|index|"
+    r"(md5|sha1|sha256|sha512)sums?|checksums?)(\.[^/]*)?|thumbs\.db|desktop\.ini|.*\.(md|md5|sha1|sha256|lock|log|html?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the bytes of one file of a tar are."""
+    """Where the bytes of one file are: from `offset` in a tar; in a folder it is the number of the file."""
 
     offset: int
     size: int
@@ -23,7 +58,10 @@ class Member:
 
 @dataclass(slots=True)
 class RawSample:
-    """All members of one key; `reject` says why it cannot be used, `image_extension` which member is its image."""
+    """All members of one key; `reject` says why it cannot be used, `image_extension` which member is its image.
+
+    A row of a table has no members: its image and texts are in columns.
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -33,17 +71,22 @@ class RawSample:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSamples:
-    """The samples in order of first appearance, and the names of members that are none."""
+    """The samples in order of first appearance, and the names of members that are none.
+
+    Attributes:
+        unusable: links, devices, and paths that leave the tar.
+        strays: what belongs to no sample, such as `._x.jpg`, `__MACOSX/` and READMEs.
+    """
 
     samples: list[RawSample]
     unusable: list[str]
+    strays: list[str]
 
 
 def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamples:
-    """Group a tar's members by key.
+    """Group a tar's members by key, by webdataset's rule: the key is the name up to the first dot of its last part.
 
-    The key is the name up to the first dot of its last part, which is webdataset's rule. A tar in which that rule
-    finds no image at all, but the last dot does (`a.v1.jpg`, `a.v2.jpg`), is grouped by the last dot. Faulty samples
+    A tar in which that rule finds no image at all (`a.v1.jpg`, `a.v2.jpg`) is grouped as a folder is. Faulty samples
     carry a reason in `reject`:
 
     - `duplicate_member`: a member twice under one key;
@@ -56,20 +99,42 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
     """
     files: list[tuple[str, TarEntry]] = []
     unusable: list[str] = []
+    strays: list[str] = []
     for entry in entries:
         name = entry.name.removeprefix("./")
         if entry.kind == "folder":
             continue
-        if entry.kind == "other" or name.startswith("/") or ".." in name.split("/"):
-            unusable.append(_readable(entry.name))
-            continue
-        files.append((name, entry))
+        if is_stray(name):
+            strays.append(readable_name(entry.name))
+        elif entry.kind == "other" or name.startswith("/") or ".." in name.split("/"):
+            unusable.append(readable_name(entry.name))
+        else:
+            files.append((name, entry))
     samples = _group(files, split_at_first_dot, num_bytes=num_bytes)
-    if not _has_images(samples) and any(_hides_image(sample) for sample in samples):
-        samples = _group(files, split_at_last_dot, num_bytes=num_bytes)
     for sample in samples:
         _choose_image(sample)
-    return GroupedSamples(samples=samples, unusable=unusable)
+    if not any(sample.image_extension for sample in samples) and any(map(_hides_image, samples)):
+        samples = _group(files, split_at_extension, num_bytes=num_bytes)
+        for sample in samples:
+            _choose_image(sample)
+    return GroupedSamples(samples=samples, unusable=unusable, strays=strays)
+
+
+def group_files(entries: Sequence[TarEntry]) -> GroupedSamples:
+    """Group the files of a folder by key: the name without its extension; rejects as in `group_samples`."""
+    strays = [readable_name(entry.name) for entry in entries if is_stray(entry.name)]
+    files = [(entry.name, entry) for entry in entries if not is_stray(entry.name)]
+    samples = _group(files, split_at_extension, num_bytes=None)
+    for sample in samples:
+        _choose_image(sample)
+    return GroupedSamples(samples=samples, unusable=[], strays=strays)
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file is by its name no part of a sample: hidden, of an archiver or a system, or a note for people."""
+    *folders, file_name = name.split("/")
+    is_hidden = file_name.startswith(".") or any(folder.startswith(".") and folder.strip(".") for folder in folders)
+    return is_hidden or STRAY_NAME.fullmatch(file_name) is not None or any(f.lower() in STRAY_FOLDERS for f in folders)
 
 
 def split_at_first_dot(name: str) -> tuple[str, str]:
@@ -79,38 +144,43 @@ def split_at_first_dot(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension) if stem and extension else (name, "")
 
 
-def split_at_last_dot(name: str) -> tuple[str, str]:
-    """Split a member's name into key and extension where dots belong to the key."""
+def split_at_extension(name: str) -> tuple[str, str]:
+    """Split a file's name into key and extension where dots belong to the key.
+
+    `a.v1.jpg` is `a.v1` and `jpg`; `a.v1.jpg.txt` is `a.v1` and `jpg.txt`, and `a.input.jpg` is `a` and `input.jpg`.
+    """
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.rpartition(".")
-    return (folder + slash + stem, extension) if stem and extension else (name, "")
+    if not stem or not extension:
+        return name, ""
+    rest, _, last = stem.rpartition(".")
+    is_beside = last.lower() in IMAGE_EXTENSIONS and extension.lower() not in IMAGE_EXTENSIONS
+    if rest and (is_beside or last.lower() in FIELDS):
+        stem, extension = rest, f"{last}.{extension}"
+    return folder + slash + stem, extension
 
 
 def _group(
-    files: Sequence[tuple[str, TarEntry]], split: Callable[[str], tuple[str, str]], *, num_bytes: int
+    files: Sequence[tuple[str, TarEntry]], split: Callable[[str], tuple[str, str]], *, num_bytes: int | None
 ) -> list[RawSample]:
     samples: dict[str, RawSample] = {}
     for name, entry in files:
         key, extension = split(name)
-        key, extension = _readable(key), extension.lower()
+        key, extension = readable_name(key), extension.lower()
         sample = samples.setdefault(key, RawSample(key))
         if extension in sample.members:
             sample.reject = "duplicate_member"
-        elif entry.offset + entry.size > num_bytes:
+        elif num_bytes is not None and entry.offset + entry.size > num_bytes:
             sample.reject = sample.reject or "cut_off"
         sample.members.setdefault(extension, Member(entry.offset, entry.size))
     return list(samples.values())
 
 
-def _readable(name: str) -> str:
-    # Names in an old encoding come with bytes that no UTF-8 file could hold; `\xe8` is readable and stays unique.
+def readable_name(name: str) -> str:
+    """Return a name that any file can hold: bytes that are not UTF-8 are spelled out, so that it stays unique."""
     if name.isascii():
         return name
     return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
-
-
-def _has_images(samples: Sequence[RawSample]) -> bool:
-    return any(not IMAGE_EXTENSIONS.isdisjoint(sample.members) for sample in samples)
 
 
 def _hides_image(sample: RawSample) -> bool:
@@ -118,22 +188,21 @@ def _hides_image(sample: RawSample) -> bool:
 
 
 def _choose_image(sample: RawSample) -> None:
-    images = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
-    if len(images) == 1:
-        sample.image_extension = images[0]
-    elif images:
+    found = _images(sample)
+    if len(found) == 1:
+        sample.image_extension = found[0]
+    elif found:
         sample.reject = sample.reject or "several_images"
     else:
         sample.reject = sample.reject or ("dotted_name" if _hides_image(sample) else "no_image")
 
 
-def detect_dialect(samples: Sequence[RawSample]) -> str:
-    """Return `imagenet`, `img2dataset`, `sa1b` or `generic`, from the members that the first good samples have."""
-    good = (sample for sample in samples if sample.reject is None)
-    first = list(itertools.islice(good, DIALECT_SAMPLES))
-    if first and all("cls" in sample.members for sample in first):
-        return "imagenet"
-    if first and all("txt" in sample.members for sample in first) and any("json" in sample.members for sample in first):
-        return "img2dataset"
-    is_sa = first and all(re.fullmatch(r"(.*/)?sa_\d+", sample.key) and "json" in sample.members for sample in first)
-    return "sa1b" if is_sa else "generic"
+def _images(sample: RawSample) -> list[str]:
+    """Return the members that may be the image: those called so by extension, else the first field that is one."""
+    plain = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
+    if not plain:
+        fields = [extension for extension in sample.members if extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        of_field = {name: [image for image in fields if image.rpartition(".")[0] == name] for name in IMAGE_FIELDS}
+        plain = next(filter(None, of_field.values()), [])
+    readable = [extension for extension in plain if extension.rpartition(".")[2] in READABLE_EXTENSIONS]
+    return readable if len(readable) == 1 else plain

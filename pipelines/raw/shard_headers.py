@@ -17,14 +17,15 @@ from typing import Any
 
 from errors import UserError
 from pipelines.engine.progress import get_logger, progress_bar
-from pipelines.raw.samples import Member, RawSample, detect_dialect, group_samples
+from pipelines.raw.samples import Member, RawSample, group_samples
 from pipelines.raw.tar_headers import UnreadableTarError, read_tar
+from pipelines.raw.texts import json_members, text_members
 from pipelines.store.files import RangeFile, atomic_write_bytes, discard, is_remote, open_ranges, sha256_text
 from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when tars are grouped in another way, or the files change their form.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
 NUM_THREADS = 16
 SHARDS_PER_TASK = 16
@@ -40,16 +41,17 @@ class ShardSummary:
     Attributes:
         stamp: of the file that was read, see `RangeFile`.
         identity: see `TarContents`.
-        dialect: as detected.
-        unusable: names of members that are no samples: links, devices, paths that leave the tar.
+        num_texts: samples that have a text, or JSON that may hold one.
+        unusable, strays: see `GroupedSamples`.
         fault: what is wrong with the tar as a whole, or None.
     """
 
     stamp: str | None
     identity: str
-    dialect: str
     num_samples: int
+    num_texts: int
     unusable: list[str]
+    strays: list[str]
     fault: str | None
 
 
@@ -75,12 +77,17 @@ def read_headers(path: str, file: RangeFile) -> ShardHeaders:
     summary = ShardSummary(
         stamp=file.stamp,
         identity=contents.identity,
-        dialect=detect_dialect(grouped.samples),
         num_samples=len(grouped.samples),
+        num_texts=sum(map(_has_text, grouped.samples)),
         unusable=grouped.unusable,
+        strays=grouped.strays,
         fault=contents.fault,
     )
     return ShardHeaders(summary=summary, samples=grouped.samples)
+
+
+def _has_text(sample: RawSample) -> bool:
+    return bool(text_members(list(sample.members), sample.image_extension) or json_members(sample.key, sample.members))
 
 
 class HeaderCache:

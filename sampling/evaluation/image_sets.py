@@ -11,8 +11,9 @@ from pathlib import Path
 from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
+from pipelines.raw.patterns import expand_shards
 from pipelines.raw.samples import IMAGE_EXTENSIONS
-from pipelines.raw.shards import describe_shards, expand_shards, open_shard
+from pipelines.raw.shards import describe_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_file, sha256_text
 from pipelines.store.manifest import MARKER_FOLDER, read_manifest
 from pipelines.store.png_files import require_sound_png

@@ -11,7 +11,7 @@ import pydantic
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError, run_argument
 from pipelines.command import Command
-from pipelines.raw.shards import select_shards
+from pipelines.raw.patterns import select_shards
 from pipelines.recipe import Recipe
 from pipelines.store.families import (
     family_directory,

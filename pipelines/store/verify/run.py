@@ -7,7 +7,7 @@ from pathlib import Path
 
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import progress_bar
-from pipelines.raw.shards import REMEMBERED_NAME, recall_shards
+from pipelines.raw.patterns import REMEMBERED_NAME, recall_shards
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import MANIFEST_NAME
 from pipelines.store.verify.coverage import check_coverage, check_families

@@ -1,0 +1,88 @@
+import logging
+
+import pytest
+from test_pipelines_shards import write_tar
+
+from pipelines.raw.images import SampleReject
+from pipelines.raw.samples import group_files
+from pipelines.raw.shards import describe_shards, open_shard
+from pipelines.raw.tar_headers import TarEntry
+
+FIELDS = {
+    "fields": ["{}.image.jpg", "{}.caption.txt", "{}.metadata.json"],
+    "input_outputs": ["{}.input.jpg", "{}.outputs.txt"],
+    "beside": ["{}.jpg", "{}.jpg.txt"],
+    "beside_dotted": ["v1.5 {}.png", "v1.5 {}.png.caption"],
+    "controlled": ["{}.image.png", "{}.mask.png", "{}.prompt.txt"],
+    "phone": ["IMG_{}.HEIC", "IMG_{}.JPG", "IMG_{}.txt"],
+    "img2dataset": ["{}.jpg", "{}.txt", "{}.json"],
+    "json": ["{}.webp", "{}.json"],
+}
+
+
+@pytest.mark.parametrize("layout", FIELDS)
+def test_texts_belong_to_their_image_whatever_they_are_called(tmp_path, layout) -> None:
+    members = []
+    for key in ("0001", "0002", "0003"):
+        for name in FIELDS[layout]:
+            data = b'{"caption": "text %s"}' % key.encode() if name.endswith("json") else f"text {key}".encode()
+            members.append((name.format(key), data))
+    # The first sample lacks a member: that changes nothing for the others.
+    del members[len(FIELDS[layout]) - 1]
+    with open_shard(write_tar(tmp_path / "x.tar", members)) as raw:
+        assert [sample.reject for sample in raw.samples] == [None] * 3
+        first = "text 0001" if layout in ("img2dataset", "fields") else None
+        assert [raw.alt_text(sample) for sample in raw.samples] == [first, "text 0002", "text 0003"]
+    entries = [TarEntry(name, "file", number, 1, 0) for number, (name, _) in enumerate(members)]
+    grouped = group_files(entries).samples
+    assert [(sample.reject, len(sample.members)) for sample in grouped] == [
+        (None, len(sample.members)) for sample in raw.samples
+    ]
+
+
+def test_what_is_no_sample_is_told_apart(tmp_path, caplog, monkeypatch) -> None:
+    names = [
+        "a.jpg",
+        "a.txt",
+        "._a.jpg",
+        "._a.txt",
+        "__MACOSX/._a.jpg",
+        "__MACOSX/b.jpg",
+        ".DS_Store",
+        "README.md",
+        "in/README",
+    ]
+    names += ["LICENSE", "Thumbs.db", "sha256sums.txt", ".git/x.jpg", "c.txt"]
+    path = write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert describe_shards([path])[0].source.num_samples == 2
+    assert "x.tar: 11 members are no samples: ._a.jpg, ._a.txt, __MACOSX/._a.jpg, ..." in caplog.text
+    with open_shard(path) as raw:
+        assert {sample.key: sample.reject for sample in raw.samples} == {"a": None, "c": "no_image"}
+        assert len(raw.strays) == 11
+
+
+ENCODED = {
+    "plain": b"ein Hund",
+    "utf8_mark": b"\xef\xbb\xbf" + b"ein Hund",
+    "utf16": "ein Hund".encode("utf-16"),
+    "utf16_big": b"\xfe\xff" + "ein Hund".encode("utf-16-be"),
+    "utf32": "ein Hund".encode("utf-32"),
+    "windows": b"the dog\x92s bench",
+    "utf16_without_mark": "ein Hund".encode("utf-16-le"),
+    "empty": b"",
+}
+
+
+def test_texts_are_decoded_by_their_mark_or_are_counted(tmp_path) -> None:
+    members = [(f"{key}.{ext}", data) for key, text in ENCODED.items() for ext, data in (("jpg", b"i"), ("txt", text))]
+    found = {}
+    with open_shard(write_tar(tmp_path / "x.tar", members)) as raw:
+        for sample in raw.samples:
+            try:
+                found[sample.key] = raw.alt_text(sample)
+            except SampleReject as reject:
+                found[sample.key] = reject.reason
+    readable = dict.fromkeys(("plain", "utf8_mark", "utf16", "utf16_big", "utf32"), "ein Hund")
+    assert found == readable | {"windows": "not_utf8", "utf16_without_mark": "not_utf8", "empty": ""}
