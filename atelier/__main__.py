@@ -5,11 +5,11 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from atelier.commands import SUBCOMMANDS, Flag, Subcommand, variable
 from atelier.recipe_files import find_recipe
+from atelier.typed import did_you_mean
 from errors import UserError
 from pipelines.command import run_command
 
@@ -65,15 +65,9 @@ def room_words(words: Sequence[str]) -> list[str]:
         )
     for flag, example in subcommand.required:
         if getattr(options, _attribute(flag)) is None:
-            how = f"{variable(flag)}={example}" if is_make else f"--{flag} {example}"
-            raise UserError(f"{name}: say which {flag}, for example {how}")
+            typed, between = (variable(flag), "=") if is_make else (f"--{flag}", " ")
+            raise UserError(f"{name} needs {typed}, for example {typed}{between}{example}")
     return [subcommand.module, *_translate(subcommand, options), *others]
-
-
-def did_you_mean(word: str, known: Sequence[str] | dict[str, Subcommand]) -> str:
-    """Return `: did you mean …?` if one of `known` is near, else nothing."""
-    near = get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
 
 
 def flags_of_make(subcommand: Subcommand, names: Sequence[str]) -> list[str]:

@@ -1,23 +1,24 @@
-"""What is typed behind a make target is what its command gets, and nothing that the shell exports."""
+"""What is typed behind a make target is what its command gets, whole or not at all; what the shell exports is not."""
 
-import itertools
 import os
-import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pipelines.command import parse_command
+from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier.typed import Word, find_wrong, read_words, variables_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Stands in for the interpreter of .venv, and writes down what it is asked to run.
-RECORDER = """#!/bin/sh
+# Stands in for the interpreter of .venv, and writes down what it is asked to run; but what looks at words is let run.
+RECORDER = f"""#!/bin/sh
+case "$2" in atelier.typed) exec {sys.executable} "$@";; esac
 mkdir busy || echo "two at once" >> all
 printf '%s\\0' "$@" > asked
-env > environment
-echo "$*" >> all
+env -0 > environment
+echo "$*|$RUN|$SET" >> all
 rmdir busy
 """
 TEXTS = [
@@ -27,53 +28,14 @@ TEXTS = [
     '"hello"',
     '"a red circle" # at night',
     "1984",
-    "true",
     "it's \\ `echo no` && *",
     "two\nlines",
     "[INST] {a}, b; c | d > e",
+    "~/my [2024] set/{0..1}.tar",
+    "-x",
+    "a=b  SHARDS=c ",
 ]
-# Target and option of each variable, with what stands before its value.
-VARIABLES = {
-    "RECIPE": ("caption", "--recipe", ""),
-    "RUN": ("caption", "--run", ""),
-    "SET": ("caption", "--settings", ""),
-    "SHARDS": ("caption", "--text", "data.shards="),
-    "SETS": ("stats", "--text", "dataset_stats.sets="),
-    "SAMPLE": ("stats", "--set", "dataset_stats.sample="),
-    "STAGE": ("train", "--stage", ""),
-    "PHASE": ("train", "--phase", ""),
-    "GPUS": ("train", "--set", "training.num_processes="),
-    "HOSTFILE": ("train", "--text", "training.hostfile="),
-    "REMOTE_SHELL": ("train", "--text", "training.remote_shell="),
-    "PROMPT": ("sample", "--text", "sampling.prompt="),
-    "PROMPTS": ("sample", "--text", "sampling.prompts="),
-    "N": ("sample", "--set", "sampling.images_per_prompt="),
-    "STEPS": ("sample", "--set", "sampling.num_steps="),
-    "CFG": ("sample", "--set", "sampling.guidance_scale="),
-    "SEED": ("sample", "--set", "sampling.seed="),
-    "SIZE": ("sample", "--text", "sampling.size="),
-    "TASK": ("eval", "sampling.evaluation", ""),
-    "REFERENCE": ("eval", "--text", "evaluation.reference="),
-    "CLIP": ("eval", "--text", "evaluation.clip="),
-    "INCEPTION": ("eval", "--text", "evaluation.inception="),
-    "PORT": ("app", "--set", "app.port="),
-    "FROM": ("convert", "training.convert", ""),
-    "PARTS": ("bench-gpu", "benchmarks.gpu", ""),
-}
-SWITCHES = {
-    "PLAN": ("caption", ["--plan"]),
-    "RETRY": ("caption", ["--set", "captioning.retry_rejects=true"]),
-    "FROM_SCRATCH": ("train", ["--set", "training.{stage}.starts_from=scratch"]),
-    "REPARAMETERIZE": ("convert", ["--reparameterize"]),
-    "TINY": ("bench-gpu", ["--tiny"]),
-}
-NEEDED = {
-    "train": ["STAGE=2"],
-    "sample": ["STAGE=2"],
-    "eval": ["STAGE=2"],
-    "app": ["STAGE=2"],
-    "convert": ["FROM=a", "TO=b"],
-}
+TARGETS = [*SUBCOMMANDS, "help", "demo", "demo-raw", "test", "zoo", "bench-gpu", "bench-cache"]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +44,7 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     for name in ("Makefile", "requirements.lock"):
         shutil.copy(REPOSITORY / name, folder)
+    (folder / "atelier").symlink_to(REPOSITORY / "atelier")
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(RECORDER)
@@ -97,84 +60,55 @@ def run_make(house: Path, *typed: str, exported: dict[str, str] | None = None) -
     return subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, check=False)
 
 
-def asked(house: Path, *typed: str, exported: dict[str, str] | None = None) -> list[str]:
-    """What the command of a target is asked to do."""
+def asked(house: Path, *typed: str, exported: dict[str, str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """What the command of a target is asked to do, and its environment."""
     done = run_make(house, *typed, exported=exported)
     assert done.returncode == 0, done.stderr
-    return (house / "asked").read_text().split("\0")[:-1]
+    environment = (line.partition("=") for line in (house / "environment").read_text().split("\0"))
+    return (house / "asked").read_text().split("\0")[:-1], {name: value for name, _, value in environment}
 
 
-def needed(target: str, name: str) -> list[str]:
-    return [pair for pair in NEEDED.get(target, []) if not pair.startswith(f"{name}=")]
-
-
-def test_every_variable_of_the_makefile_is_tried_here() -> None:
-    (listed,) = re.findall(r"^TYPED := (.*?[^\\])$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE | re.DOTALL)
-    assert set(listed.replace("\\", "").split()) == {*VARIABLES, *SWITCHES, "TO"}
+def values_of(target: str) -> dict[str, str]:
+    """A value for each variable of a target, in which nothing may be read by make or a shell."""
+    return {name: f"{name} it's \"5\" $5 $(HOME) # 'x'  y" for name in variables_of(target)}
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_prompt_arrives_as_it_was_typed(house, text) -> None:
-    words = asked(house, "sample", "STAGE=2", f"PROMPT={text}")
-    assert words[words.index("--text") + 1] == f"sampling.prompt={text}"
+def test_a_text_arrives_as_it_was_typed(house, text) -> None:
+    words, environment = asked(house, "sample", "STAGE=2", f"PROMPT={text}")
+    assert words[:4] == ["-m", "atelier", "sample", "--from-make"] and set(words[4].split()) == {"STAGE", "PROMPT"}
+    assert environment["PROMPT"] == text
 
 
-@pytest.mark.parametrize("target", sorted({target for target, _, _ in VARIABLES.values()}))
-def test_every_variable_arrives_as_it_was_typed(house, target) -> None:
-    typed = {
-        name: (option, f"{front}{name} it's \"5\" $5 $(HOME) # 'x'  y")
-        for name, (of, option, front) in VARIABLES.items()
-        if of == target
-    }
-    values = [f"{name}={word.removeprefix(VARIABLES[name][2])}" for name, (_, word) in typed.items()]
-    words = asked(house, target, *values, *(pair for pair in NEEDED.get(target, []) if pair.split("=")[0] not in typed))
-    assert set(typed.values()) <= set(itertools.pairwise(words))
+@pytest.mark.parametrize("target", sorted(set(SUBCOMMANDS) - {"nltk-data"}))
+def test_every_variable_of_a_target_arrives_as_it_was_typed(house, target) -> None:
+    values = values_of(target)
+    words, environment = asked(house, target, *(f"{name}={value}" for name, value in values.items()))
+    assert words[2] == target and set(words[4].split()) == set(values)
+    assert {name: environment[name] for name in values} == values
 
 
-def test_verify_and_convert_get_paths_with_spaces(house) -> None:
-    assert asked(house, "verify", "RUN=runs/my run $1")[-2:] == ["--run", "runs/my run $1"]
-    assert asked(house, "convert", "FROM=a b", "TO=c $d")[-2:] == ["a b", "c $d"]
+def test_benchmarks_get_theirs_as_they_were_typed(house) -> None:
+    assert asked(house, "bench-gpu", "PARTS=a 'b' $5", "TINY=1")[0][1:] == ["benchmarks.gpu", "a 'b' $5", "--tiny"]
+    assert asked(house, "bench-gpu", "TINY=0")[0][1:] == ["benchmarks.gpu"]
+    assert asked(house, "bench-cache", "RUN=my run")[0][1:] == ["benchmarks.cache", "--run", "my run"]
 
 
-@pytest.mark.parametrize("target", sorted({target for target, *_ in (VARIABLES | SWITCHES).values()}))
-def test_what_the_shell_exports_is_not_taken(house, target) -> None:
-    exported = dict.fromkeys([*VARIABLES, *SWITCHES, "TO"], "%n@%m")
-    expected = asked(house, target, *NEEDED.get(target, []))
-    assert asked(house, target, *NEEDED.get(target, []), exported=exported) == expected
+@pytest.mark.parametrize("target", ["caption", "train", "bench-gpu"])
+def test_what_the_shell_exports_is_neither_taken_nor_refused(house, target) -> None:
+    names = [*map(variable, FLAGS), "PARTS", "TINY", "FOO", "shards"]
+    words, environment = asked(house, target, exported=dict.fromkeys(names, "%n@%m") | {"PYTHONSAFEPATH": "1"})
+    assert words == asked(house, target)[0]
     # But programs that ours start, such as a remote shell, read it where it is theirs.
-    kept = dict(line.split("=", 1) for line in (house / "environment").read_text().splitlines() if "=" in line)
-    typed = {pair.split("=")[0] for pair in NEEDED.get(target, [])} | {"RECIPE", "RUN"}
-    assert {name for name in exported if kept.get(name) != "%n@%m"} == typed
-    if target in NEEDED:
-        done = run_make(house, target, exported=exported)
-        assert done.returncode == 2 and "make: say which" in done.stderr
-
-
-@pytest.mark.parametrize("name", VARIABLES)
-def test_an_empty_value_is_refused(house, name) -> None:
-    target = VARIABLES[name][0]
-    done = run_make(house, target, *needed(target, name), f"{name}= ")
-    if name == "SET":  # of nothing
-        assert done.returncode == 0
-        return
-    assert done.returncode == 2 and f"{name} is empty: type a value, or leave {name}= out" in done.stderr
-
-
-@pytest.mark.parametrize("name", SWITCHES)
-def test_switches_are_on_unless_empty_or_zero(house, name) -> None:
-    target, words = SWITCHES[name]
-    typed = [target, *needed(target, name)]
-    off = asked(house, *typed)
-    assert asked(house, *typed, f"{name}=0") == asked(house, *typed, f"{name}=") == off
-    on = asked(house, *typed, f"{name}=1")
-    assert len(on) == len(off) + len(words) and on[on.index(words[-1]) + 1 - len(words) :][: len(words)] == words
+    assert {environment[name] for name in names} == {"%n@%m"} and "PYTHONSAFEPATH" not in environment
 
 
 def test_a_make_inside_a_make_passes_settings_on(house) -> None:
-    """As `make demo` does, with what is typed behind it."""
+    """As `make demo` does, with what is typed behind it; what the outer one's targets take is theirs to say."""
     (house / "outer.mk").write_text("outer:\n\t@$(MAKE) -f Makefile RUN=x caption\n")
-    words = asked(house, "-f", "outer.mk", "outer", "SET=sampling.prompt=it's $5 off", "RUN=y")
-    assert words[-2:] == ["--settings", "sampling.prompt=it's $5 off"] and words[words.index("--run") + 1] == "x"
+    words, environment = asked(house, "-f", "outer.mk", "outer", "SET=sampling.prompt=it's $5 off", "RUN=y", "FOO=1")
+    assert {"RUN", "SET"} <= set(words[4].split())
+    assert (environment["RUN"], environment["SET"]) == ("x", "sampling.prompt=it's $5 off")
 
 
 def steps_of(house: Path, *typed: str, exported: dict[str, str] | None = None) -> list[str]:
@@ -187,39 +121,97 @@ def steps_of(house: Path, *typed: str, exported: dict[str, str] | None = None) -
 
 def test_the_demo_takes_its_steps_one_by_one_whatever_jobs_are_typed(house) -> None:
     steps = steps_of(house, "demo")
-    assert len(steps) == 16 and [step.split()[:3] for step in steps[:2]] == [
-        ["-m", "toyworld", "world"],
-        ["-m", "captioning", "--recipe"],
+    each = ["features", "train", "sample"]
+    assert [step.split()[2] for step in steps] == [
+        *("world", "caption", "stats", *each, *each, *each, "judge", "eval", "eval", "report")
     ]
-    assert steps_of(house, "-j4", "demo") == steps
-
-
-@pytest.mark.parametrize("target", ["demo", "demo-raw"])
-@pytest.mark.parametrize("typed", ["RUN=runs/x", "RECIPE=r.toml", "STAGE=2"])
-def test_the_demo_refuses_what_it_would_ignore(house, target, typed) -> None:
-    (house / "all").unlink(missing_ok=True)
-    done = run_make(house, target, typed)
-    name = typed.partition("=")[0]
-    assert done.returncode == 2 and f"stages of its own: leave {name}= out" in done.stderr
-    assert not (house / "all").exists()
+    assert steps_of(house, "-j4", "demo") == steps_of(house, "-s", "-j", "2", "demo") == steps
+    assert all("N" in step.split("|")[0].split() for step in steps_of(house, "demo", "N=4"))
 
 
 def test_the_raw_half_of_the_demo_keeps_typed_settings_beside_its_own(house) -> None:
     own = 'features.stage2.captions=[{column="alt_text"}] features.stage2.shards=["laion_*"]'
     said = "sampling.prompt=it's $5 off"
-    plain, changed = (
-        [step for step in steps_of(house, "demo-raw", *typed, exported={"SET": "not=typed"}) if "runs/demo-raw" in step]
-        for typed in ([], [f"SET={said}"])
-    )
-    assert len(plain) == 5 and all(f"--settings {own}" in step and "typed" not in step for step in plain)
-    assert changed == [step.replace(own, f"{own} {said}") for step in plain]
+    for typed, settings in (([], own), ([f"SET={said}"], f"{own} {said}")):
+        steps = [step.split("|") for step in steps_of(house, "demo-raw", *typed, exported={"SET": "not=typed"})]
+        raw = [(words.split()[2], given) for words, run, given in steps if run == "runs/demo-raw"]
+        assert raw == [(door, settings) for door in ("features", "train", "sample", "judge", "report")]
 
 
-def test_texts_stay_texts_in_the_recipe(tmp_path) -> None:
-    recipe = tmp_path / "r.toml"
-    recipe.write_text("")
-    for text in TEXTS:
-        argv = ["--recipe", str(recipe), "--run", "x", "--set", "sampling.prompt=other", "--text"]
-        assert parse_command("sampling", "", argv=[*argv, f"sampling.prompt={text}"]).recipe.tables == {
-            "sampling": {"prompt": text}
-        }
+def wrong(*typed: str) -> str:
+    return find_wrong(list(read_words(typed)), TARGETS) or ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("caption SHARDS=/d/sa_0.tar /d/sa_1.tar", "/d/sa_1.tar is no target. If it belongs to SHARDS=/d/sa_0.tar, "),
+        ("caption SHARDS=/d/sa_0.tar /d/sa_1.tar", "type it in quotes, SHARDS='…'"),
+        ("caption SHARDS=/d/sa_0.tar SHARDS=/d/sa_1.tar", "SHARDS is typed twice"),
+        ("caption SET=a.b=1 SET=a.c=2", "SET is typed twice, and make would keep the last alone: put both into one"),
+        ("caption SET=captioning.prompts.default=Describe this image", "this is no target. If it belongs to SET="),
+        ("sample STAGE=2 PROMPT=a cat", "cat is no target (did you mean caption?). If it belongs to PROMPT=a, "),
+        ("caption shards=x", "there is no variable shards (did you mean SHARDS?)"),
+        ("train STAGES=2", "there is no variable STAGES (did you mean STAGE?)"),
+        ("caption RUNS=x", "there is no variable RUNS (did you mean RUN?)"),
+        ("train STAGE=2 FROM-SCRATCH=1", "there is no variable FROM-SCRATCH (did you mean FROM_SCRATCH?)"),
+        (
+            "train STAGE=2 CUDA_VISIBLE_DEVICES=0",
+            "what commands are to find in their environment is typed in front of make",
+        ),
+        ("test FOO=1", "there is no variable FOO"),
+        ("caption captioning.batch_size=3", "is a key of the recipe: type SET='captioning.batch_size=…'"),
+        ("train STAGE 2", "STAGE is a variable: type STAGE=value"),
+        ("capton", "there is no target capton (did you mean caption?)"),
+        ("stats STAGE=2", "stats would ignore STAGE: it belongs to features, buckets, train, sample, eval, app"),
+        ("convert FROM=a TO=b PLAN=1", "convert would ignore PLAN"),
+        ("SHARDS=x", "help would ignore SHARDS"),
+        ("caption RUN:=x", "RUN:= is not how values are given: type RUN='…'"),
+        ("caption RUN+=x", "RUN+= is not how values are given"),
+        ("demo RUN=x", "the demo has a RECIPE, a RUN and stages of its own: leave RUN= out"),
+        ("demo-raw STAGE=2", "stages of its own: leave STAGE= out"),
+        ("demo RECIPE=r.toml", "stages of its own: leave RECIPE= out"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(typed, message) -> None:
+    assert message in wrong(*typed.split())
+
+
+@pytest.mark.parametrize("name", [variable(flag) for flag in FLAGS])
+def test_an_empty_value_is_refused_unless_it_switches_off(name) -> None:
+    target = next(target for target in SUBCOMMANDS if name in variables_of(target))
+    is_off = name == "SET" or FLAGS[name.lower().replace("_", "-")].is_switch
+    expected = "" if is_off else f"{name} is empty: type a value, or leave {name}= out"
+    assert wrong(target, f"{name}=") == wrong(target, f"{name}= ") == expected
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "-s -j 2 demo N=3",
+        "-j demo",
+        "-kj 4 caption",
+        "-C elsewhere caption RUN=x",
+        "-sC elsewhere -f Makefile -I a --directory b caption",
+        "--jobs=3 --no-print-directory -l 2.5 features train sample STAGE=2 GPUS=1 PROMPT=a=b",
+        "test PYTHON=python3.12",
+    ],
+)
+def test_options_of_make_and_what_any_target_of_the_line_takes_are_let_through(typed) -> None:
+    assert wrong(*typed.split()) == ""
+
+
+def test_words_are_read_as_make_reads_them() -> None:
+    assert list(read_words(["-C", "x=y", "a", "B=c d=e", "we ird=3", "F?=g"])) == [
+        *(Word("a"), Word("B", "=", "c d=e"), Word("we ird=3"), Word("F", "?=", "g"))
+    ]
+
+
+def test_make_refuses_before_anything_starts(house) -> None:
+    (house / "all").unlink(missing_ok=True)
+    (house / "sa_1.tar").touch()  # which make would call up to date
+    for typed in (["SHARDS=sa_0.tar", "sa_1.tar"], ["SHARDS=a", "SHARDS=b"], ["shards=a"], ["RUN="]):
+        done = run_make(house, "caption", *typed)
+        assert done.returncode == 2 and "***" in done.stderr
+    assert not (house / "all").exists()

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from training_run import REPOSITORY
 
 from errors import UserError
 from pixart.convert import load_diffusers, save_diffusers
@@ -101,6 +99,3 @@ def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> 
         main([str(tmp_path / "pixart"), str(tmp_path / "new"), "--reparameterize"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main([str(tmp_path / "nothing"), str(tmp_path / "new")])
-    for given in ([], ["FROM=facebook/DiT-XL-2-256"], ["TO=dit"]):
-        done = subprocess.run(["make", "need-source", *given], cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode and "make: say which, for example FROM=" in done.stderr

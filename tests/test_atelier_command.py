@@ -1,0 +1,183 @@
+"""`atelier`: what is typed behind a sub-command, or behind a target of make, is what its room gets."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atelier.__main__ import main, room_words
+from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier.recipe_files import find_recipe, shipped_recipes
+from atelier.typed import variables_of
+from errors import UserError
+from pipelines.command import parse_command
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+VALUE = "it's \"5\" $5 $(HOME) # 'x'  [y], {0..1}"
+# What the room of a sub-command is to be given for a flag.
+GIVEN = {
+    "shards": ("caption", ["--text", f"data.shards={VALUE}"]),
+    "retry": ("caption", ["--set", "captioning.retry_rejects=true"]),
+    "plan": ("caption", ["--plan"]),
+    "run": ("verify", [f"--run={VALUE}"]),
+    "sets": ("stats", ["--text", f"dataset_stats.sets={VALUE}"]),
+    "sample": ("stats", ["--set", f"dataset_stats.sample={VALUE}"]),
+    "stage": ("train", [f"--stage={VALUE}"]),
+    "phase": ("train", [f"--phase={VALUE}"]),
+    "gpus": ("train", ["--set", f"training.num_processes={VALUE}"]),
+    "hostfile": ("train", ["--text", f"training.hostfile={VALUE}"]),
+    "remote-shell": ("train", ["--text", f"training.remote_shell={VALUE}"]),
+    "from-scratch": ("train", ["--set", "training.{stage}.starts_from=scratch"]),
+    "prompt": ("sample", ["--text", f"sampling.prompt={VALUE}"]),
+    "prompts": ("sample", ["--text", f"sampling.prompts={VALUE}"]),
+    "n": ("sample", ["--set", f"sampling.images_per_prompt={VALUE}"]),
+    "steps": ("sample", ["--set", f"sampling.num_steps={VALUE}"]),
+    "cfg": ("sample", ["--set", f"sampling.guidance_scale={VALUE}"]),
+    "seed": ("sample", ["--set", f"sampling.seed={VALUE}"]),
+    "size": ("sample", ["--text", f"sampling.size={VALUE}"]),
+    "task": ("eval", [VALUE]),
+    "reference": ("eval", ["--text", f"evaluation.reference={VALUE}"]),
+    "clip": ("eval", ["--text", f"evaluation.clip={VALUE}"]),
+    "inception": ("eval", ["--text", f"evaluation.inception={VALUE}"]),
+    "port": ("app", ["--set", f"app.port={VALUE}"]),
+    "from": ("convert", ["training.convert", VALUE]),
+    "to": ("convert", ["b", VALUE]),
+    "reparameterize": ("convert", ["--reparameterize"]),
+}
+NEEDED = {"stage": "2", "from": "b", "to": "b"}
+
+
+def needed(name: str, *, without: str = "") -> dict[str, str]:
+    return {flag: NEEDED[flag] for flag, _ in SUBCOMMANDS[name].required if flag != without}
+
+
+def is_part(part: list[str], words: list[str]) -> bool:
+    return any(words[start : start + len(part)] == part for start in range(len(words)))
+
+
+def words_of_make(monkeypatch, name: str, values: dict[str, str]) -> list[str]:
+    for each, value in values.items():
+        monkeypatch.setenv(each, value)
+    return room_words([name, "--from-make", " ".join(values)])
+
+
+@pytest.mark.parametrize("flag", sorted(set(FLAGS) - {"recipe", "set"}))
+def test_a_flag_and_its_variable_reach_the_room_whole(monkeypatch, flag) -> None:
+    name, part = GIVEN[flag]
+    others = needed(name, without=flag)
+    typed = [word for other, value in others.items() for word in (f"--{other}", value)]
+    is_switch = FLAGS[flag].is_switch
+    words = room_words([name, *typed, f"--{flag}", *([] if is_switch else [VALUE])])
+    assert words[0] == SUBCOMMANDS[name].module and is_part(part, words)
+    values = {variable(other): value for other, value in others.items()}
+    assert words_of_make(monkeypatch, name, values | {variable(flag): "1" if is_switch else VALUE}) == words
+    if is_switch:
+        for off in ("", "0"):
+            assert not is_part(part, words_of_make(monkeypatch, name, values | {variable(flag): off}))
+
+
+def test_every_flag_is_tried_here_and_every_sub_command_is_a_target() -> None:
+    assert set(GIVEN) | {"recipe", "set"} == set(FLAGS)
+    assert set().union(*map(variables_of, SUBCOMMANDS)) == set(map(variable, FLAGS))
+
+
+@pytest.mark.parametrize("value", ["-x", "--plan", "-1"])
+def test_a_value_may_look_like_a_flag_of_make(monkeypatch, value) -> None:
+    words = words_of_make(monkeypatch, "sample", {"STAGE": "2", "PROMPT": value})
+    assert ("--text", f"sampling.prompt={value}") in itertools.pairwise(words)
+
+
+def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tmp_path) -> None:
+    (tmp_path / "r.toml").write_text("")
+    said = "captioning.prompts.default='Describe this image in one sentence' data.shards=/other engine.num_workers=2"
+    for words in (
+        words_of_make(monkeypatch, "caption", {"SET": said, "SHARDS": "/d", "RECIPE": f"{tmp_path}/r.toml"}),
+        room_words(
+            [
+                *(
+                    "caption",
+                    "--recipe",
+                    f"{tmp_path}/r.toml",
+                    "--set",
+                    "data.shards=/other",
+                    "--shards",
+                    "/d",
+                    "--set",
+                ),
+                *("captioning.prompts.default=Describe this image in one sentence", "--set", "engine.num_workers=2"),
+            ]
+        ),
+    ):
+        assert parse_command("captioning", "", argv=words[1:]).recipe.tables == {
+            "captioning": {"prompts": {"default": "Describe this image in one sentence"}},
+            "data": {"shards": "/d"},
+            "engine": {"num_workers": 2},
+        }
+
+
+def test_paths_may_begin_with_a_tilde(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert room_words(["convert", "--from", "~/a b.pth", "--to", "~/c~"]) == [
+        *("training.convert", "/home/me/a b.pth", "/home/me/c~")
+    ]
+    words = room_words(["eval", "--stage", "2", "--reference", "~/images", "--prompt", "~/not a path"])
+    assert is_part(["--text", "evaluation.reference=/home/me/images"], words)
+    assert is_part(["--text", "sampling.prompt=~/not a path"], words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["capton"], "there is no 'capton' (did you mean caption?)"),
+        (["caption", "--shard", "x"], r"caption takes no --shard \(did you mean --shards\?\)"),
+        (["caption", "--shards=a", "b.tar"], "caption takes no b.tar"),
+        (["stats", "--stage", "2"], "stats takes no --stage"),
+        (["train"], "train needs --stage, for example --stage 2"),
+        (["train", "--from-make", ""], "train needs STAGE, for example STAGE=2"),
+        (["convert", "--from-make", ""], "convert needs FROM, for example FROM=facebook/DiT-XL-2-256"),
+        (["convert", "--from", "a"], "convert needs --to, for example --to dit"),
+        (["caption", "--recipe", "pixart-alhpa"], "pixart-alhpa does not exist; the shipped ones are .*pixart-alpha"),
+    ],
+)
+def test_what_is_not_known_or_missing_is_said(typed, message) -> None:
+    with pytest.raises(UserError, match=message.replace("'capton' (did you mean caption?)", "'capton' .did you")):
+        room_words(typed)
+
+
+def test_further_options_of_a_room_are_passed_on() -> None:
+    typed = ["convert", "--from", "a", "--to", "b", "--adaln", "per-block", "--seed", "3"]
+    assert room_words(typed) == ["training.convert", "a", "b", "--adaln", "per-block", "--seed", "3"]
+    assert room_words(["nltk-data", "--url", "u"]) == ["dataset_stats.tagging.nltk_data", "--url", "u"]
+
+
+def test_recipes_are_found_by_name_where_no_file_is_meant(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toyworld").mkdir()
+    shipped = {path.stem: path for path in shipped_recipes()}
+    assert shipped["toyworld"].read_bytes() == (REPOSITORY / "recipes" / "toyworld.toml").read_bytes()
+    for text in ("toyworld", "toyworld.toml", "recipes/toyworld.toml"):
+        assert find_recipe(text) == shipped["toyworld"]
+    (tmp_path / "toyworld.toml").touch()
+    assert find_recipe("toyworld.toml") == Path("toyworld.toml") and find_recipe("toyworld") == shipped["toyworld"]
+
+
+def test_help_lists_every_sub_command_and_flag(capsys) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in SUBCOMMANDS)
+    for name in SUBCOMMANDS:
+        if not SUBCOMMANDS[name].flags:
+            continue
+        with pytest.raises(SystemExit, match="0"):
+            room_words([name, "--help"])
+        shown = capsys.readouterr().out
+        assert all(f" --{flag} " in shown for flag in SUBCOMMANDS[name].flags)
+        assert shown.startswith(f"usage: atelier {name} ")
+
+
+def test_a_room_answers_with_its_own_words_and_status(tmp_path) -> None:
+    command = [sys.executable, "-m", "atelier", "caption", "--recipe", "toyworld", "--plan", "--run", str(tmp_path)]
+    done = subprocess.run([*command, "--set", "captioning.batch=3"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("captioning: ") and "captioning.batch" in done.stderr
