@@ -1,7 +1,5 @@
 """`python -m captioning` as typed: what it writes and says, and no work twice."""
 
-import itertools
-import re
 import shlex
 import subprocess
 import sys
@@ -10,8 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from atelier.__main__ import room_words
+from atelier.typed import find_wrong, read_words
 from captioning.__main__ import main
 from errors import UserError
+from pipelines.command import parse_command
 from pipelines.engine.progress import console
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
@@ -210,25 +211,20 @@ def documented_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", documented_commands())
-def test_commands_of_the_docs_page_are_real(line: str) -> None:
-    """Each is what make turns into a command whose every key the recipe's tables take."""
+def test_commands_of_the_docs_page_are_real(line: str, monkeypatch) -> None:
+    """Each is what make takes and turns into a command whose every key the recipe's tables take."""
     from captioning.config import CaptioningConfig
     from pipelines.engine.run import EngineConfig
-    from pipelines.overrides import split_settings
-    from pipelines.recipe import DataConfig, load_recipe
+    from pipelines.recipe import DataConfig
 
-    # Texts reach the command through the environment; make only names them.
     typed = shlex.split(line)
+    assert find_wrong(list(read_words(typed[1:])), ["caption"]) is None
     variables = dict(word.split("=", 1) for word in typed[2:])
-    done = subprocess.run(["make", "-n", *typed[1:]], capture_output=True, text=True, check=True)
-    [made] = [made for made in done.stdout.splitlines() if "-m captioning" in made]
-    words = [re.sub(r"\$([A-Z]+)", lambda match: variables.get(match[1], ""), word) for word in shlex.split(made)]
-    typed = {option: value for option, value in itertools.pairwise(words) if option in ("--text", "--settings")}
-    overrides = split_settings(typed.get("--settings", "")) + ["captioning.retry_rejects=true"] * ("RETRY" in variables)
-    assert set(variables) <= {"SHARDS", "RUN", "PLAN", "RETRY", "SET"} and ("SET" in variables) == (
-        "--settings" in typed
-    )
-    recipe = load_recipe("recipes/pixart-alpha.toml", overrides, texts=[typed["--text"]])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    recipe = parse_command(
+        "captioning", "", argv=room_words(["caption", "--from-make", " ".join(variables)])[1:]
+    ).recipe
     config = recipe.table("captioning", CaptioningConfig)
     engine, data = recipe.table("engine", EngineConfig), recipe.table("data", DataConfig)
     assert data.shards == variables["SHARDS"] and config.retry_rejects == ("RETRY" in variables)

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +271,3 @@ def test_the_settings_are_in_every_file_and_marker(fresh) -> None:
         metadata = pq.read_schema(fresh / "captions" / f"{name}.parquet").metadata
         settings = json.loads(metadata[b"atelier.settings"])
         assert settings == {"max_pixels": 1_000_000, "max_aspect_ratio": 20.0, "clip_model": None}
-
-
-def test_make_passes_retry_on() -> None:
-    done = subprocess.run(["make", "-n", "caption", "RETRY=1"], capture_output=True, text=True, check=True)
-    assert "python -m captioning" in done.stdout and "--set captioning.retry_rejects=true" in done.stdout
-    done = subprocess.run(["make", "-n", "caption"], capture_output=True, text=True, check=True)
-    assert "retry_rejects" not in done.stdout
