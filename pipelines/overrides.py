@@ -8,10 +8,14 @@ from typing import Any
 from errors import UserError
 
 STAGE_PLACEHOLDER = "{stage}"
+KEY = r"""(?:[\w{}*?-]+|"[^"]*"|'[^']*')"""
+# A dot outside quotes.
+DOT = re.compile(r"""\.(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")
 # Where one of several settings begins; a value may hold spaces, and a word such as `a==b`.
-SETTING = re.compile(r"(?<!\S)[A-Za-z_][\w-]*(?:\.[\w{}-]+)+=(?!=)")
+SETTING = re.compile(rf"(?<!\S)[A-Za-z_][\w-]*(?:\.{KEY})+[ \t]*=(?!=)")
 # What TOML closes again, so that a value may hold what looks like another setting.
-OPENING = ('"', "'", "[", "{")
+QUOTES, BRACKETS = ('"', "'"), {"[": "]", "{": "}"}
+OPENING = (*QUOTES, *BRACKETS)
 NO_VALUE = object()
 
 
@@ -46,24 +50,58 @@ def apply_setting(tables: dict[str, Any], setting: str, *, stage: str | None, is
     """Put the value of `table.key=value` into `tables`; `{stage}` in its key stands for `stage`.
 
     The value is read as TOML; what is not one value of TOML (a bare word, a path, a text with a comment behind it), or
-    is given as text, is taken as it is.
+    is given as text, is taken as it is. A part of the key may stand in quotes, as in TOML.
 
     Raises:
-        UserError: it is not `table.key=value`, a part of its key is a value, or no stage is chosen that it could mean.
+        UserError: it is not `table.key=value`, a part of its key is a value, no stage is chosen that it could mean, or
+            its value begins with a quote or bracket that is not closed.
     """
-    dotted, equals, text = setting.partition("=")
+    dotted, equals, text = _at_equals(setting)
     if STAGE_PLACEHOLDER in dotted:
         dotted = _with_stage(dotted, stage, tables, setting)
-    *parents, key = dotted.strip().split(".")
-    if not equals or not parents or not key:
+    *parents, key = [part.strip("\"'") for part in DOT.split(dotted.strip())]
+    if not equals or not parents or not all((*parents, key)):
         raise UserError(f"--set {setting!r} is not of the form table.key=value")
-    value = NO_VALUE if is_text else _toml_value(text)
+    value = text if is_text else _read_value(text, dotted)
     node: Any = tables
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise UserError(f"--set {setting!r}: {parent} is a value, not a table")
-    node[key] = text if value is NO_VALUE else value
+    node[key] = value
+
+
+def _at_equals(setting: str) -> tuple[str, str, str]:
+    """Return what stands before the first `=` outside quotes of the key, that, and what is behind it."""
+    match = re.match(rf"\s*{KEY}(?:\.{KEY})*[ \t]*=", setting)
+    if match is None:
+        return setting.partition("=")
+    return setting[: match.end() - 1], "=", setting[match.end() :]
+
+
+def _read_value(text: str, dotted: str) -> Any:
+    value = _toml_value(text)
+    if value is not NO_VALUE:
+        return value
+    wrong = _unclosed(text.strip())
+    if wrong:
+        raise UserError(
+            f"{dotted.strip()} = {text.strip()}: {wrong}; a text that begins so stands in quotes as a whole, as in TOML"
+        )
+    return text
+
+
+def _unclosed(text: str) -> str | None:
+    """Return what is wrong with a text that begins as a string, list or table of TOML does, and is none."""
+    first = text[:1]
+    if first in QUOTES and first not in text[1:]:
+        return f"the quote {first} is not closed"
+    if first in QUOTES and text.endswith(first):
+        return f"between the first {first} and the last one is another, or a \\ that means nothing"
+    closing = BRACKETS.get(first)
+    if closing and text.count(first) != text.count(closing):
+        return f"the bracket {first} is not closed"
+    return None
 
 
 def _with_stage(dotted: str, stage: str | None, tables: dict[str, Any], setting: str) -> str:

@@ -1,5 +1,7 @@
 """`table.key=value` as typed behind `--set` and SET."""
 
+import re
+
 import pytest
 
 from errors import UserError
@@ -28,7 +30,11 @@ def read(text: str) -> dict[str, object]:
         ('a.b=[{c="d e"}] g.h=["*"]', {"a.b": [{"c": "d e"}], "g.h": ["*"]}),
         ('a.b={"x_*" = "What is this?"} c.d=1', {"a.b": {"x_*": "What is this?"}, "c.d": 1}),
         ("a.b=width.x == 3 and y a.c=1", {"a.b": "width.x == 3 and y", "a.c": 1}),
-        ('a.b="open a.c=1', {"a.b": '"open', "a.c": 1}),
+        ("a.b = 1 a.c = [2]", {"a.b": 1, "a.c": [2]}),
+        ("a.b='Describe this image in one sentence'", {"a.b": "Describe this image in one sentence"}),
+        ("a.b=Describe this image, in one = sentence", {"a.b": "Describe this image, in one = sentence"}),
+        ("a.b='$5, [x] {y}' a.c=2", {"a.b": "$5, [x] {y}", "a.c": 2}),
+        ("a.b=[INST] {x} [/INST] a.c=2", {"a.b": "[INST] {x} [/INST]", "a.c": 2}),
         ("a.b=", {"a.b": ""}),
         ('a.b="hello" # world', {"a.b": '"hello" # world'}),
         ("a.b=1 # one", {"a.b": "1 # one"}),
@@ -53,6 +59,29 @@ def test_stages_are_named_in_any_of_them() -> None:
 def test_what_is_no_setting_is_refused_as_typed(text) -> None:
     with pytest.raises(UserError, match="is not of the form"):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a.b="open a.c=1', 'a.b = "open: the quote " is not closed'),
+        ("a.b='Describe this", "a.b = 'Describe this: the quote ' is not closed"),
+        ("a.c=1 a.b='Describe the dog's coat'", "a.b = 'Describe the dog's coat': between the first ' and the last"),
+        ('a.b="a \\q"', "between the first"),
+        ("a.b=[1, 2 a.c=3", "a.b = [1, 2: the bracket [ is not closed"),
+        ('a.b={x = "y" a.c=3', "the bracket { is not closed"),
+    ],
+)
+def test_quotes_and_brackets_that_are_not_closed_are_refused_by_name(text, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(text)
+
+
+def test_parts_of_a_key_may_stand_in_quotes() -> None:
+    tables: dict = {}
+    for setting in split_settings("a.p.\"sa_*\"='x' a.p.'b.c=d' = 2 a.p.e_*=3"):
+        apply_setting(tables, setting, stage=None)
+    assert tables == {"a": {"p": {"sa_*": "x", "b.c=d": 2, "e_*": 3}}}
 
 
 def test_later_settings_win_and_texts_come_last(tmp_path) -> None:
