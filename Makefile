@@ -37,6 +37,7 @@ $(READY): requirements.lock
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/pip install --disable-pip-version-check -r requirements.lock >$(VENV)/pip.log 2>&1 \
 		|| { tail -n 20 $(VENV)/pip.log >&2; echo "make: pip has failed; all it said is in $(VENV)/pip.log" >&2; exit 1; }
+	@$(PY) -m dataset_stats.tagging.nltk_data --if-reachable
 	@touch $(READY)
 
 # -- the doors --------------------------------------------------------------------------------------------------------

