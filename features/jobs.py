@@ -200,7 +200,7 @@ def read_inputs(command: Command) -> FeatureInputs:
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
         patch_size=command.recipe.table("model", ModelConfig).patch_size,
-        raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
+        raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
     )
 
 
