@@ -13,6 +13,7 @@ log = get_logger("toyworld.zoo")
 
 NAMES = ("vae", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
 RELEASED = "pixart"  # trained by a demo, which needs all of these
+RELEASED_FOLDER = Path(__file__).parent.parent / "released" / RELEASED
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     if RELEASED in arguments.names:
         from toyworld.zoo import released
 
-        released.release(arguments.run, arguments.weights / RELEASED)
+        released.release(arguments.run, RELEASED_FOLDER)
 
 
 if __name__ == "__main__":
