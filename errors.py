@@ -1,9 +1,11 @@
 """What a user can mend, and how it is said: the one module that every room may import."""
 
 import errno
+import re
 import shlex
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ MEMORY_SIGNS = (
     "Cannot allocate memory",
 )
 MAX_REASON_CHARACTERS = 160
+DISTRIBUTION = "pixart-atelier"
+# The extra that brings a room's packages, where it is not called as the room is.
+EXTRA_OF_ROOM = {"dataset_stats": "stats"}
+# Modules that are not called as the package that brings them.
+PACKAGE_OF_MODULE = {"PIL": "pillow"}
 
 
 def run_argument(run: object) -> str:
@@ -154,9 +161,52 @@ def users_message(error: BaseException, place: object = None) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return describe_missing_package(error)
     if is_out_of_memory(error):
         return describe_memory_shortage(error, what="this command", settings={})
     return describe_storage_error(error, place) if isinstance(error, OSError) else None
+
+
+def describe_missing_package(error: ModuleNotFoundError) -> str | None:
+    """Return which package is to be installed, and how; None if it is none that this program is said to need."""
+    module = (error.name or "").partition(".")[0]
+    package = PACKAGE_OF_MODULE.get(module, module).replace("_", "-").lower()
+    requirements, is_clone = _requirements()
+    found = {extra: names for extra, names in requirements.items() if package in names}
+    if not found:
+        return None
+    frames = [frame.f_globals.get("__spec__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [spec.name.partition(".")[0] for spec in frames if spec is not None]
+    extra = next((extra for room in rooms if (extra := EXTRA_OF_ROOM.get(room, room)) in found), next(iter(found)))
+    said = f"the package {package} is not installed, which {f'{extra} needs' if extra else 'everything here needs'}"
+    if is_clone:
+        return f"{said}: `make` brings up an environment that has it, `pip install -r requirements.lock` installs it"
+    return f"{said}: pip install '{DISTRIBUTION}[{extra}]'" if extra else f"{said}: pip install {DISTRIBUTION}"
+
+
+def _requirements() -> tuple[dict[str, list[str]], bool]:
+    """Return the packages that each extra needs, '' for all, and whether that is a clone's word, not a package's."""
+    import importlib.metadata
+    import tomllib
+
+    project = Path(__file__).parent / "pyproject.toml"
+    if project.is_file():
+        tables = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        groups = {"": tables["dependencies"]} | tables["optional-dependencies"]
+        return {extra: [_package(text) for text in texts] for extra, texts in groups.items()}, True
+    texts: list[str] = []
+    found: dict[str, list[str]] = {}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        texts = importlib.metadata.requires(DISTRIBUTION) or []
+    for text in texts:
+        extra = re.search(r"""extra *== *["']([\w-]+)""", text)
+        found.setdefault(extra[1] if extra else "", []).append(_package(text))
+    return found, False
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].replace("_", "-").lower()
 
 
 def describe_unfetched(head: bytes) -> str | None:

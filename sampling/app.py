@@ -3,7 +3,6 @@
 It listens on this machine alone, loads nothing from elsewhere and reports to nobody.
 """
 
-import importlib.util
 import os
 import random
 import socket
@@ -84,12 +83,9 @@ def require_free(port: int) -> None:
 
 
 def build_page(studio: Studio) -> "gradio.Blocks":
-    """Lay out the page and connect it with the studio.
-
-    Raises:
-        UserError: Gradio is not installed.
-    """
-    _require_gradio()
+    """Lay out the page and connect it with the studio."""
+    # Read when Gradio is imported: no telemetry, no look at a server for newer versions.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
     title = f"PixArt Atelier · {studio.trained.name}"
@@ -211,13 +207,6 @@ def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
         theme=theme,
         css=CSS,
     )
-
-
-def _require_gradio() -> None:
-    # Read when Gradio is imported: no telemetry, no look at a server for newer versions.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the app needs Gradio: pip install 'pixart-atelier[app]'")
 
 
 def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:

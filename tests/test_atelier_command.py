@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from atelier.__main__ import main, room_words
 from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier.door import main, room_words
 from atelier.recipe_files import find_recipe, shipped_recipes
 from atelier.typed import variables_of
 from errors import UserError

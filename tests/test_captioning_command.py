@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from atelier.__main__ import room_words
+from atelier.door import room_words
 from atelier.typed import find_wrong, read_words
 from captioning.__main__ import main
 from errors import UserError

@@ -1,10 +1,12 @@
 """What a newcomer types must exist: Make targets with their help, packages that install, pins that match the ranges."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from atelier.commands import SUBCOMMANDS
+from errors import DISTRIBUTION
+from tests.raw_shards import encode, photo, write_tar
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -63,26 +67,131 @@ def test_the_first_make_says_one_line_and_keeps_the_noise_of_pip_for_a_failure(t
         assert again.stderr == "" and "up to date" in again.stdout
 
 
-def test_the_wheel_holds_every_module_and_the_toy_weights(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("pixart_atelier-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    rooms = (*ROOMS, "pipelines", "encoders", "pixart")
-    expected = {name for name in tracked.splitlines() if name.split("/")[0] in rooms and "/" in name}
-    assert (expected | {"errors.py"}) - names == set()
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of what git knows, built elsewhere: here setuptools would add what an earlier build has left."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(REPOSITORY / name)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", "dist"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("pixart_atelier-*.whl")
+    return wheel
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.splitlines() if (REPOSITORY / name).is_file()]
+
+
+def test_the_wheel_holds_every_module_the_toy_weights_and_the_recipes(wheel) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    rooms = (*ROOMS, "atelier", "pipelines", "encoders", "pixart")
+    expected = {name for name in tracked() if name.split("/")[0] in rooms and "/" in name}
+    recipes = {f"atelier/shipped/{Path(name).name}" for name in tracked() if name.startswith("recipes/")}
+    assert names == expected | recipes | {"errors.py"}
+
+
+def alone() -> dict[str, str]:
+    """The environment without the clone on Python's path."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The console command of an environment that has the wheel, and the packages of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # Behind its own, so that the clone is not taken for what is installed.
+    (packages / "others.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--no-deps", "-q"]
+    # Not from here, where pip may see the metadata of an earlier build.
+    subprocess.run([*pip, str(wheel)], cwd=folder, env=alone(), check=True, capture_output=True)
+    return folder / "bin" / "atelier"
+
+
+HOSTILE = ("sampling", "errors", "json", "torch", "captioning", "features", "pipelines", "atelier", "numpy", "rich")
+# A process that a command starts, which Python would let look into the working folder first.
+CHILD = """
+import subprocess, sys
+from atelier.safe_path import keep_safe_path
+keep_safe_path()
+subprocess.run([sys.executable, "-m", "features", "--help"], check=True)
+"""
+
+
+@pytest.fixture
+def users_folder(tmp_path) -> Path:
+    """A folder of somebody whose files have the names of modules."""
+    for name in HOSTILE:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'taken from {__file__}')\n")
+    return tmp_path
+
+
+def test_the_command_runs_from_any_folder_with_a_recipe_that_is_shipped(installed, users_folder) -> None:
+    write_tar(users_folder / "a b" / "0.tar", [("0.jpg", encode(photo(0)))])
+    typed = ["--recipe", "recipes/toyworld.toml", "--run", "my run", "--shards", "a b/0.tar", "--plan"]
+    typed += ["--set", 'captioning.shards=["*"]']
+    done = subprocess.run([installed, "caption", *typed], cwd=users_folder, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Captions of 1 shards into my run/captions" in done.stderr
+
+
+def test_what_a_command_starts_takes_nothing_in_the_users_folder_for_a_module(installed, users_folder) -> None:
+    python = [installed.parent / "python", "-P", "-c", CHILD]
+    done = subprocess.run(python, cwd=users_folder, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+def test_an_empty_entry_of_pythonpath_is_not_the_users_folder(installed, users_folder) -> None:
+    """As `export PYTHONPATH=$PYTHONPATH:/x` has one."""
+    for name in ("json", "atelier"):  # which are read before anything of ours could help
+        (users_folder / f"{name}.py").unlink()
+    environment = alone() | {"PYTHONPATH": f"{os.pathsep}/x"}
+    line = [installed, "caption", "--recipe", "x.toml"]
+    done = subprocess.run(line, cwd=users_folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "recipe x.toml does not exist" in done.stderr
+
+
+def test_make_finds_the_house_from_any_folder_whatever_python_is_told(users_folder) -> None:
+    line = ["make", "-C", str(REPOSITORY), "--no-print-directory", "-o", ".venv/.ready", "caption", "RECIPE=x.toml"]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(line, cwd=users_folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "recipe x.toml does not exist; the shipped ones are" in done.stderr
+
+
+HIDDEN = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
+del sys.argv[1]
+from atelier.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("hidden", "typed", "install"),
+    [
+        ("torch", ["convert", "--from", "a", "--to", "b"], f"pip install '{DISTRIBUTION}[training]'"),
+        (
+            "nltk",
+            ["stats", "--recipe", "toyworld", "--run", "x", "--sets", "web=t.csv#TEXT"],
+            f"pip install '{DISTRIBUTION}[stats]'",
+        ),
+        ("rich", ["caption"], f"pip install {DISTRIBUTION}"),
+        ("PIL", ["caption", "--recipe", "toyworld"], f"pip install {DISTRIBUTION}"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(installed, tmp_path, hidden, typed, install) -> None:
+    (tmp_path / "t.csv").write_text("TEXT\nA dog.\n")
+    python = [installed.parent / "python", "-P", "-c", HIDDEN, hidden, *typed]
+    done = subprocess.run(python, cwd=tmp_path, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = " ".join(done.stderr.split())
+    assert f"the package {hidden} is not installed" in said.replace("pillow", "PIL") and said.endswith(install)
 
 
 def test_pins_satisfy_the_ranges() -> None:

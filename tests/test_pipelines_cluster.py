@@ -5,10 +5,14 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from errors import UserError
+from pipelines.engine.cluster import _rows
 from tests.conftest import REPOSITORY
 from tests.line_worker import command, contents, make_sources, run
 from tests.processes import ray_workers
@@ -27,8 +31,10 @@ def cluster():
     shutil.rmtree(folder)
 
 
-def start_command(line: list[str], address: str, folder: Path = REPOSITORY) -> subprocess.Popen:
-    environment = {**os.environ, **SETTINGS, "RAY_ADDRESS": address}
+def start_command(
+    line: list[str], address: str, folder: Path = REPOSITORY, *, changed: Mapping[str, str] | None = None
+) -> subprocess.Popen:
+    environment = {**os.environ, **SETTINGS, "RAY_ADDRESS": address, **(changed or {})}
     return subprocess.Popen(
         line, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -101,12 +107,25 @@ def test_a_node_that_does_not_see_the_output_is_named(tmp_path, cluster) -> None
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_import_the_house_says_what_nodes_need(tmp_path, cluster) -> None:
-    """Typed in a folder that is not the repository, while nodes do not have it on their PYTHONPATH."""
+def test_workers_find_the_house_and_no_module_of_the_folder_a_command_is_typed_in(tmp_path, cluster) -> None:
+    """Nodes have neither on their path; the command keeps its folder from its own, as `atelier` does."""
     _, address = cluster
-    line = command(tmp_path / "a", engine=ENGINE, count=1, num_samples=8)
-    process = start_command(line, address, tmp_path)
+    for name in ("errors", "json", "pipelines", "numpy", "tests"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'taken from {__file__}')\n")
+    line = command(Path("a"), engine=ENGINE, count=1, num_samples=8)
+    process = start_command(line, address, tmp_path, changed={"PYTHONSAFEPATH": "1"})
     errors = process.communicate()[1]
-    assert process.returncode == 2
-    assert "a worker cannot start: No module named 'pipelines'" in errors and "docs/CLUSTER.md" in errors
-    assert "Traceback" not in errors
+    assert process.returncode == 0, errors
+    run(tmp_path / "alone", make_sources(1, 8))
+    assert contents(tmp_path / "a") == contents(tmp_path / "alone")
+
+
+def test_a_worker_that_cannot_import_the_house_says_what_nodes_need() -> None:
+    class Dead:
+        exceptions = SimpleNamespace(RayError=RuntimeError)
+
+        def iter_rows(self):
+            raise RuntimeError("ModuleNotFoundError: No module named 'pipelines'")
+
+    with pytest.raises(UserError, match=r"a worker cannot start: No module named 'pipelines'.*docs/CLUSTER\.md"):
+        list(_rows(Dead(), Dead()))

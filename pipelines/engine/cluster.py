@@ -21,6 +21,7 @@ from pipelines.store.remote import adopt_storage_environment, storage_environmen
 # How often the driver asks how far the pieces under way have come.
 POLL_SECONDS = 1.0
 CONNECT_SECONDS = 10.0
+HOUSE = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ def start_ray() -> Any:
         return ray
     _require_reachable(os.environ.get("RAY_ADDRESS", ""))
     try:
-        with _quiet_banner():
+        # Ray lets workers look for modules in the working folder, which is to be the house's and not the user's.
+        with _quiet_banner(), contextlib.chdir(HOUSE):
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]

@@ -25,6 +25,8 @@ STOP = b"stop\n"
 STARTED, DONE, FAILED, FAULT, LOST = "started", "done", "failed", "fault", "lost contact"
 REPORT_PREFIX = "ATELIER_NODE "  # a login shell may write to stdout too
 ENVIRONMENT_PREFIXES = ("NCCL_", "GLOO_", "TORCH", "HF_", "DS_", "ATELIER_", "PYTHONPATH")
+# Where Python looks for modules, from its start.
+PATH_NAMES = ("PYTHONPATH", "PYTHONSAFEPATH")
 # A host's own launcher waits GRACE_SECONDS for its ranks before it reports.
 HOST_GRACE_SECONDS = 3 * GRACE_SECONDS
 NO_FOLDER, NO_PYTHON, NO_CONNECTION = 97, 98, 255
@@ -104,9 +106,10 @@ def _connect(command: Sequence[str]) -> subprocess.Popen[bytes]:
 def _remote_command(arguments: Sequence[str]) -> str:
     """Return the command as any login shell takes it."""
     folder, python = shlex.quote(str(Path.cwd())), shlex.quote(sys.executable)
+    path = " ".join(f"{name}={shlex.quote(os.environ[name])}" for name in PATH_NAMES if name in os.environ)
     script = (
         f"cd {folder} 2>/dev/null || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
-        f"exec {python} -m training.launch.node {shlex.join(arguments)}"
+        f"exec {'env ' if path else ''}{path} {python} -m training.launch.node {shlex.join(arguments)}"
     )
     return shlex.join(["sh", "-c", script])
 
