@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from dataset_stats.noun_table import NounTable
     from dataset_stats.report.table1 import Definition
 
-COUNT_VERSION = 3  # raise when counting gives other numbers
-REPORT_VERSION = 3  # raise when the report shows other things
+COUNT_VERSION = 4  # raise when counting gives other numbers
+REPORT_VERSION = 4  # raise when the report shows other things
 # What the fingerprint of counts had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT = ("text_limits", "boilerplate", "max_characters")
 OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
@@ -342,7 +342,8 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDire
 def _write_report(
     job: StatsJob, measures: dict[str, SetMeasures], noun_table: NounTable, meanings: list[Definition]
 ) -> None:
-    from dataset_stats.report.gallery import example_captions, sample_gallery
+    from dataset_stats.report.examples import quote_captions
+    from dataset_stats.report.gallery import sample_gallery
     from dataset_stats.report.page import ReportData, write_report
 
     gallery = sample_gallery(
@@ -362,7 +363,7 @@ def _write_report(
             measures=measures,
             definitions=meanings,
             noun_table=noun_table,
-            examples=example_captions(noun_table.top, job.sources),
+            quotes=quote_captions(noun_table.top, measures, job.sources),
             gallery=gallery,
             valid_threshold=job.config.valid_threshold,
             limits=job.config.text_limits,

@@ -81,13 +81,9 @@ class DatasetStatsConfig(TableConfig):
     )
     boilerplate: Decides[list[str]] = Field(
         default=[
-            "the image",
-            "this image",
-            "in the image",
-            "in this image",
-            "the picture",
-            "the photo",
-            "the photograph",
+            f"{opening} {noun}"
+            for noun in ("image", "picture", "photo", "photograph", "scene")
+            for opening in ("the", "this", "in the", "in this")
         ],
         description="Openings (any case) that say nothing about the image",
     )

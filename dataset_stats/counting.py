@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numba import njit
 
+from dataset_stats.example_places import ROW_MASK, noun_masks
+from dataset_stats.languages import LANGUAGES, LanguageTable, score_languages
 from dataset_stats.tagging.chunk_kernels import Tokens
 from dataset_stats.tagging.chunks import ChunkTokenizer, Vocabulary
 from dataset_stats.tagging.perceptron import CONTEXT_MARKERS
@@ -24,27 +26,34 @@ NOUN_SCHEMA = pa.schema(
     [
         pa.field("noun", pa.string(), nullable=False),
         pa.field("count", pa.int64(), nullable=False),
-        pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("example", pa.int64(), nullable=False),  # a row, renumbered as `example_places` does
     ]
 )
 
 
 @dataclass(frozen=True)
 class CaptionLengths:
-    """Tokens (NLTK's, punctuation included) and nouns of each caption, int32 [num_captions]."""
+    """Tokens (NLTK's, punctuation included) and nouns of each caption, int32 [num_captions].
+
+    Attributes:
+        language_scores: int32 [num_captions, num_languages], all zero where the counter was given no languages.
+    """
 
     num_tokens: np.ndarray
     num_nouns: np.ndarray
+    language_scores: np.ndarray
 
 
 class NounCounter:
     """Counts the nouns of captions; a noun is a case-folded token that the tagger gives a tag of the NN family.
 
-    Captions are case-folded before anything else (`str.casefold`), so re-casing a caption changes nothing.
+    Captions are case-folded before anything else (`str.casefold`), so re-casing a caption changes nothing. With
+    `languages` their words are weighed for languages in the same pass.
     """
 
-    def __init__(self, tagger: Tagger) -> None:
+    def __init__(self, tagger: Tagger, *, languages: LanguageTable | None = None) -> None:
         self._tagger = tagger
+        self._languages = languages
         self._nouns = pa.Table.from_batches([], schema=NOUN_SCHEMA)
         self._start_tables()
 
@@ -92,21 +101,24 @@ class NounCounter:
         self._tagger.clear()
         self._vocabulary = Vocabulary(len(CONTEXT_MARKERS))
         self._tokenizer = ChunkTokenizer(self._vocabulary)
-        self._num_tagger_words = 0
+        self._num_known_words = 0
         self._counts = np.zeros(0, dtype=np.int64)
-        self._first_rows = np.zeros(0, dtype=np.int64)
+        self._examples = np.zeros(0, dtype=np.int64)
+        self._masks = np.zeros(0, dtype=np.int64)
+        self._language_rows = np.zeros(0, dtype=np.int16)
 
     def _flush(self) -> None:
         found = np.flatnonzero(self._counts)
         words = self._vocabulary.words
         nouns = [words[word - len(CONTEXT_MARKERS)] for word in found]
-        table = pa.table([nouns, self._counts[found], self._first_rows[found]], schema=NOUN_SCHEMA)
+        table = pa.table([nouns, self._counts[found], self._examples[found]], schema=NOUN_SCHEMA)
         self._nouns = pa.concat_tables([self._nouns, table])
         self._counts[:] = 0
 
     def _each_batch(self, captions: Sequence[str], rows: np.ndarray, *, is_counted: bool) -> CaptionLengths:
         num_tokens = np.zeros(len(captions), dtype=np.int32)
         num_nouns = np.zeros(len(captions), dtype=np.int32)
+        scores = np.zeros((len(captions), len(LANGUAGES)), dtype=np.int32)
         for begin in range(0, len(captions), CAPTIONS_PER_BATCH):
             batch = slice(begin, begin + CAPTIONS_PER_BATCH)
             if self._vocabulary.num_ids > MAX_WORDS:
@@ -119,11 +131,13 @@ class NounCounter:
                 tokens,
                 is_noun[tags] if len(tags) else np.zeros(0, dtype=np.bool_),
                 rows[batch],
-                (self._counts, self._first_rows),
+                (self._counts, self._examples, self._masks),
                 (num_tokens[batch], num_nouns[batch]),
                 is_counted,
             )
-        return CaptionLengths(num_tokens, num_nouns)
+            if is_counted and self._languages is not None:
+                score_languages(tokens, self._language_rows, self._languages.weights, scores[batch])
+        return CaptionLengths(num_tokens, num_nouns, scores)
 
     def _tokenize(self, captions: list[str]) -> Tokens:
         column = pa.array(captions, type=pa.large_string())
@@ -134,15 +148,27 @@ class NounCounter:
         )
         if len(tokens.slow_captions):
             tokens = self._add_slow_captions(tokens, captions)
-        self._tagger.add_words(self._vocabulary.words[self._num_tagger_words :])
-        self._num_tagger_words = len(self._vocabulary.words)
+        self._learn_words()
+        return tokens
+
+    def _learn_words(self) -> None:
+        """Give the tagger and the tables the words that the vocabulary has gained."""
+        new = self._vocabulary.words[self._num_known_words :]
+        self._num_known_words = len(self._vocabulary.words)
+        self._tagger.add_words(new)
         missing = self._vocabulary.num_ids - len(self._counts)
         if missing > 0:
             # Room for as many again, so that growing stays cheap.
             room = np.zeros(missing + len(self._counts), dtype=np.int64)
             self._counts = np.concatenate([self._counts, room])
-            self._first_rows = np.concatenate([self._first_rows, room])
-        return tokens
+            self._examples = np.concatenate([self._examples, room])
+            self._masks = np.concatenate([self._masks, room])
+            self._language_rows = np.concatenate([self._language_rows, room.astype(np.int16)])
+        if new:
+            known = slice(self._vocabulary.num_ids - len(new), self._vocabulary.num_ids)
+            self._masks[known] = noun_masks(new) & ROW_MASK
+            if self._languages is not None:
+                self._language_rows[known] = self._languages.rows_of(new)
 
     def _add_slow_captions(self, tokens: Tokens, captions: list[str]) -> Tokens:
         words, ends, owners = [], [], []
@@ -163,8 +189,8 @@ class NounCounter:
 def sum_nouns(tables: Sequence[pa.Table]) -> pa.Table:
     """Add up tables of `NOUN_SCHEMA`: one row per noun, sorted by its UTF-8 bytes."""
     table = pa.concat_tables(tables)
-    summed = table.group_by("noun", use_threads=False).aggregate([("count", "sum"), ("first_row", "min")])
-    summed = summed.select(["noun", "count_sum", "first_row_min"]).rename_columns(NOUN_SCHEMA.names)
+    summed = table.group_by("noun", use_threads=False).aggregate([("count", "sum"), ("example", "min")])
+    summed = summed.select(["noun", "count_sum", "example_min"]).rename_columns(NOUN_SCHEMA.names)
     return summed.sort_by("noun").cast(NOUN_SCHEMA).combine_chunks()
 
 
@@ -173,11 +199,11 @@ def _count_nouns(
     tokens: Tokens,
     is_noun: np.ndarray,
     rows: np.ndarray,
-    totals: tuple[np.ndarray, np.ndarray],
+    totals: tuple[np.ndarray, np.ndarray, np.ndarray],
     lengths: tuple[np.ndarray, np.ndarray],
     is_counted: bool,
 ) -> None:
-    counts, first_rows = totals
+    counts, examples, masks = totals
     num_tokens, num_nouns = lengths
     begin = 0
     for sentence in range(len(tokens.sentence_ends)):
@@ -189,7 +215,8 @@ def _count_nouns(
                 num_nouns[caption] += 1
                 if is_counted:
                     word = tokens.words[i]
-                    if counts[word] == 0 or rows[caption] < first_rows[word]:
-                        first_rows[word] = rows[caption]
+                    example = rows[caption] ^ masks[word]
+                    if counts[word] == 0 or example < examples[word]:
+                        examples[word] = example
                     counts[word] += 1
         begin = end

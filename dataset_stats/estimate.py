@@ -101,11 +101,15 @@ def _mean_errors(rows: pa.Table, captions: pa.Table) -> dict[str, float]:
         "total_nouns": _mean_error(_nouns_per_row(rows)) * len(rows),
         "nouns_per_image": _mean_error(nouns),
         "tokens_per_caption": _mean_error(captions["num_tokens"].to_numpy()),
+        "characters_per_caption": _mean_error(captions["num_characters"].to_numpy()),
         "boilerplate_fraction": _mean_error(captions["is_boilerplate"].to_numpy(zero_copy_only=False)),
     }
     flags = captions["flags"].to_pylist()
     for flag in sorted({flag for found in flags for flag in found}):
         errors[f"flag_fraction.{flag}"] = _mean_error(np.array([flag in found for found in flags]))
+    languages = captions["language"].to_numpy()
+    for language in sorted(set(languages.tolist())):
+        errors[f"language_fraction.{language}"] = _mean_error(languages == language)
     rejects = rows["reject"].to_pylist()
     for reason in sorted({reason for reason in rejects if reason}):
         errors[f"reject_fraction.{reason}"] = _mean_error(np.array([found == reason for found in rejects]))

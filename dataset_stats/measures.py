@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from dataset_stats.distribution import Distribution
+from dataset_stats.duplicates import Duplicates, count_duplicates
 from dataset_stats.estimate import Estimate
+from dataset_stats.languages import ENGLISH, NO_LETTERS, UNDECIDED
 from pipelines.store.manifest import ShardReport
 from pipelines.store.tables import MEND_SHARD, read_table, read_table_schema
 
-UNUSED_COLUMNS = ("key", "nouns")  # the largest
-HISTOGRAM_BINS = 256  # captions with more nouns or tokens than this share the last bin
+UNUSED_COLUMNS = ("key", "nouns", "text_hash", "folded_hash")  # the largest
+# What is measured of every caption, by the column of the caption files that has it; T5 tokens not in every run.
+LENGTH_COLUMNS = {
+    "nouns": "num_nouns",
+    "words": "num_tokens",
+    "characters": "num_characters",
+    "text_tokens": "num_text_tokens",
+}
+HISTOGRAM_BARS = 256  # in the manifest
+# Captioning has a flag for what is measured here as boilerplate, of all sets and by one list: it is not shown again.
+MEASURED_FLAGS = ("boilerplate",)
 
 
 @dataclass(kw_only=True)
@@ -37,9 +48,9 @@ class SetMeasures:
     num_text_tokens: int | None = None
     num_over_limit: dict[str, int] = field(default_factory=dict)
     nouns_lost: dict[str, int] = field(default_factory=dict)
-    noun_histogram: list[int] = field(default_factory=list)
-    text_token_histogram: list[int] = field(default_factory=list)
-    squared_nouns: int = 0
+    lengths: dict[str, Distribution] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)
+    duplicates: Duplicates = field(default_factory=Duplicates)
     estimate: Estimate | None = None
 
     @property
@@ -60,9 +71,7 @@ class SetMeasures:
     @property
     def nouns_per_image_deviation(self) -> float:
         """Standard deviation of nouns per image over captions."""
-        if not self.num_captions:
-            return 0.0
-        return math.sqrt(max(self.squared_nouns / self.num_captions - self.nouns_per_image**2, 0.0))
+        return self.lengths["nouns"].deviation
 
     @property
     def tokens_per_caption(self) -> float:
@@ -78,6 +87,11 @@ class SetMeasures:
     def num_read(self) -> int:
         """Captions and rejected samples."""
         return self.num_captions + sum(self.rejected.values())
+
+    @property
+    def num_other_languages(self) -> int:
+        """Captions in another language or script than English, where that can be told."""
+        return sum(count for name, count in self.languages.items() if name not in (ENGLISH, UNDECIDED, NO_LETTERS))
 
     def headline(self) -> str:
         """Return the figures of Table 1 in a line."""
@@ -123,6 +137,10 @@ class SetMeasures:
             "over_limit_fraction": {limit: self.fraction(count) for limit, count in self.num_over_limit.items()},
             "nouns_lost": self.nouns_lost,
             "nouns_lost_fraction": {limit: self.lost_fraction(limit) for limit in self.nouns_lost},
+            "lengths": {name: distribution.summary() for name, distribution in self.lengths.items()},
+            "duplicates": self.duplicates.num_exact,
+            "folded_duplicates": self.duplicates.num_folded,
+            "languages": self.languages,
         }
         if self.folded_distinct_nouns is not None:
             figures["plurals_folded"] = {
@@ -143,47 +161,54 @@ class SetMeasures:
 
 def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *, limits: Sequence[int]) -> SetMeasures:
     """Add up the figures of a set's shards; DN and VN are added by `write_noun_table`."""
-    measures = SetMeasures()
+    measures = SetMeasures(lengths={name: Distribution() for name in LENGTH_COLUMNS})
     rejected: Counter[str] = Counter()
     flags: Counter[str] = Counter()
-    nouns = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
-    text_tokens = np.zeros(HISTOGRAM_BINS * 2, dtype=np.int64)
+    languages: Counter[str] = Counter()
     for report, path in zip(reports, caption_files, strict=True):
         rejected.update(report.rejected)
         columns = [name for name in read_table_schema(path, mend=MEND_SHARD).names if name not in UNUSED_COLUMNS]
         table = read_table(path, columns, mend=MEND_SHARD)
         kept = table.filter(pc.field("reject").is_null())
-        num_nouns = kept["num_nouns"].to_numpy()
-        nouns += _histogram(num_nouns, len(nouns))
         measures.num_captions += len(kept)
-        measures.total_nouns += int(num_nouns.sum())
-        measures.squared_nouns += int(np.square(num_nouns, dtype=np.int64).sum())
-        measures.num_tokens += int(kept["num_tokens"].to_numpy().sum())
+        for name, column in LENGTH_COLUMNS.items():
+            if column in columns:
+                measures.lengths[name].add(kept[column].to_numpy())
         measures.num_boilerplate += int(kept["is_boilerplate"].to_numpy().sum())
         flags.update(kept["flags"].combine_chunks().flatten().to_pylist())
-        if "num_text_tokens" in table.column_names:
-            lengths = kept["num_text_tokens"].to_numpy()
-            text_tokens += _histogram(lengths, len(text_tokens))
-            measures.num_text_tokens = (measures.num_text_tokens or 0) + int(lengths.sum())
-            for limit in limits:
-                over = measures.num_over_limit.get(str(limit), 0) + int((lengths > limit).sum())
-                measures.num_over_limit[str(limit)] = over
-                lost = int(kept[f"nouns_lost_{limit}"].to_numpy().sum())
-                measures.nouns_lost[str(limit)] = measures.nouns_lost.get(str(limit), 0) + lost
-    measures.rejected, measures.flags = dict(sorted(rejected.items())), dict(sorted(flags.items()))
-    measures.noun_histogram = nouns.tolist()
-    measures.text_token_histogram = text_tokens.tolist() if measures.num_text_tokens is not None else []
+        languages.update({row["values"]: row["counts"] for row in kept["language"].value_counts().to_pylist()})
+        if "num_text_tokens" in columns:
+            _add_limits(measures, kept, limits)
+        else:
+            measures.lengths.pop("text_tokens", None)
+    measures.total_nouns = measures.lengths["nouns"].total
+    measures.num_tokens = measures.lengths["words"].total
+    if "text_tokens" in measures.lengths:
+        measures.num_text_tokens = measures.lengths["text_tokens"].total
+    measures.rejected = dict(sorted(rejected.items()))
+    measures.flags = {flag: count for flag, count in sorted(flags.items()) if flag not in MEASURED_FLAGS}
+    measures.languages = dict(sorted(languages.items(), key=lambda item: (-item[1], item[0])))
+    measures.duplicates = count_duplicates(caption_files, num_captions=measures.num_captions)
     return measures
 
 
-def _histogram(values: np.ndarray, num_bins: int) -> np.ndarray:
-    return np.bincount(np.minimum(values, num_bins - 1), minlength=num_bins)
+def _add_limits(measures: SetMeasures, kept: pa.Table, limits: Sequence[int]) -> None:
+    """Count the captions that are longer than the text encoder reads, and the nouns that this costs."""
+    lengths = kept["num_text_tokens"].to_numpy()
+    for limit in limits:
+        over = measures.num_over_limit.get(str(limit), 0) + int((lengths > limit).sum())
+        measures.num_over_limit[str(limit)] = over
+        lost = int(kept[f"nouns_lost_{limit}"].to_numpy().sum())
+        measures.nouns_lost[str(limit)] = measures.nouns_lost.get(str(limit), 0) + lost
 
 
 def as_json(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
     """All measures, for the manifest."""
-    figures = {name: asdict(measure) for name, measure in measures.items()}
-    for figure in figures.values():
+    figures = {}
+    for name, measure in measures.items():
+        figure = asdict(replace(measure, lengths={}))
+        figure["lengths"] = {kind: spread.as_json(HISTOGRAM_BARS) for kind, spread in measure.lengths.items()}
         if figure["estimate"]:
             del figure["estimate"]["rate_errors"]  # one for each noun
+        figures[name] = figure
     return figures

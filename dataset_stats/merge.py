@@ -10,23 +10,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dataset_stats.example_places import in_set, noun_masks
 from pipelines.store.files import atomic_file, discard, discard_folder, own_files, remove_temporary_files
 from pipelines.store.tables import MEND_SHARD, sound_table
 
 ROWS_PER_BATCH = 65_536
 MAX_OPEN_FILES = 32
-# Rows of a shard are numbered within it; the shard's place in its set makes them unique: shard << 32 | row.
-ROW_BITS = 32
 SCRATCH_NAME = re.compile(r"(nouns|set-\d+-\d+-\d+)\.parquet")
 
 
 def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: Path) -> None:
-    """Write one row per noun with its count and first row in every set, sorted by noun.
+    """Write one row per noun with its count and an example's place in every set, sorted by noun.
 
     Args:
         sets: set name -> the noun files of its shards (`NOUN_SCHEMA`, sorted by noun).
-        output: Parquet with columns noun, `<set>` (occurrences) and `<set> first_row` (shard number << 32 | row,
-            null where the noun does not occur).
+        output: Parquet with columns noun, `<set>` (occurrences) and `<set> example` (shard number << 32 | row,
+            renumbered as `example_places` does, null where the noun does not occur).
         scratch: folder for files between the levels of the merge; `clear_scratch` removes them.
     """
     scratch.mkdir(parents=True, exist_ok=True)
@@ -61,14 +60,15 @@ class _Run:
     def _with_shard(self, table: pa.Table) -> pa.Table:
         if self._shard is None:
             return table
-        first_rows = table["first_row"].to_numpy() + (self._shard << ROW_BITS)
-        return pa.table([table["noun"], table["count"], first_rows], schema=_schema(self._columns))
+        masks = noun_masks(table["noun"].to_numpy())
+        examples = in_set(table["example"].to_numpy(), masks, shard=self._shard)
+        return pa.table([table["noun"], table["count"], examples], schema=_schema(self._columns))
 
 
 def _schema(columns: Sequence[str]) -> pa.Schema:
     fields = [pa.field("noun", pa.string())]
     for name in columns:
-        fields += [pa.field(name, pa.int64()), pa.field(f"{name} first_row", pa.int64())]
+        fields += [pa.field(name, pa.int64()), pa.field(f"{name} example", pa.int64())]
     return pa.schema(fields)
 
 
@@ -119,7 +119,7 @@ def _widen(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _sum_rows(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    how = [(name, "min" if name.endswith(" first_row") else "sum") for name in schema.names[1:]]
+    how = [(name, "min" if name.endswith(" example") else "sum") for name in schema.names[1:]]
     summed = table.group_by("noun", use_threads=False).aggregate(how)
     summed = summed.select(["noun", *(f"{name}_{function}" for name, function in how)]).rename_columns(schema.names)
     return summed.sort_by("noun")

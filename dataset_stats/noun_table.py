@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataset_stats.measures import SetMeasures
@@ -29,7 +30,7 @@ class NounTable:
     """What the report shows of the nouns.
 
     Attributes:
-        top: the most frequent nouns over all sets: noun, one count column per set, `<set> first_row`.
+        top: the most frequent nouns over all sets: noun, one count column per set, `<set> example`.
         gained: by set, the nouns whose rate rose most against the first set: noun, before, after (per 1000 captions).
         lost: by set, the nouns whose rate fell most.
         zipf: by set, (rank, occurrences) at about evenly spaced logarithms of the rank.
@@ -71,8 +72,9 @@ def write_noun_table(
         rows = csv.writer(csv_file)
         rows.writerow(columns)
         for batch in source.iter_batches(batch_size=ROWS_PER_BATCH):
-            frame = batch.to_pandas()
-            frame[names] = frame[names].fillna(0).astype(np.int64)
+            # Filled before pandas, which would make floats of the columns, and lose places by rounding.
+            columns_filled = [pc.fill_null(column, 0) for column in batch.columns[1:]]
+            frame = pa.table([batch.columns[0], *columns_filled], names=batch.schema.names).to_pandas()
             if singular:
                 frame["singular"] = [singular(noun) for noun in frame["noun"]]
             parquet.write_table(pa.Table.from_pandas(frame[columns], schema=schema, preserve_index=False))
@@ -120,7 +122,7 @@ class _Collector:
         self._names = list(names)
         self._measures = measures
         self._num_top = num_top
-        self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} first_row" for name in names), TOTAL])
+        self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} example" for name in names), TOTAL])
         self.plurals: dict[str, str] = {}
         self._changes: dict[str, pd.DataFrame] = {}
         self._counts: dict[str, list[np.ndarray]] = {name: [] for name in names}

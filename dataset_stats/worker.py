@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 
 from dataset_stats.captions import Address, CaptionRow, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
+from dataset_stats.duplicates import EXACT, FOLDED, hash_texts
+from dataset_stats.languages import LanguageTable
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
 from encoders.text import DEFAULT_CLEANING, clean_text
 from encoders.tokens import load_tokenizer
@@ -55,7 +57,8 @@ class NounCountWorker:
 
     def __init__(self, config: CountConfig) -> None:
         self._config = config
-        self._counter = NounCounter(load_tagger(config.tagger))
+        self._languages = LanguageTable()
+        self._counter = NounCounter(load_tagger(config.tagger), languages=self._languages)
         self._text_tokenizer = load_tokenizer(Path(config.text_tokenizer)) if config.text_tokenizer else None
         # "the photo" is not how "The photographer ..." opens. ASCII: a word of Chinese goes on without a space.
         openings = (re.escape(opening.casefold()) for opening in config.boilerplate)
@@ -84,17 +87,24 @@ class NounCountWorker:
     def _reject(self, row: CaptionRow) -> str | None:
         if row.reject:
             return row.reject
-        if row.text is None or not row.text.strip():
+        if row.text is None:
             return "no_text"
+        if not row.text.strip():
+            return "blank_text"
         return "too_long" if len(row.text) > self._config.max_characters else None
 
     def _measure(self, rows: Sequence[CaptionRow], rejects: Sequence[str | None], *, first_row: int) -> pa.Table:
         kept = [index for index, reject in enumerate(rejects) if reject is None]
         texts = [rows[index].text or "" for index in kept]
         lengths = self._counter.count_rows(texts, first_row + np.array(kept, dtype=np.int64))
+        exact_hashes, folded_hashes = hash_texts(texts)
         columns: dict[str, tuple[Any, pa.DataType]] = {
             "num_tokens": (lengths.num_tokens, pa.int32()),
             "num_nouns": (lengths.num_nouns, pa.int32()),
+            "num_characters": ([len(text) for text in texts], pa.int32()),
+            EXACT: (exact_hashes, pa.int64()),
+            FOLDED: (folded_hashes, pa.int64()),
+            "language": (self._languages.languages(texts, lengths.language_scores), pa.string()),
             "is_boilerplate": ([self._is_boilerplate(text) for text in texts], pa.bool_()),
         }
         if self._config.keeps_nouns:
@@ -108,7 +118,7 @@ class NounCountWorker:
             {
                 "key": pa.array([row.key for row in rows], pa.string()),
                 **{name: pa.array(values, kind).take(take) for name, (values, kind) in columns.items()},
-                "flags": pa.array([list(row.flags) for row in rows], TEXTS),
+                "flags": pa.array([row.flags for row in rows], TEXTS),
                 "reject": pa.array(rejects, pa.string()),
             }
         )

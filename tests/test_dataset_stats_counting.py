@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dataset_stats import counting, merge
 from dataset_stats.counting import NOUN_SCHEMA, NounCounter, sum_nouns
+from dataset_stats.example_places import ROW_BITS, ROW_MASK, noun_masks, places
 from dataset_stats.measures import SetMeasures
 from dataset_stats.merge import merge_counts
 from dataset_stats.noun_table import write_noun_table
@@ -39,14 +40,15 @@ def as_dict(table: pa.Table) -> dict[str, int]:
     return dict(zip(table["noun"].to_pylist(), table["count"].to_pylist(), strict=True))
 
 
-def test_counts_nouns_tokens_and_first_rows(tagger):
+def test_counts_nouns_tokens_and_a_row_of_each(tagger):
     counter = NounCounter(tagger)
     lengths = counter.count(CAPTIONS[:3], first_row=7)
     nouns = counter.take()
     assert as_dict(nouns)["dog"] == 2 and as_dict(nouns)["cat"] == 2
     assert nouns["noun"].to_pylist() == sorted(nouns["noun"].to_pylist())
-    first_rows = dict(zip(nouns["noun"].to_pylist(), nouns["first_row"].to_pylist(), strict=True))
-    assert (first_rows["dog"], first_rows["cat"]) == (7, 8)
+    rows = places(nouns["example"].to_numpy(), noun_masks(nouns["noun"].to_numpy()) & ROW_MASK)
+    found = dict(zip(nouns["noun"].to_pylist(), rows.tolist(), strict=True))
+    assert found["dog"] == 7 and found["cat"] == 8
     assert lengths.num_nouns.sum() == sum(as_dict(nouns).values())
     assert lengths.num_tokens[2] == lengths.num_nouns[2] == 0
     assert len(counter.take()) == 0
@@ -107,7 +109,8 @@ def test_a_caption_of_a_megabyte(tagger):
 
 def noun_table(counts: dict[str, int]) -> pa.Table:
     rows = sorted(counts.items(), key=lambda item: item[0].encode())
-    return pa.table([[noun for noun, _ in rows], [count for _, count in rows], [0] * len(rows)], schema=NOUN_SCHEMA)
+    nouns, counts = [noun for noun, _ in rows], [count for _, count in rows]
+    return pa.table([nouns, counts, noun_masks(nouns) & ROW_MASK], schema=NOUN_SCHEMA)  # all in row 0
 
 
 @settings(max_examples=12, deadline=None)
@@ -138,15 +141,20 @@ def test_merge_adds_up_whatever_the_batches(tmp_path_factory, sets, batch):
     assert nouns == sorted(set(nouns), key=str.encode)
     for number, shards in enumerate(sets):
         expected: dict[str, int] = {}
-        first: dict[str, int] = {}
+        present: dict[str, list[int]] = {}
         for shard, counts in enumerate(shards):
             for noun, count in counts.items():
                 expected[noun] = expected.get(noun, 0) + count
-                first.setdefault(noun, shard << merge.ROW_BITS)
+                present.setdefault(noun, []).append(shard)
         found = dict(zip(nouns, merged[f"set{number}"].to_pylist(), strict=True))
-        rows = dict(zip(nouns, merged[f"set{number} first_row"].to_pylist(), strict=True))
+        examples = dict(zip(nouns, merged[f"set{number} example"].to_pylist(), strict=True))
         assert {noun: count for noun, count in found.items() if count} == expected
-        assert {noun: row for noun, row in rows.items() if row is not None} == first
+        shown = {noun: example for noun, example in examples.items() if example is not None}
+        assert shown.keys() == present.keys()
+        for noun, example in shown.items():
+            mask = int(noun_masks([noun])[0])
+            place = int(places(np.array([example]), np.array([mask]))[0])
+            assert place == min((shard << ROW_BITS for shard in present[noun]), key=lambda place: place ^ mask)
 
 
 def test_merging_more_files_takes_no_more_memory(tmp_path, monkeypatch):

@@ -173,6 +173,8 @@ def write_sample(path: Path, nouns: Sequence[list[str] | None]) -> None:
     columns = {
         "num_tokens": pa.array([None if length is None else 2 * length for length in lengths], pa.int32()),
         "num_nouns": pa.array(lengths, pa.int32()),
+        "num_characters": pa.array(lengths, pa.int32()),
+        "language": pa.array([None if length is None else "English" for length in lengths], pa.string()),
         "is_boilerplate": pa.array([None if length is None else length % 2 == 0 for length in lengths], pa.bool_()),
         "flags": pa.array([["loop"] if length and length > 9 else [] for length in lengths], pa.list_(pa.string())),
         "reject": pa.array(["no_text" if words is None else None for words in nouns], pa.string()),

@@ -99,7 +99,7 @@ def test_the_published_sam_llava_layout_in_tars_and_folders(run):
     summary = stage_summary(run, f"tar={tar_path},folder={folder},above={folder.parent}")
     assert summary["tar"] == summary["folder"] == summary["above"]
     assert summary["tar"]["num_captions"] == 8
-    assert summary["tar"]["rejected"] == {"no_text": 1, "not_utf8": 1}
+    assert summary["tar"]["rejected"] == {"blank_text": 1, "not_utf8": 1}
 
 
 def test_alt_texts_straight_from_raw_shards(run):
@@ -163,8 +163,8 @@ def test_null_blank_broken_and_huge_captions_are_counted_rows(run):
         file.write(b"text\n" + b"".join(b'"' + line + b'"\n' for line in [*lines, NOT_UTF8]))
     sets = f"table={run.parent}/a.parquet#text,csv={run.parent}/a.csv#text"
     summary = stage_summary(run, sets)
-    assert summary["table"]["rejected"] == {"no_text": 2, "too_long": 1}
-    assert summary["csv"]["rejected"] == {"no_text": 2, "not_utf8": 1, "too_long": 1}
+    assert summary["table"]["rejected"] == {"blank_text": 1, "no_text": 1, "too_long": 1}
+    assert summary["csv"]["rejected"] == {"blank_text": 2, "not_utf8": 1, "too_long": 1}
     assert summary["table"]["num_captions"] == summary["csv"]["num_captions"] == 2
     longest = stage_summary(run, f"table={run.parent}/a.parquet#text", "dataset_stats.max_characters=2000000")["table"]
     assert (longest["num_captions"], longest["total_nouns"]) == (3, 250_002)

@@ -1,5 +1,7 @@
 """`report.html` in headless Chromium: opened from disk with the network off."""
 
+import csv
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +29,8 @@ NUM_ROWS = 40
 # Everything that is read as text, on the surface it lies on.
 TEXTS = [
     "body", ".lead", ".note", ".small", "nav a", "#table1 tbody th", "#table1 .folded td", "#table1 .paper td",
-    "#quality td", "#changes td", "#noun-table th button", "#noun-table tbody th", "#noun-table tbody td:last-child",
+    "#lengths td", "#duplicates td", "#missing th small", "#languages td", "#notices li", ".tools button",
+    "#changes td", "#noun-table th button", "#noun-table tbody th", "#noun-table tbody td:last-child",
     "mark", "#found",
     ".gallery dd", ".gallery dt", ".definitions dd", ".definitions code", "#theme", "figcaption", ".findings li",
 ]  # fmt: skip
@@ -102,7 +105,8 @@ def test_opens_offline_without_errors_and_runs_no_script_of_a_caption(run, brows
     assert path.stat().st_size < 5_000_000
     visit = Visit(browser, path, viewport=viewport, scheme=scheme)
     page = visit.page
-    assert page.locator(".chart .main-svg").count() >= 3
+    assert page.locator(".chart .main-svg").count() >= 5
+    assert page.locator(".chart[role=img][aria-label*=median]").count() == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     page.fill("#search", "script")  # shows the hostile captions in the noun table, too
     assert "<script>window.hacked" in page.locator("#noun-table").inner_text()
@@ -135,6 +139,46 @@ def test_search_filters_and_sort_sorts(page):
         assert ascending == sorted(ascending) and descending == sorted(descending, reverse=True)
         assert ascending[0] != ascending[-1]
     assert page.locator("#noun-table th[aria-sort=ascending]").count() == 1
+
+
+def test_every_chart_and_table_can_be_saved_without_a_network(page, tmp_path):
+    def saved(selector: str) -> bytes:
+        with page.expect_download() as download:
+            page.locator(selector).click()
+        assert download.value.suggested_filename.startswith("run-")
+        download.value.save_as(tmp_path / "saved")
+        return (tmp_path / "saved").read_bytes()
+
+    assert page.locator("main table").count() == page.locator(".tools button[aria-label^='Download the table']").count()
+    assert page.locator(".chart").count() == page.locator("figure .tools button:text-is('PNG')").count()
+    assert saved("figure:has(#chart-zipf) button:text-is('PNG')").startswith(b"\x89PNG")
+    assert b"<svg" in saved("figure:has(#chart-words) button:text-is('SVG')")[:200]
+    histogram = [
+        line.split(",")
+        for line in saved("figure:has(#chart-nouns) button:text-is('CSV')").decode("utf-8-sig").split("\r\n")
+    ]
+    assert histogram[0] == ["from", "to", "alt", "dense"]
+    assert sum(float(line[3]) for line in histogram[1:-1]) == pytest.approx(1, abs=1e-4)
+    page.fill("#search", "bench")
+    nouns = list(csv.reader(io.StringIO(saved("#nouns .tools button").decode("utf-8-sig"))))
+    page.fill("#search", "")
+    assert nouns[0] == ["Noun", "alt", "dense", "A caption with it"]
+    (bench,) = [line for line in nouns if line[0] == "bench"]
+    assert bench[1:3] == ["8", "26"] and "bench" in bench[3].lower() and len({len(line) for line in nouns}) == 1
+    table = list(csv.reader(io.StringIO(saved("#table1 .tools button").decode("utf-8-sig"))))
+    assert [line[0] for line in table] == [
+        "Caption set", "alt", "alt, plurals folded", "dense", "dense, plurals folded", "LAION (the paper's)",
+        "LAION-LLaVA (the paper's)", "SAM-LLaVA (the paper's)", "Internal (the paper's)",
+    ]  # fmt: skip
+    page.locator("#duplicates details:has-text('alt') summary").click()
+    repeated = saved("#duplicates details:has-text('alt') .tools button")
+    assert list(csv.reader(io.StringIO(repeated.decode("utf-8-sig"))))[1] == ["8", "Dog bench SALE"]
+
+
+def test_contents_lead_to_every_part(page):
+    targets = page.locator("#contents a").evaluate_all("links => links.map(link => link.getAttribute('href').slice(1))")
+    assert targets == page.locator("main section").evaluate_all("parts => parts.map(part => part.id)")
+    assert page.locator("main table th:not([scope])").count() == 0
 
 
 def test_numbers_are_those_of_the_summary(run, page):

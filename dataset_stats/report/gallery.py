@@ -1,4 +1,4 @@
-"""Example captions and images for the report."""
+"""Example images with their texts for the report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-
 from dataset_stats.captions import Address, read_rows
-from dataset_stats.merge import ROW_BITS
+from dataset_stats.example_places import ROW_BITS
 from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.patterns import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.store.tables import MEND_SHARD, read_table_schema
 
-EXAMPLE_CHARACTERS = 240
 THUMBNAIL_PIXELS = 288
 THUMBNAIL_QUALITY = 78
 MAX_GALLERY_SHARDS = 6
@@ -34,39 +31,6 @@ class GalleryItem:
     shard: str
     image: str
     texts: dict[str, str]  # by caption set, "alt text" where no set shows it
-
-
-def example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]) -> list[str]:
-    """One caption for each noun of `top`: the first one of the set in which the noun is most frequent."""
-    names = list(sources)
-    wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    best = top[names].to_numpy().argmax(axis=1)
-    for index, set_number in enumerate(best):
-        name = names[set_number]
-        shard, row = divmod(int(top[f"{name} first_row"].iloc[index]), 1 << ROW_BITS)
-        wanted.setdefault((name, shard), []).append((row, index))
-    examples = [""] * len(top)
-    for (name, shard), places in wanted.items():
-        texts = _texts(sources[name][shard], {row for row, _ in places})
-        for row, index in places:
-            examples[index] = _shorten(texts[row])
-    return examples
-
-
-def _texts(source: Source, rows: set[int]) -> dict[int, str]:
-    texts: dict[int, str] = {}
-    number = 0
-    for block in read_rows(Address.parse(source.path), 0, max(rows) + 1):
-        for row in block:
-            if number in rows:
-                texts[number] = row.text or ""
-            number += 1
-    return texts
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
 
 
 def sample_gallery(

@@ -17,13 +17,28 @@ from markupsafe import Markup
 
 from dataset_stats.measures import SetMeasures
 from dataset_stats.noun_table import PER_CAPTIONS, NounTable
+from dataset_stats.report.examples import Quotes
 from dataset_stats.report.gallery import GalleryItem
-from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, plus_minus, quality_rows, sample_note
+from dataset_stats.report.quality import (
+    LENGTH_NAMES,
+    length_columns,
+    length_rows,
+    notices,
+    plus_minus,
+    quality_tables,
+)
+from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, sample_note
 from pipelines.store.files import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_CHART_NOUNS = 60  # nouns per caption on the histogram's axis; the rest share the last bar
-NUM_LENGTH_BARS = 40
+NUM_BARS = 40
+AXIS_QUANTILE = 0.995  # of the captions are on a histogram's axis, and a little more; the rest share the last bar
+CHART_TITLES = {
+    "nouns": "Nouns per caption",
+    "words": "Words per caption",
+    "characters": "Characters per caption",
+    "text_tokens": "Length in T5 tokens, and where the text encoder cuts",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +51,7 @@ class ReportData:
     measures: Mapping[str, SetMeasures]
     definitions: Sequence[Definition]
     noun_table: NounTable
-    examples: Sequence[str]
+    quotes: Quotes
     gallery: Sequence[GalleryItem]
     valid_threshold: int
     limits: Sequence[int]
@@ -52,6 +67,7 @@ def write_report(path: Path, data: ReportData) -> None:
         lstrip_blocks=True,
     )
     environment.filters["json"] = _script_json
+    charts = _charts(data)
     html = environment.get_template("report.html.jinja").render(
         data=data,
         paper_rows=PAPER_ROWS,
@@ -60,10 +76,13 @@ def write_report(path: Path, data: ReportData) -> None:
         is_sample=any(measure.estimate for measure in data.measures.values()),
         pm=plus_minus,
         per_captions=PER_CAPTIONS,
-        quality=quality_rows(data.measures),
-        has_lengths=any(measure.num_text_tokens is not None for measure in data.measures.values()),
-        charts=_charts(data),
-        nouns=_noun_rows(data.noun_table.top, list(data.measures), data.examples),
+        notices=notices(data.measures),
+        lengths=length_rows(data.measures),
+        length_columns=length_columns(),
+        quality=quality_tables(data.measures),
+        has_text_tokens=any(measure.num_text_tokens is not None for measure in data.measures.values()),
+        charts=charts,
+        nouns=_noun_rows(data.noun_table.top, list(data.measures), data.quotes.by_noun),
         plotly=_packed_plotly(),
     )
     atomic_write_bytes(path, html.encode())
@@ -90,45 +109,30 @@ def _noun_rows(top: pd.DataFrame, names: Sequence[str], examples: Sequence[str])
 
 
 def _charts(data: ReportData) -> list[dict[str, Any]]:
-    """Plotly traces and axis titles; colours and fonts are the page's, so that they follow its theme."""
-    nouns = [
-        {
-            "name": name,
-            "x": list(range(MAX_CHART_NOUNS + 1)),
-            "y": _shares(_fold(measure.noun_histogram, MAX_CHART_NOUNS), measure.num_captions),
-        }
-        for name, measure in data.measures.items()
+    """Plotly traces, titles of charts and axes; colours and fonts are the page's, so that they follow its theme."""
+    zipf = {
+        "id": "chart-zipf",
+        "title": "Zipf: how often the k-th noun occurs",
+        "alt": "; ".join(
+            f"{name}: {m.distinct_nouns:,} nouns, the most frequent one {data.noun_table.zipf[name][0][1]:,} times"
+            for name, m in data.measures.items()
+            if name in data.noun_table.zipf
+        ),
+        "kind": "line",
+        "traces": [
+            {"name": name, "x": [rank for rank, _ in points], "y": [count for _, count in points]}
+            for name, points in data.noun_table.zipf.items()
+        ],
+        "x": "rank of the noun",
+        "y": "occurrences",
+        "log": True,
+        "line_y": data.valid_threshold,
+        "line_text": f"valid: more than {data.valid_threshold}",
+    }
+    lengths = [
+        _length_chart(kind, data) for kind in LENGTH_NAMES if any(kind in m.lengths for m in data.measures.values())
     ]
-    nouns = _trim_right(nouns)
-    charts = [
-        _ratio_chart(data.measures),
-        {
-            "id": "chart-nouns",
-            "kind": "steps",
-            "traces": nouns,
-            "x": "nouns in a caption"
-            + (f" ({MAX_CHART_NOUNS}: or more)" if any(len(t["x"]) > MAX_CHART_NOUNS for t in nouns) else ""),
-            "y": "share of captions",
-            "width": 1,
-        },
-        {
-            "id": "chart-zipf",
-            "kind": "line",
-            "traces": [
-                {"name": name, "x": [rank for rank, _ in points], "y": [count for _, count in points]}
-                for name, points in data.noun_table.zipf.items()
-            ],
-            "x": "rank of the noun",
-            "y": "occurrences",
-            "log": True,
-            "line_y": data.valid_threshold,
-            "line_text": f"valid: more than {data.valid_threshold}",
-        },
-    ]
-    lengths = {name: measure for name, measure in data.measures.items() if measure.text_token_histogram}
-    if lengths:
-        charts.append(_length_chart(lengths, data.limits))
-    return charts
+    return [_ratio_chart(data.measures), lengths[0], zipf, *lengths[1:]]
 
 
 def _ratio_chart(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
@@ -136,6 +140,8 @@ def _ratio_chart(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
     bars += [(f"{row.name} (paper)", row.valid_percent / 100, True) for row in PAPER_ROWS]
     return {
         "id": "chart-ratio",
+        "title": "VN/DN: share of the nouns seen often enough",
+        "alt": "; ".join(f"{name}: {value:.1%}" for name, value, _ in bars),
         "kind": "bars",
         "names": [name for name, _, _ in bars],
         "values": [round(value, 4) for _, value, _ in bars],
@@ -144,34 +150,39 @@ def _ratio_chart(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
     }
 
 
-def _length_chart(measures: Mapping[str, SetMeasures], limits: Sequence[int]) -> dict[str, Any]:
-    longest = max(max(i for i, n in enumerate(m.text_token_histogram) if n or i == 0) for m in measures.values())
-    width = max(1, -(-(longest + 1) // NUM_LENGTH_BARS))
-    traces = []
-    for name, measure in measures.items():
-        values = measure.text_token_histogram[: longest + 1]
-        bars = [sum(values[start : start + width]) for start in range(0, len(values), width)]
-        middles = [start + (width - 1) / 2 for start in range(0, len(values), width)]
-        traces.append({"name": name, "x": middles, "y": _shares(bars, measure.num_captions)})
+def _length_chart(kind: str, data: ReportData) -> dict[str, Any]:
+    """A histogram of one kind of length for all sets, with one width of bars."""
+    spreads = {name: m.lengths[kind] for name, m in data.measures.items() if kind in m.lengths}
+    longest = max(len(spread.counts) for spread in spreads.values())
+    most = max(spread.quantile(AXIS_QUANTILE) for spread in spreads.values())
+    end = min(longest, int(1.2 * most) + 2)
+    width = max(1, -(-end // NUM_BARS))
+    num_bars = -(-end // width)
+    unit = LENGTH_NAMES[kind] if kind == "text_tokens" else LENGTH_NAMES[kind].lower()
+    notes = [f"bins of {width}"] * (width > 1) + [f"last bin: or more, up to {longest - 1:,}"] * (
+        longest > num_bars * width
+    )
     return {
-        "id": "chart-lengths",
+        "id": f"chart-{kind.replace('_', '-')}",
+        "title": CHART_TITLES[kind],
+        "alt": "; ".join(
+            f"{name}: mean {spread.mean:.1f}, median {spread.quantile(0.5):g}" for name, spread in spreads.items()
+        ),
         "kind": "steps",
-        "traces": traces,
-        "x": "T5 tokens in a caption" + (f" (bins of {width})" if width > 1 else ""),
+        "traces": [
+            {
+                "name": name,
+                "x": [start + (width - 1) / 2 for start in range(0, num_bars * width, width)],
+                "y": _shares(spread.histogram(width, num_bars), spread.num),
+            }
+            for name, spread in spreads.items()
+        ],
+        "x": f"{unit} in a caption" + (f" ({'; '.join(notes)})" if notes else ""),
         "y": "share of captions",
         "width": width,
-        "lines_x": [limit for limit in limits if limit <= 2 * longest],
+        "lines_x": [limit for limit in data.limits if limit <= 2 * end] if kind == "text_tokens" else [],
     }
-
-
-def _fold(values: Sequence[int], last: int) -> list[int]:
-    return [*values[:last], sum(values[last:])]
 
 
 def _shares(values: Sequence[int], total: int) -> list[float]:
     return [round(value / max(total, 1), 6) for value in values]
-
-
-def _trim_right(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    end = 2 + max((i for trace in traces for i, y in enumerate(trace["y"]) if y), default=1)
-    return [{**trace, "x": trace["x"][:end], "y": trace["y"][:end]} for trace in traces]

@@ -93,6 +93,72 @@ document.getElementById("theme").addEventListener("click", () => {
   if (window.Plotly) drawAll();
 });
 
+// Downloads: made in the page from what it shows, so they need no network.
+const button = (text, label, act) => {
+  const element = document.createElement("button");
+  element.type = "button"; element.textContent = text; element.title = label; element.setAttribute("aria-label", label);
+  element.addEventListener("click", act);
+  return element;
+};
+
+function save(name, lines) {
+  // Numbers lose their thousands' commas; what a spreadsheet would take for a formula is quoted, as in nouns.csv.
+  const cellOf = (value) => {
+    let text = String(value ?? "").trim();
+    if (/^-?[\d,]+(\.\d+)?$/.test(text)) text = text.replaceAll(",", "");
+    else if (/^[=+\-@\t\r]/.test(text)) text = `'${text}`;
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const csv = lines.map((line) => line.map(cellOf).join(",") + "\r\n").join("");
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(["\ufeff", csv], { type: "text/csv" }));
+  link.download = fileName(name, "csv");
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+const fileName = (name, suffix) => `${root.dataset.run}-${name}.${suffix}`;
+
+function linesOfChart(chart) {
+  if (chart.kind === "bars") return [["set", "VN/DN", "standard error"], ...chart.names.map((name, index) => [name, chart.values[index], chart.errors[index]])];
+  if (chart.kind === "line") return [["set", chart.x, chart.y], ...chart.traces.flatMap((trace) => trace.x.map((x, index) => [trace.name, x, trace.y[index]]))];
+  const half = (chart.width - 1) / 2;
+  return [["from", "to", ...chart.traces.map((trace) => trace.name)],
+    ...chart.traces[0].x.map((x, index) => [x - half, x + half, ...chart.traces.map((trace) => trace.y[index])])];
+}
+
+function saveImage(chart, format) {
+  const { data, layout } = document.getElementById(chart.id);
+  const figure = { data, layout: { ...layout, paper_bgcolor: colour("--card"), title: { text: chart.title }, margin: { ...layout.margin, t: 60 } } };
+  Plotly.downloadImage(figure, { format, width: 960, height: 560, scale: 2, filename: fileName(chart.id, "").slice(0, -1) });
+}
+
+for (const chart of charts) {
+  const tools = document.createElement("p");
+  tools.className = "tools";
+  tools.append(
+    ...["png", "svg"].map((format) => button(format.toUpperCase(), `Download the chart "${chart.title}" as ${format.toUpperCase()}`, () => saveImage(chart, format))),
+    button("CSV", `Download the numbers of the chart "${chart.title}" as CSV`, () => save(chart.id, linesOfChart(chart))));
+  document.getElementById(chart.id).after(tools);
+}
+
+// Tables: a button each, and on a phone a cell says which column it is of.
+const textOf = (element) => element.dataset.text || element.innerText.replace(/\s+/g, " ");
+function linesOfTable(table) {
+  if (table.id === "noun-table") return [[...table.tHead.rows[0].cells].map(textOf), ...wantedRows()];
+  return [...table.rows].filter((row) => !row.querySelector(".group")).map((row) => [...row.cells].flatMap((part) => [textOf(part), ...Array(part.colSpan - 1).fill("")]));
+}
+for (const table of document.querySelectorAll("main table")) {
+  const tools = document.createElement("p");
+  tools.className = "tools";
+  const name = table.dataset.file;
+  tools.append(button("CSV", `Download the table ${name} as CSV`, () => save(name, linesOfTable(table))));
+  table.closest(".scroll").after(tools);
+  if (!table.matches(".stack")) continue;
+  const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+  for (const row of table.tBodies[0].parentElement.querySelectorAll("tbody tr")) [...row.cells].forEach((part, index) => { if (part.colSpan === 1) part.dataset.label = heads[index]; });
+}
+root.classList.add("with-script");
+
 // Noun table: rows are text, never HTML.
 const nouns = JSON.parse(document.getElementById("noun-data").textContent);
 const body = document.querySelector("#noun-table tbody");
@@ -119,12 +185,17 @@ function caption(noun, text) {
   return element;
 }
 
-function show() {
+function wantedRows() {
   const wanted = search.value.trim().toLowerCase();
   let rows = nouns.filter((row) => !wanted || row[0].includes(wanted) || row[row.length - 1].toLowerCase().includes(wanted));
   if (wanted) rows.sort((a, b) => b[0].includes(wanted) - a[0].includes(wanted));
   if (column === 0) rows = rows.slice().sort((a, b) => direction * (a[0] < b[0] ? -1 : 1));
   else if (column !== null) rows = rows.slice().sort((a, b) => direction * (a[column] - b[column]));
+  return rows;
+}
+
+function show() {
+  const rows = wantedRows();
   body.replaceChildren(...rows.slice(0, shown).map((row) => {
     const line = document.createElement("tr");
     const head = cell("th", row[0]);

@@ -1,0 +1,121 @@
+"""Captions that the report quotes: one for each frequent noun, and those that occur most often."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from dataset_stats.captions import Address, read_rows
+from dataset_stats.example_places import ROW_BITS, noun_masks, places
+from dataset_stats.measures import SetMeasures
+from pipelines.engine.pieces import Source
+
+EXAMPLE_CHARACTERS = 240
+MAX_SCANNED_ROWS = 16_384  # of a set, for nouns that drew the caption of another
+WORD = re.compile(r"\w+(?:[-'’]\w+)*")
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """Captions, cut to the length of an example.
+
+    Attributes:
+        by_noun: one for each noun of the report's table.
+        repeated: by set, the captions that occur most often: how often, and the text as it occurs first.
+    """
+
+    by_noun: list[str]
+    repeated: dict[str, list[tuple[int, str]]]
+
+
+def quote_captions(
+    top: pd.DataFrame, measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]
+) -> Quotes:
+    """Find what the report quotes; `top` is that of the noun table."""
+    return Quotes(_example_captions(top, sources), _repeated_texts(measures, sources))
+
+
+def _example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]) -> list[str]:
+    """One caption for each noun of `top`, drawn from those of the set in which the noun is most frequent.
+
+    A noun whose caption has the same words as that of a more frequent noun gets another one, where there is another.
+    """
+    names = list(sources)
+    best = [names[number] for number in top[names].to_numpy().argmax(axis=1)]
+    masks = noun_masks(top["noun"].to_numpy())
+    wanted = [
+        (name, *divmod(int(places(example, mask)), 1 << ROW_BITS))
+        for name, example, mask in zip(
+            best, (top[f"{name} example"].iloc[index] for index, name in enumerate(best)), masks, strict=True
+        )
+    ]
+    texts = _texts_at(wanted, sources)
+    used: set[frozenset[str]] = set()
+    again: dict[str, dict[str, int]] = {}  # by set, index of the noun
+    for index, (name, noun) in enumerate(zip(best, top["noun"], strict=True)):
+        words = _words(texts[index])
+        if words in used:
+            again.setdefault(name, {})[noun] = index
+        used.add(words)
+    for name, nouns in again.items():
+        for index, text in _others(nouns, sources[name], used).items():
+            texts[index] = text
+    return [_shorten(text) for text in texts]
+
+
+def _repeated_texts(
+    measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]
+) -> dict[str, list[tuple[int, str]]]:
+    found = {}
+    for name, measure in measures.items():
+        most = measure.duplicates.most_frequent
+        texts = _texts_at([(name, *divmod(repeated.place, 1 << ROW_BITS)) for repeated in most], sources)
+        found[name] = [(repeated.count, _shorten(text)) for repeated, text in zip(most, texts, strict=True)]
+    return found
+
+
+def _texts_at(wanted: Sequence[tuple[str, int, int]], sources: Mapping[str, Sequence[Source]]) -> list[str]:
+    """Texts by set, shard and row; each shard is read once."""
+    by_shard: dict[tuple[str, int], dict[int, list[int]]] = {}
+    for index, (name, shard, row) in enumerate(wanted):
+        by_shard.setdefault((name, shard), {}).setdefault(row, []).append(index)
+    texts = [""] * len(wanted)
+    for (name, shard), rows in by_shard.items():
+        number = 0
+        for block in read_rows(Address.parse(sources[name][shard].path), 0, max(rows) + 1):
+            for row in block:
+                for index in rows.get(number, ()):
+                    texts[index] = row.text or ""
+                number += 1
+    return texts
+
+
+def _others(nouns: dict[str, int], sources: Sequence[Source], used: set[frozenset[str]]) -> dict[int, str]:
+    """Captions with these nouns whose words are not yet `used`, which grows; by index of the noun."""
+    found: dict[int, str] = {}
+    pending, left = dict(nouns), MAX_SCANNED_ROWS
+    for source in sources:
+        if not pending or not left:
+            break
+        for block in read_rows(Address.parse(source.path), 0, min(source.num_samples, left)):
+            left -= len(block)
+            for row in block:
+                words = _words(row.text or "") if row.reject is None else frozenset()
+                present = pending.keys() & words
+                if present and words not in used:
+                    noun = min(present, key=pending.__getitem__)
+                    found[pending.pop(noun)] = row.text or ""
+                    used.add(words)
+    return found
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(WORD.findall(text.casefold()))
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 1] + "…"
