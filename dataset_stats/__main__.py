@@ -15,7 +15,7 @@ from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
-from errors import MissingFileError, UserError
+from errors import MissingFileError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -36,7 +36,7 @@ from pipelines.store.summary import update_summary
 if TYPE_CHECKING:
     from dataset_stats.measures import SetMeasures
     from dataset_stats.noun_table import NounTable
-    from dataset_stats.report.table1 import Definition
+    from dataset_stats.report.definitions import Definition
 
 COUNT_VERSION = 4  # raise when counting gives other numbers
 REPORT_VERSION = 4  # raise when the report shows other things
@@ -265,8 +265,9 @@ def _clear(folder: Path) -> None:
 
 
 def _report(job: StatsJob, counts: Manifest) -> None:
-    from dataset_stats.measures import as_json, measure_set
-    from dataset_stats.report.table1 import definitions, table1
+    from dataset_stats.measures import as_json, measure_set, require_captions
+    from dataset_stats.report.definitions import definitions
+    from dataset_stats.report.table1 import table1
     from dataset_stats.worker import CAPTIONS
 
     config, directory = job.config, ShardDirectory(job.folder / "counts")
@@ -278,12 +279,7 @@ def _report(job: StatsJob, counts: Manifest) -> None:
         )
         for name, sources in job.sources.items()
     }
-    for name, measure in measures.items():
-        if not measure.num_captions:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in measure.rejected.items())
-            raise UserError(
-                f"dataset_stats.sets.{name}: none of its {measure.num_read:,} samples has a text ({reasons})"
-            )
+    require_captions(measures)
     noun_table = _merge(job, measures, directory)
     meanings = definitions(
         measures,

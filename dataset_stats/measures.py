@@ -15,6 +15,7 @@ from dataset_stats.distribution import Distribution
 from dataset_stats.duplicates import Duplicates, count_duplicates
 from dataset_stats.estimate import Estimate
 from dataset_stats.languages import ENGLISH, NO_LETTERS, UNDECIDED
+from errors import UserError
 from pipelines.store.manifest import ShardReport
 from pipelines.store.tables import MEND_SHARD, read_table, read_table_schema
 
@@ -200,6 +201,16 @@ def _add_limits(measures: SetMeasures, kept: pa.Table, limits: Sequence[int]) ->
         measures.num_over_limit[str(limit)] = over
         lost = int(kept[f"nouns_lost_{limit}"].to_numpy().sum())
         measures.nouns_lost[str(limit)] = measures.nouns_lost.get(str(limit), 0) + lost
+
+
+def require_captions(measures: Mapping[str, SetMeasures]) -> None:
+    """Raise a UserError that names the set, and why it is so, where one has no caption at all."""
+    for name, measure in measures.items():
+        if not measure.num_captions:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in measure.rejected.items())
+            raise UserError(
+                f"dataset_stats.sets.{name}: none of its {measure.num_read:,} samples has a text ({reasons})"
+            )
 
 
 def as_json(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:

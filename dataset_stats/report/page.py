@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from dataset_stats.measures import SetMeasures
 from dataset_stats.noun_table import PER_CAPTIONS, NounTable
+from dataset_stats.report.definitions import Definition
 from dataset_stats.report.examples import Quotes
 from dataset_stats.report.gallery import GalleryItem
 from dataset_stats.report.quality import (
@@ -27,7 +28,7 @@ from dataset_stats.report.quality import (
     plus_minus,
     quality_tables,
 )
-from dataset_stats.report.table1 import PAPER_ROWS, Definition, findings, sample_note
+from dataset_stats.report.table1 import PAPER_ROWS, findings, sample_note
 from pipelines.store.files import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
