@@ -26,8 +26,6 @@ from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import TAR_BLOCK_BYTES
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 
-# Raised when a change of code changes the features of unchanged inputs.
-CODE_VERSION = 2
 # safetensors header of one tensor and of one more, and a row of the index.
 HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
 # The toy world's encoders take so many in about eight seconds, in which Ray's workers would hardly have started.
@@ -130,8 +128,7 @@ class FeatureFamily:
         facts: the numbers later stages read from its manifest, so that no recipe types them a second time.
         probe: its worker's configuration for measuring, which writes into a folder alone.
         settings: its own keys in the recipe, `families.<name>` of a table; those marked `Decides` decide its numbers.
-        check: refuses what a pending job is about to read and is not what it should be.
-        prepare: repeats what a lost file needs, before a job runs.
+        prepare: checks what a pending job is about to read, and repeats what a lost file needs.
         report: says what a finished job should be judged by.
     """
 
@@ -143,7 +140,6 @@ class FeatureFamily:
     facts: Callable[[FeatureJob, FeatureInputs], Mapping[str, Any]]
     probe: Callable[[Any, Path], Any]
     settings: type[TableConfig] = TableConfig
-    check: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     prepare: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     report: Callable[[FeatureJob, Manifest, FeatureInputs], None] = lambda job, manifest, inputs: None
 
@@ -202,7 +198,7 @@ def read_inputs(command: Command) -> FeatureInputs:
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
         patch_size=command.recipe.table("model", ModelConfig).patch_size,
-        raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
+        raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
     )
 
 

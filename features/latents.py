@@ -14,7 +14,6 @@ from encoders.opening import latent_spec
 from encoders.weights import resolve_model
 from features.config import DECIDES_IMAGES
 from features.jobs import (
-    CODE_VERSION,
     FamilyPlan,
     FeatureFamily,
     FeatureInputs,
@@ -33,6 +32,9 @@ from pipelines.store.families import FamilySchema, image_directory, latent_schem
 from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 
 log = get_logger("features")
+
+# Raised when a change of code changes what is made of unchanged images; 3: pictures have the colours a browser shows.
+CODE_VERSION = 3
 
 DEFAULT_PATCH_SIZE = ModelConfig.fingerprint_defaults()["patch_size"]
 # What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
@@ -100,7 +102,7 @@ def image_job(
             resolution=features.resolution,
             is_bucketed=features.buckets,
             patch_size=inputs.patch_size,
-            reading=inputs.data.reading,
+            dialect=inputs.data.dialect,
             max_pixels=inputs.data.max_pixels,
             run=inputs.run.absolute(),
             preview_shard=inputs.raw[0].name,

@@ -14,7 +14,6 @@ from encoders.weights import ModelSource, find_file, resolve_model
 from features.captions import MEND, caption_sources, remember_identities, require_unchanged
 from features.config import DECIDES_TEXT
 from features.jobs import (
-    CODE_VERSION,
     FamilyPlan,
     FeatureFamily,
     FeatureInputs,
@@ -37,6 +36,9 @@ from pipelines.store.weight_files import weight_file_damage
 WRITTEN_OUT = ("text_dtype", "text_storage", "max_tokens")
 
 log = get_logger("features")
+
+# Raised when a change of code changes what is made of unchanged captions.
+CODE_VERSION = 2
 
 # Width of the published T5 encoders, for planning before one is downloaded.
 PUBLISHED_D_TEXT = {"google/flan-t5-xxl": 4096, "google/flan-t5-xl": 2048, "DeepFloyd/t5-v1_1-xxl": 4096}
@@ -196,16 +198,11 @@ def _facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
     return {"text": text, "captions": [caption.model_dump() for caption in inputs.features.captions]}
 
 
-def _check(job: FeatureJob, inputs: FeatureInputs) -> None:
-    """Refuse captions that are not those of their manifest."""
+def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
+    """Refuse captions that are not those of their manifest, and have a lost null caption written again."""
     captions = read_manifest(inputs.run / "captions")
     for source in job.pending():
         require_unchanged(source, captions)
-
-
-def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
-    """Remember whose the captions are, and have a lost null caption written again."""
-    captions = read_manifest(inputs.run / "captions")
     remember_identities(job.sources, captions=captions, directory=job.output.path)
     null = job.output.path / NULL_CAPTION_FILE
     if null.is_file() and (damage := weight_file_damage(null)):
@@ -237,7 +234,6 @@ TEXT = FeatureFamily(
     schema=_schema,
     facts=_facts,
     probe=lambda config, folder: replace(config, directory=folder),
-    check=_check,
     prepare=_prepare,
     report=_report,
 )

@@ -72,7 +72,7 @@ def broken_images() -> dict[str, tuple[bytes, str]]:
         "error_page": (b"<!DOCTYPE html><html><body>403 Forbidden</body></html>", "not_an_image"),
         "truncated": (good[: len(good) // 2], "corrupt_image"),
         "corrupt": (encode(photo(1, 200, 150), "PNG")[:60] + b"\x00" * 400, "corrupt_image"),
-        "heic": (b"\x00\x00\x00\x18ftypheic" + bytes(200), "unsupported_image"),
+        "jpeg_xl": (b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a" + bytes(200), "unsupported_image"),
         "postscript": (encode(photo(1), "EPS"), "not_an_image"),
         "bomb": (encode(Image.new("1", (2000, 1500)), "PNG"), "too_many_pixels"),
         "one_pixel_wide": (encode(photo(1, 1, 50), "PNG"), "too_small"),

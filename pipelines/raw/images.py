@@ -1,24 +1,19 @@
 """One way to decode, turn, resize and crop an image, and the paper's 40 aspect-ratio buckets."""
 
-import contextlib
 import functools
-import io
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from errors import UserError, is_out_of_memory
+from pipelines.raw.pictures import Picture, UnsupportedPictureError, open_picture
 
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
 ALWAYS_RESIZED = 20
 BYTES_PER_PIXEL = 4  # of a decoded image
-# EXIF orientations that exchange width and height.
-SIDEWAYS = (5, 6, 7, 8)
-# What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")
 # (height, width) of SDXL's 40 training buckets in sixteenths of the base resolution.
 SDXL_BUCKETS = (
     *((8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23)),
@@ -53,29 +48,25 @@ class Crop:
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Decode `data` to an 8-bit RGB image, turned as its EXIF orientation says; animations give their first frame.
+    """Decode `data` to an 8-bit RGB image as a browser shows it on a white page; animations give their first frame.
 
-    JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP, JPEG 2000 and PPM are decoded, whatever the member is called. Palette,
-    grey, CMYK, 16-bit and transparent images are converted; transparency is laid over white. The declared size is
-    looked at before a pixel is decoded.
+    JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP, JPEG 2000, PPM and, with `pillow-heif`, HEIC are decoded, whatever the member
+    is called: palette, grey, CMYK, L*a*b* and samples of any depth, brought to sRGB by their ICC profile, transparency
+    laid over white, turned as their EXIF orientation says. The declared size is looked at before a pixel is decoded,
+    and metadata cost no picture.
 
     Raises:
-        SampleReject: `empty_image`, `not_an_image`, `unsupported_image` (HEIC, JPEG XL, or colours that cannot be
-            converted), `too_many_pixels`, `too_small` or `corrupt_image`.
+        SampleReject: `empty_image`, `not_an_image`, `unsupported_image` (JPEG XL, HEIC without that package, or colours
+            that cannot be converted), `too_many_pixels`, `too_small` or `corrupt_image`.
     """
-    image = _open_image(data, max_pixels=max_pixels)
+    picture = _open_image(data, max_pixels=max_pixels)
     try:
-        image.load()
+        image = picture.pixels()
     except Exception as error:
-        _require_memory(error, BYTES_PER_PIXEL * image.width * image.height)
+        _require_memory(error, BYTES_PER_PIXEL * picture.width * picture.height)
         raise SampleReject("corrupt_image", str(error)) from error
     try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # noqa: BLE001 - looked at, and the picture is kept
-        # Pictures with damaged EXIF are common, and are shown as they are stored.
-        _require_memory(error, BYTES_PER_PIXEL * image.width * image.height)
-    try:
-        return _to_rgb(image)
+        return picture.show(image)
     except (ValueError, OSError) as error:
         raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
 
@@ -83,35 +74,31 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
 def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     """Return width and height of what `decode_image` would give, without decoding a pixel.
 
-    `data` may be the start of a file, as long as it holds the header. An EXIF turn is seen if it is part of that.
+    `data` may be the start of a file, as long as it holds what stands in front of the pixels.
 
     Raises:
         SampleReject: as `decode_image`, but for damage among the pixels.
     """
-    image = _open_image(data, max_pixels=max_pixels)
-    is_on_its_side = False
-    # A TIFF's size is that after turning. For a PNG without EXIF in front of its pixels, getexif() would decode them.
-    if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
-        with contextlib.suppress(Exception):
-            is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-    return (image.height, image.width) if is_on_its_side else (image.width, image.height)
+    return _open_image(data, max_pixels=max_pixels).shown_size
 
 
-def _open_image(data: bytes, *, max_pixels: int) -> Image.Image:
+def _open_image(data: bytes, *, max_pixels: int) -> Picture:
     if not data:
         raise SampleReject("empty_image")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = open_picture(data)
+    except UnsupportedPictureError as error:
+        raise SampleReject("unsupported_image", str(error)) from None
     except UnidentifiedImageError as error:
-        raise SampleReject("unsupported_image" if _is_unsupported(data) else "not_an_image", str(error)) from None
+        raise SampleReject("not_an_image", str(error)) from None
     except Exception as error:  # whatever the bytes lead a decoder into
         _require_memory(error, BYTES_PER_PIXEL * len(data))
         raise SampleReject("corrupt_image", str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise SampleReject("too_many_pixels", f"{image.width} x {image.height} > {max_pixels}")
-    if min(image.size) < MIN_SIDE_PIXELS:
-        raise SampleReject("too_small", f"{image.width} x {image.height}")
-    return image
+    if picture.width * picture.height > max_pixels:
+        raise SampleReject("too_many_pixels", f"{picture.width} x {picture.height} > {max_pixels}")
+    if min(picture.width, picture.height) < MIN_SIDE_PIXELS:
+        raise SampleReject("too_small", f"{picture.width} x {picture.height}")
+    return picture
 
 
 def _require_memory(error: Exception, num_bytes: int) -> None:
@@ -122,34 +109,6 @@ def _require_memory(error: Exception, num_bytes: int) -> None:
     """
     if is_out_of_memory(error):
         bytearray(num_bytes)
-
-
-def _is_unsupported(data: bytes) -> bool:
-    is_heif = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif")
-    return is_heif or data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL "))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _deep_grey_to_rgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    # PIL clips deep grey to 255 instead of scaling it, which turns photographs white.
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    brightest = float(values.max(initial=0))
-    if image.mode == "F":  # by custom 0 to 1, or the numbers of 8 or 16 bits
-        white = next((value for value in (1.0, 255.0, 65535.0) if brightest <= value), brightest)
-    else:
-        white = max(65535.0, brightest)
-    return Image.fromarray((values.clip(0, white) * (255.0 / white)).astype(np.uint8)).convert("RGB")
 
 
 def resize_and_crop(

@@ -57,11 +57,10 @@ def _preference(command: Command) -> None:
 
 
 def _winrates(command: Command) -> None:
-    from sampling.evaluation.win_rates import count_votes, find_votes
+    from sampling.evaluation.win_rates import count_votes, vote_files
 
     if command.is_plan:
-        _, files = find_votes(command)
-        log.info(f"would count the votes of {', '.join(path.name for path in files)}")
+        log.info(f"would count the votes of {', '.join(path.name for path in vote_files(command)) or 'no file'}")
         return
     count_votes(command)
 

@@ -26,7 +26,6 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.images import SampleReject, decode_image
-from pipelines.raw.reading import Reading
 from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
 from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, sound_table
@@ -36,7 +35,7 @@ from sampling.evaluation.image_sets import ImageSet, SetImage, read_images
 from sampling.evaluation.networks import NetworkSource, load_network
 from sampling.evaluation.sizes import SetSizes
 
-FEATURES_VERSION = 1  # raise it when the same images give other features
+FEATURES_VERSION = 2  # raise it when the same images give other features
 STATISTICS_NAME = "statistics.safetensors"
 FAULTS_NAMED = 5
 NON_FINITE = "non_finite_feature"
@@ -59,10 +58,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureWorkerConfig:
-    """What a `FeatureWorker` needs; no reading means that sources are lists of files."""
+    """What a `FeatureWorker` needs; an empty dialect means that sources are lists of files."""
 
     network: NetworkSource
-    reading: Reading | None
+    dialect: str
     max_pixels: int
     batch_size: int
     decode_threads: int
@@ -101,7 +100,7 @@ class FeatureWorker:
         num_read, rejected = 0, Counter()
         with atomic_file(piece.output(".parquet")) as path, pq.ParquetWriter(path, SCHEMA) as writer:
             for start, stop in piece.slices():
-                images = read_images(piece.source, start, stop, reading=self._config.reading)
+                images = read_images(piece.source, start, stop, dialect=self._config.dialect)
                 rows = self._slice_rows(images)
                 # A slice is a row group, however the source is cut into pieces.
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -294,7 +293,7 @@ def compute_features(
     folder, fingerprint = _folder_of(fingerprint, network, cache=cache)
     worker_config = FeatureWorkerConfig(
         network=network,
-        reading=images.reading,
+        dialect=images.dialect,
         max_pixels=config.max_pixels,
         batch_size=config.batch_size,
         decode_threads=config.decode_threads,
