@@ -159,7 +159,7 @@ SUBCOMMANDS = {
     ),
     "convert": Subcommand(
         module="training.convert",
-        summary="Published weights -> a diffusers folder (FROM=… TO=… REPARAMETERIZE=1 turns a DiT into a PixArt)",
+        summary="Weights to diffusers (FROM=… TO=folder) or their own code (TO=x.pth); REPARAMETERIZE=1 makes a PixArt",
         flags=("from", "to", "reparameterize"),
         required=(("from", "facebook/DiT-XL-2-256"), ("to", "dit")),
         passes_on=True,

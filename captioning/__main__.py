@@ -12,9 +12,11 @@ from captioning.job import CaptioningJob, read_job
 from captioning.plan import OPEN_BATCH, print_plan
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
+from encoders.devices import require_device
 from encoders.tokens import TextCut
 from encoders.weights import require_model, resolve_model
 from pipelines.command import parse_command, run_command
+from pipelines.engine.preflight import require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
 from pipelines.raw.patterns import remember_shards
@@ -37,10 +39,11 @@ def main() -> None:
     job = read_job(command)
     if command.is_plan:
         print_plan(job)
-        return
     is_done = job.is_done()
     if not is_done:
-        _require_models(job)
+        _require_means(job, is_plan=command.is_plan)
+    if command.is_plan:
+        return
     remember_shards(command.run, [source.path for source in job.sources])
     manifest = caption_shards(job)
     if not is_done:
@@ -118,14 +121,24 @@ def _set_aside(job: CaptioningJob) -> None:
         log.info(f"{len(names)} shards keep their captions: rejects are tried again, other limits and scores applied")
 
 
-def _require_models(job: CaptioningJob) -> None:
-    """Find out that a model or a server is missing before any work starts."""
+def _require_means(job: CaptioningJob, *, is_plan: bool) -> None:
+    """Find out before any work starts, and for a plan, that a model, a server, a device or workers are missing."""
+    _require_models(job, patience_seconds=0.0 if is_plan else job.config.server.patience_seconds)
+    if job.config.engine != "openai" or job.config.clip_model is not None:
+        require_device(job.config.device, key="captioning.device")
+    num_pending = sum(source.num_samples for source in job.pending())
+    require_workers(job.workers, num_pending=num_pending, few_samples=_few_samples(job))
+
+
+def _require_models(job: CaptioningJob, *, patience_seconds: float) -> None:
     if job.config.engine == "openai":
         # The client is of no use to the other engines.
         from captioning.engines.openai_engine import chat_server
         from encoders.chat_server import require_server
 
-        require_server(chat_server(job.config, job.worker_config.api_key))
+        server = job.config.server.model_copy(update={"patience_seconds": patience_seconds})
+        config = job.config.model_copy(update={"server": server})
+        require_server(chat_server(config, job.worker_config.api_key))
     else:
         require_model(job.model, key="captioning.model")
         architecture = read_architecture(job.model)

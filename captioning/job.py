@@ -19,7 +19,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.patterns import select_shards, shard_name
 from pipelines.raw.shards import describe_shards
-from pipelines.recipe import DataConfig
+from pipelines.recipe import DECIDES_TEXTS, DataConfig
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
 
 log = get_logger("captioning")
@@ -64,7 +64,7 @@ class CaptioningJob:
         """What each worker process is given."""
         return CaptionWorkerConfig(
             captioning=self.config,
-            dialect=self.data.dialect,
+            reading=self.data.reading,
             max_pixels=self.data.max_pixels,
             num_threads=max(1, int(self.workers.cpus_per_worker)),
             gpu_share=gpu_share(self.workers),
@@ -141,7 +141,7 @@ def read_job(command: Command) -> CaptioningJob:
     workers = command.recipe.table("engine", EngineConfig)
     paths = _select(data.paths(command.run), config.shards)
     model = _find_model(config, workers)
-    shards = describe_shards(paths, dialect=data.dialect, run=command.run)
+    shards = describe_shards(paths, data.reading, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     fingerprint = _fingerprint(config, data, model=model, clip=clip)
     output = ShardDirectory(Path(command.run) / "captions")
@@ -169,6 +169,8 @@ def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSour
         **config.fingerprint_fields(),
         "code_version": CODE_VERSION,
         "model": model.identity,
+        **data.fingerprint_fields(),
+        **data.fingerprint_fields(DECIDES_TEXTS),
         "dialect": data.dialect,
         # Limits are always written out: captions made under others are completed.
         "max_pixels": data.max_pixels,

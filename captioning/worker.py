@@ -16,6 +16,7 @@ from captioning.slices import SliceCaptioner
 from captioning.table import count_flags, join_files, write_rows
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject
+from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import open_shard
 from pipelines.store.files import atomic_file
@@ -38,7 +39,7 @@ class CaptionWorkerConfig:
     """
 
     captioning: CaptioningConfig
-    dialect: str
+    reading: Reading
     max_pixels: int
     num_threads: int
     gpu_share: float = 1.0
@@ -76,7 +77,7 @@ class CaptionWorker:
         start_seconds = time.monotonic()
         rows: list[dict[str, Any]] = []
         source, run = piece.source, self._config.run
-        with open_shard(source.path, self._config.dialect, run=run, identity=source.identity) as raw:
+        with open_shard(source.path, self._config.reading, run=run, identity=source.identity) as raw:
             look = self._scorer.prepare if self._scorer is not None else None
             loader = ShardLoader(raw, self._settings, self._engine, max_pixels=self._config.max_pixels, look=look)
             self._check_engine(loader, raw.samples[piece.start : piece.stop])

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
+from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import open_shard
 from pipelines.raw.texts import decode_text, text_members
@@ -25,7 +26,7 @@ from pipelines.store.files import is_remote, open_binary
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"
-TEXT_FILES_ALONE = "generic"  # of a tar, not its JSON
+TEXT_FILES_ALONE = Reading(dialect="generic")  # of a tar, not its JSON
 PIPELINE_COLUMN = "caption"  # what captioning wrote
 # Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
 IMG2DATASET_COLUMNS = {"key", "status", "error_message"}

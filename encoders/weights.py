@@ -46,12 +46,13 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
 
 
 def require_model(source: ModelSource, *, key: str) -> None:
-    """Check that a hub model is in the local cache or can be fetched, before any work starts.
+    """Check that a folder holds weights, and a hub model is in the local cache or can be fetched, before work starts.
 
     Raises:
         UserError: names the recipe `key`, the model and the way out, in one line.
     """
-    if Path(source.location).is_dir():
+    if (folder := Path(source.location)).is_dir():
+        _require_weight_files(folder, f"{key} {source.location!r}")
         return
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -64,6 +65,23 @@ def require_model(source: ModelSource, *, key: str) -> None:
             f"{key} = {source.location!r} ({source.revision or 'main'}) is no local folder and not in the hub cache, "
             f"and cannot be downloaded ({mode}); give a local folder or run `hf download {source.location}`"
         ) from None
+
+
+def _require_weight_files(folder: Path, named: str) -> None:
+    """Refuse a folder without weights, and one whose weights are known by their names or first bytes to be no whole."""
+    files = {path.name: path for path in folder.iterdir() if WEIGHT_FILE.fullmatch(path.name)}
+    wanted = set(files)
+    for index in folder.glob("*.index*.json"):
+        wanted |= set(read_state(index, mend="fetch the model again").get("weight_map", {}).values())
+    if not wanted:
+        raise MissingFileError(f"{named} cannot be loaded: the folder holds no weights (model.safetensors or the like)")
+    if missing := sorted(wanted - set(files)):
+        raise MissingFileError(f"{named} cannot be loaded: {missing[0]}, which its index names, is missing")
+    for name in sorted(files):
+        with files[name].open("rb") as file:
+            fault = describe_unfetched(file.read(1024))
+        if fault is not None:
+            raise UserError(f"{named} cannot be loaded: {name} {fault}")
 
 
 def find_file(source: ModelSource, name: str) -> Path | None:

@@ -3,17 +3,20 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from encoders.devices import require_device
 from encoders.weights import require_model
 from errors import UserError
 from features.families import wanted_families
-from features.jobs import FeatureInputs, FeatureJob, read_inputs
+from features.jobs import FamilyPlan, FeatureInputs, FeatureJob, count_samples, read_inputs
 from features.overflow import warn_of_overflow
-from features.plan import print_plan, require_space
+from features.plan import plan_families, print_plan, require_space
 from features.speed import remember_speed
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import PARTS_FOLDER
+from pipelines.engine.preflight import require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
 from pipelines.store.manifest import Manifest
@@ -28,17 +31,45 @@ def main() -> None:
     command = parse_command("features", "Captions and images to T5 and VAE features.", has_stages=True)
     inputs = read_inputs(command)
     if command.is_plan:
-        print_plan(inputs)
+        plans = print_plan(inputs)
+        # What it reads may not be there yet, and is said to be missing.
+        jobs = [plan.job for plan in plans if plan.job is not None]
+        _require_models(jobs)
+        _require_room(jobs, plans, inputs)
         return
     jobs = [family.job(inputs) for family in wanted_families(inputs)]
     is_done = [job.is_done() for job in jobs]
-    for job in [job for job, done in zip(jobs, is_done, strict=True) if not done]:
-        require_model(job.model, key=job.model_key)
     if not all(is_done):
-        require_space(inputs)
+        # Before the plan, which takes a codec that is not here for the paper's.
+        _require_models(jobs)
+        _require_room(jobs, plan_families(inputs), inputs)
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
     if not all(is_done):
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
+
+
+def _require_models(jobs: Sequence[FeatureJob]) -> None:
+    """Find out before any work starts, and for a plan, that a model is missing."""
+    for job in jobs:
+        if not job.is_done():
+            require_model(job.model, key=job.model_key)
+
+
+def _require_room(jobs: Sequence[FeatureJob], plans: Sequence[FamilyPlan], inputs: FeatureInputs) -> None:
+    """Find out the same of what else stands in the way.
+
+    Raises:
+        UserError: what is read has changed, or the disk, the device or the workers do not suffice.
+    """
+    for job in jobs:
+        if job.is_done():
+            continue
+        job.family.check(job, inputs)
+        num_pending = count_samples(job.pending())
+        if num_pending:
+            require_device(inputs.features.device, key="features.device")
+        require_workers(inputs.engine, num_pending=num_pending, few_samples=inputs.few_samples)
+    require_space(plans, run=inputs.run, stage_name=inputs.stage_name)
 
 
 def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:

@@ -98,7 +98,7 @@ def report_buckets(inputs: FeatureInputs) -> BucketReport:
 def _report_shard(source: Source, inputs: FeatureInputs, *, multiple: int) -> BucketReport:
     report = BucketReport()
     resolution, max_pixels = inputs.features.resolution, inputs.data.max_pixels
-    with open_shard(source.path, inputs.data.dialect, run=inputs.run, identity=source.identity) as raw:
+    with open_shard(source.path, inputs.data.reading, run=inputs.run, identity=source.identity) as raw:
         for sample in raw.samples:
             try:
                 width, height = _measure(raw, sample, max_pixels=max_pixels)

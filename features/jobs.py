@@ -128,7 +128,8 @@ class FeatureFamily:
         facts: the numbers later stages read from its manifest, so that no recipe types them a second time.
         probe: its worker's configuration for measuring, which writes into a folder alone.
         settings: its own keys in the recipe, `families.<name>` of a table; those marked `Decides` decide its numbers.
-        prepare: checks what a pending job is about to read, and repeats what a lost file needs.
+        check: refuses what a pending job is about to read and is not what it should be.
+        prepare: repeats what a lost file needs, before a job runs.
         report: says what a finished job should be judged by.
     """
 
@@ -140,6 +141,7 @@ class FeatureFamily:
     facts: Callable[[FeatureJob, FeatureInputs], Mapping[str, Any]]
     probe: Callable[[Any, Path], Any]
     settings: type[TableConfig] = TableConfig
+    check: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     prepare: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     report: Callable[[FeatureJob, Manifest, FeatureInputs], None] = lambda job, manifest, inputs: None
 
@@ -198,7 +200,7 @@ def read_inputs(command: Command) -> FeatureInputs:
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
         patch_size=command.recipe.table("model", ModelConfig).patch_size,
-        raw=[shard.source for shard in describe_shards(paths, dialect=data.dialect, run=command.run)],
+        raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
     )
 
 

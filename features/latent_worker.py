@@ -27,6 +27,7 @@ from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
+from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
 from pipelines.recipe import TableConfig
@@ -65,7 +66,7 @@ class LatentWorkerConfig:
     resolution: int
     is_bucketed: bool
     patch_size: int
-    dialect: str
+    reading: Reading
     max_pixels: int
     run: Path
     preview_shard: str
@@ -148,7 +149,7 @@ class LatentWorker:
         details: dict[str, Any] = {}
         source, run = piece.source, self.config.run
         with (
-            open_shard(source.path, self.config.dialect, run=run, identity=source.identity) as raw,
+            open_shard(source.path, self.config.reading, run=run, identity=source.identity) as raw,
             atomic_file(piece.output(".tar")) as tar_path,
             FeatureTarWriter(tar_path) as tar,
             SliceWriter() as writer,

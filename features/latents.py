@@ -102,7 +102,7 @@ def image_job(
             resolution=features.resolution,
             is_bucketed=features.buckets,
             patch_size=inputs.patch_size,
-            dialect=inputs.data.dialect,
+            reading=inputs.data.reading,
             max_pixels=inputs.data.max_pixels,
             run=inputs.run.absolute(),
             preview_shard=inputs.raw[0].name,

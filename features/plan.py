@@ -1,6 +1,7 @@
 """What a stage's features will take: bytes per sample and in total, hours, and whether the disk has room for them."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -17,7 +18,7 @@ def plan_families(inputs: FeatureInputs) -> list[FamilyPlan]:
     return [family.plan(inputs) for family in wanted_families(inputs)]
 
 
-def print_plan(inputs: FeatureInputs) -> None:
+def print_plan(inputs: FeatureInputs) -> list[FamilyPlan]:
     """Print what the stage would write, with sizes, and how long it would take where that can be measured."""
     table = Table(title=f"features, {inputs.stage_name}: {', '.join(inputs.features.shards)}", title_justify="left")
     table.add_column("family")
@@ -37,6 +38,7 @@ def print_plan(inputs: FeatureInputs) -> None:
     for note in notes:
         console.print(note, soft_wrap=True)
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")
+    return families
 
 
 def _hours(family: FamilyPlan, inputs: FeatureInputs) -> tuple[str, str]:
@@ -54,16 +56,16 @@ def _hours(family: FamilyPlan, inputs: FeatureInputs) -> tuple[str, str]:
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}", text
 
 
-def require_space(inputs: FeatureInputs) -> None:
+def require_space(plans: Sequence[FamilyPlan], *, run: Path, stage_name: str) -> None:
     """Check that what is pending fits on the disk.
 
     Raises:
         UserError: it does not; names the run, what is needed and what is free.
     """
-    needed, free = sum(family.pending_bytes for family in plan_families(inputs)), _free_bytes(inputs.run)
+    needed, free = sum(family.pending_bytes for family in plans), _free_bytes(run)
     if needed > free:
         raise UserError(
-            f"{inputs.run}: features of {inputs.stage_name} need about {format_bytes(needed)}, but only "
+            f"{run}: features of {stage_name} need about {format_bytes(needed)}, but only "
             f"{format_bytes(free)} are free on this disk"
         )
 

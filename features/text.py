@@ -198,11 +198,16 @@ def _facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
     return {"text": text, "captions": [caption.model_dump() for caption in inputs.features.captions]}
 
 
-def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
-    """Refuse captions that are not those of their manifest, and have a lost null caption written again."""
+def _check(job: FeatureJob, inputs: FeatureInputs) -> None:
+    """Refuse captions that are not those of their manifest."""
     captions = read_manifest(inputs.run / "captions")
     for source in job.pending():
         require_unchanged(source, captions)
+
+
+def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
+    """Remember whose the captions are, and have a lost null caption written again."""
+    captions = read_manifest(inputs.run / "captions")
     remember_identities(job.sources, captions=captions, directory=job.output.path)
     null = job.output.path / NULL_CAPTION_FILE
     if null.is_file() and (damage := weight_file_damage(null)):
@@ -234,6 +239,7 @@ TEXT = FeatureFamily(
     schema=_schema,
     facts=_facts,
     probe=lambda config, folder: replace(config, directory=folder),
+    check=_check,
     prepare=_prepare,
     report=_report,
 )

@@ -16,6 +16,7 @@ import pydantic_core
 from errors import MissingFileError, UserError
 from pipelines.overrides import apply_setting
 from pipelines.raw.patterns import expand_shards
+from pipelines.raw.reading import Reading
 
 TABLES = (
     "data",
@@ -46,6 +47,7 @@ PLAIN_WORDS = {
 }
 Value = TypeVar("Value")
 DECIDES = "decides numbers"
+DECIDES_TEXTS = "decides the texts that come with images"
 # The type of a field that decides numbers, as the others do not: places, batch sizes of inference, what is logged.
 Decides = Annotated[Value, DECIDES]
 
@@ -111,6 +113,22 @@ class DataConfig(TableConfig):
         ge=1,
         description="Largest image that is decoded, in pixels; larger ones are rejected",
     )
+
+    image_column: Decides[str | None] = pydantic.Field(
+        default=None,
+        description="Of Parquet, Arrow and tables: the column with the image or its path; left out, it is found by its "
+        "type and name",
+    )
+    text_column: Annotated[str | None, DECIDES_TEXTS] = pydantic.Field(
+        default=None,
+        description="The text of a sample: of rows the column, of files the member (caption.txt: caption) or the field "
+        "of the JSON; left out, the first there is of caption, text, prompt and their like",
+    )
+
+    @property
+    def reading(self) -> Reading:
+        """How samples are read."""
+        return Reading(dialect=self.dialect, image_column=self.image_column, text_column=self.text_column)
 
     def paths(self, run: Path) -> list[str]:
         """Return the raw shards of a run, sorted by name, with `{run}` filled in; raises as `expand_shards` does."""

@@ -87,6 +87,29 @@ def load_original(path: Path, config: PixArtConfig | DiTConfig) -> PixArt | DiT:
     return load_weights(config, read_weight_file(path).tensors, original_layout(config))
 
 
+def original_weights(model: PixArt | DiT) -> dict[str, Tensor]:
+    """Return the weights under the names of PixArt's original .pth or DiT's official .pt, with the positions they hold.
+
+    What PixArt's files have besides, the null caption `y_embedder.y_embedding`, is no weight but the text encoder's
+    output for "", which is not known here.
+
+    Raises:
+        UserError: the original code computes another network of these weights: per-block adaLN, timesteps of diffusers'
+            DiT, or another number of heads than the published one of this width.
+    """
+    config, weights = model.config, export_weights(model, original_layout(model.config))
+    if config.kind == "dit" and config.timestep_shift:
+        raise UserError("timestep_shift is 1, diffusers' way with a DiT's timesteps, but the original code's is 0")
+    if config.num_heads != (heads := PUBLISHED_HEADS.get(config.width, config.num_heads)):
+        raise UserError(
+            f"num_heads is {config.num_heads}, but whoever opens an original of width {config.width} takes {heads}"
+        )
+    side = config.sample_size // config.patch_size
+    scale = config.interpolation_scale if config.kind == "pixart" else 1.0
+    positions = position_embedding(side, side, channels=config.width, base_size=side, scale=scale)
+    return {"pos_embed": positions[None], **weights}
+
+
 def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = None) -> PixArtConfig | DiTConfig:
     """Return the shape of a published PixArt or DiT from its original weights.
 

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from encoders.devices import require_device
 from errors import UserError, memory_for
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from sampling.config import SamplingConfig
-from sampling.generate import SamplingJob, check_inputs, describe_job, make_job, memory_settings, run_job
+from sampling.generate import SamplingJob, check_inputs, check_job, describe_job, make_job, memory_settings, run_job
 from sampling.opening import find_trained_model
 
 log = get_logger("sampling")
@@ -29,21 +30,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         name=command.stage_name if config.prompt is None else f"{command.stage_name}-prompt",
         engine=command.recipe.table("engine", EngineConfig),
     )
+    if config.write_embeddings is not None:
+        path = Path(config.write_embeddings.replace("{run}", str(command.run)))
+        _write_embeddings(job, path, is_plan=command.is_plan)
+        return
+    lost = check_job(job)
     if command.is_plan:
         for line in describe_job(job):
             log.info(line)
-    elif config.write_embeddings is not None:
-        _write_embeddings(job, Path(config.write_embeddings.replace("{run}", str(command.run))))
     else:
-        run_job(job, run=command.run)
+        run_job(job, run=command.run, lost=lost)
 
 
-def _write_embeddings(job: SamplingJob, path: Path) -> None:
+def _write_embeddings(job: SamplingJob, path: Path, *, is_plan: bool) -> None:
     from sampling.text_encoding import write_embeddings
 
     if job.trained.text is None:
         raise UserError(f"sampling.write_embeddings is set, but {job.trained.name} knows classes, not text")
+    require_device(job.config.device, key="sampling.device")
     check_inputs(job)
+    if is_plan:
+        log.info(f"would encode the prompts of {len(job.requests):,} images into {path}, and draw nothing")
+        return
     with memory_for(f"embeddings of the prompts for {path}", memory_settings(job)):
         num_prompts = write_embeddings(path, job.requests, job.config, job.trained.text)
     log.info(f"{path}: embeddings of {num_prompts:,} prompts; read them with sampling.text_encoder=precomputed")

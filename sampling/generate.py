@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from encoders.devices import require_device
 from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import ModelSource, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source, forget_pieces
+from pipelines.engine.preflight import require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
@@ -130,8 +132,29 @@ def _num_passes(job: SamplingJob) -> int:
     return sum(2 if item.is_guided else 1 for item in config.passes(timesteps, process.num_times))
 
 
-def run_job(job: SamplingJob, *, run: Path) -> None:
+def check_job(job: SamplingJob) -> dict[str, str]:
+    """Look at all that would stop the drawing before anything is loaded or drawn, for the run and for its plan.
+
+    Returns what the model does not read of each prompt that is too long.
+
+    Raises:
+        UserError: something in the folder is in the way, a model is missing, or no device or worker fits.
+    """
+    if job.is_done():
+        return {}
+    pending = job.pending()
+    _require_own(job.directory.path, pending)
+    if not pending:
+        return _lost_words(job)
+    require_device(job.config.device, key="sampling.device")
+    require_workers(job.engine, num_pending=len(pending), few_samples=job.config.max_images_in_process)
+    return check_inputs(job)
+
+
+def run_job(job: SamplingJob, *, run: Path, lost: Mapping[str, str]) -> None:
     """Draw the images that are missing, then write table, grid and manifest; a finished job is left alone.
+
+    `lost` is what `check_job` has given.
 
     Raises:
         UserError: model and VAE do not fit each other, or the model gives no finite latents.
@@ -147,11 +170,9 @@ def run_job(job: SamplingJob, *, run: Path) -> None:
         log.info(job.note)
     for change in job.changed_settings():
         log.info(f"{folder} was drawn with another setting: {change}")
-    _require_own(folder, pending)
     with exclusive(folder):
         remove_temporary_files(folder, is_held=True)
     prompts = {request.prompt for request in job.requests}
-    lost = check_inputs(job) if pending else _lost_words(job)
     lost = {prompt: words for prompt, words in lost.items() if prompt in prompts}  # the negative one is no sample's
     if pending:
         # What is drawn is what is missing now, whatever pieces of a table an interrupted run has left: images may have

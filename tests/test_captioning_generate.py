@@ -26,6 +26,7 @@ from captioning.worker import CaptionWorker, CaptionWorkerConfig
 from errors import UserError
 from pipelines.engine.pieces import Piece
 from pipelines.engine.progress import console
+from pipelines.raw.reading import AS_IT_COMES
 from pipelines.raw.shards import shard_source
 from tests.raw_shards import photo, write_laion
 from tests.tiny_models import build_tokenizer, save_llava, text_config
@@ -191,7 +192,7 @@ def test_parts_of_a_shard_joined_are_the_whole(folder, tmp_path) -> None:
     table = {"model": str(folder), "engine": "generate", "max_new_tokens": 16, "batch_size": 3, "temperature": 0.5}
     captioning = CaptioningConfig.model_validate(table)
     worker = CaptionWorker(
-        CaptionWorkerConfig(captioning=captioning, dialect="auto", max_pixels=1_000_000, num_threads=1)
+        CaptionWorkerConfig(captioning=captioning, reading=AS_IT_COMES, max_pixels=1_000_000, num_threads=1)
     )
     source = shard_source(str(write_laion(tmp_path / "laion_00000.tar", 12)))
 

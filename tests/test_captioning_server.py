@@ -160,9 +160,12 @@ def test_workers_of_a_cluster_ask_with_the_drivers_key_and_write_the_same_bytes(
     assert contents(run) == contents(alone) and "sk-of-the-driver" not in done.stderr
 
 
-def test_a_plan_says_where_the_server_is_and_asks_it_nothing(tmp_path, monkeypatch, capsys) -> None:
+def test_a_plan_says_where_the_server_is_and_does_not_wait_for_it(tmp_path, monkeypatch, capsys) -> None:
     run = make_run(tmp_path, base_url="http://127.0.0.1:1/v1")
-    command(run, "--plan", monkeypatch=monkeypatch)
+    with pytest.raises(
+        ServerError, match=r"captioning\.server\.base_url http://127\.0\.0\.1:1/v1 has not answered for 0 s"
+    ):
+        command(run, "--plan", monkeypatch=monkeypatch)
     said = " ".join(capsys.readouterr().err.split())
     assert "toy (toy@main of a server), at http://127.0.0.1:1/v1" in said and "4 captions at a time" in said
 

@@ -10,6 +10,7 @@ from captioning.config import CaptioningConfig
 from captioning.quality import repeated_ngram_ratio
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
 from pipelines.engine.pieces import Piece
+from pipelines.raw.reading import AS_IT_COMES
 from pipelines.raw.shards import shard_source
 from tests.raw_shards import write_laion
 
@@ -27,7 +28,7 @@ def make_worker(**loop_retry: Any) -> CaptionWorker:
     table = {"model": str(TOY), "max_new_tokens": 60, "batch_size": 8, "loop_retry": loop_retry}
     captioning = CaptioningConfig.model_validate(table)
     return CaptionWorker(
-        CaptionWorkerConfig(captioning=captioning, dialect="auto", max_pixels=1_000_000, num_threads=1)
+        CaptionWorkerConfig(captioning=captioning, reading=AS_IT_COMES, max_pixels=1_000_000, num_threads=1)
     )
 
 

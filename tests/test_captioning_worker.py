@@ -13,6 +13,7 @@ from captioning.loading import READ_AHEAD_GROUPS, read_ahead
 from captioning.table import SCHEMA
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
 from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.reading import Reading
 from pipelines.raw.shards import shard_source
 from tests.raw_shards import (
     UNICODE_ALT_TEXTS,
@@ -32,7 +33,9 @@ from tests.tiny_models import save_llava
 def make_worker(model: Path, *, dialect: str = "auto") -> CaptionWorker:
     table = {"model": str(model), "max_new_tokens": 24, "batch_size": 8, "max_alt_text_chars": 600}
     captioning = CaptioningConfig.model_validate(table)
-    config = CaptionWorkerConfig(captioning=captioning, dialect=dialect, max_pixels=1_000_000, num_threads=1)
+    config = CaptionWorkerConfig(
+        captioning=captioning, reading=Reading(dialect=dialect), max_pixels=1_000_000, num_threads=1
+    )
     return CaptionWorker(config)
 
 

@@ -78,7 +78,10 @@ def test_a_setting_that_decides_is_said_with_both_values_and_computes_its_family
 @pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "interrupted"])
 def test_features_with_every_field_written_out_go_on(run, monkeypatch, is_finished, capsys):
     former = {
-        "latent-32": as_formerly(run / "features" / "latent-32", IMAGE_DEFAULTS),
+        "latent-32": as_formerly(
+            run / "features" / "latent-32",
+            {name: value for name, value in IMAGE_DEFAULTS.items() if name != "image_column"},
+        ),
         "text": as_formerly(
             run / "features" / "text",
             {name: value for name, value in TEXT_DEFAULTS.items() if name != "text_cleaning"},

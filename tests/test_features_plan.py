@@ -1,3 +1,4 @@
+import contextlib
 import io
 import re
 import shutil
@@ -67,10 +68,12 @@ def test_estimates_are_near_what_is_written_and_pending_shrinks_to_nothing(run, 
     assert [(family.num_samples, family.pending_samples) for family in after] == [(24, 0), (24, 0)]
 
 
-def planned(run, monkeypatch, *overrides, stage=2) -> str:
+def planned(run, monkeypatch, *overrides, stage=2, refused: str | None = None) -> str:
+    """Return what a plan prints; `refused` is what it says after that of what the run would stop at."""
     output = io.StringIO()
     monkeypatch.setattr(plan, "console", Console(file=output, width=250))
-    extract(run, *overrides, stage=stage, plan=True)
+    with contextlib.nullcontext() if refused is None else pytest.raises(UserError, match=refused):
+        extract(run, *overrides, stage=stage, plan=True)
     return output.getvalue()
 
 
@@ -121,7 +124,7 @@ def test_hours_are_samples_over_all_workers():
 def test_what_is_missing_for_the_hours_is_said_and_no_number_made_up(tmp_path, monkeypatch):
     run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
     models = ("features.text_model=google/flan-t5-xxl", "features.vae_model=stabilityai/sd-vae-ft-ema")
-    text = planned(run, monkeypatch, *models)
+    text = planned(run, monkeypatch, *models, refused=r"features\.text_model = 'google/flan-t5-xxl' .*hf download")
     assert "text: hours are not measured: google/flan-t5-xxl is not here; `hf download google/flan-t5-xxl`" in text
     assert "latents: hours are not measured: stabilityai/sd-vae-ft-ema is not here" in text
     assert [line.split("│")[-2].strip() for line in text.splitlines() if line.startswith(("│ text", "│ latents"))] == [
@@ -129,6 +132,7 @@ def test_what_is_missing_for_the_hours_is_said_and_no_number_made_up(tmp_path, m
         "?",
     ]
     monkeypatch.setattr("features.speed._count_gpus", lambda: 0)
+    # In the process no worker is asked for a GPU.
     text = planned(run, monkeypatch, "engine.gpus_per_worker=1.0")
     assert text.count("engine.gpus_per_worker = 1, and there is no GPU here") == 2
     (run / "captions" / "manifest.json").unlink()

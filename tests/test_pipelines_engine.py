@@ -315,9 +315,11 @@ def test_storage_without_locks_is_refused(tmp_path, sources, monkeypatch) -> Non
 
 def test_a_worker_that_fits_no_node_is_an_error_and_not_a_wait(monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=r"engine\.gpus_per_worker = 1, but no node has that many"):
+    with pytest.raises(UserError, match=r"but Ray sees no GPU: set engine\.gpus_per_worker=0 to work on the CPU$"):
         choose_num_workers(2, WorkerResources(cpus=1, gpus=1, memory_bytes=0))
-    with pytest.raises(UserError, match=r"engine\.cpus_per_worker = 4096, but no node has that many"):
+    with pytest.raises(
+        UserError, match=r"4096, but Ray sees at most \d+ CPUs on one node: lower engine\.cpus_per_worker"
+    ):
         choose_num_workers(0, WorkerResources(cpus=4096, gpus=0, memory_bytes=0))
     assert choose_num_workers(0, WorkerResources(cpus=0.5, gpus=0, memory_bytes=0)) >= 2
 

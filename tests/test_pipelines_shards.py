@@ -12,6 +12,7 @@ import pipelines.raw.shard_headers
 from errors import MissingFileError, UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.patterns import expand_braces, expand_shards, select_shards
+from pipelines.raw.reading import Reading
 from pipelines.raw.shards import describe_shards, open_shard, shard_source
 
 
@@ -42,7 +43,7 @@ def test_dialects_text_and_labels(tmp_path) -> None:
     imagenet = write_tar(tmp_path / "imagenet_0.tar", [("n01.JPEG", b"i"), ("n01.cls", b"17\n"), ("n02.png", b"j")])
     with open_shard(laion) as raw:
         assert raw.alt_text(raw.samples[0]) == "Grüße \U0001f600"
-    with open_shard(imagenet, "imagenet") as raw:
+    with open_shard(imagenet, Reading(dialect="imagenet")) as raw:
         assert [raw.label(sample) for sample in raw.samples] == [17, None]
 
 
@@ -50,7 +51,7 @@ def test_a_class_that_no_index_can_hold_is_none(tmp_path) -> None:
     classes = ["2147483647", "2147483648", "99999999999", "9" * 5000, "000000000000017", "-1", ""]
     members = [(f"{i}.{extension}", data) for i, text in enumerate(classes) for extension, data in
                (("jpg", b"i"), ("cls", text.encode()))]  # fmt: skip
-    with open_shard(write_tar(tmp_path / "imagenet_0.tar", members), "imagenet") as raw:
+    with open_shard(write_tar(tmp_path / "imagenet_0.tar", members), Reading(dialect="imagenet")) as raw:
         assert [raw.label(sample) for sample in raw.samples] == [2**31 - 1, None, None, None, 17, None, None]
 
 
@@ -58,7 +59,7 @@ def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
     records = [b'{"caption": "a cat \\ud83d"}', b'{"caption": "\\ud83d\\ude00"}', b"[" * 100_000]
     members = [(f"{i}.{extension}", data) for i, record in enumerate(records) for extension, data in
                (("jpg", b"i"), ("json", record))]  # fmt: skip
-    with open_shard(write_tar(tmp_path / "laion_0.tar", members), "img2dataset") as raw:
+    with open_shard(write_tar(tmp_path / "laion_0.tar", members), Reading(dialect="img2dataset")) as raw:
         assert [raw.alt_text(sample) for sample in raw.samples[:2]] == ["a cat ?", "\U0001f600"]
         with pytest.raises(SampleReject, match="corrupt_alt_text: maximum recursion depth"):
             raw.alt_text(raw.samples[2])
@@ -286,9 +287,9 @@ def test_the_recipe_decides_which_texts_count_of_remembered_headers_too(tmp_path
         ("sa1b", [None, None]),
         ("auto", ["t", "c"]),
     ):
-        (described,) = describe_shards([path], dialect=dialect, run=tmp_path)
+        (described,) = describe_shards([path], Reading(dialect=dialect), run=tmp_path)
         assert described.num_texts == (0 if dialect == "sa1b" else 2)
-        with open_shard(path, dialect, run=tmp_path) as raw:
+        with open_shard(path, Reading(dialect=dialect), run=tmp_path) as raw:
             assert [raw.alt_text(sample) for sample in raw.samples] == expected
 
 

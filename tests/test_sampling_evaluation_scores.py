@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pydantic
 import pytest
+import torch
 from feature_run import picture
 from former_run import as_formerly, times_of
 from PIL import Image
@@ -364,6 +366,29 @@ def test_without_a_reference_there_is_a_clip_score_and_no_distance(run, clip_fol
         main(["score", *flags, "--set", "evaluation.vision=toyworld/weights/llava"])
 
 
-def test_nothing_to_measure_says_what_to_set(run):
-    with pytest.raises(UserError, match=r"evaluation\.inception.*let a judge write .*judge/stage2\.json"):
-        evaluate(run, None)
+@pytest.mark.parametrize("flags", [[], ["--plan"]])
+def test_nothing_to_measure_is_said_before_anything_is_drawn(run, flags):
+    with pytest.raises(UserError, match=r"evaluation\.inception.*let a judge look.*write .*judge/stage2\.json"):
+        evaluate(run, None, *flags)
+    with pytest.raises(UserError, match=r"a curve needs evaluation\.inception, evaluation\.clip or evaluation\.vision"):
+        evaluate(run, None, *flags, task="curve")
+    with pytest.raises(UserError, match=r"preference-key\.json does not exist"):
+        evaluate(run, None, *flags, task="winrates")
+    assert not (run / "samples").exists() and not (run / "evaluation" / "samples").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--plan"]])
+def test_networks_that_cannot_be_loaded_are_named_before_anything_is_drawn(run, clip_folder, tmp_path, flags):
+    bare = tmp_path / "bare"
+    shutil.copytree(clip_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match=r"evaluation\.clip '.*bare' cannot be loaded: the folder holds no weights"):
+        evaluate(run, bare, *flags)
+    (bare / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"evaluation\.clip .*model\.safetensors is a pointer of git-lfs"):
+        evaluate(run, bare, *flags)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"evaluation\.inception .*other\.pth"):
+        evaluate(run, None, *flags, inception=str(tmp_path / "other.pth"))
+    with pytest.raises(UserError, match=r"evaluation\.device is cuda, but torch .* sees no GPU: set evaluation"):
+        evaluate(run, clip_folder, *flags, device="cuda")
+    assert not (run / "samples").exists()

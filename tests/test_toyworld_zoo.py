@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, T5EncoderModel
 
+from errors import MissingFileError
 from pixart.convert import load_diffusers
 from pixart.dit import DiT
 from toyworld.judge import WEIGHTS as JUDGE_WEIGHTS
@@ -17,8 +18,9 @@ from toyworld.wording import alt_text, caption_hits, dense_caption, describe, pa
 from toyworld.zoo import captioner as captioner_training
 from toyworld.zoo import class_conditional, judge_training, text_encoder, vision_tower
 from toyworld.zoo import vae as zoo_vae
-from toyworld.zoo.__main__ import NAMES, train
+from toyworld.zoo.__main__ import NAMES, RELEASED_FOLDER, train
 from toyworld.zoo.captioner import greedy_captions
+from toyworld.zoo.released import release
 from toyworld.zoo.vision_tower import picture_of
 
 WEIGHTS = JUDGE_WEIGHTS.parent
@@ -212,3 +214,11 @@ def test_every_model_can_be_trained_anew(tmp_path, monkeypatch):
                 }
             elif file.startswith("tokenizer"):
                 assert written[file].read_bytes() == shipped[file].read_bytes()  # seeded
+
+
+def test_the_released_pixart_is_a_demos_stage_2(tmp_path) -> None:
+    with pytest.raises(MissingFileError, match=r"training/stage2 has no checkpoint yet: type `make demo` first"):
+        release(tmp_path, tmp_path / "pixart")
+    model = load_diffusers(RELEASED_FOLDER)
+    assert model.kind == "pixart" and model.config.caption_channels == 96
+    assert sum(weight.numel() for weight in model.parameters()) == 1_506_848

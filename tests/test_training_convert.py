@@ -1,17 +1,21 @@
-"""`python -m training.convert`: published weights in, a folder out."""
+"""`python -m training.convert`: published weights in, a folder or an original file out."""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from safetensors.torch import load_file
+from sampling_run import make_run
 
 from errors import UserError
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.layers import position_embedding
 from pixart.layouts import export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
@@ -89,6 +93,75 @@ def test_converted_weights_keep_their_process(tmp_path: Path) -> None:
         open_trained_model(str(tmp_path / "step-7" / "mine"), encoders).process,
     ):
         assert process == ddpm_spec()
+
+
+def _official_pixart(path: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Write what PixArt's own code saves: weights under `state_dict`, positions and the null caption among them."""
+    torch.manual_seed(1)
+    shape = PixArtConfig(num_layers=2, num_heads=6, head_dim=64, caption_channels=20, sample_size=8)
+    weights = export_weights(PixArt(shape).to(dtype), original_layout(shape))
+    positions = position_embedding(4, 4, channels=384, base_size=4, scale=1.0)[None]
+    weights |= {"pos_embed": positions, "y_embedder.y_embedding": torch.randn(7, 20)}
+    torch.save({"state_dict": weights}, path)
+    return weights
+
+
+def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_to_the_original_layout_and_back_gives_the_same_bytes(tmp_path: Path, caplog, dtype: torch.dtype) -> None:
+    weights = _official_pixart(tmp_path / "official.pth", dtype=dtype)
+    main([str(tmp_path / "official.pth"), str(tmp_path / "folder")])
+    main([str(tmp_path / "official.pth"), str(tmp_path / "again.pth")])
+    assert _same(torch.load(tmp_path / "again.pth")["state_dict"], weights) and not caplog.records
+    main([str(tmp_path / "folder"), str(tmp_path / "back.pth")])
+    without_null = {name: value for name, value in weights.items() if name != "y_embedder.y_embedding"}
+    assert _same(torch.load(tmp_path / "back.pth")["state_dict"], without_null)
+    assert "back.pth has no y_embedder.y_embedding" in caplog.text
+    main([str(tmp_path / "folder"), str(tmp_path / "back.safetensors")])
+    assert _same(load_file(tmp_path / "back.safetensors"), without_null)
+    main([str(tmp_path / "back.safetensors"), str(tmp_path / "once-more")])
+    files = ["transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"]
+    for name in files:
+        assert (tmp_path / "once-more" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+
+
+def test_a_dit_goes_back_to_its_official_file(dit_file: Path, tmp_path: Path, caplog) -> None:
+    main([str(dit_file), str(tmp_path / "dit")])
+    main([str(tmp_path / "dit"), str(tmp_path / "dit.pt")])
+    expected = torch.load(dit_file) | {"pos_embed": position_embedding(4, 4, channels=384, base_size=4, scale=1)[None]}
+    assert _same(torch.load(tmp_path / "dit.pt"), expected) and not caplog.records
+
+
+def test_a_stage_of_a_run_is_converted_by_its_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for number, source in enumerate(("training/stage2", "training/stage2/step-7", "training/stage2/step-7/model")):
+        main([str(run / source), str(tmp_path / f"{number}.pth")])
+    first, *others = (torch.load(tmp_path / f"{number}.pth")["state_dict"] for number in range(3))
+    assert first and all(_same(other, first) for other in others)
+
+
+def test_what_an_original_file_cannot_say_is_refused_or_said(tmp_path: Path, caplog) -> None:
+    shape = PixArtConfig(num_layers=1, num_heads=3, head_dim=128, caption_channels=4, sample_size=4)
+    for name, other in (("heads", shape), ("adaln", replace(shape, num_heads=6, head_dim=64, adaln="per-block"))):
+        save_diffusers(PixArt(other), tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}\.pth would be no original file: .*{name}.*; name a folder"):
+            main([str(tmp_path / name), str(tmp_path / f"{name}.pth")])
+    save_diffusers(DiT(replace(DIT, timestep_shift=1)), tmp_path / "dit")
+    with pytest.raises(UserError, match=r"timestep_shift is 1, diffusers' way"):
+        main([str(tmp_path / "dit"), str(tmp_path / "dit.pt")])
+    main([str(tmp_path / "dit"), str(tmp_path / "dit.pt"), "--timestep-shift", "0"])
+    assert not caplog.records
+    flow = process_of(flow_spec(shift=3.0)).scheduler_config()
+    save_diffusers(PixArt(replace(shape, num_heads=2, head_dim=8, out_channels=4)), tmp_path / "flow" / "transformer")
+    (tmp_path / "flow" / "scheduler").mkdir()
+    (tmp_path / "flow" / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
+    main([str(tmp_path / "flow"), str(tmp_path / "flow.pth")])
+    assert "trained with flow" in caplog.text and "it has 2 heads" in caplog.text
 
 
 def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> None:

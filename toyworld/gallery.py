@@ -118,7 +118,7 @@ def _shard_examples(run: Path, data: DataConfig, path: str, rows: Sequence[Mappi
     texts = {row["key"]: row for row in captions.to_pylist()}
     scenes = _read_scenes(run, shard)
     examples = []
-    with open_shard(path, data.dialect) as raw:
+    with open_shard(path, data.reading) as raw:
         samples = {sample.key: sample for sample in raw.samples}
         for row in rows:
             key = row["key"]

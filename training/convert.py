@@ -1,6 +1,7 @@
-"""`python -m training.convert SOURCE FOLDER`: published weights as a folder that this project and diffusers open.
+"""`python -m training.convert SOURCE TARGET`: weights between the layouts of diffusers and of the original code.
 
-FOLDER gets `transformer/` and, as what the weights were trained with belongs to them, `scheduler/`.
+A folder gets `transformer/` and, as what the weights were trained with belongs to them, `scheduler/`: this project and
+diffusers open it. A file `.pth`, `.pt` or `.safetensors` gets the names of PixArt's or DiT's own code.
 With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 starts from, and is compared with it.
 """
 
@@ -11,51 +12,73 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from errors import UserError
 from pipelines.command import run_command
-from pipelines.engine.progress import console
-from pipelines.store.files import atomic_folder, atomic_write_json
-from pixart.convert import save_diffusers
+from pipelines.engine.progress import console, get_logger
+from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
+from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
+from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
+from pixart.layouts import DERIVED_KEYS
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
 from pixart.reparameterize import reparameterize
+from pixart.tensor_files import read_weight_file
+from pixart.weight_files import ORIGINAL_SUFFIXES
 from training.stages.networks import count_parameters
 from training.stages.stage import find_weights
 from training.stages.starts import load_network
+
+log = get_logger("convert")
 
 # As in a pipeline of diffusers.
 WEIGHTS_FOLDER = "transformer"
 TIMESTEP = 500  # of the paper, section 2.3
 NUM_COMPARED = 4
+NULL_CAPTION = "y_embedder.y_embedding"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert SOURCE to FOLDER and say what it is.
+    """Convert SOURCE to TARGET and say what it is.
 
     Raises:
-        UserError: FOLDER exists, SOURCE is neither network, or is no DiT where one is needed.
+        UserError: TARGET exists, SOURCE is neither network, is no DiT where one is needed, or has no original layout.
     """
     options = _parse(argv)
-    if options.folder.exists():
-        raise UserError(f"{options.folder} exists already: name a new folder, or remove it first")
-    start = find_weights(options.source, key="SOURCE")
+    if options.target.exists():
+        raise UserError(f"{options.target} exists already: name a new one, or remove it first")
+    start = find_weights(_weights_of(options.source), key="SOURCE")
     source = start.path
     assert source is not None, "only a stage starts from nothing"
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
-    ).float()
+    )
     if options.reparameterize:
         if network.kind != "dit":
             raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
         _say(f"{source}: {_describe(network)}")
         torch.manual_seed(options.seed)
-        dit, network = network, reparameterize(network, _pixart_config(network, options))
+        dit = network.float()
+        network = reparameterize(dit, _pixart_config(dit, options))
         _compare(dit, network)
-    _write(network, options.folder, start.process)
-    _say(f"{options.folder}: {_describe(network)}")
+    if options.target.name.endswith(ORIGINAL_SUFFIXES):
+        derived = {} if options.reparameterize else _derived(source)
+        _write_original(network, options.target, derived, process=start.process["name"])
+    else:
+        _write(network, options.target, start.process)
+    _say(f"{options.target}: {_describe(network)}")
+
+
+def _weights_of(source: str) -> str:
+    """Return the weights that a stage's folder or one of its checkpoints means: the average; else what is named."""
+    path = Path(source)
+    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+    checkpoint = opens(path) if path.is_dir() else None
+    return source if checkpoint is None else str(checkpoint.path / MODEL)
 
 
 def _say(line: str) -> None:
@@ -64,15 +87,17 @@ def _say(line: str) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m training.convert", description="Published weights as a folder of ours."
+        prog="python -m training.convert", description="Weights between diffusers' layout and the original ones."
     )
     parser.add_argument(
-        "source", help="diffusers folder or hub id, original file (.pth, .pt, .safetensors) of PixArt or DiT"
+        "source",
+        help="stage of a run, diffusers folder or hub id, original file (.pth, .pt, .safetensors) of PixArt or DiT",
     )
     parser.add_argument(
-        "folder",
+        "target",
         type=Path,
-        help="folder to write, with transformer/ and scheduler/ as diffusers has them; must not exist",
+        help="what to write, must not exist: a folder, with transformer/ and scheduler/ as diffusers has them, or a "
+        "file .pth, .pt or .safetensors with the names of PixArt's or DiT's own code",
     )
     parser.add_argument("--reparameterize", action="store_true", help="turn a class-conditional DiT into a PixArt")
     parser.add_argument("--caption-channels", type=int, default=4096, help="width of the text encoder (T5-XXL: 4096)")
@@ -121,6 +146,35 @@ def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any]) -> N
     with atomic_folder(folder) as temporary:
         save_diffusers(network, temporary / WEIGHTS_FOLDER)
         atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
+
+
+def _derived(source: Path) -> dict[str, Tensor]:
+    """Return what an original file holds beside weights: no network of ours has a place for it."""
+    if source.is_dir():
+        return {}
+    return {name: value for name, value in read_weight_file(source).tensors.items() if name in DERIVED_KEYS}
+
+
+def _write_original(network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, process: str) -> None:
+    """Write all or nothing under the file's name; PixArt's own files have their weights under `state_dict`."""
+    try:
+        weights = {**original_weights(network), **derived}
+    except UserError as error:
+        raise UserError(f"{path} would be no original file: {error}; name a folder, which says such things") from None
+    if process != "ddpm":
+        log.warning(f"{path} cannot say that the weights were trained with {process}: original code takes ddpm's noise")
+    if network.config.width not in PUBLISHED_HEADS:
+        log.warning(f"{path} cannot say that it has {network.config.num_heads} heads: no width like it was published")
+    if network.kind == "pixart" and NULL_CAPTION not in weights:
+        log.warning(
+            f"{path} has no {NULL_CAPTION}, what the text encoder gives for no text: original code draws it at random "
+            "and needs it for guidance; this project computes it"
+        )
+    with atomic_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(weights, temporary, metadata={"format": "pt"})
+        else:
+            torch.save({"state_dict": weights} if network.kind == "pixart" else weights, temporary)
 
 
 def _describe(network: DiT | PixArt) -> str:

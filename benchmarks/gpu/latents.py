@@ -25,6 +25,7 @@ from benchmarks.gpu.parts import Figures, Size
 from features.latent_worker import LatentWorker, LatentWorkerConfig, choose_batch_size, choose_decode_threads
 from pipelines.engine.pieces import Piece
 from pipelines.raw.images import decode_image, resize_and_crop
+from pipelines.raw.reading import Reading
 from pipelines.raw.shards import describe_shards
 from pipelines.recipe import TableConfig
 
@@ -123,7 +124,7 @@ def _config(folder: Path, pixels: int, *, device: str) -> LatentWorkerConfig:
         resolution=pixels,
         is_bucketed=False,
         patch_size=2,
-        dialect="img2dataset",
+        reading=Reading(dialect="img2dataset"),
         max_pixels=MAX_PIXELS,
         run=folder,
         preview_shard="",
@@ -134,7 +135,7 @@ def _config(folder: Path, pixels: int, *, device: str) -> LatentWorkerConfig:
 
 def _run_worker(worker: LatentWorker, tar: Path, folder: Path, *, num_images: int) -> tuple[float, float]:
     """Seconds of our worker over the first images of a tar, and how many of them it waited for decoded images."""
-    (shard,) = describe_shards([str(tar)], dialect="img2dataset", run=folder)
+    (shard,) = describe_shards([str(tar)], run=folder)
     piece = Piece(source=shard.source, start=0, stop=num_images, folder=folder / "out", samples_per_slice=256)
     piece.folder.mkdir(exist_ok=True)
     start_seconds = time.perf_counter()

@@ -111,11 +111,17 @@ def choose_num_workers(num_workers: int, resources: WorkerResources) -> int:
     num_fitting = sum(int(node.get(kind, 0) / wanted) for node in nodes)
     if not num_fitting and not (is_cluster() and num_workers):
         largest = max((node.get(kind, 0) for node in nodes), default=0)
-        raise UserError(
-            f"{key} = {wanted:g}, but no node has that many: Ray sees at most {largest:g} {kind}s on one; "
-            "where an autoscaler will add nodes, set engine.num_workers"
-        )
+        raise UserError(f"{key} = {wanted:g}, but {_describe_lack(kind, key, largest=largest)}")
     return num_workers or num_fitting
+
+
+def _describe_lack(kind: str, key: str, *, largest: float) -> str:
+    """Say what there is where no node has what a worker needs, and which key helps."""
+    if largest == 0 and kind == "GPU":
+        lack = "Ray sees no GPU: set engine.gpus_per_worker=0 to work on the CPU"
+    else:
+        lack = f"Ray sees at most {largest:g} {kind}s on one node: lower {key} to that"
+    return f"{lack}; where an autoscaler will add nodes, set engine.num_workers" if is_cluster() else lack
 
 
 class _PieceActor:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from errors import StorageError
 from pipelines.raw.patterns import shard_name
+from pipelines.raw.reading import Reading
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import ShardHeaders
 from pipelines.raw.texts import (
@@ -56,7 +57,7 @@ class TarMembers:
 class FileShard:
     """A `RawShard` of files, read by place."""
 
-    def __init__(self, path: str, members: Members, headers: ShardHeaders, *, dialect: str) -> None:
+    def __init__(self, path: str, members: Members, headers: ShardHeaders, *, reading: Reading) -> None:
         self.path = path
         self.name = shard_name(path)
         self.samples: Sequence[RawSample] = headers.samples
@@ -65,7 +66,7 @@ class FileShard:
         self.strays: Sequence[str] = headers.summary.strays
         self.fault = headers.summary.fault
         self.has_labels = any("cls" in sample.members for sample in headers.samples)
-        self._members, self._dialect = members, dialect
+        self._members, self._reading = members, reading
 
     def image_bytes(self, sample: RawSample) -> bytes:
         """See `RawShard`."""
@@ -79,14 +80,16 @@ class FileShard:
 
     def alt_text(self, sample: RawSample) -> str | None:
         """See `RawShard`: the text of a text file that has one, else of the JSON."""
-        if self._dialect == "sa1b":
+        if self._reading.dialect == "sa1b":
             return None
+        if self._reading.text_column is not None:
+            return self.named_text(sample, self._reading.text_column)
         text = None
         for extension in text_members(list(sample.members), sample.image_extension):
             text = decode_caption(self._members.read(sample.members[extension]))
             if text:
                 return text
-        if self._dialect not in ("generic", "imagenet"):
+        if self._reading.dialect not in ("generic", "imagenet"):
             for extension in json_members(sample.key, sample.members):
                 found = text_of_record(read_json_record(self._members.read(sample.members[extension])))
                 text = found if found is not None else text

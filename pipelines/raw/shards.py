@@ -11,6 +11,7 @@ from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.file_shard import FileShard, TarMembers
 from pipelines.raw.patterns import shard_name
+from pipelines.raw.reading import AS_IT_COMES, Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import HeaderCache, ShardSummary, read_headers, read_summaries
 from pipelines.raw.tar_headers import UnreadableTarError
@@ -80,12 +81,12 @@ class RawShard(Protocol):
 
 @contextlib.contextmanager
 def open_shard(
-    path: str, dialect: str = "auto", *, run: Path | None = None, identity: str | None = None
+    path: str, reading: Reading = AS_IT_COMES, *, run: Path | None = None, identity: str | None = None
 ) -> Iterator[RawShard]:
     """Open a raw shard, local or remote.
 
     Args:
-        dialect: which texts count, see `DataConfig.dialect`.
+        reading: what counts as image and text of a sample.
         run: where headers that a command has read before are found; without it they are read from the shard.
         identity: of the shard that is expected.
 
@@ -102,7 +103,7 @@ def open_shard(
                 cache.remember(path, headers)
         if identity not in (None, headers.summary.identity):
             raise UserError(f"{path} has changed since this command began; run it again")
-        yield FileShard(path, TarMembers(path, file), headers, dialect=dialect)
+        yield FileShard(path, TarMembers(path, file), headers, reading=reading)
         if is_remote(path):
             # A local file that is replaced stays open as it was; of a remote one, later ranges would be another's.
             with open_ranges(path) as again:
@@ -118,7 +119,9 @@ class ShardDescription:
     num_texts: int
 
 
-def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | None = None) -> list[ShardDescription]:
+def describe_shards(
+    paths: Sequence[str], reading: Reading = AS_IT_COMES, *, run: Path | None = None
+) -> list[ShardDescription]:
     """Describe raw shards, in order, from their headers; with `run`, those are read once and remembered there.
 
     Shards that are cut off or damaged are logged, and so are members that are no samples: what can be read is used.
@@ -141,10 +144,12 @@ def describe_shards(paths: Sequence[str], *, dialect: str = "auto", run: Path | 
                 some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
                 log.warning(f"{path}: {len(names):,} members are no samples: {some}")
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
-        described.append(ShardDescription(source=source, num_texts=0 if dialect == "sa1b" else summary.num_texts))
+        described.append(
+            ShardDescription(source=source, num_texts=0 if reading.dialect == "sa1b" else summary.num_texts)
+        )
     return described
 
 
-def shard_source(path: str, *, dialect: str = "auto") -> Source:
+def shard_source(path: str, reading: Reading = AS_IT_COMES) -> Source:
     """Describe one raw shard as a source for `run_over_shards`; reads its headers."""
-    return describe_shards([path], dialect=dialect)[0].source
+    return describe_shards([path], reading)[0].source

@@ -12,6 +12,7 @@ from errors import MissingFileError, UserError
 # Of the files of a finished shard, and of a part of one: what is not there is done again.
 MEND_SHARD = "remove it and type the command that makes it again: this shard alone is done anew"
 MEND_PART = "remove it and type the command again: these samples alone are done anew"
+MEND_USERS = "fetch or write it again"  # of a file that a user has brought
 
 
 @contextlib.contextmanager

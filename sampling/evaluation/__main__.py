@@ -57,10 +57,11 @@ def _preference(command: Command) -> None:
 
 
 def _winrates(command: Command) -> None:
-    from sampling.evaluation.win_rates import count_votes, vote_files
+    from sampling.evaluation.win_rates import count_votes, find_votes
 
     if command.is_plan:
-        log.info(f"would count the votes of {', '.join(path.name for path in vote_files(command)) or 'no file'}")
+        _, files = find_votes(command)
+        log.info(f"would count the votes of {', '.join(path.name for path in files)}")
         return
     count_votes(command)
 

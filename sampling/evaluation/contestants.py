@@ -1,5 +1,6 @@
 """The checkpoints that are scored side by side, and the folder of samples of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import write_prompt_set
 from sampling.foreign_weights import open_trained_model
-from sampling.generate import SamplingJob, make_job, run_job
+from sampling.generate import SamplingJob, check_job, make_job, run_job
 from sampling.opening import find_trained_model
 from sampling.trained_model import TrainedModel, open_run_model
 
@@ -113,9 +114,15 @@ def _distinct(contestants: list[Contestant]) -> list[Contestant]:
     ]
 
 
-def draw_samples(contestant: Contestant, *, run: Path) -> None:
-    """Draw what is missing of a contestant's samples."""
-    run_job(contestant.job, run=run)
+def check_samples(contestants: Sequence[Contestant]) -> list[dict[str, str]]:
+    """Look at all that would stop the drawing of any contestant before the first image; gives what `check_job` does."""
+    return [check_job(contestant.job) for contestant in contestants]
+
+
+def draw_samples(contestants: Sequence[Contestant], *, run: Path) -> None:
+    """Draw what is missing of all contestants' samples."""
+    for contestant, lost in zip(contestants, check_samples(contestants), strict=True):
+        run_job(contestant.job, run=run, lost=lost)
 
 
 def _sampling_config(command: Command, *, guidance_scale: float | None) -> SamplingConfig:

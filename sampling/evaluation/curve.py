@@ -16,7 +16,7 @@ from pipelines.store.files import sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig, written_out_defaults
-from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.evaluation.contestants import Contestant, check_samples, draw_samples, find_contestants
 from sampling.evaluation.scores import Meter, as_outlined, judged_outline, write_report
 
 CURVE_VERSION = 1  # raise it when the same numbers are written in another way
@@ -35,14 +35,10 @@ def draw_curve(command: Command) -> None:
     Raises:
         MissingFileError, UserError: see `Meter` and `find_contestants`.
     """
-    points = _points(command)
-    meter = Meter(command)
-    if not meter.networks:
-        raise UserError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
+    points, meter = _open(command)
     directory = ShardDirectory(command.run / "evaluation" / f"{command.stage_name}-curve")
     start_seconds = time.monotonic()
-    for _, contestant in points:
-        draw_samples(contestant, run=command.run)
+    draw_samples([contestant for _, contestant in points], run=command.run)
     judged = {item.folder.name: judged_outline([asdict(n) for n in meter.judged(item)]) for _, item in points}
     fingerprint = Fingerprint.of({"version": CURVE_VERSION, **meter.inputs(), **meter.settings(), "judged": judged})
     fingerprint = directory.known_as(fingerprint, defaults=written_out_defaults())
@@ -76,20 +72,28 @@ def draw_curve(command: Command) -> None:
 
 def describe_curve(command: Command) -> list[str]:
     """Return what `draw_curve` would do, line by line."""
+    points, _ = _open(command)
+    check_samples([contestant for _, contestant in points])
     return [
         f"guidance {scale:g}: would draw {len(item.job.pending()):,} of {len(item.job.requests):,} images into "
         f"{item.folder}"
-        for scale, item in _points(command)
+        for scale, item in points
     ]
 
 
-def _points(command: Command) -> list[tuple[float, Contestant]]:
+def _open(command: Command) -> tuple[list[tuple[float, Contestant]], Meter]:
+    """Open the points of the curve and what they are scored with, and refuse what would give no number."""
     config = command.recipe.table("evaluation", EvaluationConfig)
-    return [
+    points = [
         (scale, contestant)
         for scale in config.guidance_scales
         for contestant in find_contestants(command, config, guidance_scale=scale)
     ]
+    meter = Meter(command)
+    if not meter.networks:
+        raise UserError("a curve needs evaluation.inception, evaluation.clip or evaluation.vision")
+    meter.require_numbers([contestant for _, contestant in points])
+    return points, meter
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

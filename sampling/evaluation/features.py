@@ -26,6 +26,7 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.images import SampleReject, decode_image
+from pipelines.raw.reading import Reading
 from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, read_manifest
 from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, sound_table
@@ -58,10 +59,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureWorkerConfig:
-    """What a `FeatureWorker` needs; an empty dialect means that sources are lists of files."""
+    """What a `FeatureWorker` needs; no reading means that sources are lists of files."""
 
     network: NetworkSource
-    dialect: str
+    reading: Reading | None
     max_pixels: int
     batch_size: int
     decode_threads: int
@@ -100,7 +101,7 @@ class FeatureWorker:
         num_read, rejected = 0, Counter()
         with atomic_file(piece.output(".parquet")) as path, pq.ParquetWriter(path, SCHEMA) as writer:
             for start, stop in piece.slices():
-                images = read_images(piece.source, start, stop, dialect=self._config.dialect)
+                images = read_images(piece.source, start, stop, reading=self._config.reading)
                 rows = self._slice_rows(images)
                 # A slice is a row group, however the source is cut into pieces.
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -293,7 +294,7 @@ def compute_features(
     folder, fingerprint = _folder_of(fingerprint, network, cache=cache)
     worker_config = FeatureWorkerConfig(
         network=network,
-        dialect=images.dialect,
+        reading=images.reading,
         max_pixels=config.max_pixels,
         batch_size=config.batch_size,
         decode_threads=config.decode_threads,

@@ -12,6 +12,7 @@ from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.patterns import expand_shards
+from pipelines.raw.reading import AS_IT_COMES, Reading
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shards import describe_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_file, sha256_text
@@ -44,14 +45,14 @@ class ImageSet:
     Attributes:
         name: what the user called it.
         identity: hash of the images (and prompts), whatever their folder is called.
-        dialect: of raw shards; empty for lists of files.
+        reading: of raw shards; None for lists of files.
         left_out: files of the folder that are not in the set, by reason.
     """
 
     name: str
     identity: str
     sources: list[Source]
-    dialect: str = ""
+    reading: Reading | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -61,7 +62,7 @@ class ImageSet:
 
     def prompts(self) -> list[str]:
         """Return what the images should show, each prompt once; nothing for images without prompts."""
-        rows = [] if self.dialect else [row for source in self.sources for row in _rows(source)]
+        rows = [] if self.reading else [row for source in self.sources for row in _rows(source)]
         return list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt") is not None))
 
 
@@ -98,7 +99,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     if folder.is_dir():
         shown = [path for path in _files(folder) if not _is_hidden(path, folder)]
         left_out = _say_left_out(folder, Counter(BESIDE_SHARDS for path in shown if _is_image(path)))
-    return ImageSet(name=spec, identity=identity, sources=sources, dialect="auto", left_out=left_out)
+    return ImageSet(name=spec, identity=identity, sources=sources, reading=AS_IT_COMES, left_out=left_out)
 
 
 def open_folder(folder: Path, *, cache: Path) -> ImageSet:
@@ -226,10 +227,10 @@ def _rows(source: Source) -> list[dict[str, str]]:
     return read_records(Path(source.path), mend=mend, keys=("key", "file"))
 
 
-def read_images(source: Source, start: int, stop: int, *, dialect: str) -> Iterator[SetImage]:
+def read_images(source: Source, start: int, stop: int, *, reading: Reading | None) -> Iterator[SetImage]:
     """Yield the images [start, stop) of a source; one that cannot be read comes with its reason."""
-    if dialect:
-        with open_shard(source.path, dialect) as shard:
+    if reading is not None:
+        with open_shard(source.path, reading) as shard:
             for sample in shard.samples[start:stop]:
                 data = b"" if sample.reject else shard.image_bytes(sample)
                 yield SetImage(key=f"{source.name}/{sample.key}", data=data, reject=sample.reject)

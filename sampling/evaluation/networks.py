@@ -79,7 +79,7 @@ def _find_inception(config: EvaluationConfig) -> NetworkSource:
         )
     from encoders.inception import is_published
 
-    return NetworkSource(
+    network = NetworkSource(
         key="inception",
         source=ModelSource(str(path), None, f"sha256:{sha256_file(path)}"),
         # Only features of the published weights make a distance that papers call FID.
@@ -88,6 +88,12 @@ def _find_inception(config: EvaluationConfig) -> NetworkSource:
         resizer=INCEPTION_RESIZER,
         resized_to=(INCEPTION_PIXELS, INCEPTION_PIXELS),
     )
+    if not is_published(path):
+        # The published file is known by its bytes. Of any other it turns out here what it is, before images are drawn.
+        import torch
+
+        load_network(network, device=torch.device("cpu"))
+    return network
 
 
 def _find_clip(config: EvaluationConfig) -> NetworkSource:

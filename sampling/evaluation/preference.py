@@ -28,7 +28,7 @@ from pipelines.store.png_files import read_picture
 from pipelines.store.state_files import read_state, state_of
 from pipelines.store.tables import MEND_SHARD, read_table
 from sampling.evaluation.config import EvaluationConfig
-from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.evaluation.contestants import Contestant, check_samples, draw_samples, find_contestants
 from sampling.images import MEND
 
 TEMPLATE = Path(__file__).parent / "templates" / "preference.html"
@@ -46,8 +46,7 @@ def write_page(command: Command) -> Path:
         UserError: there are fewer than two checkpoints, or they have no prompt in common.
     """
     contestants = _contestants(command)
-    for contestant in contestants:
-        draw_samples(contestant, run=command.run)
+    draw_samples(contestants, run=command.run)
     config = command.recipe.table("evaluation", EvaluationConfig)
     pictures = {item.title: _read_samples(item.folder) for item in contestants}
     pairs, key = make_pairs(pictures, seed=config.preference_seed)
@@ -88,6 +87,7 @@ def write_page(command: Command) -> Path:
 def describe_page(command: Command) -> list[str]:
     """Return what `write_page` would do, line by line."""
     contestants = _contestants(command)
+    check_samples(contestants)
     lines = [f"{item.title}: would draw {len(item.job.pending()):,} images into {item.folder}" for item in contestants]
     return [*lines, f"would write {preference_folder(command) / PAGE_NAME}"]
 

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from encoders.devices import require_device
 from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
@@ -29,7 +31,7 @@ from pipelines.store.manifest import (
 )
 from pipelines.store.summary import update_summary
 from sampling.evaluation.config import EvaluationConfig, written_out_defaults
-from sampling.evaluation.contestants import Contestant, draw_samples, find_contestants
+from sampling.evaluation.contestants import Contestant, check_samples, draw_samples, find_contestants
 from sampling.evaluation.distances import cmmd, frechet_distance
 from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
 from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
@@ -90,14 +92,42 @@ class Meter:
         self._engine = command.recipe.table("engine", EngineConfig)
         self._run = command.run
         self._cache = self._config.folder(self._config.cache, command.run)
+        require_device(self._config.device, key="evaluation.device")
         self.networks = find_networks(self._config)
         self.reference: ImageSet | None = None
         if self._config.reference is not None:
-            self.reference = open_reference(self._config.reference, run=command.run, cache=self._cache)
+            with TemporaryDirectory() as scratch:
+                # The list of its images is kept for the workers; a plan writes nothing.
+                cache = Path(scratch) if command.is_plan else self._cache
+                self.reference = open_reference(self._config.reference, run=command.run, cache=cache)
         for network in self.networks:
             # CLIP alone has a number without a reference, its score.
             if self.reference is None and network.key != "clip":
                 raise UserError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
+
+    def require_numbers(self, contestants: Sequence[Contestant]) -> None:
+        """Refuse to draw or look at images of which there would be no number.
+
+        Raises:
+            UserError: there is no network that measures any of them, and no judge has seen them; says what to set.
+        """
+        if self.networks and self.reference is not None:
+            return
+        # Without a reference there is CLIP alone, and its score is of prompts.
+        if self.networks and any(item.trained.kind == "pixart" for item in contestants):
+            return
+        if any(self.judged(item) for item in contestants):
+            return
+        if self.networks:
+            raise UserError(
+                "nothing to measure: a CLIP score is of prompts, and these checkpoints know classes; set "
+                "evaluation.reference for distances"
+            )
+        raise UserError(
+            "nothing to measure: set evaluation.inception, evaluation.clip or evaluation.vision (with "
+            "evaluation.reference), or let a judge look at what `make sample` has drawn and write "
+            f"{judgement_file(contestants[0], self._config, self._run)}, see docs/EVALUATION.md"
+        )
 
     def measure(self, contestant: Contestant) -> list[Number]:
         """Return the numbers of a contestant whose samples are drawn, and a judge's where it has seen them."""
@@ -227,13 +257,10 @@ def score(command: Command) -> None:
     Raises:
         MissingFileError, UserError: see `Meter` and `find_contestants`.
     """
-    config = command.recipe.table("evaluation", EvaluationConfig)
-    contestants = find_contestants(command, config)
-    meter = Meter(command)
+    contestants, meter = _open(command)
     directory = ShardDirectory(command.run / "evaluation" / command.stage_name)
     start_seconds = time.monotonic()
-    for contestant in contestants:
-        draw_samples(contestant, run=command.run)
+    draw_samples(contestants, run=command.run)
     fingerprint, identity = _score_inputs(meter, contestants)
     fingerprint = directory.known_as(fingerprint, defaults=written_out_defaults())
     fingerprint = as_outlined(directory, fingerprint)
@@ -249,8 +276,6 @@ def score(command: Command) -> None:
             }
             for item in contestants
         ]
-        if not any(row["numbers"] for row in rows):
-            raise UserError(_nothing_to_measure(judgement_file(contestants[0], config, command.run)))
         write_report(
             directory,
             REPORT_NAME,
@@ -270,6 +295,14 @@ def score(command: Command) -> None:
     console.print(directory.file(REPORT_NAME, ".md").read_text(encoding="utf-8"), soft_wrap=True)
 
 
+def _open(command: Command) -> tuple[list[Contestant], Meter]:
+    """Open what is scored and what it is scored with, and refuse what would give no number."""
+    contestants = find_contestants(command, command.recipe.table("evaluation", EvaluationConfig))
+    meter = Meter(command)
+    meter.require_numbers(contestants)
+    return contestants, meter
+
+
 def _counts(number: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a number is over, and what was left out or cut to get it."""
     counts = {name: number[name] for name in ("num_images", "num_reference", "rejected")}
@@ -278,21 +311,14 @@ def _counts(number: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_score(command: Command) -> list[str]:
     """Return what `score` would do, line by line."""
-    config = command.recipe.table("evaluation", EvaluationConfig)
-    contestants = find_contestants(command, config)
-    networks = ", ".join(network.source.location for network in find_networks(config)) or "none"
-    lines = [f"networks: {networks}; reference: {config.reference or 'none'}"]
+    contestants, meter = _open(command)
+    check_samples(contestants)
+    networks = ", ".join(network.source.location for network in meter.networks) or "none"
+    lines = [f"networks: {networks}; reference: {'none' if meter.reference is None else meter.reference.name}"]
     for item in contestants:
         pending = len(item.job.pending())
         lines.append(f"{item.title}: would draw {pending:,} of {len(item.job.requests):,} images into {item.folder}")
     return lines
-
-
-def _nothing_to_measure(judgement: Path) -> str:
-    return (
-        "nothing to measure: set evaluation.inception, evaluation.clip or evaluation.vision (with "
-        f"evaluation.reference), or let a judge write {judgement}, see docs/EVALUATION.md"
-    )
 
 
 def judged_outline(numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -42,9 +42,17 @@ class WinRate:
     high: float
 
 
-def vote_files(command: Command) -> list[Path]:
-    """Return the CSV files that lie beside the page."""
-    return own_files(preference_folder(command), re.compile(r"[^.].*\.csv", re.DOTALL))
+def find_votes(command: Command) -> tuple[dict[str, Any], list[Path]]:
+    """Return the key of the page, and the CSV files that lie beside it.
+
+    Raises:
+        MissingFileError: there is no key, or no vote.
+    """
+    folder = preference_folder(command)
+    key, files = read_key(folder), own_files(folder, re.compile(r"[^.].*\.csv", re.DOTALL))
+    if not files:
+        raise MissingFileError(f"{folder} holds no CSV of votes: put the downloaded files there")
+    return key, files
 
 
 def count_votes(command: Command) -> None:
@@ -55,9 +63,7 @@ def count_votes(command: Command) -> None:
         UserError: a file is no list of votes; names file and line.
     """
     folder = preference_folder(command)
-    key, files = read_key(folder), vote_files(command)
-    if not files:
-        raise MissingFileError(f"{folder} holds no CSV of votes: put the downloaded files there")
+    key, files = find_votes(command)
     votes, rejected = read_votes(files, key)
     rates = win_rates(votes, key)
     value = {

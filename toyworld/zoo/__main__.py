@@ -1,4 +1,4 @@
-"""`python -m toyworld.zoo [vae] [t5] [llava] [judge] [dit]`: train embedded models anew and overwrite their weights."""
+"""`python -m toyworld.zoo [vae] [t5] [llava] [judge] [dit] [pixart]`: make embedded models anew, over their weights."""
 
 import argparse
 import sys
@@ -12,6 +12,8 @@ from pipelines.engine.progress import get_logger
 log = get_logger("toyworld.zoo")
 
 NAMES = ("vae", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
+RELEASED = "pixart"  # trained by a demo, which needs all of these
+RELEASED_FOLDER = Path(__file__).parent.parent / "released" / RELEASED
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
@@ -46,17 +48,24 @@ def train(name: str, weights: Path) -> None:
 def main() -> None:
     """Train the models that are named, or all."""
     parser = argparse.ArgumentParser(prog="python -m toyworld.zoo", description="Train the embedded models anew.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"any of {', '.join(NAMES)}; all when none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"any of {', '.join(NAMES)}; all when none is given; or {RELEASED}"
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder that holds one folder per model")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help=f"finished demo that gives {RELEASED}")
     arguments = parser.parse_args()
     for name in arguments.names:
-        if name not in NAMES:
-            raise UserError(f"{name!r} is not one of {', '.join(NAMES)}")
+        if name not in (*NAMES, RELEASED):
+            raise UserError(f"{name!r} is not one of {', '.join((*NAMES, RELEASED))}")
     for name in NAMES:
         if name in arguments.names or not arguments.names:
             start = time.monotonic()
             train(name, arguments.weights)
             log.info("%s trained in %.0f minutes", name, (time.monotonic() - start) / 60)
+    if RELEASED in arguments.names:
+        from toyworld.zoo import released
+
+        released.release(arguments.run, RELEASED_FOLDER)
 
 
 if __name__ == "__main__":

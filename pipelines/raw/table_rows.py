@@ -1,0 +1,117 @@
+"""What every reader of tables gives: numbered rows of named cells, and what the cell of a text or a key means."""
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from errors import UserError
+from pipelines.raw.images import SampleReject
+from pipelines.raw.texts import NOT_UTF8, decode_caption
+
+NOT_TEXT = "not_text"
+COLUMNS_NAMED = 30
+# Rows of JSON need not have the same fields: the columns are those of so many rows at the beginning.
+ROWS_LOOKED_AT = 1000
+
+Rows = range | np.ndarray  # ascending row numbers
+Item = TypeVar("Item")
+
+
+class TableRow(NamedTuple):
+    """A row by its number, counted from 0 without blank lines; `reject` says why it cannot be used.
+
+    `values` has the columns asked for. Text is `str`, and where it is not UTF-8 it has lone surrogates, as of
+    `errors="surrogateescape"`, which `text_of_cell` and `key_of_cell` know; binary columns are `bytes`.
+    """
+
+    number: int
+    values: dict[str, Any]
+    reject: str | None = None
+
+
+def text_of_cell(value: Any) -> str | None:
+    """Return a cell as a text without the white space around it; of a list of texts the first one.
+
+    Raises:
+        SampleReject: `not_utf8`, or `not_text`: it is a number, an object or the like.
+    """
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
+        return None
+    if isinstance(value, bytes):
+        return decode_caption(value)
+    if not isinstance(value, str):
+        raise SampleReject(NOT_TEXT, type(value).__name__)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")  # JSON can hold half of a surrogate pair
+        except UnicodeError as error:
+            raise SampleReject(NOT_UTF8, str(error)) from None
+    return value.removeprefix("\ufeff").strip()
+
+
+def key_of_cell(value: Any) -> str:
+    """Return a cell as a key that any file can hold: what is not UTF-8 is spelled out, so that keys stay apart."""
+    if isinstance(value, str) and value.isascii():
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes floats of whole numbers where one is missing
+    try:
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8", errors="surrogateescape")
+    except UnicodeError:  # half of a surrogate pair, of JSON
+        data = str(value).encode("utf-8", errors="backslashreplace")
+    return data.decode("utf-8", errors="backslashreplace")
+
+
+def require_columns(path: str, wanted: Sequence[str], columns: Sequence[str]) -> None:
+    """Make sure that a table has the columns that are asked for, each once.
+
+    Raises:
+        UserError: one is missing or there twice; names the columns there are, and those of nearly that name.
+    """
+    for name in wanted:
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            more = f", … ({len(columns)} in all)" if len(columns) > COLUMNS_NAMED else ""
+            listed = ", ".join(columns[:COLUMNS_NAMED]) or "none"
+            raise UserError(f"{path}: no column {name!r}; columns are {listed}{more}{hint}")
+        if columns.count(name) > 1:
+            raise UserError(f"{path}: the column {name!r} is there {columns.count(name)} times; rename all but one")
+
+
+def pick(items: Iterable[Item], rows: Rows) -> Iterator[tuple[int, Item]]:
+    """The items at the given places, with their places; reads no further than the last one."""
+    if isinstance(rows, range):
+        yield from itertools.islice(enumerate(items), rows.start, rows.stop)
+        return
+    position, rest = 0, iter(items)
+    for row in rows.tolist():
+        for item in itertools.islice(rest, row - position, row - position + 1):
+            yield row, item
+        position = row + 1
+
+
+def field_names(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the fields of some objects, in order; those of objects within them as `a.b`."""
+    names: dict[str, None] = {}
+    for record in records:
+        for name, value in record.items():
+            names[name] = None
+            if isinstance(value, dict):
+                names.update(dict.fromkeys(f"{name}.{inner}" for inner in value))
+    return list(names)
+
+
+def field_of(record: dict[str, Any], name: str) -> Any:
+    """The field `name` of an object, or `a.b`: the field b of the object a; None where there is none."""
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    found = record.get(outer)
+    return found.get(inner) if isinstance(found, dict) else None

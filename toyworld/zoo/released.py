@@ -1,0 +1,29 @@
+"""The embedded text-to-image PixArt, for fine-tuning: the EMA weights of a demo's stage 2, in half the bytes.
+
+So it has seen the captions that the embedded LLaVA writes of 5,000 pictures, and no truth. It stands where people have
+a released checkpoint.
+"""
+
+from pathlib import Path
+
+from errors import MissingFileError
+from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import MODEL, find_checkpoint
+from pixart.convert import load_diffusers, save_diffusers
+
+STAGE = "stage2"
+
+log = get_logger("toyworld.zoo")
+
+
+def release(run: Path, folder: Path) -> None:
+    """Write the demo's stage 2 to `folder` as fp16, in diffusers' layout.
+
+    Raises:
+        MissingFileError: the run has no such stage yet.
+    """
+    checkpoint = find_checkpoint(run / "training" / STAGE)
+    if checkpoint is None:
+        raise MissingFileError(f"{run}/training/{STAGE} has no checkpoint yet: type `make demo` first")
+    save_diffusers(load_diffusers(checkpoint.path / MODEL).half(), folder)
+    log.info(f"{folder}: {STAGE} of {run}, step {checkpoint.step}")
