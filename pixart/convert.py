@@ -52,7 +52,12 @@ def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
     weights = export_weights(model, layout)
     weights |= {copy: weights[first].clone() for copy, first in copies.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / f"{WEIGHTS_NAME}.safetensors", metadata={"format": "pt"})
+    path = folder / f"{WEIGHTS_NAME}.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(weights, path, metadata={"format": "pt"})
+    # safetensors puts a file of its own in the place, which its owner alone may read, whatever the umask says.
+    path.chmod(mode)
     config = json.dumps(to_json(model.config), indent=2, sort_keys=True)
     (folder / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -64,7 +66,7 @@ def digests(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
+    folder = tmp_path_factory.mktemp("demo") / "run"
     for stage in STAGES:
         # One plan of each room; that of sampling has tests of its own.
         command(folder, stage, "--plan") if stage[0] != "sampling" and stage[-1] not in ("1", "3") else None
@@ -107,6 +109,20 @@ def test_the_run_knows_where_its_shards_were_found(run: Path) -> None:
     shards = json.loads((run / "shards.json").read_text())
     assert set(shards) == {path.stem for path in (run / "captions").glob("*.parquet")}
     assert all(Path(path).is_file() for path in shards.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_whoever_the_umask_lets_may_read_and_write_its_files(run: Path) -> None:
+    """Libraries make files for their owner alone, weights above all, where nobody looks."""
+    umask = os.umask(0)
+    os.umask(umask)
+    odd = {
+        str(path.relative_to(run)): oct(mode)
+        for path in run.rglob("*")
+        if (mode := stat.S_IMODE(path.stat().st_mode)) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert odd == {}
 
 
 @pytest.mark.slow

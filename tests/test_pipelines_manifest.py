@@ -1,6 +1,10 @@
 import os
+import stat
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from encoders.weights import resolve_model
 from errors import UserError
@@ -115,3 +119,15 @@ def test_a_models_identity_is_its_content_or_its_revision(tmp_path) -> None:
     assert resolve_model("google/flan-t5-xxl", "abc").identity == "google/flan-t5-xxl@abc"
     with pytest.raises(FileNotFoundError, match="no_such does not exist"):
         resolve_model(f"{tmp_path}/no_such")
+
+
+def test_a_file_has_the_rights_that_the_umask_gives_whoever_writes_it(tmp_path: Path) -> None:
+    """safetensors, as `tempfile`, puts one in the place that its owner alone may read."""
+    former = os.umask(0o002)
+    try:
+        with atomic_file(tmp_path / "new" / "a") as temporary:
+            save_file({"a": np.zeros(1)}, temporary)
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE((tmp_path / "new" / "a").stat().st_mode) == 0o664
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775

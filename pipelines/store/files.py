@@ -141,8 +141,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.touch(exist_ok=False)
+    # safetensors puts a file of its own in the place, which its owner alone may read, whatever the umask says.
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         put_in_place(temporary, path)

@@ -177,7 +177,7 @@ def _lock_download(path: Path) -> Iterator[int | None]:
     """Hold a copy's temporary file; yields its descriptor, or None if another process finished or removed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(_partial(path), os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:  # its folder was removed with another file, just now
         yield None
         return

@@ -204,7 +204,7 @@ def _raise_failure(statuses: dict[int, int | None], errors: Path, placement: Pla
 def _exclusive(directory: Path) -> Iterator[int]:
     """Hold the directory's lock; ranks inherit it, so it is free only when nothing writes there any more."""
     directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline_seconds = time.monotonic() + GRACE_SECONDS
         while True:
