@@ -263,6 +263,20 @@ def masked_files() -> dict[str, bytes]:
     return files
 
 
+def test_the_start_of_a_file_tells_the_size_that_is_shown_or_none() -> None:
+    told = set()
+    for name, data in rgb_files().items():
+        size = decode_image(data, max_pixels=MAX_PIXELS).size
+        for length in [*range(1, min(len(data), 1200), 31), *range(1200, len(data), 500)]:
+            try:
+                assert image_size(data[:length], max_pixels=MAX_PIXELS) == size, (name, length)
+                told.add(name.rpartition(".")[2])
+            except SampleReject as reject:
+                # What makes callers read on.
+                assert reject.reason in ("corrupt_image", "not_an_image"), (name, length)
+    assert told >= {"PNG", "JPEG", "GIF", "BMP"}
+
+
 @pytest.fixture(scope="module")
 def shown_by_chromium() -> Callable[[dict[str, bytes]], dict[str, np.ndarray]]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
