@@ -135,11 +135,13 @@ def main() -> None:
 
 def _plan(command: Command) -> StatsJob:
     config = command.recipe.table("dataset_stats", DatasetStatsConfig)
-    layouts = {caption_set.layout for caption_set in config.sets.values()}
     captions_folder = command.run / "captions"
-    captions = read_manifest(captions_folder) if "captions" in layouts else None
+    needs_captions = any(caption_set.reads_captions for caption_set in config.sets.values())
+    captions = read_manifest(captions_folder) if needs_captions else None
     data = command.recipe.table("data", DataConfig)
-    raw_shards = _raw_shards(command, data, is_needed="raw" in layouts)
+    raw_shards = _raw_shards(
+        command, data, is_needed=any(caption_set.layout == "raw" for caption_set in config.sets.values())
+    )
     inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards)
     whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
     sources = whole

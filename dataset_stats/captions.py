@@ -1,28 +1,27 @@
-"""Rows of captions: one small reader per layout, all giving the same rows."""
+"""Rows of captions: from this run, raw shards, tables and texts, all giving the same rows."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from errors import UserError
 from pipelines.engine.progress import get_logger
+from pipelines.raw.arrow_tables import ParquetTable
+from pipelines.raw.caption_files import choose_key_column, key_of_path, text_files
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import open_shard
-from pipelines.raw.texts import decode_text, text_members
-from pipelines.store.files import is_remote, open_binary
+from pipelines.raw.table_rows import Rows, key_of_cell, pick, require_columns, text_of_cell
+from pipelines.raw.tables import TableFormat, open_table
+from pipelines.raw.texts import text_members
+from pipelines.store.files import is_remote
+from pipelines.store.tables import MEND_SHARD
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"
@@ -30,8 +29,6 @@ TEXT_FILES_ALONE = Reading(dialect="generic")  # of a tar, not its JSON
 PIPELINE_COLUMN = "caption"  # what captioning wrote
 # Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
 IMG2DATASET_COLUMNS = {"key", "status", "error_message"}
-Item = TypeVar("Item")
-Rows = range | np.ndarray  # ascending row numbers
 log = get_logger("dataset_stats")
 
 
@@ -65,7 +62,12 @@ class RowSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """What a worker must know to read a source; travels as the source's path."""
+    """What a worker must know to read a source; travels as the source's path.
+
+    Attributes:
+        layout: as in `CaptionSet`, but never "auto".
+        column: of texts in files of their own, and of a raw shard's main text, nothing.
+    """
 
     layout: str
     column: str
@@ -92,10 +94,11 @@ def read_rows(address: Address, start: int, stop: int) -> Iterator[list[CaptionR
     """Yield the rows [start, stop) of a source in blocks of bounded size, in order; of a sample, those of the sample.
 
     Raises:
-        UserError: the column does not exist; names the columns there are.
+        UserError: the column does not exist, or the file is damaged; names it.
     """
     chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
-    rows = _READERS[address.layout](address, chosen)
+    readers = {"captions": _read_captions, "raw": _read_raw, "text": _read_texts}
+    rows = readers.get(address.layout, _read_table)(address, chosen)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
 
@@ -104,23 +107,14 @@ def count_rows(address: Address) -> int:
     """Number of rows of a file or folder; those of the "captions" and "raw" layouts are known from elsewhere.
 
     Raises:
-        UserError: the column does not exist; names the columns there are.
+        UserError: the column does not exist, or the file is damaged; names it.
     """
-    if address.layout == "parquet":
-        with open_binary(address.path) as file:
-            parquet = pq.ParquetFile(file)
-            _require_column(address, parquet.schema_arrow.names)
-            return parquet.metadata.num_rows
-    if address.layout == "jsonl":
-        with open_binary(address.path) as file:
-            first = file.readline()
-            record = _json_object(first)
-            if record is not None:
-                _require_column(address, list(record))
-            return sum(1 for _ in file) + bool(first)
-    if address.layout == "csv":
-        return sum(1 for _ in _read_csv(address, range(2**62)))
-    if _is_folder(address.path):
+    if address.layout != "text":
+        with open_table(address.path, cast(TableFormat, address.layout)) as table:
+            if table.columns:
+                require_columns(address.path, [address.column], table.columns)
+            return table.num_rows
+    if is_folder(address.path):
         return len(text_files(address.path))
     with open_shard(address.path) as shard:
         if shard.fault is not None:
@@ -130,151 +124,61 @@ def count_rows(address: Address) -> int:
         return sum(map(_has_text_file, shard.samples))
 
 
-def text_files(folder: str) -> list[Path]:
-    """The `.txt` files of a folder and of the folders in it, in the order of their paths."""
-    return sorted(Path(folder).rglob("*.txt"))
-
-
-def readable(name: Any) -> str:
-    """`name` as text that any file can hold: what is not UTF-8 in it is spelled out, so that names stay apart."""
-    if isinstance(name, bytes):
-        return name.decode("utf-8", errors="backslashreplace")
-    return str(name).encode("utf-8", errors="backslashreplace").decode()
-
-
-def _is_folder(path: str) -> bool:
+def is_folder(path: str) -> bool:
+    """Whether a path is that of a folder on this machine."""
     return not is_remote(path) and Path(path).is_dir()
 
 
-def _pick(items: Iterable[Item], rows: Rows) -> Iterator[tuple[int, Item]]:
-    """The items at the given places, with their places."""
-    if isinstance(rows, range):
-        yield from itertools.islice(enumerate(items), rows.start, rows.stop)
-        return
-    numbered = enumerate(items)
-    for row in rows.tolist():
-        yield next(pair for pair in numbered if pair[0] == row)
-
-
-def _require_column(address: Address, columns: Sequence[str]) -> None:
-    if address.column not in columns:
-        raise UserError(f"{address.path}: no column {address.column!r}; columns are {', '.join(columns)}")
-
-
 def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    for row in _parquet_rows(address, rows, columns=("key", address.column, "flags", "reject")):
+    table = ParquetTable(address.path, mend=MEND_SHARD)
+    columns = [name for name in ("flags", "reject") if name in table.columns]
+    for row in table.rows(rows, list(dict.fromkeys(("key", address.column, *columns)))):
         # Flags are about the caption; the sample's alt text has none.
-        flags = (row.get("flags") or ()) if address.column == PIPELINE_COLUMN else ()
-        caption = _row(row["key"], row[address.column])
+        flags = (row.values.get("flags") or ()) if address.column == PIPELINE_COLUMN else ()
+        caption = _row(row.values["key"], row.values[address.column])
         yield replace(
             caption,
             flags=tuple(flag for flag in flags.split(",") if flag) if isinstance(flags, str) else tuple(flags),
-            reject=row.get("reject") or caption.reject,
+            reject=row.values.get("reject") or caption.reject,
         )
 
 
-def _read_parquet(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    columns = ("key", "__key__", "id", "status", "error_message", address.column)
-    for number, row in zip(rows, _parquet_rows(address, rows, columns=columns), strict=False):
-        key = row.get("key") or row.get("__key__") or row.get("id") or number
-        if row.keys() >= IMG2DATASET_COLUMNS and row["status"] != "success":
-            yield _rejected(key, row["status"] or "no_status")
-        else:
-            yield _row(key, row[address.column])
+def _read_table(address: Address, rows: Rows) -> Iterator[CaptionRow]:
+    column = address.column
+    with open_table(address.path, cast(TableFormat, address.layout)) as table:
+        key_column = choose_key_column([name for name in table.columns if name != column])
+        lists_failures = set(table.columns) >= IMG2DATASET_COLUMNS
+        names = [column, key_column, "status" if lists_failures else None]
+        for row in table.rows(rows, list(dict.fromkeys(name for name in names if name is not None))):
+            key = row.values.get(key_column) if key_column else None
+            # As webdataset and folders do, a file's key is its name without what it ends with.
+            key = row.number if key is None or key == "" else key_of_path(key) if isinstance(key, str) else key
+            if row.reject:
+                yield _rejected(key, row.reject)
+            elif lists_failures and row.values["status"] != "success":
+                yield _rejected(key, key_of_cell(row.values["status"] or "no_status"))
+            else:
+                yield _row(key, row.values[column])
 
 
-def _parquet_rows(address: Address, rows: Rows, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with open_binary(address.path) as file:
-        parquet = pq.ParquetFile(file)
-        _require_column(address, parquet.schema_arrow.names)
-        present = [column for column in dict.fromkeys(columns) if column in parquet.schema_arrow.names]
-        wanted = np.arange(rows.start, min(rows.stop, parquet.metadata.num_rows)) if isinstance(rows, range) else rows
-        position = 0
-        for group in range(parquet.num_row_groups):
-            num_rows = parquet.metadata.row_group(group).num_rows
-            begin, end = np.searchsorted(wanted, (position, position + num_rows))
-            if begin < end:
-                table = parquet.read_row_group(group, columns=present)
-                inside = wanted[begin:end] - position
-                is_run = inside[-1] - inside[0] + 1 == len(inside)
-                table = table.slice(inside[0], len(inside)) if is_run else table.take(inside)
-                for batch in table.to_batches(max_chunksize=ROWS_PER_BLOCK):
-                    yield from _python_rows(batch, address.column)
-            position += num_rows
-
-
-def _python_rows(batch: pa.RecordBatch, text_column: str) -> Iterator[dict[str, Any]]:
-    """Rows of a batch; the text as bytes, to be decoded row by row, since files in the wild hold what is not UTF-8."""
-    columns = []
-    for name, values in zip(batch.schema.names, batch.columns, strict=True):
-        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            columns.append(values.to_pylist())
-            continue
-        strings = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
-        found = strings.cast(pa.large_binary()).to_pylist()
-        if name != text_column:
-            found = [None if value is None else readable(value) for value in found]
-        columns.append(found)
-    for row in zip(*columns, strict=True):
-        yield dict(zip(batch.schema.names, row, strict=True))
-
-
-def _row(key: Any, text: Any) -> CaptionRow:
-    if text is not None and not isinstance(text, str | bytes):
-        return _rejected(key, "not_text")
+def _row(key: Any, cell: Any) -> CaptionRow:
     try:
-        if isinstance(text, bytes):
-            text = decode_text(text)
-        elif text is not None:
-            text.encode("utf-8")  # JSON can hold half of a surrogate pair
-    except UnicodeError:
-        return _rejected(key, "not_utf8")
-    return CaptionRow(key=readable(key), text=text)
+        return CaptionRow(key=key_of_cell(key), text=text_of_cell(cell))
+    except SampleReject as reject:
+        return _rejected(key, reject.reason)
 
 
 def _rejected(key: Any, reason: str) -> CaptionRow:
-    return CaptionRow(key=readable(key), text=None, reject=reason)
+    return CaptionRow(key=key_of_cell(key), text=None, reject=reason)
 
 
-def _read_jsonl(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    with open_binary(address.path) as file:
-        for index, line in _pick(file, rows):
-            record = _json_object(line)
-            if record is None:
-                yield _rejected(index, "not_json")
-            else:
-                yield _row(record.get("key", index), record.get(address.column))
-
-
-def _json_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # RecursionError: nested too deeply; ValueError: also a number too long
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _read_csv(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    with open_binary(address.path) as file:
-        # surrogateescape keeps bytes that are not UTF-8 recognisable, row by row.
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters would end the run
-        records = csv.DictReader(lines)
-        _require_column(address, list(records.fieldnames or []))
-        for index, record in _pick(records, rows):
-            text = record.get(address.column)
-            raw = None if text is None else text.encode("utf-8", errors="surrogateescape")
-            yield _row(record.get("key") or index, raw)
-
-
-def _read_text(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    if _is_folder(address.path):
-        for _, path in _pick(text_files(address.path), rows):
-            yield _row(path.stem, path.read_bytes())
+def _read_texts(address: Address, rows: Rows) -> Iterator[CaptionRow]:
+    if is_folder(address.path):
+        for _, path in pick(text_files(address.path), rows):
+            yield _row(key_of_path(str(path.relative_to(address.path))), path.read_bytes())
         return
     with open_shard(address.path, TEXT_FILES_ALONE) as shard:
-        for _, sample in _pick(filter(_has_text_file, shard.samples), rows):
+        for _, sample in pick(filter(_has_text_file, shard.samples), rows):
             if sample.reject == "cut_off":
                 yield _rejected(sample.key, sample.reject)
                 continue
@@ -290,21 +194,12 @@ def _has_text_file(sample: RawSample) -> bool:
 
 def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     with open_shard(address.path) as shard:
-        for _, sample in _pick(shard.samples, rows):
+        for _, sample in pick(shard.samples, rows):
             if sample.reject:
                 yield _rejected(sample.key, sample.reject)
                 continue
             try:
-                yield _row(sample.key, shard.alt_text(sample))
+                text = shard.named_text(sample, address.column) if address.column else shard.alt_text(sample)
+                yield _row(sample.key, text)
             except SampleReject as reject:
                 yield _rejected(sample.key, reject.reason)
-
-
-_READERS: dict[str, Callable[[Address, Rows], Iterator[CaptionRow]]] = {
-    "captions": _read_captions,
-    "raw": _read_raw,
-    "parquet": _read_parquet,
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "text": _read_text,
-}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
@@ -38,12 +38,24 @@ class CaptionSet(TableConfig):
         default="",
         description="Files of the other layouts: brace ranges, globs, folders or fsspec URLs",
     )
-    layout: Literal["captions", "raw", "parquet", "jsonl", "csv", "text"] = Field(
-        default="captions",
-        description="captions: this pipeline's Parquet; raw: alt texts of the raw shards; parquet, jsonl, csv: any "
-        "file with a text column; text: one .txt per image, in folders or tars (SAM-LLaVA)",
+    layout: Literal["auto", "captions", "raw", "parquet", "arrow", "csv", "tsv", "jsonl", "json", "lines", "text"] = (
+        Field(
+            default="auto",
+            description="captions: this pipeline's Parquet; raw: alt texts of the raw shards; parquet, arrow, csv, "
+            "tsv, jsonl, json: tables with a text column; lines: a caption a line; text: a file a caption, in folders "
+            "or tars (SAM-LLaVA); auto: captions, or what the names of `files` say",
+        )
     )
-    column: str = Field(default="caption", min_length=1, description="Column that holds the text; unused by raw, text")
+    column: str = Field(
+        default="",
+        description="Column that holds the text; empty: the first there is of caption, text, prompt and their like; "
+        "of raw shards: the text that comes with the image",
+    )
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the set is of RUN/captions."""
+        return self.layout == "captions" or (self.layout == "auto" and not self.files)
 
 
 class DatasetStatsConfig(TableConfig):
@@ -143,14 +155,12 @@ def fields_of_today(found: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _parse_set(item: str) -> tuple[str, dict[str, Any]]:
-    """Read `name=files#column`; what has neither a suffix nor a folder names shards of RUN/captions."""
+    """Read `name=files#column`; what is no path and has neither a suffix nor a folder names shards of RUN/captions."""
     name, equals, rest = item.strip().partition("=")
-    files, _, column = rest.partition("#")
+    files, _, column = (rest, "", "") if Path(rest).exists() else rest.partition("#")
     if not equals or not files:
         raise ValueError(f"{item!r} is not of the form name=files#column")
-    suffix = PurePath(files).suffix
     fields: dict[str, Any] = {"column": column} if column else {}
-    if "/" not in files and not suffix:
+    if "/" not in files and not Path(files).suffix and not Path(files).exists():
         return name, {"layout": "captions", "shards": [files], **fields}
-    layout = {".parquet": "parquet", ".jsonl": "jsonl", ".csv": "csv"}.get(suffix, "text")
-    return name, {"layout": layout, "files": files, **fields}
+    return name, {"files": files, **fields}

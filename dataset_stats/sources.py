@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from dataset_stats.captions import ADDRESS_SEPARATOR, Address, RowSample, count_rows, readable, text_files
+from dataset_stats.captions import ADDRESS_SEPARATOR, PIPELINE_COLUMN, Address, RowSample, count_rows, is_folder, log
 from dataset_stats.config import CaptionSet
-from errors import UserError
+from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source
-from pipelines.raw.patterns import expand_braces, expand_shards, select_shards, shard_name
+from pipelines.raw.caption_files import (
+    TARS,
+    TEXTS,
+    choose_text_column,
+    files_by_kind,
+    find_files,
+    kind_of_file,
+    text_files,
+)
+from pipelines.raw.patterns import select_shards, shard_name
+from pipelines.raw.samples import readable_name
 from pipelines.raw.shards import describe_shards
+from pipelines.raw.table_rows import key_of_cell
+from pipelines.raw.tables import TableFormat, open_table, table_format
 from pipelines.store.files import is_remote, open_ranges, sha256_text
 from pipelines.store.manifest import Manifest
 
+# A set of more files of texts than this is one of a file a caption, as people name with `*.txt`.
+MAX_LINE_FILES = 100
 MAX_DRAWN_FROM = 10**9 - 1  # samples; of NumPy's multivariate_hypergeometric
 
 
@@ -43,15 +59,12 @@ def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> 
         UserError: a pattern matches nothing, `files` is missing, or the set has no rows; names the set and its files.
     """
     key = f"dataset_stats.sets.{name}"
-    if caption_set.layout == "captions":
+    if caption_set.reads_captions:
         sources = _pipeline_sources(key, caption_set, inputs)
     elif caption_set.layout == "raw":
         sources = _raw_sources(key, caption_set, inputs)
     elif caption_set.files:
-        paths = _expand_files(key, caption_set)
-        sources = [
-            _file_source(Address(layout=caption_set.layout, column=caption_set.column, path=path)) for path in paths
-        ]
+        sources = _file_sources(key, caption_set)
     else:
         raise UserError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
     if not sum(source.num_samples for source in sources):
@@ -97,7 +110,7 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
 
 
 def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
-    captions, column = inputs.captions, caption_set.column
+    captions, column = inputs.captions, caption_set.column or PIPELINE_COLUMN
     assert captions is not None, "the captions layout needs the captions manifest"
     shards = select_shards(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
     return [
@@ -121,35 +134,93 @@ def _raw_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[So
     ]
 
 
-def _expand_files(key: str, caption_set: CaptionSet) -> list[str]:
+def _file_sources(key: str, caption_set: CaptionSet) -> list[Source]:
+    """Sources of files; the column is chosen once, so that no file's texts are taken from another one."""
+    column = caption_set.column
+    sources = []
+    for layout, path in _find_files(key, caption_set):
+        if layout != "text" and not any(Address.parse(source.path).column for source in sources):
+            column = _look_at_column(f"{key}.column", column, layout, path)
+        address = Address(layout=layout, column="" if layout == "text" else column, path=path)
+        sources.append(_file_source(f"{key}.files", address))
+    return sources
+
+
+def _find_files(key: str, caption_set: CaptionSet) -> list[tuple[str, str]]:
+    """Layout and path of all files and folders of a set, in order, each once."""
     patterns = [caption_set.files] if isinstance(caption_set.files, str) else caption_set.files
-    expanded = [path for pattern in patterns for path in expand_braces(pattern)]
-    folders = [path for path in expanded if not is_remote(path) and Path(path).is_dir()]
-    others = [path for path in expanded if path not in folders]
     found = []
-    for folder in folders:
-        if caption_set.layout != "text":
-            others.append(f"{folder}/*.{caption_set.layout}")
-        elif texts := text_files(folder):
-            _require_no_tars(key, folder, texts[0])
-            found.append(folder)
-        else:
-            others.append(folder)  # a folder of tars
+    for pattern in patterns:
+        paths = find_files(f"{key}.files", pattern)
+        lines = [path for path in paths if not is_folder(path) and table_format(path) == "lines"]
+        if caption_set.layout == "auto" and len(lines) > MAX_LINE_FILES:
+            raise UserError(
+                f"{key}.files: {pattern} is {len(lines):,} files of texts; where each is one caption, name their "
+                'folder, and where each has a caption a line, say layout = "lines"'
+            )
+        for path in paths:
+            found += (
+                _in_folder(key, caption_set.layout, path)
+                if is_folder(path)
+                else [(_layout(key, caption_set, path), path)]
+            )
+    return list(dict.fromkeys(found))
+
+
+def _layout(key: str, caption_set: CaptionSet, path: str) -> str:
+    """What a file is: what the recipe says, or its name."""
+    if caption_set.layout == "text" and table_format(path):
+        raise UserError(f'{key}.files: {path} is no tar; of layout "text", name tars or the folder that has the texts')
+    if caption_set.layout != "auto":
+        return caption_set.layout
     try:
-        return found + (expand_shards(others) if others else [])
+        kind = kind_of_file(path)
     except UserError as error:
-        raise UserError(f"{key}.files: {str(error).removeprefix('data.shards: ')}") from None
+        raise UserError(f"{key}.files: {error}") from None
+    return "text" if kind == TARS else kind
 
 
-def _require_no_tars(key: str, folder: str, text: Path) -> None:
-    if tar := next(Path(folder).glob("*.tar"), None):
-        raise UserError(
-            f"{key}.files: {folder} holds tars ({tar.name}) as well as texts ({readable(text.relative_to(folder))}); "
-            f"name the tars ({folder}/*.tar) or a folder that has only the texts"
+def _in_folder(key: str, layout: str, folder: str) -> list[tuple[str, str]]:
+    """Layout and path of what a folder holds: its tables, its tars, or the folder itself if it holds texts."""
+    kinds = files_by_kind(folder)
+    wanted = {"auto": set(kinds), "text": {TEXTS, TARS}}.get(layout, {layout})
+    chosen = {kind: files for kind, files in kinds.items() if kind in wanted}
+    if not chosen:
+        others = f"; it holds {', '.join(kinds)}" if kinds else ""
+        raise MissingFileError(
+            f"{key}.files: {folder} holds no captions{f' of layout {layout}' * (layout != 'auto')}{others}"
         )
+    if len(chosen) > 1:
+        some = " and ".join(
+            f"{kind} ({readable_name(str(files[0].relative_to(folder)))})" for kind, files in chosen.items()
+        )
+        raise UserError(
+            f"{key}.files: {folder} holds {some}, and only one of them can be meant: name its files, such as "
+            f"{folder}/*{next(iter(chosen.values()))[0].suffix}, or a folder that has nothing else"
+        )
+    ((kind, files),) = chosen.items()
+    if kind == TEXTS:
+        return [("text", folder)]
+    return [("text" if kind == TARS else kind, str(file)) for file in files]
 
 
-def _file_source(address: Address) -> Source:
+def _look_at_column(key: str, column: str, layout: str, path: str) -> str:
+    """The column of the texts, where the recipe names none known by its own name; says which, and that it has lists."""
+    with open_table(path, cast(TableFormat, layout)) as table:
+        if not column and table.columns:
+            try:
+                column = choose_text_column(path, table.columns)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
+            log.info(f"{key} = {column!r}")
+        if column in table.columns and any(
+            isinstance(row.values[column], list) for row in table.rows(range(1), [column])
+        ):
+            log.warning(f"{path}: the column {column!r} holds lists of texts; of each, the first one counts")
+    return column
+
+
+def _file_source(key: str, address: Address) -> Source:
     path = address.path
     if ADDRESS_SEPARATOR in address.column:
         raise UserError(f"{path}: a column name with {ADDRESS_SEPARATOR!r} cannot be read: {address.column!r}")
@@ -157,7 +228,7 @@ def _file_source(address: Address) -> Source:
         with open_ranges(path) as file:
             identity = file.stamp or str(file.size)
     elif Path(path).is_dir():
-        stats = [(readable(file.name), file.stat()) for file in text_files(path)]
+        stats = [(key_of_cell(str(file)), file.stat()) for file in text_files(path)]
         identity = sha256_text("".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in stats))
     else:
         identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"
@@ -166,4 +237,6 @@ def _file_source(address: Address) -> Source:
 
 def _source_name(address: Address) -> str:
     name = Path(shard_name(address.path)).stem
-    return f"{name}-{sha256_text(address.path)[:8]}.{address.layout}-{address.column}"
+    column = re.sub(r"[^\w.-]", "_", address.column)  # it is part of a file's name
+    place = address.path if column == address.column else f"{address.path}{ADDRESS_SEPARATOR}{address.column}"
+    return f"{name}-{sha256_text(place)[:8]}.{address.layout}{column and f'-{column}'}"

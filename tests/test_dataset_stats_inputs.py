@@ -174,7 +174,7 @@ def test_an_empty_set_is_one_clear_error_that_names_it(run):
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), run.parent / "empty.parquet")
     with pytest.raises(UserError, match=r"dataset_stats\.sets\.web is empty: no samples in .*empty\.parquet"):
         stage_summary(run, f"web={run.parent}/empty.parquet#text")
-    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web\.files: no shard matches .*gone"):
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.web\.files: no file matches .*gone"):
         stage_summary(run, f"web={run.parent}/gone_*.parquet#text")
     with pytest.raises(UserError, match=r"dataset_stats\.sets\.web\.shards: pattern 'sam_\*' matches none"):
         stage_summary(run, "web=sam_*")
@@ -184,14 +184,24 @@ def test_an_empty_set_is_one_clear_error_that_names_it(run):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_a_missing_column_names_those_there_are(run, kind):
+def test_a_column_is_known_by_its_name_or_those_there_are_are_named(run, kind):
     path = run.parent / f"a.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.table({"url": ["x"], "TEXT": ["dog"]}), path)
-    else:
-        path.write_text("url,TEXT\nx,dog\n" if kind == "csv" else '{"url": "x", "TEXT": "dog"}\n')
+
+    def write(column: str) -> None:
+        if kind == "parquet":
+            pq.write_table(pa.table({"url": ["x"], column: ["dog"]}), path)
+        else:
+            path.write_text(f"url,{column}\nx,dog\n" if kind == "csv" else f'{{"url": "x", "{column}": "dog"}}\n')
+
+    write("TEXT")
+    assert stage_summary(run, f"web={path}")["web"]["num_captions"] == 1
     with pytest.raises(UserError, match=rf"a\.{kind}: no column 'caption'; columns are url, TEXT"):
+        stage_summary(run, f"web={path}#caption")
+    write("words")
+    message = rf"web\.column: .*a\.{kind}: none of its columns is known .* such as caption, .*columns are url, words"
+    with pytest.raises(UserError, match=message):
         stage_summary(run, f"web={path}")
+    assert stage_summary(run, f"web={path}#words")["web"]["num_captions"] == 1
 
 
 def test_a_missing_stage_column_or_file_is_one_clear_error(run):

@@ -96,7 +96,7 @@ def test_lines_lists_and_objects_of_plain_texts(tmp_path):
     assert [row.values for row in read(tmp_path / "a.txt", ["text"])] == [
         {"text": "a red dog"}, {"text": ""}, {"text": "a cat"},
     ]  # fmt: skip
-    assert [(row.values.get("text"), row.reject) for row in read(tmp_path / "list.json", ["text"])] == [
+    assert [(row.values["text"], row.reject) for row in read(tmp_path / "list.json", ["text"])] == [
         ("a red dog", None), (None, "not_json"), ("a cat", None),
     ]  # fmt: skip
     rows = read(tmp_path / "by_key.json", ["key", "text"])

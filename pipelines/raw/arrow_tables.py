@@ -21,8 +21,8 @@ BATCH_BYTES = 64 << 20
 class ParquetTable:
     """A Parquet file, read by row groups and in batches of bounded size."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, *, mend: str = MEND_USERS) -> None:
+        self.path, self._mend = path, mend
         with self._open() as file:
             self.columns = column_names(file.schema_arrow)
             self.num_rows: int = file.metadata.num_rows
@@ -53,7 +53,7 @@ class ParquetTable:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
-        with sound_table(self.path, mend=MEND_USERS), open_binary(self.path) as file, pq.ParquetFile(file) as parquet:
+        with sound_table(self.path, mend=self._mend), open_binary(self.path) as file, pq.ParquetFile(file) as parquet:
             yield parquet
 
 

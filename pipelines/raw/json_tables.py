@@ -229,5 +229,5 @@ def _record_of(value: Any) -> dict[str, Any] | None:
 
 def _row(number: int, record: dict[str, Any] | None, columns: Sequence[str]) -> TableRow:
     if record is None:
-        return TableRow(number, {}, NOT_JSON)
+        return TableRow(number, dict.fromkeys(columns), NOT_JSON)
     return TableRow(number, {name: field_of(record, name) for name in columns})

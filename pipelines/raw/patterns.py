@@ -112,7 +112,7 @@ def _expand(pattern: str, run: str) -> list[str]:
     """Return the shards that one pattern means."""
     if is_remote(pattern):
         urls = [url.replace(RUN_PLACE, run) for url in expand_braces(pattern)]
-        return [path for url in urls for path in _match_remote(url)]
+        return [path for url in urls for path in match_urls(url)]
     pattern = str(_local(pattern)) if pattern.startswith(("~", "file://")) else pattern
     start, rest = _existing_start(pattern.replace(RUN_PLACE, run))
     return [path for part in expand_braces(rest) for path in _match(start, part)]
@@ -146,7 +146,8 @@ def _match(start: str, rest: str) -> list[str]:
     return found
 
 
-def _match_remote(url: str) -> list[str]:
+def match_urls(url: str) -> list[str]:
+    """Return the URLs that a URL or a pattern of them means; raises MissingFileError if a pattern has none."""
     # In a web address `?` begins the query.
     magic = "*[" if url.startswith(("http://", "https://")) else GLOB
     is_pattern = url.endswith("/") or any(character in url for character in magic)

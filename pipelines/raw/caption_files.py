@@ -1,0 +1,121 @@
+"""Files of captions, wherever they are: which there are, which of their columns is the key, and which the text."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from errors import MissingFileError, UserError
+from pipelines.raw.patterns import expand_braces, match_urls
+from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
+from pipelines.raw.tables import TABLES, TableFormat, table_format
+from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS
+from pipelines.store.files import is_remote
+
+# Columns of a table that say of which sample a row is, the one that counts first.
+KEY_COLUMNS = (
+    *("key", "__key__", "path", "file_name", "filename", "file", "image", "image_path", "img_path"),
+    *("image_id", "id", "sample_id"),
+)
+FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
+# What `datasets` writes of a folder of tables.
+NO_TABLES = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json", re.IGNORECASE)
+TAR = re.compile(r".*\.(tar|tar\.gz|tgz)", re.IGNORECASE | re.DOTALL)
+TEXTS, TARS = "text", "tar"  # kinds of files of captions that are no tables
+
+
+def choose_key_column(columns: Sequence[str]) -> str | None:
+    """Return the column of a table that is the key of its rows, known by its name, or None."""
+    return next((name for name in KEY_COLUMNS if name in columns), None)
+
+
+def choose_text_column(path: str, columns: Sequence[str]) -> str:
+    """Return the column of a table that holds the texts, known by its name.
+
+    Raises:
+        UserError: there is none; names the columns there are.
+    """
+    names = {name.lower(): name for name in reversed(columns)} | {name: name for name in columns}
+    found = next((names[name] for name in (*TEXT_FIELDS, *map(str.lower, TEXT_FIELDS)) if name in names), None)
+    if found is None:
+        raise UserError(
+            f"{path}: none of its columns is known as that of the texts, such as {', '.join(TEXT_FIELDS[:3])}; columns "
+            f"are {', '.join(columns) or 'none'}: name one of them"
+        )
+    return found
+
+
+def key_of_path(name: str) -> str:
+    """Return a key that may be the path of an image or text: as in folders, without what such files end with."""
+    if "." not in name:
+        return name
+    stem, extension = split_at_extension(name)
+    return stem if extension.lower().rpartition(".")[2] in FILE_EXTENSIONS else name
+
+
+def find_files(key: str, pattern: str) -> list[str]:
+    """Return the files and folders that a path, pattern or URL means; what exists is taken as it is.
+
+    Raises:
+        MissingFileError: there are none; names the recipe's `key`.
+    """
+    if is_remote(pattern):
+        try:
+            return [found for url in expand_braces(pattern) for found in match_urls(url)]
+        except MissingFileError as error:
+            raise MissingFileError(f"{key}: {str(error).removeprefix('data.shards: ')}") from None
+    path = Path(pattern.removeprefix("file://")).expanduser()
+    if path.exists():
+        return [str(path)]
+    found = []
+    for part in map(Path, expand_braces(str(path))):
+        matched = sorted(Path(part.anchor or ".").glob(str(part.relative_to(part.anchor))))
+        if not matched:
+            raise MissingFileError(f"{key}: no file matches {part}")
+        found += [str(file) for file in matched]
+    return found
+
+
+def text_files(folder: str) -> list[Path]:
+    """Return the files of one text each in a folder and the folders in it, in the order of their paths."""
+    return sorted(file for file in _files(folder) if _kind(file.name) == TEXTS)
+
+
+def files_by_kind(folder: str) -> dict[str, list[Path]]:
+    """Return what captions a folder and the folders in it hold: tables by format, "tar", and "text" for a file each."""
+    kinds: dict[str, list[Path]] = {}
+    for file in _files(folder):
+        if kind := _kind(file.name):
+            kinds.setdefault(kind, []).append(file)
+    return {kind: sorted(files) for kind, files in sorted(kinds.items())}
+
+
+def kind_of_file(path: str) -> TableFormat | str:
+    """Return the kind of a file of captions: the format of a table, or "tar".
+
+    Raises:
+        UserError: its name does not say it; names the formats there are.
+    """
+    name = path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+    if TAR.fullmatch(name):
+        return TARS
+    found = table_format(path)
+    if found is None:
+        raise UserError(f"{path} is not called as a file of captions is: {TABLES}, or a tar, or a folder of .txt files")
+    return found
+
+
+def _files(folder: str) -> Iterator[Path]:
+    """The files of a folder that may be captions: none that are hidden, or that people and archivers add."""
+    for file in Path(folder).rglob("*"):
+        name = readable_name(str(file.relative_to(folder)))
+        if not is_stray(name) and not any(part.startswith("_") for part in Path(name).parts) and file.is_file():
+            yield file
+
+
+def _kind(name: str) -> str | None:
+    extension = name.rpartition(".")[2].lower()
+    if extension in TEXT_EXTENSIONS:
+        return TEXTS
+    if TAR.fullmatch(name):
+        return TARS
+    return None if NO_TABLES.fullmatch(name) else table_format(name)
