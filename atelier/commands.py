@@ -18,14 +18,12 @@ class Flag:
         gives: `option` and `switch` are the room's own under the same name, a `word` stands in front of all options;
             `toml`, `text` and `on` lay the value, the text as it is, or true over a key of the recipe.
         key: that key; of `on` with the value, `table.key=true`.
-        is_path: `~` in front of it stands for the user's folder.
     """
 
     meaning: str
     value: str = ""
     gives: Literal["option", "switch", "word", "toml", "text", "on"]
     key: str = ""
-    is_path: bool = False
 
     @property
     def is_switch(self) -> bool:
@@ -33,8 +31,8 @@ class Flag:
         return self.gives in ("switch", "on")
 
 
-def _text(key: str, value: str, meaning: str, *, is_path: bool = False) -> Flag:
-    return Flag(gives="text", key=key, value=value, meaning=meaning, is_path=is_path)
+def _text(key: str, value: str, meaning: str) -> Flag:
+    return Flag(gives="text", key=key, value=value, meaning=meaning)
 
 
 def _toml(key: str, value: str, meaning: str) -> Flag:
@@ -53,7 +51,7 @@ FLAGS = {
     "sets": _text("dataset_stats.sets", "SETS", "sets of captions to compare: name=files#column,…"),
     "sample": _toml("dataset_stats.sample", "N", "estimate from so many captions of each set"),
     "gpus": _toml("training.num_processes", "N", "processes of this machine, one a GPU"),
-    "hostfile": _text("training.hostfile", "FILE", "hosts to train on, one a line", is_path=True),
+    "hostfile": _text("training.hostfile", "FILE", "hosts to train on, one a line"),
     "remote-shell": _text("training.remote_shell", "COMMAND", "how to reach them, such as 'ssh -p 2222'"),
     "from-scratch": Flag(
         gives="on",
@@ -61,21 +59,19 @@ FLAGS = {
         meaning="start from fresh weights, whatever the recipe says",
     ),
     "prompt": _text("sampling.prompt", "TEXT", "what to draw"),
-    "prompts": _text("sampling.prompts", "FILE", "a file of prompts", is_path=True),
+    "prompts": _text("sampling.prompts", "FILE", "a file of prompts"),
     "n": _toml("sampling.images_per_prompt", "N", "images of each prompt"),
     "steps": _toml("sampling.num_steps", "N", "steps of the solver"),
     "cfg": _toml("sampling.guidance_scale", "SCALE", "scale of classifier-free guidance"),
     "seed": _toml("sampling.seed", "N", "seed of the noise"),
     "size": _text("sampling.size", "WxH", "width x height in pixels"),
     "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, preference or winrates"),
-    "reference": _text("evaluation.reference", "IMAGES", "images to compare with", is_path=True),
-    "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub", is_path=True),
-    "inception": _text("evaluation.inception", "FILE", "weights of Inception", is_path=True),
+    "reference": _text("evaluation.reference", "IMAGES", "images to compare with"),
+    "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub"),
+    "inception": _text("evaluation.inception", "FILE", "weights of Inception"),
     "port": _toml("app.port", "N", "port of this machine that the page is served at"),
-    "from": Flag(
-        gives="word", value="WEIGHTS", meaning="published weights: folder, file or id of the hub", is_path=True
-    ),
-    "to": Flag(gives="word", value="FOLDER", meaning="what to write", is_path=True),
+    "from": Flag(gives="word", value="WEIGHTS", meaning="published weights: folder, file or id of the hub"),
+    "to": Flag(gives="word", value="FOLDER", meaning="what to write"),
     "reparameterize": Flag(gives="switch", meaning="turn a class-conditional DiT into a PixArt"),
 }
 # Of one sub-command alone, in the place of the flag of that name.

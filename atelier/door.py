@@ -5,9 +5,8 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from atelier.commands import SUBCOMMANDS, Flag, Subcommand, variable
+from atelier.commands import SUBCOMMANDS, Subcommand, variable
 from atelier.recipe_files import find_recipe
 from atelier.typed import did_you_mean
 from errors import UserError
@@ -119,7 +118,7 @@ def _translate(subcommand: Subcommand, options: argparse.Namespace) -> list[str]
         if value is None or value is False:
             continue
         if flag.gives == "word":
-            words.append(_place(flag, value))
+            words.append(value)
         elif flag.gives == "switch":
             own.append(f"--{name}")
         elif flag.gives == "option":
@@ -127,9 +126,5 @@ def _translate(subcommand: Subcommand, options: argparse.Namespace) -> list[str]
         elif flag.gives == "on":
             settings += ["--set", flag.key]
         else:
-            settings += ["--text" if flag.gives == "text" else "--set", f"{flag.key}={_place(flag, value)}"]
+            settings += ["--text" if flag.gives == "text" else "--set", f"{flag.key}={value}"]
     return [*words, *own, *settings]
-
-
-def _place(flag: Flag, value: str) -> str:
-    return str(Path(value).expanduser()) if flag.is_path and value.startswith("~") else value

@@ -37,7 +37,7 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
         MissingFileError: `model_id` looks like a path and there is no such folder.
     """
     for root in (Path(), REPOSITORY):
-        folder = root / model_id
+        folder = root / Path(model_id).expanduser()
         if folder.is_dir():
             return ModelSource(str(folder), None, _folder_identity(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine=command.recipe.table("engine", EngineConfig),
     )
     if config.write_embeddings is not None:
-        path = Path(config.write_embeddings.replace("{run}", str(command.run)))
+        path = Path(config.write_embeddings.replace("{run}", str(command.run))).expanduser()
         _write_embeddings(job, path, is_plan=command.is_plan)
         return
     lost = check_job(job)

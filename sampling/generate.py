@@ -259,7 +259,7 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
         return [single_prompt(config.prompt, seed=config.seed)]
     if config.prompts is None:
         raise UserError("neither sampling.prompts nor sampling.prompt is set: give a file or PROMPT='…'")
-    path = Path(config.prompts.replace("{run}", str(run)))
+    path = Path(config.prompts.replace("{run}", str(run))).expanduser()
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
@@ -296,7 +296,7 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
         if "tokenizer" in text:
             found["tokenizer"] = resolve_model(text["tokenizer"]).identity
         return found | ({"weights": "int8"} if config.text_encoder == "8bit" else {})
-    path = Path(config.text_embeddings)
+    path = Path(config.text_embeddings).expanduser()
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(

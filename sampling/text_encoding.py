@@ -42,7 +42,7 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     prompts = list(dict.fromkeys([config.negative_prompt, *(request.prompt for request in requests)]))
     if config.text_encoder != "precomputed":
         return encode_prompts(prompts, config, text)
-    path = Path(config.text_embeddings)
+    path = Path(config.text_embeddings).expanduser()
     if not config.reads_features:
         embeddings = _read_embeddings(path, prompts, text)
     elif config.negative_prompt:

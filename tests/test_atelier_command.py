@@ -117,16 +117,6 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         }
 
 
-def test_paths_may_begin_with_a_tilde(monkeypatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    assert room_words(["convert", "--from", "~/a b.pth", "--to", "~/c~"]) == [
-        *("training.convert", "/home/me/a b.pth", "/home/me/c~")
-    ]
-    words = room_words(["eval", "--stage", "2", "--reference", "~/images", "--prompt", "~/not a path"])
-    assert is_part(["--text", "evaluation.reference=/home/me/images"], words)
-    assert is_part(["--text", "sampling.prompt=~/not a path"], words)
-
-
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

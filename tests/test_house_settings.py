@@ -1,12 +1,15 @@
 """Every number of every table of a recipe is finite, and what is refused is said in words that help."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pydantic
 import pytest
 
 from captioning.config import CaptioningConfig
-from dataset_stats.config import DatasetStatsConfig
+from dataset_stats.config import CaptionSet, DatasetStatsConfig
+from dataset_stats.sources import _find_files
+from encoders.weights import resolve_model
 from errors import UserError
 from features.config import FeaturesConfig
 from pipelines.engine.run import EngineConfig
@@ -14,9 +17,11 @@ from pipelines.recipe import DataConfig, ModelConfig, TableConfig, load_recipe
 from sampling.app import AppConfig
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
+from sampling.generate import _read_prompts
 from sampling.prompts import read_prompts
 from toyworld.config import ToyworldConfig
 from training.config import StageTraining
+from training.stages.stage import find_weights
 
 TABLES: dict[str, type[TableConfig]] = {
     "data": DataConfig,
@@ -104,3 +109,18 @@ def test_infinity_is_no_aspect_ratio(tmp_path) -> None:
     path.write_text('{"prompt": "a", "aspect_ratio": Infinity}\n')
     with pytest.raises(UserError, match="aspect_ratio inf is not a positive number"):
         read_prompts(path, seed=0)
+
+
+def test_a_tilde_in_front_of_a_path_is_the_users_folder_in_every_room(tmp_path, monkeypatch) -> None:
+    """A shell fills it in only where it is typed without quotes, and a recipe has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("m/config.json", "t/a.txt", "w.pth", "p.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a dog")
+    assert resolve_model("~/m").location == str(tmp_path / "m")
+    assert find_weights("~/w.pth", key="starts_from").path == tmp_path / "w.pth"
+    texts = CaptionSet(files="~/t", layout="text")
+    assert _find_files("dataset_stats.sets.x", texts) == [("text", str(tmp_path / "t"))]
+    trained: Any = SimpleNamespace(num_classes=None)
+    prompts = _read_prompts(SamplingConfig(prompts="~/p.txt"), trained, tmp_path)
+    assert [prompt.text for prompt in prompts] == ["a dog"]

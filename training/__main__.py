@@ -92,7 +92,9 @@ def _where(job: TrainingJob) -> Placement | list[Host]:
             raise UserError(f"training.hostfile {settings.hostfile} is set in tasks of Slurm; use one of the two")
         return of_slurm_task()
     return (
-        on_this_machine(settings.num_processes) if settings.hostfile is None else read_hostfile(Path(settings.hostfile))
+        on_this_machine(settings.num_processes)
+        if settings.hostfile is None
+        else read_hostfile(Path(settings.hostfile).expanduser())
     )
 
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _weights_of(source: str) -> str:
     """Return the weights that a stage's folder or one of its checkpoints means: the average; else what is named."""
-    path = Path(source)
+    path = Path(source).expanduser()
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path) if path.is_dir() else None
     return source if checkpoint is None else str(checkpoint.path / MODEL)
@@ -95,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "target",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         help="what to write, must not exist: a folder, with transformer/ and scheduler/ as diffusers has them, or a "
         "file .pth, .pt or .safetensors with the names of PixArt's or DiT's own code",
     )

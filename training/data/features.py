@@ -182,7 +182,7 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
     """
     stage, name = command.stage_name, settings.features or command.stage_name
     table = _read_table_of(command, name, settings=settings)
-    cache_dir = Path(settings.cache_dir.replace("{run}", str(command.run)))
+    cache_dir = Path(settings.cache_dir.replace("{run}", str(command.run))).expanduser()
     cache = ShardCache(cache_dir, int(settings.cache_gigabytes * GIGABYTE))
     datasets = [
         _open_dataset(

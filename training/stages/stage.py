@@ -113,7 +113,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
 
 def _require_own_folders(command: Command, settings: StageTraining) -> None:
     """Refuse a stage of the recipe whose folder is where the chosen one keeps copies, which it may delete."""
-    cache = Path(settings.cache_dir.replace("{run}", str(command.run)))
+    cache = Path(settings.cache_dir.replace("{run}", str(command.run))).expanduser()
     for name in stage_names(command.recipe):
         if command.run / "training" / name in (cache, *cache.parents):
             raise UserError(
@@ -209,7 +209,7 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     former = _former_stage(command, wanted)
     named = f"{key} = {wanted!r}"
     location = wanted.replace("{run}", str(command.run))
-    path = Path(location) if former is None else command.run / "training" / former
+    path = Path(location).expanduser() if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
         raise UserError(f"{named} is this stage's own folder; resuming is automatic and needs no key")
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
@@ -242,9 +242,10 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
         MissingFileError: it looks like a path, and there is nothing.
         UserError: the hub has no such model, or the folder's process is not supported; the former names `key`.
     """
-    if Path(model_id).is_file():
-        return StartingPoint(Path(model_id), f"sha256:{sha256_file(Path(model_id))}")
-    if model_id.endswith(ORIGINAL_SUFFIXES) and not Path(model_id).exists():
+    path = Path(model_id).expanduser()
+    if path.is_file():
+        return StartingPoint(path, f"sha256:{sha256_file(path)}")
+    if model_id.endswith(ORIGINAL_SUFFIXES) and not path.exists():
         raise MissingFileError(f"{key}: {model_id} does not exist")
     source = resolve_model(model_id)
     folder = Path(source.location)
