@@ -17,7 +17,8 @@ from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from pipelines.raw.patterns import select_shards, shard_name
+from pipelines.raw.patterns import select_shards
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.recipe import DECIDES_TEXTS, DataConfig
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest

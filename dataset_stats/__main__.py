@@ -20,7 +20,7 @@ from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
-from pipelines.raw.patterns import shard_name
+from pipelines.raw.shard_names import shard_name
 from pipelines.recipe import DataConfig
 from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, sha256_file
 from pipelines.store.manifest import (

@@ -24,8 +24,9 @@ from pipelines.raw.caption_files import (
     kind_of_file,
     text_files,
 )
-from pipelines.raw.patterns import select_shards, shard_name
+from pipelines.raw.patterns import select_shards
 from pipelines.raw.samples import readable_name
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.table_rows import key_of_cell
 from pipelines.raw.tables import TableFormat, open_table, table_format

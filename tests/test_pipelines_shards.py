@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import pipelines.raw.shard_headers
+import pipelines.raw.summaries
+import pipelines.raw.tar_shards
 from errors import MissingFileError, UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.patterns import expand_braces, expand_shards, select_shards
@@ -208,13 +209,13 @@ def test_paths_that_exist_are_no_patterns(tmp_path, monkeypatch) -> None:
 def count_headers(monkeypatch) -> list[str]:
     """Note every walk over a tar's headers."""
     walks: list[str] = []
-    walk = pipelines.raw.shard_headers.read_tar
+    walk = pipelines.raw.tar_shards.read_tar
 
     def counted(file):
         walks.append("walk")
         return walk(file)
 
-    monkeypatch.setattr(pipelines.raw.shard_headers, "read_tar", counted)
+    monkeypatch.setattr(pipelines.raw.tar_shards, "read_tar", counted)
     return walks
 
 
@@ -266,8 +267,8 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> Non
     paths = [write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", b"x" * number)]) for number in range(12)]
     expected = describe_shards(paths)
     walks = count_headers(monkeypatch)
-    monkeypatch.setattr(pipelines.raw.shard_headers, "MIN_SHARDS_PER_PROCESS", 4)
-    monkeypatch.setattr(pipelines.raw.shard_headers, "SHARDS_PER_TASK", 3)
+    monkeypatch.setattr(pipelines.raw.summaries, "MIN_SHARDS_PER_PROCESS", 4)
+    monkeypatch.setattr(pipelines.raw.summaries, "SHARDS_PER_TASK", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert describe_shards(paths, run=tmp_path / "run") == expected and not walks
     Path(paths[5]).write_bytes(b"<html>" * 200)

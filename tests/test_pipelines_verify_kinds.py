@@ -18,7 +18,8 @@ from tiny_checkpoint import write_checkpoint
 
 from errors import MissingFileError
 from pipelines.raw.patterns import remember_shards
-from pipelines.raw.shard_headers import HeaderCache, read_headers
+from pipelines.raw.shard_headers import HeaderCache
+from pipelines.raw.tar_shards import read_tar_headers
 from pipelines.store.files import open_ranges, sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.verify.__main__ import main
@@ -293,7 +294,7 @@ def test_raw_shards_of_the_users_own_are_only_noted(run, tmp_path):
     for path in shards:
         path.write_bytes(bytes(10240))
         with open_ranges(str(path)) as file:
-            HeaderCache(run).remember(str(path), read_headers(str(path), file))
+            HeaderCache(run).remember(str(path), read_tar_headers(str(path), file))
     remember_shards(run, [str(path) for path in shards])
     assert require_sound(run).notes == []
     shards[0].unlink()
@@ -307,7 +308,7 @@ def test_damaged_lists_of_raw_shards_and_their_headers_are_named(run, tmp_path):
     shard = tmp_path / "laion_0.tar"
     shard.write_bytes(bytes(10240))
     with open_ranges(str(shard)) as file:
-        HeaderCache(run).remember(str(shard), read_headers(str(shard), file))
+        HeaderCache(run).remember(str(shard), read_tar_headers(str(shard), file))
     remember_shards(run, [str(shard)])
     (headers,) = (run / ".headers").iterdir()
     whole = headers.read_bytes()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from errors import MissingFileError
 from pipelines.raw.images import decode_image
-from pipelines.raw.patterns import shard_name
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.recipe import DataConfig
 from pipelines.store.png_files import read_picture

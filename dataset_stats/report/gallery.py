@@ -13,7 +13,7 @@ from dataset_stats.captions import Address, read_rows
 from dataset_stats.example_places import ROW_BITS
 from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
-from pipelines.raw.patterns import shard_name
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.store.tables import MEND_SHARD, read_table_schema
 

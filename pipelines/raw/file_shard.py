@@ -1,13 +1,13 @@
-"""A raw shard whose samples are files: the members of a tar or of a folder, one image and its texts per key."""
+"""A raw shard whose samples are files: members of a tar or folder, or named by a table; an image a key, and texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from errors import StorageError
-from pipelines.raw.patterns import shard_name
 from pipelines.raw.reading import Reading
+from pipelines.raw.row_texts import RowTexts, label_of
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import ShardHeaders
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.texts import (
     decode_caption,
     json_members,
@@ -15,10 +15,6 @@ from pipelines.raw.texts import (
     text_members,
     text_of_record,
 )
-from pipelines.store.files import RangeFile
-
-MAX_LABEL = 2**31 - 1
-MAX_LABEL_DIGITS = 100
 
 
 class Members(Protocol):
@@ -33,40 +29,35 @@ class Members(Protocol):
         ...
 
 
-class TarMembers:
-    """The members of an open tar."""
-
-    def __init__(self, path: str, file: RangeFile) -> None:
-        self._path, self._file = path, file
-
-    def read(self, member: Member, num_bytes: int | None = None) -> bytes:
-        """Return a member's bytes, or its first `num_bytes`.
-
-        Raises:
-            StorageError: they cannot be had, or the tar has become shorter; names it.
-        """
-        size = member.size if num_bytes is None else min(num_bytes, member.size)
-        data = self._file.read(member.offset, size)
-        if len(data) != size:
-            raise StorageError(
-                f"{self._path}: ends at byte {member.offset + len(data):,}; it has changed while it was read"
-            )
-        return data
-
-
 class FileShard:
     """A `RawShard` of files, read by place."""
 
-    def __init__(self, path: str, members: Members, headers: ShardHeaders, *, reading: Reading) -> None:
+    def __init__(
+        self,
+        path: str,
+        members: Members,
+        headers: ShardHeaders,
+        *,
+        reading: Reading,
+        texts: RowTexts | None = None,
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Serve the samples that `headers` tell of.
+
+        Args:
+            texts: of the rows that samples have.
+            classes: by the folder that a key begins with.
+        """
+        summary = headers.summary
         self.path = path
         self.name = shard_name(path)
         self.samples: Sequence[RawSample] = headers.samples
-        self.identity = headers.summary.identity
-        self.unusable: Sequence[str] = headers.summary.unusable
-        self.strays: Sequence[str] = headers.summary.strays
-        self.fault = headers.summary.fault
-        self.has_labels = any("cls" in sample.members for sample in headers.samples)
-        self._members, self._reading = members, reading
+        self.identity = summary.identity
+        self.unusable: Sequence[str] = summary.unusable
+        self.strays: Sequence[str] = summary.strays
+        self.fault = summary.fault
+        self.has_labels = summary.has_labels or bool(classes)
+        self._members, self._reading, self._texts, self._classes = members, reading, texts, classes or {}
 
     def image_bytes(self, sample: RawSample) -> bytes:
         """See `RawShard`."""
@@ -79,7 +70,7 @@ class FileShard:
         return self._members.read(sample.members[sample.image_extension], num_bytes)
 
     def alt_text(self, sample: RawSample) -> str | None:
-        """See `RawShard`: the text of a text file that has one, else of the JSON."""
+        """See `RawShard`: the text of a text file that has one, else of the sample's row, else of the JSON."""
         if self._reading.dialect == "sa1b":
             return None
         if self._reading.text_column is not None:
@@ -89,17 +80,24 @@ class FileShard:
             text = decode_caption(self._members.read(sample.members[extension]))
             if text:
                 return text
-        if self._reading.dialect not in ("generic", "imagenet"):
+        if self._texts is not None and sample.row is not None:
+            found = self._texts.alt_text(sample.row)
+            text = found if found is not None else text
+        if not text and self._reading.dialect not in ("generic", "imagenet"):
             for extension in json_members(sample.key, sample.members):
                 found = text_of_record(read_json_record(self._members.read(sample.members[extension])))
                 text = found if found is not None else text
         return text
 
     def named_text(self, sample: RawSample, name: str) -> str | None:
-        """See `RawShard`: `name` is a text file's (`txt`, `caption` of `x.caption.txt`) or a field's of the JSON."""
+        """See `RawShard`: `name` is a text file's (`txt`, or `caption` of `x.caption.txt`), a column's or a field's."""
         for extension in text_members(list(sample.members), sample.image_extension):
             if name in (extension, extension.partition(".")[0]):
                 return decode_caption(self._members.read(sample.members[extension]))
+        if self._texts is not None and sample.row is not None:
+            found = self._texts.named_text(sample.row, name)
+            if found is not None:
+                return found
         for extension in json_members(sample.key, sample.members):
             found = text_of_record(read_json_record(self._members.read(sample.members[extension])), name)
             if found is not None:
@@ -107,12 +105,9 @@ class FileShard:
         return None
 
     def label(self, sample: RawSample) -> int | None:
-        """See `RawShard`: of an ImageNet-style sample, its `.cls`."""
-        if "cls" not in sample.members:
-            return None
-        text = self._members.read(sample.members["cls"]).decode("ascii", errors="replace").strip()
-        # Python refuses to read a number of thousands of digits.
-        if not text.isdecimal() or len(text) > MAX_LABEL_DIGITS:
-            return None
-        label = int(text)
-        return label if label <= MAX_LABEL else None
+        """See `RawShard`: of an ImageNet-style sample its `.cls`, else that of its row, else its folder's number."""
+        if "cls" in sample.members:
+            return label_of(self._members.read(sample.members["cls"]).decode("ascii", errors="replace"))
+        if self._texts is not None and sample.row is not None:
+            return self._texts.label(sample.row)
+        return self._classes.get(sample.key.partition("/")[0])

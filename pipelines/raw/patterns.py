@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.raw.folder_kinds import refuse_images, shards_in
+from pipelines.raw.shard_names import shard_name
 from pipelines.store.files import atomic_write_json, is_remote
 from pipelines.store.remote import list_urls
 from pipelines.store.state_files import read_state, state_of
@@ -15,23 +17,8 @@ REMEMBERED_NAME = "shards.json"
 RUN_PLACE = "\0"  # in a pattern, as no path has it
 BRACE = re.compile(r"\{([^{}]*)\}")
 GLOB = "*?["
+HUB_DATA_SET = re.compile(r"hf://datasets/[^/*?\[]+/[^/*?\[]+")
 NUMBER_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
-
-# What a shard's name does not say of its file.
-SHARD_SUFFIX = re.compile(r"\.(tar|parquet|arrow|(csv|tsv|jsonl|ndjson|json)(\.gz)?)", re.IGNORECASE)
-
-
-def shard_name(path: str) -> str:
-    """Return the name of a shard: that of its file or folder, without what follows `?` in a web address.
-
-    `.tar`, `.parquet` and endings of tables are no part of it.
-    """
-    if path.startswith(("http://", "https://")):
-        path = path.partition("?")[0]
-    name = path.rstrip("/").rsplit("/", 1)[-1]
-    suffix = next((found for found in SHARD_SUFFIX.finditer(name) if found.end() == len(name)), None)
-    return name[: suffix.start()] if suffix and suffix.start() else name
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -86,6 +73,7 @@ def _local(path: str) -> Path:
 def expand_shards(spec: str | Sequence[str], *, run: Path | None = None) -> list[str]:
     """Turn brace ranges, globs, folders and fsspec URLs (comma-separated or a list) into sorted paths of shards.
 
+    A folder is its tars, its Parquet and Arrow files, or, of images, one shard; see `shards_in`.
     What exists is taken as it is before it is taken for a pattern, and so is the folder at the beginning of one.
     `{run}` stands for the folder `run`, whose own commas, braces and brackets are no pattern.
 
@@ -104,7 +92,10 @@ def expand_shards(spec: str | Sequence[str], *, run: Path | None = None) -> list
     for path in sorted(paths):
         other = by_name.setdefault(shard_name(path), path)
         if other != path:
-            raise UserError(f"data.shards: {other} and {path} have the same name {shard_name(path)!r}")
+            raise UserError(
+                f"data.shards: {other} and {path} have the same name {shard_name(path)!r}, and outputs are called "
+                "after it: rename one, or give each a RUN of its own"
+            )
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -132,15 +123,17 @@ def _match(start: str, rest: str) -> list[str]:
     written = "/".join(filter(None, (start.rstrip("/") if rest else start, rest))) if start != "/" else f"/{rest}"
     path = Path(written)
     if path.is_dir():
-        found = [str(tar) for tar in path.glob("*.tar")]
-    elif path.is_file():
+        return shards_in(written)
+    if path.is_file():
         found = [str(path)]
     elif path.exists():
         raise UserError(f"data.shards: {path} is a stream; members are read by their place, so a shard must be a file")
     elif any(character in rest for character in GLOB):
-        found = [str(shard) for shard in Path(start or ".").glob(rest)]
+        matches = [str(match) for match in Path(start or ".").glob(rest)]
+        found = [shard for match in matches for shard in (shards_in(match) if Path(match).is_dir() else [match])]
     else:
         found = []
+    refuse_images(found)
     if not found:
         raise MissingFileError(f"data.shards: no shard matches {written}")
     return found
@@ -150,9 +143,19 @@ def match_urls(url: str) -> list[str]:
     """Return the URLs that a URL or a pattern of them means; raises MissingFileError if a pattern has none."""
     # In a web address `?` begins the query.
     magic = "*[" if url.startswith(("http://", "https://")) else GLOB
-    is_pattern = url.endswith("/") or any(character in url for character in magic)
+    if HUB_DATA_SET.fullmatch(url):
+        url += "/"
+    if url.endswith("/"):
+        found = list_urls(url) or list_urls(f"{url}**/*.parquet")
+        if not found:
+            raise MissingFileError(
+                f"data.shards: no shard matches {url}: it has no tars and no Parquet files; a folder of images is read "
+                "from disk alone, so download it, or make tars of it (`make pack`) and put them there"
+            )
+        return found
     # Whether a single remote shard is there is found when it is opened.
-    found = list_urls(url) if is_pattern else [url]
+    found = list_urls(url) if any(character in url for character in magic) else [url]
+    refuse_images(found)
     if not found:
         raise MissingFileError(f"data.shards: no shard matches {url}")
     return found

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -20,3 +22,7 @@ class Reading:
 
 
 AS_IT_COMES = Reading()
+
+
+class UnreadableShardError(UserError):
+    """A file or folder is no raw shard, or one whose samples cannot be read by place; names it."""

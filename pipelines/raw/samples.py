@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.raw.tar_headers import TarEntry
-from pipelines.raw.texts import TEXT_FIELDS
+from pipelines.raw.texts import TEXT_FIELDS, text_members
 
 # What Pillow reads, and below what it does not: where a sample has one of each, as of phones, the first counts.
 READABLE_EXTENSIONS = frozenset(
@@ -60,13 +60,14 @@ class Member:
 class RawSample:
     """All members of one key; `reject` says why it cannot be used, `image_extension` which member is its image.
 
-    A row of a table has no members: its image and texts are in columns.
+    `row` is the number of its row, where a table tells of it; a row with its image in a column has no members.
     """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     image_extension: str | None = None
     reject: str | None = None
+    row: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +122,19 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
 
 
 def group_files(entries: Sequence[TarEntry]) -> GroupedSamples:
-    """Group the files of a folder by key: the name without its extension; rejects as in `group_samples`."""
+    """Group the files of a folder by key: the name without its extension; rejects as in `group_samples`.
+
+    What is neither an image nor the text of one, such as a film or a table, is a stray.
+    """
     strays = [readable_name(entry.name) for entry in entries if is_stray(entry.name)]
     files = [(entry.name, entry) for entry in entries if not is_stray(entry.name)]
-    samples = _group(files, split_at_extension, num_bytes=None)
-    for sample in samples:
+    samples = []
+    for sample in _group(files, split_at_extension, num_bytes=None):
+        if not _hides_image(sample) and not text_members(list(sample.members), None):
+            strays += [f"{sample.key}.{extension}".removesuffix(".") for extension in sample.members]
+            continue
         _choose_image(sample)
+        samples.append(sample)
     return GroupedSamples(samples=samples, unusable=[], strays=strays)
 
 

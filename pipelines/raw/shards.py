@@ -9,13 +9,19 @@ from typing import Protocol
 from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
-from pipelines.raw.file_shard import FileShard, TarMembers
-from pipelines.raw.patterns import shard_name
-from pipelines.raw.reading import AS_IT_COMES, Reading
+from pipelines.raw.file_shard import FileShard
+from pipelines.raw.folder_shards import classes_of, is_local_folder
+from pipelines.raw.local_files import LocalFiles
+from pipelines.raw.reading import AS_IT_COMES, Reading, UnreadableShardError
+from pipelines.raw.row_shards import open_rows
+from pipelines.raw.row_texts import RowTexts
 from pipelines.raw.samples import RawSample
-from pipelines.raw.shard_headers import HeaderCache, ShardSummary, read_headers, read_summaries
-from pipelines.raw.tar_headers import UnreadableTarError
-from pipelines.store.files import is_remote, open_ranges
+from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
+from pipelines.raw.shard_names import shard_name
+from pipelines.raw.summaries import read_headers, read_summaries, recall_headers
+from pipelines.raw.table_shards import table_members
+from pipelines.raw.tar_shards import TarMembers
+from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 FAULTS_NAMED = 5
 NAMES_SHOWN = 3
@@ -87,28 +93,46 @@ def open_shard(
 
     Args:
         reading: what counts as image and text of a sample.
-        run: where headers that a command has read before are found; without it they are read from the shard.
+        run: where what a command has found out before is kept; without it the shard is looked at anew.
         identity: of the shard that is expected.
 
     Raises:
         UserError: the file is no shard, cannot be read by place, or has changed; names the shard.
         StorageError: it cannot be read; names the shard.
     """
-    with open_ranges(path) as file:
+    with contextlib.ExitStack() as stack:
+        file = None if is_local_folder(path) else stack.enter_context(open_ranges(path))
         cache = HeaderCache(run) if run else None
-        headers = cache.headers(path, file.stamp) if cache else None
+        headers = recall_headers(path, file, reading, cache=cache, identity=identity) if cache else None
         if headers is None:
-            headers = read_headers(path, file)
+            headers = read_headers(path, file, reading)
             if cache and cache.has_forgotten:
                 cache.remember(path, headers)
         if identity not in (None, headers.summary.identity):
             raise UserError(f"{path} has changed since this command began; run it again")
-        yield FileShard(path, TarMembers(path, file), headers, reading=reading)
+        yield stack.enter_context(_open(path, file, headers, reading))
         if is_remote(path):
             # A local file that is replaced stays open as it was; of a remote one, later ranges would be another's.
             with open_ranges(path) as again:
-                if again.stamp != file.stamp:
+                if file is not None and again.stamp != file.stamp:
                     raise UserError(f"{path} has changed while it was read; run the command again")
+
+
+@contextlib.contextmanager
+def _open(path: str, file: RangeFile | None, headers: ShardHeaders, reading: Reading) -> Iterator[RawShard]:
+    if file is None:
+        folder = path.removeprefix("file://")
+        texts = RowTexts([f"{folder}/{table}" for table in headers.tables]) if headers.tables else None
+        classes = classes_of(headers.samples) if reading.dialect == "imagenet" else None
+        members = LocalFiles(folder, headers.files)
+        yield FileShard(path, members, headers, reading=reading, texts=texts, classes=classes)
+    elif headers.summary.kind == "table":
+        yield FileShard(path, table_members(path, headers), headers, reading=reading, texts=RowTexts([path]))
+    elif headers.summary.kind == "rows":
+        with open_rows(path, file, headers, reading) as shard:
+            yield shard
+    else:
+        yield FileShard(path, TarMembers(path, file), headers, reading=reading)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +154,8 @@ def describe_shards(
         UserError: some files are no shards, or cannot be read by place; names them.
         StorageError: a shard cannot be read; names it.
     """
-    summaries = read_summaries(paths, run)
-    if errors := [str(summary) for summary in summaries if isinstance(summary, UnreadableTarError)]:
+    summaries = read_summaries(paths, reading, run=run)
+    if errors := [str(summary) for summary in summaries if isinstance(summary, UnreadableShardError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
         raise UserError("\n".join([*errors[:FAULTS_NAMED], *more]))
     described = []
@@ -139,10 +163,11 @@ def describe_shards(
         assert isinstance(summary, ShardSummary), "errors have been raised"
         if summary.fault is not None:
             log.warning(f"{path}: {summary.fault}")
+        what = "files" if summary.kind == "folder" else "members"
         for names in (summary.unusable, summary.strays):
             if names:
                 some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-                log.warning(f"{path}: {len(names):,} members are no samples: {some}")
+                log.warning(f"{path}: {len(names):,} {what} are no samples: {some}")
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
         described.append(
             ShardDescription(source=source, num_texts=0 if reading.dialect == "sa1b" else summary.num_texts)

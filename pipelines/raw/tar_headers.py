@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from errors import UserError
+from pipelines.raw.reading import UnreadableShardError
 from pipelines.store.files import RangeFile
 
 BLOCK_BYTES = 512
@@ -49,10 +49,6 @@ class TarContents:
     fault: str | None
 
 
-class UnreadableTarError(UserError):
-    """A file is not a tar at all, or one whose members cannot be read by place."""
-
-
 class _HeaderError(Exception):
     """A block that should be a header is none."""
 
@@ -61,7 +57,7 @@ def read_tar(file: RangeFile) -> TarContents:
     """Read the headers of a tar up to its end, or to where it is damaged; what comes before is usable.
 
     Raises:
-        UnreadableTarError: it is not a tar at all.
+        UnreadableShardError: it is not a tar at all.
     """
     entries: list[TarEntry] = []
     digest = hashlib.sha256()
@@ -118,14 +114,14 @@ class _Walk:
     def _require_tar(self) -> None:
         block = self._file.read(0, BLOCK_BYTES)
         if block[:2] == b"\x1f\x8b":
-            raise UnreadableTarError(
+            raise UnreadableShardError(
                 "it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip"
             )
         try:
             if len(block) < BLOCK_BYTES or block != ZEROS:
                 _checked_type(block)
         except _HeaderError as error:
-            raise UnreadableTarError(str(error) if block else "it is empty") from None
+            raise UnreadableShardError(str(error) if block else "it is empty") from None
 
     def _next_block(self, size: int) -> bytes:
         self._offset += BLOCK_BYTES + _padded(size)

@@ -23,6 +23,7 @@ TEXT_FIELDS = (
     *("caption", "text", "prompt", "outputs", "output", "alt_text", "alt", "description", "captions", "texts"),
     *("top_caption", "TEXT", "title", "label_text"),
 )
+PLACE = re.compile(r"(?P<field>.+)\[(?P<place>\d{1,9})\]", re.DOTALL)
 JSON_EXTENSIONS = ("json", "metadata.json", "meta.json", "info.json")
 # SA-1B's JSON has masks and no text, and is larger than the image.
 MASKS_KEY = re.compile(r"(.*/)?sa_\d+")
@@ -85,13 +86,23 @@ def read_json_record(data: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def text_of_record(record: dict[str, Any], name: str | None = None) -> str | None:
-    """Return the text of a sample's JSON or row: the field `name`, or the first of `TEXT_FIELDS` that it has.
+def split_place(name: str) -> tuple[str, int]:
+    """Return which field, and which text of its list, a name means: `captions[1]` is the second of `captions`."""
+    found = PLACE.fullmatch(name)
+    return (found["field"], int(found["place"])) if found else (name, 0)
 
-    Half a surrogate pair becomes `?`: the text is valid UTF-8.
+
+def text_of_record(record: dict[str, Any], name: str | None = None) -> str | None:
+    """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS` that it has.
+
+    Of a list of texts it is the first one, or that which `name` says, see `split_place`. Half a surrogate pair becomes
+    `?`: the text is valid UTF-8.
     """
-    for field in (name,) if name is not None else TEXT_FIELDS:
+    for wanted in (name,) if name is not None else TEXT_FIELDS:
+        field, place = split_place(wanted)
         found = record.get(field)
+        if isinstance(found, list):
+            found = found[place] if place < len(found) else None
         if isinstance(found, str):
             return found.encode("utf-8", errors="replace").decode()
     return None

@@ -11,10 +11,11 @@ from pathlib import Path
 from errors import MissingFileError, UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
+from pipelines.raw.images import SampleReject
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.reading import AS_IT_COMES, Reading
-from pipelines.raw.samples import IMAGE_EXTENSIONS
-from pipelines.raw.shards import describe_shards, open_shard
+from pipelines.raw.samples import IMAGE_EXTENSIONS, RawSample
+from pipelines.raw.shards import RawShard, describe_shards, open_shard
 from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_file, sha256_text
 from pipelines.store.manifest import MARKER_FOLDER, read_manifest
 from pipelines.store.png_files import require_sound_png
@@ -86,7 +87,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
     """
     pattern, spec = spec, spec.replace("{run}", str(run))
     folder = Path(spec).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.tar")):
+    if folder.is_dir() and not any(folder.glob("*.tar")) and not _has_rows_alone(folder):
         return open_folder(folder, cache=cache)
     try:
         paths = expand_shards(pattern, run=run)
@@ -100,6 +101,12 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
         shown = [path for path in _files(folder) if not _is_hidden(path, folder)]
         left_out = _say_left_out(folder, Counter(BESIDE_SHARDS for path in shown if _is_image(path)))
     return ImageSet(name=spec, identity=identity, sources=sources, reading=AS_IT_COMES, left_out=left_out)
+
+
+def _has_rows_alone(folder: Path) -> bool:
+    """Whether a folder is a data set of Parquet or Arrow files, without an image."""
+    files = _files(folder)
+    return not any(map(_is_image, files)) and any(path.suffix.lower() in (".parquet", ".arrow") for path in files)
 
 
 def open_folder(folder: Path, *, cache: Path) -> ImageSet:
@@ -232,11 +239,20 @@ def read_images(source: Source, start: int, stop: int, *, reading: Reading | Non
     if reading is not None:
         with open_shard(source.path, reading) as shard:
             for sample in shard.samples[start:stop]:
-                data = b"" if sample.reject else shard.image_bytes(sample)
-                yield SetImage(key=f"{source.name}/{sample.key}", data=data, reject=sample.reject)
+                yield _shard_image(shard, sample)
         return
     for row in _rows(source)[start:stop]:
         try:
             yield SetImage(key=row["key"], data=Path(row["file"]).read_bytes(), prompt=row.get("prompt"))
         except OSError:
             yield SetImage(key=row["key"], data=b"", prompt=row.get("prompt"), reject="unreadable_file")
+
+
+def _shard_image(shard: RawShard, sample: RawSample) -> SetImage:
+    key = f"{shard.name}/{sample.key}"
+    if sample.reject is not None:
+        return SetImage(key=key, data=b"", reject=sample.reject)
+    try:
+        return SetImage(key=key, data=shard.image_bytes(sample))
+    except SampleReject as reject:
+        return SetImage(key=key, data=b"", reject=reject.reason)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pandas.util import hash_array
 
 from errors import run_argument
-from pipelines.raw.patterns import shard_name
+from pipelines.raw.shard_names import shard_name
 from pipelines.store.families import FamilySchema, schema_of, texts_digest
 from pipelines.store.manifest import Manifest
 from pipelines.store.verify.findings import Findings, Problem

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.raw.shard_headers import HeaderCache
-from pipelines.store.files import LocalFile, is_remote
+from pipelines.raw.summaries import stamp_of
+from pipelines.store.files import is_remote
 
 
 def raw_notes(run: Path, paths: Sequence[str]) -> list[str]:
@@ -12,7 +13,8 @@ def raw_notes(run: Path, paths: Sequence[str]) -> list[str]:
     local = [path for path in paths if not is_remote(path)]
     missing = [path for path in local if not Path(path).exists()]
     cache = HeaderCache(run)
-    changed = [path for path in local if path not in missing and cache.stamp(path) not in (None, _stamp(Path(path)))]
+    known = {path: summary for path in local if path not in missing and (summary := cache.summary(path)) is not None}
+    changed = [path for path, summary in known.items() if summary.stamp != stamp_of(path)]
     notes = []
     if missing:
         notes.append(f"{len(missing):,} raw shards are not where they were found, such as {missing[0]}")
@@ -22,11 +24,3 @@ def raw_notes(run: Path, paths: Sequence[str]) -> list[str]:
             "take them for other shards"
         )
     return notes
-
-
-def _stamp(path: Path) -> str | None:
-    if not path.is_file():  # a folder or table of images
-        return None
-    file = LocalFile(path)
-    file.close()
-    return file.stamp

@@ -1,0 +1,141 @@
+"""A folder of images as a raw shard: at any depth, with texts beside them or in `metadata.*` as Hugging Face has it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from pipelines.raw.local_files import FileFacts, identify_files, list_folder
+from pipelines.raw.reading import Reading, UnreadableShardError
+from pipelines.raw.row_texts import RowTexts
+from pipelines.raw.samples import RawSample, group_files, readable_name, split_at_extension
+from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
+from pipelines.raw.table_rows import key_of_cell
+from pipelines.raw.tar_headers import TarEntry
+
+METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
+NAME_COLUMN = "file_name"
+MISSING_IMAGE_FILE, NOT_IN_METADATA, DUPLICATE_ROW = "missing_image_file", "not_in_metadata", "duplicate_row"
+
+
+def read_folder(path: str, reading: Reading) -> ShardHeaders:
+    """Find the samples of a folder: one for each image, and one for each that its metadata names and it lacks.
+
+    Faulty samples carry a reason, as in `group_files`, and `missing_image_file`, `not_in_metadata` or `duplicate_row`
+    where metadata tell of other images than there are.
+
+    Raises:
+        UnreadableShardError: there is no image in it.
+        UserError: it cannot be read, or its metadata cannot.
+    """
+    contents = list_folder(path)
+    entries = [TarEntry(facts.name, "file", number, facts.size, 0) for number, facts in enumerate(contents.files)]
+    tables = metadata_tables(contents.files)
+    grouped = group_files([entry for entry in entries if entry.name not in tables])
+    samples = grouped.samples
+    if not any(sample.image_extension for sample in samples):
+        raise UnreadableShardError(f"{path} has no image: {len(contents.files):,} files, and none is called as one")
+    texts = RowTexts([f"{path}/{table}" for table in tables]) if tables else None
+    if texts is not None:
+        samples = _join_rows(path, tables, samples, reading)
+    summary = ShardSummary(
+        kind="folder",
+        stamp=contents.stamp,
+        image_column=reading.image_column,
+        identity=identify_files(path, contents.files),
+        num_samples=len(samples),
+        num_texts=sum(map(has_text, samples)) if texts is None or not texts.has_texts() else len(samples),
+        has_labels=any("cls" in sample.members for sample in samples) or (texts is not None and texts.has_labels()),
+        unusable=contents.unusable,
+        strays=[*contents.hidden, *grouped.strays],
+        fault=None,
+    )
+    return ShardHeaders(summary=summary, samples=samples, files=contents.files, tables=tables)
+
+
+def metadata_tables(files: Sequence[FileFacts]) -> list[str]:
+    """Return which files are tables that tell of images, as Hugging Face's ImageFolder has them."""
+    return [facts.name for facts in files if facts.name.rpartition("/")[2].lower() in METADATA_NAMES]
+
+
+def _join_rows(path: str, tables: Sequence[str], samples: list[RawSample], reading: Reading) -> list[RawSample]:
+    """Give each sample the row that names its image, and each row a sample; raises `UserError`."""
+    by_image = {_image_name(sample): sample for sample in samples if sample.image_extension is not None}
+    missing: list[RawSample] = []
+    first_row = 0
+    for table in tables:
+        folder = table.rpartition("/")[0]
+        names = _names_in(f"{path}/{table}", reading)
+        for row, name in enumerate(names, first_row):
+            image = os.path.normpath(f"{folder}/{name}" if folder else name) if name else ""
+            sample = by_image.get(_lower_extension(image))
+            if sample is None:
+                key = _missing_key(image) or f"{table}_{row:08d}"
+                missing.append(RawSample(key, reject=MISSING_IMAGE_FILE, row=row))
+            elif sample.row is not None:
+                sample.reject = sample.reject or DUPLICATE_ROW
+            else:
+                sample.row = row
+        first_row += len(names)
+    folders = tuple(table.rpartition("/")[0] for table in tables)
+    for sample in by_image.values():
+        is_governed = any(not folder or sample.key.startswith(f"{folder}/") for folder in folders)
+        if sample.row is None and is_governed:
+            sample.reject = sample.reject or NOT_IN_METADATA
+    keys = {sample.key for sample in samples}
+    for sample in missing:
+        while sample.key in keys:
+            sample.key += "_"
+        keys.add(sample.key)
+    return [*samples, *missing]
+
+
+def _image_name(sample: RawSample) -> str:
+    return f"{sample.key}.{sample.image_extension}"
+
+
+def _lower_extension(name: str) -> str:
+    key, extension = split_at_extension(name)
+    return f"{readable_name(key)}.{extension.lower()}"
+
+
+def _missing_key(image: str) -> str:
+    return "" if image.startswith(("/", "..")) else split_at_extension(image)[0]
+
+
+def _names_in(table: str, reading: Reading) -> list[str]:
+    """Return the image's name in each row of a table of metadata, empty where a row has none."""
+    texts = RowTexts([table])
+    column = name_column(texts.columns, reading, where=table)
+    return [key_of_cell(cell).strip() if isinstance(cell, str | bytes) else "" for cell in texts.column(column)]
+
+
+def name_column(columns: Sequence[str], reading: Reading, *, where: str) -> str:
+    """Return which column of metadata names the image: `file_name`, or one that ends so.
+
+    Raises:
+        UserError: none, or several do; names them.
+    """
+    if reading.image_column in columns:
+        assert reading.image_column is not None
+        return reading.image_column
+    if NAME_COLUMN in columns:
+        return NAME_COLUMN
+    found = [column for column in columns if column.endswith(f"_{NAME_COLUMN}")]
+    if len(found) > 1 and f"image_{NAME_COLUMN}" in found:
+        found = [f"image_{NAME_COLUMN}"]
+    if len(found) != 1:
+        which = ", ".join(found) if found else f"none of {', '.join(columns)}"
+        raise UserError(f"{where}: which column names the images? {which}; say it with data.image_column")
+    return found[0]
+
+
+def classes_of(samples: Sequence[RawSample]) -> dict[str, int]:
+    """Number the folders in which the samples are, in the order of their names, as torchvision's ImageFolder does."""
+    names = {sample.key.partition("/")[0] for sample in samples if "/" in sample.key}
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def is_local_folder(path: str) -> bool:
+    """Whether a path is that of a folder here."""
+    return "://" not in path.removeprefix("file://") and Path(path.removeprefix("file://")).is_dir()

@@ -1,0 +1,145 @@
+"""What raw shards are, and what is to be known of each before it is opened; what a run remembers is not read again."""
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+from pipelines.engine.progress import progress_bar
+from pipelines.raw.arrow_tables import ARROW_FILE
+from pipelines.raw.folder_shards import is_local_folder, read_folder
+from pipelines.raw.local_files import list_folder
+from pipelines.raw.reading import Reading, UnreadableShardError
+from pipelines.raw.row_shards import images_in, read_row_headers
+from pipelines.raw.samples import IMAGE_EXTENSIONS
+from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
+from pipelines.raw.table_shards import are_files_as_known, read_table_headers
+from pipelines.raw.tables import ARROW_STREAM, PARQUET, table_format
+from pipelines.raw.tar_shards import read_tar_headers
+from pipelines.store.files import RangeFile, open_ranges
+
+# Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
+NUM_THREADS = 16
+SHARDS_PER_TASK = 16
+MIN_SHARDS_PER_PROCESS = 64
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
+
+
+def read_headers(path: str, file: RangeFile | None, reading: Reading) -> ShardHeaders:
+    """Look at a shard: a folder, without `file`; else by its first bytes Parquet or Arrow, by name a table, or a tar.
+
+    Raises:
+        UnreadableShardError: it is none of them, or cannot be read by place; names it.
+        UserError, StorageError: it is damaged, out of reach, or its columns are not told apart; names it.
+    """
+    if file is None:
+        return read_folder(path.removeprefix("file://"), reading)
+    start = file.read(0, 16)
+    if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        column = images_in(path, file, reading)
+        if column is not None:
+            return read_row_headers(path, file, column, reading)
+        return read_table_headers(path, file, reading)
+    if start.startswith(PICTURE_STARTS) or path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+        raise UnreadableShardError(f"{path} is an image: name the folder that it is in")
+    if table_format(path) is not None and not path.lower().endswith(".tar"):
+        return read_table_headers(path, file, reading)
+    return read_tar_headers(path, file)
+
+
+def recall_headers(
+    path: str, file: RangeFile | None, reading: Reading, *, cache: HeaderCache, identity: str | None = None
+) -> ShardHeaders | None:
+    """Return what is remembered of a shard, if it is as it was, or else None.
+
+    Where files of a folder or table are to be those of a known `identity`, each is looked at when it is read.
+    """
+    headers = cache.headers(path)
+    if headers is None:
+        return None
+    summary = headers.summary
+    if file is None:
+        is_known = summary.identity == identity and summary.is_of(summary.stamp, reading)
+        return headers if is_known or summary.is_of(stamp_of(path), reading) else None
+    if not summary.is_of(file.stamp, reading):
+        return None
+    is_known = summary.kind != "table" or summary.identity == identity
+    return headers if is_known or are_files_as_known(path, headers) else None
+
+
+def stamp_of(path: str) -> str | None:
+    """Return what changes when a file, or a file of a folder, does; None where that cannot be known."""
+    if is_local_folder(path):
+        return list_folder(path.removeprefix("file://")).stamp
+    with open_ranges(path) as file:
+        return file.stamp
+
+
+def read_summaries(
+    paths: Sequence[str], reading: Reading, *, run: Path | None
+) -> list[ShardSummary | UnreadableShardError]:
+    """Return what is to be known of each shard, or what is wrong with it; what was not remembered in `run` is read.
+
+    Raises:
+        UserError, StorageError: a shard cannot be read; names it.
+    """
+    recall = functools.partial(_recall_summary, reading=reading, run=run)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        found = dict(zip(paths, pool.map(recall, paths), strict=True))
+    unread = [path for path, summary in found.items() if summary is None]
+    tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
+    read: dict[str, ShardSummary | UnreadableShardError] = {}
+    with progress_bar("shards", len(unread), unit="shards") as progress:
+        for task, summaries in zip(tasks, _run_tasks(tasks, reading, run), strict=True):
+            read.update(zip(task, summaries, strict=True))
+            progress.advance(len(task), note="reading headers")
+    return [summary or read[path] for path, summary in found.items()]
+
+
+def _run_tasks(
+    tasks: Sequence[list[str]], reading: Reading, run: Path | None
+) -> Iterator[list[ShardSummary | UnreadableShardError]]:
+    read = functools.partial(_read_some, reading=reading, run=run)
+    num_processes = min(os.cpu_count() or 1, sum(map(len, tasks)) // MIN_SHARDS_PER_PROCESS)
+    if num_processes < 2:
+        yield from map(read, tasks)
+        return
+    # Not by fork: the threads of fsspec and Arrow would be missing in the child, and their locks held.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(read, tasks)
+
+
+def _read_some(
+    paths: Sequence[str], *, reading: Reading, run: Path | None
+) -> list[ShardSummary | UnreadableShardError]:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
+
+
+def _recall_summary(path: str, *, reading: Reading, run: Path | None) -> ShardSummary | None:
+    if run is None:
+        return None
+    cache = HeaderCache(run)
+    summary = cache.summary(path)
+    if summary is None or not summary.is_of(stamp_of(path), reading):
+        return None
+    if summary.kind == "table":
+        headers = cache.headers(path)
+        return summary if headers is not None and are_files_as_known(path, headers) else None
+    return summary
+
+
+def _read_summary(path: str, *, reading: Reading, run: Path | None) -> ShardSummary | UnreadableShardError:
+    try:
+        if is_local_folder(path):
+            headers = read_headers(path, None, reading)
+        else:
+            with open_ranges(path) as file:
+                headers = read_headers(path, file, reading)
+    except UnreadableShardError as error:
+        return error
+    if run is not None:
+        HeaderCache(run).remember(path, headers)
+    return headers.summary
