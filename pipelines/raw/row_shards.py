@@ -78,7 +78,7 @@ def read_row_headers(path: str, file: RangeFile, column: ImageColumn, reading: R
         image_column=reading.image_column,
         identity=_identity(path, file, column),
         num_samples=len(samples),
-        num_texts=len(samples) if texts.has_texts() or reading.text_column in texts.columns else 0,
+        num_texts=len(samples) if texts.text_columns or reading.text_column in texts.columns else 0,
         has_labels=texts.has_labels(),
         unusable=[],
         strays=[],

@@ -17,7 +17,7 @@ KEY_COLUMNS = ("key", "__key__")
 # Names of an image, which are keys if each row has its own.
 ID_COLUMNS = ("id", "image_id", "uid", "uuid", "sample_id")
 # As webdataset's members are called where they have become columns.
-TEXT_COLUMNS = (*TEXT_FIELDS, "txt", *(f"json.{field}" for field in TEXT_FIELDS))
+TEXT_COLUMNS = (*TEXT_FIELDS, *map(str.lower, TEXT_FIELDS), "txt", *(f"json.{field}" for field in TEXT_FIELDS))
 LABEL_COLUMN = "label"
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_DIGITS = 100
@@ -41,13 +41,19 @@ class RowTexts:
                 names.update(dict.fromkeys(table.columns))
         return list(names)
 
+    @functools.cached_property
+    def text_columns(self) -> list[str]:
+        """The columns that are called as texts are, the one that counts first."""
+        named = {name.lower(): name for name in reversed(self.columns)} | {name: name for name in self.columns}
+        return list(dict.fromkeys(named[name] for name in TEXT_COLUMNS if name in named))
+
     def column(self, name: str) -> list[Any]:
         """Return the cells of a column, None for each row that is at fault or whose table has no such column."""
         with self._lock:
             if name not in self._cells:
                 # Whoever asks for one of the texts will ask for the others.
-                names = [known for known in TEXT_COLUMNS if known in self.columns] if name in TEXT_COLUMNS else []
-                for known, cells in self._read(list(dict.fromkeys([name, *names]))).items():
+                names = self.text_columns if name in self.text_columns else [name]
+                for known, cells in self._read(names).items():
                     self._cells[known] = cells
             return self._cells[name]
 
@@ -55,10 +61,8 @@ class RowTexts:
         """Return the text in `column`, or in the first of the columns of texts that has one; raises `SampleReject`."""
         if column is not None:
             return self.named_text(row, column)
-        for name in TEXT_COLUMNS:
-            if name in self.columns and (text := text_of_cell(self.column(name)[row])) is not None:
-                return text
-        return None
+        texts = (text_of_cell(self.column(name)[row]) for name in self.text_columns)
+        return next((text for text in texts if text is not None), None)
 
     def named_text(self, row: int, name: str) -> str | None:
         """Return the text of a column, of a list of texts that which `split_place` says; raises `SampleReject`."""
@@ -73,10 +77,6 @@ class RowTexts:
     def label(self, row: int) -> int | None:
         """Return the class of a row, or None."""
         return label_of(self.column(LABEL_COLUMN)[row]) if LABEL_COLUMN in self.columns else None
-
-    def has_texts(self) -> bool:
-        """Whether some column is called as texts are."""
-        return any(name in self.columns for name in TEXT_COLUMNS)
 
     def has_labels(self) -> bool:
         """Whether some row has a class."""

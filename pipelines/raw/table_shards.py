@@ -54,7 +54,7 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
         image_column=reading.image_column,
         identity=content,
         num_samples=len(samples),
-        num_texts=len(samples) if texts.has_texts() or reading.text_column in texts.columns else 0,
+        num_texts=len(samples) if texts.text_columns or reading.text_column in texts.columns else 0,
         has_labels=texts.has_labels(),
         unusable=[],
         strays=[],
