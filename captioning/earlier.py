@@ -28,10 +28,10 @@ from pipelines.store.files import (
     remove_temporary_files,
 )
 from pipelines.store.manifest import (
-    MANIFEST_NAME,
     MARKER_FOLDER,
     Fingerprint,
     ShardDirectory,
+    manifest_path,
     read_manifest,
     require_same_fingerprint,
 )
@@ -164,7 +164,7 @@ def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
 
 
 def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None:
-    if (output.path / MANIFEST_NAME).is_file():
+    if manifest_path(output.path).is_file():
         require_same_fingerprint(
             fingerprint,
             read_manifest(output.path).fingerprint,

@@ -21,7 +21,7 @@ from pipelines.raw.patterns import select_shards
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.recipe import DECIDES_TEXTS, DataConfig
-from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, manifest_path, read_manifest
 
 log = get_logger("captioning")
 
@@ -125,7 +125,7 @@ class CaptioningJob:
         return (manifest.extra["quality"], version) == (self.extra["quality"], JUDGE_VERSION)
 
     def _manifest(self) -> Manifest | None:
-        if not (self.output.path / MANIFEST_NAME).is_file():
+        if not manifest_path(self.output.path).is_file():
             return None
         manifest = read_manifest(self.output.path)
         return manifest if manifest.fingerprint.digest == self.fingerprint.digest else None

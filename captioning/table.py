@@ -15,7 +15,7 @@ from captioning.quality import FLAGS, JUDGE_VERSION, judge
 from errors import UserError
 from pipelines.engine.pieces import all_piece_reports, read_piece_note
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file
-from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
+from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport, manifest_path, read_manifest
 from pipelines.store.state_files import parse_state
 from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, read_table_schema
 
@@ -95,8 +95,7 @@ def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint
     Finished parts of an interrupted run are judged again too. It may be interrupted anywhere: the manifest goes
     before a file changes. Of a shard that no manifest vouches for, the marker must have the hash of the file.
     """
-    manifest_path = directory.path / MANIFEST_NAME
-    settled = read_manifest(directory.path).shards if manifest_path.is_file() else {}
+    settled = read_manifest(directory.path).shards if manifest_path(directory.path).is_file() else {}
     for report_path in all_piece_reports(directory):
         _judge_part_again(directory, report_path, fingerprint=fingerprint, quality=quality)
     judged = []

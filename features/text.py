@@ -27,7 +27,7 @@ from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema, texts_digest
 from pipelines.store.files import take_away
-from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, manifest_path, read_manifest
 from pipelines.store.summary import update_summary
 from pipelines.store.tables import read_table
 from pipelines.store.weight_files import weight_file_damage
@@ -116,7 +116,7 @@ def _plan_text(inputs: FeatureInputs) -> FamilyPlan:
     columns = inputs.features.caption_columns
     num_tokens, basis = float(features.max_tokens * len(columns)), "no captions yet: at most"
     job = None
-    if (inputs.run / "captions" / MANIFEST_NAME).is_file():
+    if manifest_path(inputs.run / "captions").is_file():
         job = text_job(inputs)
         pending_samples = count_samples(job.pending())
         num_tokens, basis = _mean_tokens(job.sources, model, inputs)

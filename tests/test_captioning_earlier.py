@@ -198,7 +198,7 @@ def test_retry_does_not_caption_anew_what_was_made_under_other_settings(tmp_path
     with pytest.raises(UserError, match=r"RETRY=1.*max_new_tokens is 24, but 12 is needed"):
         command(run, *RETRY, "--set", "captioning.max_new_tokens=12", monkeypatch=monkeypatch)
     assert contents(run) == before
-    (run / "captions" / "manifest.json").unlink()
+    (run / "captions" / ".manifest.json").unlink()
     with pytest.raises(UserError, match=r"captions of laion_00000 were made under other settings"):
         command(run, *RETRY, "--set", "captioning.max_new_tokens=12", monkeypatch=monkeypatch)
 

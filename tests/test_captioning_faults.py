@@ -85,7 +85,7 @@ def test_workers_and_machine_killed_at_random_moments(tmp_path, folder, seed: in
     time.sleep(moments.uniform(0, 0.1))
     kill_tree(process.pid)
     assert process.wait() == -9, "killed in the middle, not after the end"
-    assert not (captions / "manifest.json").exists()
+    assert not (captions / ".manifest.json").exists()
     finish(line(folder, tmp_path / "run", alone=True))
     assert contents(captions) == contents(folder / "calm" / "captions")
 

@@ -82,7 +82,7 @@ def command(run: Path, *options: str, monkeypatch) -> None:
 
 def as_formerly(run: Path) -> str:
     """Rewrite manifest and markers as they were when every field was written out; returns the digest."""
-    path = run / "captions" / "manifest.json"
+    path = run / "captions" / ".manifest.json"
     manifest = json.loads(path.read_text())
     fields = manifest["fingerprint"]["fields"]
     fields = FORMER | fields | {"loop_retry": LOOP_RETRY | fields.get("loop_retry", {})}
@@ -99,7 +99,7 @@ def as_formerly(run: Path) -> str:
 
 def interrupt(run: Path) -> None:
     """As if the command had been killed after the first of its shards."""
-    for name in ("manifest.json", "laion_00001.parquet", ".done/laion_00001.json"):
+    for name in (".manifest.json", "laion_00001.parquet", ".done/laion_00001.json"):
         (run / "captions" / name).unlink()
 
 
@@ -124,7 +124,7 @@ def test_a_finished_former_run_killed_after_a_new_limit_keeps_its_captions(tmp_p
 
         patch.setattr("captioning.__main__.run_over_shards", die)
         command(run, *LOWERED, monkeypatch=patch)
-    assert not (run / "captions" / "manifest.json").exists()
+    assert not (run / "captions" / ".manifest.json").exists()
     server.requests.clear()
     command(run, *LOWERED, monkeypatch=monkeypatch)
     assert num_captions(server) == 0 and texts(run) == before
@@ -189,11 +189,11 @@ def test_keys_that_come_later_break_no_resume(tmp_path, server, monkeypatch, tab
     run = make_run(tmp_path, server, tables)
     if is_former:
         as_formerly(run)
-    before, manifest = texts(run), (run / "captions" / "manifest.json").read_bytes()
+    before, manifest = texts(run), (run / "captions" / ".manifest.json").read_bytes()
     monkeypatch.setattr(job, "CaptioningConfig", NewConfig)
     server.requests.clear()
     command(run, monkeypatch=monkeypatch)
-    assert num_captions(server) == 0 and (run / "captions" / "manifest.json").read_bytes() == manifest
+    assert num_captions(server) == 0 and (run / "captions" / ".manifest.json").read_bytes() == manifest
     interrupt(run)
     command(run, monkeypatch=monkeypatch)
     assert num_captions(server) == NUM_SAMPLES and texts(run) == before

@@ -266,7 +266,7 @@ def test_shards_named_for_captioning_need_not_be_named_again(finished, tmp_path)
 
 
 def test_missing_captions_are_named(run):
-    (run / "captions" / "manifest.json").unlink()
+    (run / "captions" / ".manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"captions/manifest\.json"):
         extract(run)
 

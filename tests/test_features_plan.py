@@ -135,7 +135,7 @@ def test_what_is_missing_for_the_hours_is_said_and_no_number_made_up(tmp_path, m
     # In the process no worker is asked for a GPU.
     text = planned(run, monkeypatch, "engine.gpus_per_worker=1.0")
     assert text.count("engine.gpus_per_worker = 1, and there is no GPU here") == 2
-    (run / "captions" / "manifest.json").unlink()
+    (run / "captions" / ".manifest.json").unlink()
     assert "text: hours are not measured: captions are not there yet" in planned(run, monkeypatch)
 
 
@@ -147,7 +147,7 @@ def test_a_plan_says_which_setting_would_throw_features_away(run, monkeypatch):
 
 def test_plan_without_captions_or_models_uses_the_upper_bound_and_published_widths(tmp_path):
     run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
-    (run / "captions" / "manifest.json").unlink()
+    (run / "captions" / ".manifest.json").unlink()
     models = ("features.text_model=google/flan-t5-xxl", "features.vae_model=stabilityai/sd-vae-ft-ema")
     text, latents = plan_families(inputs_of(run, *models, "features.max_tokens=120"))
     assert text.bytes_per_sample == text_bytes(120, 4096)

@@ -68,7 +68,7 @@ def test_captions(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("captioning.worker.check_engine", lambda *_: None)
     caption()
     done = run / "captions" / ".done" / "laion_00001.json"
-    require_kept(run / "captions", caption, redo=lambda: remove(run / "captions" / "manifest.json", done))
+    require_kept(run / "captions", caption, redo=lambda: remove(run / "captions" / ".manifest.json", done))
     assert set(read_manifest(run / "captions").shards) == {"laion_00000", "laion_00001"}
 
 

@@ -3,6 +3,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from safetensors.numpy import save_file
 
@@ -13,6 +14,7 @@ from pipelines.store.manifest import (
     Fingerprint,
     ShardDirectory,
     ShardReport,
+    manifest_path,
     read_manifest,
     require_same_fingerprint,
 )
@@ -131,3 +133,28 @@ def test_a_file_has_the_rights_that_the_umask_gives_whoever_writes_it(tmp_path: 
         os.umask(former)
     assert stat.S_IMODE((tmp_path / "new" / "a").stat().st_mode) == 0o664
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775
+
+
+def test_a_folder_of_captions_is_one_table_for_pandas(tmp_path: Path) -> None:
+    captions = ShardDirectory(tmp_path / "captions")
+    captions.path.mkdir()
+    for name in ("a", "b"):
+        pandas.DataFrame({"key": [name], "caption": ["a dog"]}).to_parquet(captions.file(name, ".parquet"))
+        captions.write_marker(report(name), FINGERPRINT)
+    written = captions.write_manifest(FINGERPRINT, ["a", "b"], upstream={}, extra={})
+    assert list(pandas.read_parquet(captions.path)["key"]) == ["a", "b"]
+    assert read_manifest(captions.path) == written
+
+
+def test_captions_whose_manifest_is_called_as_formerly_stay_done(tmp_path: Path) -> None:
+    captions = ShardDirectory(tmp_path / "captions")
+    captions.write_marker(report("a"), FINGERPRINT)
+    written = captions.write_manifest(FINGERPRINT, ["a"], upstream={}, extra={})
+    path, former = manifest_path(captions.path), captions.path / "manifest.json"
+    path.rename(former)
+    assert (manifest_path(captions.path), read_manifest(captions.path)) == (former, written)
+    captions.write_manifest(FINGERPRINT, ["a"], upstream={}, extra={"new": 1})
+    assert (path.is_file(), former.exists(), read_manifest(captions.path).extra) == (True, False, {"new": 1})
+    path.rename(former)
+    captions.clear_manifest()
+    assert not former.exists() and not path.exists()

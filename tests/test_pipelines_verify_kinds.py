@@ -133,7 +133,7 @@ DAMAGES: list[tuple[str, dict[Callable[[Path], None], str], str]] = [
         {cut: "is damaged", empty: "is empty", flip: "damaged", gone: "not exist"},
         "make caption",
     ),
-    ("captions/manifest.json", {cut: "is damaged", empty: "is empty", flip: "damaged"}, "it is summed up anew"),
+    ("captions/.manifest.json", {cut: "is damaged", empty: "is empty", flip: "damaged"}, "it is summed up anew"),
     (
         "stats/counts/laion_0.caption.nouns.parquet",
         {cut: "SHA-256", empty: "SHA-256", flip: "SHA-256", gone: "missing"},

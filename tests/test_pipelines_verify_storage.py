@@ -56,13 +56,13 @@ def test_a_run_that_cannot_be_listed_is_not_one_in_which_nothing_has_begun(run, 
 def test_a_manifest_a_marker_and_a_checkpoint_that_cannot_be_read_are_named(run, monkeypatch, is_named: bool) -> None:
     stage = run / "training" / "stage2"
     places = (
-        *(run / "captions" / "manifest.json", run / "judge" / ".done" / "stage2.json"),
+        *(run / "captions" / ".manifest.json", run / "judge" / ".done" / "stage2.json"),
         *(stage / "latest", stage / "step-12" / "trainer.json"),
     )
     monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes, places, is_named=is_named))
     found = problems(run)
     assert set(found) >= {
-        f"{run / 'captions'}: manifest.json cannot be read: Input/output error",
+        f"{run / 'captions'}: .manifest.json cannot be read: Input/output error",
         f"{run / 'judge'}, shard stage2: stage2.json cannot be read: Input/output error",
         f"{stage}: latest cannot be read: Input/output error",
         f"{stage / 'step-12'}: trainer.json cannot be read: Input/output error",

@@ -15,7 +15,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.recipe import DataConfig, Recipe
 from pipelines.store.families import schema_of
 from pipelines.store.files import atomic_write_bytes, one_at_a_time
-from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
+from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, manifest_path, read_manifest
 from pipelines.store.state_files import read_log
 from pipelines.store.summary import read_summary
 from pipelines.store.tables import MEND_SHARD, count_table_rows
@@ -40,7 +40,7 @@ LINKS = (
     ("stats/table1.md", "Table 1 of the paper for this run, as Markdown"),
     ("summary.json", "all figures of the run, for machines"),
     ("raw/manifest.json", "raw shards with their hashes"),
-    ("captions/manifest.json", "captions: settings, counts, rejects"),
+    ("captions/.manifest.json", "captions: settings, counts, rejects"),
 )
 
 
@@ -219,7 +219,7 @@ def _flow(run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, floa
 
 def _manifest_step(folder: Path, *, title: str, what: str, unit: str, anchor: str = "") -> Step:
     step = Step(title=title, what=what, anchor=anchor)
-    if (folder / MANIFEST_NAME).is_file():
+    if manifest_path(folder).is_file():
         manifest = read_manifest(folder)
         step.amounts.append(f"{manifest.num_kept:,} {unit}")
         step.rejected = manifest.rejected

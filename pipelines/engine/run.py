@@ -27,7 +27,7 @@ from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_
 from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, drop_claims
 from pipelines.recipe import TableConfig
 from pipelines.store.files import discard_folder, exclusive
-from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, read_manifest
+from pipelines.store.manifest import MARKER_FOLDER, Fingerprint, Manifest, ShardDirectory, manifest_path, read_manifest
 
 GIGABYTE = 10**9
 
@@ -138,7 +138,7 @@ def run_over_shards(
 
 
 def _finished_manifest(sources: Sequence[Source], output: ShardDirectory, fingerprint: Fingerprint) -> Manifest | None:
-    if not (output.path / MANIFEST_NAME).is_file():
+    if not manifest_path(output.path).is_file():
         return None
     manifest = read_manifest(output.path)
     is_finished = manifest.fingerprint.digest == fingerprint.digest and all(

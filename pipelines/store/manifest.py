@@ -19,6 +19,10 @@ from pipelines.store.state_files import parse_state, read_state, state_of
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# Of captions, whose other visible files are Parquet of one schema: what reads such a folder as a whole, as
+# pandas and `datasets` do, passes over hidden files.
+TABLES_MANIFEST_NAME = ".manifest.json"
+FOLDER_OF_TABLES = "captions"
 MARKER_FOLDER = ".done"
 _NOTHING = object()
 
@@ -60,7 +64,7 @@ class ShardReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`manifest.json` of a directory: the sum of its shards' reports, and what a later room must agree with."""
+    """The manifest of a directory: the sum of its shards' reports, and what a later room must agree with."""
 
     fingerprint: Fingerprint
     upstream: dict[str, str]
@@ -113,7 +117,7 @@ class ShardDirectory:
             made_under: fields that may differ, as something in here has them; asked for only while there is no
                 manifest, whose fields tell its form.
         """
-        if (self.path / MANIFEST_NAME).is_file():
+        if manifest_path(self.path).is_file():
             found = read_manifest(self.path).fingerprint.fields
             if not any(_field(found, name) == value for name, value in defaults.items()):
                 return fingerprint
@@ -133,7 +137,7 @@ class ShardDirectory:
 
         A missing field is what `defaults` say.
         """
-        if not (self.path / MANIFEST_NAME).is_file():
+        if not manifest_path(self.path).is_file():
             return []
         found, wanted = {**defaults, **read_manifest(self.path).fingerprint.fields}, {**defaults, **fingerprint.fields}
         names = sorted(found.keys() | wanted.keys())
@@ -180,7 +184,7 @@ class ShardDirectory:
         Raises:
             UserError: the manifest is damaged; names it.
         """
-        if (self.path / MANIFEST_NAME).is_file():
+        if manifest_path(self.path).is_file():
             return sorted(read_manifest(self.path).shards)
         settings = {name: self._read_marker(name)["fingerprint"] for name in self.marked()}
         newest = max(settings, key=lambda name: self._marker(name).stat().st_mtime_ns, default=None)
@@ -244,7 +248,8 @@ class ShardDirectory:
 
     def clear_manifest(self) -> None:
         """Remove the manifest, before what it vouches for is replaced; raises as `clear_marker` does."""
-        _take_away_for_good(self.path / MANIFEST_NAME)
+        for name in {manifest_path(self.path).name, MANIFEST_NAME}:
+            _take_away_for_good(self.path / name)
 
     def write_marker(self, report: ShardReport, fingerprint: Fingerprint) -> None:
         """Declare a shard done; call it after the shard's files have been renamed into place."""
@@ -282,8 +287,21 @@ class ShardDirectory:
             extra=dict(extra),
         )
         assert manifest.num_read == manifest.num_kept + sum(rejected.values())
-        atomic_write_json(self.path / MANIFEST_NAME, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
+        path = self.path / _manifest_name(self.path)
+        atomic_write_json(path, {"schema": SCHEMA_VERSION, **dataclasses.asdict(manifest)})
+        if path.name != MANIFEST_NAME:
+            _take_away_for_good(self.path / MANIFEST_NAME)
         return manifest
+
+
+def _manifest_name(directory: Path) -> str:
+    return TABLES_MANIFEST_NAME if directory.name == FOLDER_OF_TABLES else MANIFEST_NAME
+
+
+def manifest_path(directory: Path) -> Path:
+    """Return where the manifest of a directory is or goes; one of former days stays what it is called until it goes."""
+    path, former = directory / _manifest_name(directory), directory / MANIFEST_NAME
+    return former if former.is_file() and not path.is_file() else path
 
 
 def _take_away_for_good(path: Path) -> None:
@@ -319,7 +337,7 @@ def read_manifest(directory: Path) -> Manifest:
         MissingFileError: what writes there has not finished.
         UserError: the manifest is damaged, or of another schema version; names it.
     """
-    path = directory / MANIFEST_NAME
+    path = manifest_path(directory)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist: what writes {directory} has not finished")
     return parse_manifest(path.read_bytes(), where=str(path))

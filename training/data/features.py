@@ -21,7 +21,7 @@ from pipelines.store.families import (
     texts_digest,
 )
 from pipelines.store.files import is_remote
-from pipelines.store.manifest import Fingerprint, read_manifest, require_same
+from pipelines.store.manifest import Fingerprint, manifest_path, read_manifest, require_same
 from training.config import DatasetConfig, StageTraining
 from training.data.cache import ShardCache
 from training.data.directories import FeatureDirectory, open_directory
@@ -390,7 +390,7 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, t
     for name, (expected, found) in wanted.items():
         mend = _ways_on(f"features.{table_name}.{name}", found, command)
         require_same(name, expected, found, where=where, mend=mend)
-    if not is_remote(run) and (Path(run) / "captions" / "manifest.json").is_file():
+    if not is_remote(run) and manifest_path(Path(run) / "captions").is_file():
         captions = texts_digest(read_manifest(Path(run) / "captions"))
         mend = f"the captions of {run} have changed since: `{command}` encodes them; to keep both, name another RUN"
         require_same("captions", captions, manifest.upstream.get("captions"), where=where, mend=mend)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from errors import UserError, run_argument
-from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Manifest, ShardReport, read_manifest
+from pipelines.store.manifest import MARKER_FOLDER, Manifest, ShardReport, manifest_path, read_manifest
 from pipelines.store.state_files import read_state, state_damage
 from pipelines.store.verify.findings import SEE_TO_IT, Problem, unreadable
 from pipelines.store.verify.kinds import KINDS, RUN, FolderKind, match_place
@@ -38,6 +38,11 @@ class Folder:
     manifest: Manifest | None = None
     faults: list[Problem] = field(default_factory=list)
     reports: dict[str, ShardReport] = field(default_factory=dict)
+
+    @property
+    def manifest_name(self) -> str:
+        """What its manifest is called."""
+        return manifest_path(self.path).name
 
     def problem(self, text: str, *, shard: str | None = None, key: str | None = None, mend: str = "") -> Problem:
         """Return a problem of this folder."""
@@ -126,12 +131,12 @@ def _file_name(name: str) -> str:
 
 def _open(folder: Folder) -> None:
     """Read what a folder says of itself."""
-    if MANIFEST_NAME in folder.files and folder.kind.has_manifest:
-        mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.files[MANIFEST_NAME])
+    if folder.manifest_name in folder.files and folder.kind.has_manifest:
+        mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.files[folder.manifest_name])
         try:
             fault = _open_manifest(folder)
         except OSError as error:
-            fault, mend = unreadable(MANIFEST_NAME, error), SEE_TO_IT
+            fault, mend = unreadable(folder.manifest_name, error), SEE_TO_IT
         if fault is None:
             return
         folder.faults.append(folder.problem(fault, mend=mend))
@@ -144,11 +149,11 @@ def _open(folder: Folder) -> None:
 
 def _open_manifest(folder: Folder) -> str | None:
     """Read a folder's manifest; returns what is wrong with it."""
-    if damage := state_damage(folder.files[MANIFEST_NAME], keys=("schema",)):
-        return f"{MANIFEST_NAME} {damage}"
+    if damage := state_damage(folder.files[folder.manifest_name], keys=("schema",)):
+        return f"{folder.manifest_name} {damage}"
     try:
         folder.manifest = read_manifest(folder.path)
     except (UserError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        return f"{MANIFEST_NAME} cannot be used: {error}"
+        return f"{folder.manifest_name} cannot be used: {error}"
     folder.reports = folder.manifest.shards
     return None

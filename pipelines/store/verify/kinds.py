@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipelines.store.checkpoints import OURS
 from pipelines.store.deepspeed_files import CONVERSIONS, STATE
-from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER
+from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, TABLES_MANIFEST_NAME
 from pipelines.store.verify.file_checks import (
     copy_damage,
     headers_damage,
@@ -66,7 +66,7 @@ class FolderKind:
     place: str
     command: str
     files: tuple[FileKind, ...] = ()
-    signs: tuple[str, ...] = (MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*")
+    signs: tuple[str, ...] = (MANIFEST_NAME, TABLES_MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*")
     has_shards: bool = True
     has_manifest: bool = True
     stranger: str | None = None

@@ -9,7 +9,6 @@ from errors import MissingFileError, UserError
 from pipelines.engine.progress import progress_bar
 from pipelines.raw.patterns import REMEMBERED_NAME, recall_shards
 from pipelines.store.files import sha256_file
-from pipelines.store.manifest import MANIFEST_NAME
 from pipelines.store.verify.coverage import check_coverage, check_families
 from pipelines.store.verify.findings import SEE_TO_IT, Check, Findings, Problem, Row, Unfinished, unreadable
 from pipelines.store.verify.folders import Folder, find_folders
@@ -68,9 +67,9 @@ def _plan(folder: Folder, findings: Findings) -> Iterator[Check]:
     if folder.kind is TRAINING:
         checks += latest_checks(folder)
     known = {path for check in checks for path in check.files}
-    if MANIFEST_NAME in folder.files and folder.kind.has_manifest:
-        known.add(folder.files[MANIFEST_NAME])
-        findings.checked.add(folder.files[MANIFEST_NAME])
+    if folder.manifest_name in folder.files and folder.kind.has_manifest:
+        known.add(folder.files[folder.manifest_name])
+        findings.checked.add(folder.files[folder.manifest_name])
     strangers = []
     for name, path in folder.files.items():
         if path in known:
@@ -88,7 +87,7 @@ def _plan(folder: Folder, findings: Findings) -> Iterator[Check]:
     checks += _absent(folder)
     if strangers and folder.manifest is not None:
         findings.notes.append(
-            f"{folder.path}: {len(strangers):,} files are not in its {MANIFEST_NAME}, such as {strangers[0]}"
+            f"{folder.path}: {len(strangers):,} files are not in its {folder.manifest_name}, such as {strangers[0]}"
         )
     yield from checks
 
@@ -102,7 +101,7 @@ def _file_check(folder: Folder, kind: FileKind, name: str) -> Check:
         assert check is not None, name
         damage = check(path)
         if damage is None and name in hashes and sha256_file(path) != hashes[name]:
-            damage = f"is not as it was written: its SHA-256 is not the one in {MANIFEST_NAME}"
+            damage = f"is not as it was written: its SHA-256 is not the one in {folder.manifest_name}"
         if damage is None:
             return None
         if kind.is_log:
@@ -164,13 +163,13 @@ def _look(check: Check) -> Problem | str | None:
 def _unfinished(folder: Folder) -> Unfinished | None:
     if folder.kind is TRAINING:
         return unfinished_training(folder)
-    if not folder.kind.has_manifest or MANIFEST_NAME in folder.files:
+    if not folder.kind.has_manifest or folder.manifest_name in folder.files:
         return None
     num_done = len(folder.markers())
-    text = f"no {MANIFEST_NAME}: what writes here has not finished; {num_done:,} shards are done"
+    text = f"no {folder.manifest_name}: what writes here has not finished; {num_done:,} shards are done"
     if folder.kind in WITH_IMAGES:
         num_images = sum(name.endswith(".png") for name in folder.files)
-        text = f"no {MANIFEST_NAME}: what draws here has not finished; {num_images:,} images are there"
+        text = f"no {folder.manifest_name}: what draws here has not finished; {num_images:,} images are there"
     return Unfinished(directory=folder.path, text=text, command=folder.command)
 
 

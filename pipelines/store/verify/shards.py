@@ -9,7 +9,7 @@ import numpy as np
 from pipelines.store.families import schema_of
 from pipelines.store.feature_check import Fault, check_index, find_damage, read_index
 from pipelines.store.files import sha256_file
-from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, Fingerprint, Manifest, ShardReport
+from pipelines.store.manifest import MARKER_FOLDER, Fingerprint, Manifest, ShardReport
 from pipelines.store.state_files import read_state, state_damage
 from pipelines.store.verify.findings import Check, Problem
 from pipelines.store.verify.folders import MARKER_KEYS, Folder
@@ -21,7 +21,7 @@ def check_counts(folder: Folder) -> Iterator[Problem]:
     manifest = folder.manifest
     if manifest is None:
         return
-    mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.path / MANIFEST_NAME)
+    mend = folder.mend("`rm {path}`, then `{command}`: it is summed up anew", folder.path / folder.manifest_name)
     reports = manifest.shards.values()
     for name, total in (
         ("num_read", sum(report.num_read for report in reports)),
@@ -35,7 +35,7 @@ def check_counts(folder: Folder) -> Iterator[Problem]:
         text = f"{manifest.num_read} read, but {manifest.num_kept} kept and {num_rejected} rejected"
         yield folder.problem(text, mend=mend)
     if Fingerprint.of(manifest.fingerprint.fields).digest != manifest.fingerprint.digest:
-        yield folder.problem(f"the fingerprint of {MANIFEST_NAME} is not that of its fields", mend=mend)
+        yield folder.problem(f"the fingerprint of {folder.manifest_name} is not that of its fields", mend=mend)
 
 
 def marker_checks(folder: Folder) -> Iterator[Check]:
@@ -65,7 +65,7 @@ def _check_marker(folder: Folder, shard: str, path: Path) -> Problem | None:
     if manifest is None or content["fingerprint"] != manifest.fingerprint.digest or shard not in manifest.shards:
         return None
     if report != manifest.shards[shard]:
-        return folder.problem(f"{name} and {MANIFEST_NAME} say different things of it", shard=shard, mend=mend)
+        return folder.problem(f"{name} and {folder.manifest_name} say different things of it", shard=shard, mend=mend)
     return None
 
 
