@@ -7,7 +7,9 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig
 from pixart.processes.specs import num_passes
+from sampling.app_choices import checkpoint_choices, example_prompts
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
 from sampling.config import SamplingConfig
 from sampling.opening import find_trained_model
@@ -28,14 +31,21 @@ if TYPE_CHECKING:
     import gradio
 
 HOST = "127.0.0.1"
+# On a wide screen the image stands beside what is asked and set; on a phone right below the button.
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 footer { display: none !important; }
+#studio { display: grid !important; gap: 16px; align-items: start; }
+#studio { grid-template: "ask result" auto "settings result" 1fr / 2fr 3fr; }
+#ask { grid-area: ask; } #result { grid-area: result; } #settings { grid-area: settings; }
+#studio > * { min-width: 0 !important; width: 100%; }
+#image { height: min(600px, 92vw) !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
+@media (max-width: 820px) { #studio { grid-template: "ask" "result" "settings" / 1fr; } }
 """
-IMAGE_PIXELS = 600
-MOST_STEPS, MOST_GUIDANCE = 250, 15
+MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 250, 15, 64
+NO_IMAGES = "Nothing was kept."
 DAY_SECONDS = 86_400
 
 log = get_logger("sampling")
@@ -88,63 +98,136 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    title = f"PixArt Atelier · {studio.trained.name}"
+    title = "PixArt Atelier"
     # Gradio copies what it shows to its own cache; the copies go when the app ends.
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(DAY_SECONDS, DAY_SECONDS)) as page:
         gr.Markdown(f"## {title}")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=340):
-                fields = _add_fields(studio)
+        with gr.Row(elem_id="studio"):
+            with gr.Column(elem_id="ask"):
+                prompt = _add_prompt(studio)
                 with gr.Row():
-                    start = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
-                    stop = gr.Button("Stop", scale=1, elem_id="stop")
-            with gr.Column(scale=3, min_width=340):
-                image = gr.Image(
-                    label="Image",
-                    type="filepath",
-                    format="png",
-                    height=IMAGE_PIXELS,
-                    interactive=False,
-                    buttons=["download", "fullscreen"],  # and not Gradio's third one, which uploads
-                    elem_id="image",
+                    start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
+                    stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+            with gr.Column(elem_id="result"):
+                image, said, drawn = _add_result()
+            with gr.Column(elem_id="settings"):
+                checkpoint = _add_checkpoint(studio)
+                fields = [prompt, *_add_fields(studio)]
+                count = gr.Slider(
+                    1, 16, 1, step=1, label="Images of each prompt", info="Seeds in a row", elem_id="count"
                 )
-                said = gr.Markdown("", elem_id="said")
+                _add_examples(studio, prompt)
         past = _add_history(studio)
 
         # Gradio finds the progress bar by this default.
-        def draw(*values: Any, progress: Any = gr.Progress()) -> tuple[str, str, list[str]]:  # noqa: B008
-            wish = _wish(values)
+        def draw(folder: str, num_images: float, *values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
+            wishes = _wishes(values, int(num_images))
 
-            def show(num_done: int) -> None:
-                progress((num_done, num_passes(wish.solver, wish.num_steps)), desc=_progress(wish, num_done))
+            def show(number: int, num_done: int) -> None:
+                total = num_passes(wishes[number].solver, wishes[number].num_steps)
+                done = number * total + num_done
+                progress((done, len(wishes) * total), desc=_progress(wishes, number, num_done))
 
-            path = _draw(studio, wish, on_step=show)
-            return str(path), _describe(studio, wish, path), [str(item) for item in studio.history()]
+            shown: list[tuple[str, str]] = []
+            for path in _draw(studio, folder, wishes, on_step=show):
+                wish = wishes[len(shown)]
+                shown.append((str(path), f"seed {wish.seed}"))
+                gallery = gr.Gallery(shown, visible=len(wishes) > 1)
+                yield [str(path), _describe(studio, wish, path), gallery, [str(item) for item in studio.history()]]
+
+        def look_at(event: gr.SelectData) -> tuple[Any, ...]:
+            """Show one of the images of a drawing, and leave the fields as they are."""
+            path = studio.folder / Path(event.value["image"]["path"]).name
+            return str(path), _describe(studio, _read(path), path)
 
         def bring_back(event: gr.SelectData) -> tuple[Any, ...]:
             path = studio.folder / Path(event.value["image"]["path"]).name
-            try:
-                wish = wish_of(path)
-            except Exception as error:
-                message = users_message(error)
-                if message is None:
-                    raise
-                raise gr.Error(message, duration=None) from None
+            wish = _read(path)
             return (str(path), _describe(studio, wish, path), *_values(wish))
 
-        for event in (start.click, fields[0].submit):
-            event(draw, fields, [image, said, past], concurrency_limit=1, concurrency_id="draw", show_progress_on=image)
+        def change(folder: str) -> tuple[Any, ...]:
+            """Offer the sizes and solvers of another checkpoint; it is loaded when it draws."""
+            with _telling():
+                trained = studio.look_at(folder)
+            sizes, solvers = studio.sizes(trained), studio.solvers(trained)
+            solver = studio.config.solver if studio.config.solver in solvers else solvers[0]
+            return gr.Dropdown(sizes, value=sizes[0]), gr.Dropdown(solvers, value=solver)
+
+        results = [image, said, drawn, past]
+        for event in (start.click, prompt.submit):
+            inputs = [checkpoint, count, *fields]
+            event(draw, inputs, results, concurrency_limit=1, concurrency_id="draw", show_progress_on=image)
         stop.click(studio.stop, queue=False)
+        drawn.select(look_at, None, [image, said])
         past.select(bring_back, None, [image, said, *fields])
+        checkpoint.input(change, checkpoint, [fields[2], fields[3]])
     return page
 
 
+def _add_prompt(studio: Studio) -> Any:
+    import gradio as gr
+
+    return gr.Textbox(
+        studio.first_wish().prompt,
+        label="Prompt",
+        info="Several lines are several prompts",
+        lines=2,
+        max_lines=8,
+        elem_id="prompt",
+        autofocus=True,
+    )
+
+
+def _add_result() -> tuple[Any, Any, Any]:
+    """Lay out the large image, what is said of it, and the images of a drawing of several."""
+    import gradio as gr
+
+    image = gr.Image(
+        label="Image",
+        type="filepath",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],  # and not Gradio's third one, which uploads
+        elem_id="image",
+    )
+    said = gr.Markdown("", elem_id="said")
+    drawn = gr.Gallery(
+        label="Drawn: a click shows it large",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        visible=False,
+        elem_id="drawn",
+    )
+    return image, said, drawn
+
+
+def _add_checkpoint(studio: Studio) -> Any:
+    """Lay out the choice of checkpoints: those of the run, and the one that the command names, if that is another."""
+    import gradio as gr
+
+    choices = checkpoint_choices(studio.run)
+    if studio.checkpoint not in [folder for _, folder in choices]:
+        choices = [(studio.trained.name, studio.checkpoint), *choices]
+    info = "Those that draw prompts; weights are loaded when an image is drawn"
+    return gr.Dropdown(choices, value=studio.checkpoint, label="Checkpoint", info=info, elem_id="checkpoint")
+
+
+def _add_examples(studio: Studio, prompt: Any) -> None:
+    import gradio as gr
+
+    if prompts := example_prompts(studio.config, studio.run):
+        gr.Examples([[text] for text in prompts], [prompt], label="Examples", elem_id="examples", cache_examples=False)
+
+
 def _add_fields(studio: Studio) -> list[Any]:
-    """Lay out the settings; returns their components in the order of a `Wish`."""
+    """Lay out the settings; returns their components in the order of a `Wish`, less the prompt."""
     import gradio as gr
 
     first = studio.first_wish()
-    prompt = gr.Textbox(first.prompt, label="Prompt", lines=3, elem_id="prompt", autofocus=True)
     negative = gr.Textbox(
         first.negative_prompt, label="Negative prompt", info="Empty: the null caption", elem_id="negative"
     )
@@ -168,7 +251,7 @@ def _add_fields(studio: Studio) -> list[Any]:
         seed = gr.Number(first.seed, label="Seed", precision=0, elem_id="seed")
         another = gr.Button("Another seed", elem_id="another")
     another.click(lambda: random.randrange(NUM_SEEDS), None, seed)
-    return [prompt, negative, size, solver, steps, guidance, seed]
+    return [negative, size, solver, steps, guidance, seed]
 
 
 def _add_history(studio: Studio) -> "gradio.Gallery":
@@ -209,27 +292,52 @@ def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
     )
 
 
-def _draw(studio: Studio, wish: Wish, *, on_step: Any) -> Path:
-    """Draw, and show a mistake on the page until it is clicked away."""
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Show a mistake on the page until it is clicked away."""
     import gradio
 
     try:
-        return studio.draw(wish, on_step=on_step)
-    except DrawingStopped:
-        raise gradio.Error("Nothing was kept.", title="Stopped", duration=5, print_exception=False) from None
+        yield
     except Exception as error:
         message = users_message(error)
         if message is None:
             raise
         if is_out_of_memory(error):
-            message = f"{wish.size} does not fit the memory of the device: choose a smaller size"
+            message = "the image does not fit the memory of the device: choose a smaller size"
         raise gradio.Error(message, duration=None, print_exception=False) from None
 
 
-def _wish(values: Sequence[Any]) -> Wish:
+def _draw(studio: Studio, checkpoint: str, wishes: Sequence[Wish], *, on_step: Any) -> Iterator[Path]:
+    """Draw, and show on the page what went wrong and what is kept."""
+    import gradio
+
+    num_kept = 0
+    try:
+        with _telling():
+            if len(wishes) > MOST_IMAGES:
+                raise UserError(
+                    f"{len(wishes)} images are more than {MOST_IMAGES} at a time; `make sample` draws any number"
+                )
+            studio.choose(checkpoint)
+            for path in studio.draw_all(wishes, on_step=on_step):
+                num_kept += 1
+                yield path
+    except DrawingStopped:
+        kept = f"{num_kept} of {len(wishes)} images were drawn and are kept." if num_kept else NO_IMAGES
+        raise gradio.Error(kept, title="Stopped", duration=5, print_exception=False) from None
+
+
+def _read(path: Path) -> Wish:
+    with _telling():
+        return wish_of(path)
+
+
+def _wishes(values: Sequence[Any], num_images: int) -> list[Wish]:
+    """A wish for each image: every line that is not blank is a prompt, and its images take seeds in a row."""
     prompt, negative, size, solver, steps, guidance, seed = values
-    return Wish(
-        prompt=prompt or "",
+    first = Wish(
+        prompt="",
         negative_prompt=negative or "",
         size=str(size or "").strip(),
         solver=solver,
@@ -237,6 +345,9 @@ def _wish(values: Sequence[Any]) -> Wish:
         guidance_scale=float(guidance),
         seed=int(seed or 0),
     )
+    lines = [line.strip() for line in (prompt or "").splitlines() if line.strip()] or [""]
+    seeds = [(first.seed + number) % NUM_SEEDS if number else first.seed for number in range(num_images)]
+    return [replace(first, prompt=line, seed=seed) for line in lines for seed in seeds]
 
 
 def _values(wish: Wish) -> tuple[Any, ...]:
@@ -251,16 +362,18 @@ def _values(wish: Wish) -> tuple[Any, ...]:
     )
 
 
-def _progress(wish: Wish, num_done: int) -> str:
+def _progress(wishes: Sequence[Wish], number: int, num_done: int) -> str:
     """Say how many passes of the model are done: a step each, but for solvers that ask it more often."""
+    of_images = f"image {number + 1} of {len(wishes)} · " if len(wishes) > 1 else ""
     if num_done == 0:
-        return "reading the prompt"
-    total = num_passes(wish.solver, wish.num_steps)
-    return f"{'step' if total == wish.num_steps else 'pass'} {num_done} of {total}"
+        return f"{of_images}reading the prompt"
+    total = num_passes(wishes[number].solver, wishes[number].num_steps)
+    return f"{of_images}{'step' if total == wishes[number].num_steps else 'pass'} {num_done} of {total}"
 
 
 def _describe(studio: Studio, wish: Wish, path: Path) -> str:
-    return f"seed {wish.seed} · {studio.config_of(wish).title} · `{path.name}`"
+    other = "" if studio.is_of_chosen(path) else " · drawn from another checkpoint than the one chosen"
+    return f"seed {wish.seed} · {studio.config_of(wish).title} · `{path.name}`{other}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What the app does behind its page: one checkpoint kept in memory, one image at a time, a history on disk."""
+"""What the app does behind its page: a checkpoint kept in memory, one image after another, a history on disk."""
 
 import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import is_own, is_whole, is_written, write_image
-from sampling.trained_model import TrainedModel
+from sampling.trained_model import TrainedModel, open_checkpoint_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,7 @@ class DrawingStopped(Exception):
 
 
 class Studio:
-    """Draws wishes from a checkpoint; models are loaded with the first one, and stay.
+    """Draws wishes from a checkpoint; models are loaded with the first one, and stay until another is chosen.
 
     An image is the one that `make sample` draws for the same prompt, seed and settings.
 
@@ -65,30 +66,57 @@ class Studio:
     def __init__(
         self, config: SamplingConfig, trained: TrainedModel, *, run: Path, name: str, engine: EngineConfig
     ) -> None:
-        if trained.text is None:
-            raise UserError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
+        _require_text(trained)
         checkpoint = f"{trained.name} ({trained.model_path})"
         require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
         is_precomputed = config.text_encoder == "precomputed"
         self.trained = trained
+        # By folder, as `choose` names them; one that is no checkpoint of the run's has its weights' folder or file.
+        self.checkpoint = str(trained.model_path.parent if trained.run is not None else trained.model_path)
+        self._opened = {self.checkpoint: (trained, name)}
         # What is typed into a page is in no file of embeddings.
         self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config
         self.folder = run / "samples" / name
         # Images are drawn here, on this machine's device, wherever workers would be.
-        self._run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
+        self.run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
         self._renderer: Renderer | None = None
         self._texts: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
 
-    def sizes(self) -> list[str]:
-        """Return the sizes that the checkpoint was trained at, widest first, the square ones in front."""
-        by_shape = sorted(self.trained.buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
+    def look_at(self, checkpoint: str) -> TrainedModel:
+        """Open a checkpoint's folder, without its weights and without choosing it.
+
+        Raises:
+            UserError: it is damaged, or knows classes, not text.
+        """
+        if checkpoint not in self._opened:
+            trained = open_checkpoint_model(Path(checkpoint))
+            _require_text(trained)
+            self._opened[checkpoint] = trained, f"{Path(checkpoint).parent.name}-app"
+        return self._opened[checkpoint][0]
+
+    def choose(self, checkpoint: str) -> None:
+        """Draw from another checkpoint from now on; raises as `look_at` does."""
+        trained = self.look_at(checkpoint)
+        if checkpoint == self.checkpoint:
+            return
+        with self._lock:
+            # What the one before has loaded goes before the next one loads, as both may not fit.
+            self._renderer, self._texts = None, {}
+            self.trained, self.checkpoint = trained, checkpoint
+            self._name = self._opened[checkpoint][1]
+            self.folder = self.run / "samples" / self._name
+
+    def sizes(self, trained: TrainedModel | None = None) -> list[str]:
+        """Return the sizes that a checkpoint, or the chosen one, was trained at: square ones first, then the widest."""
+        buckets = (trained or self.trained).buckets
+        by_shape = sorted(buckets, key=lambda size: (size[0] != size[1], size[0] / size[1]))
         return [f"{width}x{height}" for height, width in by_shape]
 
-    def solvers(self) -> list[str]:
-        """Return the solvers of the checkpoint's process."""
-        return list(SOLVERS[self.trained.process["name"]])
+    def solvers(self, trained: TrainedModel | None = None) -> list[str]:
+        """Return the solvers of the process of a checkpoint, or of the chosen one."""
+        return list(SOLVERS[(trained or self.trained).process["name"]])
 
     def first_wish(self) -> Wish:
         """Return what the fields show at first: the recipe's settings."""
@@ -104,15 +132,26 @@ class Studio:
         )
 
     def draw(self, wish: Wish, *, on_step: Callable[[int], None]) -> Path:
-        """Draw an image and keep it in the history; returns its file.
+        """Draw one image; as `draw_all` else."""
+        return next(self.draw_all([wish], on_step=lambda _, num_done: on_step(num_done)))
 
-        `on_step` is told how many of the solver's `num_passes` of the model are done, 0 while prompts are encoded and
-        models loaded.
+    def draw_all(self, wishes: Sequence[Wish], *, on_step: Callable[[int, int], None]) -> Iterator[Path]:
+        """Draw images one after the other and keep them in the history; yields the file of each.
+
+        `on_step` is told the number of the image, from 0 on, and how many of the solver's `num_passes` of the model are
+        done, 0 while prompts are encoded and models loaded.
 
         Raises:
             UserError: a field's value is out of its bounds, or the model gives nothing finite; names the key.
-            DrawingStopped: `stop` was called.
+            DrawingStopped: `stop` was called; images that were yielded are kept.
         """
+        self._is_stopped.clear()
+        prompts = [self.config_of(wish).prompt or "" for wish in wishes]  # all are checked before the first is drawn
+        for number, wish in enumerate(wishes):
+            yield self._draw(wish, prompts, on_step=partial(on_step, number))
+
+    def _draw(self, wish: Wish, prompts: Sequence[str], *, on_step: Callable[[int], None]) -> Path:
+        """Draw an image; of `prompts` all that are not yet encoded are, so that the encoder is loaded once."""
 
         def step(num_done: int) -> None:
             if self._is_stopped.is_set():
@@ -120,7 +159,7 @@ class Studio:
             on_step(num_done)
 
         config = self.config_of(wish)
-        job = make_job(config, self.trained, run=self._run, name=self._name, engine=self._engine)
+        job = make_job(config, self.trained, run=self.run, name=self._name, engine=self._engine)
         (request,) = job.requests
         # One prompt has many images here, and each is kept.
         request = replace(request, file=f"{request.key}-{request.seed}-{job.fingerprint.digest[:8]}.png")
@@ -129,9 +168,9 @@ class Studio:
             if is_written(self.folder, request, fingerprint=job.fingerprint):
                 path.touch()
                 return path
-            self._is_stopped.clear()
             step(0)
-            texts = self._embeddings(config, [config.negative_prompt, request.prompt], check=lambda: check_inputs(job))
+            wanted = [config.negative_prompt, request.prompt, *prompts]
+            texts = self._embeddings(config, wanted, check=lambda: check_inputs(job))
             renderer = self._load(job.config)
             (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,11 +220,21 @@ class Studio:
         self._renderer.config = config
         return self._renderer
 
+    def is_of_chosen(self, path: Path) -> bool:
+        """Whether an image was drawn from the checkpoint that is chosen."""
+        with Image.open(path) as image:
+            return image.info.get("checkpoint") == self.trained.identity
+
     def history(self) -> list[Path]:
         """Return the images drawn here, the latest first, also those of earlier days; none that are cut or not ours."""
         found = own_files(self.folder, re.compile(r"[^.].*\.png", re.DOTALL))
         found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         return list(itertools.islice((path for path in found if is_whole(path) and is_own(path)), MAX_HISTORY))
+
+
+def _require_text(trained: TrainedModel) -> None:
+    if trained.text is None:
+        raise UserError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
 
 
 def wish_of(path: Path) -> Wish:

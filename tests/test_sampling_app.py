@@ -14,18 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import gradio
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
-from sampling_run import PIXART, make_run, randomised, save_checkpoint, write_recipe
+from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
 
 from errors import UserError
 from pipelines.engine.run import EngineConfig
 from pixart.model import PixArt
 from sampling import app
 from sampling.__main__ import main as sample_main
+from sampling.app_choices import checkpoint_choices, example_prompts
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
 from sampling.config import SamplingConfig
 from sampling.trained_model import open_run_model
@@ -144,13 +147,52 @@ def test_the_page_draws_what_make_sample_draws(page, address, run):
     page.locator("#draw").click()
     expect(page.locator("#said")).to_contain_text("seed 12", timeout=60_000)
     expect(page.locator("#history img")).to_have_count(2)
+    expect(page.locator("#drawn")).to_be_hidden()
     if SCREENSHOT:
-        page.screenshot(path=SCREENSHOT)
+        page.screenshot(path=f"{SCREENSHOT}-wide.png", full_page=True)
     page.locator("#history button:has(img)").nth(1).click()
     expect(page.locator("#prompt textarea")).to_have_value(PROMPT)
     expect(page.locator("#said")).to_contain_text("seed 11")
     assert np.array_equal(shown_image(page), pixels(expected))
     assert [url for url in page.requested if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_a_phone_draws_a_batch_from_another_checkpoint_and_keeps_its_files(page, run):
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    button, image = page.locator("#draw").bounding_box(), page.locator("#image").bounding_box()
+    assert 0 <= image["y"] - (button["y"] + button["height"]) < 60, "the image stands right below the button"
+    assert image["y"] + image["height"] <= 844, "and is seen whole without scrolling"
+    if SCREENSHOT:
+        page.screenshot(path=f"{SCREENSHOT}-phone.png", full_page=True)
+    # An example that the run's prompt file has.
+    page.locator("#examples").get_by_text(PROMPTS[1]["prompt"]).click()
+    expect(page.locator("#prompt textarea")).to_have_value(PROMPTS[1]["prompt"])
+    # Another checkpoint: what it was trained at takes the place of the first one's sizes.
+    expect(page.locator("#checkpoint input")).to_have_value(
+        re.compile(r"stage 3, step 7 · 32 px, 3 sizes, ddpm, finished")
+    )
+    page.locator("#checkpoint input").click()
+    options = page.locator("[role=option]").all_inner_texts()
+    assert len(options) == 2 and not any("stage 1" in option for option in options)
+    page.locator("[role=option]", has_text="stage 2").click()
+    expect(page.locator("#size input")).to_have_value("32x32")
+    fill(page, prompt=f"{PROMPT}\n\n  a star  ", seed=2**32 - 1, count=2)
+    page.locator("#draw").click()
+    expect(page.locator("#drawn img")).to_have_count(4, timeout=60_000)
+    expect(page.locator("#said")).to_contain_text("seed 0 ·")
+    expect(page.locator("#history img")).to_have_count(4)
+    folder = run / "samples" / "stage2-app"
+    wishes = {(drawn.prompt, drawn.seed) for drawn in map(wish_of, folder.glob("*.png"))}
+    assert wishes == {(text, seed) for text in (PROMPT, "a star") for seed in (2**32 - 1, 0)}
+    # One of them large: its file is downloaded as it was written, settings inside.
+    page.locator("#drawn button:has(img)").first.click()
+    expect(page.locator("#said")).to_contain_text("seed 4294967295 ·")
+    with page.expect_download() as download:
+        page.locator("#image [aria-label=Download], #image a[download]").first.click()
+    saved = Path(download.value.path())
+    assert wish_of(saved) == wish(seed=2**32 - 1, size="32x32")
+    assert saved.read_bytes() in [path.read_bytes() for path in folder.glob("*.png")]
 
 
 def test_progress_is_shown_and_stop_stops(page, run):
@@ -202,7 +244,7 @@ def test_a_checkpoint_of_flow_offers_its_own_solvers_and_counts_passes(tmp_path)
     assert studio.solvers() == ["dpm-solver++", "euler", "heun"]
     asked = wish(solver="heun", size="32x32")
     said: list[str] = []
-    studio.draw(asked, on_step=lambda num_done: said.append(app._progress(asked, num_done)))
+    studio.draw(asked, on_step=lambda num_done: said.append(app._progress([asked], 0, num_done)))
     assert said == ["reading the prompt", *(f"pass {number} of 5" for number in range(1, 6))]
     with pytest.raises(UserError, match=r"sampling\.solver = 'iddpm' does not go with stage 3, step 7 \(.* flow: dpm"):
         make_studio(run, solver="iddpm")
@@ -258,6 +300,75 @@ def test_broken_weights_leave_no_image(tmp_path):
     assert not list(run.glob("samples/**/*.png"))
 
 
+def test_a_batch_loads_the_text_encoder_once_and_says_what_a_stop_left(run, monkeypatch):
+    from sampling import text_encoding
+
+    loads: list[list[str]] = []
+    encode = text_encoding.encode_prompts
+    monkeypatch.setattr(text_encoding, "encode_prompts", lambda p, c, t: loads.append(list(p)) or encode(p, c, t))
+    studio = make_studio(run)
+    wishes = app._wishes(["one\ntwo", "", "32x32", "dpm-solver++", 3, 4.5, 51], 2)
+    said: list[str] = []
+
+    def show(number: int, num_done: int) -> None:
+        said.append(app._progress(wishes, number, num_done))
+        if (number, num_done) == (3, 1):
+            studio.stop()
+
+    drawn: list[Path] = []
+    with pytest.raises(gradio.Error, match=r"3 of 4 images were drawn and are kept"):
+        drawn.extend(app._draw(studio, studio.checkpoint, wishes, on_step=show))
+    found = [(wish_of(path).prompt, wish_of(path).seed) for path in studio.history()[:3]]
+    assert sorted(found) == [("one", 51), ("one", 52), ("two", 51)]
+    assert loads == [["", "one", "two"]]
+    assert said[0] == "image 1 of 4 · reading the prompt" and "image 4 of 4 · step 1 of 3" in said
+    with pytest.raises(gradio.Error, match="65 images are more than 64 at a time"):
+        next(app._draw(studio, studio.checkpoint, wishes[:1] * 65, on_step=show))
+
+
+def test_checkpoints_are_listed_with_what_is_known_of_them_and_drawn_from(tmp_path):
+    run = make_run(tmp_path)
+    early = randomised(PixArt(PIXART), seed=5)
+    save_checkpoint(run, 2, early, step=3)
+    (run / "training" / "stage2" / "latest").write_text("step-7")
+    labels = dict(checkpoint_choices(run))
+    assert list(labels) == [
+        "stage 2, step 7 · 32 px, ddpm, finished, latest",
+        "stage 2, step 3 · 32 px, ddpm, finished",
+        "stage 3, step 7 · 32 px, 3 sizes, ddpm, finished, latest",
+    ]
+    studio = make_studio(run)
+    asked = wish(size="32x32")
+    first = studio.draw(asked, on_step=lambda step: None)
+    others = []
+    for folder in list(labels.values())[:2]:
+        studio.choose(folder)
+        others.append(studio.draw(asked, on_step=lambda step: None))
+        assert studio.is_of_chosen(others[-1]) and studio.history()[0] == others[-1]
+    assert others[0].parent == others[1].parent == run / "samples" / "stage2-app" != first.parent
+    assert not studio.is_of_chosen(others[0]), "of another step"
+    assert not np.array_equal(pixels(others[0]), pixels(others[1]))
+    studio.choose(list(labels.values())[2])
+    assert studio.draw(asked, on_step=lambda step: None) == first
+    trainer = run / "training" / "stage2" / "step-3" / "trainer.json"
+    trainer.write_text("{")
+    assert "stage 2, step-3 · damaged" in dict(checkpoint_choices(run))
+    with pytest.raises(UserError, match=r"trainer\.json"):
+        make_studio(run).choose(str(trainer.parent))
+
+
+def test_examples_are_prompts_or_captions_of_the_run(tmp_path):
+    run = make_run(tmp_path)
+    config = SamplingConfig(prompts="{run}/raw/prompts.jsonl")
+    assert example_prompts(config, run) == [prompt["prompt"] for prompt in PROMPTS]
+    assert example_prompts(SamplingConfig(), run) == []
+    (run / "captions").mkdir()
+    rows = [{"caption": f"caption  {n // 2}", "reject": "corrupt_image" if n == 0 else None} for n in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), run / "captions" / "a.parquet")
+    found = example_prompts(SamplingConfig(prompts="{run}/gone.txt"), run)
+    assert found == [f"caption {n}" for n in (0, 3, 6, 9, 12, 15)]
+
+
 def test_classes_and_foreign_images_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="stage 1, step 7 knows classes, not text"):
         make_studio(run, stage=1)
@@ -294,19 +405,17 @@ def test_plan_serves_nothing_and_a_taken_port_is_named(run, capsys):
 
 
 def test_a_full_disk_is_said_on_the_page_with_what_to_do():
-    import gradio
-
     def studio_failing_with(number: int) -> SimpleNamespace:
-        def draw(wish: Wish, *, on_step: object) -> Path:
+        def draw_all(wishes: list[Wish], *, on_step: object) -> Path:
             raise OSError(number, os.strerror(number), "a.png")
 
-        return SimpleNamespace(draw=draw)
+        return SimpleNamespace(draw_all=draw_all, choose=lambda checkpoint: None)
 
     for number, said in ((errno.ENOSPC, "a.png: the disk is full"), (errno.EACCES, "a.png: you may not read or write")):
         with pytest.raises(gradio.Error, match=said):
-            app._draw(studio_failing_with(number), wish(), on_step=lambda step: None)
+            next(app._draw(studio_failing_with(number), "step-7", [wish()], on_step=lambda step: None))
     with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program
-        app._draw(studio_failing_with(errno.EBADF), wish(), on_step=lambda step: None)
+        next(app._draw(studio_failing_with(errno.EBADF), "step-7", [wish()], on_step=lambda step: None))
 
 
 def test_a_stopped_drawing_is_not_kept_and_the_next_one_is_whole(run):

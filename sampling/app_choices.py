@@ -1,0 +1,68 @@
+"""What the app offers: the checkpoints of a run, with what is to be known of each, and prompts to try."""
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from errors import UserError
+from pipelines.store.checkpoints import LATEST, checkpoint_folders, read_trainer
+from sampling.config import SamplingConfig
+from sampling.prompts import read_prompts
+
+MOST_EXAMPLES = 6
+CAPTIONS_COLUMNS = ["caption", "reject"]
+
+
+def checkpoint_choices(run: Path) -> list[tuple[str, str]]:
+    """Label and folder of every checkpoint of a run that draws texts, by stage, the latest step of each first.
+
+    One whose `trainer.json` cannot be read is in the list too, and is refused with the reason when it is chosen.
+    """
+    found = []
+    for stage in sorted((run / "training").glob("*")):
+        for folder in reversed(checkpoint_folders(stage)):
+            try:
+                trainer = read_trainer(folder)
+            except UserError:
+                found.append((f"{_stage_title(stage.name)}, {folder.name} · damaged", str(folder)))
+                continue
+            if trainer["kind"] != "dit":
+                found.append((_label(stage, folder, trainer), str(folder)))
+    return found
+
+
+def _label(stage: Path, folder: Path, trainer: dict) -> str:
+    shapes = len(trainer["buckets"])
+    said = [
+        f"{trainer['resolution']} px" + (f", {shapes} sizes" if shapes > 1 else ""),
+        trainer["process"]["name"],
+        "finished" if trainer["step"] >= trainer["num_steps"] else f"of {trainer['num_steps']:,} steps",
+    ]
+    latest = stage / LATEST
+    if latest.is_file() and latest.read_text().strip() == folder.name:
+        said.append("latest")
+    return f"{_stage_title(stage.name)}, step {trainer['step']:,} · {', '.join(said)}"
+
+
+def _stage_title(name: str) -> str:
+    return re.sub(r"^stage(?=[0-9])", "stage ", name)
+
+
+def example_prompts(config: SamplingConfig, run: Path) -> list[str]:
+    """Prompts that the run knows, spread over its prompt file, or of its captions; none where it has neither."""
+    texts: list[str] = []
+    if config.prompts is not None:
+        try:
+            prompts = read_prompts(
+                Path(config.prompts.replace("{run}", str(run))), seed=config.seed, column=config.prompt_column
+            )
+            texts = [prompt.text for prompt in prompts]
+        except UserError:
+            pass  # `make sample` says what is wrong with it; here one types
+    if not texts:
+        for path in sorted((run / "captions").glob("*.parquet"))[:1]:
+            rows = pq.read_table(path, columns=CAPTIONS_COLUMNS).to_pylist()
+            texts = [row["caption"] for row in rows if row["reject"] is None and row["caption"]]
+    distinct = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+    return distinct[:: max(len(distinct) // MOST_EXAMPLES, 1)][:MOST_EXAMPLES]
