@@ -1,5 +1,6 @@
 """What a newcomer types must exist: Make targets with their help, packages that install, pins that match the ranges."""
 
+import ast
 import os
 import re
 import shutil
@@ -14,8 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from atelier.commands import SUBCOMMANDS
-from errors import DISTRIBUTION
+from errors import DISTRIBUTION, PACKAGE_OF_MODULE
 from tests.raw_shards import encode, photo, write_tar
+from tests.test_house_floors import imported_modules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -43,6 +45,7 @@ FAKE_PYTHON = """#!/bin/sh
 mkdir -p .venv/bin
 printf '#!/bin/sh\\necho "WARNING: a script is not on PATH"\\nexit %s\\n' "$STATUS" > .venv/bin/pip
 chmod +x .venv/bin/pip
+ln -sf /bin/true .venv/bin/python
 """
 
 
@@ -192,6 +195,25 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(installed, tmp
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = " ".join(done.stderr.split())
     assert f"the package {hidden} is not installed" in said.replace("pillow", "PIL") and said.endswith(install)
+
+
+# What other packages that we name bring along, by module.
+BROUGHT = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "triton": "torch", "tokenizers": "transformers"}
+EXTRAS = {"dataset_stats": "stats", "sampling": "sampling app"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_extra_of_a_room_brings_every_package_that_it_imports(room) -> None:
+    """Else the extra that a message names would not help."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    named = [text for extra in EXTRAS.get(room, room).split() for text in extras[extra]]
+    brought = {Requirement(text).name for text in (*PROJECT["project"]["dependencies"], *named)}
+    files = [REPOSITORY / name for name in tracked() if name.startswith(f"{room}/") and name.endswith(".py")]
+    modules = {module.partition(".")[0] for file in files for module in imported_modules(ast.parse(file.read_text()))}
+    others = modules - sys.stdlib_module_names - {*ROOMS, "pipelines", "encoders", "pixart", "errors"}
+    packages = {PACKAGE_OF_MODULE.get(module, module).replace("_", "-") for module in others}
+    missing = {name for name in packages if not {name, BROUGHT.get(name.replace("-", "_"))} & brought}
+    assert missing == set()
 
 
 def test_pins_satisfy_the_ranges() -> None:
