@@ -40,13 +40,23 @@ def _toml(key: str, value: str, meaning: str) -> Flag:
 
 
 FLAGS = {
-    "recipe": Flag(gives="option", value="FILE", meaning="TOML recipe, a file or the name of one that is shipped"),
+    "recipe": Flag(
+        gives="option",
+        value="FILE",
+        meaning="TOML recipe, a file or the name of one that is shipped; a run remembers it",
+    ),
     "run": Flag(gives="option", value="FOLDER", meaning="folder of the run; each room writes one sub-folder of it"),
-    "stage": Flag(gives="option", value="NAME", meaning="a named table of the recipe; 2 is short for stage2"),
+    "stage": Flag(
+        gives="option", value="NAME", meaning="a named table of the recipe, 2 is short for stage2; else its only one"
+    ),
     "phase": Flag(gives="option", value="N", meaning="512 with --stage 3 is short for --stage stage3-512"),
-    "set": Flag(gives="option", value="KEY=VALUE", meaning="lay a value over a key of the recipe, any number of times"),
+    "set": Flag(
+        gives="option",
+        value="KEY=VALUE",
+        meaning="lay a value over a key of the recipe, any number of times; a run remembers it",
+    ),
     "plan": Flag(gives="switch", meaning="print what would be done, with sizes, and stop"),
-    "shards": _text("data.shards", "PATHS", "raw shards: a path, a glob, a {range} or a URL"),
+    "shards": _text("data.shards", "PATHS", "raw shards: a path, a glob, a {range} or a URL; a run remembers them"),
     "retry": Flag(gives="on", key="captioning.retry_rejects=true", meaning="caption again what was rejected"),
     "sets": _text("dataset_stats.sets", "SETS", "sets of captions to compare: name=files#column,…"),
     "sample": _toml("dataset_stats.sample", "N", "estimate from so many captions of each set"),
@@ -109,8 +119,7 @@ class Subcommand:
 _RUN = ("recipe", "run", "set", "plan")
 _STAGE = (*_RUN, "stage", "phase")
 _SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size")
-_NEEDS_STAGE = (("stage", "2"),)
-_DEFAULTS = (("recipe", "pixart-alpha"), ("run", "runs/default"))
+_DEFAULTS = (("run", "runs/default"),)
 
 SUBCOMMANDS = {
     "caption": Subcommand(
@@ -130,14 +139,12 @@ SUBCOMMANDS = {
         module="features",
         summary="Captions and images -> T5 and VAE features (STAGE=2)",
         flags=(*_STAGE, "shards"),
-        required=_NEEDS_STAGE,
         defaults=_DEFAULTS,
     ),
     "buckets": Subcommand(
         module="features.buckets",
         summary="Images per aspect bucket, crop, upscaling and rejects, from headers alone (STAGE=3)",
         flags=(*_STAGE, "shards"),
-        required=_NEEDS_STAGE,
         defaults=_DEFAULTS,
     ),
     "verify": Subcommand(
@@ -150,7 +157,6 @@ SUBCOMMANDS = {
         module="training",
         summary="Features -> checkpoints (STAGE=2 GPUS=8, or HOSTFILE=hosts)",
         flags=(*_STAGE, "shards", "gpus", "hostfile", "remote-shell", "from-scratch"),
-        required=_NEEDS_STAGE,
         defaults=_DEFAULTS,
     ),
     "convert": Subcommand(
@@ -164,21 +170,18 @@ SUBCOMMANDS = {
         module="sampling",
         summary="Checkpoint and prompts -> images (STAGE=2 PROMPT='…')",
         flags=(*_STAGE, *_SAMPLE),
-        required=_NEEDS_STAGE,
         defaults=_DEFAULTS,
     ),
     "eval": Subcommand(
         module="sampling.evaluation",
         summary="Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)",
         flags=("task", *_STAGE, *_SAMPLE, "reference", "clip", "inception"),
-        required=_NEEDS_STAGE,
         defaults=(("task", "score"), *_DEFAULTS),
     ),
     "app": Subcommand(
         module="sampling.app",
         summary="A local page to draw from a checkpoint (STAGE=2 PORT=7860)",
         flags=(*_STAGE, *_SAMPLE, "port"),
-        required=_NEEDS_STAGE,
         defaults=_DEFAULTS,
     ),
     "world": Subcommand(

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from atelier.commands import SUBCOMMANDS, Subcommand, variable
-from atelier.recipe_files import find_recipe
 from atelier.typed import did_you_mean
 from errors import UserError
 from pipelines.command import run_command
@@ -122,9 +121,10 @@ def _translate(subcommand: Subcommand, options: argparse.Namespace) -> list[str]
         elif flag.gives == "switch":
             own.append(f"--{name}")
         elif flag.gives == "option":
-            own.append(f"--{name}={find_recipe(value) if name == 'recipe' else value}")
+            own.append(f"--{name}={value}")
         elif flag.gives == "on":
-            settings += ["--set", flag.key]
+            settings += ["--once", f"{variable(name)}:{flag.key}"]
         else:
-            settings += ["--text" if flag.gives == "text" else "--set", f"{flag.key}={value}"]
+            setting = f"{variable(name)}:{flag.key}={value}"
+            settings += ["--text" if flag.gives == "text" else "--once", setting]
     return [*words, *own, *settings]

@@ -44,6 +44,7 @@ def main() -> None:
         _require_means(job, is_plan=command.is_plan)
     if command.is_plan:
         return
+    command.remember()
     remember_shards(command.run, [source.path for source in job.sources])
     manifest = caption_shards(job)
     if not is_done:

@@ -140,7 +140,7 @@ def read_job(command: Command) -> CaptioningJob:
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
-    paths = _select(data.paths(command.run), config.shards)
+    paths = _select(command.raw_shards, config.shards)
     model = _find_model(config, workers)
     shards = describe_shards(paths, data.reading, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None

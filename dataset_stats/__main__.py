@@ -121,6 +121,7 @@ def main() -> None:
     if command.is_plan:
         _show_plan(job)
         return
+    command.remember()
     if _is_done(job):
         log.info(f"nothing to do: {job.folder} is up to date ({job.tagger.title})")
         return
@@ -140,7 +141,7 @@ def _plan(command: Command) -> StatsJob:
     captions = read_manifest(captions_folder) if needs_captions else None
     data = command.recipe.table("data", DataConfig)
     raw_shards = _raw_shards(
-        command, data, is_needed=any(caption_set.layout == "raw" for caption_set in config.sets.values())
+        command, is_needed=any(caption_set.layout == "raw" for caption_set in config.sets.values())
     )
     inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards)
     whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
@@ -182,9 +183,9 @@ def _count_fingerprint(
     return ShardDirectory(counts).known_as(fingerprint, defaults={name: defaults[name] for name in WRITTEN_OUT})
 
 
-def _raw_shards(command: Command, data: DataConfig, *, is_needed: bool) -> list[str]:
+def _raw_shards(command: Command, *, is_needed: bool) -> list[str]:
     try:
-        return data.paths(command.run)
+        return command.raw_shards
     except MissingFileError as error:
         if is_needed:
             raise

@@ -28,7 +28,9 @@ log = get_logger("features")
 def main() -> None:
     """Compute the features one stage trains on, or print what that would take."""
     start_seconds = time.monotonic()
-    command = parse_command("features", "Captions and images to T5 and VAE features.", has_stages=True)
+    command = parse_command(
+        "features", "Captions and images to T5 and VAE features.", has_stages=True, stage_table="features"
+    )
     inputs = read_inputs(command)
     if command.is_plan:
         plans = print_plan(inputs)
@@ -43,6 +45,7 @@ def main() -> None:
         # Before the plan, which takes a codec that is not here for the paper's.
         _require_models(jobs)
         _require_room(jobs, plan_families(inputs), inputs)
+    command.remember()
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
     if not all(is_done):
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)

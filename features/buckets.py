@@ -178,8 +178,11 @@ def list_rejects(rejects: Sequence[Reject], path: Path) -> None:
 
 def main() -> None:
     """Print the bucket report of one stage."""
-    command = parse_command("features.buckets", "What bucketing will do to a stage's images.", has_stages=True)
+    command = parse_command(
+        "features.buckets", "What bucketing will do to a stage's images.", has_stages=True, stage_table="features"
+    )
     inputs = read_inputs(command)
+    command.remember()
     report = report_buckets(inputs)
     print_buckets(inputs, report)
     list_rejects(report.rejects, inputs.run / f"buckets-{inputs.stage_name}-rejects.csv")

@@ -13,15 +13,16 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import ModelSource
-from errors import MissingFileError, UserError
+from errors import UserError
 from features.config import FeaturesConfig, feature_table
+from features.patches import patch_size
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.images import aspect_buckets
-from pipelines.raw.patterns import recall_shards, select_shards
+from pipelines.raw.patterns import select_shards
 from pipelines.raw.shards import describe_shards
-from pipelines.recipe import DataConfig, ModelConfig, TableConfig
+from pipelines.recipe import DataConfig, TableConfig
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import TAR_BLOCK_BYTES
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, ShardDirectory, read_manifest
@@ -192,14 +193,14 @@ def read_inputs(command: Command) -> FeatureInputs:
     """
     features = feature_table(command.recipe, command.stage_name)
     data = command.recipe.table("data", DataConfig)
-    paths = select_shards(_raw_shards(command, data), features.shards, key=f"features.{command.stage_name}.shards")
+    paths = select_shards(command.raw_shards, features.shards, key=f"features.{command.stage_name}.shards")
     return FeatureInputs(
         run=command.run,
         stage_name=command.stage_name,
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
-        patch_size=command.recipe.table("model", ModelConfig).patch_size,
+        patch_size=patch_size(command, command.stage_name),
         raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
     )
 
@@ -222,13 +223,3 @@ def bucket_sizes(inputs: FeatureInputs, codec: LatentSpec) -> tuple[tuple[int, i
     if not inputs.features.buckets:
         return ((resolution, resolution),)
     return aspect_buckets(resolution, multiple=codec.factor * inputs.patch_size)
-
-
-def _raw_shards(command: Command, data: DataConfig) -> list[str]:
-    """Return the shards that `[data]` names or, if it names none, those that captioning read."""
-    try:
-        return data.paths(command.run)
-    except MissingFileError:
-        if remembered := recall_shards(command.run):
-            return remembered
-        raise

@@ -1,6 +1,7 @@
 """The command line all rooms share: `python -m <room> --recipe R --run RUN [--stage S] [--set key=value] [--plan]`."""
 
 import argparse
+import functools
 import os
 import sys
 import traceback
@@ -11,24 +12,38 @@ from pathlib import Path
 from rich.text import Text
 
 from errors import ProgramFault, UserError, users_message
-from pipelines.engine.progress import console
-from pipelines.overrides import split_settings
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.engine.progress import console, get_logger
+from pipelines.overrides import STAGE_PLACEHOLDER, Setting, named_setting, split_settings
+from pipelines.recipe import DataConfig, Recipe, load_recipe, only_name
+from pipelines.recipe_files import find_recipe
+from pipelines.run_memory import SHARDS_KEY, Chosen, choose_recipe, remember, run_shards, typed_shards
 from pipelines.store.files import is_remote
 
+# Before a whole command, of which a process does a part: it takes what is typed, and neither remembers nor recalls.
+EXACTLY = "--exactly"
 FAULT = (
     "this is a fault of the program, not of what was typed: please report it with the lines above; what is done is kept"
 )
+log = get_logger("run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What a user asked of a room; `stage` is the name of a stage's tables and folders, None in rooms without."""
+    """What a user asked of a room.
+
+    Attributes:
+        recipe: with all settings of the command.
+        run: folder of the run.
+        stage: name of a stage's tables and folders, None in rooms without.
+        is_plan: whether nothing is to be done.
+        chosen: recipe and settings as they were typed or remembered; None for a part of a command, such as a rank.
+    """
 
     recipe: Recipe
     run: Path
     stage: str | None
     is_plan: bool
+    chosen: Chosen | None = None
 
     @property
     def stage_name(self) -> str:
@@ -36,56 +51,136 @@ class Command:
         assert self.stage is not None, "this room has no stages"
         return self.stage
 
+    @functools.cached_property
+    def raw_shards(self) -> list[str]:
+        """The run's raw shards, sorted by name: typed ones, else remembered ones, else those of the recipe.
+
+        Raises:
+            MissingFileError, UserError: there are none, `[data]` is wrong, or a pattern matches nothing.
+        """
+        data = self.recipe.table("data", DataConfig)
+        return (typed_shards if self._has_typed_shards else run_shards)(self.run, data)
+
+    @property
+    def _has_typed_shards(self) -> bool:
+        return self.chosen is not None and any(setting.key == SHARDS_KEY for setting in self.chosen.settings)
+
+    def remember(self) -> None:
+        """Note for later commands of the run what was typed for this one; called when nothing is left to refuse."""
+        if self.chosen is not None:
+            keys = {self._whole_key(setting): setting for setting in self.chosen.settings}
+            remember(self.run, self.chosen, keys=keys, shards=self.raw_shards if self._has_typed_shards else ())
+
+    def _whole_key(self, setting: Setting) -> str:
+        return setting.key.replace(STAGE_PLACEHOLDER, self.stage or "")
+
+    @property
+    def words(self) -> list[str]:
+        """The whole command, for the processes that do a part of it: they look into no memory of the run."""
+        assert self.chosen is not None, "a part of a command has no parts"
+        words = [EXACTLY, "--recipe", str(self.chosen.recipe), "--run", str(self.run)]
+        words += [] if self.stage is None else ["--stage", self.stage]
+        for setting in self.chosen.settings:
+            words += ["--text" if setting.is_text else "--set", f"{self._whole_key(setting)}={setting.value}"]
+        return words
+
 
 def parse_command(
-    room: str, description: str, *, argv: Sequence[str] | None = None, has_stages: bool = False
+    room: str,
+    description: str,
+    *,
+    argv: Sequence[str] | None = None,
+    has_stages: bool = False,
+    stage_table: str = "training",
+    is_silent: bool = False,
 ) -> Command:
-    """Parse a room's command line; with `has_stages` it must name one with `--stage`.
+    """Parse a room's command line, and say in one line what is taken from the run's memory.
+
+    Args:
+        room: how the command is called.
+        description: what it does.
+        argv: words typed; None = the process's own.
+        has_stages: whether it is about a stage: `--stage`, or the only one there is.
+        stage_table: the table whose named tables its stages are.
+        is_silent: whether nothing is said, as another process does.
 
     Raises:
-        UserError: as `load_recipe`, the run's folder is a URL, or something typed is not UTF-8.
+        UserError: as `load_recipe`, the run's folder is a URL, something typed is not UTF-8, or no stage is named and
+            there are several.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description)
-    parser.add_argument("--recipe", type=Path, required=True, help="TOML recipe, see recipes/")
+    words = sys.argv[1:] if argv is None else argv
+    _require_utf8(words)
+    options = _parser(room, description, has_stages=has_stages).parse_args(words)
+    run = run_folder(options.run)
+    recipe = None if options.recipe is None else find_recipe(options.recipe)
+    typed = [*options.settings, *options.once]
+    if options.is_exact:
+        assert recipe is not None, "a whole command names its recipe"
+        chosen = Chosen(recipe=recipe, settings=tuple(typed), note=None, replaces=False)
+    else:
+        chosen = choose_recipe(run, recipe, typed)
+    if chosen.note is not None and not is_silent:
+        log.info(chosen.note)
+    stage = None
+    if has_stages:
+        name = options.stage or only_name(chosen.recipe, stage_table, chosen.settings)
+        stage = full_stage_name(name, options.phase)
+    return Command(
+        recipe=load_recipe(chosen.recipe, chosen.settings, stage=stage),
+        run=run,
+        stage=stage,
+        is_plan=options.plan,
+        chosen=None if options.is_exact else chosen,
+    )
+
+
+def _parser(room: str, description: str, *, has_stages: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {room}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe",
+        help="TOML recipe, a file or the name of a shipped one; else what the run remembers, else pixart-alpha",
+    )
     parser.add_argument("--run", required=True, help="local folder of the run; each room writes one sub-folder")
     if has_stages:
-        parser.add_argument("--stage", required=True, help="a named table of the recipe; 2 is short for stage2")
+        parser.add_argument("--stage", help="a named table of the recipe, 2 is short for stage2; else the only one")
         parser.add_argument("--phase", help="512 with --stage 3 is short for --stage stage3-512")
     parser.add_argument(
         "--set",
-        dest="overrides",
+        dest="settings",
         action="append",
         default=[],
+        type=lambda text: Setting(text=text),
         metavar="KEY=VALUE",
-        help="override a recipe key; the value is read as TOML, what is none is taken as text",
+        help="override a recipe key, for the rest of the run; the value is read as TOML, what is none is taken as text",
     )
     parser.add_argument(
         "--settings",
-        dest="overrides",
+        dest="settings",
         action="extend",
-        type=split_settings,
+        type=lambda text: [Setting(text=setting, origin="SET") for setting in split_settings(text)],
         metavar="KEY=VALUE ...",
         help="several of them in one text",
     )
     parser.add_argument(
-        "--text",
-        dest="texts",
+        "--once",
+        dest="once",
         action="append",
         default=[],
-        metavar="KEY=TEXT",
-        help="override a recipe key with this text as it is; comes after --set",
+        type=named_setting,
+        metavar="[NAME:]KEY=VALUE",
+        help="override a recipe key for this command alone, after --set; NAME is what errors blame for it",
     )
+    parser.add_argument(
+        "--text",
+        dest="once",
+        action="append",
+        type=functools.partial(named_setting, is_text=True),
+        metavar="[NAME:]KEY=TEXT",
+        help="the same with this text as it is",
+    )
+    parser.add_argument(EXACTLY, dest="is_exact", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
-    words = sys.argv[1:] if argv is None else argv
-    _require_utf8(words)
-    options = parser.parse_args(words)
-    stage = full_stage_name(options.stage, options.phase) if has_stages else None
-    return Command(
-        recipe=load_recipe(options.recipe.expanduser(), options.overrides, texts=options.texts, stage=stage),
-        run=run_folder(options.run),
-        stage=stage,
-        is_plan=options.plan,
-    )
+    return parser
 
 
 def full_stage_name(text: str, phase: str | None = None) -> str:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
@@ -17,6 +18,44 @@ SETTING = re.compile(rf"(?<!\S)[A-Za-z_][\w-]*(?:\.{KEY})+[ \t]*=(?!=)")
 QUOTES, BRACKETS = ('"', "'"), {"[": "]", "{": "}"}
 OPENING = (*QUOTES, *BRACKETS)
 NO_VALUE = object()
+# What a command calls a setting of its own, in front of it.
+NAME = re.compile(r"([A-Z][A-Z_]*):")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A `table.key=value` that is laid over a recipe, and what to blame for it.
+
+    Attributes:
+        text: as it was typed; `{stage}` in its key stands for the chosen stage.
+        origin: where it was typed, as errors name it: `--set`, `GPUS (--gpus)`, or the file that remembers it.
+        is_text: whether the value is taken as it is.
+        is_kept: whether it is remembered for the run.
+    """
+
+    text: str
+    origin: str = "--set"
+    is_text: bool = False
+    is_kept: bool = True
+
+    @property
+    def key(self) -> str:
+        """What is before the first `=` outside its quotes."""
+        return _at_equals(self.text)[0].strip()
+
+    @property
+    def value(self) -> str:
+        """What is behind that."""
+        return _at_equals(self.text)[2]
+
+
+def named_setting(text: str, *, is_text: bool = False) -> Setting:
+    """Return `[NAME:]table.key=value` as a setting of one command, which is not remembered; NAME is its variable."""
+    name = NAME.match(text)
+    origin = "--text" if is_text else "--once"
+    if name is not None:
+        origin = f"{name[1]} (--{name[1].lower().replace('_', '-')})"
+    return Setting(text=text if name is None else text[name.end() :], origin=origin, is_text=is_text, is_kept=False)
 
 
 def split_settings(text: str) -> list[str]:
@@ -46,8 +85,8 @@ def _num_inside(text: str, first: int, ends: Sequence[int]) -> int:
     return next((number for number, value in enumerate(values) if _toml_value(value) is not NO_VALUE), 0)
 
 
-def apply_setting(tables: dict[str, Any], setting: str, *, stage: str | None, is_text: bool = False) -> None:
-    """Put the value of `table.key=value` into `tables`; `{stage}` in its key stands for `stage`.
+def apply_setting(tables: dict[str, Any], setting: Setting, *, stage: str | None) -> tuple[str, ...]:
+    """Put the value of a setting into `tables`, and return the parts of its key; `{stage}` in it stands for `stage`.
 
     The value is read as TOML; what is not one value of TOML (a bare word, a path, a text with a comment behind it), or
     is given as text, is taken as it is. A part of the key may stand in quotes, as in TOML.
@@ -56,19 +95,20 @@ def apply_setting(tables: dict[str, Any], setting: str, *, stage: str | None, is
         UserError: it is not `table.key=value`, a part of its key is a value, no stage is chosen that it could mean, or
             its value begins with a quote or bracket that is not closed.
     """
-    dotted, equals, text = _at_equals(setting)
+    dotted = setting.key
     if STAGE_PLACEHOLDER in dotted:
-        dotted = _with_stage(dotted, stage, tables, setting)
-    *parents, key = [part.strip("\"'") for part in DOT.split(dotted.strip())]
-    if not equals or not parents or not all((*parents, key)):
-        raise UserError(f"--set {setting!r} is not of the form table.key=value")
-    value = text if is_text else _read_value(text, dotted)
+        dotted = _with_stage(setting, stage, tables)
+    *parents, key = [part.strip("\"'") for part in DOT.split(dotted)]
+    if "=" not in setting.text or not parents or not all((*parents, key)):
+        raise UserError(f"{setting.origin}: {setting.text!r} is not of the form table.key=value")
+    value = setting.value if setting.is_text else _read_value(setting)
     node: Any = tables
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {setting!r}: {parent} is a value, not a table")
+            raise UserError(f"{setting.origin}: {setting.text!r}: {parent} is a value, not a table")
     node[key] = value
+    return (*parents, key)
 
 
 def _at_equals(setting: str) -> tuple[str, str, str]:
@@ -79,16 +119,16 @@ def _at_equals(setting: str) -> tuple[str, str, str]:
     return setting[: match.end() - 1], "=", setting[match.end() :]
 
 
-def _read_value(text: str, dotted: str) -> Any:
-    value = _toml_value(text)
+def _read_value(setting: Setting) -> Any:
+    value, text = _toml_value(setting.value), setting.value.strip()
     if value is not NO_VALUE:
         return value
-    wrong = _unclosed(text.strip())
-    if wrong:
+    if wrong := _unclosed(text):
         raise UserError(
-            f"{dotted.strip()} = {text.strip()}: {wrong}; a text that begins so stands in quotes as a whole, as in TOML"
+            f"{setting.origin}: {setting.key} = {text}: {wrong}; a text that begins so stands in quotes as a whole, as "
+            "in TOML"
         )
-    return text
+    return setting.value
 
 
 def _unclosed(text: str) -> str | None:
@@ -104,13 +144,14 @@ def _unclosed(text: str) -> str | None:
     return None
 
 
-def _with_stage(dotted: str, stage: str | None, tables: dict[str, Any], setting: str) -> str:
+def _with_stage(setting: Setting, stage: str | None, tables: dict[str, Any]) -> str:
+    said = f"{setting.origin}: {setting.text!r}"
     if stage is None:
-        raise UserError(f"--set {setting!r}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
-    table = dotted.partition(".")[0].strip()
+        raise UserError(f"{said}: no stage is chosen that {STAGE_PLACEHOLDER} could stand for")
+    table = setting.key.partition(".")[0]
     if stage not in tables.get(table, {}):
-        raise UserError(f"--set {setting!r}: there is no [{table}.{stage}]")
-    return dotted.replace(STAGE_PLACEHOLDER, stage)
+        raise UserError(f"{said}: there is no [{table}.{stage}]")
+    return setting.key.replace(STAGE_PLACEHOLDER, stage)
 
 
 def _toml_value(text: str) -> Any:

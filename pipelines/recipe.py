@@ -14,9 +14,10 @@ import pydantic
 import pydantic_core
 
 from errors import MissingFileError, UserError
-from pipelines.overrides import apply_setting
+from pipelines.overrides import STAGE_PLACEHOLDER, Setting, apply_setting
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.reading import Reading
+from pipelines.wrong_keys import describe_item, did_you_mean, wrong_items
 
 TABLES = (
     "data",
@@ -38,13 +39,6 @@ KEYS_THAT_ARE_TABLES = ("networks",)
 TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-# Where pydantic's words do not tell what is to be written.
-PLAIN_WORDS = {
-    "sequence_str": 'Input should be a valid list, such as ["x"]',
-    "list_type": "Input should be a valid list, in [brackets]",
-    "dict_type": "Input should be a table of keys, in {braces}",
-    "model_type": "Input should be a table of keys, in {braces}",
-}
 Value = TypeVar("Value")
 DECIDES = "decides numbers"
 DECIDES_TEXTS = "decides the texts that come with images"
@@ -99,8 +93,10 @@ def _fingerprint_value(value: Any, decides: str) -> Any:
 class DataConfig(TableConfig):
     """`[data]`: where the raw shards are and how their members are to be read."""
 
-    shards: str | list[str] = pydantic.Field(
-        description="Raw shards: brace ranges, globs, folders or fsspec URLs; `{run}` stands for the run's folder"
+    shards: str | list[str] | None = pydantic.Field(
+        default=None,
+        description="Raw shards: brace ranges, globs, folders or fsspec URLs; `{run}` stands for the run's folder; "
+        "null = those that were typed as SHARDS once, which a run remembers",
     )
     dialect: Decides[str] = pydantic.Field(
         default="auto",
@@ -131,7 +127,13 @@ class DataConfig(TableConfig):
         return Reading(dialect=self.dialect, image_column=self.image_column, text_column=self.text_column)
 
     def paths(self, run: Path) -> list[str]:
-        """Return the raw shards of a run, sorted by name, with `{run}` filled in; raises as `expand_shards` does."""
+        """Return the raw shards that are named here, sorted by name, with `{run}` filled in.
+
+        Raises:
+            MissingFileError: none are named; or as `expand_shards` does.
+        """
+        if self.shards is None:
+            raise MissingFileError("no raw shards are named: type SHARDS=… (--shards …) once for the run")
         return expand_shards(self.shards, run=run)
 
 
@@ -160,11 +162,23 @@ Config = TypeVar("Config", bound=TableConfig)
 
 
 class Recipe:
-    """A parsed recipe file with its `--set` overrides applied; `table` and `named` give validated tables."""
+    """A parsed recipe file with settings laid over it; `table` and `named` give validated tables.
 
-    def __init__(self, path: Path, tables: dict[str, Any]) -> None:
+    `origins` has, by the parts of each key that was set, where it was typed: that is what errors blame for it.
+    """
+
+    def __init__(
+        self, path: Path, tables: dict[str, Any], *, origins: Mapping[tuple[str, ...], str] | None = None
+    ) -> None:
         self.path = path
         self.tables = tables
+        self.origins = origins or {}
+
+    def blame(self, table: str, *key: str | int) -> str:
+        """Return where a key comes from: the recipe's path, or where it, or a table that it is in, was typed."""
+        parts = (*table.split("."), *map(str, key))
+        found = (self.origins.get(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((origin for origin in found if origin is not None), str(self.path))
 
     def table(self, name: str, model: type[Config]) -> Config:
         """Return table `name` as `model`.
@@ -219,7 +233,8 @@ class Recipe:
     def _require_name(self, table: str, name: str, *, names: Sequence[str]) -> None:
         if name not in names:
             known = ", ".join(names) or "none"
-            raise UserError(f"{self.path}: there is no [{table}.{name}]; the tables of [{table}] are: {known}")
+            near = did_you_mean(name, names)
+            raise UserError(f"{self.path}: there is no [{table}.{name}]; the tables of [{table}] are: {known}{near}")
         if not TABLE_NAME.fullmatch(name):
             raise UserError(f"{self.path}: [{table}.{name!r}] names a folder, too: use letters, digits and _ -")
 
@@ -227,9 +242,10 @@ class Recipe:
         """Return `name`, the table it extends, the one that extends, and so on."""
         chain = [name]
         while (base := self.tables[table][chain[-1]].get(EXTENDS)) is not None:
-            key = f"{self.path}: {table}.{chain[-1]}.{EXTENDS} = {base!r}"
+            key = f"{self.blame(table, chain[-1], EXTENDS)}: {table}.{chain[-1]}.{EXTENDS} = {base!r}"
             if base not in names:
-                raise UserError(f"{key} names no table of [{table}]: {', '.join(names)}")
+                near = did_you_mean(str(base), names)
+                raise UserError(f"{key} names no table of [{table}]: {', '.join(names)}{near}")
             if base in chain:
                 raise UserError(f"{key} goes in a circle: {' extends '.join([*chain, base])}")
             chain.append(base)
@@ -237,88 +253,62 @@ class Recipe:
 
     def _wrong_keys(self, name: str, content: Any, model: type[TableConfig], *, is_part: bool = False) -> list[str]:
         """Return a line for each wrong key; a part lacks keys, and what is said of it as a whole means nothing."""
-        try:
-            model.model_validate(content)
-        except pydantic.ValidationError as error:
-            items = _without_choices(error.errors(), content)
-            if is_part:
-                items = [item for item in items if item["loc"] and (item["type"], len(item["loc"])) != ("missing", 1)]
-            return [_describe(self.path, name, item, model) for item in items]
-        return []
+        items = wrong_items(model, content)
+        if is_part:
+            items = [item for item in items if item["loc"] and (item["type"], len(item["loc"])) != ("missing", 1)]
+        return [
+            f"{self.blame(name, *item['loc'])}: {describe_item(name, item, model, renamed=model.renamed_keys)}"
+            for item in items
+        ]
 
     def _raise(self, wrong: Sequence[str]) -> None:
         if wrong:
             raise UserError("\n".join(wrong))
 
 
-def _without_choices(errors: Sequence[Mapping[str, Any]], content: Any) -> list[dict[str, Any]]:
-    """Return one error per key of `content`, where pydantic has one for each type that the key's value may have.
+def load_recipe(path: Path | str, settings: Sequence[str | Setting] = (), *, stage: str | None = None) -> Recipe:
+    """Read a recipe and apply settings such as `training.stage2.num_steps=10`, in order.
 
-    Places inside the value win, for they are of the type that was meant.
-    """
-    keys: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for error in errors:
-        key, place = _place(error["loc"], content)
-        keys.setdefault(key, []).append({**error, "loc": place})
-    items = []
-    for found in keys.values():
-        depth = max(len(item["loc"]) for item in found)
-        deepest = [item for item in found if len(item["loc"]) == depth]
-        messages = [plain_message(item) for item in deepest]
-        others = [message.removeprefix("Input should be ") for message in messages[1:]]
-        items.append(deepest[0] | {"msg": " or ".join([messages[0], *others])})
-    return items
-
-
-def _place(location: Sequence[str | int], content: Any) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-    """Return the keys of an error's location up to the first name of a type, and all of them without such names."""
-    place, key = [], None
-    for part in location:
-        if isinstance(content, dict):
-            content = content.get(part)
-        elif isinstance(content, list) and isinstance(part, int):
-            content = content[part]
-        else:
-            key = tuple(place) if key is None else key
-            continue
-        place.append(part)
-    return tuple(place) if key is None else key, tuple(place)
-
-
-def plain_message(error: Mapping[str, Any]) -> str:
-    """Return what an error of pydantic says, without pydantic's own words in front of ours, or about its own types."""
-    return str(PLAIN_WORDS.get(error["type"]) or error["msg"]).removeprefix("Value error, ")
-
-
-def _describe(path: Path, table: str, item: Mapping[str, Any], model: type[TableConfig]) -> str:
-    key = ".".join([table, *(str(part) for part in item["loc"])])
-    first = item["loc"][0] if item["loc"] else ""
-    if item["type"] == "extra_forbidden":
-        renamed = model.renamed_keys.get(str(first))
-        return f"{path}: {key} is called {renamed} now" if renamed else f"{path}: {key} is not a known key"
-    if item["type"] == "missing":
-        field = model.model_fields.get(str(first))
-        what = f": {field.description}" if field is not None and len(item["loc"]) == 1 else ""
-        return f"{path}: {key} is missing{what}"
-    if not item["loc"]:
-        return f"{path}: {key}: {item['msg']}"
-    return f"{path}: {key} = {item['input']!r}: {item['msg']}"
-
-
-def load_recipe(
-    path: Path | str, overrides: Sequence[str] = (), *, texts: Sequence[str] = (), stage: str | None = None
-) -> Recipe:
-    """Read a recipe and apply overrides such as `training.stage2.num_steps=10`, then those whose values are texts.
-
-    An override's value is read as TOML; what is not TOML (a bare word, a path) is taken as a string. `{stage}` in its
-    key stands for `stage`.
+    A setting's value is read as TOML, unless it is a text; what is not TOML (a bare word, a path) is taken as a string.
+    `{stage}` in its key stands for `stage`.
 
     Raises:
         MissingFileError: the recipe does not exist.
         UserError: it cannot be read, is not TOML, has an unknown table, a value where a table should be, or a stage
-            with phases, as recipes had before stages had names, or an override is not `table.key=value`.
+            with phases, as recipes had before stages had names, or a setting is not `table.key=value`.
     """
     path = Path(path)
+    tables = _read_tables(path)
+    origins = {}
+    for typed in settings:
+        setting = Setting(text=typed) if isinstance(typed, str) else typed
+        key = apply_setting(tables, setting, stage=stage)
+        origins[key] = setting.origin
+    recipe = Recipe(path, tables, origins=origins)
+    if unknown := sorted(set(tables) - set(TABLES)):
+        of_table = [key for key in origins if key[0] == unknown[0]]
+        place = origins[of_table[0]] if of_table else path
+        near = did_you_mean(unknown[0], TABLES)
+        raise UserError(f"{place}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}{near}")
+    _refuse_phases(tables, path)
+    return recipe
+
+
+def only_name(path: Path, table: str, settings: Sequence[Setting]) -> str:
+    """Return the one named table that `table` has in a recipe with settings.
+
+    Raises:
+        UserError: it has several, or none; names them.
+    """
+    recipe = load_recipe(path, [setting for setting in settings if STAGE_PLACEHOLDER not in setting.key])
+    names = recipe.names(table, keys=(*KEYS_THAT_ARE_TABLES, "families"))
+    if len(names) != 1:
+        known = ", ".join(names) or "none"
+        raise UserError(f"say which stage, as STAGE=… (--stage …); the tables of [{table}] in {path} are: {known}")
+    return names[0]
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise MissingFileError(f"recipe {path} does not exist")
     try:
@@ -328,15 +318,7 @@ def load_recipe(
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
     _require_tables(tables, path)
-    for override in overrides:
-        apply_setting(tables, override, stage=stage)
-    for text in texts:
-        apply_setting(tables, text, stage=stage, is_text=True)
-    unknown = sorted(set(tables) - set(TABLES))
-    if unknown:
-        raise UserError(f"{path}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}")
-    _refuse_phases(tables, path)
-    return Recipe(path, tables)
+    return tables
 
 
 def _require_tables(tables: Mapping[str, Any], path: Path) -> None:

@@ -27,8 +27,9 @@ from pixart.layouts import (
     pixart_diffusers_layout,
 )
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
+from pixart.stored_shapes import CONFIG_NAME
 from pixart.tensor_files import read_weight_file, read_weights
-from pixart.transformer_config import CONFIG_NAME, default_interpolation_scale, read_transformer_config, to_json
+from pixart.transformer_config import default_interpolation_scale, read_transformer_config, to_json
 from pixart.weight_files import WEIGHTS_NAME
 
 # heads of the published models, S to XL, by width: weights do not tell

@@ -12,9 +12,9 @@ from typing import Any
 from errors import MissingFileError, UserError
 from pixart.dit import DiTConfig
 from pixart.model import PixArtConfig
+from pixart.stored_shapes import CONFIG_NAME, DIT_DEFAULTS, PIXART_DEFAULTS, kind_of
 from pixart.weight_files import describe_originals, read_json
 
-CONFIG_NAME = "config.json"
 DIFFUSERS_VERSION = "0.38.0"  # the oldest whose classes we are tested against
 # config values that we compute with and that a folder may therefore not contradict
 FIXED_CONFIG = {
@@ -34,37 +34,6 @@ DIT_NORM_EPS = 1e-5
 # of groups in a norm and linear projections that only transformers of feature maps have, and of steps that a PixArt,
 # whose blocks know no table of them, is never asked for
 WITHOUT_EFFECT = ("norm_num_groups", "use_linear_projection", "num_embeds_ada_norm")
-# what a config says by leaving a key out: the defaults of diffusers' classes
-PIXART_DEFAULTS: dict[str, Any] = {
-    "num_layers": 28,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 8,
-    "sample_size": 128,
-    "norm_type": "ada_norm_single",
-    "cross_attention_dim": None,  # where it is left out the weights' shapes say it
-    "caption_channels": None,
-    "interpolation_scale": None,
-    "use_additional_conditions": None,
-}
-DIT_DEFAULTS: dict[str, Any] = {
-    "num_layers": 28,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": None,
-    "sample_size": 32,
-    "norm_type": "ada_norm_zero",
-    "cross_attention_dim": None,
-    "caption_channels": None,
-    "num_embeds_ada_norm": 1000,
-    "timestep_shift": 1,  # ours; diffusers' timesteps have no other
-}
-# by class, where a config leaves out its norm_type
-NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
 SHAPE_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "sample_size")
 # latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
 # `PixArtTransformer2DModel` takes `max(sample_size // 64, 1)`
@@ -115,17 +84,13 @@ def read_transformer_config(folder: Path, *, timestep_shift: int | None = None) 
     if not path.exists():
         raise MissingFileError(f"{folder} has no config.json of a transformer{describe_originals(folder)}")
     stored = read_json(path)
-    # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
-    norm_type = stored.get("norm_type", NORM_TYPES.get(str(stored.get("_class_name"))))
-    reads_captions = stored.get("caption_channels") is not None
+    kind = kind_of(stored, path)
     try:
-        if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and reads_captions):
+        if kind == "pixart":
             return _pixart_config({**PIXART_DEFAULTS, **stored})
-        if norm_type == "ada_norm_zero":
-            return _dit_config({**DIT_DEFAULTS, **stored}, timestep_shift)
+        return _dit_config({**DIT_DEFAULTS, **stored}, timestep_shift)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    raise UserError(f"{path} describes {stored.get('_class_name')} of norm_type {norm_type}, not a PixArt or DiT")
 
 
 def default_interpolation_scale(sample_size: int) -> float:

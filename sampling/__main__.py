@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if config.write_embeddings is not None:
         path = Path(config.write_embeddings.replace("{run}", str(command.run))).expanduser()
+        if not command.is_plan:
+            command.remember()
         _write_embeddings(job, path, is_plan=command.is_plan)
         return
     lost = check_job(job)
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in describe_job(job):
             log.info(line)
     else:
+        command.remember()
         run_job(job, run=command.run, lost=lost)
 
 

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_free(port)
     page = build_page(studio)
+    command.remember()
     serve(page, port=port, folder=studio.folder)
     page.block_thread()
 

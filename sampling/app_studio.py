@@ -15,9 +15,9 @@ from PIL import Image
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from pipelines.recipe import plain_message
 from pipelines.store.files import own_files
 from pipelines.store.png_files import DAMAGE
+from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
 from pixart.processes.specs import SOLVERS, require_solver
 from sampling.config import SamplingConfig

@@ -9,7 +9,7 @@ import pytest
 
 from atelier.commands import FLAGS, SUBCOMMANDS, variable
 from atelier.door import main, room_words
-from atelier.recipe_files import find_recipe, shipped_recipes
+from pipelines.recipe_files import find_recipe, shipped_recipes
 from atelier.typed import variables_of
 from errors import UserError
 from pipelines.command import parse_command
@@ -18,35 +18,35 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 VALUE = "it's \"5\" $5 $(HOME) # 'x'  [y], {0..1}"
 # What the room of a sub-command is to be given for a flag.
 GIVEN = {
-    "shards": ("caption", ["--text", f"data.shards={VALUE}"]),
-    "retry": ("caption", ["--set", "captioning.retry_rejects=true"]),
+    "shards": ("caption", ["--text", f"SHARDS:data.shards={VALUE}"]),
+    "retry": ("caption", ["--once", "RETRY:captioning.retry_rejects=true"]),
     "plan": ("caption", ["--plan"]),
     "run": ("verify", [f"--run={VALUE}"]),
-    "sets": ("stats", ["--text", f"dataset_stats.sets={VALUE}"]),
-    "sample": ("stats", ["--set", f"dataset_stats.sample={VALUE}"]),
+    "sets": ("stats", ["--text", f"SETS:dataset_stats.sets={VALUE}"]),
+    "sample": ("stats", ["--once", f"SAMPLE:dataset_stats.sample={VALUE}"]),
     "stage": ("train", [f"--stage={VALUE}"]),
     "phase": ("train", [f"--phase={VALUE}"]),
-    "gpus": ("train", ["--set", f"training.num_processes={VALUE}"]),
-    "hostfile": ("train", ["--text", f"training.hostfile={VALUE}"]),
-    "remote-shell": ("train", ["--text", f"training.remote_shell={VALUE}"]),
-    "from-scratch": ("train", ["--set", "training.{stage}.starts_from=scratch"]),
-    "prompt": ("sample", ["--text", f"sampling.prompt={VALUE}"]),
-    "prompts": ("sample", ["--text", f"sampling.prompts={VALUE}"]),
-    "n": ("sample", ["--set", f"sampling.images_per_prompt={VALUE}"]),
-    "steps": ("sample", ["--set", f"sampling.num_steps={VALUE}"]),
-    "cfg": ("sample", ["--set", f"sampling.guidance_scale={VALUE}"]),
-    "seed": ("sample", ["--set", f"sampling.seed={VALUE}"]),
-    "size": ("sample", ["--text", f"sampling.size={VALUE}"]),
+    "gpus": ("train", ["--once", f"GPUS:training.num_processes={VALUE}"]),
+    "hostfile": ("train", ["--text", f"HOSTFILE:training.hostfile={VALUE}"]),
+    "remote-shell": ("train", ["--text", f"REMOTE_SHELL:training.remote_shell={VALUE}"]),
+    "from-scratch": ("train", ["--once", "FROM_SCRATCH:training.{stage}.starts_from=scratch"]),
+    "prompt": ("sample", ["--text", f"PROMPT:sampling.prompt={VALUE}"]),
+    "prompts": ("sample", ["--text", f"PROMPTS:sampling.prompts={VALUE}"]),
+    "n": ("sample", ["--once", f"N:sampling.images_per_prompt={VALUE}"]),
+    "steps": ("sample", ["--once", f"STEPS:sampling.num_steps={VALUE}"]),
+    "cfg": ("sample", ["--once", f"CFG:sampling.guidance_scale={VALUE}"]),
+    "seed": ("sample", ["--once", f"SEED:sampling.seed={VALUE}"]),
+    "size": ("sample", ["--text", f"SIZE:sampling.size={VALUE}"]),
     "task": ("eval", [VALUE]),
-    "reference": ("eval", ["--text", f"evaluation.reference={VALUE}"]),
-    "clip": ("eval", ["--text", f"evaluation.clip={VALUE}"]),
-    "inception": ("eval", ["--text", f"evaluation.inception={VALUE}"]),
-    "port": ("app", ["--set", f"app.port={VALUE}"]),
+    "reference": ("eval", ["--text", f"REFERENCE:evaluation.reference={VALUE}"]),
+    "clip": ("eval", ["--text", f"CLIP:evaluation.clip={VALUE}"]),
+    "inception": ("eval", ["--text", f"INCEPTION:evaluation.inception={VALUE}"]),
+    "port": ("app", ["--once", f"PORT:app.port={VALUE}"]),
     "from": ("convert", ["training.convert", VALUE]),
     "to": ("convert", ["b", VALUE]),
     "reparameterize": ("convert", ["--reparameterize"]),
 }
-NEEDED = {"stage": "2", "from": "b", "to": "b"}
+NEEDED = {"from": "b", "to": "b"}
 
 
 def needed(name: str, *, without: str = "") -> dict[str, str]:
@@ -86,7 +86,7 @@ def test_every_flag_is_tried_here_and_every_sub_command_is_a_target() -> None:
 @pytest.mark.parametrize("value", ["-x", "--plan", "-1"])
 def test_a_value_may_look_like_a_flag_of_make(monkeypatch, value) -> None:
     words = words_of_make(monkeypatch, "sample", {"STAGE": "2", "PROMPT": value})
-    assert ("--text", f"sampling.prompt={value}") in itertools.pairwise(words)
+    assert ("--text", f"PROMPT:sampling.prompt={value}") in itertools.pairwise(words)
 
 
 def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tmp_path) -> None:
@@ -124,11 +124,8 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         (["caption", "--shard", "x"], r"caption takes no --shard \(did you mean --shards\?\)"),
         (["caption", "--shards=a", "b.tar"], "caption takes no b.tar"),
         (["stats", "--stage", "2"], "stats takes no --stage"),
-        (["train"], "train needs --stage, for example --stage 2"),
-        (["train", "--from-make", ""], "train needs STAGE, for example STAGE=2"),
         (["convert", "--from-make", ""], "convert needs FROM, for example FROM=facebook/DiT-XL-2-256"),
         (["convert", "--from", "a"], "convert needs --to, for example --to dit"),
-        (["caption", "--recipe", "pixart-alhpa"], "pixart-alhpa does not exist; the shipped ones are .*pixart-alpha"),
     ],
 )
 def test_what_is_not_known_or_missing_is_said(typed, message) -> None:
@@ -149,6 +146,8 @@ def test_recipes_are_found_by_name_where_no_file_is_meant(tmp_path, monkeypatch)
     assert shipped["toyworld"].read_bytes() == (REPOSITORY / "recipes" / "toyworld.toml").read_bytes()
     for text in ("toyworld", "toyworld.toml", "recipes/toyworld.toml"):
         assert find_recipe(text) == shipped["toyworld"]
+    with pytest.raises(UserError, match=r"pixart-alhpa does not exist; the shipped ones are .*pixart-alpha"):
+        parse_command("captioning", "", argv=["--run", "x", "--recipe", "pixart-alhpa"])
     (tmp_path / "toyworld.toml").touch()
     assert find_recipe("toyworld.toml") == Path("toyworld.toml") and find_recipe("toyworld") == shipped["toyworld"]
 

@@ -57,7 +57,7 @@ def test_no_key_of_any_table_takes_what_is_not_finite(tmp_path, value) -> None:
     for table, key in KEYS:
         with pytest.raises(UserError) as refused:
             load_recipe(recipe, [f"{key}={value}"]).table(table, TABLES[table])
-        assert f"{recipe}: {key}" in str(refused.value), key
+        assert f"--set: {key}" in str(refused.value), key
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_recipes_texts_in_errors_are_printed_as_they_are(text, tmp_path, capsy
 
     assert run_command("room", main) == 2
     said = capsys.readouterr().err
-    assert f"{recipe}: data.dialect = {text!r}" in said.replace("\n", "") and "Traceback" not in said
+    assert f"--text: data.dialect = {text!r}" in said.replace("\n", "") and "Traceback" not in said
 
 
 def test_no_room_prints_markup() -> None:

@@ -6,14 +6,14 @@ import pytest
 
 from errors import UserError
 from pipelines.command import parse_command, run_command
-from pipelines.overrides import apply_setting, split_settings
+from pipelines.overrides import Setting, apply_setting, split_settings
 
 
 def read(text: str) -> dict[str, object]:
     """What a text of settings becomes, by dotted key of two parts."""
     tables: dict = {}
     for setting in split_settings(text):
-        apply_setting(tables, setting, stage="stage2")
+        apply_setting(tables, Setting(text=setting), stage="stage2")
     return {f"{table}.{key}": value for table, content in tables.items() for key, value in content.items()}
 
 
@@ -51,7 +51,7 @@ def test_a_text_of_settings_is_cut_where_the_next_one_begins(text, settings) -> 
 def test_stages_are_named_in_any_of_them() -> None:
     tables: dict = {"training": {"stage2": {}}}
     for setting in split_settings("training.{stage}.num_steps=5 training.stage2.name=a b"):
-        apply_setting(tables, setting, stage="stage2")
+        apply_setting(tables, Setting(text=setting), stage="stage2")
     assert tables == {"training": {"stage2": {"num_steps": 5, "name": "a b"}}}
 
 

@@ -18,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=TASKS, help="; ".join(f"{name}: {text}" for name, (text, _) in TASKS.items()))
     name = parser.parse_args(arguments[:1]).task
     description, task = TASKS[name]
-    task(parse_command(f"toyworld {name}", description, argv=arguments[1:]))
+    command = parse_command(f"toyworld {name}", description, argv=arguments[1:])
+    task(command)
+    if not command.is_plan:
+        command.remember()
 
 
 def _world(command: Command) -> None:

@@ -16,6 +16,7 @@ from pipelines.raw.images import decode_image
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.recipe import DataConfig
+from pipelines.run_memory import run_shards
 from pipelines.store.png_files import read_picture
 from pipelines.store.tables import MEND_SHARD, read_table, sound_table
 from toyworld.config import ToyworldConfig
@@ -95,7 +96,7 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     missed = _spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
     chosen = missed + _spread([row for row in rows if all(row["hits"])], count - len(missed))
     chosen.sort(key=lambda row: (row["shard"], row["key"]))
-    paths = {shard_name(path): path for path in data.paths(run)}
+    paths = {shard_name(path): path for path in run_shards(run, data)}
     examples = []
     for shard, group in _by_shard(chosen).items():
         if shard not in paths:

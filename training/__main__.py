@@ -62,6 +62,7 @@ def lead(*, announce: Callable[[], None]) -> None:
     if command.is_plan:
         _print_weights(job, preflight)
         return
+    command.remember()
     _run(job, ranks, announce=announce)
     former_seconds = resume.trainer["elapsed_seconds"] if resume is not None else 0.0
     _report(job, preflight, seconds=former_seconds + time.monotonic() - start_seconds)
@@ -73,15 +74,17 @@ def follow(task: Placement) -> None:
     if answer == START:
         try:
             # The first task has looked at the checkpoints' files.
-            _run(open_stage(_command(), checks_files=False), task, announce=lambda: None)
+            _run(open_stage(_command(is_silent=True), checks_files=False), task, announce=lambda: None)
         except LostContactError:
             sys.exit(2)
     elif answer != NOTHING_TO_DO:
         sys.exit(2)
 
 
-def _command() -> Command:
-    return parse_command("training", "Features to checkpoints: one stage of the recipe.", has_stages=True)
+def _command(*, is_silent: bool = False) -> Command:
+    return parse_command(
+        "training", "Features to checkpoints: one stage of the recipe.", has_stages=True, is_silent=is_silent
+    )
 
 
 def _where(job: TrainingJob) -> Placement | list[Host]:
@@ -102,7 +105,7 @@ def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[
     settings = job.settings
     if isinstance(ranks, Placement):
         run_ranks(
-            sys.argv[1:],
+            job.command.words,
             placement=ranks,
             threads_per_process=settings.threads_per_process,
             directory=job.directory,
@@ -110,7 +113,7 @@ def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[
             memory_advice=memory_advice(settings),
         )
     else:
-        run_hosts(sys.argv[1:], hosts=ranks, remote_shell=settings.remote_shell)
+        run_hosts(job.command.words, hosts=ranks, remote_shell=settings.remote_shell)
 
 
 def _print_weights(job: TrainingJob, preflight: Preflight) -> None:

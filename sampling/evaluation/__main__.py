@@ -23,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task", choices=TASKS)
     task = parser.parse_args(arguments[:1]).task
     description, run_task = TASKS[task]
-    run_task(parse_command(f"sampling.evaluation {task}", description, argv=arguments[1:], has_stages=True))
+    command = parse_command(f"sampling.evaluation {task}", description, argv=arguments[1:], has_stages=True)
+    run_task(command)
+    if not command.is_plan:
+        command.remember()
 
 
 def _score(command: Command) -> None:

@@ -27,6 +27,7 @@ from pixart.weight_files import ORIGINAL_SUFFIXES
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.resume import require_same_job, weights_identity
+from training.stages.shape import stage_shape
 
 SURVEY = "survey.json"
 STAGE_FOLDER = "{run}/training/"
@@ -81,7 +82,6 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         UserError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
     """
     settings = stage_training(command.recipe, command.stage_name)
-    model = command.recipe.table("model", ModelConfig)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     _require_own_folders(command, settings)
@@ -90,6 +90,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     if resume is not None and resume.step < settings.num_steps and checks_files:
         require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
+    model = stage_shape(command.recipe, command.stage_name, settings=settings, start=start, resume=resume)
     networks = _networks(command, settings, directory, checks_files=checks_files)
     origins = {"training.starts_from": start.identity}
     origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}

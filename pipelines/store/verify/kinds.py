@@ -86,6 +86,9 @@ RUN = FolderKind(
             pattern="shards.json", check=json_damage, mend="`rm {path}`, and give SHARDS with the next command again"
         ),
         FileKind(
+            pattern="run.json", check=json_damage, mend="`rm {path}`, and give RECIPE with the next command again"
+        ),
+        FileKind(
             pattern="summary.json", check=json_damage, mend="`rm {path}`: each command writes its figures as it ends"
         ),
         FileKind(pattern="summary-damaged-*.json", check=None),  # put aside, for people to look at
@@ -93,6 +96,7 @@ RUN = FolderKind(
         FileKind(pattern="buckets-*-rejects.csv", check=text_damage, mend="`rm {path}`, then `make buckets`"),
         FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
         FileKind(pattern=".summary.lock", check=None),
+        FileKind(pattern=".run.lock", check=None),
     ),
     signs=("*",),
     has_shards=False,

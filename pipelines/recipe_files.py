@@ -5,9 +5,9 @@ from pathlib import Path
 
 from errors import MissingFileError
 
-HERE = Path(__file__).resolve().parent
+HOUSE = Path(__file__).resolve().parent.parent
 # Of a clone, and of an installed package.
-SHIPPED = (HERE.parent / "recipes", HERE / "shipped")
+SHIPPED = (HOUSE / "recipes", HOUSE / "atelier" / "shipped")
 
 
 def find_recipe(text: str) -> Path:
@@ -28,6 +28,11 @@ def find_recipe(text: str) -> Path:
         return typed
     names = ", ".join(path.stem for path in shipped_recipes())
     raise MissingFileError(f"recipe {text} does not exist; the shipped ones are {names}")
+
+
+def default_recipe() -> Path:
+    """Return the recipe of a run for which none has been named: the paper's."""
+    return find_recipe("pixart-alpha")
 
 
 def shipped_recipes() -> Sequence[Path]:

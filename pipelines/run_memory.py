@@ -1,0 +1,192 @@
+"""What a run remembers of what was typed for it: `RUN/run.json` has its recipe, its settings and its raw shards."""
+
+import dataclasses
+import fcntl
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import MissingFileError
+from pipelines.engine.progress import get_logger
+from pipelines.overrides import Setting
+from pipelines.raw.patterns import recall_shards, shard_name
+from pipelines.recipe import DataConfig
+from pipelines.recipe_files import default_recipe
+from pipelines.store.files import atomic_write_json, is_remote, remove_temporary_files
+from pipelines.store.state_files import read_state, state_of
+
+MEMORY_NAME = "run.json"
+LOCK_NAME = ".run.lock"
+MEND = "remove it, and type RECIPE (--recipe) and SHARDS (--shards) with the next command, as for the first of the run"
+# Shards are remembered by name, and need no recipe of their own.
+SHARDS_KEY = "data.shards"
+SETTINGS_NAMED, MAX_CHARACTERS = 4, 60
+
+log = get_logger("run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMemory:
+    """What has been typed for a run.
+
+    Attributes:
+        recipe: absolute path of its recipe; None before there is one.
+        settings: by `table.key`, values as they were typed.
+        shards: absolute paths or URLs of raw shards, by name.
+    """
+
+    recipe: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The recipe and the settings of a command, and what was taken, or left out, of the run's memory.
+
+    Attributes:
+        recipe: path, as errors name it.
+        settings: remembered ones first, then what is typed, in order.
+        note: what is said of it, once; None where all of it was typed and nothing is left out.
+        replaces: whether the command's settings take the place of those that are remembered.
+    """
+
+    recipe: Path
+    settings: tuple[Setting, ...]
+    note: str | None
+    replaces: bool
+
+
+def read_memory(run: Path) -> RunMemory:
+    """Return what a run remembers; nothing where nothing has been typed for it yet.
+
+    Raises:
+        UserError: its file is damaged; names it.
+    """
+    path = run / MEMORY_NAME
+    if not path.is_file():
+        return RunMemory()
+    return state_of(RunMemory, read_state(path, mend=MEND), where=str(path), mend=MEND)
+
+
+def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]) -> Chosen:
+    """Return the recipe and settings of a command: what is typed, else what the run remembers, else the default.
+
+    A typed recipe is taken with the typed settings alone; without one, typed settings are laid over remembered ones.
+
+    Raises:
+        MissingFileError: the remembered recipe is not there any more; names it and the file that remembers it.
+    """
+    memory, where = read_memory(run), run / MEMORY_NAME
+    if typed_recipe is not None:
+        is_same = memory.recipe == str(typed_recipe.resolve())
+        left_out = _listed(_uncovered(memory.settings, _keys(typed)))
+        note = f"{_some(left_out)} of {where} left out, as a recipe was typed" if left_out else None
+        return Chosen(recipe=typed_recipe, settings=tuple(typed), note=note, replaces=not is_same)
+    if memory.recipe is None:
+        default = _shown(default_recipe())
+        note = f"recipe {default}, the default; RECIPE (--recipe) names another"
+        return Chosen(recipe=default, settings=tuple(typed), note=note, replaces=False)
+    recipe = _shown(Path(memory.recipe))
+    if not recipe.is_file():
+        raise MissingFileError(
+            f"{where} remembers recipe {recipe}, which does not exist; put it back, or type RECIPE (--recipe) once more"
+        )
+    kept = _uncovered(memory.settings, _keys(typed))
+    items = " and ".join([f"recipe {recipe}", *([_some(_listed(kept))] if kept else [])])
+    remembered = [
+        Setting(text=f"{key}={value}", origin=str(where), is_kept=False) for key, value in sorted(kept.items())
+    ]
+    return Chosen(
+        recipe=recipe, settings=(*remembered, *typed), note=f"{items} as remembered in {where}", replaces=False
+    )
+
+
+def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: Iterable[str]) -> None:
+    """Note a command's recipe and kept settings, by their whole `keys`, and the raw shards that were typed for it.
+
+    What other commands have noted since stays, but for what was typed anew.
+    """
+    kept = {key: setting for key, setting in keys.items() if setting.is_kept and key != SHARDS_KEY}
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Under its lock, what is left of a killed writer is nobody's.
+        remove_temporary_files(run, MEMORY_NAME, is_held=True)
+        memory = read_memory(run)
+        recipe = str(chosen.recipe.resolve())
+        former = {} if chosen.replaces and memory.recipe != recipe else memory.settings
+        settings = _uncovered(former, kept) | {key: setting.value for key, setting in kept.items()}
+        places = memory.shards | {
+            shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards
+        }
+        new = RunMemory(recipe=recipe, settings=settings, shards=places)
+        if new != memory:
+            atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new))
+
+
+def run_shards(run: Path, data: DataConfig) -> list[str]:
+    """Return the raw shards of a run where none are typed, sorted by name.
+
+    They are those that were typed for it before, else those of the recipe, else those that earlier commands have found.
+
+    Raises:
+        MissingFileError, UserError: there are none; or as `expand_shards` does.
+    """
+    if remembered := read_memory(run).shards:
+        log.info(f"{_count(len(remembered))} as remembered in {run / MEMORY_NAME}")
+        return [path for _, path in sorted(remembered.items())]
+    try:
+        return data.paths(run)
+    except MissingFileError:
+        if found := recall_shards(run):
+            return found
+        raise
+
+
+def typed_shards(run: Path, data: DataConfig) -> list[str]:
+    """Return the raw shards that are typed for a command, and say which others the run remembers.
+
+    Raises:
+        MissingFileError, UserError: as `expand_shards` does.
+    """
+    paths = data.paths(run)
+    names = {shard_name(path) for path in paths}
+    if others := sorted(read_memory(run).shards.keys() - names):
+        log.info(f"{_count(len(paths))} as typed; without {_some(others)} of {run / MEMORY_NAME}")
+    return paths
+
+
+def _uncovered(settings: Mapping[str, str], typed: Iterable[str]) -> dict[str, str]:
+    """Return the settings of which neither the key nor a table it is in is typed anew."""
+    others = set(typed)
+    return {
+        key: value
+        for key, value in settings.items()
+        if not any(key == other or key.startswith(f"{other}.") for other in others)
+    }
+
+
+def _keys(settings: Iterable[Setting]) -> list[str]:
+    return [setting.key for setting in settings]
+
+
+def _listed(settings: Mapping[str, str]) -> list[str]:
+    cut = {
+        key: f"{value[:MAX_CHARACTERS]}…" if len(value) > MAX_CHARACTERS else value for key, value in settings.items()
+    }
+    return [f"{key} = {cut[key]}" for key in sorted(cut)]
+
+
+def _some(items: Sequence[str]) -> str:
+    more = [f"{len(items) - SETTINGS_NAMED} more"] if len(items) > SETTINGS_NAMED else []
+    return ", ".join([*items[:SETTINGS_NAMED], *more])
+
+
+def _count(number: int) -> str:
+    return f"{number:,} raw shard{'' if number == 1 else 's'}"
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as it is typed from the working folder, where it is inside it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,81 @@
+"""The shape that a `config.json` of diffusers' transformers describes, in the recipe's words and without torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+from pixart.weight_files import read_json
+
+CONFIG_NAME = "config.json"
+# what a config says by leaving a key out: the defaults of diffusers' classes
+PIXART_DEFAULTS: dict[str, Any] = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 128,
+    "norm_type": "ada_norm_single",
+    "cross_attention_dim": None,  # where it is left out the weights' shapes say it
+    "caption_channels": None,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+}
+DIT_DEFAULTS: dict[str, Any] = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": None,
+    "sample_size": 32,
+    "norm_type": "ada_norm_zero",
+    "cross_attention_dim": None,
+    "caption_channels": None,
+    "num_embeds_ada_norm": 1000,
+    "timestep_shift": 1,  # ours; diffusers' timesteps have no other
+}
+# by class, where a config leaves out its norm_type
+NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
+# keys of `[model]` by those of a config
+RECIPE_KEYS = {
+    "num_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "patch_size": "patch_size",
+}
+
+
+def kind_of(stored: Mapping[str, Any], path: Path) -> str:
+    """Return `pixart` or `dit`, by what a config says.
+
+    Raises:
+        UserError: it is of another model; names the file.
+    """
+    # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
+    norm_type = stored.get("norm_type", NORM_TYPES.get(str(stored.get("_class_name"))))
+    reads_captions = stored.get("caption_channels") is not None
+    if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and reads_captions):
+        return "pixart"
+    if norm_type == "ada_norm_zero":
+        return "dit"
+    raise UserError(f"{path} describes {stored.get('_class_name')} of norm_type {norm_type}, not a PixArt or DiT")
+
+
+def stored_shape(folder: Path) -> dict[str, Any]:
+    """Return the keys of `[model]` that a folder of weights decides: a PixArt knows no classes, a DiT no adaLN.
+
+    Raises:
+        MissingFileError: the folder has no config.json.
+        UserError: it is damaged or of another model; names the file.
+    """
+    path = folder / CONFIG_NAME
+    found = read_json(path)
+    kind = kind_of(found, path)
+    stored = {**(PIXART_DEFAULTS if kind == "pixart" else DIT_DEFAULTS), **found}
+    shape = {key: stored[name] for name, key in RECIPE_KEYS.items()}
+    if kind == "dit":
+        return shape | {"num_classes": stored["num_embeds_ada_norm"]}
+    return shape | {"adaln": "single" if stored["norm_type"] == "ada_norm_single" else "per-block"}

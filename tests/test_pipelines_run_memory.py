@@ -1,0 +1,200 @@
+"""What is typed once for a run is remembered: its recipe, settings and raw shards; it gives way to what is typed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from pipelines.command import Command, parse_command
+from pipelines.raw.patterns import remember_shards
+from pipelines.recipe import DataConfig
+from pipelines.run_memory import MEMORY_NAME
+
+RECIPE = "[sampling]\nseed = 1\nnum_steps = 20\n[training.one]\nnum_steps = 3\n"
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(RECIPE)
+    (tmp_path / "b.toml").write_text(RECIPE.replace("seed = 1", "seed = 100"))
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.tar").write_bytes(b"")
+    return tmp_path
+
+
+def command(*typed: str, has_stages: bool = False) -> Command:
+    return parse_command("room", "", argv=["--run", "run", *typed], has_stages=has_stages)
+
+
+def done(*typed: str, has_stages: bool = False) -> Command:
+    """A command that has got as far as its work."""
+    found = command(*typed, has_stages=has_stages)
+    found.remember()
+    return found
+
+
+def memory() -> dict[str, object]:
+    return json.loads(Path("run", MEMORY_NAME).read_text())
+
+
+def test_a_run_alone_is_enough_once_a_recipe_has_been_named(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--set", "sampling.num_steps=8", "--settings", "sampling.size=8x8 sampling.seed=7")
+    assert capsys.readouterr().err == ""
+    later = command()
+    assert later.recipe.tables["sampling"] == {"seed": 7, "num_steps": 8, "size": "8x8"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "recipe a.toml and sampling.num_steps = 8, sampling.seed = 7, sampling.size = 8x8 as remembered in" in said
+    assert said.endswith("run/run.json")
+    assert memory() == {
+        "recipe": str(house / "a.toml"),
+        "settings": {"sampling.num_steps": "8", "sampling.seed": "7", "sampling.size": "8x8"},
+        "shards": {},
+    }
+
+
+def test_what_is_typed_wins_and_joins_the_memory(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--set", "sampling.seed=7", "--set", "sampling.guide.a=1")
+    found = done("--set", "sampling.seed=8", "--set", "sampling.guide={b = 2}")
+    assert found.recipe.tables["sampling"] == {"seed": 8, "num_steps": 20, "guide": {"b": 2}}
+    assert "sampling.seed" not in capsys.readouterr().err
+    assert memory()["settings"] == {"sampling.seed": "8", "sampling.guide": "{b = 2}"}
+    done("--set", "sampling.guide.c=3")
+    assert command().recipe.tables["sampling"]["guide"] == {"b": 2, "c": 3}
+
+
+def test_what_belongs_to_one_command_is_not_remembered(house: Path) -> None:
+    typed = ("--text", "PROMPT:sampling.prompt=a: b", "--once", "GPUS:training.num_processes=8", "--plan")
+    found = done("--recipe", "a.toml", *typed)
+    assert found.recipe.tables["sampling"]["prompt"] == "a: b" and found.is_plan
+    assert found.recipe.tables["training"]["num_processes"] == 8
+    assert memory()["settings"] == {}
+    assert "prompt" not in command().recipe.tables["sampling"]
+
+
+def test_a_command_that_did_not_run_leaves_no_memory(house: Path) -> None:
+    command("--recipe", "a.toml", "--set", "sampling.seed=7")
+    assert not Path("run").exists()
+
+
+def test_a_typed_recipe_is_taken_with_what_is_typed_alone(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--set", "sampling.seed=7", "--set", "sampling.num_steps=8")
+    found = done("--recipe", "a.toml", "--set", "sampling.num_steps=9")
+    assert found.recipe.tables["sampling"] == {"seed": 1, "num_steps": 9}
+    assert "sampling.seed = 7 of run/run.json left out, as a recipe was typed" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert memory()["settings"] == {"sampling.seed": "7", "sampling.num_steps": "9"}
+    found = done("--recipe", "b.toml", "--set", "sampling.size=4x4")
+    assert found.recipe.tables["sampling"] == {"seed": 100, "num_steps": 20, "size": "4x4"}
+    assert memory() == {"recipe": str(house / "b.toml"), "settings": {"sampling.size": "4x4"}, "shards": {}}
+
+
+def test_without_memory_the_default_is_the_papers_recipe(house: Path, capsys) -> None:
+    found = command("--stage", "2", has_stages=True)
+    assert found.recipe.path.name == "pixart-alpha.toml" and "stage2" in found.recipe.names("training")
+    assert "pixart-alpha.toml, the default" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("change", ["deleted", "folder", "broken"])
+def test_a_remembered_recipe_that_is_gone_is_named(house: Path, change: str) -> None:
+    done("--recipe", "a.toml")
+    Path("a.toml").unlink()
+    if change == "folder":
+        Path("a.toml").mkdir()
+    if change == "broken":
+        Path("a.toml").write_text("[data")
+    with pytest.raises(UserError) as error:
+        command()
+    said = "a.toml is not valid TOML" if change == "broken" else "run/run.json remembers recipe a.toml, which does not"
+    assert said in str(error.value)
+
+
+def test_a_remembered_setting_that_is_wrong_is_blamed_on_the_memory(house: Path) -> None:
+    done("--recipe", "a.toml", "--set", "data.dialect=tar")
+    with pytest.raises(UserError, match=r"^run/run\.json: data\.dialect = 'tar': Input should be 'auto', "):
+        command().recipe.table("data", DataConfig)
+
+
+def test_a_damaged_memory_is_named(house: Path) -> None:
+    done("--recipe", "a.toml")
+    for content in ("{", '{"recipe": 3}', '{"recpie": "a.toml"}'):
+        Path("run", MEMORY_NAME).write_text(content)
+        with pytest.raises(UserError, match=r"run/run\.json is damaged.*remove it, and type RECIPE"):
+            command()
+
+
+def test_shards_are_typed_once_for_every_room(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--text", "SHARDS:data.shards=x.tar")
+    assert command().raw_shards == [str(house / "x.tar")]
+    assert "1 raw shard as remembered in run/run.json" in " ".join(capsys.readouterr().err.split())
+    assert command("--recipe", "b.toml").raw_shards == [str(house / "x.tar")]
+    with_own = command("--recipe", "b.toml", "--set", "sampling.seed=3")
+    assert "shards" not in with_own.recipe.tables.get("data", {})
+
+
+def test_typed_shards_win_over_remembered_ones_and_those_over_the_recipes(house: Path, capsys) -> None:
+    Path("a.toml").write_text(RECIPE + '[data]\nshards = "y.tar"\n')
+    assert command("--recipe", "a.toml").raw_shards == ["y.tar"]
+    done("--recipe", "a.toml", "--set", "data.shards=x.tar")
+    assert memory()["settings"] == {}
+    assert command().raw_shards == [str(house / "x.tar")]
+    capsys.readouterr()
+    assert done("--text", "data.shards=y.tar").raw_shards == ["y.tar"]
+    assert "1 raw shard as typed; without x of run/run.json" in " ".join(capsys.readouterr().err.split())
+    assert command().raw_shards == [str(house / "x.tar"), str(house / "y.tar")]
+
+
+def test_runs_of_before_know_their_shards_by_what_was_found(house: Path) -> None:
+    with pytest.raises(UserError, match="no raw shards are named: type SHARDS="):
+        _ = command("--recipe", "a.toml").raw_shards
+    remember_shards(Path("run"), ["x.tar"])
+    assert command("--recipe", "a.toml").raw_shards == [str(house / "x.tar")]
+
+
+def test_the_only_stage_needs_no_name(house: Path) -> None:
+    assert command("--recipe", "a.toml", has_stages=True).stage == "one"
+    with pytest.raises(UserError, match=r"say which stage, .*\[training\] in a\.toml are: one, two"):
+        command("--recipe", "a.toml", "--set", "training.two.num_steps=3", has_stages=True)
+
+
+def test_parts_of_a_command_take_it_as_it_was_understood(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--set", "sampling.seed=7")
+    whole = command("--set", "training.{stage}.num_steps=5", "--text", "sampling.prompt=a=b", has_stages=True)
+    done("--set", "sampling.seed=9")
+    capsys.readouterr()
+    part = parse_command("rank", "", argv=whole.words, has_stages=True)
+    assert (part.recipe.tables, part.stage, part.run) == (whole.recipe.tables, "one", whole.run)
+    part.remember()
+    assert capsys.readouterr().err == "" and memory()["settings"] == {"sampling.seed": "9"}
+
+
+def test_commands_at_the_same_time_keep_what_each_has_typed(house: Path) -> None:
+    done("--recipe", "a.toml")
+    children = []
+    for number in range(6):
+        if not (child := os.fork()):
+            done("--set", f"sampling.key{number}={number}")
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    assert memory()["settings"] == {f"sampling.key{number}": str(number) for number in range(6)}
+
+
+def test_a_command_killed_while_it_notes_leaves_what_was_noted(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = done("--recipe", "a.toml", "--set", "sampling.seed=7").run
+    found = command("--set", "sampling.seed=8")
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr("os.replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(Path, "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        found.remember()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert memory()["settings"] == {"sampling.seed": "7"}
+    found.remember()
+    assert sorted(path.name for path in before.iterdir()) == [".run.lock", "run.json"]

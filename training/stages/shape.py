@@ -1,0 +1,73 @@
+"""The shape of a stage's network: that of the weights it starts from or goes on with, else what `[model]` says."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+from pipelines.recipe import ModelConfig, Recipe
+from pipelines.store.checkpoints import Checkpoint
+from pixart.stored_shapes import stored_shape
+from training.config import StageTraining
+
+if TYPE_CHECKING:
+    from training.stages.stage import StartingPoint
+
+# Of one kind of network alone: what another kind says of it contradicts nothing.
+OF_KIND = {"num_classes": "dit", "adaln": "pixart"}
+# Side of latents that a file is taken to be trained at, where it does not say: positions are no key of `[model]`.
+ANY_SIDE = 32
+
+
+def stage_shape(
+    recipe: Recipe, stage: str, *, settings: StageTraining, start: "StartingPoint", resume: Checkpoint | None
+) -> ModelConfig:
+    """Return `[model]`, where keys that are not typed are those of the weights that a stage has or starts from.
+
+    Raises:
+        UserError: a typed key contradicts the weights it starts from; names the key, both values and the weights.
+    """
+    typed = recipe.table("model", ModelConfig)
+    where = f"training.{stage}.starts_from ({start.path})"
+    is_typed = recipe.tables.get("model", {}).keys()
+    if resume is not None:
+        # What is typed is compared with it as all else is that must be as it was.
+        found = _trained_shape(resume)
+    elif start.checkpoint is not None and start.path is not None:
+        found = _trained_shape(start.checkpoint)
+    elif start.path is not None:
+        found = stored_shape(start.path) if start.path.is_dir() else _file_shape(start.path, where=where)
+    else:
+        return typed
+    for key in [key for key in found if key in is_typed and resume is None]:
+        value = getattr(typed, key)
+        if value != found[key] and OF_KIND.get(key, settings.network) == settings.network:
+            raise UserError(
+                f"{recipe.blame('model', key)}: model.{key} = {value!r}, but the weights of {where} have "
+                f"{found[key]!r}: leave model.{key} out, or start from others"
+            )
+    return ModelConfig.model_validate(typed.model_dump() | {k: v for k, v in found.items() if k not in is_typed})
+
+
+def _trained_shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the whole `[model]` that a checkpoint of ours was trained with."""
+    fields = checkpoint.trainer["fingerprint"]
+    kind = fields.get("training.network")
+    return {
+        key: fields.get(f"model.{key}", default)
+        for key, default in ModelConfig.fingerprint_defaults().items()
+        if kind != "dit" or key != "adaln"
+    }
+
+
+def _file_shape(path: Path, *, where: str) -> dict[str, Any]:
+    """Return the keys of `[model]` that an original file decides; raises as `infer_config` does, and names `where`."""
+    from pixart.convert import infer_config
+    from pixart.tensor_files import read_weight_file
+
+    weights = read_weight_file(path).tensors
+    try:
+        found = infer_config(weights, sample_size=None if "pos_embed" in weights else ANY_SIDE)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    keys = ("num_layers", "num_heads", "head_dim", "patch_size", "num_classes" if found.kind == "dit" else "adaln")
+    return {key: getattr(found, key) for key in keys}
