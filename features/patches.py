@@ -6,7 +6,7 @@ from typing import Any
 from errors import MissingFileError
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
-from pixart.stored_shapes import stored_shape
+from pipelines.store.state_files import read_state
 
 # Where a folder that a stage starts from may have its transformer: itself, of a pipeline, of a checkpoint of training.
 PLACES = (".", "transformer", "model")
@@ -24,7 +24,7 @@ def patch_size(command: Command, table: str) -> int:
         table: named table of `[features]`, which stages of training read.
 
     Raises:
-        UserError: `[model]` is wrong, or a config.json is damaged or of another model.
+        UserError: `[model]` is wrong, or a config.json is damaged.
     """
     recipe = command.recipe
     model = recipe.table("model", ModelConfig)
@@ -49,7 +49,10 @@ def _starting_patch(command: Command, stage: str, settings: dict[str, Any], *, s
         return _starting_patch(command, name, command.recipe.laid_over("training", name), seen=(*seen, stage))
     for place in PLACES:
         try:
-            return stored_shape(Path(wanted.replace("{run}", str(command.run))) / place)["patch_size"]
-        except MissingFileError:
+            folder = Path(wanted.replace("{run}", str(command.run))) / place
+            stored = read_state(folder / "config.json", mend="fetch it again")
+        except (MissingFileError, NotADirectoryError):
             continue
+        # Diffusers' default of either network.
+        return stored.get("patch_size", 2)
     return None

@@ -80,7 +80,7 @@ def test_quotes_and_brackets_that_are_not_closed_are_refused_by_name(text, messa
 def test_parts_of_a_key_may_stand_in_quotes() -> None:
     tables: dict = {}
     for setting in split_settings("a.p.\"sa_*\"='x' a.p.'b.c=d' = 2 a.p.e_*=3"):
-        apply_setting(tables, setting, stage=None)
+        apply_setting(tables, Setting(text=setting), stage=None)
     assert tables == {"a": {"p": {"sa_*": "x", "b.c=d": 2, "e_*": 3}}}
 
 

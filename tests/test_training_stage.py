@@ -397,17 +397,3 @@ def test_a_finished_stage_does_nothing_and_loads_no_torch(run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "nothing to do: stage1 has done its 12 steps" in done.stderr
-
-
-def test_a_stage_that_goes_on_has_the_shape_it_was_trained_with(run: Path) -> None:
-    """`[model]` may be left out later, also where the weights before are gone."""
-    first = write_checkpoint(job_of(run, 1), step=12)
-    before = job_of(run, 2)
-    write_checkpoint(before, step=6)
-    recipe = run.parent / "recipe.toml"
-    text = recipe.read_text()
-    recipe.write_text(text[: text.index("[model]")] + text[text.index("[training]") :])
-    assert job_of(run, 1).model == job_of(run, 2).model == before.model
-    assert job_of(run, 2).fingerprint == before.fingerprint
-    shutil.rmtree(first.parent)
-    assert job_of(run, 2).model == before.model

@@ -27,6 +27,15 @@ TRAINER: dict[str, Any] = {
 }
 
 
+# Of a network such as that of `training_run.RECIPE`.
+CONFIG = {
+    "_class_name": "PixArtTransformer2DModel",
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+}
+
+
 def write_checkpoint(
     stage: Path, step: int, *, zero_stage: int = 0, num_ranks: int = 1, trainer: Mapping[str, Any] | None = None
 ) -> Path:
@@ -34,7 +43,7 @@ def write_checkpoint(
     folder = stage / f"step-{step}"
     (folder / "model").mkdir(parents=True)
     save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model" / "diffusion_pytorch_model.safetensors")
-    (folder / "model" / "config.json").write_text(json.dumps({"num_layers": 2}))
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
     write_state(folder / "deepspeed", zero_stage=zero_stage, num_ranks=num_ranks)
     settings = {"num_steps": 12, "zero_stage": zero_stage, "num_ranks": num_ranks, "dtype": "bf16"}
     (folder / "trainer.json").write_text(json.dumps(TRAINER | {"step": step} | settings | dict(trainer or {})))

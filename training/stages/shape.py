@@ -1,16 +1,12 @@
 """The shape of a stage's network: that of the weights it starts from or goes on with, else what `[model]` says."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from errors import UserError
 from pipelines.recipe import ModelConfig, Recipe
 from pipelines.store.checkpoints import Checkpoint
 from pixart.stored_shapes import stored_shape
-from training.config import StageTraining
-
-if TYPE_CHECKING:
-    from training.stages.stage import StartingPoint
 
 # Of one kind of network alone: what another kind says of it contradicts nothing.
 OF_KIND = {"num_classes": "dit", "adaln": "pixart"}
@@ -19,33 +15,47 @@ ANY_SIDE = 32
 
 
 def stage_shape(
-    recipe: Recipe, stage: str, *, settings: StageTraining, start: "StartingPoint", resume: Checkpoint | None
+    recipe: Recipe,
+    stage: str,
+    *,
+    network: str,
+    start: Path | None,
+    former: Checkpoint | None,
+    resume: Checkpoint | None,
 ) -> ModelConfig:
     """Return `[model]`, where keys that are not typed are those of the weights that a stage has or starts from.
+
+    Args:
+        recipe: has `[model]`.
+        stage: what is trained.
+        network: its kind, `dit` or `pixart`.
+        start: folder or file of the weights that it starts from, None for fresh ones.
+        former: the checkpoint of ours that those are of, if they are of one.
+        resume: its own checkpoint that it goes on from.
 
     Raises:
         UserError: a typed key contradicts the weights it starts from; names the key, both values and the weights.
     """
     typed = recipe.table("model", ModelConfig)
-    where = f"training.{stage}.starts_from ({start.path})"
+    where = f"training.{stage}.starts_from ({start})"
     is_typed = recipe.tables.get("model", {}).keys()
     if resume is not None:
         # What is typed is compared with it as all else is that must be as it was.
         found = _trained_shape(resume)
-    elif start.checkpoint is not None and start.path is not None:
-        found = _trained_shape(start.checkpoint)
-    elif start.path is not None:
-        found = stored_shape(start.path) if start.path.is_dir() else _file_shape(start.path, where=where)
+    elif former is not None:
+        found = _trained_shape(former)
+    elif start is not None:
+        found = stored_shape(start) if start.is_dir() else _file_shape(start, where=where)
     else:
         return typed
     for key in [key for key in found if key in is_typed and resume is None]:
         value = getattr(typed, key)
-        if value != found[key] and OF_KIND.get(key, settings.network) == settings.network:
+        if value != found[key] and OF_KIND.get(key, network) == network:
             raise UserError(
                 f"{recipe.blame('model', key)}: model.{key} = {value!r}, but the weights of {where} have "
                 f"{found[key]!r}: leave model.{key} out, or start from others"
             )
-    return ModelConfig.model_validate(typed.model_dump() | {k: v for k, v in found.items() if k not in is_typed})
+    return ModelConfig.model_validate(typed.model_dump() | {key: found[key] for key in found.keys() - is_typed})
 
 
 def _trained_shape(checkpoint: Checkpoint) -> dict[str, Any]:

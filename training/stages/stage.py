@@ -90,7 +90,14 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     if resume is not None and resume.step < settings.num_steps and checks_files:
         require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
-    model = stage_shape(command.recipe, command.stage_name, settings=settings, start=start, resume=resume)
+    model = stage_shape(
+        command.recipe,
+        command.stage_name,
+        network=settings.network,
+        start=start.path,
+        former=start.checkpoint,
+        resume=resume,
+    )
     networks = _networks(command, settings, directory, checks_files=checks_files)
     origins = {"training.starts_from": start.identity}
     origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
