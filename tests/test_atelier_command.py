@@ -9,10 +9,10 @@ import pytest
 
 from atelier.commands import FLAGS, SUBCOMMANDS, variable
 from atelier.door import main, room_words
-from pipelines.recipe_files import find_recipe, shipped_recipes
 from atelier.typed import variables_of
 from errors import UserError
 from pipelines.command import parse_command
+from pipelines.recipe_files import find_recipe, shipped_recipes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VALUE = "it's \"5\" $5 $(HOME) # 'x'  [y], {0..1}"
