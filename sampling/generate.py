@@ -36,6 +36,7 @@ SAMPLING_VERSION = 2  # raise it when the same settings give other images
 REPORT_NAME = "samples"
 GRID_NAME = "grid.png"
 MAX_LOST_SHOWN = 3
+HIGH_GUIDANCE = 20.0
 MAX_LOST_CHARACTERS = 200
 
 
@@ -214,6 +215,8 @@ def check_inputs(job: SamplingJob) -> dict[str, str]:
     trained = job.trained
     require_model(_resolve(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
     warn_of_untrained_size(job.config, trained)
+    if job.config.guidance_scale > HIGH_GUIDANCE:
+        log.warning(f"sampling.guidance_scale {job.config.guidance_scale:g} burns colours out; papers take 1.5 to 8")
     if trained.text is None or job.config.text_encoder == "precomputed":
         return {}
     require_model(_resolve(trained, "text encoder", trained.text), key=f"text encoder of {trained.name}")

@@ -150,9 +150,10 @@ def test_a_rank_of_training(monkeypatch):
     monkeypatch.setattr("signal.signal", allocate_nothing)
     monkeypatch.setattr("signal.pthread_sigmask", allocate_nothing)
     expected = (
-        r"^the machine's memory does not suffice for training\.stage2 \(Unable to allocate .*\): raise "
-        r"training\.gradient_accumulation_steps = 1 \(smaller micro-batches\), or raise training\.zero_stage = 1, "
-        r"or set training\.keep_activations = 'all' to 'inputs', or lower training\.num_processes = 0 .*; the last"
+        r"^the machine's memory does not suffice for training\.stage2 \(Unable to allocate .*\): set "
+        r"training\.gradient_accumulation_steps above what it says was chosen \(smaller micro-batches\), or raise "
+        r"training\.zero_stage = 1, or set training\.keep_activations = 'auto' to 'inputs', or lower "
+        r"training\.num_processes = 0 .*; the last"
     )
     with pytest.raises(MemoryShortageError, match=expected):
         rank.main()

@@ -19,7 +19,7 @@ from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import stage_names, stage_training
 from training.data.features import read_feature_table
-from training.launch.preflight import rank_bytes, require_even_batches
+from training.launch.memory import GPU_RESERVE, Demand, choose_shares
 from training.stages.networks import blank_network
 from training.stages.weights import WeightCounts
 
@@ -118,9 +118,7 @@ SHARES = {
     _name(stage, phase): cells.replace(",", "").split(" | ")
     for stage, phase, cells in re.findall(r"^\| `STAGE=(\d)(?: PHASE=(\d+))?` \| (.*) \|$", TRAINING_PAGE, re.MULTILINE)
 }
-TYPED = re.findall(
-    r"^ +make (\w+) +STAGE=(\d)(?: PHASE=(\d+))? +RUN=\S+(?: GPUS=8 SET=(\S+))?$", TRAINING_PAGE, re.MULTILINE
-)
+TYPED = re.findall(r"^ +make (\w+) +STAGE=(\d)(?: PHASE=(\d+))? +RUN=\S+(?: GPUS=8)?$", TRAINING_PAGE, re.MULTILINE)
 
 
 def activation_bytes(resolution: int, *, num_text: int, is_recomputed: bool) -> int:
@@ -131,30 +129,40 @@ def activation_bytes(resolution: int, *, num_text: int, is_recomputed: bool) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_pages_micro_batches_share_the_batch_and_fit(stage: str) -> None:
-    batch, largest, gigabytes, *steps = SHARES[stage]
-    is_recomputed = gigabytes.endswith("recomputed")
+def test_the_pages_micro_batches_are_what_is_chosen_on_cards_of_80_gigabytes(stage: str) -> None:
+    batch, *cells = SHARES[stage]
+    settings = stage_training(load_recipe(PAPER), stage)
     num_text = 0 if stage == "stage1" else 120
-    per_sample = activation_bytes(TABLE_4[stage][0], num_text=num_text, is_recomputed=is_recomputed)
-    micro_batches = []
-    for num_ranks, accumulation in zip((1, 8, 32), steps, strict=True):
-        override = f"training.gradient_accumulation_steps={accumulation}"
-        settings = stage_training(load_recipe(PAPER, [override]), stage)
-        require_even_batches(settings, num_ranks)
-        assert (settings.global_batch_size, settings.keep_activations == "inputs") == (int(batch), is_recomputed)
-        micro_batches.append(int(batch) // (num_ranks * int(accumulation)))
-        counts = WeightCounts(trained=675_000_000 if stage == "stage1" else 611_000_000)
-        weights = rank_bytes(settings, counts, num_ranks=num_ranks)
-        assert weights + micro_batches[-1] * per_sample < 70e9
-    assert max(micro_batches) == int(largest)
-    assert int(gigabytes.split()[0]) == round(int(largest) * per_sample / 1e9)
+    resolution = TABLE_4[stage][0]
+
+    def step_bytes(size: int, kept: str) -> int:
+        assert kept in ("all", "inputs"), "no stage of the page keeps products"
+        return size * activation_bytes(resolution, num_text=num_text, is_recomputed=kept == "inputs")
+
+    chosen = [
+        choose_shares(
+            Demand(
+                settings=settings,
+                weights=WeightCounts(trained=675_000_000 if stage == "stage1" else 611_000_000),
+                num_ranks=num_ranks,
+                sample_tokens=(resolution // 16) ** 2,
+                step_bytes=step_bytes,
+                batch_bytes=lambda size: 0,
+            ),
+            available_bytes=int(80e9 * (1 - GPU_RESERVE)),
+            basis="reckoned",
+        )
+        for num_ranks in (1, 8, 32)
+    ]
+    assert settings.global_batch_size == int(batch)
+    assert cells == [
+        f"{found.num_micro_batches} x {found.micro_batch_size} {found.total_bytes / 1e9:.0f} GB" for found in chosen
+    ]
 
 
-def test_the_page_types_every_stage_with_its_share() -> None:
-    typed = [(room, _name(stage, phase)) for room, stage, phase, _ in TYPED]
+def test_the_page_types_every_stage() -> None:
+    typed = [(room, _name(stage, phase)) for room, stage, phase in TYPED]
     assert set(typed) >= {(room, stage) for room in ("features", "train") for stage in STAGES}
-    shares = {_name(stage, phase): pair for room, stage, phase, pair in TYPED if room == "train" and pair}
-    assert shares == {key: f"training.gradient_accumulation_steps={cells[4]}" for key, cells in SHARES.items()}
 
 
 def test_the_recipe_with_heads_of_64_is_the_papers_in_other_heads() -> None:

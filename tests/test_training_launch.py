@@ -126,7 +126,10 @@ def test_tasks_of_slurm_are_the_ranks_of_one_run(ordinary: list[list[float]], tm
     run = make_run(tmp_path)
     first, second = [finish(task) for task in start_tasks(run, tmp_path)]
     assert numbers(run) == ordinary
-    assert "2 ranks x 1 micro-batches x 4" in first and "stage2: 6 steps" in first
+    assert (
+        "2 ranks x 1 micro-batches x 4, keeping 'all' activations; chosen to fit" in first
+        and "stage2: 6 steps" in first
+    )
     assert second == ""
     assert (run / "summary.json").is_file()
 

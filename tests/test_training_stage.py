@@ -193,7 +193,7 @@ def test_the_step_from_which_the_rate_is_said_to_fall_is_the_first_below_it(
 
 
 def test_a_resume_says_each_setting_that_may_change_and_steers_what_comes(run: Path) -> None:
-    job = job_of(run, 2, starts_from="scratch")
+    job = job_of(run, 2, starts_from="scratch", gradient_accumulation_steps=1)
     folder = write_checkpoint(job, step=6)
     other = {"num_steps": 24, "gradient_accumulation_steps": 2, "num_validation_samples": 8, "log_every": 3}
     resumed = job_of(run, 2, starts_from="scratch", **other)
@@ -206,7 +206,7 @@ def test_a_resume_says_each_setting_that_may_change_and_steers_what_comes(run: P
         "training.stage2.num_validation_samples: 2048 -> 8; validation losses before and after are of other samples",
         "ranks: 1 -> 2; the same samples, but sums are rounded otherwise",
     ]
-    assert changes_of(job_of(run, 2, starts_from="scratch")) == []
+    assert changes_of(job_of(run, 2, starts_from="scratch", gradient_accumulation_steps=1)) == []
 
 
 def changes_of(job: TrainingJob, *, num_ranks: int = 1) -> list[str]:

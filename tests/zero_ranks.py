@@ -73,7 +73,7 @@ def train_step(
 ) -> dict[str, float]:
     """Train on this rank's half of a batch; returns the loss over both halves and the gradient's norm."""
     batch = batch_of(step)
-    num_micro_batches = model.settings.gradient_accumulation_steps
+    num_micro_batches = model.settings.num_micro_batches
     num_parts = dist.get_world_size() * num_micro_batches
     total = torch.zeros((), dtype=torch.float64)
     for i in range(num_micro_batches):

@@ -12,13 +12,14 @@ from pipelines.store.checkpoints import find_checkpoint, require_free_names
 from pipelines.store.summary import update_summary
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
+from training.launch.memory import memory_advice
 from training.launch.placement import Host, Placement, is_slurm_task, of_slurm_task, on_this_machine, read_hostfile
 from training.launch.preflight import (
     Preflight,
     inspect_stage,
-    memory_advice,
     print_plan,
     print_weights,
+    require_disk,
     say_changes,
 )
 from training.launch.ranks import LostContactError, run_ranks
@@ -60,7 +61,8 @@ def lead(*, announce: Callable[[], None]) -> None:
         print_gate(former, samples=samples_of(former))
     print_plan(job, preflight)
     if command.is_plan:
-        _print_weights(job, preflight)
+        num_sharing = ranks.ranks_on_machine if isinstance(ranks, Placement) else max(host.slots for host in ranks)
+        _plan_networks(job, preflight, num_sharing=num_sharing)
         return
     command.remember()
     _run(job, ranks, announce=announce)
@@ -116,18 +118,38 @@ def _run(job: TrainingJob, ranks: Placement | list[Host], *, announce: Callable[
         run_hosts(job.command.words, hosts=ranks, remote_shell=settings.remote_shell)
 
 
-def _print_weights(job: TrainingJob, preflight: Preflight) -> None:
+def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) -> None:
+    """Open what the ranks would open, say what they would say, and refuse what they would refuse.
+
+    `num_sharing` ranks share a machine's memory.
+    """
     import torch
 
+    from training.launch.start import available_bytes, open_start, settle, settled
+    from training.loop.zero import local_device
     from training.objectives.choice import choose_objective
-    from training.stages.networks import blank_network, count_weights, network_config, parameter_counts
-    from training.stages.starts import objective_networks
+    from training.stages.networks import parameter_counts
 
-    config = network_config(job, preflight.survey)
-    roles = choose_objective(job, torch.device("meta")).networks
-    weights = count_weights(roles, objective_networks(job, roles, blank_network(config)))
-    say_changes(job, num_ranks=preflight.num_ranks)
-    print_weights(job, weights, parameter_counts=parameter_counts(config), num_ranks=preflight.num_ranks)
+    num_ranks, has_gpu = preflight.num_ranks, torch.cuda.is_available()
+    device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        local_device(num_sharing - 1, torch.cuda.device_count(), is_slurm=is_slurm_task())
+    start = open_start(job, preflight.survey, choose=choose_objective, device=device)
+    room_bytes = available_bytes(start, device=device, num_sharing=num_sharing, num_loaded=1)
+    shares = settle(
+        job,
+        start,
+        preflight.survey,
+        choose=choose_objective,
+        num_ranks=num_ranks,
+        room_bytes=room_bytes,
+        device=device,
+    )
+    job_settled = settled(job, shares.num_micro_batches, shares.kept)
+    say_changes(job_settled, num_ranks=num_ranks)
+    counts = parameter_counts(start.config)
+    print_weights(job, start.weights, shares, parameter_counts=counts, num_ranks=num_ranks)
+    require_disk(job_settled, start.weights)
 
 
 def _report(job: TrainingJob, preflight: Preflight, *, seconds: float) -> None:

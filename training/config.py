@@ -90,8 +90,9 @@ class StageTraining(TableConfig):
     global_batch_size: Decides[int] = pydantic.Field(
         default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
     )
-    gradient_accumulation_steps: Steers[int] = pydantic.Field(
-        default=1, ge=1, description="Micro-batches whose gradients make one step"
+    gradient_accumulation_steps: Steers[Literal["auto"] | Annotated[int, pydantic.Field(ge=1)]] = pydantic.Field(
+        default="auto",
+        description="Micro-batches whose gradients make one step; auto = as few as fit, chosen once and kept",
     )
     num_processes: int = pydantic.Field(
         default=0,
@@ -121,10 +122,11 @@ class StageTraining(TableConfig):
         description="What blocks multiply matrices of image tokens in: as dtype says, or in 8-bit floats, scaled anew "
         "in each product; weights stay as they are. fp8 needs bf16 and Ada or Hopper; a CPU emulates it, slowly",
     )
-    keep_activations: KeepActivations = pydantic.Field(
-        default="all",
+    keep_activations: Literal["auto"] | KeepActivations = pydantic.Field(
+        default="auto",
         description="What blocks keep for the backward pass: 'all'; 'products' of matrices and attention alone, which "
-        "takes little time and 0.6 of the memory; 'inputs' of blocks, which takes a third more time and least memory",
+        "takes little time and 0.6 of the memory; 'inputs' of blocks, which takes a third more time and least memory; "
+        "auto = as much as leaves room for micro-batches of a good size",
     )
     compile: Steers[Literal["auto"] | bool] = pydantic.Field(
         default="auto",
@@ -226,6 +228,16 @@ class StageTraining(TableConfig):
         """Return what `TableConfig` says, less the keys of other processes: all stages of a recipe may share them."""
         others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a rank in a step; one as long as nobody has chosen."""
+        return 1 if self.gradient_accumulation_steps == "auto" else self.gradient_accumulation_steps
+
+    @property
+    def kept_activations(self) -> KeepActivations:
+        """What blocks keep; all as long as nobody has chosen."""
+        return "all" if self.keep_activations == "auto" else self.keep_activations
 
     @property
     def steering(self) -> dict[str, Any]:

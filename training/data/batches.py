@@ -81,7 +81,7 @@ def open_reader(
         steps=steps,
         rank=dist.get_rank(),
         num_ranks=dist.get_world_size(),
-        num_micro_batches=settings.gradient_accumulation_steps,
+        num_micro_batches=settings.num_micro_batches,
         prefetch_batches=settings.prefetch_batches,
         is_pinned=torch.cuda.is_available(),
     )

@@ -10,8 +10,8 @@ import traceback
 from errors import ProgramFault, users_message
 from pipelines.command import parse_command
 from training.launch.hosts import DONE, FAILED, FAULT, LOST, REPORT_PREFIX, STARTED, STOP
+from training.launch.memory import memory_advice
 from training.launch.placement import Placement
-from training.launch.preflight import memory_advice
 from training.launch.ranks import LostContactError, run_ranks
 from training.stages.stage import open_stage
 

@@ -18,6 +18,7 @@ from training.data.cache import remote_size
 from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import Survey
+from training.launch.memory import MAX_SUMMED_IN_BF16, Shares, describe_bytes, describe_parts, rank_bytes
 from training.loop.compilation import is_compiled, require_compilable
 from training.loop.products import require_products
 from training.stages.resume import changes_since
@@ -28,7 +29,10 @@ log = get_logger("training")
 
 GIGABYTE = 1e9
 NUM_SIZE_THREADS = 8
-MAX_ZERO_STAGE = 3
+# What is odd beyond: times that each sample is drawn, rates of AdamW, steps that one would not want to lose.
+MANY_EPOCHS = 1000
+HIGH_LEARNING_RATE = 1e-2
+MANY_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +66,13 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
 
 def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
     """Refuse a batch that ranks and micro-batches cannot share evenly."""
-    num_parts = num_ranks * settings.gradient_accumulation_steps
+    num_parts = num_ranks * settings.num_micro_batches
     if settings.global_batch_size % num_parts:
+        is_open = settings.gradient_accumulation_steps == "auto"
+        times = "" if is_open else f" times training.gradient_accumulation_steps {settings.num_micro_batches}"
         raise UserError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of {num_parts}: "
-            f"{num_ranks} ranks times training.gradient_accumulation_steps {settings.gradient_accumulation_steps}"
+            f"{num_ranks} ranks{times}"
         )
 
 
@@ -92,13 +98,16 @@ def _require_cache(job: TrainingJob, survey: Survey) -> None:
 def print_plan(job: TrainingJob, preflight: Preflight) -> None:
     """Print what the stage reads and does."""
     settings, survey, num_ranks = job.settings, preflight.survey, preflight.num_ranks
-    num_micro_batches = settings.gradient_accumulation_steps
-    micro_batch_size = settings.global_batch_size // (num_ranks * num_micro_batches)
     buckets = survey.buckets[0] if len(survey.buckets) == 1 else f"{len(survey.buckets)} buckets"
-    split = f"{num_ranks} ranks x {num_micro_batches} micro-batches x {micro_batch_size}"
+    share = settings.global_batch_size // num_ranks
+    split = f"{num_ranks} ranks x {share}, in micro-batches that fit"
+    if settings.gradient_accumulation_steps != "auto":
+        num_micro_batches = settings.num_micro_batches
+        split = f"{num_ranks} ranks x {num_micro_batches} micro-batches x {share // num_micro_batches}"
     console.print(Text.assemble((f"training {job.command.stage_name}", "bold"), f" · {job.directory}"), soft_wrap=True)
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
+    say_oddities(job, preflight)
     threads = settings.threads_per_process or "a share of the"
     compiled = ", compiled blocks" if is_compiled(settings) else ""
     _print("compute", f"{settings.dtype}, ZeRO {settings.zero_stage}{compiled}, {threads} CPU threads a rank")
@@ -107,6 +116,40 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
         is_gone = job.start.path is None and job.start.identity != SCRATCH
         gone = "; what the stage started from is gone, and not needed any more" if is_gone else ""
         _print("resume", f"after step {job.resume.step:,}, from {job.resume.path}{gone}")
+
+
+def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
+    """Warn of numbers that hardly anybody means: recipes are for data of some size, and are tried on other data."""
+    settings, stage = job.settings, job.command.stage_name
+    num_drawn = settings.num_steps * settings.global_batch_size
+    num_epochs = num_drawn / preflight.num_samples
+    if num_epochs > MANY_EPOCHS:
+        enough = max(1, MANY_EPOCHS * preflight.num_samples // settings.global_batch_size)
+        log.warning(
+            f"{num_epochs:,.0f} epochs over {preflight.num_samples:,} samples: training.{stage}.num_steps "
+            f"{settings.num_steps:,} x global_batch_size {settings.global_batch_size:,} is for more data; "
+            f"{enough:,} steps would be {min(num_epochs, enough * num_epochs / settings.num_steps):,.0f}"
+        )
+    if settings.global_batch_size > preflight.num_samples:
+        log.warning(
+            f"training.{stage}.global_batch_size {settings.global_batch_size:,} is more than the "
+            f"{preflight.num_samples:,} samples there are: each comes several times in a step"
+        )
+    if settings.warmup_steps >= settings.num_steps:
+        log.warning(
+            f"training.{stage}.warmup_steps {settings.warmup_steps:,} of num_steps {settings.num_steps:,}: the "
+            f"learning rate never reaches {settings.learning_rate:g}"
+        )
+    if settings.learning_rate > HIGH_LEARNING_RATE:
+        log.warning(
+            f"training.{stage}.learning_rate {settings.learning_rate:g} is high for AdamW, whose steps are of that "
+            "size in every weight; the paper's is 2e-05"
+        )
+    if settings.checkpoint_every >= settings.num_steps > MANY_STEPS:
+        log.warning(
+            f"training.{stage}.checkpoint_every {settings.checkpoint_every:,} of num_steps {settings.num_steps:,}: the "
+            "only checkpoint is the last, and what is killed before begins anew"
+        )
 
 
 def say_changes(job: TrainingJob, *, num_ranks: int) -> None:
@@ -141,7 +184,7 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
 
 
 def print_weights(
-    job: TrainingJob, weights: WeightCounts, *, parameter_counts: Mapping[str, int], num_ranks: int
+    job: TrainingJob, weights: WeightCounts, shares: Shares, *, parameter_counts: Mapping[str, int], num_ranks: int
 ) -> None:
     """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
@@ -151,8 +194,9 @@ def print_weights(
     _print("process", _describe_process(job))
     if weights.beside:
         _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
-    rank_gigabytes = rank_bytes(settings, weights, num_ranks=num_ranks) / GIGABYTE
-    _print("memory", f"{rank_gigabytes:,.2f} GB a rank, and activations")
+    _print("split", _describe_split(job.settings, shares, num_ranks=num_ranks))
+    _print("memory", describe_parts(shares))
+    _say_doubts(settings, shares)
     for name, num_others in others:
         other_gigabytes = rank_bytes(settings, WeightCounts(trained=num_others), num_ranks=num_ranks) / GIGABYTE
         _print("", f"{name} would have {num_others / 1e6:,.2f}M parameters and need {other_gigabytes:,.2f} GB")
@@ -160,6 +204,29 @@ def print_weights(
     free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
+
+
+def _describe_split(settings: StageTraining, shares: Shares, *, num_ranks: int) -> str:
+    number = shares.num_micro_batches
+    of = f"{num_ranks} ranks x {number} micro-batches x {shares.micro_batch_size}, keeping {shares.kept!r} activations"
+    is_open = "auto" in (settings.gradient_accumulation_steps, settings.keep_activations)
+    why = "as it was begun" if shares.is_kept else "chosen to fit" if is_open else "as the recipe says"
+    return f"{of}; {why}"
+
+
+def _say_doubts(settings: StageTraining, shares: Shares) -> None:
+    """Warn of micro-batches that may not fit, and of many whose sum is not exact."""
+    if not shares.fits:
+        log.warning(
+            f"the micro-batches of the recipe may not fit: they need {describe_bytes(shares.total_bytes)} of "
+            f"{describe_bytes(shares.available_bytes)} a rank ({shares.basis}); leave "
+            "training.gradient_accumulation_steps and training.keep_activations out to have them chosen"
+        )
+    if shares.num_micro_batches > MAX_SUMMED_IN_BF16 and settings.dtype == "bf16" and settings.zero_stage < 2:
+        log.warning(
+            f"{shares.num_micro_batches} micro-batches are summed in bf16 under training.zero_stage = "
+            f"{settings.zero_stage}, which makes the gradient of 64 about 1% short; 2 sums them in fp32"
+        )
 
 
 def _describe_process(job: TrainingJob) -> str:
@@ -178,34 +245,6 @@ def _origin(job: TrainingJob) -> str:
     return str(job.start.path or "scratch") if job.resume is None else str(job.resume.path)
 
 
-def require_memory(job: TrainingJob, weights: WeightCounts, *, num_ranks: int, available_bytes: float) -> None:
-    """Refuse to start where not even the weights and what belongs to them fit; activations come on top.
-
-    Raises:
-        UserError: says what a rank has and needs.
-    """
-    needed = rank_bytes(job.settings, weights, num_ranks=num_ranks)
-    if needed > available_bytes:
-        raise UserError(
-            f"weights, gradients, optimizer and average need {needed / GIGABYTE:.2f} GB a rank, but a rank has "
-            f"{available_bytes / GIGABYTE:.2f} GB; raise training.zero_stage (now {job.settings.zero_stage}) or the "
-            f"number of ranks (now {num_ranks})"
-        )
-
-
-def memory_advice(settings: StageTraining) -> str:
-    """Return what to change where the memory is too small for a step, with the values that the keys have."""
-    parts = [
-        f"raise training.gradient_accumulation_steps = {settings.gradient_accumulation_steps} (smaller micro-batches)"
-    ]
-    if settings.zero_stage < MAX_ZERO_STAGE:
-        parts.append(f"raise training.zero_stage = {settings.zero_stage}")
-    if settings.keep_activations != "inputs":
-        parts.append(f"set training.keep_activations = {settings.keep_activations!r} to 'inputs'")
-    parts.append(f"lower training.num_processes = {settings.num_processes} where ranks share a machine's memory")
-    return ", or ".join(parts)
-
-
 def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
     """Refuse to start where the checkpoints would not fit.
 
@@ -222,17 +261,6 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
             f"(training.keep_checkpoints = {kept} and the one being written) need {needed / GIGABYTE:.2f} GB; "
             "make room, lower training.keep_checkpoints, or put RUN on another disk"
         )
-
-
-def rank_bytes(settings: StageTraining, weights: WeightCounts, *, num_ranks: int) -> int:
-    """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
-    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
-    computed = width / (num_ranks if stage >= 3 else 1)
-    gradients = (4 if settings.gradient_accumulation_steps > 1 else width) / num_ranks if stage >= 2 else width
-    # Adam's two moments and the average; and a master copy unless the model itself is that.
-    sharded = 4 * (3 + (0 if stage == 0 and settings.dtype == "fp32" else 1))
-    trained = computed + gradients + sharded / (num_ranks if stage >= 1 else 1)
-    return int(weights.trained * trained + weights.frozen * computed + weights.beside * width)
 
 
 def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,10 @@ from pixart.model import PixArt
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.data.transfer import Transfers
-from training.launch.preflight import (
-    memory_advice,
-    print_weights,
-    require_disk,
-    require_even_batches,
-    require_memory,
-    say_changes,
-)
+from training.launch.memory import memory_advice
+from training.launch.preflight import print_weights, require_disk, require_even_batches, say_changes
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
+from training.launch.start import ObjectiveChoice, Start, available_bytes, open_start, settle, settled
 from training.loop.compilation import require_compilable
 from training.loop.flops import StepFlops
 from training.loop.log import open_log
@@ -46,13 +41,10 @@ from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
 from training.objectives.objective import Objective
-from training.stages.networks import blank_copy, count_weights, network_config, parameter_counts
+from training.stages.networks import blank_copy, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
-from training.stages.starts import objective_networks, starting_network
-from training.stages.weights import WeightCounts
 
 META = torch.device("meta")
-ObjectiveChoice = Callable[[TrainingJob, torch.device], Objective]
 # How libraries say that a GPU's memory was too small, where torch does not by its own error.
 GPU_SIGNS = ("CUDA", "CUBLAS", "CUDNN")
 # How gloo and NCCL say that the other end of a connection is gone.
@@ -107,19 +99,17 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     require_products(job.settings)
     _require_same_resume(job.resume)
     survey = shared_survey(job)
-    config = network_config(job, survey)
-    objective = choose(job, rank_device())
-    _require_families(job, objective)
-    started = objective_networks(job, objective.networks, starting_network(job, config))
-    _require_room(job, count_weights(objective.networks, started), parameter_counts=parameter_counts(config))
-    flops = _step_flops(job, choose(job, META), started, in_channels=survey.channels)
-    networks = open_networks(job, objective.networks, started)
+    start = open_start(job, survey, choose=choose, device=rank_device())
+    job = _settled(job, start, survey, choose=choose)
+    require_disk(job, start.weights)
+    flops = _step_flops(job, choose(job, META), start.networks, in_channels=survey.channels)
+    networks = open_networks(job, start.objective.networks, start.networks)
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
         progress = open_progress(job)
         session = Session(
             job=job,
-            objective=objective,
+            objective=start.objective,
             networks=networks,
             batches=iter(reader),
             transfers=Transfers(networks.model.device),
@@ -133,24 +123,24 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
         train(session)
 
 
-def _require_families(job: TrainingJob, objective: Objective) -> None:
-    """Refuse features that lack what an objective reads."""
-    dataset = job.features.datasets[0]
-    found = {directory.family.name for directory in dataset.directories}
-    if dataset.has_labels:
-        found.add("labels")
-    for name in sorted(set(objective.families) - found):
-        raise UserError(f"the objective reads {name}, but features.{job.features.table_name} has {sorted(found)}")
-
-
-def _require_room(job: TrainingJob, weights: WeightCounts, *, parameter_counts: Mapping[str, int]) -> None:
-    """Say what the weights need, and refuse to start where memory or disk lack that."""
-    num_ranks = dist.get_world_size()
+def _settled(job: TrainingJob, start: Start, survey: Survey, *, choose: ObjectiveChoice) -> TrainingJob:
+    """Return the job with micro-batches and activations that fit the memory of all ranks, as the first chooses them."""
+    num_ranks, device = dist.get_world_size(), rank_device()
+    # All have the networks in memory, and none more than that.
+    dist.barrier()
+    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rooms: list[Any] = [None] * num_ranks
+    own = available_bytes(start, device=device, num_sharing=num_sharing, num_loaded=num_sharing)
+    dist.all_gather_object(rooms, own)
+    chosen: list[Any] = [None]
     if dist.get_rank() == 0:
-        say_changes(job, num_ranks=num_ranks)
-        print_weights(job, weights, parameter_counts=parameter_counts, num_ranks=num_ranks)
-    require_memory(job, weights, num_ranks=num_ranks, available_bytes=_available_bytes())
-    require_disk(job, weights)
+        shares = settle(job, start, survey, choose=choose, num_ranks=num_ranks, room_bytes=min(rooms), device=device)
+        chosen = [(shares.num_micro_batches, shares.kept)]
+        say_changes(settled(job, *chosen[0]), num_ranks=num_ranks)
+        counts = parameter_counts(start.config)
+        print_weights(job, start.weights, shares, parameter_counts=counts, num_ranks=num_ranks)
+    dist.broadcast_object_list(chosen, src=0)
+    return settled(job, *chosen[0])
 
 
 def _step_flops(
@@ -160,14 +150,6 @@ def _step_flops(
     dtype, text = compute_dtype(job.settings), job.features.text_encoder
     blanks = {name: blank_copy(network).to(dtype) for name, network in networks.items()}
     return StepFlops(objective, blanks, in_channels=in_channels, text_width=None if text is None else text["d_text"])
-
-
-def _available_bytes() -> float:
-    """Return the memory of this rank's GPU, or without one its share of the machine's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return machine_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _require_same_resume(resume: Checkpoint | None) -> None:
@@ -192,6 +174,7 @@ def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
         "starts_from": job.settings.starts_from,
         "num_steps": job.settings.num_steps,
         "steering": job.settings.steering,
+        "keep_activations": job.settings.kept_activations,
         "num_ranks": dist.get_world_size(),
         "zero_stage": job.settings.zero_stage,
         "dtype": job.settings.dtype,

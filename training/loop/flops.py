@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart.model import PackedText
-from training.data.batch import Batch, PackedBatch
+from training.data.batch import PackedBatch
+from training.data.blank import SampleShape, blank_batch
 from training.objectives.objective import Objective
 
+META = torch.device("meta")
 # Dense bf16 matrix operations of a device in teraflops, from the makers' data sheets, by a part of its name.
 PEAK_TERAFLOPS = {
     "B200": 2250.0,
@@ -71,37 +72,15 @@ class StepFlops:
         return self.of_samples(num_samples, height=height, width=width, num_text_tokens=num_text_tokens)
 
     def _count_step(self, height: int, width: int, num_text_tokens: int) -> int:
+        sample = SampleShape(
+            channels=self._in_channels,
+            height=height,
+            width=width,
+            num_text_tokens=num_text_tokens,
+            text_width=self._text_width,
+        )
         # The CPU's fused attention is not among the operations that torch counts.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            losses = self._objective.loss(self._networks, self._blank_batch(height, width, num_text_tokens))
+            losses = self._objective.loss(self._networks, blank_batch(sample, 1, device=META))
             losses.total.sum().backward()
         return counter.get_total_flops()
-
-    def _blank_batch(self, height: int, width: int, num_text_tokens: int) -> Batch:
-        """Return a batch of one sample that has shapes and no values."""
-
-        def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        latents = (1, self._in_channels, height, width)
-        return Batch(
-            step=0,
-            bucket="",
-            keys=[""],
-            shards=[""],
-            mean=blank(*latents, dtype=torch.float16),
-            std=blank(*latents, dtype=torch.float16),
-            posterior_noise=blank(*latents),
-            noise=blank(*latents),
-            timestep_draws=blank(1, dtype=torch.float64),
-            is_dropped=blank(1, dtype=torch.bool),
-            text=None if self._text_width is None else self._blank_text(num_text_tokens, self._text_width),
-            labels=blank(1, dtype=torch.int64) if self._text_width is None else None,
-        )
-
-    @staticmethod
-    def _blank_text(num_tokens: int, width: int) -> PackedText:
-        """Return one caption; of equal lengths, it is not laid out among others, which is no operation that counts."""
-        offsets = torch.empty(2, dtype=torch.int32, device="meta")
-        values = torch.empty(num_tokens, width, device="meta")
-        return PackedText(values, offsets, num_tokens, has_equal_lengths=True)

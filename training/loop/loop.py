@@ -79,7 +79,7 @@ def _forward_backward(session: Session) -> StepLosses:
     """Accumulate the gradient of one step over its micro-batches; returns this rank's losses."""
     model, clock = session.networks.model, session.progress.clock
     step_losses = StepLosses()
-    num_micro_batches = session.job.settings.gradient_accumulation_steps
+    num_micro_batches = session.job.settings.num_micro_batches
     for i in range(num_micro_batches):
         session.transfers.finish()
         with clock.waiting():

@@ -41,7 +41,7 @@ class Update:
 
 def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
-    num_micro_batches = settings.gradient_accumulation_steps
+    num_micro_batches = settings.num_micro_batches
     return {
         "train_batch_size": settings.global_batch_size,
         "train_micro_batch_size_per_gpu": settings.global_batch_size // (num_ranks * num_micro_batches),
@@ -61,7 +61,7 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
 
 def _sums_in_fp32(settings: StageTraining) -> bool:
     """Whether micro-batches are summed in fp32; DeepSpeed cannot below ZeRO 2, see docs/TRAINING.md for the cost."""
-    return settings.zero_stage >= 2 and settings.gradient_accumulation_steps > 1
+    return settings.zero_stage >= 2 and settings.num_micro_batches > 1
 
 
 def compute_dtype(settings: StageTraining) -> torch.dtype:
@@ -80,7 +80,7 @@ class ZeroModel:
         deepspeed = _import_deepspeed()
         self.settings = settings
         choose_products(model, settings, device=rank_device())
-        keep_activations(model, settings.keep_activations)
+        keep_activations(model, settings.kept_activations)
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         starting_weights = {name: weight.detach() for name, weight in self._trained.items()}
         others = {name: weight for name, weight in model.named_parameters() if name not in self._trained}

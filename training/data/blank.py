@@ -1,0 +1,54 @@
+"""Micro-batches that have shapes and no values: what operations and memory of a step are counted with."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixart.model import PackedText
+from training.data.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleShape:
+    """Shape of a sample.
+
+    Attributes:
+        channels, height, width: of its latents.
+        num_text_tokens: of its caption.
+        text_width: of a token; None where there are class labels and no texts.
+    """
+
+    channels: int
+    height: int
+    width: int
+    num_text_tokens: int
+    text_width: int | None
+
+
+def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -> Batch:
+    """Return a micro-batch of equal samples on `device`, or on torch's `meta`, which keeps no values."""
+
+    def blank(*sides: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(sides, dtype=dtype, device=device)
+
+    latents = (num_samples, shape.channels, shape.height, shape.width)
+    text = None
+    if shape.text_width is not None:
+        values = blank(num_samples * shape.num_text_tokens, shape.text_width, dtype=torch.bfloat16)
+        offsets = torch.arange(num_samples + 1, dtype=torch.int32, device=device) * shape.num_text_tokens
+        text = PackedText(values, offsets, shape.num_text_tokens)
+    return Batch(
+        step=0,
+        bucket="",
+        keys=[""] * num_samples,
+        shards=[""] * num_samples,
+        mean=blank(*latents, dtype=torch.float16),
+        std=blank(*latents, dtype=torch.float16),
+        posterior_noise=blank(*latents),
+        noise=blank(*latents),
+        timestep_draws=blank(num_samples, dtype=torch.float64),
+        is_dropped=blank(num_samples, dtype=torch.bool),
+        text=text,
+        labels=blank(num_samples, dtype=torch.int64) if shape.text_width is None else None,
+    )

@@ -1,0 +1,268 @@
+"""What a rank's memory holds, how much of it there is, and the micro-batches and activations that fit.
+
+Nothing here needs torch: the launcher says with it what to change where memory is short.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UserError
+from training.config import KeepActivations, StageTraining
+from training.stages.weights import WeightCounts
+
+KEPT: tuple[KeepActivations, ...] = ("all", "products", "inputs")
+MAX_ZERO_STAGE = 3
+# Of free memory, what is not given away: fragments (a CPU took up to 1.4 of what is reckoned), workspace, and others.
+GPU_RESERVE, MACHINE_RESERVE = 0.08, 0.3
+# With so many image tokens at once a GPU is busy; beyond it larger micro-batches gain less than recomputing costs.
+ENOUGH_TOKENS = 8192
+# What DeepSpeed lays end to end to be shared in one go, and under ZeRO 3 the most weights that are whole at a time.
+MAX_EXCHANGED, MAX_GATHERED = 500_000_000, 1_000_000_000
+# Under ZeRO 0 and 1 micro-batches of bf16 are summed in bf16; 64 of them give a gradient about 1% short.
+MAX_SUMMED_IN_BF16 = 8
+
+
+def rank_parts(
+    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int
+) -> dict[str, int]:
+    """Return the bytes of what stays on one rank from step to step, by what it is, as ZeRO shards it.
+
+    The optimizer's part is the two moments, and a master copy unless the network itself is that.
+    """
+    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
+    computed = width / (num_ranks if stage >= 3 else 1)
+    gradients = (4 if num_micro_batches > 1 else width) / num_ranks if stage >= 2 else width
+    shards = num_ranks if stage >= 1 else 1
+    has_masters = stage > 0 or settings.dtype == "bf16"
+    whole = weights.trained + weights.frozen
+    return {
+        "weights": int(whole * computed + weights.beside * width),
+        "gradients": int(weights.trained * gradients),
+        "optimizer": int(weights.trained * 4 * (2 + has_masters) / shards),
+        "average": int(weights.trained * 4 / shards),
+    }
+
+
+def rank_bytes(settings: StageTraining, weights: WeightCounts, *, num_ranks: int) -> int:
+    """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
+    parts = rank_parts(settings, weights, num_ranks=num_ranks, num_micro_batches=settings.num_micro_batches)
+    return sum(parts.values())
+
+
+def _passing_parts(
+    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int
+) -> tuple[int, int]:
+    """Return the bytes that a backward pass takes to share gradients, and those that a step of the optimizer takes.
+
+    The latter is a copy of the gradients in fp32, where they are not summed in it.
+    """
+    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
+    exchanged = 0 if num_ranks == 1 else min(weights.trained, MAX_EXCHANGED) * width
+    if stage == MAX_ZERO_STAGE:
+        exchanged += min(weights.trained + weights.frozen, MAX_GATHERED) * width
+    is_copied = (stage > 0 or settings.dtype == "bf16") and not (stage >= 2 and num_micro_batches > 1)
+    return exchanged, weights.trained * 4 * is_copied // (num_ranks if stage >= 1 else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a stage asks of a rank's memory.
+
+    Attributes:
+        num_ranks: that share each batch.
+        sample_tokens: image tokens of the largest sample.
+        step_bytes: of a micro-batch of so many samples, what it takes under `keep_activations`.
+        batch_bytes: of a micro-batch itself, with those that lie ready.
+    """
+
+    settings: StageTraining
+    weights: WeightCounts
+    num_ranks: int
+    sample_tokens: int
+    step_bytes: Callable[[int, KeepActivations], int]
+    batch_bytes: Callable[[int], int]
+
+    @property
+    def share(self) -> int:
+        """Samples of a batch that are a rank's."""
+        return self.settings.global_batch_size // self.num_ranks
+
+    def parts(self, num_micro_batches: int, kept: KeepActivations) -> dict[str, int]:
+        """Return the bytes of a rank at its fullest, by what they are for."""
+        size = self.share // num_micro_batches
+        stays = rank_parts(self.settings, self.weights, num_ranks=self.num_ranks, num_micro_batches=num_micro_batches)
+        exchanged, stepping = _passing_parts(
+            self.settings, self.weights, num_ranks=self.num_ranks, num_micro_batches=num_micro_batches
+        )
+        activations, batches = self.step_bytes(size, kept), self.batch_bytes(size)
+        passing = {"activations": activations, "batches": batches, "exchange": exchanged}
+        if stepping > sum(passing.values()):
+            passing = {"optimizer's step": stepping}
+        return {name: size for name, size in {**stays, **passing}.items() if size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How a rank takes its part of a batch, and what its memory then holds.
+
+    Attributes:
+        parts: bytes by what they are for.
+        available_bytes: of the rank; `basis` says how activations are known.
+        is_kept: whether it was chosen before and is still good.
+    """
+
+    num_micro_batches: int
+    micro_batch_size: int
+    kept: KeepActivations
+    parts: dict[str, int]
+    available_bytes: int
+    basis: str
+    is_kept: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """What the memory holds at its fullest."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it."""
+        return self.total_bytes <= self.available_bytes
+
+
+def choose_shares(
+    demand: Demand, *, available_bytes: int, basis: str, former: tuple[int, KeepActivations] | None = None
+) -> Shares:
+    """Return what the recipe says or, where it says auto, what fits.
+
+    Kept is as much as leaves room for micro-batches of `ENOUGH_TOKENS`, or of a rank's whole share; where nothing does,
+    the largest micro-batches that fit. What a stage was begun with, `former`, stays as long as it fits.
+
+    Raises:
+        UserError: nothing that the recipe leaves open fits; says what does not, and what to change.
+    """
+    settings = demand.settings
+    candidates = [settings.num_micro_batches]
+    if settings.gradient_accumulation_steps == "auto":
+        candidates = [number for number in range(1, demand.share + 1) if demand.share % number == 0]
+    is_open = "auto" in (settings.gradient_accumulation_steps, settings.keep_activations)
+    modes = KEPT if settings.keep_activations == "auto" else (settings.kept_activations,)
+
+    def shares(number: int, kept: KeepActivations) -> Shares:
+        return Shares(
+            num_micro_batches=number,
+            micro_batch_size=demand.share // number,
+            kept=kept,
+            parts=demand.parts(number, kept),
+            available_bytes=available_bytes,
+            basis=basis,
+        )
+
+    if former is not None and former[0] in candidates and former[1] in modes:
+        kept = shares(*former)
+        if kept.fits or not is_open:
+            return Shares(**{**vars(kept), "is_kept": is_open})
+    if not is_open:
+        return shares(candidates[0], modes[0])
+    best: list[Shares] = []
+    enough = min(ENOUGH_TOKENS, demand.share * demand.sample_tokens)
+    for kept in modes:
+        found = _largest(candidates, kept, shares)
+        if found is not None and found.micro_batch_size * demand.sample_tokens >= enough:
+            return found
+        best += [] if found is None else [found]
+    if best:
+        return max(best, key=lambda found: found.micro_batch_size)
+    raise UserError(_describe_lack(shares(candidates[-1], modes[-1]), settings, num_ranks=demand.num_ranks))
+
+
+def _largest(
+    numbers: list[int], kept: KeepActivations, shares: Callable[[int, KeepActivations], Shares]
+) -> Shares | None:
+    """Return the first of the numbers of micro-batches, from few to many, that fits."""
+    return next((found for number in numbers if (found := shares(number, kept)).fits), None)
+
+
+def _describe_lack(least: Shares, settings: StageTraining, *, num_ranks: int) -> str:
+    ways = []
+    if settings.zero_stage < MAX_ZERO_STAGE and num_ranks > 1:
+        ways.append(f"raise training.zero_stage = {settings.zero_stage}")
+    if settings.keep_activations not in ("auto", "inputs"):
+        ways.append(f"leave training.keep_activations = {settings.keep_activations!r} out")
+    if settings.gradient_accumulation_steps != "auto":
+        ways.append(f"leave training.gradient_accumulation_steps = {settings.gradient_accumulation_steps} out")
+    ways.append("take more GPUs or a smaller resolution, or lower training.num_processes where ranks share a memory")
+    return (
+        f"even micro-batches of {least.micro_batch_size} with training.keep_activations = {least.kept!r} need "
+        f"{describe_parts(least)}; {', or '.join(ways)}. "
+        f"What is typed is tried all the same: training.gradient_accumulation_steps={least.num_micro_batches} "
+        f"training.keep_activations={least.kept}"
+    )
+
+
+def describe_parts(shares: Shares) -> str:
+    """Return the bytes of a rank and what they are for, and what there is, in words."""
+    parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in shares.parts.items())
+    room = describe_bytes(shares.available_bytes)
+    return f"{describe_bytes(shares.total_bytes)} a rank of {room} that it may take: {parts} ({shares.basis})"
+
+
+def describe_bytes(num_bytes: float) -> str:
+    """Return a size in decimal units, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB" if num_bytes < 999.5 else f"{num_bytes:,.0f} TB"
+
+
+def memory_advice(settings: StageTraining) -> str:
+    """Return what to change where the memory is too small for a step, with the values that the keys have."""
+    number = settings.gradient_accumulation_steps
+    more = "set training.gradient_accumulation_steps above what it says was chosen"
+    more = more if number == "auto" else f"raise training.gradient_accumulation_steps = {number}"
+    parts = [f"{more} (smaller micro-batches)"]
+    if settings.zero_stage < MAX_ZERO_STAGE:
+        parts.append(f"raise training.zero_stage = {settings.zero_stage}")
+    if settings.keep_activations != "inputs":
+        parts.append(f"set training.keep_activations = {settings.keep_activations!r} to 'inputs'")
+    parts.append(f"lower training.num_processes = {settings.num_processes} where ranks share a machine's memory")
+    return ", or ".join(parts)
+
+
+def machine_bytes() -> int:
+    """Return the bytes of the machine's memory that are free: what Linux says, and what is left to this container."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    return min([free, *_container_bytes(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))])
+
+
+def _container_bytes(groups: str, root: Path) -> Iterator[int]:
+    """Yield what each control group around this process has left, of the second version and of the first.
+
+    Args:
+        groups: content of /proc/self/cgroup.
+        root: where they are mounted. In a container its own group may be the root.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            folder = root / "memory"
+        else:
+            continue
+        group = folder / path.strip("/")
+        for place in (group, *group.parents):
+            if place.is_relative_to(folder) and (place / names[0]).is_file():
+                limit = (place / names[0]).read_text().strip()
+                if limit.isdecimal():
+                    yield max(0, int(limit) - _used_bytes(place, names[1], names[2]))
+
+
+def _used_bytes(group: Path, usage: str, inactive: str) -> int:
+    """Return what a control group has in use; pages of files that nobody has asked for lately are given up at need."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int((group / usage).read_text()) - int(stat.get(inactive, 0))

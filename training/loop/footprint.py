@@ -1,0 +1,205 @@
+"""How much memory a micro-batch takes beside what stays from step to step: reckoned, or measured on a device.
+
+It is reckoned by running the objective, forward and backward, on tensors that have shapes and no values, so that what
+is counted is what the code keeps, of any objective and any part of a network that trains.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pixart.compilation import compile_blocks
+from pixart.dit import DiT
+from pixart.model import PixArt
+from training.config import KeepActivations, StageTraining
+from training.data.batch import Batch
+from training.data.blank import SampleShape, blank_batch
+from training.loop.compilation import is_compiled
+from training.loop.memory import keep_activations
+from training.loop.products import choose_products
+from training.objectives.objective import Objective, Trained
+from training.stages.networks import blank_copy
+
+META = torch.device("meta")
+
+
+class Meter(Protocol):
+    """Watches memory while it is entered; what was there before does not count."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was taken at a time."""
+        ...
+
+    def watching(self, *, ignored: list[Tensor]) -> AbstractContextManager[Any]:
+        """Watch inside; `ignored` are the tensors that are there already."""
+        ...
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the living among the storages that operations of torch make; blind to what kernels take inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._living_bytes = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def watching(self, *, ignored: list[Tensor]) -> "LivingBytes":
+        """Watch inside."""
+        for tensor in ignored:
+            self._count(tensor, is_ignored=True)
+        return self
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it has made."""
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, is_ignored=False)
+        return result
+
+    def _count(self, tensor: Tensor, *, is_ignored: bool) -> None:
+        storage = tensor.untyped_storage()
+        # torch keeps one object of Python for a storage as long as the storage lives.
+        if id(storage) not in self._known:
+            num_bytes = 0 if is_ignored else storage.nbytes()
+            self._known[id(storage)] = weakref.finalize(storage, self._forget, id(storage), num_bytes)
+            self._living_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._living_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        del self._known[key]
+        self._living_bytes -= num_bytes
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on the meta device be a CPU's fused kernel: torch's choice there keeps all scores, as no other.
+
+    In place of a mode for functions, which is not in force where the backward pass computes blocks again.
+    """
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return kernel(query, key, value, attn_mask=attn_mask)[0]
+
+    former = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = former
+
+
+class CudaBytes:
+    """What torch's allocator of a GPU says."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was taken at a time."""
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+    def watching(self, *, ignored: list[Tensor]) -> "CudaBytes":
+        """Watch inside; the allocator knows by itself what is there."""
+        return self
+
+    def __enter__(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a stage's steps are made of.
+
+    Attributes:
+        objective: gives the objective for a device.
+        networks: of the objective, on the meta device; of the one that is trained the same weights train.
+        sample: the largest there is.
+    """
+
+    settings: StageTraining
+    objective: Callable[[torch.device], Objective]
+    networks: Mapping[str, DiT | PixArt]
+    sample: SampleShape
+    dtype: torch.dtype
+
+    def batch_bytes(self, num_samples: int) -> int:
+        """Return the bytes of a micro-batch as the objective gets it."""
+        batch = blank_batch(self.sample, num_samples, device=torch.device("meta"))
+        return sum(tensor.numel() * tensor.element_size() for tensor in batch.device_tensors())
+
+    def reckon(self, num_samples: int, kept: KeepActivations) -> int:
+        """Return the bytes that a micro-batch takes beside weights, gradients and the batch, by its shapes alone."""
+        with fused_attention():
+            return self._run(num_samples, kept, device=META, meter=LivingBytes(), num_warm_ups=0)
+
+    def measure(self, num_samples: int, kept: KeepActivations, *, device: torch.device, meter: Meter) -> int:
+        """Return the same as a device takes it: the blocks as they are trained, compiled and in FP8 where they are."""
+
+        def prepare(network: nn.Module) -> None:
+            choose_products(network, self.settings, device=device)
+            if is_compiled(self.settings):
+                compile_blocks(network)
+
+        # The first runs compile, and choose and load kernels.
+        return self._run(num_samples, kept, device=device, meter=meter, num_warm_ups=2, prepare=prepare)
+
+    def _run(
+        self,
+        num_samples: int,
+        kept: KeepActivations,
+        *,
+        device: torch.device,
+        meter: Meter,
+        num_warm_ups: int,
+        prepare: Callable[[nn.Module], None] = lambda network: None,
+    ) -> int:
+        objective = self.objective(device)
+        networks = {name: self._blank(network, device) for name, network in self.networks.items()}
+        (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
+        prepare(trained)
+        keep_activations(trained, kept)
+        # Gradients are there before a second micro-batch adds to them.
+        for weight in trained.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        batch = blank_batch(self.sample, num_samples, device=device)
+        for _ in range(num_warm_ups):
+            _step(objective, networks, batch)
+        weights = [weight for network in networks.values() for weight in network.parameters()]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        with meter.watching(ignored=[*weights, *gradients, *batch.device_tensors()]):
+            _step(objective, networks, batch)
+        return meter.peak_bytes
+
+    def _blank(self, network: DiT | PixArt, device: torch.device) -> DiT | PixArt:
+        blank = blank_copy(network)
+        values = {
+            name: torch.zeros(weight.shape, dtype=self.dtype, device=device)
+            for name, weight in blank.named_parameters()
+        }
+        blank.load_state_dict(values, assign=True)
+        return blank
+
+
+def _step(objective: Objective, networks: Mapping[str, nn.Module], batch: Batch) -> None:
+    objective.loss(networks, batch).total.mean().backward()
