@@ -126,6 +126,7 @@ def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) 
     import torch
 
     from training.launch.start import available_bytes, open_start, settle, settled
+    from training.loop.validation import open_validation
     from training.loop.zero import local_device
     from training.objectives.choice import choose_objective
     from training.stages.networks import parameter_counts
@@ -135,6 +136,7 @@ def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) 
     if has_gpu:
         local_device(num_sharing - 1, torch.cuda.device_count(), is_slurm=is_slurm_task())
     start = open_start(job, preflight.survey, choose=choose_objective, device=device)
+    open_validation(job)
     room_bytes = available_bytes(start, device=device, num_sharing=num_sharing, num_loaded=1)
     shares = settle(
         job,

@@ -31,7 +31,6 @@ from training.launch.memory import (
 from training.loop.compilation import is_compiled
 from training.loop.footprint import CudaBytes, Step
 from training.loop.products import choose_products
-from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Objective, Trained
 from training.stages.networks import blank_copy, count_weights, network_config
@@ -73,7 +72,6 @@ def open_start(job: TrainingJob, survey: Survey, *, choose: ObjectiveChoice, dev
     networks = objective_networks(job, objective.networks, starting_network(job, config))
     (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
     choose_products(blank_copy(trained), job.settings, device=device)
-    open_validation(job)
     return Start(
         config=config, objective=objective, networks=networks, weights=count_weights(objective.networks, networks)
     )
