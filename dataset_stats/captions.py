@@ -174,8 +174,9 @@ def _rejected(key: Any, reason: str) -> CaptionRow:
 
 def _read_texts(address: Address, rows: Rows) -> Iterator[CaptionRow]:
     if is_folder(address.path):
-        for _, path in pick(text_files(address.path), rows):
-            yield _row(key_of_path(str(path.relative_to(address.path))), path.read_bytes())
+        for _, (key, files) in pick(text_files(address.path).items(), rows):
+            found = (_row(key, file.read_bytes()) for file in files)
+            yield next((row for row in found if row.text or row.reject), CaptionRow(key=key_of_cell(key), text=""))
         return
     with open_shard(address.path, TEXT_FILES_ALONE) as shard:
         for _, sample in pick(filter(_has_text_file, shard.samples), rows):

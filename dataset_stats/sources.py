@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -229,7 +230,8 @@ def _file_source(key: str, address: Address) -> Source:
         with open_ranges(path) as file:
             identity = file.stamp or str(file.size)
     elif Path(path).is_dir():
-        stats = [(key_of_cell(str(file)), file.stat()) for file in text_files(path)]
+        files = itertools.chain.from_iterable(text_files(path).values())
+        stats = [(key_of_cell(str(file)), file.stat()) for file in files]
         identity = sha256_text("".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in stats))
     else:
         identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_shards import write_tar
+from raw_shards import encode, photo, write_tar
 from stats_run import run_stage
 
 from dataset_stats import sources
@@ -61,9 +61,16 @@ def write_all(folder: Path) -> dict[str, str]:
     write(folder / "saved" / "dataset_info.json", "{}")
     for number, (key, text) in enumerate((RAW | MARKED).items()):
         (folder / "texts").mkdir(exist_ok=True)
-        (folder / "texts" / f"{key}.{'txt' if number % 2 else 'caption'}").write_bytes(text)
+        (folder / "texts" / f"{key}.{('txt', 'caption', 'jpg.txt')[number % 3]}").write_bytes(text)
+    write(folder / "texts" / "sa_3.caption", "what counts last")
     write(folder / "texts" / "README.txt", "One text per image.")
-    write_tar(folder / "a.tar", [(f"./{key}.txt", text) for key, text in (RAW | MARKED).items()])
+    write_tar(
+        folder / "a.tar",
+        [
+            (f"./{key}.{name}", text)
+            for (key, text), name in zip((RAW | MARKED).items(), 13 * ["txt", "png.txt"], strict=True)
+        ],
+    )
     names = ("a.csv", "a.csv.gz", "a.tsv", "a.jsonl", "a.jsonl.gz", "data_info.json", "coco.json", "by_key.json")
     names = (*names, "rows", "saved", "texts", "a.tar", "rows/train/*/0.parquet")
     return {f"s{number}": str(folder / name) for number, name in enumerate(names)}
@@ -76,13 +83,13 @@ def test_every_layout_gives_the_same_table(tmp_path, monkeypatch):
     run_stage(tmp_path / "run", f"dataset_stats.sets={','.join(f'{name}={path}' for name, path in typed.items())}")
     summary = read_summary(tmp_path / "run")["dataset_stats"]
     first = summary["s0"]
-    assert (first["num_captions"], first["rejected"]) == (24, {"no_text": 1, "not_utf8": 1})
+    assert (first["num_captions"], first["rejected"]) == (24, {"blank_text": 1, "not_utf8": 1})
     assert {name: found for name, found in summary.items() if found != first} == {}
     counts = list((tmp_path / "run" / "stats" / "counts").glob("*.captions.parquet"))
     keys = {path.name: set(pq.read_table(path)["key"].to_pylist()) for path in counts}
     wrong = {name: found - set(RAW) for name, found in keys.items() if not found <= set(RAW)}
     assert wrong == {} and sum(map(len, keys.values())) == (len(typed) - 1) * len(RAW), "two sets share files"
-    (said,) = warnings
+    (said,) = [warning for warning in warnings if "captions" in warning]
     assert "a.jsonl.gz: the column 'captions' holds lists of texts; of each, the first one counts" in said
 
 
@@ -166,3 +173,29 @@ def test_a_path_that_exists_is_no_pattern_and_no_address(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_stage(tmp_path / "run", "dataset_stats.sets=x=texts")
     assert read_summary(tmp_path / "run")["dataset_stats"]["x"]["num_captions"] == 1
+
+
+def test_texts_of_raw_shards_of_every_kind(tmp_path):
+    """A tar, a folder and Parquet with the same images and texts; also by the name of one of several texts."""
+    pictures = {f"{number:03d}": encode(photo(number)) for number in range(4)}
+    texts = {key: f"A dog near {number} cats." for number, key in enumerate(pictures)}
+    members = [(f"{key}.jpg", data) for key, data in pictures.items()]
+    others = [(f"{key}.json", json.dumps({"title": "a lamp"}).encode()) for key in pictures]
+    write_tar(
+        tmp_path / "raw" / "a.tar", sorted([*members, *others, *((f"{k}.txt", t.encode()) for k, t in texts.items())])
+    )
+    for name, data in [*members, *((f"{key}.txt", text.encode()) for key, text in texts.items())]:
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    columns = {"image": list(pictures.values()), "caption": list(texts.values()), "title": ["a lamp"] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    found = {}
+    for name in ("raw/a.tar", "folder", "b.parquet"):
+        shards = f"data.shards={tmp_path / name}"
+        run_stage(tmp_path / f"run-{Path(name).stem}", 'dataset_stats.sets={raw = {layout = "raw"}}', shards)
+        found[name] = read_summary(tmp_path / f"run-{Path(name).stem}")["dataset_stats"]["raw"]
+    assert found["raw/a.tar"] == found["folder"] == found["b.parquet"] and found["folder"]["num_captions"] == 4
+    named = 'dataset_stats.sets={raw = {layout = "raw", column = "title"}}'
+    for name in ("raw/a.tar", "b.parquet"):
+        run_stage(tmp_path / "named", named, f"data.shards={tmp_path / name}")
+        assert read_summary(tmp_path / "named")["dataset_stats"]["raw"]["distinct_nouns"] == 1

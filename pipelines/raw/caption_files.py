@@ -8,7 +8,7 @@ from errors import MissingFileError, UserError
 from pipelines.raw.patterns import expand_braces, match_urls
 from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
 from pipelines.raw.tables import TABLES, TableFormat, table_format
-from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS
+from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS, text_members
 from pipelines.store.files import is_remote
 
 # Columns of a table that say of which sample a row is, the one that counts first.
@@ -75,9 +75,17 @@ def find_files(key: str, pattern: str) -> list[str]:
     return found
 
 
-def text_files(folder: str) -> list[Path]:
-    """Return the files of one text each in a folder and the folders in it, in the order of their paths."""
-    return sorted(file for file in _files(folder) if _kind(file.name) == TEXTS)
+def text_files(folder: str) -> dict[str, list[Path]]:
+    """Return the files that may be the text of each key in a folder and the folders in it, the one that counts first.
+
+    Keys and order are those of raw shards: `a.txt` is before `a.caption`, and `a.jpg.txt` is of `a` too.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for file in sorted(file for file in _files(folder) if _kind(file.name) == TEXTS):
+        key, extension = split_at_extension(str(file.relative_to(folder)))
+        found.setdefault(key, {}).setdefault(extension.lower(), file)
+    ordered = {key: [files[name] for name in text_members(list(files), None)] for key, files in found.items()}
+    return {key: files for key, files in ordered.items() if files}
 
 
 def files_by_kind(folder: str) -> dict[str, list[Path]]:

@@ -24,6 +24,7 @@ TEXT_FIELDS = (
     *("top_caption", "TEXT", "title", "label_text"),
 )
 PLACE = re.compile(r"(?P<field>.+)\[(?P<place>\d{1,9})\]", re.DOTALL)
+TEXT_OF_IMAGE = re.compile(r"(jpe?g|png|webp|avif|gif|bmp|tiff?|jp2|hei[cf]|jxl)\.(txt|caption|text)")
 JSON_EXTENSIONS = ("json", "metadata.json", "meta.json", "info.json")
 # SA-1B's JSON has masks and no text, and is larger than the image.
 MASKS_KEY = re.compile(r"(.*/)?sa_\d+")
@@ -63,7 +64,10 @@ def text_members(extensions: Sequence[str], image_extension: str | None) -> list
     `.txt`, `.caption` or `.text`; else what is called after the image (`jpg.txt`); else a field such as `caption.txt`.
     """
     plain = [extension for extension in TEXT_EXTENSIONS if extension in extensions]
-    beside = [f"{image_extension}.{extension}" for extension in TEXT_EXTENSIONS]
+    if image_extension is None:  # of texts that are alone in their tar or folder
+        beside = [extension for extension in extensions if TEXT_OF_IMAGE.fullmatch(extension)]
+    else:
+        beside = [f"{image_extension}.{extension}" for extension in TEXT_EXTENSIONS]
     fields = [f"{field.lower()}.{extension}" for field in TEXT_FIELDS for extension in TEXT_EXTENSIONS]
     return [*plain, *(name for name in (*beside, *fields) if name in extensions)]
 
