@@ -20,9 +20,9 @@ from features.latents import latent_job
 from features.text import text_job
 from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
+from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import aspect_buckets, resize_and_crop
 from pipelines.raw.patterns import remember_shards
-from pipelines.raw.shards import RawShard
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.manifest import ShardDirectory, read_manifest
 
@@ -129,8 +129,8 @@ def test_images_are_read_and_decoded_ahead_of_the_device(finished, monkeypatch, 
     job = latent_job(read_inputs(parse_command("features", "", argv=arguments, has_stages=True)))
     worker = job.worker_class(job.worker_config)
     events = []
-    read, encode = RawShard.image_bytes, KLCodec.start
-    monkeypatch.setattr(RawShard, "image_bytes", lambda self, sample: events.append("read") or read(self, sample))
+    read, encode = FileShard.image_bytes, KLCodec.start
+    monkeypatch.setattr(FileShard, "image_bytes", lambda self, sample: events.append("read") or read(self, sample))
     monkeypatch.setattr(KLCodec, "start", lambda self, images: events.append("encode") or encode(self, images))
     worker(Piece(source=job.sources[1], start=0, stop=20, folder=tmp_path, samples_per_slice=20))
     # Batches of 3: the first is encoded when two more are on their way, and each step asks for what comes after.
