@@ -28,9 +28,10 @@ STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "ju
 
 VARIABLES = """\
   Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'
-             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file GPUS=n HOSTFILE=file N=… STEPS=… CFG=… SEED=… SIZE=WxH
-             FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates REFERENCE='…' CLIP=… INCEPTION=… PORT=n FROM=…
-             TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1; each is a flag of `atelier`, FROM_SCRATCH=1 is --from-scratch.
+             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH GPUS=n HOSTFILE=file
+             REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates REFERENCE='…' CLIP=…
+             INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1
+  Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.
   demo and demo-raw have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps.
@@ -114,6 +115,8 @@ def _wrong_variable(word: Word, goals: Sequence[str], *, is_second: bool) -> str
         return f"{name}{word.operator} is not how values are given: type {name}='…'"
     if not word.value.strip() and name not in MAY_BE_EMPTY:
         return f"{name} is empty: type a value, or leave {name}= out"
+    if word.value != word.value.lstrip() and word.value.strip() and name != "SET":
+        return f"{name} begins with a space, which make takes away: leave it out"
     if any(name in variables_of(goal) for goal in goals):
         return None
     if name in DEMO_HAS and set(goals) & {"demo", "demo-raw"}:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atelier.commands import FLAGS, SUBCOMMANDS, variable
-from atelier.typed import Word, find_wrong, read_words, variables_of
+from atelier.typed import VARIABLES, Word, find_wrong, read_words, variables_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Stands in for the interpreter of .venv, and writes down what it is asked to run; but what looks at words is let run.
@@ -200,6 +200,16 @@ def test_an_empty_value_is_refused_unless_it_switches_off(name) -> None:
 )
 def test_options_of_make_and_what_any_target_of_the_line_takes_are_let_through(typed) -> None:
     assert wrong(*typed.split()) == ""
+
+
+def test_a_value_that_make_would_cut_is_refused() -> None:
+    assert "RUN begins with a space, which make takes away" in wrong("caption", "RUN= my run")
+    assert wrong("caption", "SET= a.b=1", "RUN=my run ") == ""
+
+
+def test_help_names_every_variable() -> None:
+    names = {variable(flag) for target in SUBCOMMANDS for flag in SUBCOMMANDS[target].flags}
+    assert {name for name in names if f"{name}=" not in VARIABLES} == set()
 
 
 def test_words_are_read_as_make_reads_them() -> None:
