@@ -134,7 +134,7 @@ def test_sampling(tmp_path: Path, overrides: list[str], message: str, capsys, mo
             "training.global_batch_size 7 is not a multiple of 2: 2 ranks",
         ),
         ({"starts_from": "none.pth"}, "training.stage2.starts_from = 'none.pth' is no stage of"),
-        ({"starts_from": "{shape}"}, "has num_layers 1, but the recipe and the features give 2"),
+        ({"starts_from": "{shape}"}, "model.num_layers = 2, but the weights of"),
         ({"starts_from": "scratch", "trains": ["nothing.*"]}, "pattern 'nothing.*' fits none of the"),
         ({"starts_from": "scratch", "products": "fp8"}, "training.products = 'fp8' needs training.dtype = 'bf16'"),
         ({"starts_from": "scratch", "validation_shards": ["laion_1"], "global_batch_size": 64}, "laion_1"),
@@ -153,3 +153,12 @@ def test_training(tmp_path: Path, settings: dict, message: str) -> None:
         assert process.returncode == 2, said
         lines.append(" ".join(said.split()).rpartition("training: ")[2])
     assert message in lines[0] and lines[1] in lines[0]
+
+
+def test_guidance_that_burns_colours_out_is_said(tmp_path: Path, capsys, monkeypatch) -> None:
+    run = make_sampling_run(tmp_path / "run")
+    flags = ["--recipe", str(write_sampling_recipe(run)), "--run", str(run), "--stage", "2", "--plan"]
+    for scale, is_said in ((7.5, False), (45.0, True)):
+        monkeypatch.setattr(sys, "argv", ["sampling", *flags, "--set", f"sampling.guidance_scale={scale}"])
+        assert run_command("sampling", sampling_main.main) == 0
+        assert ("guidance_scale 45 burns colours out" in " ".join(capsys.readouterr().err.split())) == is_said

@@ -72,7 +72,8 @@ def write_run(run: Path) -> None:
     for step in (6, 12):
         write_checkpoint(stage, step, zero_stage=2, num_ranks=2)
     (stage / "latest").write_text("step-12\n")
-    (stage / "survey.json").write_text("{}\n")
+    for name in ("survey.json", "memory.json"):
+        (stage / name).write_text("{}\n")
     (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     lists, cache = run / "evaluation" / "cache" / "lists", run / "evaluation" / "cache" / "clip-0"
     lists.mkdir(parents=True)
@@ -201,6 +202,7 @@ DAMAGES: list[tuple[str, dict[Callable[[Path], None], str], str]] = [
         {cut: "names 'step', which is not there", empty: "is empty"},
         "the newest whole checkpoint",
     ),
+    ("training/stage2/memory.json", {cut: "is damaged", empty: "is empty", flip: "is damaged"}, COPY),
     ("training/stage2/survey.json", {cut: "is damaged", empty: "is empty", flip: "is damaged"}, COPY),
     ("evaluation/cache/lists/0.jsonl", {cut: "is cut short", empty: "is empty", flip: "line 1 is no JSON"}, COPY),
     ("evaluation/cache/clip-0/statistics.safetensors", {cut: "is cut short", empty: "is empty"}, COPY),

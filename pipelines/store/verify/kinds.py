@@ -171,6 +171,7 @@ TRAINING = FolderKind(
         FileKind(pattern="latest", check=None),  # looked into with the checkpoints that it may name
         FileKind(pattern="metrics.jsonl", check=log_damage, is_log=True),
         FileKind(pattern="survey.json", check=json_damage, mend=COPY),
+        FileKind(pattern="memory.json", check=json_damage, mend=COPY),
         FileKind(
             pattern="non-finite-step-*.json", check=json_damage, mend="`rm {path}`: it tells people what happened"
         ),
