@@ -8,6 +8,8 @@ from typing import Any
 
 from captioning.architectures import read_architecture, require_fit
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
+from captioning.given.coverage import check_coverage
+from captioning.given.index import forget_indexes
 from captioning.job import CaptioningJob, read_job
 from captioning.plan import OPEN_BATCH, print_plan
 from captioning.table import judge_directory_again
@@ -30,6 +32,7 @@ log = get_logger("captioning")
 # answers many at once, and more to more workers.
 FEW_SAMPLES = 500
 FEW_SAMPLES_OF_SERVER = 100
+FEW_GIVEN_SAMPLES = 20_000
 
 
 def main() -> None:
@@ -42,10 +45,12 @@ def main() -> None:
     is_done = job.is_done()
     if not is_done:
         _require_means(job, is_plan=command.is_plan)
+        check_coverage(job.given, job.sources, reading=job.data.reading, run=command.run)
     if command.is_plan:
         return
     command.remember()
     remember_shards(command.run, [source.path for source in job.sources])
+    forget_indexes(command.run, [source.index for source in job.given if source.index is not None])
     manifest = caption_shards(job)
     if not is_done:
         seconds = time.monotonic() - start_seconds
@@ -54,6 +59,7 @@ def main() -> None:
         update_summary(command.run, "counts.captioning", counts)
         log.info(f"{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}")
         _say_cut(job, manifest)
+        _say_missing(job, manifest)
 
 
 def caption_shards(job: CaptioningJob) -> Manifest:
@@ -105,6 +111,8 @@ def _few_samples(job: CaptioningJob) -> int:
     """Return how many samples are small work; with GPUs none are: the work is theirs, and they share it."""
     if job.config.engine == "openai":
         return FEW_SAMPLES_OF_SERVER
+    if job.config.is_given and job.config.clip_model is None:
+        return FEW_GIVEN_SAMPLES
     return 0 if job.workers.gpus_per_worker else FEW_SAMPLES
 
 
@@ -125,14 +133,16 @@ def _set_aside(job: CaptioningJob) -> None:
 def _require_means(job: CaptioningJob, *, is_plan: bool) -> None:
     """Find out before any work starts, and for a plan, that a model, a server, a device or workers are missing."""
     _require_models(job, patience_seconds=0.0 if is_plan else job.config.server.patience_seconds)
-    if job.config.engine != "openai" or job.config.clip_model is not None:
+    if job.config.engine not in ("openai", "given") or job.config.clip_model is not None:
         require_device(job.config.device, key="captioning.device")
     num_pending = sum(source.num_samples for source in job.pending())
     require_workers(job.workers, num_pending=num_pending, few_samples=_few_samples(job))
 
 
 def _require_models(job: CaptioningJob, *, patience_seconds: float) -> None:
-    if job.config.engine == "openai":
+    if job.config.is_given:
+        pass
+    elif job.config.engine == "openai":
         # The client is of no use to the other engines.
         from captioning.engines.openai_engine import chat_server
         from encoders.chat_server import require_server
@@ -174,6 +184,16 @@ def _say_cut(job: CaptioningJob, manifest: Manifest) -> None:
     )
     log.info(f"CLIP scores: {cut.describe(noun='captions', model='this CLIP')}")
     update_summary(job.run, "captioning.clip_score_captions", asdict(cut))
+
+
+def _say_missing(job: CaptioningJob, manifest: Manifest) -> None:
+    """Say of how many samples a column of given captions has no text, and how many alt texts nobody can read."""
+    details = [manifest.shards[source.name].details for source in job.sources]
+    for source in job.given:
+        if count := sum(found.get(f"num_without_{source.name}", 0) for found in details):
+            log.info(f"column {source.name}: {count:,} of the samples with a caption have no text here")
+    if count := sum(found.get("num_unreadable_alt_texts", 0) for found in details):
+        log.warning(f"{count:,} texts beside images are no UTF-8 or no JSON: `alt_text` is null there")
 
 
 def _describe(counts: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """The recipe table `[captioning]`."""
 
 import hashlib
+import re
 import string
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from encoders.chat_config import ChatServerConfig
 from pipelines.recipe import Decides, TableConfig
@@ -24,6 +26,12 @@ OFF_FRAME_PHRASES = (
     "not visible in the image",
     "not shown in the image",
     "cannot be seen in the image",
+)
+# Names of columns of given captions; those of captions/<shard>.parquet that mean something else are taken.
+COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TAKEN_COLUMNS = (
+    *("key", "shard", "alt_text", "caption_raw", "first_caption", "prompt", "num_tokens", "finish_reason", "flags"),
+    *("repeated_ngram_ratio", "alt_text_overlap", "clip_score", "width", "height", "reject"),
 )
 
 
@@ -68,9 +76,14 @@ class CaptioningConfig(TableConfig):
 
     engine: Decides[str] = Field(
         default="transformers",
-        pattern="^(transformers|generate|openai)$",
+        pattern="^(transformers|generate|openai|given)$",
         description="transformers: a LLaVA in the worker; generate: any other model of images and text there, slower; "
-        "openai: a chat server, see [captioning.server]",
+        "openai: a chat server, see [captioning.server]; given: no model, see `table`",
+    )
+    table: str | dict[str, str] = Field(
+        default="",
+        description='With `engine = "given"`: where captions are, as "files#key,caption" or one such address for each '
+        'column, {caption = "…", short = "…"}; "#txt" is a text of the samples, empty the text beside the image',
     )
     model: str = Field(
         default="llava-hf/llava-1.5-7b-hf",
@@ -141,6 +154,30 @@ class CaptioningConfig(TableConfig):
         if "{alt_text}" in merged["default"]:
             raise ValueError("prompt 'default' may not hold {alt_text}: it is what images without one are asked")
         return merged
+
+    @field_validator("table")
+    @classmethod
+    def _check_table(cls, table: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(table, dict):
+            if "caption" not in table:
+                raise ValueError("one of the columns is called caption; the others are beside it")
+            for name, address in table.items():
+                if not COLUMN_NAME.fullmatch(name) or name in TAKEN_COLUMNS:
+                    raise ValueError(f"column {name!r}: use small letters, digits and _, and no name that is taken")
+                if not address:
+                    raise ValueError(f'column {name!r}: write files#key,text, or "#" for the text beside the image')
+        return table
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.table and not self.is_given:
+            raise ValueError(f'table = {self.table!r} is for engine = "given", and engine is {self.engine!r}')
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether captions are there, and no model is asked."""
+        return self.engine == "given"
 
     @property
     def prompts_sha256(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, UPDATABLE, found_settings, to_set_aside, updatable
+from captioning.given.coverage import GivenSource, open_sources
 from captioning.quality import JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
@@ -48,7 +49,10 @@ WRITTEN_OUT_OF_SERVERS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningJob:
-    """A command's settings and the raw shards it covers; `num_texts` of each, by name, have a text of their own."""
+    """A command's settings and the raw shards it covers; `num_texts` of each, by name, have a text of their own.
+
+    `given` says where the texts are that no model makes.
+    """
 
     config: CaptioningConfig
     data: DataConfig
@@ -59,6 +63,7 @@ class CaptioningJob:
     output: ShardDirectory
     fingerprint: Fingerprint
     run: Path
+    given: list[GivenSource]
 
     @property
     def worker_config(self) -> CaptionWorkerConfig:
@@ -71,6 +76,7 @@ class CaptioningJob:
             gpu_share=gpu_share(self.workers),
             settings=updatable(self.fingerprint),
             run=self.run.absolute(),
+            given=tuple(source.column for source in self.given),
             earlier=(self.output.path / EARLIER_FOLDER).absolute(),
             api_key=os.environ.get(self.config.server.api_key_variable, ""),
         )
@@ -79,16 +85,34 @@ class CaptioningJob:
     def extra(self) -> dict[str, Any]:
         """What the manifest tells later rooms and people."""
         return {
-            "model": self.config.model,
-            "revision": self.config.revision,
-            "prompts": dict(self.config.prompts),
-            "prompts_sha256": self.config.prompts_sha256,
+            **(self._table if self.config.is_given else self._asked),
             "quality": self.config.quality.model_dump(mode="json"),
             "judge_version": JUDGE_VERSION,
             "engine": self.config.engine,
             "clip_model": self.config.clip_model,
             # A score changes no text and rejects nobody: text features have no use for it.
             "texts": Fingerprint.of({**self.fingerprint.fields, "clip_model": None}).digest,
+        }
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {
+            "model": self.config.model,
+            "revision": self.config.revision,
+            "prompts": dict(self.config.prompts),
+            "prompts_sha256": self.config.prompts_sha256,
+        }
+
+    @property
+    def _table(self) -> dict[str, Any]:
+        fields = {**self.fingerprint.fields, "clip_model": None}
+        return {
+            "table": {source.name: source.address.text for source in self.given},
+            # A column that is added or changed leaves text features of the others as they are.
+            "texts_of": {
+                column: Fingerprint.of({**fields, "table": identity}).digest
+                for column, identity in [("alt_text", "#"), *((source.name, source.identity) for source in self.given)]
+            },
         }
 
     def pending(self) -> list[Source]:
@@ -142,11 +166,15 @@ def read_job(command: Command) -> CaptioningJob:
     workers = command.recipe.table("engine", EngineConfig)
     paths = _select(command.raw_shards, config.shards)
     model = _find_model(config, workers)
+    given = open_sources(config.table, command.run) if config.is_given else []
+    if config.is_given and config.clip_model is None:
+        # Nobody's work is on a GPU.
+        workers = workers.model_copy(update={"gpus_per_worker": 0.0})
     shards = describe_shards(paths, data.reading, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
-    fingerprint = _fingerprint(config, data, model=model, clip=clip)
+    fingerprint = _fingerprint(config, data, model=model, clip=clip, given=given)
     output = ShardDirectory(Path(command.run) / "captions")
-    written_out = WRITTEN_OUT | (WRITTEN_OUT_OF_SERVERS if config.engine == "openai" else {})
+    written_out = {} if config.is_given else WRITTEN_OUT | (WRITTEN_OUT_OF_SERVERS if config.engine == "openai" else {})
     return CaptioningJob(
         config=config,
         data=data,
@@ -157,19 +185,23 @@ def read_job(command: Command) -> CaptioningJob:
         output=output,
         fingerprint=output.known_as(fingerprint, defaults=written_out, made_under=found_settings(output)),
         run=command.run,
+        given=given,
     )
 
 
-def _fingerprint(config: CaptioningConfig, data: DataConfig, *, model: ModelSource, clip: str | None) -> Fingerprint:
+def _fingerprint(
+    config: CaptioningConfig, data: DataConfig, *, model: ModelSource, clip: str | None, given: Sequence[GivenSource]
+) -> Fingerprint:
     """Return what decides the captions.
 
     At another batch size float32 rounds differently in the last digit: captions could differ where two words tie to
     seven digits.
     """
+    # Where nobody is asked, it is the texts that decide.
+    table = {"engine": config.engine, "table": {source.name: source.identity for source in given}}
     fields = {
-        **config.fingerprint_fields(),
+        **(table if config.is_given else {**config.fingerprint_fields(), "model": model.identity}),
         "code_version": CODE_VERSION,
-        "model": model.identity,
         **data.fingerprint_fields(),
         **data.fingerprint_fields(DECIDES_TEXTS),
         "dialect": data.dialect,
@@ -192,6 +224,8 @@ def gpu_share(workers: EngineConfig) -> float:
 
 
 def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
+    if config.is_given:
+        return ModelSource(location="", revision=None, identity="none")
     if config.engine != "openai":
         return resolve_model(config.model, config.revision)
     if workers.gpus_per_worker:

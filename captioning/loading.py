@@ -35,8 +35,8 @@ class LoadedSample:
     look: Any | None
 
 
-class ShardLoader:
-    """Loads the samples of one open shard.
+class SampleLoader:
+    """Loads the samples of one open shard; a subclass says what becomes of each.
 
     Attributes:
         wait_seconds: how long the consumer of `load` has waited for data.
@@ -46,18 +46,15 @@ class ShardLoader:
         self,
         raw: RawShard,
         config: CaptioningConfig,
-        engine: CaptionEngine,
         *,
         max_pixels: int,
         look: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         self._raw = raw
         self._config = config
-        self._engine = engine
         self._max_pixels = max_pixels
         # What else is done with each image while it is there.
         self._look = look
-        self._template = template_for(raw.name, config.prompts)
         self.wait_seconds = 0.0
 
     def load(self, samples: Sequence[RawSample]) -> Iterator[LoadedSample]:
@@ -91,6 +88,32 @@ class ShardLoader:
             return "too_elongated"
         return None
 
+    def require_limits(self, width: int, height: int) -> None:
+        """Raise `SampleReject` for an image of a size (pixels) that `limit_of` has a reason against."""
+        if (reason := self.limit_of(width, height)) is not None:
+            raise SampleReject(reason, f"{width} x {height}")
+
+    def _load_group(self, samples: Sequence[RawSample]) -> list[LoadedSample]:
+        """Return a few samples, loaded together in one of the threads."""
+        raise NotImplementedError
+
+
+class ShardLoader(SampleLoader):
+    """Loads samples for an engine, which prepares them."""
+
+    def __init__(
+        self,
+        raw: RawShard,
+        config: CaptioningConfig,
+        engine: CaptionEngine,
+        *,
+        max_pixels: int,
+        look: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        super().__init__(raw, config, max_pixels=max_pixels, look=look)
+        self._engine = engine
+        self._template = template_for(raw.name, config.prompts)
+
     def request(self, sample: RawSample, alt_text: str | None) -> Request:
         """Return what to ask about a sample.
 
@@ -98,8 +121,7 @@ class ShardLoader:
             SampleReject: the image cannot be used.
         """
         image = decode_image(self._raw.image_bytes(sample), max_pixels=self._max_pixels)
-        if (reason := self.limit_of(*image.size)) is not None:
-            raise SampleReject(reason, f"{image.width} x {image.height}")
+        self.require_limits(*image.size)
         prompt = fill_prompt(
             self._template,
             alt_text,

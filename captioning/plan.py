@@ -31,6 +31,19 @@ def print_plan(job: CaptioningJob) -> None:
     for change in job.changed_settings():
         line = f"{job.output.path} was made with other settings and would be captioned anew: {change}"
         console.print(line, markup=False, soft_wrap=True)
+    if job.config.is_given:
+        _print_given(job)
+    else:
+        _print_engine(job)
+
+
+def _print_given(job: CaptioningJob) -> None:
+    console.print("engine   given: no model; prompts and decoding of the recipe are not used")
+    for source in job.given:
+        console.print(f"column   {source.describe()}", markup=False, soft_wrap=True)
+
+
+def _print_engine(job: CaptioningJob) -> None:
     config = job.config
     decoding = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, seed {config.seed}"
     place = f", at {config.server.base_url}" if config.engine == "openai" else ""
@@ -63,6 +76,8 @@ def _describe_engine(job: CaptioningJob) -> str:
 def _by_prompt(job: CaptioningJob) -> dict[str, dict[str, int]]:
     """Return, by prompt, how many samples of which shards are asked it, as far as headers tell."""
     groups: dict[str, dict[str, int]] = {}
+    if job.config.is_given:
+        return {"none, captions are given": {source.name: source.num_samples for source in job.sources}}
     for source in job.sources:
         template = template_for(source.name, job.config.prompts)
         asked_with_text = source.num_samples

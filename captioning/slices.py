@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from captioning.config import CaptioningConfig
-from captioning.engines.protocol import Caption, CaptionEngine, Refusal
-from captioning.loading import LoadedSample, ShardLoader
+from captioning.engines.protocol import Caption, Captioner, Refusal
+from captioning.loading import LoadedSample, SampleLoader
 from captioning.quality import judge, repeated_ngram_ratio
 from captioning.table import judge_row_again
 from pipelines.raw.samples import RawSample
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 class SliceCaptioner:
     """Turns the samples of a slice into rows; nothing it does depends on the slices before."""
 
-    def __init__(self, config: CaptioningConfig, engine: CaptionEngine, scorer: "ClipScorer | None") -> None:
+    def __init__(self, config: CaptioningConfig, engine: Captioner, scorer: "ClipScorer | None") -> None:
         self._config = config
         self._engine = engine
         self._scorer = scorer
 
-    def caption(self, loader: ShardLoader, samples: Sequence[RawSample]) -> list[Row]:
+    def caption(self, loader: SampleLoader, samples: Sequence[RawSample]) -> list[Row]:
         """Return one row per sample, rejected ones too."""
         rows: list[Row] = []
         images = self._scorer.collect() if self._scorer is not None else None
@@ -43,7 +43,7 @@ class SliceCaptioner:
         return rows
 
     def update(
-        self, loader: ShardLoader, samples: Sequence[RawSample], earlier: Sequence[Row], *, is_scored: bool
+        self, loader: SampleLoader, samples: Sequence[RawSample], earlier: Sequence[Row], *, is_scored: bool
     ) -> list[Row]:
         """Return the rows of `samples`, where `earlier` ones that hold a caption stay as they are.
 
@@ -63,9 +63,11 @@ class SliceCaptioner:
         return rows
 
     def _ask_again(
-        self, loader: ShardLoader, samples: Sequence[RawSample], said: Mapping[int, Caption | Refusal]
+        self, loader: SampleLoader, samples: Sequence[RawSample], said: Mapping[int, Caption | Refusal]
     ) -> Mapping[int, Caption | Refusal]:
         """Return the second try of every caption that loops, by index. Loops are few: their images are read again."""
+        if self._config.is_given:
+            return {}
         settings = self._config.loop_retry
         looping = [
             index
@@ -90,7 +92,7 @@ class SliceCaptioner:
         row |= {"caption_raw": kept.text, "num_tokens": kept.num_tokens, "finish_reason": kept.finish_reason}
         return {**row, **judge(row, self._config.quality)}
 
-    def _score(self, loader: ShardLoader, samples: Sequence[RawSample], rows: list[Row], kept: Sequence[int]) -> None:
+    def _score(self, loader: SampleLoader, samples: Sequence[RawSample], rows: list[Row], kept: Sequence[int]) -> None:
         scores: Iterable[float | None] = [None] * len(kept)
         if self._scorer is not None:
             images = self._scorer.collect()

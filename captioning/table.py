@@ -56,14 +56,23 @@ def quality_digest(quality: QualityConfig) -> str:
 
 
 def write_rows(
-    rows: Sequence[Mapping[str, Any]], path: Path, *, quality: QualityConfig, settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    quality: QualityConfig,
+    settings: Mapping[str, Any],
+    others: Sequence[str] = (),
 ) -> None:
-    """Write rows that were judged under `quality` and made under `settings`, those of `UPDATABLE`."""
+    """Write rows that were judged under `quality` and made under `settings`, those of `UPDATABLE`.
+
+    `others` are columns of texts beside `caption`, which come last.
+    """
+    schema = pa.schema([*SCHEMA, *((name, pa.string()) for name in others)])
     metadata = {
         QUALITY_KEY: quality_digest(quality).encode(),
         SETTINGS_KEY: json.dumps(settings, sort_keys=True).encode(),
     }
-    _write(pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata(metadata)), path)
+    _write(pa.Table.from_pylist(list(rows), schema=schema.with_metadata(metadata)), path)
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -158,8 +167,10 @@ def _judge_part_again(
 
 def _rewrite(path: Path, target: Path, *, quality: QualityConfig) -> list[dict[str, Any]]:
     """Write the rows of `path` to `target`, judged anew; returns them."""
-    rows = [judge_row_again(row, quality) for row in read_table(path, mend=MEND_SHARD).to_pylist()]
-    write_rows(rows, target, quality=quality, settings=read_settings(path))
+    table = read_table(path, mend=MEND_SHARD)
+    rows = [judge_row_again(row, quality) for row in table.to_pylist()]
+    others = [name for name in table.column_names if name not in SCHEMA.names]
+    write_rows(rows, target, quality=quality, settings=read_settings(path), others=others)
     return rows
 
 

@@ -17,16 +17,15 @@ from features.jobs import FeatureInputs, bucket_sizes, codec_of, read_inputs
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
-from pipelines.raw.images import SampleReject, image_size, nearest_bucket, plan_crop
+from pipelines.raw.images import SampleReject, nearest_bucket, plan_crop
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
+from pipelines.raw.sizes import measure_image
 from pipelines.store.files import atomic_file, remove_temporary_files, take_away
 
 log = get_logger("features")
 
 NUM_READERS = 8
-# JPEGs have thumbnails and colour profiles in front of their size; what needs more is read whole.
-HEADER_BYTES = 64 * 1024
 MAX_REJECTS_SHOWN = 20
 # An image scaled up by more is visibly soft.
 SOFT_SCALE = 1.25
@@ -122,14 +121,7 @@ def _measure(raw: RawShard, sample: RawSample, *, max_pixels: int) -> tuple[int,
         raise SampleReject(sample.reject)
     if raw.has_labels and raw.label(sample) is None:
         raise SampleReject("no_label")
-    start = raw.image_start(sample, HEADER_BYTES)
-    if len(start) == HEADER_BYTES:
-        try:
-            return image_size(start, max_pixels=max_pixels)
-        except SampleReject as reject:
-            if reject.reason not in ("corrupt_image", "not_an_image"):
-                raise
-    return image_size(raw.image_bytes(sample), max_pixels=max_pixels)
+    return measure_image(raw, sample, max_pixels=max_pixels)
 
 
 def print_buckets(inputs: FeatureInputs, report: BucketReport) -> None:

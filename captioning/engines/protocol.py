@@ -26,12 +26,12 @@ class Caption:
     """What the model said; `num_tokens` counts its tokens without the end token, or as the server counts them.
 
     `finish_reason` is `length` when the caption was cut at `captioning.max_new_tokens`, and `stop` otherwise. A server
-    that reports no token usage leaves `num_tokens` None.
+    that reports no token usage leaves `num_tokens` None. Of a caption that no model has made both are None.
     """
 
     text: str
     num_tokens: int | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,18 @@ class Refusal:
     detail: str
 
 
-class CaptionEngine(Protocol):
+class Captioner(Protocol):
+    """Turns what is prepared for each image into its caption."""
+
+    def caption(self, prepared: Iterable[Any], *, repetition_penalty: float = 1.0) -> Sequence[Caption | Refusal]:
+        """Return one caption per prepared request, in order; takes the next request only when there is room for it.
+
+        `repetition_penalty` is that of transformers; 1 is none.
+        """
+        ...
+
+
+class CaptionEngine(Captioner, Protocol):
     """Captions images in two steps, so that the first can run ahead on the CPU while the device is busy."""
 
     is_exact: bool
@@ -52,13 +63,6 @@ class CaptionEngine(Protocol):
         """Turn requests into what the device needs; called from several threads.
 
         None stands for a prompt that leaves no room for its caption in the model's context.
-        """
-        ...
-
-    def caption(self, prepared: Iterable[Any], *, repetition_penalty: float = 1.0) -> Sequence[Caption | Refusal]:
-        """Return one caption per prepared request, in order; takes the next request only when there is room for it.
-
-        `repetition_penalty` is that of transformers; 1 is none.
         """
         ...
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, read_payload
-from pipelines.store.manifest import Manifest
+from pipelines.store.manifest import Fingerprint, Manifest
 
 # How captions may be stored (`features.text_storage`), and the numpy dtype of the stored values [L, D]. The 8-bit ones
 # come with one float32 scale per token [L]: value = stored * scale[token].
@@ -223,12 +223,20 @@ def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",)) -> 
     return run / "features" / name
 
 
-def texts_digest(captions: Manifest) -> str:
-    """Return what text features know their captions by: the fingerprint they would have without a CLIP score.
+def texts_digest(captions: Manifest, columns: Sequence[str]) -> str:
+    """Return what text features of some columns know their captions by: what would be their fingerprint without scores.
 
-    Captioning writes it; captions of an older version have their fingerprint alone.
+    Captioning writes it, of given captions for each column; captions of an older version have their fingerprint alone.
     """
-    return captions.extra.get("texts", captions.fingerprint.digest)
+    whole = captions.extra.get("texts", captions.fingerprint.digest)
+    if "texts_of" not in captions.extra:
+        return whole
+    return Fingerprint.of({column: captions.extra["texts_of"].get(column, whole) for column in columns}).digest
+
+
+def caption_columns(text: Manifest) -> list[str]:
+    """Return the columns of captions that a directory of text features was made of."""
+    return [caption["column"] for caption in text.extra.get("captions", [{"column": "caption"}])]
 
 
 def latent_directory(run: Path, resolution: int) -> Path:

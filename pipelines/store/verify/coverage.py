@@ -14,7 +14,7 @@ from pandas.util import hash_array
 
 from errors import run_argument
 from pipelines.raw.shard_names import shard_name
-from pipelines.store.families import FamilySchema, schema_of, texts_digest
+from pipelines.store.families import FamilySchema, caption_columns, schema_of, texts_digest
 from pipelines.store.manifest import Manifest
 from pipelines.store.verify.findings import Findings, Problem
 
@@ -29,7 +29,7 @@ def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> 
     for directory, manifest in findings.manifests.items():
         upstream = manifest.upstream.get("captions") if directory.parent == run / "features" else None
         if upstream is not None and captions is not None:
-            digest = texts_digest(captions)
+            digest = texts_digest(captions, caption_columns(manifest))
             if upstream != digest:
                 text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
                 mend = f"`make features STAGE=… {typed}` encodes what has changed"

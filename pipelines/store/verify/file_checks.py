@@ -1,8 +1,11 @@
 """Whether one file can be read to its end: each function returns what is wrong with it, such as "is empty", or None."""
 
+import contextlib
 import json
+import sqlite3
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +40,16 @@ def lines_damage(path: Path) -> str | None:
         if not is_object:
             return f"is damaged: its line {number:,} is no JSON object"
     return None if data else "is empty"
+
+
+def database_damage(path: Path) -> str | None:
+    """Check the pages of an SQLite database."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)) as database:
+            (said,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        said = str(error)
+    return None if said == "ok" else f"is damaged: {said}"
 
 
 def log_damage(path: Path) -> str | None:

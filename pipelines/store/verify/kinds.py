@@ -14,6 +14,7 @@ from pipelines.store.deepspeed_files import CONVERSIONS, STATE
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, TABLES_MANIFEST_NAME
 from pipelines.store.verify.file_checks import (
     copy_damage,
+    database_damage,
     headers_damage,
     json_damage,
     lines_damage,
@@ -95,6 +96,7 @@ RUN = FolderKind(
         FileKind(pattern="index.html", check=page_damage),
         FileKind(pattern="buckets-*-rejects.csv", check=text_damage, mend="`rm {path}`, then `make buckets`"),
         FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
+        FileKind(pattern=".texts/*.sqlite", check=database_damage, mend=COPY),
         FileKind(pattern=".summary.lock", check=None),
         FileKind(pattern=".run.lock", check=None),
     ),
