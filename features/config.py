@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 
@@ -63,6 +63,11 @@ class FeaturesConfig(TableConfig):
         description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
 
+    text_from: TextInput[str | None] = pydantic.Field(
+        default=None,
+        description="Folder, pattern or tars of PixArt's .npz files (caption_feature, attention_mask), which are "
+        "imported as what text_model has encoded; null = captions are encoded",
+    )
     text_model: TextInput[str] = pydantic.Field(
         description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL)"
     )
@@ -91,6 +96,11 @@ class FeaturesConfig(TableConfig):
         default=None,
         ge=1,
         description="Tokens encoded at once, padding too; null = 8192 on a GPU, 1024 on a CPU; halved when too many",
+    )
+    latents_from: ImageInput[str | None] = pydantic.Field(
+        default=None,
+        description="Folder, pattern or tars of PixArt's .npy files (mean and std), which are imported as what "
+        "vae_model has made of the images; null = images are encoded",
     )
     vae_model: ImageInput[str] = pydantic.Field(
         description="AutoencoderKL or AutoencoderDC: hub id or local folder (paper: the LDM VAE)"
@@ -134,6 +144,14 @@ class FeaturesConfig(TableConfig):
         if len(set(columns)) < len(columns):
             raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _check_imports(self) -> Self:
+        if self.text_from is not None and len(self.captions) > 1:
+            raise ValueError(
+                f"text_from has one caption a sample, and captions names {', '.join(self.caption_columns)}"
+            )
+        return self
 
     @pydantic.field_validator("text_dtype")
     @classmethod

@@ -1,11 +1,13 @@
 """The families of features there are; a new one is a file of its own and its record in this list."""
 
 from errors import UserError
+from features.imported_latents import IMPORTED_LATENTS
+from features.imported_text import IMPORTED_TEXT
 from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
 from features.text import TEXT
 
-FAMILIES = (TEXT, LATENTS)
+FAMILIES = (TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS)
 
 
 def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:
@@ -14,7 +16,7 @@ def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:
     Raises:
         UserError: it asks for one that there is not.
     """
-    known = [family.name for family in FAMILIES]
+    known = list(dict.fromkeys(family.name for family in FAMILIES))
     for name in inputs.features.families:
         if name not in known:
             key = f"features.{inputs.stage_name}.families.{name}"

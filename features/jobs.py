@@ -132,6 +132,7 @@ class FeatureFamily:
         check: refuses what a pending job is about to read and is not what it should be.
         prepare: repeats what a lost file needs, before a job runs.
         report: says what a finished job should be judged by.
+        encodes: whether a worker runs its model; what is imported needs none, nor a GPU.
     """
 
     name: str
@@ -145,6 +146,7 @@ class FeatureFamily:
     check: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     prepare: Callable[[FeatureJob, FeatureInputs], None] = lambda job, inputs: None
     report: Callable[[FeatureJob, Manifest, FeatureInputs], None] = lambda job, manifest, inputs: None
+    encodes: bool = True
 
     def read_settings(self, inputs: FeatureInputs) -> TableConfig:
         """Return its own keys of the recipe.

@@ -203,7 +203,7 @@ def report_preview(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -
 
 LATENTS = FeatureFamily(
     name="latents",
-    is_wanted=lambda features: True,
+    is_wanted=lambda features: features.latents_from is None,
     job=latent_job,
     plan=lambda inputs: plan_images(latent_job(inputs), inputs),
     schema=image_schema,

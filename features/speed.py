@@ -45,9 +45,9 @@ def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
     rate = _recall_speed(job, inputs)
     if rate is not None:
         return Speed(samples_per_second=rate, num_workers=num_workers, basis="as in the last run")
-    if inputs.engine.gpus_per_worker and not _count_gpus():
+    if job.family.encodes and inputs.engine.gpus_per_worker and not _count_gpus():
         return f"not measured: engine.gpus_per_worker = {inputs.engine.gpus_per_worker:g}, and there is no GPU here"
-    if not is_model_here(job.model):
+    if job.family.encodes and not is_model_here(job.model):
         return f"not measured: {job.model.location} is not here; `hf download {job.model.location}` fetches it"
     return _measure(job, inputs, num_workers=num_workers)
 
