@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataset_stats.distribution import Distribution
 from dataset_stats.duplicates import Duplicates, count_duplicates
 from dataset_stats.estimate import Estimate
+from dataset_stats.example_places import ROW_BITS
 from dataset_stats.languages import ENGLISH, NO_LETTERS, UNDECIDED
 from errors import UserError
 from pipelines.store.manifest import ShardReport
@@ -28,6 +30,7 @@ LENGTH_COLUMNS = {
     "text_tokens": "num_text_tokens",
 }
 HISTOGRAM_BARS = 256  # in the manifest
+NUM_UNREAD_EXAMPLES = 3
 # Captioning has a flag for what is measured here as boilerplate, of all sets and by one list: it is not shown again.
 MEASURED_FLAGS = ("boilerplate",)
 
@@ -49,6 +52,9 @@ class SetMeasures:
     num_text_tokens: int | None = None
     num_over_limit: dict[str, int] = field(default_factory=dict)
     nouns_lost: dict[str, int] = field(default_factory=dict)
+    num_not_read_whole: int = 0
+    num_unreadable: int = 0
+    unread_places: list[int] = field(default_factory=list)
     lengths: dict[str, Distribution] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
     duplicates: Duplicates = field(default_factory=Duplicates)
@@ -100,10 +106,13 @@ class SetMeasures:
         return f"VN/DN {ratio}, {self.nouns_per_image:.1f} nouns per image, {self.num_captions:,} captions"
 
     def left_out(self) -> str:
-        """Say what is not among the captions, and how many are longer than a text encoder reads; empty if neither."""
+        """Say what is not among the captions, and how much a text encoder does not read; empty if nothing."""
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.rejected.items())
         longer = ", ".join(f"{count:,} over {limit} tokens" for limit, count in self.num_over_limit.items() if count)
-        return "".join(f"; {what}: {found}" for what, found in (("left out", reasons), ("longer", longer)) if found)
+        unread = f"{self.num_not_read_whole:,}, and nothing at all of {self.num_unreadable:,}"
+        unread = unread if self.num_not_read_whole else ""
+        parts = (("left out", reasons), ("longer", longer), ("with words the text encoder cannot read", unread))
+        return "".join(f"; {what}: {found}" for what, found in parts if found)
 
     def fraction(self, count: int) -> float:
         """Share of the captions."""
@@ -136,6 +145,8 @@ class SetMeasures:
             "flags": self.flags,
             "text_tokens_per_caption": self.text_tokens_per_caption,
             "over_limit_fraction": {limit: self.fraction(count) for limit, count in self.num_over_limit.items()},
+            "not_read_whole_fraction": self.fraction(self.num_not_read_whole),
+            "unreadable_fraction": self.fraction(self.num_unreadable),
             "nouns_lost": self.nouns_lost,
             "nouns_lost_fraction": {limit: self.lost_fraction(limit) for limit in self.nouns_lost},
             "lengths": {name: distribution.summary() for name, distribution in self.lengths.items()},
@@ -166,7 +177,7 @@ def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *
     rejected: Counter[str] = Counter()
     flags: Counter[str] = Counter()
     languages: Counter[str] = Counter()
-    for report, path in zip(reports, caption_files, strict=True):
+    for shard, (report, path) in enumerate(zip(reports, caption_files, strict=True)):
         rejected.update(report.rejected)
         columns = [name for name in read_table_schema(path, mend=MEND_SHARD).names if name not in UNUSED_COLUMNS]
         table = read_table(path, columns, mend=MEND_SHARD)
@@ -180,6 +191,7 @@ def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *
         languages.update({row["values"]: row["counts"] for row in kept["language"].value_counts().to_pylist()})
         if "num_text_tokens" in columns:
             _add_limits(measures, kept, limits)
+            _add_unread(measures, table, shard)
         else:
             measures.lengths.pop("text_tokens", None)
     measures.total_nouns = measures.lengths["nouns"].total
@@ -201,6 +213,19 @@ def _add_limits(measures: SetMeasures, kept: pa.Table, limits: Sequence[int]) ->
         measures.num_over_limit[str(limit)] = over
         lost = int(kept[f"nouns_lost_{limit}"].to_numpy().sum())
         measures.nouns_lost[str(limit)] = measures.nouns_lost.get(str(limit), 0) + lost
+
+
+def _add_unread(measures: SetMeasures, table: pa.Table, shard: int) -> None:
+    """Count the captions with words that the text encoder cannot read; the places of the first ones are kept."""
+    # Counts made before there were these columns say nothing of it.
+    if "num_unread_tokens" not in table.column_names:
+        return
+    unreadable = table["is_unreadable"].fill_null(False).to_numpy()
+    rows = np.flatnonzero((table["num_unread_tokens"].fill_null(0).to_numpy() > 0) | unreadable)
+    measures.num_not_read_whole += len(rows)
+    measures.num_unreadable += int(unreadable.sum())
+    missing = NUM_UNREAD_EXAMPLES - len(measures.unread_places)
+    measures.unread_places += [(shard << ROW_BITS) | int(row) for row in rows[:missing]]
 
 
 def require_captions(measures: Mapping[str, SetMeasures]) -> None:

@@ -19,6 +19,7 @@ from dataset_stats.duplicates import EXACT, FOLDED, hash_texts
 from dataset_stats.languages import LanguageTable
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
 from encoders.text import DEFAULT_CLEANING, clean_text
+from encoders.token_kinds import TokenKinds, token_kinds
 from encoders.tokens import load_tokenizer
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.files import atomic_file
@@ -60,6 +61,7 @@ class NounCountWorker:
         self._languages = LanguageTable()
         self._counter = NounCounter(load_tagger(config.tagger), languages=self._languages)
         self._text_tokenizer = load_tokenizer(Path(config.text_tokenizer)) if config.text_tokenizer else None
+        self._kinds: TokenKinds | None = None
         # "the photo" is not how "The photographer ..." opens. ASCII: a word of Chinese goes on without a space.
         openings = (re.escape(opening.casefold()) for opening in config.boilerplate)
         self._boilerplate = [re.compile(rf"{opening}(?!\w)", re.ASCII) for opening in openings]
@@ -130,9 +132,16 @@ class NounCountWorker:
     def _measure_truncation(
         self, tokenizer: Tokenizer, texts: Sequence[str], num_nouns: np.ndarray
     ) -> dict[str, tuple[Any, pa.DataType]]:
+        if self._kinds is None:
+            self._kinds = token_kinds(tokenizer)
         cleaned = [clean_text(text, DEFAULT_CLEANING) for text in texts]
-        lengths = np.array([len(code.ids) for code in tokenizer.encode_batch_fast(cleaned)], dtype=np.int32)
-        columns: dict[str, tuple[Any, pa.DataType]] = {"num_text_tokens": (lengths, pa.int32())}
+        tokens = [code.ids for code in tokenizer.encode_batch_fast(cleaned)]
+        lengths = np.array([len(ids) for ids in tokens], dtype=np.int32)
+        columns: dict[str, tuple[Any, pa.DataType]] = {
+            "num_text_tokens": (lengths, pa.int32()),
+            "num_unread_tokens": ([self._kinds.num_unread(ids) for ids in tokens], pa.int32()),
+            "is_unreadable": ([self._kinds.is_unreadable(ids) for ids in tokens], pa.bool_()),
+        }
         for limit in self._config.text_limits:
             longer = np.flatnonzero(lengths > limit)
             # The end token takes the last place, so limit - 1 tokens of text are kept.

@@ -9,10 +9,11 @@ from here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from encoders.batches import Batches
+from encoders.token_kinds import TokenKinds, token_kinds
 from encoders.transfers import HostCopy, one_behind, to_device
 from encoders.weights import ModelSource
 
@@ -51,6 +52,11 @@ class TextEncoder(Protocol):
 
     spec: TextSpec
 
+    @property
+    def token_kinds(self) -> TokenKinds:
+        """What the tokens of its vocabulary say of a text."""
+        ...
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, cleaned and cut at `spec.max_tokens`; at least one of each."""
         ...
@@ -62,8 +68,11 @@ class TextEncoder(Protocol):
         """
         ...
 
-    def encode_each(self, slices: Iterable[Sequence[str]]) -> Iterator[list[torch.Tensor]]:
-        """Yield what `encode` gives for each of some sequences of texts; a GPU has begun with the next one by then."""
+    def embed_each(self, slices: Iterable[Sequence[list[int]]]) -> Iterator[list[torch.Tensor]]:
+        """Yield the embeddings of each of some sequences of texts, as `tokenize` gives them.
+
+        A GPU has begun with the next one by then.
+        """
         ...
 
 
@@ -104,11 +113,19 @@ class HiddenStatesEncoder:
     model: Any
     tokenizer: Any
     batches: Batches
+    known_kinds: TokenKinds | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def load_weights(source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
         """Load the weights, frozen and on the CPU; raises as `encoders.weights.load_pretrained` does."""
         raise NotImplementedError
+
+    @property
+    def token_kinds(self) -> TokenKinds:
+        """What the tokens of the tokenizer's vocabulary say of a text."""
+        if self.known_kinds is None:
+            self.known_kinds = token_kinds(self.tokenizer)
+        return self.known_kinds
 
     def compile_kernels(self) -> None:
         """Compile what pays in a long run on a GPU: nothing of a model that is transformers' own."""
@@ -127,10 +144,6 @@ class HiddenStatesEncoder:
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Return one embedding [L, D] per text."""
         return self.embed(self.tokenize(texts))
-
-    def encode_each(self, slices: Iterable[Sequence[str]]) -> Iterator[list[Tensor]]:
-        """Yield the embeddings of each sequence of texts, see `TextEncoder`."""
-        return self.embed_each(map(self.tokenize, slices))
 
     def embed(self, ids: Sequence[list[int]]) -> list[Tensor]:
         """Return the last hidden states [num_tokens, D] of each list of ids, on the CPU, in order."""

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from encoders.devices import require_device
@@ -14,6 +15,7 @@ from features.jobs import FamilyPlan, FeatureInputs, FeatureJob, count_samples, 
 from features.overflow import warn_of_overflow
 from features.plan import plan_families, print_plan, require_space
 from features.speed import remember_speed
+from features.unreadable import warn_of_unreadable
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import PARTS_FOLDER
 from pipelines.engine.preflight import require_workers
@@ -69,14 +71,23 @@ def _require_room(jobs: Sequence[FeatureJob], plans: Sequence[FamilyPlan], input
             continue
         job.family.check(job, inputs)
         num_pending = count_samples(job.pending())
-        if num_pending:
+        if num_pending and job.family.encodes:
             require_device(inputs.features.device, key="features.device")
-        require_workers(inputs.engine, num_pending=num_pending, few_samples=inputs.few_samples)
+        inputs_of_job = _without_gpus(job, inputs)
+        require_workers(inputs_of_job.engine, num_pending=num_pending, few_samples=inputs_of_job.few_samples)
     require_space(plans, run=inputs.run, stage_name=inputs.stage_name)
+
+
+def _without_gpus(job: FeatureJob, inputs: FeatureInputs) -> FeatureInputs:
+    """Return the inputs of a job, whose workers reserve no GPU where they only import."""
+    if job.family.encodes:
+        return inputs
+    return replace(inputs, engine=inputs.engine.model_copy(update={"gpus_per_worker": 0.0}))
 
 
 def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
     """Compute what is pending of one family and return the directory's manifest."""
+    inputs = _without_gpus(job, inputs)
     changes = job.changed_settings()
     job.family.prepare(job, inputs)
     is_done = job.is_done()
@@ -102,12 +113,14 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
     except UserError:
         # Too many rejects, perhaps, and these are why.
         warn_of_overflow(job)
+        warn_of_unreadable(job, inputs)
         raise
     # Of a resumed run it is not known here how much an earlier one had done.
     if num_pending and not is_resumed:
         remember_speed(job, inputs, num_samples=num_pending, seconds=time.monotonic() - start_seconds)
     if not is_done:
         warn_of_overflow(job)
+        warn_of_unreadable(job, inputs)
         job.family.report(job, manifest, inputs)
     return manifest
 

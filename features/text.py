@@ -68,7 +68,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         "text_model": model.identity,
         "caption_columns": columns,
         "caption_weights": [caption.weight for caption in features.captions],
-        "captions": texts_digest(captions),
+        "captions": texts_digest(captions, columns),
         **features.fingerprint_fields(DECIDES_TEXT),
     }
     defaults = features.fingerprint_defaults(DECIDES_TEXT)
@@ -95,7 +95,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
         # Batch and slice sizes decide nothing: they move embeddings by less than bfloat16 resolves.
         fingerprint=output.known_as(Fingerprint.of(fields), defaults={name: defaults[name] for name in WRITTEN_OUT}),
         defaults=defaults,
-        upstream={"captions": texts_digest(captions)},
+        upstream={"captions": texts_digest(captions, columns)},
         model=model,
         model_key="features.text_model",
         dtype_key="features.text_dtype",
@@ -172,7 +172,8 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureI
     return sum(min(length, limit) for length in lengths) / len(samples), basis
 
 
-def _schema(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
+def text_record(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
+    """Return the record of the text family as a job's settings make it."""
     columns = inputs.features.caption_columns
     return text_schema(inputs.features.text_storage, _spec(job, inputs).width, rows_per_sample=len(columns))
 
@@ -184,7 +185,8 @@ def _spec(job: FeatureJob, inputs: FeatureInputs) -> TextSpec:
     return spec
 
 
-def _facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
+def text_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
+    """Return what later stages need to know of text features: what encoded them, and of which captions they are."""
     features, encoder = inputs.features, _spec(job, inputs)
     text = {
         "model": features.text_model,
@@ -233,11 +235,11 @@ def _report(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -> None:
 
 TEXT = FeatureFamily(
     name="text",
-    is_wanted=lambda features: features.text,
+    is_wanted=lambda features: features.text and features.text_from is None,
     job=text_job,
     plan=_plan_text,
-    schema=_schema,
-    facts=_facts,
+    schema=text_record,
+    facts=text_facts,
     probe=lambda config, folder: replace(config, directory=folder),
     check=_check,
     prepare=_prepare,

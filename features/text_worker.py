@@ -17,6 +17,7 @@ from encoders.opening import open_text_encoder
 from features.captions import MEND
 from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
 from features.quantization import StoredText, measure_error, restore_text, store_text
+from features.unreadable import NUM_UNREAD_CAPTIONS, NUM_UNREAD_TOKENS, NUM_UNREADABLE, UNREADABLE
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.store.families import NULL_CAPTION_FILE, text_schema
@@ -86,12 +87,12 @@ class TextWorker:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         samples = _read_captions(piece, self._config.caption_weights)
-        counts = _TextCounts(self._config.max_tokens)
+        counts = TextCounts(self._config.max_tokens)
         rows: list[dict[str, Any]] = []
         ahead = replace(piece, on_slice=None)  # a slice that has begun is not done
         with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar, SliceWriter() as writer:
             slices = [samples[start - piece.start : stop - piece.start] for start, stop in ahead.slices()]
-            encoded = self._encoder.encode_each(map(_texts_of, slices))
+            encoded = self._encoder.embed_each(self._tokenize(of_slice, counts) for of_slice in slices)
             for _, of_slice, embeddings in zip(piece.slices(), slices, encoded, strict=True):
                 writer.write(functools.partial(self._store_slice, of_slice, embeddings, tar, counts, rows=rows))
         with atomic_file(piece.output(".parquet")) as index_path:
@@ -103,12 +104,27 @@ class TextWorker:
             details=counts.details,
         )
 
+    def _tokenize(self, samples: Sequence[Sequence[_Caption]], counts: "TextCounts") -> list[list[int]]:
+        """Return the tokens of the captions of a slice, and reject those of which nothing is left."""
+        captions = [caption for sample in samples for caption in sample if caption.row["reject"] is None]
+        found = self._encoder.tokenize([caption.text for caption in captions])
+        kinds, kept = self._encoder.token_kinds, []
+        for caption, tokens in zip(captions, found, strict=True):
+            is_unreadable, num_unread = kinds.is_unreadable(tokens), kinds.num_unread(tokens)
+            if is_unreadable:
+                caption.row["reject"] = UNREADABLE
+            else:
+                kept.append(tokens)
+            if is_unreadable or num_unread:
+                counts.count_unread(num_unread, is_unreadable=is_unreadable)
+        return kept
+
     def _store_slice(
         self,
         samples: Sequence[Sequence[_Caption]],
         embeddings: "Sequence[torch.Tensor]",
         tar: FeatureTarWriter,
-        counts: "_TextCounts",
+        counts: "TextCounts",
         *,
         rows: list[dict[str, Any]],
     ) -> None:
@@ -134,7 +150,7 @@ class TextWorker:
             rows += [caption.row for caption in captions]
 
 
-class _TextCounts:
+class TextCounts:
     """What a piece's report says beyond its rows."""
 
     def __init__(self, max_tokens: int) -> None:
@@ -145,6 +161,12 @@ class _TextCounts:
     def count_non_finite(self) -> None:
         """Add one caption that is not stored; reports without any are as they were before there was this count."""
         self.details[NUM_NON_FINITE_CAPTIONS] = self.details.get(NUM_NON_FINITE_CAPTIONS, 0) + 1
+
+    def count_unread(self, num_tokens: int, *, is_unreadable: bool) -> None:
+        """Add one caption with tokens that stand for nothing, stored or not; reports without any have no such count."""
+        found = {NUM_UNREAD_CAPTIONS: 1, NUM_UNREAD_TOKENS: num_tokens, NUM_UNREADABLE: int(is_unreadable)}
+        for name, value in found.items():
+            self.details[name] = self.details.get(name, 0) + value
 
     def count(self, embedding: "torch.Tensor", stored: StoredText, storage: str) -> None:
         """Add one stored caption."""
@@ -159,10 +181,6 @@ class _TextCounts:
         for name, value in found.items():
             before = self.details.get(name, 0)
             self.details[name] = max(before, value) if name.startswith("max_") else before + value
-
-
-def _texts_of(samples: Sequence[Sequence[_Caption]]) -> list[str]:
-    return [caption.text for captions in samples for caption in captions if caption.row["reject"] is None]
 
 
 def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:

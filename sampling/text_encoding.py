@@ -16,7 +16,7 @@ from torch import Tensor
 
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
-from encoders.text import DEFAULT_CLEANING
+from encoders.text import DEFAULT_CLEANING, TextEncoder
 from errors import MissingFileError, UserError, run_argument
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import MEND_NULL_CAPTION, NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
@@ -82,6 +82,7 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
         is_8bit=config.text_encoder == "8bit",
         key="text encoder",
     )
+    _warn_of_unread(prompts, encoder, text["model"])
     embeddings = dict(zip(prompts, encoder.encode(prompts), strict=True))
     del encoder
     if device.type == "cuda":
@@ -98,6 +99,20 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
                 f"put them there anew{other}"
             )
     return embeddings
+
+
+def _warn_of_unread(prompts: Sequence[str], encoder: TextEncoder, model: str) -> None:
+    """Name the words of prompts that the encoder cannot read, and prompts of which nothing is left."""
+    kinds = encoder.token_kinds
+    for prompt, tokens in zip(prompts, encoder.tokenize(prompts), strict=True):
+        is_unreadable = bool(prompt.strip()) and kinds.is_unreadable(tokens)
+        if not is_unreadable and not kinds.num_unread(tokens):
+            continue
+        words = list(dict.fromkeys(prompt.split()))
+        unread = [word for word, found in zip(words, encoder.tokenize(words), strict=True) if kinds.num_unread(found)]
+        shown = ", ".join(repr(word[:80]) for word in unread) or repr(prompt[:80])
+        nothing = ", and nothing else is left of the prompt" if is_unreadable else ""
+        log.warning(f"text encoder {model} cannot read {shown} of the prompt {prompt[:80]!r}{nothing}")
 
 
 def write_embeddings(

@@ -250,6 +250,11 @@ def test_truncation_and_the_nouns_it_costs(run):
     kept_per_caption = int(NounCounter(LexiconTagger()).count(["the image features a red dog"]).num_nouns[0])
     assert dense["nouns_lost"]["7"] == dense["total_nouns"] - kept_per_caption * dense["num_captions"]
     assert dense["nouns_lost"]["300"] == 0
+    # The vocabulary is empty.
+    assert (dense["not_read_whole_fraction"], dense["unreadable_fraction"]) == (1.0, 1.0)
+    page = (run / "stats" / "report.html").read_text()
+    assert "dense: captions with words that the text encoder cannot read" in page
+    assert "<li>The image features a red dog" in page
 
 
 @pytest.mark.parametrize("name", ["noun", "singular", "a b", "=x"])

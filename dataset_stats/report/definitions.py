@@ -119,6 +119,12 @@ def _of_captions(limits: Sequence[int], boilerplate: Sequence[str]) -> list[Defi
             "nouns of the caption - nouns of its part within the limit, summed",
         ),
         Definition(
+            "Words unknown to it",
+            "Captions with unknown or control tokens, which say nothing to the text encoder. Nothing else: no letter "
+            "or digit is left beside them.",
+            "such captions / captions",
+        ),
+        Definition(
             "Flags",
             "What captioning noticed about its own captions (loops, cut-off answers, ...), by its thresholds; alt "
             "texts have none.",

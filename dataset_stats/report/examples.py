@@ -25,17 +25,19 @@ class Quotes:
     Attributes:
         by_noun: one for each noun of the report's table.
         repeated: by set, the captions that occur most often: how often, and the text as it occurs first.
+        unread: by set, some captions with words that the text encoder cannot read.
     """
 
     by_noun: list[str]
     repeated: dict[str, list[tuple[int, str]]]
+    unread: dict[str, list[str]]
 
 
 def quote_captions(
     top: pd.DataFrame, measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]
 ) -> Quotes:
     """Find what the report quotes; `top` is that of the noun table."""
-    return Quotes(_example_captions(top, sources), _repeated_texts(measures, sources))
+    return Quotes(_example_captions(top, sources), _repeated_texts(measures, sources), _unread_texts(measures, sources))
 
 
 def _example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]) -> list[str]:
@@ -75,6 +77,14 @@ def _repeated_texts(
         texts = _texts_at([(name, *divmod(repeated.place, 1 << ROW_BITS)) for repeated in most], sources)
         found[name] = [(repeated.count, _shorten(text)) for repeated, text in zip(most, texts, strict=True)]
     return found
+
+
+def _unread_texts(measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]) -> dict[str, list[str]]:
+    wanted = {
+        name: [(name, *divmod(place, 1 << ROW_BITS)) for place in measure.unread_places]
+        for name, measure in measures.items()
+    }
+    return {name: [_shorten(text) for text in _texts_at(places, sources)] for name, places in wanted.items()}
 
 
 def _texts_at(wanted: Sequence[tuple[str, int, int]], sources: Mapping[str, Sequence[Source]]) -> list[str]:

@@ -34,7 +34,7 @@ REASONS = {
 ALWAYS_SHOWN = ("no_text", "blank_text", "not_text", "not_utf8")  # zeros, too, so that one sees what was looked for
 OTHER_REASON = "as captioning or img2dataset said"
 # From these shares of a set's captions on, a sentence says so.
-DUPLICATES, REJECTED, OTHER_LANGUAGES, OVER_LIMIT, FLAGGED = 0.01, 0.01, 0.05, 0.01, 0.01
+DUPLICATES, REJECTED, OTHER_LANGUAGES, OVER_LIMIT, UNREAD, FLAGGED = 0.01, 0.01, 0.05, 0.01, 0.01, 0.01
 BOILERPLATE, ONE_TEXT = 0.2, 0.01
 SHORT_WORDS = 3  # half of the captions have no more
 
@@ -114,8 +114,15 @@ def _cut(measures: Mapping[str, SetMeasures]) -> QualityTable:
             _share(m.nouns_lost.get(limit, 0), m.total_nouns, m, f"nouns_lost_fraction.{limit}")
             for m in measures.values()
         ]
-    note = "What a text encoder that reads so many tokens never sees."
-    return QualityTable("cut", "Cut by the text encoder", note, rows, {})
+    if any(m.num_not_read_whole for m in measures.values()):
+        rows["Words unknown to it"] = _each(measures, lambda m: _share(m.num_not_read_whole, m.num_captions, m))
+        rows["Nothing else"] = _each(measures, lambda m: _share(m.num_unreadable, m.num_captions, m))
+    note = "What a text encoder that reads so many tokens never sees, and words that its vocabulary lacks."
+    meanings = {
+        "Words unknown to it": "captions with unknown or control tokens",
+        "Nothing else": "captions of which it reads no letter or digit",
+    }
+    return QualityTable("cut", "Cut by the text encoder", note, rows, meanings)
 
 
 def _missing(measures: Mapping[str, SetMeasures]) -> QualityTable:
@@ -227,6 +234,12 @@ def _sentences(m: SetMeasures) -> Sequence[tuple[bool, str, str]]:
         *(
             (m.fraction(count) >= OVER_LIMIT, f"{of_captions(count)} have more than {limit} T5 tokens", "cut")
             for limit, count in m.num_over_limit.items()
+        ),
+        (
+            m.fraction(m.num_not_read_whole) >= UNREAD,
+            f"{of_captions(m.num_not_read_whole)} have words that the text encoder cannot read, and of "
+            f"{m.num_unreadable:,} it reads nothing",
+            "cut",
         ),
         (median <= SHORT_WORDS, f"half of the captions have at most {median:g} words", "lengths"),
         (

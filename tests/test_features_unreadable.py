@@ -1,0 +1,132 @@
+"""Captions that a vocabulary lacks: counted, shown, and rejects where nothing of them is left."""
+
+import string
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from feature_run import encoded, extract, picture, write_captions, write_raw, write_recipe
+from tiny_encoders import text_config
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import T5EncoderModel
+
+from encoders.opening import open_text_encoder
+from encoders.token_kinds import token_kinds
+from errors import UserError
+from pipelines.store.feature_store import load_index
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import ShardDirectory, read_manifest
+from pipelines.store.verify.run import verify_run
+from sampling.text_encoding import _warn_of_unread
+
+SHARD = "laion_00000"
+TEXTS = {
+    "plain": "a red dog, on bench 7",
+    "mixed": "a red 狗",
+    "chinese": "一只红色的狗，在长凳上。",
+    "emoji": "🐕🐕",
+    "marks": "!!!",
+    "control": "</s> <pad>",
+    "space": "\u200b \u00ad",
+}
+
+
+def unigram() -> Tokenizer:
+    """A vocabulary as T5's is built, of English alone."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    english = [f"a red dog on bench number {number}, the cat's bone" for number in range(100)]
+    english.append(" ".join(string.ascii_letters + string.digits + string.punctuation))
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(english, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a red dog"], trainer)
+    return tokenizer
+
+
+def test_what_is_read_of_texts() -> None:
+    tokenizer = unigram()
+    kinds = token_kinds(tokenizer)
+    found = {name: tokenizer.encode(text).ids for name, text in TEXTS.items()}
+    unread = {name for name, ids in found.items() if kinds.num_unread(ids)}
+    assert unread == {"mixed", "chinese", "emoji", "control", "space"}
+    nothing = {name for name, ids in found.items() if kinds.is_unreadable(ids)}
+    assert nothing == {"chinese", "emoji", "control", "space"}, "marks alone are read where nothing else was lost"
+    assert kinds.is_unreadable(tokenizer.encode("").ids) and not kinds.num_unread(tokenizer.encode("").ids)
+
+
+def test_bytes_read_everything() -> None:
+    tokenizer = byte_level()
+    kinds = token_kinds(tokenizer)
+    for name in ("plain", "chinese", "emoji"):
+        ids = tokenizer.encode(TEXTS[name]).ids
+        assert (kinds.num_unread(ids), kinds.is_unreadable(ids)) == (0, False)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run with a caption per text of `TEXTS`; its encoder's vocabulary is `unigram`."""
+    run = tmp_path / "run"
+    samples = [{"key": key, "png": encoded(picture(number)), "txt": "t"} for number, key in enumerate(TEXTS)]
+    write_raw(run / "raw" / f"{SHARD}.tar", samples)
+    write_captions(run, [run / "raw" / f"{SHARD}.tar"], rejects={})
+    path = run / "captions" / f"{SHARD}.parquet"
+    table = pq.read_table(path)
+    columns = table.to_pydict() | {"caption": list(TEXTS.values()), "alt_text": ["a dog", *[None] * (len(TEXTS) - 1)]}
+    pq.write_table(table.from_pydict(columns, schema=table.schema), path)
+    directory = ShardDirectory(run / "captions")
+    manifest = read_manifest(directory.path)
+    report = manifest.shards[SHARD]
+    report.files[".parquet"] = sha256_file(path)
+    directory.write_marker(report, manifest.fingerprint)
+    directory.write_manifest(manifest.fingerprint, [SHARD], upstream={}, extra={})
+    write_recipe(tmp_path)
+    tokenizer = unigram()
+    T5EncoderModel(text_config(tokenizer.get_vocab_size())).save_pretrained(tmp_path / "t5")
+    tokenizer.save(str(tmp_path / "t5" / "tokenizer.json"))
+    return run
+
+
+def test_unreadable_captions_are_rejects_and_said(run, caplog) -> None:
+    with pytest.raises(UserError, match="unreadable_text 4"):
+        extract(run, "features.max_reject_fraction=0.5")
+    said = " ".join(caplog.text.split())
+    assert "5 captions (71.4%) have words that features.text_model" in said
+    assert "of 4 nothing else is left, which are left out (unreadable_text), such as 'a red 狗'" in said
+    extract(run, "features.max_reject_fraction=0.6")
+    rows = load_index(run / "features" / "text", [SHARD]).to_pylist()
+    rejects = {row["key"]: row["reject"] for row in rows}
+    nothing = ("chinese", "emoji", "control", "space")
+    assert rejects == {key: "unreadable_text" if key in nothing else None for key in TEXTS}
+    details = read_manifest(run / "features" / "text").shards[SHARD].details
+    assert (details["num_captions_not_read_whole"], details["num_unreadable_captions"]) == (5, 4)
+    assert details["num_captions"] == 3 and details["num_unknown_tokens"] >= 5
+    assert not verify_run(run).problems
+
+
+def test_a_sample_with_another_caption_is_kept(run) -> None:
+    extract(
+        run, 'features.stage2.captions=[{column="caption"}, {column="alt_text"}]', "features.max_reject_fraction=0.6"
+    )
+    manifest = read_manifest(run / "features" / "text-caption+alt_text")
+    assert manifest.rejected == {"unreadable_text": 4}
+    index = load_index(run / "features" / "text-caption+alt_text", [SHARD]).to_pylist()
+    assert [row["reject"] for row in index if row["key"] == "plain"] == [None, None]
+
+
+def test_words_of_prompts_that_are_not_read_are_named(run, caplog) -> None:
+    encoder = open_text_encoder(str(run.parent / "t5"), max_tokens=40, dtype="float32")
+    _warn_of_unread(["", "a red dog", "a red 狗", "红色的狗"], encoder, "toy")
+    assert [record.getMessage() for record in caplog.records] == [
+        "text encoder toy cannot read '狗' of the prompt 'a red 狗'",
+        "text encoder toy cannot read '红色的狗' of the prompt '红色的狗', and nothing else is left of the prompt",
+    ]
