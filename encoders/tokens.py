@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.text import clean_text
 from encoders.weights import ModelSource, find_file
-from errors import MissingFileError, UserError
+from errors import MissingFileError, UserError, describe_unfetched
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,12 +39,23 @@ def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`, which neither cuts nor pads."""
+    """Return the tokenizer of a `tokenizer.json`, which neither cuts nor pads.
+
+    Raises:
+        UserError: the file is damaged, or is none; names it.
+    """
     # The workers are the parallelism; threads of the tokenizer would only get in their way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    with path.open("rb") as file:
+        fault = describe_unfetched(file.read(1024))
+    if fault is not None:
+        raise UserError(f"{path} {fault}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no narrower one
+        raise UserError(f"{path} is damaged or no tokenizer ({error}); fetch the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -61,7 +72,7 @@ def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> A
     location = folder or source.location
     try:
         return AutoTokenizer.from_pretrained(location, revision=source.revision or "main")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else
         said = str(error).strip() or type(error).__name__
         raise UserError(f"the tokenizer in {location} cannot be loaded: {said.splitlines()[0]}") from error
 

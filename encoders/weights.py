@@ -141,6 +141,8 @@ def load_pretrained(
 
     transformers_logging.disable_progress_bar()
     named, folder = f"{key} {source.location!r}", Path(source.location)
+    if folder.is_dir():
+        read_config(source)  # the libraries' words for one that is not there are of models on the hub
     kind = _weights_kind(folder, named) if folder.is_dir() else {}
     try:
         model, loading = model_class.from_pretrained(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
+from pipelines.raw.texts import decode_text
 
 log = get_logger("sampling")
 
@@ -81,7 +82,7 @@ def _read_lines(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"sampling.prompts {path} is none of .txt, .jsonl and .parquet")
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = re.split("\r\n|\n|\r", decode_text(path.read_bytes()).rstrip())
     except (UnicodeDecodeError, PermissionError) as error:
         raise UserError(f"sampling.prompts {path} cannot be read as UTF-8 text: {error}") from None
     blank = [str(number) for number, line in enumerate(lines, 1) if not line.strip()]

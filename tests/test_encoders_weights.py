@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tiny_encoders import save_codec, save_text_encoder
 from transformers import T5EncoderModel
 
 from encoders.opening import latent_spec, open_codec, open_text_encoder, text_spec
+from encoders.tokens import load_tokenizer
 from encoders.weights import resolve_model
 from errors import UserError
 
@@ -107,3 +110,18 @@ def test_configs_that_change_numbers_are_honoured_or_refused(models: Path, tmp_p
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged .*fetch the model again"):
         latent_spec(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"version https://git-lfs.github.com/spec/v1"])
+def test_a_damaged_tokenizer_or_config_is_named(models: Path, tmp_path: Path, content: bytes) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        folder = tmp_path / name
+        shutil.copytree(models / "t5", folder)
+        (folder / name).write_bytes(content)
+        message = (
+            f"{folder}/config.json is " if name == "config.json" else f"the tokenizer in {folder} cannot be loaded: "
+        )
+        with pytest.raises(UserError, match=re.escape(message)):
+            open_text_encoder(str(folder), max_tokens=8)
+    with pytest.raises(UserError, match=r"tokenizer\.json is (empty|a pointer|damaged or no tokenizer)"):
+        load_tokenizer(tmp_path / "tokenizer.json" / "tokenizer.json")

@@ -68,7 +68,7 @@ def test_sampling_reads_what_is_written(tmp_path):
         ('{"annotations": [{"id": 1, "image_id": 2}]}', "is not COCO's captions"),
         ('{"annotations": [{"id": 1, "image_id": 2, "caption": " "}]}', "the caption of image 2 is empty"),
         ('{"annotations": []}', "has captions of 0 images, 1 are asked for"),
-        (b"\xff\xfe", "is not UTF-8"),
+        (b"caf\xe9", "is not UTF-8"),
     ],
 )
 def test_a_bad_coco_file_is_refused(tmp_path, content, message):

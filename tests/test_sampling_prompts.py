@@ -148,3 +148,11 @@ def test_images_never_share_a_file(tmp_path):
     prompts = read_prompts(write(tmp_path / "p.jsonl", lines), seed=0)
     with pytest.raises(UserError, match=r"two images would be called a-1\.png"):
         make_requests(prompts, SamplingConfig(images_per_prompt=2), TRAINED)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_say_the_encoding_and_are_no_text(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("a red dog\r\nun café\r\n".encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "a red dog"}'.encode(encoding))
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.txt", seed=0)] == ["a red dog", "un café"]
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.jsonl", seed=0)] == ["a red dog"]

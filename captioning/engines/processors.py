@@ -76,7 +76,7 @@ def load_processor(source: ModelSource, *, config: Any, named: str) -> Any:
         raise UserError(
             f"the processor of {named} needs a package that is not installed ({reason}); {SERVER}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else
         raise UserError(f"{named} has no processor that can be loaded: {str(error).splitlines()[0]}") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from captioning.config import CaptioningConfig
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.engines.llama import LlamaForward
-from captioning.engines.processors import ProcessorCopies
+from captioning.engines.processors import ProcessorCopies, load_processor
 from captioning.engines.protocol import PROBE_TOKENS, Caption, Request
 from captioning.engines.room import count_slots
 from captioning.engines.rows import DecodingSettings, TokenizedPrompt
@@ -149,7 +149,7 @@ def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:
 def _load_processor(config: CaptioningConfig, model: Any) -> Any:
     """Load the processor and make it agree with the model, whose config knows what its hub files may have wrong."""
     source = resolve_model(config.model, config.revision)
-    processor = AutoProcessor.from_pretrained(source.location, revision=source.revision or "main")
+    processor = load_processor(source, config=model.config, named=f"captioning.model {config.model!r}")
     processor.tokenizer.padding_side = "left"
     processor.patch_size = model.config.vision_config.patch_size
     processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy

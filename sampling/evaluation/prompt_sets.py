@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError
+from pipelines.raw.texts import decode_text
 from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_text
 from sampling.evaluation.config import EvaluationConfig
 
@@ -97,6 +98,6 @@ def read_coco(path: Path, *, num_prompts: int) -> list[dict[str, Any]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return decode_text(path.read_bytes())
     except UnicodeDecodeError as error:
         raise UserError(f"evaluation.prompts {path} is not UTF-8 text: {error}") from None
