@@ -147,6 +147,16 @@ SUBCOMMANDS = {
         flags=(*_STAGE, "shards"),
         defaults=_DEFAULTS,
     ),
+    "init": Subcommand(
+        module="atelier.init",
+        summary="A short recipe for the data at hand, RUN/recipe.toml, which the run remembers (SHARDS=photos/)",
+        passes_on=True,
+    ),
+    "recipe": Subcommand(
+        module="atelier.keys",
+        summary="Every key of a recipe: its default, its meaning, and which command reads it",
+        passes_on=True,
+    ),
     "verify": Subcommand(
         module="pipelines.store.verify",
         summary="Read every file of a run to its end, say what is damaged and what to do about it",

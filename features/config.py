@@ -40,7 +40,9 @@ class CaptionConfig(TableConfig):
 class FeaturesConfig(TableConfig):
     """A named table of `[features]`: what training reads of one kind, made by one command."""
 
-    shards: list[str] = pydantic.Field(min_length=1, description="Shell patterns of shard names that are read")
+    shards: list[str] = pydantic.Field(
+        default=["*"], min_length=1, description="Shell patterns of shard names that are read"
+    )
     resolution: OfImages[int] = pydantic.Field(
         ge=1,
         le=4096,

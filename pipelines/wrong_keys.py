@@ -105,16 +105,16 @@ def fields_at(model: type[pydantic.BaseModel], location: Sequence[str | int]) ->
     for part in location:
         if isinstance(found, type) and issubclass(found, pydantic.BaseModel):
             field = found.model_fields.get(str(part))
-            found = None if field is None else _table_of(field.annotation)
+            found = None if field is None else table_of(field.annotation)
         # Names of a table of tables, and numbers of a list, lead to the table that all of them are.
     return found.model_fields if isinstance(found, type) and issubclass(found, pydantic.BaseModel) else ()
 
 
-def _table_of(annotation: Any) -> type[pydantic.BaseModel] | None:
+def table_of(annotation: Any) -> type[pydantic.BaseModel] | None:
     """Return the table that an annotation holds, by itself, in a list, by names, or with others to choose from."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, pydantic.BaseModel) else None
-    found = (_table_of(part) for part in typing.get_args(annotation))
+    found = (table_of(part) for part in typing.get_args(annotation))
     return next((table for table in found if table is not None), None)
 
 

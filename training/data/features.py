@@ -43,7 +43,7 @@ class FeatureTable(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
-    shards: list[str]
+    shards: list[str] = ["*"]
     resolution: int
     buckets: bool = False
     text: bool = True
