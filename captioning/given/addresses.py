@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.raw.caption_files import choose_key_column
 from pipelines.raw.patterns import GLOB, expand_braces
 from pipelines.raw.tables import table_format
 from pipelines.raw.texts import TEXT_FIELDS
@@ -12,11 +13,6 @@ from pipelines.store.files import is_remote
 from pipelines.store.remote import list_urls
 
 MAIN_COLUMN = "caption"
-# Columns of a table that say of which sample a row is, the one that counts first.
-KEY_COLUMNS = (
-    *("key", "__key__", "path", "file_name", "filename", "file", "image", "image_path", "img_path"),
-    *("image_id", "id"),
-)
 TEXT_SUFFIXES = (".txt", ".caption", ".text")
 
 
@@ -134,7 +130,7 @@ def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> t
     Raises:
         UserError: there are none; names the file and its columns.
     """
-    key = address.key_column or next((name for name in KEY_COLUMNS if name in columns), None)
+    key = address.key_column or choose_key_column(columns)
     text = address.text_column or next((name for name in TEXT_FIELDS if name in columns and name != key), None)
     for kind, name in (("keys", key), ("texts", text)):
         if name is None or name not in columns:
