@@ -85,6 +85,8 @@ FLAGS = {
     "reparameterize": Flag(gives="switch", meaning="turn a class-conditional DiT into a PixArt"),
 }
 # Of one sub-command alone, in the place of the flag of that name.
+SHARDS_TO_PACK = Flag(gives="word", value="PATHS", meaning="folders of images, Parquet, tables or tars")
+SAMPLES_PER_TAR = Flag(gives="option", value="N", meaning="samples of each tar")
 SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
 
 
@@ -155,6 +157,14 @@ SUBCOMMANDS = {
     "recipe": Subcommand(
         module="atelier.keys",
         summary="Every key of a recipe: its default, its meaning, and which command reads it",
+        passes_on=True,
+    ),
+    "pack": Subcommand(
+        module="pipelines.raw.pack",
+        summary="Raw shards of any kind -> tars as img2dataset writes them (SHARDS=photos/ TO=shards/ N=1000)",
+        flags=("shards", "to", "n"),
+        required=(("shards", "photos/"), ("to", "shards/")),
+        changed=(("shards", SHARDS_TO_PACK), ("n", SAMPLES_PER_TAR)),
         passes_on=True,
     ),
     "verify": Subcommand(

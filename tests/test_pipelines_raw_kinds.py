@@ -1,15 +1,23 @@
 """Raw shards of every kind give the same samples, and each kind's own faults are counted or named."""
 
+import json
+import logging
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from raw_kinds import KINDS, Sample
-from raw_shards import encode, photo
+from raw_kinds import KINDS, Sample, write_folder, write_rows, write_table
+from raw_shards import encode, photo, write_tar
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from errors import MissingFileError, StorageError, UserError
+from pipelines.raw import pack
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.reading import Reading
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards, open_shard
 
 NUM_SAMPLES = 60
@@ -69,3 +77,192 @@ def test_the_same_samples_come_out_of_every_kind(tmp_path, samples, kind) -> Non
     shutil.copytree(tmp_path, place, ignore=shutil.ignore_patterns("elsewhere", "run"))
     copy = describe_shards([path.replace(str(tmp_path), str(place))])[0].source
     assert copy.identity == described.source.identity
+
+
+def packed_rows(folder) -> list[tuple]:
+    return [row for path in expand_shards(str(folder)) for row in read(path)]
+
+
+def test_packed_tars_have_the_same_samples(tmp_path, samples, monkeypatch, caplog) -> None:
+    source = KINDS["metadata.jsonl"](tmp_path, samples)
+    (source / "in" / "gone.txt").write_text("no image")
+    to = tmp_path / "shards"
+    run_pack(monkeypatch, str(source), str(to), "--n", "25")
+    assert sorted(path.name for path in to.iterdir() if not path.name.startswith(".")) == [
+        f"{number:05d}{ending}" for number in range(3) for ending in (".parquet", ".tar", "_stats.json")
+    ]
+    assert [row[:3] + row[4:] for row in packed_rows(to)] == [(s.key, s.image, s.text, s.label) for s in samples]
+    rows = pq.read_table(to / "00002.parquet").to_pylist()
+    assert [row["status"] for row in rows[-2:]] == ["success", "no_image"] and rows[0]["width"] == 40
+    # As webdataset reads them; its keys are ours.
+    with (to / "00000.tar").open("rb") as stream:
+        found = list(group_by_keys(tar_file_expander(iter([{"stream": stream, "url": "00000.tar"}]))))
+    assert [(row["__key__"], row["png"], row["txt"].decode()) for row in found] == [row[:3] for row in samples[:25]]
+    record = json.loads(found[3]["json"])
+    assert record["original_key"] == samples[3].key and record["texts"] == {"text": samples[3].text}
+    # Once more, nothing is written; what is missing is.
+    before = {path: path.stat().st_mtime_ns for path in to.glob("0*")}
+    (to / "00001_stats.json").unlink()
+    run_pack(monkeypatch, str(source), str(to), "--n", "25")
+    after = {path: path.stat().st_mtime_ns for path in to.glob("0*")}
+    assert {path.name for path in after if after[path] != before[path]} == {
+        "00001.tar", "00001.parquet", "00001_stats.json"}  # fmt: skip
+    with pytest.raises(UserError, match="was packed from other samples_per_tar"):
+        run_pack(monkeypatch, str(source), str(to), "--n", "26")
+    with pytest.raises(UserError, match="has files that are not of this command"):
+        run_pack(monkeypatch, str(source), str(source))
+
+
+def run_pack(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["pack", *words])
+    pack.main()
+
+
+def test_keys_that_tars_cannot_have_are_numbered(tmp_path, samples, monkeypatch) -> None:
+    twice = [sample._replace(key=f"v1.5 {place}") for place, sample in enumerate(samples[:3])]
+    write_rows(tmp_path / "a.parquet", twice, is_struct=False)
+    run_pack(monkeypatch, str(tmp_path / "a.parquet"), str(tmp_path / "to"))
+    assert [(row[0], row[1]) for row in packed_rows(tmp_path / "to")] == [
+        (f"00000{place:04d}", sample.image) for place, sample in enumerate(twice)
+    ]
+
+
+def rejects(path: str, reading: Reading | None = None) -> dict[str, str | None]:
+    with open_shard(path, reading or Reading()) as raw:
+        return {sample.key: sample.reject for sample in raw.samples}
+
+
+def test_what_is_odd_in_a_folder_is_counted_and_links_go_in_no_circle(tmp_path, samples, caplog, monkeypatch) -> None:
+    folder = write_folder(tmp_path / "photos", [sample._replace(key=f"{n}") for n, sample in enumerate(samples[:4])])
+    (folder / "0.jpg").write_bytes(b"x")  # beside 0.png
+    for name in ("film.mp4", "README.md", "notes.csv", "._1.png", "5.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / ".git").mkdir()
+    outside = write_folder(tmp_path / "outside", [samples[0]._replace(key="far")])
+    (folder / "link").symlink_to(outside)
+    (outside / "back").symlink_to(folder)
+    (folder / "6.png").symlink_to(outside / "far.png")
+    (folder / "7.png").symlink_to(tmp_path / "nowhere.png")
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert describe_shards([str(folder)])[0].source.num_samples == 7
+    assert "photos: 5 files are no samples: .git/, ._1.png, README.md, ..." in caplog.text
+    assert "photos: 2 files are no samples: 7.png, link/back/" in caplog.text
+    assert rejects(str(folder)) == {
+        "0": "several_images",
+        "1": None,
+        "2": None,
+        "3": None,
+        "5": "no_image",
+        "6": None,
+        "link/far": None,
+    }
+
+
+def test_metadata_that_tell_of_other_images_are_counted(tmp_path, samples) -> None:
+    folder = write_folder(tmp_path / "photos", [sample._replace(key=f"{n}") for n, sample in enumerate(samples[:4])],
+                          has_texts=False)  # fmt: skip
+    (folder / "metadata.csv").write_text(
+        "file_name,caption\n0.png,zero\n1.png,one\n1.png,again\ngone.png,g\n3.PNG,three\n"
+    )
+    assert rejects(str(folder)) == {
+        "0": None,
+        "1": "duplicate_row",
+        "2": "not_in_metadata",
+        "3": None,
+        "gone": "missing_image_file",
+    }
+    # The table itself takes each row for a sample.
+    (folder / "3.PNG").write_bytes(samples[3].image)
+    found = rejects(str(folder / "metadata.csv"))
+    assert list(found.values()) == [None, None, None, "missing_image_file", None]
+    assert next(iter(found)) == "photos-metadata_00000000"
+
+
+def test_a_changed_file_is_noticed_when_it_is_read_and_by_the_next_command(tmp_path, samples) -> None:
+    folder, run = write_folder(tmp_path / "photos", samples[:5]), tmp_path / "run"
+    (first,) = describe_shards([str(folder)], run=run)
+    with open_shard(str(folder), run=run, identity=first.source.identity) as raw:
+        (folder / samples[1].file_name).write_bytes(samples[1].image + b"!")
+        (folder / samples[2].file_name).unlink()
+        with pytest.raises(StorageError, match=rf"{samples[1].file_name} has changed since"):
+            raw.image_bytes(raw.samples[1])
+        with pytest.raises(StorageError, match=rf"{samples[2].file_name} is gone since"):
+            raw.image_bytes(raw.samples[2])
+    (second,) = describe_shards([str(folder)], run=run)
+    assert second.source.identity != first.source.identity
+    # A text that is edited in place, in front.
+    text = (folder / samples[0].file_name).with_suffix(".txt")
+    text.write_text("x" * 2000)
+    (third,) = describe_shards([str(folder)], run=run)
+    text.write_text("y" + "x" * 1999)
+    assert describe_shards([str(folder)], run=run)[0].source.identity != third.source.identity
+
+
+def test_a_table_whose_images_change_is_another_shard(tmp_path, samples) -> None:
+    path, run = str(KINDS["table.csv"](tmp_path, samples)), tmp_path / "run"
+    (first,) = describe_shards([path], run=run)
+    image = tmp_path / "images" / samples[0].file_name
+    image.write_bytes(samples[1].image)
+    (second,) = describe_shards([path], run=run)
+    image.unlink()
+    (third,) = describe_shards([path], run=run)
+    assert len({each.source.identity for each in (first, second, third)}) == 3
+    assert rejects(path)[samples[0].key] == "missing_image_file"
+
+
+def test_columns_are_found_or_asked_for(tmp_path, samples) -> None:
+    images = [sample.image for sample in samples[:3]]
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"left": images, "right": images[::-1], "captions": [["a", "b"]] * 3, "id": [1, 1, 2]}), path
+    )
+    with pytest.raises(
+        UserError, match=r"a\.parquet: which of the columns left, right has the images\? .*data.image_col"
+    ):
+        describe_shards([path])
+    reading = Reading(image_column="right")
+    with open_shard(path, reading, run=tmp_path) as raw:
+        assert [sample.key for sample in raw.samples] == [f"a_0000000{row}" for row in range(3)]
+        assert [raw.image_bytes(sample) for sample in raw.samples] == images[::-1]
+        first = raw.samples[0]
+        assert (raw.alt_text(first), raw.named_text(first, "captions[1]"), raw.named_text(first, "captions[2]")) == (
+            "a", "b", None)  # fmt: skip
+    pq.write_table(pa.table({"url": ["https://host/a.jpg"]}), path)
+    with pytest.raises(UserError, match=r"has addresses \(url\) and no images: download them first"):
+        describe_shards([path])
+    pq.write_table(pa.table({"key": ["a", "a", None], "image": [*images[:2], None]}), path)
+    assert rejects(path) == {"a": "duplicate_key", "a_00000002": "no_key"}
+
+
+def test_folders_of_classes_are_numbered_as_torchvision_does(tmp_path, samples) -> None:
+    for name in ("zebra", "Ant", "bee"):
+        write_folder(tmp_path / "photos" / name, [samples[0]._replace(key=name[0])], has_texts=False)
+    with open_shard(str(tmp_path / "photos"), Reading(dialect="imagenet")) as raw:
+        assert raw.has_labels
+        assert {sample.key: raw.label(sample) for sample in raw.samples} == {"Ant/A": 0, "bee/b": 1, "zebra/z": 2}
+
+
+def test_what_a_folder_holds_decides_what_is_read(tmp_path, samples, caplog, monkeypatch) -> None:
+    base = tmp_path / "birds"
+    for split in ("train", "test"):
+        write_rows(base / "en" / split / "0000.parquet", samples[:3], is_struct=True)
+    found = expand_shards(str(base))
+    assert [shard_name(path) for path in found] == ["en-test-0000", "en-train-0000"]
+    monkeypatch.chdir(base / "en")
+    assert [shard_name(path) for path in expand_shards("train,test/0000.parquet")] == [
+        "en-test-0000", "en-train-0000"]  # fmt: skip
+    with pytest.raises(UserError, match=r"is an image, and no shard: name the folder, SHARDS=.*photos/"):
+        expand_shards(f"{write_folder(tmp_path / 'photos', samples[:3])}/*.png")
+    write_tar(tmp_path / "photos" / "a.tar", [("a.jpg", b"x")])
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert [shard_name(path) for path in expand_shards(str(tmp_path / "photos"))] == ["a"]
+    assert "has 1 tars, which are read, and 3 images beside them, which are not" in caplog.text
+    (tmp_path / "tars" / "x").mkdir(parents=True)
+    write_tar(tmp_path / "tars" / "x" / "a.tar", [("a.jpg", b"x")])
+    with pytest.raises(UserError, match=r"has no tar of its own, .* type '.*/tars/\*/\*\.tar'"):
+        expand_shards(str(tmp_path / "tars"))
+    write_table(tmp_path / "tables" / "list.csv", samples[:3])
+    with pytest.raises(MissingFileError, match=r"of tables it has .*list\.csv: name one"):
+        expand_shards(str(tmp_path / "tables"))

@@ -216,6 +216,7 @@ def count_headers(monkeypatch) -> list[str]:
         return walk(file)
 
     monkeypatch.setattr(pipelines.raw.tar_shards, "read_tar", counted)
+    monkeypatch.setattr(pipelines.raw.summaries, "FEW_SAMPLES", 0)
     return walks
 
 
@@ -269,6 +270,7 @@ def test_many_shards_are_read_by_several_processes(tmp_path, monkeypatch) -> Non
     walks = count_headers(monkeypatch)
     monkeypatch.setattr(pipelines.raw.summaries, "MIN_SHARDS_PER_PROCESS", 4)
     monkeypatch.setattr(pipelines.raw.summaries, "SHARDS_PER_TASK", 3)
+    monkeypatch.setattr(pipelines.raw.summaries, "MIN_BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert describe_shards(paths, run=tmp_path / "run") == expected and not walks
     Path(paths[5]).write_bytes(b"<html>" * 200)

@@ -100,7 +100,7 @@ def test_a_damaged_note_of_a_part_has_its_samples_done_again(output, caplog) -> 
 
 @pytest.mark.parametrize("cut", [0, 10, -10])
 def test_damaged_headers_are_read_again_once(tmp_path, cut: int, caplog) -> None:
-    tar = str(write_laion(tmp_path / "raw" / "a.tar", 3))
+    tar = str(write_laion(tmp_path / "raw" / "a.tar", 30))
     described = describe_shards([tar], run=tmp_path)
     (file,) = (tmp_path / ".headers").iterdir()
     whole = file.read_bytes()
@@ -108,13 +108,13 @@ def test_damaged_headers_are_read_again_once(tmp_path, cut: int, caplog) -> None
     with caplog.at_level(logging.WARNING, logger="atelier"):
         assert describe_shards([tar], run=tmp_path) == described
         with open_shard(tar, run=tmp_path) as shard:
-            assert len(shard.samples) == 3
+            assert len(shard.samples) == 30
     assert len(caplog.records) == 1 and file.name in caplog.text and "are read again" in caplog.text
     assert file.read_bytes() == whole
 
 
 def test_remembered_shards_that_are_damaged_are_named(tmp_path) -> None:
-    tar = str(write_laion(tmp_path / "raw" / "a.tar", 3))
+    tar = str(write_laion(tmp_path / "raw" / "a.tar", 30))
     (tmp_path / "shards.json").write_bytes(b'{"a": 3}')
     with pytest.raises(UserError, match=r"shards\.json .* remove it and say SHARDS once more"):
         recall_shards(tmp_path)

@@ -104,6 +104,11 @@ class FileShard:
                 return found
         return None
 
+    def text_names(self, sample: RawSample) -> list[str]:
+        """See `RawShard`."""
+        names = text_members(list(sample.members), sample.image_extension)
+        return [*names, *(self._texts.text_columns if self._texts is not None and sample.row is not None else [])]
+
     def label(self, sample: RawSample) -> int | None:
         """See `RawShard`: of an ImageNet-style sample its `.cls`, else that of its row, else its folder's number."""
         if "cls" in sample.members:

@@ -149,6 +149,10 @@ class RowShard:
         assert sample.row is not None, f"{self.name}: {sample.key} is no row"
         return self._texts.named_text(sample.row, name)
 
+    def text_names(self, sample: RawSample) -> list[str]:
+        """See `RawShard`."""
+        return self._texts.text_columns
+
     def label(self, sample: RawSample) -> int | None:
         """See `RawShard`: the column `label`."""
         assert sample.row is not None, f"{self.name}: {sample.key} is no row"

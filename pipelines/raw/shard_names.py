@@ -21,6 +21,7 @@ PART = re.compile(
 # These say nothing of the part either.
 PLAIN_FOLDERS = ("data", "default")
 MAX_FOLDERS = 3
+TAR = ".tar"
 
 
 def shard_name(path: str) -> str:
@@ -32,6 +33,8 @@ def shard_name(path: str) -> str:
     if path.startswith(("http://", "https://")):
         path = path.partition("?")[0]
     name = path.rstrip("/").rsplit("/", 1)[-1]
+    if len(name) > len(TAR) and name.endswith(TAR):
+        return name.removesuffix(TAR)
     suffix = next((found for found in SHARD_SUFFIX.finditer(name) if found.end() == len(name)), None)
     stem = name[: suffix.start()] if suffix and suffix.start() else name
     is_tar = suffix is not None and suffix[1].lower() == "tar"

@@ -80,6 +80,10 @@ class RawShard(Protocol):
         """
         ...
 
+    def text_names(self, sample: RawSample) -> list[str]:
+        """Return by which names `named_text` has texts of a sample, as far as names tell; of JSON it does not."""
+        ...
+
     def label(self, sample: RawSample) -> int | None:
         """Return the class of a sample, or None where there is none that fits int32."""
         ...

@@ -18,12 +18,15 @@ from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
 from pipelines.raw.table_shards import are_files_as_known, read_table_headers
 from pipelines.raw.tables import ARROW_STREAM, PARQUET, table_format
 from pipelines.raw.tar_shards import read_tar_headers
-from pipelines.store.files import RangeFile, open_ranges
+from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 # Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
 NUM_THREADS = 16
 SHARDS_PER_TASK = 16
 MIN_SHARDS_PER_PROCESS = 64
+MIN_BYTES_PER_PROCESS = 1 << 30
+# Headers of so few samples are read as fast as what is remembered of them.
+FEW_SAMPLES = 16
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 
 
@@ -102,19 +105,31 @@ def _run_tasks(
     tasks: Sequence[list[str]], reading: Reading, run: Path | None
 ) -> Iterator[list[ShardSummary | UnreadableShardError]]:
     read = functools.partial(_read_some, reading=reading, run=run)
-    num_processes = min(os.cpu_count() or 1, sum(map(len, tasks)) // MIN_SHARDS_PER_PROCESS)
+    num_processes = _num_processes([path for task in tasks for path in task])
     if num_processes < 2:
-        yield from map(read, tasks)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            each = functools.partial(_read_summary, reading=reading, run=run)
+            for task in tasks:
+                yield list(pool.map(each, task))
         return
     # Not by fork: the threads of fsspec and Arrow would be missing in the child, and their locks held.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(read, tasks)
 
 
+def _num_processes(paths: Sequence[str]) -> int:
+    """Return how many processes look at shards: one starts in the time in which a gigabyte of tars is looked at."""
+    num_processes = min(os.cpu_count() or 1, len(paths) // MIN_SHARDS_PER_PROCESS)
+    if num_processes < 2 or any(map(is_remote, paths)):
+        return num_processes
+    num_bytes = sum(os.path.getsize(path.removeprefix("file://")) for path in paths)  # noqa: PTH202
+    return min(num_processes, num_bytes // MIN_BYTES_PER_PROCESS)
+
+
 def _read_some(
     paths: Sequence[str], *, reading: Reading, run: Path | None
 ) -> list[ShardSummary | UnreadableShardError]:
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with ThreadPoolExecutor(min(NUM_THREADS, len(paths))) as pool:
         return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
 
 
@@ -140,6 +155,6 @@ def _read_summary(path: str, *, reading: Reading, run: Path | None) -> ShardSumm
                 headers = read_headers(path, file, reading)
     except UnreadableShardError as error:
         return error
-    if run is not None:
+    if run is not None and (headers.summary.num_samples > FEW_SAMPLES or is_remote(path)):
         HeaderCache(run).remember(path, headers)
     return headers.summary

@@ -23,6 +23,7 @@ TEXT_FIELDS = (
     *("caption", "text", "prompt", "outputs", "output", "alt_text", "alt", "description", "captions", "texts"),
     *("top_caption", "TEXT", "title", "label_text"),
 )
+FIELD_MEMBERS = tuple(f"{field.lower()}.{extension}" for field in TEXT_FIELDS for extension in TEXT_EXTENSIONS)
 PLACE = re.compile(r"(?P<field>.+)\[(?P<place>\d{1,9})\]", re.DOTALL)
 TEXT_OF_IMAGE = re.compile(r"(jpe?g|png|webp|avif|gif|bmp|tiff?|jp2|hei[cf]|jxl)\.(txt|caption|text)")
 JSON_EXTENSIONS = ("json", "metadata.json", "meta.json", "info.json")
@@ -64,12 +65,13 @@ def text_members(extensions: Sequence[str], image_extension: str | None) -> list
     `.txt`, `.caption` or `.text`; else what is called after the image (`jpg.txt`); else a field such as `caption.txt`.
     """
     plain = [extension for extension in TEXT_EXTENSIONS if extension in extensions]
+    if not any("." in extension for extension in extensions):
+        return plain
     if image_extension is None:  # of texts that are alone in their tar or folder
         beside = [extension for extension in extensions if TEXT_OF_IMAGE.fullmatch(extension)]
     else:
         beside = [f"{image_extension}.{extension}" for extension in TEXT_EXTENSIONS]
-    fields = [f"{field.lower()}.{extension}" for field in TEXT_FIELDS for extension in TEXT_EXTENSIONS]
-    return [*plain, *(name for name in (*beside, *fields) if name in extensions)]
+    return [*plain, *(name for name in (*beside, *FIELD_MEMBERS) if name in extensions)]
 
 
 def json_members(key: str, extensions: Iterable[str]) -> list[str]:
