@@ -72,7 +72,6 @@ def _require_same_shape(dit: DiT, config: PixArtConfig) -> None:
     span = config.sample_size / config.interpolation_scale
     if span != dit.config.sample_size:
         raise UserError(
-            f"positions span {span:g} latents a side ({config.sample_size} of the features' resolution, divided by "
-            f"training.interpolation_scale = {config.interpolation_scale:g}), but {dit.config.sample_size} in the DiT it "
-            "starts from"
+            f"positions span {span:g} (latents a side, divided by training.interpolation_scale = "
+            f"{config.interpolation_scale:g}), but positions span {dit.config.sample_size} in the DiT it starts from"
         )
