@@ -19,27 +19,24 @@ class TokenKinds:
     """The tokens of a vocabulary by what they say of a text, as ids.
 
     Attributes:
-        unknown: the one that stands for what the vocabulary lacks; None where there is none, as with bytes.
-        control: those that begin, end or pad a text, or stand for something in it.
+        unread: those that say nothing: the one of what the vocabulary lacks, if there is one, and control tokens.
         num_added: control tokens that every text has.
-        blank: those of white space alone.
-        wordless: those without a letter or digit.
+        blank: those that say nothing, or stand for white space.
+        wordless: those that say nothing, or have no letter or digit.
     """
 
-    unknown: int | None
-    control: frozenset[int]
+    unread: frozenset[int]
     num_added: int
     blank: frozenset[int]
     wordless: frozenset[int]
 
     def num_unread(self, tokens: Sequence[int]) -> int:
         """Return how many tokens of a text are unknown, or control tokens that are not added to every text."""
-        return max(0, sum(token == self.unknown or token in self.control for token in tokens) - self.num_added)
+        return max(0, sum(map(self.unread.__contains__, tokens)) - self.num_added)
 
     def is_unreadable(self, tokens: Sequence[int]) -> bool:
         """Whether nothing of a text is left: no sign at all, or where something was not read, no letter or digit."""
-        said = (token for token in tokens if token != self.unknown and token not in self.control)
-        return (self.wordless if self.num_unread(tokens) else self.blank).issuperset(said)
+        return self.blank.issuperset(tokens) or (self.num_unread(tokens) > 0 and self.wordless.issuperset(tokens))
 
 
 def token_kinds(tokenizer: Tokenizer | Any) -> TokenKinds:
@@ -48,14 +45,13 @@ def token_kinds(tokenizer: Tokenizer | Any) -> TokenKinds:
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model["unk_id"] if model.get("unk_id") is not None else vocabulary.get(model.get("unk_token") or "")
-    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    control = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     added = tokenizer.encode("").ids
-    control = frozenset(special.union(added) - {unknown})
+    unread = control.union(added, () if unknown is None else (unknown,))
     shown = {number: token.translate(SPACES) for token, number in vocabulary.items()}
     return TokenKinds(
-        unknown=unknown,
-        control=control,
+        unread=frozenset(unread),
         num_added=len(added),
-        blank=frozenset(number for number, text in shown.items() if not text.strip()),
-        wordless=frozenset(number for number, text in shown.items() if not any(map(str.isalnum, text))),
+        blank=frozenset(unread.union(number for number, text in shown.items() if not text.strip())),
+        wordless=frozenset(unread.union(number for number, text in shown.items() if not any(map(str.isalnum, text)))),
     )

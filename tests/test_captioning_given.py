@@ -21,6 +21,7 @@ from pipelines.store.manifest import manifest_path, read_manifest
 from pipelines.store.verify.file_checks import database_damage
 from tests.raw_shards import UNICODE_ALT_TEXTS, encode, photo, write_laion, write_sa1b, write_tar
 from tests.sound_run import require_sound
+from tests.tiny_models import save_clip
 
 RECIPE = """
 [data]
@@ -249,6 +250,24 @@ def test_limits_are_completed_and_faulty_images_are_rejects(run, monkeypatch) ->
         "d": None,
     }
     assert rows["d"]["caption"] == "text d"
+
+
+def test_given_captions_are_scored_and_scores_change_no_text(run, tmp_path, monkeypatch) -> None:
+    only = 'captioning.shards=["laion_*"]'
+    command(run, "", only, monkeypatch=monkeypatch)
+    plain = read_manifest(run / "captions")
+    command(
+        run,
+        "",
+        only,
+        f"captioning.clip_model={save_clip(tmp_path / 'clip')}",
+        "engine.gpus_per_worker=0.0",
+        monkeypatch=monkeypatch,
+    )
+    scored = read_manifest(run / "captions")
+    assert all(-1 <= row["clip_score"] <= 1 for row in rows_of(run, "laion_00000").values())
+    assert texts_digest(plain, ["caption"]) == texts_digest(scored, ["caption"])
+    assert plain.fingerprint.digest != scored.fingerprint.digest
 
 
 def test_a_damaged_index_is_built_again(run, monkeypatch, caplog) -> None:

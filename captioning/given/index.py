@@ -18,7 +18,7 @@ from captioning.given.places import Row, beginnings, choose_rows
 from captioning.given.sources import NO_TEXT, read_rows, stamp_of
 from errors import UserError
 from pipelines.engine.progress import get_logger, progress_bar
-from pipelines.store.files import atomic_file, discard, is_remote, sha256_text
+from pipelines.store.files import atomic_file, discard, is_remote, remove_temporary_files, sha256_text
 
 FOLDER = ".texts"
 # Raised when rows are read or placed in another way.
@@ -141,7 +141,8 @@ def open_index(address: TextAddress, run: Path) -> tuple[Path, IndexFacts]:
 
 
 def forget_indexes(run: Path, kept: Sequence[Path]) -> None:
-    """Remove the indexes of a run that its recipe has no use for."""
+    """Remove the indexes of a run that its recipe has no use for, and what killed commands have left of some."""
+    remove_temporary_files(run / FOLDER)
     for path in (run / FOLDER).glob("*.sqlite"):
         if path.absolute() not in kept:
             discard(path)
