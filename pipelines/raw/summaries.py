@@ -14,7 +14,7 @@ from pipelines.raw.local_files import list_folder
 from pipelines.raw.reading import Reading, UnreadableShardError
 from pipelines.raw.row_shards import images_in, read_row_headers
 from pipelines.raw.samples import IMAGE_EXTENSIONS
-from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
+from pipelines.raw.shard_headers import FOLDER, HeaderCache, ShardHeaders, ShardSummary
 from pipelines.raw.table_shards import are_files_as_known, read_table_headers
 from pipelines.raw.tables import ARROW_STREAM, PARQUET, table_format
 from pipelines.raw.tar_shards import read_tar_headers
@@ -88,9 +88,11 @@ def read_summaries(
     Raises:
         UserError, StorageError: a shard cannot be read; names it.
     """
-    recall = functools.partial(_recall_summary, reading=reading, run=run)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = dict(zip(paths, pool.map(recall, paths), strict=True))
+    found: dict[str, ShardSummary | None] = dict.fromkeys(paths)
+    if run is not None and (run / FOLDER).is_dir():
+        recall = functools.partial(_recall_summary, reading=reading, run=run)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            found = dict(zip(paths, pool.map(recall, paths), strict=True))
     unread = [path for path, summary in found.items() if summary is None]
     tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
     read: dict[str, ShardSummary | UnreadableShardError] = {}
@@ -133,9 +135,7 @@ def _read_some(
         return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
 
 
-def _recall_summary(path: str, *, reading: Reading, run: Path | None) -> ShardSummary | None:
-    if run is None:
-        return None
+def _recall_summary(path: str, *, reading: Reading, run: Path) -> ShardSummary | None:
     cache = HeaderCache(run)
     summary = cache.summary(path)
     if summary is None or not summary.is_of(stamp_of(path), reading):
