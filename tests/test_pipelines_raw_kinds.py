@@ -6,6 +6,7 @@ import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -266,3 +267,19 @@ def test_what_a_folder_holds_decides_what_is_read(tmp_path, samples, caplog, mon
     write_table(tmp_path / "tables" / "list.csv", samples[:3])
     with pytest.raises(MissingFileError, match=r"of tables it has .*list\.csv: name one"):
         expand_shards(str(tmp_path / "tables"))
+
+
+def test_a_remote_folder_of_parquet_is_that_on_disk(tmp_path, samples) -> None:
+    local = write_rows(tmp_path / "birds" / "data" / "train-00000-of-00001.parquet", samples, is_struct=True)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(local), "/birds/data/train-00000-of-00001.parquet")
+    (memory_path,) = expand_shards("memory://birds/")
+    assert shard_name(memory_path) == shard_name(str(local)) == "birds-train-00000-of-00001"
+    assert describe_shards([memory_path])[0].source.identity == describe_shards([str(local)])[0].source.identity
+    assert read(memory_path) == read(str(local))
+    memory.put(str(write_table(tmp_path / "list.csv", samples)), "/birds/list.csv")
+    with pytest.raises(UserError, match=r"list\.csv names images by their paths: download"):
+        describe_shards(["memory://birds/list.csv"])
+    memory.rm("/birds", recursive=True)
+    with pytest.raises(MissingFileError, match="a folder of images is read from disk alone"):
+        expand_shards("memory://birds/")
