@@ -69,7 +69,7 @@ class SampleLoader:
                 return
             yield from group
 
-    def alt_text(self, sample: RawSample) -> str | None:
+    def text(self, sample: RawSample) -> str | None:
         """Return the text that came with an image, as it is.
 
         Raises:
@@ -77,7 +77,7 @@ class SampleLoader:
         """
         if sample.reject is not None:
             raise SampleReject(sample.reject)
-        return self._raw.alt_text(sample)
+        return self._raw.text(sample)
 
     def limit_of(self, width: int, height: int) -> str | None:
         """Return the reason why an image of this size (pixels) is rejected, or None."""
@@ -154,7 +154,7 @@ class ShardLoader(SampleLoader):
     def _open(self, sample: RawSample) -> tuple[dict[str, Any], Request | None]:
         row = {"key": sample.key, "shard": self._raw.name, "flags": [], "reject": None}
         try:
-            row["alt_text"] = self.alt_text(sample)
+            row["alt_text"] = self.text(sample)
             request = self.request(sample, row["alt_text"])
         except SampleReject as reject:
             return {**row, "reject": reject.reason}, None

@@ -149,7 +149,7 @@ class CaptionWorker:
             return
         for sample in samples:
             try:
-                request = loader.request(sample, loader.alt_text(sample))
+                request = loader.request(sample, loader.text(sample))
             except SampleReject:
                 continue
             if not is_worth_showing(request.image):

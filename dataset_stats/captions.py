@@ -184,7 +184,7 @@ def _read_texts(address: Address, rows: Rows) -> Iterator[CaptionRow]:
                 yield _rejected(sample.key, sample.reject)
                 continue
             try:
-                yield _row(sample.key, shard.alt_text(sample))
+                yield _row(sample.key, shard.text(sample))
             except SampleReject as reject:
                 yield _rejected(sample.key, reject.reason)
 
@@ -200,7 +200,7 @@ def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
                 yield _rejected(sample.key, sample.reject)
                 continue
             try:
-                text = shard.named_text(sample, address.column) if address.column else shard.alt_text(sample)
+                text = shard.named_text(sample, address.column) if address.column else shard.text(sample)
                 yield _row(sample.key, text)
             except SampleReject as reject:
                 yield _rejected(sample.key, reject.reason)

@@ -67,6 +67,13 @@ def test_a_recipe_that_is_there_is_left_as_it_is(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "recipe.toml").read_text() == "# mine\n"
 
 
+def test_a_text_that_cannot_be_read_is_no_reason_to_pass_over_an_image(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [(64, 48)] * 3, has_texts=True)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes().replace(b"a red thing", b"a r\xe9d thing"))
+    data = init.look_at([str(tmp_path / "a.tar")], tmp_path / "run")
+    assert (data.sizes, data.num_seen, data.num_with_text) == ([(64, 48)] * 3, 3, 0)
+
+
 def test_images_of_a_released_size_start_from_its_weights() -> None:
     data = init.Data(kinds=("tar",), num_shards=1, num_samples=10_000, sizes=[(600, 600)], num_seen=1, num_with_text=0)
     lines = {(line.table, line.key): line.value for line in init.write_lines(data, [80, 80])}

@@ -46,7 +46,7 @@ class GivenTexts:
         if column.name in self._indexes:
             return self._indexes[column.name].find(sample_place(raw.name, sample.key))
         try:
-            text = raw.named_text(sample, column.own) if column.own else raw.alt_text(sample)
+            text = raw.named_text(sample, column.own) if column.own else raw.text(sample)
         except SampleReject as reject:
             return Found(fault=reject.reason)
         text = (text or "").strip()
@@ -78,7 +78,7 @@ class GivenLoader(SampleLoader):
             if sample.reject is not None:
                 raise SampleReject(sample.reject)
             try:
-                row["alt_text"] = self._raw.alt_text(sample)
+                row["alt_text"] = self._raw.text(sample)
             except SampleReject as reject:
                 # It matters only where it is the caption, and is counted.
                 row[ALT_TEXT_FAULT] = reject.reason

@@ -81,7 +81,7 @@ def _tar_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
         for sample in shard.samples:
             place = place_of(sample.key)
             try:
-                text = shard.named_text(sample, name) if name is not None else shard.alt_text(sample)
+                text = shard.named_text(sample, name) if name is not None else shard.text(sample)
             except SampleReject as reject:
                 yield SourceRow(place=place, fault=reject.reason)
                 continue

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.row_texts import RowTexts, label_of
 from pipelines.raw.samples import Member, RawSample
@@ -69,7 +70,7 @@ class FileShard:
         assert sample.image_extension is not None, f"{self.name}: {sample.key} has no image"
         return self._members.read(sample.members[sample.image_extension], num_bytes)
 
-    def alt_text(self, sample: RawSample) -> str | None:
+    def text(self, sample: RawSample) -> str | None:
         """See `RawShard`: the text of a text file that has one, else of the sample's row, else of the JSON."""
         if self._reading.dialect == "sa1b":
             return None
@@ -81,13 +82,20 @@ class FileShard:
             if text:
                 return text
         if self._texts is not None and sample.row is not None:
-            found = self._texts.alt_text(sample.row)
+            found = self._texts.text(sample.row)
             text = found if found is not None else text
         if not text and self._reading.dialect not in ("generic", "imagenet"):
             for extension in json_members(sample.key, sample.members):
                 found = text_of_record(read_json_record(self._members.read(sample.members[extension])))
                 text = found if found is not None else text
         return text
+
+    def alt_text(self, sample: RawSample) -> str | None:
+        """See `RawShard`."""
+        try:
+            return self.text(sample)
+        except SampleReject:
+            return None
 
     def named_text(self, sample: RawSample, name: str) -> str | None:
         """See `RawShard`: `name` is a text file's (`txt`, or `caption` of `x.caption.txt`), a column's or a field's."""

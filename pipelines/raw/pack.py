@@ -172,7 +172,7 @@ def _pack_sample(raw: RawShard, sample: RawSample, key: str) -> Packed:
     try:
         if sample.reject is not None:
             raise SampleReject(sample.reject)
-        data, caption, label = raw.image_bytes(sample), raw.alt_text(sample), raw.label(sample)
+        data, caption, label = raw.image_bytes(sample), raw.text(sample), raw.label(sample)
         texts = {name: raw.named_text(sample, name) for name in raw.text_names(sample)}
     except SampleReject as reject:
         return Packed(row={**row, "status": reject.reason, "error_message": str(reject)})

@@ -137,12 +137,19 @@ class RowShard:
         """See `RawShard`: all of it, as it is in memory anyway."""
         return self.image_bytes(sample)
 
-    def alt_text(self, sample: RawSample) -> str | None:
+    def text(self, sample: RawSample) -> str | None:
         """See `RawShard`."""
         assert sample.row is not None, f"{self.name}: {sample.key} is no row"
         if self._reading.dialect == "sa1b":
             return None
-        return self._texts.alt_text(sample.row, self._reading.text_column)
+        return self._texts.text(sample.row, self._reading.text_column)
+
+    def alt_text(self, sample: RawSample) -> str | None:
+        """See `RawShard`."""
+        try:
+            return self.text(sample)
+        except SampleReject:
+            return None
 
     def named_text(self, sample: RawSample, name: str) -> str | None:
         """See `RawShard`."""

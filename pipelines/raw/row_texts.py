@@ -57,7 +57,7 @@ class RowTexts:
                     self._cells[known] = cells
             return self._cells[name]
 
-    def alt_text(self, row: int, column: str | None = None) -> str | None:
+    def text(self, row: int, column: str | None = None) -> str | None:
         """Return the text in `column`, or in the first of the columns of texts that has one; raises `SampleReject`."""
         if column is not None:
             return self.named_text(row, column)

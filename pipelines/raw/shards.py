@@ -64,7 +64,7 @@ class RawShard(Protocol):
         """Return the first bytes of the encoded image, all of it where that costs no more; raises as `image_bytes`."""
         ...
 
-    def alt_text(self, sample: RawSample) -> str | None:
+    def text(self, sample: RawSample) -> str | None:
         """Return the text that came with the image, or None.
 
         Raises:
@@ -72,11 +72,15 @@ class RawShard(Protocol):
         """
         ...
 
+    def alt_text(self, sample: RawSample) -> str | None:
+        """Return `text` if it can be read, else None: where a text is only shown, or no reason to lose the sample."""
+        ...
+
     def named_text(self, sample: RawSample, name: str) -> str | None:
         """Return one of several texts that came with the image, by the name of its member, field or column, or None.
 
         Raises:
-            SampleReject: as `alt_text`.
+            SampleReject: as `text`.
         """
         ...
 
