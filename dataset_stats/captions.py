@@ -154,7 +154,7 @@ def _read_table(address: Address, rows: Rows) -> Iterator[CaptionRow]:
             # As webdataset and folders do, a file's key is its name without what it ends with.
             key = row.number if key is None or key == "" else key_of_path(key) if isinstance(key, str) else key
             if row.reject:
-                yield _rejected(key, row.reject)
+                yield replace(_row(key, row.values[column]), reject=row.reject)
             elif lists_failures and row.values["status"] != "success":
                 yield _rejected(key, key_of_cell(row.values["status"] or "no_status"))
             else:

@@ -30,7 +30,7 @@ from pipelines.raw.samples import readable_name
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.table_rows import key_of_cell
-from pipelines.raw.tables import TableFormat, open_table, table_format
+from pipelines.raw.tables import TableFormat, open_table, require_sound, table_format
 from pipelines.store.files import is_remote, open_ranges, sha256_text
 from pipelines.store.manifest import Manifest
 
@@ -235,6 +235,9 @@ def _file_source(key: str, address: Address) -> Source:
         identity = sha256_text("".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}\n" for name, stat in stats))
     else:
         identity = f"{Path(path).stat().st_size}:{Path(path).stat().st_mtime_ns}"
+    if address.layout != "text":
+        with open_table(path, cast(TableFormat, address.layout)) as table:
+            require_sound(table)
     return Source(name=_source_name(address), path=str(address), identity=identity, num_samples=count_rows(address))
 
 

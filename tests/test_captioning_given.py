@@ -230,6 +230,9 @@ def test_a_table_of_other_samples_is_an_error_before_anything_is_written(run, mo
         command(run, "{run}/c.parquet#key,nothing", monkeypatch=monkeypatch)
     with pytest.raises(UserError, match="there is no such file"):
         command(run, "{run}/nothing.parquet", monkeypatch=monkeypatch)
+    (run / "c.csv").write_text('key,caption\nsa_0,a dog\nsa_1,"a cat\nsa_2,a lamp\n')
+    with pytest.raises(UserError, match=r"c\.csv: line 3: the quotation mark .* is never closed; put the whole field"):
+        command(run, "{run}/c.csv", monkeypatch=monkeypatch)
     assert not (run / "captions").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 from raw_shards import encode, photo, write_tar
 from stats_run import RECIPE, caption_rows, run_stage, write_caption_shards
 
-from dataset_stats.captions import Address, CaptionRow, read_rows
+from dataset_stats.captions import Address, CaptionRow, count_rows, read_rows
 from errors import UserError
 from pipelines.store.summary import read_summary
 
@@ -65,6 +65,16 @@ def test_every_layout_gives_rows_and_counts_what_is_unreadable(tmp_path):
     assert [row.key for row in rows_of("csv", tmp_path / "a.csv")] == ["7", "8"]
     assert outcome(rows_of("parquet", tmp_path / "a.parquet")) == ["dog", None]
     assert outcome(rows_of("parquet", tmp_path / "b.parquet")) == ["dog", "not_utf8"]
+
+
+def test_rows_that_a_quotation_mark_swallows_are_a_counted_reject(tmp_path):
+    lines = [f"{number},{chr(34) if number == 3 else ''}a red dog {number}\n" for number in range(99)]
+    (tmp_path / "a.csv").write_text("key,text\n" + "".join(lines))
+    rows = rows_of("csv", tmp_path / "a.csv")
+    assert [(row.key, row.text, row.reject) for row in rows[2:]] == [
+        ("2", "a red dog 2", None), ("3", '"a red dog 3', "unclosed_quote"),
+    ]  # fmt: skip
+    assert count_rows(Address(layout="csv", column="text", path=str(tmp_path / "a.csv"))) == len(rows) == 4
 
 
 def test_img2datasets_table_rejects_what_was_not_downloaded(run):

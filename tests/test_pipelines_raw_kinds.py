@@ -180,6 +180,16 @@ def test_metadata_that_tell_of_other_images_are_counted(tmp_path, samples) -> No
     assert next(iter(found)) == "photos-metadata_00000000"
 
 
+def test_a_table_with_an_unclosed_quotation_mark_is_no_shard_and_no_metadata(tmp_path, samples) -> None:
+    folder = write_folder(tmp_path / "photos", samples[:3], has_texts=False)
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
+    lines = [f"{name},{chr(34) if number == 1 else ''}a dog\n" for number, name in enumerate(names)]
+    (folder / "metadata.csv").write_text("file_name,caption\n" + "".join(lines))
+    for path in (folder, folder / "metadata.csv"):
+        with pytest.raises(UserError, match=r"metadata\.csv: line 3: the quotation mark .* is never closed; put the"):
+            describe_shards([str(path)])
+
+
 def test_a_changed_file_is_noticed_when_it_is_read_and_by_the_next_command(tmp_path, samples) -> None:
     folder, run = write_folder(tmp_path / "photos", samples[:5]), tmp_path / "run"
     (first,) = describe_shards([str(folder)], run=run)

@@ -14,7 +14,7 @@ from errors import UserError
 from pipelines.raw import json_tables
 from pipelines.raw.images import SampleReject
 from pipelines.raw.table_rows import TableRow, key_of_cell, text_of_cell
-from pipelines.raw.tables import open_table, table_format
+from pipelines.raw.tables import open_table, require_sound, table_format
 
 ALL = range(2**40)
 KEYS = [f"a/{number}" for number in range(50)]
@@ -127,13 +127,28 @@ QUOTES = {
 
 
 @pytest.mark.parametrize("kind", QUOTES)
-def test_a_quotation_mark_that_swallows_rows_is_an_error_with_its_line(tmp_path, kind):
+def test_a_quotation_mark_that_swallows_rows_is_a_fault_with_its_line(tmp_path, kind):
     text, message = QUOTES[kind]
     (tmp_path / "a.csv").write_text("key,caption\n" + text)
-    with open_table(str(tmp_path / "a.csv")) as table, pytest.raises(UserError, match=rf"a\.csv: {message}"):
-        assert table.num_rows
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / "a.csv", ["caption"])
+    with open_table(str(tmp_path / "a.csv")) as table:
+        assert table.fault is not None
+        with pytest.raises(UserError, match=rf"a\.csv: {message}"):
+            require_sound(table)
+        rows = list(table.rows(ALL, ["key", "caption"]))
+    # The rows before it are sound; all that comes after is one reject, with the line on which it begins.
+    lines = [line.split(",") for line in text.splitlines()]
+    begin = next(number for number, (_, caption) in enumerate(lines) if caption.startswith('"'))
+    expected = [
+        TableRow(number, {"key": key, "caption": text}) for number, (key, text) in enumerate(lines[: begin + 1])
+    ]
+    assert rows == [*expected[:begin], expected[begin]._replace(reject="unclosed_quote")]
+    assert table.num_rows == len(rows)
+
+
+def test_names_of_columns_with_an_unclosed_quotation_mark_are_no_table(tmp_path):
+    (tmp_path / "a.csv").write_text('key,"caption\n0,a\n')
+    with pytest.raises(UserError, match=r"a\.csv: line 1: the quotation mark .* is never closed"):
+        read(tmp_path / "a.csv", [])
 
 
 def test_legal_quotes_are_texts(tmp_path):

@@ -13,7 +13,7 @@ from captioning.given.places import place_of
 from pipelines.raw.images import SampleReject
 from pipelines.raw.shards import open_shard
 from pipelines.raw.table_rows import key_of_cell, text_of_cell
-from pipelines.raw.tables import open_table
+from pipelines.raw.tables import open_table, require_sound
 from pipelines.store.files import is_remote, open_ranges
 
 NUM_READERS = 16
@@ -56,6 +56,7 @@ def read_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
 
 def _table_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
     with open_table(file) as table:
+        require_sound(table)
         key, text = choose_columns(address, table.columns, file)
         for row in table.rows(EVERY_ROW, [key, text]):
             yield _row(row.values.get(key), row.values.get(text)) if row.reject is None else SourceRow(fault=row.reject)

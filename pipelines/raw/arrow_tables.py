@@ -21,6 +21,8 @@ BATCH_BYTES = 64 << 20
 class ParquetTable:
     """A Parquet file, read by row groups and in batches of bounded size."""
 
+    fault: str | None = None
+
     def __init__(self, path: str, *, mend: str = MEND_USERS) -> None:
         self.path, self._mend = path, mend
         with self._open() as file:
@@ -59,6 +61,8 @@ class ParquetTable:
 
 class ArrowTable:
     """An Arrow IPC file or stream; local ones are mapped, not read."""
+
+    fault: str | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path

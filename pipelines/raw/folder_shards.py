@@ -11,6 +11,7 @@ from pipelines.raw.row_texts import RowTexts
 from pipelines.raw.samples import RawSample, group_files, readable_name, split_at_extension
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
 from pipelines.raw.table_rows import key_of_cell
+from pipelines.raw.tables import open_table, require_sound
 from pipelines.raw.tar_headers import TarEntry
 
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
@@ -105,6 +106,8 @@ def _missing_key(image: str) -> str:
 
 def _names_in(table: str, reading: Reading) -> list[str]:
     """Return the image's name in each row of a table of metadata, empty where a row has none."""
+    with open_table(table) as opened:
+        require_sound(opened)
     texts = RowTexts([table])
     column = name_column(texts.columns, reading, where=table)
     return [key_of_cell(cell).strip() if isinstance(cell, str | bytes) else "" for cell in texts.column(column)]

@@ -24,6 +24,8 @@ SPACE = " \t\r\n"
 class JsonLinesTable:
     """A table of one JSON object a line; blank lines are no rows, and a line that is no object is a reject."""
 
+    fault: str | None = None
+
     def __init__(self, path: str) -> None:
         self.path = path
         records = (_record_of_line(line) for line in itertools.islice(self._lines(), ROWS_LOOKED_AT))
@@ -52,6 +54,8 @@ class JsonTable:
     It is a list of objects or texts; or an object with one such list (of several, COCO's `annotations`); or an object
     of texts or objects by key, as `{"a.jpg": "a dog"}`, with the columns `key` and `text`, or `key` and theirs.
     """
+
+    fault: str | None = None
 
     def __init__(self, path: str) -> None:
         self.path = path

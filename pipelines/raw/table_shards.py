@@ -12,7 +12,7 @@ from pipelines.raw.row_texts import RowTexts, row_keys
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.tables import open_table
+from pipelines.raw.tables import open_table, require_sound
 from pipelines.store.files import RangeFile, is_remote, sha256_text
 
 CHUNK_BYTES = 4 << 20
@@ -30,6 +30,7 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
             f"{path} names images by their paths: download it with them, or give Parquet or tars"
         )
     with open_table(path) as table:
+        require_sound(table)
         column = path_column(table.columns, reading, where=path)
         keys, rejects = row_keys(table, shard_name(path), path_column=column)
     texts = RowTexts([path])

@@ -37,8 +37,10 @@ ARROW_STREAM = b"\xff\xff\xff\xff"
 
 
 # Each has `path`; `columns`, with the fields of structs and objects in them as `image.bytes`; `num_rows`, for which a
-# format that does not say it is read once; and `rows(numbers, columns)`: the rows of ascending numbers in the memory of
-# a part of the file. That raises UserError if a column is not there or is there twice, or if the file is damaged.
+# format that does not say it is read once; `fault`, what is wrong with the table as a whole, such as a quotation mark
+# that is never closed, or None; and `rows(numbers, columns)`: the rows of ascending numbers in the memory of a part of
+# the file. That raises UserError if a column is not there or is there twice, or if the file is damaged; of a table with
+# a fault it gives the sound rows, and a reject for what cannot be told apart.
 Table = ParquetTable | ArrowTable | CsvTable | LinesTable | JsonLinesTable | JsonTable
 
 
@@ -64,6 +66,16 @@ def open_table(path: str, table_format: TableFormat | None = None) -> Iterator[T
         MissingFileError, StorageError: as `open_binary`.
     """
     yield _open(path, table_format)
+
+
+def require_sound(table: Table) -> None:
+    """Refuse a table with a fault, before anything is made of a part of it.
+
+    Raises:
+        UserError: it has one; names the file, the line and what to do.
+    """
+    if table.fault is not None:
+        raise UserError(f"{table.path}: {table.fault}")
 
 
 def _open(path: str, given: TableFormat | None) -> Table:

@@ -5,10 +5,11 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, TextIO, cast
+from typing import BinaryIO, NamedTuple, TextIO, cast
 
 import pyarrow as pa
 
@@ -19,7 +20,7 @@ from pipelines.raw.texts import BYTE_ORDER_MARKS
 from pipelines.store.files import open_binary
 
 LINE_COLUMN = "text"  # of a file of lines
-WRONG_NUMBER_OF_FIELDS = "wrong_number_of_fields"
+WRONG_NUMBER_OF_FIELDS, UNCLOSED_QUOTE = "wrong_number_of_fields", "unclosed_quote"
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 HEAD_BYTES = 64
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -75,10 +76,18 @@ def _unpacked(file: BinaryIO) -> Iterator[io.BufferedReader]:
         yield cast(io.BufferedReader, file)
 
 
+class _Swallowed(NamedTuple):
+    """What follows a quotation mark that swallows rows: the number of its first line, from 0, and what is wrong."""
+
+    line: int
+    fault: str
+
+
 class CsvTable:
     """A table of comma-separated values with a line of names; semicolons, tabs or bars are known by that line.
 
-    Fields may be quoted, and go over several lines where they are. A row of too many or too few fields is a reject.
+    Fields may be quoted, and go over several lines where they are. A row of too many or too few fields is a reject. All
+    after a quotation mark that swallows rows is one reject, the last row, with the fields of the line it begins on.
     """
 
     def __init__(self, path: str) -> None:
@@ -87,16 +96,32 @@ class CsvTable:
         with open_text(path, newline="") as text:
             line = text.readline()
         self._separator = _separator(line)
-        self.columns = next(self._records(), [])
+        names = next(self._records(), [])
+        if isinstance(names, _Swallowed):
+            raise UserError(f"{path}: {names.fault}")
+        self.columns = names
         if any("\0" in name for name in self.columns):
             raise UserError(f"{path} has zero bytes, as UTF-16 without a byte-order mark has; write it as UTF-8")
         if self._separator != ",":
             log.info(f"{path}: its columns are parted by {SEPARATORS[self._separator]}")
 
-    @functools.cached_property
+    @property
     def num_rows(self) -> int:
         """Number of rows; reads the file once."""
-        return sum(1 for _ in self._records()) - 1
+        return self._size_and_fault[0]
+
+    @property
+    def fault(self) -> str | None:
+        """See `Table`; reads the file once."""
+        return self._size_and_fault[1]
+
+    @functools.cached_property
+    def _size_and_fault(self) -> tuple[int, str | None]:
+        num_rows, fault = -1, None
+        for record in self._records():
+            num_rows += 1
+            fault = record.fault if isinstance(record, _Swallowed) else None
+        return num_rows, fault
 
     def rows(self, rows: Rows, columns: Sequence[str]) -> Iterator[TableRow]:
         """See `Table`."""
@@ -105,33 +130,40 @@ class CsvTable:
         width = len(self.columns)
         records = self._records()
         next(records, None)
-        for number, fields in pick(records, rows):
-            if len(fields) == width:
+        for number, record in pick(records, rows):
+            is_swallowed = isinstance(record, _Swallowed)
+            fields = self._fields_of_line(record.line) if is_swallowed else record
+            if len(fields) == width and not is_swallowed:
                 yield TableRow(number, {name: _cell(fields[place]) for name, place in places})
             else:
                 found = {name: _cell(fields[place]) if place < len(fields) else None for name, place in places}
-                yield TableRow(number, found, WRONG_NUMBER_OF_FIELDS)
+                yield TableRow(number, found, UNCLOSED_QUOTE if is_swallowed else WRONG_NUMBER_OF_FIELDS)
 
-    def _records(self) -> Iterator[list[str]]:
-        """All records, that of names too."""
+    def _fields_of_line(self, number: int) -> list[str]:
+        """The fields of one line, with quotation marks as text."""
+        with open_text(self.path, newline="") as text:
+            return next(itertools.islice(text, number, None)).rstrip("\r\n").split(self._separator)
+
+    def _records(self) -> Iterator[list[str] | _Swallowed]:
+        """All records, that of names too; where a quotation mark swallows rows, nothing comes after it."""
         line = width = 0
         with open_text(self.path, newline="") as text:
             reader = csv.reader(text, delimiter=self._separator, strict=True)
             try:
                 for fields in reader:
                     if reader.line_num > line + 2 and _holds_rows(fields, self._separator, width):
-                        raise UserError(
-                            f"{self.path}: line {line + 1}: the quotation mark that opens a field there is closed on "
-                            f"line {reader.line_num}, and the lines between are rows; {MEND_QUOTES}"
-                        )
+                        fault = f"is closed on line {reader.line_num}, and the lines between are rows; {MEND_QUOTES}"
+                        yield _Swallowed(line, f"line {line + 1}: {OPENING_QUOTE} {fault}")
+                        return
                     line = reader.line_num
                     if fields:
                         width = width or len(fields)
                         yield fields
             except csv.Error as error:
-                raise UserError(f"{self.path}: {_describe(error, line + 1, reader.line_num)}") from None
+                yield _Swallowed(line, _describe(error, line + 1, reader.line_num))
 
 
+OPENING_QUOTE = "the quotation mark that opens a field there"
 MEND_QUOTES = "put the whole field in quotation marks, and double those within it"
 
 
@@ -139,7 +171,7 @@ def _describe(error: csv.Error, first: int, last: int) -> str:
     """What is wrong with the record on the lines from `first` to `last`."""
     reason = str(error)
     if "unexpected end" in reason:
-        return f"line {first}: the quotation mark that opens a field there is never closed; {MEND_QUOTES}"
+        return f"line {first}: {OPENING_QUOTE} is never closed; {MEND_QUOTES}"
     if "field larger" in reason:
         return (
             f"line {first}: a field has more than {MAX_FIELD_CHARACTERS:,} characters, as where a quotation mark "
@@ -147,10 +179,7 @@ def _describe(error: csv.Error, first: int, last: int) -> str:
         )
     if "expected after" in reason:
         where = "there" if first == last else f"on line {last}"
-        return (
-            f"line {first}: the quotation mark that opens a field there is closed {where} before the field ends; "
-            + (MEND_QUOTES)
-        )
+        return f"line {first}: {OPENING_QUOTE} is closed {where} before the field ends; {MEND_QUOTES}"
     return f"line {last}: {reason}"
 
 
@@ -186,6 +215,8 @@ class LinesTable:
 
     A tab-separated row is a line: quotation marks are text, but for those around a whole field.
     """
+
+    fault: str | None = None
 
     def __init__(self, path: str, *, is_tsv: bool) -> None:
         self.path, self._is_tsv = path, is_tsv
