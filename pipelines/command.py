@@ -53,13 +53,15 @@ class Command:
 
     @functools.cached_property
     def raw_shards(self) -> list[str]:
-        """The run's raw shards, sorted by name: typed ones, else remembered ones, else those of the recipe.
+        """The run's raw shards, sorted by name: typed, else of a typed recipe, remembered, or the recipe's.
 
         Raises:
             MissingFileError, UserError: there are none, `[data]` is wrong, or a pattern matches nothing.
         """
         data = self.recipe.table("data", DataConfig)
-        return (typed_shards if self._has_typed_shards else run_shards)(self.run, data)
+        if self._has_typed_shards:
+            return typed_shards(self.run, data)
+        return run_shards(self.run, data, is_recipe_typed=self.chosen is None or self.chosen.is_typed)
 
     @property
     def _has_typed_shards(self) -> bool:

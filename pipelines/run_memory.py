@@ -47,6 +47,7 @@ class Chosen:
     Attributes:
         recipe: path, as errors name it.
         settings: remembered ones first, then what is typed, in order.
+        is_typed: whether the recipe is, and so is taken as it stands.
         note: what is said of it, once; None where all of it was typed and nothing is left out.
         replaces: whether the command's settings take the place of those that are remembered.
     """
@@ -55,6 +56,7 @@ class Chosen:
     settings: tuple[Setting, ...]
     note: str | None
     replaces: bool
+    is_typed: bool = False
 
 
 def read_memory(run: Path) -> RunMemory:
@@ -82,7 +84,7 @@ def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]
         is_same = memory.recipe == str(typed_recipe.resolve())
         left_out = _listed(_uncovered(memory.settings, _keys(typed)))
         note = f"{_some(left_out)} of {where} left out, as a recipe was typed" if left_out else None
-        return Chosen(recipe=typed_recipe, settings=tuple(typed), note=note, replaces=not is_same)
+        return Chosen(recipe=typed_recipe, settings=tuple(typed), note=note, replaces=not is_same, is_typed=True)
     if memory.recipe is None:
         default = _shown(default_recipe())
         note = f"recipe {default}, the default; RECIPE (--recipe) names another"
@@ -125,23 +127,26 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
             atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new))
 
 
-def run_shards(run: Path, data: DataConfig) -> list[str]:
+def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[str]:
     """Return the raw shards of a run where none are typed, sorted by name.
 
     They are those that were typed for it before, else those of the recipe, else those that earlier commands have found.
+    A recipe that is typed is taken as it stands: what it names, where that is there, comes before what is remembered.
 
     Raises:
         MissingFileError, UserError: there are none; or as `expand_shards` does.
     """
-    if remembered := read_memory(run).shards:
-        log.info(f"{_count(len(remembered))} as remembered in {run / MEMORY_NAME}")
-        return [path for _, path in sorted(remembered.items())]
-    try:
-        return data.paths(run)
-    except MissingFileError:
-        if found := recall_shards(run):
-            return found
-        raise
+    remembered = [path for _, path in sorted(read_memory(run).shards.items())]
+    if is_recipe_typed or not remembered:
+        try:
+            return data.paths(run)
+        except MissingFileError:
+            if not remembered and (found := recall_shards(run)):
+                return found
+            if not remembered:
+                raise
+    log.info(f"{_count(len(remembered))} as remembered in {run / MEMORY_NAME}")
+    return remembered
 
 
 def typed_shards(run: Path, data: DataConfig) -> list[str]:

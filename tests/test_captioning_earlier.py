@@ -15,8 +15,8 @@ from captioning.__main__ import main
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.worker import CaptionWorker
 from errors import UserError
+from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import SampleReject
-from pipelines.raw.shards import RawShard
 from pipelines.store.manifest import ShardDirectory, read_manifest
 from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_tar
@@ -131,15 +131,15 @@ def test_a_raised_limit_captions_what_it_lets_in_and_nothing_else(
 def test_retry_runs_rejects_again_and_counts_them_anew(tmp_path, model, fresh, count_prompts, monkeypatch) -> None:
     """A storage fault that was put right: nothing in the recipe has changed."""
     run = make_run(tmp_path, model)
-    read, bad = RawShard.image_bytes, {"000000002", "000000105"}
+    read, bad = FileShard.image_bytes, {"000000002", "000000105"}
 
-    def failing(self: RawShard, sample: Any) -> bytes:
+    def failing(self: FileShard, sample: Any) -> bytes:
         if sample.key in bad:
             raise SampleReject("corrupt_image")
         return read(self, sample)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RawShard, "image_bytes", failing)
+        patch.setattr(FileShard, "image_bytes", failing)
         command(run, *RAISED, monkeypatch=patch)
     assert read_manifest(run / "captions").rejected == {"corrupt_image": 2}
     count_prompts.clear()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from test_captioning_earlier import RAISED, RETRY, Killed, command, make_run, rows
 
+from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import SampleReject
-from pipelines.raw.shards import RawShard
 from pipelines.store.manifest import read_manifest
 from tests.tiny_models import save_clip, save_llava
 
@@ -23,9 +23,9 @@ def run(tmp_path, monkeypatch) -> Path:
 
 def test_rejects_in_parts_behind_a_marker_are_tried_again(run, monkeypatch) -> None:
     """A run killed between a shard's marker and the removal of its parts has left them whole, rejects included."""
-    read = RawShard.image_bytes
+    read = FileShard.image_bytes
 
-    def failing(self: RawShard, sample: Any) -> bytes:
+    def failing(self: FileShard, sample: Any) -> bytes:
         if sample.key == "000000002":
             raise SampleReject("corrupt_image")
         return read(self, sample)
@@ -34,7 +34,7 @@ def test_rejects_in_parts_behind_a_marker_are_tried_again(run, monkeypatch) -> N
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RawShard, "image_bytes", failing)
+        patch.setattr(FileShard, "image_bytes", failing)
         patch.setattr("pipelines.engine.pieces.drop_parts", die)
         command(run, *RAISED, monkeypatch=patch)
     assert len(list((run / "captions" / ".parts" / "laion_00000").glob("*.report"))) == 2

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -257,17 +258,21 @@ def test_a_shard_without_captions_is_named(run):
 def test_shards_named_for_captioning_need_not_be_named_again(finished, tmp_path):
     """`make caption SHARDS=… RUN=r` and then `make features RUN=r`: the recipe's own pattern matches nothing."""
     run = write_run(tmp_path)
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(re.sub("^shards = .*raw.*$", 'shards = "{run}/elsewhere/*.tar"', recipe.read_text(), flags=re.M))
     with pytest.raises(FileNotFoundError, match="no shard matches"):
-        extract(run, "data.shards={run}/elsewhere/*.tar")
+        extract(run)
     remember_shards(run, [str(path) for path in (run / "raw").rglob("*.tar")])
-    extract(run, "data.shards={run}/elsewhere/*.tar")
+    with pytest.raises(FileNotFoundError, match="no shard matches"):
+        extract(run, "data.shards={run}/there/*.tar")
+    extract(run)
     tars = [files_of(folder / "features" / "text")["laion_00000.tar"] for folder in (run, finished)]
     assert tars[0] == tars[1]
 
 
 def test_missing_captions_are_named(run):
     (run / "captions" / ".manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"captions/manifest\.json"):
+    with pytest.raises(FileNotFoundError, match=r"captions/\.manifest\.json"):
         extract(run)
 
 

@@ -14,7 +14,7 @@ from feature_run import encoded, extract, picture, write_captions, write_raw, wr
 
 from pipelines.raw.patterns import remember_shards
 from pipelines.store.feature_store import load_index
-from pipelines.store.manifest import MANIFEST_NAME
+from pipelines.store.manifest import MANIFEST_NAME, manifest_path
 from pipelines.store.verify.coverage import missing_between
 from pipelines.store.verify.run import verify_run
 
@@ -203,11 +203,11 @@ def test_counts_that_do_not_balance_are_found(run):
     ("directory", "command"), [("features/text", "make features STAGE=… RUN="), ("captions", "make caption RUN=")]
 )
 def test_what_has_not_finished_is_no_damage_and_its_shards_are_checked(run, directory, command):
-    (run / directory / MANIFEST_NAME).unlink()
+    manifest_path(run / directory).unlink()
     findings = verify_run(run)
     (unfinished,) = findings.unfinished
     assert findings.problems == []
-    assert "no manifest.json: what writes here has not finished; 3 shards are done" in str(unfinished)
+    assert "manifest.json: what writes here has not finished; 3 shards are done" in str(unfinished)
     assert (unfinished.directory, unfinished.command) == (run / directory, f"{command}{run}")
     path = run / directory / f"{SHARD}.parquet"
     path.write_bytes(path.read_bytes()[:-1])
