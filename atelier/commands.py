@@ -86,6 +86,8 @@ FLAGS = {
 }
 # Of one sub-command alone, in the place of the flag of that name.
 SHARDS_TO_PACK = Flag(gives="word", value="PATHS", meaning="folders of images, Parquet, tables or tars")
+SHARDS_TO_LOOK_AT = Flag(gives="option", value="PATHS", meaning=FLAGS["shards"].meaning)
+RECIPE_TO_WRITE = Flag(gives="option", value="FILE", meaning="what to write; RUN/recipe.toml unless typed")
 SAMPLES_PER_TAR = Flag(gives="option", value="N", meaning="samples of each tar")
 SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
 
@@ -152,6 +154,9 @@ SUBCOMMANDS = {
     "init": Subcommand(
         module="atelier.init",
         summary="A short recipe for the data at hand, RUN/recipe.toml, which the run remembers (SHARDS=photos/)",
+        flags=("shards", "run", "to"),
+        required=(("run", "runs/photos"),),
+        changed=(("shards", SHARDS_TO_LOOK_AT), ("to", RECIPE_TO_WRITE)),
         passes_on=True,
     ),
     "recipe": Subcommand(
