@@ -22,6 +22,8 @@ WITH_NUMBER = re.compile(r"-[^-CEfIoWjl]*[jl]|--(jobs|load-average|max-load)")
 NUMBER = re.compile(r"\d+(\.\d*)?")
 MAY_BE_EMPTY = {"SET", *(variable(name) for name, flag in FLAGS.items() if flag.is_switch), "TINY"}
 OF_MAKE = {"PYTHON"}
+# What they do depends on no recipe: one that is typed for every step of a run is no mistake there.
+WITHOUT_RECIPE = ("verify", "convert")
 DEMO_HAS = ("RECIPE", "RUN", "STAGE", "PHASE")
 STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "judge", "eval", "report")
 
@@ -121,6 +123,8 @@ def _wrong_variable(word: Word, goals: Sequence[str], *, is_second: bool) -> str
         return None
     if name in DEMO_HAS and set(goals) & {"demo", "demo-raw"}:
         return f"the demo has a RECIPE, a RUN and stages of its own: leave {name}= out"
+    if name == "RECIPE" and set(goals) & set(WITHOUT_RECIPE):
+        return None
     takers = [target for target in (*SUBCOMMANDS, "bench-cache", "bench-gpu") if name in variables_of(target)]
     return f"{' '.join(goals)} would ignore {name}: it belongs to {', '.join(takers)}; leave {name}= out"
 

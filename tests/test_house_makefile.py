@@ -166,6 +166,7 @@ def wrong(*typed: str) -> str:
         ("stats STAGE=2", "stats would ignore STAGE: it belongs to features, buckets, train, sample, eval, app"),
         ("convert FROM=a TO=b PLAN=1", "convert would ignore PLAN"),
         ("SHARDS=x", "help would ignore SHARDS"),
+        ("pack RECIPE=r.toml", "pack would ignore RECIPE"),
         ("caption RUN:=x", "RUN:= is not how values are given: type RUN='…'"),
         ("caption RUN+=x", "RUN+= is not how values are given"),
         ("demo RUN=x", "the demo has a RECIPE, a RUN and stages of its own: leave RUN= out"),
@@ -196,6 +197,8 @@ def test_an_empty_value_is_refused_unless_it_switches_off(name) -> None:
         "-sC elsewhere -f Makefile -I a --directory b caption",
         "--jobs=3 --no-print-directory -l 2.5 features train sample STAGE=2 GPUS=1 PROMPT=a=b",
         "test PYTHON=python3.12",
+        "RECIPE=r.toml verify RUN=x",
+        "RECIPE=r.toml convert FROM=a TO=b",
     ],
 )
 def test_options_of_make_and_what_any_target_of_the_line_takes_are_let_through(typed) -> None:
