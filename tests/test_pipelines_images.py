@@ -39,6 +39,14 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     np.testing.assert_allclose(decoded[0, :, 0], np.linspace(0, 255, 64), atol=1)
 
 
+def test_a_palette_that_is_not_there_is_a_damaged_picture() -> None:
+    data = encode(left_red_right_blue("P"), "PNG")
+    start = data.index(b"PLTE") - 4
+    (length,) = struct.unpack_from(">I", data, start)
+    with pytest.raises(SampleReject, match="^corrupt_image: "):
+        decode_image(data[:start] + data[start + 12 + length :], max_pixels=MAX_PIXELS)
+
+
 def test_transparency_is_laid_over_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert decode_image(encode(clear, "PNG"), max_pixels=MAX_PIXELS).getpixel((1, 1)) == (255, 255, 255)

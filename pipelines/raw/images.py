@@ -67,8 +67,13 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
         raise SampleReject("corrupt_image", str(error)) from error
     try:
         return picture.show(image)
-    except (ValueError, OSError) as error:
-        raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
+    except Exception as error:
+        if is_out_of_memory(error):  # of a picture that has been decoded
+            raise
+        if isinstance(error, ValueError | OSError):
+            raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
+        # What damaged data have led to is met here first, as a palette that is not there.
+        raise SampleReject("corrupt_image", f"mode {image.mode}: {error!r}") from error
 
 
 def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:

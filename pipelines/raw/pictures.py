@@ -66,6 +66,7 @@ class Picture:
 
         Raises:
             ValueError, OSError: its mode cannot be converted.
+            Exception: whatever else is not as Pillow takes it to be, such as a palette that the file lacks.
         """
         shown = _over_white(image, self.profile)
         shown.info = {}  # what was true of the file is not of the picture
