@@ -5,6 +5,8 @@ import logging
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -208,6 +210,59 @@ def test_a_changed_file_is_noticed_when_it_is_read_and_by_the_next_command(tmp_p
     (third,) = describe_shards([str(folder)], run=run)
     text.write_text("y" + "x" * 1999)
     assert describe_shards([str(folder)], run=run)[0].source.identity != third.source.identity
+
+
+FILLER = "".join(f"gone{number}.png,{'y' * 80}\n" for number in range(15_000))  # 1.3 MB
+
+
+def write_metadata(folder: Path, name: str, text: str) -> None:
+    if name.endswith(".parquet"):
+        column = [text, *("y" * 80 for _ in range(300))]
+        table = pa.table({"file_name": [f"{number}.png" for number in range(301)], "text": column})
+        pq.write_table(table, folder / name, compression="none", use_dictionary=False, write_statistics=False)
+    elif name == "0.json":
+        (folder / name).write_text(json.dumps({"caption": text, "more": FILLER}))
+    else:
+        rows = f"file_name,caption\n0.png,{text}\n{FILLER}"
+        (folder / name).write_text(rows.replace(",", "\t") if name.endswith(".tsv") else rows)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.tsv", "metadata.parquet", "0.json"])
+def test_a_text_is_part_of_a_folders_identity_wherever_it_stands(tmp_path, name) -> None:
+    folder = write_folder(tmp_path / "photos", [Sample("0", encode(photo(0), "PNG"), "", 0)], has_texts=False)
+    found = []
+    for text in ("a dog", "a cat"):
+        write_metadata(folder, name, text)
+        found.append(describe_shards([str(folder)])[0].source.identity)
+    assert found[0] != found[1]
+    # As in tars, masks are known by size and end: of SA-1B they are larger than the images.
+    masks = []
+    for mask in "01":
+        (folder / "sa_1.json").write_text(json.dumps({"mask": mask, "more": "y" * 600}))
+        masks.append(describe_shards([str(folder)])[0].source.identity)
+    assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "binary.parquet", "arrow", "dictionary.arrow"])
+def test_a_text_is_part_of_the_identity_of_rows_wherever_it_stands(tmp_path, kind) -> None:
+    image, found = encode(photo(0), "PNG"), []
+    for text in ("a dog", "a cat"):
+        # Over 4 MB of texts in one row group; what is changed is far from its end.
+        texts: Any = [f"{'z' * 90} {number}" for number in range(50_000)]
+        texts[100] = text
+        if kind == "binary.parquet":
+            texts = [each.encode() for each in texts]
+        table = pa.table({"image": pa.array([image] * len(texts)).dictionary_encode(), "text": pa.array(texts)})
+        if kind == "dictionary.arrow":
+            table = table.set_column(1, "text", table["text"].dictionary_encode())
+        path = tmp_path / f"a.{kind}"
+        if kind.endswith("arrow"):
+            with pa.ipc.new_stream(str(path), table.schema) as stream:
+                stream.write_table(table)
+        else:
+            pq.write_table(table, path, compression="none", use_dictionary=["image"], write_statistics=False)
+        found.append(describe_shards([str(path)])[0].source.identity)
+    assert found[0] != found[1]
 
 
 def test_a_table_whose_images_change_is_another_shard(tmp_path, samples) -> None:

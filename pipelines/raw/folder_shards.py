@@ -43,7 +43,7 @@ def read_folder(path: str, reading: Reading) -> ShardHeaders:
         kind="folder",
         stamp=contents.stamp,
         image_column=reading.image_column,
-        identity=identify_files(path, contents.files),
+        identity=identify_files(path, contents.files, tables=tables),
         num_samples=len(samples),
         num_texts=sum(map(has_text, samples)) if texts is None or not texts.text_columns else len(samples),
         has_labels=any("cls" in sample.members for sample in samples) or (texts is not None and texts.has_labels()),

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import NamedTuple, TypeVar
 
 from errors import StorageError, UserError
 from pipelines.raw.samples import STRAY_FOLDERS, Member, readable_name
-from pipelines.raw.texts import TEXT_EXTENSIONS
+from pipelines.raw.texts import MASKS_KEY, TEXT_EXTENSIONS
 
 # As of a tar: the last bytes of every file are part of the identity. Texts are edited in place, so all of them is.
 TAIL_BYTES = 512
-MAX_TEXT_BYTES = 1 << 20
-WHOLE_EXTENSIONS = (*TEXT_EXTENSIONS, "json", "csv", "jsonl", "cls")
+CHUNK_BYTES = 4 << 20
+WHOLE_EXTENSIONS = (*TEXT_EXTENSIONS, "json", "csv", "tsv", "jsonl", "cls")
 # Of remote file systems that are mounted, such calls wait.
 NUM_THREADS = 16
 FILES_PER_TASK = 512
@@ -122,29 +122,38 @@ def _facts(folder: str, name: str) -> FileFacts:
     )
 
 
-def identify_files(folder: str, files: Sequence[FileFacts]) -> str:
+def identify_files(folder: str, files: Sequence[FileFacts], *, tables: Collection[str] = ()) -> str:
     """Return a digest over names, sizes and the last bytes of files, of texts all bytes: equal for copies elsewhere.
+
+    Args:
+        tables: names of those that are texts too, whatever they are called.
 
     Raises:
         UserError: one cannot be read, or changes while it is; names it.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for part in pool.map(functools.partial(_digest, folder), _chunks(files)):
+        for part in pool.map(functools.partial(_digest, folder, tables), _chunks(files)):
             digest.update(part)
     return digest.hexdigest()
 
 
-def _digest(folder: str, files: Sequence[FileFacts]) -> bytes:
+def _digest(folder: str, tables: Collection[str], files: Sequence[FileFacts]) -> bytes:
     digest = hashlib.sha256()
     for facts in files:
         digest.update(f"{facts.name}\0{facts.size}\0".encode(errors="surrogateescape"))
         if facts.size == MISSING:
             continue
-        is_text = facts.name.rpartition(".")[2].lower() in WHOLE_EXTENSIONS
-        size = min(facts.size, MAX_TEXT_BYTES if is_text else TAIL_BYTES)
-        digest.update(_read(folder, facts, facts.size - size, size))
+        is_whole = facts.name in tables or _is_text(facts.name)
+        first = 0 if is_whole else max(0, facts.size - TAIL_BYTES)
+        for start in range(first, facts.size, CHUNK_BYTES):
+            digest.update(_read(folder, facts, start, min(CHUNK_BYTES, facts.size - start)))
     return digest.digest()
+
+
+def _is_text(name: str) -> bool:
+    stem, _, extension = name.rpartition(".")
+    return extension.lower() in WHOLE_EXTENSIONS and not (extension == "json" and MASKS_KEY.fullmatch(stem))
 
 
 def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:

@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import hashlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from pipelines.raw.folder_shards import MISSING_IMAGE_FILE
 from pipelines.raw.image_columns import ImageColumn, image_column
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
-from pipelines.raw.row_texts import RowTexts, row_keys
+from pipelines.raw.row_texts import TEXT_COLUMNS, RowTexts, row_keys
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
@@ -32,10 +33,11 @@ KEPT_BYTES = 128 << 20
 MAX_BATCH_ROWS = 1024
 MAX_SKIPPED_ROWS = 256
 BUFFER_BYTES = 1 << 20
-# Of the identity: the end of each column of images, and columns of texts up to this.
+# Of the identity: the end of each column of images, all of those that may be texts, and of others up to this.
 TAIL_BYTES = 512
 MAX_COLUMN_BYTES = 4 << 20
 STEP_BYTES = 64 << 10
+TEXT_NAMES = frozenset(name.lower() for name in TEXT_COLUMNS)
 
 
 class ImageCells(Protocol):
@@ -276,12 +278,13 @@ def _has_bytes(parquet: pq.ParquetFile, column: ImageColumn) -> bool:
 
 
 def _identity(path: str, file: RangeFile, column: ImageColumn) -> str:
-    """Return a digest that differs when a row does: of the footer, of texts, and of parts of the images."""
+    """Return a digest that differs when a row does: of the footer, of all texts, and of parts of the images."""
     digest = hashlib.sha256(f"{file.size} {column.name}".encode())
     if file.read(0, len(PARQUET)) != PARQUET:
         for start in range(0, file.size, STEP_BYTES):
             digest.update(file.read(start, TAIL_BYTES))
         digest.update(file.read(max(0, file.size - STEP_BYTES), STEP_BYTES))
+        _add_arrow_texts(digest, path, column)
         return digest.hexdigest()
     footer_bytes = int.from_bytes(file.read(file.size - 8, 4), "little")
     if footer_bytes > file.size - 12:
@@ -292,9 +295,38 @@ def _identity(path: str, file: RangeFile, column: ImageColumn) -> str:
             metadata = parquet.metadata.row_group(group)
             for number in range(metadata.num_columns):
                 chunk = metadata.column(number)
-                first = chunk.dictionary_page_offset or chunk.data_page_offset
-                end = first + chunk.total_compressed_size
-                is_image = chunk.path_in_schema in (column.name, f"{column.name}.bytes")
-                size = min(chunk.total_compressed_size, TAIL_BYTES if is_image else MAX_COLUMN_BYTES)
-                digest.update(file.read(end - size, size))
+                end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+                size = min(chunk.total_compressed_size, _num_hashed(parquet.schema.column(number), column))
+                for start in range(end - size, end, MAX_COLUMN_BYTES):
+                    digest.update(file.read(start, min(MAX_COLUMN_BYTES, end - start)))
     return digest.hexdigest()
+
+
+def _num_hashed(leaf: Any, column: ImageColumn) -> int:
+    """Return how many bytes at the end of a column of Parquet are part of the identity, in each row group."""
+    if leaf.path in (column.name, f"{column.name}.bytes"):
+        return TAIL_BYTES
+    is_text = leaf.logical_type.type in ("STRING", "JSON") or leaf.path.partition(".")[0].lower() in TEXT_NAMES
+    return sys.maxsize if is_text else MAX_COLUMN_BYTES
+
+
+def _add_arrow_texts(digest: Any, path: str, column: ImageColumn) -> None:
+    with sound_table(path, mend=MEND_USERS), _source(path) as source, _arrow_reader(source) as reader:
+        names = [
+            field.name
+            for field in reader.schema
+            if field.name != column.name and (field.name.lower() in TEXT_NAMES or _holds_text(field.type))
+        ]
+        for batch in reader.read_all().select(names).to_batches(MAX_BATCH_ROWS):
+            content = pa.BufferOutputStream()
+            with pa.ipc.new_stream(content, batch.schema) as stream:
+                stream.write_batch(batch)
+            digest.update(content.getvalue())
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_text(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_text(field.type) for field in kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -22,7 +22,7 @@ from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when samples are found in another way, or the files change their form.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # `rows` have their images in a column, those of a `table` have paths.
 Kind = Literal["tar", "folder", "rows", "table"]
