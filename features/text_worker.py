@@ -6,6 +6,7 @@ While a GPU encodes a slice, the one before is written.
 # k captions of a sample, L real tokens of a caption, D text width
 
 import functools
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,7 +113,8 @@ class TextWorker:
         for caption, tokens in zip(captions, found, strict=True):
             is_unreadable, num_unread = kinds.is_unreadable(tokens), kinds.num_unread(tokens)
             if is_unreadable:
-                caption.row["reject"] = UNREADABLE
+                # It has no payload: the CRC-32 of the text says which text that is, whatever becomes of the captions.
+                caption.row.update(reject=UNREADABLE, crc32=zlib.crc32(caption.text.encode()))
             else:
                 kept.append(tokens)
             if is_unreadable or num_unread:

@@ -1,6 +1,7 @@
 """Captions that a vocabulary lacks: counted, shown, and rejects where nothing of them is left."""
 
 import string
+import zlib
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -107,6 +108,8 @@ def test_unreadable_captions_are_rejects_and_said(run, caplog) -> None:
     rejects = {row["key"]: row["reject"] for row in rows}
     nothing = ("chinese", "emoji", "control", "space")
     assert rejects == {key: "unreadable_text" if key in nothing else None for key in TEXTS}
+    texts = {row["key"]: row["crc32"] for row in rows if row["reject"]}
+    assert texts == {key: zlib.crc32(TEXTS[key].encode()) for key in nothing}, "a rejected text can be found again"
     details = read_manifest(run / "features" / "text").shards[SHARD].details
     assert (details["num_captions_not_read_whole"], details["num_unreadable_captions"]) == (5, 4)
     assert details["num_captions"] == 3 and details["num_unknown_tokens"] >= 5

@@ -93,7 +93,8 @@ class StoredTensor:
 class FamilySchema:
     """What a directory of features holds.
 
-    Every index has the columns `key`, `shard`, `crc32` (over a row's payloads end to end) and `reject`.
+    Every index has the columns `key`, `shard`, `crc32` (over a row's payloads end to end) and `reject`. A reject has no
+    payload: its `crc32` is null, or of a caption that is `unreadable_text` that of the caption in UTF-8.
 
     Attributes:
         name: of the family, the same for every resolution and every choice of columns.
