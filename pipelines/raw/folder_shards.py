@@ -1,15 +1,17 @@
 """A folder of images as a raw shard: at any depth, with texts beside them or in `metadata.*` as Hugging Face has it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError
 from pipelines.raw.local_files import FileFacts, identify_files, list_folder
 from pipelines.raw.reading import Reading, UnreadableShardError
 from pipelines.raw.row_texts import RowTexts
-from pipelines.raw.samples import RawSample, group_files, readable_name, split_at_extension
+from pipelines.raw.samples import RawSample, group_files, is_stray, readable_name, split_at_extension
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
+from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.table_rows import key_of_cell
 from pipelines.raw.tables import open_table, require_sound
 from pipelines.raw.tar_headers import TarEntry
@@ -30,15 +32,19 @@ def read_folder(path: str, reading: Reading) -> ShardHeaders:
         UserError: it cannot be read, or its metadata cannot.
     """
     contents = list_folder(path)
+    images = _image_files(contents.files)
+    if not images:
+        raise UnreadableShardError(f"{path} has no image: {len(contents.files):,} files, and none is called as one")
     entries = [TarEntry(facts.name, "file", number, facts.size, 0) for number, facts in enumerate(contents.files)]
     tables = metadata_tables(contents.files)
-    grouped = group_files([entry for entry in entries if entry.name not in tables])
+    rows = [row for table in tables for row in _rows_of(path, table, images, reading)]
+    grouped = group_files(
+        [entry for entry in entries if entry.name not in tables], named={row.file for row in rows if row.file}
+    )
     samples = grouped.samples
-    if not any(sample.image_extension for sample in samples):
-        raise UnreadableShardError(f"{path} has no image: {len(contents.files):,} files, and none is called as one")
     texts = RowTexts([f"{path}/{table}" for table in tables]) if tables else None
     if texts is not None:
-        samples = _join_rows(path, tables, samples, reading)
+        samples = _join_rows(tables, rows, samples, contents.files)
     summary = ShardSummary(
         kind="folder",
         stamp=contents.stamp,
@@ -59,27 +65,59 @@ def metadata_tables(files: Sequence[FileFacts]) -> list[str]:
     return [facts.name for facts in files if facts.name.rpartition("/")[2].lower() in METADATA_NAMES]
 
 
-def _join_rows(path: str, tables: Sequence[str], samples: list[RawSample], reading: Reading) -> list[RawSample]:
-    """Give each sample the row that names its image, and each row a sample; raises `UserError`."""
-    by_image = {_image_name(sample): sample for sample in samples if sample.image_extension is not None}
+class _MetadataRow(NamedTuple):
+    """A row of metadata: the path of its image below the shard's folder, and the file that this is, or None."""
+
+    image: str
+    file: str | None
+
+
+def _image_files(files: Sequence[FileFacts]) -> dict[str, str | None]:
+    """Return files that are called as images by readable name, and by that in lower case, None if several have it."""
+    names = [facts.name for facts in files if is_image_name(facts.name) and not is_stray(facts.name)]
+    found: dict[str, str | None] = {}
+    for name in names:
+        lower = _lower_extension(name)
+        found[lower] = None if lower in found else name
+    return found | {readable_name(name): name for name in names}
+
+
+def _rows_of(path: str, table: str, images: Mapping[str, str | None], reading: Reading) -> list[_MetadataRow]:
+    """Find the images that a table of metadata names; raises `UserError`."""
+    folder = table.rpartition("/")[0]
+    rows = []
+    for name in _names_in(f"{path}/{table}", reading):
+        image, file = "", None
+        for spelled in (name, name.replace("\\", "/")):  # the second as Windows has it
+            image = os.path.normpath(f"{folder}/{spelled}" if folder else spelled) if spelled else ""
+            file = images[image] if image in images else images.get(_lower_extension(image))
+            if file is not None:
+                break
+        rows.append(_MetadataRow(image, file))
+    return rows
+
+
+def _join_rows(
+    tables: Sequence[str], rows: Sequence[_MetadataRow], samples: list[RawSample], files: Sequence[FileFacts]
+) -> list[RawSample]:
+    """Give each sample the row that names its image, and each row a sample."""
+    by_file = {
+        files[sample.members[sample.image_extension].offset].name: sample
+        for sample in samples
+        if sample.image_extension is not None
+    }
     missing: list[RawSample] = []
-    first_row = 0
-    for table in tables:
-        folder = table.rpartition("/")[0]
-        names = _names_in(f"{path}/{table}", reading)
-        for row, name in enumerate(names, first_row):
-            image = os.path.normpath(f"{folder}/{name}" if folder else name) if name else ""
-            sample = by_image.get(_lower_extension(image))
-            if sample is None:
-                key = _missing_key(image) or f"{table}_{row:08d}"
-                missing.append(RawSample(key, reject=MISSING_IMAGE_FILE, row=row))
-            elif sample.row is not None:
-                sample.reject = sample.reject or DUPLICATE_ROW
-            else:
-                sample.row = row
-        first_row += len(names)
+    for number, row in enumerate(rows):
+        sample = by_file.get(row.file) if row.file is not None else None
+        if sample is None:
+            key = _missing_key(row.image) or f"metadata_{number:08d}"
+            missing.append(RawSample(key, reject=MISSING_IMAGE_FILE, row=number))
+        elif sample.row is not None:
+            sample.reject = sample.reject or DUPLICATE_ROW
+        else:
+            sample.row = number
     folders = tuple(table.rpartition("/")[0] for table in tables)
-    for sample in by_image.values():
+    for sample in by_file.values():
         is_governed = any(not folder or sample.key.startswith(f"{folder}/") for folder in folders)
         if sample.row is None and is_governed:
             sample.reject = sample.reject or NOT_IN_METADATA
@@ -89,10 +127,6 @@ def _join_rows(path: str, tables: Sequence[str], samples: list[RawSample], readi
             sample.key += "_"
         keys.add(sample.key)
     return [*samples, *missing]
-
-
-def _image_name(sample: RawSample) -> str:
-    return f"{sample.key}.{sample.image_extension}"
 
 
 def _lower_extension(name: str) -> str:

@@ -5,11 +5,11 @@ both `x.input.jpg` and `x.outputs.txt` are fields of `x`, and `x.jpg.txt` is the
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pipelines.raw.tar_headers import TarEntry
-from pipelines.raw.texts import TEXT_FIELDS, text_members
+from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS, text_members
 
 # What Pillow reads, and below what it does not: where a sample has one of each, as of phones, the first counts.
 READABLE_EXTENSIONS = frozenset(
@@ -121,21 +121,52 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
     return GroupedSamples(samples=samples, unusable=unusable, strays=strays)
 
 
-def group_files(entries: Sequence[TarEntry]) -> GroupedSamples:
+def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> GroupedSamples:
     """Group the files of a folder by key: the name without its extension; rejects as in `group_samples`.
 
-    What is neither an image nor the text of one, such as a film or a table, is a stray.
+    Several images that differ in their extension alone are samples each, with their whole names as keys, where
+    metadata name one of them, or several have texts of their own (`e.jpg.txt` and `e.png.txt`). What is neither an
+    image nor the text of one, such as a film or a table, is a stray.
+
+    Args:
+        named: the files that metadata name.
     """
     strays = [readable_name(entry.name) for entry in entries if is_stray(entry.name)]
     files = [(entry.name, entry) for entry in entries if not is_stray(entry.name)]
+    apart = _keyed_by_whole_name([name for name, _ in files], named)
     samples = []
-    for sample in _group(files, split_at_extension, num_bytes=None):
+    for sample in _group(files, lambda name: apart.get(name) or split_at_extension(name), num_bytes=None):
         if not _hides_image(sample) and not text_members(list(sample.members), None):
             strays += [f"{sample.key}.{extension}".removesuffix(".") for extension in sample.members]
             continue
         _choose_image(sample)
         samples.append(sample)
     return GroupedSamples(samples=samples, unusable=[], strays=strays)
+
+
+def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return key and extension of images that would share a key and are told apart, and of their own texts."""
+    images: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
+    for name in names:
+        key, extension = split_at_extension(name)
+        if extension.lower() in IMAGE_EXTENSIONS:
+            images.setdefault(key, []).append(name)
+        elif "." in extension and extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS:
+            texts.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, tuple[str, str]] = {}
+    for same in images.values():
+        if len(same) < 2:
+            continue
+        readable = [name for name in same if name.rpartition(".")[2].lower() in READABLE_EXTENSIONS]
+        is_named = any(name in named and readable != [name] for name in same)
+        if is_named or sum(name in texts for name in same) > 1:
+            for name in same:
+                extension = name.rpartition(".")[2]
+                found[name] = (name, extension)
+                for text in texts.get(name, []):
+                    found[text] = (name, f"{extension}.{text.rpartition('.')[2]}")
+    return found
 
 
 def is_stray(name: str) -> bool:
