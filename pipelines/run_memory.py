@@ -9,7 +9,7 @@ from pathlib import Path
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.overrides import Setting
-from pipelines.raw.patterns import recall_shards, shard_name
+from pipelines.raw.patterns import REMEMBERED_NAME, recall_shards, shard_name
 from pipelines.recipe import DataConfig
 from pipelines.recipe_files import default_recipe
 from pipelines.store.files import atomic_write_json, is_remote, remove_temporary_files
@@ -107,7 +107,7 @@ def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]
 def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: Iterable[str]) -> None:
     """Note a command's recipe and kept settings, by their whole `keys`, and the raw shards that were typed for it.
 
-    What other commands have noted since stays, but for what was typed anew.
+    What other commands have noted since stays, but for what was typed anew, and shards that are gone where some are.
     """
     kept = {key: setting for key, setting in keys.items() if setting.is_kept and key != SHARDS_KEY}
     run.mkdir(parents=True, exist_ok=True)
@@ -119,9 +119,9 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
         recipe = str(chosen.recipe.resolve())
         former = {} if chosen.replaces and memory.recipe != recipe else memory.settings
         settings = _uncovered(former, kept) | {key: setting.value for key, setting in kept.items()}
-        places = memory.shards | {
-            shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards
-        }
+        typed = {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards}
+        gone = {name for name, path in memory.shards.items() if typed and _is_gone(path)}
+        places = {name: path for name, path in memory.shards.items() if name not in gone} | typed
         new = RunMemory(recipe=recipe, settings=settings, shards=places)
         if new != memory:
             atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new))
@@ -134,7 +134,7 @@ def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[st
     A recipe that is typed is taken as it stands: what it names, where that is there, comes before what is remembered.
 
     Raises:
-        MissingFileError, UserError: there are none; or as `expand_shards` does.
+        MissingFileError, UserError: there are none, a remembered one is gone, or as `expand_shards` does.
     """
     remembered = [path for _, path in sorted(read_memory(run).shards.items())]
     if is_recipe_typed or not remembered:
@@ -142,24 +142,57 @@ def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[st
             return data.paths(run)
         except MissingFileError:
             if not remembered and (found := recall_shards(run)):
+                require_shards(found, run / REMEMBERED_NAME)
                 return found
             if not remembered:
                 raise
+    require_shards(remembered, run / MEMORY_NAME)
     log.info(f"{_count(len(remembered))} as remembered in {run / MEMORY_NAME}")
     return remembered
 
 
+def require_shards(paths: Sequence[str], memory: Path) -> None:
+    """Refuse remembered shards of which some are gone; of URLs the first read tells.
+
+    Raises:
+        MissingFileError: names the file that remembers them, some of them, and what to type.
+    """
+    if gone := [path for path in paths if _is_gone(path)]:
+        raise MissingFileError(
+            f"{memory} remembers {_count(len(gone))} of {len(paths):,} that {'is' if len(gone) == 1 else 'are'} not "
+            f"there any more: {_some(gone)}; put back what has moved, or type SHARDS (--shards) with where it is now, "
+            "which takes the place of what is gone"
+        )
+
+
 def typed_shards(run: Path, data: DataConfig) -> list[str]:
-    """Return the raw shards that are typed for a command, and say which others the run remembers.
+    """Return the raw shards that are typed for a command, and say which others the run remembers, and which are gone.
 
     Raises:
         MissingFileError, UserError: as `expand_shards` does.
     """
     paths = data.paths(run)
-    names = {shard_name(path) for path in paths}
-    if others := sorted(read_memory(run).shards.keys() - names):
+    names, known = {shard_name(path) for path in paths}, read_memory(run).shards
+    gone = {name: path for name, path in known.items() if _is_gone(path)}
+    if gone:
+        some = _some([gone[name] for name in sorted(gone)])
+        log.info(f"what is typed takes the place of {some} of {run / MEMORY_NAME}, not there any more")
+    if others := sorted(known.keys() - names - gone.keys()):
         log.info(f"{_count(len(paths))} as typed; without {_some(others)} of {run / MEMORY_NAME}")
     return paths
+
+
+def _is_gone(path: str) -> bool:
+    """Whether a local shard is not there; one that may not be looked at is, as reading it will tell."""
+    if is_remote(path):
+        return False
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _uncovered(settings: Mapping[str, str], typed: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
+from errors import MissingFileError, UserError
 from pipelines.command import Command, parse_command
 from pipelines.raw.patterns import remember_shards
 from pipelines.recipe import DataConfig
@@ -148,11 +148,32 @@ def test_typed_shards_win_over_remembered_ones_and_those_over_the_recipes(house:
     assert command().raw_shards == [str(house / "x.tar"), str(house / "y.tar")]
 
 
+def test_remembered_shards_that_have_moved_are_named_and_typing_their_place_heals_the_run(house: Path, capsys) -> None:
+    done("--recipe", "a.toml", "--text", "SHARDS:data.shards=x.tar,y.tar")
+    Path("new").mkdir()
+    Path("x.tar").rename("new/z.tar")
+    message = (
+        rf"^run/run\.json remembers 1 raw shard of 2 that is not there any more: {house}/x\.tar; .* SHARDS \(--shards\)"
+    )
+    for plan in ((), ("--plan",)):
+        with pytest.raises(MissingFileError, match=message):
+            _ = command(*plan).raw_shards
+    capsys.readouterr()
+    assert done("--text", "SHARDS:data.shards=new/z.tar").raw_shards == ["new/z.tar"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"takes the place of {house}/x.tar of run/run.json, not there any more" in said and "without y of" in said
+    assert memory()["shards"] == {"y": f"{house}/y.tar", "z": f"{house}/new/z.tar"}
+    assert command().raw_shards == [f"{house}/y.tar", f"{house}/new/z.tar"]
+
+
 def test_runs_of_before_know_their_shards_by_what_was_found(house: Path) -> None:
     with pytest.raises(UserError, match="no raw shards are named: type SHARDS="):
         _ = command("--recipe", "a.toml").raw_shards
     remember_shards(Path("run"), ["x.tar"])
     assert command("--recipe", "a.toml").raw_shards == [str(house / "x.tar")]
+    Path("x.tar").unlink()
+    with pytest.raises(MissingFileError, match=r"^run/shards\.json remembers 1 raw shard of 1 that is not there"):
+        _ = command("--recipe", "a.toml").raw_shards
 
 
 def test_the_only_stage_needs_no_name(house: Path) -> None:
