@@ -20,7 +20,7 @@ from pipelines.raw.images import SampleReject, image_size
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.shards import describe_shards, open_shard
 from pipelines.recipe import DataConfig
-from pipelines.run_memory import SHARDS_KEY, Chosen, read_memory, remember
+from pipelines.run_memory import MEMORY_NAME, SHARDS_KEY, Chosen, read_memory, remember, require_shards
 from pipelines.store.files import atomic_write_bytes
 
 MAX_SHARDS, MAX_SAMPLES_OF_SHARD = 8, 32  # looked into; headers of that many images tell sizes well enough
@@ -32,7 +32,8 @@ RESOLUTIONS = {
     256: "PixArt-alpha/PixArt-XL-2-256x256",
 }
 SMALLEST = 64
-VLM, FLAN, VAE = "llava-hf/llava-1.5-7b-hf", "google/flan-t5-xxl", "stabilityai/sd-vae-ft-ema"
+# The released weights were trained on the features of this T5.
+VLM, T5, VAE = "llava-hf/llava-1.5-7b-hf", "DeepFloyd/t5-v1_1-xxl", "stabilityai/sd-vae-ft-ema"
 STAGE = "finetune"
 PASSES, MIN_STEPS, MAX_STEPS = 20, 200, 20_000
 BATCHES = (64, 32, 16, 8, 4, 2, 1)
@@ -145,7 +146,7 @@ def write_lines(data: Data, gpus: Sequence[int]) -> list[Line]:
     return [
         Line(table="engine", key="gpus_per_worker", value=worker, why=f"GPUs: {machine}"),
         *captions,
-        Line(table="features", key="text_model", value=FLAN, why=f"of all released PixArts; {_where(FLAN)}"),
+        Line(table="features", key="text_model", value=T5, why=f"of all released PixArts; {_where(T5)}"),
         Line(table="features", key="vae_model", value=VAE, why=f"of PixArt-alpha's; {_where(VAE)}"),
         Line(table=table, key="resolution", value=resolution, why=f"the median short side is {data.short_side} pixels"),
         Line(table=table, key="buckets", value=data.is_varied, why="whether images of many shapes are cut to a few"),
@@ -224,7 +225,11 @@ def main() -> None:
         raise UserError(f"{to} exists and is left as it is: move it away, or name another file with --to")
     if options.shards is None and not read_memory(run).shards:
         raise UserError("say which data, as --shards photos/ (SHARDS=photos/)")
-    paths = expand_shards(options.shards) if options.shards else sorted(read_memory(run).shards.values())
+    if options.shards:
+        paths = expand_shards(options.shards)
+    else:
+        paths = sorted(read_memory(run).shards.values())
+        require_shards(paths, run / MEMORY_NAME)
     data = look_at(paths, run)
     text = describe(write_lines(data, gpu_gigabytes()), data, [Setting(text=text) for text in options.settings])
     to.parent.mkdir(parents=True, exist_ok=True)

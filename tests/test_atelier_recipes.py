@@ -18,6 +18,8 @@ from pipelines.recipe import TABLES
 from pipelines.run_memory import read_memory
 from training.config import stage_training
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 
 def write_shard(path: Path, sizes: list[tuple[int, int]], *, has_texts: bool) -> None:
     with tarfile.open(path, "w") as tar:
@@ -79,6 +81,8 @@ def test_images_of_a_released_size_start_from_its_weights() -> None:
     lines = {(line.table, line.key): line.value for line in init.write_lines(data, [80, 80])}
     assert lines["features.finetune", "resolution"] == 512
     assert lines["training.finetune", "starts_from"] == "PixArt-alpha/PixArt-XL-2-512x512"
+    released = tomllib.loads((REPOSITORY / "recipes/finetune.toml").read_text())
+    assert lines["features", "text_model"] == released["features"]["text_model"] == "DeepFloyd/t5-v1_1-xxl"
     assert (lines["engine", "gpus_per_worker"], lines["training", "dtype"]) == (1.0, "bf16")
 
 
