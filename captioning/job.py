@@ -164,7 +164,8 @@ def read_job(command: Command) -> CaptioningJob:
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
-    paths = _select(command.raw_shards, config.shards)
+    key = f"{command.recipe.blame('captioning', 'shards')}: captioning.shards"
+    paths = _select(command.raw_shards, config.shards, key=key)
     model = _find_model(config, workers)
     given = open_sources(config.table, command.run) if config.is_given else []
     if config.is_given and config.clip_model is None:
@@ -238,9 +239,9 @@ def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     return ModelSource(location=config.model, revision=config.revision, identity=identity)
 
 
-def _select(paths: list[str], patterns: Sequence[str]) -> list[str]:
+def _select(paths: list[str], patterns: Sequence[str], *, key: str) -> list[str]:
     """Return the shards that fit some pattern; warns of other patterns, as a recipe may be for more datasets."""
     fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
-        log.warning(f"captioning.shards: {pattern!r} fits none of the {len(paths)} shards")
-    return select_shards(paths, fitting or patterns, key="captioning.shards")
+        log.warning(f"{key}: {pattern!r} fits none of the {len(paths)} shards")
+    return select_shards(paths, fitting or patterns, key=key)

@@ -195,7 +195,9 @@ def read_inputs(command: Command) -> FeatureInputs:
     """
     features = feature_table(command.recipe, command.stage_name)
     data = command.recipe.table("data", DataConfig)
-    paths = select_shards(command.raw_shards, features.shards, key=f"features.{command.stage_name}.shards")
+    key = f"features.{command.stage_name}.shards"
+    origin = command.recipe.blame(f"features.{command.stage_name}", "shards")
+    paths = select_shards(command.raw_shards, features.shards, key=f"{origin}: {key}")
     return FeatureInputs(
         run=command.run,
         stage_name=command.stage_name,
