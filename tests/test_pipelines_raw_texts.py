@@ -1,5 +1,10 @@
+import csv
+import json
 import logging
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_pipelines_shards import write_tar
 
@@ -88,3 +93,61 @@ def test_texts_are_decoded_by_their_mark_or_are_counted(tmp_path) -> None:
     readable = dict.fromkeys(("plain", "utf8_mark", "utf16", "utf16_big", "utf32"), "ein Hund") | {"empty": ""}
     assert found == readable | {"windows": "not_utf8", "utf16_without_mark": "not_utf8"}
     assert shown == readable | {"windows": None, "utf16_without_mark": None}
+
+
+ROWS = [("c0", "t0"), ("", "t1"), (" ", "t2"), (None, "t3"), ("", ""), (None, None)]
+EXPECTED = ["c0", "t1", "t2", "t3", "", None]
+
+
+def write_blanks(place: Path, kind: str) -> Path:
+    records = [{"caption": caption, "text": text} for caption, text in ROWS]
+    for number in range(len(ROWS)):
+        (place / f"{number}.jpg").write_bytes(b"image")
+    named = [{"file_name": f"{number}.jpg", **record} for number, record in enumerate(records)]
+    path = place / kind
+    match kind:
+        case "x.tar":
+            members = [(f"{number}.{ext}", data) for number, record in enumerate(records)
+                       for ext, data in (("jpg", b"i"), ("json", json.dumps(record).encode()))]  # fmt: skip
+            return Path(write_tar(path, members))
+        case "json files":
+            for number, record in enumerate(records):
+                (place / f"{number}.json").write_text(json.dumps(record))
+            return place
+        case "x.parquet" | "metadata.parquet":
+            pq.write_table(pa.Table.from_pylist(named), path)
+        case "rows.parquet":
+            pq.write_table(pa.Table.from_pylist([{"image": b"image", **record} for record in records]), path)
+        case "x.json":
+            path.write_text(json.dumps(named))
+        case "x.jsonl":
+            path.write_text("".join(json.dumps(record) + "\n" for record in named))
+        case _:
+            with path.open("w") as file:
+                writer = csv.DictWriter(file, list(named[0]))
+                writer.writeheader()
+                writer.writerows(named)
+    return place if kind.startswith("metadata") else path
+
+
+BLANKS = ("x.tar", "json files", "x.csv", "x.jsonl", "x.json", "x.parquet", "rows.parquet", "metadata.csv")
+
+
+@pytest.mark.parametrize("kind", [*BLANKS, "metadata.parquet"])
+def test_a_blank_text_counts_as_none_where_another_is_there(tmp_path, kind) -> None:
+    path = write_blanks(tmp_path, kind)
+    with open_shard(str(path)) as raw:
+        # A CSV cannot say that a cell is missing.
+        assert [raw.text(sample) for sample in raw.samples] == [
+            "" if text is None and kind.endswith("csv") else text for text in EXPECTED
+        ]
+
+
+def test_a_blank_text_file_counts_as_none_where_metadata_or_json_have_one(tmp_path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"image")
+        (tmp_path / f"{number}.txt").write_text(" \n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.jpg,row\n1.jpg,\n2.jpg,\n")
+    (tmp_path / "1.json").write_text('{"caption": "json"}')
+    with open_shard(str(tmp_path)) as raw:
+        assert [raw.text(sample) for sample in raw.samples] == ["row", "json", ""]

@@ -83,11 +83,13 @@ class FileShard:
                 return text
         if self._texts is not None and sample.row is not None:
             found = self._texts.text(sample.row)
-            text = found if found is not None else text
+            text = text if found is None else found
         if not text and self._reading.dialect not in ("generic", "imagenet"):
             for extension in json_members(sample.key, sample.members):
                 found = text_of_record(read_json_record(self._members.read(sample.members[extension])))
-                text = found if found is not None else text
+                text = text if found is None else found
+                if text:
+                    return text
         return text
 
     def alt_text(self, sample: RawSample) -> str | None:

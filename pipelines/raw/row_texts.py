@@ -58,11 +58,19 @@ class RowTexts:
             return self._cells[name]
 
     def text(self, row: int, column: str | None = None) -> str | None:
-        """Return the text in `column`, or in the first of the columns of texts that has one; raises `SampleReject`."""
+        """Return the text in `column`, or in the first of the columns of texts that has one; raises `SampleReject`.
+
+        Where all are blank it is empty.
+        """
         if column is not None:
             return self.named_text(row, column)
-        texts = (text_of_cell(self.column(name)[row]) for name in self.text_columns)
-        return next((text for text in texts if text is not None), None)
+        blank = None
+        for name in self.text_columns:
+            text = text_of_cell(self.column(name)[row])
+            if text:
+                return text
+            blank = blank if text is None else text
+        return blank
 
     def named_text(self, row: int, name: str) -> str | None:
         """Return the text of a column, of a list of texts that which `split_place` says; raises `SampleReject`."""

@@ -101,14 +101,17 @@ def split_place(name: str) -> tuple[str, int]:
 def text_of_record(record: dict[str, Any], name: str | None = None) -> str | None:
     """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS` that it has.
 
-    Of a list of texts it is the first one, or that which `name` says, see `split_place`. Half a surrogate pair becomes
-    `?`: the text is valid UTF-8.
+    Of a list of texts it is the first one, or that which `name` says, see `split_place`. Where all are blank it is
+    empty. Half a surrogate pair becomes `?`: the text is valid UTF-8.
     """
+    blank = None
     for wanted in (name,) if name is not None else TEXT_FIELDS:
         field, place = split_place(wanted)
         found = record.get(field)
         if isinstance(found, list):
             found = found[place] if place < len(found) else None
         if isinstance(found, str):
-            return found.encode("utf-8", errors="replace").decode()
-    return None
+            if found.strip():
+                return found.encode("utf-8", errors="replace").decode()
+            blank = ""
+    return blank
