@@ -14,19 +14,17 @@ import numpy as np
 
 from dataset_stats.captions import ADDRESS_SEPARATOR, PIPELINE_COLUMN, Address, RowSample, count_rows, is_folder, log
 from dataset_stats.config import CaptionSet
-from errors import MissingFileError, UserError
+from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.raw.caption_files import (
     TARS,
-    TEXTS,
+    captions_in_folder,
     choose_text_column,
-    files_by_kind,
     find_files,
     kind_of_file,
     text_files,
 )
 from pipelines.raw.patterns import select_shards
-from pipelines.raw.samples import readable_name
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.table_rows import key_of_cell
@@ -162,7 +160,7 @@ def _find_files(key: str, caption_set: CaptionSet) -> list[tuple[str, str]]:
             )
         for path in paths:
             found += (
-                _in_folder(key, caption_set.layout, path)
+                captions_in_folder(f"{key}.files", path, layout=caption_set.layout)
                 if is_folder(path)
                 else [(_layout(key, caption_set, path), path)]
             )
@@ -180,30 +178,6 @@ def _layout(key: str, caption_set: CaptionSet, path: str) -> str:
     except UserError as error:
         raise UserError(f"{key}.files: {error}") from None
     return "text" if kind == TARS else kind
-
-
-def _in_folder(key: str, layout: str, folder: str) -> list[tuple[str, str]]:
-    """Layout and path of what a folder holds: its tables, its tars, or the folder itself if it holds texts."""
-    kinds = files_by_kind(folder)
-    wanted = {"auto": set(kinds), "text": {TEXTS, TARS}}.get(layout, {layout})
-    chosen = {kind: files for kind, files in kinds.items() if kind in wanted}
-    if not chosen:
-        others = f"; it holds {', '.join(kinds)}" if kinds else ""
-        raise MissingFileError(
-            f"{key}.files: {folder} holds no captions{f' of layout {layout}' * (layout != 'auto')}{others}"
-        )
-    if len(chosen) > 1:
-        some = " and ".join(
-            f"{kind} ({readable_name(str(files[0].relative_to(folder)))})" for kind, files in chosen.items()
-        )
-        raise UserError(
-            f"{key}.files: {folder} holds {some}, and only one of them can be meant: name its files, such as "
-            f"{folder}/*{next(iter(chosen.values()))[0].suffix}, or a folder that has nothing else"
-        )
-    ((kind, files),) = chosen.items()
-    if kind == TEXTS:
-        return [("text", folder)]
-    return [("text" if kind == TARS else kind, str(file)) for file in files]
 
 
 def _look_at_column(key: str, column: str, layout: str, path: str) -> str:

@@ -1,19 +1,16 @@
 """`captioning.table` read: for each column of captions where its texts come from, and which files those are."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import MissingFileError, UserError
-from pipelines.raw.caption_files import choose_key_column
-from pipelines.raw.patterns import GLOB, expand_braces
-from pipelines.raw.tables import table_format
-from pipelines.raw.texts import TEXT_FIELDS
+from errors import UserError
+from pipelines.raw import caption_files
+from pipelines.raw.table_rows import require_columns
+from pipelines.raw.texts import split_place
 from pipelines.store.files import is_remote
-from pipelines.store.remote import list_urls
 
 MAIN_COLUMN = "caption"
-TEXT_SUFFIXES = (".txt", ".caption", ".text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +23,7 @@ class TextAddress:
         own: for texts of the samples themselves, the name of the text, or nothing for the text that came with the
             image; None where they are in files.
         files: path, glob, folder or URL.
-        key_column, text_column: of a table; None is the first of those there are.
+        key_column, text_column: of a table; None is the first there is. `captions[1]` is the second text of a list.
     """
 
     column: str
@@ -82,62 +79,37 @@ def parse_address(column: str, text: str) -> TextAddress:
 def find_files(address: TextAddress) -> list[str]:
     """Return the files that an address means, sorted: tables, tars and folders of texts.
 
-    A folder with tables in it and no texts is its tables.
+    Of a folder it is what is in it, and the folder itself if it holds texts.
 
     Raises:
-        MissingFileError: there are none; names the key.
+        MissingFileError, UserError: there are none, or not of every part of a pattern; names the key.
     """
-    pattern = address.files
-    if is_remote(pattern):
-        found = [
-            url for part in expand_braces(pattern) for url in (list_urls(part) if set(part) & set(GLOB) else [part])
-        ]
-    else:
-        path = Path(pattern.removeprefix("file://")).expanduser()
-        found = [str(path)] if path.exists() else _match(str(path))
-    found = [file for path in found for file in _tables_of(path)]
-    if not found:
-        raise MissingFileError(f"{address.key}: there is no such file")
+    found: list[str] = []
+    for path in caption_files.find_files(address.key, address.files):
+        if is_remote(path) or not Path(path).is_dir():
+            found.append(path)
+        else:
+            found += [file for _, file in caption_files.captions_in_folder(address.key, path)]
     return sorted(found)
 
 
-def _match(pattern: str) -> list[str]:
-    matched = []
-    for part in expand_braces(pattern):
-        path = Path(part)
-        matched += [str(found) for found in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))]
-    return matched
-
-
-def _tables_of(path: str) -> list[str]:
-    folder = Path(path)
-    if is_remote(path) or not folder.is_dir():
-        return [path]
-    tables = [str(file) for file in folder.iterdir() if table_format(file.name) not in (None, "lines")]
-    return tables if tables and next(text_files(folder), None) is None else [path]
-
-
-def text_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of texts in a folder and those below it."""
-    for file in folder.rglob("*"):
-        if file.suffix.lower() in TEXT_SUFFIXES and not file.name.startswith("."):
-            yield file
-
-
-def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> tuple[str, str]:
-    """Return which columns of a table hold keys and texts.
+def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> tuple[str, str, int]:
+    """Return which columns of a table hold keys and texts, and which text of a list counts, 0 for the first.
 
     Raises:
-        UserError: there are none; names the file and its columns.
+        UserError: there are none; names the key, the file and its columns.
     """
-    key = address.key_column or choose_key_column(columns)
-    text = address.text_column or next((name for name in TEXT_FIELDS if name in columns and name != key), None)
-    for kind, name in (("keys", key), ("texts", text)):
-        if name is None or name not in columns:
-            wanted = f"no column {name!r}" if name else f"no column of {kind} that is known by its name"
+    try:
+        key = address.key_column or caption_files.choose_key_column(columns)
+        if key is None:
             raise UserError(
-                f"{address.key}: {file} has {wanted}; its columns are {', '.join(columns)}: "
-                f"write {address.files}#key,text"
+                f"{file}: none of its columns is known as that of the keys, such as key, path, image or id; "
+                f"columns are {', '.join(columns)}"
             )
-    assert key is not None and text is not None, "raised above"
-    return key, text
+        others = [name for name in columns if name != key]
+        text = address.text_column or caption_files.choose_text_column(file, others)
+        name, place = (text, 0) if text in columns else split_place(text)
+        require_columns(file, [key, name], columns)
+    except UserError as error:
+        raise UserError(f"{address.key}: {error}; write {address.files}#key,text") from None
+    return key, name, place

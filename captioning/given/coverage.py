@@ -9,7 +9,7 @@ import numpy as np
 from captioning.given.addresses import TextAddress, read_addresses
 from captioning.given.index import AMBIGUOUS, IndexFacts, TextIndex, open_index
 from captioning.given.loader import GivenColumn
-from captioning.given.places import sample_place
+from captioning.given.places import sample_places
 from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger, progress_bar
@@ -96,9 +96,9 @@ def _check_index(
     with progress_bar("captioning keys", sum(source.num_samples for source in sources)) as progress:
         for shard_number, source in enumerate(sources, start=1):
             with open_shard(source.path, reading, run=run, identity=source.identity) as raw:
-                names = [(sample.key, sample_place(raw.name, sample.key)) for sample in raw.samples]
-            for name, place in names:
-                found = index.find(place)
+                names = [(sample.key, sample_places(raw.name, sample.key)) for sample in raw.samples]
+            for name, places in names:
+                found = index.find(places)
                 num_samples += 1
                 num_ambiguous += found.fault == AMBIGUOUS
                 if found.number is not None:

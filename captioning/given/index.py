@@ -22,7 +22,7 @@ from pipelines.store.files import atomic_file, discard, is_remote, remove_tempor
 
 FOLDER = ".texts"
 # Raised when rows are read or placed in another way.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_AT_ONCE = 10_000
 CACHE_KIBIBYTES, MAPPED_BYTES = 200_000, 1 << 40
 # Of rows below a sample's place: more are of as many images in other folders.
@@ -92,9 +92,10 @@ class TextIndex:
         row = self._database.execute("SELECT place FROM rows WHERE place NOT NULL LIMIT 1").fetchone()
         return _name(row[0]) if row else ""
 
-    def find(self, place: str) -> Found:
-        """Return what there is for the sample at a place, see `sample_place`."""
-        rows = self._candidates(place)
+    def find(self, places: Sequence[str]) -> Found:
+        """Return what there is for a sample, at the first of its places that has rows, see `sample_places`."""
+        found = ((place, self._candidates(place)) for place in places)
+        place, rows = next(((place, rows) for place, rows in found if rows), ("", []))
         if not rows:
             return Found(fault=NO_CAPTION)
         best = choose_rows(rows, place)
@@ -135,7 +136,8 @@ def open_index(address: TextAddress, run: Path) -> tuple[Path, IndexFacts]:
         with atomic_file(path) as temporary:
             facts = _build(address, files, stamps, temporary)
     if not facts.num_rows:
-        raise UserError(f"{address.key}: there is no row in it")
+        named = f" that has a text {address.text_column!r}" if address.text_column else ""
+        raise UserError(f"{address.key}: there is no row in it{named}")
     _say_faults(address, facts)
     return path, facts
 

@@ -11,7 +11,7 @@ from captioning.config import CaptioningConfig
 from captioning.engines.protocol import Caption
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.index import NO_CAPTION, Found, TextIndex
-from captioning.given.places import sample_place
+from captioning.given.places import sample_places
 from captioning.loading import LoadedSample, SampleLoader
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.samples import RawSample
@@ -44,7 +44,7 @@ class GivenTexts:
 
     def _find(self, column: GivenColumn, raw: RawShard, sample: RawSample) -> Found:
         if column.name in self._indexes:
-            return self._indexes[column.name].find(sample_place(raw.name, sample.key))
+            return self._indexes[column.name].find(sample_places(raw.name, sample.key))
         try:
             text = raw.named_text(sample, column.own) if column.own else raw.text(sample)
         except SampleReject as reject:

@@ -7,9 +7,7 @@ begins with the other, whole parts compared.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.raw.samples import IMAGE_EXTENSIONS, split_at_extension
-
-KNOWN_EXTENSIONS = (*sorted(IMAGE_EXTENSIONS), "txt", "caption", "text")
+from pipelines.raw.caption_files import key_of_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +25,19 @@ def place_of(name: str) -> str:
     name = name.strip().replace("\\", "/")
     if "://" in name:
         name = name.partition("://")[2].partition("?")[0]
-    stem, extension = split_at_extension(name)
-    if extension.lower().rpartition(".")[2] in KNOWN_EXTENSIONS:
-        name = stem
+    return _place(key_of_path(name))
+
+
+def sample_places(shard: str, key: str) -> list[str]:
+    """Return the places of a sample, the one that counts first: its key's, and behind that its shard.
+
+    Of a key that is the name of a file, as of a row with `000.jpg`, the second is what a row calls by that name.
+    """
+    return list(dict.fromkeys(_place(f"{shard}/{name}") for name in (key, key_of_path(key))))
+
+
+def _place(name: str) -> str:
     return "/".join(reversed([part for part in name.split("/") if part not in ("", ".")]))
-
-
-def sample_place(shard: str, key: str) -> str:
-    """Return the place of a sample: its key's, and behind that its shard."""
-    return "/".join(reversed([part for part in (shard, *key.split("/")) if part not in ("", ".")]))
 
 
 def beginnings(place: str) -> list[str]:

@@ -1,25 +1,35 @@
 """The rows of a source of texts, one after the other: tables, tars of texts, and folders of text files."""
 
 import hashlib
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.given.addresses import TextAddress, choose_columns, text_files
+from captioning.given.addresses import TextAddress, choose_columns
 from captioning.given.places import place_of
+from errors import UserError
+from pipelines.engine.progress import get_logger
+from pipelines.raw.caption_files import TARS, kind_of_file, text_files
 from pipelines.raw.images import SampleReject
+from pipelines.raw.reading import UnreadableShardError
+from pipelines.raw.samples import split_at_extension
 from pipelines.raw.shards import open_shard
 from pipelines.raw.table_rows import key_of_cell, text_of_cell
 from pipelines.raw.tables import open_table, require_sound
+from pipelines.raw.texts import decode_caption
 from pipelines.store.files import is_remote, open_ranges
 
 NUM_READERS = 16
 FILES_AT_ONCE = 4096
 EVERY_ROW = range(sys.maxsize)
 NO_KEY, NO_TEXT = "no_key", "no_text"
+MAX_NAMED = 3
+
+log = get_logger("captioning")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +47,7 @@ def stamp_of(file: str) -> str | None:
         with open_ranges(file) as opened:
             return opened.stamp
     digest = hashlib.sha256()
-    for path in sorted(text_files(Path(file))):
+    for path in itertools.chain.from_iterable(text_files(file).values()):
         status = path.stat()
         digest.update(f"{path.relative_to(file)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="replace"))
     return digest.hexdigest()
@@ -50,24 +60,33 @@ def read_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
         UserError, StorageError: it cannot be read, or lacks a column; names it.
     """
     if not is_remote(file) and Path(file).is_dir():
-        return _folder_rows(Path(file))
-    return _tar_rows(address, file) if file.lower().endswith(".tar") else _table_rows(address, file)
+        return _folder_rows(address, file)
+    try:
+        kind = kind_of_file(file)
+    except UserError as error:
+        raise UserError(f"{address.key}: {error}") from None
+    if kind == "lines":
+        raise UserError(f"{address.key}: {file} has texts and no keys: name the folder of such files, or a table")
+    return _tar_rows(address, file) if kind == TARS else _table_rows(address, file)
 
 
 def _table_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
     with open_table(file) as table:
         require_sound(table)
-        key, text = choose_columns(address, table.columns, file)
-        for row in table.rows(EVERY_ROW, [key, text]):
-            yield _row(row.values.get(key), row.values.get(text)) if row.reject is None else SourceRow(fault=row.reject)
+        key, text, text_place = choose_columns(address, table.columns, file)
+        for row in table.rows(EVERY_ROW, list(dict.fromkeys((key, text)))):
+            if row.reject is None:
+                yield _row(row.values.get(key), row.values.get(text), text_place)
+            else:
+                yield SourceRow(fault=row.reject)
 
 
-def _row(key: Any, text: Any) -> SourceRow:
+def _row(key: Any, text: Any, text_place: int) -> SourceRow:
     place = "" if key is None or isinstance(key, dict | list) else place_of(key_of_cell(key))
     if not place:
         return SourceRow(fault=NO_KEY)
     try:
-        return _placed(place, text_of_cell(text))
+        return _placed(place, text_of_cell(text, text_place))
     except SampleReject as reject:
         return SourceRow(place=place, fault=reject.reason)
 
@@ -78,22 +97,48 @@ def _placed(place: str, text: str | None) -> SourceRow:
 
 def _tar_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
     name = address.text_column
-    with open_shard(file) as shard:
-        for sample in shard.samples:
-            place = place_of(sample.key)
-            try:
-                text = shard.named_text(sample, name) if name is not None else shard.text(sample)
-            except SampleReject as reject:
-                yield SourceRow(place=place, fault=reject.reason)
-                continue
-            if text is not None:
-                yield _placed(place, text)
+    try:
+        with open_shard(file) as shard:
+            if shard.fault is not None:
+                log.warning(f"{file}: {shard.fault}")
+            for names in filter(None, (shard.unusable, shard.strays)):
+                log.warning(f"{file}: {len(names):,} members are no samples, such as {', '.join(names[:MAX_NAMED])}")
+            for sample in shard.samples:
+                place = place_of(sample.key)
+                try:
+                    text = shard.named_text(sample, name) if name is not None else shard.text(sample)
+                except SampleReject as reject:
+                    yield SourceRow(place=place, fault=reject.reason)
+                    continue
+                if text is not None:
+                    yield _placed(place, text)
+    except UnreadableShardError as error:
+        raise UserError(f"{address.key}: {error}") from None
 
 
-def _folder_rows(folder: Path) -> Iterator[SourceRow]:
-    files = sorted(text_files(folder))
+def _folder_rows(address: TextAddress, folder: str) -> Iterator[SourceRow]:
+    named = address.text_column
+    found = {
+        key: [file for file in files if named is None or _is_called(file, named)]
+        for key, files in text_files(folder).items()
+    }
+    keys = [key for key, files in found.items() if files]
     with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="texts") as pool:
-        for start in range(0, len(files), FILES_AT_ONCE):
-            some = files[start : start + FILES_AT_ONCE]
-            for path, data in zip(some, pool.map(Path.read_bytes, some), strict=True):
-                yield _row(path.relative_to(folder).as_posix(), data)
+        for start in range(0, len(keys), FILES_AT_ONCE):
+            some = keys[start : start + FILES_AT_ONCE]
+            yield from pool.map(_file_row, some, (found[key] for key in some))
+
+
+def _is_called(file: Path, name: str) -> bool:
+    extension = split_at_extension(file.name)[1].lower()
+    return name in (extension, extension.partition(".")[0])
+
+
+def _file_row(key: str, files: Sequence[Path]) -> SourceRow:
+    """The row of a key with some files, of which the first that has a text counts, as in a raw shard."""
+    place = place_of(key_of_cell(key))
+    try:
+        text = next(filter(None, (decode_caption(file.read_bytes()) for file in files)), None)
+    except SampleReject as reject:
+        return SourceRow(place=place, fault=reject.reason)
+    return _placed(place, text)

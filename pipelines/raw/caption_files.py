@@ -97,6 +97,37 @@ def files_by_kind(folder: str) -> dict[str, list[Path]]:
     return {kind: sorted(files) for kind, files in sorted(kinds.items())}
 
 
+def captions_in_folder(key: str, folder: str, *, layout: str = "auto") -> list[tuple[str, str]]:
+    """Return kind and path of what a folder holds: its tables, its tars ("text"), or itself if it holds texts.
+
+    Args:
+        key: of the recipe; errors begin with it.
+        layout: the kind that is meant, or "auto".
+
+    Raises:
+        UserError: it holds several kinds of them, or none; names some.
+    """
+    kinds = files_by_kind(folder)
+    wanted = {"auto": set(kinds), "text": {TEXTS, TARS}}.get(layout, {layout})
+    chosen = {kind: files for kind, files in kinds.items() if kind in wanted}
+    if not chosen:
+        others = f"; it holds {', '.join(kinds)}" if kinds else ""
+        of_layout = "" if layout == "auto" else f" of layout {layout}"
+        raise MissingFileError(f"{key}: {folder} holds no captions{of_layout}{others}")
+    if len(chosen) > 1:
+        some = " and ".join(
+            f"{kind} ({readable_name(str(files[0].relative_to(folder)))})" for kind, files in chosen.items()
+        )
+        raise UserError(
+            f"{key}: {folder} holds {some}, and only one of them can be meant: name its files, such as "
+            f"{folder}/*{next(iter(chosen.values()))[0].suffix}, or a folder that has nothing else"
+        )
+    ((kind, files),) = chosen.items()
+    if kind == TEXTS:
+        return [(TEXTS, folder)]
+    return [(TEXTS if kind == TARS else kind, str(file)) for file in files]
+
+
 def kind_of_file(path: str) -> TableFormat | str:
     """Return the kind of a file of captions: the format of a table, or "tar".
 

@@ -33,14 +33,16 @@ class TableRow(NamedTuple):
     reject: str | None = None
 
 
-def text_of_cell(value: Any) -> str | None:
-    """Return a cell as a text without the white space around it; of a list of texts the first one.
+def text_of_cell(value: Any, place: int = 0) -> str | None:
+    """Return a cell as a text without the white space around it; of a list of texts that at `place`.
 
     Raises:
         SampleReject: `not_utf8`, or `not_text`: it is a number, an object or the like.
     """
     if isinstance(value, list | tuple):
-        value = value[0] if value else None
+        value = value[place] if place < len(value) else None
+    elif place:
+        return None
     if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
         return None
     if isinstance(value, bytes):
