@@ -1,7 +1,13 @@
 """A folder loses no image and makes up no row: files of one name, metadata of odd names, data beside data."""
 
+import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.raw.patterns import expand_shards
 from pipelines.raw.shards import open_shard
 
 
@@ -58,3 +64,50 @@ def test_images_of_one_name_with_texts_of_their_own_are_samples_each(tmp_path) -
         "f": (None, b"f.jpg", "f.jpg.txt"),
         "g": ("several_images", None, None),
     }
+
+
+IMAGE_ROWS, CAPTION_ROWS = {"image": [b"image"]}, {"key": ["a"], "caption": ["a dog"]}
+# Files of a folder, which of them are read, and what is said of the others.
+BESIDE = {
+    "tars below": (("a.tar", "sub/b.tar"), ["a.tar"], "1 tars, which are read, and beside them 1 tars (sub/b.tar)"),
+    "rows by tars": (
+        *(("a.tar", "d.parquet", "sub/e.parquet"), ["a.tar"]),
+        "1 tars, which are read, and beside them 2 Parquet or Arrow files (d.parquet, ...)",
+    ),
+    "rows below": (
+        *(("d.parquet", "data/e.parquet", "sub/b.tar", ".x/f.parquet"), ["d.parquet"]),
+        "1 Parquet or Arrow files, which are read, and beside them 1 tars (sub/b.tar) and 1 Parquet or Arrow files "
+        "(data/e.parquet)",
+    ),
+    "images by rows": (
+        *(("photos/x.jpg", "photos/y.jpg", "a/d.parquet", "a/z/more.jpg"), ["a/d.parquet"]),
+        "1 Parquet or Arrow files, which are read, and beside them 3 images (a/z/more.jpg, ...)",
+    ),
+    "captions by rows": (
+        *(("a_captions.parquet", "b.parquet", "run/captions/c_captions.parquet"), ["b.parquet"]),
+        "1 Parquet or Arrow files, which are read, and beside them 1 Parquet or Arrow files (a_captions.parquet)",
+    ),
+    "rows by images": (
+        *(("a/x.jpg", "a/y.jpg", "b/d.parquet", "b/t.tar"), ["."]),
+        "2 images, which are read, and beside them 1 tars (b/t.tar) and 1 Parquet or Arrow files (b/d.parquet)",
+    ),
+    "all is read": (("train/d.parquet", "test/e.parquet"), ["test/e.parquet", "train/d.parquet"], ""),
+    "images alone": (("x.jpg", "a/y.jpg", "metadata.parquet", "captions.parquet"), ["."], ""),
+    "a table of images": (("images/x.jpg", "captions.parquet"), ["captions.parquet"], ""),
+}
+
+
+@pytest.mark.parametrize("layout", BESIDE)
+def test_what_is_left_out_beside_shards_is_said(tmp_path, layout, caplog, monkeypatch) -> None:
+    names, expected, said = BESIDE[layout]
+    put(tmp_path / "set", *names)
+    for name in names:
+        if name.endswith(".parquet"):
+            pq.write_table(pa.table(CAPTION_ROWS if "captions" in name else IMAGE_ROWS), tmp_path / "set" / name)
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        found = expand_shards(str(tmp_path / "set"))
+    assert sorted(str(Path(path).relative_to(tmp_path / "set")) for path in found) == expected
+    warnings = {record.getMessage() for record in caplog.records}
+    assert len(warnings) == bool(said)
+    assert all(f"{said}, which are not; name them" in warning for warning in warnings)

@@ -324,7 +324,7 @@ def test_what_a_folder_holds_decides_what_is_read(tmp_path, samples, caplog, mon
     monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert [shard_name(path) for path in expand_shards(str(tmp_path / "photos"))] == ["a"]
-    assert "has 1 tars, which are read, and 3 images beside them, which are not" in caplog.text
+    assert "has 1 tars, which are read, and beside them 3 images (0000.png, ...), which are not" in caplog.text
     (tmp_path / "tars" / "x").mkdir(parents=True)
     write_tar(tmp_path / "tars" / "x" / "a.tar", [("a.jpg", b"x")])
     with pytest.raises(UserError, match=r"has no tar of its own, .* type '.*/tars/\*/\*\.tar'"):

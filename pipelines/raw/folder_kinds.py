@@ -11,6 +11,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.folder_shards import METADATA_NAMES
 from pipelines.raw.image_columns import image_column
 from pipelines.raw.reading import AS_IT_COMES
+from pipelines.raw.samples import STRAY_FOLDERS
 from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.tables import table_format
 from pipelines.store.tables import MEND_USERS, sound_table
@@ -20,6 +21,8 @@ FILES_NAMED = 3
 ROW_SUFFIXES = (".parquet", ".pq", ".arrow")
 # What `datasets` keeps beside its own files.
 CACHE_PREFIXES = ("cache-", "tmp")
+# What a folder may be read as.
+TARS, ROWS, IMAGES = "tars", "Parquet or Arrow files", "images"
 
 log = get_logger("shards")
 
@@ -28,7 +31,7 @@ def shards_in(folder: str) -> list[str]:
     """Return the raw shards of a local folder, looking deeper as long as there is nothing.
 
     Its tars; else the Parquet and Arrow files with images, here or in folders of splits; else, if there are images,
-    the folder itself.
+    the folder itself. What is there beside these is counted in a warning.
 
     Raises:
         MissingFileError: there is nothing of them; says what there is.
@@ -38,16 +41,20 @@ def shards_in(folder: str) -> list[str]:
     for depth in range(MAX_DEPTH):
         level = _Level(folders)
         if depth == 0 and level.tars:
-            _warn_of_images(folder, len(level.tars))
+            _warn_of_rest(folder, TARS, level.tars)
             return level.tars
         if level.tars:
             example = "/".join([folder.rstrip("/"), *["*"] * depth, "*.tar"])
             raise UserError(
                 f"data.shards: {folder} has no tar of its own, but {level.tars[0]} and others below: type '{example}'"
             )
-        if level.rows and not (level.has_images and not _has_image_column(level.rows[0])):
-            return level.rows
+        with_images = [path for path in level.rows if _has_image_column(path)]
+        if rows := with_images or ([] if level.has_images else level.rows):
+            if with_images:  # tables of paths name the images beside them
+                _warn_of_rest(folder, ROWS, rows, others=[path for path in level.rows if path not in {*rows}])
+            return rows
         if level.has_images:
+            _warn_of_rest(folder, IMAGES, [])
             return [folder]
         tables += level.tables
         folders = level.folders
@@ -83,11 +90,12 @@ class _Level:
             name = entry.name.lower()
             if entry.name.startswith("."):
                 continue
-            if is_image_name(entry.name):
+            kind = _kind(entry.name)
+            if kind == IMAGES:
                 self.has_images = True
-            elif name.endswith(".tar"):
+            elif kind == TARS:
                 self.tars.append(entry.path)
-            elif name.endswith(ROW_SUFFIXES) and name not in METADATA_NAMES and not name.startswith(CACHE_PREFIXES):
+            elif kind == ROWS:
                 self.rows.append(entry.path)
             elif table_format(entry.name) not in (None, "lines") and name not in METADATA_NAMES:
                 self.tables.append(entry.path)
@@ -95,21 +103,57 @@ class _Level:
                 self.folders.append(entry.path)
 
 
+def _kind(name: str) -> str | None:
+    lower = name.lower()
+    if is_image_name(name):
+        return IMAGES
+    if lower.endswith(".tar"):
+        return TARS
+    is_rows = lower.endswith(ROW_SUFFIXES) and lower not in METADATA_NAMES and not lower.startswith(CACHE_PREFIXES)
+    return ROWS if is_rows else None
+
+
 def _has_image_column(path: str) -> bool:
+    """Whether a file may have images in a column: one that is damaged, or has several such columns, says so later."""
     if not path.lower().endswith((".parquet", ".pq")):
         return True
-    with sound_table(path, mend=MEND_USERS):
-        return image_column(pq.read_schema(path), AS_IT_COMES, where=path) is not None
+    try:
+        with sound_table(path, mend=MEND_USERS):
+            return image_column(pq.read_schema(path), AS_IT_COMES, where=path) is not None
+    except UserError:
+        return True
 
 
-def _warn_of_images(folder: str, num_tars: int) -> None:
-    """Say how many images lie beside tars, which alone are read."""
-    num_images = sum(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
-    if num_images:
-        log.warning(
-            f"data.shards: {folder} has {num_tars:,} tars, which are read, and {num_images:,} images beside them, "
-            "which are not; name their own folder, or move them into one"
-        )
+def _warn_of_rest(folder: str, kind: str, shards: Sequence[str], *, others: Sequence[str] = ()) -> None:
+    """Say what a folder has beside what is read of it.
+
+    Args:
+        kind: what is read: `shards`, or all images.
+        others: files of rows beside the shards that have no images.
+    """
+    known, num_images = {*shards, *others}, 0
+    left: dict[str, list[str]] = {IMAGES: [], TARS: [], ROWS: list(others)}
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in STRAY_FOLDERS)
+        for name in sorted(names):
+            found, path = _kind(name), f"{place.rstrip('/')}/{name}"
+            if found is None or name.startswith(".") or path in known:
+                continue
+            if found == kind == IMAGES:
+                num_images += 1
+            elif found != ROWS or _has_image_column(path):
+                left[found].append(path)
+    if not any(left.values()):
+        return
+    listed = [
+        f"{len(paths):,} {what} ({os.path.relpath(paths[0], folder)}{', ...' if len(paths) > 1 else ''})"
+        for what, paths in left.items()
+        if paths
+    ]
+    log.warning(
+        f"data.shards: {folder} has {num_images or len(shards):,} {kind}, which are read, and beside them "
+        f"{' and '.join(listed)}, which are not; name them, or their own folder, too"
+    )
 
 
 def refuse_images(paths: Sequence[str]) -> None:
