@@ -175,6 +175,17 @@ def test_keys_that_are_names_of_files_are_matched_as_rows_of_them(run, monkeypat
         assert found == dict(zip(keys, pairs.values(), strict=True)), table
 
 
+def test_columns_are_known_in_any_case(run, monkeypatch) -> None:
+    pq.write_table(pa.table({"Image": [encode(photo(1))], "Key": ["a"], "CAPTION": ["own"]}), run / "up.parquet")
+    (run / "up.csv").write_text("FileName,Caption\na.jpg,given\n")
+    table = '{caption = "{run}/up.csv", own = "#"}'
+    command(run, table, f"data.shards={run}/up.parquet", monkeypatch=monkeypatch)
+    assert [(key, row["caption"], row["own"]) for key, row in rows_of(run, "up").items()] == [("a", "given", "own")]
+    (run / "a.jpg").write_bytes(encode(photo(1)))
+    command(run, '{caption = "#"}', f"data.shards={run}/up.csv", monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "up").values()] == ["given"]
+
+
 def test_a_text_of_a_list_is_named_by_its_place(run, monkeypatch) -> None:
     lists = [["first", "second"], ["alone"], None]
     pq.write_table(pa.table({"key": ["sa_0", "sa_1", "sa_2"], "captions": lists}), run / "lists.parquet")

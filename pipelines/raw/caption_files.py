@@ -5,17 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.raw.column_names import SAMPLE_NAMES, TEXT_NAMES, known_column
 from pipelines.raw.patterns import expand_braces, match_urls
 from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
 from pipelines.raw.tables import TABLES, TableFormat, table_format
-from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS, text_members
+from pipelines.raw.texts import TEXT_EXTENSIONS, text_members
 from pipelines.store.files import is_remote
 
-# Columns of a table that say of which sample a row is, the one that counts first.
-KEY_COLUMNS = (
-    *("key", "__key__", "path", "file_name", "filename", "file", "image", "image_path", "img_path"),
-    *("image_id", "id", "sample_id"),
-)
 FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
 # What `datasets` writes of a folder of tables.
 NO_TABLES = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json", re.IGNORECASE)
@@ -25,7 +21,7 @@ TEXTS, TARS = "text", "tar"  # kinds of files of captions that are no tables
 
 def choose_key_column(columns: Sequence[str]) -> str | None:
     """Return the column of a table that is the key of its rows, known by its name, or None."""
-    return next((name for name in KEY_COLUMNS if name in columns), None)
+    return known_column(SAMPLE_NAMES, columns)
 
 
 def choose_text_column(path: str, columns: Sequence[str]) -> str:
@@ -34,11 +30,10 @@ def choose_text_column(path: str, columns: Sequence[str]) -> str:
     Raises:
         UserError: there is none; names the columns there are.
     """
-    names = {name.lower(): name for name in reversed(columns)} | {name: name for name in columns}
-    found = next((names[name] for name in (*TEXT_FIELDS, *map(str.lower, TEXT_FIELDS)) if name in names), None)
+    found = known_column(TEXT_NAMES, columns)
     if found is None:
         raise UserError(
-            f"{path}: none of its columns is known as that of the texts, such as {', '.join(TEXT_FIELDS[:3])}; columns "
+            f"{path}: none of its columns is known as that of the texts, such as {', '.join(TEXT_NAMES[:3])}; columns "
             f"are {', '.join(columns) or 'none'}: name one of them"
         )
     return found

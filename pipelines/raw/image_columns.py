@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from errors import UserError
+from pipelines.raw.column_names import PATH_NAMES, URL_NAMES, known_column
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 
@@ -15,10 +16,6 @@ KEY = "data.image_column"
 # Of several columns with bytes the first of these is the image.
 IMAGE_NAMES = ("image", "img", "picture", "photo", "image_bytes", "img_bytes", "bytes", "content", "binary", "data")
 IMAGE_NAMES += tuple(sorted(IMAGE_EXTENSIONS))
-# Names of a column with a path, the likeliest first.
-PATH_NAMES = ("file_name", "image_file_name", "image_path", "img_path", "image_file", "path", "file_path", "filepath")
-PATH_NAMES += ("filename", "file", "image", "img", "image.path", "key")
-URL_NAMES = ("url", "image_url", "img_url", "URL", "__url__")
 
 
 class ImageColumn(NamedTuple):
@@ -86,15 +83,15 @@ def path_column(columns: Sequence[str], reading: Reading, *, where: str) -> str:
         if reading.image_column not in columns:
             raise UserError(f"{where}: {KEY} = {reading.image_column!r} is no column; columns are {', '.join(columns)}")
         return reading.image_column
-    for name in PATH_NAMES:
-        if name in columns:
-            return name
+    # Of an object of JSON by path the path is called the key.
+    if (known := known_column((*PATH_NAMES, "key"), columns)) is not None:
+        return known
     named = [column for column in columns if column.endswith("_file_name")]
     if len(named) == 1:
         return named[0]
-    if addresses := [column for column in columns if column in URL_NAMES]:
+    if (addresses := known_column(URL_NAMES, columns)) is not None:
         raise UserError(
-            f"{where} has addresses ({addresses[0]}) and no images: download them first, as img2dataset does, and name "
+            f"{where} has addresses ({addresses}) and no images: download them first, as img2dataset does, and name "
             "its tars"
         )
     raise UserError(

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 
 from errors import UserError
 from pipelines.raw.arrow_tables import ARROW_FILE
+from pipelines.raw.column_names import TEXT_NAMES
 from pipelines.raw.folder_shards import MISSING_IMAGE_FILE
 from pipelines.raw.image_columns import ImageColumn, image_column
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
-from pipelines.raw.row_texts import TEXT_COLUMNS, RowTexts, row_keys
+from pipelines.raw.row_texts import RowTexts, row_keys
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
@@ -37,7 +38,7 @@ BUFFER_BYTES = 1 << 20
 TAIL_BYTES = 512
 MAX_COLUMN_BYTES = 4 << 20
 STEP_BYTES = 64 << 10
-TEXT_NAMES = frozenset(name.lower() for name in TEXT_COLUMNS)
+LOWER_TEXT_NAMES = frozenset(map(str.lower, TEXT_NAMES))
 
 
 class ImageCells(Protocol):
@@ -306,7 +307,7 @@ def _num_hashed(leaf: Any, column: ImageColumn) -> int:
     """Return how many bytes at the end of a column of Parquet are part of the identity, in each row group."""
     if leaf.path in (column.name, f"{column.name}.bytes"):
         return TAIL_BYTES
-    is_text = leaf.logical_type.type in ("STRING", "JSON") or leaf.path.partition(".")[0].lower() in TEXT_NAMES
+    is_text = leaf.logical_type.type in ("STRING", "JSON") or leaf.path.partition(".")[0].lower() in LOWER_TEXT_NAMES
     return sys.maxsize if is_text else MAX_COLUMN_BYTES
 
 
@@ -315,7 +316,7 @@ def _add_arrow_texts(digest: Any, path: str, column: ImageColumn) -> None:
         names = [
             field.name
             for field in reader.schema
-            if field.name != column.name and (field.name.lower() in TEXT_NAMES or _holds_text(field.type))
+            if field.name != column.name and (field.name.lower() in LOWER_TEXT_NAMES or _holds_text(field.type))
         ]
         for batch in reader.read_all().select(names).to_batches(MAX_BATCH_ROWS):
             content = pa.BufferOutputStream()

@@ -7,17 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.raw.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.table_rows import key_of_cell, text_of_cell
 from pipelines.raw.tables import Table, open_table
-from pipelines.raw.texts import TEXT_FIELDS, split_place
+from pipelines.raw.texts import split_place
 
-# What people call the key of a row: a row without one, or two rows with the same, are at fault.
-KEY_COLUMNS = ("key", "__key__")
-# Names of an image, which are keys if each row has its own.
-ID_COLUMNS = ("id", "image_id", "uid", "uuid", "sample_id")
-# As webdataset's members are called where they have become columns.
-TEXT_COLUMNS = (*TEXT_FIELDS, *map(str.lower, TEXT_FIELDS), "txt", *(f"json.{field}" for field in TEXT_FIELDS))
 LABEL_COLUMN = "label"
 MAX_LABEL = 2**31 - 1
 MAX_LABEL_DIGITS = 100
@@ -44,8 +39,7 @@ class RowTexts:
     @functools.cached_property
     def text_columns(self) -> list[str]:
         """The columns that are called as texts are, the one that counts first."""
-        named = {name.lower(): name for name in reversed(self.columns)} | {name: name for name in self.columns}
-        return list(dict.fromkeys(named[name] for name in TEXT_COLUMNS if name in named))
+        return known_columns(TEXT_NAMES, self.columns)
 
     def column(self, name: str) -> list[Any]:
         """Return the cells of a column, None for each row that is at fault or whose table has no such column."""
@@ -122,8 +116,8 @@ def row_keys(table: Table, name: str, *, path_column: str | None = None) -> tupl
     The key is that of a column called so; else an id, or the path in `path_column` below the folder that all are in
     and without extension, if each row has its own; else shard `name` and number of the row.
     """
-    own = next((column for column in KEY_COLUMNS if column in table.columns), None)
-    names = [column for column in ID_COLUMNS if column in table.columns] if own is None else [own]
+    own = known_column(KEY_NAMES, table.columns)
+    names = known_columns(ID_NAMES, table.columns) if own is None else [own]
     names += [path_column] if path_column is not None and path_column not in names else []
     cells: dict[str, list[Any]] = {column: [] for column in names}
     rejects: list[str | None] = []
