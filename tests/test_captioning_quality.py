@@ -68,21 +68,29 @@ def test_boilerplate_is_stripped_beside_the_raw_caption() -> None:
         assert judged["caption"] == (PROSE.replace("The image features a", "A") if strip else PROSE)
 
 
-def test_a_prompt_is_found_by_shard_name_then_dialect_then_default() -> None:
+def test_a_prompt_is_found_by_shard_name_else_it_is_that_with_the_text() -> None:
     prompts = {"default": "d", "img2dataset": "i {alt_text}", "hq_*": "h"}
-    assert template_for("hq_00000", "img2dataset", prompts) == "h"
-    assert template_for("laion_00000", "img2dataset", prompts) == "i {alt_text}"
-    assert template_for("sa_000000", "sa1b", prompts) == "d"
+    assert template_for("hq_00000", prompts) == "h"
+    # Of images without a text it is `default`, whatever their shard holds.
+    assert template_for("laion_00000", prompts) == template_for("sa_000000", prompts) == "i {alt_text}"
 
 
 def test_of_several_prompts_that_fit_the_longest_pattern_counts_in_any_order() -> None:
     """The order of a recipe's prompts is in no digest, and so must not decide."""
-    prompts = {"default": "d", "*": "all", "hq_*": "h", "*_00001": "one", "hq_?0*": "b", "hq_*1": "c"}
+    prompts = {
+        "default": "d",
+        "img2dataset": "i",
+        "*": "all",
+        "hq_*": "h",
+        "*_00001": "one",
+        "hq_?0*": "b",
+        "hq_*1": "c",
+    }
     for ordered in (prompts, dict(reversed(prompts.items()))):
-        found = [template_for(name, "sa1b", ordered) for name in ("hq_x", "hq_00000", "hq_00001", "sa_000000")]
+        found = [template_for(name, ordered) for name in ("hq_x", "hq_00000", "hq_00001", "sa_000000")]
         assert found == ["h", "b", "one", "all"]
-        assert template_for("hq_x1", "sa1b", ordered) == "c"
-    assert template_for("ab", "sa1b", {"default": "d", "?b": "last", "a?": "two", "*b": "first"}) == "first"
+        assert template_for("hq_x1", ordered) == "c"
+    assert template_for("ab", {"default": "d", "?b": "last", "a?": "two", "*b": "first"}) == "first"
 
 
 def test_alt_texts_go_into_the_prompt_whole_but_bounded() -> None:

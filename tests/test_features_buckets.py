@@ -12,6 +12,7 @@ from rich.console import Console
 from features import buckets
 from features.jobs import read_inputs
 from pipelines.command import parse_command
+from pipelines.raw.sizes import HEADER_BYTES
 from pipelines.raw.tar_shards import TarMembers
 from pipelines.store.feature_store import load_index
 
@@ -110,9 +111,9 @@ def test_no_pixel_is_decoded_and_large_files_are_not_read(odd, monkeypatch):
     report = buckets.report_buckets(inputs_of(odd, *OVERRIDES))
     assert report.num_images == 10
     # The noise of 160 kB, the JPEG whose size lies behind 200 kB of colour profile, and the long junk.
-    assert sizes.count(buckets.HEADER_BYTES) == 3
+    assert sizes.count(HEADER_BYTES) == 3
     assert [size > 200_000 for size in sizes].count(True) == 1
-    assert all(size <= buckets.HEADER_BYTES or size in (120_000, max(sizes)) for size in sizes)
+    assert all(size <= HEADER_BYTES or size in (120_000, max(sizes)) for size in sizes)
 
 
 def test_crop_and_upscale_of_a_centre_crop_are_exact(tmp_path):

@@ -29,7 +29,8 @@ class LaterData(DataConfig):
 
 def with_later_keys(monkeypatch):
     monkeypatch.setattr("features.config.FeaturesConfig", LaterFeatures)
-    monkeypatch.setattr("features.jobs.DataConfig", LaterData)
+    for module in ("features.jobs", "pipelines.command"):
+        monkeypatch.setattr(f"{module}.DataConfig", LaterData)
 
 
 @pytest.fixture

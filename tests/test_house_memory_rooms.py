@@ -199,9 +199,9 @@ def test_the_app_shows_it_on_the_page():
     gradio = pytest.importorskip("gradio")
     from sampling.app import _draw
 
-    studio: Any = SimpleNamespace(draw=allocate)
-    with pytest.raises(gradio.Error, match="64x64 does not fit the memory of the device: choose a smaller size"):
-        _draw(studio, SimpleNamespace(size="64x64"), on_step=None)  # pyright: ignore[reportArgumentType]
+    studio: Any = SimpleNamespace(choose=lambda checkpoint: None, draw_all=lambda wishes, on_step: allocate())
+    with pytest.raises(gradio.Error, match="the image does not fit the memory of the device: choose a smaller size"):
+        list(_draw(studio, "stage2", [SimpleNamespace(size="64x64")], on_step=None))  # pyright: ignore[reportArgumentType]
 
 
 def test_workers_that_the_machine_ends_are_told_from_a_fault_by_what_to_lower(tmp_path):

@@ -96,7 +96,7 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     missed = _spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
     chosen = missed + _spread([row for row in rows if all(row["hits"])], count - len(missed))
     chosen.sort(key=lambda row: (row["shard"], row["key"]))
-    paths = {shard_name(path): path for path in run_shards(run, data)}
+    paths = {shard_name(path): path for path in run_shards(run, data, is_recipe_typed=True)}
     examples = []
     for shard, group in _by_shard(chosen).items():
         if shard not in paths:
