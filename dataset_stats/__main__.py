@@ -108,7 +108,7 @@ class StatsJob:
         if not self.config.num_gallery_images:
             return None
         addresses = [Address.parse(source.path) for source in self.all_sources]
-        captioned = {shard_name(address.path) for address in addresses if address.layout == "captions"}
+        captioned = {address.shard for address in addresses if address.layout == "captions"}
         raw_shards = sorted(captioned & {shard_name(path) for path in self.raw_shards})
         return {"raw_shards": raw_shards, "max_pixels": self.max_pixels}
 

@@ -16,6 +16,7 @@ from pipelines.raw.caption_files import choose_key_column, key_of_path, text_fil
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
+from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.raw.table_rows import Rows, key_of_cell, pick, require_columns, text_of_cell
 from pipelines.raw.tables import TableFormat, open_table
@@ -78,6 +79,11 @@ class Address:
         sample = self.sample
         drawn = f"{sample.num_chosen}/{sample.num_rows}/{sample.seeds[0]}/{sample.seeds[1]}" if sample else ""
         return ADDRESS_SEPARATOR.join([self.layout, drawn, self.column, self.path])
+
+    @property
+    def shard(self) -> str:
+        """Name of its shard; files of RUN/captions are called after theirs."""
+        return Path(self.path).stem if self.layout == "captions" else shard_name(self.path)
 
     @classmethod
     def parse(cls, text: str) -> Address:

@@ -24,7 +24,7 @@ from pipelines.raw.caption_files import (
     kind_of_file,
     text_files,
 )
-from pipelines.raw.patterns import select_shards
+from pipelines.raw.patterns import select_names, select_shards
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.table_rows import key_of_cell
@@ -100,7 +100,7 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
             continue
         address = Address.parse(source.path)
         # Without the shard's name, shards of one size would all be drawn at the same rows.
-        seeds = (seed, zlib.crc32(shard_name(address.path).encode()))
+        seeds = (seed, zlib.crc32(address.shard.encode()))
         sample = RowSample(num_rows=source.num_samples, num_chosen=num_chosen, seeds=seeds)
         name = f"{source.name}.{num_chosen}-of-{source.num_samples}-seed-{seed}"
         sampled.append(
@@ -112,7 +112,7 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
 def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
     captions, column = inputs.captions, caption_set.column or PIPELINE_COLUMN
     assert captions is not None, "the captions layout needs the captions manifest"
-    shards = select_shards(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
+    shards = select_names(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
     return [
         Source(
             name=f"{shard}.{column}",

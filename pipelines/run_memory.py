@@ -110,21 +110,27 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
     What other commands have noted since stays, but for what was typed anew, and shards that are gone where some are.
     """
     kept = {key: setting for key, setting in keys.items() if setting.is_kept and key != SHARDS_KEY}
+    typed = {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards}
+    # A finished run may lie on a disk that is read-only.
+    if (memory := read_memory(run)) == _with(memory, chosen, kept=kept, typed=typed):
+        return
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK_NAME).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Under its lock, what is left of a killed writer is nobody's.
         remove_temporary_files(run, MEMORY_NAME, is_held=True)
         memory = read_memory(run)
-        recipe = str(chosen.recipe.resolve())
-        former = {} if chosen.replaces and memory.recipe != recipe else memory.settings
-        settings = _uncovered(former, kept) | {key: setting.value for key, setting in kept.items()}
-        typed = {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards}
-        gone = {name for name, path in memory.shards.items() if typed and _is_gone(path)}
-        places = {name: path for name, path in memory.shards.items() if name not in gone} | typed
-        new = RunMemory(recipe=recipe, settings=settings, shards=places)
+        new = _with(memory, chosen, kept=kept, typed=typed)
         if new != memory:
             atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new))
+
+
+def _with(memory: RunMemory, chosen: Chosen, *, kept: Mapping[str, Setting], typed: Mapping[str, str]) -> RunMemory:
+    recipe = str(chosen.recipe.resolve())
+    former = {} if chosen.replaces and memory.recipe != recipe else memory.settings
+    settings = _uncovered(former, kept) | {key: setting.value for key, setting in kept.items()}
+    there = {name: path for name, path in memory.shards.items() if not (typed and _is_gone(path))}
+    return RunMemory(recipe=recipe, settings=settings, shards=there | dict(typed))
 
 
 def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[str]:

@@ -45,7 +45,7 @@ def sample_gallery(
         for source in shard_sources:
             address = Address.parse(source.path)
             if address.layout == "captions":
-                by_shard.setdefault(shard_name(address.path), {})[name] = address
+                by_shard.setdefault(address.shard, {})[name] = address
     if not by_shard or not num_images:
         return []
     rng = random.Random(seed)

@@ -165,13 +165,23 @@ def select_shards(paths: Sequence[str], patterns: Sequence[str], *, key: str) ->
     """Return the paths whose shard name matches one of `patterns` (fnmatch), in the given order.
 
     Raises:
+        UserError: as `select_names`.
+    """
+    by_name = {shard_name(path): path for path in paths}
+    return [by_name[name] for name in select_names(list(by_name), patterns, key=key)]
+
+
+def select_names(names: Sequence[str], patterns: Sequence[str], *, key: str) -> list[str]:
+    """Return the names of shards that match one of `patterns` (fnmatch), in the given order.
+
+    Raises:
         UserError: a pattern matches no shard; names the recipe `key`, the pattern and some of the shards there are.
     """
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths):
-            some = ", ".join(shard_name(path) for path in paths[:3]) or "no shards"
-            raise UserError(f"{key}: pattern {pattern!r} matches none of the {len(paths)} shards ({some}, ...)")
-    return [path for path in paths if any(fnmatch.fnmatchcase(shard_name(path), pattern) for pattern in patterns)]
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(names[:3]) or "no shards"
+            raise UserError(f"{key}: pattern {pattern!r} matches none of the {len(names)} shards ({some}, ...)")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def remember_shards(run: Path, paths: Sequence[str]) -> None:

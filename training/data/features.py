@@ -11,7 +11,7 @@ import pydantic
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError, run_argument
 from pipelines.command import Command
-from pipelines.raw.patterns import select_shards
+from pipelines.raw.patterns import select_names
 from pipelines.recipe import Recipe
 from pipelines.store.families import (
     family_directory,
@@ -242,7 +242,7 @@ def _open_dataset(
     patterns, pattern_key = config.shards, f"{key}.shards"
     if patterns is None:
         patterns, pattern_key = table.shards, f"features.{table_name}.shards"
-    shards = select_shards(sorted(latents.manifest.shards), patterns, key=pattern_key)
+    shards = select_names(sorted(latents.manifest.shards), patterns, key=pattern_key)
     directories = [latents]
     if reads_text:
         columns = [caption.column for caption in table.captions]
@@ -269,7 +269,7 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     if not patterns:
         return list(datasets)
     names = {name for dataset in datasets for name in dataset.shards}
-    chosen = set(select_shards(sorted(names), patterns, key=key))
+    chosen = set(select_names(sorted(names), patterns, key=key))
     for dataset in datasets:
         if chosen.issuperset(dataset.shards):
             raise UserError(f"{key} {list(patterns)} leaves nothing to train on of {dataset.leading}")
@@ -317,7 +317,7 @@ def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: Feat
     own = [dataset for dataset in datasets if dataset.run == str(command.run)]
     if not own:
         return []
-    named = select_shards(sorted(own[0].leading.manifest.shards), table.shards, key="features.shards")
+    named = select_names(sorted(own[0].leading.manifest.shards), table.shards, key="features.shards")
     used = {name for dataset in own for name in [*dataset.shards, *dataset.validation_shards]}
     return [name for name in named if name not in used]
 
