@@ -132,7 +132,7 @@ def test_verify_finds_it_sound_and_knows_all_of_its_files(run: Path) -> None:
     findings = require_sound(run)
     assert findings.others == set()
     unchecked = {re.sub(r"events\..*", "events", path.name) for path in findings.unchecked}
-    assert unchecked == {".lock", ".summary.lock", "events"}
+    assert unchecked == {".lock", ".run.lock", ".summary.lock", "events"}
     found = {folder.kind for folder in find_folders(run)}
     assert found == {
         *(kinds.RUN, kinds.RAW, kinds.CAPTIONS, kinds.STATS, kinds.COUNTS, kinds.FEATURES, kinds.TRAINING),
