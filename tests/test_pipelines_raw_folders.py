@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from errors import UserError
 from pipelines.raw.patterns import expand_shards
-from pipelines.raw.shards import open_shard
+from pipelines.raw.shards import describe_shards, open_shard
 
 
 def put(folder: Path, *names: str) -> Path:
@@ -52,6 +53,21 @@ def test_the_file_that_metadata_name_is_the_sample(tmp_path) -> None:
         "x.png": (None, b"x.png", "xpng"),
         "gone/z": ("missing_image_file", None, "gone"),
     }
+
+
+def test_a_table_names_files_as_people_and_systems_write_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    put(tmp_path, "home/a.jpg", "in/b b.jpg", "in/c.jpg", "in/d\\d.jpg")
+    cells = ("~/a.jpg", f"file://{tmp_path}/in/b%20b.jpg", "in\\c.jpg", "in/d\\d.jpg", "in\\gone.jpg", "~/gone.jpg")
+    (tmp_path / "list.csv").write_text("\n".join(["file_name,text", *(f"{cell},text" for cell in cells)]))
+    samples = list(found(tmp_path / "list.csv").values())
+    assert [image for _, image, _ in samples] == [b"home/a.jpg", b"in/b b.jpg", b"in/c.jpg", b"in/d\\d.jpg", None, None]
+    assert [reject for reject, _, _ in samples[4:]] == ["missing_image_file"] * 2
+    (tmp_path / "list.csv").write_text("file_name,text\nC:\\x\\a.jpg,a\nC:\\x\\in\\b.jpg,b\n")
+    assert list(found(tmp_path / "list.csv")) == ["a", "in/b"]
+    (tmp_path / "list.csv").write_text("file_name,text\n~/a.jpg,a\nhttps://host/b.jpg,b\n")
+    with pytest.raises(UserError, match=r"has addresses, such as https://host/b\.jpg"):
+        describe_shards([str(tmp_path / "list.csv")])
 
 
 def test_images_of_one_name_with_texts_of_their_own_are_samples_each(tmp_path) -> None:

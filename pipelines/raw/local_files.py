@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from urllib.parse import unquote
 
 from errors import StorageError, UserError
 from pipelines.raw.samples import STRAY_FOLDERS, Member, readable_name
@@ -98,6 +99,15 @@ def _place(status: os.stat_result) -> tuple[int, int]:
 
 def _path(folder: str, name: str) -> str:
     return name if name.startswith("/") else f"{folder}/{name}"
+
+
+def local_name(cell: str) -> str:
+    """Return the path that the cell of a table means: one after `file://` is percent-encoded, `~` is the home."""
+    if cell.startswith("file://"):
+        return unquote(cell.removeprefix("file://").removeprefix("localhost"))
+    if cell.startswith("~/"):
+        return f"{Path.home()}/{cell[2:]}"
+    return cell
 
 
 def look_at_files(folder: str, names: Sequence[str]) -> list[FileFacts]:

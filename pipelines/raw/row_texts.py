@@ -159,8 +159,9 @@ def _id_key(cell: Any) -> str | None:
 
 
 def _path_keys(cells: Sequence[Any]) -> list[str | None]:
-    """Return paths as keys: without the folder that all are in, and without extensions."""
-    paths = [key_of_cell(cell).strip().split("/") if isinstance(cell, str) else None for cell in cells]
+    """Return paths as keys: without the folder that all are in, and without extensions; also of paths of Windows."""
+    names = [key_of_cell(cell).strip() if isinstance(cell, str) else None for cell in cells]
+    paths = [name and (name if "/" in name else name.replace("\\", "/")).split("/") for name in names]
     parts = [[part for part in path if part not in ("", ".")] if path else [] for path in paths]
     folders = [path[:-1] for path in parts if path]
     first, last = (min(folders), max(folders)) if folders else ([], [])

@@ -2,11 +2,10 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from pipelines.raw.folder_shards import MISSING_IMAGE_FILE
 from pipelines.raw.image_columns import path_column
-from pipelines.raw.local_files import MISSING, LocalFiles, identify_files, look_at_files
+from pipelines.raw.local_files import MISSING, FileFacts, LocalFiles, identify_files, local_name, look_at_files
 from pipelines.raw.reading import Reading, UnreadableShardError
 from pipelines.raw.row_texts import RowTexts, row_keys
 from pipelines.raw.samples import Member, RawSample
@@ -19,7 +18,7 @@ CHUNK_BYTES = 4 << 20
 
 
 def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHeaders:
-    """Look at the files that a table names, relative to its own folder or absolute.
+    """Look at the files that a table names, relative to its own folder or absolute, also as `file://` or with `~`.
 
     Raises:
         UnreadableShardError: the table is not here, or names addresses; names it.
@@ -34,7 +33,8 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
         column = path_column(table.columns, reading, where=path)
         keys, rejects = row_keys(table, shard_name(path), path_column=column)
     texts = RowTexts([path])
-    names = [_file_name(cell) for cell in texts.column(column)]
+    cells = [cell.strip() if isinstance(cell, str) else "" for cell in texts.column(column)]
+    names = [local_name(cell) for cell in cells]
     if address := next((name for name in names if "://" in name), None):
         raise UnreadableShardError(
             f"{path}: column {column!r} has addresses, such as {address}, and no paths: download the images first, as "
@@ -42,6 +42,7 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
         )
     folder = folder_of(path)
     files = look_at_files(folder, names)
+    _find_windows_paths(folder, files)
     samples = []
     for row, (key, reject, facts) in enumerate(zip(keys, rejects, files, strict=True)):
         extension = facts.name.rpartition(".")[2].lower() or "image"
@@ -79,8 +80,12 @@ def folder_of(path: str) -> str:
     return str(Path(path.removeprefix("file://")).absolute().parent)
 
 
-def _file_name(cell: Any) -> str:
-    return cell.strip() if isinstance(cell, str) else ""
+def _find_windows_paths(folder: str, files: list[FileFacts]) -> None:
+    """Look once more for files that are not there, and that have `\\` in their names, as Windows writes paths."""
+    places = [place for place, facts in enumerate(files) if facts.size == MISSING and "\\" in facts.name]
+    again = look_at_files(folder, [files[place].name.replace("\\", "/") for place in places])
+    for place, facts in zip(places, again, strict=True):
+        files[place] = facts
 
 
 def _content_digest(file: RangeFile) -> str:
