@@ -16,6 +16,7 @@ from training.launch.memory import (
     Demand,
     Shares,
     _container_bytes,
+    _divisors,
     choose_shares,
     describe_bytes,
     machine_bytes,
@@ -80,6 +81,13 @@ def test_fewer_micro_batches_would_not_fit() -> None:
         shares = chosen(demand(), gigabytes)
         fewer = max(n for n in range(1, shares.num_micro_batches) if 11_392 % n == 0)
         assert sum(demand().parts(fewer, shares.kept).values()) > shares.available_bytes >= shares.total_bytes
+
+
+def test_a_share_is_cut_by_all_its_divisors_however_large_it_is() -> None:
+    for number in (1, 36, 97, 11_392):
+        assert _divisors(number) == [each for each in range(1, number + 1) if number % each == 0]
+    with pytest.raises(ValueError, match="less than or equal to 1048576"):
+        StageTraining(network="pixart", global_batch_size=10**12)
 
 
 def test_what_a_stage_was_begun_with_stays_as_long_as_it_fits() -> None:
@@ -209,6 +217,7 @@ def test_numbers_that_hardly_anybody_means_are_said_before_they_cost_anything(tm
     loud = said(num_steps=150_000, global_batch_size=11_392, checkpoint_every=200_000, warmup_steps=150_000)
     assert "34,176,000 epochs over 50 samples: training.stage2.num_steps 150,000 x global_batch_size 11,392" in loud
     assert "global_batch_size 11,392 is more than the 50 samples there are" in loud
+    assert "steps would be" not in said(global_batch_size=60_000), "one step is more than enough of them"
     assert "warmup_steps 150,000 of num_steps 150,000: the learning rate never reaches 0.001" in loud
     assert "checkpoint_every 200,000 of num_steps 150,000: the only checkpoint is the last" in loud
     assert "learning_rate 0.5 is high for AdamW" in said(learning_rate=0.5)

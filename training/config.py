@@ -88,7 +88,7 @@ class StageTraining(TableConfig):
     )
     num_steps: Steers[int] = pydantic.Field(default=1000, ge=1, description="Optimizer steps of the stage")
     global_batch_size: Decides[int] = pydantic.Field(
-        default=64, ge=1, description="Samples of one step, over all ranks and micro-batches"
+        default=64, ge=1, le=2**20, description="Samples of one step, over all ranks and micro-batches"
     )
     gradient_accumulation_steps: Steers[Literal["auto"] | Annotated[int, pydantic.Field(ge=1)]] = pydantic.Field(
         default="auto",

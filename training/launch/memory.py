@@ -3,6 +3,7 @@
 Nothing here needs torch: the launcher says with it what to change where memory is short.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def choose_shares(
     settings = demand.settings
     candidates = [settings.num_micro_batches]
     if settings.gradient_accumulation_steps == "auto":
-        candidates = [number for number in range(1, demand.share + 1) if demand.share % number == 0]
+        candidates = _divisors(demand.share)
     is_open = "auto" in (settings.gradient_accumulation_steps, settings.keep_activations)
     modes = KEPT if settings.keep_activations == "auto" else (settings.kept_activations,)
 
@@ -175,6 +176,12 @@ def choose_shares(
     if best:
         return max(best, key=lambda found: found.micro_batch_size)
     raise UserError(_describe_lack(shares(candidates[-1], modes[-1]), settings, num_ranks=demand.num_ranks))
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of a number from 1 on, found up to its root: a batch may have any size that can be typed."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _largest(

@@ -124,11 +124,12 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
     num_drawn = settings.num_steps * settings.global_batch_size
     num_epochs = num_drawn / preflight.num_samples
     if num_epochs > MANY_EPOCHS:
-        enough = max(1, MANY_EPOCHS * preflight.num_samples // settings.global_batch_size)
+        enough = MANY_EPOCHS * preflight.num_samples // settings.global_batch_size
+        # Where a single step is more than that, fewer of them are no way out.
+        way = f"; {enough:,} steps would be {enough * num_epochs / settings.num_steps:,.0f}" if enough else ""
         log.warning(
             f"{num_epochs:,.0f} epochs over {preflight.num_samples:,} samples: training.{stage}.num_steps "
-            f"{settings.num_steps:,} x global_batch_size {settings.global_batch_size:,} is for more data; "
-            f"{enough:,} steps would be {min(num_epochs, enough * num_epochs / settings.num_steps):,.0f}"
+            f"{settings.num_steps:,} x global_batch_size {settings.global_batch_size:,} is for more data{way}"
         )
     if settings.global_batch_size > preflight.num_samples:
         log.warning(
