@@ -116,6 +116,8 @@ def _translate(subcommand: Subcommand, options: argparse.Namespace) -> list[str]
         flag = subcommand.flag(name)
         if value is None or value is False:
             continue
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{name} is empty: type a value, or leave it out")
         if flag.gives == "word":
             words.append(value)
         elif flag.gives == "switch":

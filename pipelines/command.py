@@ -195,8 +195,10 @@ def run_folder(text: str) -> Path:
     """Return the folder that a user has typed as RUN, with `~` filled in.
 
     Raises:
-        UserError: it is a URL.
+        UserError: it is a URL, or nothing.
     """
+    if not text.strip():
+        raise UserError("RUN (--run) is empty: type a value, or leave it out")
     if is_remote(text):
         raise UserError(
             f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"

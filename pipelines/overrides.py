@@ -31,17 +31,24 @@ class Setting:
         origin: where it was typed, as errors name it: `--set`, `GPUS (--gpus)`, or the file that remembers it.
         is_text: whether the value is taken as it is.
         is_kept: whether it is remembered for the run.
+        is_remembered: whether it is recalled of the run, from the file that `origin` names.
     """
 
     text: str
     origin: str = "--set"
     is_text: bool = False
     is_kept: bool = True
+    is_remembered: bool = False
 
     @property
     def key(self) -> str:
-        """What is before the first `=` outside its quotes."""
-        return _at_equals(self.text)[0].strip()
+        """What is before the first `=` outside its quotes; a part has quotes only where it needs them."""
+        return ".".join(_plain_part(part) for part in DOT.split(_at_equals(self.text)[0].strip()))
+
+    def way_out(self, *, is_value: bool) -> str:
+        """Return what to do where it is wrong and was not typed now, else nothing; `is_value`: its key is right."""
+        other = ", or type another value" if is_value else ""
+        return f"; take it out of {self.origin}{other}" if self.is_remembered else ""
 
     @property
     def value(self) -> str:
@@ -106,7 +113,8 @@ def apply_setting(tables: dict[str, Any], setting: Setting, *, stage: str | None
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise UserError(f"{setting.origin}: {setting.text!r}: {parent} is a value, not a table")
+            way_out = setting.way_out(is_value=False)
+            raise UserError(f"{setting.origin}: {setting.text!r}: {parent} is a value, not a table{way_out}")
     node[key] = value
     return (*parents, key)
 
@@ -117,6 +125,14 @@ def _at_equals(setting: str) -> tuple[str, str, str]:
     if match is None:
         return setting.partition("=")
     return setting[: match.end() - 1], "=", setting[match.end() :]
+
+
+def _plain_part(part: str) -> str:
+    inside = part[1:-1]
+    is_quoted = len(part) > 1 and part[0] in QUOTES and part[-1] == part[0]
+    if not is_quoted or (part[0] == "'" and '"' in inside):
+        return part
+    return inside if re.fullmatch(KEY, inside) else f'"{inside}"'
 
 
 def _read_value(setting: Setting) -> Any:

@@ -164,21 +164,25 @@ Config = TypeVar("Config", bound=TableConfig)
 class Recipe:
     """A parsed recipe file with settings laid over it; `table` and `named` give validated tables.
 
-    `origins` has, by the parts of each key that was set, where it was typed: that is what errors blame for it.
+    `settings` has what was laid over it, by the parts of each key: that is what errors blame for it.
     """
 
     def __init__(
-        self, path: Path, tables: dict[str, Any], *, origins: Mapping[tuple[str, ...], str] | None = None
+        self, path: Path, tables: dict[str, Any], *, settings: Mapping[tuple[str, ...], Setting] | None = None
     ) -> None:
         self.path = path
         self.tables = tables
-        self.origins = origins or {}
+        self.settings = settings or {}
 
     def blame(self, table: str, *key: str | int) -> str:
         """Return where a key comes from: the recipe's path, or where it, or a table that it is in, was typed."""
+        setting = self._setting(table, *key)
+        return str(self.path) if setting is None else setting.origin
+
+    def _setting(self, table: str, *key: str | int) -> Setting | None:
         parts = (*table.split("."), *map(str, key))
-        found = (self.origins.get(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((origin for origin in found if origin is not None), str(self.path))
+        found = (self.settings.get(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((setting for setting in found if setting is not None), None)
 
     def table(self, name: str, model: type[Config]) -> Config:
         """Return table `name` as `model`.
@@ -258,8 +262,13 @@ class Recipe:
             items = [item for item in items if item["loc"] and (item["type"], len(item["loc"])) != ("missing", 1)]
         return [
             f"{self.blame(name, *item['loc'])}: {describe_item(name, item, model, renamed=model.renamed_keys)}"
+            f"{self._way_out(name, item)}"
             for item in items
         ]
+
+    def _way_out(self, table: str, item: Mapping[str, Any]) -> str:
+        setting = self._setting(table, *item["loc"])
+        return "" if setting is None else setting.way_out(is_value=item["type"] != "extra_forbidden")
 
     def _raise(self, wrong: Sequence[str]) -> None:
         if wrong:
@@ -279,17 +288,17 @@ def load_recipe(path: Path | str, settings: Sequence[str | Setting] = (), *, sta
     """
     path = Path(path)
     tables = _read_tables(path)
-    origins = {}
+    laid: dict[tuple[str, ...], Setting] = {}
     for typed in settings:
         setting = Setting(text=typed) if isinstance(typed, str) else typed
         key = apply_setting(tables, setting, stage=stage)
-        origins[key] = setting.origin
-    recipe = Recipe(path, tables, origins=origins)
+        laid[key] = setting
+    recipe = Recipe(path, tables, settings=laid)
     if unknown := sorted(set(tables) - set(TABLES)):
-        of_table = [key for key in origins if key[0] == unknown[0]]
-        place = origins[of_table[0]] if of_table else path
+        setting = next((setting for key, setting in laid.items() if key[0] == unknown[0]), None)
+        place, way_out = (path, "") if setting is None else (setting.origin, setting.way_out(is_value=False))
         near = did_you_mean(unknown[0], TABLES)
-        raise UserError(f"{place}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}{near}")
+        raise UserError(f"{place}: unknown table [{unknown[0]}]; known tables are {', '.join(TABLES)}{near}{way_out}")
     _refuse_phases(tables, path)
     return recipe
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import MissingFileError
+from errors import MissingFileError, UserError
 
 HOUSE = Path(__file__).resolve().parent.parent
 # Of a clone, and of an installed package.
@@ -17,7 +17,10 @@ def find_recipe(text: str) -> Path:
 
     Raises:
         MissingFileError: there is neither; names those that are shipped.
+        UserError: nothing is typed.
     """
+    if not text.strip():
+        raise UserError("RECIPE (--recipe) is empty: type a value, or leave it out")
     typed = Path(text).expanduser()
     if typed.is_file():
         return typed

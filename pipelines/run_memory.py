@@ -68,7 +68,10 @@ def read_memory(run: Path) -> RunMemory:
     path = run / MEMORY_NAME
     if not path.is_file():
         return RunMemory()
-    return state_of(RunMemory, read_state(path, mend=MEND), where=str(path), mend=MEND)
+    memory = state_of(RunMemory, read_state(path, mend=MEND), where=str(path), mend=MEND)
+    # Keys of before had the quotes that were typed.
+    settings = {Setting(text=f"{key}=").key: value for key, value in memory.settings.items()}
+    return dataclasses.replace(memory, settings=settings)
 
 
 def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]) -> Chosen:
@@ -97,7 +100,8 @@ def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]
     kept = _uncovered(memory.settings, _keys(typed))
     items = " and ".join([f"recipe {recipe}", *([_some(_listed(kept))] if kept else [])])
     remembered = [
-        Setting(text=f"{key}={value}", origin=str(where), is_kept=False) for key, value in sorted(kept.items())
+        Setting(text=f"{key}={value}", origin=str(where), is_kept=False, is_remembered=True)
+        for key, value in sorted(kept.items())
     ]
     return Chosen(
         recipe=recipe, settings=(*remembered, *typed), note=f"{items} as remembered in {where}", replaces=False

@@ -84,6 +84,13 @@ def test_parts_of_a_key_may_stand_in_quotes() -> None:
     assert tables == {"a": {"p": {"sa_*": "x", "b.c=d": 2, "e_*": 3}}}
 
 
+def test_a_key_is_the_same_in_whatever_quotes_its_parts_stand() -> None:
+    for text in ('a."b"=1', "a.'b'=1", '"a".b = 1', "a.b=1"):
+        assert Setting(text=text).key == "a.b"
+    assert {Setting(text=text).key for text in ("a.'b.c=d'=1", 'a."b.c=d"=1')} == {'a."b.c=d"'}
+    assert Setting(text="a.'b\"c'=1").key == "a.'b\"c'"
+
+
 def test_later_settings_win_and_texts_come_last(tmp_path) -> None:
     (tmp_path / "r.toml").write_text("[sampling]\nseed = 1\n")
     typed = ["--set", "sampling.seed=2", "--settings", "sampling.seed=3 sampling.size=4", "--text", "sampling.size=5"]

@@ -115,8 +115,35 @@ def test_a_remembered_recipe_that_is_gone_is_named(house: Path, change: str) -> 
 
 def test_a_remembered_setting_that_is_wrong_is_blamed_on_the_memory(house: Path) -> None:
     done("--recipe", "a.toml", "--set", "data.dialect=tar")
-    with pytest.raises(UserError, match=r"^run/run\.json: data\.dialect = 'tar': Input should be 'auto', "):
+    wrong = (
+        r"^run/run\.json: data\.dialect = 'tar': Input should be 'auto', .*; take it out of run/run\.json, or type anot"
+    )
+    with pytest.raises(UserError, match=wrong):
         command().recipe.table("data", DataConfig)
+    done("--set", "data.dialect=auto", "--set", "data.dialekt=sa1b")
+    with pytest.raises(UserError, match=r"did you mean data\.dialect\?; take it out of run/run\.json$"):
+        command().recipe.table("data", DataConfig)
+    with pytest.raises(UserError, match=r"^--set: .*did you mean data\.dialect\?$"):
+        command("--set", "data.dialekt=sa1b").recipe.table("data", DataConfig)
+
+
+def test_a_key_that_is_typed_again_in_other_quotes_wins(house: Path) -> None:
+    done("--recipe", "a.toml", "--set", 'sampling."num_steps"=8')
+    done("--set", "sampling.num_steps=9")
+    done("--set", "sampling.'seed'=5", "--set", "sampling.seed=6")
+    assert memory()["settings"] == {"sampling.num_steps": "9", "sampling.seed": "6"}
+    Path("run", MEMORY_NAME).write_text(json.dumps(memory() | {"settings": {'sampling."num_steps"': "7"}}))
+    assert command().recipe.tables["sampling"]["num_steps"] == 7
+    assert done("--set", "sampling.num_steps=10").recipe.tables["sampling"]["num_steps"] == 10
+    assert command().recipe.tables["sampling"]["num_steps"] == 10
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_a_run_or_recipe_of_no_name_is_refused(house: Path, empty: str) -> None:
+    with pytest.raises(UserError, match=r"^RECIPE \(--recipe\) is empty: type a value, or leave it out"):
+        command("--recipe", empty)
+    with pytest.raises(UserError, match=r"^RUN \(--run\) is empty: type a value, or leave it out"):
+        parse_command("room", "", argv=["--run", empty])
 
 
 def test_a_damaged_memory_is_named(house: Path) -> None:
