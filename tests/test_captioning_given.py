@@ -3,13 +3,11 @@
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioning.__main__ import main
 from captioning.config import TAKEN_COLUMNS, CaptioningConfig
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.index import TextIndex
@@ -19,45 +17,16 @@ from errors import UserError
 from pipelines.store.families import texts_digest
 from pipelines.store.manifest import manifest_path, read_manifest
 from pipelines.store.verify.file_checks import database_damage
-from tests.raw_shards import UNICODE_ALT_TEXTS, encode, photo, write_laion, write_sa1b, write_tar
+from tests.given_run import RECIPE, command, rows_of, write_run
+from tests.raw_shards import UNICODE_ALT_TEXTS, encode, photo, write_tar
 from tests.sound_run import require_sound
 from tests.tiny_models import save_clip
-
-RECIPE = """
-[data]
-shards = "{run}/raw/*.tar"
-
-[engine]
-samples_per_slice = 4
-in_process = true
-gpus_per_worker = 1.0
-
-[captioning]
-engine = "given"
-max_reject_fraction = 1.0
-"""
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A shard of SA-1B with sa_0 … sa_9, and one of LAION with ten texts of its own."""
-    write_sa1b(tmp_path / "raw" / "sa_000000.tar", 10, first=0)
-    write_laion(tmp_path / "raw" / "laion_00000.tar", 10)
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    return tmp_path
-
-
-def command(run: Path, table: str = "", *settings: str, monkeypatch, is_plan: bool = False) -> None:
-    argv = ["captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run)]
-    for setting in (*([f"captioning.table={table}"] if table else []), *settings):
-        argv += ["--set", setting]
-    monkeypatch.setattr("sys.argv", argv + (["--plan"] if is_plan else []))
-    main()
-
-
-def rows_of(run: Path, shard: str) -> dict[str, dict[str, Any]]:
-    table = pq.read_table(run / "captions" / f"{shard}.parquet")
-    return {row["key"]: row for row in table.to_pylist()}
+    return write_run(tmp_path)
 
 
 def write_tables(run: Path, texts: dict[str, str]) -> dict[str, str]:
@@ -107,95 +76,6 @@ def test_every_form_of_a_table_gives_the_same_bytes(run, monkeypatch) -> None:
         files[form] = (run / "captions" / "sa_000000.parquet").read_bytes()
         assert len(list((run / ".texts").glob("*.sqlite"))) == 1, "indexes of other tables go"
     assert len(set(files.values())) == 1
-
-
-def test_a_folder_of_captions_is_the_same_folder_as_a_tar(run, monkeypatch) -> None:
-    """One rule for the text of a key: an empty `.txt` gives way, strays are none, and `x.jpg.txt` is of `x`."""
-    files = {
-        "sa_0.txt": "zero",
-        "sa_0.caption": "never",
-        "sa_1.txt": "",
-        "sa_1.caption": "one",
-        "sa_2.jpg.txt": "two",
-        "sa_3.caption.txt": "three",
-        "sa_4.TXT": "four",
-        "README.txt": "no caption",
-        "__MACOSX/sa_5.txt": "no caption",
-        "sa_6.text": "six",
-    }
-    for name, text in files.items():
-        (run / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / "texts" / name).write_text(text)
-    write_tar(run / "texts.tar", [(name, text.encode()) for name, text in files.items()])
-    found = []
-    for table in ("texts", "texts.tar"):
-        command(run, f"{{run}}/{table}", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
-        found.append({key: row["caption"] or row["reject"] for key, row in rows_of(run, "sa_000000").items()})
-    texts = {0: "zero", 1: "one", 2: "two", 3: "three", 4: "four", 6: "six"}
-    assert found == [{f"sa_{number}": texts.get(number, "no_caption") for number in range(10)}] * 2
-    command(run, "{run}/texts#caption", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
-    named = {key: row["caption"] for key, row in rows_of(run, "sa_000000").items() if row["reject"] is None}
-    assert named == {"sa_0": "never", "sa_1": "one", "sa_3": "three"}
-
-
-def test_every_part_of_a_pattern_must_be_there_and_every_file_one_of_captions(run, monkeypatch) -> None:
-    for part in (0, 1, 3):
-        (run / f"part_{part}.csv").write_text(f"key,caption\nsa_{part},text\n")
-    for name in ("captions.zip", "captions.txt"):
-        (run / name).write_bytes(b"x")
-    write_tar(run / "plain.tar", [("sa_0.txt", b"text")])
-    (run / "captions.tgz").write_bytes(gzip.compress((run / "plain.tar").read_bytes()))
-    (run / "both").mkdir()
-    for name in ("a.csv", "b.txt"):
-        (run / "both" / name).write_text("key,caption\n")
-    key = r"captioning\.table: caption = "
-    for table, said in {
-        "part_{0..3}.csv": rf"{key}.*no file matches .*part_2\.csv",
-        "captions.zip": rf"{key}.*captions\.zip is not called as a file of captions is: CSV",
-        "captions.txt": rf"{key}.*captions\.txt has texts and no keys: name the folder",
-        "captions.tgz": rf"{key}.*captions\.tgz .*unpack it with gunzip",
-        "both": rf"{key}.*both holds csv \(a\.csv\) and text \(b\.txt\), and only one of them can be meant",
-        "plain.tar#nope": rf"{key}.*there is no row in it that has a text 'nope'",
-    }.items():
-        with pytest.raises(UserError, match=said):
-            command(run, f"{{run}}/{table}", monkeypatch=monkeypatch)
-    assert not (run / "captions").exists()
-
-
-def test_keys_that_are_names_of_files_are_matched_as_rows_of_them(run, monkeypatch) -> None:
-    keys = ["000.jpg", "imgs/1.png", "2"]
-    rows = [{"key": key, "image": {"bytes": encode(photo(number)), "path": None}} for number, key in enumerate(keys)]
-    pq.write_table(pa.Table.from_pylist(rows), run / "coco.parquet")
-    pairs = {"000.jpg": "zero", "imgs/1.png": "one", "2.jpg": "two"}
-    (run / "ids.csv").write_text("id,caption\n" + "".join(f"{key},{text}\n" for key, text in pairs.items()))
-    (run / "ids.json").write_text(json.dumps({key: {"caption": text} for key, text in pairs.items()}))
-    for table in ("ids.csv", "ids.json"):
-        command(run, f"{{run}}/{table}", f"data.shards={run}/coco.parquet", monkeypatch=monkeypatch)
-        found = {key: row["caption"] for key, row in rows_of(run, "coco").items()}
-        assert found == dict(zip(keys, pairs.values(), strict=True)), table
-
-
-def test_columns_are_known_in_any_case(run, monkeypatch) -> None:
-    pq.write_table(pa.table({"Image": [encode(photo(1))], "Key": ["a"], "CAPTION": ["own"]}), run / "up.parquet")
-    (run / "up.csv").write_text("FileName,Caption\na.jpg,given\n")
-    table = '{caption = "{run}/up.csv", own = "#"}'
-    command(run, table, f"data.shards={run}/up.parquet", monkeypatch=monkeypatch)
-    assert [(key, row["caption"], row["own"]) for key, row in rows_of(run, "up").items()] == [("a", "given", "own")]
-    (run / "a.jpg").write_bytes(encode(photo(1)))
-    command(run, '{caption = "#"}', f"data.shards={run}/up.csv", monkeypatch=monkeypatch)
-    assert [row["caption"] for row in rows_of(run, "up").values()] == ["given"]
-
-
-def test_a_text_of_a_list_is_named_by_its_place(run, monkeypatch) -> None:
-    lists = [["first", "second"], ["alone"], None]
-    pq.write_table(pa.table({"key": ["sa_0", "sa_1", "sa_2"], "captions": lists}), run / "lists.parquet")
-    table = '{caption = "{run}/lists.parquet", short = "{run}/lists.parquet#captions[1]"}'
-    command(run, table, 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
-    rows = rows_of(run, "sa_000000")
-    found = [(rows[f"sa_{number}"]["caption"], rows[f"sa_{number}"]["short"]) for number in range(2)]
-    assert found == [("first", "second"), ("alone", None)] and rows["sa_2"]["reject"] == "no_caption"
-    with pytest.raises(UserError, match=r"no column 'texts'; columns are key, captions"):
-        command(run, "{run}/lists.parquet#texts[1]", monkeypatch=monkeypatch)
 
 
 def test_several_columns_and_a_reject_where_all_are_missing(run, monkeypatch, caplog) -> None:

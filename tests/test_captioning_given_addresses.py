@@ -1,0 +1,127 @@
+"""`captioning.table` as people type it: folders, patterns, columns, lists and names of the samples' own texts."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from errors import UserError
+from tests.given_run import command, rows_of, write_run
+from tests.raw_shards import encode, photo, write_tar
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A shard of SA-1B with sa_0 … sa_9, and one of LAION with ten texts of its own."""
+    return write_run(tmp_path)
+
+
+def test_a_folder_of_captions_is_the_same_folder_as_a_tar(run, monkeypatch) -> None:
+    """One rule for the text of a key: an empty `.txt` gives way, strays are none, and `x.jpg.txt` is of `x`."""
+    files = {
+        "sa_0.txt": "zero",
+        "sa_0.caption": "never",
+        "sa_1.txt": "",
+        "sa_1.caption": "one",
+        "sa_2.jpg.txt": "two",
+        "sa_3.caption.txt": "three",
+        "sa_4.TXT": "four",
+        "README.txt": "no caption",
+        "__MACOSX/sa_5.txt": "no caption",
+        "sa_6.text": "six",
+    }
+    for name, text in files.items():
+        (run / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "texts" / name).write_text(text)
+    write_tar(run / "texts.tar", [(name, text.encode()) for name, text in files.items()])
+    found = []
+    for table in ("texts", "texts.tar"):
+        command(run, f"{{run}}/{table}", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
+        found.append({key: row["caption"] or row["reject"] for key, row in rows_of(run, "sa_000000").items()})
+    texts = {0: "zero", 1: "one", 2: "two", 3: "three", 4: "four", 6: "six"}
+    assert found == [{f"sa_{number}": texts.get(number, "no_caption") for number in range(10)}] * 2
+    command(run, "{run}/texts#caption", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
+    named = {key: row["caption"] for key, row in rows_of(run, "sa_000000").items() if row["reject"] is None}
+    assert named == {"sa_0": "never", "sa_1": "one", "sa_3": "three"}
+
+
+def test_every_part_of_a_pattern_must_be_there_and_every_file_one_of_captions(run, monkeypatch) -> None:
+    for part in (0, 1, 3):
+        (run / f"part_{part}.csv").write_text(f"key,caption\nsa_{part},text\n")
+    for name in ("captions.zip", "captions.txt"):
+        (run / name).write_bytes(b"x")
+    write_tar(run / "plain.tar", [("sa_0.txt", b"text")])
+    (run / "captions.tgz").write_bytes(gzip.compress((run / "plain.tar").read_bytes()))
+    (run / "both").mkdir()
+    for name in ("a.csv", "b.txt"):
+        (run / "both" / name).write_text("key,caption\n")
+    key = r"captioning\.table: caption = "
+    for table, said in {
+        "part_{0..3}.csv": rf"{key}.*no file matches .*part_2\.csv",
+        "captions.zip": rf"{key}.*captions\.zip is not called as a file of captions is: CSV",
+        "captions.txt": rf"{key}.*captions\.txt has texts and no keys: name the folder",
+        "captions.tgz": rf"{key}.*captions\.tgz .*unpack it with gunzip",
+        "both": rf"{key}.*both holds csv \(a\.csv\) and text \(b\.txt\), and only one of them can be meant",
+        "plain.tar#nope": rf"{key}.*there is no row in it that has a text 'nope'",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            command(run, f"{{run}}/{table}", monkeypatch=monkeypatch)
+    assert not (run / "captions").exists()
+
+
+def test_keys_that_are_names_of_files_are_matched_as_rows_of_them(run, monkeypatch) -> None:
+    keys = ["000.jpg", "imgs/1.png", "2"]
+    rows = [{"key": key, "image": {"bytes": encode(photo(number)), "path": None}} for number, key in enumerate(keys)]
+    pq.write_table(pa.Table.from_pylist(rows), run / "coco.parquet")
+    pairs = {"000.jpg": "zero", "imgs/1.png": "one", "2.jpg": "two"}
+    (run / "ids.csv").write_text("id,caption\n" + "".join(f"{key},{text}\n" for key, text in pairs.items()))
+    (run / "ids.json").write_text(json.dumps({key: {"caption": text} for key, text in pairs.items()}))
+    for table in ("ids.csv", "ids.json"):
+        command(run, f"{{run}}/{table}", f"data.shards={run}/coco.parquet", monkeypatch=monkeypatch)
+        found = {key: row["caption"] for key, row in rows_of(run, "coco").items()}
+        assert found == dict(zip(keys, pairs.values(), strict=True)), table
+
+
+def test_columns_are_known_in_any_case(run, monkeypatch) -> None:
+    pq.write_table(pa.table({"Image": [encode(photo(1))], "Key": ["a"], "CAPTION": ["own"]}), run / "up.parquet")
+    (run / "up.csv").write_text("FileName,Caption\na.jpg,given\n")
+    table = '{caption = "{run}/up.csv", own = "#"}'
+    command(run, table, f"data.shards={run}/up.parquet", monkeypatch=monkeypatch)
+    assert [(key, row["caption"], row["own"]) for key, row in rows_of(run, "up").items()] == [("a", "given", "own")]
+    (run / "a.jpg").write_bytes(encode(photo(1)))
+    command(run, '{caption = "#"}', f"data.shards={run}/up.csv", monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "up").values()] == ["given"]
+
+
+def test_a_name_that_no_text_has_is_named_with_those_there_are(run, monkeypatch, caplog) -> None:
+    table = pa.table({"image": [encode(photo(1))], "caption": ["a"], "words": ["b"], "texts": [["c", "d"]]})
+    pq.write_table(table, run / "own.parquet")
+    shards = f"data.shards={run}/own.parquet"
+    command(run, "#nope", shards, monkeypatch=monkeypatch, is_plan=True)
+    said = " ".join(caplog.text.split())
+    assert "captioning.table: caption = '#nope': none of the first 1 samples has a text of this name" in said
+    assert "names there are caption, texts, image, words" in said
+    caplog.clear()
+    command(run, "", shards, "data.text_column=nosuch", monkeypatch=monkeypatch, is_plan=True)
+    assert "data.text_column = 'nosuch': none of the first 1 samples" in " ".join(caplog.text.split())
+    caplog.clear()
+    command(run, '{caption = "#words", other = "#texts[1]"}', shards, monkeypatch=monkeypatch)
+    assert "of this name" not in caplog.text
+    assert [(row["caption"], row["other"]) for row in rows_of(run, "own").values()] == [("b", "d")]
+    command(run, "#jpg.txt", 'captioning.shards=["laion_*"]', monkeypatch=monkeypatch, is_plan=True)
+    assert "names there are txt" in " ".join(caplog.text.split())
+
+
+def test_a_text_of_a_list_is_named_by_its_place(run, monkeypatch) -> None:
+    lists = [["first", "second"], ["alone"], None]
+    pq.write_table(pa.table({"key": ["sa_0", "sa_1", "sa_2"], "captions": lists}), run / "lists.parquet")
+    table = '{caption = "{run}/lists.parquet", short = "{run}/lists.parquet#captions[1]"}'
+    command(run, table, 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
+    rows = rows_of(run, "sa_000000")
+    found = [(rows[f"sa_{number}"]["caption"], rows[f"sa_{number}"]["short"]) for number in range(2)]
+    assert found == [("first", "second"), ("alone", None)] and rows["sa_2"]["reject"] == "no_caption"
+    with pytest.raises(UserError, match=r"no column 'texts'; columns are key, captions"):
+        command(run, "{run}/lists.parquet#texts[1]", monkeypatch=monkeypatch)
