@@ -127,3 +127,16 @@ def test_what_is_left_out_beside_shards_is_said(tmp_path, layout, caplog, monkey
     warnings = {record.getMessage() for record in caplog.records}
     assert len(warnings) == bool(said)
     assert all(f"{said}, which are not; name them" in warning for warning in warnings)
+
+
+def test_a_table_beside_images_without_texts_is_named(tmp_path, caplog, monkeypatch) -> None:
+    folder = put(tmp_path / "set", "images/0.jpg", "images/1.jpg", "README.md", "captions.csv")
+    monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        describe_shards([str(folder)])
+        said = f"SHARDS={folder}/captions.csv; if it has captions by their keys or names, captioning.table={folder}"
+        assert said in caplog.text
+        caplog.clear()
+        put(folder, "images/0.txt")
+        describe_shards([str(folder)])
+        assert "captions.csv" in caplog.text and "SHARDS=" not in caplog.text

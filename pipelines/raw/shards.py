@@ -20,6 +20,7 @@ from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.summaries import read_headers, read_summaries, recall_headers
 from pipelines.raw.table_shards import table_members
+from pipelines.raw.tables import table_format
 from pipelines.raw.tar_shards import TarMembers
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
@@ -176,11 +177,24 @@ def describe_shards(
             if names:
                 some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
                 log.warning(f"{path}: {len(names):,} {what} are no samples: {some}")
+        if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":
+            _name_a_table(path, summary.strays)
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
         described.append(
             ShardDescription(source=source, num_texts=0 if reading.dialect == "sa1b" else summary.num_texts)
         )
     return described
+
+
+def _name_a_table(folder: str, strays: Sequence[str]) -> None:
+    """Say of a folder whose images have no texts, and that has a table, how to type that."""
+    table = next((name for name in strays if table_format(name) is not None), None)
+    if table is not None:
+        table = f"{folder.rstrip('/')}/{table}"
+        log.warning(
+            f"{folder}: no image has a text beside it, but there is a table: if it names the images by path, type "
+            f"SHARDS={table}; if it has captions by their keys or names, captioning.table={table}"
+        )
 
 
 def shard_source(path: str, reading: Reading = AS_IT_COMES) -> Source:
