@@ -30,7 +30,7 @@ class RunMemory:
     """What has been typed for a run.
 
     Attributes:
-        recipe: absolute path of its recipe; None before there is one.
+        recipe: absolute path of its recipe, in the file relative to the run that it is in; None before there is one.
         settings: by `table.key`, values as they were typed.
         shards: absolute paths or URLs of raw shards, by name.
     """
@@ -71,7 +71,8 @@ def read_memory(run: Path) -> RunMemory:
     memory = state_of(RunMemory, read_state(path, mend=MEND), where=str(path), mend=MEND)
     # Keys of before had the quotes that were typed.
     settings = {Setting(text=f"{key}=").key: value for key, value in memory.settings.items()}
-    return dataclasses.replace(memory, settings=settings)
+    recipe = None if memory.recipe is None else str((run / memory.recipe).resolve())
+    return dataclasses.replace(memory, recipe=recipe, settings=settings)
 
 
 def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]) -> Chosen:
@@ -126,7 +127,8 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
         memory = read_memory(run)
         new = _with(memory, chosen, kept=kept, typed=typed)
         if new != memory:
-            atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new))
+            recipe = _within_run(str(new.recipe), run.resolve())
+            atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new) | {"recipe": recipe})
 
 
 def _with(memory: RunMemory, chosen: Chosen, *, kept: Mapping[str, Setting], typed: Mapping[str, str]) -> RunMemory:
@@ -190,6 +192,11 @@ def typed_shards(run: Path, data: DataConfig) -> list[str]:
     if others := sorted(known.keys() - names - gone.keys()):
         log.info(f"{_count(len(paths))} as typed; without {_some(others)} of {run / MEMORY_NAME}")
     return paths
+
+
+def _within_run(recipe: str, run: Path) -> str:
+    """Return a recipe's path relative to the run that it is in, which may be moved as a whole, else as it is."""
+    return str(Path(recipe).relative_to(run)) if Path(recipe).is_relative_to(run) else recipe
 
 
 def _is_gone(path: str) -> bool:

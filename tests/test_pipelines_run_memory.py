@@ -146,6 +146,18 @@ def test_a_run_or_recipe_of_no_name_is_refused(house: Path, empty: str) -> None:
         parse_command("room", "", argv=["--run", empty])
 
 
+def test_a_recipe_inside_the_run_moves_with_it(house: Path) -> None:
+    Path("run").mkdir()
+    Path("a.toml").rename("run/recipe.toml")
+    done("--recipe", "run/recipe.toml", "--set", "sampling.seed=7")
+    assert memory()["recipe"] == "recipe.toml"
+    done("--recipe", "run/recipe.toml", "--set", "sampling.size=8x8")
+    assert memory()["settings"] == {"sampling.seed": "7", "sampling.size": "8x8"}, "it is the same recipe"
+    Path("run").rename("other")
+    moved = parse_command("room", "", argv=["--run", "other"])
+    assert moved.recipe.path == Path("other/recipe.toml") and moved.recipe.tables["sampling"]["seed"] == 7
+
+
 def test_a_damaged_memory_is_named(house: Path) -> None:
     done("--recipe", "a.toml")
     for content in ("{", '{"recipe": 3}', '{"recpie": "a.toml"}'):
