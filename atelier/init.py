@@ -1,16 +1,18 @@
 """`atelier init --shards SHARDS --run RUN`: a short recipe for the data at hand, by a look at it."""
 
 import argparse
-import json
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atelier import keys
 from captioning.config import CaptioningConfig
 from errors import UserError
 from pipelines.command import run_command, run_folder
@@ -19,7 +21,7 @@ from pipelines.overrides import Setting, apply_setting
 from pipelines.raw.images import SampleReject, image_size
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.shards import describe_shards, open_shard
-from pipelines.recipe import DataConfig
+from pipelines.recipe import DataConfig, Recipe, load_recipe
 from pipelines.run_memory import MEMORY_NAME, SHARDS_KEY, Chosen, read_memory, remember, require_shards
 from pipelines.store.files import atomic_write_bytes
 
@@ -85,13 +87,12 @@ class Line:
     why: str
 
 
-def look_at(paths: Sequence[str], run: Path) -> Data:
-    """Look at the headers of all shards and at some samples of some.
+def look_at(paths: Sequence[str], run: Path, data: DataConfig) -> Data:
+    """Look at the headers of all shards and at some samples of some, which `data` says how to read.
 
     Raises:
         UserError: no image can be read; or as `describe_shards` does.
     """
-    data = DataConfig()
     described = describe_shards(paths, data.reading, run=run)
     sizes, num_seen, num_with_text = [], 0, 0
     step = max(1, len(described) // MAX_SHARDS)
@@ -182,17 +183,48 @@ def _where(model_id: str) -> str:
     return "in the local cache" if has else "will be fetched"
 
 
+def typed_data(typed: Sequence[Setting], to: Path) -> DataConfig:
+    """Return `[data]` as it was typed, before there is a recipe.
+
+    Raises:
+        UserError: a key of it is unknown or wrong.
+    """
+    tables: dict[str, Any] = {}
+    of_data = [setting for setting in typed if setting.key.startswith("data.")]
+    settings = {apply_setting(tables, setting, stage=None): setting for setting in of_data}
+    return Recipe(to, tables, settings=settings).table("data", DataConfig)
+
+
+def check_typed(text: str, typed: Sequence[Setting]) -> None:
+    """Refuse typed settings that no room would take, laid over the text of the recipe without them.
+
+    Raises:
+        UserError: a table or key is unknown, or a value is wrong; names it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        recipe = load_recipe(path, typed, stage=STAGE)
+    for table in keys.TABLES:
+        if table.is_named:
+            recipe.named(table.name, STAGE, model=table.model)
+        elif table.name in recipe.tables:
+            recipe.table(table.name, table.model)
+
+
 def describe(lines: Sequence[Line], data: Data, typed: Sequence[Setting]) -> str:
     """Return the text of the recipe; typed settings take the place of its own lines."""
     tables: dict[str, Any] = {}
-    keys = {".".join(apply_setting(tables, setting, stage=STAGE)): setting for setting in typed}
-    rows = [line for line in lines if f"{line.table}.{line.key}" not in keys]
-    for key in keys:
-        table, _, name = key.rpartition(".")
+    places = {apply_setting(tables, setting, stage=STAGE) for setting in typed}
+    # A table that is typed as a whole has in it what is typed of it.
+    places = {place for place in places if not any(place[:length] in places for length in range(1, len(place)))}
+    rows = [line for line in lines if not _is_within((*line.table.split("."), line.key), places)]
+    for place in sorted(places):
         value = tables
-        for part in key.split("."):
+        for part in place:
             value = value[part]
-        rows.append(Line(table=table, key=name, value=value, why="as typed"))
+        table = ".".join(map(keys.written_key, place[:-1]))
+        rows.append(Line(table=table, key=keys.written_key(place[-1]), value=value, why="as typed"))
     sides = sorted(max(size) / min(size) for size in data.sizes)
     text = (
         f"# {data.num_samples:,} samples in {data.num_shards:,} shards ({', '.join(data.kinds)}). Images have a median "
@@ -203,8 +235,12 @@ def describe(lines: Sequence[Line], data: Data, typed: Sequence[Setting]) -> str
     for table in order:
         text += f"\n[{table}]\n"
         for row in [row for row in rows if row.table == table]:
-            text += f"{f'{row.key} = {json.dumps(row.value, ensure_ascii=False)}':<44}  # {row.why}\n"
+            text += f"{f'{row.key} = {keys.written(row.value)}':<44}  # {row.why}\n"
     return text
+
+
+def _is_within(place: tuple[str, ...], places: Collection[tuple[str, ...]]) -> bool:
+    return any(place[:length] in places for length in range(1, len(place) + 1))
 
 
 def main() -> None:
@@ -230,13 +266,16 @@ def main() -> None:
     else:
         paths = sorted(read_memory(run).shards.values())
         require_shards(paths, run / MEMORY_NAME)
-    data = look_at(paths, run)
-    text = describe(write_lines(data, gpu_gigabytes()), data, [Setting(text=text) for text in options.settings])
+    typed = [Setting(text=text) for text in options.settings]
+    data = look_at(paths, run, typed_data(typed, to))
+    lines = write_lines(data, gpu_gigabytes())
+    check_typed(describe(lines, data, ()), typed)
+    text = describe(lines, data, typed)
     to.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(to, text.encode())
     remember(run, Chosen(recipe=to, settings=(), note=None, replaces=True), keys={}, shards=paths)
     log.info(f"{to} is written, and remembered for {run} with its {len(paths):,} raw shards; read it, then go on with")
-    log.info(f"atelier caption --run {run}; atelier features --run {run}; atelier train --run {run}")
+    log.info("; ".join(f"atelier {step} --run {shlex.quote(str(run))}" for step in ("caption", "features", "train")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """`atelier recipe [TABLE]`: every key of a recipe, with its default, its meaning and the commands that read it."""
 
 import argparse
+import json
+import re
 import sys
 import types
 import typing
@@ -32,6 +34,7 @@ from training.config import StageTraining
 MAX_WIDTH = 120
 # Of a default: a prompt or a list of phrases is not read here.
 MAX_CHARACTERS = 60
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 BOUNDS = {
     annotated_types.Ge: ("ge", "at least"),
     annotated_types.Gt: ("gt", "more than"),
@@ -84,7 +87,7 @@ def keys_of(model: type[pydantic.BaseModel], *, prefix: str = "") -> Iterator[Ke
     for name, field in model.model_fields.items():
         inner = table_of(field.annotation)
         if inner is None:
-            default = None if field.is_required() else _written(field.get_default(call_default_factory=True))
+            default = None if field.is_required() else written(field.get_default(call_default_factory=True))
             yield Key(name=f"{prefix}{name}", default=default, meaning=_meaning(field))
         else:
             yield from keys_of(inner, prefix=f"{prefix}{name}{_of_each(field.annotation)}.")
@@ -108,18 +111,29 @@ def _meaning(field: Any) -> str:
     return f"{field.description} ({', '.join(bounds)})" if bounds else str(field.description)
 
 
-def _written(value: Any) -> str:
+def written_key(part: str) -> str:
+    """Return a part of a key as TOML has it: in quotes where it needs them."""
+    return part if BARE_KEY.fullmatch(part) else written(part)
+
+
+def written(value: Any) -> str:
+    """Return a value as TOML has it, and `null` for None, which it has not."""
     match value:
         case None:
             return "null"
         case bool():
             return str(value).lower()
         case str():
-            return f'"{value}"'
+            # JSON escapes what TOML does, but for one control character.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case list() | tuple():
-            return f"[{', '.join(map(_written, value))}]"
+            return f"[{', '.join(map(written, value))}]"
         case dict():
-            return f"{{ {', '.join(f'{key} = {_written(item)}' for key, item in value.items())} }}" if value else "{}"
+            return (
+                f"{{ {', '.join(f'{written_key(key)} = {written(item)}' for key, item in value.items())} }}"
+                if value
+                else "{}"
+            )
         case _:
             return str(value)
 

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from atelier import init, keys
+from captioning.config import CaptioningConfig
 from captioning.job import read_job
 from errors import UserError
 from features.jobs import read_inputs
 from pipelines.command import parse_command
-from pipelines.recipe import TABLES
+from pipelines.recipe import TABLES, DataConfig, load_recipe
 from pipelines.run_memory import read_memory
 from training.config import stage_training
 
@@ -60,6 +61,35 @@ def test_the_recipe_fits_the_data_and_every_room_takes_it(tmp_path: Path, monkey
     assert stage_training(command.recipe, "finetune").network == "pixart"
 
 
+def test_typed_settings_are_written_as_toml_and_refused_before_they_are(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_shard(tmp_path / "a.tar", [(96, 300)] * 4, has_texts=True)
+    run = tmp_path / "my run"
+    typed = ("--run", str(run), "--shards", str(tmp_path / "a.tar"), *TOY)
+    for wrong, message in (
+        ("foo.bar=1", r"^--set: unknown table \[foo\]"),
+        ("captioning.modle=x", r"^--set: captioning\.modle is not a known key; did you mean captioning\.model"),
+        ("training.finetune.num_steps=0", r"^--set: training\.finetune\.num_steps = 0: "),
+        ("data.dialect=x", r"^--set: data\.dialect = 'x': "),
+        ("data.max_pixels=100", "no image could be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_init(monkeypatch, *typed, "--set", wrong)
+    assert not (run / "recipe.toml").exists()
+    settings = [
+        'captioning.prompts={default = "Say \\"x\\" \\u007f", "sa_*" = "What?"}',
+        *("captioning.prompts.'hq_*'=é", "training.finetune={num_steps = 1}", "training.{stage}.num_steps=7"),
+        *("training.finetune.network=pixart", "training.datasets=[{weight = 2.0}]", "features.'max_tokens'=77"),
+    ]
+    run_init(monkeypatch, *typed, *(word for setting in settings for word in ("--set", setting)))
+    said = "".join(capsys.readouterr().err.split())
+    assert f"ateliertrain--run'{run}'".replace(" ", "") in said
+    written = tomllib.loads((run / "recipe.toml").read_text())
+    assert written["captioning"]["prompts"] == {"default": 'Say "x" \x7f', "sa_*": "What?", "hq_*": "é"}
+    assert written["training"]["finetune"] == {"num_steps": 7, "network": "pixart"}
+    assert written["training"]["datasets"] == [{"weight": 2.0}] and written["features"]["max_tokens"] == 77
+    assert load_recipe(run / "recipe.toml").table("captioning", CaptioningConfig).prompts["hq_*"] == "é"
+
+
 def test_a_recipe_that_is_there_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipe.toml").write_text("# mine\n")
     with pytest.raises(UserError, match=r"recipe\.toml exists and is left as it is"):
@@ -72,7 +102,7 @@ def test_a_recipe_that_is_there_is_left_as_it_is(tmp_path: Path, monkeypatch: py
 def test_a_text_that_cannot_be_read_is_no_reason_to_pass_over_an_image(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [(64, 48)] * 3, has_texts=True)
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes().replace(b"a red thing", b"a r\xe9d thing"))
-    data = init.look_at([str(tmp_path / "a.tar")], tmp_path / "run")
+    data = init.look_at([str(tmp_path / "a.tar")], tmp_path / "run", DataConfig())
     assert (data.sizes, data.num_seen, data.num_with_text) == ([(64, 48)] * 3, 3, 0)
 
 
