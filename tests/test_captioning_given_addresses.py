@@ -43,6 +43,9 @@ def test_a_folder_of_captions_is_the_same_folder_as_a_tar(run, monkeypatch) -> N
         found.append({key: row["caption"] or row["reject"] for key, row in rows_of(run, "sa_000000").items()})
     texts = {0: "zero", 1: "one", 2: "two", 3: "three", 4: "four", 6: "six"}
     assert found == [{f"sa_{number}": texts.get(number, "no_caption") for number in range(10)}] * 2
+    (run / "texts" / "sa_0.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds json .* and text .*, and only one of them can be meant"):
+        command(run, "{run}/texts", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
     command(run, "{run}/texts#caption", 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
     named = {key: row["caption"] for key, row in rows_of(run, "sa_000000").items() if row["reject"] is None}
     assert named == {"sa_0": "never", "sa_1": "one", "sa_3": "three"}

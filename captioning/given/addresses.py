@@ -7,7 +7,7 @@ from pathlib import Path
 from errors import UserError
 from pipelines.raw import caption_files
 from pipelines.raw.table_rows import require_columns
-from pipelines.raw.texts import split_place
+from pipelines.raw.texts import TEXT_EXTENSIONS, split_place
 from pipelines.store.files import is_remote
 
 MAIN_COLUMN = "caption"
@@ -79,17 +79,18 @@ def parse_address(column: str, text: str) -> TextAddress:
 def find_files(address: TextAddress) -> list[str]:
     """Return the files that an address means, sorted: tables, tars and folders of texts.
 
-    Of a folder it is what is in it, and the folder itself if it holds texts.
+    Of a folder it is what is in it, and the folder itself if it holds texts, or if `#txt` or the like asks for them.
 
     Raises:
         MissingFileError, UserError: there are none, or not of every part of a pattern; names the key.
     """
     found: list[str] = []
+    layout = "text" if address.key_column is None and address.text_column in TEXT_EXTENSIONS else "auto"
     for path in caption_files.find_files(address.key, address.files):
         if is_remote(path) or not Path(path).is_dir():
             found.append(path)
         else:
-            found += [file for _, file in caption_files.captions_in_folder(address.key, path)]
+            found += [file for _, file in caption_files.captions_in_folder(address.key, path, layout=layout)]
     return sorted(found)
 
 

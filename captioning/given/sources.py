@@ -66,7 +66,7 @@ def read_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
     except UserError as error:
         raise UserError(f"{address.key}: {error}") from None
     if kind == "lines":
-        raise UserError(f"{address.key}: {file} has texts and no keys: name the folder of such files, or a table")
+        raise UserError(f"{address.key}: {file} has texts and no keys: name the folder of such files, as FOLDER#txt")
     return _tar_rows(address, file) if kind == TARS else _table_rows(address, file)
 
 
