@@ -140,3 +140,24 @@ def test_a_table_beside_images_without_texts_is_named(tmp_path, caplog, monkeypa
         put(folder, "images/0.txt")
         describe_shards([str(folder)])
         assert "captions.csv" in caplog.text and "SHARDS=" not in caplog.text
+
+
+def test_images_as_text_and_lists_of_images_are_one_error(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": ["A" * 5000, "B" * 5000], "text": ["a", "b"]}), path)
+    with pytest.raises(
+        UserError, match=r"a\.parquet: column 'image' is text, and too long for paths, as images in base64"
+    ):
+        describe_shards([str(path)])
+    pq.write_table(pa.table({"images": [[{"bytes": b"a", "path": None}]], "text": ["a"]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: column 'images' has lists of images \(list<.*bytes: binary"):
+        describe_shards([str(path)])
+
+
+def test_what_parts_the_columns_is_said_once(tmp_path, monkeypatch) -> None:
+    folder = put(tmp_path / "set", "a.jpg")
+    (folder / "metadata.csv").write_text("file_name;text\na.jpg;a, or b\n")
+    messages: list[str] = []
+    monkeypatch.setattr(logging.getLogger("atelier.tables"), "info", messages.append)
+    assert found(folder) == {"a": (None, b"a.jpg", "a, or b")}
+    assert messages == [f"{folder}/metadata.csv: its columns are parted by semicolons"]

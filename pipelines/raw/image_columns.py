@@ -33,7 +33,8 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
     field of bytes; else of those with bytes the first of `IMAGE_NAMES`, or the only one.
 
     Raises:
-        UserError: several may be meant, or the one that is named is not there; names the columns and the key.
+        UserError: several may be meant, the one that is named is not there, or a column has lists of images; names
+            the columns and the key.
     """
     found = {field.name: column for field in schema if (column := _column(field)) is not None}
     if reading.image_column is not None:
@@ -51,7 +52,18 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
             if not by_name:
                 raise UserError(f"{where}: which of the columns {', '.join(names)} has the images? Say it with {KEY}")
             return found[by_name[0]]
+    for field in schema:
+        if field.name.lower().removesuffix("s") in IMAGE_NAMES and _is_list_of_images(field.type):
+            raise UserError(
+                f"{where}: column {field.name!r} has lists of images ({field.type}), and a row is one image: write a "
+                "row for each"
+            )
     return None
+
+
+def _is_list_of_images(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and _column(pa.field("", kind.value_type)) is not None
 
 
 def _column(field: pa.Field) -> ImageColumn | None:

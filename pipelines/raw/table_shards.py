@@ -15,13 +15,14 @@ from pipelines.raw.tables import open_table, require_sound
 from pipelines.store.files import RangeFile, is_remote, sha256_text
 
 CHUNK_BYTES = 4 << 20
+MAX_PATH_CHARACTERS = 4096  # no system has longer ones
 
 
 def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHeaders:
     """Look at the files that a table names, relative to its own folder or absolute, also as `file://` or with `~`.
 
     Raises:
-        UnreadableShardError: the table is not here, or names addresses; names it.
+        UnreadableShardError: the table is not here, or has addresses or texts in place of paths; names it.
         UserError: it cannot be read, or no column is known to name files.
     """
     if is_remote(path):
@@ -39,6 +40,11 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
         raise UnreadableShardError(
             f"{path}: column {column!r} has addresses, such as {address}, and no paths: download the images first, as "
             "img2dataset does"
+        )
+    if any(len(name) > MAX_PATH_CHARACTERS for name in names):
+        raise UnreadableShardError(
+            f"{path}: column {column!r} is text, and too long for paths, as images in base64 are: write bytes in a "
+            "binary column, or as files"
         )
     folder = folder_of(path)
     files = look_at_files(folder, names)

@@ -103,7 +103,7 @@ class CsvTable:
         if any("\0" in name for name in self.columns):
             raise UserError(f"{path} has zero bytes, as UTF-16 without a byte-order mark has; write it as UTF-8")
         if self._separator != ",":
-            log.info(f"{path}: its columns are parted by {SEPARATORS[self._separator]}")
+            _say_separator(path, self._separator)
 
     @property
     def num_rows(self) -> int:
@@ -203,6 +203,12 @@ def _holds_rows(fields: Sequence[str], separator: str, width: int) -> bool:
 def _separator(line: str) -> str:
     """What parts the columns of a line of names: a comma if there is one."""
     return next((separator for separator in SEPARATORS if separator in line), ",")
+
+
+@functools.cache
+def _say_separator(path: str, separator: str) -> None:
+    """Say it once, however often the table is opened."""
+    log.info(f"{path}: its columns are parted by {SEPARATORS[separator]}")
 
 
 def _cell(field: str) -> str | bytes:
