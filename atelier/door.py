@@ -59,6 +59,9 @@ def room_words(words: Sequence[str]) -> list[str]:
         raise UserError(
             f"{name} takes no {others[0]}{did_you_mean(others[0], [f'--{flag}' for flag in subcommand.flags])}"
         )
+    if {"prompt", "prompts"} <= {flag for flag in subcommand.flags if getattr(options, _attribute(flag)) is not None}:
+        typed = [variable(flag) if is_make else f"--{flag}" for flag in ("prompt", "prompts")]
+        raise UserError(f"{typed[0]} and {typed[1]} are both typed, and only one can be drawn: leave one out")
     for flag, example in subcommand.required:
         if getattr(options, _attribute(flag)) is None:
             typed, between = (variable(flag), "=") if is_make else (f"--{flag}", " ")

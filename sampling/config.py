@@ -14,7 +14,7 @@ from pixart.drawing.passes import Pass, plan_passes
 # What `auto` of a dtype is on either kind of machine. Fingerprints of images of a CPU leave it out, or have "auto".
 ON_A_CPU = {"dtype": "float32", "vae_dtype": "float32"}
 ON_A_GPU = {"dtype": "bfloat16", "vae_dtype": "tested"}
-SIZE = re.compile(r"\d+x\d+", re.ASCII)
+SIZE = re.compile(r"\d{1,9}x\d{1,9}", re.ASCII)
 
 
 class SamplingConfig(TableConfig):

@@ -11,6 +11,11 @@ from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS, Prompt
 from sampling.trained_model import TrainedModel
 
+# Of one folder: of each image there is a row, a file and a request in memory.
+MAX_IMAGES = 1_000_000
+# Of a side in pixels: far beyond what any weights were trained at, or any memory holds.
+MAX_SIDE = 2**15
+
 log = get_logger("sampling")
 
 
@@ -32,8 +37,14 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: Tr
     """Return the images of all prompts, in order; further images of a prompt take the next seeds.
 
     Raises:
-        UserError: sampling.size is not whole patches of latents, or two images would share a file.
+        UserError: sampling.size is not whole patches of latents, or two images would share a file, or there are more
+            than `MAX_IMAGES`.
     """
+    if (num_images := len(prompts) * config.images_per_prompt) > MAX_IMAGES:
+        raise UserError(
+            f"sampling.images_per_prompt = {config.images_per_prompt}: of {len(prompts):,} prompts that is "
+            f"{num_images:,} images, and one folder takes {MAX_IMAGES:,}: ask for fewer (N, --n)"
+        )
     requests: list[ImageRequest] = []
     for prompt in prompts:
         height, width = _size_of(prompt, config, trained)
@@ -81,6 +92,8 @@ def _size_of(prompt: Prompt, config: SamplingConfig, trained: TrainedModel) -> t
 def _parse_size(size: str, trained: TrainedModel) -> tuple[int, int]:
     multiple = trained.patch_pixels
     width, height = (int(side) for side in size.split("x"))
+    if max(width, height) > MAX_SIDE:
+        raise UserError(f"sampling.size {size}: {max(width, height)} is more than {MAX_SIDE} pixels a side")
     for side in (width, height):
         if side < multiple or side % multiple:
             raise UserError(f"sampling.size {size}: {side} is not a positive multiple of {multiple}")

@@ -124,6 +124,8 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         (["caption", "--shard", "x"], r"caption takes no --shard \(did you mean --shards\?\)"),
         (["caption", "--shards=a", "b.tar"], "caption takes no b.tar"),
         (["stats", "--stage", "2"], "stats takes no --stage"),
+        (["sample", "--prompt", "a", "--prompts", "b.txt"], "--prompt and --prompts are both typed"),
+        (["sample", "--prompts", "b.txt", "--prompt="], "--prompt and --prompts are both typed"),
         (["stats", "--run", ""], "--run is empty: type a value, or leave it out"),
         (["caption", "--shards= "], "--shards is empty"),
         (["pack", "--shards", "a", "--to", ""], "--to is empty"),

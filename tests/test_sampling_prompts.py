@@ -141,6 +141,14 @@ def test_size_overrides_aspect_ratio_and_must_be_whole_patches():
     assert (request.label, request.key, request.prompt) == (3, "class_0003", "class 3")
     with pytest.raises(UserError, match=r"sampling\.size 100x64: 100 is not a positive multiple of 16"):
         make_requests(prompts, SamplingConfig(size="100x64"), TRAINED)
+    with pytest.raises(UserError, match=r"sampling\.size 64x1000000: 1000000 is more than 32768 pixels a side"):
+        make_requests(prompts, SamplingConfig(size="64x1000000"), TRAINED)
+    with pytest.raises(ValueError, match="a size is width x height"):
+        SamplingConfig(size=f"{'9' * 5000}x64")
+    with pytest.raises(
+        UserError, match=r"images_per_prompt = 10000000000000: of 1 prompts that is 10,000,000,000,000 im"
+    ):
+        make_requests(prompts[:1], SamplingConfig(images_per_prompt=10**13), TRAINED)
 
 
 def test_images_never_share_a_file(tmp_path):
