@@ -67,6 +67,11 @@ class Command:
     def _has_typed_shards(self) -> bool:
         return self.chosen is not None and any(setting.key == SHARDS_KEY for setting in self.chosen.settings)
 
+    def require_typed_shards(self) -> None:
+        """Refuse SHARDS that are not there, in a room that reads none but remembers them; raises as `raw_shards`."""
+        if self._has_typed_shards:
+            _ = self.raw_shards
+
     def remember(self) -> None:
         """Note for later commands of the run what was typed for this one; called when nothing is left to refuse."""
         if self.chosen is not None:

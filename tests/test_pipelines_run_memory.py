@@ -12,6 +12,7 @@ from pipelines.command import Command, parse_command
 from pipelines.raw.patterns import remember_shards
 from pipelines.recipe import DataConfig
 from pipelines.run_memory import MEMORY_NAME
+from training.__main__ import main as training_main
 
 RECIPE = "[sampling]\nseed = 1\nnum_steps = 20\n[training.one]\nnum_steps = 3\n"
 
@@ -203,6 +204,14 @@ def test_remembered_shards_that_have_moved_are_named_and_typing_their_place_heal
     assert f"takes the place of {house}/x.tar of run/run.json, not there any more" in said and "without y of" in said
     assert memory()["shards"] == {"y": f"{house}/y.tar", "z": f"{house}/new/z.tar"}
     assert command().raw_shards == [f"{house}/y.tar", f"{house}/new/z.tar"]
+
+
+def test_typed_shards_that_are_not_there_are_refused_by_a_room_that_reads_none(house: Path, monkeypatch) -> None:
+    for plan in ([], ["--plan"]):
+        typed = ["--recipe", "a.toml", "--run", "run", "--text", "SHARDS:data.shards=/nope", *plan]
+        monkeypatch.setattr("sys.argv", ["training", *typed])
+        with pytest.raises(MissingFileError, match=r"^data\.shards: no shard matches /nope"):
+            training_main()
 
 
 def test_runs_of_before_know_their_shards_by_what_was_found(house: Path) -> None:

@@ -44,6 +44,7 @@ def lead(*, announce: Callable[[], None]) -> None:
     """Check the stage and run it, or the part that is here; `announce` is called when nothing is left to refuse."""
     start_seconds = time.monotonic()
     command = _command()
+    command.require_typed_shards()
     job = open_stage(command)
     for checkpoint in (job.resume, job.start.checkpoint, *(weights.checkpoint for weights in job.networks.values())):
         if checkpoint is not None and checkpoint.note is not None:
