@@ -10,6 +10,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
 os.environ["HF_HUB_OFFLINE"] = "1"
+for outer_make in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the make that runs the tests would have theirs name folders
+    os.environ.pop(outer_make, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them every command they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -54,8 +54,7 @@ def house(tmp_path_factory) -> Path:
 
 
 def run_make(house: Path, *typed: str, exported: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that runs these tests
-    environment = {name: value for name, value in os.environ.items() if name not in outer} | (exported or {})
+    environment = os.environ | (exported or {})
     command = ["make", "--no-print-directory", *typed]
     return subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, check=False)
 

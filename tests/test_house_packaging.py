@@ -56,8 +56,6 @@ def test_the_first_make_says_one_line_and_keeps_the_noise_of_pip_for_a_failure(t
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("STATUS", str(status))
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that runs these tests
-        monkeypatch.delenv(name, raising=False)
     command = ["make", ".venv/.ready", "PYTHON=./python"]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     first, *others = made.stderr.splitlines()
