@@ -11,15 +11,15 @@ from typing import Any, cast
 import numpy as np
 
 from pipelines.engine.progress import get_logger
-from pipelines.raw.arrow_tables import ParquetTable
 from pipelines.raw.caption_files import choose_key_column, key_of_path, text_files
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
-from pipelines.raw.table_rows import Rows, key_of_cell, pick, require_columns, text_of_cell
-from pipelines.raw.tables import TableFormat, open_table
+from pipelines.raw.tables.arrow_tables import ParquetTable
+from pipelines.raw.tables.open_table import TableFormat, open_table
+from pipelines.raw.tables.rows import Rows, key_of_cell, pick, require_columns, text_of_cell
 from pipelines.raw.texts import text_members
 from pipelines.store.files import is_remote
 from pipelines.store.tables import MEND_SHARD

@@ -27,8 +27,8 @@ from pipelines.raw.caption_files import (
 from pipelines.raw.patterns import select_names, select_shards
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
-from pipelines.raw.table_rows import key_of_cell
-from pipelines.raw.tables import TableFormat, open_table, require_sound, table_format
+from pipelines.raw.tables.open_table import TableFormat, open_table, require_sound, table_format
+from pipelines.raw.tables.rows import key_of_cell
 from pipelines.store.files import is_remote, open_ranges, sha256_text
 from pipelines.store.manifest import Manifest
 

@@ -16,6 +16,7 @@ import numpy as np
 from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs
 from pipelines.engine.pieces import Source
+from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.patterns import GLOB, expand_braces
 from pipelines.raw.reading import AS_IT_COMES
 from pipelines.raw.samples import Member
@@ -23,7 +24,6 @@ from pipelines.raw.shard_headers import HeaderCache
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.raw.summaries import read_headers, recall_headers
-from pipelines.raw.tar_shards import TarMembers
 from pipelines.store.files import is_remote, open_ranges
 from pipelines.store.remote import list_urls
 

@@ -15,8 +15,8 @@ from captioning.__main__ import main
 from captioning.engines.decoding import ContinuousDecoder
 from captioning.worker import CaptionWorker
 from errors import UserError
-from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import SampleReject
+from pipelines.raw.kinds.file_shard import FileShard
 from pipelines.store.manifest import ShardDirectory, read_manifest
 from pipelines.store.summary import read_summary
 from tests.raw_shards import encode, laion_members, photo, write_laion, write_tar

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from test_captioning_earlier import RAISED, RETRY, Killed, command, make_run, rows
 
-from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import SampleReject
+from pipelines.raw.kinds.file_shard import FileShard
 from pipelines.store.manifest import read_manifest
 from tests.tiny_models import save_clip, save_llava
 

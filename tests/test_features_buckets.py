@@ -12,8 +12,8 @@ from rich.console import Console
 from features import buckets
 from features.jobs import read_inputs
 from pipelines.command import parse_command
+from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.sizes import HEADER_BYTES
-from pipelines.raw.tar_shards import TarMembers
 from pipelines.store.feature_store import load_index
 
 

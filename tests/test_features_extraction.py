@@ -21,8 +21,8 @@ from features.latents import latent_job
 from features.text import text_job
 from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
-from pipelines.raw.file_shard import FileShard
 from pipelines.raw.images import aspect_buckets, resize_and_crop
+from pipelines.raw.kinds.file_shard import FileShard
 from pipelines.raw.patterns import remember_shards
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.manifest import ShardDirectory, read_manifest

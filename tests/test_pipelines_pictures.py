@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.raw import icc
 from pipelines.raw.images import SampleReject, decode_image, image_size
+from pipelines.raw.pictures import icc
 from tests.picture_files import (
     ADOBE_RGB,
     RED_AND_GREEN_EXCHANGED,

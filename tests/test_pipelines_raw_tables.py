@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from errors import UserError
-from pipelines.raw import json_tables
 from pipelines.raw.images import SampleReject
-from pipelines.raw.table_rows import TableRow, key_of_cell, text_of_cell
-from pipelines.raw.tables import open_table, require_sound, table_format
+from pipelines.raw.tables import json_tables
+from pipelines.raw.tables.open_table import open_table, require_sound, table_format
+from pipelines.raw.tables.rows import TableRow, key_of_cell, text_of_cell
 
 ALL = range(2**40)
 KEYS = [f"a/{number}" for number in range(50)]

@@ -9,9 +9,9 @@ import pytest
 from test_pipelines_shards import write_tar
 
 from pipelines.raw.images import SampleReject
+from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.samples import group_files
 from pipelines.raw.shards import describe_shards, open_shard
-from pipelines.raw.tar_headers import TarEntry
 
 FIELDS = {
     "fields": ["{}.image.jpg", "{}.caption.txt", "{}.metadata.json"],

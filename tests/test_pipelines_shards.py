@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import pipelines.raw.kinds.tar_shards
 import pipelines.raw.summaries
-import pipelines.raw.tar_shards
 from errors import MissingFileError, UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.patterns import expand_braces, expand_shards, select_shards
@@ -209,13 +209,13 @@ def test_paths_that_exist_are_no_patterns(tmp_path, monkeypatch) -> None:
 def count_headers(monkeypatch) -> list[str]:
     """Note every walk over a tar's headers."""
     walks: list[str] = []
-    walk = pipelines.raw.tar_shards.read_tar
+    walk = pipelines.raw.kinds.tar_shards.read_tar
 
     def counted(file):
         walks.append("walk")
         return walk(file)
 
-    monkeypatch.setattr(pipelines.raw.tar_shards, "read_tar", counted)
+    monkeypatch.setattr(pipelines.raw.kinds.tar_shards, "read_tar", counted)
     monkeypatch.setattr(pipelines.raw.summaries, "FEW_SAMPLES", 0)
     return walks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from pipelines.raw.tar_headers import TarContents, read_tar
+from pipelines.raw.kinds.tar_headers import TarContents, read_tar
 from pipelines.store.files import open_ranges
 
 NAMES = (

@@ -17,9 +17,9 @@ from sound_run import require_sound
 from tiny_checkpoint import write_checkpoint
 
 from errors import MissingFileError
+from pipelines.raw.kinds.tar_shards import read_tar_headers
 from pipelines.raw.patterns import remember_shards
 from pipelines.raw.shard_headers import HeaderCache
-from pipelines.raw.tar_shards import read_tar_headers
 from pipelines.store.files import open_ranges, sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.verify.__main__ import main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from errors import UserError
 from pipelines.raw import caption_files
-from pipelines.raw.table_rows import require_columns
+from pipelines.raw.tables.rows import require_columns
 from pipelines.raw.texts import TEXT_EXTENSIONS, split_place
 from pipelines.store.files import is_remote
 

@@ -11,7 +11,7 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
-from pipelines.raw.tables import open_table, table_format
+from pipelines.raw.tables.open_table import open_table, table_format
 from pipelines.raw.texts import json_members
 from pipelines.store.files import is_remote
 

@@ -18,8 +18,8 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.shards import open_shard
-from pipelines.raw.table_rows import key_of_cell, text_of_cell
-from pipelines.raw.tables import open_table, require_sound
+from pipelines.raw.tables.open_table import open_table, require_sound
+from pipelines.raw.tables.rows import key_of_cell, text_of_cell
 from pipelines.raw.texts import decode_caption
 from pipelines.store.files import is_remote, open_ranges
 

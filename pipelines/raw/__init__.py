@@ -1,1 +1,1 @@
-"""Raw shards in: members, headers, samples, pixels."""
+"""Raw shards in: which there are, their samples in order, texts and pixels."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
-from pipelines.raw.column_names import SAMPLE_NAMES, TEXT_NAMES, known_column
 from pipelines.raw.patterns import expand_braces, match_urls
 from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
-from pipelines.raw.tables import TABLES, TableFormat, table_format
+from pipelines.raw.tables.column_names import SAMPLE_NAMES, TEXT_NAMES, known_column
+from pipelines.raw.tables.open_table import TABLES, TableFormat, table_format
 from pipelines.raw.texts import TEXT_EXTENSIONS, text_members
 from pipelines.store.files import is_remote
 

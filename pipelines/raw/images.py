@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from errors import UserError, is_out_of_memory
-from pipelines.raw.pictures import Picture, UnsupportedPictureError, open_picture
+from pipelines.raw.pictures.open_picture import Picture, UnsupportedPictureError, open_picture
 
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
-from pipelines.raw.folder_kinds import refuse_images, shards_in
+from pipelines.raw.kinds.folder_kinds import refuse_images, shards_in
 from pipelines.raw.shard_names import shard_name
 from pipelines.store.files import atomic_write_json, is_remote
 from pipelines.store.remote import list_urls

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.raw.tar_headers import TarEntry
+from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS, text_members
 
 # What Pillow reads, and below what it does not: where a sample has one of each, as of phones, the first counts.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
-from pipelines.raw.local_files import FileFacts
+from pipelines.raw.kinds.local_files import FileFacts
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.texts import json_members, text_members

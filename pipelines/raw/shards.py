@@ -9,19 +9,19 @@ from typing import Protocol
 from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
-from pipelines.raw.file_shard import FileShard
-from pipelines.raw.folder_shards import classes_of, is_local_folder
-from pipelines.raw.local_files import LocalFiles
+from pipelines.raw.kinds.file_shard import FileShard
+from pipelines.raw.kinds.folder_shards import classes_of, is_local_folder
+from pipelines.raw.kinds.local_files import LocalFiles
+from pipelines.raw.kinds.row_shards import open_rows
+from pipelines.raw.kinds.table_shards import table_members
+from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.reading import AS_IT_COMES, Reading, UnreadableShardError
-from pipelines.raw.row_shards import open_rows
-from pipelines.raw.row_texts import RowTexts
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.summaries import read_headers, read_summaries, recall_headers
-from pipelines.raw.table_shards import table_members
-from pipelines.raw.tables import table_format
-from pipelines.raw.tar_shards import TarMembers
+from pipelines.raw.tables.open_table import table_format
+from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 FAULTS_NAMED = 5

@@ -8,16 +8,16 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from pipelines.engine.progress import progress_bar
-from pipelines.raw.arrow_tables import ARROW_FILE
-from pipelines.raw.folder_shards import is_local_folder, read_folder
-from pipelines.raw.local_files import list_folder
+from pipelines.raw.kinds.folder_shards import is_local_folder, read_folder
+from pipelines.raw.kinds.local_files import list_folder
+from pipelines.raw.kinds.row_shards import images_in, read_row_headers
+from pipelines.raw.kinds.table_shards import are_files_as_known, read_table_headers
+from pipelines.raw.kinds.tar_shards import read_tar_headers
 from pipelines.raw.reading import Reading, UnreadableShardError
-from pipelines.raw.row_shards import images_in, read_row_headers
 from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shard_headers import FOLDER, HeaderCache, ShardHeaders, ShardSummary
-from pipelines.raw.table_shards import are_files_as_known, read_table_headers
-from pipelines.raw.tables import ARROW_STREAM, PARQUET, table_format
-from pipelines.raw.tar_shards import read_tar_headers
+from pipelines.raw.tables.arrow_tables import ARROW_FILE
+from pipelines.raw.tables.open_table import ARROW_STREAM, PARQUET, table_format
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 # Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.

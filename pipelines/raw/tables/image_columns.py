@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from errors import UserError
-from pipelines.raw.column_names import PATH_NAMES, URL_NAMES, known_column
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import IMAGE_EXTENSIONS
+from pipelines.raw.tables.column_names import PATH_NAMES, URL_NAMES, known_column
 
 KEY = "data.image_column"
 # Of several columns with bytes the first of these is the image.

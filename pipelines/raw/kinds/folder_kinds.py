@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
-from pipelines.raw.folder_shards import METADATA_NAMES
-from pipelines.raw.image_columns import image_column
+from pipelines.raw.kinds.folder_shards import METADATA_NAMES
 from pipelines.raw.reading import AS_IT_COMES
 from pipelines.raw.samples import STRAY_FOLDERS
 from pipelines.raw.shard_names import is_image_name
-from pipelines.raw.tables import table_format
+from pipelines.raw.tables.image_columns import image_column
+from pipelines.raw.tables.open_table import table_format
 from pipelines.store.tables import MEND_USERS, sound_table
 
 MAX_DEPTH = 8

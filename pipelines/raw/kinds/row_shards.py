@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError
-from pipelines.raw.arrow_tables import ARROW_FILE
-from pipelines.raw.column_names import TEXT_NAMES
-from pipelines.raw.folder_shards import MISSING_IMAGE_FILE
-from pipelines.raw.image_columns import ImageColumn, image_column
 from pipelines.raw.images import SampleReject
+from pipelines.raw.kinds.folder_shards import MISSING_IMAGE_FILE
 from pipelines.raw.reading import Reading
-from pipelines.raw.row_texts import RowTexts, row_keys
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.tables import PARQUET, open_table
+from pipelines.raw.tables.arrow_tables import ARROW_FILE
+from pipelines.raw.tables.column_names import TEXT_NAMES
+from pipelines.raw.tables.image_columns import ImageColumn, image_column
+from pipelines.raw.tables.open_table import PARQUET, open_table
+from pipelines.raw.tables.row_texts import RowTexts, row_keys
 from pipelines.store.files import RangeFile, is_remote, open_binary
 from pipelines.store.tables import MEND_USERS, sound_table
 

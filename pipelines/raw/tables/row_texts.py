@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.raw.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
 from pipelines.raw.samples import split_at_extension
-from pipelines.raw.table_rows import key_of_cell, text_of_cell
-from pipelines.raw.tables import Table, open_table
+from pipelines.raw.tables.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
+from pipelines.raw.tables.open_table import Table, open_table
+from pipelines.raw.tables.rows import key_of_cell, text_of_cell
 from pipelines.raw.texts import split_place
 
 LABEL_COLUMN = "label"

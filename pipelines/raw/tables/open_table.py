@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from errors import UserError, describe_unfetched
-from pipelines.raw.arrow_tables import ARROW_FILE, ArrowTable, ParquetTable
-from pipelines.raw.json_tables import JsonLinesTable, JsonTable, begins_as_lines
-from pipelines.raw.text_tables import CsvTable, LinesTable, open_text
+from pipelines.raw.tables.arrow_tables import ARROW_FILE, ArrowTable, ParquetTable
+from pipelines.raw.tables.json_tables import JsonLinesTable, JsonTable, begins_as_lines
+from pipelines.raw.tables.text_tables import CsvTable, LinesTable, open_text
 from pipelines.store.files import open_binary
 
 TableFormat = Literal["parquet", "arrow", "csv", "tsv", "jsonl", "json", "lines"]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.raw.table_rows import Rows, TableRow, require_columns
+from pipelines.raw.tables.rows import Rows, TableRow, require_columns
 from pipelines.store.files import is_remote, open_binary
 from pipelines.store.tables import MEND_USERS, sound_table
 

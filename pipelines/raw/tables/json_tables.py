@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from errors import UserError
-from pipelines.raw.table_rows import ROWS_LOOKED_AT, Rows, TableRow, field_names, field_of, pick, require_columns
-from pipelines.raw.text_tables import LINE_COLUMN, open_text
+from pipelines.raw.tables.rows import ROWS_LOOKED_AT, Rows, TableRow, field_names, field_of, pick, require_columns
+from pipelines.raw.tables.text_tables import LINE_COLUMN, open_text
 from pipelines.raw.texts import TEXT_FIELDS
 
 NOT_JSON = "not_json"

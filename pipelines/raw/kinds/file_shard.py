@@ -5,10 +5,10 @@ from typing import Protocol
 
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
-from pipelines.raw.row_texts import RowTexts, label_of
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import ShardHeaders
 from pipelines.raw.shard_names import shard_name
+from pipelines.raw.tables.row_texts import RowTexts, label_of
 from pipelines.raw.texts import (
     decode_caption,
     json_members,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pipelines.raw.icc import PRIMARIES, SRGB_CURVE, matrix_profile, whole_profile
+from pipelines.raw.pictures.icc import PRIMARIES, SRGB_CURVE, matrix_profile, whole_profile
 
 HEAD_BYTES = 8
 # Boxes on the way to `colr`, and what stands in front of the boxes within each.

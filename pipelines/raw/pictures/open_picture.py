@@ -10,12 +10,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from pipelines.raw.bmp_masks import BmpMasks, profile_of_bmp, read_bmp
-from pipelines.raw.colour_boxes import profile_of_boxes
-from pipelines.raw.icc import lab_transform, show_as_srgb, whole_profile
-from pipelines.raw.png_chunks import SIGNATURE as PNG_SIGNATURE
-from pipelines.raw.png_chunks import PngChunks, read_png
-from pipelines.raw.tiff_samples import FLOAT_WHITES, TiffSamples, read_tiff, scale_to_eight_bits
+from pipelines.raw.pictures.bmp_masks import BmpMasks, profile_of_bmp, read_bmp
+from pipelines.raw.pictures.colour_boxes import profile_of_boxes
+from pipelines.raw.pictures.icc import lab_transform, show_as_srgb, whole_profile
+from pipelines.raw.pictures.png_chunks import SIGNATURE as PNG_SIGNATURE
+from pipelines.raw.pictures.png_chunks import PngChunks, read_png
+from pipelines.raw.pictures.tiff_samples import FLOAT_WHITES, TiffSamples, read_tiff, scale_to_eight_bits
 
 # What Pillow may take bytes for. It knows others that start programs (EPS) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM")

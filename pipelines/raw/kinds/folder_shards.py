@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
-from pipelines.raw.local_files import FileFacts, identify_files, list_folder
+from pipelines.raw.kinds.local_files import FileFacts, identify_files, list_folder
+from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.reading import Reading, UnreadableShardError
-from pipelines.raw.row_texts import RowTexts
 from pipelines.raw.samples import RawSample, group_files, is_stray, readable_name, split_at_extension
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
 from pipelines.raw.shard_names import is_image_name
-from pipelines.raw.table_rows import key_of_cell
-from pipelines.raw.tables import open_table, require_sound
-from pipelines.raw.tar_headers import TarEntry
+from pipelines.raw.tables.open_table import open_table, require_sound
+from pipelines.raw.tables.row_texts import RowTexts
+from pipelines.raw.tables.rows import key_of_cell
 
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 NAME_COLUMN = "file_name"

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from errors import UserError, describe_unfetched
 from pipelines.engine.progress import get_logger
-from pipelines.raw.table_rows import Rows, TableRow, pick, require_columns
+from pipelines.raw.tables.rows import Rows, TableRow, pick, require_columns
 from pipelines.raw.texts import BYTE_ORDER_MARKS
 from pipelines.store.files import open_binary
 

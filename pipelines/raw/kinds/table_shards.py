@@ -3,15 +3,15 @@
 import hashlib
 from pathlib import Path
 
-from pipelines.raw.folder_shards import MISSING_IMAGE_FILE
-from pipelines.raw.image_columns import path_column
-from pipelines.raw.local_files import MISSING, FileFacts, LocalFiles, identify_files, local_name, look_at_files
+from pipelines.raw.kinds.folder_shards import MISSING_IMAGE_FILE
+from pipelines.raw.kinds.local_files import MISSING, FileFacts, LocalFiles, identify_files, local_name, look_at_files
 from pipelines.raw.reading import Reading, UnreadableShardError
-from pipelines.raw.row_texts import RowTexts, row_keys
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.tables import open_table, require_sound
+from pipelines.raw.tables.image_columns import path_column
+from pipelines.raw.tables.open_table import open_table, require_sound
+from pipelines.raw.tables.row_texts import RowTexts, row_keys
 from pipelines.store.files import RangeFile, is_remote, sha256_text
 
 CHUNK_BYTES = 4 << 20

@@ -7,7 +7,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from pipelines.raw.icc import MAX_PROFILE_BYTES, PRIMARIES, TRANSFERS, matrix_profile, whole_profile
+from pipelines.raw.pictures.icc import MAX_PROFILE_BYTES, PRIMARIES, TRANSFERS, matrix_profile, whole_profile
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES, CRC_BYTES = 8, 4

@@ -1,10 +1,10 @@
 """A tar as a raw shard: its members by their place."""
 
 from errors import StorageError
+from pipelines.raw.kinds.tar_headers import read_tar
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import Member, group_samples
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
-from pipelines.raw.tar_headers import read_tar
 from pipelines.store.files import RangeFile
 
 

@@ -1,0 +1,1 @@
+"""The kinds of raw shards: tars, folders, rows of images, and tables that name files."""
