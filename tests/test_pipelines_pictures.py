@@ -228,7 +228,14 @@ def rgb_files() -> dict[str, bytes]:
     for numbers in ((12, 13), (9, 1), (1, 1), (1, 4), (12, 8)):
         files[f"cICP {numbers}.PNG"] = png(values, before=[(b"cICP", bytes((*numbers, 0, 1)))])
         files[f"nclx {numbers}.AVIF"] = avif(*numbers)
-    return files | masked_files()
+    return files | masked_files() | cut_files()
+
+
+def cut_files() -> dict[str, bytes]:
+    """Files without what stands behind their last pixel."""
+    ends = {"PNG": 12, "GIF": 1}
+    options = LOSSLESS | {"GIF": {}}
+    return {f"cut.{name}": encode(swatches(), name, **options[name])[:-end] for name, end in ends.items()}
 
 
 def masked_files() -> dict[str, bytes]:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from errors import UserError, is_out_of_memory
-from pipelines.raw.pictures.open_picture import Picture, UnsupportedPictureError, open_picture
+from pipelines.raw.pictures.cut_files import MAX_MISSING
+from pipelines.raw.pictures.open_picture import Picture, UnsupportedPictureError, decode_cut, open_picture
 
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
@@ -53,18 +54,14 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     JPEG, PNG, WebP, GIF, AVIF, TIFF, BMP, JPEG 2000, PPM and, with `pillow-heif`, HEIC are decoded, whatever the member
     is called: palette, grey, CMYK, L*a*b* and samples of any depth, brought to sRGB by their ICC profile, transparency
     laid over white, turned as their EXIF orientation says. The declared size is looked at before a pixel is decoded,
-    and metadata cost no picture.
+    and metadata cost no picture, nor do last bytes with which no more than `MAX_MISSING` of the pixels is missing.
 
     Raises:
         SampleReject: `empty_image`, `not_an_image`, `unsupported_image` (JPEG XL, HEIC without that package, or colours
             that cannot be converted), `too_many_pixels`, `too_small` or `corrupt_image`.
     """
     picture = _open_image(data, max_pixels=max_pixels)
-    try:
-        image = picture.pixels()
-    except Exception as error:
-        _require_memory(error, BYTES_PER_PIXEL * picture.width * picture.height)
-        raise SampleReject("corrupt_image", str(error)) from error
+    image = _pixels(picture, data)
     try:
         return picture.show(image)
     except Exception as error:
@@ -74,6 +71,26 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             raise SampleReject("unsupported_image", f"mode {image.mode}: {error}") from None
         # What damaged data have led to is met here first, as a palette that is not there.
         raise SampleReject("corrupt_image", f"mode {image.mode}: {error!r}") from error
+
+
+def _pixels(picture: Picture, data: bytes) -> Image.Image:
+    """Decode, also what only lacks its last bytes, and with them next to no pixel."""
+    num_bytes = BYTES_PER_PIXEL * picture.width * picture.height
+    try:
+        return picture.pixels()
+    except Exception as error:
+        _require_memory(error, num_bytes)
+        try:
+            decoded = decode_cut(data)
+        except Exception as other:
+            _require_memory(other, num_bytes)
+            raise SampleReject("corrupt_image", str(error)) from other
+        if decoded is None:
+            raise SampleReject("corrupt_image", str(error)) from error
+        image, missing = decoded
+        if missing > MAX_MISSING:
+            raise SampleReject("corrupt_image", f"{error}; {missing:.0%} of the picture is missing") from error
+        return image
 
 
 def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pipelines.raw.pictures.bmp_masks import BmpMasks, profile_of_bmp, read_bmp
 from pipelines.raw.pictures.colour_boxes import profile_of_boxes
+from pipelines.raw.pictures.cut_files import completions, is_cut_webp, share_made_up
 from pipelines.raw.pictures.icc import lab_transform, show_as_srgb, whole_profile
 from pipelines.raw.pictures.png_chunks import SIGNATURE as PNG_SIGNATURE
 from pipelines.raw.pictures.png_chunks import PngChunks, read_png
@@ -82,6 +83,8 @@ def open_picture(data: bytes) -> Picture:
         UnsupportedPictureError: it is one of a format that is not read.
         Exception: whatever else the bytes lead a decoder into.
     """
+    if is_cut_webp(data) and (whole := completions(data)):  # Pillow reads nothing of it
+        return replace(open_picture(whole[0]), pixels=_raise_cut)
     if data.startswith(PNG_SIGNATURE):
         return _open_png(data)
     if (bitmap := read_bmp(data)) is not None:
@@ -97,6 +100,26 @@ def open_picture(data: bytes) -> Picture:
         profile=_profile(image, data),
         pixels=lambda: _load(image),
     )
+
+
+def decode_cut(data: bytes) -> tuple[Image.Image, float] | None:
+    """Return the pixels of a file that lacks its last bytes, and which share of them is made up; None: not known.
+
+    Raises:
+        Exception: it is not this that the file lacks.
+    """
+    whole, *others = completions(data) or (None,)
+    if whole is None:
+        return None
+    image = open_picture(whole).pixels()
+    for other in others:
+        with contextlib.suppress(ValueError, OSError):
+            return image, share_made_up(np.asarray(image), np.asarray(open_picture(other).pixels()))
+    return None if others else (image, 0.0)
+
+
+def _raise_cut() -> Image.Image:
+    raise ValueError("a WebP that is cut off")
 
 
 def _open(data: bytes) -> Image.Image:

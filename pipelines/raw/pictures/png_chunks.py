@@ -3,6 +3,7 @@
 Texts of any size, unknown chunks and damaged ones cost no picture: the decoder sees none of them.
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from pipelines.raw.pictures.icc import MAX_PROFILE_BYTES, PRIMARIES, TRANSFERS, 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES, CRC_BYTES = 8, 4
 GREY, TRUECOLOUR = 0, 2  # colour types in which tRNS is a key
+NUM_CHANNELS = {GREY: 1, TRUECOLOUR: 3, 3: 1, 4: 2, 6: 4}
+# First row, rows down, first column, columns across of each pass of an interlaced picture, or of one that is not.
+ADAM7 = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
+AT_ONCE = ((0, 1, 0, 1),)
 # Pixels cannot be decoded without these; their checks are the decoder's. tRNS of a palette is kept too.
 CRITICAL = (b"IHDR", b"PLTE")
 ANCILLARY = (b"tRNS", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf")
@@ -130,3 +135,36 @@ def _embedded(content: bytes) -> bytes | None:
         return whole_profile(zlib.decompressobj().decompress(packed[1:], MAX_PROFILE_BYTES))
     except zlib.error:
         return None
+
+
+def complete_png(data: bytes, max_missing: float) -> tuple[bytes, ...]:
+    """Return a PNG that is cut among its pixels with zeros for those it lacks; none if these are more than a share.
+
+    Raises:
+        ValueError: it ends before its pixels.
+    """
+    chunks, _, position = _chunks_before_pixels(data)
+    width, height, bits, colour_type, _, _, is_interlaced = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    bits_per_pixel = bits * NUM_CHANNELS[colour_type]
+    num_bytes = 0
+    for top, down, left, across in ADAM7 if is_interlaced else AT_ONCE:
+        if num_columns := len(range(left, width, across)):
+            num_bytes += len(range(top, height, down)) * (1 + math.ceil(num_columns * bits_per_pixel / 8))
+    pixels = zlib.decompressobj().decompress(_content_of_pixels(data, position), num_bytes)
+    if num_bytes - len(pixels) > max_missing * num_bytes:
+        return ()
+    content = zlib.compress(pixels.ljust(num_bytes, b"\0"), 1)
+    return (data[:position] + _chunk(b"IDAT", content) + _chunk(b"IEND", b""),)
+
+
+def _content_of_pixels(data: bytes, position: int) -> bytes:
+    parts = []
+    while data[position + 4 : position + HEAD_BYTES] == b"IDAT":
+        end = position + HEAD_BYTES + int.from_bytes(data[position : position + 4])
+        parts.append(data[position + HEAD_BYTES : end])
+        position = end + CRC_BYTES
+    return b"".join(parts)
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
