@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import pipelines.raw.kinds.tar_shards
+import pipelines.raw.shard_headers
 import pipelines.raw.summaries
 from errors import MissingFileError, UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.patterns import expand_braces, expand_shards, select_shards
 from pipelines.raw.reading import Reading
+from pipelines.raw.shard_headers import RecentHeaders
 from pipelines.raw.shards import describe_shards, open_shard, shard_source
 
 
@@ -313,7 +315,7 @@ def test_faulty_tars_are_all_named_at_once_and_damaged_ones_are_logged(tmp_path,
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_an_error_not_a_broken_image(tmp_path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 5000)])
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 100_000)])
     with open_shard(path) as raw:
         os.truncate(path, 2000)
         with pytest.raises(OSError, match=r"x\.tar: ends at byte 2,000; it has changed"):
@@ -328,3 +330,36 @@ def test_what_a_runs_folder_is_called_is_no_pattern(tmp_path) -> None:
         assert expand_shards(spec, run=run) == [str(run / "[x]_0.tar")]
     with pytest.raises(MissingFileError, match=re.escape(f"no shard matches {run}/y_*.tar")):
         expand_shards("{run}/y_*.tar", run=run)
+
+
+def test_a_small_tar_is_read_as_it_was_when_it_was_opened_and_known_to_have_changed_after(tmp_path) -> None:
+    """A small tar is read in one go, and its headers are not read twice by a command, unless it changes in between."""
+    run, path = tmp_path / "run", write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * 5000), ("a.txt", b"t")])
+    (described,) = describe_shards([path], run=run)
+    with open_shard(path) as raw:
+        os.truncate(path, 2000)
+        assert (raw.image_bytes(raw.samples[0]), raw.text(raw.samples[0])) == (b"x" * 5000, "t")
+    for size in (2000, 9000):
+        write_tar(tmp_path / "x.tar", [("a.jpg", b"x" * size), ("a.txt", b"u")])
+        with (
+            pytest.raises(UserError, match=r"x\.tar has changed since this command began"),
+            open_shard(path, run=run, identity=described.source.identity),
+        ):
+            pass
+    assert not (run / ".headers").exists()
+
+
+def test_headers_of_small_tars_are_read_once_by_a_process_up_to_a_number(tmp_path, monkeypatch) -> None:
+    walks = count_headers(monkeypatch)
+    monkeypatch.setattr(pipelines.raw.summaries, "FEW_SAMPLES", 16)
+    monkeypatch.setattr(pipelines.raw.summaries, "RECENT", RecentHeaders())
+    monkeypatch.setattr(pipelines.raw.shard_headers, "MAX_RECENT_SAMPLES", 6)
+    paths = [write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", b"x" * number)]) for number in range(5)]
+    described = describe_shards(paths, run=tmp_path / "run")
+    assert len(walks) == 5
+    for shard in described:
+        with open_shard(shard.source.path, run=tmp_path / "run", identity=shard.source.identity) as raw:
+            assert len(raw.samples) == 1
+    assert len(walks) == 7, "three are remembered, two are not"
+    with open_shard(paths[0]) as raw:
+        assert len(walks) == 8, "without a run it is looked at anew"

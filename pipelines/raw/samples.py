@@ -5,8 +5,9 @@ both `x.input.jpg` and `x.outputs.txt` are fields of `x`, and `x.jpg.txt` is the
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.texts import TEXT_EXTENSIONS, TEXT_FIELDS, text_members
@@ -48,8 +49,7 @@ STRAY_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """Where the bytes of one file are: from `offset` in a tar; in a folder it is the number of the file."""
 
     offset: int
@@ -131,11 +131,13 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     Args:
         named: the files that metadata name.
     """
-    strays = [readable_name(entry.name) for entry in entries if is_stray(entry.name)]
-    files = [(entry.name, entry) for entry in entries if not is_stray(entry.name)]
-    apart = _keyed_by_whole_name([name for name, _ in files], named)
+    left_out = {entry.name for entry in entries if is_stray(entry.name)}
+    strays = [readable_name(entry.name) for entry in entries if entry.name in left_out]
+    files = [(entry.name, entry) for entry in entries if entry.name not in left_out]
+    parts = {name: split_at_extension(name) for name, _ in files}
+    parts |= _keyed_by_whole_name(parts, named)
     samples = []
-    for sample in _group(files, lambda name: apart.get(name) or split_at_extension(name), num_bytes=None):
+    for sample in _group(files, parts.__getitem__, num_bytes=None):
         if not _hides_image(sample) and not text_members(list(sample.members), None):
             strays += [f"{sample.key}.{extension}".removesuffix(".") for extension in sample.members]
             continue
@@ -144,12 +146,16 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     return GroupedSamples(samples=samples, unusable=[], strays=strays)
 
 
-def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return key and extension of images that would share a key and are told apart, and of their own texts."""
+def _keyed_by_whole_name(parts: Mapping[str, tuple[str, str]], named: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return key and extension of images that would share a key and are told apart, and of their own texts.
+
+    Args:
+        parts: of each name the key and extension that it has by itself.
+        named: see `group_files`.
+    """
     images: dict[str, list[str]] = {}
     texts: dict[str, list[str]] = {}
-    for name in names:
-        key, extension = split_at_extension(name)
+    for name, (key, extension) in parts.items():
         if extension.lower() in IMAGE_EXTENSIONS:
             images.setdefault(key, []).append(name)
         elif "." in extension and extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS:
@@ -171,9 +177,12 @@ def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[s
 
 def is_stray(name: str) -> bool:
     """Whether a file is by its name no part of a sample: hidden, of an archiver or a system, or a note for people."""
-    *folders, file_name = name.split("/")
-    is_hidden = file_name.startswith(".") or any(folder.startswith(".") and folder.strip(".") for folder in folders)
-    return is_hidden or STRAY_NAME.fullmatch(file_name) is not None or any(f.lower() in STRAY_FOLDERS for f in folders)
+    folder, _, file_name = name.rpartition("/")
+    if file_name.startswith(".") or STRAY_NAME.fullmatch(file_name) is not None:
+        return True
+    return bool(folder) and any(
+        part.lower() in STRAY_FOLDERS or (part.startswith(".") and part.strip(".")) for part in folder.split("/")
+    )
 
 
 def split_at_first_dot(name: str) -> tuple[str, str]:
@@ -206,12 +215,15 @@ def _group(
     for name, entry in files:
         key, extension = split(name)
         key, extension = readable_name(key), extension.lower()
-        sample = samples.setdefault(key, RawSample(key))
+        sample = samples.get(key)
+        if sample is None:
+            sample = samples[key] = RawSample(key)
         if extension in sample.members:
             sample.reject = "duplicate_member"
         elif num_bytes is not None and entry.offset + entry.size > num_bytes:
             sample.reject = sample.reject or "cut_off"
-        sample.members.setdefault(extension, Member(entry.offset, entry.size))
+        if extension not in sample.members:
+            sample.members[extension] = Member(entry.offset, entry.size)
     return list(samples.values())
 
 
@@ -223,7 +235,7 @@ def readable_name(name: str) -> str:
 
 
 def _hides_image(sample: RawSample) -> bool:
-    return any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in sample.members)
+    return not IMAGE_EXTENSIONS.isdisjoint([extension.rpartition(".")[2] for extension in sample.members])
 
 
 def _choose_image(sample: RawSample) -> None:

@@ -23,6 +23,8 @@ from pipelines.store.state_files import parse_state, state_of
 FOLDER = ".headers"
 # Raised when samples are found in another way, or the files change their form.
 FORMAT_VERSION = 4
+# Some twenty megabytes.
+MAX_RECENT_SAMPLES = 1 << 14
 
 # `rows` have their images in a column, those of a `table` have paths.
 Kind = Literal["tar", "folder", "rows", "table"]
@@ -78,7 +80,33 @@ class ShardHeaders:
 
 def has_text(sample: RawSample) -> bool:
     """Whether a sample has a text, or JSON that may hold one, among its members."""
-    return bool(text_members(list(sample.members), sample.image_extension) or json_members(sample.key, sample.members))
+    members = sample.members
+    return "txt" in members or bool(
+        text_members(list(members), sample.image_extension) or json_members(sample.key, members)
+    )
+
+
+class RecentHeaders:
+    """Headers of small shards that this process has read itself; the first `MAX_RECENT_SAMPLES`, by path.
+
+    A command that looks at shards and then reads them itself need not look twice. Whoever asks compares the stamp.
+    """
+
+    def __init__(self) -> None:
+        self._by_path: dict[str, ShardHeaders] = {}
+        self._num_samples = 0
+
+    def headers(self, path: str) -> ShardHeaders | None:
+        """Return what was read of the shard at `path`, or None."""
+        return self._by_path.get(path)
+
+    def remember(self, path: str, headers: ShardHeaders) -> None:
+        """Keep the headers of the shard at `path`, if there is room."""
+        former = self._by_path.pop(path, None)
+        self._num_samples -= 0 if former is None else 1 + len(former.samples)
+        if self._num_samples < MAX_RECENT_SAMPLES:
+            self._by_path[path] = headers
+            self._num_samples += 1 + len(headers.samples)
 
 
 class HeaderCache:
@@ -148,7 +176,7 @@ class HeaderCache:
 
 
 def _dump_sample(sample: RawSample) -> list[Any]:
-    members = [[extension, member.offset, member.size] for extension, member in sample.members.items()]
+    members = [(extension, *member) for extension, member in sample.members.items()]
     return [sample.key, sample.image_extension, sample.reject, sample.row, members]
 
 

@@ -63,4 +63,4 @@ def _with_folders(parts: Sequence[str], stem: str) -> list[str]:
 
 def is_image_name(name: str) -> bool:
     """Whether a file is called as an image is."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+    return name[:1] != "." and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS

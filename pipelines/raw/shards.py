@@ -17,9 +17,9 @@ from pipelines.raw.kinds.table_shards import table_members
 from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.reading import AS_IT_COMES, Reading, UnreadableShardError
 from pipelines.raw.samples import RawSample
-from pipelines.raw.shard_headers import HeaderCache, ShardHeaders, ShardSummary
+from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.summaries import read_headers, read_summaries, recall_headers
+from pipelines.raw.summaries import read_summaries, recall_or_read_headers
 from pipelines.raw.tables.open_table import table_format
 from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.store.files import RangeFile, is_remote, open_ranges
@@ -109,39 +109,41 @@ def open_shard(
         UserError: the file is no shard, cannot be read by place, or has changed; names the shard.
         StorageError: it cannot be read; names the shard.
     """
-    with contextlib.ExitStack() as stack:
-        file = None if is_local_folder(path) else stack.enter_context(open_ranges(path))
-        cache = HeaderCache(run) if run else None
-        headers = recall_headers(path, file, reading, cache=cache, identity=identity) if cache else None
-        if headers is None:
-            headers = read_headers(path, file, reading)
-            if cache and cache.has_forgotten:
-                cache.remember(path, headers)
-        if identity not in (None, headers.summary.identity):
-            raise UserError(f"{path} has changed since this command began; run it again")
-        yield stack.enter_context(_open(path, file, headers, reading))
+    if is_local_folder(path):
+        yield _open_folder(path, _known_headers(path, None, reading, run=run, identity=identity), reading)
+        return
+    with open_ranges(path) as file:
+        headers = _known_headers(path, file, reading, run=run, identity=identity)
+        if headers.summary.kind == "rows":
+            with open_rows(path, file, headers, reading) as shard:
+                yield shard
+        elif headers.summary.kind == "table":
+            yield FileShard(path, table_members(path, headers), headers, reading=reading, texts=RowTexts([path]))
+        else:
+            yield FileShard(path, TarMembers(path, file), headers, reading=reading)
         if is_remote(path):
             # A local file that is replaced stays open as it was; of a remote one, later ranges would be another's.
             with open_ranges(path) as again:
-                if file is not None and again.stamp != file.stamp:
+                if again.stamp != file.stamp:
                     raise UserError(f"{path} has changed while it was read; run the command again")
 
 
-@contextlib.contextmanager
-def _open(path: str, file: RangeFile | None, headers: ShardHeaders, reading: Reading) -> Iterator[RawShard]:
-    if file is None:
-        folder = path.removeprefix("file://")
-        texts = RowTexts([f"{folder}/{table}" for table in headers.tables]) if headers.tables else None
-        classes = classes_of(headers.samples) if reading.dialect == "imagenet" else None
-        members = LocalFiles(folder, headers.files)
-        yield FileShard(path, members, headers, reading=reading, texts=texts, classes=classes)
-    elif headers.summary.kind == "table":
-        yield FileShard(path, table_members(path, headers), headers, reading=reading, texts=RowTexts([path]))
-    elif headers.summary.kind == "rows":
-        with open_rows(path, file, headers, reading) as shard:
-            yield shard
-    else:
-        yield FileShard(path, TarMembers(path, file), headers, reading=reading)
+def _known_headers(
+    path: str, file: RangeFile | None, reading: Reading, *, run: Path | None, identity: str | None
+) -> ShardHeaders:
+    """Return what is known of a shard, or read it; raises `UserError` if it is not the one that is expected."""
+    headers = recall_or_read_headers(path, file, reading, run=run, identity=identity)
+    if identity not in (None, headers.summary.identity):
+        raise UserError(f"{path} has changed since this command began; run it again")
+    return headers
+
+
+def _open_folder(path: str, headers: ShardHeaders, reading: Reading) -> RawShard:
+    folder = path.removeprefix("file://")
+    texts = RowTexts([f"{folder}/{table}" for table in headers.tables]) if headers.tables else None
+    classes = classes_of(headers.samples) if reading.dialect == "imagenet" else None
+    members = LocalFiles(folder, headers.files)
+    return FileShard(path, members, headers, reading=reading, texts=texts, classes=classes)
 
 
 @dataclass(frozen=True, kw_only=True)

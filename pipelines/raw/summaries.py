@@ -15,18 +15,21 @@ from pipelines.raw.kinds.table_shards import are_files_as_known, read_table_head
 from pipelines.raw.kinds.tar_shards import read_tar_headers
 from pipelines.raw.reading import Reading, UnreadableShardError
 from pipelines.raw.samples import IMAGE_EXTENSIONS
-from pipelines.raw.shard_headers import FOLDER, HeaderCache, ShardHeaders, ShardSummary
+from pipelines.raw.shard_headers import FOLDER, HeaderCache, RecentHeaders, ShardHeaders, ShardSummary
 from pipelines.raw.tables.arrow_tables import ARROW_FILE
 from pipelines.raw.tables.open_table import ARROW_STREAM, PARQUET, table_format
+from pipelines.raw.tasks import NUM_THREADS, cut_into_tasks, map_tasks
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 # Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
-NUM_THREADS = 16
 SHARDS_PER_TASK = 16
+TASKS_PER_THREAD = 4
 MIN_SHARDS_PER_PROCESS = 64
 MIN_BYTES_PER_PROCESS = 1 << 30
-# Headers of so few samples are read as fast as what is remembered of them.
+SHARDS_WEIGHED = 64
+# Headers of so few samples are read as fast as what a file remembers of them: it is kept in memory alone.
 FEW_SAMPLES = 16
+RECENT = RecentHeaders()
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
 
 
@@ -52,10 +55,28 @@ def read_headers(path: str, file: RangeFile | None, reading: Reading) -> ShardHe
     return read_tar_headers(path, file)
 
 
+def recall_or_read_headers(
+    path: str, file: RangeFile | None, reading: Reading, *, run: Path | None, identity: str | None
+) -> ShardHeaders:
+    """Return what is remembered of a shard in `run`, or look at it; see `recall_headers`, raises as `read_headers`."""
+    if run is None:
+        return read_headers(path, file, reading)
+    recent = RECENT.headers(path)
+    if file is not None and recent is not None and recent.summary.is_of(file.stamp, reading):
+        return recent
+    cache = HeaderCache(run)
+    headers = recall_headers(path, file, reading, cache=cache, identity=identity)
+    if headers is None:
+        headers = read_headers(path, file, reading)
+        if cache.has_forgotten:
+            cache.remember(path, headers)
+    return headers
+
+
 def recall_headers(
     path: str, file: RangeFile | None, reading: Reading, *, cache: HeaderCache, identity: str | None = None
 ) -> ShardHeaders | None:
-    """Return what is remembered of a shard, if it is as it was, or else None.
+    """Return what a file remembers of a shard, if it is as it was, or else None.
 
     Where files of a folder or table are to be those of a known `identity`, each is looked at when it is read.
     """
@@ -94,7 +115,8 @@ def read_summaries(
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             found = dict(zip(paths, pool.map(recall, paths), strict=True))
     unread = [path for path, summary in found.items() if summary is None]
-    tasks = [unread[start : start + SHARDS_PER_TASK] for start in range(0, len(unread), SHARDS_PER_TASK)]
+    num_in_task = max(1, min(SHARDS_PER_TASK, len(unread) // (TASKS_PER_THREAD * NUM_THREADS)))
+    tasks = cut_into_tasks(unread, num_in_task)
     read: dict[str, ShardSummary | UnreadableShardError] = {}
     with progress_bar("shards", len(unread), unit="shards") as progress:
         for task, summaries in zip(tasks, _run_tasks(tasks, reading, run), strict=True):
@@ -104,19 +126,16 @@ def read_summaries(
 
 
 def _run_tasks(
-    tasks: Sequence[list[str]], reading: Reading, run: Path | None
+    tasks: Sequence[Sequence[str]], reading: Reading, run: Path | None
 ) -> Iterator[list[ShardSummary | UnreadableShardError]]:
     read = functools.partial(_read_some, reading=reading, run=run)
     num_processes = _num_processes([path for task in tasks for path in task])
     if num_processes < 2:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            each = functools.partial(_read_summary, reading=reading, run=run)
-            for task in tasks:
-                yield list(pool.map(each, task))
+        yield from map_tasks(read, tasks)
         return
     # Not by fork: the threads of fsspec and Arrow would be missing in the child, and their locks held.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(read, tasks)
+        yield from pool.map(functools.partial(_read_in_threads, reading=reading, run=run), tasks)
 
 
 def _num_processes(paths: Sequence[str]) -> int:
@@ -124,15 +143,22 @@ def _num_processes(paths: Sequence[str]) -> int:
     num_processes = min(os.cpu_count() or 1, len(paths) // MIN_SHARDS_PER_PROCESS)
     if num_processes < 2 or any(map(is_remote, paths)):
         return num_processes
-    num_bytes = sum(os.path.getsize(path.removeprefix("file://")) for path in paths)  # noqa: PTH202
+    some = paths[:: -(-len(paths) // SHARDS_WEIGHED)]
+    num_bytes = sum(Path(path.removeprefix("file://")).stat().st_size for path in some) * len(paths) // len(some)
     return min(num_processes, num_bytes // MIN_BYTES_PER_PROCESS)
+
+
+def _read_in_threads(
+    paths: Sequence[str], *, reading: Reading, run: Path | None
+) -> list[ShardSummary | UnreadableShardError]:
+    with ThreadPoolExecutor(min(NUM_THREADS, len(paths))) as pool:
+        return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
 
 
 def _read_some(
     paths: Sequence[str], *, reading: Reading, run: Path | None
 ) -> list[ShardSummary | UnreadableShardError]:
-    with ThreadPoolExecutor(min(NUM_THREADS, len(paths))) as pool:
-        return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
+    return [_read_summary(path, reading=reading, run=run) for path in paths]
 
 
 def _recall_summary(path: str, *, reading: Reading, run: Path) -> ShardSummary | None:
@@ -155,6 +181,9 @@ def _read_summary(path: str, *, reading: Reading, run: Path | None) -> ShardSumm
                 headers = read_headers(path, file, reading)
     except UnreadableShardError as error:
         return error
-    if run is not None and (headers.summary.num_samples > FEW_SAMPLES or is_remote(path)):
-        HeaderCache(run).remember(path, headers)
+    if run is not None:
+        if headers.summary.num_samples > FEW_SAMPLES or is_remote(path):
+            HeaderCache(run).remember(path, headers)
+        elif headers.summary.kind in ("tar", "rows"):
+            RECENT.remember(path, headers)
     return headers.summary

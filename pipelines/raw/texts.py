@@ -65,7 +65,7 @@ def text_members(extensions: Sequence[str], image_extension: str | None) -> list
     `.txt`, `.caption` or `.text`; else what is called after the image (`jpg.txt`); else a field such as `caption.txt`.
     """
     plain = [extension for extension in TEXT_EXTENSIONS if extension in extensions]
-    if not any("." in extension for extension in extensions):
+    if "." not in "".join(extensions):
         return plain
     if image_extension is None:  # of texts that are alone in their tar or folder
         beside = [extension for extension in extensions if TEXT_OF_IMAGE.fullmatch(extension)]

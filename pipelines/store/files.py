@@ -22,6 +22,8 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.remote import RemoteFile
 
 HASH_CHUNK_BYTES = 1 << 20
+# So much costs no more to read than a part of it.
+SMALL_FILE_BYTES = 64 << 10
 LOCK_NAME = ".lock"
 # Nobody goes on with a temporary file after that time; far more than the clocks of hosts are apart.
 ABANDONED_SECONDS = 24 * 3600
@@ -50,16 +52,27 @@ class RangeFile(Protocol):
 
 
 class LocalFile:
-    """A `RangeFile` on a mounted file system; the stamp follows size, modification and change of the inode."""
+    """A `RangeFile` on a mounted file system; the stamp follows size, modification and change of the inode.
 
-    def __init__(self, path: Path) -> None:
+    A small file is read once, as a whole, when the first of its bytes are asked for.
+    """
+
+    def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
         status = os.fstat(self._descriptor)
         self.size = status.st_size
         self.stamp: str | None = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+        self._whole: bytes | None = None
 
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from `offset`, fewer only at the end of the file."""
+        if self.size > SMALL_FILE_BYTES:
+            return self._read(offset, size)
+        if self._whole is None:
+            self._whole = self._read(0, self.size)
+        return self._whole[offset : offset + size]
+
+    def _read(self, offset: int, size: int) -> bytes:
         size = max(0, min(size, self.size - offset))
         data = os.pread(self._descriptor, size, offset)
         while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
@@ -84,7 +97,7 @@ def open_ranges(url: str) -> Iterator[RangeFile]:
         MissingFileError: names the URL that does not exist.
         UserError, StorageError: see `RemoteFile`.
     """
-    file = RemoteFile(url) if is_remote(url) else LocalFile(Path(url.removeprefix("file://")))
+    file = RemoteFile(url) if is_remote(url) else LocalFile(url.removeprefix("file://"))
     try:
         yield file
     finally:

@@ -87,7 +87,6 @@ class _Level:
         except OSError as error:
             raise UserError(f"data.shards: {folder} cannot be read: {error.strerror}") from None
         for entry in entries:
-            name = entry.name.lower()
             if entry.name.startswith("."):
                 continue
             kind = _kind(entry.name)
@@ -97,16 +96,16 @@ class _Level:
                 self.tars.append(entry.path)
             elif kind == ROWS:
                 self.rows.append(entry.path)
-            elif table_format(entry.name) not in (None, "lines") and name not in METADATA_NAMES:
+            elif table_format(entry.name) not in (None, "lines") and entry.name.lower() not in METADATA_NAMES:
                 self.tables.append(entry.path)
             elif entry.is_dir():
                 self.folders.append(entry.path)
 
 
 def _kind(name: str) -> str | None:
-    lower = name.lower()
     if is_image_name(name):
         return IMAGES
+    lower = name.lower()
     if lower.endswith(".tar"):
         return TARS
     is_rows = lower.endswith(ROW_SUFFIXES) and lower not in METADATA_NAMES and not lower.startswith(CACHE_PREFIXES)
@@ -136,12 +135,16 @@ def _warn_of_rest(folder: str, kind: str, shards: Sequence[str], *, others: Sequ
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in STRAY_FOLDERS)
         for name in sorted(names):
-            found, path = _kind(name), f"{place.rstrip('/')}/{name}"
-            if found is None or name.startswith(".") or path in known:
+            found = _kind(name)
+            if found is None or name.startswith("."):
                 continue
             if found == kind == IMAGES:
                 num_images += 1
-            elif found != ROWS or _has_image_column(path):
+                continue
+            path = f"{place.rstrip('/')}/{name}"
+            if path in known:
+                continue
+            if found != ROWS or _has_image_column(path):
                 left[found].append(path)
     if not any(left.values()):
         return

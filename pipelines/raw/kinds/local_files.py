@@ -5,25 +5,22 @@ import hashlib
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from errors import StorageError, UserError
 from pipelines.raw.samples import STRAY_FOLDERS, Member, readable_name
+from pipelines.raw.tasks import cut_into_tasks, map_tasks
 from pipelines.raw.texts import MASKS_KEY, TEXT_EXTENSIONS
 
 # As of a tar: the last bytes of every file are part of the identity. Texts are edited in place, so all of them is.
 TAIL_BYTES = 512
 CHUNK_BYTES = 4 << 20
 WHOLE_EXTENSIONS = (*TEXT_EXTENSIONS, "json", "csv", "tsv", "jsonl", "cls")
-# Of remote file systems that are mounted, such calls wait.
-NUM_THREADS = 16
 FILES_PER_TASK = 512
 MISSING = -1
-Item = TypeVar("Item")
 
 
 class FileFacts(NamedTuple):
@@ -116,8 +113,7 @@ def look_at_files(folder: str, names: Sequence[str]) -> list[FileFacts]:
     def look(some: Sequence[str]) -> list[FileFacts]:
         return [_facts(folder, name) for name in some]
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return [facts for chunk in pool.map(look, _chunks(names)) for facts in chunk]
+    return [facts for found in map_tasks(look, cut_into_tasks(names, FILES_PER_TASK)) for facts in found]
 
 
 def _facts(folder: str, name: str) -> FileFacts:
@@ -142,9 +138,8 @@ def identify_files(folder: str, files: Sequence[FileFacts], *, tables: Collectio
         UserError: one cannot be read, or changes while it is; names it.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for part in pool.map(functools.partial(_digest, folder, tables), _chunks(files)):
-            digest.update(part)
+    for part in map_tasks(functools.partial(_digest, folder, tables), cut_into_tasks(files, FILES_PER_TASK)):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -164,10 +159,6 @@ def _digest(folder: str, tables: Collection[str], files: Sequence[FileFacts]) ->
 def _is_text(name: str) -> bool:
     stem, _, extension = name.rpartition(".")
     return extension.lower() in WHOLE_EXTENSIONS and not (extension == "json" and MASKS_KEY.fullmatch(stem))
-
-
-def _chunks(items: Sequence[Item]) -> list[Sequence[Item]]:
-    return [items[start : start + FILES_PER_TASK] for start in range(0, len(items), FILES_PER_TASK)]
 
 
 class LocalFiles:

@@ -6,6 +6,7 @@ The formats are those `tarfile` reads: ustar, GNU (long names, numbers in base 2
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.store.files import RangeFile
@@ -23,8 +24,7 @@ REGULAR_TYPES = (b"0", b"\0", b"7")
 TYPES_WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
-@dataclass(frozen=True, slots=True)
-class TarEntry:
+class TarEntry(NamedTuple):
     """One member: `kind` is `file`, `folder`, or `other` for links, devices and sparse files."""
 
     name: str
@@ -82,8 +82,7 @@ class _Walk:
 
     def entries(self) -> Iterator[tuple[TarEntry, bytes]]:
         """Yield every member with the last bytes of its payload."""
-        self._require_tar()
-        block = self._file.read(0, BLOCK_BYTES)
+        block = self._first_block()
         pax, long_name = self._global_pax, None
         while len(block) == BLOCK_BYTES and block != ZEROS:
             try:
@@ -111,15 +110,18 @@ class _Walk:
             yield entry, tail
         self.fault = self._fault_at_end(block)
 
-    def _require_tar(self) -> None:
+    def _first_block(self) -> bytes:
+        """Return the first block; raises `UnreadableShardError` if it is none of a tar."""
         block = self._file.read(0, BLOCK_BYTES)
         if block[:2] == b"\x1f\x8b":
             raise UnreadableShardError(
                 "it is compressed with gzip, so its members cannot be read by place; unpack it with gunzip"
             )
+        if block == ZEROS:
+            return block
         try:
-            if len(block) < BLOCK_BYTES or block != ZEROS:
-                _checked_type(block)
+            _checked_type(block)
+            return block
         except _HeaderError as error:
             raise UnreadableShardError(str(error) if block else "it is empty") from None
 
@@ -139,7 +141,7 @@ class _Walk:
         if len(block) < BLOCK_BYTES:
             return f"cut off: {self._file.size:,} bytes, and no end-of-archive mark"
         rest = self._file.read(self._offset, 2 * RECORD_BYTES)
-        if rest.count(0) != len(rest):
+        if rest != bytes(len(rest)):
             return f"goes on behind its end-of-archive mark at byte {self._offset:,}: members there are not seen"
         return None
 
@@ -156,7 +158,8 @@ def _checked_type(block: bytes) -> bytes:
         expected = _number(block[148:156])
     except ValueError:
         raise _HeaderError("its first block is no tar header") from None
-    found = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    # Most of a header is zeros.
+    found = sum(block.translate(None, b"\0")) - sum(block[148:156]) + 8 * ord(" ")
     # Old tars sum signed bytes.
     if found != expected and found - 256 * sum(byte > 127 for byte in block[:148] + block[156:]) != expected:
         raise _HeaderError("its first block is no tar header")

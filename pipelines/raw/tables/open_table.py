@@ -1,7 +1,6 @@
 """Tables of the user's, of any format and from anywhere, read as rows by one reader."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -25,9 +24,8 @@ FORMATS: dict[str, TableFormat] = {
     "json": "json",
     "txt": "lines",
 }
-TABLE_SUFFIX = re.compile(
-    r"\.(parquet|pq|arrow|feather|(csv|tsv|tab|jsonl|ndjson|json|txt)(\.gz|\.zst)?)", re.IGNORECASE
-)
+COMPRESSIONS = ("gz", "zst")
+COMPRESSIBLE = ("csv", "tsv", "tab", "jsonl", "ndjson", "json", "txt")
 TABLES = (
     "CSV, TSV, JSON, JSON lines or lines of text (.csv .tsv .json .jsonl .txt, also with .gz or .zst), "
     "or Parquet or Arrow (.parquet .arrow)"
@@ -48,10 +46,11 @@ def table_format(path: str) -> TableFormat | None:
     """Return the format that a path or URL ends with, or None if it is not the name of a table."""
     if path.startswith(("http://", "https://")):
         path = path.partition("?")[0]
-    found = [match for match in TABLE_SUFFIX.finditer(path) if match.end() == len(path)]
-    if not found:
-        return None
-    return FORMATS[(found[0].group(2) or found[0].group(1)).lower()]
+    stem, dot, extension = path.lower().rpartition(".")
+    if extension in COMPRESSIONS:
+        _, dot, extension = stem.rpartition(".")
+        return FORMATS[extension] if dot and extension in COMPRESSIBLE else None
+    return FORMATS.get(extension) if dot else None
 
 
 @contextlib.contextmanager

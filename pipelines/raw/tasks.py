@@ -1,0 +1,42 @@
+"""Small pieces of reading, in this thread as long as nothing is waited for, and else in several."""
+
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+# Of file systems across a network, and of cold disks, calls wait.
+NUM_THREADS = 16
+# Threads that have nothing to wait for take turns, and that costs as much again as what they do.
+WAITS_PER_ITEM = 0.25
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cut_into_tasks(items: Sequence[Item], num_in_task: int) -> list[Sequence[Item]]:
+    """Cut items into runs of at most `num_in_task`, in order."""
+    return [items[start : start + num_in_task] for start in range(0, len(items), num_in_task)]
+
+
+def map_tasks(function: Callable[[Sequence[Item]], Result], tasks: Sequence[Sequence[Item]]) -> Iterator[Result]:
+    """Yield what `function` makes of each task, in order; behind the first one that has waited, in threads."""
+    num_done = 0
+    for task in tasks:
+        waits_before = _num_waits()
+        result = function(task)
+        num_waits = (_num_waits() or 0) - waits_before if waits_before is not None else len(task)
+        num_done += 1
+        yield result
+        if num_waits >= WAITS_PER_ITEM * len(task):
+            break
+    if num_done < len(tasks):
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            yield from pool.map(function, tasks[num_done:])
+
+
+def _num_waits() -> int | None:
+    """How often this thread has given up its core to wait, not been made to; None where the system does not say."""
+    if not hasattr(resource, "RUSAGE_THREAD"):
+        return None
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
