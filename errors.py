@@ -2,7 +2,6 @@
 
 import errno
 import re
-import shlex
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,11 +31,6 @@ DISTRIBUTION = "pixart-atelier"
 EXTRA_OF_ROOM = {"dataset_stats": "stats"}
 # Modules that are not called as the package that brings them.
 PACKAGE_OF_MODULE = {"PIL": "pillow"}
-
-
-def run_argument(run: object) -> str:
-    """Return how a folder or URL of a run is typed to `make`: `RUN=` and the path, quoted where it needs that."""
-    return f"RUN={shlex.quote(str(run))}"
 
 
 class UserError(Exception):

@@ -79,6 +79,7 @@ FLAGS = {
     "reference": _text("evaluation.reference", "IMAGES", "images to compare with"),
     "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub"),
     "inception": _text("evaluation.inception", "FILE", "weights of Inception"),
+    "table": Flag(gives="word", value="TABLE", meaning="a table of the recipe, or several; all unless typed"),
     "port": _toml("app.port", "N", "port of this machine that the page is served at"),
     "from": Flag(gives="word", value="WEIGHTS", meaning="published weights: folder, file or id of the hub"),
     "to": Flag(gives="word", value="FOLDER", meaning="what to write"),
@@ -161,7 +162,8 @@ SUBCOMMANDS = {
     ),
     "recipe": Subcommand(
         module="atelier.keys",
-        summary="Every key of a recipe: its default, its meaning, and which command reads it",
+        summary="Every key of a recipe: its default, its meaning, and which command reads it (TABLE=training)",
+        flags=("table",),
         passes_on=True,
     ),
     "pack": Subcommand(
@@ -200,7 +202,7 @@ SUBCOMMANDS = {
     "eval": Subcommand(
         module="sampling.evaluation",
         summary="Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)",
-        flags=("task", *_STAGE, *_SAMPLE, "reference", "clip", "inception"),
+        flags=("task", *_STAGE, *_SAMPLE[1:], "reference", "clip", "inception"),
         defaults=(("task", "score"), *_DEFAULTS),
     ),
     "app": Subcommand(
@@ -236,8 +238,3 @@ SUBCOMMANDS = {
         passes_on=True,
     ),
 }
-
-
-def variable(flag: str) -> str:
-    """Return the name of a flag's variable of make."""
-    return flag.upper().replace("-", "_")

@@ -6,9 +6,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from atelier.commands import SUBCOMMANDS, Subcommand, variable
-from atelier.typed import did_you_mean
+from atelier.commands import SUBCOMMANDS, Subcommand
+from atelier.settings import check_settings
 from errors import UserError
+from pipelines.as_typed import did_you_mean, enter_by, typed_flag, variable
 from pipelines.command import run_command
 
 FROM_MAKE = "--from-make"
@@ -23,9 +24,18 @@ def main(words: Sequence[str]) -> int:
 
 
 def _open_room(words: Sequence[str]) -> None:
-    module, *sys.argv[1:] = room_words(words)
+    module, *sys.argv[1:] = require_sound_settings(words)
     # Ends with the status of the room, by SystemExit.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def require_sound_settings(words: Sequence[str]) -> list[str]:
+    """Return what `room_words` does, where all rooms would take the settings in it; raises as `check_settings` does."""
+    module, *typed = room_words(words)
+    flags = SUBCOMMANDS[words[0]].flags
+    if {"recipe", "set"} <= set(flags):
+        check_settings(typed, has_stages="stage" in flags)
+    return [module, *typed]
 
 
 def print_help() -> None:
@@ -49,8 +59,8 @@ def room_words(words: Sequence[str]) -> list[str]:
     if name not in SUBCOMMANDS:
         raise UserError(f"there is no {name!r}{did_you_mean(name, SUBCOMMANDS)}; `atelier --help` lists what there is")
     subcommand = SUBCOMMANDS[name]
-    is_make = rest[:1] == [FROM_MAKE]
-    if is_make:
+    enter_by(make=rest[:1] == [FROM_MAKE])
+    if rest[:1] == [FROM_MAKE]:
         rest = flags_of_make(subcommand, rest[1].split())
     if subcommand.passes_on and not subcommand.flags:
         return [subcommand.module, *subcommand.words, *rest]
@@ -59,13 +69,9 @@ def room_words(words: Sequence[str]) -> list[str]:
         raise UserError(
             f"{name} takes no {others[0]}{did_you_mean(others[0], [f'--{flag}' for flag in subcommand.flags])}"
         )
-    if {"prompt", "prompts"} <= {flag for flag in subcommand.flags if getattr(options, _attribute(flag)) is not None}:
-        typed = [variable(flag) if is_make else f"--{flag}" for flag in ("prompt", "prompts")]
-        raise UserError(f"{typed[0]} and {typed[1]} are both typed, and only one can be drawn: leave one out")
     for flag, example in subcommand.required:
         if getattr(options, _attribute(flag)) is None:
-            typed, between = (variable(flag), "=") if is_make else (f"--{flag}", " ")
-            raise UserError(f"{name} needs {typed}, for example {typed}{between}{example}")
+            raise UserError(f"{name} needs {typed_flag(flag)}, for example {typed_flag(flag, example)}")
     return [subcommand.module, *_translate(subcommand, options), *others]
 
 
@@ -120,7 +126,7 @@ def _translate(subcommand: Subcommand, options: argparse.Namespace) -> list[str]
         if value is None or value is False:
             continue
         if isinstance(value, str) and not value.strip():
-            raise UserError(f"--{name} is empty: type a value, or leave it out")
+            raise UserError(f"{typed_flag(name)} is empty: type a value, or leave it out")
         if flag.gives == "word":
             words.append(value)
         elif flag.gives == "switch":

@@ -1,7 +1,6 @@
 """`atelier init --shards SHARDS --run RUN`: a short recipe for the data at hand, by a look at it."""
 
 import argparse
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from atelier import keys
-from captioning.config import CaptioningConfig
 from errors import UserError
+from pipelines.as_typed import typed_command, typed_flag
 from pipelines.command import run_command, run_folder
 from pipelines.engine.progress import get_logger
 from pipelines.overrides import Setting, apply_setting
@@ -135,10 +134,9 @@ def write_lines(data: Data, gpus: Sequence[int]) -> list[Line]:
     batch = next(size for size in BATCHES if size <= max(1, data.num_samples // 4))
     steps = min(MAX_STEPS, max(MIN_STEPS, data.num_samples * PASSES // batch))
     share = f"{data.num_with_text} of {data.num_seen} samples that were looked at have a text"
-    given = data.has_texts and _takes("given")
     captions = (
         [Line(table="captioning", key="engine", value="given", why=f"{share}: no model is asked")]
-        if given
+        if data.has_texts
         else [Line(table="captioning", key="model", value=VLM, why=f"{share}: a model describes them; {_where(VLM)}")]
     )
     machine = f"{len(gpus)} of {max(gpus)} GB" if gpus else "none was found"
@@ -169,11 +167,6 @@ def write_lines(data: Data, gpus: Sequence[int]) -> list[Line]:
         Line(table=f"training.{STAGE}", key="warmup_steps", value=steps // 10, why="a tenth"),
         Line(table=f"training.{STAGE}", key="checkpoint_every", value=max(1, steps // 4), why="four of them"),
     ]
-
-
-def _takes(engine: str) -> bool:
-    """Whether captioning has an engine of this name."""
-    return any(engine in str(note) for note in CaptioningConfig.model_fields["engine"].metadata)
 
 
 def _where(model_id: str) -> str:
@@ -229,7 +222,7 @@ def describe(lines: Sequence[Line], data: Data, typed: Sequence[Setting]) -> str
     text = (
         f"# {data.num_samples:,} samples in {data.num_shards:,} shards ({', '.join(data.kinds)}). Images have a median "
         f"short side of {data.short_side} pixels,\n# and are up to {sides[-1]:.1f} times as long as wide. "
-        "`atelier recipe` lists every other key.\n"
+        f"`{typed_command('recipe')}` lists every other key.\n"
     )
     order = sorted({row.table for row in rows}, key=[row.table for row in [*lines, *rows]].index)
     for table in order:
@@ -258,9 +251,9 @@ def main() -> None:
     run = run_folder(options.run)
     to = (options.to or run / "recipe.toml").expanduser()
     if to.exists():
-        raise UserError(f"{to} exists and is left as it is: move it away, or name another file with --to")
+        raise UserError(f"{to} exists and is left as it is: move it away, or name another file with {typed_flag('to')}")
     if options.shards is None and not read_memory(run).shards:
-        raise UserError("say which data, as --shards photos/ (SHARDS=photos/)")
+        raise UserError(f"say which data, as {typed_flag('shards', 'photos/')}")
     if options.shards:
         paths = expand_shards(options.shards)
     else:
@@ -275,7 +268,7 @@ def main() -> None:
     atomic_write_bytes(to, text.encode())
     remember(run, Chosen(recipe=to, settings=(), note=None, replaces=True), keys={}, shards=paths)
     log.info(f"{to} is written, and remembered for {run} with its {len(paths):,} raw shards; read it, then go on with")
-    log.info("; ".join(f"atelier {step} --run {shlex.quote(str(run))}" for step in ("caption", "features", "train")))
+    log.info("; ".join(typed_command(step, {"run": run}) for step in ("caption", "features", "train")))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from captioning.config import CaptioningConfig
 from dataset_stats.config import DatasetStatsConfig
 from errors import UserError
 from features.config import FeaturesConfig
+from pipelines.as_typed import did_you_mean
 from pipelines.command import run_command
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import DataConfig, ModelConfig, TableConfig
-from pipelines.wrong_keys import did_you_mean, table_of
+from pipelines.wrong_keys import table_of
 from sampling.app import AppConfig
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
@@ -153,7 +154,8 @@ def main() -> None:
     """Print all tables, or those that are named."""
     parser = argparse.ArgumentParser(prog="atelier recipe", description="Every key of a recipe.", allow_abbrev=False)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help="captioning, training, …; all when none is named")
-    wanted = [name.strip("[]").partition(".")[0] for name in parser.parse_args().tables]
+    typed = " ".join(parser.parse_args().tables).split()
+    wanted = [name.strip("[],").partition(".")[0] for name in typed]
     by_name = {table.name: table for table in TABLES}
     for name in wanted:
         if name not in by_name:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier.commands import FLAGS, SUBCOMMANDS
+from pipelines.as_typed import did_you_mean, variable
 
 # Options of make whose value is the next word, where it is not written in the same one; a number may follow others.
 WITH_VALUE = re.compile(
@@ -32,7 +33,7 @@ VARIABLES = """\
   Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'
              SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH GPUS=n HOSTFILE=file
              REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates REFERENCE='…' CLIP=…
-             INCEPTION=… PORT=n FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1
+             INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1
   Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.
@@ -141,14 +142,6 @@ def _unknown_variable(name: str, goals: Sequence[str]) -> str:
 
 def _known() -> list[str]:
     return [*(variable(flag) for flag in FLAGS), "PARTS", "TINY"]
-
-
-def did_you_mean(word: str, known: Collection[str]) -> str:
-    """Return ` (did you mean …?)` if one of `known` is near, else nothing."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def show_help(makefile: Path) -> None:

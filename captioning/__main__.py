@@ -19,10 +19,10 @@ from encoders.devices import require_device
 from encoders.tokens import TextCut
 from encoders.weights import require_model, resolve_model
 from pipelines.command import parse_command, run_command
-from pipelines.engine.preflight import require_workers
+from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
-from pipelines.raw.patterns import remember_shards
+from pipelines.run_memory import remember_found
 from pipelines.store.files import exclusive
 from pipelines.store.manifest import Manifest
 from pipelines.store.summary import update_summary
@@ -51,7 +51,7 @@ def main() -> None:
     if command.is_plan:
         return
     command.remember()
-    remember_shards(command.run, [source.path for source in job.sources])
+    remember_found(command.run, [source.path for source in job.sources])
     forget_indexes(command.run, [source.index for source in job.given if source.index is not None])
     manifest = caption_shards(job)
     if not is_done:
@@ -153,11 +153,13 @@ def _require_models(job: CaptioningJob, *, patience_seconds: float) -> None:
         config = job.config.model_copy(update={"server": server})
         require_server(chat_server(config, job.worker_config.api_key))
     else:
+        require_packages("torch", "transformers", "jinja2")
         require_model(job.model, key="captioning.model")
         architecture = read_architecture(job.model)
         if job.config.engine == "transformers" and architecture is not None:
             require_fit(architecture, job.config.model)
     if job.config.clip_model is not None:
+        require_packages("torch", "transformers")
         require_model(resolve_model(job.config.clip_model), key="captioning.clip_model")
 
 

@@ -129,7 +129,7 @@ class CaptioningConfig(TableConfig):
         default=0.05, ge=0, le=1, description="Share of samples that may be unusable before the command fails"
     )
     retry_rejects: bool = Field(
-        default=False, description="Try the samples again that earlier runs rejected, and only those (RETRY=1)"
+        default=False, description="Try the samples again that earlier runs rejected, and only those"
     )
     clip_model: str | None = Field(
         default=None,

@@ -16,6 +16,7 @@ from typing import Any
 
 from captioning.table import read_settings
 from errors import UserError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.pieces import Source, all_piece_reports, forget_pieces, read_piece_note
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import (
@@ -164,16 +165,17 @@ def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
 
 
 def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None:
+    retry = typed_flag("retry", True)
     if manifest_path(output.path).is_file():
         require_same_fingerprint(
             fingerprint,
             read_manifest(output.path).fingerprint,
-            where="captioning.retry_rejects (RETRY=1)",
-            mend="set it back to keep these captions, or name another RUN; without RETRY=1 they are all made anew",
+            where=f"captioning.retry_rejects ({retry})",
+            mend=f"set it back to keep these captions, or name another run; without {retry} they are all made anew",
         )
     raise UserError(
-        f"captioning.retry_rejects (RETRY=1): the captions of {name} were made under other settings than these; "
-        f"only {', '.join(UPDATABLE)} may differ. Without RETRY=1 they are all made anew"
+        f"captioning.retry_rejects ({retry}): the captions of {name} were made under other settings than these; "
+        f"only {', '.join(UPDATABLE)} may differ. Without {retry} they are all made anew"
     )
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from dataset_stats.captions import Address
 from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig, few_captions, fields_of_today
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
-from dataset_stats.tagging.taggers import HOW_TO_INSTALL, TaggerSource, find_tagger
+from dataset_stats.tagging.taggers import TaggerSource, find_tagger, how_to_install
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
 from errors import MissingFileError
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.pieces import Source
+from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.raw.shard_names import shard_name
@@ -118,6 +119,7 @@ def main() -> None:
     command = parse_command("dataset_stats", "Noun statistics of caption sets (paper, Table 1), with a report.")
     start_seconds = time.monotonic()
     job = _plan(command)
+    require_packages("nltk", "numba", "textblob", "pandas", "jinja2", "plotly")
     if command.is_plan:
         _show_plan(job)
         return
@@ -223,7 +225,7 @@ def _say_tagger(tagger: TaggerSource) -> None:
     if tagger.name == "nltk":
         log.info(f"tagger: {tagger.title}")
     else:
-        log.info(f"tagger: {tagger.title}; for NLTK's averaged perceptron install its data with: {HOW_TO_INSTALL}")
+        log.info(f"tagger: {tagger.title}; for NLTK's averaged perceptron install its data with: {how_to_install()}")
 
 
 def _is_done(job: StatsJob) -> bool:
@@ -352,7 +354,7 @@ def _write_report(
         seed=job.config.seed,
         max_pixels=job.max_pixels,
     )
-    hint = "" if job.tagger.name == "nltk" else f"For NLTK's averaged perceptron: {HOW_TO_INSTALL}."
+    hint = "" if job.tagger.name == "nltk" else f"For NLTK's averaged perceptron: {how_to_install()}."
     write_report(
         job.folder / "report.html",
         ReportData(

@@ -18,7 +18,7 @@ from features.speed import remember_speed
 from features.unreadable import warn_of_unreadable
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import PARTS_FOLDER
-from pipelines.engine.preflight import require_workers
+from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
 from pipelines.store.manifest import Manifest
@@ -57,6 +57,7 @@ def _require_models(jobs: Sequence[FeatureJob]) -> None:
     """Find out before any work starts, and for a plan, that a model is missing."""
     for job in jobs:
         if not job.is_done():
+            require_packages("torch", "transformers", "diffusers")
             require_model(job.model, key=job.model_key)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError, run_argument
+from errors import UserError
+from pipelines.as_typed import typed_command, typed_flag
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, discard, sha256_file, sha256_text
@@ -19,14 +20,21 @@ from pipelines.store.tables import sound_table
 # In a directory of text features: the identity of each shard's captions, and the Parquet file it was taken from.
 IDENTITIES_NAME = ".captions.json"
 NUM_READERS = 8
-MEND = "remove it and type `make caption` again: this shard alone is captioned anew"
-
-MEND_SOURCE = (
-    "{shard} has changed since: put back the one that was captioned, or type `make caption {run}` with its SHARDS "
-    "again: this shard alone is captioned anew"
-)
 
 log = get_logger("features")
+
+
+def mend_captions() -> str:
+    """Return what to do about a shard's captions that cannot be used."""
+    return f"remove it and type `{typed_command('caption')}` again: this shard alone is captioned anew"
+
+
+def _mend_source(shard: str, run: Path) -> str:
+    command = typed_command("caption", {"run": run})
+    return (
+        f"{shard} has changed since: put back the one that was captioned, or type `{command}` with its "
+        f"{typed_flag('shards')} again: this shard alone is captioned anew"
+    )
 
 
 def caption_sources(
@@ -46,14 +54,15 @@ def caption_sources(
     def describe(shard: Source) -> Source:
         path = run / "captions" / f"{shard.name}.parquet"
         if shard.name not in captions.shards:
-            raise UserError(f"{path.parent}: shard {shard.name} has no captions; run `make caption` on it first")
+            command = typed_command("caption", {"run": run})
+            raise UserError(f"{path.parent}: shard {shard.name} has no captions; run `{command}` on it first")
         report = captions.shards[shard.name]
         require_same(
             "source",
             shard.identity,
             report.source,
             where=str(path),
-            mend=MEND_SOURCE.format(shard=shard.path, run=run_argument(run)),
+            mend=_mend_source(shard.path, run),
         )
         file, identity = known.get(shard.name, ("", ""))
         if file != report.files[path.suffix]:
@@ -71,7 +80,7 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
         UserError: the file is no Parquet, or lacks a column of texts; names both.
     """
     wanted = ["key", *columns, "reject"]
-    with sound_table(path, mend=MEND):
+    with sound_table(path, mend=mend_captions()):
         schema = pq.read_schema(path)
         for column in wanted:
             position = schema.get_field_index(column)
@@ -90,7 +99,9 @@ def require_unchanged(source: Source, captions: Manifest) -> None:
     path = Path(source.path)
     expected, found = captions.shards[source.name].files[path.suffix], sha256_file(path)
     if found != expected:
-        raise UserError(f"{path} has SHA-256 {found}, but by its manifest {expected}: it has changed; {MEND}")
+        raise UserError(
+            f"{path} has SHA-256 {found}, but by its manifest {expected}: it has changed; {mend_captions()}"
+        )
 
 
 def remember_identities(sources: Sequence[Source], *, captions: Manifest, directory: Path) -> None:

@@ -10,6 +10,7 @@ from errors import UserError
 from features.families import wanted_families
 from features.jobs import FamilyPlan, FeatureInputs
 from features.speed import find_speed
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import console
 
 
@@ -46,7 +47,7 @@ def _hours(family: FamilyPlan, inputs: FeatureInputs) -> tuple[str, str]:
     if not family.pending_samples:
         return "0", "nothing to do"
     if family.job is None:
-        return "?", "hours are not measured: captions are not there yet; run `make caption` first"
+        return "?", f"hours are not measured: captions are not there yet; run `{typed_command('caption')}` first"
     speed = find_speed(family.job, inputs)
     if isinstance(speed, str):
         return "?", f"hours are {speed}"

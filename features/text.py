@@ -11,7 +11,7 @@ from encoders.opening import text_spec
 from encoders.text import TextSpec, clean_text
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
-from features.captions import MEND, caption_sources, remember_identities, require_unchanged
+from features.captions import caption_sources, mend_captions, remember_identities, require_unchanged
 from features.config import DECIDES_TEXT
 from features.jobs import (
     FamilyPlan,
@@ -151,7 +151,7 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureI
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
     columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
     probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
-    tables = [read_table(Path(source.path), [*columns, "reject"], mend=MEND) for source in probed]
+    tables = [read_table(Path(source.path), [*columns, "reject"], mend=mend_captions()) for source in probed]
     kept = [table.filter(pc.field("reject").is_null()) for table in tables]
     rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
     samples = [[clean_text(row[column] or "", inputs.features.text_cleaning) for column in columns] for row in rows]

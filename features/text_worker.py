@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
-from features.captions import MEND
+from features.captions import mend_captions
 from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
 from features.quantization import StoredText, measure_error, restore_text, store_text
 from features.unreadable import NUM_UNREAD_CAPTIONS, NUM_UNREAD_TOKENS, NUM_UNREADABLE, UNREADABLE
@@ -188,7 +188,9 @@ class TextCounts:
 def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
     """Return the captions of each sample, one per column of `weights`, those it lacks too."""
     columns = ["key", *weights, "reject"]
-    table = read_table(Path(piece.source.path), columns, mend=MEND).slice(piece.start, piece.stop - piece.start)
+    table = read_table(Path(piece.source.path), columns, mend=mend_captions()).slice(
+        piece.start, piece.stop - piece.start
+    )
     return [
         [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
         for row in table.to_pylist()

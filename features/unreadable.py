@@ -7,7 +7,7 @@ from encoders.text import clean_text
 from encoders.token_kinds import token_kinds
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import find_file
-from features.captions import MEND
+from features.captions import mend_captions
 from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.progress import get_logger
 from pipelines.store.tables import read_table
@@ -71,7 +71,7 @@ def _texts(job: FeatureJob, inputs: FeatureInputs) -> Iterator[list[str]]:
         report = job.output.report(source.name, job.fingerprint)
         if report is None or not report.details.get(NUM_UNREAD_CAPTIONS):
             continue
-        table = read_table(Path(source.path), [*columns, "reject"], mend=MEND)
+        table = read_table(Path(source.path), [*columns, "reject"], mend=mend_captions())
         for start in range(0, len(table), TEXTS_AT_ONCE):
             rows = table.slice(start, TEXTS_AT_ONCE).to_pylist()
             yield [row[column] for row in rows if row["reject"] is None for column in columns if row[column]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from errors import ProgramFault, UserError, users_message
+from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import console, get_logger
 from pipelines.overrides import STAGE_PLACEHOLDER, Setting, named_setting, split_settings
 from pipelines.recipe import DataConfig, Recipe, load_recipe, only_name
@@ -72,6 +73,18 @@ class Command:
         if self._has_typed_shards:
             _ = self.raw_shards
 
+    def require_one_of(self, *keys: str) -> None:
+        """Refuse several of some keys that are typed for one command, of which it could take only one.
+
+        Raises:
+            UserError: names what they were typed in.
+        """
+        settings = () if self.chosen is None else self.chosen.settings
+        typed = {setting.key: setting for setting in settings if setting.key in keys and not setting.is_remembered}
+        if len(typed) > 1:
+            named = [f"{key} ({typed[key].origin})" for key in keys if key in typed]
+            raise UserError(f"{' and '.join(named)} are both typed, and only one can be drawn: leave one out")
+
     def remember(self) -> None:
         """Note for later commands of the run what was typed for this one; called when nothing is left to refuse."""
         if self.chosen is not None:
@@ -115,17 +128,8 @@ def parse_command(
         UserError: as `load_recipe`, the run's folder is a URL, something typed is not UTF-8, or no stage is named and
             there are several.
     """
-    words = sys.argv[1:] if argv is None else argv
-    _require_utf8(words)
-    options = _parser(room, description, has_stages=has_stages).parse_args(words)
-    run = run_folder(options.run)
-    recipe = None if options.recipe is None else find_recipe(options.recipe)
-    typed = [*options.settings, *options.once]
-    if options.is_exact:
-        assert recipe is not None, "a whole command names its recipe"
-        chosen = Chosen(recipe=recipe, settings=tuple(typed), note=None, replaces=False)
-    else:
-        chosen = choose_recipe(run, recipe, typed)
+    options = read_options(room, description, sys.argv[1:] if argv is None else argv, has_stages=has_stages)
+    chosen = choose(options)
     if chosen.note is not None and not is_silent:
         log.info(chosen.note)
     stage = None
@@ -134,11 +138,36 @@ def parse_command(
         stage = full_stage_name(name, options.phase)
     return Command(
         recipe=load_recipe(chosen.recipe, chosen.settings, stage=stage),
-        run=run,
+        run=run_folder(options.run),
         stage=stage,
         is_plan=options.plan,
         chosen=None if options.is_exact else chosen,
     )
+
+
+def read_options(room: str, description: str, words: Sequence[str], *, has_stages: bool) -> argparse.Namespace:
+    """Return the options of a room's command line.
+
+    Raises:
+        UserError: something typed is not UTF-8.
+    """
+    _require_utf8(words)
+    return _parser(room, description, has_stages=has_stages).parse_args(words)
+
+
+def choose(options: argparse.Namespace) -> Chosen:
+    """Return the recipe and the settings that such options mean.
+
+    Raises:
+        UserError: as `find_recipe`, `run_folder` and `choose_recipe` do.
+    """
+    run = run_folder(options.run)
+    recipe = None if options.recipe is None else find_recipe(options.recipe)
+    typed = [*options.settings, *options.once]
+    if not options.is_exact:
+        return choose_recipe(run, recipe, typed)
+    assert recipe is not None, "a whole command names its recipe"
+    return Chosen(recipe=recipe, settings=tuple(typed), note=None, replaces=False)
 
 
 def _parser(room: str, description: str, *, has_stages: bool) -> argparse.ArgumentParser:
@@ -203,10 +232,11 @@ def run_folder(text: str) -> Path:
         UserError: it is a URL, or nothing.
     """
     if not text.strip():
-        raise UserError("RUN (--run) is empty: type a value, or leave it out")
+        raise UserError(f"{typed_flag('run')} is empty: type a value, or leave it out")
     if is_remote(text):
         raise UserError(
-            f"RUN {text} is a URL: outputs need a local or mounted folder, where files can be renamed into place"
+            f"{typed_flag('run')} {text} is a URL: outputs need a local or mounted folder, where files can be renamed "
+            "into place"
         )
     return Path(text).expanduser()
 

@@ -14,10 +14,11 @@ import pydantic
 import pydantic_core
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import ANY, did_you_mean, typed_flag
 from pipelines.overrides import STAGE_PLACEHOLDER, Setting, apply_setting
 from pipelines.raw.patterns import expand_shards
 from pipelines.raw.reading import Reading
-from pipelines.wrong_keys import describe_item, did_you_mean, wrong_items
+from pipelines.wrong_keys import describe_item, wrong_items
 
 TABLES = (
     "data",
@@ -96,7 +97,7 @@ class DataConfig(TableConfig):
     shards: str | list[str] | None = pydantic.Field(
         default=None,
         description="Raw shards: brace ranges, globs, folders or fsspec URLs; `{run}` stands for the run's folder; "
-        "null = those that were typed as SHARDS once, which a run remembers",
+        "null = those that were typed once for the run, which it remembers",
     )
     dialect: Decides[str] = pydantic.Field(
         default="auto",
@@ -133,7 +134,7 @@ class DataConfig(TableConfig):
             MissingFileError: none are named; or as `expand_shards` does.
         """
         if self.shards is None:
-            raise MissingFileError("no raw shards are named: type SHARDS=… (--shards …) once for the run")
+            raise MissingFileError(f"no raw shards are named: type {typed_flag('shards', ANY)} once for the run")
         return expand_shards(self.shards, run=run)
 
 
@@ -220,19 +221,26 @@ class Recipe:
         Raises:
             UserError: as `laid_over`, of any of them, or one line per wrong key.
         """
-        names = self.names(table, keys=model.model_fields)
-        self._require_name(table, name, names=names)
-        content = self.tables[table]
-        shared = {key: value for key, value in content.items() if key not in names}
-        wrong = self._wrong_keys(table, shared, model, is_part=True)
-        for other in names:
-            self._chain(table, other, names=names)
-            own = {key: value for key, value in content[other].items() if key != EXTENDS}
-            wrong += self._wrong_keys(f"{table}.{other}", own, model, is_part=True)
-        self._raise(wrong)
+        self._require_name(table, name, names=self.names(table, keys=model.model_fields))
+        self.check_parts(table, self.names(table, keys=model.model_fields), model=model)
         merged = self.laid_over(table, name, keys=model.model_fields)
         self._raise(self._wrong_keys(f"{table}.{name}", merged, model))
         return model.model_validate(merged)
+
+    def check_parts(self, table: str, names: Sequence[str], *, model: type[TableConfig]) -> None:
+        """Check the keys of `table` and of its named tables `names`, each by itself: what one lacks may be elsewhere.
+
+        Raises:
+            UserError: a table extends what it cannot, or one line per wrong key.
+        """
+        content = self.tables.get(table, {})
+        shared = {key: value for key, value in content.items() if key not in names}
+        wrong = self._wrong_keys(table, shared, model, is_part=True)
+        for name in names:
+            self._chain(table, name, names=names)
+            own = {key: value for key, value in content[name].items() if key != EXTENDS}
+            wrong += self._wrong_keys(f"{table}.{name}", own, model, is_part=True)
+        self._raise(wrong)
 
     def _require_name(self, table: str, name: str, *, names: Sequence[str]) -> None:
         if name not in names:
@@ -313,7 +321,9 @@ def only_name(path: Path, table: str, settings: Sequence[Setting]) -> str:
     names = recipe.names(table, keys=(*KEYS_THAT_ARE_TABLES, "families"))
     if len(names) != 1:
         known = ", ".join(names) or "none"
-        raise UserError(f"say which stage, as STAGE=… (--stage …); the tables of [{table}] in {path} are: {known}")
+        raise UserError(
+            f"say which stage, as {typed_flag('stage', ANY)}; the tables of [{table}] in {path} are: {known}"
+        )
     return names[0]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_flag
 
 HOUSE = Path(__file__).resolve().parent.parent
 # Of a clone, and of an installed package.
@@ -20,7 +21,7 @@ def find_recipe(text: str) -> Path:
         UserError: nothing is typed.
     """
     if not text.strip():
-        raise UserError("RECIPE (--recipe) is empty: type a value, or leave it out")
+        raise UserError(f"{typed_flag('recipe')} is empty: type a value, or leave it out")
     typed = Path(text).expanduser()
     if typed.is_file():
         return typed

@@ -2,25 +2,31 @@
 
 import dataclasses
 import fcntl
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from errors import MissingFileError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import get_logger
 from pipelines.overrides import Setting
-from pipelines.raw.patterns import REMEMBERED_NAME, recall_shards, shard_name
+from pipelines.raw.patterns import shard_name
 from pipelines.recipe import DataConfig
 from pipelines.recipe_files import default_recipe
 from pipelines.store.files import atomic_write_json, is_remote, remove_temporary_files
-from pipelines.store.state_files import read_state, state_of
+from pipelines.store.state_files import form_damage, read_state, state_damage, state_of
 
 MEMORY_NAME = "run.json"
 LOCK_NAME = ".run.lock"
-MEND = "remove it, and type RECIPE (--recipe) and SHARDS (--shards) with the next command, as for the first of the run"
+# Of runs that were begun before `run.json` had what commands have found.
+FORMER_NAME = "shards.json"
 # Shards are remembered by name, and need no recipe of their own.
 SHARDS_KEY = "data.shards"
 SETTINGS_NAMED, MAX_CHARACTERS = 4, 60
+
+Form = TypeVar("Form")
 
 log = get_logger("run")
 
@@ -32,12 +38,14 @@ class RunMemory:
     Attributes:
         recipe: absolute path of its recipe, in the file relative to the run that it is in; None before there is one.
         settings: by `table.key`, values as they were typed.
-        shards: absolute paths or URLs of raw shards, by name.
+        shards: absolute paths or URLs of the raw shards that were typed, by name.
+        found: those of other raw shards that were captioned, as a recipe named them.
     """
 
     recipe: str | None = None
     settings: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +73,33 @@ def read_memory(run: Path) -> RunMemory:
     Raises:
         UserError: its file is damaged; names it.
     """
-    path = run / MEMORY_NAME
-    if not path.is_file():
-        return RunMemory()
-    memory = state_of(RunMemory, read_state(path, mend=MEND), where=str(path), mend=MEND)
+    memory = _read(RunMemory, run / MEMORY_NAME) or RunMemory()
     # Keys of before had the quotes that were typed.
     settings = {Setting(text=f"{key}=").key: value for key, value in memory.settings.items()}
     recipe = None if memory.recipe is None else str((run / memory.recipe).resolve())
-    return dataclasses.replace(memory, recipe=recipe, settings=settings)
+    found = memory.found or _read(dict[str, str], run / FORMER_NAME) or {}
+    found = {name: path for name, path in found.items() if name not in memory.shards}
+    return dataclasses.replace(memory, recipe=recipe, settings=settings, found=found)
+
+
+def _read(form: type[Form], path: Path) -> Form | None:
+    """Return what a file of the run's memory holds; None where there is none."""
+    if not path.is_file():
+        return None
+    recipe, shards = typed_flag("recipe"), typed_flag("shards")
+    mend = f"remove it, and type {recipe} and {shards} with the next command, as for the first of the run"
+    return state_of(form, read_state(path, mend=mend), where=str(path), mend=mend)
+
+
+def memory_damage(path: Path) -> str | None:
+    """Return what is wrong with a `run.json` that no command would take; None if nothing is."""
+    return state_damage(path) or form_damage(RunMemory, json.loads(path.read_bytes()))
+
+
+def recall_shards(run: Path) -> list[str]:
+    """Return all raw shards that a run remembers, typed or found, sorted by name."""
+    memory = read_memory(run)
+    return [path for _, path in sorted((memory.found | memory.shards).items())]
 
 
 def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]) -> Chosen:
@@ -91,12 +118,13 @@ def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]
         return Chosen(recipe=typed_recipe, settings=tuple(typed), note=note, replaces=not is_same, is_typed=True)
     if memory.recipe is None:
         default = _shown(default_recipe())
-        note = f"recipe {default}, the default; RECIPE (--recipe) names another"
+        note = f"recipe {default}, the default; {typed_flag('recipe')} names another"
         return Chosen(recipe=default, settings=tuple(typed), note=note, replaces=False)
     recipe = _shown(Path(memory.recipe))
     if not recipe.is_file():
+        flag = typed_flag("recipe")
         raise MissingFileError(
-            f"{where} remembers recipe {recipe}, which does not exist; put it back, or type RECIPE (--recipe) once more"
+            f"{where} remembers recipe {recipe}, which does not exist; put it back, or type {flag} once more"
         )
     kept = _uncovered(memory.settings, _keys(typed))
     items = " and ".join([f"recipe {recipe}", *([_some(_listed(kept))] if kept else [])])
@@ -115,9 +143,28 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
     What other commands have noted since stays, but for what was typed anew, and shards that are gone where some are.
     """
     kept = {key: setting for key, setting in keys.items() if setting.is_kept and key != SHARDS_KEY}
-    typed = {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in shards}
+    typed = _by_name(shards)
+    _update(run, lambda memory: _with(memory, chosen, kept=kept, typed=typed))
+
+
+def remember_found(run: Path, paths: Iterable[str]) -> None:
+    """Note where raw shards are that a command has read, whether they were typed or a recipe names them."""
+    found = _by_name(paths)
+    _update(run, lambda memory: _with_found(memory, found))
+
+
+def _with_found(memory: RunMemory, found: Mapping[str, str]) -> RunMemory:
+    others = {name: path for name, path in found.items() if name not in memory.shards}
+    return dataclasses.replace(memory, found=memory.found | others)
+
+
+def _by_name(paths: Iterable[str]) -> dict[str, str]:
+    return {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in paths}
+
+
+def _update(run: Path, change: Callable[[RunMemory], RunMemory]) -> None:
     # A finished run may lie on a disk that is read-only.
-    if (memory := read_memory(run)) == _with(memory, chosen, kept=kept, typed=typed):
+    if (memory := read_memory(run)) == change(memory):
         return
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK_NAME).open("w") as lock:
@@ -125,18 +172,20 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
         # Under its lock, what is left of a killed writer is nobody's.
         remove_temporary_files(run, MEMORY_NAME, is_held=True)
         memory = read_memory(run)
-        new = _with(memory, chosen, kept=kept, typed=typed)
-        if new != memory:
-            recipe = _within_run(str(new.recipe), run.resolve())
+        if (new := change(memory)) != memory:
+            recipe = new.recipe and _within_run(new.recipe, run.resolve())
             atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new) | {"recipe": recipe})
 
 
 def _with(memory: RunMemory, chosen: Chosen, *, kept: Mapping[str, Setting], typed: Mapping[str, str]) -> RunMemory:
     recipe = str(chosen.recipe.resolve())
-    former = {} if chosen.replaces and memory.recipe != recipe else memory.settings
-    settings = _uncovered(former, kept) | {key: setting.value for key, setting in kept.items()}
-    there = {name: path for name, path in memory.shards.items() if not (typed and _is_gone(path))}
-    return RunMemory(recipe=recipe, settings=settings, shards=there | dict(typed))
+    before = {} if chosen.replaces and memory.recipe != recipe else memory.settings
+    settings = _uncovered(before, kept) | {key: setting.value for key, setting in kept.items()}
+    shards, found = (
+        {name: path for name, path in former.items() if name not in typed and not (typed and _is_gone(path))}
+        for former in (memory.shards, memory.found)
+    )
+    return RunMemory(recipe=recipe, settings=settings, shards=shards | dict(typed), found=found)
 
 
 def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[str]:
@@ -148,14 +197,13 @@ def run_shards(run: Path, data: DataConfig, *, is_recipe_typed: bool) -> list[st
     Raises:
         MissingFileError, UserError: there are none, a remembered one is gone, or as `expand_shards` does.
     """
-    remembered = [path for _, path in sorted(read_memory(run).shards.items())]
+    memory = read_memory(run)
+    remembered, found = ([path for _, path in sorted(paths.items())] for paths in (memory.shards, memory.found))
     if is_recipe_typed or not remembered:
         try:
             return data.paths(run)
         except MissingFileError:
-            if not remembered and (found := recall_shards(run)):
-                require_shards(found, run / REMEMBERED_NAME)
-                return found
+            remembered = remembered or found
             if not remembered:
                 raise
     require_shards(remembered, run / MEMORY_NAME)
@@ -172,8 +220,8 @@ def require_shards(paths: Sequence[str], memory: Path) -> None:
     if gone := [path for path in paths if _is_gone(path)]:
         raise MissingFileError(
             f"{memory} remembers {_count(len(gone))} of {len(paths):,} that {'is' if len(gone) == 1 else 'are'} not "
-            f"there any more: {_some(gone)}; put back what has moved, or type SHARDS (--shards) with where it is now, "
-            "which takes the place of what is gone"
+            f"there any more: {_some(gone)}; put back what has moved, or type {typed_flag('shards')} with where it is "
+            "now, which takes the place of what is gone"
         )
 
 

@@ -1,13 +1,14 @@
 """What is wrong with a table of a recipe, key by key, in words that say how it is mended."""
 
-import difflib
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pydantic
+
+from pipelines.as_typed import did_you_mean
 
 # Where pydantic's words do not tell what is to be written.
 PLAIN_WORDS = {
@@ -116,9 +117,3 @@ def table_of(annotation: Any) -> type[pydantic.BaseModel] | None:
         return annotation if issubclass(annotation, pydantic.BaseModel) else None
     found = (table_of(part) for part in typing.get_args(annotation))
     return next((table for table in found if table is not None), None)
-
-
-def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """Return `; did you mean x?` for the known word that is nearest to one that is not known; else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""

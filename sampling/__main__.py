@@ -9,7 +9,7 @@ from errors import UserError, memory_for
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from sampling.config import SamplingConfig
+from sampling.config import sampling_config
 from sampling.generate import SamplingJob, check_inputs, check_job, describe_job, make_job, memory_settings, run_job
 from sampling.opening import find_trained_model
 
@@ -19,7 +19,7 @@ log = get_logger("sampling")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the samples of one training stage's checkpoint, or only encode their prompts."""
     command = parse_command("sampling", "Checkpoint and prompts to images", argv=argv, has_stages=True)
-    config = command.recipe.table("sampling", SamplingConfig)
+    config = sampling_config(command)
     if config.write_embeddings is not None and config.text_encoder == "precomputed":
         # What is written is encoded now, wherever drawing will read its embeddings from.
         config = config.model_copy(update={"text_encoder": "device"})

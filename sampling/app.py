@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from errors import UserError, is_out_of_memory, users_message
+from pipelines.as_typed import typed_command
 from pipelines.command import parse_command, run_command
+from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import TableConfig
 from pixart.processes.specs import num_passes
 from sampling.app_choices import checkpoint_choices, example_prompts
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
-from sampling.config import SamplingConfig
+from sampling.config import sampling_config
 from sampling.opening import find_trained_model
 from sampling.prompts import NUM_SEEDS
 
@@ -60,7 +62,7 @@ class AppConfig(TableConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until interrupted."""
     command = parse_command("sampling.app", "A local page to draw from a checkpoint", argv=argv, has_stages=True)
-    config = command.recipe.table("sampling", SamplingConfig)
+    config = sampling_config(command)
     port = command.recipe.table("app", AppConfig).port
     studio = Studio(
         config,
@@ -70,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine=command.recipe.table("engine", EngineConfig),
     )
     log.info(f"{studio.trained.name}: http://{HOST}:{port} · images go to {studio.folder} · Ctrl-C ends it")
+    require_packages("gradio", "torch", "transformers", "diffusers")
+    require_free(port)
     if command.is_plan:
         return
-    require_free(port)
     page = build_page(studio)
     command.remember()
     serve(page, port=port, folder=studio.folder)
@@ -317,9 +320,8 @@ def _draw(studio: Studio, checkpoint: str, wishes: Sequence[Wish], *, on_step: A
     try:
         with _telling():
             if len(wishes) > MOST_IMAGES:
-                raise UserError(
-                    f"{len(wishes)} images are more than {MOST_IMAGES} at a time; `make sample` draws any number"
-                )
+                others = f"`{typed_command('sample')}` draws any number"
+                raise UserError(f"{len(wishes)} images are more than {MOST_IMAGES} at a time; {others}")
             studio.choose(checkpoint)
             for path in studio.draw_all(wishes, on_step=on_step):
                 num_kept += 1

@@ -8,6 +8,7 @@ import pydantic
 
 from encoders.text import DEFAULT_CLEANING
 from errors import UserError
+from pipelines.command import Command
 from pipelines.recipe import Decides, Recipe, TableConfig
 from pixart.drawing.passes import Pass, plan_passes
 
@@ -205,3 +206,13 @@ def encoder_config(recipe: Recipe) -> EncoderConfig | None:
             return None
         key = ".".join(["features", *(str(part) for part in first["loc"])])
         raise UserError(f"{recipe.path}: {key}: {first['msg']}") from None
+
+
+def sampling_config(command: Command) -> SamplingConfig:
+    """Return `[sampling]` as a command has it.
+
+    Raises:
+        UserError: a key is wrong, or a prompt and a file of prompts are both typed.
+    """
+    command.require_one_of("sampling.prompt", "sampling.prompts")
+    return command.recipe.table("sampling", SamplingConfig)

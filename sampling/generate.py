@@ -12,8 +12,9 @@ from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import ModelSource, require_model, resolve_model
 from errors import MissingFileError, UserError
+from pipelines.as_typed import ANY, typed_command, typed_flag
 from pipelines.engine.pieces import Source, forget_pieces
-from pipelines.engine.preflight import require_workers
+from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
@@ -147,6 +148,7 @@ def check_job(job: SamplingJob) -> dict[str, str]:
     _require_own(job.directory.path, pending)
     if not pending:
         return _lost_words(job)
+    require_packages("torch", "transformers", "diffusers")
     require_device(job.config.device, key="sampling.device")
     require_workers(job.engine, num_pending=len(pending), few_samples=job.config.max_images_in_process)
     return check_inputs(job)
@@ -261,7 +263,10 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
     if config.prompt is not None:
         return [single_prompt(config.prompt, seed=config.seed)]
     if config.prompts is None:
-        raise UserError("neither sampling.prompts nor sampling.prompt is set: give a file or PROMPT='…'")
+        raise UserError(
+            f"neither sampling.prompts nor sampling.prompt is set: type {typed_flag('prompts', ANY)} or "
+            f"{typed_flag('prompt', ANY)}"
+        )
     path = Path(config.prompts.replace("{run}", str(run))).expanduser()
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
@@ -304,7 +309,7 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
     if not path.is_file():
         raise MissingFileError(
             f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes a file, "
-            "`make features` the text features of a run"
+            f"`{typed_command('features')}` the text features of a run"
         )
     return {"embeddings": sha256_file(path), "max_tokens": text["max_tokens"]}
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import get_logger
 from pipelines.raw.texts import decode_text
 
@@ -57,7 +58,7 @@ def read_prompts(path: Path, *, seed: int, column: str = "prompt") -> list[Promp
         if (first := lines.setdefault(prompt.key, place)) != place:
             raise UserError(
                 f"sampling.prompts {path}:{place} repeats key {prompt.key!r} of line {first}: each key names one file "
-                "(for several images of a prompt set N)"
+                f"(for several images of a prompt set {typed_flag('n')})"
             )
         prompts.append(prompt)
     return prompts

@@ -14,7 +14,8 @@ from encoders.devices import choose_device, choose_dtype
 from encoders.latents import LatentCodec, NonFinitePixelsError, SentAhead, pixels_ahead, send_ahead
 from encoders.opening import open_codec
 from encoders.vae_precision import open_in_bfloat16_if_it_holds
-from errors import UserError, run_argument
+from errors import UserError
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import require_same
 from pixart.compilation import compile_blocks
@@ -202,7 +203,8 @@ class Renderer:
         other = "" if dtype == "float32" else f"; if they are sound, set sampling.dtype = 'float32', it is {dtype} now"
         if self.trained.run is None:
             return f"the weights of {weights} are at fault, put them there anew{other}"
-        return f"`make verify {run_argument(self.trained.run)}` finds weights that are damaged in {weights}{other}"
+        command = typed_command("verify", {"run": self.trained.run})
+        return f"`{command}` finds weights that are damaged in {weights}{other}"
 
     @torch.inference_mode()
     def _network(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errors import UserError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import get_logger
 from sampling.config import SamplingConfig
 from sampling.prompts import NUM_SEEDS, Prompt
@@ -43,7 +44,7 @@ def make_requests(prompts: Sequence[Prompt], config: SamplingConfig, trained: Tr
     if (num_images := len(prompts) * config.images_per_prompt) > MAX_IMAGES:
         raise UserError(
             f"sampling.images_per_prompt = {config.images_per_prompt}: of {len(prompts):,} prompts that is "
-            f"{num_images:,} images, and one folder takes {MAX_IMAGES:,}: ask for fewer (N, --n)"
+            f"{num_images:,} images, and one folder takes {MAX_IMAGES:,}: ask for fewer ({typed_flag('n')})"
         )
     requests: list[ImageRequest] = []
     for prompt in prompts:

@@ -17,9 +17,10 @@ from torch import Tensor
 from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
 from encoders.text import DEFAULT_CLEANING, TextEncoder
-from errors import MissingFileError, UserError, run_argument
+from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
-from pipelines.store.families import MEND_NULL_CAPTION, NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES
+from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, mend_null_caption
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import read_manifest, require_same
@@ -50,7 +51,7 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     else:
         captions, null = _read_features(path, [request.key for request in requests], text)
         embeddings = {"": null, **captions}
-    finds = f"`make verify {run_argument(path.parent.parent)}` finds what is damaged"
+    finds = f"`{typed_command('verify', {'run': path.parent.parent})}` finds what is damaged"
     mend = finds if config.reads_features else "write it again with sampling.write_embeddings"
     for name, embedding in embeddings.items():
         if not embedding.float().isfinite().all():
@@ -175,7 +176,7 @@ def _read_features(directory: Path, keys: Sequence[str], text: Mapping[str, Any]
         with safe_open(path, framework="pt") as file:
             return captions, file.get_tensor("embedding_0")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); {MEND_NULL_CAPTION}") from None
+        raise UserError(f"{path} is damaged ({error}); {mend_null_caption()}") from None
 
 
 def _warn_of_other_model(model: str | None, text: Mapping[str, Any], path: Path) -> None:

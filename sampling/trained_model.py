@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from encoders.kl import PUBLISHED_VAE
 from encoders.weights import resolve_model
-from errors import MissingFileError, UserError, run_argument
+from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.state_files import read_state
@@ -90,9 +91,8 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     stage_folder = run / "training" / stage_name
     checkpoint = find_checkpoint(stage_folder)
     if checkpoint is None:
-        raise MissingFileError(
-            f"{stage_folder} has no checkpoint: run `make train {run_argument(run)} STAGE={stage_name}` first"
-        )
+        command = typed_command("train", {"run": run, "stage": stage_name})
+        raise MissingFileError(f"{stage_folder} has no checkpoint: run `{command}` first")
     return _of_checkpoint(checkpoint, stage_name, run=run)
 
 

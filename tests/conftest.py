@@ -2,9 +2,12 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pipelines.as_typed import DOOR
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -15,6 +18,13 @@ for outer_make in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the make that runs th
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them every command they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def by_no_door() -> Iterator[None]:
+    """A test that enters by a door of the house leaves it: messages of the others name commands as make has them."""
+    yield
+    os.environ.pop(DOOR, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

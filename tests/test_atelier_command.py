@@ -1,16 +1,19 @@
 """`atelier`: what is typed behind a sub-command, or behind a target of make, is what its room gets."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier import door
+from atelier.commands import FLAGS, SUBCOMMANDS
 from atelier.door import main, room_words
 from atelier.typed import variables_of
 from errors import UserError
+from pipelines.as_typed import variable
 from pipelines.command import parse_command
 from pipelines.recipe_files import find_recipe, shipped_recipes
 
@@ -42,6 +45,7 @@ GIVEN = {
     "clip": ("eval", ["--text", f"CLIP:evaluation.clip={VALUE}"]),
     "inception": ("eval", ["--text", f"INCEPTION:evaluation.inception={VALUE}"]),
     "port": ("app", ["--once", f"PORT:app.port={VALUE}"]),
+    "table": ("recipe", ["atelier.keys", VALUE]),
     "from": ("convert", ["training.convert", VALUE]),
     "to": ("convert", ["b", VALUE]),
     "reparameterize": ("convert", ["--reparameterize"]),
@@ -124,8 +128,6 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         (["caption", "--shard", "x"], r"caption takes no --shard \(did you mean --shards\?\)"),
         (["caption", "--shards=a", "b.tar"], "caption takes no b.tar"),
         (["stats", "--stage", "2"], "stats takes no --stage"),
-        (["sample", "--prompt", "a", "--prompts", "b.txt"], "--prompt and --prompts are both typed"),
-        (["sample", "--prompts", "b.txt", "--prompt="], "--prompt and --prompts are both typed"),
         (["stats", "--run", ""], "--run is empty: type a value, or leave it out"),
         (["caption", "--shards= "], "--shards is empty"),
         (["pack", "--shards", "a", "--to", ""], "--to is empty"),
@@ -136,6 +138,42 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
 def test_what_is_not_known_or_missing_is_said(typed, message) -> None:
     with pytest.raises(UserError, match=message.replace("'capton' (did you mean caption?)", "'capton' .did you")):
         room_words(typed)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.stage2.num_stpes=3", "num_stpes is not a known key (did you mean training.stage2.num_steps?)"),
+        ("training.stage2.num_steps=many", "training.stage2.num_steps = 'many'"),
+        ("sampling.solver=euler9", "sampling.solver = 'euler9'"),
+        ("app.prot=3", "app.prot is not a known key (did you mean app.port?)"),
+        ("training.staeg2.num_steps=3", "has no [training.staeg2] (did you mean stage2?); a new one says"),
+        ("features.mine.extends=stage9", "features.mine.extends = 'stage9' names no table of [features]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["caption", "train"])
+def test_a_setting_of_any_room_is_refused_when_it_is_typed(tmp_path, name, setting, message) -> None:
+    stage = ["--stage=3"] if name == "train" else []
+    words = [name, "--recipe", "toyworld", "--run", str(tmp_path / "run"), *stage]
+    door.require_sound_settings([*words, "--set", "training.mine.extends=stage2", "--set", "training.mine.num_steps=3"])
+    with pytest.raises(UserError) as refused:
+        door.require_sound_settings([*words, "--set", setting])
+    assert str(refused.value).startswith("--set: ") and message in str(refused.value)
+    (tmp_path / "run").mkdir()
+    key, _, value = setting.partition("=")
+    memory = {"recipe": str(find_recipe("toyworld")), "settings": {key: value}, "shards": {}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(memory))
+    remembered = [name, "--run", str(tmp_path / "run"), *stage]
+    if "has no" not in message:
+        with pytest.raises(UserError, match=r"run\.json: .*"):
+            door.require_sound_settings(remembered)
+
+
+def test_a_new_table_needs_no_start_for_its_own_command(tmp_path) -> None:
+    words = ["--recipe", "toyworld", "--run", str(tmp_path / "run"), "--set", "features.mine.resolution=64"]
+    door.require_sound_settings(["features", *words, "--stage", "mine"])
+    with pytest.raises(UserError, match=r"has no \[features\.mine\]"):
+        door.require_sound_settings(["features", *words, "--stage", "stage2"])
 
 
 def test_further_options_of_a_room_are_passed_on() -> None:
@@ -173,5 +211,5 @@ def test_help_lists_every_sub_command_and_flag(capsys) -> None:
 
 def test_a_room_answers_with_its_own_words_and_status(tmp_path) -> None:
     command = [sys.executable, "-m", "atelier", "caption", "--recipe", "toyworld", "--plan", "--run", str(tmp_path)]
-    done = subprocess.run([*command, "--set", "captioning.batch=3"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("captioning: ") and "captioning.batch" in done.stderr
+    done = subprocess.run([*command, "--shards", "/nope"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("captioning: data.shards: no shard matches /nope")

@@ -67,7 +67,7 @@ def test_typed_settings_are_written_as_toml_and_refused_before_they_are(tmp_path
     typed = ("--run", str(run), "--shards", str(tmp_path / "a.tar"), *TOY)
     for wrong, message in (
         ("foo.bar=1", r"^--set: unknown table \[foo\]"),
-        ("captioning.modle=x", r"^--set: captioning\.modle is not a known key; did you mean captioning\.model"),
+        ("captioning.modle=x", r"^--set: captioning\.modle is not a known key \(did you mean captioning\.model"),
         ("training.finetune.num_steps=0", r"^--set: training\.finetune\.num_steps = 0: "),
         ("data.dialect=x", r"^--set: data\.dialect = 'x': "),
         ("data.max_pixels=100", "no image could be read"),

@@ -23,7 +23,7 @@ from pipelines.command import parse_command
 from pipelines.engine.pieces import Piece, cut_into_pieces, finish_shard
 from pipelines.raw.images import aspect_buckets, resize_and_crop
 from pipelines.raw.kinds.file_shard import FileShard
-from pipelines.raw.patterns import remember_shards
+from pipelines.run_memory import remember_found
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.manifest import ShardDirectory, read_manifest
 
@@ -262,7 +262,7 @@ def test_shards_named_for_captioning_need_not_be_named_again(finished, tmp_path)
     recipe.write_text(re.sub("^shards = .*raw.*$", 'shards = "{run}/elsewhere/*.tar"', recipe.read_text(), flags=re.M))
     with pytest.raises(FileNotFoundError, match="no shard matches"):
         extract(run)
-    remember_shards(run, [str(path) for path in (run / "raw").rglob("*.tar")])
+    remember_found(run, [str(path) for path in (run / "raw").rglob("*.tar")])
     with pytest.raises(FileNotFoundError, match="no shard matches"):
         extract(run, "data.shards={run}/there/*.tar")
     extract(run)

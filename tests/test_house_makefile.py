@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from atelier.commands import FLAGS, SUBCOMMANDS, variable
+from atelier.commands import FLAGS, SUBCOMMANDS
 from atelier.typed import VARIABLES, Word, find_wrong, read_words, variables_of
+from pipelines.as_typed import variable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Stands in for the interpreter of .venv, and writes down what it is asked to run; but what looks at words is let run.
@@ -44,7 +45,8 @@ def house(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     for name in ("Makefile", "requirements.lock"):
         shutil.copy(REPOSITORY / name, folder)
-    (folder / "atelier").symlink_to(REPOSITORY / "atelier")
+    for name in ("atelier", "pipelines"):
+        (folder / name).symlink_to(REPOSITORY / name)
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(RECORDER)

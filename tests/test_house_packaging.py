@@ -182,6 +182,11 @@ sys.exit(main())
             ["stats", "--recipe", "toyworld", "--run", "x", "--sets", "web=t.csv#TEXT"],
             f"pip install '{DISTRIBUTION}[stats]'",
         ),
+        (
+            "deepspeed",
+            ["train", "--recipe", "toyworld", "--run", "x", "--stage", "2", "--plan"],
+            f"pip install '{DISTRIBUTION}[training]'",
+        ),
         ("rich", ["caption"], f"pip install {DISTRIBUTION}"),
         ("PIL", ["caption", "--recipe", "toyworld"], f"pip install {DISTRIBUTION}"),
     ],

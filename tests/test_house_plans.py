@@ -1,6 +1,7 @@
 """PLAN=1 makes the checks of the run: for each fault a room's plan and its run end with the same line and status 2."""
 
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import sampling.__main__ as sampling_main
 from pipelines.command import run_command
 from pixart.convert import save_diffusers
 from pixart.model import PixArt, PixArtConfig
+from sampling import app
 from tests.raw_shards import write_laion
 
 NO_GPU = ("engine.gpus_per_worker=1.0", "engine.in_process=false")
@@ -62,6 +64,7 @@ def overriding(*overrides: str) -> list[str]:
         (["engine.cpus_per_worker=64.0", "engine.in_process=false"], "at most 2 CPUs on one node: lower engine.cpus_p"),
         (["captioning.shards=['x*']"], "captioning.shards"),
         (["captioning.clip_model=nobody/clip"], "captioning.clip_model = 'nobody/clip'"),
+        (["without transformers"], "the package transformers is not installed, which captioning needs"),
     ],
 )
 def test_captioning(tmp_path: Path, overrides: list[str], message: str, capsys, monkeypatch) -> None:
@@ -71,7 +74,9 @@ def test_captioning(tmp_path: Path, overrides: list[str], message: str, capsys, 
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "recipe.toml").write_text(f'[data]\nshards = "{{run}}/raw/*.tar"\n[captioning]\nmodel = "{model}"\n')
     flags = ["--recipe", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / "run")]
-    flags += overriding(*(override.replace("{folder}", str(bare)) for override in overrides))
+    flags += overriding(*(override.replace("{folder}", str(bare)) for override in overrides if "=" in override))
+    if overrides == ["without transformers"]:
+        monkeypatch.setitem(sys.modules, "transformers", None)
     require_same("captioning", captioning_main.main, flags, message, capsys=capsys, monkeypatch=monkeypatch)
 
 
@@ -90,13 +95,16 @@ def feature_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["features.stage2.shards=['x*']"], "features.stage2.shards"),
         (["features.stage2.resolution=250"], "features.stage2.resolution 250 is not a multiple of 16"),
         ([], "but only 1.0 kB are free on this disk"),
+        (["without diffusers"], "the package diffusers is not installed, which features needs"),
     ],
 )
 def test_features(feature_run: Path, overrides: list[str], message: str, capsys, monkeypatch) -> None:
     if not overrides:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     flags = ["--recipe", str(feature_run.parent / "recipe.toml"), "--run", str(feature_run), "--stage", "2"]
-    flags += overriding(*overrides)
+    flags += overriding(*(override for override in overrides if "=" in override))
+    if overrides == ["without diffusers"]:
+        monkeypatch.setitem(sys.modules, "diffusers", None)
     require_same("features", features_main.main, flags, message, capsys=capsys, monkeypatch=monkeypatch)
 
 
@@ -111,12 +119,19 @@ def test_features(feature_run: Path, overrides: list[str], message: str, capsys,
         (["vae"], "cannot be loaded: the folder holds no weights"),
         (["in the way"], "is in the way: it is no image that this command has drawn"),
         (["sampling.checkpoint=nobody/x"], "sampling.checkpoint = 'nobody/x'"),
+        (["without diffusers"], "the package diffusers is not installed, which sampling needs"),
+        (
+            ["sampling.prompt=a", "sampling.prompts=b.txt"],
+            "(--set) and sampling.prompts (--set) are both typed",
+        ),
     ],
 )
 def test_sampling(tmp_path: Path, overrides: list[str], message: str, capsys, monkeypatch) -> None:
     run = make_sampling_run(tmp_path / "run")
     if overrides == ["vae"]:
         (run / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    if overrides == ["without diffusers"]:
+        monkeypatch.setitem(sys.modules, "diffusers", None)
     if overrides == ["in the way"]:
         (run / "samples" / "stage2").mkdir(parents=True)
         (run / "samples" / "stage2" / "wide.png").write_bytes(b"mine")
@@ -138,6 +153,7 @@ def test_sampling(tmp_path: Path, overrides: list[str], message: str, capsys, mo
         ({"starts_from": "scratch", "trains": ["nothing.*"]}, "pattern 'nothing.*' fits none of the"),
         ({"starts_from": "scratch", "products": "fp8"}, "training.products = 'fp8' needs training.dtype = 'bf16'"),
         ({"starts_from": "scratch", "validation_shards": ["laion_1"], "global_batch_size": 64}, "laion_1"),
+        ({"starts_from": "scratch", "validation_shards": ["*"]}, "leaves nothing to train on"),
     ],
 )
 def test_training(tmp_path: Path, settings: dict, message: str) -> None:
@@ -153,6 +169,22 @@ def test_training(tmp_path: Path, settings: dict, message: str) -> None:
         assert process.returncode == 2, said
         lines.append(" ".join(said.split()).rpartition("training: ")[2])
     assert message in lines[0] and lines[1] in lines[0]
+
+
+def test_the_app(tmp_path: Path, capsys, monkeypatch) -> None:
+    """A port that somebody listens at, and a missing Gradio, are said before anything is built."""
+    run = make_sampling_run(tmp_path / "run")
+    flags = ["--recipe", str(write_sampling_recipe(run)), "--run", str(run), "--stage", "2"]
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        typed = [*flags, *overriding(f"app.port={port}")]
+        message = f"app.port {port} of 127.0.0.1 cannot be used"
+        require_same("sampling.app", app.main, typed, message, capsys=capsys, monkeypatch=monkeypatch)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    message = "the package gradio is not installed, which app needs"
+    require_same("sampling.app", app.main, flags, message, capsys=capsys, monkeypatch=monkeypatch)
 
 
 def test_guidance_that_burns_colours_out_is_said(tmp_path: Path, capsys, monkeypatch) -> None:

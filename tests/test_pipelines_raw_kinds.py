@@ -318,7 +318,7 @@ def test_what_a_folder_holds_decides_what_is_read(tmp_path, samples, caplog, mon
     monkeypatch.chdir(base / "en")
     assert [shard_name(path) for path in expand_shards("train,test/0000.parquet")] == [
         "en-test-0000", "en-train-0000"]  # fmt: skip
-    with pytest.raises(UserError, match=r"is an image, and no shard: name the folder, SHARDS=.*photos/"):
+    with pytest.raises(UserError, match=r"is an image, and no shard: name the folder, which is one, SHARDS=.*photos/"):
         expand_shards(f"{write_folder(tmp_path / 'photos', samples[:3])}/*.png")
     write_tar(tmp_path / "photos" / "a.tar", [("a.jpg", b"x")])
     monkeypatch.setattr(logging.getLogger("atelier"), "propagate", True)

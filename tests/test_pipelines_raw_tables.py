@@ -84,7 +84,7 @@ def test_every_format_gives_the_same_rows(tmp_path, monkeypatch, name):
         assert list(table.rows(ALL, ["key", "caption"])) == expected
         assert list(table.rows(range(11, 13), ["key", "caption"])) == expected[11:13]
         assert list(table.rows(np.array([0, 8, 9, 49]), ["key", "caption"])) == [expected[n] for n in (0, 8, 9, 49)]
-        with pytest.raises(UserError, match=rf"{name}: no column 'captoin'; columns are .*; did you mean caption\?"):
+        with pytest.raises(UserError, match=rf"{name}: no column 'captoin'; columns are .* \(did you mean caption\?\)"):
             list(table.rows(ALL, ["captoin"]))
 
 

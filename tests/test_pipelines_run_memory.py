@@ -9,9 +9,10 @@ import pytest
 
 from errors import MissingFileError, UserError
 from pipelines.command import Command, parse_command
-from pipelines.raw.patterns import remember_shards
 from pipelines.recipe import DataConfig
-from pipelines.run_memory import MEMORY_NAME
+from pipelines.run_memory import MEMORY_NAME, recall_shards, remember_found
+from pipelines.store.manifest import Fingerprint, ShardDirectory
+from pipelines.store.verify.run import verify_run
 from training.__main__ import main as training_main
 
 RECIPE = "[sampling]\nseed = 1\nnum_steps = 20\n[training.one]\nnum_steps = 3\n"
@@ -54,6 +55,7 @@ def test_a_run_alone_is_enough_once_a_recipe_has_been_named(house: Path, capsys)
         "recipe": str(house / "a.toml"),
         "settings": {"sampling.num_steps": "8", "sampling.seed": "7", "sampling.size": "8x8"},
         "shards": {},
+        "found": {},
     }
 
 
@@ -91,7 +93,12 @@ def test_a_typed_recipe_is_taken_with_what_is_typed_alone(house: Path, capsys) -
     assert memory()["settings"] == {"sampling.seed": "7", "sampling.num_steps": "9"}
     found = done("--recipe", "b.toml", "--set", "sampling.size=4x4")
     assert found.recipe.tables["sampling"] == {"seed": 100, "num_steps": 20, "size": "4x4"}
-    assert memory() == {"recipe": str(house / "b.toml"), "settings": {"sampling.size": "4x4"}, "shards": {}}
+    assert memory() == {
+        "recipe": str(house / "b.toml"),
+        "settings": {"sampling.size": "4x4"},
+        "shards": {},
+        "found": {},
+    }
 
 
 def test_without_memory_the_default_is_the_papers_recipe(house: Path, capsys) -> None:
@@ -122,9 +129,9 @@ def test_a_remembered_setting_that_is_wrong_is_blamed_on_the_memory(house: Path)
     with pytest.raises(UserError, match=wrong):
         command().recipe.table("data", DataConfig)
     done("--set", "data.dialect=auto", "--set", "data.dialekt=sa1b")
-    with pytest.raises(UserError, match=r"did you mean data\.dialect\?; take it out of run/run\.json$"):
+    with pytest.raises(UserError, match=r"did you mean data\.dialect\?\); take it out of run/run\.json$"):
         command().recipe.table("data", DataConfig)
-    with pytest.raises(UserError, match=r"^--set: .*did you mean data\.dialect\?$"):
+    with pytest.raises(UserError, match=r"^--set: .*did you mean data\.dialect\?\)$"):
         command("--set", "data.dialekt=sa1b").recipe.table("data", DataConfig)
 
 
@@ -141,9 +148,9 @@ def test_a_key_that_is_typed_again_in_other_quotes_wins(house: Path) -> None:
 
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_a_run_or_recipe_of_no_name_is_refused(house: Path, empty: str) -> None:
-    with pytest.raises(UserError, match=r"^RECIPE \(--recipe\) is empty: type a value, or leave it out"):
+    with pytest.raises(UserError, match=r"^RECIPE is empty: type a value, or leave it out"):
         command("--recipe", empty)
-    with pytest.raises(UserError, match=r"^RUN \(--run\) is empty: type a value, or leave it out"):
+    with pytest.raises(UserError, match=r"^RUN is empty: type a value, or leave it out"):
         parse_command("room", "", argv=["--run", empty])
 
 
@@ -165,6 +172,17 @@ def test_a_damaged_memory_is_named(house: Path) -> None:
         Path("run", MEMORY_NAME).write_text(content)
         with pytest.raises(UserError, match=r"run/run\.json is damaged.*remove it, and type RECIPE"):
             command()
+
+
+def test_verify_finds_a_memory_that_no_command_would_take(house: Path) -> None:
+    done("--recipe", "a.toml")
+    ShardDirectory(Path("run", "captions")).write_manifest(Fingerprint.of({}), [], upstream={}, extra={})
+    assert verify_run(Path("run")).problems == []
+    for content in ("{", '{"recipe": 3}', '{"recpie": "a.toml"}'):
+        Path("run", MEMORY_NAME).write_text(content)
+        (problem,) = verify_run(Path("run")).problems
+        assert "run.json is damaged" in problem.text
+        assert problem.mend == "`rm run/run.json`, and give RECIPE and SHARDS with the next command again"
 
 
 def test_shards_are_typed_once_for_every_room(house: Path, capsys) -> None:
@@ -193,7 +211,7 @@ def test_remembered_shards_that_have_moved_are_named_and_typing_their_place_heal
     Path("new").mkdir()
     Path("x.tar").rename("new/z.tar")
     message = (
-        rf"^run/run\.json remembers 1 raw shard of 2 that is not there any more: {house}/x\.tar; .* SHARDS \(--shards\)"
+        rf"^run/run\.json remembers 1 raw shard of 2 that is not there any more: {house}/x\.tar; .* SHARDS with where"
     )
     for plan in ((), ("--plan",)):
         with pytest.raises(MissingFileError, match=message):
@@ -217,11 +235,29 @@ def test_typed_shards_that_are_not_there_are_refused_by_a_room_that_reads_none(h
 def test_runs_of_before_know_their_shards_by_what_was_found(house: Path) -> None:
     with pytest.raises(UserError, match="no raw shards are named: type SHARDS="):
         _ = command("--recipe", "a.toml").raw_shards
-    remember_shards(Path("run"), ["x.tar"])
-    assert command("--recipe", "a.toml").raw_shards == [str(house / "x.tar")]
+    Path("run").mkdir()
+    Path("run", "shards.json").write_text(json.dumps({"x": str(house / "x.tar")}))
+    assert command("--recipe", "a.toml").raw_shards == recall_shards(Path("run")) == [str(house / "x.tar")]
+    done("--recipe", "a.toml")
+    Path("run", "shards.json").unlink()
+    assert memory()["found"] == {"x": str(house / "x.tar")}, "once there is something to note, in one file"
     Path("x.tar").unlink()
-    with pytest.raises(MissingFileError, match=r"^run/shards\.json remembers 1 raw shard of 1 that is not there"):
+    with pytest.raises(MissingFileError, match=r"^run/run\.json remembers 1 raw shard of 1 that is not there"):
         _ = command("--recipe", "a.toml").raw_shards
+
+
+def test_one_file_has_what_was_typed_and_what_was_found(house: Path) -> None:
+    """Of a shard that has moved and is typed anew, no memory keeps the place where it was."""
+    done("--recipe", "a.toml")
+    remember_found(Path("run"), ["x.tar", "y.tar"])
+    assert recall_shards(Path("run")) == [f"{house}/x.tar", f"{house}/y.tar"] and memory()["shards"] == {}
+    Path("new").mkdir()
+    Path("x.tar").rename("new/x.tar")
+    done("--recipe", "a.toml", "--text", "SHARDS:data.shards=new/x.tar")
+    assert recall_shards(Path("run")) == [f"{house}/new/x.tar", f"{house}/y.tar"]
+    assert memory()["shards"] == {"x": f"{house}/new/x.tar"} and memory()["found"] == {"y": f"{house}/y.tar"}
+    remember_found(Path("run"), ["new/x.tar"])
+    assert memory()["found"] == {"y": f"{house}/y.tar"}
 
 
 def test_the_only_stage_needs_no_name(house: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from errors import UserError
 from pipelines.engine.pieces import PARTS_FOLDER
-from pipelines.raw.patterns import recall_shards, remember_shards
 from pipelines.raw.shards import describe_shards, open_shard
+from pipelines.run_memory import recall_shards, remember_found
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_bytes, remove_temporary_files
 from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
 from pipelines.store.state_files import read_log, read_records, read_state, state_of
@@ -116,10 +116,10 @@ def test_damaged_headers_are_read_again_once(tmp_path, cut: int, caplog) -> None
 def test_remembered_shards_that_are_damaged_are_named(tmp_path) -> None:
     tar = str(write_laion(tmp_path / "raw" / "a.tar", 30))
     (tmp_path / "shards.json").write_bytes(b'{"a": 3}')
-    with pytest.raises(UserError, match=r"shards\.json .* remove it and say SHARDS once more"):
+    with pytest.raises(UserError, match=r"shards\.json .* remove it, and type RECIPE and SHARDS with"):
         recall_shards(tmp_path)
     (tmp_path / "shards.json").unlink()
-    remember_shards(tmp_path, [tar])
+    remember_found(tmp_path, [tar])
     assert recall_shards(tmp_path) == [tar]
 
 

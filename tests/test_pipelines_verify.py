@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from feature_run import encoded, extract, picture, write_captions, write_raw, write_run
 
-from pipelines.raw.patterns import remember_shards
+from pipelines.run_memory import remember_found
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import MANIFEST_NAME, manifest_path
 from pipelines.store.verify.coverage import missing_between
@@ -149,7 +149,7 @@ def test_a_shard_missing_in_the_middle_of_the_list_is_named(run):
     content["num_read"] -= removed["num_read"]
     content["num_kept"] -= removed["num_kept"]
     (directory / MANIFEST_NAME).write_text(json.dumps(content))
-    remember_shards(run, [str(path) for path in (run / "raw").glob("*.tar")])
+    remember_found(run, [str(path) for path in (run / "raw").glob("*.tar")])
     found = problems(run)
     assert f"{directory}, shard {SHARD}: missing, though shards before and after it are there" in found
     assert any(problem.endswith("it has text, but no latents") for problem in found)

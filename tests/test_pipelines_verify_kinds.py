@@ -18,8 +18,8 @@ from tiny_checkpoint import write_checkpoint
 
 from errors import MissingFileError
 from pipelines.raw.kinds.tar_shards import read_tar_headers
-from pipelines.raw.patterns import remember_shards
 from pipelines.raw.shard_headers import HeaderCache
+from pipelines.run_memory import remember_found
 from pipelines.store.files import open_ranges, sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.verify.__main__ import main
@@ -297,7 +297,7 @@ def test_raw_shards_of_the_users_own_are_only_noted(run, tmp_path):
         path.write_bytes(bytes(10240))
         with open_ranges(str(path)) as file:
             HeaderCache(run).remember(str(path), read_tar_headers(str(path), file))
-    remember_shards(run, [str(path) for path in shards])
+    remember_found(run, [str(path) for path in shards])
     assert require_sound(run).notes == []
     shards[0].unlink()
     shards[1].write_bytes(bytes(20480))
@@ -311,7 +311,7 @@ def test_damaged_lists_of_raw_shards_and_their_headers_are_named(run, tmp_path):
     shard.write_bytes(bytes(10240))
     with open_ranges(str(shard)) as file:
         HeaderCache(run).remember(str(shard), read_tar_headers(str(shard), file))
-    remember_shards(run, [str(shard)])
+    remember_found(run, [str(shard)])
     (headers,) = (run / ".headers").iterdir()
     whole = headers.read_bytes()
     for data in (b"", whole[:-5], whole[:20], whole[:-9] + zlib.compress(b"no")):

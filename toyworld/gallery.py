@@ -20,8 +20,9 @@ from pipelines.run_memory import run_shards
 from pipelines.store.png_files import read_picture
 from pipelines.store.tables import MEND_SHARD, read_table, sound_table
 from toyworld.config import ToyworldConfig
+from toyworld.mending import mend_sample, mend_world
 from toyworld.scenes import Scene, SceneObject, class_name
-from toyworld.scoring import MEND_SAMPLE, MEND_WORLD, class_of, read_samples, read_verdicts
+from toyworld.scoring import class_of, read_samples, read_verdicts
 
 MAX_SIDE_PIXELS = 160  # of embedded pictures: sharp on a phone, small in the file
 MISSES_SHOWN = 4  # one in so many captions shown is a miss, if there are any
@@ -143,7 +144,7 @@ def _shard_examples(run: Path, data: DataConfig, path: str, rows: Sequence[Mappi
 
 def _read_scenes(run: Path, shard: str) -> dict[str, Scene]:
     path = run / "raw" / "truth.parquet"
-    with sound_table(path, mend=MEND_WORLD):
+    with sound_table(path, mend=mend_world()):
         table = pq.read_table(path, columns=["key", "scene"], filters=[("shard", "=", shard)])
     return {row["key"]: Scene.from_json(row["scene"]) for row in table.to_pylist()}
 
@@ -154,7 +155,7 @@ def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[Sam
     examples = []
     for row in _spread(read_samples(folder), config.num_report_examples):
         verdict = verdicts.get(row["file"])
-        picture = embed_picture(read_picture(folder / row["file"], mend=MEND_SAMPLE))
+        picture = embed_picture(read_picture(folder / row["file"], mend=mend_sample()))
         examples.append(
             SampleExample(
                 key=row["key"],

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from encoders.weights import resolve_model
 from errors import MissingFileError
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_file, atomic_write_json, exclusive, sha256_file, sha256_text, take_away
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory, ShardReport, read_manifest
@@ -21,6 +22,7 @@ from pipelines.store.state_files import read_records
 from pipelines.store.summary import update_summary
 from pipelines.store.tables import MEND_SHARD, read_table
 from toyworld.config import ToyworldConfig
+from toyworld.mending import mend_sample, mend_world
 from toyworld.scenes import NUM_CLASSES, POSITIONS, Scene, SceneObject, class_name
 from toyworld.wording import caption_hits, parse_caption
 
@@ -31,9 +33,7 @@ log = get_logger("toyworld")
 
 SCORING_VERSION = 3  # raise it when what the numbers mean changes
 CAPTIONS_NAME = "captions"
-MEND_SAMPLE = "delete it, and `make sample` (or `make eval`, of its own samples) draws it anew"
 SAMPLES_TABLE = "samples.parquet"
-MEND_WORLD = "remove it and type `make world` again: that writes it anew"
 # What the demo promises of its samples, shown beside the scores.
 TARGETS = {"position": 0.95, "colour": 0.90, "shape": 0.80}
 CAPTION_HITS_SCHEMA = pa.schema(
@@ -141,7 +141,7 @@ def _read_truth(path: Path) -> dict[tuple[str, str], tuple[str, Scene]]:
     """Dataset and scene by (shard, key)."""
     return {
         (row["shard"], row["key"]): (row["dataset"], Scene.from_json(row["scene"]))
-        for row in read_table(path, mend=MEND_WORLD).to_pylist()
+        for row in read_table(path, mend=mend_world()).to_pylist()
     }
 
 
@@ -263,7 +263,7 @@ def _judging_inputs(config: ToyworldConfig, run: Path, folder: Path) -> tuple[Fi
     images = [folder / row["file"] for row in read_samples(folder)]
     if missing := [path for path in images if not path.is_file()]:
         raise MissingFileError(
-            f"{missing[0]} does not exist, though samples.parquet has it; `make sample` draws it anew"
+            f"{missing[0]} does not exist, though samples.parquet has it; `{typed_command('sample')}` draws it anew"
         )
     prompts = run / "raw" / "prompts.jsonl"
     return fingerprint, _files_identity([prompts, folder / SAMPLES_TABLE, *images])
@@ -271,7 +271,7 @@ def _judging_inputs(config: ToyworldConfig, run: Path, folder: Path) -> tuple[Fi
 
 def read_prompt_scenes(run: Path) -> dict[tuple[str, str], Scene]:
     """Return the scene of each (key, prompt) in the run's `prompts.jsonl`."""
-    rows = read_records(run / "raw" / "prompts.jsonl", mend=MEND_WORLD, keys=("key", "prompt", "scene"))
+    rows = read_records(run / "raw" / "prompts.jsonl", mend=mend_world(), keys=("key", "prompt", "scene"))
     return {(row["key"], row["prompt"]): Scene.from_json(json.dumps(row["scene"])) for row in rows}
 
 
@@ -287,7 +287,7 @@ def _judge_files(files: Sequence[Path], targets: Sequence[Scene | int], judge_fo
         return []
     from toyworld.judge import Judge
 
-    images = [read_picture(path, mend=MEND_SAMPLE) for path in files]
+    images = [read_picture(path, mend=mend_sample()) for path in files]
     judge = Judge.load(judge_folder)
     scenes = [
         target if isinstance(target, Scene) else _class_scene(target, judge.look([image])[0])

@@ -303,7 +303,7 @@ def _require_own(raw: ShardDirectory, planned: list[PlannedShard]) -> None:
     for shard in planned:
         for path in (raw.file(shard.path, suffix) for suffix in shard.dataset.suffixes):
             if path.exists():
-                raise UserError(f"{path} is there, and not of the toy world: name another RUN, or move it away")
+                raise UserError(f"{path} is there, and not of the toy world: name another run, or move it away")
 
 
 def _clear(raw: ShardDirectory, planned: list[PlannedShard]) -> None:

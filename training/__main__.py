@@ -7,6 +7,7 @@ from pathlib import Path
 
 from errors import UserError
 from pipelines.command import Command, parse_command, run_command
+from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import find_checkpoint, require_free_names
 from pipelines.store.summary import update_summary
@@ -44,6 +45,7 @@ def lead(*, announce: Callable[[], None]) -> None:
     """Check the stage and run it, or the part that is here; `announce` is called when nothing is left to refuse."""
     start_seconds = time.monotonic()
     command = _command()
+    require_packages("torch", "deepspeed", "diffusers")
     command.require_typed_shards()
     job = open_stage(command)
     for checkpoint in (job.resume, job.start.checkpoint, *(weights.checkpoint for weights in job.networks.values())):

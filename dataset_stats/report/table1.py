@@ -57,7 +57,7 @@ def findings(measures: Mapping[str, SetMeasures], *, valid_threshold: int) -> li
     sizes = [m.num_captions for m in measures.values()]
     if max(sizes) > 2 * max(min(sizes), 1):
         sentences.append(
-            "The sets differ much in size, and VN/DN falls as a set grows: compare it at one size (SAMPLE=n)."
+            "The sets differ much in size, and VN/DN falls as a set grows: compare it at one dataset_stats.sample."
         )
     return sentences
 

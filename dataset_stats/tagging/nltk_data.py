@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dataset_stats.tagging.taggers import NLTK_TAGGER, nltk_data_folders
 from errors import StorageError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.command import run_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         if not options.if_reachable:
             raise
-        log.warning(f"NLTK's tagger is not installed: {error}. Statistics use TextBlob's; later: make nltk-data")
+        log.warning(
+            f"NLTK's tagger is not installed: {error}. Statistics use TextBlob's; later: {typed_command('nltk-data')}"
+        )
         return
     folder = _install_folder() / "taggers" / NLTK_TAGGER
     for part, data in contents.items():

@@ -17,11 +17,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 from errors import MissingFileError
+from pipelines.as_typed import typed_command
 
 TaggerName = Literal["auto", "nltk", "textblob"]
 NLTK_TAGGER = "averaged_perceptron_tagger_eng"
 NLTK_PARTS = ("weights", "tagdict", "classes")
-HOW_TO_INSTALL = "make nltk-data"
 
 
 class Tagger(Protocol):
@@ -71,6 +71,11 @@ def nltk_data_folders() -> list[Path]:
     return named + home + prefix + system
 
 
+def how_to_install() -> str:
+    """Return the command that installs NLTK's tagger."""
+    return typed_command("nltk-data")
+
+
 def find_tagger(name: TaggerName) -> TaggerSource:
     """Tagger to use: for "auto", NLTK's perceptron when its data is installed, else TextBlob's lexicon.
 
@@ -84,7 +89,7 @@ def find_tagger(name: TaggerName) -> TaggerSource:
                     return _nltk_source(place)
         if name == "nltk":
             raise MissingFileError(
-                f'dataset_stats.tagger is "nltk", but {NLTK_TAGGER} is not installed; run: {HOW_TO_INSTALL}'
+                f'dataset_stats.tagger is "nltk", but {NLTK_TAGGER} is not installed; run: {how_to_install()}'
             )
     return TaggerSource(
         name="textblob",

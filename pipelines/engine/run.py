@@ -160,7 +160,7 @@ def _say_done_anew(
         which = f" ({'; '.join(changes)})" if changes else ""
         get_logger(room).warning(
             f"{output.path}: {len(others):,} {count} were made with other settings{which} and are made anew, first "
-            f"{others[0]}; to keep such work, give changed settings another RUN"
+            f"{others[0]}; to keep such work, give changed settings another run"
         )
     moved = [each.name for each in there if (report := reports[each.name]) and report.source != each.identity]
     if moved:

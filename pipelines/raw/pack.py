@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError
+from pipelines.as_typed import typed_flag
 from pipelines.command import run_command
 from pipelines.engine.progress import describe_rejects, get_logger, progress_bar
 from pipelines.raw.images import SampleReject, image_size
@@ -83,7 +84,9 @@ def pack(
     paths = expand_shards(patterns)
     state = folder / STATE_FOLDER
     if folder.is_dir() and any(folder.iterdir()) and not state.is_dir():
-        raise UserError(f"TO {folder} has files that are not of this command: name a new or empty folder")
+        raise UserError(
+            f"{typed_flag('to')} {folder} has files that are not of this command: name a new or empty folder"
+        )
     with exclusive(state):
         shards = describe_shards(paths, reading, run=state)
         _require_same(state / STATE_NAME, shards, reading, samples_per_tar)
@@ -150,8 +153,8 @@ def _require_same(path: Path, shards: Sequence[ShardDescription], reading: Readi
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(
-                f"TO {path.parent.parent} was packed from other {name} than these: name a new folder, or "
-                "remove that one"
+                f"{typed_flag('to')} {path.parent.parent} was packed from other {name} than these: name a new folder, "
+                "or remove that one"
             )
 
 
@@ -235,14 +238,14 @@ def _count(folder: Path, name: str, counts: PackCounts) -> None:
 def main() -> None:
     """Pack what is typed."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.raw.pack", description="Raw shards of any kind to tars.")
-    parser.add_argument("shards", help="folders, tars, Parquet, tables: as SHARDS of other commands")
+    parser.add_argument("shards", help="folders, tars, Parquet, tables: as raw shards of other commands")
     parser.add_argument("to", type=Path, help="a new folder, for the tars")
     parser.add_argument("--n", type=int, default=SAMPLES_PER_TAR, help="samples of each tar")
     parser.add_argument("--image-column", help="as data.image_column of a recipe")
     parser.add_argument("--text-column", help="as data.text_column of a recipe")
     options = parser.parse_args()
     if options.n < 1:
-        raise UserError(f"N is {options.n}: a tar has one sample or more")
+        raise UserError(f"{typed_flag('n')} is {options.n}: a tar has one sample or more")
     reading = Reading(image_column=options.image_column, text_column=options.text_column)
     folder = options.to.expanduser()
     counts = pack(options.shards, folder, reading=reading, samples_per_tar=options.n)

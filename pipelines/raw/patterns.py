@@ -9,11 +9,9 @@ from pathlib import Path
 from errors import MissingFileError, UserError
 from pipelines.raw.kinds.folder_kinds import refuse_images, shards_in
 from pipelines.raw.shard_names import shard_name
-from pipelines.store.files import atomic_write_json, is_remote
+from pipelines.store.files import is_remote
 from pipelines.store.remote import list_urls
-from pipelines.store.state_files import read_state, state_of
 
-REMEMBERED_NAME = "shards.json"
 RUN_PLACE = "\0"  # in a pattern, as no path has it
 BRACE = re.compile(r"\{([^{}]*)\}")
 GLOB = "*?["
@@ -94,7 +92,7 @@ def expand_shards(spec: str | Sequence[str], *, run: Path | None = None) -> list
         if other != path:
             raise UserError(
                 f"data.shards: {other} and {path} have the same name {shard_name(path)!r}, and outputs are called "
-                "after it: rename one, or give each a RUN of its own"
+                "after it: rename one, or give each a run of its own"
             )
     return [by_name[name] for name in sorted(by_name)]
 
@@ -150,7 +148,7 @@ def match_urls(url: str) -> list[str]:
         if not found:
             raise MissingFileError(
                 f"data.shards: no shard matches {url}: it has no tars and no Parquet files; a folder of images is read "
-                "from disk alone, so download it, or make tars of it (`make pack`) and put them there"
+                "from disk alone, so download it, or make tars of it (`{typed_command('pack')}`) and put them there"
             )
         return found
     # Whether a single remote shard is there is found when it is opened.
@@ -182,24 +180,3 @@ def select_names(names: Sequence[str], patterns: Sequence[str], *, key: str) -> 
             some = ", ".join(names[:3]) or "no shards"
             raise UserError(f"{key}: pattern {pattern!r} matches none of the {len(names)} shards ({some}, ...)")
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def remember_shards(run: Path, paths: Sequence[str]) -> None:
-    """Note in `RUN/shards.json` where shards were found, so that SHARDS need not be typed for every command."""
-    known = _remembered(run)
-    found = known | {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in paths}
-    if found != known:
-        atomic_write_json(run / REMEMBERED_NAME, found)
-
-
-def recall_shards(run: Path) -> list[str]:
-    """Return the shards that earlier commands have read for this run, sorted by name."""
-    return [path for _, path in sorted(_remembered(run).items())]
-
-
-def _remembered(run: Path) -> dict[str, str]:
-    path = run / REMEMBERED_NAME
-    if not path.is_file():
-        return {}
-    mend = "remove it and say SHARDS once more, as for the first command of the run"
-    return state_of(dict[str, str], read_state(path, mend=mend), where=str(path), mend=mend)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from errors import UserError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.file_shard import FileShard
@@ -195,7 +196,7 @@ def _name_a_table(folder: str, strays: Sequence[str]) -> None:
         table = f"{folder.rstrip('/')}/{table}"
         log.warning(
             f"{folder}: no image has a text beside it, but there is a table: if it names the images by path, type "
-            f"SHARDS={table}; if it has captions by their keys or names, captioning.table={table}"
+            f"{typed_flag('shards', table)}; if it has captions by their keys or names, captioning.table={table}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from pipelines.as_typed import typed_command
 from pipelines.store.feature_store import FeatureTarWriter, payload_crc32, read_payload
 from pipelines.store.manifest import Fingerprint, Manifest
 
@@ -21,7 +22,6 @@ from pipelines.store.manifest import Fingerprint, Manifest
 # come with one float32 scale per token [L]: value = stored * scale[token].
 TEXT_STORAGE_DTYPES = {"bfloat16": "uint16", "float8_e4m3": "uint8", "int8": "int8"}
 NULL_CAPTION_FILE = "null.safetensors"
-MEND_NULL_CAPTION = "remove it and type `make features` again: that writes it anew, with one shard's texts"
 
 TEXT_SCHEMA = pa.schema(
     [
@@ -59,6 +59,11 @@ LATENT_SCHEMA = pa.schema(
         ("reject", pa.string()),
     ]
 )
+
+
+def mend_null_caption() -> str:
+    """Return what to do about a damaged null caption."""
+    return f"remove it and type `{typed_command('features')}` again: that writes it anew, with one shard's texts"
 
 
 @dataclass(frozen=True, kw_only=True)

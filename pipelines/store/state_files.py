@@ -71,16 +71,23 @@ def state_of(form: type[T], content: Any, *, where: str, mend: str) -> T:
     Raises:
         UserError: a value is missing, unknown or of another type; names `where` it was read and the value.
     """
+    if damage := form_damage(form, content):
+        raise UserError(f"{where} {damage}; {mend}")
+    return _adapter(form).validate_python(content)
+
+
+def form_damage(form: Any, content: Any) -> str | None:
+    """Return why `state_of` would refuse JSON values as a `form`; None if it would not."""
     names = {field.name for field in dataclasses.fields(form)} if dataclasses.is_dataclass(form) else None
     if names is not None and isinstance(content, dict) and (unknown := sorted(content.keys() - names)):
-        raise UserError(f"{where} is damaged, or of another version: {unknown[0]} is not known; {mend}")
+        return f"is damaged, or of another version: {unknown[0]} is not known"
     try:
-        return _adapter(form).validate_python(content)
+        _adapter(form).validate_python(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        said = f"{place}: {first['msg']}" if place else first["msg"]
-        raise UserError(f"{where} is damaged, or of another version: {said}; {mend}") from None
+        return f"is damaged, or of another version: {f'{place}: ' if place else ''}{first['msg']}"
+    return None
 
 
 @functools.cache

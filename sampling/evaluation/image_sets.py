@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
@@ -29,7 +30,6 @@ SAMPLES_NAME = f"{SAMPLES_SHARD}.parquet"
 # What sampling has always written of each sample.
 SAMPLES_COLUMNS = {"number", "key", "prompt", "seed", "file"}
 # A reference may be of another run, where nothing is to be removed on this one's word.
-MEND_REFERENCE = "`make verify` of the run that drew it says how to mend it, or name another evaluation.reference"
 # Why a file of a folder is no image of the set.
 NO_SAMPLE = "not one of its samples.parquet"
 NO_IMAGE = "no image by its name"
@@ -120,7 +120,7 @@ def open_folder(folder: Path, *, cache: Path) -> ImageSet:
     files = _files(folder)
     shown = [path for path in files if not _is_hidden(path, folder)]
     tables = {path.parent for path in shown if path.name == SAMPLES_NAME and _is_of_samples(path.parent)}
-    samples = {path for table in tables for path in _sample_files(table, mend=MEND_REFERENCE)}
+    samples = {path for table in tables for path in _sample_files(table, mend=_mend_reference())}
     rows: list[dict[str, str]] = []
     left_out: Counter[str] = Counter({HIDDEN: len(files) - len(shown)})
     for path in shown:
@@ -157,7 +157,7 @@ def _is_of_samples(folder: Path) -> bool:
     if (folder / MARKER_FOLDER / f"{SAMPLES_SHARD}.json").is_file():
         return True
     with contextlib.suppress(UserError):
-        if {*read_table_schema(folder / SAMPLES_NAME, mend=MEND_REFERENCE).names} >= SAMPLES_COLUMNS:
+        if {*read_table_schema(folder / SAMPLES_NAME, mend=_mend_reference()).names} >= SAMPLES_COLUMNS:
             return True
     with contextlib.suppress(UserError):
         return SAMPLES_SHARD in read_manifest(folder).shards
@@ -256,3 +256,9 @@ def _shard_image(shard: RawShard, sample: RawSample) -> SetImage:
         return SetImage(key=key, data=shard.image_bytes(sample))
     except SampleReject as reject:
         return SetImage(key=key, data=b"", reject=reject.reason)
+
+
+def _mend_reference() -> str:
+    return (
+        f"`{typed_command('verify')}` of the run that drew it says how to mend it, or name another evaluation.reference"
+    )

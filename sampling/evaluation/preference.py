@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json, one_at_a_time
@@ -181,9 +182,9 @@ def read_key(folder: Path) -> dict[str, Any]:
         MissingFileError: there is none; names the command.
         UserError: it is damaged; names it.
     """
-    path = folder / KEY_NAME
+    path, command = folder / KEY_NAME, typed_command("eval", {"task": "preference"})
     if not path.is_file():
-        raise MissingFileError(f"{path} does not exist: `make eval TASK=preference` writes it with the page")
-    mend = "type `make eval TASK=preference` again: that writes it anew, and the same one if nothing has changed since"
+        raise MissingFileError(f"{path} does not exist: `{command}` writes it with the page")
+    mend = f"type `{command}` again: that writes it anew, and the same one if nothing has changed since"
     content = read_state(path, mend=mend)
     return asdict(state_of(StudyKey, content, where=str(path), mend=mend))

@@ -12,6 +12,7 @@ from typing import Any
 
 from encoders.devices import require_device
 from errors import UserError
+from pipelines.as_typed import typed_command
 from pipelines.command import Command
 from pipelines.engine.progress import console, get_logger
 from pipelines.engine.run import EngineConfig
@@ -125,7 +126,7 @@ class Meter:
             )
         raise UserError(
             "nothing to measure: set evaluation.inception, evaluation.clip or evaluation.vision (with "
-            "evaluation.reference), or let a judge look at what `make sample` has drawn and write "
+            f"evaluation.reference), or let a judge look at what `{typed_command('sample')}` has drawn and write "
             f"{judgement_file(contestants[0], self._config, self._run)}, see docs/EVALUATION.md"
         )
 

@@ -9,7 +9,8 @@ from typing import Any
 import pydantic
 
 from encoders.text import DEFAULT_CLEANING
-from errors import MissingFileError, UserError, run_argument
+from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.command import Command
 from pipelines.raw.patterns import select_names
 from pipelines.recipe import Recipe
@@ -228,7 +229,7 @@ def _open_dataset(
     cache: ShardCache,
     key: str,
 ) -> Dataset:
-    command = f"make features STAGE={table_name} {run_argument(run)}"
+    command = typed_command("features", {"stage": table_name, "run": run})
     latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
     vae = latents.fact("vae")
     for field_name, expected, found in (
@@ -343,7 +344,7 @@ def _open_family(run: str, family: str, resolution: int, *, command: str, cache:
 def _ways_on(key: str, found: Any, command: str) -> str:
     """Return how to read features that are there, and how to make them anew."""
     keep = f"leave {key} out" if found is None else f"set {key} = {json.dumps(found)}"
-    return f"to read what is there, {keep}; to make it anew, `{command}`, with another RUN to keep both"
+    return f"to read what is there, {keep}; to make it anew, `{command}`, with another run to keep both"
 
 
 def _check_family(
@@ -395,5 +396,5 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, t
     if is_made_here and manifest_path(Path(run) / "captions").is_file():
         columns = [caption.column for caption in table.captions]
         captions = texts_digest(read_manifest(Path(run) / "captions"), columns)
-        mend = f"the captions of {run} have changed since: `{command}` encodes them; to keep both, name another RUN"
+        mend = f"the captions of {run} have changed since: `{command}` encodes them; to keep both, name another run"
         require_same("captions", captions, manifest.upstream["captions"], where=where, mend=mend)

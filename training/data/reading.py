@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from errors import UserError
-from pipelines.store.families import MEND_NULL_CAPTION, FamilySchema
+from pipelines.store.families import FamilySchema, mend_null_caption
 from pipelines.store.feature_store import payload_crc32
 from training.data.batch import Buffers, PackedRows
 from training.data.directories import FeatureDirectory
@@ -150,7 +150,7 @@ def _read_null(directory: FeatureDirectory, name: str) -> Tensor:
     try:
         (null,) = load(directory.read_bytes(name)).values()
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{directory}/{name} is damaged ({error}); {MEND_NULL_CAPTION}") from None
+        raise UserError(f"{directory}/{name} is damaged ({error}); {mend_null_caption()}") from None
     return null
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import UserError, run_argument
+from errors import UserError
+from pipelines.as_typed import typed_command
 from pipelines.store.files import atomic_write_bytes
 from training.loop.losses import StepLosses
 from training.loop.measure import count_non_finite, total_norm
@@ -40,8 +41,8 @@ def stop_on_non_finite(losses: StepLosses, model: ZeroModel, job: TrainingJob, *
         dump = {"step": step, "non_finite": [sample["key"] for sample in bad], "samples": samples}
         dump |= {"weights": weights, "first_moments": moments}
         atomic_write_bytes(path, json.dumps(dump, indent=1).encode())
-    first, asked = bad[0], dict.fromkeys(run_argument(each.run) for each in job.features.datasets)
-    runs = " and ".join(f"`make verify {run}`" for run in asked)
+    first, asked = bad[0], dict.fromkeys(typed_command("verify", {"run": each.run}) for each in job.features.datasets)
+    runs = " and ".join(f"`{command}`" for command in asked)
     raise UnhealthyTrainingError(
         f"step {step}: the loss of {len(bad)} samples is not finite, first {first['key']} of shard {first['shard']}; "
         f"{path} lists the batch. No weights were changed by it; {num_spoilt} of them are not finite themselves. "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
+from pipelines.as_typed import typed_flag
 from pixart.compilation import compile_blocks
 from training.config import StageTraining
 from training.launch.placement import is_slurm_task
@@ -293,8 +294,8 @@ def local_device(local_rank: int, num_devices: int, *, is_slurm: bool) -> int:
     if is_slurm and num_devices == 1:
         return 0
     raise UserError(
-        f"rank {local_rank} of this machine has no GPU, there are {num_devices}: lower GPUS (training.num_processes), "
-        "the slots in training.hostfile, or the tasks per node"
+        f"rank {local_rank} of this machine has no GPU, there are {num_devices}: lower {typed_flag('gpus')} "
+        "(training.num_processes), the slots in training.hostfile, or the tasks per node"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
+from pipelines.as_typed import typed_command
 from pipelines.engine.progress import console
 from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import own_files
@@ -104,7 +105,9 @@ def _health(checkpoint: Checkpoint, dumps: Sequence[str]) -> Check:
 def _samples(checkpoint: Checkpoint, samples: Path) -> Check:
     grid = samples / "grid.png"
     if not grid.is_file():
-        return Check(name="samples", holds=None, finding="not drawn yet: make sample, and look at them")
+        return Check(name="samples", holds=None, finding=f"not drawn yet: {typed_command('sample')}, and look at them")
     if grid.stat().st_mtime < (checkpoint.path / "trainer.json").stat().st_mtime:
-        return Check(name="samples", holds=False, finding=f"{grid} is of an earlier checkpoint: make sample again")
+        return Check(
+            name="samples", holds=False, finding=f"{grid} is of an earlier checkpoint: {typed_command('sample')} again"
+        )
     return Check(name="samples", holds=None, finding=f"look at {grid}")

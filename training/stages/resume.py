@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, run_argument
+from errors import UserError
+from pipelines.as_typed import typed_command, typed_flag
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, open_checkpoint
 from pipelines.store.manifest import Fingerprint
@@ -44,7 +45,7 @@ def require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featur
         f"{checkpoint.path} was trained with {_key(first, checkpoint)} {made_with.get(first)!r}, "
         f"but it is {wanted.get(first)!r} now{' (also ' + ', '.join(also) + ')' if also else ''}. "
         f"{_ways_on(first, checkpoint, former=made_with.get(first), table_name=features.table_name)}. "
-        f"Only to train anew, remove {checkpoint.path.parent} or choose another RUN"
+        f"Only to train anew, remove {checkpoint.path.parent} or choose another run"
     )
 
 
@@ -58,7 +59,7 @@ def another_table(checkpoint: Checkpoint, table_name: str) -> str:
     stage = _stage(checkpoint)
     return (
         f"[training.{stage}-next] with extends = '{stage}', features = '{table_name}' and "
-        f"starts_from = '{checkpoint.path / MODEL}' (STAGE={stage}-next)"
+        f"starts_from = '{checkpoint.path / MODEL}' ({typed_flag('stage', f'{stage}-next')})"
     )
 
 
@@ -121,10 +122,10 @@ def _ways_on(name: str, checkpoint: Checkpoint, *, former: Any, table_name: str)
     if kind == "training":
         return f"{onward}; to go on as it was, set {_key(name, checkpoint)} back"
     stage = _stage(checkpoint)
+    features = typed_command("features", {"stage": table_name, "run": _run(checkpoint)})
     return (
-        f"{onward}; to go on as it was, set the features back and run `make features STAGE={table_name} "
-        f"{run_argument(_run(checkpoint))}`, or read them from a run that still has them: training.{stage}.datasets = "
-        "[{ run = '…' }]"
+        f"{onward}; to go on as it was, set the features back and run `{features}`, or read them from a run that still "
+        f"has them: training.{stage}.datasets = [{{ run = '…' }}]"
     )
 
 

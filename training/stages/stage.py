@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import require_model, resolve_model
-from errors import MissingFileError, UserError, run_argument
+from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_command
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import (
@@ -227,7 +228,7 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     if former is not None:
         raise MissingFileError(
             f"{path} has no checkpoint, and {named} needs its weights; "
-            f"run `make train STAGE={former} {run_argument(command.run)}` first, or name others"
+            f"run `{typed_command('train', {'stage': former, 'run': command.run})}` first, or name others"
         )
     if (path / STATE).is_dir():
         raise UserError(f"{named} is a checkpoint without {TRAINER}: it was not written whole")

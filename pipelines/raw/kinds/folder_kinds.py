@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.folder_shards import METADATA_NAMES
 from pipelines.raw.reading import AS_IT_COMES
@@ -165,5 +166,6 @@ def refuse_images(paths: Sequence[str]) -> None:
     if images:
         folder = Path(images[0]).parent
         raise UserError(
-            f"data.shards: {images[0]} is an image, and no shard: name the folder, SHARDS={folder}/, which is one"
+            f"data.shards: {images[0]} is an image, and no shard: name the folder, which is one, "
+            f"{typed_flag('shards', f'{folder}/')}"
         )

@@ -1,6 +1,5 @@
 """What every reader of tables gives: numbered rows of named cells, and what the cell of a text or a key means."""
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from errors import UserError
+from pipelines.as_typed import did_you_mean
 from pipelines.raw.images import SampleReject
 from pipelines.raw.texts import NOT_UTF8, decode_caption
 
@@ -78,11 +78,11 @@ def require_columns(path: str, wanted: Sequence[str], columns: Sequence[str]) ->
     """
     for name in wanted:
         if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
             more = f", … ({len(columns)} in all)" if len(columns) > COLUMNS_NAMED else ""
             listed = ", ".join(columns[:COLUMNS_NAMED]) or "none"
-            raise UserError(f"{path}: no column {name!r}; columns are {listed}{more}{hint}")
+            raise UserError(
+                f"{path}: no column {name!r}; columns are {listed}{more}{did_you_mean(name, columns, most=3)}"
+            )
         if columns.count(name) > 1:
             raise UserError(f"{path}: the column {name!r} is there {columns.count(name)} times; rename all but one")
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pandas.util import hash_array
 
-from errors import run_argument
+from pipelines.as_typed import ANY, typed_command, typed_flag
 from pipelines.raw.shard_names import shard_name
 from pipelines.store.families import FamilySchema, caption_columns, schema_of, texts_digest
 from pipelines.store.manifest import Manifest
@@ -23,7 +23,6 @@ DIGITS = re.compile(r"\d+")
 
 def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> None:
     """Check that no shard of a directory's input, `raw_shards` or captions, is missing between those it has done."""
-    typed = run_argument(run)
     captions = findings.manifests.get(run / "captions")
     remembered = [shard_name(path) for path in raw_shards]
     for directory, manifest in findings.manifests.items():
@@ -32,12 +31,10 @@ def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> 
             digest = texts_digest(captions, caption_columns(manifest))
             if upstream != digest:
                 text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
-                mend = f"`make features STAGE=… {typed}` encodes what has changed"
+                mend = f"`{_features(run)}` encodes what has changed"
                 findings.problems.append(Problem(directory=directory, text=text, mend=mend))
-            text, mend = (
-                f"{run / 'captions'} has no such shard",
-                f"`make caption {typed}` with SHARDS of it, too",
-            )
+            text = f"{run / 'captions'} has no such shard"
+            mend = f"`{typed_command('caption', {'run': run})}` with {typed_flag('shards')} of it, too"
             findings.problems += [
                 Problem(directory=directory, shard=name, text=text, mend=mend)
                 for name in sorted(manifest.shards.keys() - captions.shards.keys())
@@ -45,12 +42,16 @@ def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> 
         expected = list(captions.shards) if upstream is not None and captions else remembered
         if directory.parent == run / "features" or directory == run / "captions":
             text = "missing, though shards before and after it are there"
-            command = "make caption" if directory == run / "captions" else "make features STAGE=…"
-            mend = f"`{command} {typed}` with SHARDS of all of them"
+            command = typed_command("caption", {"run": run}) if directory == run / "captions" else _features(run)
+            mend = f"`{command}` with {typed_flag('shards')} of all of them"
             findings.problems += [
                 Problem(directory=directory, shard=name, text=text, mend=mend)
                 for name in missing_between(expected, manifest.shards)
             ]
+
+
+def _features(run: Path) -> str:
+    return typed_command("features", {"stage": ANY, "run": run})
 
 
 def missing_between(expected: Sequence[str], found: Mapping[str, object]) -> list[str]:
@@ -94,7 +95,7 @@ def check_families(run: Path, findings: Findings, *, are_all_finished: bool) -> 
             has_condition = any(name in findings.manifests[path].shards for path in conditions)
             if are_all_finished and not has_condition and len(keys) and not _has_labels(directory / f"{name}.parquet"):
                 text = f"it has {families[directory].name}, but neither text nor class labels: no stage can train on it"
-                mend = f"`make caption {run_argument(run)}` and `make features STAGE=… {run_argument(run)}`"
+                mend = f"`{typed_command('caption', {'run': run})}` and `{_features(run)}`"
                 findings.problems.append(Problem(directory=directory, shard=name, text=text, mend=mend))
     if not are_all_finished:
         return
@@ -103,7 +104,7 @@ def check_families(run: Path, findings: Findings, *, are_all_finished: bool) -> 
     for path in joined:
         alone = [name for name in findings.manifests[path].shards if name not in known]
         text = f"it has {families[path].name}, but no {names_of_leading}"
-        mend = f"`make features STAGE=… {run_argument(run)}` with SHARDS of it"
+        mend = f"`{_features(run)}` with {typed_flag('shards')} of it"
         findings.problems += [Problem(directory=path, shard=name, text=text, mend=mend) for name in alone]
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from errors import UserError, run_argument
+from errors import UserError
+from pipelines.as_typed import typed_flag
 from pipelines.store.manifest import MARKER_FOLDER, Manifest, ShardReport, manifest_path, read_manifest
 from pipelines.store.state_files import read_state, state_damage
 from pipelines.store.verify.findings import SEE_TO_IT, Problem, unreadable
-from pipelines.store.verify.kinds import KINDS, RUN, FolderKind, match_place
+from pipelines.store.verify.kinds import KINDS, RUN, Door, FolderKind, match_place
 
 MARKER_KEYS = ("fingerprint", "report")
 
@@ -23,7 +24,8 @@ class Folder:
 
     Attributes:
         path: of it; name: the same below the run.
-        command: makes what is in it and goes on with it, with RUN.
+        run: that it is in.
+        groups: of its place, by name.
         files: by their paths below it; those of folders of a kind within it are theirs.
         manifest: None where there is none, or a damaged one, which `faults` tell of.
         faults: what is wrong with the manifest, and the folders below that cannot be listed.
@@ -33,7 +35,8 @@ class Folder:
     path: Path
     name: str
     kind: FolderKind
-    command: str
+    run: Path
+    groups: dict[str, str] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     manifest: Manifest | None = None
     faults: list[Problem] = field(default_factory=list)
@@ -48,10 +51,17 @@ class Folder:
         """Return a problem of this folder."""
         return Problem(directory=self.path, shard=shard, key=key, text=text, mend=mend)
 
-    def mend(self, template: str, path: Path) -> str:
+    @property
+    def command(self) -> str:
+        """What makes what is in it and goes on with it, as it is typed."""
+        return self.kind.door.command(self.run, self.groups)
+
+    def mend(self, template: str, path: Path, *, made_by: Door | None = None) -> str:
         """Return what to do about a file, from a `FileKind.mend`."""
         quoted = {"path": shlex.quote(str(path)), "folder": shlex.quote(str(self.path))}
-        return template.format(**quoted, command=self.command)
+        flags = {name: typed_flag(name) for name in ("recipe", "shards")}
+        command = self.command if made_by is None else made_by.command(self.run, self.groups)
+        return template.format(**quoted, **flags, command=command)
 
     def markers(self) -> dict[str, Path]:
         """Return the markers by the names of their shards."""
@@ -76,8 +86,7 @@ def find_folders(run: Path) -> list[Folder]:
                 candidates[place] = [(kind, groups) for kind, groups in matches if groups is not None]
             for kind, groups in candidates[place]:
                 if any(fnmatchcase(_below(place, name), sign) for sign in kind.signs):
-                    command = f"{kind.command.format_map(groups)} {run_argument(run)}"
-                    folders[place] = Folder(path=run / place, name=place, kind=kind, command=command)
+                    folders[place] = Folder(path=run / place, name=place, kind=kind, run=run, groups=groups)
                     break
     for name, path in files.items():
         owner = next(folders[place] for place in _ancestors(name) if place in folders)
@@ -85,7 +94,7 @@ def find_folders(run: Path) -> list[Folder]:
     for error in failed:
         name = Path(error.filename).relative_to(run).as_posix()
         place = next((place for place in (name, *_ancestors(name)) if place in folders), ".")
-        owner = folders.setdefault(place, Folder(path=run, name=".", kind=RUN, command=RUN.command))
+        owner = folders.setdefault(place, Folder(path=run, name=".", kind=RUN, run=run))
         owner.faults.append(owner.problem(unreadable(_below(place, name), error), mend=SEE_TO_IT))
     ordered = [folders[place] for place in sorted(folders, key=lambda place: PurePosixPath(place).parts)]
     for folder in ordered:

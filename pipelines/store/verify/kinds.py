@@ -4,11 +4,13 @@ Who adds a file to a folder adds it here; a test makes a whole run and finds eve
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pipelines.as_typed import ANY, typed_command
+from pipelines.run_memory import memory_damage
 from pipelines.store.checkpoints import OURS
 from pipelines.store.deepspeed_files import CONVERSIONS, STATE
 from pipelines.store.manifest import MANIFEST_NAME, MARKER_FOLDER, TABLES_MANIFEST_NAME
@@ -31,6 +33,23 @@ COPY = "`rm {path}`: it is a copy, and the next command that needs it makes it a
 RESTORE = "restore it from a copy, or `rm -r {folder}`; `{command}` then goes on from the newest whole checkpoint"
 
 
+# The stage of a folder, by its place, and one that its place does not tell.
+OF_STAGE = (("stage", "{stage}"),)
+ANY_STAGE = (("stage", ANY),)
+
+
+@dataclass(frozen=True)
+class Door:
+    """A command and its flags, in whose values groups of a folder's place are filled in."""
+
+    name: str
+    flags: tuple[tuple[str, str], ...] = ()
+
+    def command(self, run: Path, groups: Mapping[str, str]) -> str:
+        """Return it as it is typed, with its run."""
+        return typed_command(self.name, {name: text.format_map(groups) for name, text in self.flags} | {"run": run})
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileKind:
     """Files that lie in a folder beside its shards.
@@ -38,7 +57,8 @@ class FileKind:
     Attributes:
         pattern: of their paths below the folder.
         check: returns what is wrong with one; None where they are by design not looked into.
-        mend: what to do about a damaged one, with {path}, {folder} and {command}.
+        mend: what to do about a damaged one, with {path}, {folder}, {command}, and flags such as {shards}.
+        made_by: what makes it, where that is not what makes its folder.
         is_required: a finished folder without it is damaged.
         is_log: what is wrong with it is only worth a note.
     """
@@ -46,6 +66,7 @@ class FileKind:
     pattern: str
     check: Callable[[Path], str | None] | None
     mend: str = ANEW
+    made_by: Door | None = None
     is_required: bool = False
     is_log: bool = False
 
@@ -55,8 +76,8 @@ class FolderKind:
     """A folder that a room writes.
 
     Attributes:
-        place: regular expression of its path below the run; its groups go into `command`.
-        command: makes what is in it, and goes on with it.
+        place: regular expression of its path below the run; its groups go into `door`.
+        door: makes what is in it, and goes on with it.
         files: what lies there beside shards, markers and manifest.
         signs: patterns, one of which a folder of this kind has; others of its name are the user's.
         has_shards: whether markers say which files there are, and their hashes.
@@ -65,7 +86,7 @@ class FolderKind:
     """
 
     place: str
-    command: str
+    door: Door
     files: tuple[FileKind, ...] = ()
     signs: tuple[str, ...] = (MANIFEST_NAME, TABLES_MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*")
     has_shards: bool = True
@@ -81,20 +102,22 @@ class FolderKind:
 EVERYWHERE = tuple(FileKind(pattern=pattern, check=None) for pattern in (".lock", ".parts/*", ".*.tmp", "*/.*.tmp"))
 RUN = FolderKind(
     place=r"\.",
-    command="make report",
+    door=Door("report"),
     files=(
-        FileKind(
-            pattern="shards.json", check=json_damage, mend="`rm {path}`, and give SHARDS with the next command again"
+        FileKind(  # of runs that were begun before run.json had them
+            pattern="shards.json", check=json_damage, mend="`rm {path}`, and give {shards} with the next command again"
         ),
         FileKind(
-            pattern="run.json", check=json_damage, mend="`rm {path}`, and give RECIPE with the next command again"
+            pattern="run.json",
+            check=memory_damage,
+            mend="`rm {path}`, and give {recipe} and {shards} with the next command again",
         ),
         FileKind(
             pattern="summary.json", check=json_damage, mend="`rm {path}`: each command writes its figures as it ends"
         ),
         FileKind(pattern="summary-damaged-*.json", check=None),  # put aside, for people to look at
         FileKind(pattern="index.html", check=page_damage),
-        FileKind(pattern="buckets-*-rejects.csv", check=text_damage, mend="`rm {path}`, then `make buckets`"),
+        FileKind(pattern="buckets-*-rejects.csv", check=text_damage, made_by=Door("buckets", ANY_STAGE)),
         FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
         FileKind(pattern=".texts/*.sqlite", check=database_damage, mend=COPY),
         FileKind(pattern=".summary.lock", check=None),
@@ -106,7 +129,7 @@ RUN = FolderKind(
 )
 RAW = FolderKind(
     place=r"raw",
-    command="make world",
+    door=Door("world"),
     files=(
         FileKind(pattern="truth.parquet", check=table_damage, is_required=True),
         FileKind(pattern="prompts.jsonl", check=lines_damage, is_required=True),
@@ -114,7 +137,7 @@ RAW = FolderKind(
 )
 CAPTIONS = FolderKind(
     place=r"captions",
-    command="make caption",
+    door=Door("caption"),
     files=(FileKind(pattern=".earlier/*", check=None),),
     stranger="*.parquet",
 )
@@ -125,12 +148,12 @@ REPORT_FILES = (
     FileKind(pattern="nouns.csv", check=text_damage, is_required=True),
     FileKind(pattern=".merge/*", check=None),
 )
-STATS = FolderKind(place=r"stats", command="make stats", files=REPORT_FILES)
-STATS_SAMPLE = FolderKind(place=r"stats-sample", command="make stats SAMPLE=…", files=REPORT_FILES)
-COUNTS = FolderKind(place=r"stats(-sample)?/counts", command="make stats", stranger="*.parquet")
+STATS = FolderKind(place=r"stats", door=Door("stats"), files=REPORT_FILES)
+STATS_SAMPLE = FolderKind(place=r"stats-sample", door=Door("stats", (("sample", ANY),)), files=REPORT_FILES)
+COUNTS = FolderKind(place=r"stats(-sample)?/counts", door=Door("stats"), stranger="*.parquet")
 FEATURES = FolderKind(
     place=r"features/[^/]+",
-    command="make features STAGE=…",
+    door=Door("features", ANY_STAGE),
     files=(
         FileKind(pattern="null.safetensors", check=weights_damage),
         FileKind(pattern=".captions.json", check=json_damage, mend=COPY),
@@ -140,7 +163,7 @@ FEATURES = FolderKind(
 )
 CACHE = FolderKind(
     place=r"training/cache",
-    command="make train STAGE=…",
+    door=Door("train", ANY_STAGE),
     files=(
         FileKind(pattern="*.partial", check=None),
         FileKind(pattern="*/*", check=copy_damage, mend=COPY),
@@ -151,7 +174,7 @@ CACHE = FolderKind(
 )
 CHECKPOINT = FolderKind(
     place=rf"training/(?P<stage>[^/]+)/{OURS.pattern}",
-    command="make train STAGE={stage}",
+    door=Door("train", OF_STAGE),
     files=(
         FileKind(pattern="*.json", check=json_damage, mend=RESTORE),
         FileKind(pattern="*.safetensors", check=weights_damage, mend=RESTORE),
@@ -168,7 +191,7 @@ CHECKPOINT = FolderKind(
 )
 TRAINING = FolderKind(
     place=r"training/(?P<stage>[^/]+)",
-    command="make train STAGE={stage}",
+    door=Door("train", OF_STAGE),
     files=(
         FileKind(pattern="latest", check=None),  # looked into with the checkpoints that it may name
         FileKind(pattern="metrics.jsonl", check=log_damage, is_log=True),
@@ -186,7 +209,7 @@ TRAINING = FolderKind(
 )
 APP = FolderKind(
     place=r"samples/(?P<stage>.+)-app",
-    command="make app STAGE={stage}",
+    door=Door("app", OF_STAGE),
     files=(FileKind(pattern="*.png", check=picture_damage, mend="`rm {path}`"),),
     signs=("*.png",),
     has_shards=False,
@@ -198,34 +221,34 @@ SAMPLE_FILES = (
 )
 SAMPLES = FolderKind(
     place=r"samples/(?P<stage>[^/]+)",
-    command="make sample STAGE={stage}",
+    door=Door("sample", OF_STAGE),
     files=SAMPLE_FILES,
     signs=(MANIFEST_NAME, f"{MARKER_FOLDER}/*", ".parts/*", "*.png"),
     stranger="*.png",
 )
 PROMPT_SAMPLES = FolderKind(
     place=r"samples/(?P<stage>.+)-prompt",
-    command="make sample STAGE={stage} PROMPT=…",
+    door=Door("sample", (*OF_STAGE, ("prompt", ANY))),
     files=SAMPLE_FILES,
     signs=SAMPLES.signs,
     stranger="*.png",
 )
 SCORED_SAMPLES = FolderKind(
     place=r"evaluation/samples/[^/]+",
-    command="make eval STAGE=…",
+    door=Door("eval", ANY_STAGE),
     files=SAMPLE_FILES,
     signs=SAMPLES.signs,
     stranger="*.png",
 )
 SEEN = FolderKind(
     place=r"evaluation/cache/[^/]+",
-    command="make eval STAGE=…",
+    door=Door("eval", ANY_STAGE),
     files=(FileKind(pattern="statistics.safetensors", check=weights_damage, mend=COPY),),
     stranger="*.parquet",
 )
 LISTS = FolderKind(
     place=r"evaluation/cache/lists",
-    command="make eval STAGE=…",
+    door=Door("eval", ANY_STAGE),
     files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
     signs=("*.jsonl",),
     has_shards=False,
@@ -233,30 +256,41 @@ LISTS = FolderKind(
 )
 PROMPTS = FolderKind(
     place=r"evaluation/prompts",
-    command="make eval STAGE=…",
+    door=Door("eval", ANY_STAGE),
     files=(FileKind(pattern="*.jsonl", check=lines_damage, mend=COPY),),
     signs=("*.jsonl",),
     has_shards=False,
     has_manifest=False,
 )
-CURVE = FolderKind(place=r"evaluation/(?P<stage>.+)-curve", command="make eval STAGE={stage} TASK=curve")
+CURVE = FolderKind(place=r"evaluation/(?P<stage>.+)-curve", door=Door("eval", (*OF_STAGE, ("task", "curve"))))
+WIN_RATES = Door("eval", (*OF_STAGE, ("task", "winrates")))
 PREFERENCE = FolderKind(
     place=r"evaluation/(?P<stage>.+)-preference",
-    command="make eval STAGE={stage} TASK=preference",
+    door=Door("eval", (*OF_STAGE, ("task", "preference"))),
     files=(
         FileKind(pattern="preference.html", check=page_damage, is_required=True),
         FileKind(pattern="preference-key.json", check=json_damage, mend="restore it from a copy: votes are read by it"),
-        FileKind(pattern="win-rates.json", check=json_damage, mend="`make eval STAGE=… TASK=winrates`"),
-        FileKind(pattern="win-rates.md", check=text_damage, mend="`make eval STAGE=… TASK=winrates`"),
+        FileKind(
+            pattern="win-rates.json",
+            check=json_damage,
+            mend="`{command}`",
+            made_by=WIN_RATES,
+        ),
+        FileKind(
+            pattern="win-rates.md",
+            check=text_damage,
+            mend="`{command}`",
+            made_by=WIN_RATES,
+        ),
         FileKind(pattern="*.csv", check=None),  # votes, which people put here
     ),
     signs=("preference*",),
     has_shards=False,
     has_manifest=False,
 )
-SCORES = FolderKind(place=r"evaluation/(?P<stage>[^/]+)", command="make eval STAGE={stage}")
+SCORES = FolderKind(place=r"evaluation/(?P<stage>[^/]+)", door=Door("eval", OF_STAGE))
 # Its entries are made under different settings, captions under others than samples, so no manifest sums them up.
-JUDGE = FolderKind(place=r"judge", command="make judge", has_manifest=False)
+JUDGE = FolderKind(place=r"judge", door=Door("judge"), has_manifest=False)
 
 WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 

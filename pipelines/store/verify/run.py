@@ -7,7 +7,7 @@ from pathlib import Path
 
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import progress_bar
-from pipelines.raw.patterns import REMEMBERED_NAME, recall_shards
+from pipelines.run_memory import recall_shards
 from pipelines.store.files import sha256_file
 from pipelines.store.verify.coverage import check_coverage, check_families
 from pipelines.store.verify.findings import SEE_TO_IT, Check, Findings, Problem, Row, Unfinished, unreadable
@@ -106,7 +106,7 @@ def _file_check(folder: Folder, kind: FileKind, name: str) -> Check:
             return None
         if kind.is_log:
             return f"{path}: {damage}"
-        return folder.problem(f"{name} {damage}", mend=folder.mend(kind.mend, path))
+        return folder.problem(f"{name} {damage}", mend=folder.mend(kind.mend, path, made_by=kind.made_by))
 
     return Check(directory=folder.path, files=(path,), look=look)
 
@@ -187,6 +187,6 @@ def _row(folder: Folder) -> Row:
 def _recall(run: Path) -> list[str]:
     """Return the raw shards of a run; none where the list cannot be read, which the check of the file tells."""
     try:
-        return recall_shards(run) if (run / REMEMBERED_NAME).is_file() else []
+        return recall_shards(run)
     except (UserError, ValueError, AttributeError, OSError):
         return []

@@ -1,0 +1,53 @@
+"""What is typed, as messages name it: a command and its flags in the words of the door that was taken, and slips.
+
+Needs nothing but Python, as make's own check of its command line runs before there is an environment.
+"""
+
+import difflib
+import os
+import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+# In the environment of a command and of all that it starts: `make` or `atelier`.
+DOOR = "ATELIER_DOOR"
+MAKEFILE = Path(__file__).resolve().parent.parent / "Makefile"
+# Stands for a value that is the user's to choose.
+ANY = "…"
+
+
+def came_by_make() -> bool:
+    """Whether the command was typed behind make; of one that came by no door, whether there is a make here."""
+    door = os.environ.get(DOOR)
+    return MAKEFILE.is_file() if door is None else door == "make"
+
+
+def enter_by(*, make: bool) -> None:
+    """Note which door was taken."""
+    os.environ[DOOR] = "make" if make else "atelier"
+
+
+def variable(flag: str) -> str:
+    """Return the name of a flag's variable of make: FROM_SCRATCH of `from-scratch`."""
+    return flag.upper().replace("-", "_")
+
+
+def typed_flag(name: str, value: object = None) -> str:
+    """Return a flag as it is typed: `STAGE=2` or `--stage 2`; without a value its name, and with True as a switch."""
+    if value is None or (value is True and not came_by_make()):
+        return variable(name) if came_by_make() else f"--{name}"
+    text = "1" if value is True else str(value)
+    text = text if ANY in text else shlex.quote(text)
+    return f"{variable(name)}={text}" if came_by_make() else f"--{name} {text}"
+
+
+def typed_command(name: str, flags: Mapping[str, object] | None = None) -> str:
+    """Return a command as it is typed: `make train STAGE=2 RUN=runs/x`, `atelier train --stage 2 --run runs/x`."""
+    typed = [typed_flag(flag, value) for flag, value in (flags or {}).items()]
+    return " ".join(["make" if came_by_make() else "atelier", name, *typed])
+
+
+def did_you_mean(word: str, known: Collection[str], *, prefix: str = "", most: int = 1) -> str:
+    """Return ` (did you mean …?)` with the known words that are nearest to one that is not known; else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=most)
+    return f" (did you mean {' or '.join(prefix + name for name in near)}?)" if near else ""
