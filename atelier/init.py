@@ -13,7 +13,7 @@ from typing import Any
 
 from atelier import keys
 from errors import UserError
-from pipelines.as_typed import typed_command, typed_flag
+from pipelines.as_typed import typed_command, typed_flag, typed_path
 from pipelines.command import run_command, run_folder
 from pipelines.engine.progress import get_logger
 from pipelines.overrides import Setting, apply_setting
@@ -249,7 +249,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     run = run_folder(options.run)
-    to = (options.to or run / "recipe.toml").expanduser()
+    to = typed_path(options.to or run / "recipe.toml")
     if to.exists():
         raise UserError(f"{to} exists and is left as it is: move it away, or name another file with {typed_flag('to')}")
     if options.shards is None and not read_memory(run).shards:

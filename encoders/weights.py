@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import MissingFileError, UserError, describe_unfetched, is_out_of_memory
+from pipelines.as_typed import typed_path
 from pipelines.store.files import sha256_file, sha256_text
 from pipelines.store.state_files import read_state
 
@@ -37,7 +38,7 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
         MissingFileError: `model_id` looks like a path and there is no such folder.
     """
     for root in (Path(), REPOSITORY):
-        folder = root / Path(model_id).expanduser()
+        folder = root / typed_path(model_id)
         if folder.is_dir():
             return ModelSource(str(folder), None, _folder_identity(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:

@@ -15,6 +15,7 @@ import numpy as np
 
 from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs
+from pipelines.as_typed import typed_path
 from pipelines.engine.pieces import Source
 from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.patterns import GLOB, expand_braces
@@ -52,7 +53,7 @@ def find_places(address: str, *, suffix: str, run: Path, key: str) -> FeaturePla
         parts = expand_braces(address)
         found = [url for part in parts for url in (list_urls(part) if set(part) & set(GLOB) else [part])]
     else:
-        path = Path(address).expanduser()
+        path = typed_path(address)
         root = Path(path.anchor or ".")
         patterns = (
             [] if path.exists() else [str(Path(part).relative_to(path.anchor)) for part in expand_braces(str(path))]

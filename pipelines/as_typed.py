@@ -51,3 +51,11 @@ def did_you_mean(word: str, known: Collection[str], *, prefix: str = "", most: i
     """Return ` (did you mean …?)` with the known words that are nearest to one that is not known; else nothing."""
     near = difflib.get_close_matches(word, list(known), n=most)
     return f" (did you mean {' or '.join(prefix + name for name in near)}?)" if near else ""
+
+
+def typed_path(path: str | Path) -> Path:
+    """Return a path as it is typed, with `~` filled in; `~name` of no user is a name as any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from errors import ProgramFault, UserError, users_message
-from pipelines.as_typed import typed_flag
+from pipelines.as_typed import typed_flag, typed_path
 from pipelines.engine.progress import console, get_logger
 from pipelines.overrides import STAGE_PLACEHOLDER, Setting, named_setting, split_settings
 from pipelines.recipe import DataConfig, Recipe, load_recipe, only_name
@@ -238,7 +238,7 @@ def run_folder(text: str) -> Path:
             f"{typed_flag('run')} {text} is a URL: outputs need a local or mounted folder, where files can be renamed "
             "into place"
         )
-    return Path(text).expanduser()
+    return typed_path(text)
 
 
 def _require_utf8(words: Sequence[str]) -> None:

@@ -145,7 +145,8 @@ def _read_value(setting: Setting) -> Any:
             f"{setting.origin}: {setting.key} = {text}: {wrong}; a text that begins so stands in quotes as a whole, as "
             "in TOML"
         )
-    return setting.value
+    # As in TOML, a space in front of the equals sign has one behind it.
+    return setting.value.lstrip() if _at_equals(setting.text)[0].endswith((" ", "\t")) else setting.value
 
 
 def _unclosed(text: str) -> str | None:

@@ -183,7 +183,9 @@ class Recipe:
     def _setting(self, table: str, *key: str | int) -> Setting | None:
         parts = (*table.split("."), *map(str, key))
         found = (self.settings.get(parts[:length]) for length in range(len(parts), 0, -1))
-        return next((setting for setting in found if setting is not None), None)
+        # Where a key is wrong as a whole, what was typed into it comes after the recipe's own part.
+        inside = [setting for place, setting in self.settings.items() if key and place[: len(parts)] == parts]
+        return next((setting for setting in found if setting is not None), inside[-1] if inside else None)
 
     def table(self, name: str, model: type[Config]) -> Config:
         """Return table `name` as `model`.

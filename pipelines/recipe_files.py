@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_flag
+from pipelines.as_typed import typed_flag, typed_path
 
 HOUSE = Path(__file__).resolve().parent.parent
 # Of a clone, and of an installed package.
@@ -22,7 +22,7 @@ def find_recipe(text: str) -> Path:
     """
     if not text.strip():
         raise UserError(f"{typed_flag('recipe')} is empty: type a value, or leave it out")
-    typed = Path(text).expanduser()
+    typed = typed_path(text)
     if typed.is_file():
         return typed
     for path in shipped_recipes():

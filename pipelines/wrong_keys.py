@@ -13,6 +13,7 @@ from pipelines.as_typed import did_you_mean
 # Where pydantic's words do not tell what is to be written.
 PLAIN_WORDS = {
     "sequence_str": 'Input should be a valid list, such as ["x"]',
+    "bool_type": "Input should be true or false",
     "list_type": "Input should be a valid list, in [brackets]",
     "dict_type": "Input should be a table of keys, in {braces}",
     "model_type": "Input should be a table of keys, in {braces}",

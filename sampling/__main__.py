@@ -6,6 +6,7 @@ from pathlib import Path
 
 from encoders.devices import require_device
 from errors import UserError, memory_for
+from pipelines.as_typed import typed_path
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine=command.recipe.table("engine", EngineConfig),
     )
     if config.write_embeddings is not None:
-        path = Path(config.write_embeddings.replace("{run}", str(command.run))).expanduser()
+        path = typed_path(config.write_embeddings.replace("{run}", str(command.run)))
         if not command.is_plan:
             command.remember()
         _write_embeddings(job, path, is_plan=command.is_plan)

@@ -12,7 +12,7 @@ from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import ModelSource, require_model, resolve_model
 from errors import MissingFileError, UserError
-from pipelines.as_typed import ANY, typed_command, typed_flag
+from pipelines.as_typed import ANY, typed_command, typed_flag, typed_path
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
@@ -267,7 +267,7 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
             f"neither sampling.prompts nor sampling.prompt is set: type {typed_flag('prompts', ANY)} or "
             f"{typed_flag('prompt', ANY)}"
         )
-    path = Path(config.prompts.replace("{run}", str(run))).expanduser()
+    path = typed_path(config.prompts.replace("{run}", str(run)))
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
@@ -304,7 +304,7 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
         if "tokenizer" in text:
             found["tokenizer"] = resolve_model(text["tokenizer"]).identity
         return found | ({"weights": "int8"} if config.text_encoder == "8bit" else {})
-    path = Path(config.text_embeddings).expanduser()
+    path = typed_path(config.text_embeddings)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
         raise MissingFileError(

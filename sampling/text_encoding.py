@@ -18,7 +18,7 @@ from encoders.devices import choose_device
 from encoders.opening import open_text_encoder
 from encoders.text import DEFAULT_CLEANING, TextEncoder
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_command
+from pipelines.as_typed import typed_command, typed_path
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, mend_null_caption
 from pipelines.store.feature_store import load_index, read_payload
@@ -43,7 +43,7 @@ def load_texts(requests: Sequence[ImageRequest], config: SamplingConfig, text: M
     prompts = list(dict.fromkeys([config.negative_prompt, *(request.prompt for request in requests)]))
     if config.text_encoder != "precomputed":
         return encode_prompts(prompts, config, text)
-    path = Path(config.text_embeddings).expanduser()
+    path = typed_path(config.text_embeddings)
     if not config.reads_features:
         embeddings = _read_embeddings(path, prompts, text)
     elif config.negative_prompt:

@@ -82,7 +82,7 @@ def test_typed_settings_are_written_as_toml_and_refused_before_they_are(tmp_path
     ]
     run_init(monkeypatch, *typed, *(word for setting in settings for word in ("--set", setting)))
     said = "".join(capsys.readouterr().err.split())
-    assert f"ateliertrain--run'{run}'".replace(" ", "") in said
+    assert f"maketrainRUN='{run}'".replace(" ", "") in said
     written = tomllib.loads((run / "recipe.toml").read_text())
     assert written["captioning"]["prompts"] == {"default": 'Say "x" \x7f', "sa_*": "What?", "hq_*": "é"}
     assert written["training"]["finetune"] == {"num_steps": 7, "network": "pixart"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atelier.commands import FLAGS, SUBCOMMANDS
-from pipelines.as_typed import ANY, did_you_mean, enter_by, typed_command, typed_flag, variable
+from pipelines.as_typed import ANY, did_you_mean, enter_by, typed_command, typed_flag, typed_path, variable
 from tests.conftest import REPOSITORY
 from tests.test_house_floors import SOURCES
 
@@ -61,6 +61,14 @@ def test_no_message_has_the_words_of_one_door_alone() -> None:
         if OF_ONE_DOOR.search(node.value) and node.value not in USAGES
     ]
     assert found == []
+
+
+def test_a_tilde_in_front_of_what_is_no_user_is_part_of_a_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert typed_path("~/a b") == tmp_path / "a b" and typed_path("a/~") == Path("a/~")
+    assert typed_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    paths = [path for path in SOURCES if ".expanduser(" in path.read_text()]
+    assert [path.name for path in paths] == ["as_typed.py"], "pathlib's ends with an error there"
 
 
 def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:

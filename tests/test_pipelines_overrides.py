@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from captioning.config import CaptioningConfig
 from errors import UserError
 from pipelines.command import parse_command, run_command
 from pipelines.overrides import Setting, apply_setting, split_settings
+from pipelines.recipe import load_recipe
 
 
 def read(text: str) -> dict[str, object]:
@@ -116,3 +118,17 @@ def test_a_folder_is_no_recipe_and_words_are_utf8(tmp_path) -> None:
         parse_command("sampling", "", argv=["--recipe", str(tmp_path), "--run", "x"])
     with pytest.raises(UserError, match="in another encoding than UTF-8"):
         parse_command("sampling", "", argv=["--recipe", str(tmp_path), "--run", "x\udcff"])
+
+
+def test_spaces_around_the_equals_sign_belong_to_no_value(tmp_path) -> None:
+    (tmp_path / "r.toml").write_text("")
+    for text in ("sampling.prompt = a cat", "sampling.prompt=a cat", "sampling.prompt = 'a cat'"):
+        assert load_recipe(tmp_path / "r.toml", [text]).tables["sampling"] == {"prompt": "a cat"}
+    assert load_recipe(tmp_path / "r.toml", ["sampling.prompt= a cat"]).tables["sampling"] == {"prompt": " a cat"}
+
+
+def test_a_value_that_is_wrong_as_a_whole_is_blamed_on_what_was_typed_into_it(tmp_path) -> None:
+    (tmp_path / "r.toml").write_text("")
+    recipe = load_recipe(tmp_path / "r.toml", ["captioning.prompts.default=a {b}"])
+    with pytest.raises(UserError, match=r"^--set: captioning\.prompts = .* may hold \{alt_text\} and no other"):
+        recipe.table("captioning", CaptioningConfig)

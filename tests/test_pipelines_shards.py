@@ -121,6 +121,7 @@ def test_identity_follows_content_not_time_of_copy(tmp_path) -> None:
 
 def test_braces_globs_folders_and_lists(tmp_path) -> None:
     assert expand_braces("a_{08..11}.tar") == ["a_08.tar", "a_09.tar", "a_10.tar", "a_11.tar"]
+    assert expand_braces("a_{2..0}.tar") == ["a_0.tar", "a_1.tar", "a_2.tar"], "none is lost of a range that falls"
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
     for name in ("a_0", "a_1", "b_0"):
         write_tar(tmp_path / f"{name}.tar", [])

@@ -67,7 +67,7 @@ def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
     [
         ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all' or a valid list"),
         ("trains=[1]", "trains.0 = 1: Input should be a valid string"),
-        ("compile='yes'", "compile = 'yes': Input should be 'auto' or a valid boolean"),
+        ("compile='yes'", "compile = 'yes': Input should be 'auto' or true or false"),
         ("validation_shards='a'", "validation_shards = 'a': Input should be a valid list"),
         ("timestep_shift=2", "timestep_shift = 2: Input should be 0 or 1"),
         ("checkpoint_activations=true", "checkpoint_activations is called keep_activations (true: 'inputs', "),

@@ -3,9 +3,9 @@
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from errors import UserError
+from pipelines.as_typed import typed_path
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
@@ -102,7 +102,7 @@ def _where(job: TrainingJob) -> Placement | list[Host]:
     return (
         on_this_machine(settings.num_processes)
         if settings.hostfile is None
-        else read_hostfile(Path(settings.hostfile).expanduser())
+        else read_hostfile(typed_path(settings.hostfile))
     )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _weights_of(source: str) -> str:
     """Return the weights that a stage's folder or one of its checkpoints means: the average; else what is named."""
-    path = Path(source).expanduser()
+    path = typed_path(source)
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path) if path.is_dir() else None
     return source if checkpoint is None else str(checkpoint.path / MODEL)
@@ -95,7 +96,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "target",
-        type=lambda text: Path(text).expanduser(),
+        type=lambda text: typed_path(text),
         help="what to write, must not exist: a folder, with transformer/ and scheduler/ as diffusers has them, or a "
         "file .pth, .pt or .safetensors with the names of PixArt's or DiT's own code",
     )

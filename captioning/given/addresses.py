@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from pipelines.as_typed import typed_path
 from pipelines.raw import caption_files
 from pipelines.raw.tables.rows import require_columns
 from pipelines.raw.texts import TEXT_EXTENSIONS, split_place
@@ -59,7 +60,7 @@ def parse_address(column: str, text: str) -> TextAddress:
     if text.startswith("#"):
         return TextAddress(column=column, text=text, own=text[1:])
     files, columns = text, ""
-    if "#" in text and not Path(text).expanduser().exists():
+    if "#" in text and not typed_path(text).exists():
         files, _, columns = text.rpartition("#")
     names = [name.strip() for name in columns.split(",")] if columns else []
     if len(names) > 2 or not all(names):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_path
 from pipelines.raw.patterns import expand_braces, match_urls
 from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
 from pipelines.raw.tables.column_names import SAMPLE_NAMES, TEXT_NAMES, known_column
@@ -58,7 +59,7 @@ def find_files(key: str, pattern: str) -> list[str]:
             return [found for url in expand_braces(pattern) for found in match_urls(url)]
         except MissingFileError as error:
             raise MissingFileError(f"{key}: {str(error).removeprefix('data.shards: ')}") from None
-    path = Path(pattern.removeprefix("file://")).expanduser()
+    path = typed_path(pattern.removeprefix("file://"))
     if path.exists():
         return [str(path)]
     found = []

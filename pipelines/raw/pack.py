@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError
-from pipelines.as_typed import typed_flag
+from pipelines.as_typed import typed_flag, typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import describe_rejects, get_logger, progress_bar
 from pipelines.raw.images import SampleReject, image_size
@@ -247,7 +247,7 @@ def main() -> None:
     if options.n < 1:
         raise UserError(f"{typed_flag('n')} is {options.n}: a tar has one sample or more")
     reading = Reading(image_column=options.image_column, text_column=options.text_column)
-    folder = options.to.expanduser()
+    folder = typed_path(options.to)
     counts = pack(options.shards, folder, reading=reading, samples_per_tar=options.n)
     num_rejected = counts.rejected.total()
     log.info(f"{folder}: {counts.num_read - num_rejected:,} of {counts.num_read:,} samples are packed")

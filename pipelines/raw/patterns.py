@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_path
 from pipelines.raw.kinds.folder_kinds import refuse_images, shards_in
 from pipelines.raw.shard_names import shard_name
 from pipelines.store.files import is_remote
@@ -28,7 +29,8 @@ def expand_braces(pattern: str) -> list[str]:
     if numbers := NUMBER_RANGE.fullmatch(body):
         first, last = numbers.groups()
         width = len(first) if first.startswith("0") and len(first) > 1 else 0
-        choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+        low, high = sorted((int(first), int(last)))
+        choices = [str(number).zfill(width) for number in range(low, high + 1)]
     else:
         choices = body.split(",")
     rests = expand_braces(pattern[match.end() :])
@@ -65,7 +67,7 @@ def _is_one_path(parts: Sequence[str], run: str) -> bool:
 
 def _local(path: str) -> Path:
     """Return a local path with `~` filled in."""
-    return Path(path.removeprefix("file://")).expanduser()
+    return typed_path(path.removeprefix("file://"))
 
 
 def expand_shards(spec: str | Sequence[str], *, run: Path | None = None) -> list[str]:

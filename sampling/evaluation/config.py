@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from pipelines.as_typed import typed_path
 from pipelines.recipe import Decides, TableConfig
 
 DECIDES_FEATURES = "decides what a network sees of an image"
@@ -96,7 +97,7 @@ class EvaluationConfig(TableConfig):
 
     def folder(self, text: str, run: Path) -> Path:
         """Return a configured path with `{run}` filled in."""
-        return Path(text.replace("{run}", str(run))).expanduser()
+        return typed_path(text.replace("{run}", str(run)))
 
 
 def written_out_defaults() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_command
+from pipelines.as_typed import typed_command, typed_path
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
@@ -86,7 +86,7 @@ def open_reference(spec: str, *, run: Path, cache: Path) -> ImageSet:
         MissingFileError: there are none, or a sample is gone; names the key.
     """
     pattern, spec = spec, spec.replace("{run}", str(run))
-    folder = Path(spec).expanduser()
+    folder = typed_path(spec)
     if folder.is_dir() and not any(folder.glob("*.tar")) and not _has_rows_alone(folder):
         return open_folder(folder, cache=cache)
     try:

@@ -23,6 +23,7 @@ from encoders.vision import (
 )
 from encoders.weights import ModelSource, find_file, read_config, require_model, resolve_model
 from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_path
 from pipelines.store.files import sha256_file
 from sampling.evaluation.config import EvaluationConfig
 
@@ -71,7 +72,7 @@ def find_networks(config: EvaluationConfig) -> list[NetworkSource]:
 
 def _find_inception(config: EvaluationConfig) -> NetworkSource:
     assert config.inception is not None
-    path = Path(config.inception).expanduser()
+    path = typed_path(config.inception)
     if not path.is_file():
         raise MissingFileError(
             f"evaluation.inception {path} does not exist: fetch pt_inception-2015-12-05-6726825d.pth from the releases "

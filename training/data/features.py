@@ -10,7 +10,7 @@ import pydantic
 
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_command
+from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
 from pipelines.raw.patterns import select_names
 from pipelines.recipe import Recipe
@@ -183,7 +183,7 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
     """
     stage, name = command.stage_name, settings.features or command.stage_name
     table = _read_table_of(command, name, settings=settings)
-    cache_dir = Path(settings.cache_dir.replace("{run}", str(command.run))).expanduser()
+    cache_dir = typed_path(settings.cache_dir.replace("{run}", str(command.run)))
     cache = ShardCache(cache_dir, int(settings.cache_gigabytes * GIGABYTE))
     datasets = [
         _open_dataset(

@@ -7,7 +7,7 @@ from typing import Any
 
 from encoders.weights import require_model, resolve_model
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_command
+from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import (
@@ -122,7 +122,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
 
 def _require_own_folders(command: Command, settings: StageTraining) -> None:
     """Refuse a stage of the recipe whose folder is where the chosen one keeps copies, which it may delete."""
-    cache = Path(settings.cache_dir.replace("{run}", str(command.run))).expanduser()
+    cache = typed_path(settings.cache_dir.replace("{run}", str(command.run)))
     for name in stage_names(command.recipe):
         if command.run / "training" / name in (cache, *cache.parents):
             raise UserError(
@@ -218,7 +218,7 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     former = _former_stage(command, wanted)
     named = f"{key} = {wanted!r}"
     location = wanted.replace("{run}", str(command.run))
-    path = Path(location).expanduser() if former is None else command.run / "training" / former
+    path = typed_path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
         raise UserError(f"{named} is this stage's own folder; resuming is automatic and needs no key")
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
@@ -251,7 +251,7 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
         MissingFileError: it looks like a path, and there is nothing.
         UserError: the hub has no such model, or the folder's process is not supported; the former names `key`.
     """
-    path = Path(model_id).expanduser()
+    path = typed_path(model_id)
     if path.is_file():
         return StartingPoint(path, f"sha256:{sha256_file(path)}")
     if model_id.endswith(ORIGINAL_SUFFIXES) and not path.exists():
