@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from atelier.commands import SUBCOMMANDS, Subcommand
 from atelier.settings import check_settings
 from errors import UserError
-from pipelines.as_typed import did_you_mean, enter_by, typed_flag, variable
+from pipelines.as_typed import did_you_mean, enter_by, flag_of, typed_flag, variable
 from pipelines.command import run_command
 
 FROM_MAKE = "--from-make"
@@ -66,9 +66,10 @@ def room_words(words: Sequence[str]) -> list[str]:
         return [subcommand.module, *subcommand.words, *rest]
     options, others = _parser(name, subcommand).parse_known_args(rest)
     if others and not subcommand.passes_on:
-        raise UserError(
-            f"{name} takes no {others[0]}{did_you_mean(others[0], [f'--{flag}' for flag in subcommand.flags])}"
-        )
+        # Of who knows the variables of make.
+        word = f"--{flag}" if (flag := flag_of(others[0].partition("=")[0])) in subcommand.flags else others[0]
+        near = did_you_mean(word, [f"--{flag}" for flag in subcommand.flags])
+        raise UserError(f"{name} takes no {others[0]}{near}")
     for flag, example in subcommand.required:
         if getattr(options, _attribute(flag)) is None:
             raise UserError(f"{name} needs {typed_flag(flag)}, for example {typed_flag(flag, example)}")

@@ -267,7 +267,7 @@ def main() -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(to, text.encode())
     remember(run, Chosen(recipe=to, settings=(), note=None, replaces=True), keys={}, shards=paths)
-    log.info(f"{to} is written, and remembered for {run} with its {len(paths):,} raw shards; read it, then go on with")
+    log.info(f"{to} is written, and remembered for {run} with the shards; read it, then go on with")
     log.info("; ".join(typed_command(step, {"run": run}) for step in ("caption", "features", "train")))
 
 

@@ -32,6 +32,11 @@ def variable(flag: str) -> str:
     return flag.upper().replace("-", "_")
 
 
+def flag_of(name: str) -> str:
+    """Return the flag whose variable of make has a name."""
+    return name.lower().replace("_", "-")
+
+
 def typed_flag(name: str, value: object = None) -> str:
     """Return a flag as it is typed: `STAGE=2` or `--stage 2`; without a value its name, and with True as a switch."""
     if value is None or (value is True and not came_by_make()):

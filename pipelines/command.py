@@ -180,6 +180,13 @@ def _parser(room: str, description: str, *, has_stages: bool) -> argparse.Argume
     if has_stages:
         parser.add_argument("--stage", help="a named table of the recipe, 2 is short for stage2; else the only one")
         parser.add_argument("--phase", help="512 with --stage 3 is short for --stage stage3-512")
+    _add_settings(parser)
+    parser.add_argument(EXACTLY, dest="is_exact", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         dest="settings",
@@ -214,9 +221,6 @@ def _parser(room: str, description: str, *, has_stages: bool) -> argparse.Argume
         metavar="[NAME:]KEY=TEXT",
         help="the same with this text as it is",
     )
-    parser.add_argument(EXACTLY, dest="is_exact", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="print what would be done, with sizes, and stop")
-    return parser
 
 
 def full_stage_name(text: str, phase: str | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
-from pipelines.as_typed import typed_flag
+from pipelines.as_typed import flag_of, typed_flag
 
 STAGE_PLACEHOLDER = "{stage}"
 KEY = r"""(?:[\w{}*?-]+|"[^"]*"|'[^']*')"""
@@ -62,7 +62,7 @@ def named_setting(text: str, *, is_text: bool = False) -> Setting:
     name = NAME.match(text)
     origin = "--text" if is_text else "--once"
     if name is not None:
-        origin = typed_flag(name[1].lower().replace("_", "-"))
+        origin = typed_flag(flag_of(name[1]))
     return Setting(text=text if name is None else text[name.end() :], origin=origin, is_text=is_text, is_kept=False)
 
 

@@ -127,6 +127,7 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         (["capton"], "there is no 'capton' (did you mean caption?)"),
         (["caption", "--shard", "x"], r"caption takes no --shard \(did you mean --shards\?\)"),
         (["caption", "--shards=a", "b.tar"], "caption takes no b.tar"),
+        (["train", "FROM_SCRATCH=1"], r"train takes no FROM_SCRATCH=1 \(did you mean --from-scratch\?\)"),
         (["stats", "--stage", "2"], "stats takes no --stage"),
         (["stats", "--run", ""], "--run is empty: type a value, or leave it out"),
         (["caption", "--shards= "], "--shards is empty"),

@@ -26,6 +26,9 @@ NO_KEYS = {
 }
 
 
+OF_NAMED = re.compile(r"(?<![\w./`{}-])(features|training)\.\0\.([a-z]\w*)(?![\w./])")
+
+
 def said(path: Path) -> set[str]:
     """All `table.key` in the texts of a module, but for its docstrings and the names of modules."""
     tree = ast.parse(path.read_text())
@@ -41,7 +44,13 @@ def said(path: Path) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
     ]
-    return {".".join(match) for text in texts for match in NAMED.findall(text)}
+    # A name that is filled in, as in `training.{stage}.num_steps`, is one of a table.
+    texts += [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return {".".join(match) for text in texts for match in (*NAMED.findall(text), *OF_NAMED.findall(text))}
 
 
 def is_module(name: str) -> bool:

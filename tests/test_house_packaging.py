@@ -113,7 +113,8 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder / "bin" / "atelier"
 
 
-HOSTILE = ("sampling", "errors", "json", "torch", "captioning", "features", "pipelines", "atelier", "numpy", "rich")
+OF_PYTHON = ("json", "typing", "queue", "logging", "select")
+HOSTILE = ("sampling", "errors", "torch", "captioning", "features", "pipelines", "atelier", "numpy", "rich", *OF_PYTHON)
 # A process that a command starts, which Python would let look into the working folder first.
 CHILD = """
 import subprocess, sys
@@ -149,7 +150,7 @@ def test_what_a_command_starts_takes_nothing_in_the_users_folder_for_a_module(in
 
 def test_an_empty_entry_of_pythonpath_is_not_the_users_folder(installed, users_folder) -> None:
     """As `export PYTHONPATH=$PYTHONPATH:/x` has one."""
-    for name in ("json", "atelier"):  # which are read before anything of ours could help
+    for name in ("atelier", *OF_PYTHON):  # which are read before anything of ours could help
         (users_folder / f"{name}.py").unlink()
     environment = alone() | {"PYTHONPATH": f"{os.pathsep}/x"}
     line = [installed, "caption", "--recipe", "x.toml"]
