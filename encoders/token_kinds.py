@@ -36,7 +36,7 @@ class TokenKinds:
 
     def is_unreadable(self, tokens: Sequence[int]) -> bool:
         """Whether nothing of a text is left: no sign at all, or where something was not read, no letter or digit."""
-        return self.blank.issuperset(tokens) or (self.num_unread(tokens) > 0 and self.wordless.issuperset(tokens))
+        return self.blank.issuperset(tokens) or (self.wordless.issuperset(tokens) and self.num_unread(tokens) > 0)
 
 
 def token_kinds(tokenizer: Tokenizer | Any) -> TokenKinds:
