@@ -217,6 +217,67 @@ def test_every_text_can_be_read_in_both_themes(page):
     assert len({background for _, background in seen}) == 2, "light and dark differ"
 
 
+LONG_NAME = "LAION-2B-en-aesthetic-recaptioned-llava-next-34b-v2"
+ODD_SETS = {
+    "arab": ["قطة سوداء تجلس على الأريكة الحمراء، في غرفة المعيشة (2024)."] * 8
+    + ["公園で犬が走っている写真です。" * 20] * 3,
+    LONG_NAME: [f"A scarf {'very ' * 90}near a car and a teapot {number}." for number in range(12)],
+    "tail": ["A dog."] * 1960 + ["dog " * 3000] * 40,
+    "one": ["dog"],
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory, browser):
+    """The page of sets that are unlike the demo's, on a phone."""
+    folder = tmp_path_factory.mktemp("odd")
+    for number, captions in enumerate(ODD_SETS.values()):
+        with (folder / f"{number}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["key", "caption"], *enumerate(captions)])
+    sets = ",".join(f"{name}={folder / str(number)}.csv" for number, name in enumerate(ODD_SETS))
+    run_stage(folder / "run", f"dataset_stats.sets={sets}", "dataset_stats.num_gallery_images=0")
+    visit = Visit(browser, folder / "run" / "stats" / "report.html", viewport=PHONE, scheme="light")
+    assert visit.problems == []
+    return visit.page
+
+
+def test_words_and_names_of_any_length_fit_a_phone(odd):
+    assert odd.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    cut = "cells => cells.filter((cell) => cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent)"
+    for cells in ("#noun-table td.n", "#missing th", "#table1 td", "#changes .pair:visible th"):
+        assert odd.locator(cells).evaluate_all(cut) == [], cells
+    table, head = (odd.locator(f"#missing {part}").first.bounding_box() for part in ("table", "tbody th"))
+    assert table and head and head["width"] > 0.9 * table["width"], "a row's name has the whole line"
+    shown = odd.locator("#chart-ratio .ytick text").all_text_contents()
+    assert len(shown) == len(set(shown)) == len(ODD_SETS) + 4
+    assert any(name.startswith("LAION-2B") and name.strip().endswith("b-v2") for name in shown)
+
+
+def test_an_example_shows_its_noun_and_marks_the_word_alone(odd):
+    for noun, row in (("teapot", LONG_NAME), ("car", LONG_NAME)):
+        odd.fill("#search", noun)
+        line = odd.locator("#noun-table tbody tr").filter(has=odd.get_by_role("rowheader", name=noun, exact=True))
+        assert line.locator("mark").inner_text() == noun, row
+        text = line.locator("td").last.inner_text()
+        assert text[max(text.index("near a car"), 0) :].startswith("near a car and a teapot")
+    odd.fill("#search", "")
+
+
+def test_texts_from_right_to_left_are_set_so(odd):
+    direction = "cells => cells.map((cell) => getComputedStyle(cell).direction)"
+    odd.locator("#duplicates details:has-text('arab') summary").click()
+    texts = odd.locator("#duplicates details:has-text('arab') td:last-child")
+    assert texts.evaluate_all(direction) == ["rtl", "ltr"]
+
+
+def test_a_few_endless_captions_leave_the_bars_of_all_others_apart(odd):
+    charts = {chart["id"]: chart for chart in odd.evaluate("charts")}
+    bars = next(trace["y"] for trace in charts["chart-nouns"]["traces"] if trace["name"] == "tail")
+    assert bars[-1] == 0.02 and max(bars) == 0.98, "2 % have 3,000 nouns and share the last bar"
+    assert charts["chart-nouns"]["width"] == 1 and "3,000" in charts["chart-nouns"]["x"]
+    assert odd.locator("#chart-zipf .points path").count() == 2, "where a set has but one noun, it is a point"
+
+
 def contrast(page, selector: str) -> float:
     """Contrast of an element's text with the surfaces below it, blended where they are transparent."""
     text, *surfaces = page.locator(selector).first.evaluate(

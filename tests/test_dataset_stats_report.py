@@ -254,7 +254,7 @@ def test_truncation_and_the_nouns_it_costs(run):
     assert (dense["not_read_whole_fraction"], dense["unreadable_fraction"]) == (1.0, 1.0)
     page = (run / "stats" / "report.html").read_text()
     assert "dense: captions with words that the text encoder cannot read" in page
-    assert "<li>The image features a red dog" in page
+    assert '<li dir="auto">The image features a red dog' in page
 
 
 @pytest.mark.parametrize("name", ["noun", "singular", "a b", "=x"])

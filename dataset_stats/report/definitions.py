@@ -77,7 +77,11 @@ def _of_captions(limits: Sequence[int], boilerplate: Sequence[str]) -> list[Defi
             "Length of a caption in words as NLTK cuts them; punctuation marks count as words.",
             "NLTK tokens / captions",
         ),
-        Definition("Characters", "Length in code points, white space included.", "code points / captions"),
+        Definition(
+            "Characters",
+            "Length in code points, spaces within it included; white space around it is left out.",
+            "code points / captions",
+        ),
         Definition(
             "T5 tokens",
             "Length in tokens of the text encoder's tokenizer, the end token included.",

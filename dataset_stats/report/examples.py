@@ -65,7 +65,7 @@ def _example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]
     for name, nouns in again.items():
         for index, text in _others(nouns, sources[name], used).items():
             texts[index] = text
-    return [_shorten(text) for text in texts]
+    return [_excerpt(text, noun) for text, noun in zip(texts, top["noun"], strict=True)]
 
 
 def _repeated_texts(
@@ -124,6 +124,18 @@ def _others(nouns: dict[str, int], sources: Sequence[Source], used: set[frozense
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(WORD.findall(text.casefold()))
+
+
+def _excerpt(text: str, noun: str) -> str:
+    """The part of a caption that has the noun: its beginning, unless the noun comes later."""
+    text = " ".join(text.split())
+    letters = re.escape(noun)
+    found = re.search(rf"(?<!\w){letters}(?!\w)", text, re.IGNORECASE) or re.search(letters, text, re.IGNORECASE)
+    if found is None or found.end() < EXAMPLE_CHARACTERS:
+        return _shorten(text)
+    # From a word on, with about as much before the noun as behind it.
+    start = found.end() - (EXAMPLE_CHARACTERS + len(noun)) // 2
+    return "…" + _shorten(text[start:].partition(" ")[2] if " " in text[start : found.start()] else text[start:])
 
 
 def _shorten(text: str) -> str:

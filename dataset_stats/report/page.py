@@ -33,7 +33,9 @@ from pipelines.store.files import atomic_write_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 NUM_BARS = 40
-AXIS_QUANTILE = 0.995  # of the captions are on a histogram's axis, and a little more; the rest share the last bar
+# A histogram's axis has this quantile of the captions and a little more, but ends at twice the 95 % quantile, so that a
+# few endless captions do not press all others into one bar; those beyond the end share the last bar.
+AXIS_QUANTILE, TAIL_QUANTILE = 0.995, 0.95
 CHART_TITLES = {
     "nouns": "Nouns per caption",
     "words": "Words per caption",
@@ -84,6 +86,7 @@ def write_report(path: Path, data: ReportData) -> None:
         has_text_tokens=any(measure.num_text_tokens is not None for measure in data.measures.values()),
         charts=charts,
         nouns=_noun_rows(data.noun_table.top, list(data.measures), data.quotes.by_noun),
+        count_digits=len(f"{int(data.noun_table.top[list(data.measures)].to_numpy().max(initial=0)):,}"),
         plotly=_packed_plotly(),
     )
     atomic_write_bytes(path, html.encode())
@@ -155,8 +158,10 @@ def _length_chart(kind: str, data: ReportData) -> dict[str, Any]:
     """A histogram of one kind of length for all sets, with one width of bars."""
     spreads = {name: m.lengths[kind] for name, m in data.measures.items() if kind in m.lengths}
     longest = max(len(spread.counts) for spread in spreads.values())
-    most = max(spread.quantile(AXIS_QUANTILE) for spread in spreads.values())
-    end = min(longest, int(1.2 * most) + 2)
+    most = max(
+        min(1.2 * spread.quantile(AXIS_QUANTILE), 2 * spread.quantile(TAIL_QUANTILE)) for spread in spreads.values()
+    )
+    end = min(longest, int(most) + 2)
     width = max(1, -(-end // NUM_BARS))
     num_bars = -(-end // width)
     unit = LENGTH_NAMES[kind] if kind == "text_tokens" else LENGTH_NAMES[kind].lower()

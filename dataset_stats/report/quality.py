@@ -96,7 +96,15 @@ def quality_tables(measures: Mapping[str, SetMeasures]) -> list[QualityTable]:
 
 def _share(count: int, whole: int, m: SetMeasures, error: str = "") -> str:
     pm = plus_minus(m, error, "{:.2%}") if error else ""
-    return f"{count:,} ({count / max(whole, 1):.1%}{pm})"
+    return f"{count:,} ({_percent(count, whole)}{pm})"
+
+
+def _percent(count: int, whole: int) -> str:
+    """A share that is 0.0% or 100.0% only where it is none or all."""
+    text = f"{count / max(whole, 1):.1%}"
+    if count and text == "0.0%":
+        return "< 0.1%"
+    return "> 99.9%" if count < whole and text == "100.0%" else text
 
 
 def _each(measures: Mapping[str, SetMeasures], cell: Callable[[SetMeasures], str]) -> list[str]:

@@ -18,7 +18,11 @@ const layout = () => ({
 });
 const options = { responsive: true, displaylogo: false, displayModeBar: false };
 
+// A long name keeps its beginning and its end, by which names of sets differ.
+const short = (text, most = 24) => [...text].length <= most ? text : `${[...text].slice(0, most / 2).join("")}…${[...text].slice(1 - most / 2).join("")}`;
+
 function drawBars(chart) {
+  document.getElementById(chart.id).style.height = `${Math.max(320, 26 * chart.names.length)}px`;
   const trace = {
     type: "bar", orientation: "h", x: chart.values, y: chart.names, hovertemplate: "%{y}: %{x:.1%}<extra></extra>",
     marker: { color: chart.is_paper.map((isPaper) => colour(isPaper ? "--soft" : "--accent")), opacity: chart.is_paper.map((isPaper) => isPaper ? 0.45 : 1) },
@@ -30,8 +34,8 @@ function drawBars(chart) {
     x0: Math.max(chart.values[index] - error, 0), x1: ends[index], line: { color: colour("--ink"), width: 1.4 } }] : []);
   const top = Math.max(...ends, 0.01) * 1.4;
   Plotly.react(chart.id, [trace], {
-    ...layout(), margin: { l: 20, r: 16, t: 8, b: 30 }, bargap: 0.35, annotations, shapes,
-    xaxis: axis("", { tickformat: ".0%", range: [0, top], nticks: 5 }), yaxis: axis("", { autorange: "reversed", ticksuffix: "  ", showgrid: false }),
+    ...layout(), margin: { l: 20, r: 40, t: 8, b: 30 }, bargap: 0.35, annotations, shapes,
+    xaxis: axis("", { tickformat: ".0%", range: [0, top], nticks: 5 }), yaxis: axis("", { autorange: "reversed", ticksuffix: "  ", showgrid: false, tickvals: chart.names, ticktext: chart.names.map((name) => short(name)) }),
   }, options);
 }
 
@@ -51,7 +55,7 @@ function draw(chart) {
   const series = colour("--series").split(",").map((text) => text.trim());
   const isSteps = chart.kind === "steps";
   const traces = chart.traces.map((trace, index) => ({
-    ...(isSteps ? stepTrace(trace, chart) : trace), type: "scatter", mode: "lines",
+    ...(isSteps ? stepTrace(trace, chart) : trace), name: short(trace.name), type: "scatter", mode: trace.x.length > 1 ? "lines" : "markers",
     line: { color: series[index % series.length], width: 2 },
     ...(isSteps ? { fill: "tozeroy", fillcolor: `${series[index % series.length]}1f` } : {}),
     hovertemplate: isSteps ? "%{text}: %{y:.1%}" : "rank %{x:,}: %{y:,}",
@@ -59,7 +63,9 @@ function draw(chart) {
   const line = (shape) => ({ type: "line", line: { color: colour("--soft"), width: 1.2, dash: "dot" }, ...shape });
   const shapes = (chart.lines_x || []).map((x) => line({ x0: x, x1: x, yref: "paper", y0: 0, y1: 1 }));
   const note = { showarrow: false, font: { color: colour("--soft"), size: 11.5 } };
-  const annotations = (chart.lines_x || []).map((x) => ({ ...note, x, yref: "paper", y: 1, yanchor: "bottom", text: `${x}` }));
+  // The numbers of two lines that are close stay apart: the first ends at its line, the last begins there.
+  const side = (index, last) => last === 0 ? "center" : index === 0 ? "right" : index === last ? "left" : "center";
+  const annotations = (chart.lines_x || []).map((x, index, all) => ({ ...note, x, xanchor: side(index, all.length - 1), yref: "paper", y: 1, yanchor: "bottom", text: `${x}` }));
   if (chart.line_y) {
     shapes.push(line({ xref: "paper", x0: 0, x1: 1, y0: chart.line_y, y1: chart.line_y }));
     annotations.push({ ...note, xref: "paper", x: 1, xanchor: "right", y: Math.log10(chart.line_y), yanchor: "bottom", text: chart.line_text });
@@ -68,7 +74,8 @@ function draw(chart) {
     ...layout(),
     xaxis: axis(chart.x, chart.log ? { type: "log", dtick: 1 } : { rangemode: "tozero" }),
     yaxis: axis(chart.y, chart.log ? { type: "log", dtick: 1 } : { rangemode: "tozero", tickformat: ".0%" }),
-    legend: { orientation: "h", y: -0.28, x: 0 }, shapes, annotations,
+    // More names than this would leave no room for the lines, which say theirs when pointed at.
+    showlegend: 1 < traces.length && traces.length <= 8, legend: { orientation: "h", y: -0.28, x: 0 }, shapes, annotations,
   }, options);
 }
 
@@ -177,11 +184,14 @@ function cell(kind, text, className) {
 
 function caption(noun, text) {
   const element = document.createElement("td");
-  const place = text.toLowerCase().indexOf(noun);
-  if (place < 0) { element.textContent = text; return element; }
+  element.dir = "auto";
+  // The word itself, and not "car" in "scarf"; its letters where no such word is, as in scripts without spaces.
+  const letters = noun.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+  const found = text.match(new RegExp(`(?<![\\p{L}\\p{M}\\p{N}_])${letters}(?![\\p{L}\\p{M}\\p{N}_])`, "iu")) || text.match(new RegExp(letters, "iu"));
+  if (!found) { element.textContent = text; return element; }
   const marked = document.createElement("mark");
-  marked.textContent = text.slice(place, place + noun.length);
-  element.append(text.slice(0, place), marked, text.slice(place + noun.length));
+  marked.textContent = found[0];
+  element.append(text.slice(0, found.index), marked, text.slice(found.index + found[0].length));
   return element;
 }
 
@@ -198,8 +208,9 @@ function show() {
   const rows = wantedRows();
   body.replaceChildren(...rows.slice(0, shown).map((row) => {
     const line = document.createElement("tr");
-    const head = cell("th", row[0]);
+    const head = cell("th", short(row[0], 48));
     head.scope = "row";
+  
     line.append(head, ...row.slice(1, -1).map((count) => cell("td", count.toLocaleString("en"), "n")), caption(row[0], row[row.length - 1]));
     return line;
   }));
