@@ -56,6 +56,32 @@ def test_packed_bits_are_unpacked(bits: int, num_samples: int) -> None:
     assert np.abs(shown - np.broadcast_to(exact, shown.shape)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["i1", "i2"])
+@pytest.mark.parametrize("photometric", [WHITE_IS_ZERO, BLACK_IS_ZERO, RGB])
+def test_signed_numbers_are_black_at_their_lowest_and_white_at_their_highest(kind: str, photometric: int) -> None:
+    bits = 8 * int(kind[1])
+    unsigned = ramp(3 if photometric == RGB else 1) >> (16 - bits)
+    signed = (unsigned.astype(np.int32) - (1 << bits - 1)).astype(kind)
+    plain = decoded(tiff(unsigned.astype(kind.replace("i", "u")), photometric=photometric))
+    np.testing.assert_array_equal(decoded(tiff(signed, photometric=photometric)), plain)
+    assert plain.min() == 0 and plain.max() == 255
+
+
+def test_damage_is_said_by_the_reject_alone(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for compression in ("tiff_lzw", "tiff_adobe_deflate"):
+        data = bytearray(encode(swatches(), "TIFF", compression=compression))
+        data[40:60] = b"\xff" * 20
+        with pytest.raises(SampleReject, match="corrupt_image"):
+            decode_image(bytes(data), max_pixels=MAX_PIXELS)
+    data = tiff(ramp(3).astype(np.uint8), photometric=RGB).replace(struct.pack("<HHII", 277, 4, 1, 3), bytes(12), 1)
+    data = data.replace(bytes(12), struct.pack("<HHII", 277, 4, 1, 4_278_190_083), 1)
+    with pytest.raises(SampleReject, match="corrupt_image"):
+        decode_image(data, max_pixels=MAX_PIXELS)
+    assert capfd.readouterr().err == "" and not caplog.records
+
+
 def test_alpha_is_laid_over_white_at_any_depth_whether_multiplied_or_not() -> None:
     grey, alpha = np.full((4, 4), 0x8000, np.uint16), np.full((4, 4), 0x4000, np.uint16)
     for kind, colours in ((BLACK_IS_ZERO, 1), (RGB, 3)):

@@ -1,6 +1,9 @@
 """One way to decode, turn, resize and crop an image, and the paper's 40 aspect-ratio buckets."""
 
+import contextlib
+import ctypes
 import functools
+import logging
 import warnings
 from dataclasses import dataclass
 
@@ -26,6 +29,10 @@ SDXL_BUCKETS = (
 # Of a million pictures from the web, thousands have odd metadata; and sizes are checked here, not by Pillow.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.MAX_IMAGE_PIXELS = None
+# What a reject says is not said on standard error too, by Pillow and the libtiff that it brings.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class SampleReject(Exception):

@@ -1,4 +1,4 @@
-"""TIFFs that Pillow cannot open or misreads: other than 8 bits, floating point, L*a*b*, YCbCr, grey with alpha.
+"""TIFFs that Pillow cannot open or misreads: other than 8 bits, signed, floating point, L*a*b*, YCbCr, grey with alpha.
 
 libtiff, which Pillow brings, unpacks their strips or tiles as bytes; what these mean is read here (TIFF 6.0 and its
 technical notes). Pictures of eight bits, and those compressed as JPEG or a fax or stored plane by plane, are Pillow's.
@@ -146,7 +146,10 @@ class TiffSamples:
         return values
 
     def _to_eight_bits(self, samples: np.ndarray) -> np.ndarray:
-        if self.sample_format == UNSIGNED and self.bits < 32:
+        if self.sample_format == SIGNED and self.bits < 32:
+            # The full range, as ImageMagick and GIMP have it: the lowest number is black, and zero a middle grey.
+            samples = (samples.astype(np.uint32) & (1 << self.bits) - 1) ^ (1 << self.bits - 1)
+        if self.sample_format != FLOAT and self.bits < 32:
             # As browsers and Pillow have it: of more than eight bits the upper ones.
             if self.bits >= 8:
                 return (samples >> (self.bits - 8)).astype(np.uint8)
@@ -207,8 +210,9 @@ def read_tiff(data: bytes) -> TiffSamples | None:
 
 def _is_read_here(tags: Mapping[int, tuple[int, ...]], first: Mapping[int, int]) -> bool:
     bits, photometric, num_samples, sample_format = (first[tag] for tag in (BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT))
-    if (bits == 8 and photometric in (RGB, CMYK)) or (
-        bits in (1, 2, 4, 8) and num_samples == 1 and photometric <= PALETTE
+    if sample_format != SIGNED and (
+        (bits == 8 and photometric in (RGB, CMYK))
+        or (bits in (1, 2, 4, 8) and num_samples == 1 and photometric <= PALETTE)
     ):
         return False
     if photometric in (CIELAB, ICCLAB):
