@@ -53,8 +53,12 @@ def typed_command(name: str, flags: Mapping[str, object] | None = None) -> str:
 
 
 def did_you_mean(word: str, known: Collection[str], *, prefix: str = "", most: int = 1) -> str:
-    """Return ` (did you mean …?)` with the known words that are nearest to one that is not known; else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=most)
+    """Return ` (did you mean …?)` with the known words that are nearest to one that is not known; else nothing.
+
+    A word may be near a part of a known one: `stpes` means `num_steps`.
+    """
+    names = {part: name for name in reversed([*known]) for part in name.split("_")} | {name: name for name in known}
+    near = dict.fromkeys(names[part] for part in difflib.get_close_matches(word, names, n=most))
     return f" (did you mean {' or '.join(prefix + name for name in near)}?)" if near else ""
 
 

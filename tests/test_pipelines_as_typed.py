@@ -41,6 +41,7 @@ def test_a_command_is_named_as_it_is_typed_at_the_door_that_was_taken(name, flag
 def test_the_nearest_known_words_are_named() -> None:
     assert did_you_mean("stpes", ["steps", "stage"], prefix="a.") == " (did you mean a.steps?)"
     assert did_you_mean("captoin", ["caption", "captions", "x"], most=3) == " (did you mean caption or captions?)"
+    assert did_you_mean("stpes", ["dtype", "num_steps", "warmup_steps"]) == " (did you mean num_steps?)"
     assert did_you_mean("xyz", ["steps"]) == ""
 
 
