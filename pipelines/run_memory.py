@@ -14,7 +14,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.overrides import Setting
 from pipelines.raw.patterns import shard_name
 from pipelines.recipe import DataConfig
-from pipelines.recipe_files import default_recipe
+from pipelines.recipe_files import default_recipe, shipped_recipes
 from pipelines.store.files import atomic_write_json, is_remote, remove_temporary_files
 from pipelines.store.state_files import form_damage, read_state, state_damage, state_of
 
@@ -36,7 +36,8 @@ class RunMemory:
     """What has been typed for a run.
 
     Attributes:
-        recipe: absolute path of its recipe, in the file relative to the run that it is in; None before there is one.
+        recipe: absolute path of its recipe, in the file relative to the run that it is in, or the name of a shipped
+            one; None before there is one.
         settings: by `table.key`, values as they were typed.
         shards: absolute paths or URLs of the raw shards that were typed, by name.
         found: those of other raw shards that were captioned, as a recipe named them.
@@ -76,7 +77,7 @@ def read_memory(run: Path) -> RunMemory:
     memory = _read(RunMemory, run / MEMORY_NAME) or RunMemory()
     # Keys of before had the quotes that were typed.
     settings = {Setting(text=f"{key}=").key: value for key, value in memory.settings.items()}
-    recipe = None if memory.recipe is None else str((run / memory.recipe).resolve())
+    recipe = None if memory.recipe is None else _recalled_recipe(memory.recipe, run)
     found = memory.found or _read(dict[str, str], run / FORMER_NAME) or {}
     found = {name: path for name, path in found.items() if name not in memory.shards}
     return dataclasses.replace(memory, recipe=recipe, settings=settings, found=found)
@@ -173,7 +174,7 @@ def _update(run: Path, change: Callable[[RunMemory], RunMemory]) -> None:
         remove_temporary_files(run, MEMORY_NAME, is_held=True)
         memory = read_memory(run)
         if (new := change(memory)) != memory:
-            recipe = new.recipe and _within_run(new.recipe, run.resolve())
+            recipe = new.recipe and _noted_recipe(new.recipe, run.resolve())
             atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new) | {"recipe": recipe})
 
 
@@ -242,9 +243,21 @@ def typed_shards(run: Path, data: DataConfig) -> list[str]:
     return paths
 
 
-def _within_run(recipe: str, run: Path) -> str:
-    """Return a recipe's path relative to the run that it is in, which may be moved as a whole, else as it is."""
+def _noted_recipe(recipe: str, run: Path) -> str:
+    """Return a recipe's path relative to the run that it is in, which may be moved, or the name of a shipped one.
+
+    A shipped one lies in an environment that may be made anew elsewhere.
+    """
+    if Path(recipe) in shipped_recipes():
+        return Path(recipe).stem
     return str(Path(recipe).relative_to(run)) if Path(recipe).is_relative_to(run) else recipe
+
+
+def _recalled_recipe(noted: str, run: Path) -> str:
+    """Return the absolute path of a recipe that `_noted_recipe` has noted."""
+    path = run / noted
+    shipped = [recipe for recipe in shipped_recipes() if recipe.stem == noted]
+    return str(shipped[0] if shipped and not path.exists() else path.resolve())
 
 
 def _is_gone(path: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from errors import MissingFileError, UserError
 from pipelines.command import Command, parse_command
 from pipelines.recipe import DataConfig
+from pipelines.recipe_files import find_recipe
 from pipelines.run_memory import MEMORY_NAME, recall_shards, remember_found
 from pipelines.store.manifest import Fingerprint, ShardDirectory
 from pipelines.store.verify.run import verify_run
@@ -164,6 +165,14 @@ def test_a_recipe_inside_the_run_moves_with_it(house: Path) -> None:
     Path("run").rename("other")
     moved = parse_command("room", "", argv=["--run", "other"])
     assert moved.recipe.path == Path("other/recipe.toml") and moved.recipe.tables["sampling"]["seed"] == 7
+
+
+def test_a_shipped_recipe_is_remembered_by_name_as_its_environment_may_move(house: Path) -> None:
+    done("--recipe", "toyworld", "--set", "sampling.seed=7")
+    assert memory()["recipe"] == "toyworld"
+    assert command().recipe.path == find_recipe("toyworld")
+    done("--recipe", "recipes/toyworld.toml", "--set", "sampling.size=8x8")
+    assert memory()["settings"] == {"sampling.seed": "7", "sampling.size": "8x8"}, "it is the same recipe"
 
 
 def test_a_damaged_memory_is_named(house: Path) -> None:
