@@ -119,7 +119,7 @@ def test_a_chain_of_killed_commands_ends_with_the_files_of_an_undisturbed_run(tm
     undisturbed = contents(run)
     num_files = {folder: count_files(run / folder) for folder in CHAIN.values()}
     assert all(number > 1 for number in num_files.values()), num_files
-    # Under the same path, as manifests and `shards.json` name it, and with the very same raw shards.
+    # Under the same path, as manifests and `run.json` name it, and with the very same raw shards.
     for name in undisturbed.keys() - start.keys():
         (run / name).unlink()
     for folder in CHAIN.values():
