@@ -246,6 +246,7 @@ def _count(job: StatsJob) -> Manifest:
             text_limits=tuple(job.config.text_limits),
             boilerplate=tuple(job.config.boilerplate),
             max_characters=job.config.max_characters,
+            run=job.command.run,
             keeps_nouns=job.is_sample,
         ),
         sources=job.all_sources,
@@ -354,13 +355,12 @@ def _write_report(
         seed=job.config.seed,
         max_pixels=job.max_pixels,
     )
-    hint = "" if job.tagger.name == "nltk" else f"For NLTK's averaged perceptron: {how_to_install()}."
     write_report(
         job.folder / "report.html",
         ReportData(
             run_name=job.command.run.absolute().name,
             tagger=job.tagger.title,
-            tagger_hint=hint,
+            tagger_hint="" if job.tagger.name == "nltk" else f"For NLTK's averaged perceptron: {how_to_install()}.",
             measures=measures,
             definitions=meanings,
             noun_table=noun_table,

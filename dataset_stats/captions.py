@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from pipelines.engine.progress import get_logger
-from pipelines.raw.caption_files import choose_key_column, key_of_path, text_files
+from pipelines.raw.caption_files import choose_key_column, key_of_path, say_strays, stray_files, text_files
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
@@ -19,7 +20,7 @@ from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.arrow_tables import ParquetTable
 from pipelines.raw.tables.open_table import TableFormat, open_table
-from pipelines.raw.tables.rows import Rows, key_of_cell, pick, require_columns, text_of_cell
+from pipelines.raw.tables.rows import Rows, column_and_place, key_of_cell, pick, text_of_cell
 from pipelines.raw.texts import text_members
 from pipelines.store.files import is_remote
 from pipelines.store.tables import MEND_SHARD
@@ -96,14 +97,19 @@ class Address:
         return cls(layout=layout, column=column, path=path, sample=sample)
 
 
-def read_rows(address: Address, start: int, stop: int) -> Iterator[list[CaptionRow]]:
+def read_rows(address: Address, start: int, stop: int, *, run: Path | None = None) -> Iterator[list[CaptionRow]]:
     """Yield the rows [start, stop) of a source in blocks of bounded size, in order; of a sample, those of the sample.
+
+    Args:
+        address: of the source.
+        start, stop: numbers of rows.
+        run: where what is known of raw shards is kept, so that none is looked at anew for each of its pieces.
 
     Raises:
         UserError: the column does not exist, or the file is damaged; names it.
     """
     chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
-    readers = {"captions": _read_captions, "raw": _read_raw, "text": _read_texts}
+    readers = {"captions": _read_captions, "raw": functools.partial(_read_raw, run=run), "text": _read_texts}
     rows = readers.get(address.layout, _read_table)(address, chosen)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
@@ -118,15 +124,16 @@ def count_rows(address: Address) -> int:
     if address.layout != "text":
         with open_table(address.path, cast(TableFormat, address.layout)) as table:
             if table.columns:
-                require_columns(address.path, [address.column], table.columns)
+                column_and_place(address.path, address.column, table.columns)
             return table.num_rows
     if is_folder(address.path):
+        say_strays(log, address.path, stray_files(address.path))
         return len(text_files(address.path))
     with open_shard(address.path) as shard:
         if shard.fault is not None:
             log.warning(f"{address.path}: {shard.fault}")
-        if shard.unusable:
-            log.warning(f"{address.path}: {len(shard.unusable)} members are no samples, such as {shard.unusable[0]}")
+        for names in (shard.unusable, shard.strays):
+            say_strays(log, address.path, names)
         return sum(map(_has_text_file, shard.samples))
 
 
@@ -150,8 +157,10 @@ def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:
 
 
 def _read_table(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    column = address.column
     with open_table(address.path, cast(TableFormat, address.layout)) as table:
+        if not table.columns:
+            return
+        column, place = column_and_place(address.path, address.column, table.columns)
         key_column = choose_key_column([name for name in table.columns if name != column])
         lists_failures = set(table.columns) >= IMG2DATASET_COLUMNS
         names = [column, key_column, "status" if lists_failures else None]
@@ -160,16 +169,16 @@ def _read_table(address: Address, rows: Rows) -> Iterator[CaptionRow]:
             # As webdataset and folders do, a file's key is its name without what it ends with.
             key = row.number if key is None or key == "" else key_of_path(key) if isinstance(key, str) else key
             if row.reject:
-                yield replace(_row(key, row.values[column]), reject=row.reject)
+                yield replace(_row(key, row.values[column], place), reject=row.reject)
             elif lists_failures and row.values["status"] != "success":
                 yield _rejected(key, key_of_cell(row.values["status"] or "no_status"))
             else:
-                yield _row(key, row.values[column])
+                yield _row(key, row.values[column], place)
 
 
-def _row(key: Any, cell: Any) -> CaptionRow:
+def _row(key: Any, cell: Any, place: int = 0) -> CaptionRow:
     try:
-        return CaptionRow(key=key_of_cell(key), text=text_of_cell(cell))
+        return CaptionRow(key=key_of_cell(key), text=text_of_cell(cell, place))
     except SampleReject as reject:
         return _rejected(key, reject.reason)
 
@@ -199,8 +208,8 @@ def _has_text_file(sample: RawSample) -> bool:
     return bool(text_members(list(sample.members), sample.image_extension))
 
 
-def _read_raw(address: Address, rows: Rows) -> Iterator[CaptionRow]:
-    with open_shard(address.path) as shard:
+def _read_raw(address: Address, rows: Rows, *, run: Path | None) -> Iterator[CaptionRow]:
+    with open_shard(address.path, run=run) as shard:
         for _, sample in pick(shard.samples, rows):
             if sample.reject:
                 yield _rejected(sample.key, sample.reject)

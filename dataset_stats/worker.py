@@ -40,6 +40,7 @@ class CountConfig:
 
     Attributes:
         text_tokenizer: path of a tokenizer.json, or empty to measure no T5 lengths.
+        run: where what is known of raw shards is kept.
         keeps_nouns: whether each caption's row lists its nouns, from which a sample's standard errors are taken.
     """
 
@@ -48,6 +49,7 @@ class CountConfig:
     text_limits: tuple[int, ...]
     boilerplate: tuple[str, ...]
     max_characters: int
+    run: Path | None = None
     keeps_nouns: bool = False
 
 
@@ -70,7 +72,8 @@ class NounCountWorker:
         """Count the rows of a piece."""
         rejected: Counter[str] = Counter()
         tables, row_number = [], piece.start
-        for rows in read_rows(Address.parse(piece.source.path), piece.start, piece.stop):
+        address = Address.parse(piece.source.path)
+        for rows in read_rows(address, piece.start, piece.stop, run=self._config.run):
             rejects = [self._reject(row) for row in rows]
             rejected.update(reject for reject in rejects if reject)
             tables.append(self._measure(rows, rejects, first_row=row_number))

@@ -128,3 +128,22 @@ def test_a_text_of_a_list_is_named_by_its_place(run, monkeypatch) -> None:
     assert found == [("first", "second"), ("alone", None)] and rows["sa_2"]["reject"] == "no_caption"
     with pytest.raises(UserError, match=r"no column 'texts'; columns are key, captions"):
         command(run, "{run}/lists.parquet#texts[1]", monkeypatch=monkeypatch)
+
+
+def test_what_is_no_text_in_a_folder_of_texts_is_said_with_its_number(run, monkeypatch, caplog) -> None:
+    folder = run / "texts"
+    for name in ("sa_0.txt", "sa_1.txt", "sa_0.jpg", "sa_0.json", "in/sa_9.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("a dog")
+    plain = "{run}/texts#txt"
+    command(run, plain, 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
+    assert "are no samples" not in caplog.text
+    for name in ("._sa_0.txt", "__MACOSX/sa_0.txt", "README.md", "film.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text("x")
+    (folder / "sa_0.txt").write_text("a red dog")
+    command(run, plain, 'captioning.shards=["sa_*"]', monkeypatch=monkeypatch)
+    assert "texts: 4 members are no samples, such as ._sa_0.txt, README.md, __MACOSX/sa_0.txt" in " ".join(
+        caplog.text.split()
+    )
+    assert rows_of(run, "sa_000000")["sa_0"]["caption"] == "a red dog"

@@ -17,6 +17,8 @@ from stats_run import RECIPE, caption_rows, run_stage, write_caption_shards
 
 from dataset_stats.captions import Address, CaptionRow, count_rows, read_rows
 from errors import UserError
+from pipelines.raw import summaries
+from pipelines.raw.shards import describe_shards
 from pipelines.store.summary import read_summary
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -117,6 +119,24 @@ def test_alt_texts_straight_from_raw_shards(run):
     write_tar(run / "raw" / "laion_0.tar", sorted(members))
     summary = stage_summary(run, '{web = {layout = "raw"}}')["web"]
     assert (summary["num_captions"], summary["rejected"]) == (2, {"no_text": 1})
+
+
+def test_the_pieces_of_a_raw_shard_are_read_with_what_the_run_remembers_of_it(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(encode(photo(number)))
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"{number} dogs")
+    photos = str(tmp_path / "photos")
+    describe_shards([photos], run=tmp_path / "run")
+    looked_at: list[str] = []
+    read = summaries.read_headers
+    monkeypatch.setattr(summaries, "read_headers", lambda path, *others: looked_at.append(path) or read(path, *others))
+    address = Address(layout="raw", column="", path=photos)
+    for run, num_looks in ((tmp_path / "run", 0), (None, 3)):
+        looked_at.clear()
+        blocks = [block for start in (0, 2, 4) for block in read_rows(address, start, start + 2, run=run)]
+        assert [row.text for block in blocks for row in block] == [f"{number} dogs" for number in range(6)]
+        assert len(looked_at) == num_looks
 
 
 def test_several_sets_by_make(run):

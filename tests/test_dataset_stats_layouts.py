@@ -93,6 +93,32 @@ def test_every_layout_gives_the_same_table(tmp_path, monkeypatch):
     assert "a.jsonl.gz: the column 'captions' holds lists of texts; of each, the first one counts" in said
 
 
+def test_a_text_of_a_list_is_named_by_its_place_as_in_captioning(tmp_path):
+    rows = [{"key": key, "captions": [text, "a dog and a cat"], "short[1]": text} for key, text in TEXTS.items()]
+    write(tmp_path / "a.jsonl", "".join(f"{json_text(row)}\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    columns = {
+        "first": ("jsonl", "captions"),
+        "second": ("jsonl", "captions[1]"),
+        "other": ("parquet", "captions[1]"),
+        "called": ("parquet", "short[1]"),
+    }
+    sets = ", ".join(
+        f'{name} = {{files = "{tmp_path}/a.{kind}", column = "{column}"}}' for name, (kind, column) in columns.items()
+    )
+    run_stage(tmp_path / "run", f"dataset_stats.sets={{{sets}}}")
+    summary = read_summary(tmp_path / "run")["dataset_stats"]
+    assert summary["first"] == summary["called"] and summary["second"] == summary["other"] != summary["first"]
+    for column, said in {
+        "captions[2]": r"24 of 24 samples rejected .*: no_text 24",
+        "caption[1]": r"no column 'caption'; .*; did you mean captions",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            run_stage(
+                tmp_path / "run", f'dataset_stats.sets={{x = {{files = "{tmp_path}/a.jsonl", column = "{column}"}}}}'
+            )
+
+
 def test_lines_of_text_and_released_files_of_a_caption_each(tmp_path):
     write(tmp_path / "lines.txt", "\n".join(TEXTS.values()) + "\n")
     for key, text in TEXTS.items():

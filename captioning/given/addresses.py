@@ -7,8 +7,8 @@ from pathlib import Path
 from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.raw import caption_files
-from pipelines.raw.tables.rows import require_columns
-from pipelines.raw.texts import TEXT_EXTENSIONS, split_place
+from pipelines.raw.tables.rows import column_and_place, require_columns
+from pipelines.raw.texts import TEXT_EXTENSIONS
 from pipelines.store.files import is_remote
 
 MAIN_COLUMN = "caption"
@@ -110,8 +110,8 @@ def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> t
             )
         others = [name for name in columns if name != key]
         text = address.text_column or caption_files.choose_text_column(file, others)
-        name, place = (text, 0) if text in columns else split_place(text)
-        require_columns(file, [key, name], columns)
+        require_columns(file, [key], columns)
+        name, place = column_and_place(file, text, columns)
     except UserError as error:
         raise UserError(f"{address.key}: {error}; write {address.files}#key,text") from None
     return key, name, place

@@ -13,7 +13,7 @@ from captioning.given.addresses import TextAddress, choose_columns
 from captioning.given.places import place_of
 from errors import UserError
 from pipelines.engine.progress import get_logger
-from pipelines.raw.caption_files import TARS, kind_of_file, text_files
+from pipelines.raw.caption_files import TARS, kind_of_file, say_strays, stray_files, text_files
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import split_at_extension
@@ -27,7 +27,6 @@ NUM_READERS = 16
 FILES_AT_ONCE = 4096
 EVERY_ROW = range(sys.maxsize)
 NO_KEY, NO_TEXT = "no_key", "no_text"
-MAX_NAMED = 3
 
 log = get_logger("captioning")
 
@@ -101,8 +100,8 @@ def _tar_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
         with open_shard(file) as shard:
             if shard.fault is not None:
                 log.warning(f"{file}: {shard.fault}")
-            for names in filter(None, (shard.unusable, shard.strays)):
-                log.warning(f"{file}: {len(names):,} members are no samples, such as {', '.join(names[:MAX_NAMED])}")
+            for names in (shard.unusable, shard.strays):
+                say_strays(log, file, names)
             for sample in shard.samples:
                 place = place_of(sample.key)
                 try:
@@ -117,6 +116,7 @@ def _tar_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
 
 
 def _folder_rows(address: TextAddress, folder: str) -> Iterator[SourceRow]:
+    say_strays(log, folder, stray_files(folder))
     named = address.text_column
     found = {
         key: [file for file in files if named is None or _is_called(file, named)]

@@ -1,5 +1,6 @@
 """Files of captions, wherever they are: which there are, which of their columns is the key, and which the text."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from pipelines.raw.texts import TEXT_EXTENSIONS, text_members
 from pipelines.store.files import is_remote
 
 FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
+# Images, and their classes and masks.
+BESIDE_TEXTS = (*FILE_EXTENSIONS, "cls", "json")
+MAX_NAMED = 3
 # What `datasets` writes of a folder of tables.
 NO_TABLES = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json", re.IGNORECASE)
 TAR = re.compile(r".*\.(tar|tar\.gz|tgz)", re.IGNORECASE | re.DOTALL)
@@ -82,6 +86,18 @@ def text_files(folder: str) -> dict[str, list[Path]]:
         found.setdefault(key, {}).setdefault(extension.lower(), file)
     ordered = {key: [files[name] for name in text_members(list(files), None)] for key, files in found.items()}
     return {key: files for key, files in ordered.items() if files}
+
+
+def stray_files(folder: str) -> list[str]:
+    """Return the names of files in a folder of texts that are neither texts nor what may lie beside them."""
+    files = (readable_name(str(file.relative_to(folder))) for file in Path(folder).rglob("*") if file.is_file())
+    return sorted(name for name in files if is_stray(name) or name.rpartition(".")[2].lower() not in BESIDE_TEXTS)
+
+
+def say_strays(log: logging.Logger, path: str, names: Sequence[str]) -> None:
+    """Warn of members of a folder or tar of texts that belong to no sample, with their number and some of them."""
+    if names:
+        log.warning(f"{path}: {len(names):,} members are no samples, such as {', '.join(names[:MAX_NAMED])}")
 
 
 def files_by_kind(folder: str) -> dict[str, list[Path]]:

@@ -10,7 +10,7 @@ import numpy as np
 from errors import UserError
 from pipelines.as_typed import did_you_mean
 from pipelines.raw.images import SampleReject
-from pipelines.raw.texts import NOT_UTF8, decode_caption
+from pipelines.raw.texts import NOT_UTF8, decode_caption, split_place
 
 NOT_TEXT = "not_text"
 COLUMNS_NAMED = 30
@@ -85,6 +85,17 @@ def require_columns(path: str, wanted: Sequence[str], columns: Sequence[str]) ->
             )
         if columns.count(name) > 1:
             raise UserError(f"{path}: the column {name!r} is there {columns.count(name)} times; rename all but one")
+
+
+def column_and_place(path: str, name: str, columns: Sequence[str]) -> tuple[str, int]:
+    """Return which column of a table, and which text of its lists, a name means: `captions[1]`, see `split_place`.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    column, place = (name, 0) if name in columns else split_place(name)
+    require_columns(path, [column], columns)
+    return column, place
 
 
 def pick(items: Iterable[Item], rows: Rows) -> Iterator[tuple[int, Item]]:
