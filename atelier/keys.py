@@ -25,8 +25,7 @@ from pipelines.command import run_command
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import DataConfig, ModelConfig, TableConfig
 from pipelines.wrong_keys import table_of
-from sampling.app import AppConfig
-from sampling.config import SamplingConfig
+from sampling.config import AppConfig, SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import StageTraining

@@ -13,19 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pydantic
-
 from errors import UserError, is_out_of_memory, users_message
 from pipelines.as_typed import typed_command
 from pipelines.command import parse_command, run_command
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from pipelines.recipe import TableConfig
 from pixart.processes.specs import num_passes
 from sampling.app_choices import checkpoint_choices, example_prompts
 from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
-from sampling.config import sampling_config
+from sampling.config import AppConfig, sampling_config
 from sampling.opening import find_trained_model
 from sampling.prompts import NUM_SEEDS
 
@@ -43,20 +40,29 @@ footer { display: none !important; }
 #studio > * { min-width: 0 !important; width: 100%; }
 #image { height: min(600px, 92vw) !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
+#where code { overflow-wrap: anywhere; }
+#studio input[role="combobox"] { text-overflow: ellipsis; margin-right: 26px; }
+#examples button { text-align: left; }
+#drawn .grid-wrap, #history .grid-wrap { padding-top: 30px; }
+#drawn .grid-wrap { min-height: 0 !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
 @media (max-width: 820px) { #studio { grid-template: "ask" "result" "settings" / 1fr; } }
 """
+# Gradio's own hints and its orange button have a contrast of 2 and 3; 4.5 is what WCAG AA asks for.
+READABLE = {
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "input_placeholder_color": "*neutral_500",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+}
 MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 250, 15, 64
 NO_IMAGES = "Nothing was kept."
 DAY_SECONDS = 86_400
 
 log = get_logger("sampling")
-
-
-class AppConfig(TableConfig):
-    """Recipe table `[app]`."""
-
-    port: int = pydantic.Field(default=7860, ge=1, le=65535, description="Port of 127.0.0.1 that the page is served at")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,14 +77,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         name=f"{command.stage_name}-app",
         engine=command.recipe.table("engine", EngineConfig),
     )
-    log.info(f"{studio.trained.name}: http://{HOST}:{port} · images go to {studio.folder} · Ctrl-C ends it")
     require_packages("gradio", "torch", "transformers", "diffusers")
     require_free(port)
+    address = f"http://{HOST}:{port}"
     if command.is_plan:
+        log.info(f"would serve {studio.trained.name} at {address} · images go to {studio.folder}")
         return
+    log.info(f"{studio.trained.name} · images go to {studio.folder}")
     page = build_page(studio)
     command.remember()
     serve(page, port=port, folder=studio.folder)
+    log.info(f"{address} · Ctrl-C ends it")
     page.block_thread()
 
 
@@ -105,7 +114,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
     title = "PixArt Atelier"
     # Gradio copies what it shows to its own cache; the copies go when the app ends.
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(DAY_SECONDS, DAY_SECONDS)) as page:
-        gr.Markdown(f"## {title}")
+        gr.Markdown(f"## {title}\n`{studio.run}` · images are kept in its `samples/<stage>-app`", elem_id="where")
         with gr.Row(elem_id="studio"):
             with gr.Column(elem_id="ask"):
                 prompt = _add_prompt(studio)
@@ -175,6 +184,7 @@ def _add_prompt(studio: Studio) -> Any:
         studio.first_wish().prompt,
         label="Prompt",
         info="Several lines are several prompts",
+        placeholder="What to draw",
         lines=2,
         max_lines=8,
         elem_id="prompt",
@@ -278,7 +288,7 @@ def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
     from gradio.themes import Default
 
     folder.mkdir(parents=True, exist_ok=True)
-    theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(**READABLE)
     page.queue(default_concurrency_limit=1).launch(
         server_name=HOST,
         server_port=port,

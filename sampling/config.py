@@ -208,6 +208,12 @@ def encoder_config(recipe: Recipe) -> EncoderConfig | None:
         raise UserError(f"{recipe.path}: {key}: {first['msg']}") from None
 
 
+class AppConfig(TableConfig):
+    """Recipe table `[app]`; not in its module, which is a program."""
+
+    port: int = pydantic.Field(default=7860, ge=1, le=65535, description="Port of 127.0.0.1 that the page is served at")
+
+
 def sampling_config(command: Command) -> SamplingConfig:
     """Return `[sampling]` as a command has it.
 

@@ -14,8 +14,7 @@ from errors import UserError
 from features.config import FeaturesConfig
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import DataConfig, ModelConfig, TableConfig, load_recipe
-from sampling.app import AppConfig
-from sampling.config import SamplingConfig
+from sampling.config import AppConfig, SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from sampling.generate import _read_prompts
 from sampling.prompts import read_prompts

@@ -135,6 +135,32 @@ def test_the_page_draws_what_make_sample_draws(page, address, run):
     assert [url for url in page.requested if not url.startswith((address, "data:", "blob:"))] == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hints_and_buttons_can_be_read(page, scheme):
+    """WCAG AA asks for a contrast of 4.5 between text and what it lies on."""
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    hint = page.get_by_text("Several lines are several prompts")
+    for text, surface in ((hint, page.locator("#prompt")), (page.locator("#draw"), page.locator("#draw"))):
+        expect(text).to_be_visible(timeout=30_000)
+        colour = text.evaluate("e => getComputedStyle(e).color")
+        assert contrast(colour, surface.evaluate("e => getComputedStyle(e).backgroundColor")) >= 4.5, colour
+
+
+def contrast(*colours: str) -> float:
+    """Contrast of two opaque colours written as rgb(r, g, b)."""
+    channels = [[float(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3]] for colour in colours]
+    linear = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts] for parts in channels]
+    dark, light = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_the_address_is_said_when_the_page_answers(address, run):
+    log = " ".join((run / "app.log").read_text().split())
+    assert log.index("images go to") < log.index(address.rstrip("/"))
+    assert "Warning" not in log
+
+
 def test_a_phone_draws_a_batch_from_another_checkpoint_and_keeps_its_files(page, run):
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
