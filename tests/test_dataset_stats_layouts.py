@@ -111,7 +111,7 @@ def test_a_text_of_a_list_is_named_by_its_place_as_in_captioning(tmp_path):
     assert summary["first"] == summary["called"] and summary["second"] == summary["other"] != summary["first"]
     for column, said in {
         "captions[2]": r"24 of 24 samples rejected .*: no_text 24",
-        "caption[1]": r"no column 'caption'; .*; did you mean captions",
+        "caption[1]": r"no column 'caption'; .*did you mean captions",
     }.items():
         with pytest.raises(UserError, match=said):
             run_stage(
