@@ -5,7 +5,8 @@ both `x.input.jpg` and `x.outputs.txt` are fields of `x`, and `x.jpg.txt` is the
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -133,11 +134,14 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     """
     left_out = {entry.name for entry in entries if is_stray(entry.name)}
     strays = [readable_name(entry.name) for entry in entries if entry.name in left_out]
-    files = [(entry.name, entry) for entry in entries if entry.name not in left_out]
-    parts = {name: split_at_extension(name) for name, _ in files}
-    parts |= _keyed_by_whole_name(parts, named)
+    files = [entry for entry in entries if entry.name not in left_out]
+    apart = _keyed_by_whole_name([entry.name for entry in files], named)
     samples = []
-    for sample in _group(files, parts.__getitem__, num_bytes=None):
+    for sample in _group(
+        ((entry.name, entry) for entry in files),
+        lambda name: apart.get(name) or split_at_extension(name),
+        num_bytes=None,
+    ):
         if not _hides_image(sample) and not text_members(list(sample.members), None):
             strays += [f"{sample.key}.{extension}".removesuffix(".") for extension in sample.members]
             continue
@@ -146,24 +150,21 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     return GroupedSamples(samples=samples, unusable=[], strays=strays)
 
 
-def _keyed_by_whole_name(parts: Mapping[str, tuple[str, str]], named: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return key and extension of images that would share a key and are told apart, and of their own texts.
-
-    Args:
-        parts: of each name the key and extension that it has by itself.
-        named: see `group_files`.
-    """
-    images: dict[str, list[str]] = {}
+def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Return key and extension of images that would share a key and are told apart, and of their own texts."""
+    first: dict[str, str] = {}
+    images: dict[str, list[str]] = {}  # of keys that several have
     texts: dict[str, list[str]] = {}
-    for name, (key, extension) in parts.items():
+    for name in names:
+        key, extension = split_at_extension(name)
         if extension.lower() in IMAGE_EXTENSIONS:
-            images.setdefault(key, []).append(name)
+            other = first.setdefault(key, name)
+            if other is not name:
+                images.setdefault(key, [other]).append(name)
         elif "." in extension and extension.lower().rpartition(".")[2] in TEXT_EXTENSIONS:
             texts.setdefault(name.rpartition(".")[0], []).append(name)
     found: dict[str, tuple[str, str]] = {}
     for same in images.values():
-        if len(same) < 2:
-            continue
         readable = [name for name in same if name.rpartition(".")[2].lower() in READABLE_EXTENSIONS]
         is_named = any(name in named and readable != [name] for name in same)
         if is_named or sum(name in texts for name in same) > 1:
@@ -209,12 +210,12 @@ def split_at_extension(name: str) -> tuple[str, str]:
 
 
 def _group(
-    files: Sequence[tuple[str, TarEntry]], split: Callable[[str], tuple[str, str]], *, num_bytes: int | None
+    files: Iterable[tuple[str, TarEntry]], split: Callable[[str], tuple[str, str]], *, num_bytes: int | None
 ) -> list[RawSample]:
     samples: dict[str, RawSample] = {}
     for name, entry in files:
         key, extension = split(name)
-        key, extension = readable_name(key), extension.lower()
+        key, extension = readable_name(key), sys.intern(extension.lower())
         sample = samples.get(key)
         if sample is None:
             sample = samples[key] = RawSample(key)

@@ -4,9 +4,11 @@ A file there is a copy of what a tar's headers, a folder or a table say, and can
 while the shard's files have the sizes and times of change (remote: the version) that they had when they were read.
 """
 
+import io
 import json
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +18,15 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.local_files import FileFacts
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import Member, RawSample
+from pipelines.raw.tasks import no_garbage
 from pipelines.raw.texts import json_members, text_members
 from pipelines.store.files import atomic_write_bytes, discard, is_remote, sha256_text
 from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when samples are found in another way, or the files change their form.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+ITEMS_PER_LINE = 4096
 # Some twenty megabytes.
 MAX_RECENT_SAMPLES = 1 << 14
 
@@ -134,13 +138,7 @@ class HeaderCache:
         if summary is None:
             return None
         try:
-            samples, files, tables = json.loads(zlib.decompress(rest))
-            return ShardHeaders(
-                summary=summary,
-                samples=[_load_sample(item) for item in samples],
-                files=[FileFacts(*item) for item in files],
-                tables=tables,
-            )
+            return _load(summary, rest)
         except (zlib.error, ValueError, TypeError) as error:
             return self._forget(file, str(error))
 
@@ -149,9 +147,7 @@ class HeaderCache:
         if headers.summary.stamp is None:
             return
         first = json.dumps({"format": FORMAT_VERSION, "path": path, **asdict(headers.summary)})
-        content = ([_dump_sample(sample) for sample in headers.samples], headers.files, headers.tables)
-        rest = json.dumps(content, separators=(",", ":"))
-        atomic_write_bytes(self._file(path), first.encode() + b"\n" + zlib.compress(rest.encode(), level=1))
+        atomic_write_bytes(self._file(path), b"".join([first.encode(), b"\n", *_compressed(headers)]))
 
     def _parse_summary(self, file: Path, line: bytes) -> ShardSummary | None:
         try:
@@ -175,6 +171,34 @@ class HeaderCache:
         return self._folder / f"{sha256_text(place)[:24]}.headers"
 
 
+def _compressed(headers: ShardHeaders) -> Iterator[bytes]:
+    """The tables, then samples and files, each as a line of JSON: of a million, a few at a time are objects."""
+    compressor = zlib.compressobj(level=1)
+    yield compressor.compress(_line(headers.tables))
+    for start in range(0, max(len(headers.samples), len(headers.files)), ITEMS_PER_LINE):
+        samples = [_dump_sample(sample) for sample in headers.samples[start : start + ITEMS_PER_LINE]]
+        yield compressor.compress(_line([samples, headers.files[start : start + ITEMS_PER_LINE]]))
+    yield compressor.flush()
+
+
+def _line(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+@no_garbage()
+def _load(summary: ShardSummary, rest: bytes) -> ShardHeaders:
+    """Raises zlib.error, ValueError or TypeError if it is damaged."""
+    lines = io.BytesIO(zlib.decompress(rest))
+    tables: list[str] = json.loads(next(lines, b""))
+    samples: list[RawSample] = []
+    files: list[FileFacts] = []
+    for line in lines:
+        some_samples, some_files = json.loads(line)
+        samples += [_load_sample(item) for item in some_samples]
+        files += [FileFacts(*item) for item in some_files]
+    return ShardHeaders(summary=summary, samples=samples, files=files, tables=tables)
+
+
 def _dump_sample(sample: RawSample) -> list[Any]:
     members = [(extension, *member) for extension, member in sample.members.items()]
     return [sample.key, sample.image_extension, sample.reject, sample.row, members]
@@ -182,5 +206,5 @@ def _dump_sample(sample: RawSample) -> list[Any]:
 
 def _load_sample(item: list[Any]) -> RawSample:
     key, image_extension, reject, row, members = item
-    found = {extension: Member(offset, size) for extension, offset, size in members}
+    found = {sys.intern(extension): Member(offset, size) for extension, offset, size in members}
     return RawSample(key=key, members=found, image_extension=image_extension, reject=reject, row=row)

@@ -1,25 +1,27 @@
 """A folder of images as a raw shard: at any depth, with texts beside them or in `metadata.*` as Hugging Face has it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from errors import UserError
 from pipelines.raw.kinds.local_files import FileFacts, identify_files, list_folder
 from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.reading import Reading, UnreadableShardError
-from pipelines.raw.samples import RawSample, group_files, is_stray, readable_name, split_at_extension
+from pipelines.raw.samples import GroupedSamples, RawSample, group_files, is_stray, readable_name, split_at_extension
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
 from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.raw.tables.rows import key_of_cell
+from pipelines.raw.tasks import no_garbage
 
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 NAME_COLUMN = "file_name"
 MISSING_IMAGE_FILE, NOT_IN_METADATA, DUPLICATE_ROW = "missing_image_file", "not_in_metadata", "duplicate_row"
 
 
+@no_garbage()
 def read_folder(path: str, reading: Reading) -> ShardHeaders:
     """Find the samples of a folder: one for each image, and one for each that its metadata names and it lacks.
 
@@ -34,12 +36,10 @@ def read_folder(path: str, reading: Reading) -> ShardHeaders:
     images = _image_files(contents.files)
     if not images:
         raise UnreadableShardError(f"{path} has no image: {len(contents.files):,} files, and none is called as one")
-    entries = [TarEntry(facts.name, "file", number, facts.size, 0) for number, facts in enumerate(contents.files)]
     tables = metadata_tables(contents.files)
     rows = [row for table in tables for row in _rows_of(path, table, images, reading)]
-    grouped = group_files(
-        [entry for entry in entries if entry.name not in tables], named={row.file for row in rows if row.file}
-    )
+    del images  # of a million files each list counts
+    grouped = _group_all(contents.files, {*tables}, rows)
     samples = grouped.samples
     texts = RowTexts([f"{path}/{table}" for table in tables]) if tables else None
     if texts is not None:
@@ -59,6 +59,15 @@ def read_folder(path: str, reading: Reading) -> ShardHeaders:
     return ShardHeaders(summary=summary, samples=samples, files=contents.files, tables=tables)
 
 
+def _group_all(files: Sequence[FileFacts], tables: Collection[str], rows: Sequence["_MetadataRow"]) -> GroupedSamples:
+    entries = [
+        TarEntry(facts.name, "file", number, facts.size, 0)
+        for number, facts in enumerate(files)
+        if facts.name not in tables
+    ]
+    return group_files(entries, named={row.file for row in rows if row.file})
+
+
 def metadata_tables(files: Sequence[FileFacts]) -> list[str]:
     """Return which files are tables that tell of images, as Hugging Face's ImageFolder has them."""
     return [facts.name for facts in files if facts.name.rpartition("/")[2].lower() in METADATA_NAMES]
@@ -74,11 +83,13 @@ class _MetadataRow(NamedTuple):
 def _image_files(files: Sequence[FileFacts]) -> dict[str, str | None]:
     """Return files that are called as images by readable name, and by that in lower case, None if several have it."""
     names = [facts.name for facts in files if is_image_name(facts.name) and not is_stray(facts.name)]
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = {readable_name(name): name for name in names}
+    others: dict[str, str | None] = {}
     for name in names:
         lower = _lower_extension(name)
-        found[lower] = None if lower in found else name
-    return found | {readable_name(name): name for name in names}
+        if lower not in found:
+            others[lower] = None if lower in others else name
+    return found | others if others else found
 
 
 def _rows_of(path: str, table: str, images: Mapping[str, str | None], reading: Reading) -> list[_MetadataRow]:
@@ -88,9 +99,12 @@ def _rows_of(path: str, table: str, images: Mapping[str, str | None], reading: R
     for name in _names_in(f"{path}/{table}", reading):
         image, file = "", None
         for spelled in (name, name.replace("\\", "/")):  # the second as Windows has it
-            image = os.path.normpath(f"{folder}/{spelled}" if folder else spelled) if spelled else ""
+            image = f"{folder}/{spelled}" if folder else spelled
+            if image not in images:
+                image = os.path.normpath(image) if spelled else ""
             file = images[image] if image in images else images.get(_lower_extension(image))
             if file is not None:
+                image = file
                 break
         rows.append(_MetadataRow(image, file))
     return rows
@@ -130,6 +144,8 @@ def _join_rows(
 
 def _lower_extension(name: str) -> str:
     key, extension = split_at_extension(name)
+    if name.isascii() and extension and extension.islower():
+        return name
     return f"{readable_name(key)}.{extension.lower()}"
 
 

@@ -25,6 +25,7 @@ from pipelines.raw.tables.column_names import TEXT_NAMES
 from pipelines.raw.tables.image_columns import ImageColumn, image_column
 from pipelines.raw.tables.open_table import PARQUET, open_table
 from pipelines.raw.tables.row_texts import RowTexts, row_keys
+from pipelines.raw.tasks import no_garbage
 from pipelines.store.files import RangeFile, is_remote, open_binary
 from pipelines.store.tables import MEND_USERS, sound_table
 
@@ -62,6 +63,7 @@ def images_in(path: str, file: RangeFile, reading: Reading) -> ImageColumn | Non
             return image_column(reader.schema, reading, where=path)
 
 
+@no_garbage()
 def read_row_headers(path: str, file: RangeFile, column: ImageColumn, reading: Reading) -> ShardHeaders:
     """Find the samples of a file with images in `column`: one for each row.
 

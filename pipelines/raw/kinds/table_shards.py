@@ -12,12 +12,14 @@ from pipelines.raw.shard_names import shard_name
 from pipelines.raw.tables.image_columns import path_column
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts, row_keys
+from pipelines.raw.tasks import no_garbage
 from pipelines.store.files import RangeFile, is_remote, sha256_text
 
 CHUNK_BYTES = 4 << 20
 MAX_PATH_CHARACTERS = 4096  # no system has longer ones
 
 
+@no_garbage()
 def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHeaders:
     """Look at the files that a table names, relative to its own folder or absolute, also as `file://` or with `~`.
 
