@@ -88,12 +88,13 @@ class _HubHandler(_Handler):
     """What a Hugging Face hub answers about the data set `user/name`, whose files are the folder's."""
 
     def do_GET(self) -> None:
-        address = self.path.partition("?")[0]
+        address, _, query = self.path.partition("?")
         if match := re.fullmatch(r"/datasets/user/name/resolve/main/(.+)", address):
             self.path = match[1]
             return self._answer(with_body=self.command == "GET")
         if match := re.fullmatch(r"/api/datasets/user/name/tree/main(?:/(.*))?", address):
-            children = sorted((self.state.folder / (match[1] or "")).iterdir())
+            folder = self.state.folder / (match[1] or "")
+            children = sorted(folder.rglob("*") if "recursive=true" in query.lower() else folder.iterdir())
             answer: object = [self._describe(child) for child in children]
         elif address == "/api/datasets/user/name":
             answer = {"id": "user/name", "sha": "a" * 40, "private": False, "siblings": [], "tags": [], "downloads": 0}

@@ -136,3 +136,28 @@ def test_no_bytes_crash_the_walk(tmp_path) -> None:
             continue
         assert len(contents.entries) <= 14
         assert contents.fault is not None or len(contents.entries) == 14
+
+
+@pytest.mark.parametrize(
+    ("size", "changed_at", "later_seconds", "is_noticed"),
+    [
+        (500, 0, 0, True),  # a text of 512 bytes counts as a whole
+        (2000, 1900, 0, True),
+        (2000, 100, 0, False),
+        (2000, 100, 1, True),  # as every program that writes a tar notes it
+    ],
+)
+def test_what_of_a_text_is_part_of_a_tars_identity(
+    tmp_path, size: int, changed_at: int, later_seconds: int, is_noticed: bool
+) -> None:
+    def identity(text: bytes, seconds: int) -> str:
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            info = tarfile.TarInfo("a.txt")
+            info.size, info.mtime = len(text), seconds
+            archive.addfile(info, io.BytesIO(text))
+        return read(tmp_path / "x.tar").identity
+
+    text = bytearray(b"t" * size)
+    before = identity(bytes(text), 1_690_000_000)
+    text[changed_at] = ord("u")
+    assert (identity(bytes(text), 1_690_000_000 + later_seconds) != before) == is_noticed
