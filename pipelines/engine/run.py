@@ -112,7 +112,7 @@ def run_over_shards(
     try:
         manifest = _finished_manifest(sources, output, fingerprint)
         if manifest is not None:
-            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+            _require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
         with exclusive(output.path):
@@ -128,7 +128,7 @@ def run_over_shards(
                 few_samples=few_samples,
                 memory_settings=memory_settings or {},
             )
-            _require_few_rejects(output, sources, fingerprint, max_reject_fraction=max_reject_fraction)
+            _require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
             names = [source.name for source in sources]
             return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
     except OSError as error:
@@ -382,19 +382,19 @@ class _ProgressCounts:
 
 
 def _require_few_rejects(
-    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, max_reject_fraction: float
+    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, limit: float, room: str
 ) -> None:
     reports = [report for source in sources if (report := output.report(source.name, fingerprint))]
     num_read = sum(report.num_read for report in reports)
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for report in reports:
-        for reason, count in report.rejected.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    num_rejected = sum(reasons.values())
-    if num_rejected > max_reject_fraction * num_read:
-        largest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+        reasons.update(report.rejected)
+    num_rejected = reasons.total()
+    if num_rejected > limit * num_read:
+        largest = ", ".join(f"{name} {count}" for name, count in reasons.most_common(3))
+        # Sampling, which may lose none, has no such key.
+        key = f", more than {room.split()[0]}.max_reject_fraction = {limit:.1%}" if limit else ""
         raise TooManyRejectsError(
-            f"{output.path}: {num_rejected} of {num_read} samples rejected ({num_rejected / num_read:.1%}), more than "
-            f"max_reject_fraction = {max_reject_fraction:.1%}: "
-            + ", ".join(f"{name} {count}" for name, count in largest)
+            f"{output.path}: {num_rejected} of {num_read} samples rejected "
+            f"({num_rejected / num_read:.1%}){key}: {largest}"
         )
