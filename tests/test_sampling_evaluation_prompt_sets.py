@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from sampling_run import make_run
 
 from errors import UserError
+from sampling.evaluation.__main__ import main
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import read_coco, read_compbench, write_prompt_set
 from sampling.prompts import read_prompts
@@ -88,3 +90,11 @@ def test_missing_or_empty_files_are_named(tmp_path):
         read_compbench(tmp_path)
     with pytest.raises(ValueError, match=r"needs evaluation\.prompts"):
         EvaluationConfig(prompt_set="coco")
+
+
+def test_without_prompts_eval_names_what_it_takes_and_not_a_prompt_alone(tmp_path):
+    run = make_run(tmp_path / "one")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[sampling]\nprompt = "one image of make sample"\n')
+    with pytest.raises(UserError, match=r"^sampling\.prompts is not set: type (PROMPTS=|--prompts )…, or set eval"):
+        main(["score", "--recipe", str(recipe), "--run", str(run), "--stage", "2"])

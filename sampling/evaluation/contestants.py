@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from pipelines.as_typed import ANY, typed_flag
 from pipelines.command import Command, full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.store.checkpoints import TRAINER, read_trainer
@@ -80,7 +81,11 @@ def find_contestants(
     if guidance_scale is not None:
         suffix += f"-cfg{guidance_scale:g}"
     is_plain = not suffix
-    checkpoints = [(command.stage_name, find_trained_model(sampling, command))]
+    own = find_trained_model(sampling, command)
+    if own.num_classes is None and sampling.prompts is None:
+        # `sampling.prompt` is one image's for `make sample`, and no set to measure.
+        raise UserError(f"sampling.prompts is not set: type {typed_flag('prompts', ANY)}, or set evaluation.prompt_set")
+    checkpoints = [(command.stage_name, own)]
     checkpoints += [_open_other(spec, command) for spec in config.compare]
     contestants = []
     for number, (name, trained) in enumerate(checkpoints):
