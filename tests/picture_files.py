@@ -120,11 +120,14 @@ def tiff(
     tile_pixels: int | None = None,
     tags: Sequence[tuple[int, int]] = (),
     raw: bytes | None = None,
+    is_planar: bool = False,
 ) -> bytes:
-    """A TIFF of [height, width, samples] in one strip, or in tiles; `raw` replaces what the strip holds."""
+    """A TIFF of [height, width, samples] in one strip or tiles, or in those of each sample; `raw` replaces a strip."""
     height, width, num_samples = values.shape
     bits = bits or 8 * values.itemsize
-    parts = [values] if tile_pixels is None else _tiles(values, tile_pixels)
+    planes = np.split(values, num_samples, axis=2) if is_planar else [values]
+    parts = [part for plane in planes for part in ([plane] if tile_pixels is None else _tiles(plane, tile_pixels))]
+    tags = [*tags, (284, 2)] if is_planar else tags
     contents = [raw or b"".join(_tiff_row(row, order, bits, predictor) for row in part) for part in parts]
     contents = [zlib.compress(content) if deflate else content for content in contents]
     sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]

@@ -47,6 +47,29 @@ def test_predictors_and_tiles_change_nothing(order: str, kind: str, predictor: i
     np.testing.assert_array_equal(decoded(packed), decoded(tiff(wide, photometric=RGB)))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "predictor"), [("u2", 1), ("u2", 2), ("u4", 1), ("f4", 3), ("i2", 1), ("u1", 1)])
+@pytest.mark.parametrize("tile_pixels", [None, 16])
+def test_samples_that_are_stored_plane_by_plane_are_put_together(
+    order: str, kind: str, predictor: int, tile_pixels: int | None
+) -> None:
+    values = ramp(3)
+    if kind == "u1":
+        wide = (values >> 8).astype(kind)
+    else:
+        wide = values.astype(kind) if kind in ("u2", "i2") else (values / 65535).astype(kind)
+    wide = values.astype(np.uint32) << 16 if kind == "u4" else wide
+    packed = tiff(
+        wide, photometric=RGB, order=order, deflate=True, predictor=predictor, tile_pixels=tile_pixels, is_planar=True
+    )
+    np.testing.assert_array_equal(decoded(packed), decoded(tiff(wide, photometric=RGB)))
+    seen = np.concatenate([ramp(1), ramp(1) // 2], axis=2)
+    for photometric, shown in ((BLACK_IS_ZERO, seen), (RGB, np.concatenate([ramp(3), ramp(1)], axis=2))):
+        together = decoded(tiff(shown, photometric=photometric, tags=[(338, 2)], order=order))
+        apart = decoded(tiff(shown, photometric=photometric, tags=[(338, 2)], order=order, is_planar=True))
+        np.testing.assert_array_equal(apart, together)
+
+
 @pytest.mark.parametrize("bits", [3, 10, 12, 14])
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_packed_bits_are_unpacked(bits: int, num_samples: int) -> None:

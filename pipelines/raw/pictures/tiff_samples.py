@@ -1,7 +1,7 @@
 """TIFFs that Pillow cannot open or misreads: other than 8 bits, signed, floating point, L*a*b*, YCbCr, grey with alpha.
 
 libtiff, which Pillow brings, unpacks their strips or tiles as bytes; what these mean is read here (TIFF 6.0 and its
-technical notes). Pictures of eight bits, and those compressed as JPEG or a fax or stored plane by plane, are Pillow's.
+technical notes). Pictures of eight bits, and those compressed as JPEG or a fax, are Pillow's.
 """
 
 # H W pixels, S samples of a pixel, T tiles side by side (1 where there are strips), B bytes of a tile's row
@@ -9,7 +9,7 @@ technical notes). Pictures of eight bits, and those compressed as JPEG or a fax 
 import io
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,8 @@ UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 # More samples than colours and alpha, or wider tiles beyond the picture, are damage that asks for memory.
 MAX_EXTRA_SAMPLES, MAX_TILE_PIXELS = 4, 4096
 PREMULTIPLIED, SEPARATE = 1, 2  # kinds of alpha
+# By which the strips or tiles of a picture are found; of one stored plane by plane, those of each plane in turn.
+PLACES = (273, 279, 324, 325)
 # None, LZW, deflate by its two numbers, PackBits, LZMA, Zstandard.
 COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
 BYTES, SHORT, LONG = "BsBHIQbBhi", 3, 4  # formats by a tag's type; its types of two and four bytes
@@ -54,6 +56,7 @@ class TiffSamples:
     sample_format: int
     alpha: int | None
     predictor: int
+    is_planar: bool
     tile_width: int
     subsampling: tuple[int, ...]
     colour_map: tuple[int, ...]
@@ -81,6 +84,8 @@ class TiffSamples:
         """Return the samples as they are stored, [H, W, S]."""
         if self.photometric == YCBCR:
             return self._subsampled()
+        if self.is_planar:
+            return np.concatenate([self._plane(number)._samples() for number in range(self.num_samples)], axis=2)
         row = self.tile_width * self.num_samples
         num_tiles = -(-self.width // self.tile_width)
         bytes_of_row = -(-row * self.bits // 8)
@@ -95,6 +100,23 @@ class TiffSamples:
         if self.predictor == 2:  # differences of neighbours, which overflow
             values = np.cumsum(values, axis=2, dtype=values.dtype.newbyteorder("="))
         return values.reshape(self.height, -1, self.num_samples)[:, : self.width]
+
+    def _plane(self, number: int) -> "TiffSamples":
+        """Return the picture of one sample alone, of those that are stored one after the other."""
+        entries = dict(self.entries)
+        for tag in PLACES:
+            if tag in entries:
+                values = _values(self.data, self.order, entries[tag])
+                kind, count = struct.unpack_from(self.order + "HI", entries[tag], 2)
+                count //= self.num_samples
+                size = struct.calcsize(BYTES[kind])
+                (start,) = struct.unpack_from(self.order + "I", entries[tag], 8)
+                where = struct.pack(self.order + "I", start + number * count * size)
+                if count * size <= 4:
+                    packed = struct.pack(f"{self.order}{count}{BYTES[kind]}", *values[number * count :][:count])
+                    where = packed.ljust(4, b"\0")
+                entries[tag] = struct.pack(self.order + "HHI", tag, kind, count) + where
+        return replace(self, entries=entries, num_samples=1, is_planar=False)
 
     def _subsampled(self) -> np.ndarray:
         """Return Y, Cb and Cr, [H, W, 3]: stored are blocks of Y, each with one Cb and one Cr."""
@@ -202,6 +224,7 @@ def read_tiff(data: bytes) -> TiffSamples | None:
         # Pillow too takes one sample more than there are colours for alpha if nothing is said.
         alpha=first.get(EXTRA_SAMPLES, SEPARATE) if num_samples > NUM_COLOURS[photometric] else None,
         predictor=first[PREDICTOR],
+        is_planar=first[PLANES] == 2 and num_samples > 1,
         tile_width=first.get(TILE_WIDTH, first[WIDTH]),
         subsampling=(tags.get(SUBSAMPLING) or (2, 2))[:2],
         colour_map=tags.get(COLOUR_MAP, ()),
@@ -231,7 +254,7 @@ def _is_read_here(tags: Mapping[int, tuple[int, ...]], first: Mapping[int, int])
         and sample_format in (UNSIGNED, SIGNED, FLOAT)
         and (first[PREDICTOR] == 1 or (bits in (8, 16, 32, 64) and first[PREDICTOR] in (2, 3)))
         and first[COMPRESSION] in COMPRESSIONS
-        and (first[PLANES] == 1 or num_samples == 1)
+        and (first[PLANES] == 1 or (first[PLANES] == 2 and photometric != YCBCR))
         and min(first[WIDTH], first[HEIGHT], first.get(TILE_WIDTH, 1)) > 0
         and first.get(TILE_WIDTH, 1) <= max(first[WIDTH], MAX_TILE_PIXELS)
     )
