@@ -109,10 +109,18 @@ def read_rows(address: Address, start: int, stop: int, *, run: Path | None = Non
         UserError: the column does not exist, or the file is damaged; names it.
     """
     chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
-    readers = {"captions": _read_captions, "raw": functools.partial(_read_raw, run=run), "text": _read_texts}
-    rows = readers.get(address.layout, _read_table)(address, chosen)
+    rows = _read(address, chosen, run=run)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
+
+
+def read_rows_at(address: Address, numbers: np.ndarray) -> Iterator[CaptionRow]:
+    """Yield the rows of a source with some numbers, ascending; of a sample, those of the sample.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    yield from _read(address, numbers if address.sample is None else address.sample.rows()[numbers], run=None)
 
 
 def count_rows(address: Address) -> int:
@@ -140,6 +148,11 @@ def count_rows(address: Address) -> int:
 def is_folder(path: str) -> bool:
     """Whether a path is that of a folder on this machine."""
     return not is_remote(path) and Path(path).is_dir()
+
+
+def _read(address: Address, rows: Rows, *, run: Path | None) -> Iterator[CaptionRow]:
+    readers = {"captions": _read_captions, "raw": functools.partial(_read_raw, run=run), "text": _read_texts}
+    return readers.get(address.layout, _read_table)(address, rows)
 
 
 def _read_captions(address: Address, rows: Rows) -> Iterator[CaptionRow]:

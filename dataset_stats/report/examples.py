@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from dataset_stats.captions import Address, read_rows
+from dataset_stats.captions import Address, read_rows, read_rows_at
 from dataset_stats.example_places import ROW_BITS, noun_masks, places
 from dataset_stats.measures import SetMeasures
 from pipelines.engine.pieces import Source
@@ -94,12 +95,11 @@ def _texts_at(wanted: Sequence[tuple[str, int, int]], sources: Mapping[str, Sequ
         by_shard.setdefault((name, shard), {}).setdefault(row, []).append(index)
     texts = [""] * len(wanted)
     for (name, shard), rows in by_shard.items():
-        number = 0
-        for block in read_rows(Address.parse(sources[name][shard].path), 0, max(rows) + 1):
-            for row in block:
-                for index in rows.get(number, ()):
-                    texts[index] = row.text or ""
-                number += 1
+        numbers = np.array(sorted(rows), dtype=np.int64)
+        found = read_rows_at(Address.parse(sources[name][shard].path), numbers)
+        for number, row in zip(numbers.tolist(), found, strict=True):
+            for index in rows[number]:
+                texts[index] = row.text or ""
     return texts
 
 
