@@ -1,5 +1,6 @@
 """Remote features through a real S3 server: one download for all, checked, bounded, and nothing half after a kill."""
 
+import fcntl
 import hashlib
 import itertools
 import multiprocessing
@@ -205,6 +206,57 @@ def test_a_killed_download_leaves_nothing_half_used(tmp_path: Path) -> None:
         # Other hosts and ports are other URLs, but the same content: the next one takes the lock and begins anew.
         assert open_once(str(tmp_path), server.url, sha256) == content
     assert files_of(tmp_path) == {"shard.tar": 50_000}
+
+
+def begin_download(path: Path, content: bytes) -> int:
+    """Hold what another process holds that downloads a copy; returns its descriptor."""
+    path.parent.mkdir(parents=True)
+    descriptor = os.open(path.with_name(f"{path.name}.partial"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, content)
+    return descriptor
+
+
+def wait_until_open(path: Path, *, times: int) -> None:
+    deadline = time.monotonic() + 60
+    while sum(os.path.realpath(link) == str(path) for link in Path("/proc/self/fd").iterdir()) < times:
+        assert time.monotonic() < deadline, "nobody waits for the download"
+        time.sleep(0.005)
+
+
+def test_who_waits_for_a_download_never_waits_for_a_reader(tmp_path: Path) -> None:
+    """A copy is its temporary file under another name, so readers' locks are on what the others wait for.
+
+    Two ranks that each read one file and waited for the other's waited for ever.
+    """
+    content = b"x" * 1000
+    path = tmp_path / "cache" / hashlib.sha256(content).hexdigest() / "shard.tar"
+    descriptor = begin_download(path, content)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(open_once, str(tmp_path / "cache"), "file:///nowhere/shard.tar", path.parent.name)
+        wait_until_open(path.with_name("shard.tar.partial"), times=2)
+        path.with_name("shard.tar.partial").rename(path)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # from here on it is a reader's, as long as that needs the file
+        try:
+            assert waiting.result(timeout=60) == content
+        finally:
+            os.close(descriptor)
+
+
+def test_who_waits_for_a_download_leaves_when_the_reader_is_left(tmp_path: Path) -> None:
+    path = tmp_path / ("0" * 64) / "shard.tar"
+    descriptor, is_stopping = begin_download(path, b""), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        cache = ShardCache(tmp_path, 10**6)
+        waiting = pool.submit(cache.open, "file:///nowhere/shard.tar", "0" * 64, is_stopping=is_stopping)
+        wait_until_open(path.with_name("shard.tar.partial"), times=2)
+        is_stopping.set()
+        try:
+            with pytest.raises(OSError, match="the reader was left"):
+                waiting.result(timeout=60)
+        finally:
+            os.close(descriptor)
+    assert files_of(tmp_path) == {"shard.tar.partial": 0}, "the other process's goes on"
 
 
 def test_what_a_killed_process_left_makes_room(endpoint: str, tmp_path: Path) -> None:

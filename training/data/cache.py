@@ -5,6 +5,10 @@ and never half. Least recently used files make room. What is locked is not remov
 `flock` on it until it is closed, and the lock goes with the process, however it ends. A download holds an exclusive
 lock on its temporary file: others that want the same file wait for it instead of fetching it too, and take over if its
 process dies. Locks work between the hosts that share a disk where the file system passes `flock` on, as NFSv4 does.
+
+Who waits may hold other files open, so nobody waits in a lock for somebody who reads. A temporary file becomes the
+copy, and its readers' locks are on the same file that others wait for: they ask for it again and again, and look in
+between whether the copy is there. All other locks that are waited for are held for one short call that waits for none.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +31,8 @@ GIGABYTE = 1e9
 CHUNK_BYTES = 8 << 20
 PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
+# Between two looks at a file that another process downloads.
+WAIT_SECONDS = 0.02
 # A copy lies in a folder that is called after its SHA-256.
 FOLDER_NAME = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(rf"[^.].*\.(tar|parquet)({re.escape(PARTIAL_SUFFIX)})?", re.DOTALL)
@@ -83,12 +90,13 @@ class ShardCache:
                 tried again.
         """
         path = self.directory / sha256 / url.rsplit("/", 1)[-1]
+        is_stopping = is_stopping or threading.Event()
         while True:
             if (file := _lock_copy(path)) is not None:
                 return file
-            with _lock_download(path) as descriptor:
+            with _lock_download(path, is_stopping) as descriptor:
                 if descriptor is not None and not path.exists():
-                    self._download(url, sha256, path, descriptor, is_stopping or threading.Event())
+                    self._download(url, sha256, path, descriptor, is_stopping)
 
     def _download(self, url: str, sha256: str, path: Path, descriptor: int, is_stopping: threading.Event) -> None:
         """Fill the locked temporary file, check it and give it its name; whatever fails, nothing of it stays."""
@@ -140,12 +148,16 @@ def _copy(remote: RangeFile, descriptor: int, is_stopping: threading.Event) -> s
     """Copy a remote file's bytes to a descriptor; returns their SHA-256."""
     digest, position = hashlib.sha256(), 0
     while position < remote.size:
-        if is_stopping.is_set():
-            raise StorageError("the reader was left")
+        _require_reader(is_stopping)
         chunk = remote.read(position, CHUNK_BYTES)
         digest.update(chunk)
         position += os.pwrite(descriptor, chunk, position)
     return digest.hexdigest()
+
+
+def _require_reader(is_stopping: threading.Event) -> None:
+    if is_stopping.is_set():
+        raise StorageError("the reader was left")
 
 
 def remote_size(url: str) -> int:
@@ -173,7 +185,7 @@ def _lock_copy(path: Path) -> ShardFile | None:
 
 
 @contextlib.contextmanager
-def _lock_download(path: Path) -> Iterator[int | None]:
+def _lock_download(path: Path, is_stopping: threading.Event) -> Iterator[int | None]:
     """Hold a copy's temporary file; yields its descriptor, or None if another process finished or removed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -182,28 +194,45 @@ def _lock_download(path: Path) -> Iterator[int | None]:
         yield None
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        status = os.fstat(descriptor)
-        try:
-            is_current = _partial(path).stat().st_ino == status.st_ino and status.st_nlink > 0
-        except FileNotFoundError:
-            is_current = False
-        yield descriptor if is_current else None
+        while _is_partial(path, descriptor) and not _is_locked(descriptor):
+            _require_reader(is_stopping)
+            time.sleep(WAIT_SECONDS)
+        # It may have been renamed or removed before it was locked.
+        yield descriptor if _is_partial(path, descriptor) else None
     finally:
         os.close(descriptor)
+
+
+def _is_partial(path: Path, descriptor: int) -> bool:
+    """Whether an open file is a copy's temporary one still, and has not become the copy or been removed."""
+    try:
+        found, status = _partial(path).stat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return found.st_ino == status.st_ino and status.st_nlink > 0
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock a file for this descriptor alone if no other has it; returns whether it is."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_if_unused(path: Path) -> bool:
     """Remove a file that no process has open, a download left by a killed process too; returns whether it did."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # NFS locks for one alone what is open for writing.
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except PermissionError:  # another user's
         return False
-    else:
+    try:
+        if not _is_locked(descriptor):
+            return False
         discard(path)
         discard_folder(path.parent)  # unless another file of the same hash is there, or one is being fetched again
         return not path.exists()
