@@ -48,7 +48,7 @@ class LineWorker:
         return PieceReport(
             num_read=num_read,
             num_kept=num_read - num_rejected,
-            rejected={"tenth": num_rejected} if num_rejected else {},
+            rejected={self.config.get("reason", "tenth"): num_rejected} if num_rejected else {},
             details={"bytes": num_read},
             wait_seconds=1.0,
             busy_seconds=3.0,

@@ -126,6 +126,13 @@ def test_too_many_rejects_fail_by_name_and_keep_the_work(tmp_path, sources) -> N
         run(tmp_path / "a", sources, limit=0.05)
 
 
+def test_rejects_of_an_earlier_command_are_counted_and_held_against_its_own_limit_alone(tmp_path, sources) -> None:
+    carried = run(tmp_path / "a", sources, limit=0.0, settings={"reason": "caption:loop"})
+    assert (carried.num_read, carried.num_kept, carried.rejected) == (147, 132, {"caption:loop": 15})
+    with pytest.raises(UserError, match=r"15 of 147 samples rejected \(10\.2%\): loop 15"):
+        run(tmp_path / "b", sources, limit=0.0, settings={"reason": "loop"})
+
+
 def test_pieces_cover_every_sample_once_for_any_number_of_workers(tmp_path, sources) -> None:
     directory = ShardDirectory(tmp_path)
     for num_workers in (1, 2, 3, 8, 64):

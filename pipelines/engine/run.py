@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 
-from errors import StorageError, TooManyRejectsError, UserError, describe_lowering, describe_storage_error
+from errors import StorageError, UserError, describe_lowering, describe_storage_error
 from pipelines.engine.cluster import WorkerResources, choose_num_workers, is_cluster, run_on_ray
 from pipelines.engine.pieces import (
     PARTS_FOLDER,
@@ -24,6 +24,7 @@ from pipelines.engine.pieces import (
     finished_pieces,
 )
 from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
+from pipelines.engine.rejects import require_few_rejects
 from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, drop_claims
 from pipelines.recipe import TableConfig
 from pipelines.store.files import discard_folder, exclusive
@@ -106,13 +107,13 @@ def run_over_shards(
     Raises:
         QuarantinedShardError: a shard killed its worker `engine.max_shard_attempts` times; the others are done.
         MemoryShortageError: names the piece that does not fit, and what to lower.
-        TooManyRejectsError: more than `max_reject_fraction` of all samples were; names the three largest reasons.
+        TooManyRejectsError: this command rejected more than `max_reject_fraction`; names the three largest reasons.
         UserError: another process is writing `output`.
     """
     try:
         manifest = _finished_manifest(sources, output, fingerprint)
         if manifest is not None:
-            _require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
+            require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
         with exclusive(output.path):
@@ -128,7 +129,7 @@ def run_over_shards(
                 few_samples=few_samples,
                 memory_settings=memory_settings or {},
             )
-            _require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
+            require_few_rejects(output, sources, fingerprint, limit=max_reject_fraction, room=room)
             names = [source.name for source in sources]
             return output.write_manifest(fingerprint, names, upstream=upstream or {}, extra=extra or {})
     except OSError as error:
@@ -379,22 +380,3 @@ class _ProgressCounts:
         """Return the line that ends the run."""
         counts = f"{progress.num_new:,} samples in {clock(progress.elapsed_seconds)}"
         return " · ".join([counts, progress.rate(), *self.note().splitlines()])
-
-
-def _require_few_rejects(
-    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, limit: float, room: str
-) -> None:
-    reports = [report for source in sources if (report := output.report(source.name, fingerprint))]
-    num_read = sum(report.num_read for report in reports)
-    reasons: Counter[str] = Counter()
-    for report in reports:
-        reasons.update(report.rejected)
-    num_rejected = reasons.total()
-    if num_rejected > limit * num_read:
-        largest = ", ".join(f"{name} {count}" for name, count in reasons.most_common(3))
-        # Sampling, which may lose none, has no such key.
-        key = f", more than {room.split()[0]}.max_reject_fraction = {limit:.1%}" if limit else ""
-        raise TooManyRejectsError(
-            f"{output.path}: {num_rejected} of {num_read} samples rejected "
-            f"({num_rejected / num_read:.1%}){key}: {largest}"
-        )

@@ -1,0 +1,35 @@
+"""When a command has rejected too many samples."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from errors import TooManyRejectsError
+from pipelines.engine.pieces import Source
+from pipelines.store.manifest import Fingerprint, ShardDirectory
+
+
+def require_few_rejects(
+    output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, limit: float, room: str
+) -> None:
+    """Refuse an output of which `room` itself has rejected more than `limit`, a fraction of 0 to 1.
+
+    A reason with another room's name before it, as `caption:loop`, is a reject of that room, which has held it against
+    a limit of its own: who has raised that one is not stopped by this one for the same samples.
+
+    Raises:
+        TooManyRejectsError: it has; names the three largest reasons.
+    """
+    reports = [report for source in sources if (report := output.report(source.name, fingerprint))]
+    num_read = sum(report.num_read for report in reports)
+    reasons: Counter[str] = Counter()
+    for report in reports:
+        reasons.update({name: count for name, count in report.rejected.items() if ":" not in name})
+    num_rejected = reasons.total()
+    if num_rejected <= limit * num_read:
+        return
+    largest = ", ".join(f"{name} {count}" for name, count in reasons.most_common(3))
+    # Sampling, which may lose none, has no such key.
+    key = f", more than {room.split()[0]}.max_reject_fraction = {limit:.1%}" if limit else ""
+    raise TooManyRejectsError(
+        f"{output.path}: {num_rejected} of {num_read} samples rejected ({num_rejected / num_read:.1%}){key}: {largest}"
+    )
