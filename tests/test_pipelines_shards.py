@@ -109,6 +109,27 @@ def test_a_cut_tar_keeps_what_is_whole(tmp_path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"PK\x03\x04", "it is a ZIP file (as .xlsx and .npz are): unpack it and name the folder"),
+        (b"7z\xbc\xaf\x27\x1c", "it is a 7z archive"),
+        (b"BZh91AY", "it is compressed by bzip2; uncompress it"),
+        (b"\xfd7zXZ\x00", "it is compressed by xz"),
+        (b"\x28\xb5\x2f\xfd", "it is compressed by zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of git-lfs"),
+        (b"<!DOCTYPE html>", "it is a web page"),
+        (b'{"key": "1"}\n', "it begins as JSON does: a table is known by its name"),
+    ],
+)
+@pytest.mark.parametrize("num_bytes", [120, 2000])
+def test_another_file_that_is_named_tar_is_called_what_it_is(tmp_path, head, words, num_bytes) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(head + b"a" * num_bytes)
+    with pytest.raises(UserError, match=re.escape(f"{path} is not a readable tar: {words}")), open_shard(str(path)):
+        pass
+
+
 def test_identity_follows_content_not_time_of_copy(tmp_path) -> None:
     members = [("a.jpg", b"x" * 2000), ("b.jpg", b"y" * 2000)]
     first = shard_source(write_tar(tmp_path / "x.tar", members))
