@@ -128,11 +128,11 @@ def _non_finite(path: Path) -> str | None:
 
 
 def headers_damage(path: Path) -> str | None:
-    """Check remembered headers of a raw shard."""
+    """Check remembered headers of a raw shard: a line of JSON, then compressed lines, of which version 4 had one."""
     first, _, rest = path.read_bytes().partition(b"\n")
     try:
-        for text in (first, zlib.decompress(rest)):
-            json.loads(text)
+        for line in (first, *zlib.decompress(rest).splitlines()):
+            json.loads(line)
     except (ValueError, zlib.error) as error:
         return f"is damaged ({error})" if first else "is empty"
     return None
