@@ -99,7 +99,7 @@ def test_sampling(tmp_path, monkeypatch):
 
 def test_statistics(tmp_path, monkeypatch):
     write_caption_shards(tmp_path / "run", {"one": caption_rows("one", ["a cat", "a dog"], ["a cat sits", "a dog"])})
-    monkeypatch.setattr("dataset_stats.worker.read_rows", lambda *_: iter([pa.allocate_buffer(IMPOSSIBLE_BYTES)]))
+    monkeypatch.setattr("dataset_stats.worker.read_rows", lambda *_, **__: iter([pa.allocate_buffer(IMPOSSIBLE_BYTES)]))
     with pytest.raises(MemoryShortageError) as caught:
         run_stage(tmp_path / "run")
     said = str(caught.value)

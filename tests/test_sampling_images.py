@@ -34,7 +34,7 @@ def sample(run: Path, **table: object) -> None:
 
 
 def with_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("__main__", "images"):
+    for module in ("config", "images"):
         monkeypatch.setattr(f"sampling.{module}.SamplingConfig", LaterSampling)
 
 
