@@ -169,7 +169,7 @@ class TiffSamples:
 
     def _to_eight_bits(self, samples: np.ndarray) -> np.ndarray:
         if self.sample_format == SIGNED and self.bits < 32:
-            # The full range, as ImageMagick and GIMP have it: the lowest number is black, and zero a middle grey.
+            # The full range, as ImageMagick has it: the lowest number is black, and zero a middle grey.
             samples = (samples.astype(np.uint32) & (1 << self.bits) - 1) ^ (1 << self.bits - 1)
         if self.sample_format != FLOAT and self.bits < 32:
             # As browsers and Pillow have it: of more than eight bits the upper ones.
