@@ -73,6 +73,11 @@ TABLES = (
 )
 
 
+def tables_with(key: str) -> list[str]:
+    """Return the names of the tables that have a key."""
+    return [table.name for table in TABLES if key in table.model.model_fields]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """A key below its table; `default` as TOML would have it, None where the key must be written."""

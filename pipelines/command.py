@@ -14,7 +14,7 @@ from rich.text import Text
 from errors import ProgramFault, UserError, users_message
 from pipelines.as_typed import typed_flag, typed_path
 from pipelines.engine.progress import console, get_logger
-from pipelines.overrides import STAGE_PLACEHOLDER, Setting, named_setting, split_settings
+from pipelines.overrides import Setting, named_setting, split_settings
 from pipelines.recipe import DataConfig, Recipe, load_recipe, only_name
 from pipelines.recipe_files import find_recipe
 from pipelines.run_memory import SHARDS_KEY, Chosen, choose_recipe, remember, run_shards, typed_shards
@@ -92,7 +92,7 @@ class Command:
             remember(self.run, self.chosen, keys=keys, shards=self.raw_shards if self._has_typed_shards else ())
 
     def _whole_key(self, setting: Setting) -> str:
-        return setting.key.replace(STAGE_PLACEHOLDER, self.stage or "")
+        return setting.key_of_stage(self.stage)
 
     @property
     def words(self) -> list[str]:
@@ -125,8 +125,8 @@ def parse_command(
         is_silent: whether nothing is said, as another process does.
 
     Raises:
-        UserError: as `load_recipe`, the run's folder is a URL, something typed is not UTF-8, or no stage is named and
-            there are several.
+        UserError: as `load_recipe`, the run's folder is a URL, something typed is not UTF-8, a key is typed twice, or
+            no stage is named and there are several.
     """
     options = read_options(room, description, sys.argv[1:] if argv is None else argv, has_stages=has_stages)
     chosen = choose(options)
@@ -136,6 +136,8 @@ def parse_command(
     if has_stages:
         name = options.stage or only_name(chosen.recipe, stage_table, chosen.settings)
         stage = full_stage_name(name, options.phase)
+    if not options.is_exact:
+        _require_once(options.settings, stage)
     return Command(
         recipe=load_recipe(chosen.recipe, chosen.settings, stage=stage),
         run=run_folder(options.run),
@@ -143,6 +145,17 @@ def parse_command(
         is_plan=options.plan,
         chosen=None if options.is_exact else chosen,
     )
+
+
+def _require_once(settings: Sequence[Setting], stage: str | None) -> None:
+    seen: dict[str, Setting] = {}
+    for setting in settings:
+        former = seen.setdefault(setting.key_of_stage(stage), setting)
+        if former.value.strip() != setting.value.strip():
+            raise UserError(
+                f"{setting.origin}: {setting.key} is typed twice, as {former.value.strip()} and as "
+                f"{setting.value.strip()}: leave one out"
+            )
 
 
 def read_options(room: str, description: str, words: Sequence[str], *, has_stages: bool) -> argparse.Namespace:

@@ -46,6 +46,10 @@ class Setting:
         """What is before the first `=` outside its quotes; a part has quotes only where it needs them."""
         return ".".join(_plain_part(part) for part in DOT.split(_at_equals(self.text)[0].strip()))
 
+    def key_of_stage(self, stage: str | None) -> str:
+        """Return the key with the name of a stage for `{stage}`."""
+        return self.key.replace(STAGE_PLACEHOLDER, stage or "")
+
     def way_out(self, *, is_value: bool) -> str:
         """Return what to do where it is wrong and was not typed now, else nothing; `is_value`: its key is right."""
         other = ", or type another value" if is_value else ""
@@ -93,6 +97,11 @@ def _num_inside(text: str, first: int, ends: Sequence[int]) -> int:
     return next((number for number, value in enumerate(values) if _toml_value(value) is not NO_VALUE), 0)
 
 
+def is_toml(setting: Setting) -> bool:
+    """Whether the value is one of TOML, and so as long as it was meant to be."""
+    return not setting.is_text and _toml_value(setting.value) is not NO_VALUE
+
+
 def apply_setting(tables: dict[str, Any], setting: Setting, *, stage: str | None) -> tuple[str, ...]:
     """Put the value of a setting into `tables`, and return the parts of its key; `{stage}` in it stands for `stage`.
 
@@ -101,7 +110,7 @@ def apply_setting(tables: dict[str, Any], setting: Setting, *, stage: str | None
 
     Raises:
         UserError: it is not `table.key=value`, a part of its key is a value, no stage is chosen that it could mean, or
-            its value begins with a quote or bracket that is not closed.
+            its value begins with a quote and is no text in quotes, or with a bracket that is not closed.
     """
     dotted = setting.key
     if STAGE_PLACEHOLDER in dotted:
@@ -156,6 +165,8 @@ def _unclosed(text: str) -> str | None:
         return f"the quote {first} is not closed"
     if first in QUOTES and text.endswith(first):
         return f"between the first {first} and the last one is another, or a \\ that means nothing"
+    if first in QUOTES:
+        return f"behind the last {first} stands {text.rpartition(first)[2].strip()}, which is no table.key=value"
     closing = BRACKETS.get(first)
     if closing and text.count(first) != text.count(closing):
         return f"the bracket {first} is not closed"

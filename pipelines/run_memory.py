@@ -37,9 +37,10 @@ class RunMemory:
 
     Attributes:
         recipe: absolute path of its recipe, in the file relative to the run that it is in, or the name of a shipped
-            one; None before there is one.
+            one; None where none has been typed.
         settings: by `table.key`, values as they were typed.
-        shards: absolute paths or URLs of the raw shards that were typed, by name.
+        shards: absolute paths or URLs of the raw shards that were typed, by name; of those in the run's own folder, in
+            the file relative to it, the path by which the run is called.
         found: those of other raw shards that were captioned, as a recipe named them.
     """
 
@@ -57,6 +58,7 @@ class Chosen:
         recipe: path, as errors name it.
         settings: remembered ones first, then what is typed, in order.
         is_typed: whether the recipe is, and so is taken as it stands.
+        is_default: whether it is that of a run for which none has been typed.
         note: what is said of it, once; None where all of it was typed and nothing is left out.
         replaces: whether the command's settings take the place of those that are remembered.
     """
@@ -66,6 +68,7 @@ class Chosen:
     note: str | None
     replaces: bool
     is_typed: bool = False
+    is_default: bool = False
 
 
 def read_memory(run: Path) -> RunMemory:
@@ -79,8 +82,9 @@ def read_memory(run: Path) -> RunMemory:
     settings = {Setting(text=f"{key}=").key: value for key, value in memory.settings.items()}
     recipe = None if memory.recipe is None else _recalled_recipe(memory.recipe, run)
     found = memory.found or _read(dict[str, str], run / FORMER_NAME) or {}
-    found = {name: path for name, path in found.items() if name not in memory.shards}
-    return dataclasses.replace(memory, recipe=recipe, settings=settings, found=found)
+    shards = {name: _recalled_shard(path, run) for name, path in memory.shards.items()}
+    found = {name: _recalled_shard(path, run) for name, path in found.items() if name not in shards}
+    return RunMemory(recipe=recipe, settings=settings, shards=shards, found=found)
 
 
 def _read(form: type[Form], path: Path) -> Form | None:
@@ -113,29 +117,38 @@ def choose_recipe(run: Path, typed_recipe: Path | None, typed: Sequence[Setting]
     """
     memory, where = read_memory(run), run / MEMORY_NAME
     if typed_recipe is not None:
-        is_same = memory.recipe == str(typed_recipe.resolve())
+        is_same = Path(memory.recipe or default_recipe()).resolve() == typed_recipe.resolve()
         left_out = _listed(_uncovered(memory.settings, _keys(typed)))
         note = f"{_some(left_out)} of {where} left out, as a recipe was typed" if left_out else None
         return Chosen(recipe=typed_recipe, settings=tuple(typed), note=note, replaces=not is_same, is_typed=True)
+    kept = _uncovered(memory.settings, _keys(typed))
+    remembered = [
+        Setting(text=f"{key}={value}", origin=str(where), is_kept=False, is_remembered=True)
+        for key, value in sorted(kept.items())
+    ]
+    recipe, note = _untyped_recipe(memory, where, _some(_listed(kept)))
+    return Chosen(
+        recipe=recipe,
+        settings=(*remembered, *typed),
+        note=note,
+        replaces=False,
+        is_default=memory.recipe is None,
+    )
+
+
+def _untyped_recipe(memory: RunMemory, where: Path, settings: str) -> tuple[Path, str]:
+    """Return the remembered recipe, else the default, and what is said of it and of remembered settings."""
     if memory.recipe is None:
         default = _shown(default_recipe())
-        note = f"recipe {default}, the default; {typed_flag('recipe')} names another"
-        return Chosen(recipe=default, settings=tuple(typed), note=note, replaces=False)
+        also = f", and {settings} as remembered in {where}" if settings else ""
+        return default, f"recipe {default}, the default; {typed_flag('recipe')} names another{also}"
     recipe = _shown(Path(memory.recipe))
     if not recipe.is_file():
         flag = typed_flag("recipe")
         raise MissingFileError(
             f"{where} remembers recipe {recipe}, which does not exist; put it back, or type {flag} once more"
         )
-    kept = _uncovered(memory.settings, _keys(typed))
-    items = " and ".join([f"recipe {recipe}", *([_some(_listed(kept))] if kept else [])])
-    remembered = [
-        Setting(text=f"{key}={value}", origin=str(where), is_kept=False, is_remembered=True)
-        for key, value in sorted(kept.items())
-    ]
-    return Chosen(
-        recipe=recipe, settings=(*remembered, *typed), note=f"{items} as remembered in {where}", replaces=False
-    )
+    return recipe, f"recipe {recipe}{f' and {settings}' if settings else ''} as remembered in {where}"
 
 
 def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: Iterable[str]) -> None:
@@ -144,13 +157,13 @@ def remember(run: Path, chosen: Chosen, *, keys: Mapping[str, Setting], shards: 
     What other commands have noted since stays, but for what was typed anew, and shards that are gone where some are.
     """
     kept = {key: setting for key, setting in keys.items() if setting.is_kept and key != SHARDS_KEY}
-    typed = _by_name(shards)
+    typed = _by_name(shards, run)
     _update(run, lambda memory: _with(memory, chosen, kept=kept, typed=typed))
 
 
 def remember_found(run: Path, paths: Iterable[str]) -> None:
     """Note where raw shards are that a command has read, whether they were typed or a recipe names them."""
-    found = _by_name(paths)
+    found = _by_name(paths, run)
     _update(run, lambda memory: _with_found(memory, found))
 
 
@@ -159,8 +172,8 @@ def _with_found(memory: RunMemory, found: Mapping[str, str]) -> RunMemory:
     return dataclasses.replace(memory, found=memory.found | others)
 
 
-def _by_name(paths: Iterable[str]) -> dict[str, str]:
-    return {shard_name(path): path if is_remote(path) else str(Path(path).absolute()) for path in paths}
+def _by_name(paths: Iterable[str], run: Path) -> dict[str, str]:
+    return {shard_name(path): _recalled_shard(_noted_shard(path, run), run) for path in paths}
 
 
 def _update(run: Path, change: Callable[[RunMemory], RunMemory]) -> None:
@@ -175,11 +188,15 @@ def _update(run: Path, change: Callable[[RunMemory], RunMemory]) -> None:
         memory = read_memory(run)
         if (new := change(memory)) != memory:
             recipe = new.recipe and _noted_recipe(new.recipe, run.resolve())
-            atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(new) | {"recipe": recipe})
+            shards, found = (
+                {name: _noted_shard(path, run) for name, path in paths.items()} for paths in (new.shards, new.found)
+            )
+            noted = RunMemory(recipe=recipe, settings=new.settings, shards=shards, found=found)
+            atomic_write_json(run / MEMORY_NAME, dataclasses.asdict(noted))
 
 
 def _with(memory: RunMemory, chosen: Chosen, *, kept: Mapping[str, Setting], typed: Mapping[str, str]) -> RunMemory:
-    recipe = str(chosen.recipe.resolve())
+    recipe = memory.recipe if chosen.is_default else str(chosen.recipe.resolve())
     before = {} if chosen.replaces and memory.recipe != recipe else memory.settings
     settings = _uncovered(before, kept) | {key: setting.value for key, setting in kept.items()}
     shards, found = (
@@ -258,6 +275,25 @@ def _recalled_recipe(noted: str, run: Path) -> str:
     path = run / noted
     shipped = [recipe for recipe in shipped_recipes() if recipe.stem == noted]
     return str(shipped[0] if shipped and not path.exists() else path.resolve())
+
+
+def _noted_shard(path: str, run: Path) -> str:
+    """Return a URL as it is, and a path as absolute, or relative to the run that it is in, which may be moved."""
+    if is_remote(path):
+        return path
+    place = Path(path).absolute()
+    return str(place.relative_to(run.absolute()) if place.is_relative_to(run.absolute()) else place)
+
+
+def _recalled_shard(noted: str, run: Path) -> str:
+    """Return a shard as `_noted_shard` has noted it, one in the run from where the run is called from.
+
+    Absolute paths into the run are of runs of before.
+    """
+    if is_remote(noted):
+        return noted
+    place = run / noted
+    return str(run / place.relative_to(run.absolute()) if place.is_relative_to(run.absolute()) else place)
 
 
 def _is_gone(path: str) -> bool:

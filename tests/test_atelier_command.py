@@ -150,6 +150,12 @@ def test_what_is_not_known_or_missing_is_said(typed, message) -> None:
         ("app.prot=3", "app.prot is not a known key (did you mean app.port?)"),
         ("training.staeg2.num_steps=3", "has no [training.staeg2] (did you mean stage2?); a new one says"),
         ("features.mine.extends=stage9", "features.mine.extends = 'stage9' names no table of [features]"),
+        (
+            "engine.max_reject_fraction=0.3",
+            "engine.max_reject_fraction is not a known key (did you mean captioning.max_reject_fraction, "
+            "dataset_stats.max_reject_fraction, features.max_reject_fraction or evaluation.max_reject_fraction?)",
+        ),
+        ("training.stage2.num_heads=3", "num_heads is not a known key (did you mean model.num_heads?)"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["caption", "train"])
@@ -168,6 +174,25 @@ def test_a_setting_of_any_room_is_refused_when_it_is_typed(tmp_path, name, setti
     if "has no" not in message:
         with pytest.raises(UserError, match=r"run\.json: .*"):
             door.require_sound_settings(remembered)
+
+
+@pytest.mark.parametrize("name", ["caption", "train"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("captioning.prompts.default=a cat PLAN=1", "= a cat PLAN=1: PLAN=1 stands in this text; type it outside"),
+        ("captioning.prompts.default=a cat --plan", "--plan stands in this text"),
+        ("captioning.model=[INST] SHARDS=x", "SHARDS=x stands in this text"),
+        ("max_pixels=100", "'max_pixels=100' names no table (did you mean data.max_pixels or evaluation.max_pixels?)"),
+    ],
+)  # fmt: skip
+def test_a_flag_or_key_that_a_setting_would_swallow_is_refused(tmp_path, name, setting, message) -> None:
+    words = [name, "--recipe", "toyworld", "--run", str(tmp_path / "run")]
+    with pytest.raises(UserError) as refused:
+        door.require_sound_settings([*words, "--set", setting])
+    assert str(refused.value).startswith("--set: ") and message in str(refused.value)
+    for sound in ("captioning.prompts.default='a cat PLAN=1'", "captioning.prompts.default=a cat plan=1 X=2 --y"):
+        door.require_sound_settings([*words, "--set", sound])
 
 
 def test_a_new_table_needs_no_start_for_its_own_command(tmp_path) -> None:

@@ -38,7 +38,6 @@ def read(text: str) -> dict[str, object]:
         ("a.b='$5, [x] {y}' a.c=2", {"a.b": "$5, [x] {y}", "a.c": 2}),
         ("a.b=[INST] {x} [/INST] a.c=2", {"a.b": "[INST] {x} [/INST]", "a.c": 2}),
         ("a.b=", {"a.b": ""}),
-        ('a.b="hello" # world', {"a.b": '"hello" # world'}),
         ("a.b=1 # one", {"a.b": "1 # one"}),
         ("a.b=1, 2", {"a.b": "1, 2"}),
         ("a.b=1,", {"a.b": "1,"}),
@@ -72,6 +71,8 @@ def test_what_is_no_setting_is_refused_as_typed(text) -> None:
         ('a.b="a \\q"', "between the first"),
         ("a.b=[1, 2 a.c=3", "a.b = [1, 2: the bracket [ is not closed"),
         ('a.b={x = "y" a.c=3', "the bracket { is not closed"),
+        ('a.b="hello" # world', 'a.b = "hello" # world: behind the last " stands # world, which is no table.key=value'),
+        ("a.c=1 a.b='x' PLAN=1", "a.b = 'x' PLAN=1: behind the last ' stands PLAN=1, which is no"),
     ],
 )
 def test_quotes_and_brackets_that_are_not_closed_are_refused_by_name(text, message) -> None:
@@ -93,11 +94,25 @@ def test_a_key_is_the_same_in_whatever_quotes_its_parts_stand() -> None:
     assert Setting(text="a.'b\"c'=1").key == "a.'b\"c'"
 
 
-def test_later_settings_win_and_texts_come_last(tmp_path) -> None:
+def test_settings_win_over_the_recipe_and_what_has_a_flag_over_both(tmp_path) -> None:
     (tmp_path / "r.toml").write_text("[sampling]\nseed = 1\n")
-    typed = ["--set", "sampling.seed=2", "--settings", "sampling.seed=3 sampling.size=4", "--text", "sampling.size=5"]
+    typed = ["--set", "sampling.seed=2", "--settings", "sampling.seed=2 sampling.size=4", "--text", "sampling.size=5"]
     command = parse_command("sampling", "", argv=["--recipe", str(tmp_path / "r.toml"), "--run", "x", *typed])
-    assert command.recipe.tables == {"sampling": {"seed": 3, "size": "5"}}
+    assert command.recipe.tables == {"sampling": {"seed": 2, "size": "5"}}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("--settings", "training.one.num_steps=2 training.one.num_steps=3"),
+        ("--set", "training.one.num_steps=2", "--set", 'training."one".num_steps=3'),
+        ("--settings", "training.{stage}.num_steps=2 training.one.num_steps=3"),
+    ],
+)
+def test_a_key_that_is_typed_twice_is_refused_by_name(tmp_path, typed) -> None:
+    (tmp_path / "r.toml").write_text("[training.one]\n")
+    with pytest.raises(UserError, match=r"^(SET|--set): training\.one\.num_steps is typed twice, as 2 and as 3: leave"):
+        parse_command("x", "", argv=["--recipe", f"{tmp_path}/r.toml", "--run", "x", *typed], has_stages=True)
 
 
 def refuse(argv) -> None:

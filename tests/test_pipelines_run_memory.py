@@ -108,6 +108,20 @@ def test_without_memory_the_default_is_the_papers_recipe(house: Path, capsys) ->
     assert "pixart-alpha.toml, the default" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_recipe_that_nobody_typed_is_not_remembered_as_typed(house: Path, capsys) -> None:
+    done("--set", "sampling.seed=7")
+    assert memory()["recipe"] is None and memory()["settings"] == {"sampling.seed": "7"}
+    capsys.readouterr()
+    assert command().recipe.tables["sampling"]["seed"] == 7
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith(
+        "pixart-alpha.toml, the default; RECIPE names another, and sampling.seed = 7 as remembered in run/run.json"
+    )
+    done("--recipe", "pixart-alpha", "--set", "sampling.num_steps=9")
+    assert memory()["recipe"] == "pixart-alpha"
+    assert memory()["settings"] == {"sampling.seed": "7", "sampling.num_steps": "9"}, "it is the same recipe"
+
+
 @pytest.mark.parametrize("change", ["deleted", "folder", "broken"])
 def test_a_remembered_recipe_that_is_gone_is_named(house: Path, change: str) -> None:
     done("--recipe", "a.toml")
@@ -139,7 +153,8 @@ def test_a_remembered_setting_that_is_wrong_is_blamed_on_the_memory(house: Path)
 def test_a_key_that_is_typed_again_in_other_quotes_wins(house: Path) -> None:
     done("--recipe", "a.toml", "--set", 'sampling."num_steps"=8')
     done("--set", "sampling.num_steps=9")
-    done("--set", "sampling.'seed'=5", "--set", "sampling.seed=6")
+    done("--set", "sampling.'seed'=5")
+    done("--set", "sampling.seed=6")
     assert memory()["settings"] == {"sampling.num_steps": "9", "sampling.seed": "6"}
     Path("run", MEMORY_NAME).write_text(json.dumps(memory() | {"settings": {'sampling."num_steps"': "7"}}))
     assert command().recipe.tables["sampling"]["num_steps"] == 7
@@ -267,6 +282,26 @@ def test_one_file_has_what_was_typed_and_what_was_found(house: Path) -> None:
     assert memory()["shards"] == {"x": f"{house}/new/x.tar"} and memory()["found"] == {"y": f"{house}/y.tar"}
     remember_found(Path("run"), ["new/x.tar"])
     assert memory()["found"] == {"y": f"{house}/y.tar"}
+
+
+def test_shards_in_the_run_are_named_from_the_run_and_move_with_it(house: Path) -> None:
+    Path("run/raw").mkdir(parents=True)
+    for name in ("x", "z"):
+        Path("run/raw", f"{name}.tar").write_bytes(b"")
+    done("--recipe", "a.toml", "--text", f"SHARDS:data.shards={house}/run/raw/x.tar")
+    remember_found(Path("run"), ["run/raw/z.tar", "y.tar"])
+    assert memory()["shards"] == {"x": "raw/x.tar"} and memory()["found"] == {"z": "raw/z.tar", "y": f"{house}/y.tar"}
+    assert command().raw_shards == ["run/raw/x.tar"]
+    assert recall_shards(Path("run")) == ["run/raw/x.tar", f"{house}/y.tar", "run/raw/z.tar"]
+    former = {name: f"{house}/run/raw/{name}.tar" for name in ("x", "z")}
+    Path("run", MEMORY_NAME).write_text(json.dumps(memory() | {"shards": former}))
+    assert command().raw_shards == ["run/raw/x.tar", "run/raw/z.tar"], "of a run of before"
+    done("--text", "SHARDS:data.shards=y.tar")
+    Path("run").rename("moved")
+    assert recall_shards(Path("moved")) == ["moved/raw/x.tar", f"{house}/y.tar", "moved/raw/z.tar"]
+    Path("moved/raw/x.tar").unlink()
+    with pytest.raises(MissingFileError, match=r"^moved/run\.json remembers .* not there any more: moved/raw/x\.tar;"):
+        _ = parse_command("room", "", argv=["--run", "moved"]).raw_shards
 
 
 def test_the_only_stage_needs_no_name(house: Path) -> None:

@@ -37,7 +37,7 @@ def verify_run(run: Path) -> Findings:
     are_all_finished = all(folder.manifest is not None for folder in folders if folder.kind is FEATURES)
     check_families(run, findings, are_all_finished=are_all_finished)
     drawn = next((folder.path for folder in folders if folder.kind is RAW), None)
-    theirs = [path for path in raw_shards if drawn is None or not Path(path).is_relative_to(drawn.absolute())]
+    theirs = [path for path in raw_shards if drawn is None or not Path(path).is_relative_to(drawn)]
     findings.notes += raw_notes(run, theirs)
     return findings
 
