@@ -14,7 +14,7 @@ import numpy as np
 from pipelines.engine.progress import get_logger
 from pipelines.raw.caption_files import choose_key_column, key_of_path, say_strays, stray_files, text_files
 from pipelines.raw.images import SampleReject
-from pipelines.raw.reading import Reading
+from pipelines.raw.reading import AS_IT_COMES, Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
@@ -46,6 +46,19 @@ class CaptionRow:
     text: str | None
     flags: tuple[str, ...] = ()
     reject: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawOpening:
+    """How raw shards are opened.
+
+    Attributes:
+        reading: what `[data]` says of their samples.
+        run: where what is known of them is kept, so that none is looked at anew for each of its pieces.
+    """
+
+    reading: Reading = AS_IT_COMES
+    run: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +110,30 @@ class Address:
         return cls(layout=layout, column=column, path=path, sample=sample)
 
 
-def read_rows(address: Address, start: int, stop: int, *, run: Path | None = None) -> Iterator[list[CaptionRow]]:
+def read_rows(address: Address, start: int, stop: int, *, opening: RawOpening) -> Iterator[list[CaptionRow]]:
     """Yield the rows [start, stop) of a source in blocks of bounded size, in order; of a sample, those of the sample.
 
     Args:
         address: of the source.
         start, stop: numbers of rows.
-        run: where what is known of raw shards is kept, so that none is looked at anew for each of its pieces.
+        opening: of raw shards.
 
     Raises:
         UserError: the column does not exist, or the file is damaged; names it.
     """
     chosen = range(start, stop) if address.sample is None else address.sample.rows()[start:stop]
-    rows = _read(address, chosen, run=run)
+    rows = _read(address, chosen, opening)
     while block := list(itertools.islice(rows, ROWS_PER_BLOCK)):
         yield block
 
 
-def read_rows_at(address: Address, numbers: np.ndarray) -> Iterator[CaptionRow]:
+def read_rows_at(address: Address, numbers: np.ndarray, *, opening: RawOpening) -> Iterator[CaptionRow]:
     """Yield the rows of a source with some numbers, ascending; of a sample, those of the sample.
 
     Raises:
         UserError: as `read_rows`.
     """
-    yield from _read(address, numbers if address.sample is None else address.sample.rows()[numbers], run=None)
+    yield from _read(address, numbers if address.sample is None else address.sample.rows()[numbers], opening)
 
 
 def count_rows(address: Address) -> int:
@@ -150,8 +163,8 @@ def is_folder(path: str) -> bool:
     return not is_remote(path) and Path(path).is_dir()
 
 
-def _read(address: Address, rows: Rows, *, run: Path | None) -> Iterator[CaptionRow]:
-    readers = {"captions": _read_captions, "raw": functools.partial(_read_raw, run=run), "text": _read_texts}
+def _read(address: Address, rows: Rows, opening: RawOpening) -> Iterator[CaptionRow]:
+    readers = {"captions": _read_captions, "raw": functools.partial(_read_raw, opening=opening), "text": _read_texts}
     return readers.get(address.layout, _read_table)(address, rows)
 
 
@@ -221,8 +234,8 @@ def _has_text_file(sample: RawSample) -> bool:
     return bool(text_members(list(sample.members), sample.image_extension))
 
 
-def _read_raw(address: Address, rows: Rows, *, run: Path | None) -> Iterator[CaptionRow]:
-    with open_shard(address.path, run=run) as shard:
+def _read_raw(address: Address, rows: Rows, *, opening: RawOpening) -> Iterator[CaptionRow]:
+    with open_shard(address.path, opening.reading, run=opening.run) as shard:
         for _, sample in pick(shard.samples, rows):
             if sample.reject:
                 yield _rejected(sample.key, sample.reject)

@@ -12,7 +12,16 @@ from typing import cast
 
 import numpy as np
 
-from dataset_stats.captions import ADDRESS_SEPARATOR, PIPELINE_COLUMN, Address, RowSample, count_rows, is_folder, log
+from dataset_stats.captions import (
+    ADDRESS_SEPARATOR,
+    PIPELINE_COLUMN,
+    Address,
+    RawOpening,
+    RowSample,
+    count_rows,
+    is_folder,
+    log,
+)
 from dataset_stats.config import CaptionSet
 from errors import UserError
 from pipelines.engine.pieces import Source
@@ -25,6 +34,7 @@ from pipelines.raw.caption_files import (
     text_files,
 )
 from pipelines.raw.patterns import select_names, select_shards
+from pipelines.raw.reading import AS_IT_COMES
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.tables.open_table import TableFormat, open_table, require_sound, table_format
@@ -45,11 +55,13 @@ class RunFiles:
         captions: manifest of RUN/captions, where a set of that layout needs it.
         captions_folder: RUN/captions.
         raw_shards: paths of data.shards.
+        opening: of those.
     """
 
     captions: Manifest | None
     captions_folder: Path
     raw_shards: Sequence[str]
+    opening: RawOpening
 
 
 def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> list[Source]:
@@ -127,9 +139,12 @@ def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> li
 def _raw_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
     paths = select_shards(inputs.raw_shards, caption_set.shards, key=f"{key}.shards")
     addresses = [Address(layout="raw", column=caption_set.column, path=path) for path in paths]
-    described = describe_shards(paths, run=inputs.captions_folder.parent)
+    reading = inputs.opening.reading
+    described = describe_shards(paths, reading, run=inputs.opening.run)
+    # Which text is the sample's own is no part of a shard's identity.
+    texts = "" if reading == AS_IT_COMES or caption_set.column else f" {reading.dialect} {reading.text_column}"
     return [
-        replace(shard.source, name=_source_name(address), path=str(address))
+        replace(shard.source, name=_source_name(address), path=str(address), identity=f"{shard.source.identity}{texts}")
         for address, shard in zip(addresses, described, strict=True)
     ]
 

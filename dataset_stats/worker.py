@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataset_stats.captions import Address, CaptionRow, read_rows
+from dataset_stats.captions import Address, CaptionRow, RawOpening, read_rows
 from dataset_stats.counting import NounCounter, sum_nouns
 from dataset_stats.duplicates import EXACT, FOLDED, hash_texts
 from dataset_stats.languages import LanguageTable
@@ -40,7 +40,7 @@ class CountConfig:
 
     Attributes:
         text_tokenizer: path of a tokenizer.json, or empty to measure no T5 lengths.
-        run: where what is known of raw shards is kept.
+        opening: of raw shards.
         keeps_nouns: whether each caption's row lists its nouns, from which a sample's standard errors are taken.
     """
 
@@ -49,7 +49,7 @@ class CountConfig:
     text_limits: tuple[int, ...]
     boilerplate: tuple[str, ...]
     max_characters: int
-    run: Path | None = None
+    opening: RawOpening
     keeps_nouns: bool = False
 
 
@@ -73,7 +73,7 @@ class NounCountWorker:
         rejected: Counter[str] = Counter()
         tables, row_number = [], piece.start
         address = Address.parse(piece.source.path)
-        for rows in read_rows(address, piece.start, piece.stop, run=self._config.run):
+        for rows in read_rows(address, piece.start, piece.stop, opening=self._config.opening):
             rejects = [self._reject(row) for row in rows]
             rejected.update(reject for reject in rejects if reject)
             tables.append(self._measure(rows, rejects, first_row=row_number))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import UserError
-from pipelines.as_typed import typed_command, typed_flag
+from pipelines.as_typed import did_you_mean, typed_command, typed_flag
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, discard, sha256_file, sha256_text
@@ -20,6 +20,8 @@ from pipelines.store.tables import sound_table
 # In a directory of text features: the identity of each shard's captions, and the Parquet file it was taken from.
 IDENTITIES_NAME = ".captions.json"
 NUM_READERS = 8
+# Columns of captions that say what a row is of, and what became of it.
+NO_TEXTS = ("key", "shard", "prompt", "finish_reason", "reject")
 
 log = get_logger("features")
 
@@ -85,7 +87,13 @@ def text_identity(path: Path, columns: Sequence[str]) -> str:
         for column in wanted:
             position = schema.get_field_index(column)
             if position < 0 or not pa.types.is_string(schema.field(position).type):
-                raise UserError(f"{path}: there is no column {column!r} of texts, which features.<name>.captions names")
+                texts = [
+                    field.name for field in schema if pa.types.is_string(field.type) and field.name not in NO_TEXTS
+                ]
+                raise UserError(
+                    f"{path}: there is no column {column!r} of texts, which features.<name>.captions names"
+                    f"{did_you_mean(column, texts)}; its columns of texts are {', '.join(texts)}"
+                )
         table = pq.read_table(path, columns=wanted)
     return sha256_text(json.dumps([table.column(column).to_pylist() for column in wanted], ensure_ascii=False))
 

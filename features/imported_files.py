@@ -7,25 +7,30 @@ its readers of SA-1B have `sa_7.npz`.
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs
 from pipelines.as_typed import typed_path
-from pipelines.engine.pieces import Source
+from pipelines.engine.pieces import Piece, PieceReport, Source
+from pipelines.raw.images import SampleReject
 from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.patterns import GLOB, expand_braces
-from pipelines.raw.reading import AS_IT_COMES
-from pipelines.raw.samples import Member
+from pipelines.raw.reading import AS_IT_COMES, Reading
+from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.shard_headers import HeaderCache
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.shards import open_shard
+from pipelines.raw.shards import RawShard, open_shard
 from pipelines.raw.summaries import read_headers, recall_headers
-from pipelines.store.files import is_remote, open_ranges
+from pipelines.store.families import FamilySchema
+from pipelines.store.feature_store import FeatureTarWriter, write_index
+from pipelines.store.files import atomic_file, is_remote, open_ranges
 from pipelines.store.remote import list_urls
 
 MISSING, CORRUPT, WRONG_SHAPE = "missing_feature", "corrupt_feature", "wrong_shape"
@@ -86,8 +91,14 @@ class FeatureFiles:
                     return f"{tar.path}\0{name}"
         return None
 
-    def read(self, found: str) -> bytes:
-        """Return the bytes of a file that `find` has found."""
+    def read(self, key: str) -> bytes:
+        """Return the bytes of the file of a sample.
+
+        Raises:
+            SampleReject: `missing_feature`.
+        """
+        if (found := self.find(key)) is None:
+            raise SampleReject(MISSING)
         path, _, name = found.partition("\0")
         if not name:
             return Path(path).read_bytes()
@@ -134,6 +145,57 @@ def open_files(places: FeaturePlaces, shard: str) -> Iterator[FeatureFiles]:
             identity = headers.summary.identity
             tars.append(_Tar(path=path, identity=identity, members=kept, content=TarMembers(path, file)))
         yield FeatureFiles(places, tars)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedSample:
+    """A sample that is imported: where what its file holds goes, and the row of it, which is filled in."""
+
+    raw: RawShard
+    sample: RawSample
+    files: FeatureFiles
+    tar: FeatureTarWriter
+    row: dict[str, Any]
+
+
+def import_piece(
+    piece: Piece,
+    store: Callable[[ImportedSample], None],
+    *,
+    family: FamilySchema,
+    places: FeaturePlaces,
+    reading: Reading,
+    row: Mapping[str, Any],
+) -> PieceReport:
+    """Write the tar and index of samples [piece.start, piece.stop): a member of each that is kept, a row of each.
+
+    Args:
+        piece: of a raw shard.
+        store: writes a sample; raises `SampleReject` for one that it cannot.
+        family: columns of the index.
+        places: of the files.
+        reading: how the shard's samples are read.
+        row: what all rows begin with.
+    """
+    rows: list[dict[str, Any]] = []
+    with (
+        open_shard(piece.source.path, reading, run=places.run) as raw,
+        open_files(places, piece.source.name) as files,
+        atomic_file(piece.output(".tar")) as tar_path,
+        FeatureTarWriter(tar_path) as tar,
+    ):
+        for start, stop in piece.slices():
+            for sample in raw.samples[start:stop]:
+                rows.append({"key": sample.key, "shard": raw.name, **row, "reject": sample.reject})
+                try:
+                    if sample.reject is None:
+                        store(ImportedSample(raw=raw, sample=sample, files=files, tar=tar, row=rows[-1]))
+                except SampleReject as reject:
+                    rows[-1]["reject"] = reject.reason
+    with atomic_file(piece.output(".parquet")) as index_path:
+        write_index(index_path, rows, family.columns)
+    rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
+    return PieceReport(num_read=len(rows), num_kept=len(rows) - rejected.total(), rejected=dict(rejected))
 
 
 def feature_names(key: str) -> list[str]:

@@ -7,10 +7,8 @@ recipe says of `vae_model`. An image is read for its size alone.
 # C latent channels, h w latent height and width
 
 import io
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,13 +17,12 @@ from errors import UserError
 from features.config import DECIDES_IMAGES
 from features.imported_files import (
     CORRUPT,
-    MISSING,
     WRONG_SHAPE,
-    FeatureFiles,
     FeaturePlaces,
+    ImportedSample,
     find_places,
+    import_piece,
     imported_sources,
-    open_files,
 )
 from features.jobs import (
     FamilyPlan,
@@ -42,11 +39,10 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
-from pipelines.raw.shards import RawShard, open_shard
+from pipelines.raw.shards import RawShard
 from pipelines.raw.sizes import measure_image
 from pipelines.store.families import latent_directory, latent_schema
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
-from pipelines.store.files import atomic_file
+from pipelines.store.feature_store import join_shards
 from pipelines.store.manifest import Fingerprint, ShardDirectory
 
 # Raised when a change of code changes what is imported of unchanged files.
@@ -64,7 +60,6 @@ class LatentImportConfig:
     is_bucketed: bool
     reading: Reading
     max_pixels: int
-    run: Path
     dtype: str = "float32"
 
 
@@ -81,41 +76,26 @@ class LatentImporter:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         config = self._config
-        rows: list[dict[str, Any]] = []
-        with (
-            open_shard(piece.source.path, config.reading, run=config.run) as raw,
-            open_files(config.places, piece.source.name) as files,
-            atomic_file(piece.output(".tar")) as tar_path,
-            FeatureTarWriter(tar_path) as tar,
-        ):
-            for start, stop in piece.slices():
-                for sample in raw.samples[start:stop]:
-                    rows.append({"key": sample.key, "shard": raw.name, "label": None, "reject": None})
-                    try:
-                        self._store(raw, sample, files, tar, rows[-1])
-                    except SampleReject as reject:
-                        rows[-1]["reject"] = reject.reason
-        with atomic_file(piece.output(".parquet")) as index_path:
-            write_index(index_path, rows, self._family.columns)
-        rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
-        return PieceReport(num_read=len(rows), num_kept=len(rows) - rejected.total(), rejected=dict(rejected))
+        return import_piece(
+            piece,
+            self._store,
+            family=self._family,
+            places=config.places,
+            reading=config.reading,
+            row={"label": None},
+        )
 
-    def _store(
-        self, raw: RawShard, sample: RawSample, files: FeatureFiles, tar: FeatureTarWriter, row: dict[str, Any]
-    ) -> None:
-        if sample.reject is not None:
-            raise SampleReject(sample.reject)
-        row["label"] = raw.label(sample)
-        if row["label"] is None and raw.has_labels:
+    def _store(self, item: ImportedSample) -> None:
+        raw, sample = item.raw, item.sample
+        item.row["label"] = raw.label(sample)
+        if item.row["label"] is None and raw.has_labels:
             raise SampleReject("no_label")
-        if (found := files.find(sample.key)) is None:
-            raise SampleReject(MISSING)
-        mean, std = read_latent(files.read(found), channels=self._config.channels)  # [C, h, w] each
+        mean, std = read_latent(item.files.read(sample.key), channels=self._config.channels)  # [C, h, w] each
         height, width = (side * self._config.factor for side in mean.shape[1:])
         if (height, width) not in self._config.sizes:
             raise SampleReject(WRONG_SHAPE, f"{height} x {width} pixels are no bucket")
-        row |= {"bucket": f"{height}x{width}"} | self._geometry(raw, sample, height, width)
-        self._family.write(tar, [row], [(mean, std)])
+        item.row.update({"bucket": f"{height}x{width}"} | self._geometry(raw, sample, height, width))
+        self._family.write(item.tar, [item.row], [(mean, std)])
 
     def _geometry(self, raw: RawShard, sample: RawSample, height: int, width: int) -> dict[str, int]:
         """Return sizes and crop of PixArt's extraction; nothing where the image is not there or cannot be read."""
@@ -199,7 +179,6 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
             is_bucketed=features.buckets,
             reading=inputs.data.reading,
             max_pixels=inputs.data.max_pixels,
-            run=inputs.run.absolute(),
         ),
         sources=imported_sources(places, inputs, key=key),
         output=output,

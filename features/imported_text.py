@@ -6,12 +6,11 @@ texts were cleaned, is what the recipe says of `text_model` and `text_cleaning`.
 
 # L tokens of a caption, D text width
 
+import functools
 import io
 import zipfile
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,13 +19,12 @@ from encoders.weights import resolve_model
 from features.config import DECIDES_TEXT
 from features.imported_files import (
     CORRUPT,
-    MISSING,
     WRONG_SHAPE,
-    FeatureFiles,
     FeaturePlaces,
+    ImportedSample,
     find_places,
+    import_piece,
     imported_sources,
-    open_files,
 )
 from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob, count_samples
 from features.overflow import NON_FINITE_TEXT
@@ -37,11 +35,8 @@ from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
-from pipelines.raw.samples import RawSample
-from pipelines.raw.shards import open_shard
 from pipelines.store.families import NULL_CAPTION_FILE, text_directory, text_schema
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
-from pipelines.store.files import atomic_file
+from pipelines.store.feature_store import join_shards, write_tensors
 from pipelines.store.manifest import Fingerprint, ShardDirectory
 from pipelines.store.weight_files import weight_file_damage
 
@@ -63,7 +58,6 @@ class TextImportConfig:
     max_tokens: int
     weight: float
     reading: Reading
-    run: Path
     dtype: str = "float32"
 
 
@@ -82,42 +76,21 @@ class TextImporter:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         config = self._config
-        rows: list[dict[str, Any]] = []
         counts = TextCounts(config.max_tokens)
-        with (
-            open_shard(piece.source.path, config.reading, run=config.run) as raw,
-            open_files(config.places, piece.source.name) as files,
-            atomic_file(piece.output(".tar")) as tar_path,
-            FeatureTarWriter(tar_path) as tar,
-        ):
-            for start, stop in piece.slices():
-                for sample in raw.samples[start:stop]:
-                    row = {"key": sample.key, "shard": raw.name, "caption_index": 0, "weight": config.weight}
-                    rows.append(row | {"reject": None})
-                    try:
-                        self._store(sample, files, tar, rows[-1], counts)
-                    except SampleReject as reject:
-                        rows[-1]["reject"] = reject.reason
-        with atomic_file(piece.output(".parquet")) as index_path:
-            write_index(index_path, rows, self._family.columns)
-        rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
-        return PieceReport(
-            num_read=len(rows),
-            num_kept=len(rows) - rejected.total(),
-            rejected=dict(rejected),
-            details=counts.details,
+        report = import_piece(
+            piece,
+            functools.partial(self._store, counts=counts),
+            family=self._family,
+            places=config.places,
+            reading=config.reading,
+            row={"caption_index": 0, "weight": config.weight},
         )
+        return replace(report, details=counts.details)
 
-    def _store(
-        self, sample: RawSample, files: FeatureFiles, tar: FeatureTarWriter, row: dict[str, Any], counts: TextCounts
-    ) -> None:
+    def _store(self, item: ImportedSample, *, counts: TextCounts) -> None:
         import torch
 
-        if sample.reject is not None:
-            raise SampleReject(sample.reject)
-        if (found := files.find(sample.key)) is None:
-            raise SampleReject(MISSING)
-        embedding = torch.from_numpy(read_embedding(files.read(found)))  # [L, D]
+        embedding = torch.from_numpy(read_embedding(item.files.read(item.sample.key)))  # [L, D]
         if embedding.shape[1] != self._width:
             raise SampleReject(WRONG_SHAPE, f"{embedding.shape[1]} wide, not {self._width}")
         if not 0 < len(embedding) <= self._config.max_tokens:
@@ -127,7 +100,7 @@ class TextImporter:
             raise SampleReject(NON_FINITE_TEXT)
         stored = store_text(embedding, self._config.storage)
         parts = [part for part in (stored.values, stored.scale) if part is not None]
-        self._family.write(tar, [row], [parts])
+        self._family.write(item.tar, [item.row], [parts])
         counts.count(embedding, stored, self._config.storage)
 
 
@@ -181,7 +154,6 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
             max_tokens=features.max_tokens,
             weight=caption.weight,
             reading=inputs.data.reading,
-            run=inputs.run.absolute(),
         ),
         sources=imported_sources(places, inputs, key=key),
         output=output,

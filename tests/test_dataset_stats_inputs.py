@@ -15,7 +15,7 @@ import pytest
 from raw_shards import encode, photo, write_tar
 from stats_run import RECIPE, caption_rows, run_stage, write_caption_shards
 
-from dataset_stats.captions import Address, CaptionRow, count_rows, read_rows
+from dataset_stats.captions import Address, CaptionRow, RawOpening, count_rows, read_rows
 from errors import UserError
 from pipelines.raw import summaries
 from pipelines.raw.shards import describe_shards
@@ -43,7 +43,8 @@ def run(tmp_path) -> Path:
 
 
 def rows_of(layout: str, path: Path, column: str = "text") -> list[CaptionRow]:
-    return [row for block in read_rows(Address(layout=layout, column=column, path=str(path)), 0, 99) for row in block]
+    address = Address(layout=layout, column=column, path=str(path))
+    return [row for block in read_rows(address, 0, 99, opening=RawOpening()) for row in block]
 
 
 def outcome(rows: list[CaptionRow]) -> list[str | None]:
@@ -121,6 +122,22 @@ def test_alt_texts_straight_from_raw_shards(run):
     assert (summary["num_captions"], summary["rejected"]) == (2, {"no_text": 1})
 
 
+def test_a_set_of_raw_shards_is_read_as_data_says(tmp_path):
+    """The texts that the report quotes, too; another column is another text, and is counted anew."""
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(photo(number)))
+    rows = [{"image": f"{number}.jpg", "caption": "a dog", "long": f"a red sofa {number}"} for number in range(3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sets, shards = '{web = {layout = "raw"}}', f"data.shards={tmp_path}/t.jsonl"
+    run = tmp_path / "run"
+    for chosen, noun, text in ((), "dog", "a dog"), (("data.text_column=long",), "sofa", "a red sofa"):
+        assert stage_summary(run, sets, shards, *chosen)["web"]["num_captions"] == 3
+        (row,) = csv.DictReader((run / "stats/nouns.csv").read_text().splitlines())
+        assert row["noun"] == noun and text in (run / "stats/report.html").read_text()
+    with pytest.raises(UserError, match="no_text 3"):
+        stage_summary(run, sets, shards, "data.dialect=sa1b")
+
+
 def test_the_pieces_of_a_raw_shard_are_read_with_what_the_run_remembers_of_it(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for number in range(30):  # those of fewer are looked at again: that is as fast
@@ -134,7 +151,8 @@ def test_the_pieces_of_a_raw_shard_are_read_with_what_the_run_remembers_of_it(tm
     address = Address(layout="raw", column="", path=photos)
     for run, num_looks in ((tmp_path / "run", 0), (None, 3)):
         looked_at.clear()
-        blocks = [block for start in (0, 10, 20) for block in read_rows(address, start, start + 10, run=run)]
+        opening = RawOpening(run=run)
+        blocks = [block for start in (0, 10, 20) for block in read_rows(address, start, start + 10, opening=opening)]
         assert [row.text for block in blocks for row in block] == [f"{number} dogs" for number in range(30)]
         assert len(looked_at) == num_looks
 

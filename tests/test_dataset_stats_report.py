@@ -121,7 +121,7 @@ def test_a_new_key_writes_no_report_again(run, monkeypatch, is_former):
         fields["config"] = recipe.table("dataset_stats", DatasetStatsConfig).model_dump(mode="json")
         manifest["fingerprint"] = {"fields": fields, "digest": Fingerprint.of(fields).digest}
         path.write_text(json.dumps(manifest))
-    for module in ("__main__", "config"):
+    for module in ("job", "config"):
         monkeypatch.setattr(f"dataset_stats.{module}.DatasetStatsConfig", LaterStats)
     before = path.stat().st_mtime_ns
     run_stage(run, "dataset_stats.patience=9")

@@ -7,6 +7,7 @@ from feature_run import extract, write_run
 
 import features.captions
 import features.text
+from errors import UserError
 from features.captions import IDENTITIES_NAME
 
 
@@ -33,6 +34,16 @@ def test_damaged_identities_and_null_caption_are_made_anew_to_the_same_bytes(tmp
     assert second.startswith(f"{null} is cut short") and second.endswith(
         "it is written anew, with the texts of one shard"
     )
+
+
+def test_a_column_that_is_not_there_is_said_with_those_that_are(tmp_path) -> None:
+    run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
+    message = (
+        r"captions/laion_00000\.parquet: there is no column 'captoin' of texts, which features\.<name>\.captions names "
+        r"\(did you mean caption\?\); its columns of texts are alt_text, caption"
+    )
+    with pytest.raises(UserError, match=message):
+        extract(run, "features.stage2.captions=[{column='captoin'}]")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"laion_00000": "x"}'])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dataset_stats.captions import Address, read_rows, read_rows_at
+from dataset_stats.captions import Address, RawOpening, read_rows, read_rows_at
 from dataset_stats.example_places import ROW_BITS, noun_masks, places
 from dataset_stats.measures import SetMeasures
 from pipelines.engine.pieces import Source
@@ -34,28 +34,75 @@ class Quotes:
     unread: dict[str, list[str]]
 
 
+@dataclass(frozen=True)
+class _SetTexts:
+    """The texts of all sets: the sources of each by its name, and how raw shards are opened."""
+
+    sources: Mapping[str, Sequence[Source]]
+    opening: RawOpening
+
+    def at(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
+        """Return texts by set and place; each shard is read once."""
+        by_shard: dict[tuple[str, int], dict[int, list[int]]] = {}
+        for index, (name, place) in enumerate(wanted):
+            shard, row = divmod(place, 1 << ROW_BITS)
+            by_shard.setdefault((name, shard), {}).setdefault(row, []).append(index)
+        texts = [""] * len(wanted)
+        for (name, shard), rows in by_shard.items():
+            numbers = np.array(sorted(rows), dtype=np.int64)
+            found = read_rows_at(Address.parse(self.sources[name][shard].path), numbers, opening=self.opening)
+            for number, row in zip(numbers.tolist(), found, strict=True):
+                for index in rows[number]:
+                    texts[index] = row.text or ""
+        return texts
+
+    def others(self, name: str, nouns: Mapping[str, int], used: set[frozenset[str]]) -> dict[int, str]:
+        """Captions of a set with these nouns whose words are not yet `used`, which grows, by index of the noun."""
+        found: dict[int, str] = {}
+        pending, left = dict(nouns), MAX_SCANNED_ROWS
+        for source in self.sources[name]:
+            if not pending or not left:
+                break
+            num_rows = min(source.num_samples, left)
+            for block in read_rows(Address.parse(source.path), 0, num_rows, opening=self.opening):
+                left -= len(block)
+                for row in block:
+                    words = _words(row.text or "") if row.reject is None else frozenset()
+                    present = pending.keys() & words
+                    if present and words not in used:
+                        noun = min(present, key=pending.__getitem__)
+                        found[pending.pop(noun)] = row.text or ""
+                        used.add(words)
+        return found
+
+
 def quote_captions(
-    top: pd.DataFrame, measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]
+    top: pd.DataFrame,
+    measures: Mapping[str, SetMeasures],
+    *,
+    sources: Mapping[str, Sequence[Source]],
+    opening: RawOpening,
 ) -> Quotes:
-    """Find what the report quotes; `top` is that of the noun table."""
-    return Quotes(_example_captions(top, sources), _repeated_texts(measures, sources), _unread_texts(measures, sources))
+    """Find what the report quotes; `top` is that of the noun table, `sources` by set."""
+    texts = _SetTexts(sources, opening)
+    return Quotes(_example_captions(top, texts), _repeated_texts(measures, texts), _unread_texts(measures, texts))
 
 
-def _example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]) -> list[str]:
+def _example_captions(top: pd.DataFrame, of_sets: _SetTexts) -> list[str]:
     """One caption for each noun of `top`, drawn from those of the set in which the noun is most frequent.
 
     A noun whose caption has the same words as that of a more frequent noun gets another one, where there is another.
     """
-    names = list(sources)
+    names = list(of_sets.sources)
     best = [names[number] for number in top[names].to_numpy().argmax(axis=1)]
     masks = noun_masks(top["noun"].to_numpy())
     wanted = [
-        (name, *divmod(int(places(example, mask)), 1 << ROW_BITS))
+        (name, int(places(example, mask)))
         for name, example, mask in zip(
             best, (top[f"{name} example"].iloc[index] for index, name in enumerate(best)), masks, strict=True
         )
     ]
-    texts = _texts_at(wanted, sources)
+    texts = of_sets.at(wanted)
     used: set[frozenset[str]] = set()
     again: dict[str, dict[str, int]] = {}  # by set, index of the noun
     for index, (name, noun) in enumerate(zip(best, top["noun"], strict=True)):
@@ -64,62 +111,25 @@ def _example_captions(top: pd.DataFrame, sources: Mapping[str, Sequence[Source]]
             again.setdefault(name, {})[noun] = index
         used.add(words)
     for name, nouns in again.items():
-        for index, text in _others(nouns, sources[name], used).items():
+        for index, text in of_sets.others(name, nouns, used).items():
             texts[index] = text
     return [_excerpt(text, noun) for text, noun in zip(texts, top["noun"], strict=True)]
 
 
-def _repeated_texts(
-    measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]
-) -> dict[str, list[tuple[int, str]]]:
+def _repeated_texts(measures: Mapping[str, SetMeasures], of_sets: _SetTexts) -> dict[str, list[tuple[int, str]]]:
     found = {}
     for name, measure in measures.items():
         most = measure.duplicates.most_frequent
-        texts = _texts_at([(name, *divmod(repeated.place, 1 << ROW_BITS)) for repeated in most], sources)
+        texts = of_sets.at([(name, repeated.place) for repeated in most])
         found[name] = [(repeated.count, _shorten(text)) for repeated, text in zip(most, texts, strict=True)]
     return found
 
 
-def _unread_texts(measures: Mapping[str, SetMeasures], sources: Mapping[str, Sequence[Source]]) -> dict[str, list[str]]:
-    wanted = {
-        name: [(name, *divmod(place, 1 << ROW_BITS)) for place in measure.unread_places]
+def _unread_texts(measures: Mapping[str, SetMeasures], of_sets: _SetTexts) -> dict[str, list[str]]:
+    return {
+        name: [_shorten(text) for text in of_sets.at([(name, place) for place in measure.unread_places])]
         for name, measure in measures.items()
     }
-    return {name: [_shorten(text) for text in _texts_at(places, sources)] for name, places in wanted.items()}
-
-
-def _texts_at(wanted: Sequence[tuple[str, int, int]], sources: Mapping[str, Sequence[Source]]) -> list[str]:
-    """Texts by set, shard and row; each shard is read once."""
-    by_shard: dict[tuple[str, int], dict[int, list[int]]] = {}
-    for index, (name, shard, row) in enumerate(wanted):
-        by_shard.setdefault((name, shard), {}).setdefault(row, []).append(index)
-    texts = [""] * len(wanted)
-    for (name, shard), rows in by_shard.items():
-        numbers = np.array(sorted(rows), dtype=np.int64)
-        found = read_rows_at(Address.parse(sources[name][shard].path), numbers)
-        for number, row in zip(numbers.tolist(), found, strict=True):
-            for index in rows[number]:
-                texts[index] = row.text or ""
-    return texts
-
-
-def _others(nouns: dict[str, int], sources: Sequence[Source], used: set[frozenset[str]]) -> dict[int, str]:
-    """Captions with these nouns whose words are not yet `used`, which grows; by index of the noun."""
-    found: dict[int, str] = {}
-    pending, left = dict(nouns), MAX_SCANNED_ROWS
-    for source in sources:
-        if not pending or not left:
-            break
-        for block in read_rows(Address.parse(source.path), 0, min(source.num_samples, left)):
-            left -= len(block)
-            for row in block:
-                words = _words(row.text or "") if row.reject is None else frozenset()
-                present = pending.keys() & words
-                if present and words not in used:
-                    noun = min(present, key=pending.__getitem__)
-                    found[pending.pop(noun)] = row.text or ""
-                    used.add(words)
-    return found
 
 
 def _words(text: str) -> frozenset[str]:

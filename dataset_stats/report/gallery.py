@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dataset_stats.captions import Address, read_rows
+from dataset_stats.captions import Address, RawOpening, read_rows
 from dataset_stats.example_places import ROW_BITS
 from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
@@ -34,7 +34,13 @@ class GalleryItem:
 
 
 def sample_gallery(
-    sources: Mapping[str, Sequence[Source]], raw_shards: Sequence[str], *, num_images: int, seed: int, max_pixels: int
+    sources: Mapping[str, Sequence[Source]],
+    raw_shards: Sequence[str],
+    *,
+    opening: RawOpening,
+    num_images: int,
+    seed: int,
+    max_pixels: int,
 ) -> list[GalleryItem]:
     """Sampled images with the texts that the sets have about them; the same seed gives the same sample.
 
@@ -54,7 +60,12 @@ def sample_gallery(
     items: list[GalleryItem] = []
     for number, shard in enumerate(shards):
         share = (num_images - len(items)) // (len(shards) - number)
-        items += _sample_shard(shard, by_shard[shard], raw_paths.get(shard), share, rng, max_pixels)
+        chosen = _choose_texts(by_shard[shard], share, rng, opening=opening)
+        raw_path = raw_paths.get(shard)
+        images = _thumbnails(raw_path, [*chosen], opening=opening, max_pixels=max_pixels) if raw_path else {}
+        items += [
+            GalleryItem(key=key, shard=shard, image=images.get(key, ""), texts=texts) for key, texts in chosen.items()
+        ]
     return items
 
 
@@ -67,33 +78,31 @@ def _choose_shards(by_shard: Mapping[str, Mapping[str, Address]], rng: random.Ra
     return sorted(chosen) + sorted(rng.sample(others, min(MAX_GALLERY_SHARDS - len(chosen), len(others))))
 
 
-def _sample_shard(
-    shard: str, sets: Mapping[str, Address], raw_path: str | None, count: int, rng: random.Random, max_pixels: int
-) -> list[GalleryItem]:
+def _choose_texts(
+    sets: Mapping[str, Address], count: int, rng: random.Random, *, opening: RawOpening
+) -> dict[str, dict[str, str]]:
+    """Return the texts of some samples of a shard, by key and set, of which every set has one."""
     addresses = dict(sets)
     any_address = next(iter(sets.values()))
     if all(address.column != "alt_text" for address in sets.values()) and _has_alt_texts(any_address.path):
         addresses = {"alt text": replace(any_address, column="alt_text"), **addresses}
     texts: dict[str, dict[str, str]] = {}
     for name, address in addresses.items():
-        for block in read_rows(address, 0, MAX_ROWS):
+        for block in read_rows(address, 0, MAX_ROWS, opening=opening):
             for row in block:
                 if row.reject is None and row.text:
                     texts.setdefault(row.key, {})[name] = row.text
     complete = sorted(key for key, found in texts.items() if all(name in found for name in sets))
-    keys = sorted(rng.sample(complete, min(count, len(complete))))
-    run = Path(any_address.path).parent.parent  # of RUN/captions/<shard>.parquet
-    images = _thumbnails(raw_path, keys, max_pixels, run=run) if raw_path else {}
-    return [GalleryItem(key=key, shard=shard, image=images.get(key, ""), texts=texts[key]) for key in keys]
+    return {key: texts[key] for key in sorted(rng.sample(complete, min(count, len(complete))))}
 
 
 def _has_alt_texts(path: str) -> bool:
     return "alt_text" in read_table_schema(Path(path), mend=MEND_SHARD).names
 
 
-def _thumbnails(raw_path: str, keys: Sequence[str], max_pixels: int, *, run: Path) -> dict[str, str]:
+def _thumbnails(raw_path: str, keys: Sequence[str], *, opening: RawOpening, max_pixels: int) -> dict[str, str]:
     images = {}
-    with open_shard(raw_path, run=run) as raw:
+    with open_shard(raw_path, opening.reading, run=opening.run) as raw:
         by_key = {sample.key: sample for sample in raw.samples if sample.reject is None}
         for key in keys:
             if key not in by_key:

@@ -1,0 +1,182 @@
+"""One `make stats`: which captions it counts, with which tagger and tokenizer, and what decides its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dataset_stats.captions import Address, RawOpening
+from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig
+from dataset_stats.sources import RunFiles, caption_sources, sample_sources
+from dataset_stats.tagging.taggers import TaggerSource, find_tagger
+from encoders.tokens import fetch_tokenizer
+from encoders.weights import resolve_model
+from errors import MissingFileError
+from pipelines.command import Command
+from pipelines.engine.pieces import Source
+from pipelines.engine.progress import get_logger
+from pipelines.raw.shard_names import shard_name
+from pipelines.recipe import DataConfig
+from pipelines.store.files import sha256_file
+from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
+
+COUNT_VERSION = 4  # raise when counting gives other numbers
+REPORT_VERSION = 5  # raise when the report shows other things
+# What the fingerprint of counts had before defaults were left out of it. Keys that came later have no place here.
+WRITTEN_OUT = ("text_limits", "boilerplate", "max_characters")
+log = get_logger("dataset_stats")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsJob:
+    """One `make stats`: what it reads, with which tagger, and where it writes.
+
+    Attributes:
+        sources: by set; cut down to the sample where there is one.
+        set_sizes: samples in each whole set.
+        raw_shards: for the gallery's images; empty where there are none.
+        opening: of those, and of sets of raw shards.
+        count_fingerprint: what decides the counts of a shard; adding sets or shards leaves it as it is.
+    """
+
+    command: Command
+    config: DatasetStatsConfig
+    tagger: TaggerSource
+    text_tokenizer: str
+    sources: dict[str, list[Source]]
+    set_sizes: dict[str, int]
+    raw_shards: list[str]
+    opening: RawOpening
+    max_pixels: int
+    folder: Path
+    count_fingerprint: Fingerprint
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether this is an estimate from a sample."""
+        return self.config.sample > 0
+
+    @property
+    def summary_key(self) -> str:
+        """Where the numbers go in summary.json."""
+        return "dataset_stats_sample" if self.is_sample else "dataset_stats"
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """Sources of all sets, each once."""
+        by_name = {source.name: source for sources in self.sources.values() for source in sources}
+        return [by_name[name] for name in sorted(by_name)]
+
+    @property
+    def report_fingerprint(self) -> Fingerprint:
+        """What decides the numbers and the report."""
+        return Fingerprint.of(
+            {
+                "stage": "dataset_stats",
+                "version": REPORT_VERSION,
+                "counts": self.count_fingerprint.digest,
+                "config": self.config.fingerprint_fields(DECIDES_REPORT),
+                "set_sizes": self.set_sizes,
+                "sources": {
+                    name: [f"{source.name}:{source.identity}" for source in sources]
+                    for name, sources in self.sources.items()
+                },
+                "gallery": self._gallery_inputs,
+            }
+        )
+
+    @property
+    def _gallery_inputs(self) -> dict[str, Any] | None:
+        """What decides the gallery's images, besides the captions; None where there is no gallery."""
+        if not self.config.num_gallery_images:
+            return None
+        addresses = [Address.parse(source.path) for source in self.all_sources]
+        captioned = {address.shard for address in addresses if address.layout == "captions"}
+        raw_shards = sorted(captioned & {shard_name(path) for path in self.raw_shards})
+        return {"raw_shards": raw_shards, "max_pixels": self.max_pixels}
+
+
+def read_job(command: Command) -> StatsJob:
+    """Return what a command is to do.
+
+    Raises:
+        UserError: the recipe is wrong, or what it names is not there; names it.
+    """
+    config = command.recipe.table("dataset_stats", DatasetStatsConfig)
+    captions_folder = command.run / "captions"
+    needs_captions = any(caption_set.reads_captions for caption_set in config.sets.values())
+    captions = read_manifest(captions_folder) if needs_captions else None
+    data = command.recipe.table("data", DataConfig)
+    raw_shards = _raw_shards(
+        command, is_needed=any(caption_set.layout == "raw" for caption_set in config.sets.values())
+    )
+    opening = RawOpening(reading=data.reading, run=command.run)
+    inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards, opening=opening)
+    whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
+    sources = whole
+    if config.sample:
+        sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
+    # An estimate keeps to a folder and a key of its own, so that it never passes for a full count.
+    folder = command.run / ("stats-sample" if config.sample else "stats")
+    tagger, text_tokenizer = find_tagger(config.tagger), _find_text_tokenizer(command, config)
+    return StatsJob(
+        command=command,
+        config=config,
+        tagger=tagger,
+        text_tokenizer=text_tokenizer,
+        sources=sources,
+        set_sizes={name: sum(source.num_samples for source in found) for name, found in whole.items()},
+        raw_shards=raw_shards,
+        opening=opening,
+        max_pixels=data.max_pixels,
+        folder=folder,
+        count_fingerprint=_count_fingerprint(config, folder / "counts", tagger=tagger, text_tokenizer=text_tokenizer),
+    )
+
+
+def _count_fingerprint(
+    config: DatasetStatsConfig, counts: Path, *, tagger: TaggerSource, text_tokenizer: str
+) -> Fingerprint:
+    fingerprint = Fingerprint.of(
+        {
+            "stage": "dataset_stats.counts",
+            "version": COUNT_VERSION,
+            "tagger": tagger.identity,
+            "tokenizer": f"nltk@{version('nltk')}",
+            "text_tokenizer": sha256_file(Path(text_tokenizer)) if text_tokenizer else None,
+            "keeps_nouns": config.sample > 0,
+            **config.fingerprint_fields(),
+        }
+    )
+    defaults = config.fingerprint_defaults()
+    return ShardDirectory(counts).known_as(fingerprint, defaults={name: defaults[name] for name in WRITTEN_OUT})
+
+
+def _raw_shards(command: Command, *, is_needed: bool) -> list[str]:
+    try:
+        return command.raw_shards
+    except MissingFileError as error:
+        if is_needed:
+            raise
+        log.info(f"the gallery will have no images: {error}")
+        return []
+
+
+def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
+    features = command.recipe.tables.get("features", {})
+    model_id = config.text_model or features.get("text_model", "")
+    revision = config.text_revision if config.text_model else features.get("text_revision")
+    if not model_id:
+        return ""
+    source = resolve_model(model_id, revision)
+    try:
+        return str(fetch_tokenizer(source, key="features.text_model"))
+    except OSError as error:
+        if Path(source.location).is_dir():
+            raise
+        log.warning(
+            f"T5 lengths are not measured: the tokenizer of {model_id} is out of reach ({type(error).__name__})"
+        )
+        return ""
