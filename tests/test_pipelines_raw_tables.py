@@ -242,3 +242,24 @@ def test_documents_that_do_not_say_where_their_rows_are(tmp_path):
     (tmp_path / "b.json").write_text('[{"caption": "a"},\n{"caption": b}]')
     with pytest.raises(UserError, match=r"b\.json is no JSON: line 2: Expecting value"):
         read(tmp_path / "b.json", ["caption"])
+
+
+TAB_ROWS = {
+    'k1\t"first\nsecond"\nk2\tb\n': [("k1", "first\nsecond"), ("k2", "b")],
+    'k1\t"first\n\nk\tthird"\nk2\tb\n': [("k1", "first\n\nk\tthird"), ("k2", "b")],
+    'k1\t"a\tb ""c"""\nk2\tb\n': [("k1", 'a\tb "c"'), ("k2", "b")],
+    'k1\t"5 inch disk\nk2\tan 8" one"\nk3\tc\n': [("k1", '"5 inch disk'), ("k2", 'an 8" one"'), ("k3", "c")],
+    'k1\ta 5" disk\nk2\t"so" he said\n': [("k1", 'a 5" disk'), ("k2", '"so" he said')],
+    'k1\t"half of it\nand the rest\nk2\tb\n': [("k1", "unclosed_quote"), ("", "wrong_number_of_fields"), ("k2", "b")],
+    '"k\n1"\tb\nk2\tb\n': [("k\n1", "b"), ("k2", "b")],
+}
+
+
+@pytest.mark.parametrize("rows", TAB_ROWS)
+def test_quotation_marks_of_tab_separated_values_never_give_half_a_text(tmp_path, rows):
+    (tmp_path / "a.tsv").write_text("key\tcaption\n" + rows)
+    with open_table(str(tmp_path / "a.tsv")) as table:
+        found = list(table.rows(range(table.num_rows), ["key", "caption"]))
+    for row, (key, caption) in zip(found, TAB_ROWS[rows], strict=True):
+        assert (row.reject or row.values["caption"]) == caption
+        assert row.values["key"] == key or row.reject is not None

@@ -7,6 +7,7 @@ from typing import Literal
 from errors import UserError, describe_unfetched
 from pipelines.raw.tables.arrow_tables import ARROW_FILE, ArrowTable, ParquetTable
 from pipelines.raw.tables.json_tables import JsonLinesTable, JsonTable, begins_as_lines
+from pipelines.raw.tables.tab_tables import TabTable
 from pipelines.raw.tables.text_tables import CsvTable, LinesTable, open_text
 from pipelines.store.files import open_binary
 
@@ -39,7 +40,7 @@ ARROW_STREAM = b"\xff\xff\xff\xff"
 # that is never closed, or None; and `rows(numbers, columns)`: the rows of ascending numbers in the memory of a part of
 # the file. That raises UserError if a column is not there or is there twice, or if the file is damaged; of a table with
 # a fault it gives the sound rows, and a reject for what cannot be told apart.
-Table = ParquetTable | ArrowTable | CsvTable | LinesTable | JsonLinesTable | JsonTable
+Table = ParquetTable | ArrowTable | CsvTable | TabTable | LinesTable | JsonLinesTable | JsonTable
 
 
 def table_format(path: str) -> TableFormat | None:
@@ -92,9 +93,9 @@ def _open(path: str, given: TableFormat | None) -> Table:
         case "csv":
             return CsvTable(path)
         case "tsv":
-            return LinesTable(path, is_tsv=True)
+            return TabTable(path)
         case "lines":
-            return LinesTable(path, is_tsv=False)
+            return LinesTable(path)
         case "json" | "jsonl" as kind:
             return _open_json(path, kind)
         case None:

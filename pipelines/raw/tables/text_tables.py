@@ -1,4 +1,4 @@
-"""Tables that are text, compressed or not: CSV, TSV and plain lines. No row of them is lost in a quoted field."""
+"""Tables that are text, compressed or not: CSV and plain lines. No row of them is lost in a quoted field."""
 
 import contextlib
 import csv
@@ -134,9 +134,9 @@ class CsvTable:
             is_swallowed = isinstance(record, _Swallowed)
             fields = self._fields_of_line(record.line) if is_swallowed else record
             if len(fields) == width and not is_swallowed:
-                yield TableRow(number, {name: _cell(fields[place]) for name, place in places})
+                yield TableRow(number, {name: text_cell(fields[place]) for name, place in places})
             else:
-                found = {name: _cell(fields[place]) if place < len(fields) else None for name, place in places}
+                found = {name: text_cell(fields[place]) if place < len(fields) else None for name, place in places}
                 yield TableRow(number, found, UNCLOSED_QUOTE if is_swallowed else WRONG_NUMBER_OF_FIELDS)
 
     def _fields_of_line(self, number: int) -> list[str]:
@@ -211,25 +211,20 @@ def _say_separator(path: str, separator: str) -> None:
     log.info(f"{path}: its columns are parted by {SEPARATORS[separator]}")
 
 
-def _cell(field: str) -> str | bytes:
+def text_cell(field: str) -> str | bytes:
+    """Return a field of a table that is text as a cell."""
     # No text has zero bytes; as bytes it is the reject that other texts with them are.
     return field.encode("utf-8", errors="surrogateescape") if "\0" in field else field
 
 
 class LinesTable:
-    """A table of one row a line: tab-separated values with a line of names, or, without tabs, plain texts.
-
-    A tab-separated row is a line: quotation marks are text, but for those around a whole field.
-    """
+    """A file of plain texts, one a line. A blank line is a text of nothing: the next ones keep their numbers."""
 
     fault: str | None = None
 
-    def __init__(self, path: str, *, is_tsv: bool) -> None:
-        self.path, self._is_tsv = path, is_tsv
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.columns = [LINE_COLUMN]
-        if is_tsv:
-            with open_text(path) as text:
-                self.columns = _tab_fields(text.readline())
 
     @functools.cached_property
     def num_rows(self) -> int:
@@ -239,32 +234,9 @@ class LinesTable:
     def rows(self, rows: Rows, columns: Sequence[str]) -> Iterator[TableRow]:
         """See `Table`."""
         require_columns(self.path, columns, self.columns)
-        if not self._is_tsv:
-            for number, line in pick(self._lines(), rows):
-                yield TableRow(number, {name: _cell(line.rstrip("\n")) for name in columns})
-            return
-        places = [(name, self.columns.index(name)) for name in columns]
         for number, line in pick(self._lines(), rows):
-            fields = _tab_fields(line)
-            found = {name: _cell(fields[place]) if place < len(fields) else None for name, place in places}
-            yield TableRow(number, found, None if len(fields) == len(self.columns) else WRONG_NUMBER_OF_FIELDS)
+            yield TableRow(number, {name: text_cell(line.rstrip("\n")) for name in columns})
 
     def _lines(self) -> Iterator[str]:
         with open_text(self.path) as text:
-            if not self._is_tsv:
-                yield from text  # a blank line is a text of nothing: the next ones keep their numbers
-                return
-            next(text, None)
-            yield from (line for line in text if not line.isspace())
-
-
-def _tab_fields(line: str) -> list[str]:
-    fields = line.rstrip("\n").split("\t")
-    return [_unquoted(field) for field in fields] if '"' in line else fields
-
-
-def _unquoted(field: str) -> str:
-    if len(field) < 2 or not field.startswith('"') or not field.endswith('"'):
-        return field
-    inner = field[1:-1]
-    return field if '"' in inner.replace('""', "") else inner.replace('""', '"')
+            yield from text
