@@ -11,6 +11,7 @@ from dataset_stats.captions import Address, RawOpening
 from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import TaggerSource, find_tagger
+from encoders.token_kinds import spells_bytes
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
 from errors import MissingFileError
@@ -23,6 +24,7 @@ from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
 
 COUNT_VERSION = 4  # raise when counting gives other numbers
+BYTES_VERSION = 2  # the same where the T5 vocabulary spells what it lacks in bytes
 REPORT_VERSION = 5  # raise when the report shows other things
 # What the fingerprint of counts had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT = ("text_limits", "boilerplate", "max_characters")
@@ -147,6 +149,7 @@ def _count_fingerprint(
             "tokenizer": f"nltk@{version('nltk')}",
             "text_tokenizer": sha256_file(Path(text_tokenizer)) if text_tokenizer else None,
             "keeps_nouns": config.sample > 0,
+            **({"bytes_version": BYTES_VERSION} if text_tokenizer and spells_bytes(Path(text_tokenizer)) else {}),
             **config.fingerprint_fields(),
         }
     )

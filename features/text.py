@@ -1,5 +1,6 @@
 """The text family: captions of `captions/<shard>.parquet` to T5 embeddings in `features/text/<shard>.tar`."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 
 from encoders.opening import text_spec
 from encoders.text import TextSpec, clean_text
+from encoders.token_kinds import TokenKinds, token_kinds
 from encoders.tokens import TOKENIZER_FILE, load_tokenizer
 from encoders.weights import ModelSource, find_file, resolve_model
 from features.captions import caption_sources, mend_captions, remember_identities, require_unchanged
@@ -23,6 +25,7 @@ from features.jobs import (
 )
 from features.quantization import summarize_storage
 from features.text_worker import TextWorker, TextWorkerConfig
+from features.unreadable import quote_some
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.progress import get_logger
 from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema, texts_digest
@@ -164,12 +167,19 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureI
         lengths = [TOKENS_PER_WORD * len(text.split()) + 1 for text in texts]
         basis = f"{len(texts)} captions, {TOKENS_PER_WORD} tokens a word as the tokenizer is not here:"
     else:
-        encodings = load_tokenizer(tokenizer_file).encode_batch(texts)
-        lengths = [len(encoding.ids) for encoding in encodings]
-        basis = f"mean of {len(texts)} captions:"
+        tokenizer = load_tokenizer(tokenizer_file)
+        tokens = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        lengths = [len(ids) for ids in tokens]
+        basis = f"mean of {len(texts)} captions{_say_unread(texts, tokens, token_kinds(tokenizer))}:"
     if len(columns) > 1:
         basis = f"{basis} {len(texts) / len(samples):.1f} a sample,"
     return sum(min(length, limit) for length in lengths) / len(samples), basis
+
+
+def _say_unread(texts: Sequence[str], tokens: Sequence[Sequence[int]], kinds: TokenKinds) -> str:
+    unread = list(itertools.compress(texts, map(kinds.is_unread, tokens)))
+    num_unreadable = sum(map(kinds.is_unreadable, tokens))
+    return f" ({len(unread)} are not read whole, {num_unreadable} not at all: {quote_some(unread)})" if unread else ""
 
 
 def text_record(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:

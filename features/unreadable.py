@@ -1,6 +1,6 @@
 """Captions that a text encoder cannot read: how many there are, and some of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from encoders.text import clean_text
@@ -36,12 +36,16 @@ def warn_of_unreadable(job: FeatureJob, inputs: FeatureInputs) -> None:
     if not num_unread:
         return
     share = num_unread / (num_stored + num_unreadable)
-    examples = "; ".join(f"{text[:MAX_EXAMPLE_CHARACTERS]!r}" for text in _examples(job, inputs))
     log.warning(
         f"{job.output.path}: {num_unread:,} captions ({share:.1%}) have words that {job.model_key} "
-        f"{job.model.location} cannot read: {num_tokens:,} of their tokens are unknown or control tokens, and of "
-        f"{num_unreadable:,} nothing else is left, which are left out ({UNREADABLE}), such as {examples}"
+        f"{job.model.location} cannot read, such as {quote_some(_examples(job, inputs))}: {num_tokens:,} of their "
+        f"tokens stand for nothing, and of {num_unreadable:,} nothing else is left, which are left out ({UNREADABLE})"
     )
+
+
+def quote_some(texts: Sequence[str]) -> str:
+    """Return the first of some captions, as messages show them."""
+    return "; ".join(f"{text[:MAX_EXAMPLE_CHARACTERS]!r}" for text in texts[:MAX_EXAMPLES])
 
 
 def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
@@ -54,14 +58,10 @@ def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
     for texts in _texts(job, inputs):
         cleaned = [clean_text(text, inputs.features.text_cleaning) for text in texts]
         codes = tokenizer.encode_batch(cleaned)
-        found += [
-            text
-            for text, code in zip(texts, codes, strict=True)
-            if kinds.num_unread(code.ids) or kinds.is_unreadable(code.ids)
-        ]
+        found += [text for text, code in zip(texts, codes, strict=True) if kinds.is_unread(code.ids)]
         if len(found) >= MAX_EXAMPLES:
             break
-    return found[:MAX_EXAMPLES]
+    return found
 
 
 def _texts(job: FeatureJob, inputs: FeatureInputs) -> Iterator[list[str]]:

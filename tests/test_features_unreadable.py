@@ -20,6 +20,7 @@ from pipelines.store.manifest import ShardDirectory, read_manifest
 from pipelines.store.verify.run import verify_run
 from sampling.text_encoding import _warn_of_unread
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SHARD = "laion_00000"
 TEXTS = {
     "plain": "a red dog, on bench 7",
@@ -50,7 +51,7 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["a red dog"], trainer)
+    tokenizer.train_from_iterator(["a red dog grüner 日"], trainer)
     return tokenizer
 
 
@@ -65,12 +66,46 @@ def test_what_is_read_of_texts() -> None:
     assert kinds.is_unreadable(tokenizer.encode("").ids) and not kinds.num_unread(tokenizer.encode("").ids)
 
 
-def test_bytes_read_everything() -> None:
+def test_what_is_spelled_in_bytes_alone_is_not_read() -> None:
+    """A vocabulary of bytes has no unknown token: what it has learned nothing of are two single bytes and more."""
     tokenizer = byte_level()
     kinds = token_kinds(tokenizer)
-    for name in ("plain", "chinese", "emoji"):
-        ids = tokenizer.encode(TEXTS[name]).ids
-        assert (kinds.num_unread(ids), kinds.is_unreadable(ids)) == (0, False)
+    found = {}
+    for name, text in (TEXTS | {"learned": "grüner 日", "next": "a 日本 dog"}).items():
+        ids = tokenizer.encode(text).ids
+        found[name] = (kinds.num_unread(ids), kinds.is_unreadable(ids))
+    assert found == {
+        "plain": (0, False),
+        "mixed": (3, False),
+        "chinese": (36, True),
+        "emoji": (8, True),
+        "marks": (0, False),
+        "control": (0, False),
+        "space": (5, True),
+        "learned": (0, False),
+        "next": (3, False),
+    }
+
+
+def test_bytes_that_a_vocabulary_falls_back_on_are_not_read() -> None:
+    vocabulary = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256)), ("▁", -2.0), ("dog", -1.0)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    kinds = token_kinds(tokenizer)
+    for text, expected in (("dog", (0, False)), ("日本", (6, True)), ("dog 日", (3, False))):
+        ids = tokenizer.encode(text).ids
+        assert (kinds.num_unread(ids), kinds.is_unreadable(ids)) == expected
+
+
+def test_the_embedded_encoder_reads_what_it_was_trained_on() -> None:
+    tokenizer = Tokenizer.from_file(str(REPOSITORY / "toyworld/weights/t5/tokenizer.json"))
+    kinds = token_kinds(tokenizer)
+    for text, num_unread, is_unreadable in (
+        *(("a red circle", 0, False), ("ein grüner Kreis, é å", 0, False), ("日本", 6, True), ("😀", 4, True)),
+        *(("\u200b", 3, True), ("… ▓", 6, True), ("a red circle 日本", 6, False), ("<unk> </s>", 2, True)),
+    ):
+        ids = tokenizer.encode(text).ids
+        assert (kinds.num_unread(ids), kinds.is_unreadable(ids)) == (num_unread, is_unreadable), text
 
 
 @pytest.fixture
@@ -97,12 +132,17 @@ def run(tmp_path) -> Path:
     return run
 
 
-def test_unreadable_captions_are_rejects_and_said(run, caplog) -> None:
+def test_unreadable_captions_are_rejects_and_said(run, caplog, capsys) -> None:
     with pytest.raises(UserError, match="unreadable_text 4"):
         extract(run, "features.max_reject_fraction=0.5")
     said = " ".join(caplog.text.split())
     assert "5 captions (71.4%) have words that features.text_model" in said
-    assert "of 4 nothing else is left, which are left out (unreadable_text), such as 'a red 狗'" in said
+    assert "cannot read, such as 'a red 狗'; '一只红色的狗，在长凳上。'; '🐕🐕': " in said
+    assert "of 4 nothing else is left, which are left out (unreadable_text)" in said
+    capsys.readouterr()
+    extract(run, plan=True)
+    planned = " ".join(capsys.readouterr().err.split())
+    assert "mean of 7 captions (5 are not read whole, 4 not at all: 'a red 狗'; '一只" in planned
     extract(run, "features.max_reject_fraction=0.6")
     rows = load_index(run / "features" / "text", [SHARD]).to_pylist()
     rejects = {row["key"]: row["reject"] for row in rows}
