@@ -63,11 +63,46 @@ def test_a_table_names_files_as_people_and_systems_write_them(tmp_path, monkeypa
     samples = list(found(tmp_path / "list.csv").values())
     assert [image for _, image, _ in samples] == [b"home/a.jpg", b"in/b b.jpg", b"in/c.jpg", b"in/d\\d.jpg", None, None]
     assert [reject for reject, _, _ in samples[4:]] == ["missing_image_file"] * 2
+    put(tmp_path, "C:/x/a.jpg")
     (tmp_path / "list.csv").write_text("file_name,text\nC:\\x\\a.jpg,a\nC:\\x\\in\\b.jpg,b\n")
     assert list(found(tmp_path / "list.csv")) == ["a", "in/b"]
     (tmp_path / "list.csv").write_text("file_name,text\n~/a.jpg,a\nhttps://host/b.jpg,b\n")
     with pytest.raises(UserError, match=r"has addresses, such as https://host/b\.jpg"):
         describe_shards([str(tmp_path / "list.csv")])
+
+
+@pytest.mark.parametrize("column", ["key", "id", "file_name"])
+def test_a_table_without_its_images_is_refused_with_where_captions_go(tmp_path, column) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(f"{column},caption\n0.jpg,a dog\n1.jpg,a cat\n")
+    with pytest.raises(UserError) as error:
+        describe_shards([str(path)])
+    said = str(error.value)
+    assert f"captioning.engine=given captioning.table={path}" in said
+    assert f"make stats SETS='mine={path}#caption'" in said
+    if column != "id":
+        assert (
+            f"none of the 2 files that column '{column}' names is there: '0.jpg' was looked for at {path.parent}"
+            in said
+        )
+
+
+def test_rejects_that_names_tell_of_are_said_before_any_sample_is_read(tmp_path, monkeypatch) -> None:
+    put(tmp_path / "set", "0.jpg")
+    (tmp_path / "set" / "empty.tar").write_bytes(bytes(10_240))
+    (tmp_path / "set" / "list.csv").write_text("file_name\n0.jpg\n3.jpg\n4.jpg\n")
+    paths = [str(tmp_path / "set" / name) for name in ("list.csv", "empty.tar")]
+    paths.append(str(put(tmp_path / "images", "2.jpg", "2.png", "3.jpg")))
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("atelier.shards"), "warning", said.append)
+    for run in (None, tmp_path / "run", tmp_path / "run"):  # the last remembers
+        said.clear()
+        describe_shards(paths, run=run)
+        assert said == [
+            f"1 of 3 shards have no samples: {paths[1]}",
+            "3 of 5 samples will be rejects, as is known before any is read: 2 missing_image_file ('3.jpg' was looked "
+            f"for at {tmp_path}/set/3.jpg in {paths[0]}); 1 several_images (2 in {tmp_path}/images)",
+        ]
 
 
 def test_images_of_one_name_with_texts_of_their_own_are_samples_each(tmp_path) -> None:

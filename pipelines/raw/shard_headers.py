@@ -9,7 +9,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.local_files import FileFacts
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import Member, RawSample
+from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.raw.tasks import no_garbage
 from pipelines.raw.texts import json_members, text_members
 from pipelines.store.files import atomic_write_bytes, discard, is_remote, sha256_text
@@ -25,7 +26,7 @@ from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when samples are found in another way, or the files change their form.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 ITEMS_PER_LINE = 4096
 # Some twenty megabytes.
 MAX_RECENT_SAMPLES = 1 << 14
@@ -44,6 +45,7 @@ class ShardSummary:
         stamp: of the file that was read, see `RangeFile`; of a folder that of `FolderContents`.
         image_column: that the rows were read by, see `Reading`.
         identity: see `RawShard`.
+        rejects: of faulty samples, by reason, how many there are and what one is called.
         num_texts: samples that have a text, or JSON that may hold one.
         has_labels: see `RawShard`.
         unusable, strays: see `GroupedSamples`.
@@ -55,11 +57,12 @@ class ShardSummary:
     image_column: str | None
     identity: str
     num_samples: int
+    rejects: dict[str, tuple[int, str]]
     num_texts: int
     has_labels: bool
-    unusable: list[str]
-    strays: list[str]
-    fault: str | None
+    unusable: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    fault: str | None = None
 
     def is_of(self, stamp: str | None, reading: Reading) -> bool:
         """Whether a shard with that stamp would be read the same."""
@@ -87,6 +90,31 @@ def has_text(sample: RawSample) -> bool:
     members = sample.members
     return "txt" in members or bool(
         text_members(list(members), sample.image_extension) or json_members(sample.key, members)
+    )
+
+
+def count_rejects(samples: Sequence[RawSample]) -> dict[str, tuple[int, str]]:
+    """Return how many samples are faulty, and the key of the first, by reason, the most frequent first."""
+    keys: dict[str, list[str]] = {}
+    for sample in samples:
+        if sample.reject is not None:
+            keys.setdefault(sample.reject, []).append(sample.key)
+    return {reason: (len(found), found[0]) for reason, found in sorted(keys.items(), key=lambda item: -len(item[1]))}
+
+
+def summary_of_rows(
+    samples: Sequence[RawSample], texts: RowTexts, *, kind: Kind, stamp: str | None, identity: str, reading: Reading
+) -> ShardSummary:
+    """Return what is to be known of a shard whose samples are the rows of a table."""
+    return ShardSummary(
+        kind=kind,
+        stamp=stamp,
+        image_column=reading.image_column,
+        identity=identity,
+        num_samples=len(samples),
+        rejects=count_rejects(samples),
+        num_texts=len(samples) if texts.text_columns or reading.text_column in texts.columns else 0,
+        has_labels=texts.has_labels(),
     )
 
 

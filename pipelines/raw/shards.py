@@ -1,6 +1,7 @@
 """Raw shards: samples in an order of their own, with image, texts and class, read by place from wherever they are."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,7 @@ def describe_shards(
     if errors := [str(summary) for summary in summaries if isinstance(summary, UnreadableShardError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
         raise UserError("\n".join([*errors[:FAULTS_NAMED], *more]))
+    _warn_of_rejects(paths, [summary for summary in summaries if isinstance(summary, ShardSummary)])
     described = []
     for path, summary in zip(paths, summaries, strict=True):
         assert isinstance(summary, ShardSummary), "errors have been raised"
@@ -178,8 +180,7 @@ def describe_shards(
         what = "files" if summary.kind == "folder" else "members"
         for names in (summary.unusable, summary.strays):
             if names:
-                some = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-                log.warning(f"{path}: {len(names):,} {what} are no samples: {some}")
+                log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
         if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":
             _name_a_table(path, summary.strays)
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
@@ -187,6 +188,28 @@ def describe_shards(
             ShardDescription(source=source, num_texts=0 if reading.dialect == "sa1b" else summary.num_texts)
         )
     return described
+
+
+def _warn_of_rejects(paths: Sequence[str], summaries: Sequence[ShardSummary]) -> None:
+    """Say which shards have no samples, and which samples are rejects before any is read."""
+    if empty := [path for path, summary in zip(paths, summaries, strict=True) if not summary.num_samples]:
+        log.warning(f"{len(empty):,} of {len(paths):,} shards have no samples: {_some(empty)}")
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for path, summary in zip(paths, summaries, strict=True):
+        for reason, (count, example) in summary.rejects.items():
+            counts[reason] += count
+            examples.setdefault(reason, f"{example} in {path}" if len(paths) > 1 else example)
+    if counts:
+        num_samples = sum(summary.num_samples for summary in summaries)
+        listed = "; ".join(f"{count:,} {reason} ({examples[reason]})" for reason, count in counts.most_common())
+        log.warning(
+            f"{counts.total():,} of {num_samples:,} samples will be rejects, as is known before any is read: {listed}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def _name_a_table(folder: str, strays: Sequence[str]) -> None:

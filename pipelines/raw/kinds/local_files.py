@@ -94,7 +94,8 @@ def _place(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _path(folder: str, name: str) -> str:
+def file_path(folder: str, name: str) -> str:
+    """Return where a file is by its name relative to a folder, or absolute."""
     return name if name.startswith("/") else f"{folder}/{name}"
 
 
@@ -118,7 +119,7 @@ def look_at_files(folder: str, names: Sequence[str]) -> list[FileFacts]:
 
 def _facts(folder: str, name: str) -> FileFacts:
     try:
-        status = Path(_path(folder, name)).stat()
+        status = Path(file_path(folder, name)).stat()
     except (OSError, ValueError):
         return FileFacts(name, MISSING, 0)
     return (
@@ -178,7 +179,7 @@ class LocalFiles:
 
 
 def _read(folder: str, facts: FileFacts, offset: int, size: int) -> bytes:
-    path = _path(folder, facts.name)
+    path = file_path(folder, facts.name)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

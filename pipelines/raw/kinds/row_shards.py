@@ -18,7 +18,7 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.kinds.folder_shards import MISSING_IMAGE_FILE
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
-from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
+from pipelines.raw.shard_headers import ShardHeaders, summary_of_rows
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.tables.arrow_tables import ARROW_FILE
 from pipelines.raw.tables.column_names import TEXT_NAMES
@@ -77,17 +77,8 @@ def read_row_headers(path: str, file: RangeFile, column: ImageColumn, reading: R
     samples = [
         RawSample(key, reject=reject, row=row) for row, (key, reject) in enumerate(zip(keys, rejects, strict=True))
     ]
-    summary = ShardSummary(
-        kind="rows",
-        stamp=file.stamp,
-        image_column=reading.image_column,
-        identity=_identity(path, file, column),
-        num_samples=len(samples),
-        num_texts=len(samples) if texts.text_columns or reading.text_column in texts.columns else 0,
-        has_labels=texts.has_labels(),
-        unusable=[],
-        strays=[],
-        fault=None,
+    summary = summary_of_rows(
+        samples, texts, kind="rows", stamp=file.stamp, identity=_identity(path, file, column), reading=reading
     )
     return ShardHeaders(summary=summary, samples=samples)
 

@@ -1,15 +1,24 @@
 """A table that names image files as a raw shard: each row a sample, with its texts in other columns."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.raw.kinds.folder_shards import MISSING_IMAGE_FILE
-from pipelines.raw.kinds.local_files import MISSING, FileFacts, LocalFiles, identify_files, local_name, look_at_files
+from pipelines.raw.kinds.local_files import (
+    MISSING,
+    FileFacts,
+    LocalFiles,
+    file_path,
+    identify_files,
+    local_name,
+    look_at_files,
+)
 from pipelines.raw.reading import Reading, UnreadableShardError
-from pipelines.raw.samples import Member, RawSample
-from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
+from pipelines.raw.samples import Member, RawSample, readable_name
+from pipelines.raw.shard_headers import ShardHeaders, summary_of_rows
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.tables.image_columns import path_column
+from pipelines.raw.tables.image_columns import IMAGE_COLUMN, path_column, where_captions_go
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts, row_keys
 from pipelines.raw.tasks import no_garbage
@@ -51,6 +60,12 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
     folder = folder_of(path)
     files = look_at_files(folder, names)
     _find_windows_paths(folder, files)
+    if files and all(facts.size == MISSING for facts in files):
+        raise UnreadableShardError(
+            f"{path}: none of the {len(files):,} files that column {column!r} names is there: "
+            f"{_missing(folder, files)}; paths are relative to the table, and {IMAGE_COLUMN} says which column has them"
+            f"{where_captions_go(path, table.columns)}"
+        )
     samples = []
     for row, (key, reject, facts) in enumerate(zip(keys, rejects, files, strict=True)):
         extension = facts.name.rpartition(".")[2].lower() or "image"
@@ -58,18 +73,9 @@ def read_table_headers(path: str, file: RangeFile, reading: Reading) -> ShardHea
         members = {} if facts.size == MISSING else {extension: Member(row, facts.size)}
         samples.append(RawSample(key, members, extension if members else None, reject=reason, row=row))
     content = sha256_text(f"{_content_digest(file)} {identify_files(folder, files)} {column}")
-    summary = ShardSummary(
-        kind="table",
-        stamp=file.stamp,
-        image_column=reading.image_column,
-        identity=content,
-        num_samples=len(samples),
-        num_texts=len(samples) if texts.text_columns or reading.text_column in texts.columns else 0,
-        has_labels=texts.has_labels(),
-        unusable=[],
-        strays=[],
-        fault=None,
-    )
+    summary = summary_of_rows(samples, texts, kind="table", stamp=file.stamp, identity=content, reading=reading)
+    if MISSING_IMAGE_FILE in summary.rejects:
+        summary.rejects[MISSING_IMAGE_FILE] = (summary.rejects[MISSING_IMAGE_FILE][0], _missing(folder, files))
     return ShardHeaders(summary=summary, samples=samples, files=files)
 
 
@@ -94,6 +100,12 @@ def _find_windows_paths(folder: str, files: list[FileFacts]) -> None:
     again = look_at_files(folder, [files[place].name.replace("\\", "/") for place in places])
     for place, facts in zip(places, again, strict=True):
         files[place] = facts
+
+
+def _missing(folder: str, files: Sequence[FileFacts]) -> str:
+    """Say of the first file that is not there what it is called, and where it was looked for."""
+    name = next(facts.name for facts in files if facts.size == MISSING)
+    return f"{name!r} was looked for at {readable_name(file_path(folder, name))}"
 
 
 def _content_digest(file: RangeFile) -> str:

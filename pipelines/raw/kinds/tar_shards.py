@@ -4,7 +4,7 @@ from errors import StorageError, describe_unfetched
 from pipelines.raw.kinds.tar_headers import read_tar
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import Member, group_samples
-from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, has_text
+from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_rejects, has_text
 from pipelines.store.files import RangeFile
 
 HEAD_BYTES = 512
@@ -42,6 +42,7 @@ def read_tar_headers(path: str, file: RangeFile) -> ShardHeaders:
         stamp=file.stamp,
         image_column=None,
         identity=contents.identity,
+        rejects=count_rejects(grouped.samples),
         num_samples=len(grouped.samples),
         num_texts=sum(map(has_text, grouped.samples)),
         has_labels=any("cls" in sample.members for sample in grouped.samples),

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from errors import UserError
+from pipelines.as_typed import typed_command
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import IMAGE_EXTENSIONS
-from pipelines.raw.tables.column_names import PATH_NAMES, URL_NAMES, known_column
+from pipelines.raw.tables.column_names import PATH_NAMES, TEXT_NAMES, URL_NAMES, known_column
 
-KEY = "data.image_column"
+IMAGE_COLUMN = "data.image_column"
 # Of several columns with bytes the first of these is the image.
 IMAGE_NAMES = ("image", "img", "picture", "photo", "image_bytes", "img_bytes", "bytes", "content", "binary", "data")
 IMAGE_NAMES += tuple(sorted(IMAGE_EXTENSIONS))
@@ -40,7 +41,7 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
     if reading.image_column is not None:
         name = reading.image_column.removesuffix(".bytes")
         if name not in schema.names:
-            raise UserError(f"{where}: {KEY} = {name!r} is no column; columns are {', '.join(schema.names)}")
+            raise UserError(f"{where}: {IMAGE_COLUMN} = {name!r} is no column; columns are {', '.join(schema.names)}")
         return found.get(name)
     declared = [name for name in _declared_images(schema) if name in found]
     structs = [name for name, column in found.items() if column.is_struct]
@@ -50,7 +51,9 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
         if names:
             by_name = [name for known in IMAGE_NAMES for name in names if name.lower() == known]
             if not by_name:
-                raise UserError(f"{where}: which of the columns {', '.join(names)} has the images? Say it with {KEY}")
+                raise UserError(
+                    f"{where}: which of the columns {', '.join(names)} has the images? Say it with {IMAGE_COLUMN}"
+                )
             return found[by_name[0]]
     for field in schema:
         if field.name.lower().removesuffix("s") in IMAGE_NAMES and _is_list_of_images(field.type):
@@ -93,7 +96,9 @@ def path_column(columns: Sequence[str], reading: Reading, *, where: str) -> str:
     """Return the column that names image files; raises `UserError` if none, or several, may be meant."""
     if reading.image_column is not None:
         if reading.image_column not in columns:
-            raise UserError(f"{where}: {KEY} = {reading.image_column!r} is no column; columns are {', '.join(columns)}")
+            raise UserError(
+                f"{where}: {IMAGE_COLUMN} = {reading.image_column!r} is no column; columns are {', '.join(columns)}"
+            )
         return reading.image_column
     # Of an object of JSON by path the path is called the key.
     if (known := known_column((*PATH_NAMES, "key"), columns)) is not None:
@@ -108,5 +113,17 @@ def path_column(columns: Sequence[str], reading: Reading, *, where: str) -> str:
         )
     raise UserError(
         f"{where}: no column is known to have images or their paths; columns are {', '.join(columns) or 'none'}; say "
-        f"which with {KEY}"
+        f"which with {IMAGE_COLUMN}{where_captions_go(where, columns)}"
+    )
+
+
+def where_captions_go(path: str, columns: Sequence[str]) -> str:
+    """Say what to type of a table that has texts and, it seems, no images; nothing of one without texts."""
+    text = known_column(TEXT_NAMES, columns)
+    if text is None:
+        return ""
+    measure = typed_command("stats", {"sets": f"mine={path}#{text}"})
+    return (
+        f"; captions of other samples are typed as captioning.engine=given captioning.table={path}, and captions alone "
+        f"are measured by `{measure}`"
     )
