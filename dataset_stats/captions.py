@@ -20,8 +20,8 @@ from pipelines.raw.shard_names import shard_name
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.arrow_tables import ParquetTable
 from pipelines.raw.tables.open_table import TableFormat, open_table
-from pipelines.raw.tables.rows import Rows, column_and_place, key_of_cell, pick, text_of_cell
-from pipelines.raw.texts import text_members
+from pipelines.raw.tables.rows import Rows, column_and_place, key_of_cell, pick
+from pipelines.raw.texts import text_members, text_of_value
 from pipelines.store.files import is_remote
 from pipelines.store.tables import MEND_SHARD
 
@@ -202,9 +202,9 @@ def _read_table(address: Address, rows: Rows) -> Iterator[CaptionRow]:
                 yield _row(key, row.values[column], place)
 
 
-def _row(key: Any, cell: Any, place: int = 0) -> CaptionRow:
+def _row(key: Any, cell: Any, place: int | None = None) -> CaptionRow:
     try:
-        return CaptionRow(key=key_of_cell(key), text=text_of_cell(cell, place))
+        return CaptionRow(key=key_of_cell(key), text=text_of_value(cell, place))
     except SampleReject as reject:
         return _rejected(key, reject.reason)
 

@@ -44,7 +44,7 @@ def write_all(folder: Path) -> dict[str, str]:
     write(folder / "a.csv.gz", "image_id,text\n" + csv)
     write(folder / "a.tsv", "file_name\tprompt\n" + tsv.replace("\t", ".jpg\t"))
     write(folder / "a.jsonl", "".join(f"{json_text({'id': key, 'caption': text})}\n" for key, text in ROWS))
-    write(folder / "a.jsonl.gz", "".join(f"{json_text({'key': key, 'captions': [text, 'x']})}\n" for key, text in ROWS))
+    write(folder / "a.jsonl.gz", "".join(f"{json_text({'key': key, 'captions': [text, ' ']})}\n" for key, text in ROWS))
     write(folder / "data_info.json", json_text([{"path": f"{key}.jpg", "prompt": text} for key, text in ROWS]))
     coco = {"images": [{"id": 1}], "annotations": [{"image_id": key, "caption": text} for key, text in ROWS]}
     write(folder / "coco.json", json_text(coco))

@@ -14,7 +14,8 @@ from errors import UserError
 from pipelines.raw.images import SampleReject
 from pipelines.raw.tables import json_tables
 from pipelines.raw.tables.open_table import open_table, require_sound, table_format
-from pipelines.raw.tables.rows import TableRow, key_of_cell, text_of_cell
+from pipelines.raw.tables.rows import TableRow, key_of_cell
+from pipelines.raw.texts import text_of_value
 
 ALL = range(2**40)
 KEYS = [f"a/{number}" for number in range(50)]
@@ -176,7 +177,7 @@ def test_what_is_not_utf8_spoils_its_own_cell(tmp_path):
 
     def outcome(value: object) -> str | None:
         try:
-            return text_of_cell(value)
+            return text_of_value(value)
         except SampleReject as error:
             return error.reason
 
@@ -263,3 +264,10 @@ def test_quotation_marks_of_tab_separated_values_never_give_half_a_text(tmp_path
     for row, (key, caption) in zip(found, TAB_ROWS[rows], strict=True):
         assert (row.reject or row.values["caption"]) == caption
         assert row.values["key"] == key or row.reject is not None
+
+
+def test_lines_that_are_no_json_are_named_with_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text("a.jpg;a dog\nb.jpg;a cat\n")
+    said = r"a\.jsonl: none of its first 2 lines is an object of JSON.*'a\.jpg;a dog'"
+    with pytest.raises(UserError, match=said), open_table(str(tmp_path / "a.jsonl")):
+        pass

@@ -68,6 +68,50 @@ def test_what_is_no_sample_is_told_apart(tmp_path, caplog, monkeypatch) -> None:
         assert len(raw.strays) == 11
 
 
+STRAYS = [
+    "_SUCCESS",
+    "Icon\r",
+    "ehthumbs.db",
+    "~$b.docx",
+    ".~lock.b.odt#",
+    "GlobalHead.0.0",
+    "_metadata",
+    "in/film.mp4",
+]
+STRAYS += ["notes.txt", "classes.txt", "in/captions.txt", "d.csv", ".gitkeep", "a/manual.pdf"]
+
+
+def test_what_systems_and_people_add_is_no_sample_in_tars_and_folders_alike(tmp_path) -> None:
+    members = [(name, b"x") for name in ("b.jpg", "b.txt", "info.jpg", "info.txt", "lost.txt", *STRAYS)]
+    for name, data in members:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(data)
+    for path in (write_tar(tmp_path / "x.tar", members), str(tmp_path / "folder")):
+        with open_shard(path) as raw:
+            found = {sample.key: sample.reject for sample in raw.samples}
+            assert (found, sorted(raw.strays)) == ({"b": None, "info": None, "lost": "no_image"}, sorted(STRAYS))
+
+
+def test_a_text_in_a_language_is_one_of_its_image(tmp_path) -> None:
+    names = ("a.jpg", "a.txt", "a.en.txt", "b.jpg", "b.de-AT.txt", "c.jpg", "c.2.txt")
+    members = [(name, f"text of {name}".encode()) for name in names]
+    for name, data in members:
+        (tmp_path / name).write_bytes(data)
+    texts = {}
+    with open_shard(str(tmp_path)) as raw:
+        assert {sample.key: sample.reject for sample in raw.samples} == dict.fromkeys("abc") | {"c.2": "no_image"}
+        for sample in raw.samples:
+            texts[sample.key] = [raw.text(sample), raw.named_text(sample, "en"), raw.named_text(sample, "de-at")]
+    assert texts == {
+        "a": ["text of a.txt", "text of a.en.txt", None],
+        "b": [None, None, "text of b.de-AT.txt"],
+        "c": [None, None, None],
+        "c.2": ["text of c.2.txt", None, None],
+    }
+    with open_shard(write_tar(tmp_path / "x.tar", members[:3])) as raw:
+        assert raw.named_text(raw.samples[0], "en") == "text of a.en.txt"
+
+
 ENCODED = {
     "plain": b"ein Hund",
     "utf8_mark": b"\xef\xbb\xbf" + b"ein Hund",
@@ -76,6 +120,7 @@ ENCODED = {
     "utf32": "ein Hund".encode("utf-32"),
     "windows": b"the dog\x92s bench",
     "utf16_without_mark": "ein Hund".encode("utf-16-le"),
+    "two_marks": b"\xef\xbb\xbf\xef\xbb\xbf" + b"ein Hund",
     "empty": b"",
 }
 
@@ -90,7 +135,9 @@ def test_texts_are_decoded_by_their_mark_or_are_counted(tmp_path) -> None:
                 found[sample.key] = raw.text(sample)
             except SampleReject as reject:
                 found[sample.key] = reject.reason
-    readable = dict.fromkeys(("plain", "utf8_mark", "utf16", "utf16_big", "utf32"), "ein Hund") | {"empty": ""}
+    readable = dict.fromkeys(("plain", "utf8_mark", "utf16", "utf16_big", "utf32", "two_marks"), "ein Hund") | {
+        "empty": ""
+    }
     assert found == readable | {"windows": "not_utf8", "utf16_without_mark": "not_utf8"}
     assert shown == readable | {"windows": None, "utf16_without_mark": None}
 
@@ -151,3 +198,30 @@ def test_a_blank_text_file_counts_as_none_where_metadata_or_json_have_one(tmp_pa
     (tmp_path / "1.json").write_text('{"caption": "json"}')
     with open_shard(str(tmp_path)) as raw:
         assert [raw.text(sample) for sample in raw.samples] == ["row", "json", ""]
+
+
+VALUES = [
+    *(("  a dog \n", "a dog"), ("\ufeffa dog", "a dog"), ("a\0dog", "not_utf8"), ("\ud83d", "not_utf8")),
+    *((["", "a dog"], "a dog"), (["a dog", "a cat"], "a dog"), ([" "], ""), ("", ""), (None, None)),
+    *((7, "not_text"), (True, "not_text"), ({"en": "a dog"}, "not_text")),
+]
+
+
+@pytest.mark.parametrize(("value", "expected"), VALUES)
+def test_a_text_of_json_is_read_as_that_of_a_table(tmp_path, value, expected) -> None:
+    """One rule for what a text is: in JSON beside the image, in a folder's metadata and in tables."""
+    record = json.dumps({"caption": value})
+    for kind in ("list", "beside", "metadata"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.jpg").write_bytes(b"image")
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"image"), ("a.json", record.encode())])
+    (tmp_path / "beside" / "a.json").write_text(record)
+    (tmp_path / "metadata" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "caption": value}))
+    (tmp_path / "list" / "list.jsonl").write_text(json.dumps({"image_path": "a.jpg", "caption": value}))
+    for shard in (path, tmp_path / "beside", tmp_path / "metadata", tmp_path / "list" / "list.jsonl"):
+        with open_shard(str(shard)) as raw:
+            try:
+                text = raw.text(raw.samples[0])
+            except SampleReject as reject:
+                text = reject.reason
+        assert (shard, text) == (shard, expected)

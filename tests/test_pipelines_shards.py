@@ -63,7 +63,9 @@ def test_alt_text_in_json_can_be_written_or_is_refused(tmp_path) -> None:
     members = [(f"{i}.{extension}", data) for i, record in enumerate(records) for extension, data in
                (("jpg", b"i"), ("json", record))]  # fmt: skip
     with open_shard(write_tar(tmp_path / "laion_0.tar", members), Reading(dialect="img2dataset")) as raw:
-        assert [raw.alt_text(sample) for sample in raw.samples] == ["a cat ?", "\U0001f600", None]
+        assert [raw.alt_text(sample) for sample in raw.samples] == [None, "\U0001f600", None]
+        with pytest.raises(SampleReject, match=r"not_utf8: .* surrogates not allowed"):
+            raw.text(raw.samples[0])
         with pytest.raises(SampleReject, match="corrupt_alt_text: maximum recursion depth"):
             raw.text(raw.samples[2])
 
@@ -163,6 +165,8 @@ def test_local_addresses_and_streams(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert expand_shards("*.tar") == expand_shards("a.tar") == ["a.tar"]
     os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(UserError, match=r"pipe\.tar is a stream; it is read by place"):
+        describe_shards(expand_shards(str(tmp_path / "*.tar")))
     with pytest.raises(UserError, match=r"pipe\.tar is a stream; members are read by their place"):
         expand_shards(str(tmp_path / "pipe.tar"))
 

@@ -22,7 +22,7 @@ from pipelines.store.files import atomic_file, discard, is_remote, remove_tempor
 
 FOLDER = ".texts"
 # Raised when rows are read or placed in another way.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ROWS_AT_ONCE = 10_000
 CACHE_KIBIBYTES, MAPPED_BYTES = 200_000, 1 << 40
 # Of rows below a sample's place: more are of as many images in other folders.

@@ -19,8 +19,8 @@ from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.open_table import open_table, require_sound
-from pipelines.raw.tables.rows import key_of_cell, text_of_cell
-from pipelines.raw.texts import decode_caption
+from pipelines.raw.tables.rows import key_of_cell
+from pipelines.raw.texts import decode_caption, text_of_value
 from pipelines.store.files import is_remote, open_ranges
 
 NUM_READERS = 16
@@ -80,12 +80,12 @@ def _table_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
                 yield SourceRow(fault=row.reject)
 
 
-def _row(key: Any, text: Any, text_place: int) -> SourceRow:
+def _row(key: Any, text: Any, text_place: int | None) -> SourceRow:
     place = "" if key is None or isinstance(key, dict | list) else place_of(key_of_cell(key))
     if not place:
         return SourceRow(fault=NO_KEY)
     try:
-        return _placed(place, text_of_cell(text, text_place))
+        return _placed(place, text_of_value(text, text_place))
     except SampleReject as reject:
         return SourceRow(place=place, fault=reject.reason)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_path
+from pipelines.as_typed import typed_command, typed_path
 from pipelines.raw.kinds.folder_kinds import refuse_images, shards_in
 from pipelines.raw.shard_names import shard_name
 from pipelines.store.files import is_remote
@@ -150,7 +150,7 @@ def match_urls(url: str) -> list[str]:
         if not found:
             raise MissingFileError(
                 f"data.shards: no shard matches {url}: it has no tars and no Parquet files; a folder of images is read "
-                "from disk alone, so download it, or make tars of it (`{typed_command('pack')}`) and put them there"
+                f"from disk alone, so download it, or make tars of it (`{typed_command('pack')}`) and put them there"
             )
         return found
     # Whether a single remote shard is there is found when it is opened.

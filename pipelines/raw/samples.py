@@ -45,7 +45,17 @@ FIELDS = frozenset((*IMAGE_FIELDS, *CONTROL_FIELDS, *OTHER_FIELDS, *(name.lower(
 STRAY_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information"))
 STRAY_NAME = re.compile(
     r"(readme|licen[cs]e|copying|notice|authors|changelog|changes|contributing|citation|makefile|manifest|index|"
-    r"(md5|sha1|sha256|sha512)sums?|checksums?)(\.[^/]*)?|thumbs\.db|desktop\.ini|.*\.(md|md5|sha1|sha256|lock|log|html?)",
+    r"(md5|sha1|sha256|sha512)sums?|checksums?)(\.[^/]*)?|(eh)?thumbs(_vista)?\.db|desktop\.ini|icon[\r\uf00d]?|~\$.*|"
+    r"_(success|metadata|common_metadata|committed_.*|started_.*)|globalhead\..*|.*\.(md|md5|sha1|sha256|lock|log|html?)",
+    re.IGNORECASE | re.DOTALL,
+)
+LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?", re.IGNORECASE)
+# In a tar, which is made for samples, these are of one whose image is lost; `""` is a file without extension.
+DATA_EXTENSIONS = frozenset(("", "json", "cls", "npy", "npz", "pt", "pth", "pkl", "pickle", "msgpack", "safetensors"))
+# Texts about a whole collection, unless an image is called so, too.
+TEXT_ABOUT_ALL = re.compile(
+    r"(.*/)?(notes?|captions?|classes|class_?names|labels|names|prompts?|tags|info|about|credits|attribution|sources?|"
+    r"urls?|links|list|files?|metadata|annotations|data(set)?|requirements|todo|train|val|valid|validation|test)",
     re.IGNORECASE,
 )
 
@@ -119,7 +129,9 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
         samples = _group(files, split_at_extension, num_bytes=num_bytes)
         for sample in samples:
             _choose_image(sample)
-    return GroupedSamples(samples=samples, unusable=unusable, strays=strays)
+    kept = [sample for sample in samples if _may_be_sample(sample) or _has_data(sample)]
+    strays += _names_of_others(samples, kept)
+    return GroupedSamples(samples=kept, unusable=unusable, strays=strays)
 
 
 def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> GroupedSamples:
@@ -136,18 +148,54 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     strays = [readable_name(entry.name) for entry in entries if entry.name in left_out]
     files = [entry for entry in entries if entry.name not in left_out]
     apart = _keyed_by_whole_name([entry.name for entry in files], named)
-    samples = []
-    for sample in _group(
+    samples = _group(
         ((entry.name, entry) for entry in files),
         lambda name: apart.get(name) or split_at_extension(name),
         num_bytes=None,
-    ):
-        if not _hides_image(sample) and not text_members(list(sample.members), None):
-            strays += [f"{sample.key}.{extension}".removesuffix(".") for extension in sample.members]
-            continue
+    )
+    samples = _join_lone_texts(samples)
+    kept = [sample for sample in samples if _may_be_sample(sample)]
+    for sample in kept:
         _choose_image(sample)
-        samples.append(sample)
-    return GroupedSamples(samples=samples, unusable=[], strays=strays)
+    return GroupedSamples(samples=kept, unusable=[], strays=[*strays, *_names_of_others(samples, kept)])
+
+
+def _may_be_sample(sample: RawSample) -> bool:
+    """Whether the members of a key have an image, or a text that is not about the whole collection."""
+    return _hides_image(sample) or (
+        bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
+    )
+
+
+def _has_data(sample: RawSample) -> bool:
+    return not DATA_EXTENSIONS.isdisjoint(extension.rpartition(".")[2] for extension in sample.members)
+
+
+def _names_of_others(samples: Sequence[RawSample], kept: Sequence[RawSample]) -> list[str]:
+    """Return the names of the members of those samples that are not kept."""
+    if len(samples) == len(kept):
+        return []
+    keys = {sample.key for sample in kept}
+    others = [sample for sample in samples if sample.key not in keys]
+    return [f"{sample.key}.{name}".removesuffix(".") for sample in others for name in sample.members]
+
+
+def _join_lone_texts(samples: list[RawSample]) -> list[RawSample]:
+    """Give each text in a language to its image: `a.en.txt` is a member `en.txt` of `a`, if there is no `a.en.jpg`."""
+    with_image = {sample.key: sample for sample in samples if _hides_image(sample)}
+    kept = []
+    for sample in samples:
+        key, _, language = sample.key.rpartition(".")
+        image = with_image.get(key) if LANGUAGE.fullmatch(language) and sample.key not in with_image else None
+        if image is None or not text_members(list(sample.members), None):
+            kept.append(sample)
+            continue
+        for extension, member in sample.members.items():
+            name = f"{language.lower()}.{extension}"
+            if name in image.members:
+                image.reject = "duplicate_member"
+            image.members[name] = member
+    return kept
 
 
 def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[str, tuple[str, str]]:

@@ -178,9 +178,12 @@ def describe_shards(
         if summary.fault is not None:
             log.warning(f"{path}: {summary.fault}")
         what = "files" if summary.kind == "folder" else "members"
-        for names in (summary.unusable, summary.strays):
-            if names:
-                log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
+        if names := summary.unusable:
+            log.warning(
+                f"{path}: {len(names):,} {what} are links that lead nowhere or out, pipes or the like: {_some(names)}"
+            )
+        if names := summary.strays:
+            log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
         if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":
             _name_a_table(path, summary.strays)
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)

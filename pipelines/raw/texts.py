@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ TEXT_OF_IMAGE = re.compile(r"(jpe?g|png|webp|avif|gif|bmp|tiff?|jp2|hei[cf]|jxl)
 JSON_EXTENSIONS = ("json", "metadata.json", "meta.json", "info.json")
 # SA-1B's JSON has masks and no text, and is larger than the image.
 MASKS_KEY = re.compile(r"(.*/)?sa_\d+")
-NOT_UTF8, CORRUPT_TEXT = "not_utf8", "corrupt_alt_text"
+NOT_UTF8, NOT_TEXT, CORRUPT_TEXT = "not_utf8", "not_text", "corrupt_alt_text"
 
 
 def decode_text(data: bytes) -> str:
@@ -47,14 +48,19 @@ def decode_text(data: bytes) -> str:
     return text
 
 
+def trimmed(text: str) -> str:
+    """Return a text without the white space and the byte-order marks around it."""
+    return text.strip().strip("\ufeff").strip()
+
+
 def decode_caption(data: bytes) -> str:
-    """Return a sample's text without the white space around it.
+    """Return a sample's text without the white space and byte-order marks around it.
 
     Raises:
         SampleReject: `not_utf8`.
     """
     try:
-        return decode_text(data).strip()
+        return trimmed(decode_text(data))
     except UnicodeError as error:
         raise SampleReject(NOT_UTF8, str(error)) from None
 
@@ -92,26 +98,52 @@ def read_json_record(data: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def split_place(name: str) -> tuple[str, int]:
+def text_of_value(value: Any, place: int | None = None) -> str | None:
+    """Return a cell of a table, or a value of JSON, as a text without the white space around it.
+
+    Of a list it is the text at `place`, without that the first one that is not blank.
+
+    Raises:
+        SampleReject: `not_utf8`, or `not_text`: it is a number, an object or the like.
+    """
+    if isinstance(value, list | tuple):
+        texts = [text_of_value(item) for item in value]
+        if place is not None:
+            return texts[place] if place < len(texts) else None
+        return next(filter(None, texts), next(iter(texts), None))
+    if place or value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
+        return None
+    if isinstance(value, bytes):
+        return decode_caption(value)
+    if not isinstance(value, str):
+        raise SampleReject(NOT_TEXT, type(value).__name__)
+    if "\0" in value or not value.isascii():
+        try:
+            decode_text(value.encode("utf-8"))  # JSON can hold half of a surrogate pair
+        except UnicodeError as error:
+            raise SampleReject(NOT_UTF8, str(error)) from None
+    return trimmed(value)
+
+
+def split_place(name: str) -> tuple[str, int | None]:
     """Return which field, and which text of its list, a name means: `captions[1]` is the second of `captions`."""
     found = PLACE.fullmatch(name)
-    return (found["field"], int(found["place"])) if found else (name, 0)
+    return (found["field"], int(found["place"])) if found else (name, None)
 
 
 def text_of_record(record: dict[str, Any], name: str | None = None) -> str | None:
-    """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS` that it has.
+    """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS` that has one.
 
-    Of a list of texts it is the first one, or that which `name` says, see `split_place`. Where all are blank it is
-    empty. Half a surrogate pair becomes `?`: the text is valid UTF-8.
+    Where all are blank it is empty. Of a list it is the text that `name` says, see `split_place` and `text_of_value`.
+
+    Raises:
+        SampleReject: as `text_of_value`.
     """
     blank = None
     for wanted in (name,) if name is not None else TEXT_FIELDS:
         field, place = split_place(wanted)
-        found = record.get(field)
-        if isinstance(found, list):
-            found = found[place] if place < len(found) else None
-        if isinstance(found, str):
-            if found.strip():
-                return found.encode("utf-8", errors="replace").decode()
-            blank = ""
+        text = text_of_value(record.get(field), place)
+        if text:
+            return text
+        blank = blank if text is None else text
     return blank

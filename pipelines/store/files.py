@@ -58,8 +58,7 @@ class LocalFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        status = os.fstat(self._descriptor)
+        self._descriptor, status = _open_by_place(path)
         self.size = status.st_size
         self.stamp: str | None = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
         self._whole: bytes | None = None
@@ -82,6 +81,16 @@ class LocalFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+def _open_by_place(path: str) -> tuple[int, os.stat_result]:
+    """Open a local file; raises `UserError` if it is a pipe or a device, which would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        os.close(descriptor)
+        raise UserError(f"{path} is a stream; it is read by place, so it must be a file")
+    return descriptor, status
 
 
 def is_remote(url: str) -> bool:
@@ -108,7 +117,7 @@ def open_ranges(url: str) -> Iterator[RangeFile]:
 def open_binary(url: str) -> Iterator[BinaryIO]:
     """Open a local path or fsspec URL as a seekable file; raises as `open_ranges` does."""
     if not is_remote(url):
-        with Path(url.removeprefix("file://")).open("rb") as file:
+        with os.fdopen(_open_by_place(url.removeprefix("file://"))[0], "rb") as file:
             yield file
         return
     with open_ranges(url) as ranges, io.BufferedReader(_RangeStream(ranges)) as file:

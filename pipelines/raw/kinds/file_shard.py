@@ -10,6 +10,7 @@ from pipelines.raw.shard_headers import ShardHeaders
 from pipelines.raw.shard_names import shard_name
 from pipelines.raw.tables.row_texts import RowTexts, label_of
 from pipelines.raw.texts import (
+    TEXT_EXTENSIONS,
     decode_caption,
     json_members,
     read_json_record,
@@ -101,8 +102,9 @@ class FileShard:
 
     def named_text(self, sample: RawSample, name: str) -> str | None:
         """See `RawShard`: `name` is a text file's (`txt`, or `caption` of `x.caption.txt`), a column's or a field's."""
-        for extension in text_members(list(sample.members), sample.image_extension):
-            if name in (extension, extension.partition(".")[0]):
+        texts = text_members(list(sample.members), sample.image_extension)
+        for extension in (*texts, *(f"{name}.{extension}" for extension in TEXT_EXTENSIONS)):
+            if name in (extension, extension.partition(".")[0]) and extension in sample.members:
                 return decode_caption(self._members.read(sample.members[extension]))
         if self._texts is not None and sample.row is not None:
             found = self._texts.named_text(sample.row, name)

@@ -90,6 +90,9 @@ class _Level:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            if entry.is_dir():  # also one that is called as a file is, as Spark's of Parquet
+                self.folders.append(entry.path)
+                continue
             kind = _kind(entry.name)
             if kind == IMAGES:
                 self.has_images = True
@@ -99,8 +102,6 @@ class _Level:
                 self.rows.append(entry.path)
             elif table_format(entry.name) not in (None, "lines") and entry.name.lower() not in METADATA_NAMES:
                 self.tables.append(entry.path)
-            elif entry.is_dir():
-                self.folders.append(entry.path)
 
 
 def _kind(name: str) -> str | None:

@@ -18,6 +18,7 @@ COCO_LIST = "annotations"
 WINDOW_CHARACTERS = 1 << 20
 FIRST_LINE_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 1 << 26
+CHARACTERS_SHOWN = 60
 SPACE = " \t\r\n"
 
 
@@ -28,7 +29,12 @@ class JsonLinesTable:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        records = (_record_of_line(line) for line in itertools.islice(self._lines(), ROWS_LOOKED_AT))
+        records = [_record_of_line(line) for line in itertools.islice(self._lines(), ROWS_LOOKED_AT)]
+        if records and not any(record is not None for record in records):
+            raise UserError(
+                f"{path}: none of its first {len(records):,} lines is an object of JSON, as JSON lines are; the first "
+                f"is {next(self._lines()).strip()[:CHARACTERS_SHOWN]!r}"
+            )
         self.columns = field_names(record for record in records if record is not None)
 
     @functools.cached_property
@@ -38,8 +44,7 @@ class JsonLinesTable:
 
     def rows(self, rows: Rows, columns: Sequence[str]) -> Iterator[TableRow]:
         """See `Table`."""
-        if self.columns:  # else no line is an object, and all are rejects
-            require_columns(self.path, columns, self.columns)
+        require_columns(self.path, columns, self.columns)
         for number, line in pick(self._lines(), rows):
             yield _row(number, _record_of_line(line), columns)
 

@@ -10,8 +10,8 @@ from typing import Any
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.tables.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
 from pipelines.raw.tables.open_table import Table, open_table
-from pipelines.raw.tables.rows import key_of_cell, text_of_cell
-from pipelines.raw.texts import split_place
+from pipelines.raw.tables.rows import key_of_cell
+from pipelines.raw.texts import split_place, text_of_value
 
 LABEL_COLUMN = "label"
 MAX_LABEL = 2**31 - 1
@@ -60,7 +60,7 @@ class RowTexts:
             return self.named_text(row, column)
         blank = None
         for name in self.text_columns:
-            text = text_of_cell(self.column(name)[row])
+            text = text_of_value(self.column(name)[row])
             if text:
                 return text
             blank = blank if text is None else text
@@ -68,13 +68,8 @@ class RowTexts:
 
     def named_text(self, row: int, name: str) -> str | None:
         """Return the text of a column, of a list of texts that which `split_place` says; raises `SampleReject`."""
-        field, place = split_place(name) if name not in self.columns else (name, 0)
-        if field not in self.columns:
-            return None
-        cell = self.column(field)[row]
-        if isinstance(cell, list):
-            cell = cell[place] if place < len(cell) else None
-        return text_of_cell(cell) if place == 0 or cell is not None else None
+        field, place = split_place(name) if name not in self.columns else (name, None)
+        return text_of_value(self.column(field)[row], place) if field in self.columns else None
 
     def label(self, row: int) -> int | None:
         """Return the class of a row, or None."""

@@ -1,7 +1,6 @@
 """What every reader of tables gives: numbered rows of named cells, and what the cell of a text or a key means."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,10 +8,8 @@ import numpy as np
 
 from errors import UserError
 from pipelines.as_typed import did_you_mean
-from pipelines.raw.images import SampleReject
-from pipelines.raw.texts import NOT_UTF8, decode_caption, split_place
+from pipelines.raw.texts import split_place
 
-NOT_TEXT = "not_text"
 COLUMNS_NAMED = 30
 # Rows of JSON need not have the same fields: the columns are those of so many rows at the beginning.
 ROWS_LOOKED_AT = 1000
@@ -25,36 +22,12 @@ class TableRow(NamedTuple):
     """A row by its number, counted from 0 without blank lines; `reject` says why it cannot be used.
 
     `values` has the columns asked for. Text is `str`, and where it is not UTF-8 it has lone surrogates, as of
-    `errors="surrogateescape"`, which `text_of_cell` and `key_of_cell` know; binary columns are `bytes`.
+    `errors="surrogateescape"`, which `text_of_value` and `key_of_cell` know; binary columns are `bytes`.
     """
 
     number: int
     values: dict[str, Any]
     reject: str | None = None
-
-
-def text_of_cell(value: Any, place: int = 0) -> str | None:
-    """Return a cell as a text without the white space around it; of a list of texts that at `place`.
-
-    Raises:
-        SampleReject: `not_utf8`, or `not_text`: it is a number, an object or the like.
-    """
-    if isinstance(value, list | tuple):
-        value = value[place] if place < len(value) else None
-    elif place:
-        return None
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
-        return None
-    if isinstance(value, bytes):
-        return decode_caption(value)
-    if not isinstance(value, str):
-        raise SampleReject(NOT_TEXT, type(value).__name__)
-    if not value.isascii():
-        try:
-            value.encode("utf-8")  # JSON can hold half of a surrogate pair
-        except UnicodeError as error:
-            raise SampleReject(NOT_UTF8, str(error)) from None
-    return value.removeprefix("\ufeff").strip()
 
 
 def key_of_cell(value: Any) -> str:
@@ -87,13 +60,13 @@ def require_columns(path: str, wanted: Sequence[str], columns: Sequence[str]) ->
             raise UserError(f"{path}: the column {name!r} is there {columns.count(name)} times; rename all but one")
 
 
-def column_and_place(path: str, name: str, columns: Sequence[str]) -> tuple[str, int]:
+def column_and_place(path: str, name: str, columns: Sequence[str]) -> tuple[str, int | None]:
     """Return which column of a table, and which text of its lists, a name means: `captions[1]`, see `split_place`.
 
     Raises:
         UserError: there is no such column.
     """
-    column, place = (name, 0) if name in columns else split_place(name)
+    column, place = (name, None) if name in columns else split_place(name)
     require_columns(path, [column], columns)
     return column, place
 
