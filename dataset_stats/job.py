@@ -14,7 +14,7 @@ from dataset_stats.tagging.taggers import TaggerSource, find_tagger
 from encoders.token_kinds import spells_bytes
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
-from errors import MissingFileError
+from errors import MissingFileError, UserError
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -176,10 +176,8 @@ def _find_text_tokenizer(command: Command, config: DatasetStatsConfig) -> str:
     source = resolve_model(model_id, revision)
     try:
         return str(fetch_tokenizer(source, key="features.text_model"))
-    except OSError as error:
+    except UserError as error:
         if Path(source.location).is_dir():
             raise
-        log.warning(
-            f"T5 lengths are not measured: the tokenizer of {model_id} is out of reach ({type(error).__name__})"
-        )
+        log.warning(f"T5 lengths are not measured: {error}")
         return ""

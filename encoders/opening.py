@@ -26,7 +26,7 @@ from encoders.text import (
 )
 from encoders.text_decoder import DecoderTextEncoder
 from encoders.tokens import pretrained_tokenizer
-from encoders.weights import ModelSource, read_config, resolve_model
+from encoders.weights import ModelSource, fetch_files, read_config, resolve_model
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def open_text_encoder(
     import torch
 
     source = resolve_model(model, revision)
-    encoder_class = _text_class(source, _require_config(source), key=key)
+    encoder_class = _text_class(source, _require_config(source, key=key), key=key)
     loaded = encoder_class.load_weights(source, dtype=getattr(torch, dtype), key=key)
     if is_8bit:
         from encoders.int8_linear import quantize_linears
@@ -136,7 +136,7 @@ def open_codec(
     import torch
 
     source = resolve_model(model, revision)
-    codec_class = _codec_class(source, _require_config(source), key=key)
+    codec_class = _codec_class(source, _require_config(source, key=key), key=key)
     loaded = codec_class.load_weights(source, dtype=getattr(torch, dtype), key=key).to(torch.device(device))
     spec = latent_spec(source, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"
@@ -175,13 +175,11 @@ def _codec_class(source: ModelSource, config: Mapping[str, Any], *, key: str) ->
     raise UserError(f"{key} {source.location} is a {kind}, not {known}")
 
 
-def _require_config(source: ModelSource) -> dict[str, Any]:
+def _require_config(source: ModelSource, *, key: str) -> dict[str, Any]:
     """Return a model's config.json; a hub model's is fetched first."""
     config = read_config(source)
     if config is None:
-        from huggingface_hub import hf_hub_download
-
-        hf_hub_download(source.location, "config.json", revision=source.revision)
+        fetch_files(source, ["config.json"], key=key)
         config = read_config(source)
     assert config is not None, f"{Path(source.location)} has been fetched"
     return config

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders.text import clean_text
-from encoders.weights import ModelSource, find_file
+from encoders.weights import ModelSource, fetch_files, find_file, loadable
 from errors import MissingFileError, UserError, describe_unfetched
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
 
     Raises:
         MissingFileError: a local folder has none; names `key`.
-        StorageError: it is out of the hub's reach.
+        UserError: it is out of the hub's reach; names `key`.
     """
     path = find_file(source, TOKENIZER_FILE)
     if path is not None:
@@ -33,9 +33,7 @@ def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
         raise MissingFileError(
             f"{Path(source.location) / TOKENIZER_FILE} does not exist; {key} must hold a fast tokenizer"
         )
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(source.location, TOKENIZER_FILE, revision=source.revision))
+    return fetch_files(source, [TOKENIZER_FILE], key=key) / TOKENIZER_FILE
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -69,7 +67,7 @@ def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> A
     """
     from transformers import AutoTokenizer
 
-    location = folder or source.location
+    location = folder or loadable(source)
     try:
         return AutoTokenizer.from_pretrained(location, revision=source.revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else

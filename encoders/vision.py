@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from encoders.tokens import TextCut, count_cut, pretrained_tokenizer
-from encoders.weights import ModelSource, load_pretrained
+from encoders.weights import ModelSource, load_pretrained, loadable
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def image_processor(source: ModelSource, *, key: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source.location, revision=source.revision, backend="pil")
+        return AutoImageProcessor.from_pretrained(loadable(source), revision=source.revision, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{key} {source.location} has no image processor: {reason}") from None

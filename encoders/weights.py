@@ -1,9 +1,9 @@
 """Where a model's files are, in a local folder or the hub's cache, and whether all weights are among them."""
 
-import os
+import functools
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,58 @@ def require_model(source: ModelSource, *, key: str) -> None:
     if (folder := Path(source.location)).is_dir():
         _require_weight_files(folder, f"{key} {source.location!r}")
         return
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    fetch_files(source, ["*.json"], key=key)
 
+
+def fetch_files(source: ModelSource, patterns: Sequence[str], *, key: str) -> Path:
+    """Return the folder of a hub model in the local cache, after files with such names have been fetched into it.
+
+    Raises:
+        UserError: it is not there and cannot be fetched; names the recipe `key`, the model and the way out.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    silence = hub_silence()
     try:
-        snapshot_download(source.location, revision=source.revision, allow_patterns=["*.json"])
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        mode = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
+        folder = snapshot_download(
+            source.location,
+            revision=source.revision,
+            allow_patterns=list(patterns),
+            local_files_only=silence is not None,
+        )
+    except (HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{key} = {source.location!r} ({source.revision or 'main'}) is no local folder and not in the hub cache, "
-            f"and cannot be downloaded ({mode}); give a local folder or run `hf download {source.location}`"
+            f"and cannot be downloaded ({silence or type(error).__name__}); give a local folder or run "
+            f"`hf download {source.location}`"
         ) from None
+    return Path(folder)
+
+
+@functools.cache
+def hub_silence() -> str | None:
+    """Return why the hub is not to be asked, or None if it answers; it is asked once.
+
+    Its library, and those that ask it for files that a model may lack, would ask six times for each, for 23 seconds.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - of whichever library it asks by
+        return f"{constants.ENDPOINT} does not answer: {str(error) or type(error).__name__}"
+    return None
+
+
+def loadable(source: ModelSource) -> str:
+    """Return what libraries load a model from: its folder, in the cache where the hub does not answer, or its id."""
+    if Path(source.location).is_dir() or hub_silence() is None:
+        return source.location
+    return str(fetch_files(source, ["config.json"], key="the model"))
 
 
 def _require_weight_files(folder: Path, named: str) -> None:
@@ -141,13 +182,14 @@ def load_pretrained(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    named, folder = f"{key} {source.location!r}", Path(source.location)
+    location = loadable(source)
+    named, folder = f"{key} {source.location!r}", Path(location)
     if folder.is_dir():
         read_config(source)  # the libraries' words for one that is not there are of models on the hub
     kind = _weights_kind(folder, named) if folder.is_dir() else {}
     try:
         model, loading = model_class.from_pretrained(
-            source.location,
+            location,
             revision=source.revision or "main",
             output_loading_info=True,
             **kind,

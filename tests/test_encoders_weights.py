@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from encoders.opening import latent_spec, open_codec, open_text_encoder, text_sp
 from encoders.tokens import load_tokenizer
 from encoders.weights import resolve_model
 from errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,43 @@ def test_a_damaged_tokenizer_or_config_is_named(models: Path, tmp_path: Path, co
             open_text_encoder(str(folder), max_tokens=8)
     with pytest.raises(UserError, match=r"tokenizer\.json is (empty|a pointer|damaged or no tokenizer)"):
         load_tokenizer(tmp_path / "tokenizer.json" / "tokenizer.json")
+
+
+OFFLINE = """
+import sys
+from encoders.opening import open_codec, open_text_encoder
+from encoders.tokens import fetch_tokenizer
+from encoders.weights import resolve_model
+encoder = open_text_encoder("toy/t5", max_tokens=9, dtype="float32")
+print(len(encoder.encode(["a dog"])), open_codec("toy/vae").spec.channels)
+other = resolve_model("toy/other")
+for fetch in (lambda: fetch_tokenizer(other, key="features.text_model"), lambda: open_codec("toy/x")):
+    try:
+        fetch()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_is_taken(models: Path, tmp_path: Path) -> None:
+    """The libraries ask six times for each file that a model lacks, such as a chat template: for minutes."""
+    commit = "0" * 40
+    for name in ("t5", "vae"):
+        cached = tmp_path / "hub" / f"models--toy--{name}"
+        shutil.copytree(models / name, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+    # Port 9 takes no connections.
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=REPOSITORY, env=os.environ | hub, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Retry" not in done.stderr and "127.0.0.1" not in done.stderr, done.stderr
+    read, tokenizer, codec = done.stdout.splitlines()[-3:]
+    assert read == "1 4"
+    assert tokenizer.startswith(
+        "UserError features.text_model = 'toy/other' (main) is no local folder and not in the hub"
+    )
+    assert codec.startswith("UserError features.vae_model = 'toy/x' (main) is no local folder")
+    for said in (tokenizer, codec):
+        assert "(http://127.0.0.1:9 does not answer: " in said

@@ -14,7 +14,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
-from encoders.weights import ModelSource
+from encoders.weights import ModelSource, loadable
 from errors import UserError
 
 # Where a model says which processor it has, in the order in which transformers looks.
@@ -88,18 +88,17 @@ def load_processor(source: ModelSource, *, config: Any, named: str) -> Any:
 
 
 def _load(source: ModelSource, config: Any) -> Any:
-    revision = source.revision or "main"
+    location, revision = loadable(source), source.revision or "main"
     processor_class = _find_class(source, config)
     attributes = processor_class.get_attributes() if processor_class is not None else []
     if is_torchvision_available() or VIDEOS not in attributes or not {VIDEOS, *PARTS}.issuperset(attributes):
-        return AutoProcessor.from_pretrained(source.location, revision=revision)
+        return AutoProcessor.from_pretrained(location, revision=revision)
     # What `from_pretrained` does, but for the videos.
     parts = [
-        PARTS[name].from_pretrained(source.location, revision=revision) if name in PARTS else NoVideos()
-        for name in attributes
+        PARTS[name].from_pretrained(location, revision=revision) if name in PARTS else NoVideos() for name in attributes
     ]
     blind_to_videos = _without_videos(processor_class)
-    settings, _ = blind_to_videos.get_processor_dict(source.location, revision=revision)
+    settings, _ = blind_to_videos.get_processor_dict(location, revision=revision)
     return blind_to_videos.from_args_and_dict(parts, settings)
 
 
