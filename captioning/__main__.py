@@ -10,7 +10,7 @@ from captioning.architectures import read_architecture, require_fit
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.given.coverage import check_coverage
 from captioning.given.index import forget_indexes
-from captioning.given.own_names import check_own_names
+from captioning.given.own_names import check_own_names, require_own_texts
 from captioning.job import CaptioningJob, read_job
 from captioning.plan import OPEN_BATCH, print_plan
 from captioning.table import judge_directory_again
@@ -46,6 +46,8 @@ def main() -> None:
     is_done = job.is_done()
     if not is_done:
         _require_means(job, is_plan=command.is_plan)
+        num_texts = sum(job.num_texts.values())
+        require_own_texts(job.given, job.sources, num_texts=num_texts, reading=job.data.reading, run=command.run)
         check_coverage(job.given, job.sources, reading=job.data.reading, run=command.run)
         check_own_names(job.given, job.sources, reading=job.data.reading, run=command.run)
     if command.is_plan:

@@ -207,7 +207,7 @@ def _look_at_column(key: str, column: str, layout: str, path: str) -> str:
         if column in table.columns and any(
             isinstance(row.values[column], list) for row in table.rows(range(1), [column])
         ):
-            log.warning(f"{path}: the column {column!r} holds lists of texts; of each, the first one counts")
+            log.warning(f"{path}: column {column!r} holds lists of texts; of each, the first that is not blank counts")
     return column
 
 

@@ -118,6 +118,16 @@ def test_a_name_that_no_text_has_is_named_with_those_there_are(run, monkeypatch,
     assert "names there are txt" in " ".join(caplog.text.split())
 
 
+def test_shards_without_a_text_of_their_own_are_refused_with_their_columns(run, monkeypatch) -> None:
+    pq.write_table(pa.table({"image": [encode(photo(1))], "en": ["a"], "de": ["b"]}), run / "own.parquet")
+    shards = f"data.shards={run}/own.parquet"
+    for is_plan in (True, False):
+        with pytest.raises(UserError, match=r"own\.parquet has the columns image, en, de: say with data\.text_column"):
+            command(run, "", shards, monkeypatch=monkeypatch, is_plan=is_plan)
+    command(run, "", shards, "data.text_column=de", monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "own").values()] == ["b"]
+
+
 def test_a_text_of_a_list_is_named_by_its_place(run, monkeypatch) -> None:
     lists = [["first", "second"], ["alone"], None]
     pq.write_table(pa.table({"key": ["sa_0", "sa_1", "sa_2"], "captions": lists}), run / "lists.parquet")

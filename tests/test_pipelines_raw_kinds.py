@@ -150,7 +150,10 @@ def test_what_is_odd_in_a_folder_is_counted_and_links_go_in_no_circle(tmp_path, 
     with caplog.at_level(logging.WARNING):
         assert describe_shards([str(folder)])[0].source.num_samples == 7
     assert "photos: 5 files are no samples: .git/, ._1.png, README.md, ..." in caplog.text
-    assert "photos: 2 files are links that lead nowhere or out, pipes or the like: 7.png, link/back/" in caplog.text
+    assert (
+        "photos: 2 files are links that lead nowhere or in a circle, pipes or the like: 7.png, link/back/"
+        in caplog.text
+    )
     assert rejects(str(folder)) == {
         "0": "several_images",
         "1": None,

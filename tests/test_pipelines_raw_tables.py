@@ -271,3 +271,14 @@ def test_lines_that_are_no_json_are_named_with_the_first(tmp_path):
     said = r"a\.jsonl: none of its first 2 lines is an object of JSON.*'a\.jpg;a dog'"
     with pytest.raises(UserError, match=said), open_table(str(tmp_path / "a.jsonl")):
         pass
+
+
+def test_spaces_behind_commas_and_in_names_are_no_part_of_fields(tmp_path):
+    (tmp_path / "a.csv").write_text('path, caption\na.jpg, a dog\nb.jpg, "a cat, asleep"\n')
+    (tmp_path / "b.csv").write_text('path,caption\na.jpg, "so" he said\n')
+    (tmp_path / "c.tsv").write_text("path \t caption\na.jpg\ta dog\n")
+    found = {}
+    for path in tmp_path.iterdir():
+        with open_table(str(path)) as table:
+            found[path.name] = [row.values["caption"] for row in table.rows(range(table.num_rows), ["caption"])]
+    assert found == {"a.csv": ["a dog", "a cat, asleep"], "b.csv": [' "so" he said'], "c.tsv": ["a dog"]}

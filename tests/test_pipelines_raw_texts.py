@@ -225,3 +225,18 @@ def test_a_text_of_json_is_read_as_that_of_a_table(tmp_path, value, expected) ->
             except SampleReject as reject:
                 text = reject.reason
         assert (shard, text) == (shard, expected)
+
+
+def test_fields_of_json_are_named_as_columns_are(tmp_path) -> None:
+    records = {"a": {"Caption": "a dog"}, "b": {"meta": {"caption": "a cat"}}, "c": {"text": "", "TITLE": "a bird"}}
+    members = [(f"{key}.jpg", b"i") for key in records]
+    members += [(f"{key}.json", json.dumps(record).encode()) for key, record in records.items()]
+    lines = [json.dumps({"key": key, "path": "a.jpg", **record}) for key, record in records.items()]
+    (tmp_path / "a.jpg").write_bytes(b"i")
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    for path in (write_tar(tmp_path / "x.tar", members), str(tmp_path / "x.jsonl")):
+        with open_shard(path) as raw:
+            texts = {sample.key: raw.text(sample) for sample in raw.samples}
+            nested = {sample.key: raw.named_text(sample, "meta.caption") for sample in raw.samples}
+        assert texts == {"a": "a dog", "b": None, "c": "a bird"}
+        assert nested == {"a": None, "b": "a cat", "c": None}

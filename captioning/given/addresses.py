@@ -95,7 +95,7 @@ def find_files(address: TextAddress) -> list[str]:
     return sorted(found)
 
 
-def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> tuple[str, str, int]:
+def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> tuple[str, str, int | None]:
     """Return which columns of a table hold keys and texts, and which text of a list counts, 0 for the first.
 
     Raises:

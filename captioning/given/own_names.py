@@ -5,19 +5,42 @@ from itertools import islice
 from pathlib import Path
 
 from captioning.given.coverage import GivenSource
+from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
-from pipelines.raw.tables.open_table import open_table, table_format
 from pipelines.raw.texts import json_members
-from pipelines.store.files import is_remote
 
 SHARDS_LOOKED_AT, SAMPLES_LOOKED_AT, MAX_NAMED = 4, 100, 20
 
 log = get_logger("captioning")
+
+
+def require_own_texts(
+    given: Sequence[GivenSource], sources: Sequence[Source], *, num_texts: int, reading: Reading, run: Path
+) -> None:
+    """Refuse shards that are to bring their captions, if no sample has a text that is known as one.
+
+    Args:
+        num_texts: samples that may have one, as far as headers tell.
+
+    Raises:
+        UserError: there is none; names the columns there are, and the keys that help.
+    """
+    is_named = reading.text_column is not None or any(source.address.own != "" for source in given)
+    if num_texts or is_named or not given or not sources:
+        return
+    path = sources[0].path
+    with open_shard(path, reading, run=run, identity=sources[0].identity) as raw:
+        columns = ", ".join(raw.columns)
+    there = f"has the columns {columns}: say with data.text_column which is the text" if columns else "has no texts"
+    raise UserError(
+        f"captioning.engine = 'given': no sample has a text of its own. {path} {there}; captions in another file are "
+        "captioning.table='captions.csv#key,caption'"
+    )
 
 
 def check_own_names(given: Sequence[GivenSource], sources: Sequence[Source], *, reading: Reading, run: Path) -> None:
@@ -34,12 +57,9 @@ def check_own_names(given: Sequence[GivenSource], sources: Sequence[Source], *, 
             for sample in islice((sample for sample in raw.samples if sample.reject is None), SAMPLES_LOOKED_AT):
                 num_samples += 1
                 typed = {key: name for key, name in typed.items() if not _has_text(raw, sample, name)}
-                names.update(dict.fromkeys(raw.text_names(sample)))
+                names.update(dict.fromkeys((*raw.text_names(sample), *raw.columns)))
                 if json_members(sample.key, sample.members):
                     names["fields of their JSON"] = None
-        if table_format(source.path) is not None and (is_remote(source.path) or Path(source.path).is_file()):
-            with open_table(source.path) as table:
-                names.update(dict.fromkeys(table.columns))
     listed = ", ".join(list(names)[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
     for key in typed:
         log.warning(

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -35,10 +36,15 @@ with contextlib.suppress(AttributeError, OSError):
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
+# What libraries' errors say of objects in memory differs from run to run, and details are written down.
+ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
+
+
 class SampleReject(Exception):
     """A fault of the data, not of the code: the sample becomes a counted row with `reason`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        detail = ADDRESS.sub("", detail)
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

@@ -29,6 +29,11 @@ from pipelines.store.files import RangeFile, is_remote, open_ranges
 FAULTS_NAMED = 5
 NAMES_SHOWN = 3
 
+OTHER_KINDS = {
+    "files": "links that lead nowhere or in a circle, pipes or the like",
+    "members": "links, devices, sparse files or paths that leave the tar",
+}
+
 log = get_logger("shards")
 
 
@@ -53,6 +58,11 @@ class RawShard(Protocol):
     strays: Sequence[str]
     fault: str | None
     has_labels: bool
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the columns of its rows; none where samples are files alone."""
+        ...
 
     def image_bytes(self, sample: RawSample) -> bytes:
         """Return the encoded image of a sample that is not rejected.
@@ -179,9 +189,7 @@ def describe_shards(
             log.warning(f"{path}: {summary.fault}")
         what = "files" if summary.kind == "folder" else "members"
         if names := summary.unusable:
-            log.warning(
-                f"{path}: {len(names):,} {what} are links that lead nowhere or out, pipes or the like: {_some(names)}"
-            )
+            log.warning(f"{path}: {len(names):,} {what} are {OTHER_KINDS[what]}: {_some(names)}")
         if names := summary.strays:
             log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
         if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":

@@ -125,25 +125,52 @@ def text_of_value(value: Any, place: int | None = None) -> str | None:
     return trimmed(value)
 
 
+def first_text(values: Iterable[Any]) -> str | None:
+    """Return the first text that is not blank; else an empty one if some are, or None; raises as `text_of_value`."""
+    blank = reject = None
+    for value in values:
+        try:
+            text = text_of_value(value)
+        except SampleReject as error:
+            if error.reason != NOT_TEXT:
+                raise
+            reject = reject or error
+            continue
+        if text:
+            return text
+        blank = blank if text is None else text
+    if reject is not None:
+        raise reject
+    return blank
+
+
 def split_place(name: str) -> tuple[str, int | None]:
     """Return which field, and which text of its list, a name means: `captions[1]` is the second of `captions`."""
     found = PLACE.fullmatch(name)
     return (found["field"], int(found["place"])) if found else (name, None)
 
 
+def field_of(record: dict[str, Any], name: str) -> Any:
+    """Return the field `name` of an object, or `a.b`: the field b of the object a; None where there is none."""
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    found = record.get(outer)
+    return found.get(inner) if isinstance(found, dict) else None
+
+
 def text_of_record(record: dict[str, Any], name: str | None = None) -> str | None:
-    """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS` that has one.
+    """Return the text of a sample's JSON: the field `name`, or the first of `TEXT_FIELDS`, in any case, that has one.
 
     Where all are blank it is empty. Of a list it is the text that `name` says, see `split_place` and `text_of_value`.
 
     Raises:
         SampleReject: as `text_of_value`.
     """
-    blank = None
-    for wanted in (name,) if name is not None else TEXT_FIELDS:
-        field, place = split_place(wanted)
-        text = text_of_value(record.get(field), place)
-        if text:
-            return text
-        blank = blank if text is None else text
-    return blank
+    if name is not None:
+        field, place = split_place(name)
+        return text_of_value(field_of(record, field), place)
+    in_any_case = {field.lower(): field for field in reversed(record)}
+    return first_text(
+        record.get(field if field in record else in_any_case.get(field.lower(), field)) for field in TEXT_FIELDS
+    )

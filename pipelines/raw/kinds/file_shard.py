@@ -61,6 +61,11 @@ class FileShard:
         self.has_labels = summary.has_labels or bool(classes)
         self._members, self._reading, self._texts, self._classes = members, reading, texts, classes or {}
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """See `RawShard`."""
+        return self._texts.columns if self._texts is not None else ()
+
     def image_bytes(self, sample: RawSample) -> bytes:
         """See `RawShard`."""
         assert sample.image_extension is not None, f"{self.name}: {sample.key} has no image"

@@ -114,6 +114,11 @@ class RowShard:
         self.has_labels = summary.has_labels
         self._cells, self._reading, self._texts = cells, reading, RowTexts([path])
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """See `RawShard`."""
+        return self._texts.columns
+
     def image_bytes(self, sample: RawSample) -> bytes:
         """See `RawShard`: those of the row, or where it has none of the file that it names."""
         assert sample.row is not None, f"{self.name}: {sample.key} is no row"

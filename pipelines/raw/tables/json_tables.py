@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from errors import UserError
-from pipelines.raw.tables.rows import ROWS_LOOKED_AT, Rows, TableRow, field_names, field_of, pick, require_columns
+from pipelines.raw.tables.rows import ROWS_LOOKED_AT, Rows, TableRow, field_names, pick, require_columns
 from pipelines.raw.tables.text_tables import LINE_COLUMN, open_text
-from pipelines.raw.texts import TEXT_FIELDS
+from pipelines.raw.texts import TEXT_FIELDS, field_of
 
 NOT_JSON = "not_json"
 KEY_COLUMN = "key"  # of an object of texts or objects by key

@@ -11,7 +11,7 @@ from pipelines.raw.samples import split_at_extension
 from pipelines.raw.tables.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
 from pipelines.raw.tables.open_table import Table, open_table
 from pipelines.raw.tables.rows import key_of_cell
-from pipelines.raw.texts import split_place, text_of_value
+from pipelines.raw.texts import first_text, split_place, text_of_value
 
 LABEL_COLUMN = "label"
 MAX_LABEL = 2**31 - 1
@@ -58,13 +58,7 @@ class RowTexts:
         """
         if column is not None:
             return self.named_text(row, column)
-        blank = None
-        for name in self.text_columns:
-            text = text_of_value(self.column(name)[row])
-            if text:
-                return text
-            blank = blank if text is None else text
-        return blank
+        return first_text(self.column(name)[row] for name in self.text_columns)
 
     def named_text(self, row: int, name: str) -> str | None:
         """Return the text of a column, of a list of texts that which `split_place` says; raises `SampleReject`."""

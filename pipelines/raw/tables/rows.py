@@ -92,12 +92,3 @@ def field_names(records: Iterable[dict[str, Any]]) -> list[str]:
             if isinstance(value, dict):
                 names.update(dict.fromkeys(f"{name}.{inner}" for inner in value))
     return list(names)
-
-
-def field_of(record: dict[str, Any], name: str) -> Any:
-    """The field `name` of an object, or `a.b`: the field b of the object a; None where there is none."""
-    if name in record:
-        return record[name]
-    outer, _, inner = name.partition(".")
-    found = record.get(outer)
-    return found.get(inner) if isinstance(found, dict) else None

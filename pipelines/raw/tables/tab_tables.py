@@ -26,7 +26,7 @@ class TabTable:
     def __init__(self, path: str) -> None:
         self.path = path
         with open_text(path) as text:
-            self.columns = _fields_of_line(text.readline())
+            self.columns = [name.strip() for name in _fields_of_line(text.readline())]
 
     @functools.cached_property
     def num_rows(self) -> int:

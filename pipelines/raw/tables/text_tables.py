@@ -96,10 +96,12 @@ class CsvTable:
         with open_text(path, newline="") as text:
             line = text.readline()
         self._separator = _separator(line)
+        # Where a space stands behind each comma, as people type them, it is no part of the next field.
+        self._skips_space = f"{self._separator} " in line
         names = next(self._records(), [])
         if isinstance(names, _Swallowed):
             raise UserError(f"{path}: {names.fault}")
-        self.columns = names
+        self.columns = [name.strip() for name in names]
         if any("\0" in name for name in self.columns):
             raise UserError(f"{path} has zero bytes, as UTF-16 without a byte-order mark has; write it as UTF-8")
         if self._separator != ",":
@@ -148,7 +150,7 @@ class CsvTable:
         """All records, that of names too; where a quotation mark swallows rows, nothing comes after it."""
         line = width = 0
         with open_text(self.path, newline="") as text:
-            reader = csv.reader(text, delimiter=self._separator, strict=True)
+            reader = csv.reader(text, delimiter=self._separator, skipinitialspace=self._skips_space, strict=True)
             try:
                 for fields in reader:
                     if reader.line_num > line + 2 and _holds_rows(fields, self._separator, width):
