@@ -159,6 +159,36 @@ def test_cmyk_and_palettes_of_16_bits() -> None:
     assert shown[0, 0].tolist() == [0x12, 255, 0] and shown[1, 1].tolist() == [0x80, 255, 0]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_palette_with_numbers_of_eight_bits_is_not_black(bits: int, order: str) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (3, 1 << bits))
+    indices = np.random.default_rng(1).integers(0, 1 << bits, (9, 13, 1)).astype(np.uint8)
+    tags = {times: [(320, times * int(value)) for value in colours.ravel()] for times in (1, 257)}
+    old = decoded(tiff(indices, photometric=PALETTE, bits=bits, order=order, tags=tags[1]))
+    np.testing.assert_array_equal(old, colours.T[indices[..., 0]])
+    np.testing.assert_array_equal(decoded(tiff(indices, photometric=PALETTE, bits=bits, tags=tags[257])), old)
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("is_planar", [False, True])
+def test_alpha_is_found_among_several_samples_beside_the_colours(kind: str, is_planar: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 13, 5))
+    alpha = values[..., 4:] / 255
+    wide = (values * (257 if kind == "u2" else 1)).astype(kind)
+
+    def shown(photometric: int, *extra: int) -> np.ndarray:
+        return decoded(tiff(wide, photometric=photometric, is_planar=is_planar, tags=[(338, kind) for kind in extra]))
+
+    over_white = (values[..., :3] * alpha + 255 * (1 - alpha)).round()
+    assert np.abs(shown(RGB, 0, 2) - over_white).max() <= 1
+    np.testing.assert_array_equal(shown(RGB, 0, 0), values[..., :3])
+    ink = np.asarray(Image.fromarray((values[..., :4] * alpha).round().astype(np.uint8), "CMYK"))
+    seen = decoded(tiff(ink, photometric=CMYK)).astype(int)
+    assert np.abs(shown(CMYK, 2) - seen).max() <= 1
+    np.testing.assert_array_equal(shown(CMYK, 0), decoded(tiff(values[..., :4].astype("u1"), photometric=CMYK)))
+
+
 def test_profile_and_orientation_of_a_deep_picture_count() -> None:
     profile = rgb_profile(ADOBE_RGB)
     plain = decoded(encode(swatches(), "TIFF", icc_profile=profile))

@@ -29,6 +29,7 @@ NUM_COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, 
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 # More samples than colours and alpha, or wider tiles beyond the picture, are damage that asks for memory.
 MAX_EXTRA_SAMPLES, MAX_TILE_PIXELS = 4, 4096
+MAX_SAMPLES_OF_PILLOW = 4
 PREMULTIPLIED, SEPARATE = 1, 2  # kinds of alpha
 # By which the strips or tiles of a picture are found; of one stored plane by plane, those of each plane in turn.
 PLACES = (273, 279, 324, 325)
@@ -55,6 +56,7 @@ class TiffSamples:
     num_samples: int
     sample_format: int
     alpha: int | None
+    alpha_place: int
     predictor: int
     is_planar: bool
     tile_width: int
@@ -70,9 +72,12 @@ class TiffSamples:
         num_colours = NUM_COLOURS[self.photometric]
         samples = self._samples()
         image = self._image(samples[..., :num_colours])
-        if self.alpha not in (PREMULTIPLIED, SEPARATE) or image.mode not in ("L", "RGB"):
+        if self.alpha not in (PREMULTIPLIED, SEPARATE) or image.mode not in ("L", "RGB", "CMYK"):
             return image
-        alpha = self._to_eight_bits(samples[..., num_colours])
+        alpha = self._to_eight_bits(samples[..., self.alpha_place])
+        if image.mode == "CMYK":  # less ink is over white
+            share = np.float32(1 / 255) * (255 if self.alpha == PREMULTIPLIED else alpha[..., None])
+            return Image.fromarray((np.asarray(image) * share).round().astype(np.uint8), "CMYK")
         if self.alpha == PREMULTIPLIED:
             premultiplied = np.asarray(image, np.float32).reshape(self.height, self.width, -1)
             whole = premultiplied * (255.0 / np.maximum(alpha, 1)[..., None])
@@ -147,7 +152,8 @@ class TiffSamples:
 
     def _image(self, samples: np.ndarray) -> Image.Image:
         if self.photometric == PALETTE:
-            colours = np.array(self.colour_map, np.uint16).reshape(3, -1).T >> 8
+            colours = np.array(self.colour_map, np.uint16).reshape(3, -1).T
+            colours = colours if _is_of_bytes(self.colour_map) else colours >> 8
             return Image.fromarray(colours.astype(np.uint8)[np.minimum(samples[..., 0], len(colours) - 1)])
         if self.photometric in (CIELAB, ICCLAB):
             return Image.frombytes("LAB", (self.width, self.height), self._lab_bytes(samples).tobytes())
@@ -209,6 +215,9 @@ def read_tiff(data: bytes) -> TiffSamples | None:
     if any(tag not in first for tag in (WIDTH, HEIGHT, BITS, PHOTOMETRIC)) or not _is_read_here(tags, first):
         return None
     num_samples, photometric = first[SAMPLES], first[PHOTOMETRIC]
+    # Pillow too takes one sample more than there are colours for alpha if nothing is said.
+    extra = tags.get(EXTRA_SAMPLES, (SEPARATE,)) if num_samples > NUM_COLOURS[photometric] else ()
+    place = next((place for place, kind in enumerate(extra) if kind in (PREMULTIPLIED, SEPARATE)), None)
     return TiffSamples(
         data=data,
         order=order,
@@ -221,8 +230,8 @@ def read_tiff(data: bytes) -> TiffSamples | None:
         photometric=photometric,
         num_samples=num_samples,
         sample_format=first[SAMPLE_FORMAT],
-        # Pillow too takes one sample more than there are colours for alpha if nothing is said.
-        alpha=first.get(EXTRA_SAMPLES, SEPARATE) if num_samples > NUM_COLOURS[photometric] else None,
+        alpha=None if place is None else extra[place],
+        alpha_place=NUM_COLOURS[photometric] + (place or 0),
         predictor=first[PREDICTOR],
         is_planar=first[PLANES] == 2 and num_samples > 1,
         tile_width=first.get(TILE_WIDTH, first[WIDTH]),
@@ -233,10 +242,9 @@ def read_tiff(data: bytes) -> TiffSamples | None:
 
 def _is_read_here(tags: Mapping[int, tuple[int, ...]], first: Mapping[int, int]) -> bool:
     bits, photometric, num_samples, sample_format = (first[tag] for tag in (BITS, PHOTOMETRIC, SAMPLES, SAMPLE_FORMAT))
-    if sample_format != SIGNED and (
-        (bits == 8 and photometric in (RGB, CMYK))
-        or (bits in (1, 2, 4, 8) and num_samples == 1 and photometric <= PALETTE)
-    ):
+    is_single = bits in (1, 2, 4, 8) and num_samples == 1 and photometric <= PALETTE
+    has_colours = bits == 8 and photometric in (RGB, CMYK) and num_samples <= MAX_SAMPLES_OF_PILLOW
+    if sample_format != SIGNED and (has_colours or (is_single and not _is_of_bytes(tags.get(COLOUR_MAP, ())))):
         return False
     if photometric in (CIELAB, ICCLAB):
         is_possible = bits in (8, 16)  # whose halves differ in sign, which the format of samples does not tell
@@ -258,6 +266,11 @@ def _is_read_here(tags: Mapping[int, tuple[int, ...]], first: Mapping[int, int])
         and min(first[WIDTH], first[HEIGHT], first.get(TILE_WIDTH, 1)) > 0
         and first.get(TILE_WIDTH, 1) <= max(first[WIDTH], MAX_TILE_PIXELS)
     )
+
+
+def _is_of_bytes(colour_map: Sequence[int]) -> bool:
+    """Whether colours are numbers of eight bits, as old programs have written them, and not of sixteen."""
+    return 0 < max(colour_map, default=0) < 256
 
 
 def _entries(data: bytes, order: str) -> dict[int, bytes]:
