@@ -8,7 +8,7 @@ from pathlib import Path
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.raw.patterns import expand_braces, match_urls
-from pipelines.raw.samples import IMAGE_EXTENSIONS, is_stray, readable_name, split_at_extension
+from pipelines.raw.samples import IMAGE_EXTENSIONS, is_note, is_stray, readable_name, split_at_extension
 from pipelines.raw.tables.column_names import SAMPLE_NAMES, TEXT_NAMES, known_column
 from pipelines.raw.tables.open_table import TABLES, TableFormat, table_format
 from pipelines.raw.texts import TEXT_EXTENSIONS, text_members
@@ -91,7 +91,9 @@ def text_files(folder: str) -> dict[str, list[Path]]:
 def stray_files(folder: str) -> list[str]:
     """Return the names of files in a folder of texts that are neither texts nor what may lie beside them."""
     files = (readable_name(str(file.relative_to(folder))) for file in Path(folder).rglob("*") if file.is_file())
-    return sorted(name for name in files if is_stray(name) or name.rpartition(".")[2].lower() not in BESIDE_TEXTS)
+    return sorted(
+        name for name in files if is_stray(name) or is_note(name) or name.rpartition(".")[2].lower() not in BESIDE_TEXTS
+    )
 
 
 def say_strays(log: logging.Logger, path: str, names: Sequence[str]) -> None:
@@ -159,7 +161,8 @@ def _files(folder: str) -> Iterator[Path]:
     """The files of a folder that may be captions: none that are hidden, or that people and archivers add."""
     for file in Path(folder).rglob("*"):
         name = readable_name(str(file.relative_to(folder)))
-        if not is_stray(name) and not any(part.startswith("_") for part in Path(name).parts) and file.is_file():
+        is_left_out = is_stray(name) or is_note(name) or any(part.startswith("_") for part in Path(name).parts)
+        if not is_left_out and file.is_file():
             yield file
 
 

@@ -42,11 +42,20 @@ CONTROL_FIELDS = ("mask", "seg", "depth", "canny", "edge", "hed", "pose", "norma
 OTHER_FIELDS = ("metadata", "meta", "info")
 FIELDS = frozenset((*IMAGE_FIELDS, *CONTROL_FIELDS, *OTHER_FIELDS, *(name.lower() for name in TEXT_FIELDS)))
 # What archivers, systems and people put beside samples.
-STRAY_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information"))
+STRAY_FOLDER = re.compile(
+    # GNU tar's headers of PAX become files where another program has unpacked them.
+    r"__macosx|@eadir|\$recycle\.bin|system volume information|lost\+found|(paxheaders?|globalhead)(\.\d+)?",
+    re.IGNORECASE,
+)
 STRAY_NAME = re.compile(
-    r"(readme|licen[cs]e|copying|notice|authors|changelog|changes|contributing|citation|makefile|manifest|index|"
-    r"(md5|sha1|sha256|sha512)sums?|checksums?)(\.[^/]*)?|(eh)?thumbs(_vista)?\.db|desktop\.ini|icon[\r\uf00d]?|~\$.*|"
+    r"(eh)?thumbs(_vista)?\.db|desktop\.ini|icon[\r\uf00d]?|~\$.*|"
     r"_(success|metadata|common_metadata|committed_.*|started_.*)|globalhead\..*|.*\.(md|md5|sha1|sha256|lock|log|html?)",
+    re.IGNORECASE | re.DOTALL,
+)
+# Notes for people, whatever they end with, unless an image is called so, too.
+NOTE = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|changelog|changes|contributing|citation|makefile|manifest|index|"
+    r"(md5|sha1|sha256|sha512)sums?|checksums?)(\..*)?",
     re.IGNORECASE | re.DOTALL,
 )
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?", re.IGNORECASE)
@@ -129,7 +138,7 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
         samples = _group(files, split_at_extension, num_bytes=num_bytes)
         for sample in samples:
             _choose_image(sample)
-    kept = [sample for sample in samples if _may_be_sample(sample) or _has_data(sample)]
+    kept = [sample for sample in samples if _may_be_sample(sample, DATA_EXTENSIONS)]
     strays += _names_of_others(samples, kept)
     return GroupedSamples(samples=kept, unusable=unusable, strays=strays)
 
@@ -160,15 +169,15 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
     return GroupedSamples(samples=kept, unusable=[], strays=[*strays, *_names_of_others(samples, kept)])
 
 
-def _may_be_sample(sample: RawSample) -> bool:
-    """Whether the members of a key have an image, or a text that is not about the whole collection."""
-    return _hides_image(sample) or (
-        bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
-    )
-
-
-def _has_data(sample: RawSample) -> bool:
-    return not DATA_EXTENSIONS.isdisjoint(extension.rpartition(".")[2] for extension in sample.members)
+def _may_be_sample(sample: RawSample, data_extensions: Collection[str] = ()) -> bool:
+    """Whether the members of a key have an image, or data or a text that are not about the whole collection."""
+    if _hides_image(sample):
+        return True
+    if is_note(sample.key):
+        return False
+    if any(extension.rpartition(".")[2] in data_extensions for extension in sample.members):
+        return True
+    return bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
 
 
 def _names_of_others(samples: Sequence[RawSample], kept: Sequence[RawSample]) -> list[str]:
@@ -225,13 +234,21 @@ def _keyed_by_whole_name(names: Sequence[str], named: Collection[str]) -> dict[s
 
 
 def is_stray(name: str) -> bool:
-    """Whether a file is by its name no part of a sample: hidden, of an archiver or a system, or a note for people."""
+    """Whether a file is by its name no part of a sample: hidden, or of an archiver or a system."""
     folder, _, file_name = name.rpartition("/")
     if file_name.startswith(".") or STRAY_NAME.fullmatch(file_name) is not None:
         return True
-    return bool(folder) and any(
-        part.lower() in STRAY_FOLDERS or (part.startswith(".") and part.strip(".")) for part in folder.split("/")
-    )
+    return bool(folder) and any(map(is_stray_folder, folder.split("/")))
+
+
+def is_stray_folder(name: str) -> bool:
+    """Whether a folder is hidden, or of an archiver or a system."""
+    return (name.startswith(".") and bool(name.strip("."))) or STRAY_FOLDER.fullmatch(name) is not None
+
+
+def is_note(name: str) -> bool:
+    """Whether what is no image is a note for people: a README, a licence, a list of checksums."""
+    return NOTE.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def split_at_first_dot(name: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +21,13 @@ from pipelines.raw.reading import Reading
 from pipelines.raw.samples import Member, RawSample
 from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.raw.tasks import no_garbage
-from pipelines.raw.texts import json_members, text_members
+from pipelines.raw.texts import TEXT_EXTENSIONS, json_members, text_members
 from pipelines.store.files import atomic_write_bytes, discard, is_remote, sha256_text
 from pipelines.store.state_files import parse_state, state_of
 
 FOLDER = ".headers"
 # Raised when samples are found in another way, or the files change their form.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 ITEMS_PER_LINE = 4096
 # Some twenty megabytes.
 MAX_RECENT_SAMPLES = 1 << 14
@@ -47,6 +48,7 @@ class ShardSummary:
         identity: see `RawShard`.
         rejects: of faulty samples, by reason, how many there are and what one is called.
         num_texts: samples that have a text, or JSON that may hold one.
+        unknown_texts: of samples without one, how many have a text file under a name that is no known one, by name.
         has_labels: see `RawShard`.
         unusable, strays: see `GroupedSamples`.
         fault: what is wrong with the shard as a whole, or None.
@@ -62,6 +64,7 @@ class ShardSummary:
     has_labels: bool
     unusable: list[str] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
+    unknown_texts: dict[str, int] = field(default_factory=dict)
     fault: str | None = None
 
     def is_of(self, stamp: str | None, reading: Reading) -> bool:
@@ -100,6 +103,15 @@ def count_rejects(samples: Sequence[RawSample]) -> dict[str, tuple[int, str]]:
         if sample.reject is not None:
             keys.setdefault(sample.reject, []).append(sample.key)
     return {reason: (len(found), found[0]) for reason, found in sorted(keys.items(), key=lambda item: -len(item[1]))}
+
+
+def count_unknown_texts(samples: Sequence[RawSample]) -> dict[str, int]:
+    """Return how many samples have `en.txt` and no text under a known name, by such names."""
+    names: Counter[str] = Counter()
+    for sample in samples:
+        if "." in "".join(sample.members) and not text_members(list(sample.members), sample.image_extension):
+            names.update(name for name in sample.members if name.rpartition(".")[2] in TEXT_EXTENSIONS)
+    return dict(names)
 
 
 def summary_of_rows(

@@ -1,16 +1,13 @@
 """Raw shards: samples in an order of their own, with image, texts and class, read by place from wherever they are."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from errors import UserError
-from pipelines.as_typed import typed_flag
 from pipelines.engine.pieces import Source
-from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.file_shard import FileShard
 from pipelines.raw.kinds.folder_shards import classes_of, is_local_folder
 from pipelines.raw.kinds.local_files import LocalFiles
@@ -21,20 +18,12 @@ from pipelines.raw.reading import AS_IT_COMES, Reading, UnreadableShardError
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_headers import ShardHeaders, ShardSummary
 from pipelines.raw.shard_names import shard_name
+from pipelines.raw.shard_warnings import say_what_headers_tell
 from pipelines.raw.summaries import read_summaries, recall_or_read_headers
-from pipelines.raw.tables.open_table import table_format
 from pipelines.raw.tables.row_texts import RowTexts
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 FAULTS_NAMED = 5
-NAMES_SHOWN = 3
-
-OTHER_KINDS = {
-    "files": "links that lead nowhere or in a circle, pipes or the like",
-    "members": "links, devices, sparse files or paths that leave the tar",
-}
-
-log = get_logger("shards")
 
 
 class RawShard(Protocol):
@@ -171,7 +160,7 @@ def describe_shards(
 ) -> list[ShardDescription]:
     """Describe raw shards, in order, from their headers; with `run`, those are read once and remembered there.
 
-    Shards that are cut off or damaged are logged, and so are members that are no samples: what can be read is used.
+    What is odd about them is logged, see `say_what_headers_tell`: what can be read is used.
 
     Raises:
         UserError: some files are no shards, or cannot be read by place; names them.
@@ -181,57 +170,15 @@ def describe_shards(
     if errors := [str(summary) for summary in summaries if isinstance(summary, UnreadableShardError)]:
         more = [f"and {len(errors) - FAULTS_NAMED} more"] if len(errors) > FAULTS_NAMED else []
         raise UserError("\n".join([*errors[:FAULTS_NAMED], *more]))
-    _warn_of_rejects(paths, [summary for summary in summaries if isinstance(summary, ShardSummary)])
+    found = [summary for summary in summaries if isinstance(summary, ShardSummary)]
+    say_what_headers_tell(paths, found, reading)
     described = []
-    for path, summary in zip(paths, summaries, strict=True):
-        assert isinstance(summary, ShardSummary), "errors have been raised"
-        if summary.fault is not None:
-            log.warning(f"{path}: {summary.fault}")
-        what = "files" if summary.kind == "folder" else "members"
-        if names := summary.unusable:
-            log.warning(f"{path}: {len(names):,} {what} are {OTHER_KINDS[what]}: {_some(names)}")
-        if names := summary.strays:
-            log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
-        if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":
-            _name_a_table(path, summary.strays)
+    for path, summary in zip(paths, found, strict=True):
         source = Source(name=shard_name(path), path=path, identity=summary.identity, num_samples=summary.num_samples)
         described.append(
             ShardDescription(source=source, num_texts=0 if reading.dialect == "sa1b" else summary.num_texts)
         )
     return described
-
-
-def _warn_of_rejects(paths: Sequence[str], summaries: Sequence[ShardSummary]) -> None:
-    """Say which shards have no samples, and which samples are rejects before any is read."""
-    if empty := [path for path, summary in zip(paths, summaries, strict=True) if not summary.num_samples]:
-        log.warning(f"{len(empty):,} of {len(paths):,} shards have no samples: {_some(empty)}")
-    counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for path, summary in zip(paths, summaries, strict=True):
-        for reason, (count, example) in summary.rejects.items():
-            counts[reason] += count
-            examples.setdefault(reason, f"{example} in {path}" if len(paths) > 1 else example)
-    if counts:
-        num_samples = sum(summary.num_samples for summary in summaries)
-        listed = "; ".join(f"{count:,} {reason} ({examples[reason]})" for reason, count in counts.most_common())
-        log.warning(
-            f"{counts.total():,} of {num_samples:,} samples will be rejects, as is known before any is read: {listed}"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-
-
-def _name_a_table(folder: str, strays: Sequence[str]) -> None:
-    """Say of a folder whose images have no texts, and that has a table, how to type that."""
-    table = next((name for name in strays if table_format(name) is not None), None)
-    if table is not None:
-        table = f"{folder.rstrip('/')}/{table}"
-        log.warning(
-            f"{folder}: no image has a text beside it, but there is a table: if it names the images by path, type "
-            f"{typed_flag('shards', table)}; if it has captions by their keys or names, captioning.table={table}"
-        )
 
 
 def shard_source(path: str, reading: Reading = AS_IT_COMES) -> Source:

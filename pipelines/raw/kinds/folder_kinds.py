@@ -11,7 +11,7 @@ from pipelines.as_typed import typed_flag
 from pipelines.engine.progress import get_logger
 from pipelines.raw.kinds.folder_shards import METADATA_NAMES
 from pipelines.raw.reading import AS_IT_COMES
-from pipelines.raw.samples import STRAY_FOLDERS
+from pipelines.raw.samples import is_stray_folder
 from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.tables.image_columns import image_column
 from pipelines.raw.tables.open_table import table_format
@@ -135,7 +135,7 @@ def _warn_of_rest(folder: str, kind: str, shards: Sequence[str], *, others: Sequ
     known, num_images = {*shards, *others}, 0
     left: dict[str, list[str]] = {IMAGES: [], TARS: [], ROWS: list(others)}
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in STRAY_FOLDERS)
+        folders[:] = sorted(name for name in folders if not is_stray_folder(name))
         for name in sorted(names):
             found = _kind(name)
             if found is None or name.startswith("."):

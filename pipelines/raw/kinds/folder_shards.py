@@ -9,7 +9,7 @@ from pipelines.raw.kinds.local_files import FileFacts, identify_files, list_fold
 from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.reading import Reading, UnreadableShardError
 from pipelines.raw.samples import GroupedSamples, RawSample, group_files, is_stray, readable_name, split_at_extension
-from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_rejects, has_text
+from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_rejects, count_unknown_texts, has_text
 from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts
@@ -54,6 +54,7 @@ def read_folder(path: str, reading: Reading) -> ShardHeaders:
         num_texts=sum(map(has_text, samples)) if texts is None or not texts.text_columns else len(samples),
         has_labels=any("cls" in sample.members for sample in samples) or (texts is not None and texts.has_labels()),
         unusable=contents.unusable,
+        unknown_texts=count_unknown_texts(samples),
         strays=[*contents.hidden, *grouped.strays],
     )
     return ShardHeaders(summary=summary, samples=samples, files=contents.files, tables=tables)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from errors import StorageError, UserError
-from pipelines.raw.samples import STRAY_FOLDERS, Member, readable_name
+from pipelines.raw.samples import Member, is_stray_folder, readable_name
 from pipelines.raw.tasks import cut_into_tasks, map_tasks
 from pipelines.raw.texts import MASKS_KEY, TEXT_EXTENSIONS
 
@@ -84,7 +84,7 @@ def _walk(
             yield prefix + name, status
         elif not stat.S_ISDIR(status.st_mode) or _place(status) in above:
             contents.unusable.append(readable_name(prefix + name))
-        elif name.startswith(".") or entry.name.lower() in STRAY_FOLDERS:
+        elif is_stray_folder(entry.name):
             contents.hidden.append(readable_name(prefix + name))
         else:
             yield from _walk(folder, prefix + name, (*above, _place(status)), contents)

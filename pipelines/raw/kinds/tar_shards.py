@@ -4,7 +4,7 @@ from errors import StorageError, describe_unfetched
 from pipelines.raw.kinds.tar_headers import read_tar
 from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import Member, group_samples
-from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_rejects, has_text
+from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_rejects, count_unknown_texts, has_text
 from pipelines.store.files import RangeFile
 
 HEAD_BYTES = 512
@@ -47,6 +47,7 @@ def read_tar_headers(path: str, file: RangeFile) -> ShardHeaders:
         num_texts=sum(map(has_text, grouped.samples)),
         has_labels=any("cls" in sample.members for sample in grouped.samples),
         unusable=grouped.unusable,
+        unknown_texts=count_unknown_texts(grouped.samples),
         strays=grouped.strays,
         fault=contents.fault,
     )
