@@ -3,12 +3,12 @@
 import random
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.captioning_run import finish, line
 from tests.line_worker import contents
 from tests.processes import kill, kill_tree, ray_workers
 from tests.raw_shards import write_laion, write_sa1b
@@ -48,16 +48,6 @@ def folder(request, tmp_path_factory) -> Path:
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder, engine=request.param))
     finish(line(folder, folder / "calm", alone=True))
     return folder
-
-
-def line(folder: Path, run: Path, *, alone: bool) -> list[str]:
-    options = ["--set", f"engine.in_process={str(alone).lower()}"]
-    return [sys.executable, "-m", "captioning", "--recipe", str(folder / "recipe.toml"), "--run", str(run), *options]
-
-
-def finish(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def count_finished(captions: Path) -> int:

@@ -2,12 +2,12 @@
 
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.captioning_run import finish, line
 from tests.line_worker import contents
 from tests.processes import kill_tree
 from tests.raw_kinds import Sample, write_folder, write_rows, write_table
@@ -47,16 +47,6 @@ def folder(tmp_path_factory) -> Path:
     write_laion(raw / "d_tar.tar", NUM_SAMPLES)
     (folder / "recipe.toml").write_text(RECIPE.format(folder=folder))
     return folder
-
-
-def line(folder: Path, run: Path, *, alone: bool) -> list[str]:
-    options = ["--set", f"engine.in_process={str(alone).lower()}"]
-    return [sys.executable, "-m", "captioning", "--recipe", str(folder / "recipe.toml"), "--run", str(run), *options]
-
-
-def finish(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def has_begun(captions: Path, shard: str) -> bool:
