@@ -155,7 +155,7 @@ def count_rows(address: Address) -> int:
             log.warning(f"{address.path}: {shard.fault}")
         for names in (shard.unusable, shard.strays):
             say_strays(log, address.path, names)
-        return sum(map(_has_text_file, shard.samples))
+        return sum(map(_is_counted, shard.samples))
 
 
 def is_folder(path: str) -> bool:
@@ -220,7 +220,7 @@ def _read_texts(address: Address, rows: Rows) -> Iterator[CaptionRow]:
             yield next((row for row in found if row.text or row.reject), CaptionRow(key=key_of_cell(key), text=""))
         return
     with open_shard(address.path, TEXT_FILES_ALONE) as shard:
-        for _, sample in pick(filter(_has_text_file, shard.samples), rows):
+        for _, sample in pick(filter(_is_counted, shard.samples), rows):
             if sample.reject == "cut_off":
                 yield _rejected(sample.key, sample.reject)
                 continue
@@ -230,8 +230,9 @@ def _read_texts(address: Address, rows: Rows) -> Iterator[CaptionRow]:
                 yield _rejected(sample.key, reject.reason)
 
 
-def _has_text_file(sample: RawSample) -> bool:
-    return bool(text_members(list(sample.members), sample.image_extension))
+def _is_counted(sample: RawSample) -> bool:
+    """Whether a sample of a tar has a text, or an image that should have one."""
+    return sample.image_extension is not None or bool(text_members(list(sample.members), sample.image_extension))
 
 
 def _read_raw(address: Address, rows: Rows, *, opening: RawOpening) -> Iterator[CaptionRow]:

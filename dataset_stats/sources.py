@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from pipelines.raw.caption_files import (
 )
 from pipelines.raw.patterns import select_names, select_shards
 from pipelines.raw.reading import AS_IT_COMES
-from pipelines.raw.shard_names import shard_name
+from pipelines.raw.shard_names import is_image_name, shard_name
 from pipelines.raw.shards import describe_shards
 from pipelines.raw.tables.open_table import TableFormat, open_table, require_sound, table_format
 from pipelines.raw.tables.rows import key_of_cell
@@ -76,7 +77,7 @@ def caption_sources(name: str, caption_set: CaptionSet, *, inputs: RunFiles) -> 
     elif caption_set.layout == "raw":
         sources = _raw_sources(key, caption_set, inputs)
     elif caption_set.files:
-        sources = _file_sources(key, caption_set)
+        sources = _file_sources(key, caption_set, inputs.opening)
     else:
         raise UserError(f'{key}.files is missing; layout "{caption_set.layout}" needs it')
     if not sum(source.num_samples for source in sources):
@@ -138,22 +139,29 @@ def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> li
 
 def _raw_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
     paths = select_shards(inputs.raw_shards, caption_set.shards, key=f"{key}.shards")
-    addresses = [Address(layout="raw", column=caption_set.column, path=path) for path in paths]
-    reading = inputs.opening.reading
-    described = describe_shards(paths, reading, run=inputs.opening.run)
+    return _sources_of_raw(paths, caption_set.column, inputs.opening)
+
+
+def _sources_of_raw(paths: Sequence[str], column: str, opening: RawOpening) -> list[Source]:
+    addresses = [Address(layout="raw", column=column, path=path) for path in paths]
+    reading = opening.reading
+    described = describe_shards(paths, reading, run=opening.run)
     # Which text is the sample's own is no part of a shard's identity.
-    texts = "" if reading == AS_IT_COMES or caption_set.column else f" {reading.dialect} {reading.text_column}"
+    texts = "" if reading == AS_IT_COMES or column else f" {reading.dialect} {reading.text_column}"
     return [
         replace(shard.source, name=_source_name(address), path=str(address), identity=f"{shard.source.identity}{texts}")
         for address, shard in zip(addresses, described, strict=True)
     ]
 
 
-def _file_sources(key: str, caption_set: CaptionSet) -> list[Source]:
+def _file_sources(key: str, caption_set: CaptionSet, opening: RawOpening) -> list[Source]:
     """Sources of files; the column is chosen once, so that no file's texts are taken from another one."""
     column = caption_set.column
     sources = []
     for layout, path in _find_files(key, caption_set):
+        if layout == "raw":
+            sources += _sources_of_raw([path], column, opening)
+            continue
         if layout != "text" and not any(Address.parse(source.path).column for source in sources):
             column = _look_at_column(f"{key}.column", column, layout, path)
         address = Address(layout=layout, column="" if layout == "text" else column, path=path)
@@ -175,11 +183,22 @@ def _find_files(key: str, caption_set: CaptionSet) -> list[tuple[str, str]]:
             )
         for path in paths:
             found += (
-                captions_in_folder(f"{key}.files", path, layout=caption_set.layout)
+                _captions_in_folder(key, caption_set, path)
                 if is_folder(path)
                 else [(_layout(key, caption_set, path), path)]
             )
     return list(dict.fromkeys(found))
+
+
+def _captions_in_folder(key: str, caption_set: CaptionSet, folder: str) -> list[tuple[str, str]]:
+    """Layout and path of what a folder holds; of texts beside images, the images count, those without a text too."""
+    found = captions_in_folder(f"{key}.files", folder, layout=caption_set.layout)
+    is_of_images = caption_set.layout == "auto" and found == [("text", folder)] and _has_images(folder)
+    return [("raw", folder)] if is_of_images else found
+
+
+def _has_images(folder: str) -> bool:
+    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def _layout(key: str, caption_set: CaptionSet, path: str) -> str:
@@ -227,7 +246,10 @@ def _file_source(key: str, address: Address) -> Source:
     if address.layout != "text":
         with open_table(path, cast(TableFormat, address.layout)) as table:
             require_sound(table)
-    return Source(name=_source_name(address), path=str(address), identity=identity, num_samples=count_rows(address))
+    num_samples = count_rows(address)
+    if address.layout == "text" and not is_folder(path):
+        identity = f"{identity}:{num_samples}"  # images without a text did not count once
+    return Source(name=_source_name(address), path=str(address), identity=identity, num_samples=num_samples)
 
 
 def _source_name(address: Address) -> str:

@@ -138,6 +138,23 @@ def test_a_set_of_raw_shards_is_read_as_data_says(tmp_path):
         stage_summary(run, sets, shards, "data.dialect=sa1b")
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_without_a_text_are_missing_captions(tmp_path, kind):
+    """A folder of photos was counted by its text files, so that those without one were in no number."""
+    members = [(f"{number}.jpg", encode(photo(number))) for number in range(10)]
+    members += [(f"{number}.txt", b"a red dog") for number in range(2, 10)]
+    files = tmp_path / "photos"
+    if kind == "tar":
+        write_tar(files.with_suffix(".tar"), members)
+    else:
+        (files / "more").mkdir(parents=True)
+        for name, content in members:
+            (files / "more" / name).write_bytes(content)
+    typed = files if kind == "folder" else files.with_suffix(".tar")
+    summary = stage_summary(tmp_path / "run", f'{{web = {{files = "{typed}"}}}}')["web"]
+    assert (summary["num_captions"], summary["rejected"]) == (8, {"no_text": 2})
+
+
 def test_the_pieces_of_a_raw_shard_are_read_with_what_the_run_remembers_of_it(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for number in range(30):  # those of fewer are looked at again: that is as fast

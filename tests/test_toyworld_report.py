@@ -17,7 +17,7 @@ from toyworld.charts import Scale, loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.judge import ObjectHit, Verdict
 from toyworld.render import render
-from toyworld.report import write_report
+from toyworld.report import _reason, write_report
 from toyworld.scoring import read_prompt_scenes, score_run
 from toyworld.world import write_world
 
@@ -156,6 +156,20 @@ def test_page_shows_what_the_stages_made(page):
     assert "10 / 40" in text and "25.0%" in text
     assert text.index("raw 10 / 40") < text.index("dense 10 / 40")
     assert "wrong colour" in text and "✗" in text
+
+
+def test_each_cell_says_on_a_phone_which_column_it_is_of(page):
+    """Tables as wide as a desktop were cut off there; what is not shown of them cannot be read."""
+    for table in re.findall(r"<table>.*?</table>", page, re.DOTALL):
+        columns = re.findall(r'<th scope="col">(.*?)</th>', table)
+        for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", table, re.DOTALL):
+            assert (
+                re.findall(r'<td[^>]*? data-label="(.*?)"', row) == columns[1:] and row.count("<td") == len(columns) - 1
+            )
+
+
+def test_reasons_of_rejects_are_words():
+    assert _reason("corrupt_image") == "corrupt image" and _reason("caption:no_caption") == "no caption (not captioned)"
 
 
 def test_page_shows_misses_among_the_captions(page):

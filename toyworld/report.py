@@ -134,7 +134,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "number": _number}
+    environment.filters |= {"percent": _percent, "duration": _duration, "number": _number, "reason": _reason}
     page = environment.get_template("index.html.jinja").render(
         name=run.resolve().name,
         recipe=recipe.path.name,
@@ -167,6 +167,13 @@ def _percent(fraction: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def _reason(text: str) -> str:
+    """Return why samples were rejected, in words; `caption:loop` is a reject of captioning that features repeat."""
+    room, _, reason = text.rpartition(":")
+    words = reason.replace("_", " ")
+    return f"{words} (not captioned)" if room == "caption" else words
 
 
 def _duration(seconds: float) -> str:

@@ -141,14 +141,18 @@ def _missing(measures: Mapping[str, SetMeasures]) -> QualityTable:
         "Captions": _each(measures, lambda m: _share(m.num_captions, m.num_read, m)),
     }
     rows |= {
-        f"Rejected: {reason}": [
+        _rejected(reason): [
             _share(m.rejected.get(reason, 0), m.num_read, m, f"reject_fraction.{reason}") for m in measures.values()
         ]
         for reason in reasons
     }
-    meanings = {f"Rejected: {reason}": REASONS.get(reason, OTHER_REASON) for reason in reasons}
+    meanings = {_rejected(reason): REASONS.get(reason, OTHER_REASON) for reason in reasons}
     note = "Samples without a usable text are in no other number. Shares are of the samples read."
     return QualityTable("missing", "Missing values", note, rows, meanings)
+
+
+def _rejected(reason: str) -> str:
+    return f"Rejected: {reason.replace('_', ' ')}"
 
 
 def _duplicates(measures: Mapping[str, SetMeasures]) -> QualityTable:
