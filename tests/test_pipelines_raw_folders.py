@@ -9,6 +9,7 @@ import pytest
 
 from errors import UserError
 from pipelines.raw.patterns import expand_shards
+from pipelines.raw.reading import Reading
 from pipelines.raw.shards import describe_shards, open_shard
 
 
@@ -103,6 +104,28 @@ def test_rejects_that_names_tell_of_are_said_before_any_sample_is_read(tmp_path,
             "3 of 5 samples will be rejects, as is known before any is read: 2 missing_image_file ('3.jpg' was looked "
             f"for at {tmp_path}/set/3.jpg in {paths[0]}); 1 several_images (2 in {tmp_path}/images)",
         ]
+
+
+def test_columns_inside_of_columns_name_files_and_hold_no_images(tmp_path) -> None:
+    put(tmp_path, "in/a.jpg")
+    paths = pa.table({"row": [{"file": "in/a.jpg"}], "caption": ["a dog"]})
+    pq.write_table(paths, tmp_path / "paths.parquet")
+    with open_shard(str(tmp_path / "paths.parquet"), Reading(image_column="row.file")) as raw:
+        assert [(sample.key, raw.image_bytes(sample)) for sample in raw.samples] == [("a", b"in/a.jpg")]
+    pq.write_table(pa.table({"row": [{"image": b"image"}], "caption": ["a dog"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(
+        UserError, match=r"'row\.image' has images inside of a column: write them as a column of its own"
+    ):
+        describe_shards([str(tmp_path / "bytes.parquet")], Reading(image_column="row.image"))
+
+
+def test_addresses_of_files_and_objects_by_path_have_the_keys_of_plain_paths(tmp_path) -> None:
+    put(tmp_path, "in/a b.jpg", "in/c.jpg")
+    (tmp_path / "plain.csv").write_text("path,text\nin/a b.jpg,a\nin/c.jpg,c\n")
+    rows = "".join(f"file://{tmp_path}/in/{name},text\n" for name in ("a%20b.jpg", "c.jpg"))
+    (tmp_path / "address.csv").write_text(f"path,text\n{rows}")
+    (tmp_path / "object.json").write_text('{"in/a b.jpg": "a", "in/c.jpg": "c"}')
+    assert [list(found(tmp_path / name)) for name in ("plain.csv", "address.csv", "object.json")] == [["a b", "c"]] * 3
 
 
 def test_images_of_one_name_with_texts_of_their_own_are_samples_each(tmp_path) -> None:

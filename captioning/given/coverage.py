@@ -118,7 +118,7 @@ def _check_index(
     counts = [
         (num_missing, f"{num_missing:,} of {num_samples:,} samples have no row, such as {', '.join(missing)}"),
         (num_ambiguous, f"{num_ambiguous:,} samples have several rows with different texts"),
-        (num_unused, f"{num_unused:,} of {facts.num_rows:,} rows are of no sample here"),
+        (num_unused, f"{num_unused:,} of {facts.num_rows:,} rows are used by no sample, or say what another row says"),
     ]
     if said := "; ".join(text for count, text in counts if count):
         log.warning(f"{key}: {said}")
@@ -129,8 +129,10 @@ def _claim(
 ) -> None:
     if owners[row]:
         other = sources[owners[row] - 1].name
-        raise UserError(
-            f"{key}: row {row + 1:,} is of {sample} and of a sample of shard {other} alike: keys that several shards "
-            "have are written as shard/key"
+        mend = (
+            f"keys that several of its folders have are written with the folder, such as {sample.partition('/')[2]}"
+            if other == sources[shard_number - 1].name
+            else "keys that several shards have are written as shard/key"
         )
+        raise UserError(f"{key}: row {row + 1:,} is of {sample} and of a sample of shard {other} alike: {mend}")
     owners[row] = shard_number

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.raw.caption_files import key_of_path
+from pipelines.raw.tables.rows import local_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Row:
 
 def place_of(name: str) -> str:
     """Return the place that a key, a path or a URL names, without the extension of an image or a text."""
-    name = name.strip().replace("\\", "/")
+    name = local_name(name.strip()).replace("\\", "/")
     if "://" in name:
         name = name.partition("://")[2].partition("?")[0]
     return _place(key_of_path(name))

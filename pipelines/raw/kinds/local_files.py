@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from errors import StorageError, UserError
 from pipelines.raw.samples import Member, is_stray_folder, readable_name
@@ -97,15 +96,6 @@ def _place(status: os.stat_result) -> tuple[int, int]:
 def file_path(folder: str, name: str) -> str:
     """Return where a file is by its name relative to a folder, or absolute."""
     return name if name.startswith("/") else f"{folder}/{name}"
-
-
-def local_name(cell: str) -> str:
-    """Return the path that the cell of a table means: one after `file://` is percent-encoded, `~` is the home."""
-    if cell.startswith("file://"):
-        return unquote(cell.removeprefix("file://").removeprefix("localhost"))
-    if cell.startswith("~/"):
-        return f"{Path.home()}/{cell[2:]}"
-    return cell
 
 
 def look_at_files(folder: str, names: Sequence[str]) -> list[FileFacts]:

@@ -11,7 +11,6 @@ from pipelines.raw.kinds.local_files import (
     LocalFiles,
     file_path,
     identify_files,
-    local_name,
     look_at_files,
 )
 from pipelines.raw.reading import Reading, UnreadableShardError
@@ -21,6 +20,7 @@ from pipelines.raw.shard_names import shard_name
 from pipelines.raw.tables.image_columns import IMAGE_COLUMN, path_column, where_captions_go
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts, row_keys
+from pipelines.raw.tables.rows import local_name
 from pipelines.raw.tasks import no_garbage
 from pipelines.store.files import RangeFile, is_remote, sha256_text
 

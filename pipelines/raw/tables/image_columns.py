@@ -40,6 +40,12 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
     found = {field.name: column for field in schema if (column := _column(field)) is not None}
     if reading.image_column is not None:
         name = reading.image_column.removesuffix(".bytes")
+        if name not in schema.names and (inner := _inner_field(schema, name)) is not None:
+            if _column(inner) is None:
+                return None  # it may have paths
+            raise UserError(
+                f"{where}: {IMAGE_COLUMN} = {name!r} has images inside of a column: write them as a column of its own"
+            )
         if name not in schema.names:
             raise UserError(f"{where}: {IMAGE_COLUMN} = {name!r} is no column; columns are {', '.join(schema.names)}")
         return found.get(name)
@@ -62,6 +68,15 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
                 "row for each"
             )
     return None
+
+
+def _inner_field(schema: pa.Schema, name: str) -> pa.Field | None:
+    """Return the field b of the column a, for `a.b`, or None."""
+    outer, _, inner = name.partition(".")
+    kind = schema.field(outer).type if outer in schema.names else None
+    if not isinstance(kind, pa.StructType) or kind.get_field_index(inner) < 0:
+        return None
+    return kind.field(inner)
 
 
 def _is_list_of_images(kind: pa.DataType) -> bool:

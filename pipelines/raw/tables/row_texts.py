@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.tables.column_names import ID_NAMES, KEY_NAMES, TEXT_NAMES, known_column, known_columns
 from pipelines.raw.tables.open_table import Table, open_table
-from pipelines.raw.tables.rows import key_of_cell
+from pipelines.raw.tables.rows import key_of_cell, local_name
 from pipelines.raw.texts import first_text, split_place, text_of_value
 
 LABEL_COLUMN = "label"
@@ -106,6 +106,7 @@ def row_keys(table: Table, name: str, *, path_column: str | None = None) -> tupl
     and without extension, if each row has its own; else shard `name` and number of the row.
     """
     own = known_column(KEY_NAMES, table.columns)
+    own = None if own == path_column else own  # of an object of JSON by path
     names = known_columns(ID_NAMES, table.columns) if own is None else [own]
     names += [path_column] if path_column is not None and path_column not in names else []
     cells: dict[str, list[Any]] = {column: [] for column in names}
@@ -149,7 +150,7 @@ def _id_key(cell: Any) -> str | None:
 
 def _path_keys(cells: Sequence[Any]) -> list[str | None]:
     """Return paths as keys: without the folder that all are in, and without extensions; also of paths of Windows."""
-    names = [key_of_cell(cell).strip() if isinstance(cell, str) else None for cell in cells]
+    names = [key_of_cell(local_name(cell.strip())).strip() if isinstance(cell, str) else None for cell in cells]
     paths = [name and (name if "/" in name else name.replace("\\", "/")).split("/") for name in names]
     parts = [[part for part in path if part not in ("", ".")] if path else [] for path in paths]
     folders = [path[:-1] for path in parts if path]

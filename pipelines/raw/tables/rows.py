@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -28,6 +30,15 @@ class TableRow(NamedTuple):
     number: int
     values: dict[str, Any]
     reject: str | None = None
+
+
+def local_name(cell: str) -> str:
+    """Return the path that the cell of a table means: one after `file://` is percent-encoded, `~` is the home."""
+    if cell.startswith("file://"):
+        return unquote(cell.removeprefix("file://").removeprefix("localhost"))
+    if cell.startswith("~/"):
+        return f"{Path.home()}/{cell[2:]}"
+    return cell
 
 
 def key_of_cell(value: Any) -> str:
