@@ -95,6 +95,30 @@ def test_a_reject_says_how_much_is_missing() -> None:
         decode_image(data[: len(data) * 3 // 4], max_pixels=MAX_PIXELS)
 
 
+def white_below() -> Image.Image:
+    image = photo()
+    image.paste("white", (0, 160, 320, 240))
+    return image
+
+
+JPEGS = {name: data for name, (data, _) in FILES.items() if "JPEG" in name}
+JPEGS["JPEG that is white below"] = encode(white_below(), "JPEG")
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_was_cut_and_closed_with_an_end_mark_is_rejected(name: str) -> None:
+    data, whole = JPEGS[name], decoded(JPEGS[name])
+    for share in (0.4, 0.6, 0.8):
+        cut = data[: int(share * len(data))].removesuffix(b"\xff") + b"\xff\xd9"
+        if "progressive" in name and cut.count(b"\xff\xda") == data.count(b"\xff\xda"):
+            continue  # the last bit of some coefficients is missing, and nobody sees it
+        with pytest.raises(SampleReject, match=r"corrupt_image: .*cut and closed; \d+% of the picture is missing"):
+            decode_image(cut, max_pixels=MAX_PIXELS)
+    # The end mark of a whole one is no sign of that, nor is what lies behind it.
+    for more in (b"", b"\0" * 9, b"\xff\xd9", b"junk\xff\xd9"):
+        np.testing.assert_array_equal(decoded(data + more), whole)
+
+
 def scans(data: bytes) -> list[int]:
     return [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
 

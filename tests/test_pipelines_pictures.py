@@ -325,3 +325,24 @@ def test_pictures_are_decoded_as_chromium_draws_them(shown_by_chromium) -> None:
         # What JPEG's decoders round to differs, and curves make more of it.
         differences[name] = int(np.abs(ours - shown).max())
     assert not {name: difference for name, difference in differences.items() if difference > 3}
+
+
+SHORT_SEGMENTS = {
+    "Adobe": (0xEE, b"Adobe"),
+    "Adobe without its transform": (0xEE, b"Adobe\0d\0\0\0\0"),
+    "JFIF": (0xE0, b"JFIF\0"),
+    "ICC": (0xE2, b"ICC_PROFILE\0"),
+    "ICC of one number": (0xE2, b"ICC_PROFILE\0\1"),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_SEGMENTS)
+def test_a_segment_shorter_than_its_head_counts_for_nothing(name) -> None:
+    """As in libjpeg, and so in browsers; Pillow takes such a file for no picture."""
+    marker, content = SHORT_SEGMENTS[name]
+    segment = b"\xff" + bytes([marker]) + (len(content) + 2).to_bytes(2) + content
+    data = encode(swatches(), "JPEG", quality=100)
+    for place in (2, data.index(b"\xff\xdb")):
+        odd = data[:place] + segment + data[place:]
+        np.testing.assert_array_equal(decoded(odd), decoded(data))
+        np.testing.assert_array_equal(decoded(odd[:-2]), decoded(data))  # without its end, too

@@ -13,7 +13,13 @@ from PIL import Image, UnidentifiedImageError
 
 from errors import UserError, is_out_of_memory
 from pipelines.raw.pictures.cut_files import MAX_MISSING
-from pipelines.raw.pictures.open_picture import Picture, UnsupportedPictureError, decode_cut, open_picture
+from pipelines.raw.pictures.open_picture import (
+    Picture,
+    UnsupportedPictureError,
+    decode_cut,
+    open_picture,
+    share_never_there,
+)
 
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
@@ -90,7 +96,8 @@ def _pixels(picture: Picture, data: bytes) -> Image.Image:
     """Decode, also what only lacks its last bytes, and with them next to no pixel."""
     num_bytes = BYTES_PER_PIXEL * picture.width * picture.height
     try:
-        return picture.pixels()
+        image = picture.pixels()
+        missing = share_never_there(data, image)
     except Exception as error:
         _require_memory(error, num_bytes)
         try:
@@ -104,6 +111,9 @@ def _pixels(picture: Picture, data: bytes) -> Image.Image:
         if missing > MAX_MISSING:
             raise SampleReject("corrupt_image", f"{error}; {missing:.0%} of the picture is missing") from error
         return image
+    if missing > MAX_MISSING:
+        raise SampleReject("corrupt_image", f"a JPEG that was cut and closed; {missing:.0%} of the picture is missing")
+    return image
 
 
 def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:

@@ -14,9 +14,13 @@ MAX_MISSING = 0.01  # of the pixels: of the last row of blocks of a photo, less 
 MAX_MISSING_BYTES = 0.1  # of a WebP; which pixels these were is seen once it is decoded
 WEBP_CHUNKS_AT, WEBP_PICTURES = 12, {b"VP8 ", b"VP8L", b"ANMF"}
 WEBP_FILLS = (b"\x55", b"\xaa", b"\xff")  # not each is such as a decoder takes
+CORNER_PIXELS = 4
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 # What is made up is grey in one completion and noise in the other. Two bytes of 255 would be a marker.
 NOISE = np.random.default_rng(0).integers(1, 255, 1 << 16, dtype=np.uint8).tobytes()
+# What begins the segment with the interval of restarts, and the noise in front of each of their eight marks.
+RESTARTS, NOISE_BYTES = b"\xff\xdd\x00\x04", 512
+NOISE_STARTS = range(0, 8 * NOISE_BYTES, NOISE_BYTES)
 # Markers that stand among the bytes of pixels are none: restarts, and 255 itself.
 MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -60,7 +64,38 @@ def _jpegs(data: bytes) -> tuple[bytes, ...]:
         return ()
     data = data.removesuffix(b"\xff")
     # Noise as long as what is there, so that nothing behind it is grey in both.
-    return data + JPEG_END, data + _filled(NOISE, len(data)) + JPEG_END
+    return data + JPEG_END, data + _jpeg_noise(data) + JPEG_END
+
+
+def _jpeg_noise(data: bytes) -> bytes:
+    """Return noise as long as a JPEG; where that has restarts, with all of their marks again and again."""
+    if RESTARTS not in data:
+        return _filled(NOISE, len(data))
+    parts = [
+        NOISE[start : start + NOISE_BYTES] + b"\xff%c" % (0xD0 + place) for place, start in enumerate(NOISE_STARTS)
+    ]
+    return _filled(b"".join(parts), len(data))
+
+
+def with_noise_at_end(data: bytes, pixels: np.ndarray, *, is_progressive: bool) -> bytes | None:
+    """Return a JPEG with noise in front of its end mark, which shows where pixels are missing; None: none seem to be.
+
+    What libjpeg makes up for missing data is of one colour down to the last corner; of a progressive one scans are
+    missing, unless it is the last one that is cut.
+
+    Args:
+        pixels: decoded, [H, W] or [H, W, C].
+    """
+    body = data.rstrip(b"\0")
+    if not data.startswith(JPEG) or not body.endswith(JPEG_END):
+        return None
+    corner = pixels[-CORNER_PIXELS:, -CORNER_PIXELS:]
+    if is_progressive:
+        if _are_all_scans_there(data):
+            return None
+    elif (corner != corner[:1, :1]).any():
+        return None
+    return body.removesuffix(JPEG_END) + _jpeg_noise(data) + JPEG_END
 
 
 def _are_all_scans_there(data: bytes) -> bool:

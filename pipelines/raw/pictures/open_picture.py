@@ -12,8 +12,9 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pipelines.raw.pictures.bmp_masks import BmpMasks, profile_of_bmp, read_bmp
 from pipelines.raw.pictures.colour_boxes import profile_of_boxes
-from pipelines.raw.pictures.cut_files import completions, is_cut_webp, share_made_up
+from pipelines.raw.pictures.cut_files import completions, is_cut_webp, share_made_up, with_noise_at_end
 from pipelines.raw.pictures.icc import lab_transform, show_as_srgb, whole_profile
+from pipelines.raw.pictures.jpeg_segments import without_short_segments
 from pipelines.raw.pictures.png_chunks import SIGNATURE as PNG_SIGNATURE
 from pipelines.raw.pictures.png_chunks import PngChunks, read_png
 from pipelines.raw.pictures.tiff_samples import FLOAT_WHITES, TiffSamples, read_tiff, scale_to_eight_bits
@@ -118,6 +119,17 @@ def decode_cut(data: bytes) -> tuple[Image.Image, float] | None:
     return None if others else (image, 0.0)
 
 
+def share_never_there(data: bytes, image: Image.Image) -> float:
+    """Return which share of the pixels of a file that has been decoded it never had, though it has its end."""
+    other = with_noise_at_end(data, np.asarray(image), is_progressive="progressive" in image.info)
+    if other is None:
+        return 0.0
+    with contextlib.suppress(ValueError, OSError):
+        first, second = np.asarray(image), np.asarray(open_picture(other).pixels())
+        return 0.0 if np.array_equal(first, second) else share_made_up(first, second)
+    return 0.0
+
+
 def _raise_cut() -> Image.Image:
     raise ValueError("a WebP that is cut off")
 
@@ -126,6 +138,8 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
+        if (readable := without_short_segments(data)) is not None:
+            return _open(readable)
         if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
             return _open_heif(data)
         if data.startswith(JPEG_XL):
