@@ -90,6 +90,22 @@ def flags_of_make(subcommand: Subcommand, names: Sequence[str]) -> list[str]:
     return words
 
 
+class _Once(argparse.Action):
+    """Takes a value that may be typed once: of two, the first would be lost."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        former = getattr(namespace, self.dest)
+        if former not in (None, values):
+            raise UserError(f"{option_string} is typed twice, as {former} and as {values}: leave one out")
+        setattr(namespace, self.dest, values)
+
+
 def _parser(name: str, subcommand: Subcommand) -> argparse.ArgumentParser:
     further = f"Further options: python -m {subcommand.module} --help" if subcommand.passes_on else None
     parser = argparse.ArgumentParser(
@@ -104,7 +120,7 @@ def _parser(name: str, subcommand: Subcommand) -> argparse.ArgumentParser:
             parser.add_argument(option, dest="set_", action="append", default=[], metavar=flag.value, help=meaning)
             parser.add_argument("--settings", dest="settings", help=argparse.SUPPRESS)
         else:
-            parser.add_argument(option, dest=_attribute(flag_name), metavar=flag.value, help=meaning)
+            parser.add_argument(option, dest=_attribute(flag_name), action=_Once, metavar=flag.value, help=meaning)
     return parser
 
 

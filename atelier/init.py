@@ -93,7 +93,7 @@ def look_at(paths: Sequence[str], run: Path, data: DataConfig) -> Data:
         UserError: no image can be read; or as `describe_shards` does.
     """
     described = describe_shards(paths, data.reading, run=run)
-    sizes, num_seen, num_with_text = [], 0, 0
+    sizes, num_seen, num_with_text, reasons = [], 0, 0, set[str]()
     step = max(1, len(described) // MAX_SHARDS)
     for shard in described[::step][:MAX_SHARDS]:
         with open_shard(shard.source.path, data.reading, run=run, identity=shard.source.identity) as raw:
@@ -103,10 +103,12 @@ def look_at(paths: Sequence[str], run: Path, data: DataConfig) -> Data:
                 try:
                     num_with_text += bool(raw.alt_text(sample))
                     sizes.append(image_size(raw.image_start(sample, HEADER_BYTES), max_pixels=data.max_pixels))
-                except SampleReject:
-                    continue
+                except SampleReject as reject:
+                    reasons.add(reject.reason)
     if not sizes:
-        raise UserError(f"{SHARDS_KEY}: of {num_seen} samples that were looked at no image could be read")
+        why = f" ({', '.join(sorted(reasons))})" if reasons else ""
+        looked = f"{_counted(num_seen, 'sample')} that {'was' if num_seen == 1 else 'were'} looked at"
+        raise UserError(f"{SHARDS_KEY}: of {looked} no image could be read{why}")
     return Data(
         kinds=tuple(sorted({Path(path).suffix.lstrip(".") or "folder" for path in paths})),
         num_shards=len(described),
@@ -220,8 +222,9 @@ def describe(lines: Sequence[Line], data: Data, typed: Sequence[Setting]) -> str
         rows.append(Line(table=table, key=keys.written_key(place[-1]), value=value, why="as typed"))
     sides = sorted(max(size) / min(size) for size in data.sizes)
     text = (
-        f"# {data.num_samples:,} samples in {data.num_shards:,} shards ({', '.join(data.kinds)}). Images have a median "
-        f"short side of {data.short_side} pixels,\n# and are up to {sides[-1]:.1f} times as long as wide. "
+        f"# {_counted(data.num_samples, 'sample')} in {_counted(data.num_shards, 'shard')} ({', '.join(data.kinds)}). "
+        f"Images have a median short side of {data.short_side} pixels,\n# and are up to {sides[-1]:.1f} times as long "
+        "as wide. "
         f"`{typed_command('recipe')}` lists every other key.\n"
     )
     order = sorted({row.table for row in rows}, key=[row.table for row in [*lines, *rows]].index)
@@ -230,6 +233,10 @@ def describe(lines: Sequence[Line], data: Data, typed: Sequence[Setting]) -> str
         for row in [row for row in rows if row.table == table]:
             text += f"{f'{row.key} = {keys.written(row.value)}':<44}  # {row.why}\n"
     return text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_within(place: tuple[str, ...], places: Collection[tuple[str, ...]]) -> bool:

@@ -132,6 +132,8 @@ def test_settings_are_laid_over_the_recipe_below_what_has_a_flag(monkeypatch, tm
         (["stats", "--run", ""], "--run is empty: type a value, or leave it out"),
         (["caption", "--shards= "], "--shards is empty"),
         (["pack", "--shards", "a", "--to", ""], "--to is empty"),
+        (["caption", "--shards", "a", "--shards=b"], "--shards is typed twice, as a and as b: leave one out"),
+        (["convert", "--from", "a", "--to", "b", "--to", "c"], "--to is typed twice, as b and as c"),
         (["convert", "--from-make", ""], "convert needs FROM, for example FROM=facebook/DiT-XL-2-256"),
         (["convert", "--from", "a"], "convert needs --to, for example --to dit"),
     ],

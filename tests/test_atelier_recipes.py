@@ -70,7 +70,7 @@ def test_typed_settings_are_written_as_toml_and_refused_before_they_are(tmp_path
         ("captioning.modle=x", r"^--set: captioning\.modle is not a known key \(did you mean captioning\.model"),
         ("training.finetune.num_steps=0", r"^--set: training\.finetune\.num_steps = 0: "),
         ("data.dialect=x", r"^--set: data\.dialect = 'x': "),
-        ("data.max_pixels=100", "no image could be read"),
+        ("data.max_pixels=100", r"of 4 samples that were looked at no image could be read \(too_many_pixels\)"),
     ):
         with pytest.raises(UserError, match=message):
             run_init(monkeypatch, *typed, "--set", wrong)
