@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 
 from errors import UserError
 from pipelines.store.checkpoints import LATEST, checkpoint_folders, read_trainer
+from pixart.processes.specs import spec_of_trainer
 from sampling.config import SamplingConfig
 from sampling.prompts import read_prompts
 
@@ -36,7 +37,7 @@ def _label(stage: Path, folder: Path, trainer: dict) -> str:
     shapes = len(trainer["buckets"])
     said = [
         f"{trainer['resolution']} px" + (f", {shapes} sizes" if shapes > 1 else ""),
-        trainer["process"]["name"],
+        spec_of_trainer(trainer)["name"],
         "finished" if trainer["step"] >= trainer["num_steps"] else f"of {trainer['num_steps']:,} steps",
     ]
     latest = stage / LATEST

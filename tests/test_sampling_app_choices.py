@@ -1,5 +1,6 @@
 """The app behind its page: batches, the choice of checkpoints, examples."""
 
+import json
 from pathlib import Path
 
 import gradio
@@ -60,6 +61,11 @@ def test_checkpoints_are_listed_with_what_is_known_of_them_and_drawn_from(tmp_pa
         "stage 2, step 3 · 32 px, ddpm, finished",
         "stage 3, step 7 · 32 px, 3 sizes, ddpm, finished, latest",
     ]
+    trainer = run / "training" / "stage2" / "step-3" / "trainer.json"
+    content = json.loads(trainer.read_text())
+    # Runs of before there was a choice of processes.
+    trainer.write_text(json.dumps({key: value for key, value in content.items() if key != "process"}))
+    assert dict(checkpoint_choices(run)) == labels
     studio = make_studio(run)
     asked = wish(size="32x32")
     first = studio.draw(asked, on_step=lambda step: None)
@@ -73,7 +79,6 @@ def test_checkpoints_are_listed_with_what_is_known_of_them_and_drawn_from(tmp_pa
     assert not np.array_equal(pixels(others[0]), pixels(others[1]))
     studio.choose(list(labels.values())[2])
     assert studio.draw(asked, on_step=lambda step: None) == first
-    trainer = run / "training" / "stage2" / "step-3" / "trainer.json"
     trainer.write_text("{")
     assert "stage 2, step-3 · damaged" in dict(checkpoint_choices(run))
     with pytest.raises(UserError, match=r"trainer\.json"):
