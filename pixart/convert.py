@@ -77,11 +77,11 @@ def load_diffusers(folder: Path, *, timestep_shift: int | None = None) -> PixArt
     config = read_transformer_config(folder, timestep_shift=timestep_shift)
     weights = read_weights(folder)
     if config.kind == "pixart":
-        return load_weights(config, weights, pixart_diffusers_layout(config))
+        return load_weights(config, weights, pixart_diffusers_layout(config), where=str(folder))
     for copy, first in dit_diffusers_copies(config).items():
         if copy in weights and first in weights and not torch.equal(weights.pop(copy), weights[first]):
             raise UserError(f"{folder}: {copy} differs from {first}: DiT shares its embeddings among blocks")
-    return load_weights(config, weights, dit_diffusers_layout(config))
+    return load_weights(config, weights, dit_diffusers_layout(config), where=str(folder))
 
 
 def load_original(path: Path, config: PixArtConfig | DiTConfig) -> PixArt | DiT:
@@ -90,7 +90,7 @@ def load_original(path: Path, config: PixArtConfig | DiTConfig) -> PixArt | DiT:
     Such a file does not hold its shape: `config` says it, see `infer_config`. Positions are computed and not read; nor
     is PixArt's copy of the null caption, which is the text encoder's output for "".
     """
-    return load_weights(config, read_weight_file(path).tensors, original_layout(config))
+    return load_weights(config, read_weight_file(path).tensors, original_layout(config), where=str(path))
 
 
 def original_weights(model: PixArt | DiT) -> dict[str, Tensor]:
@@ -116,20 +116,27 @@ def original_weights(model: PixArt | DiT) -> dict[str, Tensor]:
     return {"pos_embed": positions[None], **weights}
 
 
-def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = None) -> PixArtConfig | DiTConfig:
-    """Return the shape of a published PixArt or DiT from its original weights.
+def infer_config(
+    weights: Mapping[str, Tensor], *, sample_size: int | None = None, num_heads: int | None = None
+) -> PixArtConfig | DiTConfig:
+    """Return the shape of a PixArt or DiT from its original weights.
 
-    `sample_size`, the side of the latents it was trained at, is read from the stored positions if it is not given.
+    Args:
+        sample_size: side of the latents it was trained at; read from the stored positions if it is not given.
+        num_heads: of a width that was never published.
 
     Raises:
-        UserError: the weights are of another model, of a width nobody has published, or hold no positions or others
-            than are computed here.
+        UserError: the weights are of another model, of a width that nobody has published and of unknown heads, or hold
+            no positions or others than are computed here.
     """
     is_dit = "y_embedder.embedding_table.weight" in weights
     _require_original(weights, is_dit=is_dit)
     width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-    if width not in PUBLISHED_HEADS:
+    num_heads = PUBLISHED_HEADS.get(width, num_heads)
+    if num_heads is None:
         raise UserError(f"width {width} is none of {sorted(PUBLISHED_HEADS)}: the number of heads is not known")
+    if num_heads < 1 or width % num_heads:
+        raise UserError(f"width {width} is not divided by num_heads, which the file says are {num_heads}")
     has_size_condition = any(key.startswith("csize_embedder.") for key in weights)
     positions = weights.get("pos_embed")
     if sample_size is None and positions is not None:
@@ -140,8 +147,8 @@ def infer_config(weights: Mapping[str, Tensor], *, sample_size: int | None = Non
         raise UserError("the weights hold no positions, so the resolution they were trained at must be given")
     shared: dict[str, Any] = {
         "num_layers": 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))),
-        "num_heads": PUBLISHED_HEADS[width],
-        "head_dim": width // PUBLISHED_HEADS[width],
+        "num_heads": num_heads,
+        "head_dim": width // num_heads,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "out_channels": len(weights["final_layer.linear.weight"]) // patch_size**2,

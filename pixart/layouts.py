@@ -3,7 +3,7 @@
 A layout maps each key of the other side to ours: several where it holds one matrix for queries, keys and values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 
 Layout = dict[str, tuple[str, ...]]
+NAMED = 4  # of many keys that do not fit
 
 # what others store and we compute: positions, and the text encoder's output for the null caption
 DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "caption_projection.y_embedding"}
@@ -126,11 +127,25 @@ def export_weights(model: PixArt | DiT, layout: Layout) -> dict[str, Tensor]:
     return {theirs: torch.cat([weights[name] for name in ours]) for theirs, ours in layout.items()}
 
 
-def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor], layout: Layout) -> PixArt | DiT:
-    """Build the model of `config` from the other side's `weights`; UserError lists what is missing or unexpected."""
+def load_weights(
+    config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor], layout: Layout, *, where: str
+) -> PixArt | DiT:
+    """Build the model of `config` from the other side's `weights`, which are from the file or folder `where`.
+
+    Raises:
+        UserError: some are missing, unexpected, of other shapes, or no floating-point numbers; names `where` and them.
+    """
     missing, unexpected = sorted(layout.keys() - weights.keys()), sorted(weights.keys() - layout.keys() - DERIVED_KEYS)
     if missing or unexpected:
-        raise UserError(f"weights do not fit {config}: missing {missing}, unexpected {unexpected}")
+        found = [
+            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise UserError(f"{where}: the weights do not fit {config}: {', '.join(found)}")
+    if whole := [name for name in layout if not weights[name].is_floating_point()]:
+        dtype = str(weights[whole[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {whole[0]} is {dtype}: weights that were quantised are not read; name those they were made of"
+        )
     with torch.device("meta"):  # no time and memory for an initialisation that is thrown away
         model = config.network()
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
@@ -139,11 +154,20 @@ def load_weights(config: PixArtConfig | DiTConfig, weights: Mapping[str, Tensor]
         num_rows = [shapes[name][0] for name in names]
         whole = (sum(num_rows), *shapes[names[0]][1:])
         if weights[theirs].shape != whole:
-            raise UserError(f"{theirs} is {tuple(weights[theirs].shape)}, {config} needs {whole}")
+            raise UserError(f"{where}: {theirs} is {tuple(weights[theirs].shape)}, {_words(config)} needs {whole}")
         parts = weights[theirs].split(num_rows)
         ours |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     model.load_state_dict(ours, assign=True)
     return model
+
+
+def _words(config: PixArtConfig | DiTConfig) -> str:
+    return f"a {config.title} of {config.num_layers} blocks of width {config.width}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _linear(theirs: str, *ours: str) -> Layout:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from pixart.weight_files import find_weight_files, read_head
 # Where training code keeps the weights in a file, in the order in which they are taken: averages first.
 PARTS = ("state_dict_ema", "ema", "state_dict", "model", "module")
 AVERAGES = PARTS[:2]
+# What a file of ours says beside weights of a width that was never published.
+NUM_HEADS = "num_heads"
 # What DistributedDataParallel and torch.compile put in front of every key.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 ZIP, PICKLE = b"PK", b"\x80"
@@ -83,10 +85,14 @@ PLAIN_CLASSES = [
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Tensors of one file by name, and where in the file they were: None at its top, else the name of the part."""
+    """Tensors of one file by name, and where in the file they were: None at its top, else the name of the part.
+
+    `num_heads` is the number of heads, where the file says it, as ours do of a width that was never published.
+    """
 
     tensors: dict[str, Tensor]
     part: str | None = None
+    num_heads: int | None = None
 
     def describe(self) -> str:
         """What was taken, in words."""
@@ -122,18 +128,24 @@ def read_weight_file(path: Path, *, key: str = "") -> StoredWeights:
     head = read_head(path, name)
     if _is_safetensors(head, path):
         try:
-            return StoredWeights(_without_prefixes(load_file(path)))
+            with safe_open(path, framework="pt") as file:
+                noted = (file.metadata() or {}).get(NUM_HEADS, "")
+            num_heads = int(noted) if noted.isdecimal() else None
+            return StoredWeights(_without_prefixes(load_file(path)), num_heads=num_heads)
         except SafetensorError as error:
             raise UserError(f"{name} cannot be read, it may have been cut short: {error}") from None
     _require_torch_file(path, head, name)
-    stored = _weights_in(_load_plain(path, name), name)
-    return StoredWeights(_without_prefixes(stored.tensors), stored.part)
+    content = _load_plain(path, name)
+    stored = _weights_in(content, name)
+    noted = content.get(NUM_HEADS)
+    num_heads = noted if isinstance(noted, int) and not isinstance(noted, bool) else None
+    return StoredWeights(_without_prefixes(stored.tensors), stored.part, num_heads)
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:
     """Whether a file begins as safetensors do, or is called so and begins as nothing else."""
     is_pickled = head.startswith((ZIP, PICKLE))
-    return head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_pickled)
+    return head[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and not is_pickled)
 
 
 def _require_torch_file(path: Path, head: bytes, name: str) -> None:
@@ -160,7 +172,7 @@ def _load_plain(path: Path, name: str) -> Any:
         is_zip = zipfile.is_zipfile(path)
         # torch warns of pickles that are newer than its own, and asks to report them
         with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings(action="ignore"):
-            if path.suffix != ".safetensors" and is_zip:
+            if path.suffix.lower() != ".safetensors" and is_zip:
                 # of a map, optimiser states beside the weights are not read
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with path.open("rb") as file:  # torch goes by the ends of names

@@ -16,6 +16,11 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 ORIGINAL_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
+def is_original_name(name: str) -> bool:
+    """Whether a path or name is called as a file of training code is, in any case."""
+    return name.lower().endswith(ORIGINAL_SUFFIXES)
+
+
 def find_weight_files(folder: Path, stem: str = WEIGHTS_NAME) -> list[Path]:
     """Return the files that hold a folder's weights: one, or the pieces of an index.
 
@@ -53,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise MissingFileError(f"{path} does not exist")
     read_head(path, str(path))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON or has been cut short ({error}): fetch it again") from None
     if not isinstance(content, dict):
@@ -88,7 +93,7 @@ def _instead(folder: Path, names: list[str], stem: str) -> str:
 
 def describe_originals(folder: Path) -> str:
     """Return what to do about a folder of no model that holds an original file; nothing if it holds none."""
-    originals = sorted(path.name for path in folder.glob("*") if path.name.endswith(ORIGINAL_SUFFIXES))
+    originals = sorted(path.name for path in folder.glob("*") if is_original_name(path.name))
     return f", but {originals[0]}: if that is an original file, name it and not the folder" if originals else ""
 
 

@@ -17,7 +17,7 @@ from pipelines.store.checkpoints import TRAINER
 from pipelines.store.files import sha256_file
 from pixart.processes.scheduler_configs import describe_replaced_sampler, spec_beside
 from pixart.processes.specs import WEIGHT_FOLDERS, ddpm_spec
-from pixart.weight_files import ORIGINAL_SUFFIXES, find_weight_files, read_json
+from pixart.weight_files import find_weight_files, is_original_name, read_json
 from sampling.config import EncoderConfig
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
@@ -48,7 +48,7 @@ def open_trained_model(
         return _open_original(file, encoders, resolution=resolution)
     if folder := next((path for path in places if (path / TRAINER).is_file()), None):
         return open_checkpoint_model(folder)
-    if location.endswith(ORIGINAL_SUFFIXES) and not any(path.is_dir() for path in places):
+    if is_original_name(location) and not any(path.is_dir() for path in places):
         raise MissingFileError(f"sampling.checkpoint {location} does not exist")
     folder = _find_folder(location, revision)
     if (folder / "model_index.json").is_file():
@@ -154,7 +154,8 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
     stored = read_weight_file(path, key="sampling.checkpoint")
     weights = stored.tensors
     try:
-        config = infer_config(weights, sample_size=None if resolution is None else resolution // codec.factor)
+        side = None if resolution is None else resolution // codec.factor
+        config = infer_config(weights, sample_size=side, num_heads=stored.num_heads)
     except UserError as error:
         hint = " (see sampling.checkpoint_resolution)" if "resolution" in str(error) else ""
         raise UserError(f"sampling.checkpoint {path}: {error}{hint}") from None

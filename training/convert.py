@@ -28,8 +28,8 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
 from pixart.reparameterize import reparameterize
-from pixart.tensor_files import read_weight_file
-from pixart.weight_files import ORIGINAL_SUFFIXES
+from pixart.tensor_files import NUM_HEADS, read_weight_file
+from pixart.weight_files import is_original_name
 from training.stages.networks import count_parameters
 from training.stages.stage import find_weights
 from training.stages.starts import load_network
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
+    _require_finite(network, source)
     if options.reparameterize:
         if network.kind != "dit":
             raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
@@ -66,12 +67,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         dit = network.float()
         network = reparameterize(dit, _pixart_config(dit, options))
         _compare(dit, network)
-    if options.target.name.endswith(ORIGINAL_SUFFIXES):
+    if is_original_name(options.target.name):
         derived = {} if options.reparameterize else _derived(source)
         _write_original(network, options.target, derived, process=start.process["name"])
     else:
         _write(network, options.target, start.process)
     _say(f"{options.target}: {_describe(network)}")
+
+
+def _require_finite(network: DiT | PixArt, source: Path) -> None:
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            number = int(value.isfinite().logical_not().sum())
+            raise UserError(
+                f"SOURCE {source}: {number:,} of the {value.numel():,} numbers of {name} are not finite: the training "
+                "that wrote them has failed, or the file is damaged"
+            )
 
 
 def _weights_of(source: str) -> str:
@@ -157,25 +168,31 @@ def _derived(source: Path) -> dict[str, Tensor]:
 
 
 def _write_original(network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, process: str) -> None:
-    """Write all or nothing under the file's name; PixArt's own files have their weights under `state_dict`."""
+    """Write all or nothing under the file's name; PixArt's own files have their weights under `state_dict`.
+
+    Heads of a width that was never published are noted beside them, which the original code passes over.
+    """
     try:
         weights = {**original_weights(network), **derived}
     except UserError as error:
         raise UserError(f"{path} would be no original file: {error}; name a folder, which says such things") from None
     if process != "ddpm":
         log.warning(f"{path} cannot say that the weights were trained with {process}: original code takes ddpm's noise")
-    if network.config.width not in PUBLISHED_HEADS:
-        log.warning(f"{path} cannot say that it has {network.config.num_heads} heads: no width like it was published")
+    noted = {} if network.config.width in PUBLISHED_HEADS else {NUM_HEADS: network.config.num_heads}
+    if noted:
+        log.info(f"{path} says beside the weights that it has {noted[NUM_HEADS]} heads: no width like it was published")
     if network.kind == "pixart" and NULL_CAPTION not in weights:
         log.warning(
             f"{path} has no {NULL_CAPTION}, what the text encoder gives for no text: original code draws it at random "
             "and needs it for guidance; this project computes it"
         )
     with atomic_file(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(weights, temporary, metadata={"format": "pt"})
-        else:
-            torch.save({"state_dict": weights} if network.kind == "pixart" else weights, temporary)
+        if path.suffix.lower() == ".safetensors":
+            save_file(weights, temporary, metadata={"format": "pt", **{name: str(n) for name, n in noted.items()}})
+        elif network.kind == "dit" and not noted:
+            torch.save(weights, temporary)
+        else:  # DiT's own code looks for an average in a file with more than weights
+            torch.save({"state_dict" if network.kind == "pixart" else "ema": weights, **noted}, temporary)
 
 
 def _describe(network: DiT | PixArt) -> str:

@@ -52,7 +52,7 @@ def state_damage(path: Path, *, keys: Collection[str] = ()) -> str | None:
 def _parse(data: bytes, keys: Collection[str]) -> tuple[dict[str, Any], str | None]:
     """Return the object in a file, and what is wrong with it."""
     try:
-        content = json.loads(data.decode())
+        content = json.loads(data.decode("utf-8-sig"))  # as editors of Windows write it
     except (ValueError, RecursionError) as error:
         return {}, f"is damaged ({error})" if data else "is empty"
     if not isinstance(content, dict):

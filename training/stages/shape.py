@@ -74,9 +74,10 @@ def _file_shape(path: Path, *, where: str) -> dict[str, Any]:
     from pixart.convert import infer_config
     from pixart.tensor_files import read_weight_file
 
-    weights = read_weight_file(path).tensors
+    stored = read_weight_file(path)
     try:
-        found = infer_config(weights, sample_size=None if "pos_embed" in weights else ANY_SIDE)
+        side = None if "pos_embed" in stored.tensors else ANY_SIDE
+        found = infer_config(stored.tensors, sample_size=side, num_heads=stored.num_heads)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     keys = ("num_layers", "num_heads", "head_dim", "patch_size", "num_classes" if found.kind == "dit" else "adaln")

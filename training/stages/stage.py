@@ -24,7 +24,7 @@ from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
 from pixart.processes.scheduler_configs import spec_beside
 from pixart.processes.specs import ddpm_spec, spec_of_trainer
-from pixart.weight_files import ORIGINAL_SUFFIXES
+from pixart.weight_files import is_original_name
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.resume import require_same_job, weights_identity
@@ -254,7 +254,7 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
     path = typed_path(model_id)
     if path.is_file():
         return StartingPoint(path, f"sha256:{sha256_file(path)}")
-    if model_id.endswith(ORIGINAL_SUFFIXES) and not path.exists():
+    if is_original_name(model_id) and not path.exists():
         raise MissingFileError(f"{key}: {model_id} does not exist")
     source = resolve_model(model_id)
     folder = Path(source.location)

@@ -156,10 +156,11 @@ def load_network(
         say(f"{path}: {stored.describe()} are taken")
     weights = stored.tensors
     try:
-        found = infer_config(weights, sample_size=None if "pos_embed" in weights else sample_size)
-        return load_weights(found, weights, original_layout(found))
+        side = None if "pos_embed" in weights else sample_size
+        found = infer_config(weights, sample_size=side, num_heads=stored.num_heads)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+    return load_weights(found, weights, original_layout(found), where=key)
 
 
 def _require_same_config(wanted: DiTConfig | PixArtConfig, found: DiTConfig | PixArtConfig, *, key: str) -> None:

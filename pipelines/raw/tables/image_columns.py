@@ -73,10 +73,9 @@ def image_column(schema: pa.Schema, reading: Reading, *, where: str) -> ImageCol
 def _inner_field(schema: pa.Schema, name: str) -> pa.Field | None:
     """Return the field b of the column a, for `a.b`, or None."""
     outer, _, inner = name.partition(".")
-    kind = schema.field(outer).type if outer in schema.names else None
-    if not isinstance(kind, pa.StructType) or kind.get_field_index(inner) < 0:
+    if outer not in schema.names or not pa.types.is_struct(kind := schema.field(outer).type):
         return None
-    return kind.field(inner)
+    return next((field for field in kind if field.name == inner), None)
 
 
 def _is_list_of_images(kind: pa.DataType) -> bool:
