@@ -88,7 +88,7 @@ def packed_rows(folder) -> list[tuple]:
 
 def test_packed_tars_have_the_same_samples(tmp_path, samples, monkeypatch, caplog) -> None:
     source = KINDS["metadata.jsonl"](tmp_path, samples)
-    (source / "in" / "gone.txt").write_text("no image")
+    (source / "in" / "gone.jpg").write_text("no row")
     to = tmp_path / "shards"
     run_pack(monkeypatch, str(source), str(to), "--n", "25")
     assert sorted(path.name for path in to.iterdir() if not path.name.startswith(".")) == [
@@ -96,7 +96,7 @@ def test_packed_tars_have_the_same_samples(tmp_path, samples, monkeypatch, caplo
     ]
     assert [row[:3] + row[4:] for row in packed_rows(to)] == [(s.key, s.image, s.text, s.label) for s in samples]
     rows = pq.read_table(to / "00002.parquet").to_pylist()
-    assert [row["status"] for row in rows[-2:]] == ["success", "no_image"] and rows[0]["width"] == 40
+    assert [row["status"] for row in rows[-2:]] == ["success", "not_in_metadata"] and rows[0]["width"] == 40
     # As webdataset reads them; its keys are ours.
     with (to / "00000.tar").open("rb") as stream:
         found = list(group_by_keys(tar_file_expander(iter([{"stream": stream, "url": "00000.tar"}]))))

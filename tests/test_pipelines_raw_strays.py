@@ -43,6 +43,20 @@ def test_folders_of_systems_and_archivers_hold_no_samples(shard_of) -> None:
     assert samples == {"good": None} and len(strays) == len(names)
 
 
+def test_a_text_without_image_is_a_reject_beside_images_that_have_texts(shard_of) -> None:
+    assert samples_and_strays(shard_of([*BESIDE, "lost.txt"])) == ({"good": None, "lost": "no_image"}, [])
+
+
+def test_texts_in_another_folder_than_the_images_are_strays(shard_of, monkeypatch) -> None:
+    path = shard_of(["images/1.jpg", "captions/1.txt", "captions/2.txt"])
+    assert samples_and_strays(path) == ({"images/1": None}, ["captions/1.txt", "captions/2.txt"])
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("atelier.shards"), "warning", said.append)
+    describe_shards([path])
+    if not path.endswith(".tar"):
+        assert f"captions/1.txt and its like are captions, type captioning.table={path}/captions" in said[-1]
+
+
 def test_images_that_are_called_as_notes_are_samples(shard_of) -> None:
     names = ["index.jpg", "index.txt", "notes.jpg", "notes.txt", "license.png"]
     path = shard_of(names)

@@ -138,7 +138,7 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
         samples = _group(files, split_at_extension, num_bytes=num_bytes)
         for sample in samples:
             _choose_image(sample)
-    kept = [sample for sample in samples if _may_be_sample(sample, DATA_EXTENSIONS)]
+    kept = _without_lone_texts([sample for sample in samples if _may_be_sample(sample, DATA_EXTENSIONS)])
     strays += _names_of_others(samples, kept)
     return GroupedSamples(samples=kept, unusable=unusable, strays=strays)
 
@@ -163,7 +163,7 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
         num_bytes=None,
     )
     samples = _join_lone_texts(samples)
-    kept = [sample for sample in samples if _may_be_sample(sample)]
+    kept = _without_lone_texts([sample for sample in samples if _may_be_sample(sample)])
     for sample in kept:
         _choose_image(sample)
     return GroupedSamples(samples=kept, unusable=[], strays=[*strays, *_names_of_others(samples, kept)])
@@ -178,6 +178,21 @@ def _may_be_sample(sample: RawSample, data_extensions: Collection[str] = ()) -> 
     if any(extension.rpartition(".")[2] in data_extensions for extension in sample.members):
         return True
     return bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
+
+
+def _without_lone_texts(samples: list[RawSample]) -> list[RawSample]:
+    """Leave out texts without an image where there are images, and none has a text beside it: none is lost there.
+
+    They are of images elsewhere, as in `images/1.jpg` and `captions/1.txt`, or no captions at all.
+    """
+    with_image = [sample for sample in samples if _hides_image(sample)]
+    if not with_image or len(with_image) == len(samples) or any(any(_are_texts(sample)) for sample in with_image):
+        return samples
+    return [sample for sample in samples if not all(_are_texts(sample))]
+
+
+def _are_texts(sample: RawSample) -> list[bool]:
+    return [extension.rpartition(".")[2] in TEXT_EXTENSIONS for extension in sample.members]
 
 
 def _names_of_others(samples: Sequence[RawSample], kept: Sequence[RawSample]) -> list[str]:

@@ -8,6 +8,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.reading import Reading
 from pipelines.raw.shard_headers import ShardSummary
 from pipelines.raw.tables.open_table import table_format
+from pipelines.raw.texts import TEXT_EXTENSIONS
 
 NAMES_SHOWN = 3
 OTHER_KINDS = {
@@ -29,7 +30,7 @@ def say_what_headers_tell(paths: Sequence[str], summaries: Sequence[ShardSummary
         if names := summary.strays:
             log.warning(f"{path}: {len(names):,} {what} are no samples: {_some(names)}")
         if summary.kind == "folder" and summary.num_texts == 0 and reading.dialect != "sa1b":
-            _name_a_table(path, summary.strays)
+            _name_texts_elsewhere(path, summary.strays)
     if empty := [path for path, summary in zip(paths, summaries, strict=True) if not summary.num_samples]:
         log.warning(f"{len(empty):,} of {len(paths):,} shards have no samples: {_some(empty)}")
     _say_rejects(paths, summaries)
@@ -67,12 +68,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
-def _name_a_table(folder: str, strays: Sequence[str]) -> None:
-    """Say of a folder whose images have no texts, and that has a table, how to type that."""
+def _name_texts_elsewhere(folder: str, strays: Sequence[str]) -> None:
+    """Say of a folder whose images have no texts, and that has a table or texts elsewhere, how to type those."""
+    folder = folder.rstrip("/")
     table = next((name for name in strays if table_format(name) not in (None, "lines")), None)
+    texts = next((name for name in strays if "/" in name and name.rpartition(".")[2] in TEXT_EXTENSIONS), None)
     if table is not None:
-        table = f"{folder.rstrip('/')}/{table}"
         log.warning(
             f"{folder}: no image has a text beside it, but there is a table: if it names the images by path, type "
-            f"{typed_flag('shards', table)}; if it has captions by their keys or names, captioning.table={table}"
+            f"{typed_flag('shards', f'{folder}/{table}')}; if it has captions by their keys or names, "
+            f"captioning.table={folder}/{table}"
+        )
+    elif texts is not None:
+        log.warning(
+            f"{folder}: no image has a text beside it, but there are texts elsewhere: if {texts} and its like are "
+            f"captions, type captioning.table={folder}/{texts.partition('/')[0]}"
         )
