@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dataset_stats.captions import Address, RawOpening
-from dataset_stats.config import DECIDES_REPORT, DatasetStatsConfig
+from dataset_stats.captions import PIPELINE_COLUMN, Address, RawOpening
+from dataset_stats.config import DECIDES_REPORT, CaptionSet, DatasetStatsConfig
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import TaggerSource, find_tagger
 from encoders.token_kinds import spells_bytes
@@ -21,13 +21,14 @@ from pipelines.engine.progress import get_logger
 from pipelines.raw.shard_names import shard_name
 from pipelines.recipe import DataConfig
 from pipelines.store.files import sha256_file
-from pipelines.store.manifest import Fingerprint, ShardDirectory, read_manifest
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, read_manifest
 
 COUNT_VERSION = 4  # raise when counting gives other numbers
 BYTES_VERSION = 2  # the same where the T5 vocabulary spells what it lacks in bytes
 REPORT_VERSION = 6  # raise when the report shows other things
 # What the fingerprint of counts had before defaults were left out of it. Keys that came later have no place here.
 WRITTEN_OUT = ("text_limits", "boilerplate", "max_characters")
+ALT_TEXT = "alt_text"
 log = get_logger("dataset_stats")
 
 
@@ -116,7 +117,8 @@ def read_job(command: Command) -> StatsJob:
     )
     opening = RawOpening(reading=data.reading, run=command.run)
     inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards, opening=opening)
-    whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in config.sets.items()}
+    sets = _sets_to_count(config, captions)
+    whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in sets.items()}
     sources = whole
     if config.sample:
         sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
@@ -136,6 +138,15 @@ def read_job(command: Command) -> StatsJob:
         folder=folder,
         count_fingerprint=_count_fingerprint(config, folder / "counts", tagger=tagger, text_tokenizer=text_tokenizer),
     )
+
+
+def _sets_to_count(config: DatasetStatsConfig, captions: Manifest | None) -> dict[str, CaptionSet]:
+    """Return the sets of the recipe; of those that are there by default one alone, where both have the same texts."""
+    texts = {} if captions is None else captions.extra.get("texts_of", {})
+    if "sets" in config.model_fields_set or not texts or texts.get(ALT_TEXT) != texts.get(PIPELINE_COLUMN):
+        return config.sets
+    log.info("the captions are the images' own texts, as they came: one set of them is counted, not two alike")
+    return {name: found for name, found in config.sets.items() if found.column == PIPELINE_COLUMN}
 
 
 def _count_fingerprint(

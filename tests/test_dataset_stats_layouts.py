@@ -11,8 +11,11 @@ from raw_shards import encode, photo, write_tar
 from stats_run import run_stage
 
 from dataset_stats import sources
+from dataset_stats.__main__ import main
 from errors import UserError
 from pipelines.store.summary import read_summary
+from tests.given_run import command as caption_given
+from tests.given_run import write_run as write_given_run
 
 TEXTS = {f"sa_{number}": f"A red dog, {number} cats and a café near bench {number % 3}." for number in range(24)}
 BAD = {"sa_90": b"the dog\x92s bench", "sa_91": b"  "}
@@ -225,3 +228,17 @@ def test_texts_of_raw_shards_of_every_kind(tmp_path):
     for name in ("raw/a.tar", "b.parquet"):
         run_stage(tmp_path / "named", named, f"data.shards={tmp_path / name}")
         assert read_summary(tmp_path / "named")["dataset_stats"]["raw"]["distinct_nouns"] == 1
+
+
+def test_texts_that_are_captions_as_they_came_are_counted_once(tmp_path, monkeypatch):
+    """By default alt texts stand beside captions; of a folder of one's own captions they were two columns alike."""
+    run = write_given_run(tmp_path / "run")
+    caption_given(run, monkeypatch=monkeypatch)
+    argv = ["dataset_stats", "--recipe", str(run / "recipe.toml"), "--run", str(run)]
+    argv += ["--set", "dataset_stats.tagger=textblob", "--set", "engine.gpus_per_worker=0"]
+    monkeypatch.setattr("sys.argv", argv)
+    main()
+    assert list(read_summary(run)["dataset_stats"]) == ["caption"]
+    monkeypatch.setattr("sys.argv", [*argv, "--text", "dataset_stats.sets=a=*#alt_text,b=*#caption"])
+    main()
+    assert list(read_summary(run)["dataset_stats"]) == ["a", "b"], "what is typed is counted"
