@@ -25,6 +25,7 @@ from pixart.layouts import (
     load_weights,
     original_layout,
     pixart_diffusers_layout,
+    require_finite,
 )
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.stored_shapes import CONFIG_NAME
@@ -78,7 +79,10 @@ def load_diffusers(folder: Path, *, timestep_shift: int | None = None) -> PixArt
     weights = read_weights(folder)
     if config.kind == "pixart":
         return load_weights(config, weights, pixart_diffusers_layout(config), where=str(folder))
-    for copy, first in dit_diffusers_copies(config).items():
+    copies = dit_diffusers_copies(config)
+    # NaN is not equal to itself, and would be called a difference of copies
+    require_finite({name: weights[name] for name in (*copies, *copies.values()) if name in weights}, where=str(folder))
+    for copy, first in copies.items():
         if copy in weights and first in weights and not torch.equal(weights.pop(copy), weights[first]):
             raise UserError(f"{folder}: {copy} differs from {first}: DiT shares its embeddings among blocks")
     return load_weights(config, weights, dit_diffusers_layout(config), where=str(folder))

@@ -133,7 +133,8 @@ def load_weights(
     """Build the model of `config` from the other side's `weights`, which are from the file or folder `where`.
 
     Raises:
-        UserError: some are missing, unexpected, of other shapes, or no floating-point numbers; names `where` and them.
+        UserError: some are missing, unexpected, of other shapes, or no finite floating-point numbers; names `where` and
+            them.
     """
     missing, unexpected = sorted(layout.keys() - weights.keys()), sorted(weights.keys() - layout.keys() - DERIVED_KEYS)
     if missing or unexpected:
@@ -146,6 +147,7 @@ def load_weights(
         raise UserError(
             f"{where}: {whole[0]} is {dtype}: weights that were quantised are not read; name those they were made of"
         )
+    require_finite({name: weights[name] for name in layout}, where=where)
     with torch.device("meta"):  # no time and memory for an initialisation that is thrown away
         model = config.network()
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
@@ -159,6 +161,18 @@ def load_weights(
         ours |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     model.load_state_dict(ours, assign=True)
     return model
+
+
+def require_finite(weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse NaN and infinity: UserError names `where` and the first weight that has some."""
+    for name, value in weights.items():
+        comparable = value.float() if value.itemsize == 1 else value  # float8 has no order
+        if value.numel() and not all(bound.isfinite() for bound in comparable.aminmax()):
+            number = int(comparable.isfinite().logical_not().sum())
+            raise UserError(
+                f"{where}: {number:,} of the {value.numel():,} numbers of {name} are not finite: the training that "
+                "wrote them has failed, or the file is damaged"
+            )
 
 
 def _words(config: PixArtConfig | DiTConfig) -> str:

@@ -34,7 +34,7 @@ def ours_from(reference: DiTTransformer2DModel, config: DiTConfig) -> DiT:
     weights = reference.state_dict()
     for copy in dit_diffusers_copies(config):
         del weights[copy]
-    model = load_weights(config, weights, dit_diffusers_layout(config))
+    model = load_weights(config, weights, dit_diffusers_layout(config), where="diffusers")
     assert isinstance(model, DiT)
     return model
 

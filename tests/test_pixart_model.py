@@ -38,7 +38,7 @@ def reference_for(config: PixArtConfig, seed: int = 0) -> PixArtTransformer2DMod
 
 
 def ours_from(reference: PixArtTransformer2DModel, config: PixArtConfig) -> PixArt:
-    model = load_weights(config, reference.state_dict(), pixart_diffusers_layout(config))
+    model = load_weights(config, reference.state_dict(), pixart_diffusers_layout(config), where="diffusers")
     assert isinstance(model, PixArt)
     return model
 

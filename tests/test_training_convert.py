@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sampling.config import EncoderConfig
 from sampling.foreign_weights import open_trained_model
 from training.convert import main
 from training.stages.stage import find_weights
+from training.stages.starts import load_network
 
 DIT = DiTConfig(num_layers=2, num_heads=6, head_dim=64, num_classes=5, sample_size=8)  # a published width
 
@@ -222,3 +224,61 @@ def test_what_cannot_be_converted_is_refused(dit_file: Path, tmp_path: Path) -> 
         main([str(tmp_path / "pixart"), str(tmp_path / "new"), "--reparameterize"])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main([str(tmp_path / "nothing"), str(tmp_path / "new")])
+
+
+def _spoil(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    if kind == "int8":
+        return weight.to(torch.int8)
+    return weight.index_fill(0, torch.tensor([1]), float(kind))
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("network", ["pixart", "dit"])
+@pytest.mark.parametrize(
+    ("kind", "message"), [("int8", "is int8"), ("nan", "are not finite"), ("-inf", "are not finite")]
+)
+def test_spoilt_weights_are_refused_by_every_reader(
+    tmp_path: Path, dit_file: Path, layout: str, network: str, kind: str, message: str
+) -> None:
+    """By the conversion, as the start of a stage, and by sampling, with the file and the weight."""
+    good = dit_file
+    if network == "pixart":
+        good = tmp_path / "good.pth"
+        _official_pixart(good)
+    if layout == "original":
+        path, bad = tmp_path / "bad.pth", "final_layer.linear.weight"
+        weights = torch.load(good)
+        weights = weights.get("state_dict", weights)
+        torch.save(weights | {bad: _spoil(kind, weights[bad])}, path)
+        named = path
+    else:
+        path, bad = tmp_path / "bad", "pos_embed.proj.weight"
+        main([str(good), str(path)])
+        named = path / "transformer"
+        file = named / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        save_file(weights | {bad: _spoil(kind, weights[bad])}, file)
+    pattern = rf"{re.escape(str(named))}\)?: .*{re.escape(bad)} {message}"
+    with pytest.raises(UserError, match=pattern):
+        main([str(path), str(tmp_path / "new")])
+    with pytest.raises(UserError, match=pattern):
+        load_network(named, None, sample_size=8, key=f"training.stage1.starts_from ({named})")
+    with pytest.raises(UserError, match=pattern):
+        open_trained_model(str(path), EncoderConfig(text_model="google/t5", vae_model="someone/vae")).load()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_few_bits_are_read(dit_file: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    few = {name: value.to(dtype) for name, value in torch.load(dit_file).items() if name != "pos_embed"}
+    torch.save(few, tmp_path / "few.pt")
+    found = load_network(tmp_path / "few.pt", None, sample_size=8, key="x").state_dict()
+    assert torch.equal(found["final.weight"], few["final_layer.linear.weight"])
+
+
+@pytest.mark.parametrize("name", ["y_embedder.y_embedding", "pos_embed"])
+def test_what_a_file_holds_beside_weights_is_finite_too(tmp_path: Path, name: str) -> None:
+    weights = _official_pixart(tmp_path / "bad.pth")
+    torch.save({"state_dict": weights | {name: weights[name] * float("nan")}}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=rf"bad\.pth: .*{name}"):
+        main([str(tmp_path / "bad.pth"), str(tmp_path / "new.pth")])

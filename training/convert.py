@@ -23,7 +23,7 @@ from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_ch
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
-from pixart.layouts import DERIVED_KEYS
+from pixart.layouts import DERIVED_KEYS, require_finite
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
-    _require_finite(network, source)
     if options.reparameterize:
         if network.kind != "dit":
             raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
@@ -73,16 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         _write(network, options.target, start.process)
     _say(f"{options.target}: {_describe(network)}")
-
-
-def _require_finite(network: DiT | PixArt, source: Path) -> None:
-    for name, value in network.state_dict().items():
-        if not value.isfinite().all():
-            number = int(value.isfinite().logical_not().sum())
-            raise UserError(
-                f"SOURCE {source}: {number:,} of the {value.numel():,} numbers of {name} are not finite: the training "
-                "that wrote them has failed, or the file is damaged"
-            )
 
 
 def _weights_of(source: str) -> str:
@@ -164,7 +153,9 @@ def _derived(source: Path) -> dict[str, Tensor]:
     """Return what an original file holds beside weights: no network of ours has a place for it."""
     if source.is_dir():
         return {}
-    return {name: value for name, value in read_weight_file(source).tensors.items() if name in DERIVED_KEYS}
+    derived = {name: value for name, value in read_weight_file(source).tensors.items() if name in DERIVED_KEYS}
+    require_finite(derived, where=f"SOURCE {source}")
+    return derived
 
 
 def _write_original(network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, process: str) -> None:
