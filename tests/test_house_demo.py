@@ -108,7 +108,7 @@ def test_no_sample_is_swapped_for_another(run: Path) -> None:
 def test_the_run_knows_where_its_shards_were_found(run: Path) -> None:
     shards = json.loads((run / "run.json").read_text())["found"]
     assert set(shards) == {path.stem for path in (run / "captions").glob("*.parquet")}
-    assert all(Path(path).is_file() for path in shards.values())
+    assert all((run / path).is_file() and not Path(path).is_absolute() for path in shards.values())
 
 
 @pytest.mark.slow
