@@ -53,8 +53,9 @@ def lead(*, announce: Callable[[], None]) -> None:
             log.warning(checkpoint.note)
     ranks = _where(job)
     resume = job.resume
-    if resume is not None and resume.step >= job.settings.num_steps and not command.is_plan:
-        log.info(f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}")
+    if resume is not None and resume.step >= job.settings.num_steps:
+        done = f"nothing to do: {command.stage_name} has done its {resume.step:,} steps, see {resume.path}"
+        log.info(f"{done}; to go on, raise training.{command.stage_name}.num_steps = {job.settings.num_steps:,}")
         return
     num_ranks = ranks.world_size if isinstance(ranks, Placement) else sum(host.slots for host in ranks)
     require_free_names(job.directory, after_step=0 if resume is None else resume.step)

@@ -34,7 +34,8 @@ def stage_shape(
         resume: its own checkpoint that it goes on from.
 
     Raises:
-        UserError: a typed key contradicts the weights it starts from; names the key, both values and the weights.
+        UserError: a typed key contradicts the weights it starts from; names the key, both values and the weights. Or it
+            starts from none, and the recipe has no `[model]`.
     """
     typed = recipe.table("model", ModelConfig)
     where = f"training.{stage}.starts_from ({start})"
@@ -46,8 +47,14 @@ def stage_shape(
         found = _trained_shape(former)
     elif start is not None:
         found = stored_shape(start) if start.is_dir() else _file_shape(start, where=where)
-    else:
+    elif "model" in recipe.tables:
         return typed
+    else:
+        raise UserError(
+            f"{recipe.blame('training', stage, 'starts_from')}: training.{stage} starts from scratch, and nothing says "
+            "the shape of its network: give [model] its num_layers, num_heads and head_dim (28, 16 and 72 are the "
+            f"paper's XL/2), or name the weights to start from as training.{stage}.starts_from"
+        )
     for key in [key for key in found if key in is_typed and resume is None]:
         value = getattr(typed, key)
         if value != found[key] and OF_KIND.get(key, network) == network:
