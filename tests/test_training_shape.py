@@ -118,14 +118,15 @@ def test_a_stage_that_goes_on_has_the_shape_it_was_trained_with(run: Path) -> No
 
 
 def test_fresh_weights_need_a_shape_that_somebody_has_given(run: Path) -> None:
-    """A recipe that fine-tunes has no `[model]`: from scratch it took XL/2, whatever the weights were that it replaced."""
+    """A recipe that fine-tunes has no `[model]`: from scratch it took XL/2, whatever it was to go on from."""
     recipe = run.parent / "recipe.toml"
     text = recipe.read_text()
     try:
         recipe.write_text(text[: text.index("[model]")] + text[text.index("[training]") :])
-        with pytest.raises(UserError, match=r"training\.stage1 starts from scratch, and nothing says the shape.* \[model\]"):
+        said = r"training\.stage1 starts from scratch, and nothing says the shape of its network: give \[model\]"
+        with pytest.raises(UserError, match=said):
             job_of(run, 1, starts_from="scratch")
-        typed = arguments(run, 1, starts_from="scratch") + ["--set", "model.num_layers=2"]
+        typed = [*arguments(run, 1, starts_from="scratch"), "--set", "model.num_layers=2"]
         job = open_stage(parse_command("training", "", argv=typed, has_stages=True))
         assert job.model == ModelConfig(num_layers=2)
     finally:
