@@ -138,10 +138,9 @@ def load_weights(
     """
     missing, unexpected = sorted(layout.keys() - weights.keys()), sorted(weights.keys() - layout.keys() - DERIVED_KEYS)
     if missing or unexpected:
-        found = [
-            f"{what} {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-        ]
-        raise UserError(f"{where}: the weights do not fit {config}: {', '.join(found)}")
+        by_fault = {"missing": missing, "unexpected": unexpected}
+        listed = "; ".join(f"{fault} {_some(names)}" for fault, names in by_fault.items() if names)
+        raise UserError(f"{where}: the weights do not fit {_words(config)}: {listed}")
     if whole := [name for name in layout if not weights[name].is_floating_point()]:
         dtype = str(weights[whole[0]].dtype).removeprefix("torch.")
         raise UserError(
