@@ -18,6 +18,7 @@ from captioning.worker import CaptionWorker
 from encoders.devices import require_device
 from encoders.tokens import TextCut
 from encoders.weights import require_model, resolve_model
+from errors import UserError
 from pipelines.command import parse_command, run_command
 from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
@@ -31,6 +32,7 @@ log = get_logger("captioning")
 
 # The toy LLaVA captions so many in about eight seconds, in which Ray's workers would hardly have started. A server
 # answers many at once, and more to more workers.
+CLIP_TYPE = "clip"  # of a config.json of transformers
 FEW_SAMPLES = 500
 FEW_SAMPLES_OF_SERVER = 100
 FEW_GIVEN_SAMPLES = 20_000
@@ -162,7 +164,11 @@ def _require_models(job: CaptioningJob, *, patience_seconds: float) -> None:
             require_fit(architecture, job.config.model)
     if job.config.clip_model is not None:
         require_packages("torch", "transformers")
-        require_model(resolve_model(job.config.clip_model), key="captioning.clip_model")
+        clip = resolve_model(job.config.clip_model)
+        require_model(clip, key="captioning.clip_model")
+        found = read_architecture(clip)
+        if found is not None and found.model_type != CLIP_TYPE:
+            raise UserError(f"captioning.clip_model = {job.config.clip_model!r} is a {found.name}, not a CLIP")
 
 
 def _counts(job: CaptioningJob, manifest: Manifest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs
 from pipelines.as_typed import typed_path
 from pipelines.engine.pieces import Piece, PieceReport, Source
+from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
 from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.patterns import GLOB, expand_braces
@@ -33,7 +34,11 @@ from pipelines.store.feature_store import FeatureTarWriter, write_index
 from pipelines.store.files import atomic_file, is_remote, open_ranges
 from pipelines.store.remote import list_urls
 
+NAMED = 3  # of samples without a file
 MISSING, CORRUPT, WRONG_SHAPE = "missing_feature", "corrupt_feature", "wrong_shape"
+
+
+log = get_logger("features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,21 +216,38 @@ def imported_sources(places: FeaturePlaces, inputs: FeatureInputs, *, key: str) 
     """Describe the raw shards with the files of their samples: an identity changes when one of the files does.
 
     Raises:
-        UserError: one file would be that of two samples; names them and `key`.
+        UserError: no sample has a file, or one file would be that of two samples; names them and `key`.
     """
     claims = array("Q")
-    sources = []
+    sources: list[Source] = []
+    missing: list[str] = []
+    num_missing = 0
     for source in inputs.raw:
         digest = hashlib.sha256(source.identity.encode())
         for sample_key, found, stamp in _found(places, source, inputs):
             digest.update(f"{sample_key}\0{stamp}\n".encode())
             if found is not None:
                 claims.append(_hash(found))
+                continue
+            num_missing += 1
+            missing += [f"{source.name}/{sample_key}"] if len(missing) < NAMED else []
         sources.append(replace(source, identity=digest.hexdigest()))
+    if num_missing:
+        _say_missing(places, missing, num_missing=num_missing, num_samples=num_missing + len(claims), key=key)
     values, counts = np.unique(np.frombuffer(claims, np.uint64), return_counts=True)
     if (counts > 1).any():
         _refuse_shared(places, inputs, int(values[counts > 1][0]), key=key)
     return sources
+
+
+def _say_missing(
+    places: FeaturePlaces, missing: Sequence[str], *, num_missing: int, num_samples: int, key: str
+) -> None:
+    names = " or ".join(feature_names(missing[0].partition("/")[2]))
+    some = f"such as {', '.join(missing)}; the first was looked for as {names}"
+    if num_missing == num_samples:
+        raise UserError(f"{key}: none of the {num_samples:,} samples has a file .{places.suffix} there, {some}")
+    log.warning(f"{key}: {num_missing:,} of the {num_samples:,} samples have no file .{places.suffix} there, {some}")
 
 
 def _found(

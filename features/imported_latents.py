@@ -140,6 +140,8 @@ def read_latent(data: bytes, *, channels: int) -> tuple[np.ndarray, np.ndarray]:
         halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
         raise SampleReject(NON_FINITE_LATENT)
+    if (halves[channels:] < 0).any():
+        raise SampleReject(CORRUPT, "a standard deviation is below zero, as the logarithm of a variance may be")
     return halves[:channels], halves[channels:]
 
 

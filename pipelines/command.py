@@ -246,7 +246,7 @@ def run_folder(text: str) -> Path:
     """Return the folder that a user has typed as RUN, with `~` filled in.
 
     Raises:
-        UserError: it is a URL, or nothing.
+        UserError: it is a URL, nothing, or a file.
     """
     if not text.strip():
         raise UserError(f"{typed_flag('run')} is empty: type a value, or leave it out")
@@ -255,7 +255,10 @@ def run_folder(text: str) -> Path:
             f"{typed_flag('run')} {text} is a URL: outputs need a local or mounted folder, where files can be renamed "
             "into place"
         )
-    return typed_path(text)
+    path = typed_path(text)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{typed_flag('run')} {text} is a file: a run is a folder")
+    return path
 
 
 def _require_utf8(words: Sequence[str]) -> None:

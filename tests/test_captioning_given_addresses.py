@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from captioning.__main__ import main
 from errors import UserError
 from tests.given_run import command, rows_of, write_run
 from tests.raw_shards import encode, photo, write_tar
@@ -103,19 +104,20 @@ def test_a_name_that_no_text_has_is_named_with_those_there_are(run, monkeypatch,
     table = pa.table({"image": [encode(photo(1))], "caption": ["a"], "words": ["b"], "texts": [["c", "d"]]})
     pq.write_table(table, run / "own.parquet")
     shards = f"data.shards={run}/own.parquet"
-    command(run, "#nope", shards, monkeypatch=monkeypatch, is_plan=True)
-    said = " ".join(caplog.text.split())
-    assert "captioning.table: caption = '#nope': none of the first 1 samples has a text of this name" in said
-    assert "names there are caption, texts, image, words" in said
-    caplog.clear()
-    command(run, "", shards, "data.text_column=nosuch", monkeypatch=monkeypatch, is_plan=True)
-    assert "data.text_column = 'nosuch': none of the first 1 samples" in " ".join(caplog.text.split())
-    caplog.clear()
+    for table, settings, said in (
+        ("#wordss", (), r"'#wordss': none of the 1 samples .*caption, texts, image, words \(did you mean words\?\)"),
+        ("", ("data.text_column=nosuch",), "data.text_column = 'nosuch': none of the 1 samples"),
+    ):
+        for is_plan in (True, False):
+            with pytest.raises(UserError, match=said):
+                command(run, table, shards, *settings, monkeypatch=monkeypatch, is_plan=is_plan)
     command(run, '{caption = "#words", other = "#texts[1]"}', shards, monkeypatch=monkeypatch)
     assert "of this name" not in caplog.text
     assert [(row["caption"], row["other"]) for row in rows_of(run, "own").values()] == [("b", "d")]
+    monkeypatch.setattr("captioning.given.own_names.SAMPLES_LOOKED_AT", 9)
     command(run, "#jpg.txt", 'captioning.shards=["laion_*"]', monkeypatch=monkeypatch, is_plan=True)
-    assert "names there are txt" in " ".join(caplog.text.split())
+    said = " ".join(caplog.text.split())
+    assert "none of the first 9 samples has a text of this name; names there are txt" in said
 
 
 def test_shards_without_a_text_of_their_own_are_refused_with_their_columns(run, monkeypatch) -> None:
@@ -157,3 +159,35 @@ def test_what_is_no_text_in_a_folder_of_texts_is_said_with_its_number(run, monke
         caplog.text.split()
     )
     assert rows_of(run, "sa_000000")["sa_0"]["caption"] == "a red dog"
+
+
+def test_a_plan_refuses_a_clip_that_is_none_and_a_run_that_is_a_file(run, monkeypatch) -> None:
+    clip = f"captioning.clip_model={Path(__file__).parent.parent}/toyworld/weights/vae"
+    with pytest.raises(UserError, match=r"clip_model = '.*vae' is a .*, not a CLIP"):
+        command(run, "#txt", 'captioning.shards=["laion_*"]', clip, monkeypatch=monkeypatch, is_plan=True)
+    (run / "file").touch()
+    argv = ["captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run / "file"), "--plan"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(UserError, match=r"RUN .*/file is a file: a run is a folder|--run .*/file is a file"):
+        main()
+
+
+ROWS = {"numbers": (3, 2, 1, 0), "images": ("0.jpg", "1.jpg", "2.jpg", "3.jpg")}
+
+
+@pytest.mark.parametrize(("number", "image"), [("id", "image_id"), ("key", "image"), ("id", "file_name")])
+def test_numbers_of_rows_are_not_taken_for_those_of_images(run, monkeypatch, number, image) -> None:
+    """A table with numbers of its rows beside names of images gave every image another's caption."""
+    write_tar(run / "raw" / "photos.tar", [(f"{key}.jpg", encode(photo(key))) for key in range(4)])
+    rows = [f"{row},{name},caption of {name}" for row, name in zip(*ROWS.values(), strict=True)]
+    (run / "rows.csv").write_text("\n".join([f"{number},{image},caption", *rows]))
+    shards = 'captioning.shards=["photos"]'
+    table = f"{run}/rows.csv"
+    if number == "key":  # it says itself that it is the image's
+        for is_plan in (True, False):
+            said = r"by column 'key' row 4 and by 'image' row 1 are of photos/0: say which .*rows\.csv#image,caption"
+            with pytest.raises(UserError, match=said):
+                command(run, table, shards, monkeypatch=monkeypatch, is_plan=is_plan)
+        table += f"#{image},caption"
+    command(run, table, shards, monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "photos").values()] == [f"caption of {key}.jpg" for key in range(4)]

@@ -162,6 +162,7 @@ def test_a_finished_import_has_nothing_to_do_until_a_file_changes(imported: Path
 def test_faulty_files_are_rejects_and_tars_and_buckets_are_read(tmp_path, imported: Path) -> None:
     run = tmp_path / "run"
     sizes = {"bucket": (64, 40), "squashed": (32, 32), "other": (40, 40), "nan": (40, 40), "thin": (8, 80)}
+    sizes["log_variance"] = (40, 40)
     write_raw(
         run / "raw" / f"{SHARD}.tar",
         [
@@ -178,6 +179,7 @@ def test_faulty_files_are_rejects_and_tars_and_buckets_are_read(tmp_path, import
         "other": npy(np.ones((8, 6, 9), np.float32)),
         "nan": npy(np.where(np.arange(6) == 3, np.nan, latent)),
         "thin": npy(np.ones((4, 6, 6), np.float32)),
+        "log_variance": npy(np.where(np.arange(8)[:, None, None] == 6, -12, latent)),
         "unreadable": npy(latent),
         "bytes": b"PK",
     }
@@ -193,7 +195,7 @@ def test_faulty_files_are_rejects_and_tars_and_buckets_are_read(tmp_path, import
         **dict.fromkeys(("bucket", "squashed", "unreadable")),
         **dict.fromkeys(("other", "thin"), "wrong_shape"),
         "nan": "non_finite_latent",
-        "bytes": "corrupt_feature",
+        **dict.fromkeys(("bytes", "log_variance"), "corrupt_feature"),
         "missing": "missing_feature",
     }
     geometry = ("bucket", "original_width", "original_height", "resized_width", "resized_height", "crop_x", "crop_y")
@@ -210,6 +212,11 @@ def test_a_file_of_two_samples_and_places_that_are_none_are_refused(imported: Pa
     shutil.copy(imported.parent / "imports.toml", tmp_path)
     with pytest.raises(UserError, match=rf"text_from: .*1\.npz would be of {SHARD}/a/1 and of {SHARD}/b/1"):
         import_features(run, "features.text_from={run}/../npz")
+    latents = ("features.text=false", "features.latents_from={run}/../npz")
+    with pytest.raises(
+        UserError, match=rf"latents_from: none of the 2 samples has a file \.npy there, such as {SHARD}/a/1"
+    ):
+        import_features(run, *latents)
     with pytest.raises(MissingFileError, match=r"features\.stage2\.text_from = .*nothing"):
         import_features(run, "features.text_from={run}/nothing")
     with pytest.raises(UserError, match=r"1\.npz is neither a folder on a mounted disk nor a tar"):

@@ -10,6 +10,7 @@ from captioning.given.addresses import TextAddress, read_addresses
 from captioning.given.index import AMBIGUOUS, IndexFacts, TextIndex, open_index
 from captioning.given.loader import GivenColumn
 from captioning.given.places import sample_places
+from captioning.given.rivals import RivalKeys
 from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger, progress_bar
@@ -93,6 +94,7 @@ def _check_index(
     owners = np.zeros(facts.num_rows, dtype=np.int32)
     num_samples = num_missing = num_ambiguous = 0
     missing: list[str] = []
+    rivals = RivalKeys(given.address, facts.files[0][0])
     with progress_bar("captioning keys", sum(source.num_samples for source in sources)) as progress:
         for shard_number, source in enumerate(sources, start=1):
             with open_shard(source.path, reading, run=run, identity=source.identity) as raw:
@@ -102,6 +104,7 @@ def _check_index(
                 num_samples += 1
                 num_ambiguous += found.fault == AMBIGUOUS
                 if found.number is not None:
+                    rivals.require_same(f"{source.name}/{name}", places, found.number)
                     _claim(owners, found.number, shard_number, sample=f"{source.name}/{name}", sources=sources, key=key)
                 elif found.fault != AMBIGUOUS:
                     num_missing += 1

@@ -11,7 +11,8 @@ PATH_NAMES = ("file_name", "image_file_name", "image_path", "img_path", "image_f
 PATH_NAMES += ("filename", "file", "image.path", "image", "img")
 URL_NAMES = ("url", "image_url", "img_url", "__url__")
 # Names of an image, which are keys if each row has its own.
-ID_NAMES = ("id", "image_id", "uid", "uuid", "sample_id")
+# An `id` may be that of the row, as of COCO's annotations, so it is the last.
+ID_NAMES = ("image_id", "sample_id", "uid", "uuid", "id")
 # Of which sample a row of captions is.
 SAMPLE_NAMES = (*KEY_NAMES, *PATH_NAMES, *ID_NAMES)
 # Texts, also as webdataset's members are called where they have become columns.
