@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_checkpoint
@@ -131,3 +133,74 @@ def test_fresh_weights_need_a_shape_that_somebody_has_given(run: Path) -> None:
         assert job.model == ModelConfig(num_layers=2)
     finally:
         recipe.write_text(text)
+
+
+TINY = {"num_layers": 2, "head_dim": 64, "num_heads": 6}  # S's width, which an original file's heads are known of
+PUBLISHED = {
+    "pixart-alpha-256": PixArtConfig(**TINY, caption_channels=D_TEXT, sample_size=4),
+    "pixart-alpha-512": PixArtConfig(**TINY, caption_channels=D_TEXT, sample_size=64, interpolation_scale=1.0),
+    "pixart-alpha-1024-MS": PixArtConfig(
+        **TINY, caption_channels=D_TEXT, sample_size=128, interpolation_scale=2.0, has_size_condition=True
+    ),
+    "pixart-sigma-1024": PixArtConfig(**TINY, caption_channels=D_TEXT, sample_size=128, interpolation_scale=2.0),
+    "dit": DiTConfig(**TINY, sample_size=4, num_classes=5),
+    "dit-512": DiTConfig(**TINY, sample_size=64, num_classes=5),
+}
+AGREEING: dict[str, Any] = {**TINY, "patch_size": 2}
+CONTRADICTING = {"num_layers": 28, "num_heads": 16, "head_dim": 72, "patch_size": 4}
+
+
+def written(config: PixArtConfig | DiTConfig, layout: str, folder: Path) -> str:
+    """Write weights of a shape: as diffusers' folder, that of a pipeline, or an original file."""
+    network = config.network()
+    if layout == "pipeline":
+        save_diffusers(network, folder / "pipeline" / "transformer")
+        return str(folder / "pipeline")
+    if layout == "folder":
+        return saved(network, folder / "folder")
+    shape = config if config.kind == "pixart" else replace(config, timestep_shift=0)
+    weights = export_weights(shape.network(), original_layout(shape))
+    torch.save({"state_dict": weights}, folder / "file.pth")
+    return str(folder / "file.pth")
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "original"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_layout_decides_the_shape(
+    run: Path, tmp_path: Path, write_model: Callable[[str], int], name: str, layout: str
+) -> None:
+    """Keys that agree are taken, each that contradicts is refused with both values and the weights."""
+    config = PUBLISHED[name]
+    stage = 2 if config.kind == "pixart" else 1
+    start = written(config, layout, tmp_path)
+    own, other = (
+        ({"adaln": "single"}, {"adaln": "per-block"}) if stage == 2 else ({"num_classes": 5}, {"num_classes": 7})
+    )
+    for typed in ({}, AGREEING | own):
+        write_model("\n".join(f"{key} = {value!r}".replace("'", '"') for key, value in typed.items()))
+        model = job_of(run, stage, starts_from=start).model
+        assert {key: getattr(model, key) for key in AGREEING | own} == AGREEING | own
+    for key, value in {**CONTRADICTING, **other}.items():
+        write_model(f"{key} = {value!r}".replace("'", '"'))
+        has = (AGREEING | own)[key]
+        said = (
+            rf"recipe\.toml: model\.{key} = {value!r}, but .*{Path(start).name}.* have {has!r}: leave model\.{key} out"
+        )
+        with pytest.raises(UserError, match=said):
+            job_of(run, stage, starts_from=start)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "num_heads", "head_dim", "patch_size", "num_classes"])
+def test_a_checkpoint_of_ours_decides_the_shape_of_the_next_stage(
+    run: Path, write_model: Callable[[str], int], key: str
+) -> None:
+    was = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "patch_size": 2, "num_classes": 5}
+    write_checkpoint(job_of(run, 1), step=12)
+    write_model(f"{key} = {was[key]}")
+    assert getattr(job_of(run, 2).model, key) == was[key]
+    write_model(f"{key} = {was[key] + 4}")
+    if key == "num_classes":  # a PixArt knows no classes
+        job_of(run, 2)
+        return
+    with pytest.raises(UserError, match=rf"model\.{key} = {was[key] + 4}, but .*step-12.* have {was[key]}"):
+        job_of(run, 2)
