@@ -106,6 +106,11 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         return reparameterize(former, config)
     if former.kind != config.kind:
         raise UserError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
+    if former.kind == "pixart" and former.config.has_size_condition:
+        raise UserError(
+            f"{key} is told the size of each image (has_size_condition, as PixArt-XL-2-1024-MS is), which is drawn "
+            "with and not trained: start from weights that are not, such as PixArt-alpha/PixArt-XL-2-512x512"
+        )
     config = _inherit(config, former.config)
     # Only the positions change between resolutions, and they are computed.
     positions = {name: getattr(config, name) for name in config.position_fields}
