@@ -128,6 +128,15 @@ def test_addresses_of_files_and_objects_by_path_have_the_keys_of_plain_paths(tmp
     assert [list(found(tmp_path / name)) for name in ("plain.csv", "address.csv", "object.json")] == [["a b", "c"]] * 3
 
 
+def test_metadata_name_images_of_their_folder_by_whole_paths_too(tmp_path) -> None:
+    folder = put(tmp_path / "photos", "a.jpg", "in/b b.jpg", "c.jpg")
+    rows = [f"{folder}/a.jpg,a", f"file://{folder}/in/b%20b.jpg,b", "/elsewhere/d.jpg,d"]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    rejects = {key: (reject, text) for key, (reject, _, text) in found(folder).items()}
+    assert [rejects[key] for key in ("a", "in/b b")] == [(None, "a"), (None, "b")]
+    assert sorted(reject for reject, _ in rejects.values() if reject) == ["missing_image_file", "not_in_metadata"]
+
+
 def test_images_of_one_name_with_texts_of_their_own_are_samples_each(tmp_path) -> None:
     folder = put(
         tmp_path / "photos", "e.jpg", "e.jpg.txt", "e.png", "e.png.TXT", "f.jpg", "f.jpg.txt", "g.jpg", "g.png"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from errors import UserError
@@ -13,7 +14,7 @@ from pipelines.raw.shard_headers import ShardHeaders, ShardSummary, count_reject
 from pipelines.raw.shard_names import is_image_name
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.row_texts import RowTexts
-from pipelines.raw.tables.rows import key_of_cell
+from pipelines.raw.tables.rows import key_of_cell, local_name
 from pipelines.raw.tasks import no_garbage
 
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
@@ -96,11 +97,15 @@ def _image_files(files: Sequence[FileFacts]) -> dict[str, str | None]:
 def _rows_of(path: str, table: str, images: Mapping[str, str | None], reading: Reading) -> list[_MetadataRow]:
     """Find the images that a table of metadata names; raises `UserError`."""
     folder = table.rpartition("/")[0]
+    root = f"{Path(path).absolute()}/"
     rows = []
-    for name in _names_in(f"{path}/{table}", reading):
+    for name in map(local_name, _names_in(f"{path}/{table}", reading)):
         image, file = "", None
         for spelled in (name, name.replace("\\", "/")):  # the second as Windows has it
-            image = f"{folder}/{spelled}" if folder else spelled
+            if spelled.startswith(root):
+                image = spelled.removeprefix(root)
+            else:
+                image = f"{folder}/{spelled}" if folder else spelled
             if image not in images:
                 image = os.path.normpath(image) if spelled else ""
             file = images[image] if image in images else images.get(_lower_extension(image))
