@@ -191,3 +191,12 @@ def test_numbers_of_rows_are_not_taken_for_those_of_images(run, monkeypatch, num
         table += f"#{image},caption"
     command(run, table, shards, monkeypatch=monkeypatch)
     assert [row["caption"] for row in rows_of(run, "photos").values()] == [f"caption of {key}.jpg" for key in range(4)]
+
+
+def test_of_several_columns_of_texts_the_first_that_is_not_blank_counts_as_in_shards(run, monkeypatch) -> None:
+    write_tar(run / "raw" / "photos.tar", [(f"{key}.jpg", encode(photo(key))) for key in range(3)])
+    (run / "rows.csv").write_text("path,caption,text\n0.jpg,a,b\n1.jpg,,c\n2.jpg, ,\n")
+    command(run, f"{run}/rows.csv", 'captioning.shards=["photos"]', monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "photos").values()] == ["a", "c", None]
+    command(run, f"{run}/rows.csv#path,caption", 'captioning.shards=["photos"]', monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "photos").values()] == ["a", None, None]

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.raw import caption_files
+from pipelines.raw.tables.column_names import TEXT_NAMES, known_columns
 from pipelines.raw.tables.rows import column_and_place, require_columns
-from pipelines.raw.texts import TEXT_EXTENSIONS
+from pipelines.raw.texts import TEXT_EXTENSIONS, first_text, text_of_value
 from pipelines.store.files import is_remote
 
 MAIN_COLUMN = "caption"
@@ -95,8 +97,22 @@ def find_files(address: TextAddress) -> list[str]:
     return sorted(found)
 
 
-def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> tuple[str, str, int | None]:
-    """Return which columns of a table hold keys and texts, and which text of a list counts, 0 for the first.
+class ChosenColumns(NamedTuple):
+    """Which column of a table holds keys, which hold texts, the one that counts first, and which text of a list."""
+
+    key: str
+    texts: Sequence[str]
+    place: int | None = None
+
+    def text_of(self, values: Mapping[str, Any]) -> str | None:
+        """Return the text of a row; raises `SampleReject` as `text_of_value`."""
+        if self.place is not None:
+            return text_of_value(values.get(self.texts[0]), self.place)
+        return first_text(values.get(name) for name in self.texts)
+
+
+def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> ChosenColumns:
+    """Return which columns of a table hold keys and texts: those that are named, else all that are called so.
 
     Raises:
         UserError: there are none; names the key, the file and its columns.
@@ -108,10 +124,12 @@ def choose_columns(address: TextAddress, columns: Sequence[str], file: str) -> t
                 f"{file}: none of its columns is known as that of the keys, such as key, path, image or id; "
                 f"columns are {', '.join(columns)}"
             )
-        others = [name for name in columns if name != key]
-        text = address.text_column or caption_files.choose_text_column(file, others)
         require_columns(file, [key], columns)
-        name, place = column_and_place(file, text, columns)
+        if address.text_column is not None:
+            name, place = column_and_place(file, address.text_column, columns)
+            return ChosenColumns(key, [name], place)
+        others = [name for name in columns if name != key]
+        caption_files.choose_text_column(file, others)
+        return ChosenColumns(key, known_columns(TEXT_NAMES, others))
     except UserError as error:
         raise UserError(f"{address.key}: {error}; write {address.files}#key,text") from None
-    return key, name, place

@@ -23,9 +23,9 @@ class RivalKeys:
         if address.key_column is not None or table_format(file) is None:
             return
         with open_table(file) as table:
-            self._key, self._text, _ = choose_columns(address, table.columns, file)
+            self._chosen = choose_columns(address, table.columns, file)
             known = known_columns(RIVAL_NAMES, table.columns)
-            names = [name for name in known if name not in (self._key, self._text)]
+            names = [name for name in known if name not in (self._chosen.key, *self._chosen.texts)]
             for row in table.rows(range(min(ROWS_LOOKED_AT, table.num_rows)), names):
                 for name in names:
                     self._note(name, row.values, row.number)
@@ -44,8 +44,8 @@ class RivalKeys:
         for name, rows in self._rows.items():
             found = next((rows[place] for full in places for place in beginnings(full) if place in rows), None)
             if found is not None and chosen < ROWS_LOOKED_AT and found != chosen:
-                address = f"{self._address.files}#{name},{self._text}"
+                key, address = self._chosen.key, f"{self._address.files}#{name},{self._chosen.texts[0]}"
                 raise UserError(
-                    f"{self._address.key}: by column {self._key!r} row {chosen + 1} and by {name!r} row {found + 1} "
+                    f"{self._address.key}: by column {key!r} row {chosen + 1} and by {name!r} row {found + 1} "
                     f"are of {sample}: say which of them names images, such as {address}"
                 )

@@ -3,13 +3,13 @@
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.given.addresses import TextAddress, choose_columns
+from captioning.given.addresses import ChosenColumns, TextAddress, choose_columns
 from captioning.given.places import place_of
 from errors import UserError
 from pipelines.engine.progress import get_logger
@@ -20,7 +20,7 @@ from pipelines.raw.samples import split_at_extension
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.open_table import open_table, require_sound
 from pipelines.raw.tables.rows import key_of_cell
-from pipelines.raw.texts import decode_caption, text_of_value
+from pipelines.raw.texts import decode_caption
 from pipelines.store.files import is_remote, open_ranges
 
 NUM_READERS = 16
@@ -72,20 +72,21 @@ def read_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
 def _table_rows(address: TextAddress, file: str) -> Iterator[SourceRow]:
     with open_table(file) as table:
         require_sound(table)
-        key, text, text_place = choose_columns(address, table.columns, file)
-        for row in table.rows(EVERY_ROW, list(dict.fromkeys((key, text)))):
+        chosen = choose_columns(address, table.columns, file)
+        for row in table.rows(EVERY_ROW, list(dict.fromkeys((chosen.key, *chosen.texts)))):
             if row.reject is None:
-                yield _row(row.values.get(key), row.values.get(text), text_place)
+                yield _row(row.values, chosen)
             else:
                 yield SourceRow(fault=row.reject)
 
 
-def _row(key: Any, text: Any, text_place: int | None) -> SourceRow:
+def _row(values: Mapping[str, Any], chosen: ChosenColumns) -> SourceRow:
+    key = values.get(chosen.key)
     place = "" if key is None or isinstance(key, dict | list) else place_of(key_of_cell(key))
     if not place:
         return SourceRow(fault=NO_KEY)
     try:
-        return _placed(place, text_of_value(text, text_place))
+        return _placed(place, chosen.text_of(values))
     except SampleReject as reject:
         return SourceRow(place=place, fault=reject.reason)
 
