@@ -138,9 +138,8 @@ def group_samples(entries: Sequence[TarEntry], *, num_bytes: int) -> GroupedSamp
         samples = _group(files, split_at_extension, num_bytes=num_bytes)
         for sample in samples:
             _choose_image(sample)
-    kept = _without_lone_texts([sample for sample in samples if _may_be_sample(sample, DATA_EXTENSIONS)])
-    strays += _names_of_others(samples, kept)
-    return GroupedSamples(samples=kept, unusable=unusable, strays=strays)
+    kept = _without_strays(samples, DATA_EXTENSIONS)
+    return GroupedSamples(samples=kept, unusable=unusable, strays=[*strays, *_names_of_others(samples, kept)])
 
 
 def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> GroupedSamples:
@@ -163,7 +162,7 @@ def group_files(entries: Sequence[TarEntry], *, named: Collection[str] = ()) -> 
         num_bytes=None,
     )
     samples = _join_lone_texts(samples)
-    kept = _without_lone_texts([sample for sample in samples if _may_be_sample(sample)])
+    kept = _without_strays(samples)
     for sample in kept:
         _choose_image(sample)
     return GroupedSamples(samples=kept, unusable=[], strays=[*strays, *_names_of_others(samples, kept)])
@@ -180,15 +179,18 @@ def _may_be_sample(sample: RawSample, data_extensions: Collection[str] = ()) -> 
     return bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
 
 
-def _without_lone_texts(samples: list[RawSample]) -> list[RawSample]:
-    """Leave out texts without an image where there are images, and none has a text beside it: none is lost there.
+def _without_strays(samples: list[RawSample], data_extensions: Collection[str] = ()) -> list[RawSample]:
+    """Leave out what `_may_be_sample` does, and texts without an image where no image has a text: none is lost there.
 
-    They are of images elsewhere, as in `images/1.jpg` and `captions/1.txt`, or no captions at all.
+    Such texts are of images elsewhere, as in `images/1.jpg` and `captions/1.txt`, or no captions at all.
     """
     with_image = [sample for sample in samples if _hides_image(sample)]
-    if not with_image or len(with_image) == len(samples) or any(any(_are_texts(sample)) for sample in with_image):
+    if len(with_image) == len(samples):
         return samples
-    return [sample for sample in samples if not all(_are_texts(sample))]
+    kept = [sample for sample in samples if _may_be_sample(sample, data_extensions)]
+    if not with_image or any(any(_are_texts(sample)) for sample in with_image):
+        return kept
+    return [sample for sample in kept if not all(_are_texts(sample))]
 
 
 def _are_texts(sample: RawSample) -> list[bool]:

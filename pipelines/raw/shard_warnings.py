@@ -55,7 +55,10 @@ def _say_rejects(paths: Sequence[str], summaries: Sequence[ShardSummary]) -> Non
 
 def _say_unknown_texts(summaries: Sequence[ShardSummary]) -> None:
     """Say how to take texts for captions that are called by a word of the user's own, as `x.en.txt` is."""
-    counts = sum((Counter(summary.unknown_texts) for summary in summaries), Counter[str]())
+    counts: Counter[str] = Counter()
+    for summary in summaries:
+        if summary.unknown_texts:
+            counts.update(summary.unknown_texts)
     if counts:
         name, count = counts.most_common(1)[0]
         log.warning(
