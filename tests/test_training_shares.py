@@ -21,6 +21,7 @@ from training.launch.memory import (
     describe_bytes,
     machine_bytes,
     rank_bytes,
+    ways_to_leave_open,
 )
 from training.launch.start import MEMORY, StepBytes
 from training.stages.weights import WeightCounts
@@ -109,7 +110,14 @@ def test_where_nothing_fits_it_is_said_what_to_change() -> None:
         chosen(demand(), 10)
     with pytest.raises(UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or"):
         chosen(demand(num_ranks=2, zero_stage=0, keep_activations="all"), 10)
-    # What is typed is tried.
+    # What is typed is tried, and the plan names the keys that are typed and no others.
+    for settings, ways in (
+        ({"gradient_accumulation_steps": 4, "keep_activations": "inputs"}, ["gradient_accumulation_steps = 4"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps = 4"]),
+        ({"keep_activations": "products"}, ["keep_activations = 'products'"]),
+        ({}, []),
+    ):
+        assert ways_to_leave_open(demand(**settings).settings) == [f"leave training.{way} out" for way in ways]
     typed = chosen(demand(gradient_accumulation_steps=11_392, keep_activations="inputs"), 10)
     assert not typed.fits
 

@@ -192,13 +192,7 @@ def _largest(
 
 
 def _describe_lack(least: Shares, settings: StageTraining, *, num_ranks: int) -> str:
-    ways = []
-    if settings.zero_stage < MAX_ZERO_STAGE and num_ranks > 1:
-        ways.append(f"raise training.zero_stage = {settings.zero_stage}")
-    if settings.keep_activations not in ("auto", "inputs"):
-        ways.append(f"leave training.keep_activations = {settings.keep_activations!r} out")
-    if settings.gradient_accumulation_steps != "auto":
-        ways.append(f"leave training.gradient_accumulation_steps = {settings.gradient_accumulation_steps} out")
+    ways = [*_sharing_ways(settings, num_ranks=num_ranks), *ways_to_leave_open(settings)]
     ways.append("take more GPUs or a smaller resolution, or lower training.num_processes where ranks share a memory")
     return (
         f"even micro-batches of {least.micro_batch_size} with training.keep_activations = {least.kept!r} need "
@@ -206,6 +200,22 @@ def _describe_lack(least: Shares, settings: StageTraining, *, num_ranks: int) ->
         f"What is typed is tried all the same: training.gradient_accumulation_steps={least.num_micro_batches} "
         f"training.keep_activations={least.kept}"
     )
+
+
+def ways_to_leave_open(settings: StageTraining) -> list[str]:
+    """Return the typed keys that may be left out to have something chosen that takes less memory."""
+    ways = []
+    if settings.keep_activations not in ("auto", "inputs"):
+        ways.append(f"leave training.keep_activations = {settings.keep_activations!r} out")
+    if settings.gradient_accumulation_steps != "auto":
+        ways.append(f"leave training.gradient_accumulation_steps = {settings.gradient_accumulation_steps} out")
+    return ways
+
+
+def _sharing_ways(settings: StageTraining, *, num_ranks: int) -> list[str]:
+    """Return how ranks may share more; a single one has nobody to share with."""
+    can_share = settings.zero_stage < MAX_ZERO_STAGE and num_ranks > 1
+    return [f"raise training.zero_stage = {settings.zero_stage}"] if can_share else []
 
 
 def describe_parts(shares: Shares) -> str:

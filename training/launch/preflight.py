@@ -18,7 +18,14 @@ from training.data.cache import remote_size
 from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import Survey
-from training.launch.memory import MAX_SUMMED_IN_BF16, Shares, describe_bytes, describe_parts, rank_bytes
+from training.launch.memory import (
+    MAX_SUMMED_IN_BF16,
+    Shares,
+    describe_bytes,
+    describe_parts,
+    rank_bytes,
+    ways_to_leave_open,
+)
 from training.loop.compilation import is_compiled, require_compilable
 from training.loop.products import require_products
 from training.stages.resume import changes_since
@@ -220,8 +227,8 @@ def _say_doubts(settings: StageTraining, shares: Shares) -> None:
     if not shares.fits:
         log.warning(
             f"the micro-batches of the recipe may not fit: they need {describe_bytes(shares.total_bytes)} of "
-            f"{describe_bytes(shares.available_bytes)} a rank ({shares.basis}); leave "
-            "training.gradient_accumulation_steps and training.keep_activations out to have them chosen"
+            f"{describe_bytes(shares.available_bytes)} a rank ({shares.basis}); "
+            f"{', or '.join(ways_to_leave_open(settings))}, to have it chosen"
         )
     if shares.num_micro_batches > MAX_SUMMED_IN_BF16 and settings.dtype == "bf16" and settings.zero_stage < 2:
         log.warning(
