@@ -200,3 +200,11 @@ def test_of_several_columns_of_texts_the_first_that_is_not_blank_counts_as_in_sh
     assert [row["caption"] for row in rows_of(run, "photos").values()] == ["a", "c", None]
     command(run, f"{run}/rows.csv#path,caption", 'captioning.shards=["photos"]', monkeypatch=monkeypatch)
     assert [row["caption"] for row in rows_of(run, "photos").values()] == ["a", None, None]
+
+
+def test_a_column_of_names_that_several_folders_have_refuses_no_keys_that_are_unique(run, monkeypatch) -> None:
+    """`1.jpg` of two folders is of the first row as well as of the second: it was taken for the first's alone."""
+    write_tar(run / "raw" / "photos.tar", [(f"{key}/1.jpg", encode(photo(0))) for key in "ab"])
+    (run / "rows.csv").write_text("key,file_name,caption\na/1,1.jpg,of a\nb/1,1.jpg,of b\n")
+    command(run, f"{run}/rows.csv", 'captioning.shards=["photos"]', monkeypatch=monkeypatch)
+    assert [row["caption"] for row in rows_of(run, "photos").values()] == ["of a", "of b"]

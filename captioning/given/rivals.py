@@ -19,7 +19,8 @@ class RivalKeys:
 
     def __init__(self, address: TextAddress, file: str) -> None:
         self._address = address
-        self._rows: dict[str, dict[str, int]] = {}
+        # None where several rows have one value, as a file's name in several folders: it tells nothing.
+        self._rows: dict[str, dict[str, int | None]] = {}
         if address.key_column is not None or table_format(file) is None:
             return
         with open_table(file) as table:
@@ -33,7 +34,8 @@ class RivalKeys:
     def _note(self, name: str, values: Mapping[str, object], number: int) -> None:
         cell = values.get(name)
         if cell is not None and not isinstance(cell, dict | list):
-            self._rows.setdefault(name, {}).setdefault(place_of(key_of_cell(cell)), number)
+            rows, place = self._rows.setdefault(name, {}), place_of(key_of_cell(cell))
+            rows[place] = None if place in rows else number
 
     def require_same(self, sample: str, places: Sequence[str], chosen: int) -> None:
         """Refuse the table if another column says that another row than the `chosen` one is that of a sample.
