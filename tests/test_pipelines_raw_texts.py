@@ -12,6 +12,7 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.kinds.tar_headers import TarEntry
 from pipelines.raw.samples import group_files
 from pipelines.raw.shards import describe_shards, open_shard
+from pipelines.raw.texts import text_of_record
 
 FIELDS = {
     "fields": ["{}.image.jpg", "{}.caption.txt", "{}.metadata.json"],
@@ -240,3 +241,9 @@ def test_fields_of_json_are_named_as_columns_are(tmp_path) -> None:
             nested = {sample.key: raw.named_text(sample, "meta.caption") for sample in raw.samples}
         assert texts == {"a": "a dog", "b": None, "c": "a bird"}
         assert nested == {"a": None, "b": "a cat", "c": None}
+
+
+def test_of_a_list_the_named_text_counts_whatever_stands_beside_it() -> None:
+    assert text_of_record({"captions": [0.9, "a dog"]}, "captions[1]") == "a dog"
+    with pytest.raises(SampleReject, match="not_text"):
+        text_of_record({"captions": [0.9, "a dog"]}, "captions[0]")

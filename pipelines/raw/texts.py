@@ -107,9 +107,9 @@ def text_of_value(value: Any, place: int | None = None) -> str | None:
         SampleReject: `not_utf8`, or `not_text`: it is a number, an object or the like.
     """
     if isinstance(value, list | tuple):
-        texts = [text_of_value(item) for item in value]
         if place is not None:
-            return texts[place] if place < len(texts) else None
+            return text_of_value(value[place]) if place < len(value) else None
+        texts = [text_of_value(item) for item in value]
         return next(filter(None, texts), next(iter(texts), None))
     if place or value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
         return None
