@@ -67,7 +67,7 @@ def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> A
     """
     from transformers import AutoTokenizer
 
-    location = folder or loadable(source)
+    location = folder or loadable(source, key="tokenizer")
     try:
         return AutoTokenizer.from_pretrained(location, revision=source.revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else

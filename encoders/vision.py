@@ -47,7 +47,7 @@ def image_processor(source: ModelSource, *, key: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(loadable(source), revision=source.revision, backend="pil")
+        return AutoImageProcessor.from_pretrained(loadable(source, key=key), revision=source.revision, backend="pil")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{key} {source.location} has no image processor: {reason}") from None

@@ -102,11 +102,15 @@ def hub_silence() -> str | None:
     return None
 
 
-def loadable(source: ModelSource) -> str:
-    """Return what libraries load a model from: its folder, in the cache where the hub does not answer, or its id."""
+def loadable(source: ModelSource, *, key: str) -> str:
+    """Return what libraries load a model from: its folder, in the cache where the hub does not answer, or its id.
+
+    Raises:
+        UserError: the hub does not answer, and the model is not in the cache; names `key`.
+    """
     if Path(source.location).is_dir() or hub_silence() is None:
         return source.location
-    return str(fetch_files(source, ["config.json"], key="the model"))
+    return str(fetch_files(source, ["config.json"], key=key))
 
 
 def _require_weight_files(folder: Path, named: str) -> None:
@@ -182,7 +186,7 @@ def load_pretrained(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    location = loadable(source)
+    location = loadable(source, key=key)
     named, folder = f"{key} {source.location!r}", Path(location)
     if folder.is_dir():
         read_config(source)  # the libraries' words for one that is not there are of models on the hub

@@ -132,7 +132,9 @@ def test_sampling_is_seeded_by_key(llava) -> None:
 
 
 def test_missing_weights_and_missing_models_are_said_in_one_line(llava, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"captioning.model 'nobody/nothing' cannot be loaded"):
+    with pytest.raises(
+        UserError, match=r"captioning\.model = 'nobody/nothing' \(main\) is no local folder and not in the hub"
+    ):
         load("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"model folder \./nowhere does not exist"):
         load("./nowhere")

@@ -56,7 +56,7 @@ def odd(tmp_path_factory):
         "longjunk": {"jpg": b"<html>" * 20_000},
         "empty": {"jpg": b""},
         "huge": {"png": encoded(Image.new("1", (400, 400)))},
-        "blind": {"txt": b"no image"},
+        "blind": {"txt": b"no image", "json": b"{}"},
         "tiny": {"png": encoded(Image.new("RGB", (1, 50)))},
         "fine": {"png": encoded(picture(2, width=24, height=24))},
     }

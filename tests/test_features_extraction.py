@@ -315,7 +315,7 @@ def test_odd_images_are_turned_converted_or_rejected_with_a_reason(run):
         "junk": {"jpg": b"<html>not found</html>"},
         "empty": {"jpg": b""},
         "huge": {"png": encoded(Image.new("1", (400, 400)))},
-        "blind": {"txt": b"no image"},
+        "blind": {"txt": b"no image", "json": b"{}"},
     }
     write_raw(run / "raw" / "laion_00000.tar", [{"key": key, **members} for key, members in samples.items()])
     write_captions(run, [run / "raw" / "laion_00000.tar"], rejects={})

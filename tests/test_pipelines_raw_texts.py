@@ -93,6 +93,12 @@ def test_what_systems_and_people_add_is_no_sample_in_tars_and_folders_alike(tmp_
             assert (found, sorted(raw.strays)) == ({"b": None, "info": None, "lost": "no_image"}, sorted(STRAYS))
 
 
+def test_features_of_images_that_are_called_as_notes_are_kept(tmp_path) -> None:
+    names = ["index.npz", "7.npz", "manifest.npy", "README.json", "8.json"]
+    with open_shard(write_tar(tmp_path / "x.tar", [(name, b"x") for name in names])) as raw:
+        assert [sample.key for sample in raw.samples] == ["index", "7", "manifest", "8"]
+
+
 def test_a_text_in_a_language_is_one_of_its_image(tmp_path) -> None:
     names = ("a.jpg", "a.txt", "a.en.txt", "b.jpg", "b.de-AT.txt", "c.jpg", "c.2.txt")
     members = [(name, f"text of {name}".encode()) for name in names]
@@ -204,7 +210,13 @@ def test_a_blank_text_file_counts_as_none_where_metadata_or_json_have_one(tmp_pa
 VALUES = [
     *(("  a dog \n", "a dog"), ("\ufeffa dog", "a dog"), ("a\0dog", "not_utf8"), ("\ud83d", "not_utf8")),
     *((["", "a dog"], "a dog"), (["a dog", "a cat"], "a dog"), ([" "], ""), ("", ""), (None, None)),
-    *((7, "not_text"), (True, "not_text"), ({"en": "a dog"}, "not_text")),
+    *(
+        (["", 5, "a dog"], "a dog"),
+        ([5], "not_text"),
+        (7, "not_text"),
+        (True, "not_text"),
+        ({"en": "a dog"}, "not_text"),
+    ),
 ]
 
 

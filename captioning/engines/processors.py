@@ -88,7 +88,7 @@ def load_processor(source: ModelSource, *, config: Any, named: str) -> Any:
 
 
 def _load(source: ModelSource, config: Any) -> Any:
-    location, revision = loadable(source), source.revision or "main"
+    location, revision = loadable(source, key="captioning.model"), source.revision or "main"
     processor_class = _find_class(source, config)
     attributes = processor_class.get_attributes() if processor_class is not None else []
     if is_torchvision_available() or VIDEOS not in attributes or not {VIDEOS, *PARTS}.issuperset(attributes):

@@ -60,7 +60,8 @@ NOTE = re.compile(
 )
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?", re.IGNORECASE)
 # In a tar, which is made for samples, these are of one whose image is lost; `""` is a file without extension.
-DATA_EXTENSIONS = frozenset(("", "json", "cls", "npy", "npz", "pt", "pth", "pkl", "pickle", "msgpack", "safetensors"))
+ARRAY_EXTENSIONS = frozenset(("npy", "npz", "pt", "pth", "pkl", "pickle", "msgpack", "safetensors"))
+DATA_EXTENSIONS = ARRAY_EXTENSIONS | {"", "json", "cls"}
 # Texts about a whole collection, unless an image is called so, too.
 TEXT_ABOUT_ALL = re.compile(
     r"(.*/)?(notes?|captions?|classes|class_?names|labels|names|prompts?|tags|info|about|credits|attribution|sources?|"
@@ -172,9 +173,10 @@ def _may_be_sample(sample: RawSample, data_extensions: Collection[str] = ()) -> 
     """Whether the members of a key have an image, or data or a text that are not about the whole collection."""
     if _hides_image(sample):
         return True
+    data = {extension.rpartition(".")[2] for extension in sample.members} & {*data_extensions}
     if is_note(sample.key):
-        return False
-    if any(extension.rpartition(".")[2] in data_extensions for extension in sample.members):
+        return bool(data & ARRAY_EXTENSIONS)
+    if data:
         return True
     return bool(text_members(list(sample.members), None)) and TEXT_ABOUT_ALL.fullmatch(sample.key) is None
 

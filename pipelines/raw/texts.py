@@ -109,8 +109,7 @@ def text_of_value(value: Any, place: int | None = None) -> str | None:
     if isinstance(value, list | tuple):
         if place is not None:
             return text_of_value(value[place]) if place < len(value) else None
-        texts = [text_of_value(item) for item in value]
-        return next(filter(None, texts), next(iter(texts), None))
+        return first_text(value)
     if place or value is None or (isinstance(value, float) and math.isnan(value)):  # as pandas writes what is missing
         return None
     if isinstance(value, bytes):
