@@ -253,6 +253,7 @@ TAB_ROWS = {
     'k1\ta 5" disk\nk2\t"so" he said\n': [("k1", 'a 5" disk'), ("k2", '"so" he said')],
     'k1\t"half of it\nand the rest\nk2\tb\n': [("k1", "unclosed_quote"), ("", "wrong_number_of_fields"), ("k2", "b")],
     '"k\n1"\tb\nk2\tb\n': [("k\n1", "b"), ("k2", "b")],
+    'k1\t"a\tb2\nk3\tc\n': [("k1", "unclosed_quote"), ("k3", "c")],
 }
 
 

@@ -66,7 +66,8 @@ class TabTable:
     def _record_over_lines(self, first: str, lines: "_Lines") -> tuple[list[str], str | None]:
         """Find where the quotation mark is closed that a line opens; it is text if rows come first."""
         plain = _fields_of_line(first)
-        keys = [place for place, field in enumerate(plain) if KEY.fullmatch(field) and not field.startswith('"')]
+        known = plain[: len(self.columns)]
+        keys = [place for place, field in enumerate(known) if KEY.fullmatch(field) and not field.startswith('"')]
         record, num_others = [first], 0
         for line in itertools.islice(lines.ahead(), MAX_LINES_OF_FIELD):
             record.append(line)
