@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from encoders.living_bytes import LivingBytes
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
@@ -13,7 +14,7 @@ from pixart.processes.specs import ddpm_spec
 from training.config import KeepActivations, StageTraining
 from training.data.blank import SampleShape
 from training.launch.memory import KEPT
-from training.loop.footprint import LivingBytes, Step
+from training.loop.footprint import Step
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective

@@ -4,19 +4,15 @@ It is reckoned by running the objective, forward and backward, on tensors that h
 is counted is what the code keeps, of any objective and any part of a network that trains.
 """
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from encoders.living_bytes import LivingBytes, fused_attention
 from pixart.compilation import compile_blocks
 from pixart.dit import DiT
 from pixart.model import PixArt
@@ -43,62 +39,6 @@ class Meter(Protocol):
     def watching(self, *, ignored: list[Tensor]) -> AbstractContextManager[Any]:
         """Watch inside; `ignored` are the tensors that are there already."""
         ...
-
-
-class LivingBytes(TorchDispatchMode):
-    """Counts the living among the storages that operations of torch make; blind to what kernels take inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = 0
-        self._living_bytes = 0
-        self._known: dict[int, weakref.finalize] = {}
-
-    def watching(self, *, ignored: list[Tensor]) -> "LivingBytes":
-        """Watch inside."""
-        for tensor in ignored:
-            self._count(tensor, is_ignored=True)
-        return self
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it has made."""
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, is_ignored=False)
-        return result
-
-    def _count(self, tensor: Tensor, *, is_ignored: bool) -> None:
-        storage = tensor.untyped_storage()
-        # torch keeps one object of Python for a storage as long as the storage lives.
-        if id(storage) not in self._known:
-            num_bytes = 0 if is_ignored else storage.nbytes()
-            self._known[id(storage)] = weakref.finalize(storage, self._forget, id(storage), num_bytes)
-            self._living_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self._living_bytes)
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        del self._known[key]
-        self._living_bytes -= num_bytes
-
-
-@contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let attention on the meta device be a CPU's fused kernel: torch's choice there keeps all scores, as no other.
-
-    In place of a mode for functions, which is not in force where the backward pass computes blocks again.
-    """
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        return kernel(query, key, value, attn_mask=attn_mask)[0]
-
-    former = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = former
 
 
 class CudaBytes:

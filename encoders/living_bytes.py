@@ -1,0 +1,87 @@
+"""How many bytes of tensors are alive, operation by operation: of tensors with values, and of those without."""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the living among the storages that operations of torch make; blind to what kernels take inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._living_bytes = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def watching(self, *, ignored: list[Tensor]) -> "LivingBytes":
+        """Watch inside."""
+        for tensor in ignored:
+            self._count(tensor, is_ignored=True)
+        return self
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it has made."""
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, is_ignored=False)
+        return result
+
+    def _count(self, tensor: Tensor, *, is_ignored: bool) -> None:
+        for part in plain_parts(tensor):
+            self._count_storage(part.untyped_storage(), is_ignored=is_ignored)
+
+    def _count_storage(self, storage: torch.UntypedStorage, *, is_ignored: bool) -> None:
+        # torch keeps one object of Python for a storage as long as the storage lives.
+        if id(storage) not in self._known:
+            num_bytes = 0 if is_ignored else storage.nbytes()
+            self._known[id(storage)] = weakref.finalize(storage, self._forget, id(storage), num_bytes)
+            self._living_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self._living_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        del self._known[key]
+        self._living_bytes -= num_bytes
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a tensor's values: of 8-bit weights these and their scales, else itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages of tensors, each counted once."""
+    storages = [part.untyped_storage() for tensor in tensors for part in plain_parts(tensor)]
+    return sum(storage.nbytes() for storage in {id(storage): storage for storage in storages}.values())
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on the meta device be a CPU's fused kernel: torch's choice there keeps all scores, as no other.
+
+    In place of a mode for functions, which is not in force where the backward pass computes blocks again.
+    """
+
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+    ) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return kernel(query, key, value, attn_mask=attn_mask, scale=scale)[0]
+
+    former = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = former
