@@ -26,7 +26,7 @@ TEXT_DTYPES = ("bfloat16", "float32")
 # Tokens of a batch, padding included: enough to keep a GPU busy; few enough for activations to stay in a CPU's cache.
 DEFAULT_BATCH_TOKENS = {"cuda": 8192, "cpu": 1024}
 # Rules of what a text encoder sees of a text; the first is that of diffusers' PixArt pipelines without `clean_caption`.
-CLEANINGS = ("lower", "strip", "none")
+CLEANINGS = ("lower", "diffusers", "strip", "none")
 DEFAULT_CLEANING = CLEANINGS[0]
 
 
@@ -197,12 +197,17 @@ class HiddenStatesEncoder:
 def clean_text(text: str, cleaning: str) -> str:
     """Return `text` as a text encoder sees it.
 
-    `lower` is lower case without surrounding space, `strip` leaves the case as it is, `none` leaves all as it is.
+    `lower` is lower case without surrounding space, `diffusers` what PixArt-alpha was trained with (see
+    `encoders.clean_caption`), `strip` leaves the case as it is, `none` leaves all as it is.
     """
     if cleaning not in CLEANINGS:
         raise ValueError(f"cleaning {cleaning} is not one of {', '.join(CLEANINGS)}")
     if cleaning == "none":
         return text
+    if cleaning == "diffusers":
+        from encoders.clean_caption import clean_caption
+
+        return clean_caption(text)
     return text.lower().strip() if cleaning == "lower" else text.strip()
 
 

@@ -83,10 +83,11 @@ class FeaturesConfig(TableConfig):
     text_storage: OfText[Literal["bfloat16", "float8_e4m3", "int8"]] = pydantic.Field(
         default="bfloat16", description="Stored dtype of embeddings; the 8-bit ones have a float32 scale per token"
     )
-    text_cleaning: OfText[Literal["lower", "strip", "none"]] = pydantic.Field(
+    text_cleaning: OfText[Literal["lower", "diffusers", "strip", "none"]] = pydantic.Field(
         default="lower",
-        description="What the text encoder sees of a caption: lower case without surrounding space (lower), it "
-        "without that space (strip), or all of it (none)",
+        description="What the text encoder sees of a caption: lower case without surrounding space (lower), that less "
+        "what diffusers' clean_caption takes out, as PixArt-alpha was trained (diffusers), it without that space "
+        "(strip), or all of it (none), as PixArt-Sigma",
     )
     max_tokens: OfText[int] = pydantic.Field(
         default=120,

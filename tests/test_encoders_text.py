@@ -222,8 +222,8 @@ def test_cleaning_is_a_rule_of_the_spec(text_folder):
     # The tiny tokenizer knows no capitals, space or line break: what is left of a text shows in its length.
     assert [len(tokens) for tokens in (ids["strip"][0], ids["none"][0])] == [6, 8]
     assert ids["strip"][0] != ids["lower"][0]
-    with pytest.raises(ValueError, match="cleaning diffusers is not one of lower, strip, none"):
-        clean_text("a", "diffusers")
+    with pytest.raises(ValueError, match="cleaning upper is not one of lower, diffusers, strip, none"):
+        clean_text("a", "upper")
 
 
 @pytest.mark.parametrize("save", [save_text_encoder, save_decoder])
