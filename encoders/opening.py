@@ -72,8 +72,9 @@ def open_text_encoder(
     """Load the text encoder of a local folder or hub id.
 
     `batch_tokens` bounds a batch, padding included; None is `DEFAULT_BATCH_TOKENS` of the device. `tokenizer` is a
-    folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers. In a
-    long run seconds of compilation pay, where there is what it takes.
+    folder, where the tokenizer does not lie beside the weights. `is_8bit` rounds the weights of linear layers, so
+    that the device never holds the whole encoder as it lies on disk. In a long run seconds of compilation pay, where
+    there is what it takes.
 
     Raises:
         MissingFileError: there is no such folder, or no model in it.
@@ -86,10 +87,9 @@ def open_text_encoder(
     encoder_class = _text_class(source, _require_config(source, key=key), key=key)
     loaded = encoder_class.load_weights(source, dtype=getattr(torch, dtype), key=key)
     if is_8bit:
-        from encoders.int8_linear import quantize_linears
+        from encoders.int8_weights import round_weights
 
-        # Before it goes to the device, which may not have room for more.
-        quantize_linears(loaded)
+        round_weights(loaded, device=torch.device(device))
     loaded = loaded.to(torch.device(device))
     spec = text_spec(source, max_tokens=max_tokens, cleaning=cleaning, key=key)
     assert spec is not None, f"{source.location} has been loaded, but its config.json is not in the cache"

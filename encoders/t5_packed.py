@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from encoders.compilation import compile_pointwise
 from encoders.text import PackedTexts
@@ -108,11 +109,11 @@ class PackedT5(nn.Module):
         return answers.index_select(0, texts.places)
 
 
-def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Module) -> Tensor:
+def _add_product(hidden: Tensor, inputs: Tensor, linear: nn.Linear) -> Tensor:
     """Add a layer's output to the residual stream [N, W], in place: a product adds to what is there as it writes."""
-    if isinstance(linear, nn.Linear):
-        return hidden.addmm_(inputs, linear.weight.t())
-    return hidden.add_(linear(inputs))
+    if is_traceable_wrapper_subclass(linear.weight):  # in 8 bits, which know how to multiply and nothing else
+        return hidden.add_(linear(inputs))
+    return hidden.addmm_(inputs, linear.weight.t())
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:

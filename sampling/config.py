@@ -80,6 +80,11 @@ class SamplingConfig(TableConfig):
         description="Compute dtype of the transformer; auto = bfloat16 on a GPU, float32 on a CPU, "
         "and of images that were begun what they were begun in",
     )
+    weight_dtype: Decides[Literal["int8"] | None] = pydantic.Field(
+        default=None,
+        description="int8 = the weights of the transformer's blocks in 8 bits, a scale to each output, multiplied in "
+        "dtype: a little over half of bfloat16's memory; null = in dtype, too",
+    )
     vae_dtype: Decides[Literal["auto", "tested", "float32", "bfloat16"]] = pydantic.Field(
         default="auto",
         description="Compute dtype of the VAE; tested = bfloat16 if a test picture of these weights comes out as in "
@@ -165,7 +170,14 @@ class SamplingConfig(TableConfig):
         """What pictures of the images say of the settings."""
         interval = "" if self.guidance_interval is None else " in [{:g}, {:g}]".format(*self.guidance_interval)
         cache = "" if self.cache is None else f" · all blocks in every {self.cache} passes"
-        return f"{self.solver}, {self.num_steps} steps · guidance {self.guidance_scale:g}{interval}{cache}"
+        weights = "" if self.weight_dtype is None else f" · weights in {self.weight_dtype}"
+        return f"{self.solver}, {self.num_steps} steps · guidance {self.guidance_scale:g}{interval}{cache}{weights}"
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages that drawing needs."""
+        has_8bit = self.weight_dtype == "int8" or self.text_encoder == "8bit"
+        return ["torch", "transformers", "diffusers", *(["torchao"] if has_8bit else [])]
 
     @property
     def reads_features(self) -> bool:

@@ -148,7 +148,7 @@ def check_job(job: SamplingJob) -> dict[str, str]:
     _require_own(job.directory.path, pending)
     if not pending:
         return _lost_words(job)
-    require_packages("torch", "transformers", "diffusers")
+    require_packages(*job.config.packages)
     require_device(job.config.device, key="sampling.device")
     require_workers(job.engine, num_pending=len(pending), few_samples=job.config.max_images_in_process)
     return check_inputs(job)
@@ -303,7 +303,8 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
             found["cleaning"] = text["cleaning"]
         if "tokenizer" in text:
             found["tokenizer"] = resolve_model(text["tokenizer"]).identity
-        return found | ({"weights": "int8"} if config.text_encoder == "8bit" else {})
+        # Of earlier versions, which had other steps, "int8".
+        return found | ({"weights": "int8 by torchao"} if config.text_encoder == "8bit" else {})
     path = typed_path(config.text_embeddings)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
@@ -354,6 +355,7 @@ def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> Non
             "prompts_cut": len(lost),
             "dtype": job.config.dtype,
             "vae_dtype": job.config.vae_dtype,
+            "weight_dtype": job.config.weight_dtype or job.config.dtype,
         },
     )
 

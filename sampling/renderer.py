@@ -11,6 +11,7 @@ from torch import Tensor
 
 from encoders.compilation import can_compile
 from encoders.devices import choose_device, choose_dtype
+from encoders.int8_weights import round_weights
 from encoders.latents import LatentCodec, NonFinitePixelsError, SentAhead, pixels_ahead, send_ahead
 from encoders.opening import open_codec
 from encoders.vae_precision import open_in_bfloat16_if_it_holds
@@ -19,6 +20,7 @@ from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import require_same
 from pixart.compilation import compile_blocks
+from pixart.dit import DiT
 from pixart.drawing.denoise import (
     NonFiniteLatentsError,
     Predict,
@@ -30,6 +32,7 @@ from pixart.drawing.denoise import (
 from pixart.drawing.graphs import PassGraphs
 from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
 from pixart.drawing.passes import Pass
+from pixart.model import PixArt
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
@@ -50,6 +53,17 @@ log = get_logger("sampling")
 
 def _name(request: ImageRequest) -> str:
     return f"{request.file} (seed {request.seed})"
+
+
+def _load_model(
+    trained: TrainedModel, config: SamplingConfig, *, device: torch.device, dtype: torch.dtype
+) -> PixArt | DiT:
+    model = trained.load()
+    if config.weight_dtype == "int8":
+        # Of its blocks alone: what is beside them is a thirtieth of the weights, and turns times into shifts and scales
+        # that all tokens share.
+        round_weights(model.to(dtype).blocks, device=device)
+    return model.to(device, dtype)
 
 
 class Drawing:
@@ -117,7 +131,7 @@ class Renderer:
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
         self.device = choose_device(config.device, key="sampling.device")
         dtype = choose_dtype(config.dtype, self.device)
-        self.model = trained.load().to(self.device, dtype)
+        self.model = _load_model(trained, config, device=self.device, dtype=dtype)
         self.codec, vae_dtype = self._open_codec()
         self.computed_in = {"dtype": str(dtype).removeprefix("torch."), "vae_dtype": vae_dtype}
         self.compiled_shapes = frozenset(compiled_shapes)

@@ -53,6 +53,7 @@ class Contestant:
             "guidance_scale": config.guidance_scale,
             "negative_prompt": config.negative_prompt,
             "size": config.size or "as trained",
+            **({} if config.weight_dtype is None else {"weight_dtype": config.weight_dtype}),
         }
 
 
