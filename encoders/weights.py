@@ -19,6 +19,8 @@ WEIGHT_FILE = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(\w+))??(?:-\d+-of-\d+)?(?:\.(\w+))??\.(?:safetensors|bin)"
 )
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -44,6 +46,21 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise MissingFileError(f"model folder {model_id} does not exist")
     return ModelSource(model_id, revision, f"{model_id}@{revision or 'main'}")
+
+
+def model_folder(model_id: str, revision: str | None = None) -> Path | None:
+    """Return where a model's files are, a local folder or the hub's cache, None if they are in neither.
+
+    Unlike `resolve_model` it reads none of them.
+    """
+    for root in (Path(), REPOSITORY):
+        folder = root / typed_path(model_id)
+        if folder.is_dir():
+            return folder
+    if not HUB_ID.fullmatch(model_id):
+        return None
+    path = find_file(ModelSource(model_id, revision, ""), "config.json")
+    return None if path is None else path.parent
 
 
 def require_model(source: ModelSource, *, key: str) -> None:

@@ -4,6 +4,8 @@ Nothing goes missing silently: every stored key is used, known to be derived, or
 value is used or is the one we compute with.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from errors import UserError
 from pixart.dit import DiT, DiTConfig
+from pixart.evidence import origins_of_file
 from pixart.layers import position_embedding
 from pixart.layouts import (
+    NULL_CAPTION,
     dit_diffusers_copies,
     dit_diffusers_layout,
     export_weights,
@@ -28,15 +32,19 @@ from pixart.layouts import (
     require_finite,
 )
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
-from pixart.stored_shapes import CONFIG_NAME
-from pixart.tensor_files import read_weight_file, read_weights
-from pixart.transformer_config import default_interpolation_scale, read_transformer_config, to_json
+from pixart.origins import Origins
+from pixart.published import default_file_scale
+from pixart.stored_shapes import CONFIG_NAME, default_interpolation_scale
+from pixart.tensor_files import StoredWeights, read_weight_file, read_weights
+from pixart.transformer_config import read_transformer_config, to_json
 from pixart.weight_files import WEIGHTS_NAME
 
 # heads of the published models, S to XL, by width: weights do not tell
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 # what every original has beside what tells a PixArt from a DiT
 ORIGINAL_KEYS = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
+# a side of latents, where a file does not say it and nothing depends on it
+ANY_SIDE = 32
 # of stored positions to computed ones: in single precision, in float16, in bfloat16, whatever type they are kept in
 POSITION_TOLERANCES = (1e-4, 5e-4, 4e-3)
 
@@ -159,6 +167,8 @@ def infer_config(
         "sample_size": sample_size,
     }
     scale = None if positions is None else _stored_scale(positions)
+    if scale is None:
+        scale = default_file_scale(sample_size, num_null_tokens=num_null_tokens(weights))
     if is_dit:
         if scale not in (None, 1.0):
             raise UserError(f"pos_embed has positions {1 / scale:g} apart, those of a DiT are 1 apart")
@@ -169,6 +179,27 @@ def infer_config(
         interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
         has_size_condition=has_size_condition,
     )
+
+
+def file_origins(path: Path, stored: StoredWeights) -> Origins:
+    """Return what is known of an original file that has been read; without positions nothing of those.
+
+    Raises:
+        UserError: see `infer_config`.
+    """
+    positions = stored.tensors.get("pos_embed")
+    side = ANY_SIDE if positions is None else None
+    config = infer_config(stored.tensors, sample_size=side, num_heads=stored.num_heads)
+    shape = dataclasses.asdict(config) | ({"sample_size": None} if positions is None else {})
+    return origins_of_file(
+        path, shape, kind=config.kind, num_null_tokens=num_null_tokens(stored.tensors), record=stored.origins
+    )
+
+
+def num_null_tokens(weights: Mapping[str, Tensor]) -> int | None:
+    """Return how many rows of the null caption an original file holds, as many as its text encoder read tokens."""
+    stored = weights.get(NULL_CAPTION)
+    return len(stored) if stored is not None and stored.ndim == 2 else None
 
 
 def _require_original(weights: Mapping[str, Tensor], *, is_dit: bool) -> None:
@@ -201,11 +232,15 @@ def _stored_scale(positions: Tensor) -> float | None:
         scale = 1 / (_column_step(stored[:side], channels // 4) or math.inf)
         # what people type comes before what was measured
         candidates = [near for near in (round(8 * scale) / 8, round(scale, 2), round(scale, 3), scale) if near > 0]
-        grids = [position_embedding(side, side, channels=channels, base_size=side, scale=near) for near in candidates]
-        errors = [float((grid - stored).abs().max()) for grid in grids if grid.shape == stored.shape]
+
+        @functools.cache
+        def error(near: float) -> float:
+            grid = position_embedding(side, side, channels=channels, base_size=side, scale=near)
+            return float((grid - stored).abs().max()) if grid.shape == stored.shape else math.inf
+
         for tolerance in POSITION_TOLERANCES:
-            for near, error in zip(candidates, errors, strict=False):
-                if error <= tolerance:
+            for near in candidates:
+                if error(near) <= tolerance:
                     return near
     raise UserError("pos_embed does not hold the sines and cosines of a square grid, and no others are computed")
 

@@ -15,8 +15,10 @@ from pixart.model import PixArt, PixArtConfig
 Layout = dict[str, tuple[str, ...]]
 NAMED = 4  # of many keys that do not fit
 
+# the null caption [L, D_text] of original files: a random buffer in alpha's code, what T5 gives for "" in Sigma's
+NULL_CAPTION = "y_embedder.y_embedding"
 # what others store and we compute: positions, and the text encoder's output for the null caption
-DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", "y_embedder.y_embedding", "caption_projection.y_embedding"}
+DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", NULL_CAPTION, "caption_projection.y_embedding"}
 
 
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:

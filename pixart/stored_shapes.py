@@ -39,6 +39,11 @@ DIT_DEFAULTS: dict[str, Any] = {
 }
 # by class, where a config leaves out its norm_type
 NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
+# latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
+# `PixArtTransformer2DModel` takes `max(sample_size // 64, 1)`
+DIFFUSERS_POSITION_BASE = 64
+# latent side at which a config without `use_additional_conditions` is told the size of images, as diffusers has it
+CONDITIONED_SIDE = 128
 # keys of `[model]` by those of a config
 RECIPE_KEYS = {
     "num_layers": "num_layers",
@@ -46,6 +51,11 @@ RECIPE_KEYS = {
     "attention_head_dim": "head_dim",
     "patch_size": "patch_size",
 }
+
+
+def default_interpolation_scale(sample_size: int) -> float:
+    """Return how far the positions are pulled apart where nothing says it, as diffusers and PixArt's configs do."""
+    return max(sample_size // DIFFUSERS_POSITION_BASE, 1)
 
 
 def kind_of(stored: Mapping[str, Any], path: Path) -> str:

@@ -6,6 +6,7 @@ code, and no message advises to let one.
 
 import argparse
 import datetime
+import json
 import pickle
 import re
 import struct
@@ -30,6 +31,8 @@ PARTS = ("state_dict_ema", "ema", "state_dict", "model", "module")
 AVERAGES = PARTS[:2]
 # What a file of ours says beside weights of a width that was never published.
 NUM_HEADS = "num_heads"
+# What a file of ours says of what its weights were trained with: JSON, see `pixart.origins`.
+ORIGINS = "origins"
 # What DistributedDataParallel and torch.compile put in front of every key.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 ZIP, PICKLE = b"PK", b"\x80"
@@ -87,12 +90,14 @@ PLAIN_CLASSES = [
 class StoredWeights:
     """Tensors of one file by name, and where in the file they were: None at its top, else the name of the part.
 
-    `num_heads` is the number of heads, where the file says it, as ours do of a width that was never published.
+    `num_heads` is the number of heads, where the file says it, as ours do of a width that was never published, and
+    `origins` what a file of ours says its weights were trained with.
     """
 
     tensors: dict[str, Tensor]
     part: str | None = None
     num_heads: int | None = None
+    origins: dict[str, Any] | None = None
 
     def describe(self) -> str:
         """What was taken, in words."""
@@ -129,9 +134,12 @@ def read_weight_file(path: Path, *, key: str = "") -> StoredWeights:
     if _is_safetensors(head, path):
         try:
             with safe_open(path, framework="pt") as file:
-                noted = (file.metadata() or {}).get(NUM_HEADS, "")
+                metadata = file.metadata() or {}
+            noted = metadata.get(NUM_HEADS, "")
             num_heads = int(noted) if noted.isdecimal() else None
-            return StoredWeights(_without_prefixes(load_file(path)), num_heads=num_heads)
+            return StoredWeights(
+                _without_prefixes(load_file(path)), num_heads=num_heads, origins=_origins(metadata.get(ORIGINS), name)
+            )
         except SafetensorError as error:
             raise UserError(f"{name} cannot be read, it may have been cut short: {error}") from None
     _require_torch_file(path, head, name)
@@ -139,7 +147,19 @@ def read_weight_file(path: Path, *, key: str = "") -> StoredWeights:
     stored = _weights_in(content, name)
     noted = content.get(NUM_HEADS)
     num_heads = noted if isinstance(noted, int) and not isinstance(noted, bool) else None
-    return StoredWeights(_without_prefixes(stored.tensors), stored.part, num_heads)
+    origins = _origins(content.get(ORIGINS), name)
+    return StoredWeights(_without_prefixes(stored.tensors), stored.part, num_heads, origins)
+
+
+def _origins(noted: Any, name: str) -> dict[str, Any] | None:
+    """Return the record that a file of ours has beside the weights, None of other files, whatever they call so."""
+    if not isinstance(noted, str):
+        return None
+    try:
+        found = json.loads(noted)
+    except ValueError as error:
+        raise UserError(f"{name} says of its origins what is no JSON ({error}): convert it again") from None
+    return found if isinstance(found, dict) else None
 
 
 def _is_safetensors(head: bytes, path: Path) -> bool:

@@ -12,7 +12,14 @@ from typing import Any
 from errors import MissingFileError, UserError
 from pixart.dit import DiTConfig
 from pixart.model import PixArtConfig
-from pixart.stored_shapes import CONFIG_NAME, DIT_DEFAULTS, PIXART_DEFAULTS, kind_of
+from pixart.stored_shapes import (
+    CONDITIONED_SIDE,
+    CONFIG_NAME,
+    DIT_DEFAULTS,
+    PIXART_DEFAULTS,
+    default_interpolation_scale,
+    kind_of,
+)
 from pixart.weight_files import describe_originals, read_json
 
 DIFFUSERS_VERSION = "0.38.0"  # the oldest whose classes we are tested against
@@ -35,9 +42,6 @@ DIT_NORM_EPS = 1e-5
 # whose blocks know no table of them, is never asked for
 WITHOUT_EFFECT = ("norm_num_groups", "use_linear_projection", "num_embeds_ada_norm")
 SHAPE_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "sample_size")
-# latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
-# `PixArtTransformer2DModel` takes `max(sample_size // 64, 1)`
-DIFFUSERS_POSITION_BASE = 64
 
 
 def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
@@ -93,11 +97,6 @@ def read_transformer_config(folder: Path, *, timestep_shift: int | None = None) 
         raise UserError(f"{path}: {error}") from None
 
 
-def default_interpolation_scale(sample_size: int) -> float:
-    """Return how far the positions are pulled apart where nothing says it, as diffusers and PixArt's configs do."""
-    return max(sample_size // DIFFUSERS_POSITION_BASE, 1)
-
-
 def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
     _require_known(stored, PIXART_DEFAULTS)
     shared = _shape(stored)
@@ -115,7 +114,7 @@ def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
         caption_channels=_whole(stored, "caption_channels"),
         # both defaults as diffusers has them
         interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
-        has_size_condition=sample_size == 128 if has_size_condition is None else bool(has_size_condition),
+        has_size_condition=sample_size == CONDITIONED_SIDE if has_size_condition is None else bool(has_size_condition),
         adaln="single" if stored["norm_type"] == "ada_norm_single" else "per-block",
     )
 

@@ -115,7 +115,10 @@ def test_weights_of_another_process_keep_their_blocks_and_begin_the_output_anew(
     job, survey = open_job(run, 2, starts_from=folder, process="flow")
     assert not job.begins_output_anew
     assert torch.equal(starting_network(job, config).final.weight, pixart.final.weight)
-    job, survey = open_job(run, 2, starts_from=folder)
+    # to lose that layer somebody must have typed the other process
+    with pytest.raises(UserError, match=r"process is 'ddpm' where none is typed, but .* were trained with 'flow'"):
+        open_job(run, 2, starts_from=folder)
+    job, survey = open_job(run, 2, starts_from=folder, process="ddpm")
     assert job.begins_output_anew
     assert starting_network(job, network_config(job, survey)).final.weight.shape == (32, 16)
 

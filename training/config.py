@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 
 from errors import UserError
-from pipelines.recipe import Decides, Recipe, TableConfig
+from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
 
 SCRATCH = "scratch"
@@ -75,6 +75,11 @@ class StageTraining(TableConfig):
         description="Weights to start from: a stage of this recipe (its EMA weights), {run}/training/<stage>, a "
         "checkpoint, a diffusers folder or hub id, an original .pth or .pt, or 'scratch'; null = scratch. Resuming is "
         "automatic",
+    )
+    departs_in: list[Literal["text_encoder", "max_tokens", "cleaning", "vae", "positions"]] = pydantic.Field(
+        default=[],
+        description="What features and recipe have otherwise, on purpose, than the weights it starts from were trained "
+        "with, or than they are taken to be where you know better; all else that differs is refused",
     )
     datasets: list[DatasetConfig] = pydantic.Field(
         default=[DatasetConfig()],
@@ -176,8 +181,11 @@ class StageTraining(TableConfig):
         gt=0,
         description="Of ddpm: cap of the loss weight by signal-to-noise ratio (min-SNR); null = none",
     )
-    interpolation_scale: Decides[float] = pydantic.Field(
-        default=1.0, gt=0, description="Position scale: base resolution relative to the one positions were learnt at"
+    interpolation_scale: Decides[float | None] = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Position scale: base resolution relative to the one positions were learnt at; null = that of the "
+        "weights it starts from, times the ratio of the resolutions (from scratch 1)",
     )
     seed: Decides[int] = pydantic.Field(
         default=0, ge=0, lt=2**63, description="Decides data order, noise and fresh weights"
@@ -228,6 +236,17 @@ class StageTraining(TableConfig):
         """Return what `TableConfig` says, less the keys of other processes: all stages of a recipe may share them."""
         others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
+
+    @classmethod
+    def fingerprint_defaults(cls, decides: str = DECIDES) -> dict[str, Any]:
+        """Return what `TableConfig` says; a scale of positions, which is settled before it counts, is 1 as it was."""
+        return super().fingerprint_defaults(decides) | {"interpolation_scale": 1.0}
+
+    @property
+    def position_scale(self) -> float:
+        """The scale of positions, once it is settled what the recipe leaves to the weights."""
+        assert self.interpolation_scale is not None, "open_stage settles it"
+        return self.interpolation_scale
 
     @property
     def num_micro_batches(self) -> int:

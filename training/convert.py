@@ -23,7 +23,7 @@ from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_ch
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
-from pixart.layouts import DERIVED_KEYS, require_finite
+from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
@@ -40,7 +40,6 @@ log = get_logger("convert")
 WEIGHTS_FOLDER = "transformer"
 TIMESTEP = 500  # of the paper, section 2.3
 NUM_COMPARED = 4
-NULL_CAPTION = "y_embedder.y_embedding"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -108,7 +108,7 @@ class RaggedReading:
         self._family = directory.family
         self._checks_payloads = checks_payloads
         assert self._family.null_file is not None
-        self._null = _read_null(directory, self._family.null_file)
+        self._null = read_null(directory, self._family.null_file)
         (length,) = dict.fromkeys(tensor.shape[0] for tensor in self._family.tensors)
         assert isinstance(length, str), "rows of one length are stacked"
         self._length = number_columns(self._family).index(length)
@@ -146,7 +146,8 @@ class RaggedReading:
         )
 
 
-def _read_null(directory: FeatureDirectory, name: str) -> Tensor:
+def read_null(directory: FeatureDirectory, name: str) -> Tensor:
+    """Return the one tensor of a directory's null file; UserError if it is damaged."""
     try:
         (null,) = load(directory.read_bytes(name)).values()
     except (SafetensorError, ValueError) as error:

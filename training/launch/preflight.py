@@ -114,6 +114,11 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
     console.print(Text.assemble((f"training {job.command.stage_name}", "bold"), f" · {job.directory}"), soft_wrap=True)
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
+    if job.resume is None and job.start.path is not None:
+        reads_text = settings.network == "pixart"
+        _print("start", f"from {job.start.path}: {job.origins.describe(reads_text=reads_text)}")
+        for departure in job.departures:
+            log.warning(departure)
     say_oddities(job, preflight)
     threads = settings.threads_per_process or "a share of the"
     compiled = ", compiled blocks" if is_compiled(settings) else ""

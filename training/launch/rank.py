@@ -187,7 +187,7 @@ def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
         "vae": job.features.vae,
         "text": job.features.text_encoder,
         "process": job.settings.process_spec,
-        "interpolation_scale": job.settings.interpolation_scale if job.settings.network == "pixart" else 1.0,
+        "interpolation_scale": job.settings.position_scale if job.settings.network == "pixart" else 1.0,
     }
 
 

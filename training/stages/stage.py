@@ -1,6 +1,6 @@
 """A training stage, resolved and checked before anything heavy is imported: settings, features, where it starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,20 @@ from pipelines.store.checkpoints import (
 from pipelines.store.deepspeed_files import STATE
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
+from pixart.evidence import PIPELINE_FILE
+from pixart.origins import ORIGINS_FILE, Origins
 from pixart.processes.scheduler_configs import spec_beside
 from pixart.processes.specs import ddpm_spec, spec_of_trainer
 from pixart.weight_files import is_original_name
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
+from training.stages.agreement import (
+    describe_positions,
+    origins_of_weights,
+    require_agreement,
+    require_process,
+    with_positions,
+)
 from training.stages.resume import require_same_job, weights_identity
 from training.stages.shape import stage_shape
 
@@ -39,13 +48,19 @@ class StartingPoint:
     """Weights a stage starts from: a diffusers folder or original file, or None for fresh ones, and their `identity`.
 
     `checkpoint` is the training checkpoint they are of, if they are of one; `process` what they were trained with,
-    the paper's where nothing says so.
+    the paper's where nothing says so; `location` what named them.
     """
 
     path: Path | None
     identity: str
     checkpoint: Checkpoint | None = None
     process: dict[str, Any] = field(default_factory=ddpm_spec)
+    location: str = ""
+
+    @property
+    def origins(self) -> Origins:
+        """What is known of what they were trained with; raises as opening them does."""
+        return Origins() if self.path is None else origins_of_weights(self.path, location=self.location)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +68,8 @@ class TrainingJob:
     """One `python -m training`: everything that is decided before the ranks start.
 
     `networks` are the weights of networks beside the one that is trained. `resume` is the stage's own newest checkpoint
-    when the job was opened: the one it continues from.
+    when the job was opened: the one it continues from. `origins` is what the weights it starts from were trained with,
+    and `departures` what is to be said of what it has otherwise; of a stage that has begun neither counts any more.
     """
 
     command: Command
@@ -65,6 +81,8 @@ class TrainingJob:
     directory: Path
     fingerprint: Fingerprint
     resume: Checkpoint | None
+    origins: Origins
+    departures: Sequence[str]
 
     @property
     def begins_output_anew(self) -> bool:
@@ -100,9 +118,14 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         resume=resume,
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
-    origins = {"training.starts_from": start.identity}
-    origins |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
-    fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, origins=origins)
+    origins = Origins() if resume is not None else start.origins
+    settings = with_positions(settings, origins, features=features, resume=resume)
+    departures = []
+    if resume is None and checks_files:
+        departures = _departures(command, settings, features, start=start, origins=origins, networks=networks)
+    identities = {"training.starts_from": start.identity}
+    identities |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
+    fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, identities=identities)
     if resume is not None:
         require_same_job(fingerprint, resume, features=features)
         # Later stages know its weights by this digest, which may be that of a former version.
@@ -117,7 +140,33 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         directory=directory,
         fingerprint=fingerprint,
         resume=resume,
+        origins=origins,
+        departures=departures,
     )
+
+
+def _departures(
+    command: Command,
+    settings: StageTraining,
+    features: StageFeatures,
+    *,
+    start: StartingPoint,
+    origins: Origins,
+    networks: Mapping[str, StartingPoint],
+) -> list[str]:
+    """Compare all weights that a stage begins with, with what it reads; returns what is to be said of that."""
+    said = []
+    if start.path is not None:
+        key = _starts_from(command)
+        require_process(command, settings, start.process["name"], key=f"{key} ({start.path})")
+        said += require_agreement(command, settings, features, origins=origins, path=start.path, key=key)
+        positions = describe_positions(settings, origins, features=features)
+        said += [] if positions is None else [positions]
+    for name, weights in networks.items():
+        key = f"training.{command.stage_name}.networks.{name}"
+        assert weights.path is not None, "only a stage starts from nothing"
+        said += require_agreement(command, settings, features, origins=weights.origins, path=weights.path, key=key)
+    return said
 
 
 def _require_own_folders(command: Command, settings: StageTraining) -> None:
@@ -132,9 +181,9 @@ def _require_own_folders(command: Command, settings: StageTraining) -> None:
 
 
 def _fingerprint(
-    stage: str, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, origins: dict[str, str]
+    stage: str, settings: StageTraining, *, model: ModelConfig, features: StageFeatures, identities: dict[str, str]
 ) -> Fingerprint:
-    fields = {"random_stream": random_stream(stage), **origins}
+    fields = {"random_stream": random_stream(stage), **identities}
     shape = model.fingerprint_fields()
     if settings.network == "dit":
         # Its adaLN is its own.
@@ -239,9 +288,8 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
-    return StartingPoint(
-        checkpoint.path / MODEL, weights_identity(checkpoint), checkpoint, spec_of_trainer(checkpoint.trainer)
-    )
+    process = spec_of_trainer(checkpoint.trainer)
+    return StartingPoint(checkpoint.path / MODEL, weights_identity(checkpoint), checkpoint, process)
 
 
 def find_weights(model_id: str, *, key: str) -> StartingPoint:
@@ -253,7 +301,7 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
     """
     path = typed_path(model_id)
     if path.is_file():
-        return StartingPoint(path, f"sha256:{sha256_file(path)}")
+        return StartingPoint(path, f"sha256:{sha256_file(path)}", location=model_id)
     if is_original_name(model_id) and not path.exists():
         raise MissingFileError(f"{key}: {model_id} does not exist")
     source = resolve_model(model_id)
@@ -262,7 +310,8 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
         require_model(source, key=key)
         from huggingface_hub import snapshot_download
 
-        patterns = ["transformer/*", "scheduler/*"]
+        patterns = ["transformer/*", "scheduler/*", PIPELINE_FILE, ORIGINS_FILE, "text_encoder/*.json", "vae/*.json"]
         folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=patterns))
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    return StartingPoint(folder, source.identity, process=spec_beside(folder) or ddpm_spec())
+    process = spec_beside(folder) or ddpm_spec()
+    return StartingPoint(folder, source.identity, process=process, location=model_id)

@@ -1,0 +1,186 @@
+"""What weights were trained with, each fact with where it is known from; `evidence.py` gathers it.
+
+Nothing here needs torch. None is what nobody says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from errors import UserError
+
+# The record in an export of ours, beside the weights' folder or in it.
+ORIGINS_FILE = "origins.json"
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact(Generic[Value]):
+    """A value, and where it is known from, such as "published as PixArt-alpha/PixArt-XL-2-512x512" or a file."""
+
+    value: Value
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """Positions of image tokens: of latents `sample_size` a side, divided by `scale`."""
+
+    sample_size: int
+    scale: float
+
+    def scale_at(self, sample_size: int) -> float:
+        """Return the scale at which latents of another size span the same positions (paper A.5, the DiffFit trick)."""
+        return self.scale * sample_size / self.sample_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """What weights were trained with.
+
+    Attributes:
+        text_encoder: the names it goes by, hub ids or folders, the surest first.
+        max_tokens: of its texts.
+        cleaning: rule by which texts were cleaned, as `features.text_cleaning` names them.
+        vae: the names that the latent codec goes by.
+        vae_scale, vae_shift: the network saw (latent - shift) * scale.
+        positions: of its image tokens.
+        has_size_condition: whether it is told each image's size.
+        process: its spec.
+    """
+
+    text_encoder: Fact[tuple[str, ...]] | None = None
+    max_tokens: Fact[int] | None = None
+    cleaning: Fact[str] | None = None
+    vae: Fact[tuple[str, ...]] | None = None
+    vae_scale: Fact[float] | None = None
+    vae_shift: Fact[float] | None = None
+    positions: Fact[Positions] | None = None
+    has_size_condition: Fact[bool] | None = None
+    process: Fact[dict[str, Any]] | None = None
+
+    def facts(self) -> dict[str, Fact[Any] | None]:
+        """Return all by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def or_else(self, other: Origins) -> Origins:
+        """Return these facts, and of those that are not known `other`'s; names of one encoder are kept of both."""
+        merged = {name: fact or getattr(other, name) for name, fact in self.facts().items()}
+        for name in ("text_encoder", "vae"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            if own is not None and theirs is not None:
+                names = tuple(dict.fromkeys([*own.value, *theirs.value]))
+                merged[name] = Fact(value=names, source=own.source)
+        return Origins(**merged)
+
+    def describe(self, *, reads_text: bool = True) -> str:
+        """Return a line for people; facts of one source that follow each other name it once."""
+        parts = [self._text()] if reads_text else []
+        parts += [self._vae(), self._others()]
+        missing = [words for name, words in _WORDS.items() if getattr(self, name) is None]
+        if not reads_text:
+            missing = [words for words in missing if words not in _TEXT_WORDS]
+        unknown = f"not known: {', '.join(missing)}" if missing else ""
+        return "; ".join(part for part in (*parts, unknown) if part)
+
+    def _text(self) -> str:
+        facts = [
+            (self.text_encoder, lambda names: f"text by {names[0]}"),
+            (self.max_tokens, lambda limit: f"{limit} tokens"),
+            (self.cleaning, lambda rule: f"cleaned as {rule}"),
+        ]
+        return _listed(facts)
+
+    def _vae(self) -> str:
+        facts = [
+            (self.vae, lambda names: f"VAE {names[0]}"),
+            (self.vae_scale, lambda scale: f"scale {scale:g}"),
+            (self.vae_shift, lambda shift: f"shift {shift:g}" if shift else ""),
+        ]
+        return _listed(facts)
+
+    def _others(self) -> str:
+        facts = [
+            (self.positions, lambda at: f"positions of {at.sample_size} latents a side at scale {at.scale:g}"),
+            (self.has_size_condition, lambda is_told: "told each image's size" if is_told else ""),
+            (self.process, lambda spec: f"process {spec['name']}"),
+        ]
+        return _listed(facts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `ORIGINS_FILE` holds: the values that are known; where they were is left behind."""
+        found = {name: fact.value for name, fact in self.facts().items() if fact is not None}
+        if "positions" in found:
+            found["positions"] = dataclasses.asdict(found["positions"])
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def origins_of_json(content: Mapping[str, Any], *, source: str) -> Origins:
+    """Return what an `ORIGINS_FILE` says.
+
+    Raises:
+        UserError: a value is of another kind than it must be; names `source` and the key.
+    """
+    facts: dict[str, Fact[Any]] = {}
+    for name, is_sound in _KINDS.items():
+        if name not in content:
+            continue
+        value = content[name]
+        if not is_sound(value):
+            raise UserError(f"{source}: {name} is {value!r}, which is no value of it")
+        facts[name] = Fact(value=_MADE_OF_JSON.get(name, lambda same: same)(value), source=source)
+    return Origins(**facts)
+
+
+def _listed(facts: Sequence[tuple[Fact[Any] | None, Callable[[Any], str]]]) -> str:
+    """Return facts in words, each source behind the last of those in a row that are from it."""
+    said = [(fact.source, text) for fact, words in facts if fact is not None and (text := words(fact.value))]
+    sources = [source for source, _ in said[1:]] + [None]
+    return ", ".join(
+        text if source == following else f"{text} ({source})"
+        for (source, text), following in zip(said, sources, strict=False)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _is_positions(value: Any) -> bool:
+    is_pair = isinstance(value, dict) and value.keys() == {"sample_size", "scale"}
+    return is_pair and all(_is_number(number) and number > 0 for number in value.values())
+
+
+_KINDS: dict[str, Any] = {
+    "text_encoder": _is_names,
+    "max_tokens": lambda value: isinstance(value, int) and value > 0,
+    "cleaning": lambda value: isinstance(value, str),
+    "vae": _is_names,
+    "vae_scale": _is_number,
+    "vae_shift": _is_number,
+    "positions": _is_positions,
+    "has_size_condition": lambda value: isinstance(value, bool),
+    "process": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
+}
+_MADE_OF_JSON: dict[str, Callable[[Any], Any]] = {
+    "text_encoder": tuple,
+    "vae": tuple,
+    "positions": lambda value: Positions(sample_size=value["sample_size"], scale=value["scale"]),
+}
+# What is said to be missing where it is.
+_WORDS = {
+    "text_encoder": "text encoder",
+    "max_tokens": "tokens",
+    "cleaning": "cleaning",
+    "vae": "VAE",
+    "vae_scale": "its scale",
+}
+_TEXT_WORDS = ("text encoder", "tokens", "cleaning")
