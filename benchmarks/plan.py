@@ -40,8 +40,8 @@ from pipelines.store.feature_store import write_index, write_tensors
 from pipelines.store.files import atomic_write_json
 from pipelines.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Fingerprint, Manifest, ShardReport
 from training.data.assembly import BatchAssembler
+from training.data.datasets import Dataset
 from training.data.directories import open_directory
-from training.data.features import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader

@@ -32,8 +32,8 @@ from pipelines.store.feature_store import FeatureTarWriter, write_index, write_t
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from training.data.assembly import BatchAssembler, locate_samples
 from training.data.batch import Buffers
+from training.data.datasets import Dataset
 from training.data.directories import open_directory
-from training.data.features import Dataset
 from training.data.index import FeatureIndex, number_columns
 from training.data.plan import Plan
 from training.data.reader import BatchReader

@@ -58,6 +58,7 @@ def make_batch(*, has_text: bool) -> Batch:
         noise=normal(*latents),
         timestep_draws=torch.tensor(DRAWS, dtype=torch.float64),
         is_dropped=torch.tensor([True, False, False, True]),
+        is_prior=torch.tensor([False, True, False, True]),
         **condition,
     )
 

@@ -20,8 +20,8 @@ from errors import UserError
 from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, text_directory
 from training.data.assembly import BatchAssembler
 from training.data.batch import Batch, PackedRows
+from training.data.datasets import Dataset
 from training.data.directories import open_directory
-from training.data.features import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader

@@ -10,34 +10,18 @@ import pydantic
 from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
+from training.mixture import DatasetConfig
 
 SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
+# The same of one objective.
+OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",)}
 KeepActivations = Literal["all", "products", "inputs"]
 Value = TypeVar("Value")
 STEERS = "steers what comes"
 # The type of a setting that a resume may change, unlike one that `Decides`, but that changes what comes: it is said.
 Steers = Annotated[Value, STEERS]
-
-
-class DatasetConfig(TableConfig):
-    """One entry of `[[training.<stage>.datasets]]`: shards that are mixed into the stage by weight."""
-
-    run: str = pydantic.Field(
-        default="{run}",
-        min_length=1,
-        description="Run whose features are read: a folder or an fsspec URL (s3://bucket/runs/x); {run} is this run",
-    )
-    shards: list[str] | None = pydantic.Field(
-        default=None, min_length=1, description="Shell patterns of shard names; null = the shards of the features table"
-    )
-    weight: float = pydantic.Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Share of the samples drawn, relative to the other datasets of the stage",
-    )
 
 
 class StageTraining(TableConfig):
@@ -52,7 +36,17 @@ class StageTraining(TableConfig):
         description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
         "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
     )
-    objective: Decides[Literal["denoise"]] = pydantic.Field(default="denoise", description="What is minimised")
+    objective: Decides[Literal["denoise", "prior_preservation"]] = pydantic.Field(
+        default="denoise",
+        description="What is minimised: the process' loss (denoise), or that of the images of a subject and, with "
+        "prior_weight, of images that the model drew itself before (prior_preservation, of DreamBooth)",
+    )
+    prior_weight: Decides[float] = pydantic.Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of prior_preservation: weight of the mean loss of datasets with role 'prior' against the others'",
+    )
     process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
         default="ddpm",
         description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
@@ -233,8 +227,9 @@ class StageTraining(TableConfig):
     )
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what `TableConfig` says, less the keys of other processes: all stages of a recipe may share them."""
+        """Return what `TableConfig` says, less the keys of other processes and objectives, which stages may share."""
         others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
+        others |= {key for name in OBJECTIVE_KEYS.keys() - {self.objective} for key in OBJECTIVE_KEYS[name]}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
     @classmethod
@@ -286,7 +281,32 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
                 f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for process {process}, "
                 f"but the stage's is {settings.process!r}"
             )
+    for objective in OBJECTIVE_KEYS.keys() - {settings.objective}:
+        for key in own.keys() & set(OBJECTIVE_KEYS[objective]):
+            raise UserError(
+                f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for objective {objective}, "
+                f"but the stage's is {settings.objective!r}"
+            )
+    _require_roles(settings, key=f"{recipe.path}: training.{stage}")
     return settings
+
+
+def _require_roles(settings: StageTraining, *, key: str) -> None:
+    """Refuse roles of datasets that the objective has no use for, or lacks."""
+    roles = [dataset.role for dataset in settings.datasets]
+    if settings.objective != "prior_preservation":
+        if "prior" in roles:
+            raise UserError(
+                f"{key}.datasets.{roles.index('prior')}.role = 'prior' is for objective prior_preservation, "
+                f"but the stage's is {settings.objective!r}"
+            )
+        return
+    for role in ("instance", "prior"):
+        if role not in roles:
+            raise UserError(
+                f"{key}.objective = 'prior_preservation' has no dataset with role = {role!r}: it learns those of role "
+                "'instance', and keeps what it knows by those of role 'prior', images that the model drew before"
+            )
 
 
 def stage_names(recipe: Recipe) -> list[str]:

@@ -30,7 +30,7 @@ from pipelines.store.families import latent_directory, latent_schema, text_direc
 from pipelines.store.manifest import Fingerprint, ShardDirectory
 from training.data.assembly import BatchAssembler
 from training.data.batch import PackedBatch
-from training.data.features import Dataset
+from training.data.datasets import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader

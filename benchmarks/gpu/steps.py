@@ -104,6 +104,7 @@ def packed_batch(case: Case) -> PackedBatch:
         noise=torch.randn(latents, generator=generator),
         timestep_draws=torch.rand(case.batch_size, generator=generator, dtype=torch.float64),
         is_dropped=is_dropped,
+        is_prior=torch.zeros(case.batch_size, dtype=torch.bool),
         text=PackedRows(
             values=torch.randn(num_tokens, width, generator=generator).bfloat16(),
             scale=None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.data.batch import Buffers, PackedBatch, PackedRows
-from training.data.features import Dataset
+from training.data.datasets import Dataset
 from training.data.index import OpenShard
 from training.data.plan import PlannedBatch
 from training.data.reading import LocatedSamples, RaggedReading, StackedReading
@@ -124,6 +124,7 @@ class BatchAssembler:
             noise=noises["noise"],
             timestep_draws=torch.from_numpy(draws[:, 2].copy()),
             is_dropped=torch.from_numpy(is_dropped),
+            is_prior=torch.tensor([shard.role == "prior" for shard in samples.shards]),
             text=captions[0] if captions else None,
             labels=torch.from_numpy(samples.labels) if self._has_labels else None,
             tensors={f"{name}.{key}": value for name, tensors in stacked.items() for key, value in tensors.items()},

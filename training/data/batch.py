@@ -32,6 +32,7 @@ class Batch:
         posterior_noise, noise: standard normal, fp32 [B, C, h, w]; the first is None without std.
         timestep_draws: uniform in [0, 1), float64 [B].
         is_dropped: whether the condition is the null one, [B]; `text` already holds the null caption there.
+        is_prior: whether a sample is of a dataset with role prior, [B].
         text: captions end to end, bf16 [T, D]; None in stage 1.
         labels: class labels, int64 [B]; None in stages 2 and 3.
         tensors: of every other family: `<family>.<tensor>`.
@@ -48,6 +49,7 @@ class Batch:
     noise: Tensor
     timestep_draws: Tensor
     is_dropped: Tensor
+    is_prior: Tensor
     text: PackedText | None
     labels: Tensor | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class PackedBatch:
     noise: Tensor
     timestep_draws: Tensor
     is_dropped: Tensor
+    is_prior: Tensor
     text: PackedRows | None
     labels: Tensor | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -143,6 +146,7 @@ class PackedBatch:
             noise=copy(self.noise),
             timestep_draws=copy(self.timestep_draws),
             is_dropped=copy(self.is_dropped),
+            is_prior=copy(self.is_prior),
             text=None if self.text is None else self.text.to(device),
             labels=None if self.labels is None else copy(self.labels),
             tensors={name: copy(tensor) for name, tensor in self.tensors.items()},

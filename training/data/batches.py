@@ -9,7 +9,7 @@ import torch.distributed as dist
 from errors import UserError
 from training.config import random_stream
 from training.data.assembly import BatchAssembler
-from training.data.features import Dataset
+from training.data.datasets import Dataset
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
 from training.data.reader import BatchReader

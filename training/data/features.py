@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from pipelines.store.families import (
     texts_digest,
 )
 from pipelines.store.files import is_remote
-from pipelines.store.manifest import Fingerprint, manifest_path, read_manifest, require_same
-from training.config import DatasetConfig, StageTraining
+from pipelines.store.manifest import manifest_path, read_manifest, require_same
+from training.config import StageTraining
 from training.data.cache import ShardCache
+from training.data.datasets import Dataset, require_alike, require_apart
 from training.data.directories import FeatureDirectory, open_directory
+from training.mixture import DatasetConfig
 
 GIGABYTE = 1e9
 
@@ -57,53 +59,6 @@ class FeatureTable(pydantic.BaseModel):
     text_cleaning: str = DEFAULT_CLEANING
     max_tokens: int | None = None
     families: dict[str, dict[str, Any]] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Feature directories of a dataset, one a family, and the shards read of them.
-
-    The first directory leads: it says which samples there are and in which buckets; the others are joined to it by
-    key. `validation_shards` are read for the validation loss alone.
-    """
-
-    run: str
-    directories: list[FeatureDirectory]
-    shards: list[str]
-    validation_shards: list[str] = field(default_factory=list)
-    weight: float = 1.0
-
-    @property
-    def leading(self) -> FeatureDirectory:
-        """The directory that says which samples there are."""
-        return self.directories[0]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the condition is a class label: where there are no captions."""
-        return not any(directory.family.is_ragged for directory in self.directories)
-
-    def held_out(self) -> "Dataset":
-        """Return the part that is kept for validation."""
-        return replace(self, shards=self.validation_shards, validation_shards=[])
-
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
-        fields: dict[str, Any] = {}
-        for directory in self.directories:
-            family, manifest = directory.family.name, directory.manifest
-            fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
-            files = {name: manifest.shards[name].files for name in [*self.shards, *self.validation_shards]}
-            fields[f"{family}.files"] = Fingerprint.of(files).digest
-        return fields
-
-    def fingerprint_defaults(self) -> dict[str, Any]:
-        """Return what the settings are that the features' fingerprints leave out, as their manifests say."""
-        return {
-            f"{directory.family.name}.{name}": value
-            for directory in self.directories
-            for name, value in directory.manifest.extra.get("defaults", {}).items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +100,7 @@ class StageFeatures:
         fields: dict[str, Any] = {}
         for number, dataset in enumerate(self.datasets):
             own = dataset.fingerprint_fields() | {"weight": dataset.weight}
+            own |= {} if dataset.role == "instance" else {"role": dataset.role}
             fields |= {f"datasets.{number}.{name}": value for name, value in own.items()}
         return fields
 
@@ -182,15 +138,16 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
             the field and both values.
     """
     stage, name = command.stage_name, settings.features or command.stage_name
-    table = _read_table_of(command, name, settings=settings)
+    names = dict.fromkeys([name, *(config.features or name for config in settings.datasets)])
+    tables = {each: _read_table_of(command, each, settings=settings) for each in names}
     cache_dir = typed_path(settings.cache_dir.replace("{run}", str(command.run)))
     cache = ShardCache(cache_dir, int(settings.cache_gigabytes * GIGABYTE))
     datasets = [
         _open_dataset(
             config,
-            table,
+            tables[config.features or name],
             run=config.run.replace("{run}", str(command.run)).rstrip("/"),
-            table_name=name,
+            table_name=config.features or name,
             reads_text=settings.network == "pixart",
             cache=cache,
             key=f"training.{stage}.datasets.{number}",
@@ -198,9 +155,9 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
         for number, config in enumerate(settings.datasets)
     ]
     datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{stage}.validation_shards")
-    _require_apart(datasets, key=f"training.{stage}.datasets")
-    _require_alike(datasets)
-    unused_shards = _unused_shards(command, datasets, table=table)
+    require_apart(datasets, key=f"training.{stage}.datasets")
+    require_alike(datasets)
+    unused_shards = _unused_shards(command, datasets, table=tables[name])
     return StageFeatures(table_name=name, datasets=datasets, unused_shards=unused_shards)
 
 
@@ -230,7 +187,10 @@ def _open_dataset(
     key: str,
 ) -> Dataset:
     command = typed_command("features", {"stage": table_name, "run": run})
-    latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
+    try:
+        latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
+    except MissingFileError as missing:
+        raise missing if config.role == "instance" else _without_prior(missing, run, table_name, key=key) from None
     vae = latents.fact("vae")
     for field_name, expected, found in (
         ("resolution", table.resolution, latents.fact("resolution")),
@@ -258,7 +218,7 @@ def _open_dataset(
         for name in shards:
             if name not in directory.manifest.shards:
                 raise UserError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
-    return Dataset(run=run, directories=directories, shards=shards, weight=config.weight)
+    return Dataset(run=run, directories=directories, shards=shards, weight=config.weight, role=config.role)
 
 
 def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str) -> list[Dataset]:
@@ -284,34 +244,13 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     ]
 
 
-def _require_apart(datasets: Sequence[Dataset], *, key: str) -> None:
-    """Refuse a shard that two datasets read: it would be drawn twice in an epoch."""
-    owners: dict[tuple[str, str], int] = {}
-    for number, dataset in enumerate(datasets):
-        for name in [*dataset.shards, *dataset.validation_shards]:
-            folder = dataset.leading.location
-            folder = folder if is_remote(folder) else str(Path(folder).resolve())
-            other = owners.setdefault((folder, name), number)
-            if other != number:
-                raise UserError(
-                    f"{key}.{other} and {key}.{number} both read shard {name} of {dataset.run}; "
-                    "narrow the shards of one of them"
-                )
-
-
-def _require_alike(datasets: Sequence[Dataset]) -> None:
-    """Refuse datasets that one network cannot be trained on; names and revisions have been compared with the recipe."""
-    first, *others = datasets
-    for other in others:
-        mend = (
-            f"leave one of {first.run} and {other.run} out of `datasets`, or make the features of both with one encoder"
-        )
-        for name in ("channels", "scaling_factor", "shift_factor"):
-            values = [dataset.leading.fact("vae").get(name) for dataset in (first, other)]
-            require_same(f"vae.{name}", *values, where=str(other.leading), mend=mend)
-        for one, another in zip(first.directories, other.directories, strict=True):
-            tensors = [list(map(str, directory.family.tensors)) for directory in (one, another)]
-            require_same(f"{one.family.name}.tensors", *tensors, where=str(another), mend=mend)
+def _without_prior(missing: MissingFileError, run: str, table_name: str, *, key: str) -> MissingFileError:
+    """Return what is said of a run without features of prior images, which the model has to draw first."""
+    draw = typed_command("sample", {"stage": table_name, "run": run, "prompt": "…", "n": "200"})
+    return MissingFileError(
+        f"{key}: {missing}; images of role 'prior' are drawn by the model that the stage starts from: `{draw}`, with "
+        "its weights as sampling.checkpoint"
+    )
 
 
 def _unused_shards(command: Command, datasets: Sequence[Dataset], *, table: FeatureTable) -> list[str]:

@@ -20,8 +20,9 @@ from errors import MissingFileError, UserError
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import load_index
 from training.data.cache import ShardFile
+from training.data.datasets import Dataset
 from training.data.directories import FeatureDirectory
-from training.data.features import Dataset
+from training.mixture import DatasetRole
 
 NUM_CACHED_TABLES = 64
 NOT_THERE = -1
@@ -93,11 +94,15 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class OpenShard:
-    """A shard's table, and its tars by family, mapped into memory as bytes; close it when no batch needs it more."""
+    """A shard's table, and its tars by family, mapped into memory as bytes; close it when no batch needs it more.
+
+    `role` is that of its dataset.
+    """
 
     table: ShardTable
     tars: dict[str, np.ndarray]
     files: dict[str, ShardFile]
+    role: DatasetRole = "instance"
 
     def close(self) -> None:
         """Let a cache remove the files. Their mapping stays valid as long as somebody holds the arrays."""
@@ -144,7 +149,7 @@ class FeatureIndex:
             for file in files.values():
                 file.close()
             raise
-        return OpenShard(table, tars, files)
+        return OpenShard(table, tars, files, self.dataset(shard).role)
 
     def _open_tars(self, shard: int) -> dict[str, ShardFile]:
         """Open the tar of each family."""

@@ -7,6 +7,7 @@ from training.loop.zero import compute_dtype
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
+from training.objectives.prior_preservation import PriorPreservation, prior_share
 from training.stages.stage import TrainingJob
 
 
@@ -20,6 +21,13 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
         null_label=job.model.num_classes if job.features.text_encoder is None else None,
         dtype=compute_dtype(settings),
     )
+    process = process_of(settings.process_spec, device=device)
     match settings.objective:
         case "denoise":
-            return Denoise(process=process_of(job.settings.process_spec, device=device), inputs=inputs)
+            return Denoise(process=process, inputs=inputs)
+        case "prior_preservation":
+            return PriorPreservation(
+                denoise=Denoise(process=process, inputs=inputs),
+                prior_weight=settings.prior_weight,
+                prior_share=prior_share(job.features.datasets),
+            )
