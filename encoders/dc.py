@@ -43,6 +43,17 @@ class DCCodec(DiffusersCodec):
 
         return AutoencoderDC
 
+    @property
+    def can_tile(self) -> bool:
+        """All of them."""
+        return True
+
+    def tiled_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the model decodes [B, C, h, w] to, a tile at a time."""
+        from encoders.vae_tiles import dc_pixels
+
+        return dc_pixels(self.model.decoder, latents)
+
     def moments(self, images: torch.Tensor) -> Latents:
         """Return the latents [B, C, h, w], which have no standard deviation."""
         return self.model.encode(images).latent, None

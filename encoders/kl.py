@@ -57,6 +57,20 @@ class KLCodec(DiffusersCodec):
         distribution = self.model.encode(images).latent_dist
         return distribution.mean, distribution.std
 
+    @property
+    def can_tile(self) -> bool:
+        """Whether the decoder is made of plain blocks, as all published ones are."""
+        from encoders.vae_tiles import can_tile_kl
+
+        return can_tile_kl(self.model.decoder)
+
+    def tiled_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the model decodes [B, C, h, w] to, a tile at a time."""
+        from encoders.vae_tiles import kl_pixels
+
+        model = self.model
+        return kl_pixels(model.decoder, latents if model.post_quant_conv is None else model.post_quant_conv(latents))
+
     def adapt_to_gpu(self) -> None:
         """Lay channels last, and compute the attention of wide heads in parts."""
         from encoders.vae_attention import widen_attention

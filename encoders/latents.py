@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from encoders.compilation import many_shapes
 from encoders.transfers import HostCopy, to_device
@@ -77,8 +77,23 @@ class LatentCodec(Protocol):
         """
         ...
 
-    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return [B, 3, H, W] in [-1, 1] of unscaled latents, on the codec's device and in its dtype."""
+    @property
+    def can_tile(self) -> bool:
+        """Whether the model is made of what can be decoded a tile at a time."""
+        ...
+
+    def pixels(self, latents: torch.Tensor, *, is_tiled: bool = False) -> torch.Tensor:
+        """Return [B, 3, H, W] in [-1, 1] of unscaled latents, on the codec's device and in its dtype.
+
+        By tiles they are the same but for rounding, in half of the memory and with nothing compiled (`vae_tiles.py`).
+        """
+        ...
+
+    def decoding_bytes(self, shape: Sequence[int], *, is_tiled: bool = False) -> int:
+        """Return what `pixels` of latents of this shape takes beside weights and latents, reckoned by shapes alone.
+
+        Kernels' own workspace is not in it.
+        """
         ...
 
     def images_of(self, pixels: SentAhead) -> list[Image.Image]:
@@ -123,6 +138,17 @@ class DiffusersCodec:
         settings = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         return load_pretrained(cls.model_class(), source, settings=settings, key=key)
 
+    @classmethod
+    def blank(cls, config: Mapping[str, Any], *, dtype: torch.dtype) -> Self:
+        """Return the codec of a `config.json` on the meta device, whose weights have neither memory nor values."""
+        import torch
+        from torch import nn
+
+        with torch.device("meta"):
+            model = cls.model_class().from_config(dict(config)).eval().requires_grad_(False)
+        # As `to` of the model itself is, but for its words on layers that are to stay in float32.
+        return cls(cls.read_spec(config, identity=""), nn.Module.to(model, dtype), cls.class_name)
+
     def moments(self, images: torch.Tensor) -> Latents:
         """Return mean and standard deviation of the latents of what the model reads, on its device."""
         raise NotImplementedError
@@ -159,12 +185,37 @@ class DiffusersCodec:
         """Return one image per latent of [B, C, h, w]."""
         return self.images_of(pixels_ahead(self.pixels(latents)))
 
-    def pixels(self, latents: torch.Tensor) -> torch.Tensor:
+    @property
+    def can_tile(self) -> bool:
+        """Whether `tiled_pixels` gives anything: not of a kind of model nobody has cut."""
+        return False
+
+    def tiled_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return what the model decodes [B, C, h, w] to, a tile at a time."""
+        raise NotImplementedError
+
+    def pixels(self, latents: torch.Tensor, *, is_tiled: bool = False) -> torch.Tensor:
         """Return [B, 3, H, W] in [-1, 1], see `LatentCodec`."""
         import torch
 
         with torch.inference_mode(), self._compiled_calls():
-            return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
+            latents = latents.to(self.model.device, self.model.dtype)
+            return self.tiled_pixels(latents) if is_tiled else self.model.decode(latents).sample
+
+    def decoding_bytes(self, shape: Sequence[int], *, is_tiled: bool = False) -> int:
+        """Return the bytes that decoding takes, see `LatentCodec`: of a codec without values, which has the shapes."""
+        import torch
+
+        from encoders.living_bytes import LivingBytes, fused_attention
+
+        blank = type(self).blank(self.model.config, dtype=self.model.dtype)
+        if self.model.device.type == "cuda":
+            blank.adapt_to_gpu()
+        latents = torch.empty(*shape, dtype=self.model.dtype, device="meta")
+        meter = LivingBytes()
+        with fused_attention(), meter.watching(ignored=[latents, *blank.model.parameters()]):
+            pixels_ahead(blank.pixels(latents, is_tiled=is_tiled))
+        return meter.peak_bytes
 
     def images_of(self, pixels: SentAhead) -> list[Image.Image]:
         """Return the images of pixels on their way, see `LatentCodec`."""

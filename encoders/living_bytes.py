@@ -21,6 +21,11 @@ class LivingBytes(TorchDispatchMode):
         self._living_bytes = 0
         self._known: dict[int, weakref.finalize] = {}
 
+    def restart(self) -> int:
+        """Return the peak, and look for another from now on."""
+        peak, self.peak_bytes = self.peak_bytes, self._living_bytes
+        return peak
+
     def watching(self, *, ignored: list[Tensor]) -> "LivingBytes":
         """Watch inside."""
         for tensor in ignored:
@@ -74,10 +79,17 @@ def fused_attention() -> Iterator[None]:
     """
 
     def fused(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
     ) -> Tensor:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        return kernel(query, key, value, attn_mask=attn_mask, scale=scale)[0]
+        return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
     former = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused

@@ -100,6 +100,44 @@ def open_text_encoder(
     return encoder
 
 
+def blank_text_encoder(
+    model: str, revision: str | None = None, *, dtype: str, is_8bit: bool = False, key: str = TEXT_KEY
+) -> HiddenStatesEncoder:
+    """Return the text encoder of a local folder or hub id on the meta device: it has shapes and no values.
+
+    It knows no tokens and no limit of them. Raises as `open_text_encoder` does, but for weights.
+    """
+    import torch
+
+    source = resolve_model(model, revision)
+    config = _require_config(source, key=key)
+    encoder_class = _text_class(source, config, key=key)
+    blank = encoder_class.blank_weights(config).to(getattr(torch, dtype))
+    if is_8bit:
+        from encoders.int8_weights import round_weights
+
+        round_weights(blank, device=torch.device("meta"))
+    spec = TextSpec(width=config[encoder_class.width_key], max_tokens=0, cleaning="none", identity=source.identity)
+    return encoder_class(spec, blank, None, text_batches(DEFAULT_BATCH_TOKENS["cpu"]))
+
+
+def blank_codec(
+    model: str, revision: str | None = None, *, dtype: str, is_on_a_gpu: bool = False, key: str = VAE_KEY
+) -> DiffusersCodec:
+    """Return the latent codec of a local folder or hub id on the meta device, made for a GPU or not.
+
+    Raises as `open_codec` does, but for weights.
+    """
+    import torch
+
+    source = resolve_model(model, revision)
+    config = _require_config(source, key=key)
+    codec = _codec_class(source, config, key=key).blank(config, dtype=getattr(torch, dtype))
+    if is_on_a_gpu:
+        codec.adapt_to_gpu()
+    return codec
+
+
 def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None:
     """Return the spec of a latent codec, None if a hub model is not in the cache yet.
 

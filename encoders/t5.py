@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from encoders.text import HiddenStatesEncoder, PackedTexts
@@ -31,6 +32,17 @@ class T5Encoder(HiddenStatesEncoder):
 
         model = load_pretrained(T5EncoderModel, source, settings={"dtype": dtype}, key=key, hint=HINT)
         return PackedT5(model).eval().requires_grad_(False)
+
+    @staticmethod
+    def blank_weights(config: Mapping[str, Any]) -> Any:
+        """Return a T5's encoder without values."""
+        import torch
+        from transformers import T5Config, T5EncoderModel
+
+        from encoders.t5_packed import PackedT5
+
+        with torch.device("meta"):
+            return PackedT5(T5EncoderModel(T5Config.from_dict(dict(config)))).eval().requires_grad_(False)
 
     def compile_kernels(self) -> None:
         """Compile what lies between the matrix products."""

@@ -8,7 +8,7 @@ from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -118,6 +118,11 @@ class HiddenStatesEncoder:
     @staticmethod
     def load_weights(source: ModelSource, *, dtype: torch.dtype, key: str) -> Any:
         """Load the weights, frozen and on the CPU; raises as `encoders.weights.load_pretrained` does."""
+        raise NotImplementedError
+
+    @staticmethod
+    def blank_weights(config: Mapping[str, Any]) -> Any:
+        """Return the model of a `config.json` on the meta device, whose weights have neither memory nor values."""
         raise NotImplementedError
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from encoders.text import HiddenStatesEncoder
@@ -27,3 +28,15 @@ class DecoderTextEncoder(HiddenStatesEncoder):
         # Texts are read once, so there is nothing to keep for a next token.
         model.config.use_cache = False
         return model
+
+    @staticmethod
+    def blank_weights(config: Mapping[str, Any]) -> Any:
+        """Return a decoder without values."""
+        import torch
+        from transformers import AutoConfig, AutoModel
+
+        values = dict(config)
+        loaded = AutoConfig.for_model(values.pop("model_type"), **values)
+        loaded.use_cache = False
+        with torch.device("meta"):
+            return AutoModel.from_config(loaded).eval().requires_grad_(False)

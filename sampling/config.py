@@ -90,6 +90,11 @@ class SamplingConfig(TableConfig):
         description="Compute dtype of the VAE; tested = bfloat16 if a test picture of these weights comes out as in "
         "float32, else float32; auto = tested on a GPU, float32 on a CPU",
     )
+    vae_tiles: bool | Literal["auto"] = pydantic.Field(
+        default="auto",
+        description="Decode an image a tile at a time, in half of the memory and without seams; auto = on a GPU where "
+        "the whole does not fit what is free. Pixels move as by batch_size",
+    )
     compile: bool | Literal["auto"] = pydantic.Field(
         default="auto",
         description="Compile the transformer's blocks, and capture its passes in CUDA graphs (15 to 25 s); auto = on a "

@@ -41,7 +41,8 @@ from sampling.trained_model import TrainedModel
 
 # Decoded at once: one image of 1024px takes the VAE 4 GB, more than a batch takes the transformer.
 MAX_DECODED_PIXELS = 1024 * 1024
-
+# Of the free memory, what decoding may be reckoned to take before it is done a tile at a time.
+WHOLE_SHARE = 0.7
 
 # Texts of compiled passes are padded to the most tokens there can be, and those to a multiple that kernels like: passes
 # of one shape are compiled and captured once, whatever the prompts.
@@ -49,6 +50,17 @@ TOKENS_MULTIPLE = 8
 Shape = tuple[int, int, int]  # images of a batch, their height and width in pixels
 
 log = get_logger("sampling")
+
+
+def fits_whole(num_bytes: int, *, free_bytes: int) -> bool:
+    """Whether images are decoded whole that take so many bytes: kernels want memory of their own, too."""
+    return num_bytes <= WHOLE_SHARE * free_bytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return what of a GPU is free, or held by torch for what comes."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _name(request: ImageRequest) -> str:
@@ -141,6 +153,7 @@ class Renderer:
         if self.compiled_shapes and compiles_decoder and can_compile(self.device):
             self.codec.compile_decoder()
         self._graphs, self._has_warned = PassGraphs(), False
+        self._decoding_bytes: dict[tuple[int, ...], int] = {}  # by the shape of latents
 
     def _open_codec(self) -> tuple[LatentCodec, str]:
         trained, dtype = self.trained, self.config.vae_dtype
@@ -164,6 +177,11 @@ class Renderer:
                 found,
                 where=f"VAE {trained.vae['model']}",
                 mend=f"{trained.name} was trained with another VAE than lies there now: put that one back",
+            )
+        if self.config.vae_tiles is True and not codec.can_tile:
+            raise UserError(
+                f"sampling.vae_tiles = true: the VAE {trained.vae['model']} is not made of blocks that can be decoded "
+                "a tile at a time; leave it at 'auto'"
             )
         return codec, dtype
 
@@ -197,7 +215,10 @@ class Renderer:
         sent = send_ahead(is_finite)
         num_at_once = max(1, MAX_DECODED_PIXELS // (height * width))
         unscaled = latents / spec.scale + spec.shift
-        parts = [pixels_ahead(self.codec.pixels(part)) for part in unscaled.split(num_at_once)]
+        parts = [
+            pixels_ahead(self.codec.pixels(part, is_tiled=self._is_tiled(part.shape)))
+            for part in unscaled.split(num_at_once)
+        ]
         return Drawing(requests, parts, sent, codec=self.codec, blame=self._blame())
 
     def _compiling(self, is_compiled: bool) -> AbstractContextManager[object]:
@@ -205,6 +226,16 @@ class Renderer:
         if is_compiled or not self.compiled_shapes:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
+
+    def _is_tiled(self, shape: Sequence[int]) -> bool:
+        """Whether latents of this shape are decoded a tile at a time."""
+        if self.config.vae_tiles != "auto":
+            return self.config.vae_tiles
+        if self.device.type != "cuda" or not self.codec.can_tile:
+            return False
+        if tuple(shape) not in self._decoding_bytes:
+            self._decoding_bytes[tuple(shape)] = self.codec.decoding_bytes(shape)
+        return not fits_whole(self._decoding_bytes[tuple(shape)], free_bytes=_free_bytes(self.device))
 
     def _warn_of_failure(self) -> None:
         if self._graphs.failure is not None and not self._has_warned:
