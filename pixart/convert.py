@@ -141,7 +141,7 @@ def infer_config(
         UserError: the weights are of another model, of a width that nobody has published and of unknown heads, or hold
             no positions or others than are computed here.
     """
-    is_dit = "y_embedder.embedding_table.weight" in weights
+    is_dit = is_original_dit(weights)
     _require_original(weights, is_dit=is_dit)
     width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     num_heads = PUBLISHED_HEADS.get(width, num_heads)
@@ -194,6 +194,11 @@ def file_origins(path: Path, stored: StoredWeights) -> Origins:
     return origins_of_file(
         path, shape, kind=config.kind, num_null_tokens=num_null_tokens(stored.tensors), record=stored.origins
     )
+
+
+def is_original_dit(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights of an original file are a DiT's, which has a table of classes."""
+    return "y_embedder.embedding_table.weight" in weights
 
 
 def num_null_tokens(weights: Mapping[str, Tensor]) -> int | None:

@@ -72,6 +72,9 @@ def origins_of_trainer(trainer: Mapping[str, Any], *, source: str) -> Origins:
     if "model" in vae:
         facts["vae"] = _names(vae["model"], fields.get("latents.vae_model"))
     facts |= {"vae_scale": vae.get("scaling_factor"), "vae_shift": vae.get("shift_factor")}
+    if "interpolation_scale" in trainer and "factor" in vae:
+        side = trainer["resolution"] // vae["factor"]
+        facts["positions"] = Positions(sample_size=side, scale=trainer["interpolation_scale"])
     if "process" in trainer or "schedule" in trainer:
         facts["process"] = spec_of_trainer(trainer)
     return Origins(**{name: Fact(value=value, source=source) for name, value in facts.items() if value is not None})

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pydantic
 
-from encoders.text import DEFAULT_CLEANING
 from errors import UserError
 from pipelines.command import Command
 from pipelines.recipe import Decides, Recipe, TableConfig
@@ -132,6 +131,11 @@ class SamplingConfig(TableConfig):
         "(of a pipeline or of a transformer), a hub id, or an original .pth; what it lacks is taken from [features]",
     )
     checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
+    departs_in: list[Literal["text_encoder", "max_tokens", "cleaning", "vae"]] = pydantic.Field(
+        default=[],
+        description="What [features] gives `checkpoint` otherwise, on purpose, than it was trained with, or than it is "
+        "taken to be where you know better; all else that differs is refused",
+    )
     checkpoint_resolution: int | None = pydantic.Field(
         default=None, ge=1, description="Pixels that an original .pth without positions was trained at"
     )
@@ -202,8 +206,9 @@ class EncoderConfig(pydantic.BaseModel):
 
     text_model: str
     text_revision: str | None = None
-    text_cleaning: str = DEFAULT_CLEANING
-    max_tokens: int = 120
+    # None where they are not typed: then they are the weights' own
+    text_cleaning: str | None = None
+    max_tokens: int | None = None
     vae_model: str
     vae_revision: str | None = None
 

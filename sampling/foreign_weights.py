@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from encoders.kl import PUBLISHED_VAE
-from encoders.latents import LatentSpec, require_whole_patches
-from encoders.opening import latent_spec
+from encoders.latents import require_whole_patches
+from encoders.text import DEFAULT_CLEANING
 from encoders.weights import REPOSITORY, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
 from pipelines.store.checkpoints import TRAINER
 from pipelines.store.files import sha256_file
-from pixart.processes.scheduler_configs import describe_replaced_sampler, spec_beside
+from pixart.evidence import PIPELINE_FILE, origins_of_folder
+from pixart.origins import Origins
+from pixart.processes.scheduler_configs import describe_replaced_sampler
 from pixart.processes.specs import WEIGHT_FOLDERS, ddpm_spec
+from pixart.published import PIPELINE_TEXTS
 from pixart.weight_files import find_weight_files, is_original_name, read_json
+from sampling.agreement import agreed_encoders, codec_spec, is_encoder_known
 from sampling.config import EncoderConfig
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
 log = get_logger("sampling")
-# what diffusers' pipelines read of a prompt; their folders do not say
-PIPELINE_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300, "PixArtSigmaPAGPipeline": 300}
 PARTS = ("transformer", "vae", "text_encoder")
 # of a hub repository, at any depth; of a part that has no .safetensors, the pickles as well
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model"]
 
 
 def open_trained_model(
-    location: str, encoders: EncoderConfig | None, *, revision: str | None = None, resolution: int | None = None
+    location: str,
+    encoders: EncoderConfig | None,
+    *,
+    revision: str | None = None,
+    resolution: int | None = None,
+    departs_in: Collection[str] = (),
 ) -> TrainedModel:
     """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, an original file (.pth, .safetensors), or
     a checkpoint of training.
 
-    A pipeline's folder brings its text encoder, tokenizer, VAE and process; what is missing is `encoders`.
-    `resolution` in pixels is for an original file that holds no positions.
+    A pipeline's folder brings its text encoder, tokenizer, VAE and process; what is missing is `encoders`, which must
+    be what the weights were trained with, as far as that is known and `departs_in` does not say otherwise; without
+    `encoders` it is that itself. `resolution` in pixels is for an original file that holds no positions.
 
     Raises:
         MissingFileError: there is no such file, or a folder without a transformer's config.json or weights.
@@ -45,17 +52,21 @@ def open_trained_model(
     """
     places = [root / location for root in (Path(), REPOSITORY)]
     if file := next((path for path in places if path.is_file()), None):
-        return _open_original(file, encoders, resolution=resolution)
+        return _open_original(file, encoders, resolution=resolution, departs_in=departs_in)
     if folder := next((path for path in places if (path / TRAINER).is_file()), None):
         return open_checkpoint_model(folder)
     if is_original_name(location) and not any(path.is_dir() for path in places):
         raise MissingFileError(f"sampling.checkpoint {location} does not exist")
     folder = _find_folder(location, revision)
-    if (folder / "model_index.json").is_file():
-        return _open_pipeline(folder, encoders)
+    if (folder / PIPELINE_FILE).is_file():
+        return _open_pipeline(folder, encoders, location=location, departs_in=departs_in)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
-    return _open_transformer(folder, **_encoders(location, encoders))
+    kind = _kind(folder)
+    origins = origins_of_folder(folder, location=location)
+    needed = ("text", "vae") if kind == "pixart" else ("vae",)
+    parts = agreed_encoders(location, origins, encoders, needed=needed, departs_in=departs_in)
+    return _open_transformer(folder, origins=origins, **parts)
 
 
 def _find_folder(location: str, revision: str | None) -> Path:
@@ -76,59 +87,52 @@ def _find_folder(location: str, revision: str | None) -> Path:
     return folder
 
 
-def _encoders(location: str, encoders: EncoderConfig | None) -> dict[str, dict[str, Any]]:
-    if encoders is None:
-        raise UserError(
-            f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
-            "features.text_model and features.vae_model"
-        )
-    return {
-        "text": {
-            "model": encoders.text_model,
-            "revision": encoders.text_revision,
-            "max_tokens": encoders.max_tokens,
-            "cleaning": encoders.text_cleaning,
-        },
-        "vae": {"model": encoders.vae_model, "revision": encoders.vae_revision},
-    }
-
-
-def _open_pipeline(folder: Path, encoders: EncoderConfig | None) -> TrainedModel:
-    from pixart.transformer_config import read_transformer_config
-
-    index = read_json(folder / "model_index.json")
+def _open_pipeline(
+    folder: Path, encoders: EncoderConfig | None, *, location: str, departs_in: Collection[str]
+) -> TrainedModel:
+    index = read_json(folder / PIPELINE_FILE)
+    weights = folder / "transformer"
+    origins = origins_of_folder(weights, location=location)
     has_text = (folder / "text_encoder").is_dir() or "text_encoder" not in index
     has_vae = (folder / "vae").is_dir()
-    parts = {} if has_text and has_vae else _encoders(str(folder), encoders)
-    class_name = str(index.get("_class_name"))
+    needed = [part for part, is_there in (("text", has_text), ("vae", has_vae)) if not is_there]
+    parts = agreed_encoders(str(folder), origins, encoders, needed=needed, departs_in=departs_in) if needed else {}
     if has_text:
-        if class_name not in PIPELINE_TOKENS and read_transformer_config(folder / "transformer").kind == "pixart":
+        if origins.max_tokens is None and _kind(weights) == "pixart":
             raise UserError(
-                f"{folder / 'model_index.json'}: _class_name {class_name} is none of {', '.join(PIPELINE_TOKENS)}, so "
-                f"how many tokens of a prompt it reads is not known: name {folder / 'transformer'} as "
+                f"{folder / PIPELINE_FILE}: _class_name {index.get('_class_name')} is none of "
+                f"{', '.join(PIPELINE_TEXTS)}, so how many tokens of a prompt it reads is not known: name {weights} as "
                 "sampling.checkpoint, and its encoders and tokens in [features]"
             )
         parts["text"] = {
             "model": str(folder / "text_encoder"),
             "tokenizer": str(folder / "tokenizer"),
             "revision": None,
+            "max_tokens": None if origins.max_tokens is None else origins.max_tokens.value,
+            "cleaning": DEFAULT_CLEANING if origins.cleaning is None else origins.cleaning.value,
         }
-    if class_name in PIPELINE_TOKENS:
-        parts["text"]["max_tokens"] = PIPELINE_TOKENS[class_name]
     if has_vae:
         parts["vae"] = {"model": str(folder / "vae"), "revision": None}
-    return _open_transformer(folder / "transformer", **parts)
+    return _open_transformer(weights, origins=origins, **parts)
 
 
-def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]) -> TrainedModel:
+def _kind(folder: Path) -> str:
+    from pixart.transformer_config import read_transformer_config
+
+    return read_transformer_config(folder).kind
+
+
+def _open_transformer(
+    folder: Path, *, origins: Origins, vae: dict[str, Any], text: dict[str, Any] | None = None
+) -> TrainedModel:
     from pixart.transformer_config import read_transformer_config
 
     config = read_transformer_config(folder)
     find_weight_files(folder)  # what is missing is said before the text encoder is loaded
-    process = spec_beside(folder) or ddpm_spec()
+    process = ddpm_spec() if origins.process is None else origins.process.value
     if (replaced := describe_replaced_sampler(folder)) is not None:
         log.info(replaced)
-    factor = _codec_spec(vae).factor
+    factor = codec_spec(vae).factor
     resolution, patch_pixels = config.sample_size * factor, config.patch_size * factor
     return TrainedModel(
         name=folder.parent.name if folder.name in WEIGHT_FOLDERS else folder.name,
@@ -142,17 +146,25 @@ def _open_transformer(folder: Path, *, text: dict[str, Any], vae: dict[str, Any]
         text=text if config.kind == "pixart" else None,
         vae=vae,
         process=process,
+        origins=origins,
     )
 
 
-def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: int | None) -> TrainedModel:
-    from pixart.convert import infer_config
+def _open_original(
+    path: Path, encoders: EncoderConfig | None, *, resolution: int | None, departs_in: Collection[str]
+) -> TrainedModel:
+    from pixart.convert import file_origins, infer_config, is_original_dit, num_null_tokens
     from pixart.tensor_files import read_weight_file
 
-    parts = _encoders(str(path), encoders)
-    codec = _codec_spec(parts["vae"])
     stored = read_weight_file(path, key="sampling.checkpoint")
     weights = stored.tensors
+    try:
+        origins = file_origins(path, stored)
+    except UserError as error:
+        raise UserError(f"sampling.checkpoint {path}: {error}") from None
+    needed = ("vae",) if is_original_dit(weights) else ("text", "vae")
+    parts = agreed_encoders(str(path), origins, encoders, needed=needed, departs_in=departs_in)
+    codec = codec_spec(parts["vae"])
     try:
         side = None if resolution is None else resolution // codec.factor
         config = infer_config(weights, sample_size=side, num_heads=stored.num_heads)
@@ -165,8 +177,9 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         key = "sampling.checkpoint_resolution"
         require_whole_patches(resolution, codec, patch_size=config.patch_size, key=key)
     resolution, patch_pixels = config.sample_size * codec.factor, config.patch_size * codec.factor
-    if (null_caption := weights.get("y_embedder.y_embedding")) is not None and null_caption.ndim == 2:
-        parts["text"]["max_tokens"] = len(null_caption)
+    if num_null_tokens(weights) is not None:
+        is_known = is_encoder_known(origins, parts["text"]["model"]) or "text_encoder" in departs_in
+        parts["text"]["null_caption"] = {"file": str(path), "is_encoder_known": is_known}
     return TrainedModel(
         name=path.stem,
         kind=config.kind,
@@ -176,16 +189,12 @@ def _open_original(path: Path, encoders: EncoderConfig | None, *, resolution: in
         resolution=resolution,
         patch_pixels=patch_pixels,
         buckets=_folder_sizes(resolution, config.kind, multiple=patch_pixels),
-        text=parts["text"] if config.kind == "pixart" else None,
+        text=parts.get("text"),
         vae=parts["vae"],
-        process=ddpm_spec(),
+        process=ddpm_spec() if origins.process is None else origins.process.value,
         original_config=config,
+        origins=origins,
     )
-
-
-def _codec_spec(vae: Mapping[str, Any]) -> LatentSpec:
-    """Return the spec of a VAE; one of the hub that is not in the cache yet is taken for the paper's."""
-    return latent_spec(resolve_model(vae["model"], vae["revision"]), key="VAE") or PUBLISHED_VAE
 
 
 def _folder_sizes(resolution: int, kind: str, *, multiple: int) -> tuple[tuple[int, int], ...]:

@@ -23,7 +23,9 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
             encoder_config(command.recipe),
             revision=config.checkpoint_revision,
             resolution=config.checkpoint_resolution,
+            departs_in=config.departs_in,
         )
+        log.info(f"{trained.name}: {trained.origins.describe(reads_text=trained.kind == 'pixart')}")
     if (unused := describe_unused_settings(trained.process, config.solver)) is not None:
         log.info(f"{trained.name}: {unused}")
     return trained

@@ -24,6 +24,7 @@ from pipelines.store.families import NULL_CAPTION_FILE, TEXT_STORAGE_DTYPES, men
 from pipelines.store.feature_store import load_index, read_payload
 from pipelines.store.files import atomic_file, remove_temporary_files
 from pipelines.store.manifest import read_manifest, require_same
+from sampling.agreement import check_null_caption
 from sampling.config import SamplingConfig
 from sampling.requests import ImageRequest
 
@@ -99,7 +100,20 @@ def encode_prompts(prompts: Sequence[str], config: SamplingConfig, text: Mapping
                 f"text encoder {text['model']} gives no finite embedding of {prompt[:80]!r}: its weights are at fault, "
                 f"put them there anew{other}"
             )
+    if "" in embeddings and "null_caption" in text:
+        _check_null_caption(embeddings[""], text)
     return embeddings
+
+
+def _check_null_caption(embedding: Tensor, text: Mapping[str, Any]) -> None:
+    """Compare what the encoder gives for no text with the null caption in the original file that is drawn with."""
+    from pixart.layouts import NULL_CAPTION
+    from pixart.tensor_files import read_weight_file
+
+    file = text["null_caption"]["file"]
+    stored = read_weight_file(Path(file)).tensors[NULL_CAPTION]
+    is_known = text["null_caption"]["is_encoder_known"]
+    check_null_caption(stored, embedding, file=file, encoder=text["model"], is_known=is_known)
 
 
 def _warn_of_unread(prompts: Sequence[str], encoder: TextEncoder, model: str) -> None:

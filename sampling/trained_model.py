@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from encoders.weights import resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
-from pipelines.store.checkpoints import MODEL, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.state_files import read_state
+from pixart.evidence import origins_of_trainer
+from pixart.origins import Origins
 from pixart.processes.specs import (
     SCHEDULER_FILE,
     SCHEDULER_FOLDER,
@@ -46,6 +48,7 @@ class TrainedModel:
         process: spec of the process it was trained with.
         original_config: shape of an original file, which does not hold it.
         run: whose checkpoint it is; None of weights from elsewhere.
+        origins: what it was trained with, as far as that is known.
     """
 
     name: str
@@ -61,6 +64,7 @@ class TrainedModel:
     process: dict[str, Any]
     original_config: PixArtConfig | DiTConfig | None = None
     run: Path | None = None
+    origins: Origins = field(default_factory=Origins)
 
     def load(self) -> PixArt | DiT:
         """Read the transformer, in evaluation mode, on the CPU."""
@@ -128,6 +132,7 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
         vae=trainer["vae"],
         process=spec_of_trainer(trainer),
         run=run,
+        origins=origins_of_trainer(trainer, source=str(folder / TRAINER)),
     )
 
 

@@ -84,6 +84,11 @@ def test_a_pipeline_folder_brings_its_own_encoders_and_schedule(run):
 def test_a_pipeline_folder_without_a_text_encoder_keeps_its_vae(run, encoders):
     make_pipeline(run).save_pretrained(run / "saved")
     shutil.rmtree(run / "saved" / "text_encoder")
+    with pytest.raises(
+        UserError, match=r"features\.max_tokens is 40, but .* with 120 \(PixArtAlphaPipeline of .*json\)"
+    ):
+        open_trained_model(str(run / "saved"), encoders)
+    encoders = encoders.model_copy(update={"max_tokens": None})
     trained = open_trained_model(str(run / "saved"), encoders)
     assert trained.text is not None and trained.text["model"] == encoders.text_model
     assert trained.vae["model"] == str(run / "saved" / "vae")
@@ -121,7 +126,11 @@ def test_a_hub_id_is_found_in_the_cache_by_revision(run, tmp_path, monkeypatch):
 
 
 def test_a_bare_transformer_needs_encoders(run, encoders):
-    folder = run / "training" / "stage2" / "step-7" / "model"
+    own = run / "training" / "stage2" / "step-7" / "model"
+    trained = open_trained_model(str(own), None)  # trainer.json lies beside it
+    assert trained.text is not None and trained.vae["model"] == str(run / "vae")
+    assert (trained.text["model"], trained.text["max_tokens"]) == (str(run / "t5"), MAX_TOKENS)
+    folder = shutil.copytree(own, run / "bare")
     with pytest.raises(UserError, match=r"features\.text_model and features\.vae_model"):
         open_trained_model(str(folder), None)
     trained = open_trained_model(str(folder), encoders)
@@ -148,6 +157,8 @@ def test_a_checkpoints_model_folder_is_of_the_process_beside_it(run, encoders):
     assert trained.process == FLOW
     assert trained.load().config.out_channels == 4
     shutil.rmtree(folder / "scheduler")
+    assert open_trained_model(str(folder / "model"), encoders).process == FLOW  # trainer.json says it, too
+    (folder / "trainer.json").unlink()
     with pytest.raises(UserError, match=r"model gives 4 channels for latents of 4, but process ddpm needs 8"):
         open_trained_model(str(folder / "model"), encoders).load()
 

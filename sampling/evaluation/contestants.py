@@ -1,6 +1,6 @@
 """The checkpoints that are scored side by side, and the folder of samples of each."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def find_contestants(
         # `sampling.prompt` is one image's for `make sample`, and no set to measure.
         raise UserError(f"sampling.prompts is not set: type {typed_flag('prompts', ANY)}, or set evaluation.prompt_set")
     checkpoints = [(command.stage_name, own)]
-    checkpoints += [_open_other(spec, command) for spec in config.compare]
+    checkpoints += [_open_other(spec, command, departs_in=sampling.departs_in) for spec in config.compare]
     contestants = []
     for number, (name, trained) in enumerate(checkpoints):
         is_own_folder = number == 0 and is_plain
@@ -143,11 +143,11 @@ def _sampling_config(command: Command, *, guidance_scale: float | None) -> Sampl
     return sampling.model_copy(update=update)
 
 
-def _open_other(spec: str, command: Command) -> tuple[str, TrainedModel]:
+def _open_other(spec: str, command: Command, *, departs_in: Collection[str]) -> tuple[str, TrainedModel]:
     """Open `<run>:<stage>` or what sampling.checkpoint takes; samples are named after scored stage and weights."""
     run, separator, stage_name = spec.rpartition(":")
     if separator and "/" not in stage_name:
         trained = open_run_model(Path(run), full_stage_name(stage_name))
     else:
-        trained = open_trained_model(spec, encoder_config(command.recipe))
+        trained = open_trained_model(spec, encoder_config(command.recipe), departs_in=departs_in)
     return f"{command.stage_name}-{sha256_text(trained.identity)[:8]}", trained

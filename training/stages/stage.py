@@ -1,7 +1,7 @@
 """A training stage, resolved and checked before anything heavy is imported: settings, features, where it starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,8 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
     origins = Origins() if resume is not None else start.origins
+    if origins.process is not None:
+        start = replace(start, process=origins.process.value)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
     if resume is None and checks_files:

@@ -1,0 +1,147 @@
+"""What a checkpoint from elsewhere was trained with, beside the encoders that a recipe gives it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from encoders.kl import PUBLISHED_VAE
+from encoders.latents import LatentSpec
+from encoders.likeness import is_same_codec, is_same_text_encoder
+from encoders.opening import latent_spec
+from encoders.text import DEFAULT_CLEANING
+from encoders.weights import resolve_model
+from errors import UserError
+from pipelines.engine.progress import get_logger
+from pixart.differences import Uses, differences
+from pixart.origins import Origins
+from sampling.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = get_logger("sampling")
+
+DEFAULT_MAX_TOKENS = 120
+KEYS = {
+    "text_encoder": "features.text_model",
+    "max_tokens": "features.max_tokens",
+    "cleaning": "features.text_cleaning",
+    "vae": "features.vae_model",
+}
+
+
+def agreed_encoders(
+    location: str,
+    origins: Origins,
+    encoders: EncoderConfig | None,
+    *,
+    needed: Collection[str],
+    departs_in: Collection[str],
+) -> dict[str, dict[str, Any]]:
+    """Return the `text` and `vae` of `TrainedModel` for a checkpoint that lacks the `needed` ones of them.
+
+    They are those of the recipe, or where it names none those that the weights were trained with; tokens and cleaning
+    are the weights' own where the recipe does not type them.
+
+    Raises:
+        UserError: nobody names them, or the recipe names others than the weights were trained with and `departs_in`
+            does not say that this is meant; names both.
+    """
+    if encoders is None:
+        encoders = _own_encoders(location, origins, needed=needed)
+    else:
+        _require_agreement(location, origins, encoders, needed=needed, departs_in=departs_in)
+    parts: dict[str, dict[str, Any]] = {}
+    if "text" in needed:
+        parts["text"] = {
+            "model": encoders.text_model,
+            "revision": encoders.text_revision,
+            "max_tokens": encoders.max_tokens or _value(origins.max_tokens, DEFAULT_MAX_TOKENS),
+            "cleaning": encoders.text_cleaning or _value(origins.cleaning, DEFAULT_CLEANING),
+        }
+    if "vae" in needed:
+        parts["vae"] = {"model": encoders.vae_model, "revision": encoders.vae_revision}
+    return parts
+
+
+def codec_spec(vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the spec of a VAE; one of the hub that is not in the cache yet is taken for the paper's."""
+    return _known_spec(vae["model"], vae["revision"]) or PUBLISHED_VAE
+
+
+def check_null_caption(stored: "Tensor", encoded: "Tensor", *, file: str, encoder: str, is_known: bool) -> None:
+    """Compare the null caption of an original file with what the text encoder gives for no text, and say what differs.
+
+    Raises:
+        UserError: it is neither that nor random, and nothing else says that the encoder is the one (`is_known`).
+    """
+    from pixart.null_captions import compare_null_caption, describe_null_caption
+
+    kind = compare_null_caption(stored, encoded)
+    if kind == "same":
+        return
+    if kind == "other" and not is_known:
+        raise UserError(
+            f"text encoder {encoder} is not the one that the weights were trained with: for no text it does not give "
+            f"the null caption in {file}; name the one that does as features.text_model, or if you know better, "
+            "sampling.departs_in = ['text_encoder']"
+        )
+    log.warning(describe_null_caption(kind, file=file))
+
+
+def _own_encoders(location: str, origins: Origins, *, needed: Collection[str]) -> EncoderConfig:
+    """Return the encoders that the weights were trained with, where those are known."""
+    text, vae = origins.text_encoder, origins.vae
+    if (text is None and "text" in needed) or vae is None:
+        raise UserError(
+            f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
+            "features.text_model and features.vae_model"
+        )
+    return EncoderConfig(text_model="" if text is None else text.value[0], vae_model=vae.value[0])
+
+
+def _require_agreement(
+    location: str, origins: Origins, encoders: EncoderConfig, *, needed: Collection[str], departs_in: Collection[str]
+) -> None:
+    uses = Uses()
+    if "text" in needed:
+        uses = Uses(
+            text_encoder=(encoders.text_model,), max_tokens=encoders.max_tokens, cleaning=encoders.text_cleaning
+        )
+    if "vae" in needed:
+        spec = _known_spec(encoders.vae_model, encoders.vae_revision)
+        uses = Uses(
+            text_encoder=uses.text_encoder,
+            max_tokens=uses.max_tokens,
+            cleaning=uses.cleaning,
+            vae=(encoders.vae_model,),
+            vae_scale=None if spec is None else spec.scale,
+            vae_shift=None if spec is None else spec.shift,
+        )
+    for difference in differences(
+        origins, uses, is_same_text_encoder=is_same_text_encoder, is_same_codec=is_same_codec
+    ):
+        key = KEYS[difference.name]
+        trained = f"the weights of sampling.checkpoint {location} were trained with {difference.trained}"
+        if not difference.is_sure:
+            log.warning(f"{key} is {difference.used}, and {trained}: whether they are the same, nothing here tells")
+        elif difference.name in departs_in:
+            log.warning(f"{key} is {difference.used}, but {trained}, as sampling.departs_in says it may be")
+        else:
+            raise UserError(
+                f"{key} is {difference.used}, but {trained}: name that one, or leave it out where it is the number or "
+                f"rule; if it is meant, sampling.departs_in = [{difference.name!r}] says so"
+            )
+
+
+def is_encoder_known(origins: Origins, model: str) -> bool:
+    """Whether a text encoder is known to be the one that the weights were trained with."""
+    names: Sequence[str] = () if origins.text_encoder is None else origins.text_encoder.value
+    return is_same_text_encoder(names, (model,)) is True
+
+
+def _known_spec(model: str, revision: str | None) -> LatentSpec | None:
+    return latent_spec(resolve_model(model, revision), key="VAE")
+
+
+def _value(fact: Any, default: Any) -> Any:
+    return default if fact is None else fact.value
