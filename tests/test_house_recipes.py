@@ -19,7 +19,8 @@ from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import stage_names, stage_training
 from training.data.features import read_feature_table
-from training.launch.memory import GPU_RESERVE, Demand, choose_shares
+from training.launch.memory import GPU_RESERVE, choose_shares
+from training.launch.reckoning import Demand
 from training.stages.networks import blank_network
 from training.stages.weights import WeightCounts
 
@@ -136,8 +137,9 @@ def test_the_pages_micro_batches_are_what_is_chosen_on_cards_of_80_gigabytes(sta
     num_text = 0 if stage == "stage1" else 120
     resolution = TABLE_4[stage][0]
 
-    def step_bytes(size: int, kept: str) -> int:
+    def step_bytes(size: int, kept: str, gradients: str) -> int:
         assert kept in ("all", "inputs"), "no stage of the page keeps products"
+        # Gradients that are coming are far fewer bytes than the activations that go as they come.
         return size * activation_bytes(resolution, num_text=num_text, is_recomputed=kept == "inputs")
 
     chosen = [

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 
 from errors import UserError
 from training.config import StageTraining
-from training.launch.memory import rank_bytes
 from training.launch.preflight import checkpoint_bytes, require_even_batches
+from training.launch.reckoning import rank_bytes
 from training.loop import loop, measure
 from training.loop.clock import Clock
 from training.loop.losses import LossWindow

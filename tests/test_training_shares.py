@@ -13,16 +13,15 @@ from errors import UserError
 from training.config import KeepActivations, StageTraining
 from training.launch import start as launch_start
 from training.launch.memory import (
-    Demand,
     Shares,
     _container_bytes,
     _divisors,
     choose_shares,
     describe_bytes,
     machine_bytes,
-    rank_bytes,
     ways_to_leave_open,
 )
+from training.launch.reckoning import Demand, GradientsIn, rank_bytes
 from training.launch.start import MEMORY, StepBytes
 from training.stages.weights import WeightCounts
 
@@ -30,11 +29,12 @@ GB = 10**9
 # Of a sample by what is kept: 24, 14 and 1 units.
 PER_SAMPLE = {"all": 0.42 * GB, "products": 0.25 * GB, "inputs": 0.03 * GB}
 WEIGHTS = WeightCounts(trained=611_000_000)
+GRADIENT_BYTES = 2 * WEIGHTS.trained
 
 
 def demand(*, num_ranks: int = 1, sample_tokens: int = 256, scale: float = 1.0, **settings: object) -> Demand:
-    def step_bytes(size: int, kept: KeepActivations) -> int:
-        return int(size * PER_SAMPLE[kept] * scale)
+    def step_bytes(size: int, kept: KeepActivations, gradients: GradientsIn) -> int:
+        return max(int(size * PER_SAMPLE[kept] * scale), (gradients == "coming") * GRADIENT_BYTES)
 
     return Demand(
         settings=StageTraining(**{"network": "pixart", "zero_stage": 2, "global_batch_size": 11_392} | settings),
@@ -66,7 +66,7 @@ def chosen(wanted: Demand, gigabytes: float, former: tuple[int, KeepActivations]
         ({"gradient_accumulation_steps": 1, "keep_activations": "all"}, 74, (1, "all")),
         ({"global_batch_size": 8, "sample_tokens": 4096, "scale": 16.0}, 24, (4, "products")),
         # Where no micro-batch is large enough, the largest there is.
-        ({"global_batch_size": 8, "sample_tokens": 1024, "scale": 16.0}, 14.2, (8, "inputs")),
+        ({"global_batch_size": 8, "sample_tokens": 1024, "scale": 16.0}, 14.7, (4, "inputs")),
     ],
 )
 def test_what_fits_is_chosen(settings: dict, gigabytes: float, expected: tuple[int, str]) -> None:
@@ -103,8 +103,8 @@ def test_what_a_stage_was_begun_with_stays_as_long_as_it_fits() -> None:
 
 def test_where_nothing_fits_it_is_said_what_to_change() -> None:
     message = (
-        r"^even micro-batches of 1 with training\.keep_activations = 'inputs' need 13\.5 GB a rank of 10 GB that it "
-        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 30 MB.* \(reckoned\); take more GPUs"
+        r"^even micro-batches of 1 with training\.keep_activations = 'inputs' need 14\.7 GB a rank of 10 GB that it "
+        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 1\.22 GB.*; take more GPUs"
     )
     with pytest.raises(UserError, match=message):
         chosen(demand(), 10)
@@ -162,9 +162,9 @@ class CountingStep:
             raise torch.OutOfMemoryError
         return 100 + 7 * size
 
-    def reckon(self, size: int, kept: str) -> int:
+    def reckon(self, size: int, kept: str, *, gradients: str) -> int:
         self.asked.append(("reckon", size, kept))
-        return 50 + 3 * size
+        return 50 + 3 * size + (gradients == "coming")
 
 
 def test_a_gpu_measures_two_small_sizes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,25 +173,25 @@ def test_a_gpu_measures_two_small_sizes_once(tmp_path: Path, monkeypatch: pytest
     settings = {"path": tmp_path / MEMORY, "share": 178, "device": torch.device("cuda", 0)}
     step = CountingStep()
     sizes = StepBytes(step, **settings, sample_tokens=512)
-    assert [sizes(size, "all") for size in (178, 4, 89)] == [100 + 7 * size for size in (178, 4, 89)]
+    assert [sizes(size, "all", "there") for size in (178, 4, 89)] == [100 + 7 * size for size in (178, 4, 89)]
     assert step.asked == [("measure", 4, "all"), ("measure", 8, "all")]
     assert sizes.basis == "measured on NVIDIA H100"
     sizes.save()
     again = CountingStep()
-    assert StepBytes(again, **settings, sample_tokens=512)(178, "all") == 100 + 7 * 178 and again.asked == []
+    assert StepBytes(again, **settings, sample_tokens=512)(178, "all", "there") == 100 + 7 * 178 and again.asked == []
     # Another card, and a size that it has no room for.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert StepBytes(again, **settings, sample_tokens=256)(178, "all") > 1 << 50
+    assert StepBytes(again, **settings, sample_tokens=256)(178, "all", "there") > 1 << 50
     # A file that somebody has damaged is made again.
     (tmp_path / MEMORY).write_text("{")
-    assert StepBytes(again, **settings, sample_tokens=512)(178, "all") == 100 + 7 * 178
+    assert StepBytes(again, **settings, sample_tokens=512)(178, "all", "there") == 100 + 7 * 178
 
 
 def test_a_cpu_reckons_the_share_and_what_lies_between(tmp_path: Path) -> None:
     step = CountingStep()
     sizes = StepBytes(step, path=tmp_path / MEMORY, share=64, device=torch.device("cpu"), sample_tokens=256)
-    assert sizes(64, "all") == 50 + 3 * 64 and step.asked == [("reckon", 64, "all")]
-    assert sizes(16, "all") == 50 + 3 * 16 and step.asked[1:] == [("reckon", 1, "all")]
+    assert sizes(64, "all", "there") == 50 + 3 * 64 and step.asked == [("reckon", 64, "all")]
+    assert sizes(16, "all", "there") == 50 + 3 * 16 and step.asked[1:] == [("reckon", 1, "all")]
 
 
 def test_a_run_chooses_and_a_resume_keeps_what_it_chose(tmp_path: Path) -> None:

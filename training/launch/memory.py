@@ -1,4 +1,4 @@
-"""What a rank's memory holds, how much of it there is, and the micro-batches and activations that fit.
+"""How much memory a rank has, and the micro-batches and activations that fit it.
 
 Nothing here needs torch: the launcher says with it what to change where memory is short.
 """
@@ -10,97 +10,15 @@ from pathlib import Path
 
 from errors import UserError
 from training.config import KeepActivations, StageTraining
-from training.stages.weights import WeightCounts
+from training.launch.reckoning import MAX_ZERO_STAGE, Demand
 
 KEPT: tuple[KeepActivations, ...] = ("all", "products", "inputs")
-MAX_ZERO_STAGE = 3
 # Of free memory, what is not given away: fragments (a CPU took up to 1.4 of what is reckoned), workspace, and others.
 GPU_RESERVE, MACHINE_RESERVE = 0.08, 0.3
 # With so many image tokens at once a GPU is busy; beyond it larger micro-batches gain less than recomputing costs.
 ENOUGH_TOKENS = 8192
-# What DeepSpeed lays end to end to be shared in one go, and under ZeRO 3 the most weights that are whole at a time.
-MAX_EXCHANGED, MAX_GATHERED = 500_000_000, 1_000_000_000
 # Under ZeRO 0 and 1 micro-batches of bf16 are summed in bf16; 64 of them give a gradient about 1% short.
 MAX_SUMMED_IN_BF16 = 8
-
-
-def rank_parts(
-    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int
-) -> dict[str, int]:
-    """Return the bytes of what stays on one rank from step to step, by what it is, as ZeRO shards it.
-
-    The optimizer's part is the two moments, and a master copy unless the network itself is that.
-    """
-    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
-    computed = width / (num_ranks if stage >= 3 else 1)
-    gradients = (4 if num_micro_batches > 1 else width) / num_ranks if stage >= 2 else width
-    shards = num_ranks if stage >= 1 else 1
-    has_masters = stage > 0 or settings.dtype == "bf16"
-    whole = weights.trained + weights.frozen
-    return {
-        "weights": int(whole * computed + weights.beside * width),
-        "gradients": int(weights.trained * gradients),
-        "optimizer": int(weights.trained * 4 * (2 + has_masters) / shards),
-        "average": int(weights.trained * 4 / shards),
-    }
-
-
-def rank_bytes(settings: StageTraining, weights: WeightCounts, *, num_ranks: int) -> int:
-    """Return the bytes of weights, gradients, optimizer and average on one rank, as ZeRO shards them."""
-    parts = rank_parts(settings, weights, num_ranks=num_ranks, num_micro_batches=settings.num_micro_batches)
-    return sum(parts.values())
-
-
-def _passing_parts(
-    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int
-) -> tuple[int, int]:
-    """Return the bytes that a backward pass takes to share gradients, and those that a step of the optimizer takes.
-
-    The latter is a copy of the gradients in fp32, where they are not summed in it.
-    """
-    stage, width = settings.zero_stage, 2 if settings.dtype == "bf16" else 4
-    exchanged = 0 if num_ranks == 1 else min(weights.trained, MAX_EXCHANGED) * width
-    if stage == MAX_ZERO_STAGE:
-        exchanged += min(weights.trained + weights.frozen, MAX_GATHERED) * width
-    is_copied = (stage > 0 or settings.dtype == "bf16") and not (stage >= 2 and num_micro_batches > 1)
-    return exchanged, weights.trained * 4 * is_copied // (num_ranks if stage >= 1 else 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a stage asks of a rank's memory.
-
-    Attributes:
-        num_ranks: that share each batch.
-        sample_tokens: image tokens of the largest sample.
-        step_bytes: of a micro-batch of so many samples, what it takes under `keep_activations`.
-        batch_bytes: of a micro-batch itself, with those that lie ready.
-    """
-
-    settings: StageTraining
-    weights: WeightCounts
-    num_ranks: int
-    sample_tokens: int
-    step_bytes: Callable[[int, KeepActivations], int]
-    batch_bytes: Callable[[int], int]
-
-    @property
-    def share(self) -> int:
-        """Samples of a batch that are a rank's."""
-        return self.settings.global_batch_size // self.num_ranks
-
-    def parts(self, num_micro_batches: int, kept: KeepActivations) -> dict[str, int]:
-        """Return the bytes of a rank at its fullest, by what they are for."""
-        size = self.share // num_micro_batches
-        stays = rank_parts(self.settings, self.weights, num_ranks=self.num_ranks, num_micro_batches=num_micro_batches)
-        exchanged, stepping = _passing_parts(
-            self.settings, self.weights, num_ranks=self.num_ranks, num_micro_batches=num_micro_batches
-        )
-        activations, batches = self.step_bytes(size, kept), self.batch_bytes(size)
-        passing = {"activations": activations, "batches": batches, "exchange": exchanged}
-        if stepping > sum(passing.values()):
-            passing = {"optimizer's step": stepping}
-        return {name: size for name, size in {**stays, **passing}.items() if size}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,9 @@ from training.launch.memory import (
     Shares,
     describe_bytes,
     describe_parts,
-    rank_bytes,
     ways_to_leave_open,
 )
+from training.launch.reckoning import rank_bytes
 from training.loop.compilation import is_compiled, require_compilable
 from training.loop.products import require_products
 from training.stages.resume import changes_since

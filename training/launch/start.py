@@ -23,11 +23,11 @@ from training.data.survey import Survey
 from training.launch.memory import (
     GPU_RESERVE,
     MACHINE_RESERVE,
-    Demand,
     Shares,
     choose_shares,
     machine_bytes,
 )
+from training.launch.reckoning import Demand, GradientsIn
 from training.loop.compilation import is_compiled
 from training.loop.footprint import CudaBytes, Step
 from training.loop.products import choose_products
@@ -139,6 +139,7 @@ def settle(
             sample_tokens=sample_tokens,
             step_bytes=measured,
             batch_bytes=lambda size: num_batches * step.batch_bytes(size),
+            is_host=device.type != "cuda",
         ),
         available_bytes=room_bytes,
         basis=measured.basis,
@@ -198,12 +199,15 @@ class StepBytes:
         self._known = self._read()
         self._is_new = False
 
-    def __call__(self, size: int, kept: KeepActivations) -> int:
-        """Return the bytes of a micro-batch of `size` samples."""
+    def __call__(self, size: int, kept: KeepActivations, gradients: GradientsIn) -> int:
+        """Return the bytes of a micro-batch of `size` samples, with those of gradients that are coming."""
+        if self._device.type == "cuda" and gradients == "coming":
+            # Small micro-batches, whose gradients outweigh all else, do not say how large ones grow.
+            return self(size, kept, "there") + self._step.gradient_bytes
         if size in self._sizes:
-            return self._at(size, kept)
+            return self._at(size, kept, gradients)
         low, high = self._sizes[0], self._sizes[-1]
-        first, last = self._at(low, kept), self._at(high, kept)
+        first, last = self._at(low, kept, gradients), self._at(high, kept, gradients)
         # What takes more than two sizes show grows no faster than a line: no memory is taken for pairs of samples.
         return first + (last - first) * (size - low) // (high - low)
 
@@ -213,16 +217,16 @@ class StepBytes:
             remove_temporary_files(self._path.parent, self._path.name)
             atomic_write_json(self._path, {"identity": self._identity, "step_bytes": self._known})
 
-    def _at(self, size: int, kept: KeepActivations) -> int:
-        key = f"{kept} {size}"
+    def _at(self, size: int, kept: KeepActivations, gradients: GradientsIn) -> int:
+        key = f"{kept} {size}" if gradients == "there" else f"{kept} {size} {gradients}"
         if key not in self._known:
-            self._known[key] = self._take(size, kept)
+            self._known[key] = self._take(size, kept, gradients)
             self._is_new = True
         return self._known[key]
 
-    def _take(self, size: int, kept: KeepActivations) -> int:
+    def _take(self, size: int, kept: KeepActivations, gradients: GradientsIn) -> int:
         if self._device.type != "cuda":
-            return self._step.reckon(size, kept)
+            return self._step.reckon(size, kept, gradients=gradients)
         log.info(f"measuring once what micro-batches of {size} take that keep {kept!r}")
         try:
             return self._step.measure(size, kept, device=self._device, meter=CudaBytes(self._device))

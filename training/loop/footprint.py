@@ -19,6 +19,7 @@ from pixart.model import PixArt
 from training.config import KeepActivations, StageTraining
 from training.data.batch import Batch
 from training.data.blank import SampleShape, blank_batch
+from training.launch.reckoning import GradientsIn
 from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.products import choose_products
@@ -88,10 +89,19 @@ class Step:
         batch = blank_batch(self.sample, num_samples, device=torch.device("meta"))
         return sum(tensor.numel() * tensor.element_size() for tensor in batch.device_tensors())
 
-    def reckon(self, num_samples: int, kept: KeepActivations) -> int:
-        """Return the bytes that a micro-batch takes beside weights, gradients and the batch, by its shapes alone."""
+    @property
+    def gradient_bytes(self) -> int:
+        """The bytes of the gradients of all weights that train."""
+        weights = [weight for network in self.networks.values() for weight in network.parameters()]
+        return sum(weight.numel() for weight in weights if weight.requires_grad) * self.dtype.itemsize
+
+    def reckon(self, num_samples: int, kept: KeepActivations, *, gradients: GradientsIn = "there") -> int:
+        """Return the bytes that a micro-batch takes beside weights, gradients and the batch, by its shapes alone.
+
+        Gradients that are `coming` are not there before and count.
+        """
         with fused_attention():
-            return self._run(num_samples, kept, device=META, meter=LivingBytes(), num_warm_ups=0)
+            return self._run(num_samples, kept, device=META, meter=LivingBytes(), num_warm_ups=0, gradients=gradients)
 
     def measure(self, num_samples: int, kept: KeepActivations, *, device: torch.device, meter: Meter) -> int:
         """Return the same as a device takes it: the blocks as they are trained, compiled and in FP8 where they are."""
@@ -112,6 +122,7 @@ class Step:
         device: torch.device,
         meter: Meter,
         num_warm_ups: int,
+        gradients: GradientsIn = "there",
         prepare: Callable[[nn.Module], None] = lambda network: None,
     ) -> int:
         objective = self.objective(device)
@@ -119,15 +130,15 @@ class Step:
         (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
         prepare(trained)
         keep_activations(trained, kept)
-        # Gradients are there before a second micro-batch adds to them.
-        for weight in trained.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        if gradients == "there":
+            for weight in trained.parameters():
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         batch = blank_batch(self.sample, num_samples, device=device)
         for _ in range(num_warm_ups):
             _step(objective, networks, batch)
         weights = [weight for network in networks.values() for weight in network.parameters()]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        with meter.watching(ignored=[*weights, *gradients, *batch.device_tensors()]):
+        present = [weight.grad for weight in weights if weight.grad is not None]
+        with meter.watching(ignored=[*weights, *present, *batch.device_tensors()]):
             _step(objective, networks, batch)
         return meter.peak_bytes
 

@@ -10,11 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training.loop.compilation import is_compiled
+from training.loop.sizes import PIECE_SIZE
 from training.loop.zero import ZeroModel
-
-# Elements that are measured at a time: what it takes beside the weights is a few times as many in fp64. Compiled, it is
-# one kernel that keeps nothing, and takes all at a time.
-PIECE_SIZE = 1 << 20
 
 
 class UpdateMeter:

@@ -51,7 +51,9 @@ class PlainWeights:
         """Do nothing: autograd and DeepSpeed add."""
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of weights that have one."""
+        """Return the gradient of each weight, zero where there is none."""
+        for weight in self._weights:
+            weight.grad = _gradient(weight)
         return [weight.grad for weight in self._weights if weight.grad is not None]
 
     def step(self, gradients: list[Tensor]) -> None:
@@ -200,11 +202,13 @@ class ScatteredShares:
 
 def find_partitions(engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_fp32: bool) -> Partitions:
     """Return what this rank updates under DeepSpeed's engine, whose AdamW is `adamw`."""
+    is_alone = dist.get_world_size() == 1
     if zero_stage == 3:
         return ScatteredShares(engine)
     if zero_stage > 0:
-        is_alone = dist.get_world_size() == 1
         return LonePartitions(engine, adamw, sums_in_fp32=sums_in_fp32) if is_alone else FlatPartitions(engine, adamw)
+    # It would copy all gradients to share them with nobody.
+    engine.enable_backward_allreduce = not is_alone
     return PlainWeights(adamw) if engine.optimizer is adamw else WholeMasters(engine, adamw)
 
 

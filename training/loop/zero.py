@@ -21,10 +21,13 @@ from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products
+from training.loop.sizes import MAX_EXCHANGED
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# Elements of masters that are exchanged with others at a time: what it takes beside them.
+EXCHANGED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,13 @@ class Update:
     is_skipped: Tensor
 
 
-def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal: bool = False) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for a stage; `loads_universal` is for state of another number of ranks."""
+def deepspeed_config(
+    settings: StageTraining, num_ranks: int, *, num_trained: int, loads_universal: bool = False
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a stage of which so many weights train.
+
+    `loads_universal` is for state of another number of ranks.
+    """
     num_micro_batches = settings.num_micro_batches
     return {
         "train_batch_size": settings.global_batch_size,
@@ -49,7 +57,12 @@ def deepspeed_config(settings: StageTraining, num_ranks: int, *, loads_universal
         "gradient_accumulation_steps": num_micro_batches,
         # Else ZeRO 3 replaces torch's linear function for the whole process by one that writes into what selective
         # checkpointing has kept: wrong gradients, without a word.
-        "zero_optimization": {"stage": settings.zero_stage, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "memory_efficient_linear": False,
+            # It takes that much, however few weights there are.
+            "reduce_bucket_size": min(num_trained, MAX_EXCHANGED),
+        },
         "checkpoint": {"load_universal": loads_universal},
         "bf16": {"enabled": settings.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32" if _sums_in_fp32(settings) else None},
@@ -95,19 +108,18 @@ class ZeroModel:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(settings, dist.get_world_size(), loads_universal=loads_universal),
+        num_trained = sum(weight.numel() for weight in self._trained.values())
+        config = deepspeed_config(
+            settings, dist.get_world_size(), num_trained=num_trained, loads_universal=loads_universal
         )
+        with _unmoved(optimizer):
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._partitions = find_partitions(
             self.engine, self.adamw, zero_stage=settings.zero_stage, sums_in_fp32=_sums_in_fp32(settings)
         )
         self.masters = self._partitions.masters
         if settings.dtype == "bf16":
-            # DeepSpeed makes the masters of weights it has rounded, and without sharding takes a step without a
-            # gradient, which decays them and which Adam's bias correction would count.
-            self.adamw.state.clear()
+            # DeepSpeed makes the masters of weights it has rounded.
             self.scatter_masters(starting_weights)
         if is_compiled(settings):
             compile_blocks(model)
@@ -246,10 +258,22 @@ class ZeroModel:
             self._exchange(values)
 
     def _exchange(self, values: list[Tensor]) -> None:
-        for master, value in zip(self.masters, values, strict=True):
-            kept = master.detach().clone()
-            master.data.copy_(value)
-            value.copy_(kept)
+        for whole, other in zip(self.masters, values, strict=True):
+            pairs = zip(*(each.detach().view(-1).split(EXCHANGED_AT_ONCE) for each in (whole, other)), strict=True)
+            for master, value in pairs:
+                kept = master.clone()
+                master.copy_(value)
+                value.copy_(kept)
+
+
+@contextlib.contextmanager
+def _unmoved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a step does nothing: DeepSpeed takes one without a gradient, which decays weights and makes moments."""
+    vars(optimizer)["step"] = lambda: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step"]
 
 
 def deepspeed_records() -> list[Any]:

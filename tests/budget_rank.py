@@ -1,0 +1,155 @@
+"""One of the ranks whose living storages are counted; `test_training_budget.py` starts them and reads their file.
+
+Usage: python budget_rank.py FILE case..., where a case is a JSON object of `Case`.
+"""
+
+import gc
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from encoders.living_bytes import LivingBytes
+from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
+from pixart.processes.specs import ddpm_spec
+from training.config import StageTraining
+from training.data.blank import SampleShape, blank_batch
+from training.launch import reckoning
+from training.launch.reckoning import Demand
+from training.loop import measure
+from training.loop.ema import EMA
+from training.loop.footprint import Step
+from training.loop.measure import UpdateMeter
+from training.loop.networks import Networks
+from training.loop.zero import ZeroModel, compute_dtype, initialize_ranks
+from training.objectives.denoise import Denoise
+from training.objectives.inputs import NetworkInputs
+from training.objectives.objective import Trained
+from training.stages.networks import blank_network, count_weights
+from training.stages.trainable import freeze_others
+
+PIECE_SIZE = 4096
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A network, its samples and how they are trained."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    side: int
+    num_text_tokens: int
+    text_width: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PixArtConfig:
+        return PixArtConfig(
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            caption_channels=self.text_width,
+            sample_size=self.side,
+        )
+
+    @property
+    def sample(self) -> SampleShape:
+        return SampleShape(
+            channels=4,
+            height=self.side,
+            width=self.side,
+            num_text_tokens=self.num_text_tokens,
+            text_width=self.text_width,
+        )
+
+
+class HostBytes(LivingBytes):
+    """Counts what has values."""
+
+    def _count_storage(self, storage: torch.UntypedStorage, *, is_ignored: bool) -> None:
+        if storage.device.type != "meta":
+            super()._count_storage(storage, is_ignored=is_ignored)
+
+
+def objective_of(settings: StageTraining, device: torch.device) -> Denoise:
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=compute_dtype(settings))
+    return Denoise(process=process_of(ddpm_spec(), device=device), inputs=inputs)
+
+
+def open_network(case: Case, settings: StageTraining) -> PixArt:
+    torch.manual_seed(0)
+    network = case.config.network()
+    assert isinstance(network, PixArt)
+    freeze_others(network, settings.trains, key="trains")
+    return network
+
+
+def count(case: Case, settings: StageTraining) -> dict[str, int]:
+    """Return the most bytes that live at a time from before the networks are there: at the start, and in steps."""
+    size = settings.global_batch_size // dist.get_world_size() // settings.num_micro_batches
+    objective, meter = objective_of(settings, CPU), HostBytes()
+    counted = {}
+    with meter.watching(ignored=[]):
+        model = ZeroModel(open_network(case, settings), settings)
+        counted["start"] = meter.peak_bytes
+        networks = Networks({"network": Trained()}, model=model, ema=EMA(model, settings.ema_decay), others={})
+        for _ in range(3):
+            update_meter = UpdateMeter(model)
+            for i in range(settings.num_micro_batches):
+                # As the reader gives them: what was read ahead lies ready.
+                batch = blank_batch(case.sample, size, device=CPU)
+                losses = objective.loss(networks, batch)
+                model.backward(losses.total.mean(), is_last=i + 1 == settings.num_micro_batches)
+                del losses, batch
+            networks.update(1e-4, is_ruined=torch.tensor(False))
+            update_meter.norms()
+        counted["whole"] = meter.peak_bytes
+    return counted
+
+
+def reckon(case: Case, settings: StageTraining) -> dict[str, Any]:
+    """Return what a start would say of the same."""
+    network = blank_network(case.config)
+    freeze_others(network, settings.trains, key="trains")
+    step = Step(
+        settings=settings,
+        objective=lambda device: objective_of(settings, device),
+        networks={"network": network},
+        sample=case.sample,
+        dtype=compute_dtype(settings),
+    )
+    demand = Demand(
+        settings=settings,
+        weights=count_weights({"network": Trained()}, {"network": network}),
+        num_ranks=dist.get_world_size(),
+        sample_tokens=(case.side // 2) ** 2,
+        step_bytes=lambda size, kept, gradients: step.reckon(size, kept, gradients=gradients),
+        batch_bytes=step.batch_bytes,
+        is_host=True,
+    )
+    parts = demand.parts(settings.num_micro_batches, settings.kept_activations)
+    opening = demand.opening(parts["weights"])
+    return {"reckoned": sum(parts.values()), "reckoned_start": sum(opening.values()), "parts": parts}
+
+
+if __name__ == "__main__":
+    initialize_ranks()
+    file, *cases = sys.argv[1:]
+    results = []
+    measure.PIECE_SIZE = reckoning.PIECE_SIZE = PIECE_SIZE
+    for text in cases:
+        case = Case(**json.loads(text))
+        settings = StageTraining(network="pixart", **case.settings)
+        gc.collect()
+        results.append(reckon(case, settings) | count(case, settings))
+        dist.barrier()
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(results))
+    dist.destroy_process_group()

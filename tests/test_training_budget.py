@@ -1,0 +1,83 @@
+"""One model of memory: what it reckons is the peak of living storages that a dispatch mode counts in the real loop.
+
+From before the networks are made to after three updates, under DeepSpeed, of networks of three sizes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.launch.placement import on_this_machine
+from training.launch.ranks import rank_environment
+
+# Narrow and long, the middle, wide and short: of each other parts are the largest.
+SIZES = {
+    "long": {"num_layers": 2, "num_heads": 2, "head_dim": 16, "side": 32, "num_text_tokens": 8, "text_width": 24},
+    "middle": {"num_layers": 3, "num_heads": 4, "head_dim": 32, "side": 16, "num_text_tokens": 20, "text_width": 64},
+    "wide": {"num_layers": 2, "num_heads": 4, "head_dim": 72, "side": 8, "num_text_tokens": 30, "text_width": 96},
+}
+BATCHES = {"long": 8, "middle": 16, "wide": 4}
+PART = ["blocks.*.attention.*"]
+
+
+def count(folder: Path, cases: list[dict[str, Any]], *, num_ranks: int = 1) -> list[dict[str, Any]]:
+    script, file = Path(__file__).with_name("budget_rank.py"), folder / "counted.json"
+    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(folder))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(file), *map(json.dumps, cases)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
+    return json.loads(file.read_text())
+
+
+def case_of(size: str, **settings: Any) -> dict[str, Any]:
+    return SIZES[size] | {"settings": {"global_batch_size": BATCHES[size]} | settings}
+
+
+def require_close(cases: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    for case, counted in zip(cases, found, strict=True):
+        assert counted["reckoned"] == pytest.approx(counted["whole"], rel=0.1), (case["settings"], counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_reckoned_is_the_peak_of_the_whole_loop(tmp_path: Path, size: str) -> None:
+    cases = [
+        case_of(size, dtype=dtype, keep_activations=kept, zero_stage=zero_stage, **others)
+        for dtype, kept, zero_stage, others in (
+            ("bf16", "all", 0, {}),
+            ("bf16", "products", 0, {"trains": PART}),
+            ("bf16", "inputs", 0, {"gradient_accumulation_steps": 2}),
+            ("bf16", "inputs", 2, {"gradient_accumulation_steps": 2, "trains": PART}),
+            ("bf16", "all", 1, {}),
+            ("fp32", "all", 0, {"gradient_accumulation_steps": 2}),
+            ("fp32", "inputs", 0, {"trains": PART}),
+            ("fp32", "products", 2, {}),
+        )
+    ]
+    found = count(tmp_path, cases)
+    require_close(cases, found)
+    for case, counted in zip(cases, found, strict=True):
+        if case["settings"]["dtype"] == "bf16":
+            assert counted["reckoned_start"] == pytest.approx(counted["start"], rel=0.1), (case["settings"], counted)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_are_reckoned_too(tmp_path: Path) -> None:
+    cases = [
+        case_of("middle", dtype="bf16", keep_activations="products", zero_stage=zero_stage, **others)
+        for zero_stage in (0, 1, 2, 3)
+        for others in ({}, {"gradient_accumulation_steps": 2})
+    ]
+    require_close(cases, count(tmp_path, cases, num_ranks=2))
