@@ -23,11 +23,19 @@ TextInput = Annotated[Value, NAMES_TEXT]
 
 
 class CaptionConfig(TableConfig):
-    """One entry of `[features.<name>] captions`: a column of captions/<shard>.parquet, and how often it is drawn."""
+    """One entry of `[features.<name>] captions`: a column of captions/<shard>.parquet, and how often it is drawn.
+
+    Or one text for all images, which is called `column`.
+    """
 
     column: str = pydantic.Field(
         pattern="^[a-z][a-z0-9_]*$",
-        description="Column to encode: caption (dense), alt_text (raw) or another one of texts",
+        description="Column to encode: caption (dense), alt_text (raw) or another one of texts; with text, its name",
+    )
+    text: str | None = pydantic.Field(
+        default=None,
+        pattern=r"\S",
+        description="Caption of every image, such as 'a photo of sks cat': no captions are read, and it stands alone",
     )
     weight: float = pydantic.Field(
         default=1.0,
@@ -64,7 +72,12 @@ class FeaturesConfig(TableConfig):
         min_length=1,
         description="Captions encoded per sample, and the weights training draws them with; missing ones are left out",
     )
-
+    token: str | None = pydantic.Field(
+        default=None,
+        pattern=r"^\S(.*\S)?$",
+        description="Rare token that stands for a subject, such as 'sks': refused where no caption has it, and where "
+        "it is a common word of text_model's vocabulary",
+    )
     text_from: TextInput[str | None] = pydantic.Field(
         default=None,
         description="Folder, pattern or tars of PixArt's .npz files (caption_feature, attention_mask), which are "
@@ -146,6 +159,10 @@ class FeaturesConfig(TableConfig):
         columns = [caption.column for caption in value]
         if len(set(columns)) < len(columns):
             raise ValueError(f"columns {', '.join(columns)}: a column is named twice")
+        for caption in value:
+            if caption.text is not None and (len(value) > 1 or caption.column == "caption"):
+                names = "a name other than caption" if len(value) == 1 else "no other captions beside it"
+                raise ValueError(f"{caption.column} with text {caption.text!r}: one text for all images has {names}")
         return value
 
     @pydantic.model_validator(mode="after")
@@ -154,6 +171,8 @@ class FeaturesConfig(TableConfig):
             raise ValueError(
                 f"text_from has one caption a sample, and captions names {', '.join(self.caption_columns)}"
             )
+        if self.text_from is not None and self.captions[0].text is not None:
+            raise ValueError(f"text_from is imported, and captions has a text {self.captions[0].text!r}: leave one out")
         return self
 
     @pydantic.field_validator("text_dtype")
@@ -225,7 +244,7 @@ def _values(table: FeaturesConfig, *notes: str) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     captions = isinstance(value, list) and all(isinstance(item, CaptionConfig) for item in value)
-    return str({item.column: item.weight for item in value} if captions else value)
+    return str({item.column: item.text or item.weight for item in value} if captions else value)
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,13 +1,14 @@
 """The families of features there are; a new one is a file of its own and its record in this list."""
 
 from errors import UserError
+from features.constant_text import CONSTANT_TEXT
 from features.imported_latents import IMPORTED_LATENTS
 from features.imported_text import IMPORTED_TEXT
 from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
 from features.text import TEXT
 
-FAMILIES = (TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS)
+FAMILIES = (TEXT, CONSTANT_TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS)
 
 
 def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:

@@ -24,6 +24,7 @@ from features.jobs import (
     member_bytes,
 )
 from features.quantization import summarize_storage
+from features.rare_token import require_token
 from features.text_worker import TextWorker, TextWorkerConfig
 from features.unreadable import quote_some
 from pipelines.engine.pieces import Source, forget_pieces
@@ -207,14 +208,18 @@ def text_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
         "cleaning": encoder.cleaning,
         "d_text": encoder.width,
     }
-    return {"text": text, "captions": [caption.model_dump() for caption in inputs.features.captions]}
+    return {"text": text, "captions": [caption.model_dump(exclude_none=True) for caption in features.captions]}
 
 
 def _check(job: FeatureJob, inputs: FeatureInputs) -> None:
     """Refuse captions that are not those of their manifest."""
-    captions = read_manifest(inputs.run / "captions")
+    captions, columns = read_manifest(inputs.run / "captions"), inputs.features.caption_columns
     for source in job.pending():
         require_unchanged(source, captions)
+    if inputs.features.token is not None:
+        tables = [read_table(Path(source.path), columns, mend=mend_captions()) for source in job.sources]
+        texts = [text for table in tables for row in table.to_pylist() for text in row.values() if text]
+        require_token(inputs, texts, what=f"the {len(texts):,} captions of {inputs.run / 'captions'}")
 
 
 def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
@@ -245,7 +250,7 @@ def _report(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -> None:
 
 TEXT = FeatureFamily(
     name="text",
-    is_wanted=lambda features: features.text and features.text_from is None,
+    is_wanted=lambda features: features.text and features.text_from is None and features.captions[0].text is None,
     job=text_job,
     plan=_plan_text,
     schema=text_record,

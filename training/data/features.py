@@ -38,6 +38,7 @@ class CaptionTable(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     column: str
+    text: str | None = None
     weight: float = 1.0
 
 
@@ -324,7 +325,10 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, t
         "text_cleaning": (table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING)),
     }
     if "captions" in manifest.extra:
-        wanted["captions"] = ([caption.model_dump() for caption in table.captions], directory.fact("captions"))
+        wanted["captions"] = (
+            [caption.model_dump(exclude_none=True) for caption in table.captions],
+            directory.fact("captions"),
+        )
     if table.max_tokens is not None:
         wanted["max_tokens"] = (table.max_tokens, encoder["max_tokens"])
     for name, (expected, found) in wanted.items():
