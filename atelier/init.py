@@ -148,6 +148,9 @@ def write_lines(data: Data, gpus: Sequence[int]) -> list[Line]:
         Line(table="engine", key="gpus_per_worker", value=worker, why=f"GPUs: {machine}"),
         *captions,
         Line(table="features", key="text_model", value=T5, why=f"of all released PixArts; {_where(T5)}"),
+        Line(
+            table="features", key="text_cleaning", value="diffusers", why="as the texts of PixArt-alpha's weights were"
+        ),
         Line(table="features", key="vae_model", value=VAE, why=f"of PixArt-alpha's; {_where(VAE)}"),
         Line(table=table, key="resolution", value=resolution, why=f"the median short side is {data.short_side} pixels"),
         Line(table=table, key="buckets", value=data.is_varied, why="whether images of many shapes are cut to a few"),

@@ -113,6 +113,7 @@ def test_images_of_a_released_size_start_from_its_weights() -> None:
     assert lines["training.finetune", "starts_from"] == "PixArt-alpha/PixArt-XL-2-512x512"
     released = tomllib.loads((REPOSITORY / "recipes/finetune.toml").read_text())
     assert lines["features", "text_model"] == released["features"]["text_model"] == "DeepFloyd/t5-v1_1-xxl"
+    assert lines["features", "text_cleaning"] == released["features"]["text_cleaning"] == "diffusers"
     assert (lines["engine", "gpus_per_worker"], lines["training", "dtype"]) == (1.0, "bf16")
 
 

@@ -1,19 +1,24 @@
 """Every shipped recipe parses against every room's config, in all its stages."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from captioning.config import CaptioningConfig
 from dataset_stats.config import DatasetStatsConfig
+from encoders.likeness import is_same_codec, is_same_text_encoder
 from errors import UserError
 from features.config import feature_table
 from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.patterns import expand_braces, select_shards
 from pipelines.recipe import DataConfig, ModelConfig, load_recipe
+from pixart.differences import Uses, differences
 from pixart.model import PixArtConfig
+from pixart.origins import Fact, Positions
+from pixart.published import PUBLISHED
 from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
@@ -38,6 +43,13 @@ TABLES = {
     "evaluation": EvaluationConfig,
     "toyworld": ToyworldConfig,
 }
+FIRST_STAGES = {
+    "dreambooth": ["dreambooth"],
+    "finetune": ["finetune"],
+    "toyworld-finetune": ["finetune"],
+    "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],
+    "pixart-sigma": ["sigma-256", "sigma-512", "sigma-1024"],
+}
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
 TABLE_4 = {
     "stage1": (256, 300_000, 128 * 8),
@@ -55,8 +67,7 @@ def test_recipe_parses_in_every_room(path: Path) -> None:
     recipe = load_recipe(path)
     for name, model in TABLES.items():
         assert isinstance(recipe.table(name, model), model)
-    own = next((name for name in ("finetune", "dreambooth") if path.stem.endswith(name)), None)
-    stages = ["stage1", "stage2", "stage3"] if own is None else [own]
+    stages = FIRST_STAGES.get(path.stem, ["stage1", "stage2", "stage3"])
     assert stage_names(recipe)[: len(stages)] == stages
     for stage in stage_names(recipe):
         settings = stage_training(recipe, stage)
@@ -179,3 +190,45 @@ def test_the_recipe_with_heads_of_64_is_the_papers_in_other_heads() -> None:
     ]
     weights = [{name: weight.shape for name, weight in blank_network(shape).named_parameters()} for shape in shapes]
     assert weights[0] == weights[1]
+
+
+# -- recipes that go on from released weights agree with what those were trained with ---------------------------------
+
+STARTS = [
+    (path, stage)
+    for path in RECIPES
+    for stage in stage_names(load_recipe(path))
+    if str(stage_training(load_recipe(path), stage).starts_from).startswith("PixArt-alpha/")
+]
+
+
+@pytest.mark.parametrize(("path", "stage"), STARTS, ids=[f"{path.stem}-{stage}" for path, stage in STARTS])
+def test_a_recipe_says_of_released_weights_what_they_were_trained_with(path: Path, stage: str) -> None:
+    recipe = load_recipe(path)
+    settings = stage_training(recipe, stage)
+    features = feature_table(recipe, settings.features or stage)
+    (published,) = (model for model in PUBLISHED if model.name == settings.starts_from)
+    uses = Uses(
+        text_encoder=(features.text_model,),
+        max_tokens=features.max_tokens,
+        cleaning=features.text_cleaning,
+        vae=(features.vae_model,),
+        positions=Positions(sample_size=features.resolution // 8, scale=settings.interpolation_scale)
+        if settings.interpolation_scale is not None
+        else None,
+    )
+    source = Fact(value=Positions(sample_size=published.sample_size, scale=published.scales[0]), source="config.json")
+    origins = replace(published.origins("published"), positions=source)
+    found = differences(origins, uses, is_same_text_encoder=is_same_text_encoder, is_same_codec=is_same_codec)
+    assert [difference.name for difference in found] == settings.departs_in
+
+
+def test_the_stages_of_sigma_start_from_each_other_and_are_what_was_published() -> None:
+    recipe = load_recipe(REPOSITORY / "recipes/pixart-sigma.toml")
+    stages = stage_names(recipe)
+    assert [stage_training(recipe, stage).starts_from for stage in stages[1:]] == stages[:-1]
+    for stage, published in zip(stages, [model for model in PUBLISHED if "Sigma" in model.name], strict=True):
+        features = feature_table(recipe, stage)
+        assert (features.resolution, features.max_tokens) == (8 * published.sample_size, published.max_tokens)
+        assert (features.text_cleaning, features.vae_model) == (published.cleaning, published.vae)
+        assert stage_training(recipe, stage).interpolation_scale == published.scales[0]
