@@ -112,10 +112,8 @@ class Origins:
         return _listed(facts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `ORIGINS_FILE` holds: the values that are known; where they were is left behind."""
-        found = {name: fact.value for name, fact in self.facts().items() if fact is not None}
-        if "positions" in found:
-            found["positions"] = dataclasses.asdict(found["positions"])
+        """Return what `ORIGINS_FILE` holds: the values that are known and that the weights themselves do not say."""
+        found = {name: fact.value for name, fact in self.facts().items() if fact is not None and name in _KINDS}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
@@ -132,7 +130,7 @@ def origins_of_json(content: Mapping[str, Any], *, source: str) -> Origins:
         value = content[name]
         if not is_sound(value):
             raise UserError(f"{source}: {name} is {value!r}, which is no value of it")
-        facts[name] = Fact(value=_MADE_OF_JSON.get(name, lambda same: same)(value), source=source)
+        facts[name] = Fact(value=tuple(value) if isinstance(value, list) else value, source=source)
     return Origins(**facts)
 
 
@@ -154,11 +152,6 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-def _is_positions(value: Any) -> bool:
-    is_pair = isinstance(value, dict) and value.keys() == {"sample_size", "scale"}
-    return is_pair and all(_is_number(number) and number > 0 for number in value.values())
-
-
 _KINDS: dict[str, Any] = {
     "text_encoder": _is_names,
     "max_tokens": lambda value: isinstance(value, int) and value > 0,
@@ -166,14 +159,7 @@ _KINDS: dict[str, Any] = {
     "vae": _is_names,
     "vae_scale": _is_number,
     "vae_shift": _is_number,
-    "positions": _is_positions,
-    "has_size_condition": lambda value: isinstance(value, bool),
     "process": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
-}
-_MADE_OF_JSON: dict[str, Callable[[Any], Any]] = {
-    "text_encoder": tuple,
-    "vae": tuple,
-    "positions": lambda value: Positions(sample_size=value["sample_size"], scale=value["scale"]),
 }
 # What is said to be missing where it is.
 _WORDS = {

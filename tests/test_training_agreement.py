@@ -20,8 +20,9 @@ from pipelines.store.families import NULL_CAPTION_FILE
 from pixart.convert import save_diffusers
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE
+from training.convert import main as convert
 from training.launch.preflight import inspect_stage, print_plan
-from training.stages.stage import TrainingJob, open_stage
+from training.stages.stage import TrainingJob, find_weights, open_stage
 
 T5, FLAN = "DeepFloyd/t5-v1_1-xxl", "google/flan-t5-xxl"
 SD_VAE, SDXL_VAE = "stabilityai/sd-vae-ft-ema", "stabilityai/sdxl-vae"
@@ -53,7 +54,7 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
         monkeypatch.setattr(
             training_run.write_text,
             "__kwdefaults__",
-            training_run.write_text.__kwdefaults__ | {"max_tokens": max_tokens},
+            (training_run.write_text.__kwdefaults__ or {}) | {"max_tokens": max_tokens},
         )
         return make_run(Path(tempfile.mkdtemp(dir=tmp_path)))
 
@@ -268,3 +269,33 @@ def test_the_plan_names_what_the_weights_were_trained_with(
     source = "(published as PixArt-alpha/PixArt-XL-2-512x512)"
     assert f"start from {start}: text by {T5}, 120 tokens, cleaned as diffusers {source};" in said
     assert f"VAE {SD_VAE}, scale 0.18215 {source}; positions of 64 latents a side at scale 1" in said
+
+
+def test_what_weights_were_trained_with_goes_through_every_conversion(run_with: MakeRun, tmp_path: Path) -> None:
+    """A folder, an original file and a safetensors file of it, and back: none forgets the encoders."""
+    pipeline = tiny_pipeline(tmp_path / "pipeline")
+    save_diffusers(PixArt(TINY), pipeline / "transformer")
+    start = str(pipeline)
+    for target in ("one", "two.pth", "three", "four.safetensors", "five"):
+        convert([start, str(tmp_path / target)])
+        start = str(tmp_path / target)
+        origins = find_weights(start, key="x").origins
+        assert origins.max_tokens is not None and origins.cleaning is not None
+        assert (origins.max_tokens.value, origins.cleaning.value) == (120, "diffusers")
+        assert origins.text_encoder is not None and origins.text_encoder.value[0] == str(pipeline / "text_encoder")
+        assert origins.vae_scale is not None and origins.vae_scale.value == 0.45
+    record = json.loads((tmp_path / "five" / ORIGINS_FILE).read_text())
+    assert record == json.loads((tmp_path / "one" / ORIGINS_FILE).read_text())
+    right = {"text_model": str(pipeline / "text_encoder"), "vae_model": str(pipeline / "vae"), "scale": 0.45}
+    assert not job_of(run_with(**ALPHA | right), tmp_path / "four.safetensors").departures
+    with pytest.raises(UserError, match=r"max_tokens is 300, but .*four\.safetensors\) were trained with 120"):
+        job_of(run_with(**ALPHA | right | {"max_tokens": 300}), tmp_path / "four.safetensors")
+
+
+def test_networks_beside_the_trained_one_are_compared_too(run_with: MakeRun, tmp_path: Path) -> None:
+    start, teacher = tiny_pipeline(tmp_path / "pipeline"), tiny_pipeline(tmp_path / "teacher", seed=1)
+    right = {"text_model": str(start / "text_encoder"), "vae_model": str(start / "vae"), "scale": 0.45}
+    run = run_with(**ALPHA | right)
+    argv = [*arguments(run, 2, starts_from=str(start)), "--set", f'training.stage2.networks.teacher="{teacher}"']
+    with pytest.raises(UserError, match=r"text_model is .*, but .*networks\.teacher \(.*teacher/transformer\) were"):
+        open_stage(parse_command("training", "", argv=argv, has_stages=True))

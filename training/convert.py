@@ -6,8 +6,10 @@ With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
 from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
 from pixart.model import PixArt, PixArtConfig
+from pixart.origins import ORIGINS_FILE, Fact, Origins
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
 from pixart.reparameterize import reparameterize
-from pixart.tensor_files import NUM_HEADS, read_weight_file
+from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.weight_files import is_original_name
 from training.stages.networks import count_parameters
 from training.stages.stage import find_weights
@@ -57,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
+    origins = start.origins
+    _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
+    process = start.process if origins.process is None else origins.process.value
+    origins = _kept(origins, process, source=source, is_reparameterised=options.reparameterize)
     if options.reparameterize:
         if network.kind != "dit":
             raise UserError(f"SOURCE ({source}) is a PixArt: only a class-conditional DiT is re-parameterised")
@@ -67,10 +74,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         _compare(dit, network)
     if is_original_name(options.target.name):
         derived = {} if options.reparameterize else _derived(source)
-        _write_original(network, options.target, derived, process=start.process["name"])
+        _write_original(network, options.target, derived, origins=origins, process=process["name"])
     else:
-        _write(network, options.target, start.process)
+        _write(network, options.target, process, origins=origins)
     _say(f"{options.target}: {_describe(network)}")
+
+
+def _kept(origins: Origins, process: Mapping[str, Any], *, source: Path, is_reparameterised: bool) -> Origins:
+    """Return what holds for the weights that are written, too: fresh ones that read the text were trained with none."""
+    own = Fact(value=dict(process), source=str(source))
+    if is_reparameterised:
+        return Origins(vae=origins.vae, vae_scale=origins.vae_scale, vae_shift=origins.vae_shift, process=own)
+    return replace(origins, process=own)
 
 
 def _weights_of(source: str) -> str:
@@ -141,11 +156,12 @@ def _compare(dit: DiT, model: PixArt) -> None:
     console.print(f"at t = {TIMESTEP} the output is the DiT's without class to {difference:.1e} (largest: {scale:.2g})")
 
 
-def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any]) -> None:
+def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any], *, origins: Origins) -> None:
     """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
     with atomic_folder(folder) as temporary:
         save_diffusers(network, temporary / WEIGHTS_FOLDER)
         atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
+        atomic_write_json(temporary / ORIGINS_FILE, origins.to_json())
 
 
 def _derived(source: Path) -> dict[str, Tensor]:
@@ -157,18 +173,24 @@ def _derived(source: Path) -> dict[str, Tensor]:
     return derived
 
 
-def _write_original(network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, process: str) -> None:
+def _write_original(
+    network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, origins: Origins, process: str
+) -> None:
     """Write all or nothing under the file's name; PixArt's own files have their weights under `state_dict`.
 
-    Heads of a width that was never published are noted beside them, which the original code passes over.
+    Heads of a width that was never published are noted beside them, and what a PixArt was trained with, which the
+    original code passes over.
     """
     try:
         weights = {**original_weights(network), **derived}
     except UserError as error:
         raise UserError(f"{path} would be no original file: {error}; name a folder, which says such things") from None
     if process != "ddpm":
-        log.warning(f"{path} cannot say that the weights were trained with {process}: original code takes ddpm's noise")
-    noted = {} if network.config.width in PUBLISHED_HEADS else {NUM_HEADS: network.config.num_heads}
+        log.warning(
+            f"{path} says to this project alone that the weights were trained with {process}: original code takes "
+            "ddpm's noise"
+        )
+    noted: dict[str, Any] = {} if network.config.width in PUBLISHED_HEADS else {NUM_HEADS: network.config.num_heads}
     if noted:
         log.info(f"{path} says beside the weights that it has {noted[NUM_HEADS]} heads: no width like it was published")
     if network.kind == "pixart" and NULL_CAPTION not in weights:
@@ -176,6 +198,8 @@ def _write_original(network: DiT | PixArt, path: Path, derived: Mapping[str, Ten
             f"{path} has no {NULL_CAPTION}, what the text encoder gives for no text: original code draws it at random "
             "and needs it for guidance; this project computes it"
         )
+    if network.kind == "pixart":
+        noted[ORIGINS] = json.dumps(origins.to_json())
     with atomic_file(path) as temporary:
         if path.suffix.lower() == ".safetensors":
             save_file(weights, temporary, metadata={"format": "pt", **{name: str(n) for name, n in noted.items()}})
