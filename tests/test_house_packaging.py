@@ -203,7 +203,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(installed, tmp
 
 # What other packages that we name bring along, by module.
 BROUGHT = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "triton": "torch", "tokenizers": "transformers"}
-EXTRAS = {"dataset_stats": "stats", "sampling": "sampling app"}
+EXTRAS = {"dataset_stats": "stats", "sampling": "sampling app", "training": "training wandb"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

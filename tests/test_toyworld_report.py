@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.recipe import load_recipe
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
+from pipelines.store.previews import write_previews
 from pipelines.store.summary import update_summary
 from toyworld import judge as judge_module
 from toyworld.charts import Scale, loss_chart
@@ -20,6 +21,7 @@ from toyworld.render import render
 from toyworld.report import _reason, write_report
 from toyworld.scoring import read_prompt_scenes, score_run
 from toyworld.world import write_world
+from training.previews.page import write_page
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'é' 红"
 
@@ -117,6 +119,10 @@ def finished(tmp_path_factory):
     (run / "training" / "stage2").mkdir(parents=True)
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 3, 4, 3, 4, 5)]
     (run / "training" / "stage2" / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
+    stage = run / "training" / "stage2"
+    for step in range(0, 100, 10):
+        write_previews(stage, step, [("a <small> dot", Image.new("RGB", (8, 8), (step, 0, 0)))])
+    write_page(stage)
     return run
 
 
@@ -135,6 +141,13 @@ def test_page_stands_alone_and_its_links_exist(finished, page):
         elif not reference.startswith("data:image/"):
             assert (finished / reference).is_file(), reference
     assert "samples/stage2/grid.png" in parsed.references and "summary.json" in parsed.references
+
+
+def test_previews_of_a_stage_are_below_its_curve_first_and_last_among_them(finished, page):
+    assert "a &lt;small&gt; dot" in page
+    shown = re.findall(r"<figcaption>(start|\d+)</figcaption>", page[page.index("a &lt;small&gt; dot") :])
+    assert shown == ["start", "10", "20", "30", "50", "60", "70", "90"]
+    assert "training/stage2/previews/index.html" in Page(page).references
 
 
 def test_unchanged_page_is_left_alone(finished, page):

@@ -50,19 +50,19 @@ def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     def lines() -> list[Any]:
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
-    with MetricsLog(tmp_path, step=0) as metrics:
+    with MetricsLog(tmp_path, step=0, boards=[]) as metrics:
         for step in (2, 4, 6):
             metrics.write({"step": step, "loss": 1.0, "loss_by_timestep": [0.5, None]})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    with MetricsLog(tmp_path, step=4) as metrics:
+    with MetricsLog(tmp_path, step=4, boards=[]) as metrics:
         metrics.write({"step": 6, "loss": 2.0, "loss_by_timestep": []})
     assert [(line["step"], line["loss"]) for line in lines()] == [(2, 1.0), (4, 1.0), (6, 2.0)]
 
 
 def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        MetricsLog(tmp_path, step=0) as log,
+        MetricsLog(tmp_path, step=0, boards=[]) as log,
         Path("/dev/full").open("ab", buffering=0) as full,
         monkeypatch.context() as patch,
     ):

@@ -66,7 +66,7 @@ def _object_text(item: SceneObject) -> str:
     return f"{item.size} {item.colour} {item.shape}, {item.position}"
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` items, evenly spaced."""
     if len(items) <= count:
         return list(items)
@@ -94,8 +94,8 @@ def caption_examples(run: Path, data: DataConfig, *, count: int) -> list[Caption
     if not hits_path.is_file():
         return []
     rows = read_table(hits_path, ["key", "shard", "hits"], mend=MEND_SHARD).to_pylist()
-    missed = _spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
-    chosen = missed + _spread([row for row in rows if all(row["hits"])], count - len(missed))
+    missed = spread([row for row in rows if not all(row["hits"])], count // MISSES_SHOWN)
+    chosen = missed + spread([row for row in rows if all(row["hits"])], count - len(missed))
     chosen.sort(key=lambda row: (row["shard"], row["key"]))
     paths = {shard_name(path): path for path in run_shards(run, data, is_recipe_typed=True)}
     examples = []
@@ -153,7 +153,7 @@ def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[Sam
     """Return samples of a folder such as `samples/stage2`, evenly spaced, marked where the judge has seen them."""
     verdicts = {row["file"]: row for row in read_verdicts(config, run, folder)}
     examples = []
-    for row in _spread(read_samples(folder), config.num_report_examples):
+    for row in spread(read_samples(folder), config.num_report_examples):
         verdict = verdicts.get(row["file"])
         picture = embed_picture(read_picture(folder / row["file"], mend=mend_sample()))
         examples.append(

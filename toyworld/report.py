@@ -22,6 +22,7 @@ from pipelines.store.tables import MEND_SHARD, count_table_rows
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
+from toyworld.previews import PreviewRow, preview_rows
 from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
 
 log = get_logger("toyworld")
@@ -75,12 +76,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The loss of one training stage."""
+    """The loss of one training stage, and what its preview prompts gave meanwhile."""
 
     name: str
     title: str
     detail: str
     chart: Markup | None
+    previews: list[PreviewRow]
     num_steps: int = 0
     last_loss: float = 0.0
 
@@ -305,7 +307,7 @@ def _curves(run: Path, stages: Sequence[StageTitle]) -> list[Curve]:
     for stage in stages:
         losses = _read_losses(run / "training" / stage.name / METRICS_NAME)
         if not losses:
-            curves.append(Curve(name=stage.name, title=stage.full, detail=stage.detail, chart=None))
+            curves.append(Curve(name=stage.name, title=stage.full, detail=stage.detail, chart=None, previews=[]))
             continue
         tail = [loss for _, loss in losses[-max(1, len(losses) // 20) :]]
         last_loss = sum(tail) / len(tail)
@@ -318,6 +320,7 @@ def _curves(run: Path, stages: Sequence[StageTitle]) -> list[Curve]:
                 chart=loss_chart(losses, label=label),
                 num_steps=losses[-1][0],
                 last_loss=last_loss,
+                previews=preview_rows(run, stage.name),
             )
         )
     return curves

@@ -24,6 +24,7 @@ from training.launch.preflight import (
     say_changes,
 )
 from training.launch.ranks import LostContactError, run_ranks
+from training.previews.texts import encode_prompts
 from training.stages.gate import print_gate, samples_of
 from training.stages.stage import TrainingJob, open_stage
 
@@ -69,6 +70,8 @@ def lead(*, announce: Callable[[], None]) -> None:
         _plan_networks(job, preflight, num_sharing=num_sharing)
         return
     command.remember()
+    if preflight.previews is not None and not preflight.previews.labels:
+        encode_prompts(job)
     _run(job, ranks, announce=announce)
     former_seconds = resume.trainer["elapsed_seconds"] if resume is not None else 0.0
     _report(job, preflight, seconds=former_seconds + time.monotonic() - start_seconds)

@@ -15,8 +15,11 @@ from training.mixture import DatasetConfig
 SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
-# The same of one objective.
+# The same of one objective, and of one network.
 OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",)}
+NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts",)}
+SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
+MAX_PREVIEWS = 64
 KeepActivations = Literal["all", "products", "inputs"]
 Value = TypeVar("Value")
 STEERS = "steers what comes"
@@ -194,6 +197,37 @@ class StageTraining(TableConfig):
     num_validation_samples: Steers[int] = pydantic.Field(
         default=2048, ge=1, description="Samples of a validation at most, rounded down to whole global batches"
     )
+    preview_prompts: list[Annotated[str, pydantic.Field(min_length=1)]] = pydantic.Field(
+        default=[],
+        max_length=MAX_PREVIEWS,
+        description="Prompts that a PixArt's average draws while it trains, always from the same noise; see previews/ "
+        "in the stage's folder",
+    )
+    preview_classes: list[Annotated[int, pydantic.Field(ge=0)]] = pydantic.Field(
+        default=[], max_length=MAX_PREVIEWS, description="Class labels that a DiT's average draws while it trains"
+    )
+    preview_every: int | None = pydantic.Field(
+        default=None,
+        ge=1,
+        description="Steps between previews, beside those before the first step and after the last; null = "
+        "checkpoint_every",
+    )
+    preview_size: str | None = pydantic.Field(
+        default=None, description="Width x height of previews in pixels; null = a square of the features' resolution"
+    )
+    preview_num_steps: int = pydantic.Field(default=20, ge=1, le=1000, description="Steps of DPM-Solver++ of a preview")
+    preview_guidance_scale: float = pydantic.Field(
+        default=4.5, ge=1, allow_inf_nan=False, description="Classifier-free guidance of previews; 1 = off"
+    )
+    preview_seed: int = pydantic.Field(
+        default=0, ge=0, lt=2**32, description="Seed of the noise that each preview starts from, as of sampling.seed"
+    )
+    wandb_project: str | None = pydantic.Field(
+        default=None,
+        min_length=1,
+        description="Project of Weights & Biases that gets metrics and previews, too; its own variables, such as "
+        "WANDB_MODE=offline, count. null = none",
+    )
     prefetch_batches: int = pydantic.Field(default=2, ge=1, description="Micro-batches a rank reads ahead")
     check_payloads: bool = pydantic.Field(
         default=False, description="Compare the CRC-32 of every payload read with the index; reading is then slower"
@@ -225,6 +259,13 @@ class StageTraining(TableConfig):
     co2_kilograms_per_kilowatt_hour: float = pydantic.Field(
         default=0.48, ge=0, description="Carbon intensity of the electricity; 0.48 = world average of 2023 (Ember)"
     )
+
+    @pydantic.field_validator("preview_size", mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and SIZE.fullmatch(value)):
+            raise ValueError("a size is width x height in pixels, such as 1024x768")
+        return value
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what `TableConfig` says, less the keys of other processes and objectives, which stages may share."""
@@ -271,22 +312,21 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
 
     Raises:
         UserError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong, or one of the
-            stage's own table is of another process; names it.
+            stage's own table is of another process or network; names it.
     """
     settings = recipe.named("training", stage, model=StageTraining)
     own = recipe.tables["training"][stage]
-    for process in PROCESS_KEYS.keys() - {settings.process}:
-        for key in own.keys() & PROCESS_KEYS[process]:
-            raise UserError(
-                f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for process {process}, "
-                f"but the stage's is {settings.process!r}"
-            )
-    for objective in OBJECTIVE_KEYS.keys() - {settings.objective}:
-        for key in own.keys() & set(OBJECTIVE_KEYS[objective]):
-            raise UserError(
-                f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for objective {objective}, "
-                f"but the stage's is {settings.objective!r}"
-            )
+    for kind, chosen, keys in (
+        ("process", settings.process, PROCESS_KEYS),
+        ("objective", settings.objective, OBJECTIVE_KEYS),
+        ("network", settings.network, NETWORK_KEYS),
+    ):
+        for other in keys.keys() - {chosen}:
+            for key in own.keys() & set(keys[other]):
+                raise UserError(
+                    f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for {kind} {other}, "
+                    f"but the stage's is {chosen!r}"
+                )
     _require_roles(settings, key=f"{recipe.path}: training.{stage}")
     return settings
 

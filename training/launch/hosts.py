@@ -24,7 +24,7 @@ from training.launch.ranks import GRACE_SECONDS, StopSignals, wait_all
 STOP = b"stop\n"
 STARTED, DONE, FAILED, FAULT, LOST = "started", "done", "failed", "fault", "lost contact"
 REPORT_PREFIX = "ATELIER_NODE "  # a login shell may write to stdout too
-ENVIRONMENT_PREFIXES = ("NCCL_", "GLOO_", "TORCH", "HF_", "DS_", "ATELIER_", "PYTHONPATH")
+ENVIRONMENT_PREFIXES = ("NCCL_", "GLOO_", "TORCH", "HF_", "DS_", "WANDB_", "ATELIER_", "PYTHONPATH")
 # Where Python looks for modules, from its start.
 PATH_NAMES = ("PYTHONPATH", "PYTHONSAFEPATH")
 # A host's own launcher waits GRACE_SECONDS for its ranks before it reports.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from errors import UserError
+from errors import DISTRIBUTION, UserError
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import checkpoint_folders
 from training.config import SCRATCH, StageTraining
@@ -26,8 +26,10 @@ from training.launch.memory import (
     ways_to_leave_open,
 )
 from training.launch.reckoning import rank_bytes
+from training.loop.boards import has_wandb
 from training.loop.compilation import is_compiled, require_compilable
 from training.loop.products import require_products
+from training.previews.plan import PreviewPlan, describe_previews, require_previews
 from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
@@ -48,6 +50,7 @@ class Preflight:
 
     survey: Survey
     num_ranks: int
+    previews: PreviewPlan | None
 
     @property
     def num_samples(self) -> int:
@@ -68,7 +71,7 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
     job.directory.mkdir(parents=True, exist_ok=True)
     survey = survey_stage(job)
     _require_cache(job, survey)
-    return Preflight(survey=survey, num_ranks=num_ranks)
+    return Preflight(survey=survey, num_ranks=num_ranks, previews=require_previews(job, survey))
 
 
 def require_even_batches(settings: StageTraining, num_ranks: int) -> None:
@@ -119,6 +122,8 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
         _print("start", f"from {job.start.path}: {job.origins.describe(reads_text=reads_text)}")
         for departure in job.departures:
             log.warning(departure)
+    if preflight.previews is not None:
+        _print("previews", describe_previews(job, preflight.previews))
     say_oddities(job, preflight)
     threads = settings.threads_per_process or "a share of the"
     compiled = ", compiled blocks" if is_compiled(settings) else ""
@@ -133,6 +138,11 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
 def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
     """Warn of numbers that hardly anybody means: recipes are for data of some size, and are tried on other data."""
     settings, stage = job.settings, job.command.stage_name
+    if settings.wandb_project is not None and not has_wandb():
+        log.warning(
+            f"training.{stage}.wandb_project {settings.wandb_project!r}: the package wandb is not installed ("
+            f"pip install '{DISTRIBUTION}[wandb]'), and the stage is trained without it"
+        )
     num_drawn = settings.num_steps * settings.global_batch_size
     num_epochs = num_drawn / preflight.num_samples
     if num_epochs > MANY_EPOCHS:

@@ -41,6 +41,7 @@ from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
 from training.objectives.objective import Objective
+from training.previews.previews import open_previews
 from training.stages.networks import blank_copy, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
 
@@ -107,6 +108,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
         progress = open_progress(job)
+        description = describe(job, survey)
         session = Session(
             job=job,
             objective=start.objective,
@@ -114,10 +116,11 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             batches=iter(reader),
             transfers=Transfers(networks.model.device),
             progress=progress,
-            log=open_log(job, progress, stack),
+            log=open_log(job, progress, stack, description=description),
             flops=flops,
             validation=open_validation(job),
-            description=describe(job, survey),
+            previews=open_previews(job, survey),
+            description=description,
             stop=stop,
         )
         train(session)

@@ -2,13 +2,17 @@
 
 import math
 import resource
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipelines.engine.progress import ProgressBar, progress_bar
+from pipelines.store.previews import Pictures
 from training.config import StageTraining
+from training.loop.boards import open_boards
 from training.loop.flops import device_peak_teraflops
 from training.loop.measure import UpdateMeter
 from training.loop.metrics import MetricsLog, costs
@@ -49,6 +53,11 @@ class StepLog:
         if self._metrics is not None:
             self._metrics.write({"step": self._progress.step, **record})
 
+    def show(self, pictures: Pictures) -> None:
+        """Show previews of the current step, which rank 0 alone has."""
+        if self._metrics is not None:
+            self._metrics.show(pictures, step=self._progress.step)
+
     def _write_line(self, update: Update, meter: UpdateMeter, *, learning_rate: float) -> None:
         settings, progress = self._settings, self._progress
         update_norm, clipped_norm = meter.norms()
@@ -77,15 +86,16 @@ class StepLog:
             self._bar.note = f"loss {losses['loss']:.4f} · data wait {speed['data_wait_fraction']:.0%}"
 
 
-def open_log(job: TrainingJob, progress: Progress, stack: ExitStack) -> StepLog:
-    """Return this rank's log, closed with `stack`."""
+def open_log(job: TrainingJob, progress: Progress, stack: ExitStack, *, description: Mapping[str, Any]) -> StepLog:
+    """Return this rank's log, closed with `stack`; `description` is what `trainer.json` says of the stage."""
     if dist.get_rank() != 0:
         return StepLog(job.settings, progress, metrics=None, bar=None)
     num_steps = job.settings.num_steps - progress.step
+    boards = open_boards(job, step=progress.step, description=description)
     return StepLog(
         job.settings,
         progress,
-        metrics=stack.enter_context(MetricsLog(job.directory, step=progress.step)),
+        metrics=stack.enter_context(MetricsLog(job.directory, step=progress.step, boards=boards)),
         bar=stack.enter_context(progress_bar(f"training {job.command.stage_name}", num_steps, unit="steps")),
     )
 

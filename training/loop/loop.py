@@ -1,4 +1,4 @@
-"""The training loop: next batch, loss, backward, step, log, maybe save."""
+"""The training loop: next batch, loss, backward, step, log, maybe save, maybe draw."""
 
 import threading
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from training.loop.schedule import is_due, learning_rate_at
 from training.loop.state import save_checkpoint
 from training.loop.validation import Validation
 from training.objectives.objective import Objective
+from training.previews.previews import Previews
 from training.stages.stage import TrainingJob
 
 
@@ -32,6 +33,7 @@ class Session:
     log: StepLog
     flops: StepFlops
     validation: Validation | None
+    previews: Previews | None
     description: dict[str, Any]
     stop: threading.Event
 
@@ -45,6 +47,7 @@ def train(session: Session) -> None:
     settings, progress = session.job.settings, session.progress
     if progress.step == 0:
         _validate(session)
+    _preview(session)
     while progress.step < settings.num_steps and not progress.health.is_stopping:
         _step(session)
         if is_due(progress.step, every=settings.validate_every, last=settings.num_steps):
@@ -54,6 +57,7 @@ def train(session: Session) -> None:
         if is_save_due or progress.health.is_stopping:
             _look(session, is_all=True)
             _save(session)
+        _preview(session)
 
 
 def _step(session: Session) -> None:
@@ -99,6 +103,16 @@ def _validate(session: Session) -> None:
     with session.progress.clock.paused():
         losses = session.validation.run(session.networks, session.objective, step=session.progress.step)
     session.log.write(losses)
+
+
+def _preview(session: Session) -> None:
+    """Draw the previews of this step, if they are due; a stage that is to stop leaves them to its resume."""
+    previews, progress = session.previews, session.progress
+    if previews is None or not previews.is_due(progress.step) or progress.health.is_stopping:
+        return
+    with progress.clock.paused():
+        pictures = previews.draw(session.networks, step=progress.step)
+    session.log.show(pictures)
 
 
 def _save(session: Session) -> None:

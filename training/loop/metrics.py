@@ -1,14 +1,17 @@
-"""What a run reports: `metrics.jsonl` and TensorBoard, and what the training has cost so far."""
+"""What a run reports: `metrics.jsonl` and the boards beside it, and what the training has cost so far."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from errors import StorageError
 from pipelines.store.files import atomic_write_bytes, remove_temporary_files
+from pipelines.store.previews import Pictures
 from pipelines.store.state_files import log_lines
 from training.config import StageTraining
+from training.loop.boards import Board
 
 METRICS = "metrics.jsonl"
 SECONDS_PER_DAY = 86_400
@@ -31,25 +34,23 @@ def costs(settings: StageTraining, *, device_seconds: float) -> dict[str, float]
 
 
 class MetricsLog:
-    """Appends lines to `metrics.jsonl` and scalars to TensorBoard.
+    """Appends lines to `metrics.jsonl`, and shows their numbers on `boards`, which it closes.
 
     Lines after `step`, left by a run that got further than its last checkpoint, are removed: the file becomes what an
     uninterrupted run would have written.
     """
 
-    def __init__(self, directory: Path, *, step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
+    def __init__(self, directory: Path, *, step: int, boards: Sequence[Board]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS
         # The launcher holds the directory.
         remove_temporary_files(directory, is_held=True)
         atomic_write_bytes(path, b"".join(_lines_up_to(path, step)))
         self._file = path.open("ab", buffering=0)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._boards = boards
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one line; its numbers go to TensorBoard under their names.
+        """Write one line; its numbers go to the boards under their names.
 
         Raises:
             StorageError: the disk is full; names the file.
@@ -61,13 +62,19 @@ class MetricsLog:
                 f"{self._file.name} cannot be written: {error.strerror}; the last checkpoint stays in force, and the "
                 "same command continues from it"
             ) from error
+        scalars: dict[str, Any] = {}
         for name, value in record.items():
-            scalars = (
+            scalars |= (
                 {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
             )
-            for tag, scalar in scalars.items():
-                if scalar is not None:
-                    self._board.add_scalar(tag, scalar, record["step"])
+        scalars = {name: value for name, value in scalars.items() if value is not None}
+        for board in self._boards:
+            board.add_scalars(scalars, step=record["step"])
+
+    def show(self, pictures: Pictures, *, step: int) -> None:
+        """Show previews of a step on the boards."""
+        for board in self._boards:
+            board.add_pictures(pictures, step=step)
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +83,8 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[bytes]:

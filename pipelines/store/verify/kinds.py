@@ -201,6 +201,14 @@ TRAINING = FolderKind(
             pattern="non-finite-step-*.json", check=json_damage, mend="`rm {path}`: it tells people what happened"
         ),
         FileKind(pattern="tensorboard/*", check=None),
+        FileKind(pattern="wandb.json", check=json_damage, mend="`rm {path}`: a new run of W&B begins"),
+        FileKind(pattern="wandb/*", check=None),
+        FileKind(
+            pattern="previews/step-*/*.png", check=picture_damage, mend="`rm {path}`: it is only for people to look at"
+        ),
+        FileKind(pattern="previews/index.html", check=page_damage, mend=COPY),
+        FileKind(pattern="previews/prompts.safetensors", check=weights_damage, mend=COPY),
+        FileKind(pattern="previews/.step-*.tmp/*", check=None),
         FileKind(pattern=".step-*.tmp/*", check=None),
     ),
     signs=("latest", "step-*/*", "metrics.jsonl", "survey.json"),
