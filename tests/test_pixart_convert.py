@@ -13,7 +13,7 @@ from errors import MissingFileError, UserError
 from pixart.convert import infer_config, load_diffusers, load_original, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layers import position_embedding
-from pixart.layouts import export_weights, original_layout
+from pixart.layouts import NULL_CAPTION, export_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.transformer_config import (
     DIT_DEFAULTS,
@@ -239,6 +239,14 @@ def test_stored_positions_say_how_far_they_are_apart(sample_size, scale):
         infer_config(weights | {"pos_embed": positions + 0.1})
     with pytest.raises(UserError, match="pos_embed does not hold the sines and cosines of a square grid"):
         infer_config(weights | {"pos_embed": positions * math.nan})
+
+
+@pytest.mark.parametrize(("num_tokens", "sample_size", "scale"), [(300, 32, 0.5), (300, 256, 4.0), (120, 32, 1.0)])
+def test_a_file_without_positions_has_those_of_sigma_if_its_null_caption_is_sigmas(num_tokens, sample_size, scale):
+    config = PixArtConfig(num_layers=1, num_heads=6, head_dim=64, caption_channels=20, sample_size=sample_size)
+    weights = export_weights(PixArt(config), original_layout(config))
+    found = infer_config(weights | {NULL_CAPTION: torch.zeros(num_tokens, 20)}, sample_size=sample_size)
+    assert found == replace(config, interpolation_scale=scale)
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

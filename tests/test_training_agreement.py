@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_run
+from huggingface_hub import constants
 from published_layouts import sigma_settings, write_original, write_pipeline, write_transformer
 from safetensors.torch import load_file, save_file
 from tiny_encoders import save_codec, save_text_encoder
@@ -167,8 +168,8 @@ def test_encoders_on_disk_are_known_by_their_weights_and_not_by_their_names(run_
     start = tiny_pipeline(tmp_path / "pipeline")
     text, vae = as_fp16(start / "text_encoder", tmp_path / "t5-copy"), as_fp16(start / "vae", tmp_path / "vae-copy")
     right = ALPHA | {"text_model": str(text), "vae_model": str(vae), "scale": 0.45}
-    job = job_of(run_with(**right), start)
-    assert not job.departures
+    for named in (start, start / "transformer"):
+        assert not job_of(run_with(**right), named).departures
     other_text = save_text_encoder(tmp_path / "t5-other", seed=1)
     with pytest.raises(UserError, match=r"features\.text_model is '.*t5-other', but .* with '.*pipeline/text_encoder'"):
         job_of(run_with(**right | {"text_model": str(other_text)}), start)
@@ -187,6 +188,33 @@ def test_a_decoder_of_its_own_makes_no_other_latents(run_with: MakeRun, tmp_path
     save_file(tuned, path, {"format": "pt"})
     right = ALPHA | {"text_model": str(start / "text_encoder"), "vae_model": str(vae), "scale": 0.45}
     assert not job_of(run_with(**right), start).departures
+
+
+def test_a_hub_id_is_known_by_its_pipeline_and_its_name(
+    run_with: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the encoders around a transformer on the hub the configs are fetched alone."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("PixArt-Sigma-XL-2-512-MS", "PixArt-XL-2-512x512"):
+        snapshot = tmp_path / "hub" / f"models--PixArt-alpha--{name}" / "snapshots" / "abc"
+        (snapshot.parent.parent / "refs").mkdir(parents=True)
+        (snapshot.parent.parent / "refs" / "main").write_text("abc")
+        write_transformer(snapshot / "transformer", **sigma_settings(64))
+    start = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+    vae = save_codec(tmp_path / "hub" / "models--stabilityai--sdxl-vae" / "snapshots" / "abc")
+    (vae.parent.parent / "refs").mkdir()
+    (vae.parent.parent / "refs" / "main").write_text("abc")
+    config = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
+    sigma = tmp_path / "hub/models--PixArt-alpha--PixArt-Sigma-XL-2-512-MS/snapshots/abc"
+    (sigma / "vae").mkdir()
+    (sigma / "vae" / "config.json").write_text(json.dumps(config))
+    (sigma / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    job = job_of(run_with(**SIGMA), start)
+    assert not job.departures and f"published as {start}" in job.origins.describe()
+    with pytest.raises(UserError, match=r"max_tokens is 120, but .* were trained with 300"):
+        job_of(run_with(**SIGMA | {"max_tokens": 120}), start)
+    alpha = job_of(run_with(**ALPHA), "PixArt-alpha/PixArt-XL-2-512x512").origins.describe()
+    assert "120 tokens" in alpha and "Sigma" not in alpha
 
 
 def test_what_nothing_tells_is_said_and_not_refused(run_with: MakeRun, tmp_path: Path) -> None:
