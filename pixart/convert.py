@@ -45,6 +45,8 @@ PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 ORIGINAL_KEYS = ("x_embedder.proj.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
 # a side of latents, where a file does not say it and nothing depends on it
 ANY_SIDE = 32
+# of a block of PixArt-Sigma that compresses keys and values
+COMPRESSED_KEY = re.compile(r"blocks\.(\d+)\.attn\.sr\.weight")
 # of stored positions to computed ones: in single precision, in float16, in bfloat16, whatever type they are kept in
 POSITION_TOLERANCES = (1e-4, 5e-4, 4e-3)
 
@@ -53,7 +55,8 @@ def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
     """Write `model` as a folder that diffusers' `PixArtTransformer2DModel` or `DiTTransformer2DModel` opens.
 
     diffusers knows DiT's timesteps only with `timestep_shift` 1; with 0 our own `load_diffusers` is exact and
-    diffusers close. A PixArt with per-block adaLN it refuses by its `norm_type`.
+    diffusers close. A PixArt with per-block adaLN, or whose blocks compress keys and values, it refuses by its
+    `norm_type`.
     """
     if model.kind == "pixart":
         layout, copies = pixart_diffusers_layout(model.config), {}
@@ -178,6 +181,7 @@ def infer_config(
         caption_channels=weights["y_embedder.y_proj.fc1.weight"].shape[1],
         interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
         has_size_condition=has_size_condition,
+        kv_compressed_blocks=tuple(sorted(int(match[1]) for key in weights if (match := COMPRESSED_KEY.match(key)))),
     )
 
 

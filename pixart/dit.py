@@ -84,12 +84,12 @@ class DiTBlock(nn.Module):
         x: Tensor,
         condition: Tensor,
         *,
-        grid: tuple[int, int],  # of no use to plain attention, which needs no neighbours
+        grid: tuple[int, int],
     ) -> Tensor:
         """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens, and SiLU(condition) [B, D]."""
         shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention), grid)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 

@@ -19,6 +19,7 @@ from pixart.stored_shapes import (
     CONFIG_NAME,
     DIT_DEFAULTS,
     PIXART_DEFAULTS,
+    adaln_of,
     default_interpolation_scale,
     kind_of,
 )
@@ -150,7 +151,7 @@ def _of_config(path: Path, pipeline: str | None, *, location: str) -> Origins:
         "sample_size": side,
         "caption_channels": config["caption_channels"],
         "has_size_condition": is_told,
-        "adaln": "single" if config["norm_type"] == "ada_norm_single" else "per-block",
+        "adaln": adaln_of(config),
         "num_classes": config.get("num_embeds_ada_norm"),
     }
     like = recognise(

@@ -13,6 +13,7 @@ from pixart.attention import Packing, attend, attend_to_text, lay_out
 KeyValue = tuple[Tensor, Tensor]  # keys and values of texts, each as `pixart.attention.lay_out` gives them
 FREQUENCY_CHANNELS = 256
 MAX_PERIOD = 10_000
+COMPRESSED_SIDE = 2  # of the square of tokens that a compressed attention sees as one
 
 
 def frequency_embedding(values: Tensor, *, shift: int = 0) -> Tensor:
@@ -145,20 +146,47 @@ class ScalarEmbedder(nn.Module):
         return self.out(F.silu(self.hidden(frequencies.to(self.hidden.weight.dtype))))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention among the image tokens."""
+class TokenCompression(nn.Module):
+    """One token in place of 2 x 2: a convolution of each channel by itself, and a norm (PixArt-Sigma, section 3.3)."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, COMPRESSED_SIDE, stride=COMPRESSED_SIDE, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def average_(self) -> None:
+        """Set the weights to those it is trained from: the average of the tokens, normalised."""
+        nn.init.constant_(self.convolution.weight, 1 / COMPRESSED_SIDE**2)
+        nn.init.zeros_(self.convolution.get_parameter("bias"))
+        self.norm.reset_parameters()
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Give [B, N', D] for tokens [B, N, D] of a grid (height, width), whose last row or column may stand alone."""
+        image = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, height, width]
+        bottom, right = (-side % COMPRESSED_SIDE for side in grid)
+        if bottom or right:  # the original code drops it; so its average is that of the tokens there are
+            image = F.pad(image, (0, right, 0, bottom), mode="replicate")
+        return self.norm(self.convolution(image).flatten(2).transpose(1, 2))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among the image tokens; where it compresses, to one key and value of 2 x 2 tokens."""
+
+    def __init__(self, channels: int, num_heads: int, *, is_compressed: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(channels, channels)
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
+        self.compression = TokenCompression(channels) if is_compressed else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give [B, N, D] for x [B, N, D]."""
-        query, key, value = (split_heads(layer(x), self.num_heads) for layer in (self.query, self.key, self.value))
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Give [B, N, D] for x [B, N, D], rows of `grid` (height, width) tokens one after the other."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.compression is not None:
+            key, value = self.compression(key, grid), self.compression(value, grid)
+        query, key, value = (split_heads(each, self.num_heads) for each in (query, key, value))
         return self.out(join_heads(attend(query, key, value)))
 
 

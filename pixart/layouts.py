@@ -45,6 +45,9 @@ def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
                 f"{theirs}.cross_attn.kv_linear", f"{ours}.cross_attention.key", f"{ours}.cross_attention.value"
             )
             layout |= _linear(f"{theirs}.cross_attn.proj", f"{ours}.cross_attention.out")
+            if i in config.kv_compressed_blocks:
+                layout |= _linear(f"{theirs}.attn.sr", f"{ours}.attention.compression.convolution")
+                layout |= _linear(f"{theirs}.attn.norm", f"{ours}.attention.compression.norm")
         else:
             layout |= _linear(f"{theirs}.adaLN_modulation.1", f"{ours}.modulation")
     if config.kind == "dit":
@@ -87,6 +90,9 @@ def pixart_diffusers_layout(config: PixArtConfig) -> Layout:
         layout |= _linear(f"{theirs}.attn2.to_k", f"{ours}.cross_attention.key")
         layout |= _linear(f"{theirs}.attn2.to_v", f"{ours}.cross_attention.value")
         layout |= _linear(f"{theirs}.attn2.to_out.0", f"{ours}.cross_attention.out")
+        if i in config.kv_compressed_blocks:
+            for part in ("convolution", "norm"):
+                layout |= _linear(f"{theirs}.attn1.compression.{part}", f"{ours}.attention.compression.{part}")
         if is_single:
             layout |= {f"{theirs}.scale_shift_table": (f"{ours}.modulation.embedding",)}
         else:

@@ -21,6 +21,7 @@ from pixart.layers import (
     PatchEmbed,
     ScalarEmbedder,
     SelfAttention,
+    TokenCompression,
     modulate,
     unpatchify,
     xavier_,
@@ -34,7 +35,7 @@ class PixArtConfig:
 
     kind: ClassVar[Literal["pixart"]] = "pixart"
     # What weights were trained with and the recipe does not say.
-    inherited_fields: ClassVar[tuple[str, ...]] = ()
+    inherited_fields: ClassVar[tuple[str, ...]] = ("kv_compressed_blocks",)
     # What may change between trainings, as no weight depends on it.
     position_fields: ClassVar[tuple[str, ...]] = ("sample_size", "interpolation_scale")
 
@@ -49,12 +50,20 @@ class PixArtConfig:
     interpolation_scale: float = 1.0
     has_size_condition: bool = False  # told image size and aspect ratio, as the released 1024px model is
     adaln: Literal["single", "per-block"] = "single"  # per-block: as in DiT, the ablation of Figure 6
+    kv_compressed_blocks: tuple[int, ...] = ()  # whose image tokens attend to a quarter of their number (PixArt-Sigma)
 
     def __post_init__(self) -> None:
         if self.width % 4:
             raise UserError(f"num_heads {self.num_heads} x head_dim {self.head_dim} is not a multiple of 4")
         if self.sample_size % self.patch_size:
             raise UserError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
+        blocks = self.kv_compressed_blocks
+        if blocks and self.adaln != "single":
+            raise UserError(f"kv_compressed_blocks {list(blocks)} need adaLN-single, but adaln is {self.adaln}")
+        if list(blocks) != sorted({block for block in blocks if 0 <= block < self.num_layers}):
+            raise UserError(
+                f"kv_compressed_blocks {list(blocks)} are not blocks from 0 to {self.num_layers - 1}, in order"
+            )
 
     @property
     def width(self) -> int:
@@ -68,6 +77,8 @@ class PixArtConfig:
 
     def alternatives(self) -> tuple["PixArtConfig", ...]:
         """Return the shapes that the paper compares it with: that of Figure 6 with the other adaLN."""
+        if self.kv_compressed_blocks:
+            return ()
         return (replace(self, adaln="per-block" if self.adaln == "single" else "single"),)
 
     def network(self) -> "PixArt":
@@ -120,9 +131,9 @@ def pack_text(text: Tensor, text_mask: Tensor | None) -> PackedText:
 class PixArtBlock(nn.Module):
     """Self-attention, cross-attention over the text, MLP; modulated by adaLN-single or by an adaLN of its own."""
 
-    def __init__(self, width: int, num_heads: int, *, adaln: str) -> None:
+    def __init__(self, width: int, num_heads: int, *, adaln: str, is_compressed: bool) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, num_heads)
+        self.attention = SelfAttention(width, num_heads, is_compressed=is_compressed)
         self.cross_attention = CrossAttention(width, num_heads)
         self.mlp = MLP(width, 4 * width, width)
         self.modulation = AdaLNSingle(width, 6) if adaln == "single" else nn.Linear(width, 6 * width)
@@ -134,7 +145,7 @@ class PixArtBlock(nn.Module):
         *,
         text: Tensor | KeyValue,
         packing: Packing,
-        grid: tuple[int, int],  # of no use to plain attention, which needs no neighbours
+        grid: tuple[int, int],
     ) -> Tensor:
         """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens one after the other.
 
@@ -144,7 +155,7 @@ class PixArtBlock(nn.Module):
         key_value = self.cross_attention.read(text, packing) if isinstance(text, Tensor) else text
         shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention))
+        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention), grid)
         x = x + self.cross_attention(x, key_value, packing)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
@@ -171,7 +182,10 @@ class PixArt(nn.Module):
             self.aspect_ratio_embed = ScalarEmbedder(width // 3)
         self.caption_projection = MLP(config.caption_channels, width, width)
         self.blocks = nn.ModuleList(
-            PixArtBlock(width, config.num_heads, adaln=config.adaln) for _ in range(config.num_layers)
+            PixArtBlock(
+                width, config.num_heads, adaln=config.adaln, is_compressed=number in config.kv_compressed_blocks
+            )
+            for number in range(config.num_layers)
         )
         if config.adaln == "single":
             self.global_modulation = nn.Linear(width, 6 * width)
@@ -191,6 +205,8 @@ class PixArt(nn.Module):
                 nn.init.normal_(module.out.weight, std=0.02)
             if isinstance(module, CrossAttention):
                 nn.init.zeros_(module.out.weight)  # the identity, so that a pretrained DiT is left as it is
+            if isinstance(module, TokenCompression):
+                module.average_()
         if self.config.adaln == "single":
             nn.init.normal_(self.global_modulation.weight, std=0.02)
         else:

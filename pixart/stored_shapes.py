@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from errors import UserError
 from pixart.weight_files import read_json
@@ -22,6 +22,7 @@ PIXART_DEFAULTS: dict[str, Any] = {
     "caption_channels": None,
     "interpolation_scale": None,
     "use_additional_conditions": None,
+    "kv_compressed_blocks": [],  # ours; diffusers' PixArt has none
 }
 DIT_DEFAULTS: dict[str, Any] = {
     "num_layers": 28,
@@ -37,6 +38,9 @@ DIT_DEFAULTS: dict[str, Any] = {
     "num_embeds_ada_norm": 1000,
     "timestep_shift": 1,  # ours; diffusers' timesteps have no other
 }
+# of a PixArt with blocks that compress keys and values: diffusers, which would pass over them, refuses what it says
+COMPRESSED_NORM_TYPE = "ada_norm_single_kv_compression"
+SINGLE_NORM_TYPES = ("ada_norm_single", COMPRESSED_NORM_TYPE)
 # by class, where a config leaves out its norm_type
 NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
 # latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
@@ -67,7 +71,7 @@ def kind_of(stored: Mapping[str, Any], path: Path) -> str:
     # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
     norm_type = stored.get("norm_type", NORM_TYPES.get(str(stored.get("_class_name"))))
     reads_captions = stored.get("caption_channels") is not None
-    if norm_type == "ada_norm_single" or (norm_type == "ada_norm_zero" and reads_captions):
+    if norm_type in SINGLE_NORM_TYPES or (norm_type == "ada_norm_zero" and reads_captions):
         return "pixart"
     if norm_type == "ada_norm_zero":
         return "dit"
@@ -88,4 +92,9 @@ def stored_shape(folder: Path) -> dict[str, Any]:
     shape = {key: stored[name] for name, key in RECIPE_KEYS.items()}
     if kind == "dit":
         return shape | {"num_classes": stored["num_embeds_ada_norm"]}
-    return shape | {"adaln": "single" if stored["norm_type"] == "ada_norm_single" else "per-block"}
+    return shape | {"adaln": adaln_of(stored)}
+
+
+def adaln_of(stored: Mapping[str, Any]) -> Literal["single", "per-block"]:
+    """Return the adaLN of a PixArt, by what its config says, defaults included."""
+    return "single" if stored["norm_type"] in SINGLE_NORM_TYPES else "per-block"

@@ -13,10 +13,12 @@ from errors import MissingFileError, UserError
 from pixart.dit import DiTConfig
 from pixart.model import PixArtConfig
 from pixart.stored_shapes import (
+    COMPRESSED_NORM_TYPE,
     CONDITIONED_SIDE,
     CONFIG_NAME,
     DIT_DEFAULTS,
     PIXART_DEFAULTS,
+    adaln_of,
     default_interpolation_scale,
     kind_of,
 )
@@ -45,7 +47,7 @@ SHAPE_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_
 
 
 def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
-    """Return what `config.json` must say for diffusers to build the network."""
+    """Return what `config.json` must say for diffusers to build the network, or to refuse one that it has not."""
     shared = {
         "_diffusers_version": DIFFUSERS_VERSION,
         "activation_fn": FIXED_CONFIG["activation_fn"],
@@ -66,6 +68,7 @@ def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
             "num_embeds_ada_norm": config.num_classes,
             "timestep_shift": config.timestep_shift,
         }
+    compressed = {"norm_type": COMPRESSED_NORM_TYPE, "kv_compressed_blocks": list(config.kv_compressed_blocks)}
     return {
         **shared,
         "_class_name": "PixArtTransformer2DModel",
@@ -74,6 +77,7 @@ def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
         "caption_channels": config.caption_channels,
         "interpolation_scale": config.interpolation_scale,
         "use_additional_conditions": config.has_size_condition,
+        **(compressed if config.kv_compressed_blocks else {}),
     }
 
 
@@ -115,8 +119,18 @@ def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
         # both defaults as diffusers has them
         interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
         has_size_condition=sample_size == CONDITIONED_SIDE if has_size_condition is None else bool(has_size_condition),
-        adaln="single" if stored["norm_type"] == "ada_norm_single" else "per-block",
+        adaln=adaln_of(stored),
+        kv_compressed_blocks=_block_numbers(stored),
     )
+
+
+def _block_numbers(stored: Mapping[str, Any]) -> tuple[int, ...]:
+    blocks, is_said = stored["kv_compressed_blocks"], stored["norm_type"] == COMPRESSED_NORM_TYPE
+    if not isinstance(blocks, list) or any(type(block) is not int for block in blocks):
+        raise UserError(f"kv_compressed_blocks is {blocks!r}, not a list of numbers of blocks")
+    if is_said != bool(blocks):
+        raise UserError(f"norm_type is {stored['norm_type']!r}, which kv_compressed_blocks {blocks!r} contradicts")
+    return tuple(blocks)
 
 
 def _dit_config(stored: Mapping[str, Any], timestep_shift: int | None) -> DiTConfig:

@@ -184,6 +184,11 @@ class StageTraining(TableConfig):
         description="Position scale: base resolution relative to the one positions were learnt at; null = that of the "
         "weights it starts from, times the ratio of the resolutions (from scratch 1)",
     )
+    kv_compressed_blocks: Decides[list[Annotated[int, pydantic.Field(ge=0)]] | None] = pydantic.Field(
+        default=None,
+        description="Of a PixArt: numbers of the blocks whose image tokens attend to one key and value of 2 x 2 tokens "
+        "(PixArt-Sigma: 14 to 27 of 28); blocks that did not yet begin with averages. null = as the start has it",
+    )
     seed: Decides[int] = pydantic.Field(
         default=0, ge=0, lt=2**63, description="Decides data order, noise and fresh weights"
     )
@@ -328,6 +333,11 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
                     f"but the stage's is {chosen!r}"
                 )
     _require_roles(settings, key=f"{recipe.path}: training.{stage}")
+    if settings.network == "dit" and settings.kv_compressed_blocks is not None:
+        raise UserError(
+            f"{recipe.path}: training.{stage}.kv_compressed_blocks = {settings.kv_compressed_blocks!r} is for network "
+            "pixart, but the stage's is 'dit'"
+        )
     return settings
 
 

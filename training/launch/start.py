@@ -73,7 +73,10 @@ def open_start(job: TrainingJob, survey: Survey, *, choose: ObjectiveChoice, dev
     (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
     choose_products(blank_copy(trained), job.settings, device=device)
     return Start(
-        config=config, objective=objective, networks=networks, weights=count_weights(objective.networks, networks)
+        config=trained.config,
+        objective=objective,
+        networks=networks,
+        weights=count_weights(objective.networks, networks),
     )
 
 

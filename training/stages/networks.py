@@ -33,8 +33,13 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
     text = job.features.text_encoder
     if job.settings.network == "pixart":
         assert text is not None, "the features of a PixArt have text"
-        scale = job.settings.position_scale
-        return PixArtConfig(**shared, caption_channels=text["d_text"], interpolation_scale=scale, adaln=job.model.adaln)
+        return PixArtConfig(
+            **shared,
+            caption_channels=text["d_text"],
+            interpolation_scale=job.settings.position_scale,
+            adaln=job.model.adaln,
+            kv_compressed_blocks=tuple(job.settings.kv_compressed_blocks or ()),
+        )
     require_labels(job, survey)
     return DiTConfig(**shared, num_classes=job.model.num_classes)
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.layers import TokenCompression
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
@@ -111,6 +112,8 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
             f"{key} is told the size of each image (has_size_condition, as PixArt-XL-2-1024-MS is), which is drawn "
             "with and not trained: start from weights that are not, such as PixArt-alpha/PixArt-XL-2-512x512"
         )
+    if isinstance(former, PixArt):
+        former = with_compression(former, job.settings.kv_compressed_blocks, key=key)
     config = _inherit(config, former.config)
     # Only the positions change between resolutions, and they are computed.
     positions = {name: getattr(config, name) for name in config.position_fields}
@@ -118,6 +121,37 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
     return network
+
+
+def with_compression(network: PixArt, blocks: Sequence[int] | None, *, key: str) -> PixArt:
+    """Return the network with keys and values compressed in `blocks`, where it has them not yet by averages of tokens.
+
+    None leaves it as it is.
+
+    Raises:
+        UserError: it has learnt to compress in others, or has fewer blocks; names `key`.
+    """
+    former = network.config.kv_compressed_blocks
+    if blocks is None or tuple(blocks) == former:
+        return network
+    if left_out := sorted(set(former) - set(blocks)):
+        raise UserError(
+            f"{key} compresses keys and values in block {left_out[0]}, which kv_compressed_blocks = {list(blocks)} of "
+            "the stage leaves out: it has learnt to read those alone"
+        )
+    config = dataclasses.replace(network.config, kv_compressed_blocks=tuple(blocks))
+    weights = network.state_dict()
+    for block in sorted(set(blocks) - set(former)):
+        compression = TokenCompression(config.width)
+        compression.average_()
+        weights |= {f"blocks.{block}.attention.compression.{name}": w for name, w in compression.state_dict().items()}
+    log_once(
+        f"{key}: {len(blocks) - len(former)} blocks begin to compress keys and values, by the average of 2 x 2 tokens"
+    )
+    compressed = blank_network(config)
+    assert isinstance(compressed, PixArt)
+    compressed.load_state_dict(weights, assign=True)
+    return compressed
 
 
 def with_fresh_output(network: DiT | PixArt, out_channels: int) -> DiT | PixArt:
