@@ -41,6 +41,20 @@ def test_a_step_is_counted_as_torch_counts_it(num_text_tokens: int) -> None:
     assert ours == counter.get_total_flops()
 
 
+def test_compressed_keys_and_values_save_three_quarters_of_the_products_with_them() -> None:
+    blocks = range(14, 28)  # as PixArt-Sigma's own
+    plain, compressed = (
+        step_flops(PixArtConfig(sample_size=128, kv_compressed_blocks=tuple(found))).of_samples(
+            1, height=128, width=128, num_text_tokens=300
+        )
+        for found in ((), blocks)
+    )
+    num_tokens, width = 64 * 64, 1152
+    products = 2 * 2 * num_tokens * (num_tokens // 4) * 3 * width  # of queries with keys, and of scores with values
+    convolutions = 2 * 2 * 4 * (num_tokens // 4) * width  # of keys and of values, channel by channel
+    assert plain - compressed == len(blocks) * 3 * (products - convolutions)
+
+
 def test_captions_add_up() -> None:
     flops = step_flops(SMALL)
     parts = [flops.of_samples(1, height=8, width=8, num_text_tokens=length) for length in (2, 11)]
