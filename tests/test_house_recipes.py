@@ -227,6 +227,8 @@ def test_the_stages_of_sigma_start_from_each_other_and_are_what_was_published() 
     recipe = load_recipe(REPOSITORY / "recipes/pixart-sigma.toml")
     stages = stage_names(recipe)
     assert [stage_training(recipe, stage).starts_from for stage in stages[1:]] == stages[:-1]
+    # the last turns on what no published one has
+    assert stage_training(recipe, stages.pop()).kv_compressed_blocks == list(range(14, 28))
     for stage, published in zip(stages, [model for model in PUBLISHED if "Sigma" in model.name], strict=True):
         features = feature_table(recipe, stage)
         assert (features.resolution, features.max_tokens) == (8 * published.sample_size, published.max_tokens)
