@@ -104,7 +104,13 @@ def copy_of(features: Path, folder: Path) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("zero", [{"zero_stage": 0}, {"zero_stage": 3, "dtype": "bf16", "process": "flow"}])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"zero_stage": 0, "keep_activations": "inputs"},
+        {"zero_stage": 3, "dtype": "bf16", "process": "flow", "trains": ["blocks.*", "final*"]},
+    ],
+)
 @pytest.mark.slow
 def test_a_run_with_previews_and_resumes_over_them_is_that_without_to_the_bit(features, tmp_path, zero) -> None:
     plain, drawn = copy_of(features, tmp_path / "plain"), make_drawing_run(tmp_path / "drawn")

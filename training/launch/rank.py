@@ -40,7 +40,7 @@ from training.loop.progress import open_progress
 from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
-from training.objectives.objective import Objective
+from training.objectives.objective import Objective, Trained
 from training.previews.previews import open_previews
 from training.stages.networks import blank_copy, parameter_counts
 from training.stages.stage import TrainingJob, open_stage
@@ -104,6 +104,10 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     job = _settled(job, start, survey, choose=choose)
     require_disk(job, start.weights)
     flops = _step_flops(job, choose(job, META), start.networks, in_channels=survey.channels)
+    # Before DeepSpeed and what is kept for the backward pass change it.
+    (blank,) = (
+        blank_copy(network) for name, network in start.networks.items() if start.objective.networks[name] == Trained()
+    )
     networks = open_networks(job, start.objective.networks, start.networks)
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
@@ -119,7 +123,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             log=open_log(job, progress, stack, description=description),
             flops=flops,
             validation=open_validation(job),
-            previews=open_previews(job, survey),
+            previews=open_previews(job, survey, blank=blank),
             description=description,
             stop=stop,
         )

@@ -200,6 +200,18 @@ class ZeroModel:
             assert weight is not None, f"DeepSpeed keeps no fp32 master of {name}"
             yield name, weight
 
+    @contextlib.contextmanager
+    def whole_frozen(self) -> Iterator[dict[str, Tensor]]:
+        """Give the weights that do not train as the network computes with them, whole and on the device, by name.
+
+        They are the network's own, to be read alone; all ranks must call it.
+        """
+        from deepspeed import zero
+
+        others = {name: weight for name, weight in self.engine.module.named_parameters() if name not in self._trained}
+        with zero.GatheredParameters(list(others.values()), enabled=self.settings.zero_stage == 3):
+            yield {name: weight.detach() for name, weight in others.items()}
+
     @torch.no_grad()
     def scatter_masters(self, weights: dict[str, Tensor]) -> None:
         """Set the fp32 masters, and not the weights the model computes with, from whole weights by name."""

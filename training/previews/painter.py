@@ -33,7 +33,8 @@ class Painter:
         plan: what is drawn.
         texts: embeddings [L, D] of the null caption and of each prompt; empty for a DiT.
         network: without values of its own, on the meta device.
-        weights: fp32 on the CPU, all by name; they are not changed.
+        weights: all of them by name, on whatever device and in whatever precision; they are not changed, and what is
+            on `device` in `dtype` already is not copied.
         device, dtype: where and in what the network computes.
     """
 

@@ -1,5 +1,6 @@
 """Previews of a stage as its ranks draw them: when, by whom, and what becomes of them."""
 
+import copy
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -10,23 +11,39 @@ from torch import Tensor
 from errors import is_out_of_memory, users_message
 from pipelines.engine.progress import get_logger
 from pipelines.store.previews import Pictures, preview_steps, remove_previews, write_previews
+from pixart.dit import DiT
+from pixart.model import PixArt
 from training.data.survey import Survey
 from training.loop.networks import Networks
 from training.previews.page import write_page
 from training.previews.painter import Painter
 from training.previews.plan import PreviewPlan, plan_previews
 from training.previews.texts import read_embeddings
-from training.stages.networks import blank_copy
 from training.stages.stage import TrainingJob
 
 log = get_logger("training")
 
 
 class Previews:
-    """Draws what a plan says, with the average of the weights; `last_step` is the step whose previews are there."""
+    """Draws what a plan says, with the average of the weights.
 
-    def __init__(self, job: TrainingJob, plan: PreviewPlan, texts: Sequence[Tensor], *, last_step: int | None) -> None:
-        self._job, self._plan, self._texts, self._last_step = job, plan, texts, last_step
+    Args:
+        job, plan: what is trained and drawn.
+        texts: see `Painter`; rank 0 alone has them.
+        blank: the network on the meta device.
+        last_step: whose previews are there.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        plan: PreviewPlan,
+        texts: Sequence[Tensor],
+        *,
+        blank: DiT | PixArt,
+        last_step: int | None,
+    ) -> None:
+        self._job, self._plan, self._texts, self._blank, self._last_step = job, plan, texts, blank, last_step
 
     def is_due(self, step: int) -> bool:
         """Whether previews of this step are wanted and not there."""
@@ -40,18 +57,21 @@ class Previews:
         """
         self._last_step = step
         device = networks.model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            pictures = self._draw(networks, step=step)
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            networks.model.whole_frozen() as frozen,
+        ):
+            pictures = self._draw(networks, frozen, step=step)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return pictures
 
-    def _draw(self, networks: Networks, *, step: int) -> Pictures:
+    def _draw(self, networks: Networks, frozen: dict[str, Tensor], *, step: int) -> Pictures:
         average = networks.ema.gather()
         painter, pictures, failures = None, [], _Failures(self._job, step)
         if dist.get_rank() == 0:
             with failures:
-                painter = self._painter(networks, average)
+                painter = self._painter(networks, frozen | average)
         for number in range(len(self._plan.names)):
             if painter is not None and not failures.are_any:
                 with failures:
@@ -66,16 +86,15 @@ class Previews:
         dist.barrier()
         return pictures
 
-    def _painter(self, networks: Networks, average: dict[str, Tensor]) -> Painter:
-        model = networks.model
+    def _painter(self, networks: Networks, weights: dict[str, Tensor]) -> Painter:
         return Painter(
             self._job,
             self._plan,
             self._texts,
-            network=blank_copy(model.engine.module),
-            weights=model.frozen | average,
-            device=model.device,
-            dtype=model.dtype,
+            network=copy.deepcopy(self._blank),
+            weights=weights,
+            device=networks.model.device,
+            dtype=networks.model.dtype,
         )
 
 
@@ -105,10 +124,10 @@ class _Failures:
         return True
 
 
-def open_previews(job: TrainingJob, survey: Survey) -> Previews | None:
+def open_previews(job: TrainingJob, survey: Survey, *, blank: DiT | PixArt) -> Previews | None:
     """Return what draws a stage's previews, None if it draws none; all ranks must call it.
 
-    Previews of steps that are to be trained again are removed.
+    Previews of steps that are to be trained again are removed. `blank` is the network that trains, on the meta device.
 
     Raises:
         UserError: as `plan_previews`, or the prompts have not been encoded.
@@ -116,9 +135,10 @@ def open_previews(job: TrainingJob, survey: Survey) -> Previews | None:
     plan = plan_previews(job, survey)
     if plan is None:
         return None
-    texts = [] if plan.labels else read_embeddings(job)
+    texts: list[Tensor] = []
     found: list[int | None] = [None]
     if dist.get_rank() == 0:
+        texts = [] if plan.labels else read_embeddings(job)
         step = 0 if job.resume is None else job.resume.step
         steps = preview_steps(job.directory)
         for later in (other for other in steps if other > step):
@@ -126,4 +146,4 @@ def open_previews(job: TrainingJob, survey: Survey) -> Previews | None:
         # A stage that begins anew draws anew what it begins with.
         found = [step if step in steps and job.resume is not None else None]
     dist.broadcast_object_list(found, src=0)
-    return Previews(job, plan, texts, last_step=found[0])
+    return Previews(job, plan, texts, blank=blank, last_step=found[0])
