@@ -13,10 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LivingBytes(TorchDispatchMode):
-    """Counts the living among the storages that operations of torch make; blind to what kernels take inside."""
+    """Counts the living among the storages that operations of torch make; blind to what kernels take inside.
 
-    def __init__(self) -> None:
+    `device` is the type of the device that they are to lie on, such as "meta" of what stands for a GPU; None is any.
+    """
+
+    def __init__(self, *, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.peak_bytes = 0
         self._living_bytes = 0
         self._known: dict[int, weakref.finalize] = {}
@@ -26,7 +30,7 @@ class LivingBytes(TorchDispatchMode):
         peak, self.peak_bytes = self.peak_bytes, self._living_bytes
         return peak
 
-    def watching(self, *, ignored: list[Tensor]) -> "LivingBytes":
+    def watching(self, *, ignored: Iterable[Tensor]) -> "LivingBytes":
         """Watch inside."""
         for tensor in ignored:
             self._count(tensor, is_ignored=True)
@@ -41,6 +45,8 @@ class LivingBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor, *, is_ignored: bool) -> None:
+        if self._device not in (None, tensor.device.type):
+            return
         for part in plain_parts(tensor):
             self._count_storage(part.untyped_storage(), is_ignored=is_ignored)
 

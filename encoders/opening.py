@@ -121,10 +121,8 @@ def blank_text_encoder(
     return encoder_class(spec, blank, None, text_batches(DEFAULT_BATCH_TOKENS["cpu"]))
 
 
-def blank_codec(
-    model: str, revision: str | None = None, *, dtype: str, is_on_a_gpu: bool = False, key: str = VAE_KEY
-) -> DiffusersCodec:
-    """Return the latent codec of a local folder or hub id on the meta device, made for a GPU or not.
+def blank_codec(model: str, revision: str | None = None, *, dtype: str, key: str = VAE_KEY) -> DiffusersCodec:
+    """Return the latent codec of a local folder or hub id on the meta device: it has shapes and no values.
 
     Raises as `open_codec` does, but for weights.
     """
@@ -132,10 +130,7 @@ def blank_codec(
 
     source = resolve_model(model, revision)
     config = _require_config(source, key=key)
-    codec = _codec_class(source, config, key=key).blank(config, dtype=getattr(torch, dtype))
-    if is_on_a_gpu:
-        codec.adapt_to_gpu()
-    return codec
+    return _codec_class(source, config, key=key).blank(config, dtype=getattr(torch, dtype))
 
 
 def latent_spec(source: ModelSource, *, key: str = VAE_KEY) -> LatentSpec | None:

@@ -10,7 +10,7 @@ from pipelines.as_typed import typed_path
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
-from sampling.config import sampling_config
+from sampling.config import SamplingConfig, sampling_config
 from sampling.generate import SamplingJob, check_inputs, check_job, describe_job, make_job, memory_settings, run_job
 from sampling.opening import find_trained_model
 
@@ -39,11 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     lost = check_job(job)
     if command.is_plan:
-        for line in describe_job(job):
+        for line in [*describe_job(job), *_describe_memory(job, config)]:
             log.info(line)
     else:
         command.remember()
         run_job(job, run=command.run, lost=lost)
+
+
+def _describe_memory(job: SamplingJob, config: SamplingConfig) -> list[str]:
+    if not job.pending():
+        return []
+    from sampling.card import describe_memory  # which imports torch
+
+    return describe_memory(job, config)
 
 
 def _write_embeddings(job: SamplingJob, path: Path, *, is_plan: bool) -> None:

@@ -1,7 +1,7 @@
 """`sampling.compile`: which batches of a job are drawn by compiled passes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from pixart.compilation import pays_to_compile, require_compiler
@@ -26,13 +26,23 @@ def compiled_shapes(config: SamplingConfig, requests: Sequence[ImageRequest]) ->
         require_compiler(key="sampling.compile")
     elif config.compile is False or config.device == "cpu" or not pays_to_compile():
         return set()
+    return frequent_shapes(config, requests)
+
+
+def frequent_shapes(config: SamplingConfig, requests: Sequence[ImageRequest]) -> set[tuple[int, int, int]]:
+    """Return (images, height, width) of the batches that are worth compiling for where compiling pays."""
     num_images: Counter[tuple[int, int, int]] = Counter()
+    for batch in batches(config, requests):
+        num_images[len(batch), batch[0].height, batch[0].width] += len(batch)
+    return {shape for shape, number in num_images.items() if config.compile is True or number >= MIN_IMAGES}
+
+
+def batches(config: SamplingConfig, requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
+    """Yield the batches of a job, whose requests are in the order of work."""
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
-        for (height, width), group in groupby(batch, key=lambda item: (item.height, item.width)):
-            size = len(list(group))
-            num_images[size, height, width] += size
-    return {shape for shape, number in num_images.items() if config.compile is True or number >= MIN_IMAGES}
+        for _, group in groupby(batch, key=lambda item: (item.height, item.width)):
+            yield list(group)
 
 
 def compiles_decoder(config: SamplingConfig, requests: Sequence[ImageRequest]) -> bool:

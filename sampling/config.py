@@ -94,6 +94,12 @@ class SamplingConfig(TableConfig):
         description="Decode an image a tile at a time, in half of the memory and without seams; auto = on a GPU where "
         "the whole does not fit what is free. Pixels move as by batch_size",
     )
+    card_gigabytes: float | None = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Memory of the card that PLAN=1 reckons for, in 10^9 bytes, if it is not here; "
+        "null = this machine's GPU",
+    )
     compile: bool | Literal["auto"] = pydantic.Field(
         default="auto",
         description="Compile the transformer's blocks, and capture its passes in CUDA graphs (15 to 25 s); auto = on a "

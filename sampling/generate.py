@@ -57,6 +57,15 @@ class SamplingJob:
     note: str | None = None
 
     @property
+    def in_order(self) -> list[ImageRequest]:
+        """The images in the order of work, those of one size together.
+
+        First images of all prompts come first, so that a larger N leaves their batches as they are.
+        """
+        each = self.config.images_per_prompt
+        return sorted(self.requests, key=lambda item: (item.height, item.width, item.number % each, item.number))
+
+    @property
     def identity(self) -> str:
         """Hash of what is requested."""
         return "sha256:" + sha256_text(json.dumps([asdict(request) for request in self.requests]))
@@ -326,9 +335,7 @@ def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> Non
     # Only here, so that a finished job loads no model library.
     from sampling.worker import SampleWorker, SampleWorkerConfig
 
-    # First images of all prompts come first, so that a larger N leaves their batches as they are.
-    num_images = job.config.images_per_prompt
-    by_size = sorted(job.requests, key=lambda item: (item.height, item.width, item.number % num_images, item.number))
+    by_size = job.in_order
     run_over_shards(
         SampleWorker,
         SampleWorkerConfig(
@@ -370,6 +377,10 @@ def memory_settings(job: SamplingJob) -> dict[str, Any]:
     }
     if job.trained.text is not None and config.text_encoder == "device":
         settings["sampling.text_encoder"] = f"{config.text_encoder} (8bit takes half, precomputed nothing)"
+    if config.vae_tiles is not True:
+        settings["sampling.vae_tiles"] = f"{config.vae_tiles} (true takes half)".lower()
+    if config.weight_dtype is None:
+        settings["sampling.weight_dtype"] = "null (int8 takes half)"
     return settings
 
 

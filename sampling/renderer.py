@@ -67,10 +67,10 @@ def _name(request: ImageRequest) -> str:
     return f"{request.file} (seed {request.seed})"
 
 
-def _load_model(
-    trained: TrainedModel, config: SamplingConfig, *, device: torch.device, dtype: torch.dtype
+def round_blocks(
+    model: PixArt | DiT, config: SamplingConfig, *, device: torch.device, dtype: torch.dtype
 ) -> PixArt | DiT:
-    model = trained.load()
+    """Move a transformer to a device in `dtype`, with the weights of its blocks in 8 bits if the recipe says so."""
     if config.weight_dtype == "int8":
         # Of its blocks alone: what is beside them is a thirtieth of the weights, and turns times into shifts and scales
         # that all tokens share.
@@ -141,9 +141,9 @@ class Renderer:
         self.config = config
         self.trained = trained
         torch.set_num_threads(config.num_threads or torch.get_num_threads())
-        self.device = choose_device(config.device, key="sampling.device")
+        self.device = self._choose_device()
         dtype = choose_dtype(config.dtype, self.device)
-        self.model = _load_model(trained, config, device=self.device, dtype=dtype)
+        self.model = self._load_model(dtype)
         self.codec, vae_dtype = self._open_codec()
         self.computed_in = {"dtype": str(dtype).removeprefix("torch."), "vae_dtype": vae_dtype}
         self.compiled_shapes = frozenset(compiled_shapes)
@@ -154,6 +154,12 @@ class Renderer:
             self.codec.compile_decoder()
         self._graphs, self._has_warned = PassGraphs(), False
         self._decoding_bytes: dict[tuple[int, ...], int] = {}  # by the shape of latents
+
+    def _choose_device(self) -> torch.device:
+        return choose_device(self.config.device, key="sampling.device")
+
+    def _load_model(self, dtype: torch.dtype) -> PixArt | DiT:
+        return round_blocks(self.trained.load(), self.config, device=self.device, dtype=dtype)
 
     def _open_codec(self) -> tuple[LatentCodec, str]:
         trained, dtype = self.trained, self.config.vae_dtype

@@ -84,6 +84,16 @@ class TrainedModel:
             )
         return model.eval().requires_grad_(False)
 
+    def blank(self) -> PixArt | DiT:
+        """Return the transformer on the meta device: it has shapes and no values."""
+        import torch
+
+        from pixart.transformer_config import read_transformer_config
+
+        config = self.original_config or read_transformer_config(self.model_path)
+        with torch.device("meta"):
+            return config.network().eval().requires_grad_(False)
+
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:
     """Open the checkpoint of `RUN/training/<stage name>` that training would go on from; the weights are read later.
