@@ -75,6 +75,8 @@ FLAGS = {
     "cfg": _toml("sampling.guidance_scale", "SCALE", "scale of classifier-free guidance"),
     "seed": _toml("sampling.seed", "N", "seed of the noise"),
     "size": _text("sampling.size", "WxH", "width x height in pixels"),
+    "lora": _text("sampling.lora", "FILES", "adapters to add: files, folders or stages, with commas between them"),
+    "weights": _text("sampling.lora_weights", "NUMBERS", "how much of each, with commas between them; 1 unless typed"),
     "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, preference or winrates"),
     "reference": _text("evaluation.reference", "IMAGES", "images to compare with"),
     "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub"),
@@ -123,7 +125,7 @@ class Subcommand:
 
 _RUN = ("recipe", "run", "set", "plan")
 _STAGE = (*_RUN, "stage", "phase")
-_SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size")
+_SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size", "lora", "weights")
 _DEFAULTS = (("run", "runs/default"),)
 
 SUBCOMMANDS = {

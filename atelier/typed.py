@@ -31,7 +31,8 @@ STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "ju
 
 VARIABLES = """\
   Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'
-             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH GPUS=n HOSTFILE=file
+             SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH LORA=a,b
+             WEIGHTS=0.8,0.5 GPUS=n HOSTFILE=file
              REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates REFERENCE='…' CLIP=…
              INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1
   Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.

@@ -63,6 +63,11 @@ def model_folder(model_id: str, revision: str | None = None) -> Path | None:
     return None if path is None else path.parent
 
 
+def identity_of(path: Path) -> str:
+    """Return what tells the weights of a folder or a file from all others: a hash over the bytes."""
+    return _folder_identity(path) if path.is_dir() else f"sha256:{sha256_file(path)}"
+
+
 def require_model(source: ModelSource, *, key: str) -> None:
     """Check that a folder holds weights, and a hub model is in the local cache or can be fetched, before work starts.
 

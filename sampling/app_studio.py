@@ -71,8 +71,8 @@ class Studio:
         require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
         is_precomputed = config.text_encoder == "precomputed"
         self.trained = trained
-        # By folder, as `choose` names them; one that is no checkpoint of the run's has its weights' folder or file.
-        self.checkpoint = str(trained.model_path.parent if trained.run is not None else trained.model_path)
+        # By folder, as `choose` names them; one that is no checkpoint of training has its weights' folder or file.
+        self.checkpoint = str(trained.checkpoint or trained.model_path)
         self._opened = {self.checkpoint: (trained, name)}
         # What is typed into a page is in no file of embeddings.
         self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config

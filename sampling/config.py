@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -136,6 +136,14 @@ class SamplingConfig(TableConfig):
         description="Instead of the run's checkpoint: a step-<k> folder of training, a diffusers PixArt or DiT folder "
         "(of a pipeline or of a transformer), a hub id, or an original .pth; what it lacks is taken from [features]",
     )
+    lora: list[str] = pydantic.Field(
+        default=[],
+        description="Adapters to add to the weights: .safetensors files or folders of peft's or diffusers' kind, and "
+        "checkpoints or stages that trained adapters; typed, with commas between them; `{run}` as above",
+    )
+    lora_weights: list[Annotated[float, pydantic.Field(ge=-10, le=10)]] | None = pydantic.Field(
+        default=None, description="How much of each adapter's change is added, from -10 to 10; null = 1 of each"
+    )
     checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
     departs_in: list[Literal["text_encoder", "max_tokens", "cleaning", "vae"]] = pydantic.Field(
         default=[],
@@ -152,6 +160,28 @@ class SamplingConfig(TableConfig):
         if value is not None and not value.strip():
             raise ValueError("the prompt is empty")
         return value
+
+    @pydantic.field_validator("lora", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        paths = [path.strip() for path in value.split(",")]
+        if not all(paths):
+            raise ValueError("adapters are paths with a comma between them, such as a.safetensors,b.safetensors")
+        return paths
+
+    @pydantic.field_validator("lora_weights", mode="before")
+    @classmethod
+    def _split_weights(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return [float(value)]
+        if not isinstance(value, str):
+            return value
+        try:
+            return [float(weight) for weight in value.split(",")]
+        except ValueError:
+            raise ValueError("weights are numbers with a comma between them, such as 0.8,0.5") from None
 
     @pydantic.field_validator("size", mode="before")
     @classmethod

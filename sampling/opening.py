@@ -4,6 +4,7 @@ from errors import UserError
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pixart.processes.specs import describe_unused_settings
+from sampling.adapters import add_adapters
 from sampling.config import SamplingConfig, encoder_config
 from sampling.foreign_weights import open_trained_model
 from sampling.trained_model import TrainedModel, open_run_model
@@ -12,7 +13,10 @@ log = get_logger("sampling")
 
 
 def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel:
-    """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage; raises as those two do."""
+    """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage, and the adapters to add to it.
+
+    Raises as these do.
+    """
     if config.checkpoint is None:
         _require_stage(command)
         trained = open_run_model(command.run, command.stage_name)
@@ -26,6 +30,7 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
             departs_in=config.departs_in,
         )
         log.info(f"{trained.name}: {trained.origins.describe(reads_text=trained.kind == 'pixart')}")
+    trained = add_adapters(trained, config.lora, config.lora_weights, run=command.run)
     if (unused := describe_unused_settings(trained.process, config.solver)) is not None:
         log.info(f"{trained.name}: {unused}")
     return trained

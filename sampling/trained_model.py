@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders.kl import PUBLISHED_VAE
-from encoders.weights import resolve_model
+from encoders.weights import identity_of, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
-from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.bases import adapter_identity, base_of
+from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.files import sha256_text
 from pipelines.store.state_files import read_state
 from pixart.evidence import origins_of_trainer
 from pixart.origins import Origins
@@ -24,10 +26,35 @@ from pixart.processes.specs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pixart.dit import DiT, DiTConfig
     from pixart.model import PixArt, PixArtConfig
 
 log = get_logger("sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAdapter:
+    """An adapter's file and how much of its change is added; `identity` is a hash of all that decides that change."""
+
+    path: Path
+    weight: float
+    identity: str
+
+    @property
+    def title(self) -> str:
+        """What people call it, with its weight."""
+        return f"{adapter_name(self.path)} {self.weight:g}"
+
+
+def adapter_name(path: Path) -> str:
+    """Return what people call an adapter: the name of its file, or of the folder that says what it is of."""
+    plain = {"adapter_model", "pytorch_lora_weights"}
+    if path.stem not in plain:
+        return path.stem
+    folder = path.parent
+    return f"{folder.parents[1].name}, {folder.parent.name}" if folder.name == "adapter" else folder.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +74,11 @@ class TrainedModel:
         vae: model and revision; scaling_factor and shift_factor where the training recorded them.
         process: spec of the process it was trained with.
         original_config: shape of an original file, which does not hold it.
-        run: whose checkpoint it is; None of weights from elsewhere.
+        own_adapters: folders of adapters that the weights were trained as, merged into those of `model_path` in turn.
+        shape: of a network that adapters were trained on, the fields of its config; its positions are drawn with.
+        adapters: those that are added to that, each with its weight.
+        checkpoint: folder of the checkpoint of training that it is; None of weights from elsewhere.
+        run: whose checkpoint it is, if it lies in a run.
         origins: what it was trained with, as far as that is known.
     """
 
@@ -63,6 +94,10 @@ class TrainedModel:
     vae: dict[str, Any]
     process: dict[str, Any]
     original_config: PixArtConfig | DiTConfig | None = None
+    own_adapters: tuple[Path, ...] = ()
+    shape: Mapping[str, Any] | None = None
+    adapters: tuple[WeightedAdapter, ...] = ()
+    checkpoint: Path | None = None
     run: Path | None = None
     origins: Origins = field(default_factory=Origins)
 
@@ -75,6 +110,7 @@ class TrainedModel:
             model = load_original(self.model_path, self.original_config)
         else:
             model = load_diffusers(self.model_path)
+        model = self._adapted(model)
         channels, expected = model.config.in_channels, process_of(self.process).out_channels(model.config.in_channels)
         if model.config.out_channels != expected:
             raise UserError(
@@ -93,6 +129,24 @@ class TrainedModel:
         config = self.original_config or read_transformer_config(self.model_path)
         with torch.device("meta"):
             return config.network().eval().requires_grad_(False)
+
+    def _adapted(self, model: PixArt | DiT) -> PixArt | DiT:
+        """Merge adapters into the weights; in fp32, in which small changes are not lost."""
+        if model.kind != "pixart" or not (self.own_adapters or self.adapters):
+            return model
+        from pixart.adapter_files import read_adapter
+        from pixart.adapters import at_positions, merge, require_fit
+
+        model = model.float()
+        paths = [*self.own_adapters, *(adapter.path for adapter in self.adapters)]
+        adapters = [read_adapter(path, model.config) for path in paths]
+        for adapter in adapters:
+            require_fit(adapter, model)
+        own, added = adapters[: len(self.own_adapters)], adapters[len(self.own_adapters) :]
+        for adapter in own:
+            merge(model, [(adapter, 1.0)])
+        merge(model, [(adapter, item.weight) for adapter, item in zip(added, self.adapters, strict=True)])
+        return model if self.shape is None else at_positions(model, self.shape)
 
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:
@@ -127,12 +181,22 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
     folder, trainer = checkpoint.path, checkpoint.trainer
     if trainer["weights"] != "ema":
         raise UserError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
-    config = _read_config(folder / MODEL)
+    shape, own_adapters, original_config = None, (), None
+    path, identity = checkpoint.weights, ""
+    if checkpoint.has_adapters:
+        base = base_of(checkpoint, identify=identity_of)
+        path, shape, own_adapters = base.path, base.shape, (*base.adapters, checkpoint.weights)
+        identity = f"{base.identity}+sha256:{sha256_text(' '.join(map(adapter_identity, own_adapters)))}"
+        if path.is_file():
+            from pixart.model import PixArtConfig
+
+            original_config = PixArtConfig(**shape)
+    config = shape or _read_config(path)
     return TrainedModel(
         name=f"{re.sub(r'^stage(?=[0-9])', 'stage ', stage_name)}, step {trainer['step']}",
         kind=trainer["kind"],
-        model_path=folder / MODEL,
-        identity=resolve_model(str(folder / MODEL)).identity,
+        model_path=path,
+        identity=identity or resolve_model(str(path)).identity,
         num_classes=config.get("num_embeds_ada_norm") if trainer["kind"] == "dit" else None,
         resolution=trainer["resolution"],
         # Runs made before the factor was recorded have the paper's.
@@ -141,6 +205,10 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
         text=trainer["text"],
         vae=trainer["vae"],
         process=spec_of_trainer(trainer),
+        original_config=original_config,
+        own_adapters=own_adapters,
+        shape=shape,
+        checkpoint=folder,
         run=run,
         origins=origins_of_trainer(trainer, source=str(folder / TRAINER)),
     )

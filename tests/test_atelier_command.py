@@ -40,6 +40,8 @@ GIVEN = {
     "cfg": ("sample", ["--once", f"CFG:sampling.guidance_scale={VALUE}"]),
     "seed": ("sample", ["--once", f"SEED:sampling.seed={VALUE}"]),
     "size": ("sample", ["--text", f"SIZE:sampling.size={VALUE}"]),
+    "lora": ("sample", ["--text", f"LORA:sampling.lora={VALUE}"]),
+    "weights": ("sample", ["--text", f"WEIGHTS:sampling.lora_weights={VALUE}"]),
     "task": ("eval", [VALUE]),
     "reference": ("eval", ["--text", f"REFERENCE:evaluation.reference={VALUE}"]),
     "clip": ("eval", ["--text", f"CLIP:evaluation.clip={VALUE}"]),

@@ -8,6 +8,7 @@ from training_run import arguments, make_run
 from errors import UserError
 from pipelines.command import parse_command
 from pipelines.recipe import KEYS_THAT_ARE_TABLES
+from pipelines.wrong_keys import table_of
 from training.config import StageTraining
 from training.stages.stage import TrainingJob, open_stage
 
@@ -65,7 +66,7 @@ def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all' or a valid list"),
+        ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all' or 'lora' or a valid list"),
         ("trains=[1]", "trains.0 = 1: Input should be a valid string"),
         ("compile='yes'", "compile = 'yes': Input should be 'auto' or true or false"),
         ("validation_shards='a'", "validation_shards = 'a': Input should be a valid list"),
@@ -97,4 +98,12 @@ def test_a_stage_called_like_the_folder_of_the_cache_is_refused(run: Path, stage
 
 def test_rooms_that_do_not_own_the_table_know_its_keys_that_are_tables() -> None:
     fields = StageTraining.model_fields.items()
-    assert {name for name, field in fields if str(field.annotation).startswith("dict")} == set(KEYS_THAT_ARE_TABLES)
+    tables = {name for name, field in fields if str(field.annotation).startswith("dict") or table_of(field.annotation)}
+    assert tables - {"datasets"} == set(KEYS_THAT_ARE_TABLES), "datasets are a list of tables"
+
+
+def test_a_stage_called_like_a_key_is_refused(run: Path) -> None:
+    recipe = run.parent / "recipe.toml"
+    recipe.write_text(recipe.read_text() + "\n[training.lora]\nrank = 4\n")
+    with pytest.raises(UserError, match="no stage can be called lora, which is a key of"):
+        job_with(run, stage="lora")

@@ -52,6 +52,8 @@ def lead(*, announce: Callable[[], None]) -> None:
     for checkpoint in (job.resume, job.start.checkpoint, *(weights.checkpoint for weights in job.networks.values())):
         if checkpoint is not None and checkpoint.note is not None:
             log.warning(checkpoint.note)
+    if job.settings.has_adapters:
+        require_packages("peft")
     ranks = _where(job)
     resume = job.resume
     if resume is not None and resume.step >= job.settings.num_steps:

@@ -10,6 +10,7 @@ import pydantic
 from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
+from training.lora import LoraSettings
 from training.mixture import DatasetConfig
 
 SCRATCH = "scratch"
@@ -55,9 +56,13 @@ class StageTraining(TableConfig):
         description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
         "(rectified flow: velocity). Weights of another process begin their output layer anew",
     )
-    trains: Decides[Literal["all"] | Annotated[list[str], pydantic.Field(min_length=1)]] = pydantic.Field(
+    trains: Decides[Literal["all", "lora"] | Annotated[list[str], pydantic.Field(min_length=1)]] = pydantic.Field(
         default="all",
-        description="Weights that train: 'all', or shell patterns of their names, as blocks.*.cross_attention.*",
+        description="Weights that train: 'all', 'lora' (adapters beside them, see lora), or shell patterns of their "
+        "names, as blocks.*.cross_attention.*",
+    )
+    lora: Decides[LoraSettings] = pydantic.Field(
+        default=LoraSettings(), description="The adapters that train where trains = 'lora'"
     )
     networks: dict[str, str] = pydantic.Field(
         default={},
@@ -273,9 +278,10 @@ class StageTraining(TableConfig):
         return value
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what `TableConfig` says, less the keys of other processes and objectives, which stages may share."""
+        """Return what `TableConfig` says, less keys that say nothing of this stage: all of a recipe may share them."""
         others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
         others |= {key for name in OBJECTIVE_KEYS.keys() - {self.objective} for key in OBJECTIVE_KEYS[name]}
+        others |= set() if self.has_adapters else {"lora"}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
     @classmethod
@@ -288,6 +294,11 @@ class StageTraining(TableConfig):
         """The scale of positions, once it is settled what the recipe leaves to the weights."""
         assert self.interpolation_scale is not None, "open_stage settles it"
         return self.interpolation_scale
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether what trains are adapters beside the network's own weights, which a checkpoint then does not hold."""
+        return self.trains == "lora"
 
     @property
     def num_micro_batches(self) -> int:
@@ -319,6 +330,8 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
         UserError: there is no such stage, or a key of `[training]` or of any stage is unknown or wrong, or one of the
             stage's own table is of another process or network; names it.
     """
+    if stage in StageTraining.model_fields:
+        raise UserError(f"{recipe.path}: no stage can be called {stage}, which is a key of [training]: rename it")
     settings = recipe.named("training", stage, model=StageTraining)
     own = recipe.tables["training"][stage]
     for kind, chosen, keys in (

@@ -21,7 +21,7 @@ from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import TRAINER, find_checkpoint, open_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
@@ -34,8 +34,8 @@ from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.weight_files import is_original_name
 from training.stages.networks import count_parameters
-from training.stages.stage import find_weights
-from training.stages.starts import load_network
+from training.stages.stage import StartingPoint, find_weights, from_checkpoint
+from training.stages.starts import load_network, with_adapters
 
 log = get_logger("convert")
 
@@ -54,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.target.exists():
         raise UserError(f"{options.target} exists already: name a new one, or remove it first")
-    start = find_weights(_weights_of(options.source), key="SOURCE")
+    start = _find_start(options.source)
     source = start.path
     assert source is not None, "only a stage starts from nothing"
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
+    network = with_adapters(network, start, key=f"SOURCE {options.source}")
     origins = start.origins
     _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
     process = start.process if origins.process is None else origins.process.value
@@ -88,12 +89,12 @@ def _kept(origins: Origins, process: Mapping[str, Any], *, source: Path, is_repa
     return replace(origins, process=own)
 
 
-def _weights_of(source: str) -> str:
+def _find_start(source: str) -> StartingPoint:
     """Return the weights that a stage's folder or one of its checkpoints means: the average; else what is named."""
     path = typed_path(source)
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path) if path.is_dir() else None
-    return source if checkpoint is None else str(checkpoint.path / MODEL)
+    return find_weights(source, key="SOURCE") if checkpoint is None else from_checkpoint(checkpoint)
 
 
 def _say(line: str) -> None:

@@ -1,9 +1,10 @@
 """Checkpoints of a training stage on disk: which folders are ours, which one is in force, and which are whole.
 
-`training/<stage>/step-<k>/` holds DeepSpeed's state, the EMA weights as a diffusers folder, and `trainer.json`. It is
-written under a temporary name, fsynced and renamed, and `latest` moves last: a process that is killed at any time
-leaves the former checkpoint in force. People keep copies beside them, so ours are folders of exactly that name; all
-else, such as `step-20-best`, a file or a link, is read if `latest` names it, and never removed.
+`training/<stage>/step-<k>/` holds DeepSpeed's state, the EMA weights as a diffusers folder `model/` or, of a stage that
+trains adapters, those alone as peft's folder `adapter/`, and `trainer.json`. It is written under a temporary name,
+fsynced and renamed, and `latest` moves last: a process that is killed at any time leaves the former checkpoint in
+force. People keep copies beside them, so ours are folders of exactly that name; all else, such as `step-20-best`, a
+file or a link, is read if `latest` names it, and never removed.
 """
 
 import os
@@ -27,8 +28,11 @@ from pipelines.store.weight_files import weight_file_damage
 LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
-WEIGHTS = f"{MODEL}/diffusion_pytorch_model.safetensors"
-CONFIGS = (f"{MODEL}/config.json", "scheduler/scheduler_config.json")
+ADAPTER = "adapter"
+WEIGHTS = {MODEL: f"{MODEL}/diffusion_pytorch_model.safetensors", ADAPTER: f"{ADAPTER}/adapter_model.safetensors"}
+CONFIGS = (f"{MODEL}/config.json", f"{ADAPTER}/adapter_config.json", "scheduler/scheduler_config.json")
+# In `trainer.json` of adapters: the weights that they belong to.
+BASE = "base"
 # What `trainer.json` has had from the first version on, and the types.
 TRAINER_KEYS = {
     **dict.fromkeys(("step", "num_steps", "zero_stage", "num_ranks", "resolution", "num_samples_seen"), int),
@@ -63,6 +67,16 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.trainer["step"]
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the EMA weights: of the whole network, or of adapters."""
+        return self.path / (ADAPTER if self.has_adapters else MODEL)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether its weights are adapters, and nothing without the weights that `trainer.json` names."""
+        return BASE in self.trainer
 
     @property
     def is_finished(self) -> bool:
@@ -168,7 +182,8 @@ def weights_damage(folder: Path, *, is_thorough: bool = False) -> str | None:
     for name in CONFIGS:
         if (folder / name).parent.is_dir() and (damage := state_damage(folder / name)):
             return f"{name} {damage}"
-    return _file_damage(folder, [WEIGHTS], is_thorough=is_thorough)
+    kind = ADAPTER if BASE in read_trainer(folder) else MODEL
+    return _file_damage(folder, [WEIGHTS[kind]], is_thorough=is_thorough)
 
 
 def _file_damage(folder: Path, names: list[str], *, is_thorough: bool) -> str | None:
@@ -181,9 +196,10 @@ def _file_damage(folder: Path, names: list[str], *, is_thorough: bool) -> str | 
 def _refusal(folder: Path, damage: str) -> str:
     """Return what to say of a damaged checkpoint that is in force."""
     intact = _newest_intact(folder)
-    start = (
-        "" if weights_damage(folder) else f"start another stage with training.<stage>.starts_from = '{folder / MODEL}'"
-    )
+    start = ""
+    if not weights_damage(folder):
+        weights = Checkpoint(folder, read_trainer(folder)).weights
+        start = f"start another stage with training.<stage>.starts_from = '{weights}'"
     if intact is None:
         return (
             f"{folder} is damaged: {damage}; no intact checkpoint is beside it: restore the file from a copy, "

@@ -9,7 +9,7 @@ from errors import UserError
 from pipelines.as_typed import ANY, typed_flag
 from pipelines.command import Command, full_stage_name
 from pipelines.engine.run import EngineConfig
-from pipelines.store.checkpoints import TRAINER, read_trainer
+from pipelines.store.checkpoints import read_trainer
 from pipelines.store.files import sha256_text
 from sampling.config import SamplingConfig, encoder_config
 from sampling.evaluation.config import EvaluationConfig
@@ -53,14 +53,14 @@ class Contestant:
             "guidance_scale": config.guidance_scale,
             "negative_prompt": config.negative_prompt,
             "size": config.size or "as trained",
+            **({"adapters": [item.title for item in self.trained.adapters]} if self.trained.adapters else {}),
             **({} if config.weight_dtype is None else {"weight_dtype": config.weight_dtype}),
         }
 
 
 def weights_kind(trained: TrainedModel) -> str:
     """Return `ema` for a run's export, as its trainer.json says; other folders do not say."""
-    folder = trained.model_path.parent
-    return read_trainer(folder)["weights"] if (folder / TRAINER).is_file() else "as saved in the folder"
+    return "as saved in the folder" if trained.checkpoint is None else read_trainer(trained.checkpoint)["weights"]
 
 
 def find_contestants(

@@ -42,6 +42,7 @@ NUM_SIZE_THREADS = 8
 MANY_EPOCHS = 1000
 HIGH_LEARNING_RATE = 1e-2
 MANY_STEPS = 1000
+LOW_LORA_RATE = 5e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,11 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
             f"training.{stage}.learning_rate {settings.learning_rate:g} is high for AdamW, whose steps are of that "
             "size in every weight; the paper's is 2e-05"
         )
+    if settings.has_adapters and settings.learning_rate < LOW_LORA_RATE:
+        log.warning(
+            f"training.{stage}.learning_rate {settings.learning_rate:g} is typical of whole networks: adapters, which "
+            "begin at no change at all, take about 1e-4"
+        )
     if settings.checkpoint_every >= settings.num_steps > MANY_STEPS:
         log.warning(
             f"training.{stage}.checkpoint_every {settings.checkpoint_every:,} of num_steps {settings.num_steps:,}: the "
@@ -212,8 +218,11 @@ def print_weights(
     """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
     (kind, num_parameters), *others = parameter_counts.items()
-    trained = "" if weights.frozen == 0 else f", of which {weights.trained / 1e6:,.2f}M train"
+    is_part = weights.frozen and not settings.has_adapters
+    trained = f", of which {weights.trained / 1e6:,.2f}M train" if is_part else ""
     _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters{trained}, from {_origin(job)}")
+    if settings.has_adapters:
+        _print("adapters", _describe_adapters(settings, weights))
     _print("process", _describe_process(job))
     if weights.beside:
         _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
@@ -227,6 +236,18 @@ def print_weights(
     free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
+
+
+def _describe_adapters(settings: StageTraining, weights: WeightCounts) -> str:
+    shape = settings.lora.shape
+    kinds = [name for name, is_on in (("DoRA", shape.dora), ("rsLoRA", shape.rslora)) if is_on]
+    kind = " and ".join(kinds) or "LoRA"
+    fraction = weights.trained / weights.frozen
+    return (
+        f"{kind} of rank {shape.rank}, scale {shape.scale:.3g}, on {', '.join(shape.targets)}: "
+        f"{weights.trained / 1e6:,.2f}M weights train, {weights.frozen / 1e6:,.2f}M stay as they are ({fraction:.2%}); "
+        f"a file of {describe_bytes(weights.trained * 4)}"
+    )
 
 
 def _describe_split(settings: StageTraining, shares: Shares, *, num_ranks: int) -> str:
@@ -287,9 +308,13 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
 
 
 def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
-    """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the whole network as fp32."""
+    """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the average as fp32.
+
+    With the average is the rest of the network, but where adapters train.
+    """
     width = 2 if settings.dtype == "bf16" else 4
-    return weights.trained * (width + 4 + 8) + (weights.trained + weights.frozen) * 4
+    kept = weights.trained + (0 if settings.has_adapters else weights.frozen)
+    return weights.trained * (width + 4 + 8) + kept * 4
 
 
 def _print(name: str, line: str) -> None:

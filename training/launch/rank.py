@@ -4,6 +4,7 @@ RANK, WORLD_SIZE and the like come from the environment.
 A launcher starts those of its machine; `torchrun -m -- training.launch.rank` may, too.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from encoders.weights import identity_of
 from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory, users_message
 from pipelines.command import parse_command, run_command
-from pipelines.store.checkpoints import Checkpoint
+from pipelines.store.bases import describe_base
+from pipelines.store.checkpoints import BASE, Checkpoint
 from pipelines.store.files import atomic_write_bytes
-from pixart.dit import DiT
-from pixart.model import PixArt
+from pixart.dit import DiT, DiTConfig
+from pixart.model import PixArt, PixArtConfig
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey
 from training.data.transfer import Transfers
@@ -112,7 +115,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
         progress = open_progress(job)
-        description = describe(job, survey)
+        description = describe(job, survey, blank.config)
         session = Session(
             job=job,
             objective=start.objective,
@@ -171,9 +174,13 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
         )
 
 
-def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
-    """Return what `trainer.json` says about the stage, all that sampling and a resume need to know."""
+def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+    """Return what `trainer.json` says about the stage, all that sampling and a resume need to know.
+
+    `config` is of the network that is trained.
+    """
     return {
+        **_base(job, config),
         "stage": job.command.stage_name,
         "kind": job.settings.network,
         "objective": job.settings.objective,
@@ -196,6 +203,16 @@ def describe(job: TrainingJob, survey: Survey) -> dict[str, Any]:
         "process": job.settings.process_spec,
         "interpolation_scale": job.settings.position_scale if job.settings.network == "pixart" else 1.0,
     }
+
+
+def _base(job: TrainingJob, config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+    """Return what adapters belong to, on the rank that writes it; nothing where whole networks are saved."""
+    if not job.settings.has_adapters or dist.get_rank() != 0:
+        return {}
+    path = job.start.path
+    assert path is not None, "adapters have weights to start from"
+    identity, shape = identity_of(path), dataclasses.asdict(config)
+    return {BASE: describe_base(path, job.start.adapters, run=job.command.run, identity=identity, shape=shape)}
 
 
 def _leave_with_parent() -> None:

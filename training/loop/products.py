@@ -27,6 +27,11 @@ def require_products(settings: StageTraining) -> None:
         raise UserError(
             f"training.products = 'fp8' needs training.dtype = 'bf16', and it is {settings.dtype!r}; change one of them"
         )
+    if settings.has_adapters:
+        raise UserError(
+            "training.products = 'fp8' does not go with trains = 'lora': its products would compute the gradients of "
+            "weights that stay, which takes longer than it saves; leave training.products out"
+        )
     if settings.zero_stage == 3:
         raise UserError(
             "training.products = 'fp8' does not go with training.zero_stage = 3; choose ZeRO 0, 1 or 2, or leave "

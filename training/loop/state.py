@@ -1,4 +1,4 @@
-"""The state of training on disk and back: DeepSpeed's, the average as `model/`, how to draw with it, `trainer.json`."""
+"""The state of training on disk and back: DeepSpeed's, the average of what trains, and how to draw with it."""
 
 import contextlib
 import pickle
@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from errors import UserError
 from pipelines.store.checkpoints import (
-    MODEL,
     TRAINER,
     Checkpoint,
     drop_old,
@@ -28,7 +27,7 @@ from training.loop.disk import fsync_tree, saying_a_full_disk
 from training.loop.ema import EMA
 from training.loop.former_layout import LAYOUT, LAYOUT_KEY
 from training.loop.zero import ZeroModel
-from training.stages.trainable import load_weights, save_weights
+from training.stages.trainable import trainable_of
 
 
 def save_checkpoint(
@@ -59,7 +58,8 @@ def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any])
     model.save_state(folder, STATE)
     weights = ema.gather()
     if dist.get_rank() == 0:
-        save_weights(model.engine.module.config, model.frozen | weights, folder / MODEL)
+        trainable, config = trainable_of(model.settings), model.engine.module.config
+        trainable.save(config, model.frozen | weights, folder, trainer=trainer)
         scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
         atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
         atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
@@ -80,7 +80,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     dist.barrier()
     with _naming_damage(checkpoint, tag):
         model.load_state(checkpoint.path, tag)
-        ema.load(load_weights(checkpoint.path / MODEL))
+        ema.load(trainable_of(model.settings).load(checkpoint.path, model.engine.module.config))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from training.loop.memory import keep_activations
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products
 from training.loop.sizes import MAX_EXCHANGED
+from training.stages.trainable import trainable_of
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
@@ -87,7 +88,8 @@ class ZeroModel:
     """A model, its AdamW and DeepSpeed's engine around both; weights that ask for no gradient stay as they are.
 
     `masters` are the fp32 weights this rank updates: all that train without sharding, else its share, flattened.
-    `frozen` are those that do not train, whole, fp32 on the CPU, by name; only rank 0 keeps them.
+    `frozen` are those that do not train, whole, fp32 on the CPU, by name; only rank 0 keeps them, for checkpoints that
+    hold them.
     """
 
     def __init__(self, model: nn.Module, settings: StageTraining, *, loads_universal: bool = False) -> None:
@@ -98,7 +100,7 @@ class ZeroModel:
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         starting_weights = {name: weight.detach() for name, weight in self._trained.items()}
         others = {name: weight for name, weight in model.named_parameters() if name not in self._trained}
-        is_writer = dist.get_rank() == 0
+        is_writer = dist.get_rank() == 0 and trainable_of(settings).keeps_frozen
         self.frozen = {name: weight.detach().to("cpu", copy=True) for name, weight in others.items() if is_writer}
         optimizer = torch.optim.AdamW(
             self._trained.values(),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from errors import UserError
+from pixart.adapters import add_adapters_of
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
@@ -65,8 +66,10 @@ def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
 
 
 def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
-    """Return a network of the same shape on the meta device, of which the same weights train."""
+    """Return a network of the same layers on the meta device, adapters too, of which the same weights train."""
     blank = blank_network(network.config)
+    if network.kind == "pixart" and blank.kind == "pixart":
+        add_adapters_of(network, blank)
     for name, weight in network.named_parameters():
         blank.get_parameter(name).requires_grad_(weight.requires_grad)
     return blank

@@ -7,7 +7,7 @@ from typing import Any
 from errors import UserError
 from pipelines.as_typed import typed_command, typed_flag
 from pipelines.recipe import ModelConfig
-from pipelines.store.checkpoints import MODEL, TRAINER, Checkpoint, open_checkpoint
+from pipelines.store.checkpoints import TRAINER, Checkpoint, open_checkpoint
 from pipelines.store.manifest import Fingerprint
 from training.config import StageTraining
 from training.data.features import StageFeatures
@@ -59,7 +59,7 @@ def another_table(checkpoint: Checkpoint, table_name: str) -> str:
     stage = _stage(checkpoint)
     return (
         f"[training.{stage}-next] with extends = '{stage}', features = '{table_name}' and "
-        f"starts_from = '{checkpoint.path / MODEL}' ({typed_flag('stage', f'{stage}-next')})"
+        f"starts_from = '{checkpoint.weights}' ({typed_flag('stage', f'{stage}-next')})"
     )
 
 

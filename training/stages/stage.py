@@ -5,24 +5,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import require_model, resolve_model
+from encoders.weights import identity_of, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
 from pipelines.recipe import ModelConfig
+from pipelines.store.bases import base_of
 from pipelines.store.checkpoints import (
-    MODEL,
+    ADAPTER,
     TRAINER,
     Checkpoint,
     DamagedCheckpointError,
     find_checkpoint,
     open_checkpoint,
+    read_trainer,
     require_whole,
 )
 from pipelines.store.deepspeed_files import STATE
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint
-from pixart.evidence import PIPELINE_FILE
+from pixart.evidence import PIPELINE_FILE, origins_of_trainer
 from pixart.origins import ORIGINS_FILE, Origins
 from pixart.processes.scheduler_configs import spec_beside
 from pixart.processes.specs import ddpm_spec, spec_of_trainer
@@ -48,7 +50,8 @@ class StartingPoint:
     """Weights a stage starts from: a diffusers folder or original file, or None for fresh ones, and their `identity`.
 
     `checkpoint` is the training checkpoint they are of, if they are of one; `process` what they were trained with,
-    the paper's where nothing says so; `location` what named them.
+    the paper's where nothing says so; `location` what named them. `adapters` are merged into the weights, in this
+    order; then `shape` is what the config of the network was that they were trained in.
     """
 
     path: Path | None
@@ -56,10 +59,15 @@ class StartingPoint:
     checkpoint: Checkpoint | None = None
     process: dict[str, Any] = field(default_factory=ddpm_spec)
     location: str = ""
+    adapters: tuple[Path, ...] = ()
+    shape: Mapping[str, Any] | None = None
 
     @property
     def origins(self) -> Origins:
         """What is known of what they were trained with; raises as opening them does."""
+        if self.adapters:  # what was true of their training holds for both
+            folder = self.adapters[-1].parent
+            return origins_of_trainer(read_trainer(folder), source=str(folder / TRAINER))
         return Origins() if self.path is None else origins_of_weights(self.path, location=self.location)
 
 
@@ -109,6 +117,8 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     if resume is not None and resume.step < settings.num_steps and checks_files:
         require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
+    if settings.has_adapters:
+        _require_adaptable(command, settings, start)
     model = stage_shape(
         command.recipe,
         command.stage_name,
@@ -205,8 +215,8 @@ def _start_or_recorded(
     try:
         start = _starting_point(command, settings, directory, checks_files=checks_files)
     except (MissingFileError, DamagedCheckpointError):
-        # Checkpoints of before stages had names may not say where they started.
-        if resume is None or "starts_from" not in resume.trainer:
+        # Checkpoints of before stages had names may not say where they started; adapters are nothing without it.
+        if resume is None or "starts_from" not in resume.trainer or settings.has_adapters:
             raise
         if not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
@@ -214,6 +224,23 @@ def _start_or_recorded(
     if resume is None and settings.starts_from is not None:
         _require_finished(command, settings.starts_from, start.checkpoint, key=_starts_from(command))
     return start
+
+
+def _require_adaptable(command: Command, settings: StageTraining, start: StartingPoint) -> None:
+    """Refuse adapters where there are no trained weights that they could be put beside, and stay beside."""
+    key = f"training.{command.stage_name}"
+    if settings.network != "pixart":
+        raise UserError(f"{key}.trains = 'lora' is for a PixArt, but {key}.network is {settings.network!r}")
+    if start.path is None:
+        raise UserError(
+            f"{key}.trains = 'lora' trains adapters beside weights, but {key}.starts_from names none "
+            f"({settings.starts_from!r}): name a stage, folder, file or hub id"
+        )
+    if start.process["name"] != settings.process:
+        raise UserError(
+            f"{key}.trains = 'lora' keeps the weights' own output layer, but they ({start.path}) were trained with "
+            f"process {start.process['name']}, and {key}.process is {settings.process!r}"
+        )
 
 
 def _starts_from(command: Command) -> str:
@@ -241,7 +268,7 @@ def _require_finished(command: Command, wanted: str, checkpoint: Checkpoint | No
     if checkpoint.step < num_steps:
         raise UserError(
             f"{checkpoint.path.parent} has done {checkpoint.step} of {num_steps} steps; "
-            f"finish that stage first, or set {key} = {str(checkpoint.path / MODEL)!r} to take it as it is"
+            f"finish that stage first, or set {key} = {str(checkpoint.weights)!r} to take it as it is"
         )
 
 
@@ -275,7 +302,11 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path, checks_files=checks_files)
     if checkpoint is not None:
-        return _from_checkpoint(checkpoint)
+        return from_checkpoint(checkpoint, checks_files=checks_files)
+    if path.name == ADAPTER and (path.parent / TRAINER).is_file():
+        # As `model/` of a checkpoint it is taken as it is, however far its stage is.
+        checkpoint = open_checkpoint(path.parent, checks_files=checks_files)
+        return replace(from_checkpoint(checkpoint, checks_files=checks_files), checkpoint=None)
     if former is not None:
         raise MissingFileError(
             f"{path} has no checkpoint, and {named} needs its weights; "
@@ -289,9 +320,19 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     return find_weights(location, key=key)
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> StartingPoint:
-    process = spec_of_trainer(checkpoint.trainer)
-    return StartingPoint(checkpoint.path / MODEL, weights_identity(checkpoint), checkpoint, process)
+def from_checkpoint(checkpoint: Checkpoint, *, checks_files: bool = True) -> StartingPoint:
+    """Return the average of a checkpoint: a whole network's, or the adapters' on the weights that they belong to.
+
+    Raises:
+        MissingFileError: those weights are not there any more.
+        UserError: they are others now.
+    """
+    identity, process = weights_identity(checkpoint), spec_of_trainer(checkpoint.trainer)
+    if not checkpoint.has_adapters:
+        return StartingPoint(checkpoint.weights, identity, checkpoint, process)
+    base = base_of(checkpoint, identify=identity_of if checks_files else None)
+    adapters = (*base.adapters, checkpoint.weights)
+    return StartingPoint(base.path, identity, checkpoint, process, adapters=adapters, shape=base.shape)
 
 
 def find_weights(model_id: str, *, key: str) -> StartingPoint:

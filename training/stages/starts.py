@@ -10,7 +10,8 @@ import torch
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
-from pipelines.store.checkpoints import MODEL
+from pixart.adapter_files import read_adapter
+from pixart.adapters import at_positions, merge, require_fit
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layers import TokenCompression
@@ -18,10 +19,11 @@ from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import read_weight_file
+from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.networks import blank_network
-from training.stages.stage import TrainingJob
-from training.stages.trainable import freeze_others
+from training.stages.stage import StartingPoint, TrainingJob
+from training.stages.trainable import trainable_of
 
 log = get_logger("training")
 
@@ -50,7 +52,9 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
     for name in sorted(job.networks.keys() - wanted):
         has = f"has {', '.join(sorted(wanted))} alone" if wanted else "has none"
         raise UserError(f"{key}.networks names {name!r}, but of frozen networks the objective {has}")
-    freeze_others(trained, job.settings.trains, key=f"{key}.trains")
+    settings = job.settings
+    trainable = trainable_of(settings)
+    trainable.prepare(trained, seed=settings.seed, dtype=compute_dtype(settings), key=f"{key}.trains")
     if job.begins_output_anew and not trained.final.weight.requires_grad:
         raise UserError(f"{key}.trains leaves out final.*, the output layer, which begins anew at zero: add it")
     networks = {}
@@ -71,7 +75,9 @@ def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT |
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}.networks.{name} ({start.path})"
     if start.process["name"] != job.settings.process:
         raise UserError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
-    network = load_network(start.path, None, sample_size=trained.config.sample_size, key=key)
+    network = with_adapters(
+        load_network(start.path, None, sample_size=trained.config.sample_size, key=key), start, key=key
+    )
     if type(network) is not type(trained):
         raise UserError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
     found = dataclasses.asdict(network.config)
@@ -93,12 +99,15 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         UserError: the weights are of another kind, shape or resolution; names the recipe key.
     """
     torch.manual_seed(job.settings.seed)
-    if job.resume is not None:
-        return _saved_network(job.resume.path / MODEL, config)
+    if job.resume is not None and not job.settings.has_adapters:
+        return _saved_network(job.resume.weights, config)
     if job.start.path is None:
         return config.network()
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}.starts_from ({job.start.path})"
-    former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key).float()
+    former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key)
+    former = with_adapters(former.float(), job.start, key=key)
+    if job.settings.has_adapters:
+        _require_all_layers(former, config, job.settings.kv_compressed_blocks, key=key)
     if job.begins_output_anew or former.config.out_channels != config.out_channels:
         if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
             log.warning(f"{key} gives {former.config.out_channels} channels: the output layer begins anew")
@@ -152,6 +161,43 @@ def with_compression(network: PixArt, blocks: Sequence[int] | None, *, key: str)
     assert isinstance(compressed, PixArt)
     compressed.load_state_dict(weights, assign=True)
     return compressed
+
+
+def _require_all_layers(
+    former: DiT | PixArt, config: DiTConfig | PixArtConfig, compressed: Sequence[int] | None, *, key: str
+) -> None:
+    """Refuse weights that a stage of adapters could not leave as they are, as layers would begin anew."""
+    if former.kind != config.kind or former.kind != "pixart":
+        raise UserError(f"{key} is a class-conditional DiT, and trains = 'lora' makes no PixArt of it: name a PixArt")
+    if former.config.out_channels != config.out_channels:
+        raise UserError(
+            f"{key} gives {former.config.out_channels} channels and the process needs {config.out_channels}: the "
+            "output layer would begin anew, which trains = 'lora' does not train"
+        )
+    has = former.config.kv_compressed_blocks
+    if compressed is not None and tuple(compressed) != has:
+        raise UserError(
+            f"{key} compresses keys and values in blocks {list(has)} and kv_compressed_blocks is {list(compressed)}: "
+            "trains = 'lora' leaves that as it is"
+        )
+
+
+def with_adapters(network: DiT | PixArt, start: StartingPoint, *, key: str) -> DiT | PixArt:
+    """Merge the adapters that weights come with into them, and give the network the shape that it then had.
+
+    Raises:
+        UserError: they do not fit the weights; names `key`.
+    """
+    if not start.adapters:
+        return network
+    if network.kind != "pixart":
+        raise UserError(f"{key} is a class-conditional DiT, but {start.adapters[0]} is an adapter of a PixArt")
+    network.float()  # in which small changes are not lost
+    for path in start.adapters:
+        adapter = read_adapter(path, network.config)
+        require_fit(adapter, network)
+        merge(network, [(adapter, 1.0)])
+    return network if start.shape is None else at_positions(network, start.shape)
 
 
 def with_fresh_output(network: DiT | PixArt, out_channels: int) -> DiT | PixArt:

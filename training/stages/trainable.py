@@ -1,45 +1,150 @@
-"""Which weights of a network train, as what they are saved, and how they come back.
+"""Which weights of a network train, as what a checkpoint keeps them, and how they come back.
 
-Everything after `freeze_others` goes by `requires_grad`: optimizer, average, state, memory and operations.
+Everything after `prepare` goes by `requires_grad`: optimizer, average, state, memory and operations.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from errors import UserError
+from pipelines.store.checkpoints import ADAPTER, MODEL
+from pixart.adapter_files import read_trained, write_adapter
+from pixart.adapter_layers import AdapterShape
+from pixart.adapters import add_adapters
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
+from training.config import StageTraining
 from training.stages.networks import blank_network
 
 
-def freeze_others(network: DiT | PixArt, trains: Literal["all"] | Sequence[str], *, key: str) -> None:
+class Trainable(Protocol):
+    """The part of a network that a stage trains."""
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether a checkpoint holds the weights that do not train, too."""
+        ...
+
+    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+        """Let the weights of this part train, in place, and no others, of networks fp32 on the CPU.
+
+        Args:
+            network: with the weights that the stage starts from.
+            seed: of weights that are drawn.
+            dtype: that the network will compute in.
+            key: of the recipe, for errors.
+
+        Raises:
+            UserError: the recipe asks for weights that the network does not have.
+        """
+        ...
+
+    def save(
+        self,
+        config: DiTConfig | PixArtConfig,
+        weights: Mapping[str, Tensor],
+        checkpoint: Path,
+        *,
+        trainer: Mapping[str, Any],
+    ) -> None:
+        """Write weights by name, the average of what trains, to the folder of a checkpoint.
+
+        Where `keeps_frozen` says so the rest is among them. `trainer` is the content of `trainer.json`.
+        """
+        ...
+
+    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+        """Return the weights that `save` wrote, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnWeights:
+    """Weights of the network itself: all, or those whose names fit shell patterns."""
+
+    trains: Literal["all"] | Sequence[str]
+    keeps_frozen: bool = True
+
+    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+        """Freeze the others."""
+        if self.trains != "all":
+            freeze_others(network, self.trains, key=key)
+
+    def save(
+        self,
+        config: DiTConfig | PixArtConfig,
+        weights: Mapping[str, Tensor],
+        checkpoint: Path,
+        *,
+        trainer: Mapping[str, Any],
+    ) -> None:
+        """Write the whole network as `model/`, a folder that diffusers opens."""
+        network = blank_network(config)
+        network.load_state_dict(weights, assign=True)
+        save_diffusers(network, checkpoint / MODEL)
+
+    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+        """Return the whole network's weights."""
+        return load_diffusers(checkpoint / MODEL).state_dict()
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank changes beside the network's own weights, which stay as they are (LoRA)."""
+
+    shape: AdapterShape
+    keeps_frozen: bool = False
+
+    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+        """Put adapters beside the layers; what stays is kept in the precision it is computed in alone."""
+        assert isinstance(network, PixArt), "adapters of a DiT are refused where the stage is opened"
+        torch.manual_seed(seed)
+        add_adapters(network, self.shape, key=f"{key.rpartition('.')[0]}.lora.targets")
+        for weight in network.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(dtype)
+
+    def save(
+        self,
+        config: DiTConfig | PixArtConfig,
+        weights: Mapping[str, Tensor],
+        checkpoint: Path,
+        *,
+        trainer: Mapping[str, Any],
+    ) -> None:
+        """Write the adapters alone as `adapter/`, a folder that peft opens on diffusers' transformer."""
+        assert isinstance(config, PixArtConfig)
+        belongs_to = {"base": trainer["base"], **{name: trainer[name] for name in ("text", "vae", "process")}}
+        belongs_to["name"] = trainer["base"]["location"]
+        write_adapter(checkpoint / ADAPTER, weights, config, shape=self.shape, belongs_to=belongs_to)
+
+    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+        """Return the adapters' weights, by their names beside the layers."""
+        assert isinstance(config, PixArtConfig)
+        return read_trained(checkpoint / ADAPTER, config)
+
+
+def trainable_of(settings: StageTraining) -> Trainable:
+    """Return what a stage trains of its network."""
+    return Adapters(settings.lora.shape) if settings.trains == "lora" else OwnWeights(settings.trains)
+
+
+def freeze_others(network: DiT | PixArt, trains: Sequence[str], *, key: str) -> None:
     """Let only those weights train whose names fit one of the shell patterns `trains`.
 
     Raises:
         UserError: a pattern fits none; names the recipe `key` and a weight there is.
     """
-    if trains == "all":
-        return
     names = [name for name, _ in network.named_parameters()]
     for pattern in trains:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{key}: pattern {pattern!r} fits none of the {len(names)} weights, such as {names[-1]!r}")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trains))
-
-
-def save_weights(config: DiTConfig | PixArtConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a whole network, the average of what trains and the rest as it is, as a folder that diffusers opens."""
-    network = blank_network(config)
-    network.load_state_dict(weights, assign=True)
-    save_diffusers(network, folder)
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights that `save_weights` wrote, by name."""
-    return load_diffusers(folder).state_dict()

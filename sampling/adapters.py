@@ -1,0 +1,121 @@
+"""Adapters that a recipe adds to the weights that it draws from: `sampling.lora`, each with its weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import MissingFileError, UserError
+from pipelines.as_typed import typed_path
+from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.files import sha256_file, sha256_text
+from sampling.trained_model import TrainedModel, WeightedAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pixart.adapters import Adapter
+
+log = get_logger("sampling")
+KEY, WEIGHTS_KEY = "sampling.lora", "sampling.lora_weights"
+
+
+def add_adapters(
+    trained: TrainedModel, wanted: Sequence[str], weights: Sequence[float] | None, *, run: Path
+) -> TrainedModel:
+    """Return the model with adapters to be merged into its weights, all of which are looked at here.
+
+    Args:
+        trained: what is drawn from.
+        wanted: files, folders, and checkpoints or stages of training that have adapters; `{run}` is the run's folder.
+        weights: one for each; None is 1 for all.
+        run: the run's folder.
+
+    Raises:
+        MissingFileError: one is not there.
+        UserError: it is no adapter or another model's, or there are not as many weights.
+    """
+    if weights is not None and len(weights) != len(wanted):
+        raise UserError(f"{WEIGHTS_KEY} has {len(weights)} weights for {len(wanted)} adapters of {KEY}: give as many")
+    if not wanted:
+        return trained
+    files = [_find(location.replace("{run}", str(run))) for location in wanted]
+    added = tuple(
+        WeightedAdapter(path=file, weight=weight, identity=adapter_identity(file))
+        for file, weight in zip(files, weights or [1.0] * len(files), strict=True)
+    )
+    _require_fit(trained, files)
+    parts = [f"{adapter.weight:g} {adapter.identity}" for adapter in added]
+    return replace(
+        trained,
+        name=" + ".join([trained.name, *(adapter.title for adapter in added)]),
+        identity=f"{trained.identity}+sha256:{sha256_text(chr(10).join(parts))}",
+        adapters=(*trained.adapters, *added),
+    )
+
+
+def adapter_identity(file: Path) -> str:
+    """Return a hash of an adapter's file and of the settings beside it."""
+    settings = file.parent / "adapter_config.json"
+    parts = [file, *([settings] if file.name.startswith("adapter_model.") and settings.is_file() else [])]
+    return f"sha256:{sha256_text(' '.join(map(sha256_file, parts)))}"
+
+
+def _find(location: str) -> Path:
+    """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage's folder."""
+    from pixart.adapter_files import find_adapter_file
+
+    path = typed_path(location)
+    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+    checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
+    if checkpoint is not None and not checkpoint.has_adapters:
+        raise UserError(f"{KEY} {path} is a checkpoint of a whole network, and no adapter: name it as the checkpoint")
+    try:
+        return find_adapter_file(path if checkpoint is None else checkpoint.weights)
+    except MissingFileError as error:
+        raise MissingFileError(f"{KEY}: {error}") from None
+
+
+def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
+    """Refuse adapters of another model or process, and say what is odd about the others."""
+    from pixart.adapter_files import read_adapter
+    from pixart.adapters import require_fit
+    from pixart.model import PixArt
+
+    if trained.kind != "pixart":
+        raise UserError(f"{KEY} is set, but {trained.name} is a class-conditional DiT: adapters are for a PixArt")
+    network = trained.blank()
+    assert isinstance(network, PixArt)
+    for file in files:
+        adapter = read_adapter(file, network.config)
+        require_fit(adapter, network)
+        for note in adapter.notes:
+            log.warning(note)
+        _compare(adapter, trained)
+
+
+def _compare(adapter: Adapter, trained: TrainedModel) -> None:
+    """Compare what an adapter says that it belongs to with what it is to be added to."""
+    known = adapter.belongs_to
+    if not known:
+        return
+    if (process := known["process"]["name"]) != trained.process["name"]:
+        raise UserError(
+            f"{adapter.path} was trained with process {process}, but {trained.name} with {trained.process['name']}"
+        )
+    base = known["base"]
+    if base["identity"] != trained.identity.partition("+")[0]:
+        log.warning(
+            f"{adapter.path} was trained on the weights of {base['location']}, and is added to others, of "
+            f"{trained.model_path}: what it has learnt may not show as there"
+        )
+    elif base["adapters"]:
+        others = ", ".join(item["location"] for item in base["adapters"])
+        log.info(f"{adapter.path} was trained on its base with {others}: add that, too, to draw as there")
+    for part in ("text", "vae"):
+        here, there = getattr(trained, part), known[part]
+        if here is not None and there is not None and here.get("model") != there.get("model"):
+            models = f"{there.get('model')!r}, and is drawn with {here.get('model')!r}"
+            log.warning(f"{adapter.path} was trained with {part} {models}")
