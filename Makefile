@@ -5,10 +5,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge report nltk-data
+DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge subject detect report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -69,6 +69,21 @@ demo-raw: demo  ## The demo's stage 2 once more, on alt texts instead of dense c
 	@$(MAKE) $(RAW) features train sample STAGE=2
 	@$(MAKE) $(RAW) judge report
 	@$(MAKE) $(DEMO) report
+
+DREAMBOOTH := --no-print-directory RECIPE=recipes/toyworld-dreambooth.toml RUN=runs/demo-dreambooth
+# Images of before it learns anything lie in a run of their own, which draws from the weights that training starts from.
+PRIOR := --no-print-directory RECIPE=recipes/toyworld-dreambooth.toml RUN=runs/demo-dreambooth/prior
+FROM_BEFORE := SET='sampling.checkpoint=toyworld/released/pixart'$(if $(call given,SET),' '"$$SET")
+
+demo-dreambooth: $(READY)  ## DreamBooth on the toy world: a new shape from eight images, before and after
+	@$(MAKE) $(DREAMBOOTH) subject
+	@$(MAKE) $(PRIOR) sample STAGE=prior PROMPTS=runs/demo-dreambooth/raw/prior.jsonl $(FROM_BEFORE)
+	@$(MAKE) $(PRIOR) sample STAGE=before PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl $(FROM_BEFORE)
+	@$(MAKE) $(PRIOR) caption features STAGE=prior SHARDS=runs/demo-dreambooth/prior/samples/prior/samples.parquet
+	@$(MAKE) $(DREAMBOOTH) caption features STAGE=dreambooth SHARDS=runs/demo-dreambooth/raw/subject
+	@$(MAKE) $(DREAMBOOTH) train STAGE=dreambooth
+	@$(MAKE) $(DREAMBOOTH) sample STAGE=dreambooth PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl
+	@$(MAKE) $(DREAMBOOTH) detect
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

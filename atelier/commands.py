@@ -227,6 +227,20 @@ SUBCOMMANDS = {
         flags=_RUN,
         defaults=_DEFAULTS,
     ),
+    "subject": Subcommand(
+        module="toyworld",
+        words=("subject",),
+        summary="Write images of a subject that the toy world does not have, and prompts, for DreamBooth",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "detect": Subcommand(
+        module="toyworld",
+        words=("detect",),
+        summary="Score how well that subject was learnt, and what was lost by it",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
     "report": Subcommand(
         module="toyworld",
         words=("report",),

@@ -27,6 +27,11 @@ OF_MAKE = {"PYTHON"}
 WITHOUT_RECIPE = ("verify", "convert")
 DEMO_HAS = ("RECIPE", "RUN", "STAGE", "PHASE")
 STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "judge", "eval", "report")
+STEPS_OF = {
+    "demo": STEPS_OF_DEMO,
+    "demo-raw": STEPS_OF_DEMO,
+    "demo-dreambooth": ("subject", "caption", "features", "train", "detect"),
+}
 
 
 VARIABLES = """\
@@ -38,7 +43,7 @@ VARIABLES = """\
   Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.
-  demo and demo-raw have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps.
+  The demos have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps.
 """
 
 
@@ -55,8 +60,8 @@ def variables_of(target: str) -> set[str]:
     """Return the names of the variables that a target takes."""
     if target in SUBCOMMANDS:
         return {variable(flag) for flag in SUBCOMMANDS[target].flags}
-    if target in ("demo", "demo-raw"):
-        return set().union(*map(variables_of, STEPS_OF_DEMO)).difference(DEMO_HAS)
+    if target in STEPS_OF:
+        return set().union(*map(variables_of, STEPS_OF[target])).difference(DEMO_HAS)
     return {"bench-cache": {"RUN"}, "bench-gpu": {"PARTS", "TINY"}}.get(target, set())
 
 
@@ -123,7 +128,7 @@ def _wrong_variable(word: Word, goals: Sequence[str], *, is_second: bool) -> str
         return f"{name} begins with a space, which make takes away: leave it out"
     if any(name in variables_of(goal) for goal in goals):
         return None
-    if name in DEMO_HAS and set(goals) & {"demo", "demo-raw"}:
+    if name in DEMO_HAS and set(goals) & STEPS_OF.keys():
         return f"the demo has a RECIPE, a RUN and stages of its own: leave {name}= out"
     if name == "RECIPE" and set(goals) & set(WITHOUT_RECIPE):
         return None
@@ -149,7 +154,7 @@ def show_help(makefile: Path) -> None:
     """Print the list of `make help`: the doors, and the targets of the Makefile that say there what they do."""
     others = dict(re.findall(r"^([a-z-]+):.*?## (.*)$", makefile.read_text(encoding="utf-8"), re.MULTILINE))
     doors = {name: of.summary for name, of in SUBCOMMANDS.items()}
-    first = {name: others.pop(name) for name in ("help", "demo", "demo-raw")}
+    first = {name: others.pop(name) for name in ("help", *STEPS_OF)}
     lines = "".join(f"  make {name:<11} {summary}\n" for name, summary in (first | doors | others).items())
     sys.stdout.write(f"{lines}\n{VARIABLES}")
 

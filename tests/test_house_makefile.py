@@ -36,7 +36,7 @@ TEXTS = [
     "-x",
     "a=b  SHARDS=c ",
 ]
-TARGETS = [*SUBCOMMANDS, "help", "demo", "demo-raw", "test", "zoo", "bench-gpu", "bench-cache"]
+TARGETS = [*SUBCOMMANDS, "help", "demo", "demo-raw", "demo-dreambooth", "test", "zoo", "bench-gpu", "bench-cache"]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,16 @@ def test_the_raw_half_of_the_demo_keeps_typed_settings_beside_its_own(house) -> 
         steps = [step.split("|") for step in steps_of(house, "demo-raw", *typed, exported={"SET": "not=typed"})]
         raw = [(words.split()[2], given) for words, run, given in steps if run == "runs/demo-raw"]
         assert raw == [(door, settings) for door in ("features", "train", "sample", "judge", "report")]
+
+
+def test_the_demo_of_dreambooth_draws_before_it_learns(house) -> None:
+    steps = [step.split("|") for step in steps_of(house, "demo-dreambooth")]
+    doors = [(words.split()[2], run.removeprefix("runs/demo-dreambooth")) for words, run, _ in steps]
+    before = [("sample", "/prior"), ("sample", "/prior"), ("caption", "/prior"), ("features", "/prior")]
+    learns = [(door, "") for door in ("caption", "features", "train", "sample", "detect")]
+    assert doors == [("subject", ""), *before, *learns]
+    given = [settings for words, _, settings in steps if words.split()[2] == "sample"]
+    assert given == ["sampling.checkpoint=toyworld/released/pixart"] * 2 + [""]
 
 
 def wrong(*typed: str) -> str:

@@ -45,6 +45,7 @@ TABLES = {
 }
 FIRST_STAGES = {
     "dreambooth": ["dreambooth"],
+    "toyworld-dreambooth": ["dreambooth"],
     "finetune": ["finetune"],
     "toyworld-finetune": ["finetune"],
     "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],

@@ -1,4 +1,4 @@
-"""`python -m toyworld world|judge|report --recipe R --run RUN [--set key=value] [--plan]`."""
+"""`python -m toyworld world|judge|subject|detect|report --recipe R --run RUN [--set key=value] [--plan]`."""
 
 import argparse
 import sys
@@ -47,6 +47,35 @@ def _judge(command: Command) -> None:
     score_run(config, command.run)
 
 
+def _subject(command: Command) -> None:
+    from toyworld.subject import write_subject
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    if command.is_plan:
+        log.info(
+            f"would write {config.num_subject_images} images of the subject, and prompts, to {command.run / 'raw'}"
+        )
+        return
+    write_subject(
+        command.run,
+        seed=config.seed,
+        num_images=config.num_subject_images,
+        num_prompts=config.num_subject_prompts,
+        num_others=config.num_other_prompts,
+        num_prior=config.num_prior_prompts,
+    )
+
+
+def _detect(command: Command) -> None:
+    from toyworld.subject_scoring import score_subject, subject_folders
+
+    folders = subject_folders(command.run)
+    if command.is_plan:
+        log.info(f"would score the subject in: {', '.join(map(str, folders.values()))}")
+        return
+    score_subject(folders, command.run)
+
+
 def _report(command: Command) -> None:
     from toyworld.report import write_report
 
@@ -59,6 +88,8 @@ def _report(command: Command) -> None:
 TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
     "world": ("Write the raw shards of the toy world, their truth and unseen prompts", _world),
     "judge": ("Score captions and samples against the scenes they belong to", _judge),
+    "subject": ("Write images of a subject that the world does not have, and prompts, for DreamBooth", _subject),
+    "detect": ("Score how well the subject was learnt, and what was lost by it", _detect),
     "report": ("Write the run's page, index.html, from whatever stages have finished", _report),
 }
 

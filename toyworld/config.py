@@ -39,6 +39,18 @@ class ToyworldConfig(TableConfig):
     num_prompts: int = pydantic.Field(
         default=96, ge=1, description="Unseen scenes in prompts.jsonl to sample and judge"
     )
+    num_subject_images: int = pydantic.Field(
+        default=8, ge=1, le=64, description="Images of the subject that DreamBooth learns, see toyworld.subject"
+    )
+    num_subject_prompts: int = pydantic.Field(
+        default=120, ge=1, description="Prompts of the subject, each with a place and a background, to score"
+    )
+    num_other_prompts: int = pydantic.Field(
+        default=560, ge=1, description="Unseen scenes without the subject, to score what was lost (two objects each)"
+    )
+    num_prior_prompts: int = pydantic.Field(
+        default=600, ge=1, description="Prompts for images that the model draws before it learns the subject"
+    )
     judge: str = pydantic.Field(
         default="toyworld/weights/judge", description="Folder of the judge's weights, see toyworld.judge"
     )

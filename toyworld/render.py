@@ -43,6 +43,7 @@ _ANCHOR_JITTER = 0.015  # of the shorter side
 _SIZE_JITTER = 0.05
 _COLOUR_JITTER = 10
 _PATTERN_CONTRAST = 0.2
+_CRESCENT_CORNERS = 24  # of each of its two arcs
 _MARKS_ACROSS = 8  # stripes, checks or dots along the shorter side
 
 Point = tuple[float, float]
@@ -58,6 +59,20 @@ def render(scene: Scene, width_pixels: int, height_pixels: int, *, rng: np.rando
     for item in scene.objects:
         _draw_object(draw, item, width=width, height=height, rng=rng)
     return image.reduce(_SUPERSAMPLE)
+
+
+def background_picture(background: str, pattern: str, side_pixels: int) -> Image.Image:
+    """Draw a background with nothing on it, square, its colour exactly that of the name."""
+    side = side_pixels * _SUPERSAMPLE
+    image = Image.new("RGB", (side, side), BACKGROUND_RGB[background])
+    shade = _second_shade(BACKGROUND_RGB[background])
+    _draw_pattern(ImageDraw.Draw(image), pattern, shade, width=side, height=side)
+    return image.reduce(_SUPERSAMPLE)
+
+
+def outline(shape: str) -> list[Point]:
+    """Return the corners of a shape that is no circle, in radii around its anchor."""
+    return _OUTLINES[shape]()
 
 
 def _jitter_colour(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, int, int]:
@@ -120,8 +135,25 @@ def _star_outline() -> list[Point]:
     return points
 
 
+def _crescent_outline() -> list[Point]:
+    """A disc from which another is cut, open to the right: no shape of the world, see `toyworld.subject`."""
+    radius, cut_radius, cut_x = 1.12, 0.82, 0.6
+    meet_x = (cut_x**2 + radius**2 - cut_radius**2) / (2 * cut_x)
+    meet_y = math.sqrt(radius**2 - meet_x**2)
+    outer, inner = math.atan2(meet_y, meet_x), math.atan2(meet_y, meet_x - cut_x)
+    points = []
+    for k in range(_CRESCENT_CORNERS + 1):
+        angle = outer + (2 * math.pi - 2 * outer) * k / _CRESCENT_CORNERS
+        points.append((radius * math.cos(angle), radius * math.sin(angle)))
+    for k in range(_CRESCENT_CORNERS + 1):
+        angle = 2 * math.pi - inner - (2 * math.pi - 2 * inner) * k / _CRESCENT_CORNERS
+        points.append((cut_x + cut_radius * math.cos(angle), cut_radius * math.sin(angle)))
+    return points
+
+
 _OUTLINES: dict[str, Callable[[], list[Point]]] = {
     "square": _square_outline,
     "triangle": _triangle_outline,
     "star": _star_outline,
+    "crescent": _crescent_outline,
 }
