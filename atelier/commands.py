@@ -92,6 +92,8 @@ SHARDS_TO_PACK = Flag(gives="word", value="PATHS", meaning="folders of images, P
 SHARDS_TO_LOOK_AT = Flag(gives="option", value="PATHS", meaning=FLAGS["shards"].meaning)
 RECIPE_TO_WRITE = Flag(gives="option", value="FILE", meaning="what to write; RUN/recipe.toml unless typed")
 SAMPLES_PER_TAR = Flag(gives="option", value="N", meaning="samples of each tar")
+ADAPTERS_TO_MERGE = Flag(gives="option", value="FILES", meaning=FLAGS["lora"].meaning)
+WEIGHTS_TO_MERGE = Flag(gives="option", value="NUMBERS", meaning=FLAGS["weights"].meaning)
 SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
 
 
@@ -191,8 +193,9 @@ SUBCOMMANDS = {
     "convert": Subcommand(
         module="training.convert",
         summary="Weights to diffusers (FROM=… TO=folder) or their own code (TO=x.pth); REPARAMETERIZE=1 makes a PixArt",
-        flags=("from", "to", "reparameterize"),
+        flags=("from", "to", "reparameterize", "lora", "weights"),
         required=(("from", "facebook/DiT-XL-2-256"), ("to", "dit")),
+        changed=(("lora", ADAPTERS_TO_MERGE), ("weights", WEIGHTS_TO_MERGE)),
         passes_on=True,
     ),
     "sample": Subcommand(

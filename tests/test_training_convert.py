@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from sampling_run import make_run
 
 from errors import UserError
+from pixart.adapter_files import read_adapter, write_adapter
+from pixart.adapter_layers import AdapterShape
+from pixart.adapters import add_adapters, merge
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.layers import position_embedding
@@ -282,3 +285,29 @@ def test_what_a_file_holds_beside_weights_is_finite_too(tmp_path: Path, name: st
     torch.save({"state_dict": weights | {name: weights[name] * float("nan")}}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match=rf"bad\.pth: .*{name}"):
         main([str(tmp_path / "bad.pth"), str(tmp_path / "new.pth")])
+
+
+def test_adapters_are_merged_into_a_conversion_each_times_its_weight(tmp_path: Path) -> None:
+    config = PixArtConfig(num_layers=1, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
+    torch.manual_seed(0)
+    base, shape = PixArt(config), AdapterShape(rank=2, alpha=2.0, targets=("mlp", "final"))
+    save_diffusers(base, tmp_path / "base")
+    files = []
+    for name in ("a", "b"):
+        beside = load_diffusers(tmp_path / "base")
+        assert isinstance(beside, PixArt)
+        add_adapters(beside, shape, key="x.lora.targets")
+        weights = {key: torch.randn_like(value) for key, value in beside.named_parameters() if value.requires_grad}
+        write_adapter(tmp_path / name, weights, config, shape=shape, belongs_to={})
+        files.append(tmp_path / name)
+    expected = PixArt(config)
+    expected.load_state_dict(base.state_dict())
+    merge(expected, [(read_adapter(files[0], config), 0.8), (read_adapter(files[1], config), -0.5)])
+    typed = ["--lora", f"{files[0]},{files[1] / 'adapter_model.safetensors'}"]
+    main([str(tmp_path / "base"), str(tmp_path / "merged"), *typed, "--weights=0.8,-0.5"])
+    merged = load_diffusers(tmp_path / "merged" / "transformer").state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in expected.state_dict().items())
+    for weights in ("0.8", "0.8,x", "0.8,inf"):
+        with pytest.raises(UserError, match=r"WEIGHTS .* are no"):
+            main([str(tmp_path / "base"), str(tmp_path / "other"), *typed, "--weights", weights])
+    assert not (tmp_path / "other").exists()

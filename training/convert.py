@@ -7,6 +7,7 @@ With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import TRAINER, find_checkpoint, open_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
+from pixart.adapter_files import read_adapter
+from pixart.adapters import merge, require_fit
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
 from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
     network = with_adapters(network, start, key=f"SOURCE {options.source}")
+    if options.lora or options.weights:
+        network = _with_added(network, options.lora.split(",") if options.lora else [], options.weights)
     origins = start.origins
     _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
     process = start.process if origins.process is None else origins.process.value
@@ -97,6 +102,31 @@ def _find_start(source: str) -> StartingPoint:
     return find_weights(source, key="SOURCE") if checkpoint is None else from_checkpoint(checkpoint)
 
 
+def _with_added(network: DiT | PixArt, locations: Sequence[str], typed_weights: str) -> DiT | PixArt:
+    """Add the changes of adapters, each times its weight, as drawing with them does."""
+    if network.kind != "pixart":
+        raise UserError("LORA is for a PixArt, but SOURCE is a class-conditional DiT")
+    try:
+        weights = [float(weight) for weight in typed_weights.split(",")] if typed_weights else [1.0] * len(locations)
+    except ValueError:
+        raise UserError(f"WEIGHTS {typed_weights!r} are no numbers with commas between them") from None
+    if len(weights) != len(locations) or not all(map(math.isfinite, weights)):
+        raise UserError(f"WEIGHTS {typed_weights!r} are no {len(locations)} finite numbers, one for each of LORA")
+    adapters = []
+    for location, weight in zip(locations, weights, strict=True):
+        path = typed_path(location.strip())
+        opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+        checkpoint = opens(path) if path.is_dir() else None
+        adapter = read_adapter(path if checkpoint is None else checkpoint.weights, network.config)
+        require_fit(adapter, network)
+        for note in adapter.notes:
+            log.warning(note)
+        _say(f"{adapter.path}: {len(adapter.layers)} layers are changed by {weight:g} times the adapter's change")
+        adapters.append((adapter, weight))
+    merge(network.float(), adapters)
+    return network
+
+
 def _say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
@@ -116,6 +146,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "file .pth, .pt or .safetensors with the names of PixArt's or DiT's own code",
     )
     parser.add_argument("--reparameterize", action="store_true", help="turn a class-conditional DiT into a PixArt")
+    parser.add_argument("--lora", default="", help="adapters to merge: files, folders or stages, commas between them")
+    parser.add_argument("--weights", default="", help="how much of each, commas between them; 1 unless given")
     parser.add_argument("--caption-channels", type=int, default=4096, help="width of the text encoder (T5-XXL: 4096)")
     parser.add_argument("--adaln", choices=("single", "per-block"), default="single", help="per-block: Figure 6")
     parser.add_argument("--sample-size", type=int, default=32, help="latent side, for files that hold no positions")
