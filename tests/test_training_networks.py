@@ -123,6 +123,34 @@ def test_weights_of_another_process_keep_their_blocks_and_begin_the_output_anew(
     assert starting_network(job, network_config(job, survey)).final.weight.shape == (32, 16)
 
 
+def test_weights_of_a_vae_with_other_channels_keep_their_blocks_where_the_stage_says_so(
+    run: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    former = PixArt(PixArtConfig(**SHAPE, in_channels=8, out_channels=16, caption_channels=D_TEXT))
+    for parameter in former.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = saved(former, tmp_path / "eight")
+    job, survey = open_job(run, 2, starts_from=folder)
+    with pytest.raises(UserError, match=r"in_channels 8, but the features' latents have 4: .*departs_in = \['vae'\]"):
+        starting_network(job, network_config(job, survey))
+    job, survey = open_job(run, 2, starts_from=folder, departs_in=["vae"])
+    config = network_config(job, survey)
+    network, again = (starting_network(job, config) for _ in range(2))
+    assert isinstance(network, PixArt) and network.config == config and config.in_channels == 4
+    assert not network.final.weight.any() and not network.final.bias.any()
+    assert network.patch_embed.projection.weight.shape == (16, 4, 2, 2) and network.patch_embed.projection.weight.any()
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), "every rank draws the same"
+        if not name.startswith(("patch_embed.", "final.")):
+            assert torch.equal(weight, former.state_dict()[name])
+    # what begins anew has to train
+    patterns = ["blocks.*", "final.*"]
+    job, survey = open_job(run, 2, starts_from=folder, departs_in=["vae"], trains=patterns)
+    with pytest.raises(UserError, match=r"training\.stage2\.trains leaves out patch_embed\.projection\.weight"):
+        starting_network(job, network_config(job, survey))
+
+
 def test_original_files_are_a_start(run: Path, tmp_path: Path) -> None:
     published = {"num_layers": 2, "num_heads": 6, "head_dim": 64}  # only published widths tell their heads
     shape = [f"model.{name}={value}" for name, value in published.items()]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from pixart.adapter_files import read_adapter
 from pixart.adapters import at_positions, merge, require_fit
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
-from pixart.layers import TokenCompression
+from pixart.layers import PatchEmbed, TokenCompression, xavier_
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
 from pixart.reparameterize import reparameterize
@@ -93,7 +94,8 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     A DiT starts from a DiT, a PixArt from a PixArt or from a DiT that it re-parameterises; a stage that has begun, from
     its checkpoint.
 
-    Weights that were trained to predict something else keep their blocks, and begin their output layer anew.
+    Weights that were trained to predict something else keep their blocks, and begin their output layer anew; those of
+    a VAE with other channels, which `departs_in` must name, their patch embedding, too.
 
     Raises:
         UserError: the weights are of another kind, shape or resolution; names the recipe key.
@@ -108,7 +110,9 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     former = with_adapters(former.float(), job.start, key=key)
     if job.settings.has_adapters:
         _require_all_layers(former, config, job.settings.kv_compressed_blocks, key=key)
-    if job.begins_output_anew or former.config.out_channels != config.out_channels:
+    if former.config.in_channels != config.in_channels:
+        former = _with_other_latents(job, former, config, key=key)
+    elif job.begins_output_anew or former.config.out_channels != config.out_channels:
         if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
             log.warning(f"{key} gives {former.config.out_channels} channels: the output layer begins anew")
         former = with_fresh_output(former, config.out_channels)
@@ -198,6 +202,44 @@ def with_adapters(network: DiT | PixArt, start: StartingPoint, *, key: str) -> D
         require_fit(adapter, network)
         merge(network, [(adapter, 1.0)])
     return network if start.shape is None else at_positions(network, start.shape)
+
+
+def _with_other_latents(
+    job: TrainingJob, former: DiT | PixArt, config: DiTConfig | PixArtConfig, *, key: str
+) -> DiT | PixArt:
+    """Return the network for latents of other channels, where the stage says that they are of another VAE.
+
+    Raises:
+        UserError: it does not say so, or a layer that begins anew would not train; names the recipe key.
+    """
+    settings, stage = job.settings, f"training.{job.command.stage_name}"
+    what = f"{key} has in_channels {former.config.in_channels}, but the features' latents have {config.in_channels}"
+    if "vae" not in settings.departs_in:
+        raise UserError(
+            f"{what}: make features with the VAE that the weights were trained with, or say {stage}.departs_in = "
+            "['vae'], and the patch embedding and the output layer begin anew"
+        )
+    network = with_fresh_output(with_fresh_input(former, config.in_channels), config.out_channels)
+    for name, _ in network.named_parameters():
+        if name.startswith(("patch_embed.", "final.")) and not _is_named(name, settings.trains):
+            raise UserError(f"{key}: {stage}.trains leaves out {name}, which begins anew for another VAE: add it")
+    log_once(f"{what}: the patch embedding and the output layer begin anew")
+    return network
+
+
+def _is_named(name: str, trains: str | Sequence[str]) -> bool:
+    return trains == "all" if isinstance(trains, str) else any(fnmatchcase(name, pattern) for pattern in trains)
+
+
+def with_fresh_input(network: DiT | PixArt, in_channels: int) -> DiT | PixArt:
+    """Return the network with a patch embedding of latents of so many channels, drawn as a new network's is."""
+    config = dataclasses.replace(network.config, in_channels=in_channels)
+    fresh = blank_network(config)
+    embed = PatchEmbed(in_channels, config.width, patch_size=config.patch_size, base_size=1)
+    xavier_(embed)
+    weights = {f"patch_embed.{name}": weight for name, weight in embed.state_dict().items()}
+    fresh.load_state_dict(network.state_dict() | weights, assign=True)
+    return fresh
 
 
 def with_fresh_output(network: DiT | PixArt, out_channels: int) -> DiT | PixArt:
