@@ -1,4 +1,4 @@
-"""`python -m toyworld.zoo [vae] [t5] [llava] [judge] [dit] [pixart]`: make embedded models anew, over their weights."""
+"""`python -m toyworld.zoo [vae] [vae-8] [t5] [llava] [judge] [dit] [pixart]`: make models anew, over their weights."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from pipelines.engine.progress import get_logger
 
 log = get_logger("toyworld.zoo")
 
-NAMES = ("vae", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
+NAMES = ("vae", "vae-8", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
 RELEASED = "pixart"  # trained by a demo, which needs all of these
 RELEASED_FOLDER = Path(__file__).parent.parent / "released" / RELEASED
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -27,6 +27,10 @@ def train(name: str, weights: Path) -> None:
         from toyworld.zoo import vae
 
         vae.train(folder)
+    elif name == "vae-8":
+        from toyworld.zoo import vae
+
+        vae.train(folder, latent_channels=8, num_steps=vae.NUM_STEPS_OF_SECOND, seed=vae.SEED + 1)
     elif name == "t5":
         from toyworld.zoo import text_encoder
 

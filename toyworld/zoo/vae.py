@@ -1,5 +1,8 @@
 """The embedded AutoencoderKL: f8, 4 latent channels, 1.6M weights; stands where a real run names the LDM VAE.
 
+A second one, of 8 latent channels and from another seed, stands where weights move on to another VAE
+(recipes/toyworld-vae.toml).
+
 Trained on rendered scenes alone (it never sees what a scene holds): reconstruction and a light KL term, mostly at 64
 pixels, every few steps at another size. 14 minutes on one core (34 dB).
 """
@@ -24,6 +27,7 @@ log = get_logger("toyworld.zoo")
 
 SEED = 1
 NUM_STEPS = 3000
+NUM_STEPS_OF_SECOND = 1200
 BATCH_SIZE = 16
 _LEARNING_RATE = 2e-3
 _KL_WEIGHT = 2e-4
@@ -62,7 +66,7 @@ def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return (-10 * error.log10()).mean().item()
 
 
-def build() -> AutoencoderKL:
+def build(*, latent_channels: int = 4) -> AutoencoderKL:
     """The untrained network; two norm groups, because more of them wipe out absolute colour at this width."""
     make: Any = AutoencoderKL
     return make(
@@ -70,26 +74,26 @@ def build() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         mid_block_add_attention=False,
         sample_size=64,
     )
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, *, latent_channels: int = 4, num_steps: int = NUM_STEPS, seed: int = SEED) -> None:
     """Train and save to `folder`, fp16 on disk, with the scaling factor that gives latents unit deviation."""
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
-    vae = build()
-    trainer = Trainer(vae, num_steps=NUM_STEPS, learning_rate=_LEARNING_RATE, average_decay=0.995)
-    for step in range(NUM_STEPS):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    vae = build(latent_channels=latent_channels)
+    trainer = Trainer(vae, num_steps=num_steps, learning_rate=_LEARNING_RATE, average_decay=0.995)
+    for step in range(num_steps):
         width, height = _size_of_step(step)
         num_images = _PIXELS_PER_BATCH // (width * height)
         images = image_batch(rng, num_images, width=width, height=height)
         loss = _loss(vae, images)
         trainer.step(loss)
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 250 == 0 or step + 1 == num_steps:
             held_out = image_batch(np.random.default_rng(0), 64, width=64, height=64)
             log.info("vae step %d loss %.4f psnr %.2f dB", step + 1, loss.item(), mean_psnr(trainer.averaged, held_out))
     averaged: Any = trainer.averaged
