@@ -1,7 +1,6 @@
 """The embedded AutoencoderKL: f8, 4 latent channels, 1.6M weights; stands where a real run names the LDM VAE.
 
-A second one, of 8 latent channels and from another seed, stands where weights move on to another VAE
-(recipes/toyworld-vae.toml).
+A second one, of 8 latent channels and from another seed, stands where weights move on to another VAE.
 
 Trained on rendered scenes alone (it never sees what a scene holds): reconstruction and a light KL term, mostly at 64
 pixels, every few steps at another size. 14 minutes on one core (34 dB).
