@@ -4,6 +4,7 @@ It is what alpha's released weights were trained with, and no good rule otherwis
 ftfy knows no damaged accent any more, and drops Chinese characters, long numbers and words such as "download".
 """
 
+import contextlib
 import html
 import re
 import urllib.parse
@@ -89,9 +90,12 @@ def clean_caption(text: str) -> str:
 def _clean_once(text: str) -> str:
     import ftfy
     from bs4 import BeautifulSoup
+    from bs4.builder import ParserRejectedMarkup
 
     text = _replaced(urllib.parse.unquote_plus(text).strip().lower(), BEFORE_HTML)
-    with warnings.catch_warnings(action="ignore"):  # of texts that look like the name of a file or an address
+    # Warnings are of texts that look like the name of a file or an address. Marks that the parser refuses, as
+    # "<![ x", at which diffusers ends, stay.
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(ParserRejectedMarkup):
         text = BeautifulSoup(text, features="html.parser").text
     text = _replaced(text, AFTER_HTML)
     if len(JOINTS.findall(text)) > MANY_JOINTS:

@@ -6,11 +6,14 @@ its encoder, since that makes the latents: decoders of one encoder may differ.
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders.weights import WEIGHT_FILE, model_folder
+from errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +98,10 @@ def _have_same_rows(one: Path, other: Path) -> bool | None:
 
 
 def _first_rows(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the first rows of a model's floating-point tensors, fp32, of the halves that count."""
+    """Yield the first rows of a model's floating-point tensors, fp32, of the halves that count.
+
+    A file that cannot be read has none: it may be one that was never fetched, of an encoder that nobody loads.
+    """
     for path in sorted(folder.iterdir()):
         if WEIGHT_FILE.fullmatch(path.name):
             for name, rows in _rows_of_file(path):
@@ -103,21 +109,32 @@ def _first_rows(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, rows.float()
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[str, Tensor]]:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+def _rows_of_file(path: Path) -> list[tuple[str, Tensor]]:
+    from safetensors import SafetensorError
 
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                part = file.get_slice(name)
-                yield name, part[:NUM_ROWS] if part.get_shape() else file.get_tensor(name)
-        return
+    try:
+        return _rows_of_safetensors(path) if path.suffix == ".safetensors" else _rows_of_pickle(path)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        return []
+
+
+def _rows_of_safetensors(path: Path) -> list[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return [(name, part[:NUM_ROWS] if part.get_shape() else file.get_tensor(name)) for name, part in parts.items()]
+
+
+def _rows_of_pickle(path: Path) -> list[tuple[str, Tensor]]:
     import torch
 
-    stored: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for name, tensor in stored.items():
-        if isinstance(tensor, torch.Tensor):
-            yield name, tensor[:NUM_ROWS] if tensor.ndim else tensor
+    is_mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 are none, and have to be read whole
+    stored: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, torch.Tensor)}
+    return [(name, tensor[:NUM_ROWS] if tensor.ndim else tensor) for name, tensor in tensors.items()]
 
 
 def _give_same_latents(one: Path, other: Path) -> bool | None:

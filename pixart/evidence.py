@@ -42,23 +42,25 @@ def origins_of_folder(weights: Path, *, location: str = "") -> Origins:
         MissingFileError: it has no config.json.
         UserError: a file that tells of it is damaged, or it is of another model or of a process that is not supported.
     """
-    found = Origins()
+    found, is_recorded = Origins(), False
     places = (weights, weights.parent) if weights.name in WEIGHT_FOLDERS else (weights,)
     for path in (folder / ORIGINS_FILE for folder in places):
         if path.is_file():
-            found = found.or_else(origins_of_json(read_json(path), source=str(path)))
+            found, is_recorded = found.or_else(origins_of_json(read_json(path), source=str(path))), True
     trainer = weights.parent / TRAINER_FILE
     if weights.name == CHECKPOINT_WEIGHTS and trainer.is_file():
-        found = found.or_else(origins_of_trainer(read_json(trainer), source=str(trainer)))
+        found, is_recorded = found.or_else(origins_of_trainer(read_json(trainer), source=str(trainer))), True
     index = weights.parent / PIPELINE_FILE
     pipeline = None
     if weights.name == PIPELINE_WEIGHTS and index.is_file():
         pipeline = str(read_json(index).get("_class_name"))
-        found = found.or_else(_of_pipeline(index, pipeline))
+        found = found.named_too(_of_pipeline(index, pipeline))
     if (spec := spec_beside(weights)) is not None:
         scheduler = weights.parent / SCHEDULER_FOLDER / SCHEDULER_FILE
         found = found.or_else(Origins(process=Fact(value=spec, source=str(scheduler))))
-    return found.or_else(_of_config(weights / CONFIG_NAME, pipeline, location=f"{location} {_hub_name(weights)}"))
+    own, like = _of_config(weights / CONFIG_NAME, pipeline, location=f"{location} {_hub_name(weights)}")
+    # What we wrote down is all that there is to know: weights of our own may well have the shape of published ones.
+    return found.or_else(own) if is_recorded else found.or_else(own).named_too(like)
 
 
 def origins_of_trainer(trainer: Mapping[str, Any], *, source: str) -> Origins:
@@ -93,15 +95,16 @@ def origins_of_file(
         num_null_tokens: rows of the null caption in it.
         record: what a file of ours says of its origins.
     """
-    found = Origins() if record is None else origins_of_json(record, source=str(path))
     scale = shape.get("interpolation_scale", 1.0)
     own = _of_network(kind, shape, scale=scale, source=str(path))
     if num_null_tokens is not None:
         own = dataclasses.replace(own, max_tokens=Fact(value=num_null_tokens, source=str(path)))
+    if record is not None:
+        return origins_of_json(record, source=str(path)).or_else(own)
     like = recognise(
         kind, shape, scale=scale, num_null_tokens=num_null_tokens, is_file=True, location=str(path.absolute())
     )
-    return found.or_else(own).or_else(like)
+    return own.or_else(like)
 
 
 def _names(model: str, identity: str | None) -> tuple[str, ...]:
@@ -132,7 +135,8 @@ def _of_pipeline(index: Path, class_name: str) -> Origins:
     return Origins(**facts)
 
 
-def _of_config(path: Path, pipeline: str | None, *, location: str) -> Origins:
+def _of_config(path: Path, pipeline: str | None, *, location: str) -> tuple[Origins, Origins]:
+    """Return what a config says, and what is true of the published models that are like it."""
     stored = read_json(path)
     kind = kind_of(stored, path)
     config = {**(PIXART_DEFAULTS if kind == "pixart" else DIT_DEFAULTS), **stored}
@@ -162,7 +166,7 @@ def _of_config(path: Path, pipeline: str | None, *, location: str) -> Origins:
         pipeline=pipeline,
         location=location,
     )
-    return _of_network(kind, shape, scale=scale, source=str(path)).or_else(like)
+    return _of_network(kind, shape, scale=scale, source=str(path)), like
 
 
 def _of_network(kind: str, shape: Mapping[str, Any], *, scale: float, source: str) -> Origins:

@@ -68,14 +68,18 @@ class Origins:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def or_else(self, other: Origins) -> Origins:
-        """Return these facts, and of those that are not known `other`'s; names of one encoder are kept of both."""
-        merged = {name: fact or getattr(other, name) for name, fact in self.facts().items()}
+        """Return these facts, and of those that are not known `other`'s."""
+        return Origins(**{name: fact or getattr(other, name) for name, fact in self.facts().items()})
+
+    def named_too(self, other: Origins) -> Origins:
+        """Return `or_else`, where encoders that both know go by the names of both."""
+        merged = self.or_else(other)
         for name in ("text_encoder", "vae"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own is not None and theirs is not None:
                 names = tuple(dict.fromkeys([*own.value, *theirs.value]))
-                merged[name] = Fact(value=names, source=own.source)
-        return Origins(**merged)
+                merged = dataclasses.replace(merged, **{name: Fact(value=names, source=own.source)})
+        return merged
 
     def describe(self, *, reads_text: bool = True) -> str:
         """Return a line for people; facts of one source that follow each other name it once."""

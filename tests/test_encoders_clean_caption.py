@@ -45,3 +45,8 @@ def test_mixtures_of_their_parts_are_cleaned_as_diffusers_cleans_them(theirs):
     for _ in range(1500):
         text = random_parts.choice(["", " "]).join(random_parts.choices(parts, k=random_parts.randint(1, 12)))
         assert clean_text(text, "diffusers") == theirs(text), text
+
+
+def test_marks_that_no_parser_knows_stay() -> None:
+    """diffusers ends in a traceback at them, and one caption would end the features of all."""
+    assert clean_text("A Dog <![ x", "diffusers") == "a dog <! x"

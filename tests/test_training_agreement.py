@@ -10,7 +10,7 @@ import pytest
 import torch
 import training_run
 from huggingface_hub import constants
-from published_layouts import sigma_settings, write_original, write_pipeline, write_transformer
+from published_layouts import original_weights_of, sigma_settings, write_original, write_pipeline, write_transformer
 from safetensors.torch import load_file, save_file
 from tiny_encoders import save_codec, save_text_encoder
 from training_run import D_TEXT, arguments, make_run
@@ -282,9 +282,53 @@ def test_a_recorded_origin_goes_with_the_folder(run_with: MakeRun, tmp_path: Pat
     (start / ORIGINS_FILE).write_text(json.dumps(record))
     job = job_of(run, start)
     assert not job.departures and f"text by {FLAN}" in job.origins.describe()
+    # the table of published models says nothing beside it: no other name of the encoder, and not what is left out
+    with pytest.raises(UserError, match=rf"text_model is '{T5}', but .* were trained with '{FLAN}'"):
+        job_of(run_with(**ALPHA | {"cleaning": "lower"}), start)
+    (start / ORIGINS_FILE).write_text(json.dumps({"vae": [SD_VAE]}))  # as of a DiT that was re-parameterised
+    assert "not known: text encoder, tokens, cleaning" in job_of(run, start).origins.describe()
     (start / ORIGINS_FILE).write_text(json.dumps(record | {"max_tokens": "many"}))
     with pytest.raises(UserError, match=rf"{ORIGINS_FILE}: max_tokens is 'many', which is no value of it"):
         job_of(run, start)
+
+
+def test_a_checkpoint_of_a_published_shape_was_trained_with_what_it_says_alone(tmp_path: Path) -> None:
+    """Our XL/2 of Flan-T5 went by the name of the released models' encoder, too, and was no other than that."""
+    weights = write_transformer(tmp_path / "step-5" / "model", sample_size=64, interpolation_scale=1.0)
+    text = {"model": FLAN, "max_tokens": 120, "cleaning": "lower"}
+    trainer = {"text": text, "vae": {"model": SD_VAE, "scaling_factor": 0.18215, "factor": 8}, "resolution": 512}
+    (weights.parent / "trainer.json").write_text(json.dumps(trainer | {"interpolation_scale": 1.0}))
+    origins = find_weights(str(weights), key="x").origins
+    assert origins.text_encoder is not None and origins.text_encoder.value == (FLAN,)
+    # and a file of it, too
+    record = json.dumps({"text_encoder": [FLAN], "max_tokens": 120})
+    shape = PixArtConfig(sample_size=64)
+    file = tmp_path / "mine.pth"
+    torch.save({"state_dict": original_weights_of(shape, scale=1.0), "origins": record}, file)
+    origins = find_weights(str(file), key="x").origins
+    assert origins.text_encoder is not None and origins.text_encoder.value == (FLAN,) and origins.cleaning is None
+
+
+@pytest.mark.parametrize("fault", ["never fetched", "cut", "before torch 1.6", "a program"])
+def test_an_encoder_that_cannot_be_read_tells_nothing(run_with: MakeRun, tmp_path: Path, fault: str) -> None:
+    """People clone a pipeline and fetch its transformer alone: its text encoder is a pointer of git-lfs then."""
+    start = tiny_pipeline(tmp_path / "pipeline")
+    copy = shutil.copytree(start / "text_encoder", tmp_path / "copy")
+    file = copy / "model.safetensors"
+    if fault == "never fetched":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    elif fault == "cut":
+        file.write_bytes(file.read_bytes()[:99])
+    else:
+        stored: object = load_file(file) if fault == "before torch 1.6" else {"shared.weight": Path.cwd}
+        file.unlink()
+        torch.save(stored, copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    right = {"text_model": str(copy), "vae_model": str(start / "vae"), "scale": 0.45}
+    departures = job_of(run_with(**ALPHA | right), start).departures
+    if fault == "before torch 1.6":
+        assert not departures
+    else:
+        assert [line.endswith("whether they are the same, nothing here tells") for line in departures] == [True]
 
 
 def test_the_plan_names_what_the_weights_were_trained_with(
