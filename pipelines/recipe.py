@@ -154,6 +154,10 @@ class ModelConfig(TableConfig):
         default="single",
         description="Of a PixArt: shared by all blocks, or an adaLN layer in each, which sees the text, too (Figure 6)",
     )
+    size_condition: Decides[bool] = pydantic.Field(
+        default=False,
+        description="Of a PixArt: it is told each image's height, width and aspect ratio, as alpha's 1024-MS is",
+    )
     num_classes: Decides[int] = pydantic.Field(
         default=1000, ge=1, description="Class labels of a DiT, the null class not counted (ImageNet: 1000)"
     )

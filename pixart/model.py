@@ -196,6 +196,11 @@ class PixArt(nn.Module):
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
         self._initialize()
 
+    @property
+    def has_size_condition(self) -> bool:
+        """Whether `forward` is told the size of each image."""
+        return self.config.has_size_condition
+
     def _initialize(self) -> None:
         # the caption projection stays at Xavier: at std 0.02 the text is too faint to be learnt from early on
         xavier_(self)
@@ -207,6 +212,9 @@ class PixArt(nn.Module):
                 nn.init.zeros_(module.out.weight)  # the identity, so that a pretrained DiT is left as it is
             if isinstance(module, TokenCompression):
                 module.average_()
+        if self.config.has_size_condition:
+            for embedder in (self.size_embed, self.aspect_ratio_embed):
+                nn.init.zeros_(embedder.out.weight)  # again so
         if self.config.adaln == "single":
             nn.init.normal_(self.global_modulation.weight, std=0.02)
         else:

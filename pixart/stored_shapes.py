@@ -92,7 +92,11 @@ def stored_shape(folder: Path) -> dict[str, Any]:
     shape = {key: stored[name] for name, key in RECIPE_KEYS.items()}
     if kind == "dit":
         return shape | {"num_classes": stored["num_embeds_ada_norm"]}
-    return shape | {"adaln": adaln_of(stored)}
+    is_told = stored["use_additional_conditions"]
+    return shape | {
+        "adaln": adaln_of(stored),
+        "size_condition": stored["sample_size"] == CONDITIONED_SIDE if is_told is None else bool(is_told),
+    }
 
 
 def adaln_of(stored: Mapping[str, Any]) -> Literal["single", "per-block"]:

@@ -125,7 +125,7 @@ def test_remembered_shards_that_are_damaged_are_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_survey_is_none(tmp_path, kind: str, caplog) -> None:
-    survey = Survey(buckets=["32x32"], counts=[[[3]]], channels=4, downsample=8, max_label=-1)
+    survey = Survey(buckets=["32x32"], counts=[[[3]]], channels=4, downsample=8, max_label=-1, num_without_size=0)
     save_survey(survey, tmp_path / "survey.json", identity="x")
     assert load_survey(tmp_path / "survey.json", identity="x") == survey
     (tmp_path / "survey.json").write_bytes(DAMAGES[kind])

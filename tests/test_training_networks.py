@@ -193,12 +193,6 @@ def test_each_stage_refuses_weights_of_another_kind_or_size(run: Path, tmp_path:
         start(run, 1, pixart)
     with pytest.raises(UserError, match=r"recipe\.toml: model\.head_dim = 8, but .*starts_from \(.*wide\) have 12: "):
         start(run, 2, wide)
-    told = PixArtConfig(**SHAPE, caption_channels=D_TEXT, has_size_condition=True)
-    told_size = saved(PixArt(dataclasses.replace(told, num_heads=6)), tmp_path / "told-size")
-    with pytest.raises(
-        UserError, match=r"told-size\) is told the size of each image .*, which is drawn with and not tr"
-    ):
-        start_wide(run, 2, Path(told_size), ["model.num_heads=6"])
     larger = saved(DiT(DiTConfig(**(SHAPE | {"sample_size": 8}), num_classes=5)), tmp_path / "larger")
     with pytest.raises(UserError, match="has sample_size 8, but the recipe and the features give 4"):
         start(run, 1, larger)

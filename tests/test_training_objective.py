@@ -59,6 +59,7 @@ def make_batch(*, has_text: bool) -> Batch:
         timestep_draws=torch.tensor(DRAWS, dtype=torch.float64),
         is_dropped=torch.tensor([True, False, False, True]),
         is_prior=torch.tensor([False, True, False, True]),
+        size=torch.zeros(4, 3),
         **condition,
     )
 

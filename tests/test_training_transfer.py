@@ -62,6 +62,7 @@ def packed_batch(number: int) -> PackedBatch:
         timestep_draws=torch.full((2,), number, dtype=torch.float64),
         is_dropped=torch.zeros(2, dtype=torch.bool),
         is_prior=torch.zeros(2, dtype=torch.bool),
+        size=torch.zeros(2, 3),
         text=None,
         labels=torch.tensor([1, 2]),
     )
@@ -97,7 +98,7 @@ def test_buffers_are_read_before_they_are_filled_again() -> None:
 
 def test_all_tensors_of_a_batch_are_handed_over() -> None:
     batch = packed_batch(1).to(CPU)
-    named = [getattr(batch, name) for name in ("mean", "noise", "timestep_draws", "is_dropped", "is_prior", "labels")]
+    named = [getattr(batch, name) for name in ("mean", "noise", "timestep_draws", "is_dropped", "is_prior", "size", "labels")]
     assert {id(tensor) for tensor in batch.device_tensors()} == {id(tensor) for tensor in named}
 
 

@@ -79,8 +79,12 @@ def write_latents(
     buckets: list[str],
     is_bucketed: bool,
     has_std: bool = True,
+    has_sizes: bool = False,
 ) -> None:
-    """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject."""
+    """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject.
+
+    With `has_sizes` the index says how large image i was: 3 times its bucket and i pixels more.
+    """
     directory = ShardDirectory(latent_directory(run, resolution))
     directory.path.mkdir(parents=True, exist_ok=True)
     family = latent_schema(has_std=has_std)
@@ -102,6 +106,8 @@ def write_latents(
                         "label": i % NUM_CLASSES if name.startswith("imagenet") else None,
                         "reject": None,
                     }
+                    if has_sizes:
+                        row |= {"original_height": 24 * height + i, "original_width": 24 * width + i}
                 rows.append(row)
         write_index(directory.file(name, ".parquet"), rows, family.columns)
         _finish(directory, name, rows, fingerprint)

@@ -105,6 +105,7 @@ def packed_batch(case: Case) -> PackedBatch:
         timestep_draws=torch.rand(case.batch_size, generator=generator, dtype=torch.float64),
         is_dropped=is_dropped,
         is_prior=torch.zeros(case.batch_size, dtype=torch.bool),
+        size=torch.zeros(case.batch_size, 3),
         text=PackedRows(
             values=torch.randn(num_tokens, width, generator=generator).bfloat16(),
             scale=None,

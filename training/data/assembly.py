@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.data.batch import Buffers, PackedBatch, PackedRows
 from training.data.datasets import Dataset
-from training.data.index import OpenShard
+from training.data.index import OpenShard, bucket_size
 from training.data.plan import PlannedBatch
 from training.data.reading import LocatedSamples, RaggedReading, StackedReading
 
@@ -27,6 +27,7 @@ def locate_samples(
     numbers, ordinals = planned.shards[part], planned.ordinals[part]
     order = np.argsort(numbers, kind="stable")
     keys, labels = np.empty(len(order), dtype=object), np.empty(len(order), dtype=np.int64)
+    original_sizes = np.empty((len(order), 2), dtype=np.int64)
     families = shards[int(numbers[0])].table.families
     located = {name: np.empty((len(order), len(rows.columns)), dtype=np.int64) for name, rows in families.items()}
     cuts = np.flatnonzero(np.diff(numbers[order])) + 1
@@ -34,6 +35,7 @@ def locate_samples(
         table = shards[int(numbers[mine[0]])].table
         samples = table.first_rows[bucket] + ordinals[mine]
         keys[mine], labels[mine] = table.keys[samples], table.labels[samples]
+        original_sizes[mine] = table.original_sizes[samples]
         for name, rows in table.families.items():
             located[name][mine] = rows.numbers[rows.choose(samples, draws[mine])]
     return LocatedSamples(
@@ -41,7 +43,14 @@ def locate_samples(
         shards=[shards[number] for number in numbers.tolist()],
         rows=located,
         labels=labels,
+        original_sizes=original_sizes,
     )
+
+
+def bucket_ratio(name: str) -> float:
+    """Return height / width of a bucket as PixArt's tables have it for a key, which its training fed: two digits."""
+    height, width = bucket_size(name)
+    return round(height / width, 2)
 
 
 class SampleRandom:
@@ -111,6 +120,9 @@ class BatchAssembler:
         draws = self._draw(planned.step, positions, list(noises.values()))  # [B, 3]
         is_dropped = draws[:, 0] < self._caption_dropout
         samples = locate_samples(planned, positions, shards, bucket=bucket, draws=draws[:, 1])
+        size = buffers.take("size", (len(positions), 3), dtype=torch.float32)
+        size[:, :2] = torch.from_numpy(samples.original_sizes)
+        size[:, 2] = bucket_ratio(bucket)
         stacked, ragged = self.read(buffers, samples, is_dropped=is_dropped)
         leading, captions = stacked.pop(self._leading.name), list(ragged.values())
         return PackedBatch(
@@ -125,6 +137,7 @@ class BatchAssembler:
             timestep_draws=torch.from_numpy(draws[:, 2].copy()),
             is_dropped=torch.from_numpy(is_dropped),
             is_prior=torch.tensor([shard.role == "prior" for shard in samples.shards]),
+            size=size,
             text=captions[0] if captions else None,
             labels=torch.from_numpy(samples.labels) if self._has_labels else None,
             tensors={f"{name}.{key}": value for name, tensors in stacked.items() for key, value in tensors.items()},

@@ -33,6 +33,8 @@ class Batch:
         timestep_draws: uniform in [0, 1), float64 [B].
         is_dropped: whether the condition is the null one, [B]; `text` already holds the null caption there.
         is_prior: whether a sample is of a dataset with role prior, [B].
+        size: original height and width of each image in pixels, and the aspect ratio height / width of its bucket,
+            rounded to the two digits of PixArt's bucket tables, fp32 [B, 3]; -1 for a side that is not known.
         text: captions end to end, bf16 [T, D]; None in stage 1.
         labels: class labels, int64 [B]; None in stages 2 and 3.
         tensors: of every other family: `<family>.<tensor>`.
@@ -50,6 +52,7 @@ class Batch:
     timestep_draws: Tensor
     is_dropped: Tensor
     is_prior: Tensor
+    size: Tensor
     text: PackedText | None
     labels: Tensor | None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -124,6 +127,7 @@ class PackedBatch:
     timestep_draws: Tensor
     is_dropped: Tensor
     is_prior: Tensor
+    size: Tensor
     text: PackedRows | None
     labels: Tensor | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -147,6 +151,7 @@ class PackedBatch:
             timestep_draws=copy(self.timestep_draws),
             is_dropped=copy(self.is_dropped),
             is_prior=copy(self.is_prior),
+            size=copy(self.size),
             text=None if self.text is None else self.text.to(device),
             labels=None if self.labels is None else copy(self.labels),
             tensors={name: copy(tensor) for name, tensor in self.tensors.items()},

@@ -50,6 +50,7 @@ def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -
         timestep_draws=blank(num_samples, dtype=torch.float64),
         is_dropped=blank(num_samples, dtype=torch.bool),
         is_prior=blank(num_samples, dtype=torch.bool),
+        size=blank(num_samples, 3),
         text=text,
         labels=blank(num_samples, dtype=torch.int64) if shape.text_width is None else None,
     )

@@ -26,6 +26,7 @@ from training.mixture import DatasetRole
 
 NUM_CACHED_TABLES = 64
 NOT_THERE = -1
+SIZE_COLUMNS = ("original_height", "original_width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class ShardTable:
         keys: of the samples, Python strings, [n].
         bucket_names, bucket_starts: the buckets of this shard, and the sample where each starts; ends with n.
         labels: [n]; -1 without labels.
+        original_sizes: height and width of each image in pixels, as it was before it was cut, [n, 2]; -1 where the
+            index does not say it.
         families: rows of each family, by its name.
     """
 
@@ -79,6 +82,7 @@ class ShardTable:
     bucket_names: list[str]
     bucket_starts: np.ndarray
     labels: np.ndarray
+    original_sizes: np.ndarray
     families: dict[str, FamilyRows]
 
     @cached_property
@@ -188,6 +192,7 @@ class FeatureIndex:
         """Read an index, without its rejects."""
         family = directory.family
         wanted = {"key", *number_columns(family), "weight", "bucket", "label", "reject"}
+        wanted |= set(SIZE_COLUMNS) if family.leads else set()
         columns = [column for column in family.columns.names if column in wanted]
         with directory.open(name, ".parquet", is_stopping=self._is_stopping) as file:
             table = load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
@@ -257,6 +262,7 @@ def _sort_by_bucket(
         bucket_names=names,
         bucket_starts=np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=len(names)))]),
         labels=labels[order],
+        original_sizes=_numbers(samples, SIZE_COLUMNS),
         families=families,
     )
 
@@ -273,11 +279,19 @@ def _group_rows(owners: np.ndarray, table: pa.Table, family: FamilySchema, *, nu
     cumulative = np.concatenate([[0.0], np.cumsum(weights)])
     before, total = cumulative[starts[owners]], cumulative[starts[owners + 1]] - cumulative[starts[owners]]
     columns = number_columns(family)
-    # Integer columns side by side; nulls are -1.
-    numbers = [table[name].cast(pa.int64()).fill_null(NOT_THERE).to_numpy() for name in columns]
     return FamilyRows(
         columns=columns,
-        numbers=np.stack(numbers, axis=1)[order],
+        numbers=_numbers(table, columns)[order],
         starts=starts,
         shares=owners + (cumulative[1:] - before) / total,
     )
+
+
+def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """Return integer columns side by side, [rows, columns]; nulls, and all of a column that is not there, are -1."""
+    absent = np.full(len(table), NOT_THERE)
+    columns = [
+        table[name].cast(pa.int64()).fill_null(NOT_THERE).to_numpy() if name in table.column_names else absent
+        for name in names
+    ]
+    return np.stack(columns, axis=1)

@@ -37,12 +37,14 @@ class LocatedSamples:
         shards: each sample's, open, [B].
         rows: by family, the row chosen for each sample: columns `number_columns`, [B, columns].
         labels: [B].
+        original_sizes: height and width of their images, [B, 2]; -1 where that is not known.
     """
 
     keys: list[str]
     shards: list[OpenShard]
     rows: dict[str, np.ndarray]
     labels: np.ndarray
+    original_sizes: np.ndarray
 
 
 class StackedReading:

@@ -31,6 +31,7 @@ class Survey:
         channels: of the latents.
         downsample: pixels of one latent, each way.
         max_label: largest class label, -1 without labels.
+        num_without_size: samples of which the index does not say how large their image was.
     """
 
     buckets: list[str]
@@ -38,6 +39,7 @@ class Survey:
     channels: int
     downsample: int
     max_label: int
+    num_without_size: int
 
     @property
     def num_samples(self) -> list[int]:
@@ -52,6 +54,7 @@ class ShardSurvey(NamedTuple):
     channels: set[int]
     downsample: set[int]
     max_label: int
+    num_without_size: int
 
 
 def survey_shards(index: FeatureIndex, shards: Sequence[int]) -> list[ShardSurvey]:
@@ -95,6 +98,7 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
         channels=channels.pop(),
         downsample=downsample.pop(),
         max_label=max(shard.max_label for shard in shards),
+        num_without_size=sum(shard.num_without_size for shard in shards),
     )
 
 
@@ -128,6 +132,7 @@ def _describe(table: ShardTable, *, leading: str) -> ShardSurvey:
         channels=set(np.unique(channels).tolist()),
         downsample={pixels // size for pixels, size in zip(heights, first_heights, strict=True)},
         max_label=int(table.labels.max(initial=-1)),
+        num_without_size=int((table.original_sizes < 1).any(axis=1).sum()),
     )
 
 

@@ -15,7 +15,7 @@ from training.loop.health import stop_on_non_finite
 from training.loop.losses import LossWindow, StepLosses
 from training.loop.networks import Networks
 from training.objectives.objective import Objective
-from training.stages.networks import require_labels
+from training.stages.networks import require_labels, require_sizes
 from training.stages.stage import TrainingJob
 
 # The same for every run, whatever its seed, so that runs can be compared; no stage of training has this stream.
@@ -79,6 +79,7 @@ def open_validation(job: TrainingJob) -> Validation | None:
     index = FeatureIndex(datasets)
     survey = make_survey(index, survey_shards(index, range(len(index))))
     require_labels(job, survey)
+    require_sizes(job, survey)
     num_samples = min(sum(survey.num_samples), settings.num_validation_samples)
     num_steps = num_samples // settings.global_batch_size
     if num_steps == 0:

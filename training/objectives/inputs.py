@@ -39,6 +39,8 @@ class NetworkInputs:
         noisy = noisy.to(self.dtype)
         if self.null_label is None:
             assert batch.text is not None
-            return network(noisy, times, batch.text._replace(values=batch.text.values.to(self.dtype)))
+            text = batch.text._replace(values=batch.text.values.to(self.dtype))
+            # Whatever wraps a network says what the network says of itself.
+            return network(noisy, times, text, size=batch.size if network.has_size_condition else None)
         assert batch.labels is not None
         return network(noisy, times, batch.labels.masked_fill(batch.is_dropped, self.null_label))

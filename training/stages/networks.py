@@ -20,7 +20,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
     """Return the shape of the stage's network: the recipe's `[model]`, and what the features decide.
 
     Raises:
-        UserError: the data have more classes than `model.num_classes`.
+        UserError: the data have more classes than `model.num_classes`, or not the sizes that the network is told.
     """
     shared: dict[str, Any] = {
         "num_layers": job.model.num_layers,
@@ -34,12 +34,14 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
     text = job.features.text_encoder
     if job.settings.network == "pixart":
         assert text is not None, "the features of a PixArt have text"
+        require_sizes(job, survey)
         return PixArtConfig(
             **shared,
             caption_channels=text["d_text"],
             interpolation_scale=job.settings.position_scale,
             adaln=job.model.adaln,
             kv_compressed_blocks=tuple(job.settings.kv_compressed_blocks or ()),
+            has_size_condition=job.model.size_condition,
         )
     require_labels(job, survey)
     return DiTConfig(**shared, num_classes=job.model.num_classes)
@@ -51,6 +53,17 @@ def require_labels(job: TrainingJob, survey: Survey) -> None:
         raise UserError(
             f"model.num_classes is {job.model.num_classes}, "
             f"but {job.features.datasets[0].leading} has class label {survey.max_label}"
+        )
+
+
+def require_sizes(job: TrainingJob, survey: Survey) -> None:
+    """Refuse samples without the size of their image where the network is told it."""
+    if job.settings.network == "pixart" and job.model.size_condition and survey.num_without_size:
+        raise UserError(
+            f"training.{job.command.stage_name}: the network is told each image's size (model.size_condition), but "
+            f"{survey.num_without_size:,} of {sum(survey.num_samples):,} samples of "
+            f"{job.features.datasets[0].leading} have no original_height and original_width in their index: make these "
+            "features of the images, or start from weights that are told no size"
         )
 
 

@@ -9,7 +9,7 @@ from pipelines.store.checkpoints import Checkpoint
 from pixart.stored_shapes import stored_shape
 
 # Of one kind of network alone: what another kind says of it contradicts nothing.
-OF_KIND = {"num_classes": "dit", "adaln": "pixart"}
+OF_KIND = {"num_classes": "dit", "adaln": "pixart", "size_condition": "pixart"}
 # Side of latents that a file is taken to be trained at, where it does not say: positions are no key of `[model]`.
 ANY_SIDE = 32
 
@@ -72,7 +72,7 @@ def _trained_shape(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         key: fields.get(f"model.{key}", default)
         for key, default in ModelConfig.fingerprint_defaults().items()
-        if kind != "dit" or key != "adaln"
+        if OF_KIND.get(key) != "pixart" or kind != "dit"
     }
 
 
@@ -87,5 +87,7 @@ def _file_shape(path: Path, *, where: str) -> dict[str, Any]:
         found = infer_config(stored.tensors, sample_size=side, num_heads=stored.num_heads)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    keys = ("num_layers", "num_heads", "head_dim", "patch_size", "num_classes" if found.kind == "dit" else "adaln")
-    return {key: getattr(found, key) for key in keys}
+    shape = {key: getattr(found, key) for key in ("num_layers", "num_heads", "head_dim", "patch_size")}
+    if found.kind == "dit":
+        return shape | {"num_classes": found.num_classes}
+    return shape | {"adaln": found.adaln, "size_condition": found.has_size_condition}

@@ -198,8 +198,8 @@ def _fingerprint(
     fields = {"random_stream": random_stream(stage), **identities}
     shape = model.fingerprint_fields()
     if settings.network == "dit":
-        # Its adaLN is its own.
-        shape.pop("adaln", None)
+        # Its adaLN is its own, and it is told no size.
+        shape = {key: value for key, value in shape.items() if key not in ("adaln", "size_condition")}
     return Fingerprint.of(
         fields
         | features.fingerprint_fields()

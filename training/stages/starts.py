@@ -120,11 +120,6 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         return reparameterize(former, config)
     if former.kind != config.kind:
         raise UserError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
-    if former.kind == "pixart" and former.config.has_size_condition:
-        raise UserError(
-            f"{key} is told the size of each image (has_size_condition, as PixArt-XL-2-1024-MS is), which is drawn "
-            "with and not trained: start from weights that are not, such as PixArt-alpha/PixArt-XL-2-512x512"
-        )
     if isinstance(former, PixArt):
         former = with_compression(former, job.settings.kv_compressed_blocks, key=key)
     config = _inherit(config, former.config)
