@@ -39,7 +39,7 @@ VARIABLES = """\
              SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH LORA=a,b
              WEIGHTS=0.8,0.5 GPUS=n HOSTFILE=file
              REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates REFERENCE='…' CLIP=…
-             INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PARTS=a,b TINY=1
+             INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PIPELINE=1 PARTS=a,b TINY=1
   Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.

@@ -17,7 +17,7 @@ from features.jobs import FeatureInputs, bucket_sizes, codec_of, read_inputs
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console, get_logger, progress_bar
-from pipelines.raw.images import SampleReject, nearest_bucket, plan_crop
+from pipelines.raw.images import SOFT_SCALE, SampleReject, nearest_bucket, plan_crop, require_large_enough
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
 from pipelines.raw.sizes import measure_image
@@ -27,8 +27,6 @@ log = get_logger("features")
 
 NUM_READERS = 8
 MAX_REJECTS_SHOWN = 20
-# An image scaled up by more is visibly soft.
-SOFT_SCALE = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +105,7 @@ def _report_shard(source: Source, inputs: FeatureInputs, *, multiple: int) -> Bu
                     else (resolution, resolution)
                 )
                 crop = plan_crop(width, height, bucket[1], bucket[0], max_pixels=max_pixels)
+                require_large_enough(crop, inputs.features.max_upscale)
             except SampleReject as reject:
                 report.rejects.append(Reject(shard=raw.name, key=sample.key, reason=reject.reason))
                 continue

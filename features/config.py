@@ -59,6 +59,13 @@ class FeaturesConfig(TableConfig):
     buckets: OfImages[bool] = pydantic.Field(
         default=False, description="True: the paper's 40 aspect buckets (0.25 to 4); false: a square centre crop"
     )
+    max_upscale: OfImages[float | None] = pydantic.Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Largest factor by which an image is scaled up to cover its bucket; a smaller image is a reject, "
+        "smaller_than_bucket; null = any, and those of more than 1.25 are counted in a warning",
+    )
     text: bool = pydantic.Field(
         default=True,
         description="Whether captions are encoded; false where only class labels are read (`.cls` members)",
@@ -173,6 +180,12 @@ class FeaturesConfig(TableConfig):
             )
         if self.text_from is not None and self.captions[0].text is not None:
             raise ValueError(f"text_from is imported, and captions has a text {self.captions[0].text!r}: leave one out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_upscale(self) -> Self:
+        if self.latents_from is not None and self.max_upscale is not None:
+            raise ValueError(f"max_upscale is of images that are encoded, and latents_from = {self.latents_from!r}")
         return self
 
     @pydantic.field_validator("text_dtype")

@@ -26,7 +26,15 @@ from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
-from pipelines.raw.images import SampleReject, decode_image, nearest_bucket, resize_and_crop
+from pipelines.raw.images import (
+    SOFT_SCALE,
+    SampleReject,
+    decode_image,
+    nearest_bucket,
+    plan_crop,
+    require_large_enough,
+    resize_and_crop,
+)
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
@@ -35,6 +43,8 @@ from pipelines.store.families import latent_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
 
+# In a report's `details`, where there are any: images that were scaled up so far that they are soft.
+NUM_SOFT = "num_soft"
 MAX_DECODE_THREADS = 16
 # Pixels keep a GPU busy, not images: with fewer it waits for launches, and more of them take memory alone.
 CPU_BATCH_SIZE, GPU_BATCH_PIXELS = 32, 16 * 512**2
@@ -65,6 +75,7 @@ class LatentWorkerConfig:
     num_workers_here: int | None
     resolution: int
     is_bucketed: bool
+    max_upscale: float | None
     patch_size: int
     reading: Reading
     max_pixels: int
@@ -84,6 +95,11 @@ class _Picture:
     row: dict[str, Any]
     pixels: np.ndarray | None = None
     latent: tuple[np.ndarray, ...] | None = None
+
+
+def _is_soft(row: dict[str, Any]) -> bool:
+    """Whether the image of an index row was scaled up so far that it is visibly soft."""
+    return row["reject"] is None and row["resized_width"] > SOFT_SCALE * row["original_width"]
 
 
 # Pictures with their latents.
@@ -157,9 +173,11 @@ class LatentWorker:
             for _, pictures in zip(piece.slices(), self._encode_slices(raw, piece), strict=True):
                 writer.write(functools.partial(self._store_slice, pictures, tar, rows=rows))
             if piece.start == 0 and raw.name == self.config.preview_shard:
-                details = self._preview(raw)
+                details |= self._preview(raw)
         with atomic_file(piece.output(".parquet")) as index_path:
             write_index(index_path, rows, self._family.columns)
+        if num_soft := sum(map(_is_soft, rows)):
+            details[NUM_SOFT] = num_soft
         rejected = Counter(row["reject"] for row in rows if row.get("reject") is not None)
         return PieceReport(
             num_read=len(rows),
@@ -268,6 +286,8 @@ class LatentWorker:
                 height, width = nearest_bucket(
                     image.width, image.height, resolution, multiple=self._codec.spec.factor * self.config.patch_size
                 )
+            crop = plan_crop(image.width, image.height, width, height, max_pixels=max_pixels)
+            require_large_enough(crop, self.config.max_upscale)
             cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
         except SampleReject as reject:
             return _Picture(row | {"reject": reject.reason})

@@ -23,10 +23,11 @@ from features.jobs import (
     count_samples,
     member_bytes,
 )
-from features.latent_worker import LatentWorker, LatentWorkerConfig
+from features.latent_worker import NUM_SOFT, LatentWorker, LatentWorkerConfig
 from features.speed import count_workers
 from pipelines.engine.cluster import is_cluster
 from pipelines.engine.progress import get_logger
+from pipelines.raw.images import SOFT_SCALE
 from pipelines.recipe import ModelConfig
 from pipelines.store.families import FamilySchema, image_directory, latent_schema
 from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
@@ -101,6 +102,7 @@ def image_job(
             num_workers_here=None,
             resolution=features.resolution,
             is_bucketed=features.buckets,
+            max_upscale=features.max_upscale,
             patch_size=inputs.patch_size,
             reading=inputs.data.reading,
             max_pixels=inputs.data.max_pixels,
@@ -191,7 +193,15 @@ def image_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
 
 
 def report_preview(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -> None:
-    """Say how well the codec gives the images of the preview back."""
+    """Say how well the codec gives the images of the preview back, and how many images were too small."""
+    soft = {name: report.details.get(NUM_SOFT, 0) for name, report in manifest.shards.items()}
+    if num_soft := sum(soft.values()):
+        first = next(name for name, number in soft.items() if number)
+        log.warning(
+            f"{job.output.path}: {num_soft:,} images were scaled up by more than {SOFT_SCALE - 1:.0%}, {soft[first]:,} "
+            f"of them in {first}: they are too small for {inputs.features.resolution} pixels and look soft; "
+            f"features.{inputs.stage_name}.max_upscale = {SOFT_SCALE} makes them rejects"
+        )
     path = job.worker_config.preview_path
     psnr_db = manifest.shards[job.sources[0].name].details.get("preview_psnr_db")
     if psnr_db is None:

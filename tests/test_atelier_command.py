@@ -51,6 +51,7 @@ GIVEN = {
     "from": ("convert", ["training.convert", VALUE]),
     "to": ("convert", ["b", VALUE]),
     "reparameterize": ("convert", ["--reparameterize"]),
+    "pipeline": ("convert", ["--pipeline"]),
 }
 NEEDED = {"from": "b", "to": "b"}
 

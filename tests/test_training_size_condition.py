@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
-from training_run import D_TEXT, arguments, make_run, train, write_latents
+from training_run import D_TEXT, arguments, make_run, train, validations, write_latents, write_text
 
 from errors import UserError
 from pipelines.command import parse_command
@@ -100,10 +100,12 @@ def test_the_network_is_told_them_and_another_is_not(run: Path) -> None:
 
 
 def test_embedders_of_sizes_are_trained_validated_and_saved(run: Path) -> None:
-    settings = {"num_steps": 5, "num_processes": 1, "learning_rate": 1e-2}
+    settings = {"num_steps": 5, "num_processes": 1, "learning_rate": 1e-2, "validation_shards": ["hq_1"]}
+    write_text(run, {"hq_0": 60, "hq_1": 40})
     write_latents(run, 64, {"hq_0": 60, "hq_1": 40}, buckets=["64x64", "80x48"], is_bucketed=True, has_sizes=True)
     shutil.rmtree(run / "training", ignore_errors=True)
     train(run, 3, starts_from=str(run.parent / "told"), **settings)
+    assert [line["step"] for line in validations(run, 3)] == [0, 5]
     saved = run / "training" / "stage3" / "step-5" / "model"
     assert json.loads((saved / "config.json").read_text())["use_additional_conditions"] is True
     trained, before = load_diffusers(saved), load_diffusers(run.parent / "told")
@@ -116,7 +118,7 @@ def test_features_without_sizes_are_refused(run: Path, tmp_path: Path) -> None:
     shutil.copy(run.parent / "recipe.toml", tmp_path / "recipe.toml")
     shutil.copytree(run.parent / "told", tmp_path / "told")
     job = open_job(other)
-    with pytest.raises(UserError, match=r"training\.stage3: the network is told each image's size .*, but 4\d of 4\d s"):
+    with pytest.raises(UserError, match=r"training\.stage3: the network is told each image's size .*, but 4\d of 4\d"):
         network_config(job, survey_stage(job))
 
 

@@ -98,7 +98,8 @@ def test_buffers_are_read_before_they_are_filled_again() -> None:
 
 def test_all_tensors_of_a_batch_are_handed_over() -> None:
     batch = packed_batch(1).to(CPU)
-    named = [getattr(batch, name) for name in ("mean", "noise", "timestep_draws", "is_dropped", "is_prior", "size", "labels")]
+    names = ("mean", "noise", "timestep_draws", "is_dropped", "is_prior", "size", "labels")
+    named = [getattr(batch, name) for name in names]
     assert {id(tensor) for tensor in batch.device_tensors()} == {id(tensor) for tensor in named}
 
 

@@ -35,7 +35,11 @@ from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
+from pixart.transformer_config import to_json
 from pixart.weight_files import is_original_name
+from training.exports.card import CARD, write_card
+from training.exports.null_caption import known_null_caption
+from training.exports.pipeline import find_parts, write_parts
 from training.stages.networks import count_parameters
 from training.stages.stage import StartingPoint, find_weights, from_checkpoint
 from training.stages.starts import load_network, with_adapters
@@ -79,10 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = reparameterize(dit, _pixart_config(dit, options))
         _compare(dit, network)
     if is_original_name(options.target.name):
-        derived = {} if options.reparameterize else _derived(source)
+        if options.pipeline:
+            raise UserError(f"{options.target} is a file, and a pipeline is a folder: name one, or leave PIPELINE out")
+        derived = {} if options.reparameterize else _derived(source, origins, network)
         _write_original(network, options.target, derived, origins=origins, process=process["name"])
     else:
-        _write(network, options.target, process, origins=origins)
+        _write(network, options.target, process, origins=origins, source=source, is_pipeline=options.pipeline)
     _say(f"{options.target}: {_describe(network)}")
 
 
@@ -148,6 +154,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reparameterize", action="store_true", help="turn a class-conditional DiT into a PixArt")
     parser.add_argument("--lora", default="", help="adapters to merge: files, folders or stages, commas between them")
     parser.add_argument("--weights", default="", help="how much of each, commas between them; 1 unless given")
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="make the folder a whole pipeline of diffusers, with text encoder and VAE where they are on this machine",
+    )
     parser.add_argument("--caption-channels", type=int, default=4096, help="width of the text encoder (T5-XXL: 4096)")
     parser.add_argument("--adaln", choices=("single", "per-block"), default="single", help="per-block: Figure 6")
     parser.add_argument("--sample-size", type=int, default=32, help="latent side, for files that hold no positions")
@@ -189,18 +200,39 @@ def _compare(dit: DiT, model: PixArt) -> None:
     console.print(f"at t = {TIMESTEP} the output is the DiT's without class to {difference:.1e} (largest: {scale:.2g})")
 
 
-def _write(network: DiT | PixArt, folder: Path, process: Mapping[str, Any], *, origins: Origins) -> None:
+def _write(
+    network: DiT | PixArt,
+    folder: Path,
+    process: Mapping[str, Any],
+    *,
+    origins: Origins,
+    source: Path,
+    is_pipeline: bool,
+) -> None:
     """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
+    scheduler, parts = process_of(process).scheduler_config(), None
+    if is_pipeline:
+        if network.kind != "pixart":
+            raise UserError(f"SOURCE ({source}) is a DiT, and pipelines are made of a PixArt alone: leave PIPELINE out")
+        parts = find_parts(network.config, origins)
+        for name, part in (("text encoder", parts.text_encoder), ("VAE", parts.vae)):
+            if part is None:
+                log.warning(f"{folder} is without its {name}, which is not on this machine: {CARD} says how to pass it")
     with atomic_folder(folder) as temporary:
         save_diffusers(network, temporary / WEIGHTS_FOLDER)
-        atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, process_of(process).scheduler_config())
+        atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
         atomic_write_json(temporary / ORIGINS_FILE, origins.to_json())
+        if parts is not None:
+            write_parts(temporary, parts, scheduler_class=scheduler["_class_name"])
+        class_name = to_json(network.config)["_class_name"] if parts is None else parts.class_name
+        write_card(temporary, source=source, title=folder.name, origins=origins, class_name=class_name, parts=parts)
 
 
-def _derived(source: Path) -> dict[str, Tensor]:
+def _derived(source: Path, origins: Origins, network: DiT | PixArt) -> dict[str, Tensor]:
     """Return what an original file holds beside weights: no network of ours has a place for it."""
     if source.is_dir():
-        return {}
+        null = known_null_caption(source, origins, width=getattr(network.config, "caption_channels", 0))
+        return {} if null is None else {NULL_CAPTION: null}
     derived = {name: value for name, value in read_weight_file(source).tensors.items() if name in DERIVED_KEYS}
     require_finite(derived, where=f"SOURCE {source}")
     return derived

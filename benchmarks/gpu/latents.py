@@ -123,6 +123,7 @@ def _config(folder: Path, pixels: int, *, device: str) -> LatentWorkerConfig:
         num_workers_here=1,
         resolution=pixels,
         is_bucketed=False,
+        max_upscale=None,
         patch_size=2,
         reading=Reading(dialect="img2dataset"),
         max_pixels=MAX_PIXELS,

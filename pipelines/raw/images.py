@@ -24,6 +24,8 @@ from pipelines.raw.pictures.open_picture import (
 MIN_SIDE_PIXELS = 2
 # A resized image of fewer targets than this is never too large: `max_pixels` may be smaller than a target.
 ALWAYS_RESIZED = 20
+# An image scaled up by more is visibly soft.
+SOFT_SCALE = 1.25
 BYTES_PER_PIXEL = 4  # of a decoded image
 # (height, width) of SDXL's 40 training buckets in sixteenths of the base resolution.
 SDXL_BUCKETS = (
@@ -185,6 +187,16 @@ def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixel
         raise SampleReject("too_elongated", f"{from_width} x {from_height} becomes {resized_width} x {resized_height}")
     x, y = (resized_width - width_pixels) // 2, (resized_height - height_pixels) // 2
     return Crop(resized_width=resized_width, resized_height=resized_height, x=x, y=y, scale=scale)
+
+
+def require_large_enough(crop: Crop, max_upscale: float | None) -> None:
+    """Refuse an image that is scaled up by more than `max_upscale` to cover its bucket.
+
+    Raises:
+        SampleReject: `smaller_than_bucket`.
+    """
+    if max_upscale is not None and crop.scale > max_upscale:
+        raise SampleReject("smaller_than_bucket", f"it would be scaled up by {crop.scale:.2f}, more than {max_upscale}")
 
 
 @functools.cache

@@ -1,0 +1,116 @@
+"""The card of a model, `README.md`: what it was made of, with which settings, how it scored, and how it is opened."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from encoders.weights import HUB_ID
+from pipelines.store.checkpoints import MODEL, TRAINER
+from pipelines.store.state_files import read_state
+from pixart.origins import Origins
+from training.exports.pipeline import Parts
+
+CARD = "README.md"
+LICENCE = "FILL IN"
+# Of a stage's settings, what people ask for first; the rest stands in trainer.json.
+SETTINGS = (
+    *("objective", "process", "trains", "num_steps", "global_batch_size", "learning_rate", "warmup_steps"),
+    *("weight_decay", "gradient_clip", "ema_decay", "caption_dropout", "dtype", "seed"),
+)
+
+
+def write_card(
+    folder: Path, *, source: Path, title: str, origins: Origins, class_name: str, parts: Parts | None = None
+) -> None:
+    """Write the card beside weights of `source`; `parts` are those of a pipeline, `class_name` is what opens it."""
+    path = source.parent / TRAINER
+    trainer = read_state(path, mend="name other weights") if source.name == MODEL and path.is_file() else {}
+    run = path.parent.parent.parent.parent if trainer else None
+    lines = [
+        *_front(trainer, origins),
+        f"# {title}",
+        "",
+        origins.describe() + ".",
+        *_data(trainer),
+        *_settings(trainer),
+        *_scores(run, trainer.get("stage")),
+        *_use(class_name, origins, parts),
+    ]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _front(trainer: Mapping[str, Any], origins: Origins) -> Iterator[str]:
+    """Yield what the hub reads: the licence is the user's to say, and depends on that of the base and of the data."""
+    yield from ("---", "library_name: diffusers", "pipeline_tag: text-to-image", f'license: "{LICENCE}"')
+    if (base := base_model(trainer, origins)) is not None:
+        yield f"base_model: {json.dumps(base)}"
+    yield from ("---", "")
+
+
+def base_model(trainer: Mapping[str, Any], origins: Origins) -> str | None:
+    """Return the hub id of the weights that a training started from, or as which weights are published; else None."""
+    named = trainer.get("starts_from") or ""
+    if HUB_ID.fullmatch(named) and not Path(named).exists():
+        return named
+    sources = [fact.source for fact in origins.facts().values() if fact is not None]
+    published = [match[1] for source in sources if (match := re.fullmatch(r"published as (\S+)", source))]
+    return published[0] if published else None
+
+
+def _data(trainer: Mapping[str, Any]) -> Iterator[str]:
+    if not trainer:
+        return
+    fields = trainer.get("fingerprint", {})
+    start, identity = trainer.get("starts_from") or "scratch", fields.get("training.starts_from", "unknown")
+    yield from ("", "## Training", "")
+    yield f"- Stage `{trainer['stage']}`, {trainer['step']:,} steps, {trainer.get('num_samples_seen', 0):,} samples"
+    yield f"- Started from `{start}` ({identity})"
+    yield f"- Images of {trainer['resolution']} pixels in {len(trainer.get('buckets', []))} sizes"
+    files = sorted(name for name in fields if name.endswith(".files"))
+    yield from (f"- Features `{name.removesuffix('.files')}`: {fields[name]}" for name in files)
+
+
+def _settings(trainer: Mapping[str, Any]) -> Iterator[str]:
+    fields = trainer.get("fingerprint", {}) | {
+        f"training.{name}": trainer[name] for name in ("objective", "num_steps", "dtype", "seed") if name in trainer
+    }
+    found = {name: fields[f"training.{name}"] for name in SETTINGS if f"training.{name}" in fields}
+    if found:
+        yield from ("", "| setting | value |", "|---|---|")
+        yield from (f"| `{name}` | {value} |" for name, value in found.items())
+
+
+def _scores(run: Path | None, stage: str | None) -> Iterator[str]:
+    """Yield what the judge of the toy world gave the stage, where it has."""
+    path = None if run is None else run / "summary.json"
+    if path is None or not path.is_file():
+        return
+    scores = read_state(path, mend="type the command that writes it again").get("judge", {}).get(stage)
+    if isinstance(scores, dict):
+        yield from ("", "## Scores", "", "| of the toy world's judge | |", "|---|---|")
+        yield from (f"| {name} | {value} |" for name, value in scores.items())
+
+
+def _use(class_name: str, origins: Origins, parts: Parts | None) -> Iterator[str]:
+    """Yield code that draws; what is not in the folder it opens by name."""
+    yield from ("", "## Use", "", "```python", f"from diffusers import {class_name}")
+    if parts is None:
+        yield from (f'network = {class_name}.from_pretrained("…", subfolder="transformer")', "```")
+        return
+    passed = []
+    if parts.vae is None:
+        yield "from diffusers import AutoencoderKL"
+        passed.append(f', vae=AutoencoderKL.from_pretrained("{parts.vae_name or "…"}")')
+    if parts.text_encoder is None:
+        yield "from transformers import T5EncoderModel, T5Tokenizer"
+        passed.append(f', text_encoder=T5EncoderModel.from_pretrained("{parts.text_name or "…"}")')
+        passed.append(f', tokenizer=T5Tokenizer.from_pretrained("{parts.text_name or "…"}")')
+    yield f'pipeline = {class_name}.from_pretrained("…"{"".join(passed)})'
+    called = ""
+    if origins.max_tokens is not None:
+        called += f", max_sequence_length={origins.max_tokens.value}"
+    if origins.cleaning is not None:
+        called += f", clean_caption={origins.cleaning.value == 'diffusers'}"
+    yield from (f'image = pipeline("a small cactus with a happy face"{called}).images[0]', "```")
