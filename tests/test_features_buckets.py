@@ -1,5 +1,6 @@
 import csv
 import io
+import shutil
 import sys
 from collections import Counter
 
@@ -163,3 +164,22 @@ def test_many_rejects_go_to_a_file_that_a_sound_run_removes(tmp_path, monkeypatc
     (run / "raw" / "laion_00009.tar").unlink()
     run_command(run, monkeypatch)
     assert not path.exists()
+
+
+def test_images_smaller_than_their_bucket_are_counted_and_refused_where_that_is_asked_for(odd, tmp_path, caplog):
+    other = tmp_path / "run"
+    shutil.copytree(odd.parent, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(other / "features", ignore_errors=True)
+    extract(other, *OVERRIDES, stage=3)
+    free = load_index(other / "features" / "latent-48", ["laion_00000", "laion_00001"]).to_pylist()
+    scales = {row["key"]: row["resized_width"] / row["original_width"] for row in free if row["reject"] is None}
+    num_soft = sum(scale > 1.25 for scale in scales.values())
+    assert num_soft and f"{num_soft:,} images were scaled up by more than 25%" in caplog.text
+    limited = (*OVERRIDES, "features.stage3.max_upscale=1.25")
+    report = buckets.report_buckets(inputs_of(other, *limited))
+    shutil.rmtree(other / "features")
+    extract(other, *limited, stage=3)
+    rows = load_index(other / "features" / "latent-48", ["laion_00000", "laion_00001"]).to_pylist()
+    small = {row["key"] for row in rows if row["reject"] == "smaller_than_bucket"}
+    assert small == {key for key, scale in scales.items() if scale > 1.25}
+    assert small == {reject.key for reject in report.rejects if reject.reason == "smaller_than_bucket"}

@@ -26,12 +26,15 @@ TIMESTEPS = torch.tensor([math.floor(draw * STEPS) for draw in DRAWS])
 class Recorder(nn.Module):
     """Keeps what it is called with and always gives the same output."""
 
+    has_size_condition = False
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, ...]] = []
         self.output = torch.randn(len(DRAWS), 8, 4, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, size: Tensor | None = None) -> Tensor:
+        assert size is None
         self.calls.append(inputs)
         return self.output
 

@@ -123,6 +123,7 @@ def test_features_without_sizes_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_stage_from_scratch_may_ask_for_it_and_a_contradiction_is_refused(run: Path) -> None:
+    shutil.rmtree(run / "training", ignore_errors=True)
     argv = [*arguments(run, 3, starts_from="scratch"), "--set", "model.size_condition=true"]
     job = open_stage(parse_command("training", "", argv=argv, has_stages=True))
     assert network_config(job, survey_stage(job)).has_size_condition

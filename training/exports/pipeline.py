@@ -55,6 +55,8 @@ def pipeline_class(config: PixArtConfig, origins: Origins) -> str:
     """
     if config.adaln != "single":
         raise UserError(f"diffusers has no pipeline of a PixArt with {config.adaln} adaLN: leave PIPELINE out")
+    if config.kv_compressed_blocks:
+        raise UserError("diffusers has no pipeline of a PixArt with compressed keys and values: leave PIPELINE out")
     if config.has_size_condition and config.sample_size != TOLD_SIDE:
         raise UserError(
             f"the network is told each image's size, and diffusers' {ALPHA} tells it to networks of sample_size "
