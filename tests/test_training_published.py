@@ -241,6 +241,8 @@ def test_every_layout_is_trained_exported_and_drawn_as_diffusers_does(
     assert (
         json.loads((tmp_path / "exported" / "model_index.json").read_text())["_class_name"] == layout.pipeline.__name__
     )
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"from diffusers import {layout.pipeline.__name__}" in card and "Stage `tune`, 5 steps, 20 samples" in card
     pipeline = layout.pipeline.from_pretrained(tmp_path / "exported")
     assert np.abs(drawn(run, saved.parent) - drawn_by(pipeline)).max() <= 2
 

@@ -22,7 +22,7 @@ from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.checkpoints import TRAINER, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
 from pixart.adapter_files import read_adapter
 from pixart.adapters import merge, require_fit
@@ -85,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_original_name(options.target.name):
         if options.pipeline:
             raise UserError(f"{options.target} is a file, and a pipeline is a folder: name one, or leave PIPELINE out")
-        derived = {} if options.reparameterize else _derived(source, origins, network)
+        derived = {} if options.reparameterize else _derived(start, origins, network)
         _write_original(network, options.target, derived, origins=origins, process=process["name"])
     else:
-        _write(network, options.target, process, origins=origins, source=source, is_pipeline=options.pipeline)
+        checkpoint = _checkpoint_of(start)
+        _write(network, options.target, process, origins=origins, checkpoint=checkpoint, is_pipeline=options.pipeline)
     _say(f"{options.target}: {_describe(network)}")
 
 
@@ -206,14 +207,14 @@ def _write(
     process: Mapping[str, Any],
     *,
     origins: Origins,
-    source: Path,
+    checkpoint: Path | None,
     is_pipeline: bool,
 ) -> None:
     """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
     scheduler, parts = process_of(process).scheduler_config(), None
     if is_pipeline:
         if network.kind != "pixart":
-            raise UserError(f"SOURCE ({source}) is a DiT, and pipelines are made of a PixArt alone: leave PIPELINE out")
+            raise UserError("SOURCE is a DiT, and pipelines are made of a PixArt alone: leave PIPELINE out")
         parts = find_parts(network.config, origins)
         for name, part in (("text encoder", parts.text_encoder), ("VAE", parts.vae)):
             if part is None:
@@ -225,14 +226,28 @@ def _write(
         if parts is not None:
             write_parts(temporary, parts, scheduler_class=scheduler["_class_name"])
         class_name = to_json(network.config)["_class_name"] if parts is None else parts.class_name
-        write_card(temporary, source=source, title=folder.name, origins=origins, class_name=class_name, parts=parts)
+        write_card(
+            temporary, checkpoint=checkpoint, title=folder.name, origins=origins, class_name=class_name, parts=parts
+        )
 
 
-def _derived(source: Path, origins: Origins, network: DiT | PixArt) -> dict[str, Tensor]:
+def _checkpoint_of(start: StartingPoint) -> Path | None:
+    """Return the folder of the checkpoint of ours that weights are of, be they named by their own folder in it."""
+    if start.checkpoint is not None:
+        return start.checkpoint.path
+    folder = None if start.path is None or start.path.name != MODEL else start.path.parent
+    return folder if folder is not None and (folder / TRAINER).is_file() else None
+
+
+def _derived(start: StartingPoint, origins: Origins, network: DiT | PixArt) -> dict[str, Tensor]:
     """Return what an original file holds beside weights: no network of ours has a place for it."""
-    if source.is_dir():
-        null = known_null_caption(source, origins, width=getattr(network.config, "caption_channels", 0))
+    source, checkpoint = start.path, _checkpoint_of(start)
+    assert source is not None, "only a stage starts from nothing"
+    if checkpoint is not None and network.kind == "pixart":
+        null = known_null_caption(checkpoint, origins, width=network.config.caption_channels)
         return {} if null is None else {NULL_CAPTION: null}
+    if source.is_dir():
+        return {}
     derived = {name: value for name, value in read_weight_file(source).tensors.items() if name in DERIVED_KEYS}
     require_finite(derived, where=f"SOURCE {source}")
     return derived

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import HUB_ID
-from pipelines.store.checkpoints import MODEL, TRAINER
+from pipelines.store.checkpoints import TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
 from training.exports.pipeline import Parts
@@ -22,12 +22,20 @@ SETTINGS = (
 
 
 def write_card(
-    folder: Path, *, source: Path, title: str, origins: Origins, class_name: str, parts: Parts | None = None
+    folder: Path,
+    *,
+    checkpoint: Path | None,
+    title: str,
+    origins: Origins,
+    class_name: str,
+    parts: Parts | None = None,
 ) -> None:
-    """Write the card beside weights of `source`; `parts` are those of a pipeline, `class_name` is what opens it."""
-    path = source.parent / TRAINER
-    trainer = read_state(path, mend="name other weights") if source.name == MODEL and path.is_file() else {}
-    run = path.parent.parent.parent.parent if trainer else None
+    """Write the card beside weights, of a `checkpoint` of ours or of others.
+
+    `parts` are those of a pipeline, `class_name` is what opens it.
+    """
+    trainer = {} if checkpoint is None else read_state(checkpoint / TRAINER, mend="name other weights")
+    run = None if checkpoint is None else checkpoint.absolute().parent.parent.parent
     lines = [
         *_front(trainer, origins),
         f"# {title}",

@@ -8,19 +8,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.store.checkpoints import MODEL, TRAINER
 from pipelines.store.families import NULL_CAPTION_FILE, text_directory
 from pixart.origins import Origins
 
 
-def known_null_caption(source: Path, origins: Origins, *, width: int) -> Tensor | None:
+def known_null_caption(checkpoint: Path, origins: Origins, *, width: int) -> Tensor | None:
     """Return the null caption fp32 [L, D] that an original file of a checkpoint holds; None where it is not known.
 
     It is what the text encoder gives for no text, in each of the L = `max_tokens` rows: original code lets as many of
     them be attended as the prompt has tokens, and equal ones are attended as the one that was trained with.
     """
-    path = text_directory(source.parent.parent.parent.parent) / NULL_CAPTION_FILE
-    if source.name != MODEL or not (source.parent / TRAINER).is_file() or not path.is_file():
+    path = text_directory(checkpoint.absolute().parent.parent.parent) / NULL_CAPTION_FILE
+    if not path.is_file():
         return None
     (stored,) = load_file(path).values()
     if stored.dtype == torch.uint16:  # bfloat16, as features are stored
