@@ -38,14 +38,14 @@ def main() -> None:
         plans = print_plan(inputs)
         # What it reads may not be there yet, and is said to be missing.
         jobs = [plan.job for plan in plans if plan.job is not None]
-        _require_models(jobs)
+        _require_models(jobs, inputs)
         _require_room(jobs, plans, inputs)
         return
     jobs = [family.job(inputs) for family in wanted_families(inputs)]
     is_done = [job.is_done() for job in jobs]
     if not all(is_done):
         # Before the plan, which takes a codec that is not here for the paper's.
-        _require_models(jobs)
+        _require_models(jobs, inputs)
         _require_room(jobs, plan_families(inputs), inputs)
     command.remember()
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
@@ -53,11 +53,12 @@ def main() -> None:
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
 
 
-def _require_models(jobs: Sequence[FeatureJob]) -> None:
+def _require_models(jobs: Sequence[FeatureJob], inputs: FeatureInputs) -> None:
     """Find out before any work starts, and for a plan, that a model is missing."""
     for job in jobs:
         if not job.is_done():
-            require_packages("torch", "transformers", "diffusers")
+            rounding = ["torchao"] if inputs.features.text_weight_dtype == "int8" else []
+            require_packages("torch", "transformers", "diffusers", *rounding)
             require_model(job.model, key=job.model_key)
 
 

@@ -38,6 +38,7 @@ class ConstantTextConfig:
     model: str
     revision: str | None
     dtype: str
+    weight_dtype: str | None
     storage: str
     max_tokens: int
     cleaning: str
@@ -70,6 +71,7 @@ class ConstantTextWorker:
             cleaning=config.cleaning,
             device=choose_device(config.device, key="features.device"),
             dtype=config.dtype,
+            is_8bit=config.weight_dtype == "int8",
         )
         (tokens,) = encoder.tokenize([config.text])
         if encoder.token_kinds.is_unreadable(tokens):
@@ -139,6 +141,7 @@ def constant_text_job(inputs: FeatureInputs) -> FeatureJob:
             model=features.text_model,
             revision=features.text_revision,
             dtype=features.text_dtype,
+            weight_dtype=features.text_weight_dtype,
             storage=features.text_storage,
             max_tokens=features.max_tokens,
             cleaning=features.text_cleaning,

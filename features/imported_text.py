@@ -197,6 +197,7 @@ def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
         max_tokens=features.max_tokens,
         cleaning=features.text_cleaning,
         dtype=features.text_dtype,
+        is_8bit=features.text_weight_dtype == "int8",
     )
     (null,) = encoder.encode([""])
     write_tensors(path, {"embedding_0": store_text(null, "bfloat16").values})

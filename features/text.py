@@ -83,6 +83,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
             model=features.text_model,
             revision=features.text_revision,
             dtype=features.text_dtype,
+            weight_dtype=features.text_weight_dtype,
             storage=features.text_storage,
             max_tokens=features.max_tokens,
             cleaning=features.text_cleaning,
@@ -207,6 +208,7 @@ def text_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
         "max_tokens": encoder.max_tokens,
         "cleaning": encoder.cleaning,
         "d_text": encoder.width,
+        **({} if features.text_weight_dtype is None else {"weight_dtype": features.text_weight_dtype}),
     }
     return {"text": text, "captions": [caption.model_dump(exclude_none=True) for caption in features.captions]}
 

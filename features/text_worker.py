@@ -37,6 +37,7 @@ class TextWorkerConfig:
     model: str
     revision: str | None
     dtype: str
+    weight_dtype: str | None
     storage: str
     max_tokens: int
     cleaning: str
@@ -74,6 +75,7 @@ class TextWorker:
             cleaning=config.cleaning,
             device=choose_device(config.device, key="features.device"),
             dtype=config.dtype,
+            is_8bit=config.weight_dtype == "int8",
             batch_tokens=config.batch_tokens,
             is_long_run=config.is_long_run,
         )

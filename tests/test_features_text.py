@@ -305,6 +305,7 @@ def test_captions_that_are_no_parquet_are_named(run):
         ("features.max_tokens=5", "max_tokens: 40 -> 5"),
         ("features.text_storage=int8", "text_storage: bfloat16 -> int8"),
         ("features.text_dtype=bfloat16", "text_dtype: float32 -> bfloat16"),
+        ("features.text_weight_dtype=int8", "text_weight_dtype: None -> int8"),
     ],
 )
 def test_what_is_computed_anew_says_which_setting_changed(run, capsys, override, field):
@@ -314,6 +315,29 @@ def test_what_is_computed_anew_says_which_setting_changed(run, capsys, override,
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("made anew") == 1
     assert f"text: 1 of 1 shards were made with other settings ({field}) and are made anew, first {SHARD}" in said
+
+
+def test_an_encoder_with_weights_in_8_bits_gives_nearly_the_same_and_its_name_to_what_reads_it(run):
+    extract(run)
+    whole = captions_of(run)
+    assert "weight_dtype" not in read_manifest(run / "features" / "text").extra["text"]
+    extract(run, "features.text_weight_dtype=int8")
+    rounded = captions_of(run)
+    assert read_manifest(run / "features" / "text").extra["text"]["weight_dtype"] == "int8"
+    error = torch.linalg.vector_norm(rounded - whole) / torch.linalg.vector_norm(whole)
+    assert 1e-4 < error < 0.03
+
+
+def captions_of(run: Path) -> torch.Tensor:
+    """Return all embeddings of the run's shard end to end, float32."""
+    directory = run / "features" / "text"
+    tar = np.memmap(directory / f"{SHARD}.tar", np.uint8, mode="r")
+    rows = [row for row in load_index(directory, [SHARD]).to_pylist() if row["reject"] is None]
+    shapes = [(row["num_tokens"], row["nbytes"] // 2 // row["num_tokens"]) for row in rows]
+    parts = [
+        read_payload(tar, row["offset"], dtype="uint16", shape=shape) for row, shape in zip(rows, shapes, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts).copy()).view(torch.bfloat16).float()
 
 
 def test_other_weights_and_another_model_are_named_too(run, capsys):

@@ -140,6 +140,7 @@ def encode(task: EncodingTask) -> None:
         cleaning=task.text.get("cleaning", DEFAULT_CLEANING),
         device=choose_device(task.device, key="features.device"),
         dtype=task.dtype,
+        is_8bit=task.text.get("weight_dtype") == "int8",
         tokenizer=task.text.get("tokenizer"),
         key=task.key,
     )
