@@ -47,6 +47,7 @@ FIRST_STAGES = {
     "dreambooth": ["dreambooth"],
     "toyworld-dreambooth": ["dreambooth"],
     "finetune": ["finetune"],
+    "lora": ["style"],
     "toyworld-finetune": ["finetune"],
     "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],
     "pixart-sigma": ["sigma-256", "sigma-512", "sigma-1024"],

@@ -178,7 +178,7 @@ def _report(job: TrainingJob, preflight: Preflight, *, seconds: float) -> None:
     }
     update_summary(job.command.run, f"seconds.training.{name}", round(seconds, 1))
     update_summary(job.command.run, f"counts.training.{name}", counts)
-    log.info(f"{name}: {checkpoint.step:,} steps in {seconds:.0f} s, EMA weights in {checkpoint.path / 'model'}")
+    log.info(f"{name}: {checkpoint.step:,} steps in {seconds:.0f} s, EMA weights in {checkpoint.weights}")
     print_gate(checkpoint, samples=samples_of(checkpoint))
 
 
