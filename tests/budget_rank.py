@@ -26,6 +26,7 @@ from training.loop.ema import EMA
 from training.loop.footprint import Step
 from training.loop.measure import UpdateMeter
 from training.loop.networks import Networks
+from training.loop.optimizers import adamw, adamw8bit
 from training.loop.zero import ZeroModel, compute_dtype, initialize_ranks
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
@@ -143,7 +144,7 @@ if __name__ == "__main__":
     initialize_ranks()
     file, *cases = sys.argv[1:]
     results = []
-    measure.PIECE_SIZE = reckoning.PIECE_SIZE = PIECE_SIZE
+    measure.PIECE_SIZE = adamw.PIECE_SIZE = adamw8bit.PIECE_SIZE = reckoning.PIECE_SIZE = PIECE_SIZE
     for text in cases:
         case = Case(**json.loads(text))
         settings = StageTraining(network="pixart", **case.settings)

@@ -104,11 +104,13 @@ def test_what_a_stage_was_begun_with_stays_as_long_as_it_fits() -> None:
 def test_where_nothing_fits_it_is_said_what_to_change() -> None:
     message = (
         r"^even micro-batches of 1 with training\.keep_activations = 'inputs' need 14\.7 GB a rank of 10 GB that it "
-        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 1\.22 GB.*; take more GPUs"
+        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 1\.22 GB.*; set training\.offload to"
     )
     with pytest.raises(UserError, match=message):
         chosen(demand(), 10)
-    with pytest.raises(UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or"):
+    with pytest.raises(
+        UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or set"
+    ):
         chosen(demand(num_ranks=2, zero_stage=0, keep_activations="all"), 10)
     # What is typed is tried, and the plan names the keys that are typed and no others.
     for settings, ways in (
@@ -156,7 +158,7 @@ class CountingStep:
         self.networks: dict = {}
         self.sample = launch_start.SampleShape(channels=4, height=32, width=32, num_text_tokens=1, text_width=8)
 
-    def measure(self, size: int, kept: str, *, device: torch.device, meter: object) -> int:
+    def measure(self, size: int, kept: str, *, device: torch.device, meter: object, gradients: str) -> int:
         self.asked.append(("measure", size, kept))
         if size > 8:
             raise torch.OutOfMemoryError

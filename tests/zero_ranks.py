@@ -23,6 +23,7 @@ from training.config import KeepActivations, StageTraining
 from training.loop import measure
 from training.loop.ema import EMA
 from training.loop.measure import UpdateMeter, total_norm
+from training.loop.optimizers import adamw
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
 
@@ -123,13 +124,18 @@ class WatchedMeter(UpdateMeter):
 
     largest = LargestNew()
 
-    def _add_gradient(self, adamw: torch.optim.Optimizer) -> None:
+    def _add_gradient(self, optimizer: torch.optim.Optimizer) -> None:
         with self.largest:
-            super()._add_gradient(adamw)
+            super()._add_gradient(optimizer)
 
-    def _add_change(self, adamw: torch.optim.Optimizer) -> None:
-        with self.largest:
-            super()._add_change(adamw)
+
+def watched_change(optimizer: torch.optim.Optimizer, change: Tensor, *, is_compiled: bool) -> None:
+    """Add what a step changed, with its own memory watched."""
+    with WatchedMeter.largest:
+        add_change(optimizer, change, is_compiled=is_compiled)
+
+
+add_change = adamw._add_change
 
 
 def try_meter(settings: StageTraining) -> dict[str, Any]:
@@ -140,7 +146,9 @@ def try_meter(settings: StageTraining) -> dict[str, Any]:
         masters = [master.detach().clone() for master in model.masters]
         moments = [moment.clone() for moment in model.first_moments()]
         meter = WatchedMeter(model)
+        adamw._add_change = watched_change
         train_step(model, ema, step, rate=rate)
+        adamw._add_change = add_change
         measured.append(meter.norms())
         changes = [new.detach() - old for new, old in zip(model.masters, masters, strict=True)]
         pairs = zip(model.first_moments(), moments, strict=True)
@@ -265,7 +273,11 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
 
 def everything(model: ZeroModel, ema: EMA) -> list[Tensor]:
     """Copy what an update changes: masters, moments, their count, weights the network computes with, the average."""
-    kept = [*model.masters, *ema.shards, *(value for state in model.adamw.state.values() for value in state.values())]
+    kept = [
+        *model.masters,
+        *ema.shards,
+        *(value for state in model.optimizer.state.values() for value in state.values()),
+    ]
     if model.settings.zero_stage < 3:  # there a weight is on no rank but while it is used
         kept += list(model.engine.module.parameters())
     return [tensor.detach().clone() for tensor in kept]
@@ -288,7 +300,7 @@ def refuses_foreign_pickles(model: ZeroModel, ema: EMA, checkpoint: Path) -> boo
 if __name__ == "__main__":
     initialize_ranks()
     folder, dtype, *stages = sys.argv[1:]
-    measure.PIECE_SIZE = PIECE_SIZE
+    measure.PIECE_SIZE = adamw.PIECE_SIZE = PIECE_SIZE
     for stage in stages:
         result = try_stage(Path(folder) / f"{dtype}-{stage}", dtype, int(stage))
         if dist.get_rank() == 0:

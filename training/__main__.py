@@ -134,7 +134,7 @@ def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) 
     """
     import torch
 
-    from training.launch.start import available_bytes, open_start, settle, settled
+    from training.launch.start import available_bytes, card_bytes, open_start, settle, settled
     from training.loop.validation import open_validation
     from training.loop.zero import local_device
     from training.objectives.choice import choose_objective
@@ -146,7 +146,11 @@ def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) 
         local_device(num_sharing - 1, torch.cuda.device_count(), is_slurm=is_slurm_task())
     start = open_start(job, preflight.survey, choose=choose_objective, device=device)
     open_validation(job)
-    room_bytes = available_bytes(start, device=device, num_sharing=num_sharing, num_loaded=1)
+    gigabytes = job.settings.device_gigabytes
+    if gigabytes is not None and not has_gpu:
+        room_bytes = card_bytes(gigabytes)
+    else:
+        room_bytes = available_bytes(start, job.settings, device=device, num_sharing=num_sharing, num_loaded=1)
     shares = settle(
         job,
         start,
@@ -155,6 +159,7 @@ def _plan_networks(job: TrainingJob, preflight: Preflight, *, num_sharing: int) 
         num_ranks=num_ranks,
         room_bytes=room_bytes,
         device=device,
+        is_host=not has_gpu and gigabytes is None,
     )
     job_settled = settled(job, shares.num_micro_batches, shares.kept)
     say_changes(job_settled, num_ranks=num_ranks)

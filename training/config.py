@@ -140,6 +140,23 @@ class StageTraining(TableConfig):
         description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3. "
         "'auto' = with CUDA and a C++ compiler",
     )
+    optimizer: Decides[Literal["adamw", "adamw8bit"]] = pydantic.Field(
+        default="adamw",
+        description="What steps the weights: adamw, or adamw8bit, whose moments take 2 bytes of a weight, not 8, "
+        "in blocks of 256; sharded, it resumes on as many ranks as it had",
+    )
+    offload: Steers[Literal["nothing", "average", "optimizer"]] = pydantic.Field(
+        default="nothing",
+        description="What a GPU leaves in the machine's memory: nothing; the average (EMA), which is taken through the "
+        "GPU at each step; or the optimizer with masters and average, which then steps on the CPU: for one rank, bf16 "
+        "and ZeRO 0",
+    )
+    device_gigabytes: float | None = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Memory that a rank may take at most, in GB; a plan without a GPU reckons for a card of that size. "
+        "null = what is free",
+    )
     learning_rate: Decides[float] = pydantic.Field(
         default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
     )

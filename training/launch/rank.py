@@ -35,6 +35,7 @@ from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
 from training.launch.start import ObjectiveChoice, Start, available_bytes, open_start, settle, settled
 from training.loop.compilation import require_compilable
 from training.loop.flops import StepFlops
+from training.loop.host import require_offload
 from training.loop.log import open_log
 from training.loop.loop import Session, train
 from training.loop.networks import open_networks
@@ -101,6 +102,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     require_even_batches(job.settings, dist.get_world_size())
     require_compilable(job.settings)
     require_products(job.settings)
+    require_offload(job.settings, num_ranks=dist.get_world_size())
     _require_same_resume(job.resume)
     survey = shared_survey(job)
     start = open_start(job, survey, choose=choose, device=rank_device())
@@ -140,11 +142,20 @@ def _settled(job: TrainingJob, start: Start, survey: Survey, *, choose: Objectiv
     dist.barrier()
     num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     rooms: list[Any] = [None] * num_ranks
-    own = available_bytes(start, device=device, num_sharing=num_sharing, num_loaded=num_sharing)
+    own = available_bytes(start, job.settings, device=device, num_sharing=num_sharing, num_loaded=num_sharing)
     dist.all_gather_object(rooms, own)
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
-        shares = settle(job, start, survey, choose=choose, num_ranks=num_ranks, room_bytes=min(rooms), device=device)
+        shares = settle(
+            job,
+            start,
+            survey,
+            choose=choose,
+            num_ranks=num_ranks,
+            room_bytes=min(rooms),
+            device=device,
+            is_host=device.type != "cuda",
+        )
         chosen = [(shares.num_micro_batches, shares.kept)]
         say_changes(settled(job, *chosen[0]), num_ranks=num_ranks)
         counts = parameter_counts(start.config)

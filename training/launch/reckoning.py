@@ -8,35 +8,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.config import KeepActivations, StageTraining
-from training.loop.sizes import MAX_EXCHANGED, MAX_GATHERED, MEASURED_BYTES, PIECE_SIZE
+from training.loop.sizes import MAX_EXCHANGED, MAX_GATHERED, PIECE_SIZE, STEPPED_BYTES, TAKEN_AT_ONCE
 from training.stages.weights import WeightCounts
 
 MAX_ZERO_STAGE = 3
 FP32 = 4
-MOMENTS = 2 * FP32
-# Of gradients in a backward pass: they are there before it and added to, or they come as activations go.
-GradientsIn = Literal["there", "coming"]
+# Of an optimizer's moments, a weight's share; of those in 8 bits a scale goes with each 256.
+MOMENT_BYTES = {"adamw": 2 * FP32, "adamw8bit": 2 * (1 + FP32 / 256)}
+# Of gradients in a backward pass: they are there before it and added to, come as activations go, or come and go.
+GradientsIn = Literal["there", "coming", "passing"]
 
 
 def rank_parts(
-    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int
+    settings: StageTraining, weights: WeightCounts, *, num_ranks: int, num_micro_batches: int, is_host: bool = False
 ) -> dict[str, int]:
     """Return the bytes of what stays on one rank from step to step, by what it is, as ZeRO shards it.
 
-    The optimizer's part is the two moments, and a master copy unless the network itself is that.
+    The optimizer's part is the two moments, and a master copy unless the network itself is that. `is_host` is of the
+    machine's memory, in which a CPU trains and a GPU leaves what `training.offload` says.
     """
     stage, width = settings.zero_stage, _width(settings)
     computed = width / (num_ranks if stage >= 3 else 1)
     gradients = width / num_ranks if stage >= 2 else width
     if _sums_in_fp32(settings, num_micro_batches):
         gradients = FP32 / num_ranks
-    shards = num_ranks if stage >= 1 else 1
+    shards, state = num_ranks if stage >= 1 else 1, MOMENT_BYTES[settings.optimizer] + FP32 * _has_masters(settings)
     whole = weights.trained + weights.frozen
+    leaves_optimizer = settings.offload == "optimizer" and not is_host
+    leaves_average = settings.offload != "nothing" and not is_host
     return {
         "weights": int(whole * computed + weights.beside * width),
-        "gradients": int(weights.trained * gradients),
-        "optimizer": int(weights.trained * (MOMENTS + FP32 * _has_masters(settings)) / shards),
-        "average": int(weights.trained * FP32 / shards),
+        "gradients": 0 if leaves_optimizer else int(weights.trained * gradients),
+        "optimizer": 0 if leaves_optimizer else int(weights.trained * state / shards),
+        "average": 0 if leaves_average else int(weights.trained * FP32 / shards),
     }
 
 
@@ -55,7 +59,7 @@ def _has_masters(settings: StageTraining) -> bool:
 
 
 def _sums_in_fp32(settings: StageTraining, num_micro_batches: int) -> bool:
-    return settings.zero_stage >= 2 and num_micro_batches > 1
+    return (settings.zero_stage >= 2 or settings.offload == "optimizer") and num_micro_batches > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +90,14 @@ class Demand:
 
     def parts(self, num_micro_batches: int, kept: KeepActivations) -> dict[str, int]:
         """Return the bytes of a rank at its fullest, by what they are for."""
-        stays = rank_parts(self.settings, self.weights, num_ranks=self.num_ranks, num_micro_batches=num_micro_batches)
-        if self.is_host:
+        stays = rank_parts(
+            self.settings,
+            self.weights,
+            num_ranks=self.num_ranks,
+            num_micro_batches=num_micro_batches,
+            is_host=self.is_host,
+        )
+        if self.is_host and self.settings.trains != "lora":
             stays["frozen weights in fp32"] = self.weights.frozen * FP32
         batches = self.batch_bytes(self.share // num_micro_batches)
         moments = [
@@ -116,6 +126,8 @@ class Demand:
         """Return what the forward and the backward pass of a micro-batch take beside what stays."""
         stage, is_once, is_alone = self.settings.zero_stage, num_micro_batches == 1, self.num_ranks == 1
         size = self.share // num_micro_batches
+        if self.settings.offload == "optimizer" and not (self.is_host and is_once):
+            return {"activations": self.step_bytes(size, kept, "passing")}
         if (stage == 0 and is_once) or (stage in (1, 2) and is_alone and is_once):
             return {"activations": self.step_bytes(size, kept, "coming") - gradients}
         if stage == 0:
@@ -149,4 +161,9 @@ class Demand:
         shards = self.num_ranks if self.settings.zero_stage >= 1 else 1
         is_copied = _has_masters(self.settings) and not _sums_in_fp32(self.settings, num_micro_batches)
         trained = self.weights.trained // shards
-        return trained * FP32 * is_copied + min(trained, PIECE_SIZE) * MEASURED_BYTES
+        if self.settings.offload == "optimizer" and not self.is_host:
+            return 0
+        stepping = trained * FP32 * is_copied + min(trained, PIECE_SIZE) * STEPPED_BYTES[self.settings.optimizer]
+        if self.settings.offload == "average" and not self.is_host:
+            return max(stepping, min(trained, TAKEN_AT_ONCE) * FP32)
+        return stepping

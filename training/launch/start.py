@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipelines.store.files import atomic_write_json, remove_temporary_files
 from pipelines.store.state_files import read_state
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
-from training.config import KeepActivations
+from training.config import KeepActivations, StageTraining
 from training.data.blank import SampleShape
 from training.data.index import bucket_size
 from training.data.survey import Survey
@@ -41,6 +42,7 @@ from training.stages.weights import WeightCounts
 log = get_logger("training")
 
 MEMORY = "memory.json"
+GIGABYTE = 1e9
 # Image tokens of the smaller of two micro-batches that a GPU measures.
 MEASURED_TOKENS = 2048
 # Of a micro-batch that a GPU has no room for, though it is small.
@@ -90,20 +92,29 @@ def _require_families(job: TrainingJob, objective: Objective) -> None:
         raise UserError(f"the objective reads {name}, but features.{job.features.table_name} has {sorted(found)}")
 
 
-def available_bytes(start: Start, *, device: torch.device, num_sharing: int, num_loaded: int) -> int:
+def available_bytes(
+    start: Start, settings: StageTraining, *, device: torch.device, num_sharing: int, num_loaded: int
+) -> int:
     """Return the memory that a rank may take on its GPU or, on a CPU, of what its machine has left.
 
     Args:
+        settings: may say that it is less.
         num_sharing: ranks that share the machine's memory.
         num_loaded: of them, those that have the networks of `start` in memory already, which is theirs.
     """
+    most = math.inf if settings.device_gigabytes is None else card_bytes(settings.device_gigabytes)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * (1 - GPU_RESERVE))
+        return int(min(most, free * (1 - GPU_RESERVE)))
     own = sum(
         weight.numel() * weight.element_size() for network in start.networks.values() for weight in network.parameters()
     )
-    return int((machine_bytes() + num_loaded * own) / num_sharing * (1 - MACHINE_RESERVE))
+    return int(min(most, (machine_bytes() + num_loaded * own) / num_sharing * (1 - MACHINE_RESERVE)))
+
+
+def card_bytes(gigabytes: float) -> int:
+    """Return the bytes that may be taken of a GPU that has so many GB."""
+    return int(gigabytes * GIGABYTE * (1 - GPU_RESERVE))
 
 
 def settle(
@@ -115,8 +126,11 @@ def settle(
     num_ranks: int,
     room_bytes: int,
     device: torch.device,
+    is_host: bool,
 ) -> Shares:
     """Choose the micro-batches and activations that the recipe leaves open; what a stage was begun with stays.
+
+    `is_host` says that what `device` reckons is for the machine's own memory, and not for a card that is not here.
 
     Raises:
         UserError: see `choose_shares`.
@@ -133,7 +147,7 @@ def settle(
     share = job.settings.global_batch_size // num_ranks
     measured = StepBytes(step, path=job.directory / MEMORY, device=device, share=share, sample_tokens=sample_tokens)
     # Beside the one that is computed: on a GPU the next, on a CPU those that are read ahead and the one being filled.
-    num_batches = 2 if device.type == "cuda" else job.settings.prefetch_batches + 2
+    num_batches = job.settings.prefetch_batches + 2 if is_host else 2
     shares = choose_shares(
         Demand(
             settings=job.settings,
@@ -142,7 +156,7 @@ def settle(
             sample_tokens=sample_tokens,
             step_bytes=measured,
             batch_bytes=lambda size: num_batches * step.batch_bytes(size),
-            is_host=device.type != "cuda",
+            is_host=is_host,
         ),
         available_bytes=room_bytes,
         basis=measured.basis,
@@ -232,7 +246,8 @@ class StepBytes:
             return self._step.reckon(size, kept, gradients=gradients)
         log.info(f"measuring once what micro-batches of {size} take that keep {kept!r}")
         try:
-            return self._step.measure(size, kept, device=self._device, meter=CudaBytes(self._device))
+            meter = CudaBytes(self._device)
+            return self._step.measure(size, kept, device=self._device, meter=meter, gradients=gradients)
         except torch.OutOfMemoryError:
             return TOO_MANY_BYTES
         finally:

@@ -12,6 +12,11 @@ def is_compiled(settings: StageTraining) -> bool:
     return settings.zero_stage < 3 and pays_to_compile()
 
 
+def is_step_compiled(settings: StageTraining) -> bool:
+    """Whether what an optimizer computes is compiled: with the blocks, and not on a CPU that steps for a GPU."""
+    return is_compiled(settings) and settings.offload != "optimizer"
+
+
 def require_compilable(settings: StageTraining) -> None:
     """Refuse to compile what ZeRO 3 takes apart, and where there is no compiler, if the recipe insists on it."""
     if settings.compile is not True:

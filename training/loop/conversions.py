@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from errors import ProgramFault
+from errors import ProgramFault, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.deepspeed_files import SEPARATE_STATE, STATE, UNIVERSAL_STATE, conversion_damage, list_files
@@ -25,9 +25,20 @@ log = get_logger("training")
 
 
 def needs_universal(checkpoint: Checkpoint, num_ranks: int) -> bool:
-    """Whether DeepSpeed loads the sharded state only after a conversion: of other ranks, or of another layout."""
-    is_sharded = checkpoint.trainer["zero_stage"] > 0
-    return is_sharded and (checkpoint.trainer["num_ranks"] != num_ranks or has_former_layout(checkpoint))
+    """Whether DeepSpeed loads the sharded state only after a conversion: of other ranks, or of another layout.
+
+    Raises:
+        UserError: it would be of other ranks, and moments are in 8 bits, whose blocks are a rank's own.
+    """
+    trainer = checkpoint.trainer
+    is_sharded, former = trainer["zero_stage"] > 0, trainer["num_ranks"]
+    if is_sharded and former != num_ranks and trainer["fingerprint"].get("training.optimizer") == "adamw8bit":
+        raise UserError(
+            f"{checkpoint.path} was trained by {former} ranks with training.optimizer = 'adamw8bit' under ZeRO "
+            f"{trainer['zero_stage']}, whose blocks of 8 bits are not shared out anew, and there are {num_ranks} now: "
+            f"go on with {former} ranks, or from its weights in another table of the recipe with starts_from"
+        )
+    return is_sharded and (former != num_ranks or has_former_layout(checkpoint))
 
 
 def loadable_state(checkpoint: Checkpoint, num_ranks: int) -> str:

@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor, nn
 
+from training.loop.host import in_host_memory
+from training.loop.sizes import TAKEN_AT_ONCE
 from training.loop.zero import ZeroModel
 
 
 class EMA:
-    """Average of a model's masters; starts as a copy of them."""
+    """Average of a model's masters; starts as a copy of them, and lies where `training.offload` says."""
 
     def __init__(self, model: ZeroModel, decay: float) -> None:
         self._model = model
         self._decay = decay
-        self.shards = [master.detach().clone() for master in model.masters]
+        take = torch.clone if model.settings.offload == "nothing" else in_host_memory
+        self.shards = [take(master.detach()) for master in model.masters]
 
     @torch.no_grad()
     def update(self, *, is_skipped: Tensor) -> None:
@@ -20,11 +23,24 @@ class EMA:
 
         Where the scalar `is_skipped` on the device says so it stays where it is.
         """
+        masters = [master.detach() for master in self._model.masters]
+        if self._model.settings.offload != "average":
+            self._move(self.shards, masters, is_skipped=is_skipped)
+            return
+        for shard, master in zip(self.shards, masters, strict=True):
+            pairs = zip(*(each.view(-1).split(TAKEN_AT_ONCE) for each in (shard, master)), strict=True)
+            for kept, piece in pairs:
+                # Behind each other on the device's stream; the host goes on.
+                average = kept.to(piece.device, non_blocking=True)
+                self._move([average], [piece], is_skipped=is_skipped)
+                kept.copy_(average, non_blocking=True)
+
+    def _move(self, averages: list[Tensor], masters: list[Tensor], *, is_skipped: Tensor) -> None:
         # The one kernel of torch that does it in one pass and asks the device whether to: plain SGD at the rate
         # 1 - decay along ema - master, of which "weight decay" gives the first part and "maximize" the second.
         torch.ops.aten._fused_sgd_.default(
-            self.shards,
-            [master.detach() for master in self._model.masters],
+            averages,
+            masters,
             [],
             weight_decay=1.0,
             momentum=0.0,
@@ -34,7 +50,7 @@ class EMA:
             maximize=True,
             is_first_step=False,
             grad_scale=None,
-            found_inf=is_skipped.float(),
+            found_inf=is_skipped.float().to(averages[0].device),
         )
 
     @torch.no_grad()

@@ -98,12 +98,20 @@ class Step:
     def reckon(self, num_samples: int, kept: KeepActivations, *, gradients: GradientsIn = "there") -> int:
         """Return the bytes that a micro-batch takes beside weights, gradients and the batch, by its shapes alone.
 
-        Gradients that are `coming` are not there before and count.
+        Gradients that are `coming` are not there before and count; those that are `passing` are gone at once.
         """
         with fused_attention():
             return self._run(num_samples, kept, device=META, meter=LivingBytes(), num_warm_ups=0, gradients=gradients)
 
-    def measure(self, num_samples: int, kept: KeepActivations, *, device: torch.device, meter: Meter) -> int:
+    def measure(
+        self,
+        num_samples: int,
+        kept: KeepActivations,
+        *,
+        device: torch.device,
+        meter: Meter,
+        gradients: GradientsIn = "there",
+    ) -> int:
         """Return the same as a device takes it: the blocks as they are trained, compiled and in FP8 where they are."""
 
         def prepare(network: nn.Module) -> None:
@@ -112,7 +120,9 @@ class Step:
                 compile_blocks(network)
 
         # The first runs compile, and choose and load kernels.
-        return self._run(num_samples, kept, device=device, meter=meter, num_warm_ups=2, prepare=prepare)
+        return self._run(
+            num_samples, kept, device=device, meter=meter, num_warm_ups=2, gradients=gradients, prepare=prepare
+        )
 
     def _run(
         self,
@@ -137,6 +147,10 @@ class Step:
         for _ in range(num_warm_ups):
             _step(objective, networks, batch)
         weights = [weight for network in networks.values() for weight in network.parameters()]
+        if gradients == "passing":
+            for weight in trained.parameters():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         present = [weight.grad for weight in weights if weight.grad is not None]
         with meter.watching(ignored=[*weights, *present, *batch.device_tensors()]):
             _step(objective, networks, batch)

@@ -6,12 +6,15 @@ host is asked for nothing, and a step is: norms, one copy to fp32, AdamW (which 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from training.loop.host import in_host_memory
 
 
 class Partitions(Protocol):
@@ -92,6 +95,54 @@ class WholeMasters:
         for master in self._masters:
             master.grad = None
         torch.ops.aten._foreach_copy_.default([weight.data for weight in self._weights], self._masters)
+
+
+class HostMasters:
+    """ZeRO 0 in bf16, one rank: masters lie in the machine's memory, and gradients go there as they come.
+
+    They are summed there in fp32, where there are several micro-batches.
+    """
+
+    def __init__(self, engine: Any, optimizer: Optimizer) -> None:
+        engine.enable_backward_allreduce = False
+        self._optimizer = optimizer
+        self._weights: list[nn.Parameter] = [weight for group in engine.optimizer.fp16_groups for weight in group]
+        self._masters: list[Tensor] = [master for group in engine.optimizer.fp32_groups for master in group]
+        for master in self._masters:
+            master.data = in_host_memory(master.data)
+        self._sums: dict[int, Tensor] = {}
+        for position, weight in enumerate(self._weights):
+            weight.register_post_accumulate_grad_hook(partial(self._take, position))
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """One for each weight."""
+        return self._masters
+
+    def _take(self, position: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        gradient, former = weight.grad.to("cpu"), self._sums.get(position)
+        self._sums[position] = gradient if former is None else former.float().add_(gradient)
+        weight.grad = None
+
+    def add_micro_batch(self) -> None:
+        """Do nothing: gradients have been taken."""
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each weight, zero where there is none."""
+        masters = enumerate(self._masters)
+        return [self._sums[i] if i in self._sums else torch.zeros_like(master) for i, master in masters]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Step the optimizer on the CPU."""
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = gradient.to(master.dtype)
+        self._sums.clear()
+        gradients.clear()
+        self._optimizer.step()
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            master.grad = None
+            weight.data.copy_(master)
 
 
 class FlatPartitions:
@@ -200,8 +251,12 @@ class ScatteredShares:
         optimizer._post_step(timers)
 
 
-def find_partitions(engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_fp32: bool) -> Partitions:
-    """Return what this rank updates under DeepSpeed's engine, whose AdamW is `adamw`."""
+def find_partitions(
+    engine: Any, adamw: Optimizer, *, zero_stage: int, sums_in_fp32: bool, is_on_host: bool
+) -> Partitions:
+    """Return what this rank updates under DeepSpeed's engine, whose optimizer is `adamw`."""
+    if is_on_host:
+        return HostMasters(engine, adamw)
     is_alone = dist.get_world_size() == 1
     if zero_stage == 3:
         return ScatteredShares(engine)

@@ -19,16 +19,15 @@ from training.config import StageTraining
 from training.launch.placement import is_slurm_task
 from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
+from training.loop.optimizers.choice import choose_rule
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products
-from training.loop.sizes import MAX_EXCHANGED
+from training.loop.sizes import MAX_EXCHANGED, TAKEN_AT_ONCE
 from training.stages.trainable import trainable_of
 
 # Needed at save time so that `deepspeed.checkpoint.ds_to_universal` can convert the state for another world size.
 UNIVERSAL_CHECKPOINT_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-# Elements of masters that are exchanged with others at a time: what it takes beside them.
-EXCHANGED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def compute_dtype(settings: StageTraining) -> torch.dtype:
 
 
 class ZeroModel:
-    """A model, its AdamW and DeepSpeed's engine around both; weights that ask for no gradient stay as they are.
+    """A model, its optimizer and DeepSpeed's engine around both; weights that ask for no gradient stay as they are.
 
     `masters` are the fp32 weights this rank updates: all that train without sharding, else its share, flattened.
     `frozen` are those that do not train, whole, fp32 on the CPU, by name; only rank 0 keeps them, for checkpoints that
@@ -102,14 +101,8 @@ class ZeroModel:
         others = {name: weight for name, weight in model.named_parameters() if name not in self._trained}
         is_writer = dist.get_rank() == 0 and trainable_of(settings).keeps_frozen
         self.frozen = {name: weight.detach().to("cpu", copy=True) for name, weight in others.items() if is_writer}
-        optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.rule = choose_rule(settings)
+        optimizer = self.rule.make(self._trained.values(), settings)
         num_trained = sum(weight.numel() for weight in self._trained.values())
         config = deepspeed_config(
             settings, dist.get_world_size(), num_trained=num_trained, loads_universal=loads_universal
@@ -117,7 +110,11 @@ class ZeroModel:
         with _unmoved(optimizer):
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._partitions = find_partitions(
-            self.engine, self.adamw, zero_stage=settings.zero_stage, sums_in_fp32=_sums_in_fp32(settings)
+            self.engine,
+            self.optimizer,
+            zero_stage=settings.zero_stage,
+            sums_in_fp32=_sums_in_fp32(settings),
+            is_on_host=settings.offload == "optimizer",
         )
         self.masters = self._partitions.masters
         if settings.dtype == "bf16":
@@ -137,14 +134,14 @@ class ZeroModel:
         return torch.device(self.engine.device)
 
     @property
-    def adamw(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that steps `masters`, inside DeepSpeed's own where that has one."""
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
-    def first_moments(self) -> list[Tensor]:
-        """Return Adam's first moments, shaped as `masters`; zeros before the first step."""
-        weights = self._trained.values() if self.engine.optimizer is self.adamw else self.masters
-        return [self.adamw.state.get(weight, {}).get("exp_avg", torch.zeros_like(weight)) for weight in weights]
+    def first_moments(self) -> Iterator[Tensor]:
+        """Yield the optimizer's averages of gradients, shaped as `masters`; zeros before the first step."""
+        weights = self._trained.values() if self.engine.optimizer is self.optimizer else self.masters
+        return (self.rule.first_moment(self.optimizer, weight) for weight in weights)
 
     @property
     def is_sharded(self) -> bool:
@@ -164,14 +161,15 @@ class ZeroModel:
         A gradient that is not finite changes nothing, nor does any where `is_ruined`, a scalar on the device that is
         the same on all ranks, says so: neither masters and moments nor the weights the network computes with.
         """
-        for group in self.adamw.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         gradients = self._partitions.gradients()
-        norm = self._norm(gradients)
+        norm = self._norm(gradients).to(self.device)
         is_skipped = norm.isfinite().logical_not() | is_ruined
         clip = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1.0)
         # What torch's GradScaler gives a fused optimizer: it divides by the one and does nothing where the other is 1.
-        vars(self.adamw).update(grad_scale=clip.float(), found_inf=is_skipped.float())
+        place = self.masters[0].device
+        vars(self.optimizer).update(grad_scale=clip.float().to(place), found_inf=is_skipped.float().to(place))
         self._partitions.step(gradients)
         self.engine.global_steps += 1
         return Update(norm, is_skipped)
@@ -250,6 +248,7 @@ class ZeroModel:
         former = os.environ.get(WEIGHTS_ONLY)
         is_whole = len(self._trained) == len(list(self.engine.module.parameters()))
         os.environ[WEIGHTS_ONLY] = "1"
+        self.rule.prepare(self.optimizer)
         try:
             with torch.serialization.safe_globals(deepspeed_records()):
                 path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
@@ -273,7 +272,7 @@ class ZeroModel:
 
     def _exchange(self, values: list[Tensor]) -> None:
         for whole, other in zip(self.masters, values, strict=True):
-            pairs = zip(*(each.detach().view(-1).split(EXCHANGED_AT_ONCE) for each in (whole, other)), strict=True)
+            pairs = zip(*(each.detach().view(-1).split(TAKEN_AT_ONCE) for each in (whole, other)), strict=True)
             for master, value in pairs:
                 kept = master.clone()
                 master.copy_(value)

@@ -1,0 +1,1 @@
+"""What steps the masters: a file an optimizer."""

@@ -1,0 +1,33 @@
+"""What the loop asks of an optimizer beyond what torch's are."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.config import StageTraining
+
+
+class Rule(Protocol):
+    """How an optimizer is made and measured.
+
+    Its step divides gradients by its attribute `grad_scale` and changes nothing where `found_inf` is 1: scalars beside
+    the masters, which the host does not see, as torch's GradScaler gives them to its fused optimizers.
+    """
+
+    def make(self, weights: Iterable[nn.Parameter], settings: StageTraining) -> Optimizer:
+        """Return the optimizer of a stage's weights."""
+        ...
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Make the state of weights that have none yet, where loading one needs to know its precision."""
+        ...
+
+    def first_moment(self, optimizer: Optimizer, weight: Tensor) -> Tensor:
+        """Return the average of a weight's gradients, fp32 in its shape; zeros before the first step."""
+        ...
+
+    def measure(self, optimizer: Optimizer, change: Tensor, *, is_compiled: bool) -> Callable[[], None]:
+        """Let steps add the sum of squares of what they change to `change`, a scalar; what is returned ends it."""
+        ...
