@@ -142,20 +142,17 @@ class StageTraining(TableConfig):
     )
     optimizer: Decides[Literal["adamw", "adamw8bit"]] = pydantic.Field(
         default="adamw",
-        description="What steps the weights: adamw, or adamw8bit, whose moments take 2 bytes of a weight, not 8, "
-        "in blocks of 256; sharded, it resumes on as many ranks as it had",
+        description="adamw, or adamw8bit, whose moments take 2 bytes of a weight, not 8; sharded, for as many ranks",
     )
     offload: Steers[Literal["nothing", "average", "optimizer"]] = pydantic.Field(
         default="nothing",
-        description="What a GPU leaves in the machine's memory: nothing; the average (EMA), which is taken through the "
-        "GPU at each step; or the optimizer with masters and average, which then steps on the CPU: for one rank, bf16 "
-        "and ZeRO 0",
+        description="What a GPU leaves in the machine's memory: the average (EMA); or the optimizer with masters and "
+        "average, which then steps on the CPU, for one rank in bf16 under ZeRO 0",
     )
     device_gigabytes: float | None = pydantic.Field(
         default=None,
         gt=0,
-        description="Memory that a rank may take at most, in GB; a plan without a GPU reckons for a card of that size. "
-        "null = what is free",
+        description="GB of a card: a rank takes no more, and a plan without a GPU is for it; null = what is free",
     )
     learning_rate: Decides[float] = pydantic.Field(
         default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
