@@ -20,7 +20,7 @@ from pixart.processes.specs import ddpm_spec
 from training.config import StageTraining
 from training.data.blank import SampleShape, blank_batch
 from training.launch import reckoning
-from training.launch.reckoning import Demand
+from training.launch.reckoning import Demand, rank_parts
 from training.loop import measure
 from training.loop.ema import EMA
 from training.loop.footprint import Step
@@ -31,8 +31,8 @@ from training.loop.zero import ZeroModel, compute_dtype, initialize_ranks
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Trained
-from training.stages.networks import blank_network, count_weights
-from training.stages.trainable import freeze_others
+from training.stages.networks import blank_copy, count_weights
+from training.stages.trainable import trainable_of
 
 PIECE_SIZE = 4096
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def open_network(case: Case, settings: StageTraining) -> PixArt:
     torch.manual_seed(0)
     network = case.config.network()
     assert isinstance(network, PixArt)
-    freeze_others(network, settings.trains, key="trains")
+    trainable_of(settings).prepare(network, seed=0, dtype=compute_dtype(settings), key="training.trains")
     return network
 
 
@@ -117,8 +117,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
 
 def reckon(case: Case, settings: StageTraining) -> dict[str, Any]:
     """Return what a start would say of the same."""
-    network = blank_network(case.config)
-    freeze_others(network, settings.trains, key="trains")
+    network = blank_copy(open_network(case, settings))
     step = Step(
         settings=settings,
         objective=lambda device: objective_of(settings, device),
@@ -136,7 +135,8 @@ def reckon(case: Case, settings: StageTraining) -> dict[str, Any]:
         is_host=True,
     )
     parts = demand.parts(settings.num_micro_batches, settings.kept_activations)
-    opening = demand.opening(parts["weights"])
+    stays = rank_parts(settings, demand.weights, num_ranks=demand.num_ranks, num_micro_batches=1)
+    opening = demand.opening(stays["weights"])
     return {"reckoned": sum(parts.values()), "reckoned_start": sum(opening.values()), "parts": parts}
 
 

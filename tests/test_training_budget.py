@@ -64,6 +64,7 @@ def test_what_is_reckoned_is_the_peak_of_the_whole_loop(tmp_path: Path, size: st
             ("fp32", "all", 0, {"gradient_accumulation_steps": 2}),
             ("fp32", "inputs", 0, {"trains": PART}),
             ("fp32", "products", 2, {}),
+            ("bf16", "inputs", 0, {"trains": "lora"}),
             ("bf16", "inputs", 0, {"optimizer": "adamw8bit", "offload": "average"}),
             ("bf16", "inputs", 0, {"offload": "optimizer", "gradient_accumulation_steps": 2}),
         )

@@ -119,8 +119,14 @@ class Demand:
         made = 2 * FP32 * weights.trained // shards if _has_masters(settings) else 0
         if settings.zero_stage == 0 and settings.dtype == "bf16":
             made += _width(settings) * weights.trained
-        loaded = (weights.trained + weights.frozen + weights.beside) * FP32 * (self.is_host and made > 0)
-        return {"weights": computed, "made at the start": made, "loaded": loaded}
+        if not self.is_host:
+            return {"weights": computed, "made at the start": made}
+        whole = {"loaded": (weights.trained + weights.frozen + weights.beside) * FP32}
+        # What adapters are beside was loaded in fp32, and is itself what the network computes with now.
+        others = weights.beside + (0 if settings.trains == "lora" else weights.frozen)
+        loaded = (weights.trained + others) * FP32 * (made > 0)
+        opened = {"weights": computed, "made at the start": made, "loaded": loaded}
+        return max(whole, opened, key=lambda parts: sum(parts.values()))
 
     def _passing(self, gradients: int, num_micro_batches: int, kept: KeepActivations) -> dict[str, int]:
         """Return what the forward and the backward pass of a micro-batch take beside what stays."""
