@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from errors import UserError
+from pixart.processes.specs import is_spec
 
 # The record in an export of ours, beside the weights' folder or in it.
 ORIGINS_FILE = "origins.json"
@@ -153,17 +154,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
 
 
 _KINDS: dict[str, Any] = {
     "text_encoder": _is_names,
-    "max_tokens": lambda value: isinstance(value, int) and value > 0,
+    "max_tokens": lambda value: type(value) is int and value > 0,
     "cleaning": lambda value: isinstance(value, str),
     "vae": _is_names,
     "vae_scale": _is_number,
     "vae_shift": _is_number,
-    "process": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
+    "process": is_spec,
 }
 # What is said to be missing where it is.
 _WORDS = {

@@ -7,12 +7,12 @@ from encoders.kl import PUBLISHED_VAE
 from encoders.latents import LatentSpec
 from encoders.likeness import is_same_codec, is_same_text_encoder
 from encoders.opening import latent_spec
-from encoders.text import DEFAULT_CLEANING
-from encoders.weights import resolve_model
+from encoders.text import CLEANINGS, DEFAULT_CLEANING
+from encoders.weights import HUB_ID, model_folder, resolve_model
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pixart.differences import Uses, differences
-from pixart.origins import Origins
+from pixart.origins import Fact, Origins
 from sampling.config import EncoderConfig
 
 if TYPE_CHECKING:
@@ -56,11 +56,24 @@ def agreed_encoders(
             "model": encoders.text_model,
             "revision": encoders.text_revision,
             "max_tokens": encoders.max_tokens or _value(origins.max_tokens, DEFAULT_MAX_TOKENS),
-            "cleaning": encoders.text_cleaning or _value(origins.cleaning, DEFAULT_CLEANING),
+            "cleaning": encoders.text_cleaning or own_cleaning(origins),
         }
     if "vae" in needed:
         parts["vae"] = {"model": encoders.vae_model, "revision": encoders.vae_revision}
     return parts
+
+
+def own_cleaning(origins: Origins) -> str:
+    """Return the rule by which the weights' texts were cleaned, the usual one where nothing says it.
+
+    Raises:
+        UserError: what says it names a rule that is not known here.
+    """
+    if (fact := origins.cleaning) is None:
+        return DEFAULT_CLEANING
+    if fact.value not in CLEANINGS:
+        raise UserError(f"{fact.source}: texts were cleaned as {fact.value!r}, which is none of {', '.join(CLEANINGS)}")
+    return fact.value
 
 
 def codec_spec(vae: Mapping[str, Any]) -> LatentSpec:
@@ -96,7 +109,22 @@ def _own_encoders(location: str, origins: Origins, *, needed: Collection[str]) -
             f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
             "features.text_model and features.vae_model"
         )
-    return EncoderConfig(text_model="" if text is None else text.value[0], vae_model=vae.value[0])
+    return EncoderConfig(
+        text_model="" if text is None else _name_to_load(location, text, key="features.text_model"),
+        vae_model=_name_to_load(location, vae, key="features.vae_model"),
+    )
+
+
+def _name_to_load(location: str, fact: Fact[tuple[str, ...]], *, key: str) -> str:
+    """Return the first of a model's names under which it is on disk, else one that the hub may know."""
+    for is_right in (model_folder, HUB_ID.fullmatch):
+        for name in fact.value:
+            if is_right(name) is not None:
+                return name
+    raise UserError(
+        f"sampling.checkpoint {location} was trained with {fact.value[0]!r} ({fact.source}), which is not there: "
+        f"name a copy of it as {key}"
+    )
 
 
 def _require_agreement(

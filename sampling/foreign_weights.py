@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from encoders.latents import require_whole_patches
-from encoders.text import DEFAULT_CLEANING
 from encoders.weights import REPOSITORY, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
@@ -20,7 +19,7 @@ from pixart.processes.scheduler_configs import describe_replaced_sampler
 from pixart.processes.specs import WEIGHT_FOLDERS, ddpm_spec
 from pixart.published import PIPELINE_TEXTS
 from pixart.weight_files import find_weight_files, is_original_name, read_json
-from sampling.agreement import agreed_encoders, codec_spec, is_encoder_known
+from sampling.agreement import agreed_encoders, codec_spec, is_encoder_known, own_cleaning
 from sampling.config import EncoderConfig
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
@@ -115,7 +114,7 @@ def _open_pipeline(
             "tokenizer": str(folder / "tokenizer"),
             "revision": None,
             "max_tokens": None if origins.max_tokens is None else origins.max_tokens.value,
-            "cleaning": DEFAULT_CLEANING if origins.cleaning is None else origins.cleaning.value,
+            "cleaning": own_cleaning(origins),
         }
     if has_vae:
         parts["vae"] = {"model": str(folder / "vae"), "revision": None}

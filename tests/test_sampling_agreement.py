@@ -1,5 +1,6 @@
 """A checkpoint from elsewhere is drawn from with what it was trained with, or it is said or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tiny_encoders import save_codec, save_text_encoder
 from encoders.opening import open_text_encoder
 from errors import UserError
 from pixart.model import PixArtConfig
+from pixart.origins import ORIGINS_FILE
+from pixart.processes.specs import ddpm_spec, flow_spec
 from sampling.__main__ import main
 from sampling.config import EncoderConfig
 from sampling.foreign_weights import open_trained_model
@@ -142,3 +145,35 @@ def test_copies_of_an_encoder_are_known_and_others_refused(tmp_path: Path) -> No
     other = save_text_encoder(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match=r"features\.text_model is '.*other', but .* with '.*t5' \(.*trainer\.json\)"):
         open_trained_model(str(own), EncoderConfig(text_model=str(other), vae_model=vae))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"process": {"name": "foo"}}, r"process is \{'name': 'foo'\}, which is no value of it"),
+        ({"process": ddpm_spec() | {"schedule": {}}}, r"process is .*, which is no value of it"),
+        ({"process": flow_spec() | {"prediction": "noise"}}, r"process is .*, which is no value of it"),
+        ({"max_tokens": True}, "max_tokens is True, which is no value of it"),
+        ({"vae": [""]}, r"vae is \[''\], which is no value of it"),
+        ({"cleaning": "foo"}, "texts were cleaned as 'foo', which is none of lower, diffusers, strip, none"),
+    ],
+)
+def test_a_record_of_what_is_not_known_here_is_one_line(tmp_path: Path, wrong: dict, said: str) -> None:
+    folder = write_transformer(tmp_path / "mine" / "transformer", sample_size=64).parent
+    (folder / ORIGINS_FILE).write_text(json.dumps({"text_encoder": [T5], "vae": [SD_VAE]} | wrong))
+    with pytest.raises(UserError, match=rf"{ORIGINS_FILE}: {said}"):
+        open_trained_model(str(folder), None)
+
+
+def test_encoders_of_a_record_are_found_by_any_of_their_names(tmp_path: Path) -> None:
+    folder = write_transformer(tmp_path / "mine" / "transformer", sample_size=64).parent
+    record = {"text_encoder": ["/gone/t5", str(save_text_encoder(tmp_path / "t5"))], "vae": ["/gone/vae", SD_VAE]}
+    (folder / ORIGINS_FILE).write_text(json.dumps(record | {"process": flow_spec()}))
+    trained = open_trained_model(str(folder), None)
+    assert trained.text is not None
+    assert (trained.text["model"], trained.vae["model"]) == (record["text_encoder"][1], SD_VAE)
+    assert trained.process == flow_spec()
+    (folder / ORIGINS_FILE).write_text(json.dumps(record | {"text_encoder": ["/gone/t5", "sha256:12"]}))
+    said = r"mine was trained with '/gone/t5' \(.*origins\.json\), which is not there: name .* as features\.text_model"
+    with pytest.raises(UserError, match=said):
+        open_trained_model(str(folder), None)

@@ -61,6 +61,16 @@ def _with_settings(
     return spec | {"sampler": dict(sampler)} if sampler else spec
 
 
+def is_spec(value: Any) -> bool:
+    """Whether something that was read describes a process that is known here."""
+    known = {spec["name"]: spec for spec in (ddpm_spec(), flow_spec())}
+    if not isinstance(value, Mapping) or value.get("name") not in known:
+        return False
+    wanted, schedule = known[value["name"]], value.get("schedule")
+    is_whole = isinstance(schedule, Mapping) and schedule.keys() >= wanted["schedule"].keys()
+    return is_whole and value.get("prediction") == wanted["prediction"]
+
+
 def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the process of a `trainer.json`; those written when there was but one name its schedule alone."""
     return trainer["process"] if "process" in trainer else ddpm_spec(trainer.get("schedule", DDPM_SCHEDULE))
