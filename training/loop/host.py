@@ -1,10 +1,14 @@
 """What a GPU leaves in the machine's memory (`training.offload`)."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from errors import UserError
 from training.config import StageTraining
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def require_offload(settings: StageTraining, *, num_ranks: int) -> None:
@@ -29,4 +33,6 @@ def require_offload(settings: StageTraining, *, num_ranks: int) -> None:
 
 def in_host_memory(tensor: Tensor) -> Tensor:
     """Return a copy in the machine's memory, pinned so that a GPU reads it by itself."""
+    import torch  # a plan, which asks what goes with what, needs none
+
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
