@@ -153,6 +153,8 @@ def test_compression_is_turned_on_block_by_block_and_not_off() -> None:
     assert all(torch.equal(compression[name], value) for name, value in fresh.state_dict().items())
     with pytest.raises(UserError, match=r"start compresses keys and values in block 1, which .* = \[2\] of the stage"):
         with_compression(more, [2], key="start")
+    with pytest.raises(UserError, match=r"start: kv_compressed_blocks \[1, 9\] are not blocks from 0 to 2, in order"):
+        with_compression(network, [1, 9], key="start")
 
 
 def test_a_change_far_away_is_read_through_the_compressed_tokens() -> None:

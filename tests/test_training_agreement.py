@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pipelines.store.families import NULL_CAPTION_FILE
 from pixart.convert import save_diffusers
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE
+from pixart.processes.specs import flow_spec
 from training.convert import main as convert
 from training.launch.preflight import inspect_stage, print_plan
 from training.stages.stage import TrainingJob, find_weights, open_stage
@@ -371,3 +373,20 @@ def test_networks_beside_the_trained_one_are_compared_too(run_with: MakeRun, tmp
     argv = [*arguments(run, 2, starts_from=str(start)), "--set", f'training.stage2.networks.teacher="{teacher}"']
     with pytest.raises(UserError, match=r"text_model is .*, but .*networks\.teacher \(.*teacher/transformer\) were"):
         open_stage(parse_command("training", "", argv=argv, has_stages=True))
+
+
+def test_a_file_says_of_which_process_it_is_to_adapters_and_to_networks_beside(
+    run_with: MakeRun, tmp_path: Path
+) -> None:
+    """They went by the default: flow's adapters were refused, ddpm's let on, and a teacher of flow was one of ddpm."""
+    run = run_with(**ALPHA)
+    weights = original_weights_of(replace(TINY, out_channels=4), scale=1.0)
+    file = tmp_path / "flow.pth"
+    torch.save({"state_dict": weights, "origins": json.dumps({"process": flow_spec()})}, file)
+    assert job_of(run, file, process="flow", trains="lora").start.process == flow_spec()
+    argv = [*arguments(run, 2, starts_from=str(file), trains="lora"), "--set", "training.stage2.process='ddpm'"]
+    with pytest.raises(UserError, match=r"flow\.pth\) were trained with process flow, and .*\.process is 'ddpm'"):
+        open_stage(parse_command("training", "", argv=argv, has_stages=True))
+    argv = [*arguments(run, 2, starts_from=str(file), process="flow"), "--set", f'training.networks.teacher="{file}"']
+    job = open_stage(parse_command("training", "", argv=argv, has_stages=True))
+    assert job.networks["teacher"].process == flow_spec()

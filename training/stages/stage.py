@@ -70,6 +70,10 @@ class StartingPoint:
             return origins_of_trainer(read_trainer(folder), source=str(folder / TRAINER))
         return Origins() if self.path is None else origins_of_weights(self.path, location=self.location)
 
+    def with_process_of(self, origins: Origins) -> "StartingPoint":
+        """Return it with the process that its `origins` name, as those of an original file of ours may."""
+        return self if origins.process is None else replace(self, process=origins.process.value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
@@ -117,8 +121,11 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     if resume is not None and resume.step < settings.num_steps and checks_files:
         require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
+    # Of a stage that has begun none of it counts any more.
+    origins = Origins() if resume is not None else start.origins
+    start = start.with_process_of(origins)
     if settings.has_adapters:
-        _require_adaptable(command, settings, start)
+        _require_adaptable(command, settings, start, is_begun=resume is not None)
     model = stage_shape(
         command.recipe,
         command.stage_name,
@@ -128,9 +135,6 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         resume=resume,
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
-    origins = Origins() if resume is not None else start.origins
-    if origins.process is not None:
-        start = replace(start, process=origins.process.value)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
     if resume is None and checks_files:
@@ -226,7 +230,7 @@ def _start_or_recorded(
     return start
 
 
-def _require_adaptable(command: Command, settings: StageTraining, start: StartingPoint) -> None:
+def _require_adaptable(command: Command, settings: StageTraining, start: StartingPoint, *, is_begun: bool) -> None:
     """Refuse adapters where there are no trained weights that they could be put beside, and stay beside."""
     key = f"training.{command.stage_name}"
     if settings.network != "pixart":
@@ -236,7 +240,7 @@ def _require_adaptable(command: Command, settings: StageTraining, start: Startin
             f"{key}.trains = 'lora' trains adapters beside weights, but {key}.starts_from names none "
             f"({settings.starts_from!r}): name a stage, folder, file or hub id"
         )
-    if start.process["name"] != settings.process:
+    if not is_begun and start.process["name"] != settings.process:
         raise UserError(
             f"{key}.trains = 'lora' keeps the weights' own output layer, but they ({start.path}) were trained with "
             f"process {start.process['name']}, and {key}.process is {settings.process!r}"
@@ -286,8 +290,9 @@ def _networks(
     key = f"training.{command.stage_name}.networks"
     networks = {}
     for name, wanted in settings.networks.items():
-        networks[name] = _named_weights(command, wanted, directory, key=f"{key}.{name}", checks_files=checks_files)
-        _require_finished(command, wanted, networks[name].checkpoint, key=f"{key}.{name}")
+        found = _named_weights(command, wanted, directory, key=f"{key}.{name}", checks_files=checks_files)
+        _require_finished(command, wanted, found.checkpoint, key=f"{key}.{name}")
+        networks[name] = found.with_process_of(found.origins)
     return networks
 
 

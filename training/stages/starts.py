@@ -147,7 +147,10 @@ def with_compression(network: PixArt, blocks: Sequence[int] | None, *, key: str)
             f"{key} compresses keys and values in block {left_out[0]}, which kv_compressed_blocks = {list(blocks)} of "
             "the stage leaves out: it has learnt to read those alone"
         )
-    config = dataclasses.replace(network.config, kv_compressed_blocks=tuple(blocks))
+    try:
+        config = dataclasses.replace(network.config, kv_compressed_blocks=tuple(blocks))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     weights = network.state_dict()
     for block in sorted(set(blocks) - set(former)):
         compression = TokenCompression(config.width)
