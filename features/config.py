@@ -16,6 +16,8 @@ DECIDES_IMAGES, DECIDES_TEXT = "decides what is made of images", "decides text f
 # These do so by what they name: a job knows models by their weights, and captions by column.
 NAMES_IMAGES, NAMES_TEXT = "names what images are encoded with", "names captions and what encodes them"
 Value = TypeVar("Value")
+# Of the name of a variant, which is part of a folder's.
+VARIANT = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 OfImages = Annotated[Value, DECIDES_IMAGES]
 OfText = Annotated[Value, DECIDES_TEXT]
 ImageInput = Annotated[Value, NAMES_IMAGES]
@@ -89,6 +91,16 @@ class FeaturesConfig(TableConfig):
         default=None,
         description="Folder, pattern or tars of PixArt's .npz files (caption_feature, attention_mask), which are "
         "imported as what text_model has encoded; null = captions are encoded",
+    )
+    text_variant: str | None = pydantic.Field(
+        default=None,
+        pattern=VARIANT,
+        description="Name of the text that this table encodes otherwise than others do (features/text@<name>)",
+    )
+    image_variant: str | None = pydantic.Field(
+        default=None,
+        pattern=VARIANT,
+        description="The same of what is made of images, as by another VAE (features/latent-<resolution>@<name>)",
     )
     text_model: TextInput[str] = pydantic.Field(
         description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL)"
@@ -237,22 +249,25 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
         images = _values(table, NAMES_IMAGES, DECIDES_IMAGES)
         at_resolution = f"at resolution {table.resolution}"
         folders: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-            (("latents", table.resolution), images, f"of latents {at_resolution}")
+            (("latents", table.resolution, table.image_variant), images, f"of latents {at_resolution}")
         ]
         for family, settings in table.families.items():
             values = images | {f"families.{family}": settings}
-            folders.append(((family, table.resolution), values, f"of {family} {at_resolution}"))
+            folder = family, table.resolution, table.image_variant
+            folders.append((folder, values, f"of {family} {at_resolution}"))
         if table.text:
             columns = tuple(table.caption_columns)
             values = _values(table, NAMES_TEXT, DECIDES_TEXT)
-            folders.append((("text", *columns), values, f"of text features of {', '.join(columns)}"))
+            folder = "text", *columns, table.text_variant
+            folders.append((folder, values, f"of text features of {', '.join(columns)}"))
         for folder, values, what in folders:
             other, others = owners.setdefault(folder, (name, values))
             for field, value in values.items():
                 if value != others[field]:
                     raise UserError(
                         f"{recipe.path}: features.{name}.{field} = {_shown(value)}, but features.{other}.{field} = "
-                        f"{_shown(others[field])}; the two would share one folder {what}"
+                        f"{_shown(others[field])}; the two would share one folder {what}: "
+                        f"{'text' if 'text' in folder else 'image'}_variant of one of them gives it its own"
                     )
 
 

@@ -121,7 +121,7 @@ def constant_text_job(inputs: FeatureInputs) -> FeatureJob:
     (caption,) = features.captions
     assert caption.text is not None
     require_token(inputs, [caption.text], what="the text of features.<name>.captions")
-    output = ShardDirectory(text_directory(inputs.run, features.caption_columns))
+    output = ShardDirectory(text_directory(inputs.run, features.caption_columns, variant=features.text_variant))
     model = resolve_model(features.text_model, features.text_revision)
     fields = {
         "family": "text",

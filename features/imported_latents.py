@@ -154,7 +154,7 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
     codec = codec_of(model, inputs)
     if not codec.has_std:
         raise UserError(f"{key}: features.vae_model {features.vae_model} has no std, which these files hold")
-    output = ShardDirectory(latent_directory(inputs.run, features.resolution))
+    output = ShardDirectory(latent_directory(inputs.run, features.resolution, variant=features.image_variant))
     fields = {
         "family": "latents",
         "imported": IMPORT_VERSION,

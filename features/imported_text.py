@@ -133,7 +133,7 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
     assert features.text_from is not None
     (caption,) = features.captions
     places = find_places(features.text_from, suffix="npz", run=inputs.run, key=key)
-    output = ShardDirectory(text_directory(inputs.run, features.caption_columns))
+    output = ShardDirectory(text_directory(inputs.run, features.caption_columns, variant=features.text_variant))
     model = resolve_model(features.text_model, features.text_revision)
     fields = {
         "family": "text",

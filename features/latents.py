@@ -65,7 +65,8 @@ def image_job(
     model = resolve_model(features.vae_model, features.vae_revision)
     if latent_spec(model) is not None:
         codec_of(model, inputs)
-    output = ShardDirectory(image_directory(inputs.run, "latent" if leads else family.name, features.resolution))
+    name = "latent" if leads else family.name
+    output = ShardDirectory(image_directory(inputs.run, name, features.resolution, variant=features.image_variant))
     fields = {
         "family": family.name,
         "code_version": CODE_VERSION,

@@ -64,7 +64,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
     """
     features, columns = inputs.features, inputs.features.caption_columns
     captions = read_manifest(inputs.run / "captions")
-    output = ShardDirectory(text_directory(inputs.run, columns))
+    output = ShardDirectory(text_directory(inputs.run, columns, variant=inputs.features.text_variant))
     model = resolve_model(features.text_model, features.text_revision)
     fields = {
         "family": "text",
@@ -127,7 +127,7 @@ def _plan_text(inputs: FeatureInputs) -> FamilyPlan:
         num_tokens, basis = _mean_tokens(job.sources, model, inputs)
     return FamilyPlan(
         family="text",
-        directory=text_directory(inputs.run, columns),
+        directory=text_directory(inputs.run, columns, variant=inputs.features.text_variant),
         model=features.text_model,
         num_samples=num_samples,
         pending_samples=pending_samples,

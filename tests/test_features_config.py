@@ -46,6 +46,19 @@ def test_tables_that_share_a_folder_must_agree(key, value, found):
     assert getattr(table("faces", faces=other), key) == value, "other folders"
 
 
+def test_tables_of_other_variants_lie_side_by_side():
+    other = STAGE | {"vae_model": "other", "image_variant": "other"}
+    assert table("faces", faces=other).vae_model == "other"
+    with pytest.raises(UserError, match=r"would share one folder of latents at resolution .*: image_variant of one"):
+        table(faces=STAGE | {"vae_model": "other", "text_variant": "other"})
+    longer = STAGE | {"max_tokens": 300, "text_variant": "long"}
+    assert table("faces", faces=longer).max_tokens == 300
+    with pytest.raises(UserError, match=r"would share one folder of text .*: text_variant of one of them gives it its"):
+        table(faces=STAGE | {"max_tokens": 300, "image_variant": "other"})
+    with pytest.raises(UserError, match=r"features\.faces\.text_variant = '\.\./x'"):
+        table(faces=STAGE | {"text_variant": "../x"})
+
+
 def test_a_table_extends_another():
     faces = {"extends": "stage2", "resolution": 128, "buckets": True}
     assert (table("faces", faces=faces).shards, table("faces", faces=faces).resolution) == (["laion_*"], 128)

@@ -328,6 +328,16 @@ def test_an_encoder_with_weights_in_8_bits_gives_nearly_the_same_and_its_name_to
     assert 1e-4 < error < 0.03
 
 
+def test_a_variant_lies_beside_the_others_and_verify_knows_it(run):
+    extract(run)
+    before = {path: path.read_bytes() for path in (run / "features").rglob("*") if path.is_file()}
+    extract(run, "features.text_variant=short", "features.max_tokens=5", "features.image_variant=b")
+    assert {path.name for path in (run / "features").iterdir()} == {"latent-32", "latent-32@b", "text", "text@short"}
+    assert {path: path.read_bytes() for path in before} == before
+    assert read_manifest(run / "features" / "text@short").extra["text"]["max_tokens"] == 5
+    assert verify_run(run).problems == []
+
+
 def captions_of(run: Path) -> torch.Tensor:
     """Return all embeddings of the run's shard end to end, float32."""
     directory = run / "features" / "text"

@@ -223,10 +223,13 @@ def schema_of(manifest: Manifest) -> FamilySchema | None:
     return latent_schema() if "vae" in extra else None
 
 
-def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",)) -> Path:
-    """Return where a run keeps its text features: `features/text`, or `features/text-<column>+<column>` for others."""
+def text_directory(run: Path, caption_columns: Sequence[str] = ("caption",), *, variant: str | None = None) -> Path:
+    """Return where a run keeps its text features: `features/text`, or `features/text-<column>+<column>` for others.
+
+    Those of a `variant` lie beside them, as `features/text@<variant>`.
+    """
     name = "text" if tuple(caption_columns) == ("caption",) else f"text-{'+'.join(caption_columns)}"
-    return run / "features" / name
+    return run / "features" / _variant_of(name, variant)
 
 
 def texts_digest(captions: Manifest, columns: Sequence[str]) -> str:
@@ -245,14 +248,21 @@ def caption_columns(text: Manifest) -> list[str]:
     return [caption["column"] for caption in text.extra.get("captions", [{"column": "caption"}])]
 
 
-def latent_directory(run: Path, resolution: int) -> Path:
-    """Return where a run keeps its latents of a base resolution in pixels: `features/latent-<resolution>`."""
-    return image_directory(run, "latent", resolution)
+def latent_directory(run: Path, resolution: int, *, variant: str | None = None) -> Path:
+    """Return where a run keeps its latents of a base resolution in pixels: `features/latent-<resolution>`.
+
+    Those of a `variant`, such as another VAE's, lie beside them, as `features/latent-<resolution>@<variant>`.
+    """
+    return image_directory(run, "latent", resolution, variant=variant)
 
 
-def image_directory(run: Path, name: str, resolution: int) -> Path:
+def image_directory(run: Path, name: str, resolution: int, *, variant: str | None = None) -> Path:
     """Return where a run keeps a family made of its images: `features/<name>-<resolution>`, of the base resolution."""
-    return run / "features" / f"{name}-{resolution}"
+    return run / "features" / _variant_of(f"{name}-{resolution}", variant)
+
+
+def _variant_of(name: str, variant: str | None) -> str:
+    return name if variant is None else f"{name}@{variant}"
 
 
 def family_directory(run: Path, name: str) -> Path:

@@ -53,6 +53,8 @@ class FeatureTable(pydantic.BaseModel):
     text: bool = True
     captions: list[CaptionTable] = [CaptionTable(column="caption")]
     text_storage: str = "bfloat16"
+    text_variant: str | None = None
+    image_variant: str | None = None
     vae_model: str
     vae_revision: str | None = None
     text_model: str
@@ -189,7 +191,9 @@ def _open_dataset(
 ) -> Dataset:
     command = typed_command("features", {"stage": table_name, "run": run})
     try:
-        latents = _open(run, latent_directory(Path(), table.resolution), command=command, cache=cache)
+        latents = _open(
+            run, latent_directory(Path(), table.resolution, variant=table.image_variant), command=command, cache=cache
+        )
     except MissingFileError as missing:
         raise missing if config.role == "instance" else _without_prior(missing, run, table_name, key=key) from None
     vae = latents.fact("vae")
@@ -208,11 +212,11 @@ def _open_dataset(
     directories = [latents]
     if reads_text:
         columns = [caption.column for caption in table.captions]
-        text = _open(run, text_directory(Path(), columns), command=command, cache=cache)
+        text = _open(run, text_directory(Path(), columns, variant=table.text_variant), command=command, cache=cache)
         _check_text(text, table=table, run=run, table_name=table_name, command=command)
         directories.append(text)
     for family, settings in table.families.items():
-        other = _open_family(run, family, table.resolution, command=command, cache=cache)
+        other = _open_family(run, family, table, command=command, cache=cache)
         _check_family(other, family, settings, latents=latents, table_name=table_name, command=command)
         directories.append(other)
     for directory in directories:
@@ -270,10 +274,11 @@ def _open(run: str, relative: Path, *, command: str, cache: ShardCache) -> Featu
     return open_directory(location, cache)
 
 
-def _open_family(run: str, family: str, resolution: int, *, command: str, cache: ShardCache) -> FeatureDirectory:
+def _open_family(run: str, family: str, table: FeatureTable, *, command: str, cache: ShardCache) -> FeatureDirectory:
     """Open a family beside text and latents: of the images at this resolution, or of no resolution."""
     try:
-        return _open(run, image_directory(Path(), family, resolution), command=command, cache=cache)
+        folder = image_directory(Path(), family, table.resolution, variant=table.image_variant)
+        return _open(run, folder, command=command, cache=cache)
     except MissingFileError as missing:
         try:
             return _open(run, family_directory(Path(), family), command=command, cache=cache)
