@@ -17,6 +17,7 @@ from training.data.index import FeatureIndex
 from training.data.stage_data import survey_stage
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
+from training.objectives.objective import Frozen, Trained
 from training.objectives.prior_preservation import PriorPreservation, prior_share
 from training.stages.stage import TrainingJob, open_stage
 
@@ -55,6 +56,24 @@ def test_the_loss_is_the_mean_of_the_subject_and_the_weighted_mean_of_the_prior(
     torch.testing.assert_close(losses.parts["mse"], plain.parts["mse"])
 
 
+def test_a_teacher_says_what_prior_samples_keep() -> None:
+    batch = make_batch(has_text=True)
+    inputs = NetworkInputs(scaling_factor=SCALE, shift_factor=SHIFT, null_label=None, dtype=torch.float32)
+    network, teacher = Recorder(torch.float32), Recorder(torch.float32)
+    network.output.requires_grad_()
+    teacher.output = teacher.output + torch.arange(4.0)[:, None, None, None]
+    denoise = Denoise(process=DDPM(), inputs=inputs)
+    objective = PriorPreservation(denoise=denoise, prior_weight=0.3, prior_share=0.5, has_teacher=True)
+    assert objective.networks == {"network": Trained(), "teacher": Frozen()}
+    losses = objective.loss({"network": network, "teacher": teacher}, batch)
+    plain = denoise.loss({"network": network}, batch)
+    distance = torch.arange(4.0).square()[batch.is_prior].mean()
+    torch.testing.assert_close(losses.parts["prior"].mean(), distance)
+    torch.testing.assert_close(losses.total.mean(), plain.total[~batch.is_prior].mean() + 0.3 * distance)
+    for one, other in zip(network.calls[0][:2], teacher.calls[0][:2], strict=True):
+        assert torch.equal(one, other), "both see the same noisy latents"
+
+
 def test_a_batch_says_which_samples_are_prior_ones(run: Path) -> None:
     job = open_job(run, INSTANCE, PRIOR)
     assert prior_share(job.features.datasets) == 0.75
@@ -74,7 +93,7 @@ def test_a_role_is_part_of_what_a_checkpoint_is_bound_to(run: Path) -> None:
     assert plain.fingerprint == named.fingerprint, "what is no prior is as it was before there were roles"
     fields = open_job(run, INSTANCE, PRIOR).fingerprint.fields
     assert fields["datasets.1.role"] == "prior" and "datasets.0.role" not in fields
-    assert "prior_weight" not in plain.fingerprint.fields
+    assert not {"training.prior_weight", "training.prior_target"} & plain.fingerprint.fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,7 @@ def test_a_role_is_part_of_what_a_checkpoint_is_bound_to(run: Path) -> None:
             "",
             r"datasets\.1\.role = 'prior' is for objective prior_preservation, .*denoise",
         ),
+        ((INSTANCE,), "denoise", "training.stage2.prior_target=teacher", r"prior_target = 'teacher' is for objective"),
         ((INSTANCE,), "denoise", "training.stage2.prior_weight=2", r"prior_weight = 2 is for objective prior_pres"),
         ((INSTANCE, PRIOR), "prior_preservation", "training.stage2.prior_weight=0", r"stage2\.prior_weight = 0"),
         ((INSTANCE, PRIOR.replace("prior", "class")), "prior_preservation", "", r"datasets\.1\.role = 'class'"),

@@ -30,4 +30,5 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
                 denoise=Denoise(process=process, inputs=inputs),
                 prior_weight=settings.prior_weight,
                 prior_share=prior_share(job.features.datasets),
+                has_teacher=settings.prior_target == "teacher",
             )

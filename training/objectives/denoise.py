@@ -5,7 +5,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from pixart.processes.process import Process
 from training.data.batch import Batch
@@ -37,8 +37,16 @@ class Denoise:
 
     def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Return the process' loss of each sample [B]."""
-        latents, times = self.inputs.latents(batch), self.process.times(batch.timestep_draws)
-        noisy = self.process.noisy(latents, batch.noise, times)  # [B, C, h, w]
-        output = self.inputs.output(networks["network"], noisy, times, batch=batch)
-        loss = self.process.loss(output, latents, batch.noise, times)
+        return self.loss_of(self.output(networks["network"], batch), batch)
+
+    def output(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Return what a network says of the batch's latents with noise [B, C or 2C, h, w]."""
+        times = self.process.times(batch.timestep_draws)
+        noisy = self.process.noisy(self.inputs.latents(batch), batch.noise, times)  # [B, C, h, w]
+        return self.inputs.output(network, noisy, times, batch=batch)
+
+    def loss_of(self, output: Tensor, batch: Batch) -> Losses:
+        """Return the process' loss of each sample [B], of what `output` gave."""
+        times = self.process.times(batch.timestep_draws)
+        loss = self.process.loss(output, self.inputs.latents(batch), batch.noise, times)
         return Losses(total=loss.total, parts=loss.parts, times=times.double() / self.process.num_times)
