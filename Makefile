@@ -81,8 +81,8 @@ demo-dreambooth: $(READY)  ## DreamBooth on the toy world: a new shape from eigh
 	@$(MAKE) $(PRIOR) sample STAGE=before PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl $(FROM_BEFORE)
 	@$(MAKE) $(PRIOR) caption features STAGE=prior SHARDS=runs/demo-dreambooth/prior/samples/prior/samples.parquet
 	@$(MAKE) $(DREAMBOOTH) caption features STAGE=dreambooth SHARDS=runs/demo-dreambooth/raw/subject
-	@$(MAKE) $(DREAMBOOTH) train STAGE=dreambooth
-	@$(MAKE) $(DREAMBOOTH) sample STAGE=dreambooth PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl
+	@set -e; for stage in dreambooth dreambooth-lora; do \
+		$(MAKE) $(DREAMBOOTH) train sample STAGE=$$stage PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl; done
 	@$(MAKE) $(DREAMBOOTH) detect
 
 # -- quality ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """How well a subject was learnt and what was lost by it: samples before and after, with the same noise."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import safe_open
 
 from errors import MissingFileError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import find_checkpoint
 from pipelines.store.files import atomic_file
 from pipelines.store.png_files import read_picture
 from pipelines.store.state_files import read_records
@@ -52,7 +55,11 @@ def score_subject(folders: Mapping[str, Path], run: Path) -> dict[str, float]:
         "others_lost": others["before"] - others["full"],
     }
     if "lora" in pictures:
-        figures |= {"subject_lora": subjects["lora"], "others_lost_lora": others["before"] - others["lora"]}
+        figures |= {
+            "subject_lora": subjects["lora"],
+            "others_lost_lora": others["before"] - others["lora"],
+            "lora_fraction_of_weights": lora_fraction(run),
+        }
     for name, value in figures.items():
         update_summary(run, f"dreambooth.{name}", round(value, 4))
     grid = run / GRID_NAME
@@ -60,6 +67,29 @@ def score_subject(folders: Mapping[str, Path], run: Path) -> dict[str, float]:
         _grid(prompts, pictures).save(path, format="PNG")
     log.info(f"{grid}: {', '.join(f'{name} {value:.1%}' for name, value in figures.items())}")
     return figures
+
+
+def lora_fraction(run: Path) -> float:
+    """Return how many weights the adapters have, as a part of those of the network that was trained whole.
+
+    Raises:
+        MissingFileError: a checkpoint of either is gone.
+    """
+    counts = {stage: _num_weights(run / "training" / stage) for stage in ("dreambooth", "dreambooth-lora")}
+    return counts["dreambooth-lora"] / counts["dreambooth"]
+
+
+def _num_weights(stage_directory: Path) -> int:
+    checkpoint = find_checkpoint(stage_directory)
+    if checkpoint is None:
+        raise MissingFileError(
+            f"{stage_directory} has no checkpoint: `{typed_command('train', {'stage': stage_directory.name})}` trains it"
+        )
+    shapes = []
+    for path in checkpoint.weights.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as weights:
+            shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _pictures(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
