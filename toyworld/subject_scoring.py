@@ -82,9 +82,8 @@ def lora_fraction(run: Path) -> float:
 def _num_weights(stage_directory: Path) -> int:
     checkpoint = find_checkpoint(stage_directory)
     if checkpoint is None:
-        raise MissingFileError(
-            f"{stage_directory} has no checkpoint: `{typed_command('train', {'stage': stage_directory.name})}` trains it"
-        )
+        trains = typed_command("train", {"stage": stage_directory.name})
+        raise MissingFileError(f"{stage_directory} has no checkpoint: `{trains}` trains it")
     shapes = []
     for path in checkpoint.weights.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as weights:
