@@ -93,7 +93,7 @@ def test_a_role_is_part_of_what_a_checkpoint_is_bound_to(run: Path) -> None:
     assert plain.fingerprint == named.fingerprint, "what is no prior is as it was before there were roles"
     fields = open_job(run, INSTANCE, PRIOR).fingerprint.fields
     assert fields["datasets.1.role"] == "prior" and "datasets.0.role" not in fields
-    assert not {"training.prior_weight", "training.prior_target"} & plain.fingerprint.fields.keys()
+    assert "prior_weight" not in plain.fingerprint.fields
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,6 @@ def test_a_role_is_part_of_what_a_checkpoint_is_bound_to(run: Path) -> None:
             "",
             r"datasets\.1\.role = 'prior' is for objective prior_preservation, .*denoise",
         ),
-        ((INSTANCE,), "denoise", "training.stage2.prior_target=teacher", r"prior_target = 'teacher' is for objective"),
         ((INSTANCE,), "denoise", "training.stage2.prior_weight=2", r"prior_weight = 2 is for objective prior_pres"),
         ((INSTANCE, PRIOR), "prior_preservation", "training.stage2.prior_weight=0", r"stage2\.prior_weight = 0"),
         ((INSTANCE, PRIOR.replace("prior", "class")), "prior_preservation", "", r"datasets\.1\.role = 'class'"),

@@ -17,7 +17,7 @@ SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
 # The same of one objective, and of one network.
-OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight", "prior_target")}
+OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",)}
 NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts",)}
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
 MAX_PREVIEWS = 64
@@ -43,18 +43,13 @@ class StageTraining(TableConfig):
     objective: Decides[Literal["denoise", "prior_preservation"]] = pydantic.Field(
         default="denoise",
         description="What is minimised: the process' loss (denoise), or that of the images of a subject and, with "
-        "prior_weight, of images that the model drew itself before (prior_preservation, of DreamBooth)",
+        "prior_weight, of images that the model drew before, or of networks.teacher on them (prior_preservation)",
     )
     prior_weight: Decides[float] = pydantic.Field(
         default=1.0,
         gt=0,
         allow_inf_nan=False,
         description="Of prior_preservation: weight of the mean loss of datasets with role 'prior' against the others'",
-    )
-    prior_target: Decides[Literal["process", "teacher"]] = pydantic.Field(
-        default="process",
-        description="Of prior_preservation: what is asked for of datasets with role 'prior': what the process says "
-        "(noise or velocity), or what networks.teacher, the weights of before, says of the same; the latter loses less",
     )
     process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
         default="ddpm",

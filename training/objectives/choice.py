@@ -7,7 +7,7 @@ from training.loop.zero import compute_dtype
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
-from training.objectives.prior_preservation import PriorPreservation, prior_share
+from training.objectives.prior_preservation import TEACHER, PriorPreservation, prior_share
 from training.stages.stage import TrainingJob
 
 
@@ -30,5 +30,5 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
                 denoise=Denoise(process=process, inputs=inputs),
                 prior_weight=settings.prior_weight,
                 prior_share=prior_share(job.features.datasets),
-                has_teacher=settings.prior_target == "teacher",
+                has_teacher=TEACHER in settings.networks,
             )
