@@ -41,10 +41,10 @@ def add_adapters(
         raise UserError(f"{WEIGHTS_KEY} has {len(weights)} weights for {len(wanted)} adapters of {KEY}: give as many")
     if not wanted:
         return trained
-    files = [_find(location.replace("{run}", str(run))) for location in wanted]
+    files = [find_file(location, run=run) for location in wanted]
     added = tuple(
-        WeightedAdapter(path=file, weight=weight, identity=adapter_identity(file))
-        for file, weight in zip(files, weights or [1.0] * len(files), strict=True)
+        WeightedAdapter(path=file, location=location, weight=weight, identity=adapter_identity(file))
+        for file, location, weight in zip(files, wanted, weights or [1.0] * len(files), strict=True)
     )
     _require_fit(trained, files)
     parts = [f"{adapter.weight:g} {adapter.identity}" for adapter in added]
@@ -63,11 +63,14 @@ def adapter_identity(file: Path) -> str:
     return f"sha256:{sha256_text(' '.join(map(sha256_file, parts)))}"
 
 
-def _find(location: str) -> Path:
-    """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage's folder."""
+def find_file(location: str, *, run: Path) -> Path:
+    """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage's folder.
+
+    Raises as `add_adapters` does.
+    """
     from pixart.adapter_files import find_adapter_file
 
-    path = typed_path(location)
+    path = typed_path(location.replace("{run}", str(run)))
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
     if checkpoint is not None and not checkpoint.has_adapters:

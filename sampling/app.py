@@ -4,12 +4,10 @@ It listens on this machine alone, loads nothing from elsewhere and reports to no
 """
 
 import os
-import random
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +18,20 @@ from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pixart.processes.specs import num_passes
-from sampling.app_choices import checkpoint_choices, example_prompts
-from sampling.app_studio import DrawingStopped, Studio, Wish, wish_of
-from sampling.config import AppConfig, sampling_config
+from sampling.app_fields import (
+    add_checkpoint,
+    add_examples,
+    add_fields,
+    add_history,
+    add_prompt,
+    add_result,
+    most_adapters,
+    values_of,
+    wishes_of,
+)
+from sampling.app_studio import DrawingStopped, Studio, Wish, adapter_titles, wish_of
+from sampling.config import AppConfig, sampling_config, without_adapters
 from sampling.opening import find_trained_model
-from sampling.prompts import NUM_SEEDS
 
 if TYPE_CHECKING:
     import gradio
@@ -58,7 +65,7 @@ READABLE = {
     "button_primary_background_fill_hover": "*primary_800",
     "button_primary_background_fill_hover_dark": "*primary_800",
 }
-MOST_STEPS, MOST_GUIDANCE, MOST_IMAGES = 250, 15, 64
+MOST_IMAGES = 64
 NO_IMAGES = "Nothing was kept."
 DAY_SECONDS = 86_400
 
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     port = command.recipe.table("app", AppConfig).port
     studio = Studio(
         config,
-        find_trained_model(config, command),
+        find_trained_model(without_adapters(config), command),
         run=command.run,
         name=f"{command.stage_name}-app",
         engine=command.recipe.table("engine", EngineConfig),
@@ -117,24 +124,25 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         gr.Markdown(f"## {title}\n`{studio.run}` · images are kept in its `samples/<stage>-app`", elem_id="where")
         with gr.Row(elem_id="studio"):
             with gr.Column(elem_id="ask"):
-                prompt = _add_prompt(studio)
+                prompt = add_prompt(studio)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
             with gr.Column(elem_id="result"):
-                image, said, drawn = _add_result()
+                image, said, drawn = add_result()
             with gr.Column(elem_id="settings"):
-                checkpoint = _add_checkpoint(studio)
-                fields = [prompt, *_add_fields(studio)]
+                checkpoint = add_checkpoint(studio)
+                fields = [prompt, *add_fields(studio)]
                 count = gr.Slider(
                     1, 16, 1, step=1, label="Images of each prompt", info="Seeds in a row", elem_id="count"
                 )
-                _add_examples(studio, prompt)
-        past = _add_history(studio)
+                add_examples(studio, prompt)
+        past = add_history(studio)
+        num_adapters = most_adapters(studio)
 
         # Gradio finds the progress bar by this default.
         def draw(folder: str, num_images: float, *values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
-            wishes = _wishes(values, int(num_images))
+            wishes = wishes_of(values, int(num_images))
 
             def show(number: int, num_done: int) -> None:
                 total = num_passes(wishes[number].solver, wishes[number].num_steps)
@@ -156,7 +164,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         def bring_back(event: gr.SelectData) -> tuple[Any, ...]:
             path = studio.folder / Path(event.value["image"]["path"]).name
             wish = _read(path)
-            return (str(path), _describe(studio, wish, path), *_values(wish))
+            return (str(path), _describe(studio, wish, path), *values_of(wish, num_adapters=num_adapters))
 
         def change(folder: str) -> tuple[Any, ...]:
             """Offer the sizes and solvers of another checkpoint; it is loaded when it draws."""
@@ -175,112 +183,6 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         past.select(bring_back, None, [image, said, *fields])
         checkpoint.input(change, checkpoint, [fields[2], fields[3]])
     return page
-
-
-def _add_prompt(studio: Studio) -> Any:
-    import gradio as gr
-
-    return gr.Textbox(
-        studio.first_wish().prompt,
-        label="Prompt",
-        info="Several lines are several prompts",
-        placeholder="What to draw",
-        lines=2,
-        max_lines=8,
-        elem_id="prompt",
-        autofocus=True,
-    )
-
-
-def _add_result() -> tuple[Any, Any, Any]:
-    """Lay out the large image, what is said of it, and the images of a drawing of several."""
-    import gradio as gr
-
-    image = gr.Image(
-        label="Image",
-        type="filepath",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],  # and not Gradio's third one, which uploads
-        elem_id="image",
-    )
-    said = gr.Markdown("", elem_id="said")
-    drawn = gr.Gallery(
-        label="Drawn: a click shows it large",
-        columns=4,
-        height="auto",
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
-        visible=False,
-        elem_id="drawn",
-    )
-    return image, said, drawn
-
-
-def _add_checkpoint(studio: Studio) -> Any:
-    """Lay out the choice of checkpoints: those of the run, and the one that the command names, if that is another."""
-    import gradio as gr
-
-    choices = checkpoint_choices(studio.run)
-    if studio.checkpoint not in [folder for _, folder in choices]:
-        choices = [(studio.trained.name, studio.checkpoint), *choices]
-    info = "Those that draw prompts; weights are loaded when an image is drawn"
-    return gr.Dropdown(choices, value=studio.checkpoint, label="Checkpoint", info=info, elem_id="checkpoint")
-
-
-def _add_examples(studio: Studio, prompt: Any) -> None:
-    import gradio as gr
-
-    if prompts := example_prompts(studio.config, studio.run):
-        gr.Examples([[text] for text in prompts], [prompt], label="Examples", elem_id="examples", cache_examples=False)
-
-
-def _add_fields(studio: Studio) -> list[Any]:
-    """Lay out the settings; returns their components in the order of a `Wish`, less the prompt."""
-    import gradio as gr
-
-    first = studio.first_wish()
-    negative = gr.Textbox(
-        first.negative_prompt, label="Negative prompt", info="Empty: the null caption", elem_id="negative"
-    )
-    with gr.Row():
-        size = gr.Dropdown(
-            studio.sizes(),
-            value=first.size,
-            label="Size",
-            info=f"Width x height, multiples of {studio.trained.patch_pixels}",
-            allow_custom_value=True,
-            elem_id="size",
-        )
-        solvers = studio.solvers()
-        info = "iddpm wants 100 steps" if "iddpm" in solvers else "heun asks the model twice a step"
-        solver = gr.Dropdown(solvers, value=first.solver, label="Sampler", info=info, elem_id="solver")
-    with gr.Row():
-        most_steps, most_guidance = max(MOST_STEPS, first.num_steps), max(MOST_GUIDANCE, first.guidance_scale)
-        steps = gr.Slider(1, most_steps, first.num_steps, step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(1, most_guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
-    with gr.Row():
-        seed = gr.Number(first.seed, label="Seed", precision=0, elem_id="seed")
-        another = gr.Button("Another seed", elem_id="another")
-    another.click(lambda: random.randrange(NUM_SEEDS), None, seed)
-    return [negative, size, solver, steps, guidance, seed]
-
-
-def _add_history(studio: Studio) -> "gradio.Gallery":
-    import gradio as gr
-
-    return gr.Gallery(
-        [str(path) for path in studio.history()],
-        label="History: a click brings image and settings back",
-        height=220,
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
-        elem_id="history",
-    )
 
 
 def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
@@ -346,35 +248,6 @@ def _read(path: Path) -> Wish:
         return wish_of(path)
 
 
-def _wishes(values: Sequence[Any], num_images: int) -> list[Wish]:
-    """A wish for each image: every line that is not blank is a prompt, and its images take seeds in a row."""
-    prompt, negative, size, solver, steps, guidance, seed = values
-    first = Wish(
-        prompt="",
-        negative_prompt=negative or "",
-        size=str(size or "").strip(),
-        solver=solver,
-        num_steps=int(steps),
-        guidance_scale=float(guidance),
-        seed=int(seed or 0),
-    )
-    lines = [line.strip() for line in (prompt or "").splitlines() if line.strip()] or [""]
-    seeds = [(first.seed + number) % NUM_SEEDS if number else first.seed for number in range(num_images)]
-    return [replace(first, prompt=line, seed=seed) for line in lines for seed in seeds]
-
-
-def _values(wish: Wish) -> tuple[Any, ...]:
-    return (
-        wish.prompt,
-        wish.negative_prompt,
-        wish.size,
-        wish.solver,
-        wish.num_steps,
-        wish.guidance_scale,
-        wish.seed,
-    )
-
-
 def _progress(wishes: Sequence[Wish], number: int, num_done: int) -> str:
     """Say how many passes of the model are done: a step each, but for solvers that ask it more often."""
     of_images = f"image {number + 1} of {len(wishes)} · " if len(wishes) > 1 else ""
@@ -385,8 +258,11 @@ def _progress(wishes: Sequence[Wish], number: int, num_done: int) -> str:
 
 
 def _describe(studio: Studio, wish: Wish, path: Path) -> str:
-    other = "" if studio.is_of_chosen(path) else " · drawn from another checkpoint than the one chosen"
-    return f"seed {wish.seed} · {studio.config_of(wish).title} · `{path.name}`{other}"
+    said = [f"seed {wish.seed}", studio.config_of(wish).title, *adapter_titles(path), f"`{path.name}`"]
+    if not studio.is_of_chosen(path):
+        said.append("drawn from another checkpoint than the one chosen")
+    said += [f"adapter {name} is gone or another now" for name in studio.changed_adapters(path)]
+    return " · ".join(said)
 
 
 if __name__ == "__main__":

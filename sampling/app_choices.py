@@ -1,12 +1,14 @@
-"""What the app offers: the checkpoints of a run, with what is to be known of each, and prompts to try."""
+"""What the app offers: checkpoints and adapters of a run, with what is to be known of each, and prompts to try."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from errors import UserError
-from pipelines.store.checkpoints import LATEST, checkpoint_folders, read_trainer
+from pipelines.store.bases import RUN
+from pipelines.store.checkpoints import BASE, LATEST, checkpoint_folders, read_trainer
 from pixart.processes.specs import spec_of_trainer
 from sampling.config import SamplingConfig
 from sampling.prompts import read_prompts
@@ -31,6 +33,23 @@ def checkpoint_choices(run: Path) -> list[tuple[str, str]]:
             if trainer["kind"] != "dit":
                 found.append((_label(stage, folder, trainer), str(folder)))
     return found
+
+
+def adapter_choices(run: Path, named: Sequence[str]) -> list[tuple[str, str]]:
+    """Label and location, as `sampling.lora` has it, of the adapters named and of a run's checkpoints of adapters.
+
+    One whose `trainer.json` cannot be read is in no list: the checkpoints say that it is damaged.
+    """
+    found = {location: location for location in named}
+    for stage in sorted((run / "training").glob("*")):
+        for folder in reversed(checkpoint_folders(stage)):
+            try:
+                trainer = read_trainer(folder)
+            except UserError:
+                continue
+            if BASE in trainer:
+                found[f"{RUN}/training/{stage.name}/{folder.name}"] = _label(stage, folder, trainer)
+    return [(label, location) for location, label in found.items()]
 
 
 def _label(stage: Path, folder: Path, trainer: dict) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from errors import UserError
+from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.store.files import own_files
@@ -20,9 +21,10 @@ from pipelines.store.png_files import DAMAGE
 from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
 from pixart.processes.specs import SOLVERS, require_solver
+from sampling.adapters import adapter_identity, add_adapters, find_file
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
-from sampling.images import is_own, is_whole, is_written, write_image
+from sampling.images import ADAPTERS, is_own, is_whole, is_written, write_image
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
 if TYPE_CHECKING:
@@ -39,7 +41,10 @@ log = get_logger("sampling")
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What the page's fields say; `size` is width x height in pixels, such as 1024x768."""
+    """What the page's fields say; `size` is width x height in pixels, such as 1024x768.
+
+    `lora` are adapters as the recipe's key has them, and `lora_weights` how much of each is added.
+    """
 
     prompt: str
     negative_prompt: str
@@ -48,6 +53,9 @@ class Wish:
     num_steps: int
     guidance_scale: float
     seed: int
+    weight_dtype: Literal["int8"] | None = None
+    lora: tuple[str, ...] = ()
+    lora_weights: tuple[float, ...] = ()
 
 
 class DrawingStopped(Exception):
@@ -57,10 +65,17 @@ class DrawingStopped(Exception):
 class Studio:
     """Draws wishes from a checkpoint; models are loaded with the first one, and stay until another is chosen.
 
-    An image is the one that `make sample` draws for the same prompt, seed and settings.
+    An image is the one that `make sample` draws for the same prompt, seed, settings and adapters.
+
+    Args:
+        config: the recipe's settings; its adapters are those of the first wish.
+        trained: the checkpoint, without them.
+        run: the run's folder.
+        name: folder of the images, below the run's `samples`.
+        engine: the recipe's.
 
     Raises:
-        UserError: the checkpoint knows classes, not text, or the recipe's solver is of another process than it.
+        UserError: the checkpoint knows classes, not text, or the recipe's solver or adapters are not for it.
     """
 
     def __init__(
@@ -80,9 +95,11 @@ class Studio:
         # Images are drawn here, on this machine's device, wherever workers would be.
         self.run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
         self._renderer: Renderer | None = None
+        self._loaded: tuple[str, str | None] | None = None  # which transformer the renderer has, in which weights
         self._texts: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
+        add_adapters(trained, config.lora, config.lora_weights, run=run)
 
     def look_at(self, checkpoint: str) -> TrainedModel:
         """Open a checkpoint's folder, without its weights and without choosing it.
@@ -129,6 +146,9 @@ class Studio:
             num_steps=config.num_steps,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
+            weight_dtype=config.weight_dtype,
+            lora=tuple(config.lora),
+            lora_weights=tuple(config.lora_weights or [1.0] * len(config.lora)),
         )
 
     def draw(self, wish: Wish, *, on_step: Callable[[int], None]) -> Path:
@@ -142,15 +162,24 @@ class Studio:
         done, 0 while prompts are encoded and models loaded.
 
         Raises:
-            UserError: a field's value is out of its bounds, or the model gives nothing finite; names the key.
+            UserError: a field's value is out of its bounds, an adapter is gone or another model's, or the model gives
+                nothing finite; names the key or file.
             DrawingStopped: `stop` was called; images that were yielded are kept.
         """
         self._is_stopped.clear()
         prompts = [self.config_of(wish).prompt or "" for wish in wishes]  # all are checked before the first is drawn
+        # Files are looked at with each drawing: an adapter may be trained on while the page is open.
+        models = {
+            adapters: add_adapters(self.trained, *adapters, run=self.run)
+            for adapters in dict.fromkeys((wish.lora, wish.lora_weights) for wish in wishes)
+        }
         for number, wish in enumerate(wishes):
-            yield self._draw(wish, prompts, on_step=partial(on_step, number))
+            trained = models[wish.lora, wish.lora_weights]
+            yield self._draw(wish, trained, prompts, on_step=partial(on_step, number))
 
-    def _draw(self, wish: Wish, prompts: Sequence[str], *, on_step: Callable[[int], None]) -> Path:
+    def _draw(
+        self, wish: Wish, trained: TrainedModel, prompts: Sequence[str], *, on_step: Callable[[int], None]
+    ) -> Path:
         """Draw an image; of `prompts` all that are not yet encoded are, so that the encoder is loaded once."""
 
         def step(num_done: int) -> None:
@@ -159,7 +188,7 @@ class Studio:
             on_step(num_done)
 
         config = self.config_of(wish)
-        job = make_job(config, self.trained, run=self.run, name=self._name, engine=self._engine)
+        job = make_job(config, trained, run=self.run, name=self._name, engine=self._engine)
         (request,) = job.requests
         # One prompt has many images here, and each is kept.
         request = replace(request, file=f"{request.key}-{request.seed}-{job.fingerprint.digest[:8]}.png")
@@ -169,12 +198,20 @@ class Studio:
                 path.touch()
                 return path
             step(0)
+            require_packages(*config.packages)
             wanted = [config.negative_prompt, request.prompt, *prompts]
             texts = self._embeddings(config, wanted, check=lambda: check_inputs(job))
-            renderer = self._load(job.config)
+            renderer = self._load(job.config, trained)
             (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_image(self.folder, image, request, fingerprint=job.fingerprint, computed_in=renderer.computed_in)
+        write_image(
+            self.folder,
+            image,
+            request,
+            fingerprint=job.fingerprint,
+            computed_in=renderer.computed_in,
+            adapters=trained.adapters,
+        )
         return path
 
     def stop(self) -> None:
@@ -185,7 +222,8 @@ class Studio:
         """Return the recipe's settings with those of the page; UserError where a field is out of its bounds."""
         import pydantic
 
-        fields = {**wish.__dict__, "prompts": None, "images_per_prompt": 1}
+        adapters = {"lora": list(wish.lora), "lora_weights": list(wish.lora_weights)}
+        fields = {**wish.__dict__, **adapters, "prompts": None, "images_per_prompt": 1}
         try:
             return SamplingConfig.model_validate(self.config.model_dump() | fields)
         except pydantic.ValidationError as error:
@@ -206,24 +244,43 @@ class Studio:
                 del self._texts[old]
         return self._texts
 
-    def _load(self, config: SamplingConfig) -> "Renderer":
+    def _load(self, config: SamplingConfig, trained: TrainedModel) -> "Renderer":
+        """Return the models of a drawing; adapters and weights of another dtype change the transformer alone."""
+        # Until it is done there is none: what fails half way is read anew.
+        renderer, self._renderer = self._renderer, None
+        if renderer is None:
+            renderer = self._open(config, trained)
+        elif self._loaded != (trained.identity, config.weight_dtype):
+            renderer.change_transformer(config, trained)
+        renderer.config = config
+        self._renderer, self._loaded = renderer, (trained.identity, config.weight_dtype)
+        return renderer
+
+    def _open(self, config: SamplingConfig, trained: TrainedModel) -> "Renderer":
         from sampling.renderer import Renderer
 
-        if self._renderer is None:
-            shapes: set[tuple[int, int, int]] = set()
-            if config.compile is True:  # by itself an image at a time is never worth it
-                require_compiler(key="sampling.compile")
-                shapes = {(1, *size) for size in self.trained.buckets}
-            self._renderer = Renderer(
-                config, self.trained, compiled_shapes=shapes, compiles_decoder=config.compile is True
-            )
-        self._renderer.config = config
-        return self._renderer
+        shapes: set[tuple[int, int, int]] = set()
+        if config.compile is True:  # by itself an image at a time is never worth it
+            require_compiler(key="sampling.compile")
+            shapes = {(1, *size) for size in trained.buckets}
+        return Renderer(config, trained, compiled_shapes=shapes, compiles_decoder=config.compile is True)
 
     def is_of_chosen(self, path: Path) -> bool:
-        """Whether an image was drawn from the checkpoint that is chosen."""
+        """Whether an image was drawn from the checkpoint that is chosen, with whatever adapters."""
         with Image.open(path) as image:
-            return image.info.get("checkpoint") == self.trained.identity
+            identity = str(image.info.get("checkpoint"))
+            return (identity.rpartition("+")[0] if ADAPTERS in image.info else identity) == self.trained.identity
+
+    def changed_adapters(self, path: Path) -> list[str]:
+        """Return the names of those adapters of an image that are gone, or are others now than it was drawn with."""
+
+        def identity(location: str) -> str | None:
+            try:
+                return adapter_identity(find_file(location, run=self.run))
+            except UserError:
+                return None
+
+        return [item["name"] for item in _adapters(path) if identity(item["location"]) != item["identity"]]
 
     def history(self) -> list[Path]:
         """Return the images drawn here, the latest first, also those of earlier days; none that are cut or not ours."""
@@ -237,6 +294,16 @@ def _require_text(trained: TrainedModel) -> None:
         raise UserError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
 
 
+def adapter_titles(path: Path) -> list[str]:
+    """Return the name and weight of each adapter that an image was drawn with."""
+    return [f"{item['name']} {item['weight']:g}" for item in _adapters(path)]
+
+
+def _adapters(path: Path) -> list[dict[str, Any]]:
+    with Image.open(path) as image:
+        return json.loads(str(image.info.get(ADAPTERS, "[]")))
+
+
 def wish_of(path: Path) -> Wish:
     """Read back from an image's text chunks how it was drawn.
 
@@ -246,7 +313,7 @@ def wish_of(path: Path) -> Wish:
     try:
         with Image.open(path) as image:
             info: Any = image.info
-            settings = json.loads(info["settings"])
+            settings, adapters = json.loads(info["settings"]), json.loads(info.get(ADAPTERS, "[]"))
             return Wish(
                 prompt=info["prompt"],
                 negative_prompt=settings["negative_prompt"],
@@ -255,6 +322,9 @@ def wish_of(path: Path) -> Wish:
                 num_steps=settings["num_steps"],
                 guidance_scale=settings["guidance_scale"],
                 seed=int(info["seed"]),
+                weight_dtype=settings.get("weight_dtype"),
+                lora=tuple(item["location"] for item in adapters),
+                lora_weights=tuple(item["weight"] for item in adapters),
             )
     except (KeyError, TypeError, *DAMAGE) as error:
         raise UserError(f"{path.name} does not say how it was drawn: {error}") from None

@@ -230,6 +230,11 @@ class SamplingConfig(TableConfig):
         return self.text_encoder == "precomputed" and not self.text_embeddings.endswith(".safetensors")
 
 
+def without_adapters(config: SamplingConfig) -> SamplingConfig:
+    """Return the settings without adapters, for those who add them to the weights later."""
+    return config.model_copy(update={"lora": [], "lora_weights": None})
+
+
 def without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the whole settings of an image with a CPU's dtypes for `auto`."""
     return {name: ON_A_CPU.get(name, value) if value == "auto" else value for name, value in settings.items()}

@@ -155,6 +155,19 @@ class Renderer:
         self._graphs, self._has_warned = PassGraphs(), False
         self._decoding_bytes: dict[tuple[int, ...], int] = {}  # by the shape of latents
 
+    def change_transformer(self, config: SamplingConfig, trained: TrainedModel) -> None:
+        """Draw with other adapters or weights of another dtype from now on; the VAE stays where it is.
+
+        The transformer that is there goes before the other one is read, as both may not fit; if that fails, none is.
+        """
+        dtype = self.model.final.weight.dtype
+        del self.model
+        self._graphs = PassGraphs()
+        self.config, self.trained = config, trained
+        self.model = self._load_model(dtype)
+        if self.compiled_shapes:
+            compile_blocks(self.model)
+
     def _choose_device(self) -> torch.device:
         return choose_device(self.config.device, key="sampling.device")
 

@@ -36,9 +36,13 @@ log = get_logger("sampling")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedAdapter:
-    """An adapter's file and how much of its change is added; `identity` is a hash of all that decides that change."""
+    """An adapter's file and how much of its change is added; `identity` is a hash of all that decides that change.
+
+    `location` is what was typed of it.
+    """
 
     path: Path
+    location: str
     weight: float
     identity: str
 

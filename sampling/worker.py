@@ -104,6 +104,7 @@ class SampleWorker:
             request,
             fingerprint=self._config.fingerprint,
             computed_in=self._renderer.computed_in,
+            adapters=self._config.trained.adapters,
         )
 
     def _pending(self, start: int, stop: int) -> Iterator[list[ImageRequest]]:

@@ -1,5 +1,6 @@
 """A run with tiny random models and checkpoints of all three stages, as training leaves them, for tests of sampling."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import torch
 from tiny_checkpoint import TRAINER
 from tiny_encoders import save_codec, save_text_encoder
 
+from encoders.weights import identity_of
+from pipelines.store.bases import describe_base
+from pixart.adapter_files import write_adapter
+from pixart.adapter_layers import AdapterShape
+from pixart.adapters import add_adapters
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
@@ -34,7 +40,10 @@ def randomised(model: PixArt | DiT, seed: int = 0) -> PixArt | DiT:
 def save_checkpoint(
     run: Path, stage: int, model: PixArt | DiT, *, buckets: tuple[str, ...] = (), step: int = 7
 ) -> Path:
-    """Write what training leaves of a stage, less the optimizer's state; as many channels out as in are of flow."""
+    """Write what training leaves of a stage, less the optimizer's state; returns the step's folder.
+
+    As many channels out as in are of flow.
+    """
     process = ddpm_spec() if model.config.out_channels > model.config.in_channels else FLOW
     is_dit = isinstance(model, DiT)
     folder = run / "training" / f"stage{stage}" / f"step-{step}"
@@ -59,6 +68,7 @@ def save_checkpoint(
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "trainer.json").write_text(json.dumps(trainer))
     (folder.parent / "latest").write_text(folder.name)
+    return folder
 
 
 def make_run(run: Path) -> Path:
@@ -80,3 +90,28 @@ def write_recipe(run: Path, **sampling: object) -> Path:
     path = run / "recipe.toml"
     path.write_text("\n".join(["[engine]", "num_workers = 2", "[sampling]", *lines]) + "\n")
     return path
+
+
+def save_adapter(folder: Path, *, seed: int = 3, config: PixArtConfig = PIXART, **belongs_to: object) -> Path:
+    """Write an adapter of random numbers for a network of this shape as training does; returns its folder."""
+    network = PixArt(config)
+    shape = AdapterShape(rank=2, alpha=2.0, targets=("attention", "mlp"))
+    add_adapters(network, shape, key="training.x.lora.targets")
+    generator = torch.Generator().manual_seed(seed)
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    weights = {name: torch.randn(weight.shape, generator=generator) * 0.5 for name, weight in trained.items()}
+    write_adapter(folder, weights, config, shape=shape, belongs_to=belongs_to)
+    return folder
+
+
+def save_adapter_checkpoint(run: Path, name: str, *, seed: int = 3) -> Path:
+    """Write what training leaves of a stage of adapters on stage 2's weights; returns the step's folder."""
+    base = run / "training" / "stage2" / "step-7"
+    trainer = json.loads((base / "trainer.json").read_text())
+    weights = base / "model"
+    belongs = describe_base(weights, (), run=run, identity=identity_of(weights), shape=dataclasses.asdict(PIXART))
+    folder = run / "training" / name / "step-7"
+    save_adapter(folder / "adapter", seed=seed, base=belongs, process=trainer["process"], text=None, vae=trainer["vae"])
+    (folder / "trainer.json").write_text(json.dumps(trainer | {"stage": name, "base": belongs}))
+    (folder.parent / "latest").write_text(folder.name)
+    return folder

@@ -1,14 +1,9 @@
 """`make app` in Chromium: the image of `make sample`, progress, history, errors on the page, and nobody called."""
 
 import errno
-import io
 import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +12,9 @@ import gradio
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from app_run import PROMPT, make_studio, pixels, wish
+from app_run import PROMPT, SCREENSHOT, fill, make_studio, opened_page, pixels, served_app, shown_image, wish
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import expect
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint, write_recipe
 
 from errors import UserError
@@ -27,16 +22,6 @@ from pixart.model import PixArt
 from sampling import app
 from sampling.__main__ import main as sample_main
 from sampling.app_studio import DrawingStopped, Wish, wish_of
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-CHROMIUM = "/usr/bin/chromium"
-SCREENSHOT = os.environ.get("ATELIER_SCREENSHOT")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def sampled(run: Path, **table: object) -> Path:
@@ -55,62 +40,14 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(run):
-    """The app as a user starts it; ended by Ctrl-C when the tests are over."""
-    if not Path(CHROMIUM).is_file():
-        pytest.skip(f"{CHROMIUM} is not installed")
-    port = free_port()
-    flags = ["--recipe", str(write_recipe(run)), "--run", str(run), "--stage", "3", "--set", f"app.port={port}"]
-    # A proxy that nobody answers at: whatever the app wanted from elsewhere would fail.
-    environment = os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    environment |= {"NO_PROXY": "127.0.0.1,localhost"}
-    command = [sys.executable, "-m", "sampling.app", *flags]
-    with (run / "app.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-        try:
-            wait_for(port, process, run / "app.log")
-            yield f"http://127.0.0.1:{port}/"
-            assert process.poll() is None
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=30)
-
-
-def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
-    deadline_seconds = time.monotonic() + 120
-    while time.monotonic() < deadline_seconds:
-        assert process.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"the app does not answer: {log.read_text()}")
+    with served_app(run, write_recipe(run)) as address:
+        yield address
 
 
 @pytest.fixture
 def page(address):
-    """A tab of a browser, with a list of whom it tried to reach."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1240, "height": 980})
-        tab.requested = []
-        tab.on("request", lambda request: tab.requested.append(request.url))
-        tab.goto(address)
-        yield tab
-        browser.close()
-
-
-def fill(page: Page, **fields: object) -> None:
-    for name, value in fields.items():
-        box = page.locator(f"#{name} textarea, #{name} input[type=number], #{name} input:not([type=range])").first
-        box.fill(str(value))
-        box.blur()
-
-
-def shown_image(page: Page) -> np.ndarray:
-    source = page.locator("#image img").get_attribute("src")
-    data = page.request.get(source).body()
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
+    with opened_page(address) as page:
+        yield page
 
 
 def test_the_page_draws_what_make_sample_draws(page, address, run):

@@ -15,6 +15,7 @@ from errors import UserError
 from pixart.model import PixArt
 from sampling import app
 from sampling.app_choices import checkpoint_choices, example_prompts
+from sampling.app_fields import wishes_of
 from sampling.app_studio import wish_of
 from sampling.config import SamplingConfig
 
@@ -31,7 +32,7 @@ def test_a_batch_loads_the_text_encoder_once_and_says_what_a_stop_left(run, monk
     encode = text_encoding.encode_prompts
     monkeypatch.setattr(text_encoding, "encode_prompts", lambda p, c, t: loads.append(list(p)) or encode(p, c, t))
     studio = make_studio(run)
-    wishes = app._wishes(["one\ntwo", "", "32x32", "dpm-solver++", 3, 4.5, 51], 2)
+    wishes = wishes_of(["one\ntwo", "", "32x32", "dpm-solver++", 3, 4.5, 51, False, [], []], 2)
     said: list[str] = []
 
     def show(number: int, num_done: int) -> None:
