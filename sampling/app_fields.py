@@ -159,7 +159,8 @@ def _add_adapters(studio: Studio) -> list[Any]:
 
     def add(location: str, locations: list[str], former: list[str], *values: float) -> list[Any]:
         """Choose the adapter of a path, too; whether it is one is seen when it draws."""
-        wanted = list(dict.fromkeys([*locations, *([location.strip()] if location.strip() else [])]))[:num_most]
+        typed = [location.strip()] if location.strip() else []
+        wanted: list[str] = list(dict.fromkeys([*locations, *typed]))[:num_most]
         return [gr.Dropdown(value=wanted), "", *follow(wanted, former, *values)]
 
     path.submit(
