@@ -50,7 +50,7 @@ FIRST_STAGES = {
     "lora": ["style"],
     "toyworld-finetune": ["finetune"],
     "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],
-    "pixart-sigma": ["sigma-256", "sigma-512", "sigma-1024"],
+    "pixart-sigma": ["sigma-vae", "sigma-256", "sigma-512"],
 }
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
 TABLE_4 = {
@@ -229,6 +229,9 @@ def test_the_stages_of_sigma_start_from_each_other_and_are_what_was_published() 
     recipe = load_recipe(REPOSITORY / "recipes/pixart-sigma.toml")
     stages = stage_names(recipe)
     assert [stage_training(recipe, stage).starts_from for stage in stages[1:]] == stages[:-1]
+    first, *stages = stages
+    table = feature_table(recipe, first)
+    assert (table.max_tokens, table.text_cleaning) == (120, "diffusers"), "the first changes the VAE alone"
     # the last turns on what no published one has
     assert stage_training(recipe, stages.pop()).kv_compressed_blocks == list(range(14, 28))
     for stage, published in zip(stages, [model for model in PUBLISHED if "Sigma" in model.name], strict=True):
