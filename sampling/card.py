@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pipelines.as_typed import came_by_make, typed_flag
 from sampling.config import ON_A_CPU, ON_A_GPU, SamplingConfig
 from sampling.footprint import DECODING, DENOISING, READING, TESTING, Footprint, Moment
 from sampling.generate import SamplingJob
@@ -41,11 +42,13 @@ def describe_memory(job: SamplingJob, asked: SamplingConfig) -> list[str]:
     if fits(footprint, moments):
         return [*lines, f"a card of {card} has {room} for it, workspace and driver left out: it fits"]
     switches, found = find_switches(footprint, moments)
-    said = " ".join(f"sampling.{name}={_typed(value)}" for name, value in switches.items())
+    pairs = [f"sampling.{name}={_typed(value)}" for name, value in switches.items()]
+    # By make all are typed as one, by atelier each for itself.
+    said = " ".join(typed_flag("set", text) for text in ([" ".join(pairs)] if came_by_make() else pairs))
     fullest = _gigabytes(_fullest(found).total_bytes)
-    end = f"SET='{said}' makes it {fullest}, which fits" if switches else "no setting takes less"
+    end = f"{said} makes it {fullest}, which fits" if switches else "no setting takes less"
     if switches and _fullest(found).total_bytes > usable_bytes(card_bytes):
-        end = f"with SET='{said}' it is still {fullest}: set a smaller sampling.size"
+        end = f"with {said} it is still {fullest}: set a smaller sampling.size"
     return [*lines, f"a card of {card} has {room} for it, workspace and driver left out: it does not fit; {end}"]
 
 

@@ -97,7 +97,7 @@ class SamplingConfig(TableConfig):
     card_gigabytes: float | None = pydantic.Field(
         default=None,
         gt=0,
-        description="Memory of the card that PLAN=1 reckons for, in 10^9 bytes, if it is not here; "
+        description="Memory of the card that a plan reckons for, in 10^9 bytes, if it is not here; "
         "null = this machine's GPU",
     )
     compile: bool | Literal["auto"] = pydantic.Field(

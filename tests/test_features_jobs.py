@@ -81,11 +81,15 @@ def test_features_with_every_field_written_out_go_on(run, monkeypatch, is_finish
     former = {
         "latent-32": as_formerly(
             run / "features" / "latent-32",
-            {name: value for name, value in IMAGE_DEFAULTS.items() if name != "image_column"},
+            {name: value for name, value in IMAGE_DEFAULTS.items() if name not in ("image_column", "max_upscale")},
         ),
         "text": as_formerly(
             run / "features" / "text",
-            {name: value for name, value in TEXT_DEFAULTS.items() if name != "text_cleaning"},
+            {
+                name: value
+                for name, value in TEXT_DEFAULTS.items()
+                if name not in ("text_cleaning", "text_weight_dtype")
+            },
         ),
     }
     if not is_finished:

@@ -231,9 +231,9 @@ def test_large_images_are_decoded_one_by_one(run, monkeypatch):
     num_decoded: list[int] = []
     decoded = KLCodec.pixels
 
-    def recording(self, latents):
+    def recording(self, latents, **how):
         num_decoded.append(len(latents))
-        return decoded(self, latents)
+        return decoded(self, latents, **how)
 
     monkeypatch.setattr(KLCodec, "pixels", recording)
     monkeypatch.setattr(renderer, "MAX_DECODED_PIXELS", 2 * 32 * 32)

@@ -214,7 +214,7 @@ def _with_other_latents(
     what = f"{key} has in_channels {former.config.in_channels}, but the features' latents have {config.in_channels}"
     if "vae" not in settings.departs_in:
         raise UserError(
-            f"{what}: make features with the VAE that the weights were trained with, or say {stage}.departs_in = "
+            f"{what}: encode them with the VAE that the weights were trained with, or say {stage}.departs_in = "
             "['vae'], and the patch embedding and the output layer begin anew"
         )
     network = with_fresh_output(with_fresh_input(former, config.in_channels), config.out_channels)
