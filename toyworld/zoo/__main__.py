@@ -26,7 +26,7 @@ def train(name: str, weights: Path) -> None:
     if name == "vae":
         from toyworld.zoo import vae
 
-        vae.train(folder)
+        vae.train(folder, num_steps=vae.NUM_STEPS)
     elif name == "vae-8":
         from toyworld.zoo import vae
 

@@ -80,7 +80,7 @@ def build(*, latent_channels: int = 4) -> AutoencoderKL:
     )
 
 
-def train(folder: Path, *, latent_channels: int = 4, num_steps: int = NUM_STEPS, seed: int = SEED) -> None:
+def train(folder: Path, *, latent_channels: int = 4, num_steps: int, seed: int = SEED) -> None:
     """Train and save to `folder`, fp16 on disk, with the scaling factor that gives latents unit deviation."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
