@@ -83,6 +83,11 @@ class StageTraining(TableConfig):
         description="What features and recipe have otherwise, on purpose, than the weights it starts from were trained "
         "with, or than they are taken to be where you know better; all else that differs is refused",
     )
+    former_latents: Decides[str | None] = pydantic.Field(
+        default=None,
+        description="With departs_in = ['vae'], a folder of latents that the weights' own VAE made of pictures which "
+        "the stage reads, as runs/weak/features/latent-256: both outer layers are fitted to them; null = not",
+    )
     datasets: list[DatasetConfig] = pydantic.Field(
         default=[DatasetConfig()],
         min_length=1,
@@ -364,6 +369,11 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
         raise UserError(
             f"{recipe.path}: training.{stage}.kv_compressed_blocks = {settings.kv_compressed_blocks!r} is for network "
             "pixart, but the stage's is 'dit'"
+        )
+    if settings.former_latents is not None and "vae" not in settings.departs_in:
+        raise UserError(
+            f"{recipe.path}: training.{stage}.former_latents = {settings.former_latents!r} is for another VAE than the "
+            "weights were trained with: say departs_in = ['vae'], or leave it out"
         )
     return settings
 

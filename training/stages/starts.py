@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
 from pixart.adapter_files import read_adapter
 from pixart.adapters import at_positions, merge, require_fit
@@ -23,6 +24,7 @@ from pixart.tensor_files import read_weight_file
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.networks import blank_network
+from training.stages.other_vae import bridged, fit_bridge, read_pairs
 from training.stages.stage import StartingPoint, TrainingJob
 from training.stages.trainable import trainable_of
 
@@ -110,7 +112,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     former = with_adapters(former.float(), job.start, key=key)
     if job.settings.has_adapters:
         _require_all_layers(former, config, job.settings.kv_compressed_blocks, key=key)
-    if former.config.in_channels != config.in_channels:
+    if former.config.in_channels != config.in_channels or job.settings.former_latents is not None:
         former = _with_other_latents(job, former, config, key=key)
     elif job.begins_output_anew or former.config.out_channels != config.out_channels:
         if not job.begins_output_anew and os.environ.get("RANK", "0") == "0":  # else it is said beside the process
@@ -217,12 +219,38 @@ def _with_other_latents(
             f"{what}: encode them with the VAE that the weights were trained with, or say {stage}.departs_in = "
             "['vae'], and the patch embedding and the output layer begin anew"
         )
-    network = with_fresh_output(with_fresh_input(former, config.in_channels), config.out_channels)
+    if settings.former_latents is None:
+        network = with_fresh_input(former, config.in_channels)
+        says = f"{what}: the patch embedding and the output layer begin anew"
+    else:
+        network, explained = _with_bridge(job, former, location=settings.former_latents)
+        says = (
+            f"{key}: the patch embedding and the output layer are fitted to the latents of the VAE of the features, in "
+            f"whose patches {explained:.0%} of the former's variance is found again"
+        )
+    if settings.former_latents is None or job.begins_output_anew or network.config.out_channels != config.out_channels:
+        network = with_fresh_output(network, config.out_channels)
     for name, _ in network.named_parameters():
         if name.startswith(("patch_embed.", "final.")) and not _is_named(name, settings.trains):
             raise UserError(f"{key}: {stage}.trains leaves out {name}, which begins anew for another VAE: add it")
-    log_once(f"{what}: the patch embedding and the output layer begin anew")
+    log_once(says)
     return network
+
+
+def _with_bridge(job: TrainingJob, former: DiT | PixArt, *, location: str) -> tuple[DiT | PixArt, float]:
+    """Return the network with outer layers fitted to both VAEs' latents, and the share of variance that they share."""
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}.former_latents"
+    dataset = next(dataset for dataset in job.features.datasets if dataset.role == "instance")
+    folder = str(typed_path(location.replace("{run}", str(job.command.run))))
+    pairs = read_pairs(folder, dataset, patch_size=former.config.patch_size, key=key)
+    taps = former.config.patch_size**2
+    if pairs[0].shape[1] != taps * former.config.in_channels:
+        raise UserError(
+            f"{key} = {location!r} has latents of {pairs[0].shape[1] // taps} channels, but the weights were trained "
+            f"with {former.config.in_channels}"
+        )
+    bridge = fit_bridge(*pairs)
+    return bridged(former, bridge), bridge.explains
 
 
 def _is_named(name: str, trains: str | Sequence[str]) -> bool:
