@@ -11,7 +11,7 @@ from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
 from training.lora import LoraSettings
-from training.mixture import DatasetConfig
+from training.mixture import DatasetConfig, require_roles
 
 SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
@@ -364,7 +364,7 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
                     f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for {kind} {other}, "
                     f"but the stage's is {chosen!r}"
                 )
-    _require_roles(settings, key=f"{recipe.path}: training.{stage}")
+    require_roles(settings.datasets, settings.objective, key=f"{recipe.path}: training.{stage}")
     if settings.network == "dit" and settings.kv_compressed_blocks is not None:
         raise UserError(
             f"{recipe.path}: training.{stage}.kv_compressed_blocks = {settings.kv_compressed_blocks!r} is for network "
@@ -376,24 +376,6 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
             "weights were trained with: say departs_in = ['vae'], or leave it out"
         )
     return settings
-
-
-def _require_roles(settings: StageTraining, *, key: str) -> None:
-    """Refuse roles of datasets that the objective has no use for, or lacks."""
-    roles = [dataset.role for dataset in settings.datasets]
-    if settings.objective != "prior_preservation":
-        if "prior" in roles:
-            raise UserError(
-                f"{key}.datasets.{roles.index('prior')}.role = 'prior' is for objective prior_preservation, "
-                f"but the stage's is {settings.objective!r}"
-            )
-        return
-    for role in ("instance", "prior"):
-        if role not in roles:
-            raise UserError(
-                f"{key}.objective = 'prior_preservation' has no dataset with role = {role!r}: it learns those of role "
-                "'instance', and keeps what it knows by those of role 'prior', images that the model drew before"
-            )
 
 
 def stage_names(recipe: Recipe) -> list[str]:
