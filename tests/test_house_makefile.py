@@ -143,10 +143,10 @@ def test_the_demo_of_dreambooth_draws_before_it_learns(house) -> None:
     steps = [step.split("|") for step in steps_of(house, "demo-dreambooth")]
     doors = [(words.split()[2], run.removeprefix("runs/demo-dreambooth")) for words, run, _ in steps]
     before = [("sample", "/prior"), ("sample", "/prior"), ("caption", "/prior"), ("features", "/prior")]
-    learns = [(door, "") for door in ("caption", "features", "train", "sample", "detect")]
+    learns = [(door, "") for door in ("caption", "features", *["train", "sample"] * 2, "detect")]
     assert doors == [("subject", ""), *before, *learns]
     given = [settings for words, _, settings in steps if words.split()[2] == "sample"]
-    assert given == ["sampling.checkpoint=toyworld/released/pixart"] * 2 + [""]
+    assert given == ["sampling.checkpoint=toyworld/released/pixart"] * 2 + [""] * 2
 
 
 def wrong(*typed: str) -> str:

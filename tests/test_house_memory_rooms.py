@@ -151,9 +151,10 @@ def test_a_rank_of_training(monkeypatch):
     monkeypatch.setattr("signal.pthread_sigmask", allocate_nothing)
     expected = (
         r"^the machine's memory does not suffice for training\.stage2 \(Unable to allocate .*\): set "
-        r"training\.gradient_accumulation_steps above what it says was chosen \(smaller micro-batches\), or raise "
-        r"training\.zero_stage = 1, or set training\.keep_activations = 'auto' to 'inputs', or lower "
-        r"training\.num_processes = 0 .*; the last"
+        r"training\.gradient_accumulation_steps above what it says was chosen \(smaller micro-batches\), or set "
+        r"training\.keep_activations = 'auto' to 'inputs', or raise training\.zero_stage = 1, or set "
+        r"training\.offload to 'average' \(a GPU's alone\), or set training\.optimizer to 'adamw8bit' in a stage that "
+        r"begins, or lower training\.num_processes = 0 .*; the last"
     )
     with pytest.raises(MemoryShortageError, match=expected):
         rank.main()

@@ -140,7 +140,7 @@ def test_the_universal_form(trained, tmp_path: Path, is_flat: bool):
 
 
 def test_only_states_of_the_former_layout_are_taken_apart(tmp_path: Path):
-    former = Checkpoint(tmp_path, {"zero_stage": 2, "num_ranks": 2})
+    former = Checkpoint(tmp_path, {"zero_stage": 2, "num_ranks": 2, "fingerprint": {}})
     today = Checkpoint(tmp_path, {**former.trainer, LAYOUT_KEY: LAYOUT})
     assert has_former_layout(former) and not has_former_layout(today)
     assert needs_universal(former, 2) and not needs_universal(today, 2) and needs_universal(today, 3)
