@@ -7,7 +7,6 @@ its readers of SA-1B have `sa_7.npz`.
 import contextlib
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs
+from features.writer import SampleToWrite, write_samples
 from pipelines.as_typed import typed_path
 from pipelines.engine.pieces import Piece, PieceReport, Source
 from pipelines.engine.progress import get_logger
@@ -24,19 +24,19 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.kinds.tar_shards import TarMembers
 from pipelines.raw.patterns import GLOB, expand_braces
 from pipelines.raw.reading import AS_IT_COMES, Reading
-from pipelines.raw.samples import Member, RawSample
+from pipelines.raw.samples import Member
 from pipelines.raw.shard_headers import HeaderCache
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.shards import RawShard, open_shard
+from pipelines.raw.shards import open_shard
 from pipelines.raw.summaries import read_headers, recall_headers
 from pipelines.store.families import FamilySchema
-from pipelines.store.feature_store import FeatureTarWriter, write_index
-from pipelines.store.files import atomic_file, is_remote, open_ranges
+from pipelines.store.files import is_remote, open_ranges
 from pipelines.store.remote import list_urls
 
 NAMED = 3  # of samples without a file
 MISSING, CORRUPT, WRONG_SHAPE = "missing_feature", "corrupt_feature", "wrong_shape"
-
+# Of values that no encoder of ours has made: none wider would hold more of them.
+IMPORTED_DTYPE = "float32"
 
 log = get_logger("features")
 
@@ -152,55 +152,20 @@ def open_files(places: FeaturePlaces, shard: str) -> Iterator[FeatureFiles]:
         yield FeatureFiles(places, tars)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportedSample:
-    """A sample that is imported: where what its file holds goes, and the row of it, which is filled in."""
-
-    raw: RawShard
-    sample: RawSample
-    files: FeatureFiles
-    tar: FeatureTarWriter
-    row: dict[str, Any]
-
-
 def import_piece(
     piece: Piece,
-    store: Callable[[ImportedSample], None],
+    store: Callable[[SampleToWrite, FeatureFiles], None],
     *,
     family: FamilySchema,
     places: FeaturePlaces,
     reading: Reading,
     row: Mapping[str, Any],
 ) -> PieceReport:
-    """Write the tar and index of samples [piece.start, piece.stop): a member of each that is kept, a row of each.
-
-    Args:
-        piece: of a raw shard.
-        store: writes a sample; raises `SampleReject` for one that it cannot.
-        family: columns of the index.
-        places: of the files.
-        reading: how the shard's samples are read.
-        row: what all rows begin with.
-    """
-    rows: list[dict[str, Any]] = []
-    with (
-        open_shard(piece.source.path, reading, run=places.run) as raw,
-        open_files(places, piece.source.name) as files,
-        atomic_file(piece.output(".tar")) as tar_path,
-        FeatureTarWriter(tar_path) as tar,
-    ):
-        for start, stop in piece.slices():
-            for sample in raw.samples[start:stop]:
-                rows.append({"key": sample.key, "shard": raw.name, **row, "reject": sample.reject})
-                try:
-                    if sample.reject is None:
-                        store(ImportedSample(raw=raw, sample=sample, files=files, tar=tar, row=rows[-1]))
-                except SampleReject as reject:
-                    rows[-1]["reject"] = reject.reason
-    with atomic_file(piece.output(".parquet")) as index_path:
-        write_index(index_path, rows, family.columns)
-    rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
-    return PieceReport(num_read=len(rows), num_kept=len(rows) - rejected.total(), rejected=dict(rejected))
+    """Write a piece as `write_samples` does; `store` is given the files at `places`, too."""
+    with open_files(places, piece.source.name) as files:
+        return write_samples(
+            piece, lambda item: store(item, files), family=family, reading=reading, run=places.run, row=row
+        )
 
 
 def feature_names(key: str) -> list[str]:

@@ -17,9 +17,10 @@ from errors import UserError
 from features.config import DECIDES_IMAGES
 from features.imported_files import (
     CORRUPT,
+    IMPORTED_DTYPE,
     WRONG_SHAPE,
+    FeatureFiles,
     FeaturePlaces,
-    ImportedSample,
     find_places,
     import_piece,
     imported_sources,
@@ -35,6 +36,7 @@ from features.jobs import (
 )
 from features.latents import DEFAULT_PATCH_SIZE, image_facts, latent_bytes
 from features.overflow import NON_FINITE_LATENT
+from features.writer import SampleToWrite
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
@@ -60,7 +62,6 @@ class LatentImportConfig:
     is_bucketed: bool
     reading: Reading
     max_pixels: int
-    dtype: str = "float32"
 
 
 class LatentImporter:
@@ -85,12 +86,12 @@ class LatentImporter:
             row={"label": None},
         )
 
-    def _store(self, item: ImportedSample) -> None:
+    def _store(self, item: SampleToWrite, files: FeatureFiles) -> None:
         raw, sample = item.raw, item.sample
         item.row["label"] = raw.label(sample)
         if item.row["label"] is None and raw.has_labels:
             raise SampleReject("no_label")
-        mean, std = read_latent(item.files.read(sample.key), channels=self._config.channels)  # [C, h, w] each
+        mean, std = read_latent(files.read(sample.key), channels=self._config.channels)  # [C, h, w] each
         height, width = (side * self._config.factor for side in mean.shape[1:])
         if (height, width) not in self._config.sizes:
             raise SampleReject(WRONG_SHAPE, f"{height} x {width} pixels are no bucket")
@@ -189,6 +190,7 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
         upstream={},
         model=model,
         model_key="features.vae_model",
+        dtype=IMPORTED_DTYPE,
         dtype_key="features.vae_dtype",
         memory_settings={"engine.samples_per_slice": inputs.engine.samples_per_slice},
     )

@@ -14,30 +14,35 @@ from typing import ClassVar
 
 import numpy as np
 
-from encoders.opening import open_text_encoder, text_spec
-from encoders.weights import resolve_model
-from features.config import DECIDES_TEXT
 from features.imported_files import (
     CORRUPT,
+    IMPORTED_DTYPE,
     WRONG_SHAPE,
+    FeatureFiles,
     FeaturePlaces,
-    ImportedSample,
     find_places,
     import_piece,
     imported_sources,
 )
-from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob, count_samples
+from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob
 from features.overflow import NON_FINITE_TEXT
 from features.quantization import store_text
-from features.text import DEFAULT_D_TEXT, PUBLISHED_D_TEXT, text_bytes, text_facts, text_record
+from features.text_settings import (
+    TextSettings,
+    describe_text_job,
+    plan_text_job,
+    text_facts,
+    text_record,
+    write_null_caption,
+)
 from features.text_worker import TextCounts
+from features.writer import SampleToWrite
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
-from pipelines.store.families import NULL_CAPTION_FILE, text_directory, text_schema
-from pipelines.store.feature_store import join_shards, write_tensors
-from pipelines.store.manifest import Fingerprint, ShardDirectory
+from pipelines.store.families import NULL_CAPTION_FILE, text_schema
+from pipelines.store.feature_store import join_shards
 from pipelines.store.weight_files import weight_file_damage
 
 # Raised when a change of code changes what is imported of unchanged files.
@@ -49,16 +54,12 @@ log = get_logger("features")
 
 @dataclass(frozen=True, kw_only=True)
 class TextImportConfig:
-    """What a `TextImporter` needs; `dtype` is that of the files."""
+    """What a `TextImporter` needs."""
 
     places: FeaturePlaces
-    model: str
-    revision: str | None
-    storage: str
-    max_tokens: int
+    text: TextSettings
     weight: float
     reading: Reading
-    dtype: str = "float32"
 
 
 class TextImporter:
@@ -69,14 +70,13 @@ class TextImporter:
 
     def __init__(self, config: TextImportConfig) -> None:
         self._config = config
-        spec = text_spec(resolve_model(config.model, config.revision), max_tokens=config.max_tokens)
-        self._width = spec.width if spec is not None else PUBLISHED_D_TEXT.get(config.model, DEFAULT_D_TEXT)
-        self._family = text_schema(config.storage, self._width)
+        self._width = config.text.width(config.text.source())
+        self._family = text_schema(config.text.storage, self._width)
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         config = self._config
-        counts = TextCounts(config.max_tokens)
+        counts = TextCounts(config.text.max_tokens)
         report = import_piece(
             piece,
             functools.partial(self._store, counts=counts),
@@ -87,21 +87,20 @@ class TextImporter:
         )
         return replace(report, details=counts.details)
 
-    def _store(self, item: ImportedSample, *, counts: TextCounts) -> None:
+    def _store(self, item: SampleToWrite, files: FeatureFiles, *, counts: TextCounts) -> None:
         import torch
 
-        embedding = torch.from_numpy(read_embedding(item.files.read(item.sample.key)))  # [L, D]
+        embedding = torch.from_numpy(read_embedding(files.read(item.sample.key)))  # [L, D]
         if embedding.shape[1] != self._width:
             raise SampleReject(WRONG_SHAPE, f"{embedding.shape[1]} wide, not {self._width}")
-        if not 0 < len(embedding) <= self._config.max_tokens:
+        if not 0 < len(embedding) <= self._config.text.max_tokens:
             raise SampleReject("no_tokens" if not len(embedding) else "too_many_tokens", f"{len(embedding)}")
         if not embedding.isfinite().all():
             counts.count_non_finite()
             raise SampleReject(NON_FINITE_TEXT)
-        stored = store_text(embedding, self._config.storage)
-        parts = [part for part in (stored.values, stored.scale) if part is not None]
-        self._family.write(item.tar, [item.row], [parts])
-        counts.count(embedding, stored, self._config.storage)
+        stored = store_text(embedding, self._config.text.storage)
+        self._family.write(item.tar, [item.row], [stored.parts])
+        counts.count(embedding, stored, self._config.text.storage)
 
 
 def read_embedding(data: bytes) -> np.ndarray:
@@ -133,53 +132,32 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
     assert features.text_from is not None
     (caption,) = features.captions
     places = find_places(features.text_from, suffix="npz", run=inputs.run, key=key)
-    output = ShardDirectory(text_directory(inputs.run, features.caption_columns, variant=features.text_variant))
-    model = resolve_model(features.text_model, features.text_revision)
-    fields = {
-        "family": "text",
-        "imported": IMPORT_VERSION,
-        "text_model": model.identity,
-        "caption_columns": features.caption_columns,
-        "caption_weights": [caption.weight],
-        **features.fingerprint_fields(DECIDES_TEXT),
-    }
-    return FeatureJob(
+    return describe_text_job(
+        inputs,
         family=IMPORTED_TEXT,
         worker_class=TextImporter,
         worker_config=TextImportConfig(
             places=places,
-            model=features.text_model,
-            revision=features.text_revision,
-            storage=features.text_storage,
-            max_tokens=features.max_tokens,
+            text=TextSettings.of(inputs),
             weight=caption.weight,
             reading=inputs.data.reading,
         ),
         sources=imported_sources(places, inputs, key=key),
-        output=output,
-        fingerprint=Fingerprint.of(fields),
-        defaults=features.fingerprint_defaults(DECIDES_TEXT),
-        upstream={},
-        model=model,
-        model_key="features.text_model",
-        dtype_key="features.text_dtype",
+        made_of={"imported": IMPORT_VERSION},
         memory_settings={"engine.samples_per_slice": inputs.engine.samples_per_slice},
+        upstream={},
+        dtype=IMPORTED_DTYPE,
     )
 
 
 def _plan(inputs: FeatureInputs) -> FamilyPlan:
-    job, features = imported_text_job(inputs), inputs.features
-    spec = text_spec(job.model, max_tokens=features.max_tokens)
-    width = spec.width if spec else PUBLISHED_D_TEXT.get(features.text_model, DEFAULT_D_TEXT)
-    return FamilyPlan(
-        family="text",
-        directory=job.output.path,
+    features = inputs.features
+    return plan_text_job(
+        inputs,
+        imported_text_job(inputs),
+        num_tokens=features.max_tokens,
+        basis="at most",
         model=f"imported from {features.text_from}, of {features.text_model}",
-        num_samples=count_samples(job.sources),
-        pending_samples=count_samples(job.pending()),
-        bytes_per_sample=text_bytes(features.max_tokens, width, storage=features.text_storage),
-        basis=f"at most {features.max_tokens} tokens x {width} {features.text_storage}",
-        job=job,
     )
 
 
@@ -189,18 +167,11 @@ def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
     path = job.output.path / NULL_CAPTION_FILE
     if path.is_file() and not weight_file_damage(path) and len(job.pending()) < len(job.sources):
         return
-    features = inputs.features
-    log.info(f"the empty caption is encoded by features.text_model {features.text_model}; no other is")
-    encoder = open_text_encoder(
-        features.text_model,
-        features.text_revision,
-        max_tokens=features.max_tokens,
-        cleaning=features.text_cleaning,
-        dtype=features.text_dtype,
-        is_8bit=features.text_weight_dtype == "int8",
-    )
-    (null,) = encoder.encode([""])
-    write_tensors(path, {"embedding_0": store_text(null, "bfloat16").values})
+    # Not by a worker, which has the device.
+    settings = replace(TextSettings.of(inputs), device="cpu")
+    log.info(f"the empty caption is encoded by features.text_model {settings.model}; no other is")
+    (null,) = settings.open_encoder().encode([""])
+    write_null_caption(job.output.path, null)
 
 
 IMPORTED_TEXT = FeatureFamily(

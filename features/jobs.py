@@ -60,8 +60,8 @@ class FeatureInputs:
 class FeatureJob:
     """One family of features to compute; `model_key` and `dtype_key` are the recipe keys of its encoder.
 
-    `defaults` are what the settings are that `fingerprint` leaves out, by name; `memory_settings` what to lower where
-    the memory is too small, as keys of the recipe with their values.
+    `dtype` is what its values are computed in; `defaults` are what the settings are that `fingerprint` leaves out, by
+    name; `memory_settings` what to lower where the memory is too small, as keys of the recipe with their values.
     """
 
     family: FeatureFamily
@@ -74,6 +74,7 @@ class FeatureJob:
     upstream: dict[str, str]
     model: ModelSource
     model_key: str
+    dtype: str
     dtype_key: str
     memory_settings: Mapping[str, Any]
 

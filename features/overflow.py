@@ -40,7 +40,7 @@ def warn_of_overflow(job: FeatureJob) -> None:
 
 
 def _advice(job: FeatureJob) -> str:
-    key, dtype = job.dtype_key, job.worker_config.dtype
+    key, dtype = job.dtype_key, job.dtype
     if dtype == WIDEST_DTYPE:
         weights = f"the weights of {job.model_key} {job.model.location}"
         return f"{key} is {dtype!r} already: look at what these samples are, and at {weights}"

@@ -24,9 +24,14 @@ class StoredText:
     scale: np.ndarray | None
 
     @property
+    def parts(self) -> list[np.ndarray]:
+        """Its tensors, as the schema of the family lists them."""
+        return [self.values] if self.scale is None else [self.values, self.scale]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of values and scale."""
-        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return sum(part.nbytes for part in self.parts)
 
 
 def store_text(embedding: "torch.Tensor", storage: str) -> StoredText:

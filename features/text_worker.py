@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from encoders.devices import choose_device
-from encoders.opening import open_text_encoder
 from features.captions import mend_captions
 from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
 from features.quantization import StoredText, measure_error, restore_text, store_text
+from features.text_settings import TextSettings, write_null_caption
 from features.unreadable import NUM_UNREAD_CAPTIONS, NUM_UNREAD_TOKENS, NUM_UNREADABLE, UNREADABLE
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
-from pipelines.store.families import NULL_CAPTION_FILE, text_schema
-from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index, write_tensors
+from pipelines.store.families import text_schema
+from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
 from pipelines.store.tables import read_table
 
@@ -32,19 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextWorkerConfig:
-    """What a `TextWorker` needs; `directory` is where the null caption's record goes, see also `open_text_encoder`."""
+    """What a `TextWorker` needs; `directory` is where the null caption's record goes."""
 
-    model: str
-    revision: str | None
-    dtype: str
-    weight_dtype: str | None
-    storage: str
-    max_tokens: int
-    cleaning: str
-    batch_tokens: int | None
+    text: TextSettings
     is_long_run: bool
-    device: str
-    num_threads: int
     caption_weights: dict[str, float]
     directory: Path
 
@@ -66,31 +56,20 @@ class TextWorker:
     def __init__(self, config: TextWorkerConfig) -> None:
         import torch
 
-        torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(config.text.num_threads)
         self._config = config
-        self._encoder = open_text_encoder(
-            config.model,
-            config.revision,
-            max_tokens=config.max_tokens,
-            cleaning=config.cleaning,
-            device=choose_device(config.device, key="features.device"),
-            dtype=config.dtype,
-            is_8bit=config.weight_dtype == "int8",
-            batch_tokens=config.batch_tokens,
-            is_long_run=config.is_long_run,
-        )
+        self._encoder = config.text.open_encoder(is_long_run=config.is_long_run)
         self._family = text_schema(
-            config.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
+            config.text.storage, self._encoder.spec.width, rows_per_sample=len(config.caption_weights)
         )
         # Every worker writes the same bytes, each atomically, so it does not matter which one is last.
-        (null_embedding,) = self._encoder.encode([""])
-        null = store_text(null_embedding, "bfloat16")
-        write_tensors(config.directory / NULL_CAPTION_FILE, {"embedding_0": null.values})
+        (null,) = self._encoder.encode([""])
+        write_null_caption(config.directory, null)
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         samples = _read_captions(piece, self._config.caption_weights)
-        counts = TextCounts(self._config.max_tokens)
+        counts = TextCounts(self._config.text.max_tokens)
         rows: list[dict[str, Any]] = []
         ahead = replace(piece, on_slice=None)  # a slice that has begun is not done
         with atomic_file(piece.output(".tar")) as tar_path, FeatureTarWriter(tar_path) as tar, SliceWriter() as writer:
@@ -140,15 +119,14 @@ class TextWorker:
                 if caption.row["reject"] is None:
                     embedding = next(of_texts)
                     if embedding.isfinite().all():
-                        stored[index] = store_text(embedding, self._config.storage)
-                        counts.count(embedding, stored[index], self._config.storage)
+                        stored[index] = store_text(embedding, self._config.text.storage)
+                        counts.count(embedding, stored[index], self._config.text.storage)
                     else:
                         caption.row["reject"] = NON_FINITE_TEXT
                         counts.count_non_finite()
             if stored:
                 kept = [captions[index].row for index in stored]
-                parts = [[part for part in (text.values, text.scale) if part is not None] for text in stored.values()]
-                self._family.write(tar, kept, parts)
+                self._family.write(tar, kept, [text.parts for text in stored.values()])
             else:
                 counts.rejected[captions[0].row["reject"]] += 1
             rows += [caption.row for caption in captions]

@@ -1,9 +1,70 @@
-"""What is made of a slice is written in a thread, while the device makes the next."""
+"""How a piece is written: sample by sample, or what is made of a slice in a thread while the device makes the next."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.raw.images import SampleReject
+from pipelines.raw.reading import Reading
+from pipelines.raw.samples import RawSample
+from pipelines.raw.shards import RawShard, open_shard
+from pipelines.store.families import FamilySchema
+from pipelines.store.feature_store import FeatureTarWriter, write_index
+from pipelines.store.files import atomic_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleToWrite:
+    """A sample of a raw shard, the tar that its features go to, and its index row, which is filled in."""
+
+    raw: RawShard
+    sample: RawSample
+    tar: FeatureTarWriter
+    row: dict[str, Any]
+
+
+def write_samples(
+    piece: Piece,
+    store: Callable[[SampleToWrite], None],
+    *,
+    family: FamilySchema,
+    reading: Reading,
+    run: Path,
+    row: Mapping[str, Any],
+) -> PieceReport:
+    """Write the tar and index of samples [piece.start, piece.stop): a member of each that is kept, a row of each.
+
+    Args:
+        piece: of a raw shard.
+        store: writes a sample; raises `SampleReject` for one that it cannot.
+        family: columns of the index.
+        reading: how the shard's samples are read.
+        run: where headers of tars are remembered.
+        row: what all rows begin with.
+    """
+    rows: list[dict[str, Any]] = []
+    with (
+        open_shard(piece.source.path, reading, run=run) as raw,
+        atomic_file(piece.output(".tar")) as tar_path,
+        FeatureTarWriter(tar_path) as tar,
+    ):
+        for start, stop in piece.slices():
+            for sample in raw.samples[start:stop]:
+                rows.append({"key": sample.key, "shard": raw.name, **row, "reject": sample.reject})
+                try:
+                    if sample.reject is None:
+                        store(SampleToWrite(raw=raw, sample=sample, tar=tar, row=rows[-1]))
+                except SampleReject as reject:
+                    rows[-1]["reject"] = reject.reason
+    with atomic_file(piece.output(".parquet")) as index_path:
+        write_index(index_path, rows, family.columns)
+    rejected = Counter(row["reject"] for row in rows if row["reject"] is not None)
+    return PieceReport(num_read=len(rows), num_kept=len(rows) - rejected.total(), rejected=dict(rejected))
 
 
 class SliceWriter:

@@ -16,7 +16,8 @@ from features.jobs import bucket_sizes, read_inputs
 from features.latents import latent_bytes, latent_job
 from features.plan import format_bytes, plan_families
 from features.speed import Speed, find_speed
-from features.text import text_bytes, text_job
+from features.text import text_job
+from features.text_settings import text_bytes
 from pipelines.command import parse_command
 from pipelines.store.summary import read_summary
 
