@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 
 from errors import MissingFileError
@@ -21,11 +21,12 @@ from toyworld.detector import detect
 from toyworld.mending import mend_sample, mend_world
 from toyworld.scenes import Scene
 from toyworld.scoring import SAMPLES_TABLE, read_samples
-from toyworld.subject import OTHER_KEY, SIDE_PIXELS, SUBJECT_KEY
+from toyworld.subject import OTHER_KEY, SUBJECT_KEY
 
 log = get_logger("toyworld")
 
 GRID_COLUMNS, GRID_SUBJECTS, GRID_NAME = 12, 8, "dreambooth.png"
+CELL_PIXELS, GAP_PIXELS = 112, 6
 
 
 def subject_folders(run: Path) -> dict[str, Path]:
@@ -122,12 +123,19 @@ def _others_share(prompts: Sequence[Mapping[str, Any]], pictures: Mapping[str, I
 
 
 def _grid(prompts: Sequence[Mapping[str, Any]], pictures: Mapping[str, Mapping[str, Image.Image]]) -> Image.Image:
-    """Return a row of pictures for each folder, of the subject first and then of others, each column of one prompt."""
+    """Return a named row of pictures for each folder, of the subject first and then of others, a prompt a column."""
     subjects = [row["key"] for row in prompts if row["key"].startswith(SUBJECT_KEY)][:GRID_SUBJECTS]
     others = [row["key"] for row in prompts if row["key"].startswith(OTHER_KEY)][: GRID_COLUMNS - len(subjects)]
     keys = [*subjects, *others]
-    grid = Image.new("RGB", (SIDE_PIXELS * len(keys), SIDE_PIXELS * len(pictures)))
-    for row, found in enumerate(pictures.values()):
+    font = ImageFont.load_default(CELL_PIXELS // 8)
+    margin = GAP_PIXELS + math.ceil(max(font.getlength(name) for name in pictures)) + GAP_PIXELS
+    step = CELL_PIXELS + GAP_PIXELS
+    grid = Image.new("RGB", (margin + step * len(keys), GAP_PIXELS + step * len(pictures)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (name, found) in enumerate(pictures.items()):
+        top = GAP_PIXELS + step * row
+        draw.text((GAP_PIXELS, top + CELL_PIXELS // 2), name, fill="black", font=font, anchor="lm")
         for column, key in enumerate(keys):
-            grid.paste(found[key].resize((SIDE_PIXELS, SIDE_PIXELS)), (SIDE_PIXELS * column, SIDE_PIXELS * row))
+            cell = found[key].resize((CELL_PIXELS, CELL_PIXELS), Image.Resampling.LANCZOS)
+            grid.paste(cell, (margin + step * column, top))
     return grid
