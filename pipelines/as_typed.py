@@ -46,6 +46,12 @@ def typed_flag(name: str, value: object = None) -> str:
     return f"{variable(name)}={text}" if came_by_make() else f"--{name} {text}"
 
 
+def typed_settings(values: Mapping[str, object]) -> str:
+    """Return settings of the recipe as they are typed: by make all in one SET, by atelier each for itself."""
+    pairs = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+    return " ".join(typed_flag("set", text) for text in ([" ".join(pairs)] if came_by_make() else pairs))
+
+
 def typed_command(name: str, flags: Mapping[str, object] | None = None) -> str:
     """Return a command as it is typed: `make train STAGE=2 RUN=runs/x`, `atelier train --stage 2 --run runs/x`."""
     typed = [typed_flag(flag, value) for flag, value in (flags or {}).items()]

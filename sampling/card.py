@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipelines.as_typed import came_by_make, typed_flag
+from pipelines.as_typed import typed_settings
 from sampling.config import ON_A_CPU, ON_A_GPU, SamplingConfig
 from sampling.footprint import DECODING, DENOISING, READING, TESTING, Footprint, Moment
 from sampling.generate import SamplingJob
@@ -42,9 +42,7 @@ def describe_memory(job: SamplingJob, asked: SamplingConfig) -> list[str]:
     if fits(footprint, moments):
         return [*lines, f"a card of {card} has {room} for it, workspace and driver left out: it fits"]
     switches, found = find_switches(footprint, moments)
-    pairs = [f"sampling.{name}={_typed(value)}" for name, value in switches.items()]
-    # By make all are typed as one, by atelier each for itself.
-    said = " ".join(typed_flag("set", text) for text in ([" ".join(pairs)] if came_by_make() else pairs))
+    said = typed_settings({f"sampling.{name}": value for name, value in switches.items()})
     fullest = _gigabytes(_fullest(found).total_bytes)
     end = f"{said} makes it {fullest}, which fits" if switches else "no setting takes less"
     if switches and _fullest(found).total_bytes > usable_bytes(card_bytes):
@@ -118,7 +116,3 @@ def _describe(moment: Moment) -> str:
 
 def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / GIGABYTE:.3g} GB"
-
-
-def _typed(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -65,7 +65,12 @@ def test_what_is_reckoned_is_the_peak_of_the_whole_loop(tmp_path: Path, size: st
             ("fp32", "inputs", 0, {"trains": PART}),
             ("fp32", "products", 2, {}),
             ("bf16", "inputs", 0, {"trains": "lora"}),
+            ("bf16", "all", 0, {"trains": "lora"}),
+            ("bf16", "all", 0, {"trains": "lora", "optimizer": "adamw8bit"}),
+            ("bf16", "inputs", 0, {"trains": "lora", "optimizer": "adamw8bit", "gradient_accumulation_steps": 2}),
+            ("bf16", "all", 0, {"optimizer": "adamw8bit"}),
             ("bf16", "inputs", 0, {"optimizer": "adamw8bit", "offload": "average"}),
+            ("bf16", "inputs", 2, {"optimizer": "adamw8bit"}),
             ("bf16", "inputs", 0, {"offload": "optimizer", "gradient_accumulation_steps": 2}),
         )
     ]

@@ -104,10 +104,23 @@ def test_what_a_stage_was_begun_with_stays_as_long_as_it_fits() -> None:
 def test_where_nothing_fits_it_is_said_what_to_change() -> None:
     message = (
         r"^even micro-batches of 1 with training\.keep_activations = 'inputs' need 14\.7 GB a rank of 10 GB that it "
-        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 1\.22 GB.*; set training\.offload to"
+        r"may take: weights 1\.22 GB, gradients 2\.44 GB, optimizer .*activations 1\.22 GB.*; "
+        r"add SET='training\.offload=average training\.optimizer=adamw8bit' \(in a stage that begins\): "
+        r"9\.34 GB in micro-batches of 64, keeping 'inputs', which fits, or take more GPUs"
     )
     with pytest.raises(UserError, match=message):
         chosen(demand(), 10)
+    # What cannot be chosen for the user is found for him, that which costs least first; or nothing is enough.
+    for gigabytes, settings, said in (
+        (12.5, {}, "add SET=training.offload=average: 12."),
+        (12, {}, "add SET=training.optimizer=adamw8bit (in a stage that begins): 11"),
+        (8, {}, "add SET='training.offload=optimizer training.zero_stage=0' (in a stage that begins): 7.3"),
+        (8, {"num_ranks": 2}, "set training.offload to 'average' (a GPU's alone), or set training.optimizer"),
+        (4, {}, "set training.offload to 'average' (a GPU's alone), or set training.optimizer to"),
+    ):
+        with pytest.raises(UserError) as lack:
+            chosen(demand(**settings), gigabytes)
+        assert said in str(lack.value)
     with pytest.raises(
         UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or set"
     ):

@@ -4,11 +4,13 @@ Nothing here needs torch: the launcher says with it what to change where memory 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
+from pipelines.as_typed import typed_settings
 from training.config import KeepActivations, StageTraining
 from training.launch.reckoning import MAX_ZERO_STAGE, Demand
 
@@ -17,6 +19,14 @@ KEPT: tuple[KeepActivations, ...] = ("all", "products", "inputs")
 GPU_RESERVE, MACHINE_RESERVE = 0.08, 0.3
 # With so many image tokens at once a GPU is busy; beyond it larger micro-batches gain less than recomputing costs.
 ENOUGH_TOKENS = 8192
+# What takes less of a GPU for moments and average, that which costs least first: the average goes over the bus in each
+# step, moments in 8 bits are rounded, an optimizer on the CPU is slow.
+SAVING: tuple[Mapping[str, Any], ...] = (
+    {"offload": "average"},
+    {"optimizer": "adamw8bit"},
+    {"offload": "average", "optimizer": "adamw8bit"},
+    {"offload": "optimizer", "zero_stage": 0},
+)
 # Under ZeRO 0 and 1 micro-batches of bf16 are summed in bf16; 64 of them give a gradient about 1% short.
 MAX_SUMMED_IN_BF16 = 8
 
@@ -62,38 +72,71 @@ def choose_shares(
         UserError: nothing that the recipe leaves open fits; says what does not, and what to change.
     """
     settings = demand.settings
-    candidates = [settings.num_micro_batches]
-    if settings.gradient_accumulation_steps == "auto":
-        candidates = _divisors(demand.share)
+    candidates, modes = _open_choices(demand)
     is_open = "auto" in (settings.gradient_accumulation_steps, settings.keep_activations)
-    modes = KEPT if settings.keep_activations == "auto" else (settings.kept_activations,)
 
     def shares(number: int, kept: KeepActivations) -> Shares:
-        return Shares(
-            num_micro_batches=number,
-            micro_batch_size=demand.share // number,
-            kept=kept,
-            parts=demand.parts(number, kept),
-            available_bytes=available_bytes,
-            basis=basis,
-        )
+        return _shares(demand, number, kept, available_bytes=available_bytes, basis=basis)
 
     if former is not None and former[0] in candidates and former[1] in modes:
         kept = shares(*former)
         if kept.fits or not is_open:
-            return Shares(**{**vars(kept), "is_kept": is_open})
+            return replace(kept, is_kept=is_open)
     if not is_open:
         return shares(candidates[0], modes[0])
+    found = _largest_shares(demand, available_bytes=available_bytes, basis=basis)
+    if found is None:
+        raise UserError(_describe_lack(demand, available_bytes=available_bytes, basis=basis))
+    return found
+
+
+def _open_choices(demand: Demand) -> tuple[list[int], tuple[KeepActivations, ...]]:
+    """Return the numbers of micro-batches, from few to many, and what may be kept, from much to little."""
+    settings = demand.settings
+    candidates = [settings.num_micro_batches]
+    if settings.gradient_accumulation_steps == "auto":
+        candidates = _divisors(demand.share)
+    return candidates, KEPT if settings.keep_activations == "auto" else (settings.kept_activations,)
+
+
+def _shares(demand: Demand, number: int, kept: KeepActivations, *, available_bytes: int, basis: str) -> Shares:
+    return Shares(
+        num_micro_batches=number,
+        micro_batch_size=demand.share // number,
+        kept=kept,
+        parts=demand.parts(number, kept),
+        available_bytes=available_bytes,
+        basis=basis,
+    )
+
+
+def _largest_shares(demand: Demand, *, available_bytes: int, basis: str) -> Shares | None:
+    """Return what fits of all that the recipe leaves open, None if nothing does."""
+    candidates, modes = _open_choices(demand)
     best: list[Shares] = []
     enough = min(ENOUGH_TOKENS, demand.share * demand.sample_tokens)
     for kept in modes:
-        found = _largest(candidates, kept, shares)
+        tried = (_shares(demand, number, kept, available_bytes=available_bytes, basis=basis) for number in candidates)
+        found = next((shares for shares in tried if shares.fits), None)
         if found is not None and found.micro_batch_size * demand.sample_tokens >= enough:
             return found
         best += [] if found is None else [found]
-    if best:
-        return max(best, key=lambda found: found.micro_batch_size)
-    raise UserError(_describe_lack(shares(candidates[-1], modes[-1]), settings, num_ranks=demand.num_ranks))
+    return max(best, key=lambda found: found.micro_batch_size, default=None)
+
+
+def find_saving(demand: Demand, *, available_bytes: int, basis: str) -> tuple[Mapping[str, Any], Shares] | None:
+    """Return the settings of `SAVING` that cost least among those that make a stage fit, and what fits then."""
+    settings = demand.settings
+    is_alone = demand.num_ranks == 1 and settings.dtype == "bf16"
+    for update in SAVING:
+        changed = {name: value for name, value in update.items() if getattr(settings, name) != value}
+        if not changed or ("zero_stage" in update and not is_alone):
+            continue
+        tried = replace(demand, settings=settings.model_copy(update=changed))
+        found = _largest_shares(tried, available_bytes=available_bytes, basis=basis)
+        if found is not None:
+            return changed, found
+    return None
 
 
 def _divisors(number: int) -> list[int]:
@@ -102,16 +145,13 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
-def _largest(
-    numbers: list[int], kept: KeepActivations, shares: Callable[[int, KeepActivations], Shares]
-) -> Shares | None:
-    """Return the first of the numbers of micro-batches, from few to many, that fits."""
-    return next((found for number in numbers if (found := shares(number, kept)).fits), None)
-
-
-def _describe_lack(least: Shares, settings: StageTraining, *, num_ranks: int) -> str:
+def _describe_lack(demand: Demand, *, available_bytes: int, basis: str) -> str:
+    settings, num_ranks = demand.settings, demand.num_ranks
+    candidates, modes = _open_choices(demand)
+    least = _shares(demand, candidates[-1], modes[-1], available_bytes=available_bytes, basis=basis)
     ways = [*_sharing_ways(settings, num_ranks=num_ranks), *ways_to_leave_open(settings)]
-    ways += saving_ways(settings, num_ranks=num_ranks)
+    saving = find_saving(demand, available_bytes=available_bytes, basis=basis)
+    ways += saving_ways(settings, num_ranks=num_ranks) if saving is None else [_describe_saving(*saving)]
     ways.append("take more GPUs or a smaller resolution, or lower training.num_processes where ranks share a memory")
     return (
         f"even micro-batches of {least.micro_batch_size} with training.keep_activations = {least.kept!r} need "
@@ -119,6 +159,14 @@ def _describe_lack(least: Shares, settings: StageTraining, *, num_ranks: int) ->
         f"What is typed is tried all the same: training.gradient_accumulation_steps={least.num_micro_batches} "
         f"training.keep_activations={least.kept}"
     )
+
+
+def _describe_saving(switches: Mapping[str, Any], found: Shares) -> str:
+    """Return the switches as they are typed, and what fits with them."""
+    typed = typed_settings({f"training.{name}": value for name, value in switches.items()})
+    begins = " (in a stage that begins)" if switches.keys() & {"optimizer", "zero_stage"} else ""
+    of = f"micro-batches of {found.micro_batch_size}, keeping {found.kept!r}"
+    return f"add {typed}{begins}: {describe_bytes(found.total_bytes)} in {of}, which fits"
 
 
 def ways_to_leave_open(settings: StageTraining) -> list[str]:
