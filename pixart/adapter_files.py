@@ -1,11 +1,13 @@
 """Files of adapters: peft's format with diffusers' names of layers, as others write and open it, and its kin.
 
-peft opens what is written here on diffusers' `PixArtTransformer2DModel` (`PeftModel.from_pretrained`). Read, too, are
-peft's files of others, the `pytorch_lora_weights.safetensors` that diffusers' scripts leave, and LoRA in the words of
-kohya (`lora_down`, `alpha`) on diffusers' names.
+peft opens what is written here on diffusers' `PixArtTransformer2DModel` (`PeftModel.from_pretrained`), and the weights'
+file says by itself what it is multiplied by. Read, too, are peft's files of others, the
+`pytorch_lora_weights.safetensors` that diffusers' scripts leave, and LoRA in the words of kohya (`lora_down`, `alpha`)
+on diffusers' names, with dots or as OneTrainer writes them (`lora_transformer_transformer_blocks_0_attn1_to_q`).
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +29,8 @@ ADAPTER_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 # What a folder may hold, the first there is.
 FILE_NAMES = (ADAPTER_NAME, "adapter_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 PREFIX = "base_model.model."
-# In front of layers' names in files of peft, diffusers and PixArt's own script.
-PREFIXES = (PREFIX, "transformer.", "unet.")
+# In front of layers' names in files of peft, diffusers and PixArt's own script, ComfyUI, OneTrainer and kohya.
+PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.", "lora_transformer_", "lora_unet_")
 # In the header of our files: what the adapter belongs to.
 METADATA = "pixart_atelier"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -39,9 +41,13 @@ PARTS = {
     MAGNITUDE: MAGNITUDE,
     "alpha": "alpha",
 }  # fmt: skip
-KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{'|'.join(map(re.escape, PARTS))})(\.(?!bias)\w+)?(\.weight)?")
+KEY = re.compile(rf"(?P<layer>.+)\.(?P<part>{'|'.join(map(re.escape, PARTS))})(\.(?!bias)[^.]+)?(\.weight)?")
 # Ways to begin that change the weights beside the adapter, too: such a file is nothing without those.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga")
+# Numbers of peft's settings: of all layers, and by pattern of layers' names in `<word>_pattern`.
+NUMBERS = {"rank": "r", "alpha": "lora_alpha"}
+# What multiplies a change, which the header of our files says as diffusers' files do.
+SCALING = (*NUMBERS.values(), "use_rslora", "use_dora")
 PLAIN_SETTINGS = {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None}
 
 
@@ -72,11 +78,13 @@ def write_adapter(
             tensors[f"{PREFIX}{theirs[layer]}.{suffix}"] = value.contiguous()
     settings = lora_config(shape, [], base=belongs_to.get("name")).to_dict()
     settings |= {"target_modules": sorted(theirs[layer] for layer in layers), "inference_mode": True}
+    noted = {METADATA: dict(belongs_to), DIFFUSERS_METADATA: {f"transformer.{key}": settings[key] for key in SCALING}}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ADAPTER_NAME
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt", METADATA: json.dumps(dict(belongs_to), sort_keys=True)})
+    header = {key: json.dumps(value, sort_keys=True) for key, value in noted.items()}
+    save_file(tensors, path, metadata={"format": "pt", **header})
     path.chmod(mode)  # safetensors makes a file of its own, which its owner alone may read
     text = json.dumps(settings, indent=2, sort_keys=True, default=str)
     (folder / CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
@@ -99,13 +107,19 @@ def read_adapter(path: Path, config: PixArtConfig) -> Adapter:
     tensors, settings, belongs_to = _read(file)
     name = str(file)
     _require_plain(settings, name)
+    _require_numbers(settings, name)
     layers = _by_layer(tensors, config, name=name)
+    if whole := next(
+        (key for key, value in tensors.items() if "alpha" not in key and not value.is_floating_point()), None
+    ):
+        dtype = str(tensors[whole].dtype).removeprefix("torch.")
+        raise UserError(f"{name}: {whole} is {dtype}: adapters that were quantised are not read")
     require_finite({f"{layer}.{part}": value for layer in layers for part, value in layers[layer].items()}, where=name)
     theirs = {ours: their for their, ours in layer_names(config).items()}
     changes, assumed = {}, False
     for layer, parts in layers.items():
         rank = _rank(parts, theirs[layer], settings, name=name)
-        alpha = float(parts["alpha"]) if "alpha" in parts else _setting(settings, "alpha", theirs[layer])
+        alpha = parts["alpha"].item() if "alpha" in parts else _setting(settings, "alpha", theirs[layer])
         assumed |= alpha is None
         alpha = float(rank) if alpha is None else float(alpha)
         scale = scale_of(alpha, rank, rslora=bool(settings.get("use_rslora")))
@@ -141,7 +155,12 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
         # diffusers writes them into the header, behind the name of the model that each is of
         noted = _json(metadata.get(DIFFUSERS_METADATA), file)
         settings = {key.rpartition("transformer.")[2]: value for key, value in noted.items()}
-    return tensors, settings, _json(metadata.get(METADATA), file)
+    belongs_to = _json(metadata.get(METADATA), file)
+    base, process = belongs_to.get("base"), belongs_to.get("process")
+    is_whole = isinstance(base, dict) and {"identity", "location", "adapters"} <= base.keys()
+    if belongs_to and not (is_whole and isinstance(process, dict) and "name" in process):
+        raise UserError(f"{file}: what its header says of the weights that it belongs to is not whole: make it again")
+    return tensors, settings, belongs_to
 
 
 def _json(text: str | None, file: Path) -> dict[str, Any]:
@@ -169,14 +188,31 @@ def _require_plain(settings: Mapping[str, Any], name: str) -> None:
         )
 
 
+def _require_numbers(settings: Mapping[str, Any], name: str) -> None:
+    """Refuse ranks and alphas that are no numbers, and patterns that are none."""
+    for word, key in NUMBERS.items():
+        patterns = settings.get(f"{word}_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{name}: its {word}_pattern is {patterns!r}, not an object of patterns and numbers")
+        for said, value in {key: settings.get(key), **patterns}.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and not is_number:
+                raise UserError(f"{name}: its settings say {said} = {value!r}, which is no finite number")
+            try:
+                re.compile(said)
+            except re.error as error:
+                raise UserError(f"{name}: its {word}_pattern has {said!r}, which is no pattern ({error})") from None
+
+
 def _by_layer(tensors: Mapping[str, Tensor], config: PixArtConfig, *, name: str) -> dict[str, dict[str, Tensor]]:
     """Return the parts of each layer's change, by our names.
 
     Raises:
         UserError: it is no adapter, has other weights too, or layers that the model does not have.
     """
-    ours = layer_names(config)
-    ours |= {layer: layer for layer in ours.values()}
+    theirs = layer_names(config)
+    ours = theirs | {layer.replace(".", "_"): name for layer, name in theirs.items()}
+    ours |= {layer: layer for layer in theirs.values()}
     matches = {key: KEY.fullmatch(key) for key in tensors}
     others = [key for key, match in matches.items() if match is None]
     if len(others) == len(tensors):
@@ -192,7 +228,10 @@ def _by_layer(tensors: Mapping[str, Tensor], config: PixArtConfig, *, name: str)
         if layer not in ours:
             strangers.append(layer)
             continue
-        layers.setdefault(ours[layer], {})[PARTS[match["part"]]] = tensors[key]
+        parts, part = layers.setdefault(ours[layer], {}), PARTS[match["part"]]
+        if part in parts:
+            raise UserError(f"{name} has {part} of {layer} twice, one of them as {key!r}: it is of several adapters")
+        parts[part] = tensors[key]
     if strangers:
         count = len(set(strangers))
         raise UserError(
@@ -215,8 +254,12 @@ def _rank(parts: Mapping[str, Tensor], layer: str, settings: Mapping[str, Any], 
     """Return the rank of a layer's change, on which its two matrices and the settings must agree."""
     down, up = parts[DOWN], parts[UP]
     rank = len(down)
-    if down.dim() < 2 or up.dim() < 2 or up.shape[1] != rank:
+    if down.dim() < 2 or up.dim() < 2 or up.shape[1] != rank or rank == 0:
         raise UserError(f"{name} is damaged: of {layer} {DOWN} is {tuple(down.shape)} and {UP} {tuple(up.shape)}")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise UserError(f"{name} is damaged: of {layer} alpha is {tuple(parts['alpha'].shape)}, and not one number")
+    if settings.get("use_dora") and MAGNITUDE not in parts:
+        raise UserError(f"{name} is damaged: its settings say use_dora, but {layer} has no {MAGNITUDE}")
     said = _setting(settings, "rank", layer)
     if said is not None and said != rank:
         raise UserError(f"{name}: {layer} has rank {rank}, but the settings beside it say {said}: they are of another")
@@ -228,4 +271,4 @@ def _setting(settings: Mapping[str, Any], what: str, layer: str) -> Any:
     for pattern, value in (settings.get(f"{what}_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return value
-    return settings.get({"rank": "r", "alpha": "lora_alpha"}[what])
+    return settings.get(NUMBERS[what])

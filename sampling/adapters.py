@@ -92,8 +92,11 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
     network = trained.blank()
     assert isinstance(network, PixArt)
     for file in files:
-        adapter = read_adapter(file, network.config)
-        require_fit(adapter, network)
+        try:
+            adapter = read_adapter(file, network.config)
+            require_fit(adapter, network)
+        except UserError as error:
+            raise UserError(f"{KEY}: {error}") from None
         for note in adapter.notes:
             log.warning(note)
         _compare(adapter, trained)
@@ -101,24 +104,21 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
 
 def _compare(adapter: Adapter, trained: TrainedModel) -> None:
     """Compare what an adapter says that it belongs to with what it is to be added to."""
-    known = adapter.belongs_to
-    if not known:
-        return
-    if (process := known["process"]["name"]) != trained.process["name"]:
-        raise UserError(
-            f"{adapter.path} was trained with process {process}, but {trained.name} with {trained.process['name']}"
-        )
-    base = known["base"]
-    if base["identity"] != trained.identity.partition("+")[0]:
-        log.warning(
-            f"{adapter.path} was trained on the weights of {base['location']}, and is added to others, of "
-            f"{trained.model_path}: what it has learnt may not show as there"
-        )
-    elif base["adapters"]:
-        others = ", ".join(item["location"] for item in base["adapters"])
-        log.info(f"{adapter.path} was trained on its base with {others}: add that, too, to draw as there")
-    for part in ("text", "vae"):
-        here, there = getattr(trained, part), known[part]
-        if here is not None and there is not None and here.get("model") != there.get("model"):
-            models = f"{there.get('model')!r}, and is drawn with {here.get('model')!r}"
-            log.warning(f"{adapter.path} was trained with {part} {models}")
+    from encoders.likeness import is_same_codec, is_same_text_encoder
+    from pixart.adapters import compare_base
+
+    said = compare_base(
+        adapter,
+        title=trained.name,
+        location=str(trained.model_path),
+        identity=trained.identity.partition("+")[0],
+        process=trained.process["name"],
+    )
+    for line in said:
+        log.warning(line)
+    for part, is_same in (("text", is_same_text_encoder), ("vae", is_same_codec)):
+        here, there = getattr(trained, part), adapter.belongs_to.get(part)
+        if here is not None and there is not None and not is_same([here["model"]], [there["model"]]):
+            log.warning(
+                f"{adapter.path} was trained with {part} {there['model']!r}, and is drawn with {here['model']!r}"
+            )

@@ -109,6 +109,16 @@ def test_new_adapters_change_nothing_and_come_back_from_disk_bit_for_bit(name: s
     assert (written(tmp_path / "again", SHAPES[name]) / "adapter_config.json").read_bytes() == first
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_file_alone_says_what_its_change_is_multiplied_by(name: str, tmp_path: Path) -> None:
+    whole = read_adapter(written(tmp_path, SHAPES[name]), CONFIG)
+    alone = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "style.safetensors")
+    adapter = read_adapter(alone, CONFIG)
+    assert not adapter.notes
+    assert {layer.scale for layer in adapter.layers.values()} == {SHAPES[name].scale}
+    assert adapter.layers.keys() == whole.layers.keys()
+
+
 def test_several_adapters_add_their_changes_each_times_its_weight(tmp_path: Path) -> None:
     shapes = {"lora": 0.8, "dora": 0.5, "rslora": -0.3}
     adapters = [
@@ -166,7 +176,21 @@ def kohya(key: str) -> str:
     return key.removeprefix("base_model.model.").replace("lora_A", "lora_down").replace("lora_B", "lora_up")
 
 
-@pytest.mark.parametrize("rename", [lambda key: f"unet.{key}", kohya, lambda key: f"transformer.{key[17:]}"])
+def one_trainer(key: str) -> str:
+    layer, part, _ = kohya(key).rsplit(".", 2)
+    return f"lora_transformer_{layer.replace('.', '_')}.{part}.weight"
+
+
+RENAMES = (
+    lambda key: f"unet.{key}",
+    kohya,
+    lambda key: f"transformer.{key[17:]}",
+    one_trainer,
+    lambda key: key.replace(".weight", ".my-style.weight"),
+)
+
+
+@pytest.mark.parametrize("rename", RENAMES)
 def test_files_without_settings_take_the_rank_for_alpha_and_say_so(
     rename: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -221,6 +245,32 @@ BREAKS: dict[str, tuple[Callable[[dict, dict], Any], str]] = {
         r"to_q.lora_B.bias' is no low-rank change of a layer",
     ),
     "kind": (lambda w, s: s.update(peft_type="LOHA"), "peft's kind LOHA, but LoRA alone"),
+    "alpha": (
+        lambda w, s: s.update(lora_alpha=float("nan")),
+        "settings say lora_alpha = nan, which is no finite number",
+    ),
+    "word": (lambda w, s: s.update(lora_alpha="five"), "settings say lora_alpha = 'five', which is no finite number"),
+    "list": (
+        lambda w, s: s.update(rank_pattern=["to_q"]),
+        r"rank_pattern is \['to_q'\], not an object of patterns and",
+    ),
+    "regex": (lambda w, s: s.update(alpha_pattern={"(": 2}), r"alpha_pattern has '\(', which is no pattern"),
+    "lengths": (
+        lambda w, s: s.update(use_dora=True),
+        "damaged: its settings say use_dora, but .* has no lora_magnitude",
+    ),
+    "none": (
+        lambda w, s: w.update(
+            {f"{QUERY}.lora_A.weight": torch.ones(0, 16), f"{QUERY}.lora_B.weight": torch.ones(16, 0)}
+        ),
+        r"damaged: of transformer_blocks.0.attn1.to_q lora_A is \(0, 16\) and lora_B \(16, 0\)",
+    ),
+    "alphas": (lambda w, s: w.update({f"{QUERY}.alpha": torch.ones(2)}), r"to_q alpha is \(2,\), and not one number"),
+    "twice": (
+        lambda w, s: w.update({"unet.transformer_blocks.0.attn1.to_q.lora_down.weight": torch.ones(3, 16)}),
+        "has lora_A of transformer_blocks.0.attn1.to_q twice, one of them as",
+    ),
+    "int8": (lambda w, s: w.update({f"{QUERY}.lora_A.weight": torch.ones(3, 16).char()}), "is int8: .* quantised"),
     "start": (lambda w, s: s.update(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the weights"),
 }
 

@@ -1,6 +1,7 @@
 """`python -m training.convert`: published weights in, a folder or an original file out."""
 
 import json
+import logging
 import os
 import re
 from dataclasses import replace
@@ -307,7 +308,36 @@ def test_adapters_are_merged_into_a_conversion_each_times_its_weight(tmp_path: P
     main([str(tmp_path / "base"), str(tmp_path / "merged"), *typed, "--weights=0.8,-0.5"])
     merged = load_diffusers(tmp_path / "merged" / "transformer").state_dict()
     assert all(torch.equal(value, merged[name]) for name, value in expected.state_dict().items())
-    for weights in ("0.8", "0.8,x", "0.8,inf"):
-        with pytest.raises(UserError, match=r"WEIGHTS .* are no"):
-            main([str(tmp_path / "base"), str(tmp_path / "other"), *typed, "--weights", weights])
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"- `{files[0]}` (sha256:" in card and "): 0.8\n" in card and "): -0.5\n" in card
+    refused = {
+        ("0.8", *typed): "WEIGHTS has 1 numbers for 2 adapters of LORA: type as many",
+        ("0.8,x", *typed): "WEIGHTS is '0.8,x': type finite numbers",
+        ("0.8,inf", *typed): "WEIGHTS is '0.8,inf': type finite numbers",
+        ("0.8",): "WEIGHTS is '0.8', but LORA names no adapters",
+        ("", "--lora", f"{files[0]},"): "LORA is '.*,': type paths with a comma between them",
+        ("", "--lora", str(tmp_path / "base")): "LORA: .*base is no adapter: the folder holds none",
+    }
+    for (weights, *lora), message in refused.items():
+        with pytest.raises(UserError, match=message):
+            main([str(tmp_path / "base"), str(tmp_path / "other"), *lora, "--weights", weights])
     assert not (tmp_path / "other").exists()
+
+
+def test_adapters_of_another_process_are_not_merged_and_those_of_other_weights_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("convert"), "propagate", True)
+    config = PixArtConfig(num_layers=1, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
+    save_diffusers(PixArt(config), tmp_path / "base")
+    beside, shape = PixArt(config), AdapterShape(rank=2, alpha=2.0, targets=("mlp",))
+    add_adapters(beside, shape, key="x.lora.targets")
+    weights = {key: value.detach() for key, value in beside.named_parameters() if value.requires_grad}
+    base = {"identity": "sha256:1", "location": "/its/weights", "adapters": []}
+    for process in ("flow", "ddpm"):
+        belongs_to = {"base": base, "process": {"name": process}}
+        write_adapter(tmp_path / process, weights, config, shape=shape, belongs_to=belongs_to)
+    with pytest.raises(UserError, match=r"flow/adapter_model\.safetensors was trained with process flow, but .* ddpm"):
+        main([str(tmp_path / "base"), str(tmp_path / "merged"), "--lora", str(tmp_path / "flow")])
+    main([str(tmp_path / "base"), str(tmp_path / "merged"), "--lora", str(tmp_path / "ddpm")])
+    assert "was trained on the weights of /its/weights, and is added to others" in " ".join(caplog.text.split())

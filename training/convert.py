@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encoders.weights import identity_of
 from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
-from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json
+from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
 from pixart.adapter_files import read_adapter
-from pixart.adapters import merge, require_fit
+from pixart.adapters import Adapter, compare_base, merge, require_fit
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
 from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
@@ -37,7 +38,7 @@ from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.transformer_config import to_json
 from pixart.weight_files import is_original_name
-from training.exports.card import CARD, write_card
+from training.exports.card import CARD, Card
 from training.exports.null_caption import known_null_caption
 from training.exports.pipeline import find_parts, write_parts
 from training.stages.networks import count_parameters
@@ -68,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
     network = with_adapters(network, start, key=f"SOURCE {options.source}")
-    if options.lora or options.weights:
-        network = _with_added(network, options.lora.split(",") if options.lora else [], options.weights)
     origins = start.origins
     _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
     process = start.process if origins.process is None else origins.process.value
+    merged = {}
+    if options.lora or options.weights:
+        merged = _add_adapters(network, start, options, process=process["name"])
     origins = _kept(origins, process, source=source, is_reparameterised=options.reparameterize)
     if options.reparameterize:
         if network.kind != "dit":
@@ -88,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         derived = {} if options.reparameterize else _derived(start, origins, network)
         _write_original(network, options.target, derived, origins=origins, process=process["name"])
     else:
-        checkpoint = _checkpoint_of(start)
-        _write(network, options.target, process, origins=origins, checkpoint=checkpoint, is_pipeline=options.pipeline)
+        card = Card(checkpoint=_checkpoint_of(start), title=options.target.name, origins=origins, merged=merged)
+        _write(network, options.target, process, card=card, is_pipeline=options.pipeline)
     _say(f"{options.target}: {_describe(network)}")
 
 
@@ -109,29 +111,64 @@ def _find_start(source: str) -> StartingPoint:
     return find_weights(source, key="SOURCE") if checkpoint is None else from_checkpoint(checkpoint)
 
 
-def _with_added(network: DiT | PixArt, locations: Sequence[str], typed_weights: str) -> DiT | PixArt:
-    """Add the changes of adapters, each times its weight, as drawing with them does."""
+def _add_adapters(
+    network: DiT | PixArt, start: StartingPoint, options: argparse.Namespace, *, process: str
+) -> dict[str, float]:
+    """Add the changes of adapters, each times its weight, as drawing with them does; returns what the card says."""
     if network.kind != "pixart":
-        raise UserError("LORA is for a PixArt, but SOURCE is a class-conditional DiT")
-    try:
-        weights = [float(weight) for weight in typed_weights.split(",")] if typed_weights else [1.0] * len(locations)
-    except ValueError:
-        raise UserError(f"WEIGHTS {typed_weights!r} are no numbers with commas between them") from None
-    if len(weights) != len(locations) or not all(map(math.isfinite, weights)):
-        raise UserError(f"WEIGHTS {typed_weights!r} are no {len(locations)} finite numbers, one for each of LORA")
-    adapters = []
+        raise UserError(f"LORA is for a PixArt, but SOURCE ({start.path}) is a class-conditional DiT")
+    source = start.path
+    assert source is not None, "only a stage starts from nothing"
+    locations = [location.strip() for location in options.lora.split(",")] if options.lora else []
+    weights = _typed_weights(options.weights, locations)
+    identity = identity_of(source)
+    adapters, merged = [], {}
     for location, weight in zip(locations, weights, strict=True):
-        path = typed_path(location.strip())
-        opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-        checkpoint = opens(path) if path.is_dir() else None
-        adapter = read_adapter(path if checkpoint is None else checkpoint.weights, network.config)
-        require_fit(adapter, network)
-        for note in adapter.notes:
+        adapter = _open_adapter(location, network)
+        for note in (
+            *adapter.notes,
+            *compare_base(adapter, title=str(source), location=str(source), identity=identity, process=process),
+        ):
             log.warning(note)
         _say(f"{adapter.path}: {len(adapter.layers)} layers are changed by {weight:g} times the adapter's change")
         adapters.append((adapter, weight))
+        said = f"`{location}` (sha256:{sha256_file(adapter.path)})"
+        merged[said] = merged.get(said, 0.0) + weight
     merge(network.float(), adapters)
-    return network
+    return merged
+
+
+def _typed_weights(typed: str, locations: Sequence[str]) -> list[float]:
+    if not locations:
+        raise UserError(f"WEIGHTS is {typed!r}, but LORA names no adapters")
+    if not all(locations):
+        raise UserError(f"LORA is {','.join(locations)!r}: type paths with a comma between them, as a.safetensors,b")
+    if not typed:
+        return [1.0] * len(locations)
+    try:
+        weights = [float(weight) for weight in typed.split(",")]
+    except ValueError:
+        weights = [math.nan]
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"WEIGHTS is {typed!r}: type finite numbers with a comma between them, as 0.8,0.5")
+    if len(weights) != len(locations):
+        raise UserError(f"WEIGHTS has {len(weights)} numbers for {len(locations)} adapters of LORA: type as many")
+    return weights
+
+
+def _open_adapter(location: str, network: PixArt) -> Adapter:
+    """Open an adapter that is named by its file or folder, a checkpoint or a stage of training."""
+    path = typed_path(location)
+    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+    checkpoint = opens(path) if path.is_dir() else None
+    if checkpoint is not None and not checkpoint.has_adapters:
+        raise UserError(f"LORA {path} is a checkpoint of a whole network, and no adapter: name it as FROM")
+    try:
+        adapter = read_adapter(path if checkpoint is None else checkpoint.weights, network.config)
+        require_fit(adapter, network)
+    except UserError as error:
+        raise UserError(f"LORA: {error}") from None
+    return adapter
 
 
 def _say(line: str) -> None:
@@ -206,8 +243,7 @@ def _write(
     folder: Path,
     process: Mapping[str, Any],
     *,
-    origins: Origins,
-    checkpoint: Path | None,
+    card: Card,
     is_pipeline: bool,
 ) -> None:
     """Write all or nothing under the folder's name: the weights, and beside them what they were trained with."""
@@ -215,20 +251,18 @@ def _write(
     if is_pipeline:
         if network.kind != "pixart":
             raise UserError("SOURCE is a DiT, and pipelines are made of a PixArt alone: leave PIPELINE out")
-        parts = find_parts(network.config, origins)
+        parts = find_parts(network.config, card.origins)
         for name, part in (("text encoder", parts.text_encoder), ("VAE", parts.vae)):
             if part is None:
                 log.warning(f"{folder} is without its {name}, which is not on this machine: {CARD} says how to pass it")
     with atomic_folder(folder) as temporary:
         save_diffusers(network, temporary / WEIGHTS_FOLDER)
         atomic_write_json(temporary / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
-        atomic_write_json(temporary / ORIGINS_FILE, origins.to_json())
+        atomic_write_json(temporary / ORIGINS_FILE, card.origins.to_json())
         if parts is not None:
             write_parts(temporary, parts, scheduler_class=scheduler["_class_name"])
         class_name = to_json(network.config)["_class_name"] if parts is None else parts.class_name
-        write_card(
-            temporary, checkpoint=checkpoint, title=folder.name, origins=origins, class_name=class_name, parts=parts
-        )
+        card.write(temporary, class_name=class_name, parts=parts)
 
 
 def _checkpoint_of(start: StartingPoint) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,46 @@ SETTINGS = (
 )
 
 
-def write_card(
-    folder: Path,
-    *,
-    checkpoint: Path | None,
-    title: str,
-    origins: Origins,
-    class_name: str,
-    parts: Parts | None = None,
-) -> None:
-    """Write the card beside weights, of a `checkpoint` of ours or of others.
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the card of weights tells of them.
 
-    `parts` are those of a pipeline, `class_name` is what opens it.
+    Attributes:
+        checkpoint: folder of the one of ours that they are of; None of others' weights.
+        title: of the card.
+        origins: what they were trained with.
+        merged: adapters that were merged into them since, in words, and how much of each.
     """
-    trainer = {} if checkpoint is None else read_state(checkpoint / TRAINER, mend="name other weights")
-    run = None if checkpoint is None else checkpoint.absolute().parent.parent.parent
-    lines = [
-        *_front(trainer, origins),
-        f"# {title}",
-        "",
-        origins.describe() + ".",
-        *_data(trainer),
-        *_settings(trainer),
-        *_scores(run, trainer.get("stage")),
-        *_use(class_name, origins, parts),
-    ]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    checkpoint: Path | None
+    title: str
+    origins: Origins
+    merged: Mapping[str, float] = field(default_factory=dict)
+
+    def write(self, folder: Path, *, class_name: str, parts: Parts | None) -> None:
+        """Write it beside the weights; `parts` are those of a pipeline, `class_name` is what opens it."""
+        trainer = {} if self.checkpoint is None else read_state(self.checkpoint / TRAINER, mend="name other weights")
+        lines = [
+            *_front(trainer, self.origins),
+            f"# {self.title}",
+            "",
+            self.origins.describe() + ".",
+            *_data(trainer),
+            *_settings(trainer),
+            *self._adapters(),
+            *_scores(self._judged_run(), trainer.get("stage")),
+            *_use(class_name, self.origins, parts),
+        ]
+        (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _adapters(self) -> Iterator[str]:
+        if self.merged:
+            yield from ("", "## Adapters", "", "Merged into the weights, each times a number:", "")
+            yield from (f"- {name}: {weight:g}" for name, weight in self.merged.items())
+
+    def _judged_run(self) -> Path | None:
+        """Return the run whose scores are of these weights: with adapters merged into them they are others."""
+        return None if self.checkpoint is None or self.merged else self.checkpoint.absolute().parents[2]
 
 
 def _front(trainer: Mapping[str, Any], origins: Origins) -> Iterator[str]:
