@@ -15,29 +15,36 @@ from errors import MissingFileError, UserError, describe_unfetched
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
+# As the published T5 have it alone, SentencePiece's file, of which transformers makes a tokenizer.
+TOKENIZER_FILE, PIECES_FILE = "tokenizer.json", "spiece.model"
 TEXTS_AT_ONCE = 4096
 
 
+def find_tokenizer(source: ModelSource) -> Path | None:
+    """Return the file of a model's tokenizer in its folder or in the hub's cache, None if it is in neither."""
+    return find_file(source, TOKENIZER_FILE) or find_file(source, PIECES_FILE)
+
+
 def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
-    """Return the path of a model's `tokenizer.json`; a hub model's is downloaded if it is not in the cache.
+    """Return the file of a model's tokenizer; a hub model's is downloaded if it is not in the cache.
 
     Raises:
         MissingFileError: a local folder has none; names `key`.
         UserError: it is out of the hub's reach; names `key`.
     """
-    path = find_file(source, TOKENIZER_FILE)
+    path = find_tokenizer(source)
     if path is not None:
         return path
-    if Path(source.location).is_dir():
-        raise MissingFileError(
-            f"{Path(source.location) / TOKENIZER_FILE} does not exist; {key} must hold a fast tokenizer"
-        )
-    return fetch_files(source, [TOKENIZER_FILE], key=key) / TOKENIZER_FILE
+    if not Path(source.location).is_dir():
+        fetch_files(source, [TOKENIZER_FILE, PIECES_FILE, "*.json"], key=key)
+        path = find_tokenizer(source)
+    if path is None:
+        raise MissingFileError(f"{key} {source.location!r} holds neither {TOKENIZER_FILE} nor {PIECES_FILE}")
+    return path
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`, which neither cuts nor pads.
+    """Return the tokenizer of a `tokenizer.json` or `spiece.model`, which neither cuts nor pads.
 
     Raises:
         UserError: the file is damaged, or is none; names it.
@@ -50,10 +57,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         fault = describe_unfetched(file.read(1024))
     if fault is not None:
         raise UserError(f"{path} {fault}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library has no narrower one
-        raise UserError(f"{path} is damaged or no tokenizer ({error}); fetch the model again") from error
+    if path.name == PIECES_FILE:
+        tokenizer = _load_auto(str(path.parent)).backend_tokenizer
+    else:
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no narrower one
+            raise UserError(f"{path} is damaged or no tokenizer ({error}); fetch the model again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -65,11 +75,14 @@ def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> A
     Raises:
         UserError: there is none, or it is damaged; names the folder.
     """
+    return _load_auto(folder or loadable(source, key="tokenizer"), revision=source.revision)
+
+
+def _load_auto(location: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
-    location = folder or loadable(source, key="tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(location, revision=source.revision or "main")
+        return AutoTokenizer.from_pretrained(location, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else
         said = str(error).strip() or type(error).__name__
         raise UserError(f"the tokenizer in {location} cannot be loaded: {said.splitlines()[0]}") from error

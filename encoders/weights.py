@@ -19,7 +19,9 @@ WEIGHT_FILE = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(\w+))??(?:-\d+-of-\d+)?(?:\.(\w+))??\.(?:safetensors|bin)"
 )
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+# A folder of one of the hub's repositories, such as `someone/model/vae`.
+HUB_FOLDER = re.compile(rf"(?P<repository>{HUB_ID.pattern})/(?P<folder>[\w./-]+)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ModelSource:
 def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
     """Find a model by local folder (relative to the working folder or the repository), or else by hub id.
 
-    A folder's identity is a hash over the bytes of its files; a hub model's is `id@revision`.
+    A folder's identity is a hash over the bytes of its files; a hub model's is `id@revision`. A folder of a hub's
+    repository is one of those that are in the hub's cache.
 
     Raises:
         MissingFileError: `model_id` looks like a path and there is no such folder.
@@ -43,6 +46,14 @@ def resolve_model(model_id: str, revision: str | None = None) -> ModelSource:
         folder = root / typed_path(model_id)
         if folder.is_dir():
             return ModelSource(str(folder), None, _folder_identity(folder))
+    if match := HUB_FOLDER.fullmatch(model_id):
+        cached = model_folder(model_id, revision)
+        if cached is None:
+            raise MissingFileError(
+                f"model folder {model_id} does not exist; if it is one of the hub's {match['repository']}, run "
+                f"`hf download {match['repository']} --include '{match['folder']}/*'`"
+            )
+        return ModelSource(str(cached), None, f"{model_id}@{revision or 'main'}")
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise MissingFileError(f"model folder {model_id} does not exist")
     return ModelSource(model_id, revision, f"{model_id}@{revision or 'main'}")
@@ -57,10 +68,27 @@ def model_folder(model_id: str, revision: str | None = None) -> Path | None:
         folder = root / typed_path(model_id)
         if folder.is_dir():
             return folder
-    if not HUB_ID.fullmatch(model_id):
+    match = HUB_FOLDER.fullmatch(model_id)
+    if match is None and not HUB_ID.fullmatch(model_id):
         return None
-    path = find_file(ModelSource(model_id, revision, ""), "config.json")
+    repository, name = (match["repository"], f"{match['folder']}/config.json") if match else (model_id, "config.json")
+    path = find_file(ModelSource(repository, revision, ""), name)
     return None if path is None else path.parent
+
+
+def of_transformer(model_id: str) -> str:
+    """Return the hub's repository whose `transformer` is named, as of a pipeline that is what is taken; else the id."""
+    match = HUB_FOLDER.fullmatch(model_id)
+    is_its = match is not None and match["folder"].rstrip("/") == "transformer"
+    return hub_repository(model_id) or model_id if is_its else model_id
+
+
+def hub_repository(model_id: str) -> str | None:
+    """Return the id of the hub's repository that a model is of, None of one that is named by a local path."""
+    match = HUB_FOLDER.fullmatch(model_id) or HUB_ID.fullmatch(model_id)
+    if match is None or any((root / typed_path(model_id)).exists() for root in (Path(), REPOSITORY)):
+        return None
+    return match.groupdict().get("repository") or match[0]
 
 
 def identity_of(path: Path) -> str:
@@ -87,7 +115,7 @@ def fetch_files(source: ModelSource, patterns: Sequence[str], *, key: str) -> Pa
         UserError: it is not there and cannot be fetched; names the recipe `key`, the model and the way out.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     silence = hub_silence()
     try:
@@ -97,7 +125,7 @@ def fetch_files(source: ModelSource, patterns: Sequence[str], *, key: str) -> Pa
             allow_patterns=list(patterns),
             local_files_only=silence is not None,
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
             f"{key} = {source.location!r} ({source.revision or 'main'}) is no local folder and not in the hub cache, "
             f"and cannot be downloaded ({silence or type(error).__name__}); give a local folder or run "
@@ -158,8 +186,12 @@ def find_file(source: ModelSource, name: str) -> Path | None:
     if folder.is_dir():
         return path if (path := folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(source.location, name, revision=source.revision)
+    try:
+        cached = try_to_load_from_cache(source.location, name, revision=source.revision)
+    except HFValidationError:  # a path of two names, which no repository can have
+        return None
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -180,11 +212,11 @@ def is_model_here(source: ModelSource) -> bool:
     folder = Path(source.location)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             folder = Path(snapshot_download(source.location, revision=source.revision, local_files_only=True))
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, HFValidationError):
             return False
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 

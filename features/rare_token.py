@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 
 from encoders.text import clean_text
-from encoders.tokens import TOKENIZER_FILE, load_tokenizer
-from encoders.weights import find_file, resolve_model
+from encoders.tokens import find_tokenizer, load_tokenizer
+from encoders.weights import resolve_model
 from errors import UserError
 from features.jobs import FeatureInputs
 
@@ -32,7 +32,7 @@ def require_token(inputs: FeatureInputs, texts: Sequence[str], *, what: str) -> 
     if not any(as_a_word.search(text) for text in texts):
         raise UserError(f"{key} = {token!r} is not in {what}, such as {texts[0]!r}" if texts else f"{key}: no texts")
     source = resolve_model(inputs.features.text_model, inputs.features.text_revision)
-    path = find_file(source, TOKENIZER_FILE)
+    path = find_tokenizer(source)
     if path is None:  # a model that is yet to be fetched, and is looked at then
         return
     encoding = load_tokenizer(path).encode(clean_text(BEFORE + token, inputs.features.text_cleaning))

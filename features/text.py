@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from encoders.text import clean_text
 from encoders.token_kinds import TokenKinds, token_kinds
-from encoders.tokens import TOKENIZER_FILE, load_tokenizer
-from encoders.weights import ModelSource, find_file
+from encoders.tokens import find_tokenizer, load_tokenizer
+from encoders.weights import ModelSource
 from features.captions import caption_sources, mend_captions, remember_identities, require_unchanged
 from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob, count_samples
 from features.quantization import summarize_storage
@@ -105,7 +105,7 @@ def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureI
     if not samples:
         return float(limit * len(columns)), "no text to measure: at most"
     texts = [text for sample in samples for text in sample]
-    tokenizer_file = find_file(model, TOKENIZER_FILE)
+    tokenizer_file = find_tokenizer(model)
     if tokenizer_file is None:
         lengths = [TOKENS_PER_WORD * len(text.split()) + 1 for text in texts]
         basis = f"{len(texts)} captions, {TOKENS_PER_WORD} tokens a word as the tokenizer is not here:"

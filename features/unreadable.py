@@ -5,8 +5,7 @@ from pathlib import Path
 
 from encoders.text import clean_text
 from encoders.token_kinds import token_kinds
-from encoders.tokens import TOKENIZER_FILE, load_tokenizer
-from encoders.weights import find_file
+from encoders.tokens import find_tokenizer, load_tokenizer
 from features.captions import mend_captions
 from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.progress import get_logger
@@ -49,7 +48,7 @@ def quote_some(texts: Sequence[str]) -> str:
 
 
 def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
-    path = find_file(job.model, TOKENIZER_FILE)
+    path = find_tokenizer(job.model)
     found: list[str] = []
     if path is None:
         return found

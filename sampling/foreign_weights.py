@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.latents import require_whole_patches
-from encoders.weights import REPOSITORY, require_model, resolve_model
+from encoders.weights import REPOSITORY, of_transformer, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
@@ -77,7 +77,7 @@ def _is_adapter_of_training(path: Path) -> bool:
 def _find_folder(location: str, revision: str | None) -> Path:
     """Return the local folder of a checkpoint; a hub id's is in the hub's cache, filled if the hub can be reached."""
     try:
-        source = resolve_model(location, revision)
+        source = resolve_model(of_transformer(location), revision)
     except MissingFileError as error:
         raise MissingFileError(f"sampling.checkpoint: {error}") from None
     if Path(source.location).is_dir():

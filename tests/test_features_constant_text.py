@@ -7,6 +7,7 @@ import feature_run
 import pyarrow.parquet as pq
 import pytest
 from feature_run import caption_of, extract, write_captions, write_run
+from tiny_encoders import save_pieces, save_text_encoder
 
 from errors import UserError
 from pipelines.store.families import NULL_CAPTION_FILE
@@ -77,6 +78,17 @@ def test_a_common_word_is_no_rare_token(run: Path) -> None:
         UserError, match=r"token = 'star' is a common word: it is one piece, number \d+, of .*t5.* 5,000"
     ):
         extract(run, model, constant("a yellow star"), "features.stage2.token=star")
+
+
+def test_a_common_word_is_known_to_a_tokenizer_as_it_was_published(run: Path, tmp_path: Path) -> None:
+    """Of SentencePiece's file alone, which is all that the released models' T5 has."""
+    folder = save_text_encoder(tmp_path / "t5")
+    (folder / "tokenizer.json").unlink()
+    save_pieces(folder, [f"a {colour} star" for colour in ("yellow", "red", "blue", "green", "sad", "dark")] * 20)
+    model = f"features.text_model={folder}"
+    with pytest.raises(UserError, match=r"token = 'star' is a common word: it is one piece, number \d+, of .*t5"):
+        extract(run, model, constant("a yellow star"), "features.stage2.token=star")
+    extract(run, model, constant("a yellow rks"), "features.stage2.token=rks")
 
 
 def test_captions_of_files_are_looked_through_for_the_token(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Tiny random text encoders and codecs for tests: the real classes, saved as a hub model would be."""
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     Gemma2Config,
@@ -28,6 +30,25 @@ def save_tokenizer(folder: Path, *, ends_texts: bool = True) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     return len(vocabulary)
+
+
+def save_pieces(folder: Path, texts: list[str]) -> None:
+    """Write the tokenizer of a T5 as its publishers do: SentencePiece's file, learnt from `texts`, and settings."""
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def text_config(vocab_size: int) -> T5Config:

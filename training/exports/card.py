@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import HUB_ID
+from encoders.weights import hub_repository
 from pipelines.store.checkpoints import TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
@@ -74,8 +74,7 @@ def _front(trainer: Mapping[str, Any], origins: Origins) -> Iterator[str]:
 
 def base_model(trainer: Mapping[str, Any], origins: Origins) -> str | None:
     """Return the hub id of the weights that a training started from, or as which weights are published; else None."""
-    named = trainer.get("starts_from") or ""
-    if HUB_ID.fullmatch(named) and not Path(named).exists():
+    if (named := hub_repository(trainer.get("starts_from") or "")) is not None:
         return named
     sources = [fact.source for fact in origins.facts().values() if fact is not None]
     published = [match[1] for source in sources if (match := re.fullmatch(r"published as (\S+)", source))]

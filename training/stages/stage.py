@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import identity_of, require_model, resolve_model
+from encoders.weights import identity_of, of_transformer, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
@@ -352,7 +352,10 @@ def find_weights(model_id: str, *, key: str) -> StartingPoint:
         return StartingPoint(path, f"sha256:{sha256_file(path)}", location=model_id)
     if is_original_name(model_id) and not path.exists():
         raise MissingFileError(f"{key}: {model_id} does not exist")
-    source = resolve_model(model_id)
+    try:
+        source = resolve_model(of_transformer(model_id))
+    except MissingFileError as error:
+        raise MissingFileError(f"{key}: {error}") from None
     folder = Path(source.location)
     if not folder.is_dir():
         require_model(source, key=key)

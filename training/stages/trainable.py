@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from encoders.weights import hub_repository
 from errors import UserError
 from pipelines.store.checkpoints import ADAPTER, MODEL
 from pixart.adapter_files import read_trained, write_adapter
@@ -122,7 +123,8 @@ class Adapters:
         """Write the adapters alone as `adapter/`, a folder that peft opens on diffusers' transformer."""
         assert isinstance(config, PixArtConfig)
         belongs_to = {"base": trainer["base"], **{name: trainer[name] for name in ("text", "vae", "process")}}
-        belongs_to["name"] = trainer["base"]["location"]
+        # peft opens it by a name that holds elsewhere, too, where there is one
+        belongs_to["name"] = hub_repository(trainer["starts_from"] or "") or trainer["base"]["location"]
         write_adapter(checkpoint / ADAPTER, weights, config, shape=self.shape, belongs_to=belongs_to)
 
     def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
