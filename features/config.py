@@ -242,6 +242,13 @@ def feature_table(recipe: Recipe, name: str) -> FeaturesConfig:
     return tables[name] if name in tables else recipe.named("features", name, model=FeaturesConfig)
 
 
+def table_of_stage(recipe: Recipe, stage: str) -> str:
+    """Return the table of `[features]` that a stage means: that of its name, else the one that its training reads."""
+    if stage in recipe.names("features", keys=FeaturesConfig.model_fields) or stage not in recipe.names("training"):
+        return stage
+    return recipe.laid_over("training", stage).get("features") or stage
+
+
 def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfig]) -> None:
     """Refuse tables that would write into one folder what differs: features/text*, features/<family>-<resolution>."""
     owners: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}

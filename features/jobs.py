@@ -14,10 +14,11 @@ from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import ModelSource
 from errors import UserError
-from features.config import FeaturesConfig, feature_table
+from features.config import FeaturesConfig, feature_table, table_of_stage
 from features.patches import patch_size
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
+from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.images import aspect_buckets
 from pipelines.raw.patterns import select_shards
@@ -31,6 +32,8 @@ from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, Manifest, Shard
 HEADER_BYTES, TENSOR_HEADER_BYTES, INDEX_ROW_BYTES = 128, 64, 64
 # The toy world's encoders take so many in about eight seconds, in which Ray's workers would hardly have started.
 FEW_SAMPLES = 500
+
+log = get_logger("features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,18 +197,21 @@ def read_inputs(command: Command) -> FeatureInputs:
     Raises:
         UserError, MissingFileError: a key is wrong or a shard pattern matches nothing; names it.
     """
-    features = feature_table(command.recipe, command.stage_name)
+    name = table_of_stage(command.recipe, command.stage_name)
+    features = feature_table(command.recipe, name)
+    if name != command.stage_name:
+        log.info(f"training.{command.stage_name} reads the features of [features.{name}]")
     data = command.recipe.table("data", DataConfig)
-    key = f"features.{command.stage_name}.shards"
-    origin = command.recipe.blame(f"features.{command.stage_name}", "shards")
+    key = f"features.{name}.shards"
+    origin = command.recipe.blame(f"features.{name}", "shards")
     paths = select_shards(command.raw_shards, features.shards, key=f"{origin}: {key}")
     return FeatureInputs(
         run=command.run,
-        stage_name=command.stage_name,
+        stage_name=name,
         features=features,
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
-        patch_size=patch_size(command, command.stage_name),
+        patch_size=patch_size(command, name),
         raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
     )
 

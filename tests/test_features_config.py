@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
-from features.config import feature_table
+from features.config import feature_table, table_of_stage
 from pipelines.recipe import Recipe
 
 STAGE = {"shards": ["laion_*"], "resolution": 64}
@@ -62,6 +62,13 @@ def test_tables_of_other_variants_lie_side_by_side():
 def test_a_table_extends_another():
     faces = {"extends": "stage2", "resolution": 128, "buckets": True}
     assert (table("faces", faces=faces).shards, table("faces", faces=faces).resolution) == (["laion_*"], 128)
+
+
+def test_a_stage_without_a_table_of_its_own_means_the_one_that_its_training_reads():
+    training = {"cat": {"features": "stage2"}, "small": {"extends": "cat"}, "stage2": {"features": "other"}, "odd": {}}
+    recipe = Recipe(Path("r.toml"), {"features": {"stage2": STAGE}, "training": training})
+    found = [table_of_stage(recipe, name) for name in ("cat", "small", "stage2", "odd", "unknown")]
+    assert found == ["stage2", "stage2", "stage2", "odd", "unknown"]
 
 
 def test_a_name_without_a_table_is_one_line_with_the_known_ones():
