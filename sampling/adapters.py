@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
+from pipelines.store.bases import RUN
 from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
 from sampling.trained_model import TrainedModel, WeightedAdapter
@@ -27,16 +28,19 @@ def add_adapters(
 ) -> TrainedModel:
     """Return the model with adapters to be merged into its weights, all of which are looked at here.
 
+    One that the model is a checkpoint of is not added a second time: it gets this weight in the place of 1.
+
     Args:
         trained: what is drawn from.
         wanted: files, folders, and checkpoints or stages of training that have adapters; `{run}` is the run's folder.
-        weights: one for each; None is 1 for all.
+        weights: one for each; None is 1 for all. One alone, without adapters, is for the model's own.
         run: the run's folder.
 
     Raises:
         MissingFileError: one is not there.
         UserError: it is no adapter or another model's, or there are not as many weights.
     """
+    wanted = name_adapters(trained, wanted, weights, run=run)
     if weights is not None and len(weights) != len(wanted):
         raise UserError(f"{WEIGHTS_KEY} has {len(weights)} weights for {len(wanted)} adapters of {KEY}: give as many")
     if not wanted:
@@ -47,13 +51,38 @@ def add_adapters(
         for file, location, weight in zip(files, wanted, weights or [1.0] * len(files), strict=True)
     )
     _require_fit(trained, files)
-    parts = [f"{adapter.weight:g} {adapter.identity}" for adapter in added]
+    contents = {sha256_file(file) for file in files}
+    kept = tuple(path for path in trained.own_adapters if _content(path) not in contents)
+    own = {_content(path) for path in trained.own_adapters}
+    name, parts = trained.name, []
+    for adapter in added:
+        is_own = sha256_file(adapter.path) in own
+        name += f" at {adapter.weight:g}" if is_own else f" + {adapter.title}"
+        parts.append(f"{'own ' if is_own else ''}{adapter.weight:g} {adapter.identity}")
     return replace(
         trained,
-        name=" + ".join([trained.name, *(adapter.title for adapter in added)]),
+        name=name,
         identity=f"{trained.identity}+sha256:{sha256_text(chr(10).join(parts))}",
+        own_adapters=kept,
         adapters=(*trained.adapters, *added),
     )
+
+
+def name_adapters(
+    trained: TrainedModel, wanted: Sequence[str], weights: Sequence[float] | None, *, run: Path
+) -> Sequence[str]:
+    """Return the adapters wanted; where there is a weight and none of them, the model's own, if it has one."""
+    if wanted or trained.checkpoint is None or not trained.own_adapters or weights is None or len(weights) != 1:
+        return wanted
+    folder = trained.checkpoint
+    is_here = trained.run is not None and trained.run.resolve() == run.resolve()
+    return [f"{RUN}/training/{folder.parent.name}/{folder.name}" if is_here else str(folder)]
+
+
+def _content(folder: Path) -> str:
+    from pixart.adapter_files import find_adapter_file
+
+    return sha256_file(find_adapter_file(folder))
 
 
 def adapter_identity(file: Path) -> str:

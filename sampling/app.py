@@ -19,6 +19,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pixart.processes.specs import num_passes
 from sampling.app_fields import (
+    ADAPTERS_FIELD,
     add_checkpoint,
     add_examples,
     add_fields,
@@ -26,6 +27,7 @@ from sampling.app_fields import (
     add_prompt,
     add_result,
     most_adapters,
+    offer_what_is_there,
     values_of,
     wishes_of,
 )
@@ -45,6 +47,7 @@ footer { display: none !important; }
 #studio { grid-template: "ask result" auto "settings result" 1fr / 2fr 3fr; }
 #ask { grid-area: ask; } #result { grid-area: result; } #settings { grid-area: settings; }
 #studio > * { min-width: 0 !important; width: 100%; }
+#another { align-self: end; }
 #image { height: min(600px, 92vw) !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
 #where code { overflow-wrap: anywhere; }
@@ -53,7 +56,10 @@ footer { display: none !important; }
 #drawn .grid-wrap, #history .grid-wrap { padding-top: 30px; }
 #drawn .grid-wrap { min-height: 0 !important; }
 #history .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important; }
-@media (max-width: 820px) { #studio { grid-template: "ask" "result" "settings" / 1fr; } }
+@media (max-width: 820px) {
+  #studio { grid-template: "ask" "result" "settings" / 1fr; }
+  #steps, #guidance { min-width: 100% !important; }
+}
 """
 # Gradio's own hints and its orange button have a contrast of 2 and 3; 4.5 is what WCAG AA asks for.
 READABLE = {
@@ -175,6 +181,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
             return gr.Dropdown(sizes, value=sizes[0]), gr.Dropdown(solvers, value=solver)
 
         results = [image, said, drawn, past]
+        offer_what_is_there(page, studio, checkpoint, fields[ADAPTERS_FIELD], past)
         for event in (start.click, prompt.submit):
             inputs = [checkpoint, count, *fields]
             event(draw, inputs, results, concurrency_limit=1, concurrency_id="draw", show_progress_on=image)

@@ -17,10 +17,11 @@ MOST_EXAMPLES = 6
 CAPTIONS_COLUMNS = ["caption", "reject"]
 
 
-def checkpoint_choices(run: Path) -> list[tuple[str, str]]:
+def checkpoint_choices(run: Path, named: tuple[str, str] | None = None) -> list[tuple[str, str]]:
     """Label and folder of every checkpoint of a run that draws texts, by stage, the latest step of each first.
 
-    One whose `trainer.json` cannot be read is in the list too, and is refused with the reason when it is chosen.
+    `named` is the label and folder of another one, offered first where the run does not have it. One whose
+    `trainer.json` cannot be read is in the list too, and is refused with the reason when it is chosen.
     """
     found = []
     for stage in sorted((run / "training").glob("*")):
@@ -32,7 +33,7 @@ def checkpoint_choices(run: Path) -> list[tuple[str, str]]:
                 continue
             if trainer["kind"] != "dit":
                 found.append((_label(stage, folder, trainer), str(folder)))
-    return found
+    return found if named is None or named[1] in [folder for _, folder in found] else [named, *found]
 
 
 def adapter_choices(run: Path, named: Sequence[str]) -> list[tuple[str, str]]:

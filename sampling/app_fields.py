@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MOST_STEPS, MOST_GUIDANCE = 250, 15
 # Sliders for the weights of adapters, and how far they go; a recipe may have more of both.
 MOST_ADAPTERS, MOST_WEIGHT = 4, 2.0
+# Where the choice of adapters stands among the fields.
+ADAPTERS_FIELD = 8
 
 
 def add_prompt(studio: Studio) -> Any:
@@ -66,9 +68,7 @@ def add_checkpoint(studio: Studio) -> Any:
     """Lay out the choice of checkpoints: those of the run, and the one that the command names, if that is another."""
     import gradio as gr
 
-    choices = checkpoint_choices(studio.run)
-    if studio.checkpoint not in [folder for _, folder in choices]:
-        choices = [(studio.trained.name, studio.checkpoint), *choices]
+    choices = checkpoint_choices(studio.run, (studio.trained.name, studio.checkpoint))
     info = "Those that draw prompts; weights are loaded when an image is drawn"
     return gr.Dropdown(choices, value=studio.checkpoint, label="Checkpoint", info=info, elem_id="checkpoint")
 
@@ -94,7 +94,7 @@ def add_fields(studio: Studio) -> list[Any]:
             studio.sizes(),
             value=first.size,
             label="Size",
-            info=f"Width x height, multiples of {studio.trained.patch_pixels}",
+            info=f"Multiples of {studio.trained.patch_pixels}",
             allow_custom_value=True,
             elem_id="size",
         )
@@ -103,8 +103,10 @@ def add_fields(studio: Studio) -> list[Any]:
         solver = gr.Dropdown(solvers, value=first.solver, label="Sampler", info=info, elem_id="solver")
     with gr.Row():
         most_steps, most_guidance = max(MOST_STEPS, first.num_steps), max(MOST_GUIDANCE, first.guidance_scale)
-        steps = gr.Slider(1, most_steps, first.num_steps, step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(1, most_guidance, first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance")
+        steps = gr.Slider(1, most_steps, first.num_steps, step=1, label="Steps", buttons=[], elem_id="steps")
+        guidance = gr.Slider(
+            1, most_guidance, first.guidance_scale, step=0.1, label="Guidance", buttons=[], elem_id="guidance"
+        )
     with gr.Row():
         seed = gr.Number(first.seed, label="Seed", precision=0, elem_id="seed")
         another = gr.Button("Another seed", elem_id="another")
@@ -138,7 +140,7 @@ def _add_adapters(studio: Studio) -> list[Any]:
         allow_custom_value=True,
         max_choices=num_most,
         label="Adapters (LoRA)",
-        info="Those of the run, of the recipe, and of paths below",
+        info="A checkpoint's own has weight 1 unless chosen here",
         elem_id="adapters",
     )
     path = gr.Textbox(
@@ -186,7 +188,6 @@ def add_history(studio: Studio) -> "gradio.Gallery":
     import gradio as gr
 
     return gr.Gallery(
-        [str(path) for path in studio.history()],
         label="History: a click brings image and settings back",
         height=220,
         object_fit="contain",
@@ -195,6 +196,19 @@ def add_history(studio: Studio) -> "gradio.Gallery":
         buttons=[],
         elem_id="history",
     )
+
+
+def offer_what_is_there(page: Any, studio: Studio, checkpoint: Any, adapters: Any, past: Any) -> None:
+    """Look at checkpoints, adapters and images each time that the page is opened: beside it, others are made."""
+    import gradio as gr
+
+    named = studio.trained.name, studio.checkpoint
+
+    def look() -> list[Any]:
+        choices = checkpoint_choices(studio.run, named), adapter_choices(studio.run, studio.config.lora)
+        return [*map(gr.Dropdown, choices), [str(path) for path in studio.history()]]
+
+    page.load(look, None, [checkpoint, adapters, past], queue=False, show_progress="hidden")
 
 
 def wishes_of(values: Sequence[Any], num_images: int) -> list[Wish]:

@@ -21,7 +21,7 @@ from pipelines.store.png_files import DAMAGE
 from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
 from pixart.processes.specs import SOLVERS, require_solver
-from sampling.adapters import adapter_identity, add_adapters, find_file
+from sampling.adapters import adapter_identity, add_adapters, find_file, name_adapters
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import ADAPTERS, is_own, is_whole, is_written, write_image
@@ -91,6 +91,8 @@ class Studio:
         self._opened = {self.checkpoint: (trained, name)}
         # What is typed into a page is in no file of embeddings.
         self.config = config.model_copy(update={"text_encoder": "device"}) if is_precomputed else config
+        named = name_adapters(trained, config.lora, config.lora_weights, run=run)
+        self.config = self.config.model_copy(update={"lora": list(named)})
         self.folder = run / "samples" / name
         # Images are drawn here, on this machine's device, wherever workers would be.
         self.run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
@@ -99,7 +101,7 @@ class Studio:
         self._texts: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
-        add_adapters(trained, config.lora, config.lora_weights, run=run)
+        add_adapters(trained, named, config.lora_weights, run=run)
 
     def look_at(self, checkpoint: str) -> TrainedModel:
         """Open a checkpoint's folder, without its weights and without choosing it.

@@ -142,7 +142,9 @@ class SamplingConfig(TableConfig):
         "checkpoints or stages that trained adapters; typed, with commas between them; `{run}` as above",
     )
     lora_weights: list[Annotated[float, pydantic.Field(ge=-10, le=10)]] | None = pydantic.Field(
-        default=None, description="How much of each adapter's change is added, from -10 to 10; null = 1 of each"
+        default=None,
+        description="How much of each adapter's change is added, from -10 to 10; null = 1 of each. One alone, where "
+        "`lora` names none, is for the adapter that the checkpoint has trained",
     )
     checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
     departs_in: list[Literal["text_encoder", "max_tokens", "cleaning", "vae"]] = pydantic.Field(

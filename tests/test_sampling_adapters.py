@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sampling_run import FLOW, PIXART, make_run, save_adapter, save_adapter_checkpoint, write_recipe
 
@@ -60,6 +61,33 @@ def test_a_stage_of_adapters_is_added_as_its_merged_weights_are(run: Path, tmp_p
     expected = load_diffusers(tmp_path / "merged" / "transformer").state_dict()
     assert all(np.array_equal(weight, expected[name]) for name, weight in trained.load().state_dict().items())
     assert trained.name == "stage 2, step 7 + cat, step-7 0.7"
+
+
+def test_a_stages_own_adapter_is_weighed_and_not_added_twice(run: Path, tmp_path: Path) -> None:
+    cat = save_adapter_checkpoint(run, "cat")
+    plain = open_run_model(run, "cat")
+    copied = tmp_path / "mine.safetensors"
+    copied.write_bytes((cat / "adapter" / "adapter_model.safetensors").read_bytes())
+
+    def weights_of(wanted: list[str], weights: list[float] | None) -> dict[str, torch.Tensor]:
+        return add_adapters(plain, wanted, weights, run=run).load().state_dict()
+
+    def expected(weight: float) -> dict[str, torch.Tensor]:
+        return add_adapters(open_run_model(run, "stage2"), [str(cat)], [weight], run=run).load().state_dict()
+
+    for wanted, weights in (([str(cat)], [0.6]), ([], [0.6]), (["{run}/training/cat"], [0.6]), ([str(copied)], [0.6])):
+        torch.testing.assert_close(weights_of(wanted, weights), expected(0.6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights_of([str(cat)], None), plain.load().state_dict(), atol=1e-6, rtol=0)
+    weighed = add_adapters(plain, [], [0.6], run=run)
+    assert weighed.name == "cat, step 7 at 0.6" and weighed.identity != plain.identity
+    assert weighed.adapters[0].location == "{run}/training/cat/step-7"
+    style = save_adapter(tmp_path / "style", seed=8)
+    both = add_adapters(plain, [str(style)], [0.5], run=run)
+    assert both.name == "cat, step 7 + style 0.5" and len(both.own_adapters) == 1
+    with pytest.raises(UserError, match="2 weights for 0 adapters"):
+        add_adapters(plain, [], [0.6, 0.4], run=run)
+    with pytest.raises(UserError, match="1 weights for 0 adapters"):
+        add_adapters(open_run_model(run, "stage2"), [], [0.6], run=run)
 
 
 def test_as_many_weights_as_adapters_are_typed(run: Path, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from playwright.sync_api import expect
 from sampling_run import make_run, save_adapter, save_adapter_checkpoint, write_recipe
 
 from errors import MissingFileError, UserError
+from pipelines.engine.run import EngineConfig
 from sampling import renderer, text_encoding
 from sampling.__main__ import main as sample_main
 from sampling.app_choices import adapter_choices
 from sampling.app_fields import values_of
-from sampling.app_studio import Wish, adapter_titles, wish_of
-from sampling.trained_model import TrainedModel
+from sampling.app_studio import Studio, Wish, adapter_titles, wish_of
+from sampling.config import SamplingConfig
+from sampling.trained_model import TrainedModel, open_run_model
 
 CAT = "{run}/training/cat/step-7"
 
@@ -166,3 +168,21 @@ def test_the_page_adds_adapters_with_their_weights(run: Path, kind: str) -> None
         expect(page.locator("#weight-0 input[type=number]")).to_have_value("0.5")
         expect(page.locator("#eight-bits input")).not_to_be_checked()
         assert np.array_equal(shown_image(page), expected)
+        # Opened anew, the page has what was drawn and trained since the app has started.
+        dog = save_adapter_checkpoint(run, f"dog-{kind}").parent
+        page.reload()
+        expect(page.locator("#history button:has(img)").nth(1)).to_be_visible(timeout=30_000)
+        page.locator("#adapters input").click()
+        expect(page.locator("[role=option]", has_text=dog.name)).to_be_visible()
+
+
+def test_a_checkpoints_own_adapter_has_the_weight_that_is_chosen(run: Path) -> None:
+    config = SamplingConfig(num_steps=3, text_dtype="float32", lora_weights=[0.5])
+    trained, engine = open_run_model(run, "cat"), EngineConfig(in_process=True)
+    studio = Studio(config, trained, run=run, name="cat-app", engine=engine)
+    assert (studio.first_wish().lora, studio.first_wish().lora_weights) == ((CAT,), (0.5,))
+    half = studio.draw(asked(lora=(CAT,), lora_weights=(0.5,)), on_step=ignore)
+    assert np.array_equal(pixels(half), pixels(sampled(run, lora=[CAT], lora_weights=[0.5])))
+    assert studio.is_of_chosen(half) and adapter_titles(half) == ["cat, step-7 0.5"]
+    none = studio.draw(asked(lora=(CAT,), lora_weights=(0.0,)), on_step=ignore)
+    assert np.array_equal(pixels(none), pixels(sampled(run)))
