@@ -10,7 +10,7 @@ from captioning.config import CaptioningConfig
 from dataset_stats.config import DatasetStatsConfig
 from encoders.likeness import is_same_codec, is_same_text_encoder
 from errors import UserError
-from features.config import feature_table
+from features.config import feature_table, table_of_stage
 from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.patterns import expand_braces, select_shards
@@ -142,6 +142,22 @@ def activation_bytes(resolution: int, *, num_text: int, is_recomputed: bool) -> 
     num_tokens = (resolution // 16) ** 2
     block = 24 * num_tokens + 2 * num_text
     return (28 * num_tokens + block if is_recomputed else 28 * block) * 1152 * 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_features_of_every_stage_are_made_by_its_name(path: Path) -> None:
+    recipe = load_recipe(path)
+    for stage in recipe.names("training"):
+        read = stage_training(recipe, stage).features or stage
+        name = table_of_stage(recipe, stage)
+        assert name == read or (name == stage and name in recipe.names("features")), stage
+        assert feature_table(recipe, name)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("lora", "style"), ("dreambooth", "dreambooth-lora")])
+def test_adapters_keep_the_checkpoints_that_one_may_go_back_to(name: str, stage: str) -> None:
+    settings = stage_training(load_recipe(REPOSITORY / f"recipes/{name}.toml"), stage)
+    assert settings.keep_checkpoints * settings.checkpoint_every >= settings.num_steps
 
 
 @pytest.mark.parametrize("stage", STAGES)

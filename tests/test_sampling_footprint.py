@@ -15,6 +15,7 @@ from tiny_encoders import save_text_encoder
 from encoders import vae_tiles
 from encoders.living_bytes import LivingBytes, storage_bytes
 from encoders.opening import open_text_encoder
+from pipelines.recipe import load_recipe
 from pixart.dit import DiT
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.processes.specs import ddpm_spec
@@ -187,6 +188,16 @@ def test_published_models_fit_the_cards_they_are_for(tmp_path, config, max_token
     room = usable_bytes(card_gigabytes * 10**9)
     moments = moments_of(settings, trained, requests_of(4, trained.resolution), int(room))
     assert max(moment.total_bytes for moment in moments.values()) <= room
+
+
+@pytest.mark.parametrize(("name", "side"), [("lora", 1024), ("dreambooth", 512)])
+def test_recipes_of_small_cards_draw_in_8_gigabytes(tmp_path: Path, name: str, side: int) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / f"{name}.toml"
+    settings = load_recipe(recipe).table("sampling", SamplingConfig)
+    settings = settings.model_copy(update={"dtype": "bfloat16", "vae_dtype": "tested"})
+    trained = published(tmp_path, PixArtConfig(sample_size=side // 8), max_tokens=120)
+    moments = moments_of(settings, trained, requests_of(1, side), int(usable_bytes(8 * 10**9)))
+    assert max(moment.total_bytes for moment in moments.values()) <= usable_bytes(8 * 10**9)
 
 
 def test_a_plan_says_what_fits_and_what_would(run, tmp_path, capsys):
