@@ -91,7 +91,7 @@ def constant_text_job(inputs: FeatureInputs) -> FeatureJob:
     features = inputs.features
     (caption,) = features.captions
     assert caption.text is not None
-    require_token(inputs, [caption.text], what="the text of features.<name>.captions")
+    require_token(inputs, [caption.text], what=f"the text of features.{inputs.stage_name}.captions")
     return describe_text_job(
         inputs,
         family=CONSTANT_TEXT,

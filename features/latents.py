@@ -202,7 +202,7 @@ def report_preview(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -
         log.warning(
             f"{job.output.path}: {num_soft:,} images were scaled up by more than {SOFT_SCALE - 1:.0%}, {soft[first]:,} "
             f"of them in {first}: they are too small for {inputs.features.resolution} pixels and look soft; "
-            f"features.{inputs.stage_name}.max_upscale = {SOFT_SCALE} makes them rejects"
+            f"features.max_upscale = {SOFT_SCALE} makes them rejects"
         )
     path = job.worker_config.preview_path
     psnr_db = manifest.shards[job.sources[0].name].details.get("preview_psnr_db")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -61,20 +61,27 @@ def layer_names(config: "PixArtConfig") -> dict[str, str]:
     }
 
 
-def find_targets(network: "nn.Module", names: Sequence[str], targets: Sequence[str], *, key: str) -> list[str]:
-    """Return those of the layers `names` that words or shell patterns mean, in the network's order.
+def find_targets(network: "nn.Module", names: Mapping[str, str], targets: Sequence[str], *, key: str) -> list[str]:
+    """Return those of the layers `names`, diffusers' to ours, that are meant, by our names in the network's order.
+
+    A target is a word, a shell pattern of our names or of diffusers', or the end of diffusers' names, as peft has it.
 
     Raises:
         UserError: one means none of them; names the recipe `key`, and says what it means instead, or what there is.
     """
     chosen: set[str] = set()
     for target in targets:
-        word = TARGET_WORDS.get(target)
-        found = {name for name in names if (re.fullmatch(word, name) if word else fnmatchcase(name, target))}
+        found = {ours for theirs, ours in names.items() if _means(target, theirs, ours)}
         if not found:
-            raise UserError(f"{key}: {target!r} {_missed(network, names, target)}")
+            raise UserError(f"{key}: {target!r} {_missed(network, list(names.values()), target)}")
         chosen |= found
-    return [name for name in names if name in chosen]
+    return [name for name in names.values() if name in chosen]
+
+
+def _means(target: str, theirs: str, ours: str) -> bool:
+    if (word := TARGET_WORDS.get(target)) is not None:
+        return re.fullmatch(word, ours) is not None
+    return fnmatchcase(ours, target) or fnmatchcase(theirs, target) or theirs.endswith(f".{target}")
 
 
 def _missed(network: "nn.Module", names: Sequence[str], target: str) -> str:

@@ -76,7 +76,7 @@ def add_adapters(network: PixArt, shape: AdapterShape, *, key: str) -> None:
     Raises:
         UserError: a target means no layer; names the recipe `key`.
     """
-    targets = find_targets(network, list(layer_names(network.config).values()), shape.targets, key=key)
+    targets = find_targets(network, layer_names(network.config), shape.targets, key=key)
     if shape.dora:
         _require_lengths(network, targets, key=key)
     config = lora_config(shape, targets)

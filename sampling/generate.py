@@ -10,7 +10,7 @@ from typing import Any
 from encoders.devices import require_device
 from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
-from encoders.weights import ModelSource, require_model, resolve_model
+from encoders.weights import require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import ANY, typed_command, typed_flag, typed_path
 from pipelines.engine.pieces import Source, forget_pieces
@@ -29,7 +29,7 @@ from sampling.images import MEND, is_own, is_whole, is_written
 from sampling.precision import settle
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
-from sampling.trained_model import TrainedModel
+from sampling.trained_model import TrainedModel, resolve_part
 
 log = get_logger("sampling")
 
@@ -224,13 +224,13 @@ def check_inputs(job: SamplingJob) -> dict[str, str]:
         UserError: an encoder's model is neither in a folder nor in the hub's cache, and cannot be downloaded.
     """
     trained = job.trained
-    require_model(_resolve(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
+    require_model(resolve_part(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
     warn_of_untrained_size(job.config, trained)
     if job.config.guidance_scale > HIGH_GUIDANCE:
         log.warning(f"sampling.guidance_scale {job.config.guidance_scale:g} burns colours out; papers take 1.5 to 8")
     if trained.text is None or job.config.text_encoder == "precomputed":
         return {}
-    require_model(_resolve(trained, "text encoder", trained.text), key=f"text encoder of {trained.name}")
+    require_model(resolve_part(trained, "text encoder", trained.text), key=f"text encoder of {trained.name}")
     lost = _lost_words(job)
     for prompt, words in list(lost.items())[:MAX_LOST_SHOWN]:
         log.warning(
@@ -283,7 +283,7 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
 def _inputs(config: SamplingConfig, trained: TrainedModel) -> dict[str, Any]:
     """Return what decides images beside the settings."""
     text = {} if trained.text is None else {"text": _text_identity(config, trained, trained.text)}
-    vae = _resolve(trained, "VAE", trained.vae)
+    vae = resolve_part(trained, "VAE", trained.vae)
     return {
         "version": SAMPLING_VERSION,
         "checkpoint": trained.identity,
@@ -306,7 +306,7 @@ def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
 def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the embeddings: the encoder, or the file or manifest that holds them."""
     if config.text_encoder != "precomputed":
-        model = _resolve(trained, "text encoder", text).identity
+        model = resolve_part(trained, "text encoder", text).identity
         found = {"model": model, "max_tokens": text["max_tokens"]}
         if text.get("cleaning", DEFAULT_CLEANING) != DEFAULT_CLEANING:
             found["cleaning"] = text["cleaning"]
@@ -322,13 +322,6 @@ def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[
             f"`{typed_command('features')}` the text features of a run"
         )
     return {"embeddings": sha256_file(path), "max_tokens": text["max_tokens"]}
-
-
-def _resolve(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> ModelSource:
-    try:
-        return resolve_model(model["model"], model["revision"])
-    except MissingFileError as error:
-        raise MissingFileError(f"{part} of {trained.name}: {error}") from None
 
 
 def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> None:

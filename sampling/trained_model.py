@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from encoders.kl import PUBLISHED_VAE
-from encoders.weights import identity_of, resolve_model
+from encoders.weights import ModelSource, identity_of, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
@@ -151,6 +151,15 @@ class TrainedModel:
             merge(model, [(adapter, 1.0)])
         merge(model, [(adapter, item.weight) for adapter, item in zip(added, self.adapters, strict=True)])
         return model if self.shape is None else at_positions(model, self.shape)
+
+
+def resolve_part(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> ModelSource:
+    """Return where the files of a model's text encoder or VAE are; MissingFileError names `part` and who says it."""
+    try:
+        return resolve_model(model["model"], model["revision"])
+    except MissingFileError as error:
+        says = "" if trained.checkpoint is None else f", which {trained.checkpoint / TRAINER} names: put it back"
+        raise MissingFileError(f"{part} of {trained.name}: {error}{says}") from None
 
 
 def open_run_model(run: Path, stage_name: str) -> TrainedModel:

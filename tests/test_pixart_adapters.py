@@ -316,6 +316,20 @@ def test_targets_that_mean_no_layer_are_refused(target: str, message: str) -> No
         add_adapters(random_network(), shape, key=KEY)
 
 
+def test_targets_are_named_as_peft_names_them_on_diffusers_transformer() -> None:
+    typed = ("to_q", "attn2.to_out.0", "ff.net.0.proj", "transformer_blocks.1.attn1.to_k", "*.attn2.to_v", "proj_out")
+    network = random_network()
+    add_adapters(network, AdapterShape(rank=2, alpha=2.0, targets=typed), key=KEY)
+    blocks = {
+        f"blocks.{block}.{layer}"
+        for block in (0, 1)
+        for layer in ("attention.query", "cross_attention.query", "cross_attention.out", "mlp.hidden")
+    }
+    values = {f"blocks.{block}.cross_attention.value" for block in (0, 1)}
+    names = {name.partition(".lora_")[0] for name in trained(network)}
+    assert names == blocks | values | {"blocks.1.attention.key", "final"}
+
+
 def test_dora_is_refused_on_rows_of_zeros() -> None:
     with pytest.raises(UserError, match=r"training\.x\.lora\.dora .* final has rows of zeros"):
         add_adapters(PixArt(CONFIG), SHAPES["dora"], key=KEY)

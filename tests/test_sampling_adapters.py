@@ -100,6 +100,13 @@ def test_as_many_weights_as_adapters_are_typed(run: Path, tmp_path: Path) -> Non
         drawn(run, lora=[str(tmp_path / "gone.safetensors")])
 
 
+def test_an_encoder_that_is_gone_is_named_with_the_file_that_says_it(run: Path, tmp_path: Path) -> None:
+    (run / "t5").rename(run / "moved")
+    said = r"text encoder of stage 2, step 7: model folder .*t5 does not exist, which .*step-7/trainer\.json names: put"
+    with pytest.raises(MissingFileError, match=said):
+        drawn(run)
+
+
 def test_an_adapter_of_another_process_model_or_whole_weights_is_refused(run: Path, tmp_path: Path) -> None:
     trained = open_run_model(run, "stage2")
     base = {"identity": trained.identity, "location": "/weights", "adapters": []}

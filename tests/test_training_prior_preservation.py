@@ -122,7 +122,9 @@ def test_roles_without_their_objective_are_refused(
 
 
 def test_missing_prior_images_are_said_with_the_command_that_draws_them(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"datasets\.1: .*/none/.* sample .*none.*sampling\.checkpoint"):
+    said = r"datasets\.1: there are no prior images, .*/none/.* sampling\.checkpoint: `.* sample .*none.*`; then "
+    read = r"`.* features .*/none/samples/stage2-prompt/samples\.parquet`"
+    with pytest.raises(MissingFileError, match=said + read):
         open_job(run, INSTANCE, f'run = "{tmp_path}/none", role = "prior"')
 
 

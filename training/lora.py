@@ -21,7 +21,7 @@ class LoraSettings(TableConfig):
         default=list(TARGET_WORDS),
         min_length=1,
         description=f"Layers that get adapters: words of {', '.join(TARGET_WORDS)} (all outside of blocks), or shell "
-        "patterns of layers' names, as blocks.*.attention.query",
+        "patterns of layers' names, as blocks.*.attention.query; diffusers' names, as to_q, count as well",
     )
     dora: Decides[bool] = pydantic.Field(
         default=False, description="Train the length of each row beside its direction (DoRA, Liu et al. 2024)"

@@ -153,6 +153,7 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
             table_name=config.features or name,
             reads_text=settings.network == "pixart",
             cache=cache,
+            recipe=command.recipe.path,
             key=f"training.{stage}.datasets.{number}",
         )
         for number, config in enumerate(settings.datasets)
@@ -187,6 +188,7 @@ def _open_dataset(
     table_name: str,
     reads_text: bool,
     cache: ShardCache,
+    recipe: Path,
     key: str,
 ) -> Dataset:
     command = typed_command("features", {"stage": table_name, "run": run})
@@ -195,7 +197,11 @@ def _open_dataset(
             run, latent_directory(Path(), table.resolution, variant=table.image_variant), command=command, cache=cache
         )
     except MissingFileError as missing:
-        raise missing if config.role == "instance" else _without_prior(missing, run, table_name, key=key) from None
+        raise (
+            missing
+            if config.role == "instance"
+            else _without_prior(str(missing), run, table_name, recipe=recipe, key=key)
+        ) from None
     vae = latents.fact("vae")
     for field_name, expected, found in (
         ("resolution", table.resolution, latents.fact("resolution")),
@@ -249,12 +255,14 @@ def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str)
     ]
 
 
-def _without_prior(missing: MissingFileError, run: str, table_name: str, *, key: str) -> MissingFileError:
+def _without_prior(missing: str, run: str, table_name: str, *, recipe: Path, key: str) -> MissingFileError:
     """Return what is said of a run without features of prior images, which the model has to draw first."""
-    draw = typed_command("sample", {"stage": table_name, "run": run, "prompt": "…", "n": "200"})
+    draw = typed_command("sample", {"recipe": recipe, "stage": table_name, "run": run, "prompt": "…", "n": 200})
+    drawn = f"{run}/samples/{table_name}-prompt/samples.parquet"
+    read = typed_command("features", {"stage": table_name, "run": run, "shards": drawn})
     return MissingFileError(
-        f"{key}: {missing}; images of role 'prior' are drawn by the model that the stage starts from: `{draw}`, with "
-        "its weights as sampling.checkpoint"
+        f"{key}: there are no prior images, {missing.partition(': ')[0]}: let the model that the stage starts from "
+        f"draw them, with its weights as sampling.checkpoint: `{draw}`; then `{read}`"
     )
 
 
