@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -208,6 +209,20 @@ def test_marks_of_other_samples_are_not_shown(finished, page, tmp_path):
     finally:
         image.write_bytes(before)
     assert "wrong colour" not in later
+
+
+def test_a_run_without_a_world_has_what_was_made_and_nothing_of_the_judge(finished, tmp_path):
+    run = tmp_path / "cat"
+    for name in ("samples", "training"):
+        shutil.copytree(finished / name, run / name)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[training]\nstage1 = {}\nstage2 = {}\n")
+    page = write_report(load_recipe(recipe), run).read_text()
+    text = Page(page).text
+    assert "5 steps" in text and "previews" in text and page.count('<div class="preview">') == 1
+    assert page.count('<div class="frame">') == 6
+    for said in ("LLaVA", "coloured", "wrong colour", "make judge", "make train", "not run yet", "Not run yet"):
+        assert said not in text, said
 
 
 def test_companion_run_is_compared(finished):

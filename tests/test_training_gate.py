@@ -8,6 +8,7 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from pipelines.store.checkpoints import Checkpoint, open_checkpoint
+from training.previews.page import write_page
 from training.stages.gate import samples_of, stage_gate
 
 
@@ -42,6 +43,12 @@ def test_a_healthy_stage_leaves_only_its_samples_to_be_looked_at(checkpoint: Che
     draw_samples(checkpoint, seconds_later=10)
     expected = {"steps": True, "loss": True, "validation": True, "health": True, "samples": None}
     assert verdicts(checkpoint) == expected
+
+
+def test_previews_that_are_there_are_to_be_looked_at(checkpoint: Checkpoint) -> None:
+    page = write_page(checkpoint.path.parent)
+    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "previews")
+    assert found.holds is None and found.finding == f"look at {page}"
 
 
 def test_samples_of_an_earlier_checkpoint_do_not_count(checkpoint: Checkpoint) -> None:

@@ -151,7 +151,9 @@ def _read_scenes(run: Path, shard: str) -> dict[str, Scene]:
 
 def sample_examples(config: ToyworldConfig, run: Path, folder: Path) -> list[SampleExample]:
     """Return samples of a folder such as `samples/stage2`, evenly spaced, marked where the judge has seen them."""
-    verdicts = {row["file"]: row for row in read_verdicts(config, run, folder)}
+    # Prompts of one's own, without a world of known scenes, are nothing to judge by.
+    has_scenes = (run / "raw" / "prompts.jsonl").is_file()
+    verdicts = {row["file"]: row for row in read_verdicts(config, run, folder)} if has_scenes else {}
     examples = []
     for row in spread(read_samples(folder), config.num_report_examples):
         verdict = verdicts.get(row["file"])

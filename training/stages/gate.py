@@ -12,8 +12,10 @@ from pipelines.as_typed import typed_command
 from pipelines.engine.progress import console
 from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import own_files
+from pipelines.store.previews import FOLDER as PREVIEWS
 from pipelines.store.state_files import read_log
 from training.loop.metrics import METRICS
+from training.previews.page import PAGE
 
 # Part of the logged lines at either end whose mean is compared: single lines are noisy.
 END_FRACTION = 0.1
@@ -42,11 +44,14 @@ def stage_gate(checkpoint: Checkpoint, *, samples: Path) -> list[Check]:
     directory = checkpoint.path.parent
     path = directory / METRICS
     lines = list(read_log(path)) if path.is_file() else []
+    page = directory / PREVIEWS / PAGE
+    previews = [Check(name="previews", holds=None, finding=f"look at {page}")] if page.is_file() else []
     return [
         _steps(checkpoint),
         _loss(_numbers(lines, "loss")),
         _validation(_numbers(lines, "validation_loss")),
         _health(checkpoint, [path.name for path in own_files(directory, DUMP_NAME)]),
+        *previews,
         _samples(checkpoint, samples),
     ]
 
