@@ -38,6 +38,9 @@ def describe_memory(job: SamplingJob, asked: SamplingConfig) -> list[str]:
     lines = [_describe(moment) for moment in moments]
     if card_bytes is None:
         return lines
+    if usable_bytes(card_bytes) <= 0:
+        taken = _gigabytes(UNCOUNTED_BYTES)
+        return [*lines, f"a card of {_gigabytes(card_bytes)} has no room for it: workspace and driver take {taken}"]
     card, room = _gigabytes(card_bytes), _gigabytes(usable_bytes(card_bytes))
     if fits(footprint, moments):
         return [*lines, f"a card of {card} has {room} for it, workspace and driver left out: it fits"]

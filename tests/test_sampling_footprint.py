@@ -214,6 +214,7 @@ def test_a_plan_says_what_fits_and_what_would(run, tmp_path, capsys):
         assert f"memory while {name}: 0.0" in said
     assert "card of" not in said, "of a CPU there is none"
     assert "card of 8 GB has 7.2 GB for it, workspace and driver left out: it fits" in plan(card_gigabytes=8)
+    assert "card of 0.5 GB has no room for it: workspace and driver take 0.8 GB" in plan(card_gigabytes=0.5)
 
 
 def test_switches_are_found_that_make_it_fit(tmp_path):

@@ -39,7 +39,8 @@ def require_own_texts(
     there = f"has the columns {columns}: say with data.text_column which is the text" if columns else "has no texts"
     raise UserError(
         f"captioning.engine = 'given': no sample has a text of its own. {path} {there}; captions in another file are "
-        "captioning.table='captions.csv#key,caption'"
+        "captioning.table='captions.csv#key,caption'; without captioning.engine LLaVA writes them, and photos of one "
+        "subject need none (recipes/dreambooth.toml)"
     )
 
 
