@@ -44,7 +44,8 @@ TEST_PIXELS = 64
 
 
 def is_same_text_encoder(names: Sequence[str], others: Sequence[str]) -> bool | None:
-    """Whether one text encoder goes by all these names, hub ids or folders; None where nothing tells.
+    """Whether one text encoder goes by all these names: hub ids, with `@` and a commit or not, or folders; None where
+    nothing tells.
 
     The first pair of names that tells decides: names that are equal or known, else a few rows of the weights, where
     both are in folders or in the hub's cache.
@@ -71,12 +72,21 @@ def _decide(
             groups = [next((group for group in aliases if one in group), None) for one in (name, other)]
             if None not in groups:
                 return groups[0] is groups[1]
-            folders = [model_folder(one) for one in (name, other)]
+            folders = [_folder(one) for one in (name, other)]
             if folders[0] is not None and folders[1] is not None:
                 is_same = folders[0].samefile(folders[1]) or compare(folders[0], folders[1])
                 if is_same is not None:
                     return is_same
     return None
+
+
+def _folder(name: str) -> Path | None:
+    """Return where the files of a folder or hub id are, which may name its commit as `id@commit`."""
+    folder = model_folder(name)
+    if folder is None and "@" in name:
+        model, _, revision = name.rpartition("@")
+        folder = model_folder(model, revision)
+    return folder
 
 
 def _have_same_rows(one: Path, other: Path) -> bool | None:

@@ -1,4 +1,4 @@
-"""The one place that gathers what weights were trained with: a record beside them, our `trainer.json`, the pipeline
+"""The one place that gathers what weights were trained with: our `trainer.json`, a record beside them, the pipeline
 around them, their own config, and the shapes of published models; in this order, where they say the same thing.
 
 Nothing here needs torch.
@@ -30,6 +30,8 @@ TRAINER_FILE, CHECKPOINT_WEIGHTS = "trainer.json", "model"
 PIPELINE_FILE, PIPELINE_WEIGHTS = "model_index.json", "transformer"
 # What diffusers takes where the config of a VAE does not say it.
 VAE_SCALE = 0.18215
+# The class that published configs of before diffusers 0.28 name; those that were written since name one of its own.
+PUBLISHED_CLASS = "Transformer2DModel"
 HUB_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
@@ -43,13 +45,13 @@ def origins_of_folder(weights: Path, *, location: str = "") -> Origins:
         UserError: a file that tells of it is damaged, or it is of another model or of a process that is not supported.
     """
     found, is_recorded = Origins(), False
+    trainer = weights.parent / TRAINER_FILE
+    if weights.name == CHECKPOINT_WEIGHTS and trainer.is_file():
+        found, is_recorded = origins_of_trainer(read_json(trainer), source=str(trainer)), True
     places = (weights, weights.parent) if weights.name in WEIGHT_FOLDERS else (weights,)
     for path in (folder / ORIGINS_FILE for folder in places):
         if path.is_file():
             found, is_recorded = found.or_else(origins_of_json(read_json(path), source=str(path))), True
-    trainer = weights.parent / TRAINER_FILE
-    if weights.name == CHECKPOINT_WEIGHTS and trainer.is_file():
-        found, is_recorded = found.or_else(origins_of_trainer(read_json(trainer), source=str(trainer))), True
     index = weights.parent / PIPELINE_FILE
     pipeline = None
     if weights.name == PIPELINE_WEIGHTS and index.is_file():
@@ -74,6 +76,7 @@ def origins_of_trainer(trainer: Mapping[str, Any], *, source: str) -> Origins:
         facts["cleaning"] = text.get("cleaning", "lower")
     if "model" in vae:
         facts["vae"] = _names(vae["model"], fields.get("latents.vae_model"))
+    facts |= {"text_revision": text.get("revision"), "vae_revision": vae.get("revision")}
     facts |= {"vae_scale": vae.get("scaling_factor"), "vae_shift": vae.get("shift_factor")}
     if "interpolation_scale" in trainer and "factor" in vae:
         side = trainer["resolution"] // vae["factor"]
@@ -163,6 +166,7 @@ def _of_config(path: Path, pipeline: str | None, *, location: str) -> tuple[Orig
         shape,
         scale=scale,
         says_scale=stored.get("interpolation_scale") is not None,
+        is_as_published=stored.get("_class_name") == PUBLISHED_CLASS,
         pipeline=pipeline,
         location=location,
     )

@@ -21,10 +21,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Fact(Generic[Value]):
-    """A value, and where it is known from, such as "published as PixArt-alpha/PixArt-XL-2-512x512" or a file."""
+    """A value, and where it is known from, such as "published as PixArt-alpha/PixArt-XL-2-512x512" or a file.
+
+    It is not sure where the weights only look like those it is true of.
+    """
 
     value: Value
     source: str
+    is_sure: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,11 @@ class Origins:
 
     Attributes:
         text_encoder: the names it goes by, hub ids or folders, the surest first.
+        text_revision: commit of the hub under which it goes by the first of them.
         max_tokens: of its texts.
         cleaning: rule by which texts were cleaned, as `features.text_cleaning` names them.
         vae: the names that the latent codec goes by.
+        vae_revision: as `text_revision`.
         vae_scale, vae_shift: the network saw (latent - shift) * scale.
         positions: of its image tokens.
         has_size_condition: whether it is told each image's size.
@@ -55,9 +61,11 @@ class Origins:
     """
 
     text_encoder: Fact[tuple[str, ...]] | None = None
+    text_revision: Fact[str] | None = None
     max_tokens: Fact[int] | None = None
     cleaning: Fact[str] | None = None
     vae: Fact[tuple[str, ...]] | None = None
+    vae_revision: Fact[str] | None = None
     vae_scale: Fact[float] | None = None
     vae_shift: Fact[float] | None = None
     positions: Fact[Positions] | None = None
@@ -69,8 +77,12 @@ class Origins:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def or_else(self, other: Origins) -> Origins:
-        """Return these facts, and of those that are not known `other`'s."""
-        return Origins(**{name: fact or getattr(other, name) for name, fact in self.facts().items()})
+        """Return these facts, and of those that are not known `other`'s; a revision stays with the name it is of."""
+        merged = {name: fact or getattr(other, name) for name, fact in self.facts().items()}
+        for revision, model in _REVISIONS.items():
+            if getattr(self, revision) is None and not _begin_alike(merged[model], getattr(other, model)):
+                merged[revision] = None
+        return Origins(**merged)
 
     def named_too(self, other: Origins) -> Origins:
         """Return `or_else`, where encoders that both know go by the names of both."""
@@ -95,6 +107,7 @@ class Origins:
     def _text(self) -> str:
         facts = [
             (self.text_encoder, lambda names: f"text by {names[0]}"),
+            (self.text_revision, lambda revision: f"revision {revision}"),
             (self.max_tokens, lambda limit: f"{limit} tokens"),
             (self.cleaning, lambda rule: f"cleaned as {rule}"),
         ]
@@ -103,6 +116,7 @@ class Origins:
     def _vae(self) -> str:
         facts = [
             (self.vae, lambda names: f"VAE {names[0]}"),
+            (self.vae_revision, lambda revision: f"revision {revision}"),
             (self.vae_scale, lambda scale: f"scale {scale:g}"),
             (self.vae_shift, lambda shift: f"shift {shift:g}" if shift else ""),
         ]
@@ -149,6 +163,11 @@ def _listed(facts: Sequence[tuple[Fact[Any] | None, Callable[[Any], str]]]) -> s
     )
 
 
+def _begin_alike(one: Fact[tuple[str, ...]] | None, other: Fact[tuple[str, ...]] | None) -> bool:
+    """Whether both go by one first name."""
+    return one is not None and other is not None and one.value[0] == other.value[0]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -157,11 +176,14 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
 
 
+_REVISIONS = {"text_revision": "text_encoder", "vae_revision": "vae"}
 _KINDS: dict[str, Any] = {
     "text_encoder": _is_names,
+    "text_revision": lambda value: isinstance(value, str) and bool(value),
     "max_tokens": lambda value: type(value) is int and value > 0,
     "cleaning": lambda value: isinstance(value, str),
     "vae": _is_names,
+    "vae_revision": lambda value: isinstance(value, str) and bool(value),
     "vae_scale": _is_number,
     "vae_shift": _is_number,
     "process": is_spec,

@@ -63,13 +63,13 @@ class PublishedModel:
         is_there = shape["sample_size"] is None or (shape["sample_size"] == self.sample_size and scale in scales)
         return is_there and all(shape.get(key) == value for key, value in wanted.items())
 
-    def origins(self, source: str) -> Origins:
+    def origins(self, source: str, *, is_sure: bool) -> Origins:
         """Return what it was trained with, known from `source`."""
         facts: dict[str, Any] = {"vae": (self.vae,), "vae_scale": self.vae_scale, "vae_shift": 0.0}
         if self.kind == "pixart":
             facts |= {"text_encoder": (T5_XXL,), "max_tokens": self.max_tokens, "cleaning": self.cleaning}
         facts["process"] = ddpm_spec()
-        return Origins(**{name: Fact(value=value, source=source) for name, value in facts.items()})
+        return Origins(**{name: Fact(value=value, source=source, is_sure=is_sure) for name, value in facts.items()})
 
 
 def _sigma(name: str, sample_size: int) -> PublishedModel:
@@ -108,12 +108,15 @@ def recognise(
     num_null_tokens: int | None = None,
     is_file: bool = False,
     says_scale: bool = True,
+    is_as_published: bool = True,
     pipeline: str | None = None,
     location: str = "",
 ) -> Origins:
     """Return what weights were trained with if their shape is that of a published model; else nothing.
 
-    Of several that are alike, what they agree on.
+    Of several that are alike, what they agree on. Where a config was written by another library than theirs, and
+    neither a name nor a pipeline around it says whose the weights are, this is not sure: weights of one's own training
+    have the same shape.
 
     Args:
         kind: "pixart" or "dit".
@@ -122,6 +125,7 @@ def recognise(
         num_null_tokens: rows of the null caption that an original file holds.
         is_file: whether the weights are an original file.
         says_scale: whether a diffusers config has a key for the scale.
+        is_as_published: whether the config, or the file, is as the published models' were written.
         pipeline: class of the pipeline around the weights.
         location: path or hub id that they are named by.
     """
@@ -136,8 +140,10 @@ def recognise(
         alike = named
     if not alike:
         return Origins()
-    source = f"published as {' or '.join(model.name for model in alike)}"
-    return _common([model.origins(source) for model in alike])
+    names = " or ".join(model.name for model in alike)
+    is_sure = is_as_published or bool(named) or pipeline is not None
+    source = f"published as {names}" if is_sure else f"known by its config alone, which is like {names}'s"
+    return _common([model.origins(source, is_sure=is_sure) for model in alike])
 
 
 def is_named(model: PublishedModel, location: str) -> bool:

@@ -1,6 +1,7 @@
 """What a checkpoint from elsewhere was trained with, beside the encoders that a recipe gives it."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from encoders.kl import PUBLISHED_VAE
@@ -109,10 +110,26 @@ def _own_encoders(location: str, origins: Origins, *, needed: Collection[str]) -
             f"sampling.checkpoint {location} comes without text encoder and VAE: the recipe must name them as "
             "features.text_model and features.vae_model"
         )
+    if not vae.is_sure:
+        log.warning(
+            f"sampling.checkpoint {location} is drawn from with {vae.value[0]}{'' if text is None else ' and '}"
+            f"{'' if text is None else text.value[0]}, {vae.source}: where it is of another training, name its own as "
+            "features.text_model and features.vae_model"
+        )
+    text_model = "" if text is None else _name_to_load(location, text, key="features.text_model")
+    vae_model = _name_to_load(location, vae, key="features.vae_model")
     return EncoderConfig(
-        text_model="" if text is None else _name_to_load(location, text, key="features.text_model"),
-        vae_model=_name_to_load(location, vae, key="features.vae_model"),
+        text_model=text_model,
+        text_revision=_revision_of(text_model, text, origins.text_revision),
+        vae_model=vae_model,
+        vae_revision=_revision_of(vae_model, vae, origins.vae_revision),
     )
+
+
+def _revision_of(model: str, names: Fact[tuple[str, ...]] | None, revision: Fact[str] | None) -> str | None:
+    """Return the commit of the hub to load a model at: it is of the first of the names."""
+    is_of_it = names is not None and model == names.value[0]
+    return revision.value if is_of_it and revision is not None else None
 
 
 def _name_to_load(location: str, fact: Fact[tuple[str, ...]], *, key: str) -> str:
@@ -133,15 +150,17 @@ def _require_agreement(
     uses = Uses()
     if "text" in needed:
         uses = Uses(
-            text_encoder=(encoders.text_model,), max_tokens=encoders.max_tokens, cleaning=encoders.text_cleaning
+            text_encoder=(encoders.text_model,),
+            text_revision=encoders.text_revision,
+            max_tokens=encoders.max_tokens,
+            cleaning=encoders.text_cleaning,
         )
     if "vae" in needed:
         spec = _known_spec(encoders.vae_model, encoders.vae_revision)
-        uses = Uses(
-            text_encoder=uses.text_encoder,
-            max_tokens=uses.max_tokens,
-            cleaning=uses.cleaning,
+        uses = replace(
+            uses,
             vae=(encoders.vae_model,),
+            vae_revision=encoders.vae_revision,
             vae_scale=None if spec is None else spec.scale,
             vae_shift=None if spec is None else spec.shift,
         )
@@ -150,8 +169,8 @@ def _require_agreement(
     ):
         key = KEYS[difference.name]
         trained = f"the weights of sampling.checkpoint {location} were trained with {difference.trained}"
-        if not difference.is_sure:
-            log.warning(f"{key} is {difference.used}, and {trained}: whether they are the same, nothing here tells")
+        if difference.doubt is not None:
+            log.warning(f"{key} is {difference.used}, and {trained}: {difference.doubt}")
         elif difference.name in departs_in:
             log.warning(f"{key} is {difference.used}, but {trained}, as sampling.departs_in says it may be")
         else:

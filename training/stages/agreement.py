@@ -80,8 +80,8 @@ def require_agreement(
     for difference in found:
         name = KEYS[difference.name].format(stage=stage)
         trained = f"the weights of {where} were trained with {difference.trained}"
-        if not difference.is_sure:
-            said.append(f"{name} is {difference.used}, and {trained}: whether they are the same, nothing here tells")
+        if difference.doubt is not None:
+            said.append(f"{name} is {difference.used}, and {trained}: {difference.doubt}")
         elif difference.name in settings.departs_in:
             said.append(f"{name} is {difference.used}, but {trained}, as training.{stage}.departs_in says it may be")
         else:
@@ -132,6 +132,7 @@ def _uses(settings: StageTraining, features: StageFeatures) -> Uses:
     vae, fields = features.vae, features.fingerprint_fields()
     uses = Uses(
         vae=_names(vae["model"], fields.get("latents.vae_model")),
+        vae_revision=vae.get("revision"),
         vae_scale=vae.get("scaling_factor"),
         vae_shift=vae.get("shift_factor"),
     )
@@ -141,6 +142,7 @@ def _uses(settings: StageTraining, features: StageFeatures) -> Uses:
     return replace(
         uses,
         text_encoder=_names(text["model"], fields.get("text.text_model")),
+        text_revision=text.get("revision"),
         max_tokens=text["max_tokens"],
         cleaning=text.get("cleaning", "lower"),
         positions=Positions(sample_size=_side(features), scale=settings.position_scale),
@@ -168,7 +170,7 @@ def _with_null_caption(
     from training.data.reading import read_null
 
     kind = compare_null_caption(stored, read_null(text, NULL_CAPTION_FILE))
-    doubt = next((one for one in found if one.name == "text_encoder" and not one.is_sure), None)
+    doubt = next((one for one in found if one.name == "text_encoder" and one.doubt is not None), None)
     if kind == "same":
         return [one for one in found if one is not doubt], []
     if kind == "random":

@@ -15,12 +15,15 @@ from torch import Tensor
 from encoders.weights import hub_repository
 from errors import UserError
 from pipelines.store.checkpoints import ADAPTER, MODEL
+from pipelines.store.files import atomic_write_json
 from pixart.adapter_files import read_trained, write_adapter
 from pixart.adapter_layers import AdapterShape
 from pixart.adapters import add_adapters
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.evidence import origins_of_trainer
 from pixart.model import PixArt, PixArtConfig
+from pixart.origins import ORIGINS_FILE
 from training.config import StageTraining
 from training.stages.networks import blank_network
 
@@ -86,10 +89,12 @@ class OwnWeights:
         *,
         trainer: Mapping[str, Any],
     ) -> None:
-        """Write the whole network as `model/`, a folder that diffusers opens."""
+        """Write the whole network as `model/`, which diffusers opens; a copy of it says what it was trained with."""
         network = blank_network(config)
         network.load_state_dict(weights, assign=True)
         save_diffusers(network, checkpoint / MODEL)
+        record = origins_of_trainer(trainer, source=str(checkpoint)).to_json()
+        atomic_write_json(checkpoint / MODEL / ORIGINS_FILE, record)
 
     def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
         """Return the whole network's weights."""
