@@ -27,6 +27,7 @@ from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
 from sampling.text_encoding import load_texts
 from sampling.trained_model import open_run_model
+from toyworld.previews import preview_rows
 from training.data.stage_data import survey_stage
 from training.launch.preflight import Preflight, say_oddities
 from training.previews.page import write_page
@@ -289,3 +290,18 @@ def test_the_page_shows_prompts_as_text_and_every_step(run) -> None:
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page and "<b>a" not in page
     assert [page.count(f'src="step-{name}.png"') for name in ("0/00", "4/00", "4/01")] == [1, 1, 1]
     assert "http" not in page
+
+
+def test_two_equal_prompts_have_a_row_each(run) -> None:
+    """The same words from other noise, one day, or typed twice: none of the pictures is lost."""
+    for step in (0, 4):
+        colours = [(step, 0, 0), (0, step, 0), (0, 0, step)]
+        pictures = zip(("a", "b", "a"), colours, strict=True)
+        write_previews(stage(run), step, [(prompt, Image.new("RGB", (8, 8), colour)) for prompt, colour in pictures])
+    page = write_page(stage(run)).read_text()
+    assert page.count('<th scope="row">a</th>') == 2 and page.count('<th scope="row">b</th>') == 1
+    assert [page.count(f'src="step-4/0{number}.png"') for number in range(3)] == [1, 1, 1]
+    rows = preview_rows(run, "stage2")
+    assert [row.prompt for row in rows] == ["a", "b", "a"]
+    assert [[step for step, _ in row.pictures] for row in rows] == [[0, 4]] * 3
+    assert len({picture for row in rows for step, picture in row.pictures if step == 4}) == 3

@@ -25,10 +25,11 @@ def preview_rows(run: Path, stage: str) -> list[PreviewRow]:
     if not steps:
         return []
     chosen = [*spread(steps[:-1], MAX_STEPS_SHOWN - 1), steps[-1]]
-    pictures: dict[str, list[tuple[int, str]]] = {each.prompt: [] for each in read_previews(directory, steps[-1])}
+    last = read_previews(directory, steps[-1])
+    pictures: dict[tuple[str, int], list[tuple[int, str]]] = {each.row: [] for each in last}
     for step in chosen:
         for each in read_previews(directory, step):
-            if each.prompt in pictures:
+            if each.row in pictures:
                 picture = embed_picture(read_picture(each.path, mend="delete it: it is only for people to look at"))
-                pictures[each.prompt].append((step, picture))
-    return [PreviewRow(prompt, found) for prompt, found in pictures.items()]
+                pictures[each.row].append((step, picture))
+    return [PreviewRow(prompt, found) for (prompt, _), found in pictures.items()]

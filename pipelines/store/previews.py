@@ -1,6 +1,7 @@
 """Previews of a training stage on disk: `previews/step-<k>/<number>.png`, each with its prompt in it, and a page."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,16 @@ Pictures = Sequence[tuple[str, Image.Image]]  # each with its prompt
 
 @dataclass(frozen=True)
 class Preview:
-    """A preview on disk, and what it was drawn of."""
+    """A preview on disk, what it was drawn of, and how many of its step before it were drawn of the same."""
 
     path: Path
     prompt: str
+    copy: int = 0
+
+    @property
+    def row(self) -> tuple[str, int]:
+        """What the previews of one place in a recipe's list share over all steps."""
+        return self.prompt, self.copy
 
 
 def preview_folder(stage_directory: Path, step: int) -> Path:
@@ -40,7 +47,7 @@ def preview_steps(stage_directory: Path) -> list[int]:
 
 def read_previews(stage_directory: Path, step: int) -> list[Preview]:
     """Return the previews of a step, in the order of their numbers; what cannot be read as one of ours is left out."""
-    found = []
+    found, copies = [], Counter[str]()
     for path in own_files(preview_folder(stage_directory, step), FILE):
         try:
             with Image.open(path, formats=["PNG"]) as image:
@@ -48,7 +55,8 @@ def read_previews(stage_directory: Path, step: int) -> list[Preview]:
         except DAMAGE:  # which `make verify` tells
             continue
         if isinstance(prompt, str):
-            found.append(Preview(path, prompt))
+            found.append(Preview(path, prompt, copies[prompt]))
+            copies[prompt] += 1
     return found
 
 

@@ -29,17 +29,17 @@ img { display: block; width: 160px; height: 160px; object-fit: contain; border-r
 def write_page(stage_directory: Path) -> Path:
     """Write the page of all previews that a stage has by now, and return its path."""
     steps = preview_steps(stage_directory)
-    pictures: dict[str, dict[int, Path]] = {}  # by prompt and step
+    pictures: dict[tuple[str, int], dict[int, Path]] = {}  # by row and step
     for step in steps:
         for preview in read_previews(stage_directory, step):
-            pictures.setdefault(preview.prompt, {})[step] = preview.path
+            pictures.setdefault(preview.row, {})[step] = preview.path
     folder = stage_directory / FOLDER
     name = html.escape(stage_directory.resolve().name)
     heads = "".join(f'<th scope="col">{"start" if step == 0 else f"step {step:,}"}</th>' for step in steps)
     rows = "".join(
         f'<tr><th scope="row">{html.escape(prompt)}</th>'
         f"{''.join(_cell(prompt, by_step.get(step), folder=folder, step=step) for step in steps)}</tr>\n"
-        for prompt, by_step in pictures.items()
+        for (prompt, _), by_step in pictures.items()
     )
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
