@@ -18,7 +18,7 @@ SCRATCH = "scratch"
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
 # The same of one objective, and of one network.
 OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",)}
-NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts",)}
+NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
 MAX_PREVIEWS = 64
 KeepActivations = Literal["all", "products", "inputs"]
@@ -365,11 +365,8 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
                     f"but the stage's is {chosen!r}"
                 )
     require_roles(settings.datasets, settings.objective, key=f"{recipe.path}: training.{stage}")
-    if settings.network == "dit" and settings.kv_compressed_blocks is not None:
-        raise UserError(
-            f"{recipe.path}: training.{stage}.kv_compressed_blocks = {settings.kv_compressed_blocks!r} is for network "
-            "pixart, but the stage's is 'dit'"
-        )
+    if settings.network == "dit":  # what [training] says is for the stages that can do it
+        settings = settings.model_copy(update={"kv_compressed_blocks": None})
     if settings.former_latents is not None and "vae" not in settings.departs_in:
         raise UserError(
             f"{recipe.path}: training.{stage}.former_latents = {settings.former_latents!r} is for another VAE than the "
