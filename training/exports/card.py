@@ -12,6 +12,7 @@ from pipelines.store.checkpoints import TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
 from training.exports.pipeline import Parts
+from training.exports.scores import describe_scores
 
 CARD = "README.md"
 LICENCE = "FILL IN"
@@ -49,7 +50,8 @@ class Card:
             *_data(trainer),
             *_settings(trainer),
             *self._adapters(),
-            *_scores(self._judged_run(), trainer.get("stage")),
+            # with adapters merged into them they are others
+            *describe_scores(None if self.merged else self.checkpoint, trainer.get("stage")),
             *_use(class_name, self.origins, parts),
         ]
         (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -58,10 +60,6 @@ class Card:
         if self.merged:
             yield from ("", "## Adapters", "", "Merged into the weights, each times a number:", "")
             yield from (f"- {name}: {weight:g}" for name, weight in self.merged.items())
-
-    def _judged_run(self) -> Path | None:
-        """Return the run whose scores are of these weights: with adapters merged into them they are others."""
-        return None if self.checkpoint is None or self.merged else self.checkpoint.absolute().parents[2]
 
 
 def _front(trainer: Mapping[str, Any], origins: Origins) -> Iterator[str]:
@@ -102,17 +100,6 @@ def _settings(trainer: Mapping[str, Any]) -> Iterator[str]:
     if found:
         yield from ("", "| setting | value |", "|---|---|")
         yield from (f"| `{name}` | {value} |" for name, value in found.items())
-
-
-def _scores(run: Path | None, stage: str | None) -> Iterator[str]:
-    """Yield what the judge of the toy world gave the stage, where it has."""
-    path = None if run is None else run / "summary.json"
-    if path is None or not path.is_file():
-        return
-    scores = read_state(path, mend="type the command that writes it again").get("judge", {}).get(stage)
-    if isinstance(scores, dict):
-        yield from ("", "## Scores", "", "| of the toy world's judge | |", "|---|---|")
-        yield from (f"| {name} | {value} |" for name, value in scores.items())
 
 
 def _use(class_name: str, origins: Origins, parts: Parts | None) -> Iterator[str]:
