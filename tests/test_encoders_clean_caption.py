@@ -50,3 +50,65 @@ def test_mixtures_of_their_parts_are_cleaned_as_diffusers_cleans_them(theirs):
 def test_marks_that_no_parser_knows_stay() -> None:
     """diffusers ends in a traceback at them, and one caption would end the features of all."""
     assert clean_text("A Dog <![ x", "diffusers") == "a dog <! x"
+
+
+# Of what the expressions look for: addresses, names of files, spaces around points, sizes.
+PARTS = [
+    "a",
+    "b",
+    "1",
+    "2",
+    ".",
+    "-",
+    "/",
+    "@",
+    " ",
+    "  ",
+    "_",
+    "com",
+    "co",
+    ".ru",
+    ".png",
+    ".jpg",
+    "jpeg",
+    "http:",
+    "é",
+]
+PARTS += [
+    "https://",
+    "www:",
+    "www.",
+    "я",
+    "х",
+    ":",
+    ",",
+    "'",
+    "\n",
+    "\u3000",
+    "%",
+    "+",
+    "<b>",
+    ".it",
+    "://",
+    "1.5x2.",
+    "٣",
+]
+
+
+@pytest.mark.filterwarnings("ignore::bs4.MarkupResemblesLocatorWarning")
+def test_what_begins_once_in_each_run_finds_what_begins_anywhere(theirs):
+    chosen = random.Random(3)
+    for _ in range(1500):
+        text = "".join(chosen.choices(PARTS, k=chosen.randint(1, 14)))
+        assert clean_text(text, "diffusers") == theirs(text), text
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("part", [".", "a-", "a.", "1.a", " ", "a.com@", "1"])
+def test_long_texts_without_spaces_are_cleaned_as_short_ones_are(theirs, part: str) -> None:
+    """diffusers' expressions take minutes of 20,000 characters: what comes out is known from a few."""
+    short, long = part * 30, part * (20_000 // len(part))
+    expected = theirs(f"x {short}_ y")
+    assert clean_text(f"x {short}_ y", "diffusers") == expected
+    kept = clean_text(f"x {long}_ y", "diffusers")
+    assert kept.split()[:1] == expected.split()[:1] and kept.split()[-1:] == expected.split()[-1:]
