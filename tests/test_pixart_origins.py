@@ -12,6 +12,7 @@ from tiny_encoders import save_text_encoder
 from training_run import CHANNELS, D_TEXT, arguments, make_run
 
 from encoders.likeness import is_same_codec, is_same_text_encoder
+from encoders.weights import resolve_model
 from errors import UserError
 from pipelines.command import parse_command
 from pixart.differences import Uses, differences
@@ -23,6 +24,7 @@ from training.stages.stage import TrainingJob, open_stage
 from training.stages.trainable import OwnWeights
 
 T5, FLAN, SD_VAE = "DeepFloyd/t5-v1_1-xxl", "google/flan-t5-xxl", "stabilityai/sd-vae-ft-ema"
+REPOSITORY = Path(__file__).resolve().parent.parent
 ONE, OTHER = "a" * 40, "b" * 40
 WRITTEN_ANEW = {"_class_name": "PixArtTransformer2DModel", "interpolation_scale": 1.0}
 
@@ -126,3 +128,11 @@ def test_a_stage_refuses_another_commit_unless_it_is_meant(tmp_path: Path, monke
     job = job_of(run, start, departs_in=["text_encoder"])
     assert any("as training.stage2.departs_in says" in line for line in job.departures)
     assert f"revision {ONE}" in job.origins.describe()
+
+
+def test_the_toy_release_says_what_it_was_trained_with_and_that_is_still_there() -> None:
+    origins = origins_of_folder(REPOSITORY / "toyworld" / "released" / "pixart")
+    assert origins.text_encoder is not None and origins.vae is not None
+    for name, identity in (origins.text_encoder.value, origins.vae.value):
+        assert resolve_model(name).identity == identity
+    assert "120 tokens, cleaned as lower" in origins.describe()

@@ -9,7 +9,10 @@ from pathlib import Path
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import MODEL, find_checkpoint
+from pipelines.store.files import atomic_write_json
 from pixart.convert import load_diffusers, save_diffusers
+from pixart.evidence import origins_of_folder
+from pixart.origins import ORIGINS_FILE
 
 STAGE = "stage2"
 
@@ -17,7 +20,7 @@ log = get_logger("toyworld.zoo")
 
 
 def release(run: Path, folder: Path) -> None:
-    """Write the demo's stage 2 to `folder` as fp16, in diffusers' layout.
+    """Write the demo's stage 2 to `folder` as fp16, in diffusers' layout, and what it was trained with.
 
     Raises:
         MissingFileError: the run has no such stage yet.
@@ -25,5 +28,7 @@ def release(run: Path, folder: Path) -> None:
     checkpoint = find_checkpoint(run / "training" / STAGE)
     if checkpoint is None:
         raise MissingFileError(f"{run}/training/{STAGE} has no checkpoint yet: type `make demo` first")
-    save_diffusers(load_diffusers(checkpoint.path / MODEL).half(), folder)
+    weights = checkpoint.path / MODEL
+    save_diffusers(load_diffusers(weights).half(), folder)
+    atomic_write_json(folder / ORIGINS_FILE, origins_of_folder(weights).to_json())
     log.info(f"{folder}: {STAGE} of {run}, step {checkpoint.step}")
