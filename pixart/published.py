@@ -63,7 +63,7 @@ class PublishedModel:
         is_there = shape["sample_size"] is None or (shape["sample_size"] == self.sample_size and scale in scales)
         return is_there and all(shape.get(key) == value for key, value in wanted.items())
 
-    def origins(self, source: str, *, is_sure: bool) -> Origins:
+    def origins(self, source: str, *, is_sure: bool = True) -> Origins:
         """Return what it was trained with, known from `source`."""
         facts: dict[str, Any] = {"vae": (self.vae,), "vae_scale": self.vae_scale, "vae_shift": 0.0}
         if self.kind == "pixart":
