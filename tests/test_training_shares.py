@@ -115,14 +115,14 @@ def test_where_nothing_fits_it_is_said_what_to_change() -> None:
         (12.5, {}, "add SET=training.offload=average: 12."),
         (12, {}, "add SET=training.optimizer=adamw8bit (in a stage that begins): 11"),
         (8, {}, "add SET='training.offload=optimizer training.zero_stage=0' (in a stage that begins): 7.3"),
-        (8, {"num_ranks": 2}, "set training.offload to 'average' (a GPU's alone), or set training.optimizer"),
+        (8, {"num_ranks": 2}, "add SET=training.offload=average: 7."),
         (4, {}, "set training.offload to 'average' (a GPU's alone), or set training.optimizer to"),
     ):
         with pytest.raises(UserError) as lack:
             chosen(demand(**settings), gigabytes)
         assert said in str(lack.value)
     with pytest.raises(
-        UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or set"
+        UserError, match=r"raise training\.zero_stage = 0, or leave .*keep_activations = 'all' out, or add"
     ):
         chosen(demand(num_ranks=2, zero_stage=0, keep_activations="all"), 10)
     # What is typed is tried, and the plan names the keys that are typed and no others.

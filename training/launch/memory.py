@@ -5,7 +5,7 @@ Nothing here needs torch: the launcher says with it what to change where memory 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Shares:
         parts: bytes by what they are for.
         available_bytes: of the rank; `basis` says how activations are known.
         is_kept: whether it was chosen before and is still good.
+        previews: bytes by what they are for while previews are drawn between steps; none where there are none.
     """
 
     num_micro_batches: int
@@ -48,6 +49,7 @@ class Shares:
     available_bytes: int
     basis: str
     is_kept: bool = False
+    previews: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -200,9 +202,18 @@ def _sharing_ways(settings: StageTraining, *, num_ranks: int) -> list[str]:
 
 def describe_parts(shares: Shares) -> str:
     """Return the bytes of a rank and what they are for, and what there is, in words."""
-    parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in shares.parts.items())
-    room = describe_bytes(shares.available_bytes)
-    return f"{describe_bytes(shares.total_bytes)} a rank of {room} that it may take: {parts} ({shares.basis})"
+    total, room = describe_bytes(shares.total_bytes), describe_bytes(shares.available_bytes)
+    return f"{total} a rank of {room} that it may take: {_list_parts(shares.parts)} ({shares.basis})"
+
+
+def describe_preview_parts(shares: Shares) -> str:
+    """Return the bytes of the first rank while previews are drawn, and what they are for, in words."""
+    total = describe_bytes(sum(shares.previews.values()))
+    return f"{total} while previews are drawn: {_list_parts(shares.previews)} (reckoned by shapes)"
+
+
+def _list_parts(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items() if size)
 
 
 def describe_bytes(num_bytes: float) -> str:

@@ -23,6 +23,7 @@ from training.launch.memory import (
     Shares,
     describe_bytes,
     describe_parts,
+    describe_preview_parts,
     ways_to_leave_open,
 )
 from training.launch.reckoning import rank_bytes
@@ -230,6 +231,8 @@ def print_weights(
         _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
     _print("split", _describe_split(job.settings, shares, num_ranks=num_ranks))
     _print("memory", describe_parts(shares))
+    if shares.previews:
+        _print("", describe_preview_parts(shares))
     _say_doubts(settings, shares)
     for name, num_others in others:
         other_gigabytes = rank_bytes(settings, WeightCounts(trained=num_others), num_ranks=num_ranks) / GIGABYTE
@@ -267,6 +270,11 @@ def _say_doubts(settings: StageTraining, shares: Shares) -> None:
             f"the micro-batches of the recipe may not fit: they need {describe_bytes(shares.total_bytes)} of "
             f"{describe_bytes(shares.available_bytes)} a rank ({shares.basis}); "
             f"{', or '.join(ways_to_leave_open(settings))}, to have it chosen"
+        )
+    if (previews := sum(shares.previews.values())) > shares.available_bytes:
+        log.warning(
+            f"previews may not fit, and then there are none: they need {describe_bytes(previews)} of "
+            f"{describe_bytes(shares.available_bytes)}; set a smaller training.preview_size"
         )
     if shares.num_micro_batches > MAX_SUMMED_IN_BF16 and settings.dtype == "bf16" and settings.zero_stage < 2:
         log.warning(

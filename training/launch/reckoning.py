@@ -83,6 +83,11 @@ class Demand:
     batch_bytes: Callable[[int], int]
     is_host: bool = False
 
+    def between_steps(self) -> dict[str, int]:
+        """Return the bytes of what is there between two steps, when gradients are gone."""
+        parts = self._staying(1)
+        return {name: size for name, size in parts.items() if name != "gradients"}
+
     @property
     def share(self) -> int:
         """Samples of a batch that are a rank's."""
@@ -90,15 +95,7 @@ class Demand:
 
     def parts(self, num_micro_batches: int, kept: KeepActivations) -> dict[str, int]:
         """Return the bytes of a rank at its fullest, by what they are for."""
-        stays = rank_parts(
-            self.settings,
-            self.weights,
-            num_ranks=self.num_ranks,
-            num_micro_batches=num_micro_batches,
-            is_host=self.is_host,
-        )
-        if self.is_host and self.settings.trains != "lora":
-            stays["frozen weights in fp32"] = self.weights.frozen * FP32
+        stays = self._staying(num_micro_batches)
         batches = self.batch_bytes(self.share // num_micro_batches)
         moments = [
             self.opening(stays["weights"]),
@@ -108,6 +105,18 @@ class Demand:
         ]
         fullest = max(moments, key=lambda parts: sum(parts.values()))
         return {name: size for name, size in fullest.items() if size}
+
+    def _staying(self, num_micro_batches: int) -> dict[str, int]:
+        stays = rank_parts(
+            self.settings,
+            self.weights,
+            num_ranks=self.num_ranks,
+            num_micro_batches=num_micro_batches,
+            is_host=self.is_host,
+        )
+        if self.is_host and self.settings.trains != "lora":
+            stays["frozen weights in fp32"] = self.weights.frozen * FP32
+        return stays
 
     def opening(self, computed: int) -> dict[str, int]:
         """Return what is there while DeepSpeed makes masters, and gradients that it throws away.

@@ -34,6 +34,8 @@ from training.loop.footprint import CudaBytes, Step
 from training.loop.products import choose_products
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Objective, Trained
+from training.previews.footprint import preview_parts
+from training.previews.plan import plan_previews
 from training.stages.networks import blank_copy, count_weights, network_config
 from training.stages.stage import TrainingJob
 from training.stages.starts import objective_networks, starting_network
@@ -148,22 +150,23 @@ def settle(
     measured = StepBytes(step, path=job.directory / MEMORY, device=device, share=share, sample_tokens=sample_tokens)
     # Beside the one that is computed: on a GPU the next, on a CPU those that are read ahead and the one being filled.
     num_batches = job.settings.prefetch_batches + 2 if is_host else 2
-    shares = choose_shares(
-        Demand(
-            settings=job.settings,
-            weights=start.weights,
-            num_ranks=num_ranks,
-            sample_tokens=sample_tokens,
-            step_bytes=measured,
-            batch_bytes=lambda size: num_batches * step.batch_bytes(size),
-            is_host=is_host,
-        ),
-        available_bytes=room_bytes,
-        basis=measured.basis,
-        former=_former(job),
+    demand = Demand(
+        settings=job.settings,
+        weights=start.weights,
+        num_ranks=num_ranks,
+        sample_tokens=sample_tokens,
+        step_bytes=measured,
+        batch_bytes=lambda size: num_batches * step.batch_bytes(size),
+        is_host=is_host,
     )
+    shares = choose_shares(demand, available_bytes=room_bytes, basis=measured.basis, former=_former(job))
     measured.save()
-    return shares
+    plan = plan_previews(job, survey)
+    if plan is None:
+        return shares
+    (network,) = (step.networks[name] for name, role in start.objective.networks.items() if role == Trained())
+    previews = preview_parts(job, plan, network, dtype=step.dtype, is_host=is_host)
+    return dataclasses.replace(shares, previews=demand.between_steps() | previews)
 
 
 def settled(job: TrainingJob, num_micro_batches: int, kept: KeepActivations) -> TrainingJob:

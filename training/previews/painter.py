@@ -54,13 +54,19 @@ class Painter:
         self._network: DiT | PixArt | None = network.to(device, dtype).eval().requires_grad_(False)
         self._latents: list[Tensor] = []
 
-    @torch.inference_mode()
     def draw(self, number: int) -> None:
         """Draw the latents of one image of the plan.
 
         Raises:
             NonFiniteLatentsError: they are not finite.
         """
+        latents, is_finite = self.denoise(number)
+        require_finite(is_finite)
+        self._latents.append(latents.cpu())
+
+    @torch.inference_mode()
+    def denoise(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the unscaled latents [1, C, h, w] of one image of the plan, and whether they are finite."""
         network, settings, vae = self._network, self._job.settings, self._job.features.vae
         assert network is not None, "all are drawn before the first is decoded"
         process = process_of(settings.process_spec)
@@ -72,9 +78,7 @@ class Painter:
         noise = draw_noise(generators, shape).to(self._device)
         guided = self._conditioned(network, number, times)
         latents, is_finite = denoise(guided, noise, scheduler, generators=generators)
-        require_finite(is_finite)
-        unscaled = latents / vae["scaling_factor"] + vae.get("shift_factor", 0.0)  # [1, C, h, w]
-        self._latents.append(unscaled.cpu())
+        return latents / vae["scaling_factor"] + vae.get("shift_factor", 0.0), is_finite
 
     def _conditioned(self, network: DiT | PixArt, number: int, times: Sequence[float]) -> GuidedNetwork:
         scale = self._job.settings.preview_guidance_scale
