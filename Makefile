@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge subject detect report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth demo-vae $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -84,6 +84,18 @@ demo-dreambooth: $(READY)  ## DreamBooth on the toy world: a new shape from eigh
 	@set -e; for stage in dreambooth dreambooth-lora; do \
 		$(MAKE) $(DREAMBOOTH) train sample STAGE=$$stage PROMPTS=runs/demo-dreambooth/raw/prompts.jsonl; done
 	@$(MAKE) $(DREAMBOOTH) detect
+
+OTHER_VAE := --no-print-directory RECIPE=recipes/toyworld-vae.toml RUN=runs/demo-vae
+
+demo-vae: $(READY)  ## Another VAE on the toy world: what the judge says while the weights re-align
+	@$(MAKE) $(OTHER_VAE) world caption
+	@set -e; for stage in former vae; do $(MAKE) $(OTHER_VAE) features STAGE=$$stage; done
+	@$(MAKE) $(OTHER_VAE) train STAGE=vae
+	@$(MAKE) $(OTHER_VAE) sample STAGE=former \
+		SET='sampling.checkpoint=toyworld/released/pixart sampling.size=64x64'$(if $(call given,SET),' '"$$SET")
+	@set -e; for step in 50 100 150 200 250 300 350 400; do $(MAKE) $(OTHER_VAE) sample STAGE=vae-$$step \
+		SET='sampling.checkpoint=runs/demo-vae/training/vae/step-'$$step$(if $(call given,SET),' '"$$SET"); done
+	@$(MAKE) $(OTHER_VAE) judge
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pixart.layers import (
     unpatchify,
     xavier_,
 )
-from pixart.reuse import BlockReuse
+from pixart.reuse import BlockRecord, BlockReuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,12 @@ class DiT(nn.Module):
         return self.config.num_classes
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, labels: Tensor | None, *, reuse: BlockReuse | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None,
+        *,
+        reuse: BlockReuse | BlockRecord | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 

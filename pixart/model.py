@@ -26,7 +26,7 @@ from pixart.layers import (
     unpatchify,
     xavier_,
 )
-from pixart.reuse import BlockReuse
+from pixart.reuse import BlockRecord, BlockReuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,14 +265,15 @@ class PixArt(nn.Module):
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
         *,
-        reuse: BlockReuse | None = None,
+        reuse: BlockReuse | BlockRecord | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
 
         timesteps [B] lie in [0, 1000). The text encoder's output is packed, or [B, L, caption_channels] with text_mask
         [B, L] True at its real tokens (None: all are), of which each text needs one; or it is what `read_text` gives.
         `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
-        aspect ratio height / width. `reuse` says which blocks are computed, and stands for the others.
+        aspect ratio height / width. `reuse` says which blocks are computed, and stands for the others; or it records
+        what is behind some.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size

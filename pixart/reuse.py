@@ -6,11 +6,31 @@ first ones alone, and take for the others what they added when all were computed
 
 # B batch, N image tokens, D width
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 # Computed at every pass: they see the noise that the step has left.
 NUM_FIRST_BLOCKS = 1
+
+
+class BlockRecord:
+    """The tokens [B, N, D] behind some blocks, by their numbers, of the last pass of a network."""
+
+    def __init__(self, numbers: Collection[int]) -> None:
+        self._numbers = frozenset(numbers)
+        self.tokens: dict[int, Tensor] = {}
+
+    def skips(self, number: int) -> bool:
+        """Whether the block of this number is left out: none is."""
+        return False
+
+    def after(self, number: int, x: Tensor) -> Tensor:
+        """Give the tokens x behind the block of this number as they are."""
+        if number in self._numbers:
+            self.tokens[number] = x
+        return x
 
 
 class BlockReuse:

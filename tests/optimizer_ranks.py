@@ -1,4 +1,6 @@
-"""One of the ranks that train with moments in 8 bits; `test_training_optimizers.py` starts them and reads their file.
+"""One of the ranks that train with moments in 8 bits, or by Muon.
+
+`test_training_optimizers.py` starts them and reads their file.
 
 Usage: python optimizer_ranks.py FOLDER dtype zero_stage...
 """
@@ -18,23 +20,25 @@ from pipelines.store.checkpoints import open_checkpoint
 from training.config import StageTraining
 from training.loop.conversions import needs_universal
 from training.loop.measure import UpdateMeter
+from training.loop.optimizers.adamw8bit import MOMENTS
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import initialize_ranks
 
 
-def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
+def try_stage(folder: Path, dtype: str, zero_stage: int, *, optimizer: Any = "adamw8bit") -> dict[str, Any]:
     values: dict[str, Any] = {"dtype": dtype, "zero_stage": zero_stage, "learning_rate": 1e-3, "gradient_clip": 0.01}
-    settings = StageTraining(network="pixart", global_batch_size=GLOBAL_BATCH, optimizer="adamw8bit", **values)
+    settings = StageTraining(network="pixart", global_batch_size=GLOBAL_BATCH, optimizer=optimizer, **values)
     whole, whole_ema = new_model(settings.model_copy(update={"optimizer": "adamw"}))
     expected = [train_step(whole, whole_ema, step)["loss"] for step in range(6)]
     model, ema = new_model(settings)
     found = [train_step(model, ema, step)["loss"] for step in range(6)]
     state = list(model.optimizer.state.values())
     num_bytes = sum(value.nbytes for each in state for name, value in each.items() if name != "step")
+    moments = [each[name] for each in state for name in MOMENTS if name in each]
     num_elements = sum(master.numel() for master in model.masters)
 
     numbers = {"num_ranks": dist.get_world_size(), "zero_stage": zero_stage, "dtype": dtype}
-    numbers["fingerprint"] = {"training.optimizer": "adamw8bit"}
+    numbers["fingerprint"] = {"training.optimizer": optimizer}
     trainer = TRAINER | {"step": 6, "num_steps": 9} | numbers
     save_checkpoint(folder, model=model, ema=ema, trainer=trainer, num_kept=1)
     dist.barrier()
@@ -61,7 +65,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     return {
         "losses": [expected, found],
         "bytes_of_an_element": num_bytes / num_elements,
-        "are_codes": all(each["exp_avg"].dtype == each["exp_avg_sq"].dtype == torch.uint8 for each in state),
+        "are_codes": all(moment.dtype == torch.uint8 for moment in moments),
         "resumes_exactly": resumes,
         "skips": skipped and kept,
         "change": [meter.norms()[0], float(square) ** 0.5],
@@ -69,7 +73,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     }
 
 
-def try_offload(folder: Path, optimizer: str) -> dict[str, Any]:
+def try_offload(folder: Path, optimizer: Any) -> dict[str, Any]:
     """Train with everything on the device and with each thing left on the host: masters, averages, and a resume."""
     settings = StageTraining(network="pixart", global_batch_size=GLOBAL_BATCH, optimizer=optimizer, dtype="bf16")
     expected = new_model(settings)
@@ -102,6 +106,7 @@ if __name__ == "__main__":
     initialize_ranks()
     folder, dtype, *stages = sys.argv[1:]
     results = {stage: try_stage(Path(folder) / f"{dtype}-{stage}", dtype, int(stage)) for stage in stages}
+    results["muon"] = try_stage(Path(folder) / f"{dtype}-muon", dtype, 0, optimizer="muon")
     if dist.get_world_size() == 1:
         results["offload"] = {name: try_offload(Path(folder) / name, name) for name in ("adamw", "adamw8bit")}
     if dist.get_rank() == 0:

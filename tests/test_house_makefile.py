@@ -36,7 +36,18 @@ TEXTS = [
     "-x",
     "a=b  SHARDS=c ",
 ]
-TARGETS = [*SUBCOMMANDS, "help", "demo", "demo-raw", "demo-dreambooth", "test", "zoo", "bench-gpu", "bench-cache"]
+TARGETS = [
+    *SUBCOMMANDS,
+    "help",
+    "demo",
+    "demo-raw",
+    "demo-dreambooth",
+    "demo-vae",
+    "test",
+    "zoo",
+    "bench-gpu",
+    "bench-cache",
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +158,17 @@ def test_the_demo_of_dreambooth_draws_before_it_learns(house) -> None:
     assert doors == [("subject", ""), *before, *learns]
     given = [settings for words, _, settings in steps if words.split()[2] == "sample"]
     assert given == ["sampling.checkpoint=toyworld/released/pixart"] * 2 + [""] * 2
+
+
+def test_the_demo_of_another_vae_draws_before_it_and_with_each_checkpoint(house) -> None:
+    steps = [step.split("|") for step in steps_of(house, "demo-vae", "SET=training.seed=1")]
+    assert {run for _, run, _ in steps} == {"runs/demo-vae"}
+    doors = ["world", "caption", "features", "features", "train", *["sample"] * 9, "judge"]
+    assert [words.split()[2] for words, _, _ in steps] == doors
+    drawn = [settings for words, _, settings in steps if words.split()[2] == "sample"]
+    places = [f"runs/demo-vae/training/vae/step-{step}" for step in range(50, 401, 50)]
+    checkpoints = ["toyworld/released/pixart sampling.size=64x64", *places]
+    assert drawn == [f"sampling.checkpoint={checkpoint} training.seed=1" for checkpoint in checkpoints]
 
 
 def wrong(*typed: str) -> str:

@@ -46,6 +46,7 @@ TABLES = {
 FIRST_STAGES = {
     "dreambooth": ["dreambooth"],
     "toyworld-dreambooth": ["dreambooth"],
+    "toyworld-vae": ["vae"],
     "finetune": ["finetune"],
     "lora": ["style"],
     "toyworld-finetune": ["finetune"],

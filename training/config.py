@@ -17,7 +17,7 @@ SCRATCH = "scratch"
 # Keys of a stage that are of one process alone.
 PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
 # The same of one objective, and of one network.
-OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",)}
+OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",), "realign": ()}
 NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
 MAX_PREVIEWS = 64
@@ -40,10 +40,11 @@ class StageTraining(TableConfig):
         description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
         "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
     )
-    objective: Decides[Literal["denoise", "prior_preservation"]] = pydantic.Field(
+    objective: Decides[Literal["denoise", "prior_preservation", "realign"]] = pydantic.Field(
         default="denoise",
-        description="What is minimised: the process' loss (denoise), or that of the images of a subject and, with "
-        "prior_weight, of images that the model drew before, or of networks.teacher on them (prior_preservation)",
+        description="What is minimised: the process' loss (denoise); a subject's images and, with prior_weight, those "
+        "that the model drew before, or networks.teacher's answer to them (prior_preservation); for another VAE also "
+        "how far tokens are from those of networks.teacher, which sees former_latents (realign)",
     )
     prior_weight: Decides[float] = pydantic.Field(
         default=1.0,
@@ -145,9 +146,10 @@ class StageTraining(TableConfig):
         description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3. "
         "'auto' = with CUDA and a C++ compiler",
     )
-    optimizer: Decides[Literal["adamw", "adamw8bit"]] = pydantic.Field(
+    optimizer: Decides[Literal["adamw", "adamw8bit", "muon"]] = pydantic.Field(
         default="adamw",
-        description="adamw, or adamw8bit, whose moments take 2 bytes of a weight, not 8; sharded, for as many ranks",
+        description="adamw; adamw8bit, whose moments take 2 bytes of a weight, not 8, sharded for as many ranks; or "
+        "muon for the matrices of blocks, with adamw at the same rate for the rest: fewer steps; under ZeRO 0 alone",
     )
     offload: Steers[Literal["nothing", "average", "optimizer"]] = pydantic.Field(
         default="nothing",

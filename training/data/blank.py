@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pixart.model import PackedText
 from training.data.batch import Batch
+from training.data.former import FORMER_LATENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class SampleShape:
         channels, height, width: of its latents.
         num_text_tokens: of its caption.
         text_width: of a token; None where there are class labels and no texts.
+        former_channels: of the latents of a former VAE beside them; None where there are none.
     """
 
     channels: int
@@ -24,6 +26,7 @@ class SampleShape:
     width: int
     num_text_tokens: int
     text_width: int | None
+    former_channels: int | None = None
 
 
 def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -> Batch:
@@ -33,6 +36,10 @@ def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -
         return torch.zeros(sides, dtype=dtype, device=device)
 
     latents = (num_samples, shape.channels, shape.height, shape.width)
+    former = {}
+    if shape.former_channels is not None:
+        sides = (num_samples, shape.former_channels, shape.height, shape.width)
+        former = {f"{FORMER_LATENTS}.{name}": blank(*sides, dtype=torch.float16) for name in ("mean", "std")}
     text = None
     if shape.text_width is not None:
         values = blank(num_samples * shape.num_text_tokens, shape.text_width, dtype=torch.bfloat16)
@@ -53,4 +60,5 @@ def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -
         size=blank(num_samples, 3),
         text=text,
         labels=blank(num_samples, dtype=torch.int64) if shape.text_width is None else None,
+        tensors=former,
     )

@@ -1,7 +1,7 @@
 """Feature directories, on a disk or behind a URL."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from training.data.cache import ShardCache, ShardFile
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureDirectory:
-    """Shards of one family of features; `cache` is None for a local folder."""
+    """Shards of one family of features; `cache` is None for a local folder.
+
+    `called` is what batches call the family, where not by its name: as one that is joined to another of its kind.
+    """
 
     location: str
     manifest: Manifest
     cache: ShardCache | None = None
+    called: str | None = None
 
     def __str__(self) -> str:
         return self.location
@@ -34,7 +38,7 @@ class FeatureDirectory:
         family = schema_of(self.manifest)
         if family is None:
             raise UserError(f"{self.location}/{MANIFEST_NAME} does not say which family of features it is of")
-        return family
+        return family if self.called is None else replace(family, name=self.called, leads=False)
 
     def fact(self, name: str) -> Any:
         """Return what the manifest says of `name`; raises as `Manifest.fact` does."""

@@ -27,6 +27,7 @@ from training.config import StageTraining
 from training.data.cache import ShardCache
 from training.data.datasets import Dataset, require_alike, require_apart
 from training.data.directories import FeatureDirectory, open_directory
+from training.data.former import channels_of, former_location, former_of, with_former_latents
 from training.mixture import DatasetConfig
 
 GIGABYTE = 1e9
@@ -89,6 +90,16 @@ class StageFeatures:
     def vae(self) -> dict[str, Any]:
         """Model, revision, scaling_factor and shift_factor of the VAE."""
         return self.datasets[0].leading.fact("vae")
+
+    @property
+    def former(self) -> FeatureDirectory | None:
+        """Latents of a former VAE beside them, of a stage that reads some."""
+        return former_of(self.datasets[0])
+
+    @property
+    def former_channels(self) -> int | None:
+        """Channels of those."""
+        return None if self.former is None else channels_of(self.former)
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
@@ -158,6 +169,14 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
         )
         for number, config in enumerate(settings.datasets)
     ]
+    if settings.objective == "realign":
+        key = f"training.{stage}.former_latents"
+        if settings.former_latents is None:
+            raise UserError(
+                f"{key} names no latents of the former VAE, which training.{stage}.objective = 'realign' reads"
+            )
+        location = former_location(command, settings)
+        datasets = [with_former_latents(dataset, location, key=key) for dataset in datasets]
     datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{stage}.validation_shards")
     require_apart(datasets, key=f"training.{stage}.datasets")
     require_alike(datasets)

@@ -39,6 +39,7 @@ from training.loop.host import require_offload
 from training.loop.log import open_log
 from training.loop.loop import Session, train
 from training.loop.networks import open_networks
+from training.loop.optimizers.whole_matrices import require_whole_matrices
 from training.loop.products import require_products
 from training.loop.progress import open_progress
 from training.loop.validation import open_validation
@@ -102,6 +103,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     require_even_batches(job.settings, dist.get_world_size())
     require_compilable(job.settings)
     require_products(job.settings)
+    require_whole_matrices(job.settings)
     require_offload(job.settings, num_ranks=dist.get_world_size())
     _require_same_resume(job.resume)
     survey = shared_survey(job)
@@ -170,7 +172,13 @@ def _step_flops(
     """Return the counter of an objective's operations; the objective is for the meta device."""
     dtype, text = compute_dtype(job.settings), job.features.text_encoder
     blanks = {name: blank_copy(network).to(dtype) for name, network in networks.items()}
-    return StepFlops(objective, blanks, in_channels=in_channels, text_width=None if text is None else text["d_text"])
+    return StepFlops(
+        objective,
+        blanks,
+        in_channels=in_channels,
+        text_width=None if text is None else text["d_text"],
+        former_channels=job.features.former_channels,
+    )
 
 
 def _require_same_resume(resume: Checkpoint | None) -> None:

@@ -13,8 +13,9 @@ from training.stages.weights import WeightCounts
 
 MAX_ZERO_STAGE = 3
 FP32 = 4
-# Of an optimizer's moments, a weight's share; of those in 8 bits a scale goes with each 256.
-MOMENT_BYTES = {"adamw": 2 * FP32, "adamw8bit": 2 * (1 + FP32 / 256)}
+# Of an optimizer's moments, a weight's share; of those in 8 bits a scale goes with each 256, and of
+# matrices of blocks, 97% of XL/2, muon keeps one moment.
+MOMENT_BYTES = {"adamw": 2 * FP32, "adamw8bit": 2 * (1 + FP32 / 256), "muon": FP32}
 # Of gradients in a backward pass: they are there before it and added to, come as activations go, or come and go.
 GradientsIn = Literal["there", "coming", "passing"]
 
@@ -178,7 +179,8 @@ class Demand:
         trained = self.weights.trained // shards
         if self.settings.offload == "optimizer" and not self.is_host:
             return 0
-        stepping = trained * FP32 * is_copied + min(trained, PIECE_SIZE) * STEPPED_BYTES[self.settings.optimizer]
+        piece = TAKEN_AT_ONCE if self.settings.optimizer == "muon" else PIECE_SIZE
+        stepping = trained * FP32 * is_copied + min(trained, piece) * STEPPED_BYTES[self.settings.optimizer]
         if self.settings.offload == "average" and not self.is_host:
             return max(stepping, min(trained, TAKEN_AT_ONCE) * FP32)
         return stepping

@@ -7,4 +7,4 @@ TAKEN_AT_ONCE = 1 << 24
 # Elements that an update is made or measured by at a time, and what one takes beside the weights, in part in fp64.
 # Compiled, it is one kernel that keeps nothing, and takes all at a time.
 PIECE_SIZE = 1 << 20
-STEPPED_BYTES = {"adamw": 32, "adamw8bit": 64}  # of an element, where it is not compiled
+STEPPED_BYTES = {"adamw": 32, "adamw8bit": 64, "muon": 20}  # of an element, where it is not compiled

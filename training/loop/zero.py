@@ -102,7 +102,7 @@ class ZeroModel:
         is_writer = dist.get_rank() == 0 and trainable_of(settings).keeps_frozen
         self.frozen = {name: weight.detach().to("cpu", copy=True) for name, weight in others.items() if is_writer}
         self.rule = choose_rule(settings)
-        optimizer = self.rule.make(self._trained.values(), settings)
+        optimizer = self.rule.make(self._trained, settings)
         num_trained = sum(weight.numel() for weight in self._trained.values())
         config = deepspeed_config(
             settings, dist.get_world_size(), num_trained=num_trained, loads_universal=loads_universal

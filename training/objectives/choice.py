@@ -1,13 +1,19 @@
 """The objective that a recipe names; here alone objectives are known by name."""
 
+import dataclasses
+
 import torch
 
+from errors import UserError
 from pixart.processes.make import process_of
+from training.data.former import channels_of
 from training.loop.zero import compute_dtype
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
 from training.objectives.prior_preservation import TEACHER, PriorPreservation, prior_share
+from training.objectives.realignment import Realignment
+from training.stages.other_vae import stage_bridge
 from training.stages.stage import TrainingJob
 
 
@@ -32,3 +38,32 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
                 prior_share=prior_share(job.features.datasets),
                 has_teacher=TEACHER in settings.networks,
             )
+        case "realign":
+            return _realignment(job, Denoise(process=process, inputs=inputs), device=device)
+
+
+def _realignment(job: TrainingJob, denoise: Denoise, *, device: torch.device) -> Realignment:
+    directory = job.features.former
+    assert directory is not None, "features of such a stage have it"
+    former, new = channels_of(directory), channels_of(job.features.datasets[0].leading)
+    if former > new:
+        raise UserError(
+            f"{job.command.recipe.path}: training.{job.command.stage_name}.objective = 'realign' gives a teacher the "
+            f"noise of the new latents, and they have {new} channels where its have {former}: choose 'denoise'"
+        )
+    vae, taps = directory.fact("vae"), job.model.patch_size**2
+    # By shapes alone it is told what steps take.
+    is_blank = device.type == "meta"
+    bridge = torch.empty(taps * former, taps * new, device=device) if is_blank else stage_bridge(job).weight.to(device)
+    return Realignment(
+        denoise=denoise,
+        former_inputs=dataclasses.replace(
+            denoise.inputs,
+            scaling_factor=vae["scaling_factor"],
+            shift_factor=vae["shift_factor"],
+        ),
+        bridge=bridge,
+        patch_size=job.model.patch_size,
+        num_blocks=job.model.num_layers,
+        num_steps=job.settings.num_steps,
+    )

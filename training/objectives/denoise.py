@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pixart.processes.process import Process
+from pixart.reuse import BlockRecord
 from training.data.batch import Batch
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Losses, Role, Trained
@@ -39,11 +40,14 @@ class Denoise:
         """Return the process' loss of each sample [B]."""
         return self.loss_of(self.output(networks["network"], batch), batch)
 
-    def output(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return what a network says of the batch's latents with noise [B, C or 2C, h, w]."""
+    def output(self, network: nn.Module, batch: Batch, *, record: BlockRecord | None = None) -> Tensor:
+        """Return what a network says of the batch's latents with noise [B, C or 2C, h, w].
+
+        `record` takes what is behind some of its blocks.
+        """
         times = self.process.times(batch.timestep_draws)
         noisy = self.process.noisy(self.inputs.latents(batch), batch.noise, times)  # [B, C, h, w]
-        return self.inputs.output(network, noisy, times, batch=batch)
+        return self.inputs.output(network, noisy, times, batch=batch, record=record)
 
     def loss_of(self, output: Tensor, batch: Batch) -> Losses:
         """Return the process' loss of each sample [B], of what `output` gave."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pixart.reuse import BlockRecord
 from training.data.batch import Batch
 
 
@@ -34,13 +35,18 @@ class NetworkInputs:
         """Return a sample of the VAE's posterior, drawn anew each time a latent is seen, fp32 [B, C, h, w]."""
         return (batch.draw_latents() - self.shift_factor) * self.scaling_factor
 
-    def output(self, network: nn.Module, noisy: Tensor, times: Tensor, *, batch: Batch) -> Tensor:
-        """Return what a network says of noisy latents [B, C, h, w] at `times` [B], given the batch's condition."""
-        noisy = noisy.to(self.dtype)
+    def output(
+        self, network: nn.Module, noisy: Tensor, times: Tensor, *, batch: Batch, record: BlockRecord | None = None
+    ) -> Tensor:
+        """Return what a network says of noisy latents [B, C, h, w] at `times` [B], given the batch's condition.
+
+        `record` takes what is behind some of its blocks.
+        """
+        noisy, watch = noisy.to(self.dtype), {} if record is None else {"reuse": record}
         if self.null_label is None:
             assert batch.text is not None
             text = batch.text._replace(values=batch.text.values.to(self.dtype))
             # Whatever wraps a network says what the network says of itself.
-            return network(noisy, times, text, size=batch.size if network.has_size_condition else None)
+            return network(noisy, times, text, size=batch.size if network.has_size_condition else None, **watch)
         assert batch.labels is not None
-        return network(noisy, times, batch.labels.masked_fill(batch.is_dropped, self.null_label))
+        return network(noisy, times, batch.labels.masked_fill(batch.is_dropped, self.null_label), **watch)

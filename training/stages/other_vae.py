@@ -22,11 +22,21 @@ from pixart.dit import DiT
 from pixart.model import PixArt
 from training.data.datasets import Dataset
 from training.data.directories import FeatureDirectory, open_directory
+from training.data.former import former_location
 from training.stages.networks import blank_network
+from training.stages.stage import TrainingJob
 
 NUM_PICTURES = 2000  # at the most
 UNSEEN_SCALE = 0.5  # of what the bridge does not see, to what it does, in tokens
 COLUMNS = ("key", "bucket", "mean_offset", "channels", "height", "width", "reject")
+
+
+def stage_bridge(job: TrainingJob) -> "Bridge":
+    """Return the bridge from a stage's latents to those that `former_latents` names; raises as `read_pairs` does."""
+    dataset = next(dataset for dataset in job.features.datasets if dataset.role == "instance")
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}.former_latents"
+    location = former_location(job.command, job.settings)
+    return fit_bridge(*read_pairs(location, dataset, patch_size=job.model.patch_size, key=key))
 
 
 def read_pairs(location: str, dataset: Dataset, *, patch_size: int, key: str) -> tuple[Tensor, Tensor]:

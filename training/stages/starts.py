@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
 from pixart.adapter_files import read_adapter
 from pixart.adapters import at_positions, merge, require_fit
@@ -24,7 +23,7 @@ from pixart.tensor_files import read_weight_file
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.networks import blank_network
-from training.stages.other_vae import bridged, fit_bridge, read_pairs
+from training.stages.other_vae import bridged, stage_bridge
 from training.stages.stage import StartingPoint, TrainingJob
 from training.stages.trainable import trainable_of
 
@@ -83,9 +82,11 @@ def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT |
     )
     if type(network) is not type(trained):
         raise UserError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
-    found = dataclasses.asdict(network.config)
+    found, wanted = dataclasses.asdict(network.config), dataclasses.asdict(trained.config)
+    if (channels := job.features.former_channels) is not None:
+        wanted["in_channels"] = channels
     for field in {"in_channels", "sample_size", "caption_channels", "num_classes"} & found.keys():
-        if found[field] != (value := getattr(trained.config, field)):
+        if found[field] != (value := wanted[field]):
             raise UserError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
     return network.float().requires_grad_(False)
 
@@ -239,17 +240,12 @@ def _with_other_latents(
 
 def _with_bridge(job: TrainingJob, former: DiT | PixArt, *, location: str) -> tuple[DiT | PixArt, float]:
     """Return the network with outer layers fitted to both VAEs' latents, and the share of variance that they share."""
-    key = f"{job.command.recipe.path}: training.{job.command.stage_name}.former_latents"
-    dataset = next(dataset for dataset in job.features.datasets if dataset.role == "instance")
-    folder = str(typed_path(location.replace("{run}", str(job.command.run))))
-    pairs = read_pairs(folder, dataset, patch_size=former.config.patch_size, key=key)
-    taps = former.config.patch_size**2
-    if pairs[0].shape[1] != taps * former.config.in_channels:
+    bridge, taps = stage_bridge(job), former.config.patch_size**2
+    if len(bridge.weight) != taps * former.config.in_channels:
         raise UserError(
-            f"{key} = {location!r} has latents of {pairs[0].shape[1] // taps} channels, but the weights were trained "
-            f"with {former.config.in_channels}"
+            f"{job.command.recipe.path}: training.{job.command.stage_name}.former_latents = {location!r} has latents "
+            f"of {len(bridge.weight) // taps} channels, but the weights were trained with {former.config.in_channels}"
         )
-    bridge = fit_bridge(*pairs)
     return bridged(former, bridge), bridge.explains
 
 

@@ -1,6 +1,6 @@
 """AdamW as torch fuses it, with moments in fp32."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,10 +15,10 @@ from training.loop.sizes import PIECE_SIZE
 class TorchAdamW:
     """Measured without a copy of anything: what weights were is worked out from what a step left, piece by piece."""
 
-    def make(self, weights: Iterable[nn.Parameter], settings: StageTraining) -> Optimizer:
+    def make(self, weights: Mapping[str, nn.Parameter], settings: StageTraining) -> Optimizer:
         """Return torch's fused AdamW."""
         return torch.optim.AdamW(
-            weights,
+            weights.values(),
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             eps=settings.adam_epsilon,

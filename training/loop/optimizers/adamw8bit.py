@@ -8,7 +8,7 @@ and it compiles at its first step on any device. Here a last block is filled up,
 # E elements of a weight, N blocks of them
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -176,13 +176,13 @@ def _compiled_update() -> Callable[..., Tensor]:
 class BlockAdamW:
     """The rule of it."""
 
-    def make(self, weights: Iterable[nn.Parameter], settings: StageTraining) -> Optimizer:
+    def make(self, weights: Mapping[str, nn.Parameter], settings: StageTraining) -> Optimizer:
         """Return the optimizer, which DeepSpeed is told to shard like others: it is element by element."""
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         if AdamW8bit not in ZERO_SUPPORTED_OPTIMIZERS:
             ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
-        return AdamW8bit(weights, settings)
+        return AdamW8bit(weights.values(), settings)
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Make all state, so that what DeepSpeed loads finds its precision."""

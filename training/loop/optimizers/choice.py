@@ -3,6 +3,7 @@
 from training.config import StageTraining
 from training.loop.optimizers.adamw import TorchAdamW
 from training.loop.optimizers.adamw8bit import BlockAdamW
+from training.loop.optimizers.muon import MuonOfBlocks
 from training.loop.optimizers.rule import Rule
 
 
@@ -13,3 +14,5 @@ def choose_rule(settings: StageTraining) -> Rule:
             return TorchAdamW()
         case "adamw8bit":
             return BlockAdamW()
+        case "muon":
+            return MuonOfBlocks()

@@ -1,6 +1,6 @@
 """What the loop asks of an optimizer beyond what torch's are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ class Rule(Protocol):
     the masters, which the host does not see, as torch's GradScaler gives them to its fused optimizers.
     """
 
-    def make(self, weights: Iterable[nn.Parameter], settings: StageTraining) -> Optimizer:
-        """Return the optimizer of a stage's weights."""
+    def make(self, weights: Mapping[str, nn.Parameter], settings: StageTraining) -> Optimizer:
+        """Return the optimizer of a stage's weights, which come by name."""
         ...
 
     def prepare(self, optimizer: Optimizer) -> None:
