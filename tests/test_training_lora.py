@@ -125,6 +125,7 @@ def test_drawing_and_starting_take_the_weights_that_adapters_belong_to(runs: Run
     expected = merged.state_dict()
 
     def is_merged(weights: dict[str, Tensor]) -> bool:
+        assert weights.keys() == expected.keys()
         return all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
     drawn = open_run_model(case.run, "stage2")
@@ -139,6 +140,16 @@ def test_drawing_and_starting_take_the_weights_that_adapters_belong_to(runs: Run
     assert is_merged(with_adapters(network, start, key="").state_dict())
     convert([str(case.run / "training" / "stage2"), str(tmp_path / "merged")])
     assert is_merged(load_diffusers(tmp_path / "merged" / "transformer").state_dict())
+    # The adapter that a checkpoint is of is weighed, not added once more.
+    weaker = load_diffusers(runs.start).float()
+    assert isinstance(weaker, PixArt)
+    merge(weaker, [(read_adapter(case.step(4) / "adapter", weaker.config), 0.6)])
+    expected = weaker.state_dict()
+    for number, typed in enumerate(
+        ([], ["--lora", str(case.step(4))], ["--lora", str(case.run / "training" / "stage2")])
+    ):
+        convert([str(case.run / "training" / "stage2"), str(tmp_path / f"{number}"), *typed, "--weights", "0.6"])
+        assert is_merged(load_diffusers(tmp_path / f"{number}" / "transformer").state_dict())
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
-from pixart.adapter_files import read_adapter
+from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import Adapter, compare_base, merge, require_fit
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
@@ -68,13 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = load_network(
         source, options.timestep_shift, sample_size=options.sample_size, key=f"SOURCE {source}", say=_say
     )
-    network = with_adapters(network, start, key=f"SOURCE {options.source}")
+    adapters = _wanted_adapters(start, options)
+    network = with_adapters(
+        network, start, key=f"SOURCE {options.source}", leaves_out=[path for _, path, _ in adapters]
+    )
     origins = start.origins
     _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
     process = start.process if origins.process is None else origins.process.value
     merged = {}
-    if options.lora or options.weights:
-        merged = _add_adapters(network, start, options, process=process["name"])
+    if adapters:
+        merged = _add_adapters(network, start, adapters, process=process["name"])
     origins = _kept(origins, process, source=source, is_reparameterised=options.reparameterize)
     if options.reparameterize:
         if network.kind != "dit":
@@ -111,20 +114,32 @@ def _find_start(source: str) -> StartingPoint:
     return find_weights(source, key="SOURCE") if checkpoint is None else from_checkpoint(checkpoint)
 
 
+def _wanted_adapters(start: StartingPoint, options: argparse.Namespace) -> list[tuple[str, Path, float]]:
+    """Return what LORA and WEIGHTS ask for: each adapter as it is called, where its file lies, and its weight.
+
+    As in drawing, WEIGHTS alone is for the adapter that SOURCE is a checkpoint of, and such a one is not added twice.
+    """
+    locations = [location.strip() for location in options.lora.split(",")] if options.lora else []
+    if options.weights and not locations and start.adapters:
+        locations = [str(start.adapters[-1])]
+    if not locations and not options.weights:
+        return []
+    weights = _typed_weights(options.weights, locations)
+    return [(location, _find_adapter(location), weight) for location, weight in zip(locations, weights, strict=True)]
+
+
 def _add_adapters(
-    network: DiT | PixArt, start: StartingPoint, options: argparse.Namespace, *, process: str
+    network: DiT | PixArt, start: StartingPoint, wanted: Sequence[tuple[str, Path, float]], *, process: str
 ) -> dict[str, float]:
     """Add the changes of adapters, each times its weight, as drawing with them does; returns what the card says."""
     if network.kind != "pixart":
         raise UserError(f"LORA is for a PixArt, but SOURCE ({start.path}) is a class-conditional DiT")
     source = start.path
     assert source is not None, "only a stage starts from nothing"
-    locations = [location.strip() for location in options.lora.split(",")] if options.lora else []
-    weights = _typed_weights(options.weights, locations)
     identity = identity_of(source)
     adapters, merged = [], {}
-    for location, weight in zip(locations, weights, strict=True):
-        adapter = _open_adapter(location, network)
+    for location, path, weight in wanted:
+        adapter = _open_adapter(path, network)
         for note in (
             *adapter.notes,
             *compare_base(adapter, title=str(source), location=str(source), identity=identity, process=process),
@@ -156,15 +171,22 @@ def _typed_weights(typed: str, locations: Sequence[str]) -> list[float]:
     return weights
 
 
-def _open_adapter(location: str, network: PixArt) -> Adapter:
-    """Open an adapter that is named by its file or folder, a checkpoint or a stage of training."""
+def _find_adapter(location: str) -> Path:
+    """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage of training."""
     path = typed_path(location)
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path) if path.is_dir() else None
     if checkpoint is not None and not checkpoint.has_adapters:
         raise UserError(f"LORA {path} is a checkpoint of a whole network, and no adapter: name it as FROM")
     try:
-        adapter = read_adapter(path if checkpoint is None else checkpoint.weights, network.config)
+        return find_adapter_file(path if checkpoint is None else checkpoint.weights)
+    except UserError as error:
+        raise UserError(f"LORA: {error}") from None
+
+
+def _open_adapter(path: Path, network: PixArt) -> Adapter:
+    try:
+        adapter = read_adapter(path, network.config)
         require_fit(adapter, network)
     except UserError as error:
         raise UserError(f"LORA: {error}") from None

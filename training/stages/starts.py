@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 
 from errors import UserError
 from pipelines.engine.progress import get_logger
-from pixart.adapter_files import read_adapter
+from pipelines.store.files import sha256_file
+from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import at_positions, merge, require_fit
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
@@ -187,8 +188,12 @@ def _require_all_layers(
         )
 
 
-def with_adapters(network: DiT | PixArt, start: StartingPoint, *, key: str) -> DiT | PixArt:
+def with_adapters(
+    network: DiT | PixArt, start: StartingPoint, *, key: str, leaves_out: Collection[Path] = ()
+) -> DiT | PixArt:
     """Merge the adapters that weights come with into them, and give the network the shape that it then had.
+
+    Of adapters with the content of one of the files `leaves_out` it has the shape alone.
 
     Raises:
         UserError: they do not fit the weights; names `key`.
@@ -198,7 +203,8 @@ def with_adapters(network: DiT | PixArt, start: StartingPoint, *, key: str) -> D
     if network.kind != "pixart":
         raise UserError(f"{key} is a class-conditional DiT, but {start.adapters[0]} is an adapter of a PixArt")
     network.float()  # in which small changes are not lost
-    for path in start.adapters:
+    left_out = {sha256_file(file) for file in leaves_out}
+    for path in (path for path in start.adapters if sha256_file(find_adapter_file(path)) not in left_out):
         adapter = read_adapter(path, network.config)
         require_fit(adapter, network)
         merge(network, [(adapter, 1.0)])
