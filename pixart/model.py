@@ -62,7 +62,8 @@ class PixArtConfig:
             raise UserError(f"kv_compressed_blocks {list(blocks)} need adaLN-single, but adaln is {self.adaln}")
         if list(blocks) != sorted({block for block in blocks if 0 <= block < self.num_layers}):
             raise UserError(
-                f"kv_compressed_blocks {list(blocks)} are not blocks from 0 to {self.num_layers - 1}, in order"
+                f"kv_compressed_blocks {list(blocks)} are not blocks from 0 to {self.num_layers - 1}, in order and "
+                "each once"
             )
 
     @property

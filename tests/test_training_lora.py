@@ -24,9 +24,10 @@ from pixart.model import PixArt
 from sampling.foreign_weights import open_trained_model
 from sampling.trained_model import open_run_model
 from training.convert import main as convert
+from training.data.survey import Survey
 from training.loop.products import require_products
 from training.objectives.objective import Trained
-from training.stages.networks import blank_copy, count_parameters, count_weights
+from training.stages.networks import blank_copy, count_parameters, count_weights, network_config
 from training.stages.stage import TrainingJob, open_stage
 from training.stages.starts import load_network, objective_networks, with_adapters
 from training.stages.weights import WeightCounts
@@ -189,6 +190,16 @@ def test_adapters_without_weights_to_stay_beside_are_refused(run: Path, tmp_path
     job = open_job(run, trains="lora", starts_from=start, **{"lora.targets": ["mlp", "blocks.*.nothing"]})
     with pytest.raises(UserError, match=r"training\.stage2\.lora\.targets: 'blocks\.\*\.nothing' fits none of the 27"):
         objective_networks(job, {"network": Trained()}, PixArt(SHAPE))
+
+
+def test_blocks_that_are_not_there_are_refused_with_the_key_of_the_stage(run: Path) -> None:
+    for blocks in ([9], [1, 1]):
+        job = open_job(run, starts_from="scratch", kv_compressed_blocks=blocks)
+        survey = Survey(buckets=[], counts=[], channels=4, downsample=8, max_label=-1, num_without_size=0)
+        with pytest.raises(
+            UserError, match=r"recipe\.toml: training\.stage2: kv_compressed_blocks .* from 0 to 1, in ord"
+        ):
+            network_config(job, survey)
 
 
 def test_only_adapters_train_and_blank_copies_have_them_too(run: Path, tmp_path: Path) -> None:

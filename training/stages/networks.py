@@ -35,14 +35,17 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
     if job.settings.network == "pixart":
         assert text is not None, "the features of a PixArt have text"
         require_sizes(job, survey)
-        return PixArtConfig(
-            **shared,
-            caption_channels=text["d_text"],
-            interpolation_scale=job.settings.position_scale,
-            adaln=job.model.adaln,
-            kv_compressed_blocks=tuple(job.settings.kv_compressed_blocks or ()),
-            has_size_condition=job.model.size_condition,
-        )
+        try:
+            return PixArtConfig(
+                **shared,
+                caption_channels=text["d_text"],
+                interpolation_scale=job.settings.position_scale,
+                adaln=job.model.adaln,
+                kv_compressed_blocks=tuple(job.settings.kv_compressed_blocks or ()),
+                has_size_condition=job.model.size_condition,
+            )
+        except UserError as error:
+            raise UserError(f"{job.command.recipe.path}: training.{job.command.stage_name}: {error}") from None
     require_labels(job, survey)
     return DiTConfig(**shared, num_classes=job.model.num_classes)
 
