@@ -95,7 +95,7 @@ demo-vae: $(READY)  ## Another VAE on the toy world: what the judge says while t
 		SET='sampling.checkpoint=toyworld/released/pixart sampling.size=64x64'$(if $(call given,SET),' '"$$SET")
 	@set -e; for step in 50 100 150 200 250 300 350 400; do $(MAKE) $(OTHER_VAE) sample STAGE=vae-$$step \
 		SET='sampling.checkpoint=runs/demo-vae/training/vae/step-'$$step$(if $(call given,SET),' '"$$SET"); done
-	@$(MAKE) $(OTHER_VAE) judge
+	@$(MAKE) $(OTHER_VAE) judge report
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

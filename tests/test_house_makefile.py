@@ -163,7 +163,7 @@ def test_the_demo_of_dreambooth_draws_before_it_learns(house) -> None:
 def test_the_demo_of_another_vae_draws_before_it_and_with_each_checkpoint(house) -> None:
     steps = [step.split("|") for step in steps_of(house, "demo-vae", "SET=training.seed=1")]
     assert {run for _, run, _ in steps} == {"runs/demo-vae"}
-    doors = ["world", "caption", "features", "features", "train", *["sample"] * 9, "judge"]
+    doors = ["world", "caption", "features", "features", "train", *["sample"] * 9, "judge", "report"]
     assert [words.split()[2] for words, _, _ in steps] == doors
     drawn = [settings for words, _, settings in steps if words.split()[2] == "sample"]
     places = [f"runs/demo-vae/training/vae/step-{step}" for step in range(50, 401, 50)]

@@ -20,6 +20,7 @@ from toyworld.config import ToyworldConfig
 from toyworld.judge import ObjectHit, Verdict
 from toyworld.render import render
 from toyworld.report import _reason, write_report
+from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import read_prompt_scenes, score_run
 from toyworld.world import write_world
 from training.previews.page import write_page
@@ -252,6 +253,20 @@ def test_loss_chart_stays_inside_its_frame(losses):
         assert 1 <= len(places) <= 360
         assert all(0 <= x <= 360 and 0 <= y <= 210 for x, y in places)
     assert svg.count("<text") >= 4
+
+
+def test_scores_of_checkpoints_are_a_curve_in_the_order_of_steps():
+    scores = {"vae-100": 0.5, "vae-50": 0.0, "vae-1000": 1.0, "vae": 0.9, "stage3-512": 0.3, "former": 0.8}
+    judged = {name: {"all": score} for name, score in scores.items()}
+    (curve,) = score_curves(judged, stages=["vae"])
+    assert not score_curves(judged, stages=["vae-50", "vae-100", "vae-1000"]), "resolutions, each a stage"
+    assert (curve.name, curve.points) == ("vae", [(50, 0.0), (100, 0.5), (1000, 1.0)])
+    assert sorted(scores, key=in_order_of_steps) == ["former", "stage3-512", "vae", "vae-50", "vae-100", "vae-1000"]
+    assert 'aria-label="Objects all right, samples of vae: 100.0% at step 1000"' in curve.chart
+    places = [tuple(map(float, pair)) for pair in re.findall(r'cx="([^"]*)" cy="([^"]*)"', curve.chart)]
+    (low, half, high) = (y for _, y in places)
+    assert low > half > high and low - half == pytest.approx(half - high, abs=0.2)
+    assert 2 * (places[0][0] - 44) == pytest.approx(places[1][0] - 44, abs=0.2), "steps are in scale, from 0 on"
 
 
 def test_loss_chart_without_losses_says_so():

@@ -1,6 +1,7 @@
 """Weights that move on to another VAE beside a teacher, the weights of before, which sees the former latents."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,21 @@ def test_what_it_needs_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stage_learns_beside_its_teacher_and_resumes_exactly(tmp_path: Path) -> None:
     settings: Any = settings_of(tmp_path, shards={"laion_0": 40, "laion_1": 23}) | {"optimizer": "muon"}
-    whole, parted = make_run(tmp_path / "whole"), make_run(tmp_path / "parted")
-    said = train(whole, 2, **settings)
+    whole = make_run(tmp_path / "whole")
+    said = train(whole, 2, **settings, checkpoint_every=6)
     assert "networks that run forward alone" in said
-    train(parted, 2, **settings, checkpoint_every=4, num_processes=1)
-    lines, again = metrics(whole, 2), metrics(parted, 2)
+    cut, other = tmp_path / "cut" / whole.name, make_run(tmp_path / "other")
+    shutil.copytree(whole.parent, cut.parent)
+    stage = cut / "training" / "stage2"
+    shutil.rmtree(stage / "step-12")
+    (stage / "latest").write_text("step-6\n")
+    train(cut, 2, **settings, checkpoint_every=6)
+    weights = [run / "training/stage2/step-12/model/diffusion_pytorch_model.safetensors" for run in (whole, cut)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    train(other, 2, **settings, num_processes=1)
+    lines, again = metrics(whole, 2), metrics(other, 2)
     assert len(lines) == 6
-    for line, other in zip(lines, again, strict=True):
+    for line, same in zip(lines, again, strict=True):
         assert line["teacher"] > 0
         for name in ("loss", "mse", "teacher"):
-            assert other[name] == pytest.approx(line[name], rel=1e-3), "whatever the number of ranks"
+            assert same[name] == pytest.approx(line[name], rel=1e-3), "whatever the number of ranks"

@@ -1,4 +1,4 @@
-"""Loss curves as inline SVG on a logarithmic axis: no script, no colours of their own, legible in light and dark."""
+"""Losses on a logarithmic axis and scores as inline SVG: no script, no own colours, legible in light and dark."""
 
 import itertools
 import math
@@ -68,6 +68,16 @@ def loss_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
     parts = [*_grid(x, y), _line(_thin(drawn), x, y, name="raw"), _line(smooth, x, y, name="smooth")]
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     return Markup(svg)
+
+
+def score_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
+    """Return an SVG of (step, share from 0 to 1), a dot at each step, in percent; `label` is read to the blind."""
+    y = Scale(0.0, 100.0, HEIGHT - BOTTOM, TOP)
+    x = Scale(0.0, max(step for step, _ in points), LEFT, WIDTH - RIGHT)
+    percents = [(step, 100 * share) for step, share in points]
+    dots = [f'<circle cx="{x.place(step):.1f}" cy="{y.place(value):.1f}" r="3"/>' for step, value in percents]
+    parts = [*_grid(x, y), _line(percents, x, y, name="smooth"), *dots]
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>')
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

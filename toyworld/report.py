@@ -23,6 +23,7 @@ from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
 from toyworld.previews import PreviewRow, preview_rows
+from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
 
 log = get_logger("toyworld")
@@ -151,6 +152,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         curves=_curves(run, stages),
         grids=_grids(config, run, stages=stages),
         scores=_score_rows(run, summary),
+        score_curves=score_curves(summary.get("judge", {}), stages=recipe.names("training")),
         evaluation=_evaluation(run, summary),
         judged=summary.get("judge", {}),
         targets=TARGETS,
@@ -332,8 +334,8 @@ def _curves(run: Path, stages: Sequence[StageTitle]) -> list[Curve]:
 def _grids(config: ToyworldConfig, run: Path, *, stages: Sequence[StageTitle]) -> list[Grid]:
     found = {folder.name: folder for folder in sample_folders(run)}
     grids = []
-    others = [_stage_title(name) for name in sorted(found.keys() - {stage.name for stage in stages})]
-    for stage in [*stages, *others]:
+    others = sorted(found.keys() - {stage.name for stage in stages}, key=in_order_of_steps)
+    for stage in [*stages, *map(_stage_title, others)]:
         folder = found.get(stage.name)
         grids.append(
             Grid(
@@ -350,7 +352,8 @@ def _grids(config: ToyworldConfig, run: Path, *, stages: Sequence[StageTitle]) -
 
 def _score_rows(run: Path, summary: Mapping[str, Any]) -> list[ScoreRow]:
     """The judge's figures of this run, then those of the run that differs from it only in its captions."""
-    rows = [ScoreRow(_stage_title(name).title, figures) for name, figures in sorted(summary.get("judge", {}).items())]
+    judged = summary.get("judge", {})
+    rows = [ScoreRow(_stage_title(name).title, judged[name]) for name in sorted(judged, key=in_order_of_steps)]
     name = run.resolve().name
     is_raw = name.endswith(COMPANION_SUFFIX)
     companion = run.resolve().with_name(name.removesuffix(COMPANION_SUFFIX) if is_raw else name + COMPANION_SUFFIX)
