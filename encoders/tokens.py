@@ -17,12 +17,25 @@ if TYPE_CHECKING:
 
 # As the published T5 have it alone, SentencePiece's file, of which transformers makes a tokenizer.
 TOKENIZER_FILE, PIECES_FILE = "tokenizer.json", "spiece.model"
+VOCABULARIES = (TOKENIZER_FILE, PIECES_FILE, "tokenizer.model", "vocab.json", "vocab.txt")
+PIPELINE_INDEX = "model_index.json"
 TEXTS_AT_ONCE = 4096
 
 
 def find_tokenizer(source: ModelSource) -> Path | None:
-    """Return the file of a model's tokenizer in its folder or in the hub's cache, None if it is in neither."""
-    return find_file(source, TOKENIZER_FILE) or find_file(source, PIECES_FILE)
+    """Return the file of a model's tokenizer in its folder or in the hub's cache, None if it is in neither.
+
+    That of a pipeline's `text_encoder` lies in the `tokenizer` beside it.
+    """
+    return next(filter(None, (find_file(source, name) for name in (TOKENIZER_FILE, PIECES_FILE))), _beside(source))
+
+
+def _beside(source: ModelSource) -> Path | None:
+    folder = Path(source.location).resolve()
+    if not (folder.is_dir() and (folder.parent / PIPELINE_INDEX).is_file()):
+        return None
+    files = [folder.parent / "tokenizer" / name for name in (TOKENIZER_FILE, PIECES_FILE)]
+    return next((path for path in files if path.is_file()), None)
 
 
 def fetch_tokenizer(source: ModelSource, *, key: str) -> Path:
@@ -70,17 +83,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def pretrained_tokenizer(source: ModelSource, *, folder: str | None = None) -> Any:
-    """Return transformers' tokenizer of a model, which lies beside its weights or in a `folder` of its own.
+    """Return transformers' tokenizer of a model, which lies as `find_tokenizer` has it or in a `folder` of its own.
 
     Raises:
         UserError: there is none, or it is damaged; names the folder.
     """
+    if folder is None and (file := find_tokenizer(source)) is not None and file == _beside(source):
+        folder = str(file.parent)
     return _load_auto(folder or loadable(source, key="tokenizer"), revision=source.revision)
 
 
 def _load_auto(location: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
+    # transformers makes a tokenizer of no words where there is no vocabulary.
+    source = ModelSource(location, revision, "")
+    if Path(location).is_dir() and not any(find_file(source, name) for name in VOCABULARIES):
+        raise UserError(f"the tokenizer in {location} cannot be loaded: it has none of {', '.join(VOCABULARIES)}")
     try:
         return AutoTokenizer.from_pretrained(location, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # also where JSON holds something else

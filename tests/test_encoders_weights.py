@@ -15,7 +15,7 @@ from tiny_encoders import save_codec, save_text_encoder
 from transformers import T5EncoderModel
 
 from encoders.opening import latent_spec, open_codec, open_text_encoder, text_spec
-from encoders.tokens import load_tokenizer
+from encoders.tokens import find_tokenizer, load_tokenizer
 from encoders.weights import resolve_model
 from errors import UserError
 
@@ -129,6 +129,24 @@ def test_a_damaged_tokenizer_or_config_is_named(models: Path, tmp_path: Path, co
             open_text_encoder(str(folder), max_tokens=8)
     with pytest.raises(UserError, match=r"tokenizer\.json is (empty|a pointer|damaged or no tokenizer)"):
         load_tokenizer(tmp_path / "tokenizer.json" / "tokenizer.json")
+
+
+def test_the_encoder_of_a_pipeline_has_its_tokenizer_beside_it(models: Path, tmp_path: Path) -> None:
+    encoder, tokenizer = tmp_path / "text_encoder", tmp_path / "tokenizer"
+    shutil.copytree(models / "t5", encoder)
+    tokenizer.mkdir()
+    for path in encoder.glob("*token*"):
+        path.rename(tokenizer / path.name)
+    with pytest.raises(
+        UserError, match=r"the tokenizer in .*text_encoder cannot be loaded: it has none of tokenizer\.json"
+    ):
+        open_text_encoder(str(encoder), max_tokens=8)
+    (tmp_path / "model_index.json").write_text("{}")
+    found, expected = (
+        open_text_encoder(str(folder), max_tokens=8).encode(["a dog"]) for folder in (encoder, models / "t5")
+    )
+    assert torch.equal(found[0], expected[0])
+    assert find_tokenizer(resolve_model(str(encoder))) == tokenizer / "tokenizer.json"
 
 
 OFFLINE = """

@@ -324,6 +324,21 @@ def test_adapters_are_merged_into_a_conversion_each_times_its_weight(tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
+def test_a_card_does_not_say_where_its_writer_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "ann", tmp_path / "ann" / "work"
+    config = PixArtConfig(num_layers=1, num_heads=2, head_dim=8, caption_channels=8, sample_size=4)
+    save_diffusers(PixArt(config), here / "base")
+    save_diffusers(PixArt(config), home / "other")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for number, (typed, said) in enumerate(
+        {"base": "(base/", str(here / "base"): "(base/", "~/other": "(~/other/"}.items()
+    ):
+        main([typed, f"merged-{number}"])
+        card = Path(f"merged-{number}", "README.md").read_text()
+        assert str(home) not in card and said in card
+
+
 def test_adapters_of_another_process_are_not_merged_and_those_of_other_weights_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,15 @@ def test_samples_of_an_earlier_checkpoint_do_not_count(checkpoint: Checkpoint) -
     assert verdicts(checkpoint)["samples"] is False
 
 
+def test_samples_of_one_prompt_count_too(checkpoint: Checkpoint) -> None:
+    draw_samples(checkpoint, seconds_later=-10)
+    samples = samples_of(checkpoint)
+    samples.with_name("stage2-prompt").mkdir()
+    (samples.with_name("stage2-prompt") / "grid.png").touch()
+    (found,) = (check for check in stage_gate(checkpoint, samples=samples) if check.name == "samples")
+    assert found.holds is None and found.finding == f"look at {samples.with_name('stage2-prompt') / 'grid.png'}"
+
+
 def test_a_loss_that_rose_fails(checkpoint: Checkpoint) -> None:
     write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(20)], validation=[1.0, 0.7, 0.73])
     assert verdicts(checkpoint)["loss"] is False

@@ -54,12 +54,17 @@ class Card:
             *describe_scores(None if self.merged else self.checkpoint, trainer.get("stage")),
             *_use(class_name, self.origins, parts),
         ]
-        (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(_without_home("\n".join(lines)) + "\n", encoding="utf-8")
 
     def _adapters(self) -> Iterator[str]:
         if self.merged:
             yield from ("", "## Adapters", "", "Merged into the weights, each times a number:", "")
             yield from (f"- {name}: {weight:g}" for name, weight in self.merged.items())
+
+
+def _without_home(text: str) -> str:
+    """Return a text for strangers to read: paths are told from the working folder or from the home of who made it."""
+    return text.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
 
 
 def _front(trainer: Mapping[str, Any], origins: Origins) -> Iterator[str]:

@@ -108,8 +108,10 @@ def _health(checkpoint: Checkpoint, dumps: Sequence[str]) -> Check:
 
 
 def _samples(checkpoint: Checkpoint, samples: Path) -> Check:
-    grid = samples / "grid.png"
-    if not grid.is_file():
+    # What is drawn from one PROMPT lies in a folder of its own.
+    grids = [samples.with_name(name) / "grid.png" for name in (samples.name, f"{samples.name}-prompt")]
+    grid = max(filter(Path.is_file, grids), key=lambda path: path.stat().st_mtime, default=None)
+    if grid is None:
         return Check(name="samples", holds=None, finding=f"not drawn yet: {typed_command('sample')}, and look at them")
     if grid.stat().st_mtime < (checkpoint.path / "trainer.json").stat().st_mtime:
         return Check(
