@@ -13,7 +13,7 @@ from pipelines.store.files import sha256_text
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from training.exports.scores import describe_scores
 
-NONE = ["", "## Scores", "", "None of these weights: `make eval` and a judge measure them before they are exported."]
+NONE = ["", "## Scores", "", "None of these weights: an evaluation and a judge measure them before they are exported."]
 FID = {"metric": "FID", "value": 31.25, "better": "lower", "num_images": 2048, "num_reference": 5000}
 CLIP = {"metric": "CLIP score", "value": 0.29871, "better": "higher", "num_images": 2048, "num_reference": 0}
 JUDGE = {"judge": "toyworld/weights/judge", "all": 0.9125, "extra": 0.5, "num_images": 300, "num_objects": 574}

@@ -27,7 +27,7 @@ def describe_scores(checkpoint: Path | None, stage: str | None) -> Iterator[str]
         run = checkpoint.absolute().parent.parent.parent
         identity = _identity(checkpoint)
         found = [*_evaluation(run, stage, identity), *_judgement(run, stage, identity)]
-    yield from found or ["None of these weights: `make eval` and a judge measure them before they are exported."]
+    yield from found or ["None of these weights: an evaluation and a judge measure them before they are exported."]
 
 
 def _identity(checkpoint: Path) -> str:
@@ -47,7 +47,7 @@ def _evaluation(run: Path, stage: str, identity: str) -> Iterator[str]:
             continue
         prompts = f"the prompts of {Path(inputs['prompts']).name}" if inputs["prompts"] else "a prompt"
         yield (
-            f"`make eval`, of {inputs['num_images']:,} images of {prompts}: {inputs['solver']}, {inputs['num_steps']} "
+            f"An evaluation of {inputs['num_images']:,} images of {prompts}: {inputs['solver']}, {inputs['num_steps']} "
             f"steps, guidance {inputs['guidance_scale']:g}, seed {inputs['seed']}, size {inputs['size']}."
         )
         yield from ("", "| score | value | better | measured on |", "|---|---|---|---|")
