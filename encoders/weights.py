@@ -76,6 +76,25 @@ def model_folder(model_id: str, revision: str | None = None) -> Path | None:
     return None if path is None else path.parent
 
 
+def cached_hub_file(model_id: str, revision: str | None = None, *, key: str) -> Path:
+    """Return a file `org/name/….pth` of a hub's repository that is in the cache.
+
+    Raises:
+        MissingFileError: it is not, or can be of no repository; names the recipe `key` and the way out.
+    """
+    match = HUB_FOLDER.fullmatch(model_id)
+    if match is None:
+        raise MissingFileError(f"{key}: {model_id} does not exist")
+    repository, name = match["repository"], match["folder"]
+    path = find_file(ModelSource(repository, revision, ""), name)
+    if path is None:
+        raise MissingFileError(
+            f"{key}: {model_id} does not exist; if it is a file of the hub's {repository}, run "
+            f"`hf download {repository} {name}`"
+        )
+    return path
+
+
 def of_transformer(model_id: str) -> str:
     """Return the hub's repository whose `transformer` is named, as of a pipeline that is what is taken; else the id."""
     match = HUB_FOLDER.fullmatch(model_id)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.latents import require_whole_patches
-from encoders.weights import REPOSITORY, of_transformer, require_model, resolve_model
+from encoders.weights import REPOSITORY, cached_hub_file, of_transformer, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
@@ -57,7 +57,8 @@ def open_trained_model(
     if folder := next((path.parent for path in places if _is_adapter_of_training(path)), None):
         return open_checkpoint_model(folder)
     if is_original_name(location) and not any(path.is_dir() for path in places):
-        raise MissingFileError(f"sampling.checkpoint {location} does not exist")
+        file = cached_hub_file(location, revision, key="sampling.checkpoint")
+        return _open_original(file, encoders, resolution=resolution, departs_in=departs_in)
     folder = _find_folder(location, revision)
     if (folder / PIPELINE_FILE).is_file():
         return _open_pipeline(folder, encoders, location=location, departs_in=departs_in)

@@ -12,7 +12,9 @@ from encoders.weights import hub_repository, model_folder, require_model, resolv
 from errors import MissingFileError, UserError
 from pixart.convert import save_diffusers
 from pixart.model import PixArt, PixArtConfig
+from sampling.config import EncoderConfig
 from sampling.foreign_weights import open_trained_model
+from training.convert import main as convert
 from training.stages.stage import find_weights
 
 
@@ -61,3 +63,18 @@ def test_folders_that_are_not_there_are_said_with_the_way_to_fetch_them() -> Non
     assert model_folder("run--1/vae") is None
     with pytest.raises(UserError, match=r"features\.vae_model = 'run--1/vae' \(main\) is no local folder"):
         require_model(resolve_model("run--1/vae"), key="features.vae_model")
+
+
+def test_an_original_file_is_named_as_the_hub_calls_it(cached: Path) -> None:
+    encoders_of = EncoderConfig(text_model="someone/pipe/text_encoder", vae_model="someone/pipe/vae")
+    convert([str(cached / "transformer"), str(cached / "PixArt-XL-2.pth")])
+    start = find_weights("someone/pipe/PixArt-XL-2.pth", key="x")
+    assert start.path == cached / "PixArt-XL-2.pth" and start.location == "someone/pipe/PixArt-XL-2.pth"
+    assert open_trained_model("someone/pipe/PixArt-XL-2.pth", encoders_of).model_path == start.path
+    way = r"someone/pipe/other\.pth does not exist; .* run `hf download someone/pipe other\.pth`"
+    with pytest.raises(MissingFileError, match=rf"training\.x\.starts_from: {way}"):
+        find_weights("someone/pipe/other.pth", key="training.x.starts_from")
+    with pytest.raises(MissingFileError, match=rf"sampling\.checkpoint: {way}"):
+        open_trained_model("someone/pipe/other.pth", encoders_of)
+    with pytest.raises(MissingFileError, match=r"x: /no/such\.pth does not exist$"):
+        find_weights("/no/such.pth", key="x")

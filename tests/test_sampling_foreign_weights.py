@@ -126,5 +126,5 @@ def test_what_is_missing_or_another_process_is_said_before_anything_is_loaded(ru
     (folder / "model_index.json").write_text("{")
     with pytest.raises(UserError, match=r"model_index\.json is no JSON or has been cut short"):
         open_trained_model(str(folder), None)
-    with pytest.raises(MissingFileError, match=r"sampling\.checkpoint .*nothing\.safetensors does not exist"):
+    with pytest.raises(MissingFileError, match=r"sampling\.checkpoint: .*nothing\.safetensors does not exist"):
         open_trained_model("nothing.safetensors", None)

@@ -360,7 +360,7 @@ def test_truncation_names_the_lost_words(run, capsys):
             r"sampling\.checkpoint: model folder no/such/folder/here does not exist",
         ),
         (2, {"checkpoint": "nobody/has-this"}, r"sampling\.checkpoint = 'nobody/has-this' .* not in the hub cache"),
-        (2, {"checkpoint": "no/such.pth"}, r"sampling\.checkpoint no/such\.pth does not exist"),
+        (2, {"checkpoint": "no/such.pth"}, r"sampling\.checkpoint: no/such\.pth does not exist"),
     ],
 )
 def test_mistakes_get_one_clear_line(run, stage, table, message):

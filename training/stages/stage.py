@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import identity_of, of_transformer, require_model, resolve_model
+from encoders.weights import cached_hub_file, identity_of, of_transformer, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
@@ -341,17 +341,17 @@ def from_checkpoint(checkpoint: Checkpoint, *, checks_files: bool = True) -> Sta
 
 
 def find_weights(model_id: str, *, key: str) -> StartingPoint:
-    """Find an original file by path, or a diffusers folder by path or hub id (of a pipeline its `transformer`).
+    """Find an original file or a diffusers folder (of a pipeline its `transformer`), by path or as the hub calls it.
 
     Raises:
         MissingFileError: it looks like a path, and there is nothing.
         UserError: the hub has no such model, or the folder's process is not supported; the former names `key`.
     """
     path = typed_path(model_id)
+    if is_original_name(model_id) and not path.exists():
+        path = cached_hub_file(model_id, key=key)
     if path.is_file():
         return StartingPoint(path, f"sha256:{sha256_file(path)}", location=model_id)
-    if is_original_name(model_id) and not path.exists():
-        raise MissingFileError(f"{key}: {model_id} does not exist")
     try:
         source = resolve_model(of_transformer(model_id))
     except MissingFileError as error:
