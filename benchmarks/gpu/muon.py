@@ -3,7 +3,7 @@
 Muon takes the matrices of blocks, AdamW the rest. Matrices of one shape are orthogonalised together, in one batched
 product after the other. Shared out over eight cards each would orthogonalise some of the matrices and pass them on;
 measured is what the card with the largest share computes, on this one card: what passing on costs is not in it.
-There is no setting for it yet.
+`training.optimizer = "muon"` steps by the same products, on one card or under ZeRO 0, and shares nothing out.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -39,27 +39,9 @@ from benchmarks.gpu.steps import fresh_memory, measure_step, our_step, random_ne
 from benchmarks.gpu.training import TINY, XL_256
 from benchmarks.train import LEARNING_RATE, WEIGHT_DECAY
 from pixart.model import PixArt
+from training.loop.optimizers.muon import MATCHED_ADAMW, MOMENTUM, NUM_ITERATIONS, orthogonalized
 
-# Of torch.optim.Muon, whose numbers these are.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NUM_ITERATIONS, EPSILON, MOMENTUM = 5, 1e-7, 0.95
 NUM_CARDS = 8
-MATCHED_ADAMW = 0.2  # of the update's scale that keeps AdamW's learning rates (Liu et al. 2025)
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Give of matrices [K, m, n] the nearest that are nearly orthogonal, in bf16, by Newton and Schulz' iteration."""
-    a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
-    is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
-    for _ in range(NUM_ITERATIONS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if is_tall else x
 
 
 class BatchedMuon:
@@ -78,7 +60,7 @@ class BatchedMuon:
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             foreach_lerp_(moments, gradients, 1 - MOMENTUM)
             nesterov = foreach_lerp(gradients, moments, MOMENTUM)
-            updates = orthogonalised(torch.stack(nesterov)).to(weights[0].dtype)  # [K, m, n]
+            updates = orthogonalized(torch.stack(nesterov)).to(weights[0].dtype)  # [K, m, n]
             scale = MATCHED_ADAMW * max(weights[0].shape) ** 0.5
             foreach_mul_(weights, 1 - LEARNING_RATE * WEIGHT_DECAY)
             foreach_add_(weights, list(updates), alpha=-LEARNING_RATE * scale)
