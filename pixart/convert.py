@@ -55,8 +55,8 @@ def save_diffusers(model: PixArt | DiT, folder: Path) -> None:
     """Write `model` as a folder that diffusers' `PixArtTransformer2DModel` or `DiTTransformer2DModel` opens.
 
     diffusers knows DiT's timesteps only with `timestep_shift` 1; with 0 our own `load_diffusers` is exact and
-    diffusers close. A PixArt with per-block adaLN, or whose blocks compress keys and values, it refuses by its
-    `norm_type`.
+    diffusers close. A PixArt with per-block adaLN, whose blocks compress keys and values, or that is told its
+    guidance, it refuses by its `norm_type`.
     """
     if model.kind == "pixart":
         layout, copies = pixart_diffusers_layout(model.config), {}

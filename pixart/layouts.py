@@ -22,9 +22,13 @@ DERIVED_KEYS = {"pos_embed", "pos_embed.pos_embed", NULL_CAPTION, "caption_proje
 
 
 def original_layout(config: PixArtConfig | DiTConfig) -> Layout:
-    """Layout of PixArt's original .pth or DiT's official .pt; UserError for the ablation, which has none."""
+    """Layout of PixArt's original .pth or DiT's official .pt; UserError for a PixArt that has none."""
     if config.kind == "pixart" and config.adaln != "single":
         raise UserError(f"adaln is {config.adaln}, but PixArt's original .pth knows only adaLN-single")
+    if config.kind == "pixart" and config.has_guidance_condition:
+        raise UserError(
+            "PixArt's original .pth has no place for a guidance condition: fold a guidance into the weights"
+        )
     layout = {
         **_linear("x_embedder.proj", "patch_embed.projection"),
         **_linear("t_embedder.mlp.0", "timestep_embed.hidden"),
@@ -79,6 +83,9 @@ def pixart_diffusers_layout(config: PixArtConfig) -> Layout:
         layout |= {"scale_shift_table": ("final_modulation.embedding",)}
     else:
         layout |= _linear("text_feature", "text_feature") | _linear("proj_out_1", "final_modulation")
+    if config.has_guidance_condition:
+        layout |= _linear("adaln_single.emb.guidance_embedder.linear_1", "guidance_embed.hidden")
+        layout |= _linear("adaln_single.emb.guidance_embedder.linear_2", "guidance_embed.out")
     if config.has_size_condition:
         for ours, theirs in (("size_embed", "resolution_embedder"), ("aspect_ratio_embed", "aspect_ratio_embedder")):
             layout |= _linear(f"adaln_single.emb.{theirs}.linear_1", f"{ours}.hidden")

@@ -28,6 +28,8 @@ from pixart.layers import (
 )
 from pixart.reuse import BlockRecord, BlockReuse
 
+TOLD_PER_GUIDANCE = 1000.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixArtConfig:
@@ -51,6 +53,7 @@ class PixArtConfig:
     has_size_condition: bool = False  # told image size and aspect ratio, as the released 1024px model is
     adaln: Literal["single", "per-block"] = "single"  # per-block: as in DiT, the ablation of Figure 6
     kv_compressed_blocks: tuple[int, ...] = ()  # whose image tokens attend to a quarter of their number (PixArt-Sigma)
+    has_guidance_condition: bool = False  # told the guidance that it was distilled with, see `guidance_condition.py`
 
     def __post_init__(self) -> None:
         if self.width % 4:
@@ -92,6 +95,11 @@ PIXART_B_2 = PixArtConfig(num_layers=12, num_heads=12, head_dim=64)
 PIXART_L_2 = PixArtConfig(num_layers=24, num_heads=16, head_dim=64)
 PIXART_XL_2 = PixArtConfig()
 PIXART_XL_2_1024 = PixArtConfig(sample_size=128, interpolation_scale=2.0, has_size_condition=True)
+
+
+def told_guidance(scale: Tensor) -> Tensor:
+    """Give what a guidance embedding is told of scales [B], [B]: 0 for none, as diffusers' embedding of LCM has it."""
+    return TOLD_PER_GUIDANCE * (scale - 1)
 
 
 class PackedText(NamedTuple):
@@ -181,6 +189,8 @@ class PixArt(nn.Module):
         if config.has_size_condition:
             self.size_embed = ScalarEmbedder(width // 3)
             self.aspect_ratio_embed = ScalarEmbedder(width // 3)
+        if config.has_guidance_condition:
+            self.guidance_embed = ScalarEmbedder(width)
         self.caption_projection = MLP(config.caption_channels, width, width)
         self.blocks = nn.ModuleList(
             PixArtBlock(
@@ -216,6 +226,8 @@ class PixArt(nn.Module):
         if self.config.has_size_condition:
             for embedder in (self.size_embed, self.aspect_ratio_embed):
                 nn.init.zeros_(embedder.out.weight)  # again so
+        if self.config.has_guidance_condition:
+            nn.init.zeros_(self.guidance_embed.out.weight)  # leaves the weights that it is added to as they are
         if self.config.adaln == "single":
             nn.init.normal_(self.global_modulation.weight, std=0.02)
         else:
@@ -266,6 +278,7 @@ class PixArt(nn.Module):
         text_mask: Tensor | None = None,
         size: Tensor | None = None,
         *,
+        guidance: Tensor | None = None,
         reuse: BlockReuse | BlockRecord | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
@@ -273,14 +286,19 @@ class PixArt(nn.Module):
         timesteps [B] lie in [0, 1000). The text encoder's output is packed, or [B, L, caption_channels] with text_mask
         [B, L] True at its real tokens (None: all are), of which each text needs one; or it is what `read_text` gives.
         `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
-        aspect ratio height / width. `reuse` says which blocks are computed, and stands for the others; or it records
-        what is behind some.
+        aspect ratio height / width. `guidance` [B], for models with `has_guidance_condition` and no other, is the scale
+        of the guidance that the output is to have by itself, 1 for none. `reuse` says which blocks are computed, and
+        stands for the others; or it records what is behind some.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
         condition = self.timestep_embed(timesteps)  # [B, D]
         if (size is not None) != self.config.has_size_condition:
             raise ValueError(f"has_size_condition is {self.config.has_size_condition}, size is {size}")
+        if (guidance is not None) != self.config.has_guidance_condition:
+            raise ValueError(f"has_guidance_condition is {self.config.has_guidance_condition}, guidance is {guidance}")
+        if guidance is not None:
+            condition = condition + self.guidance_embed(told_guidance(guidance))
         if size is not None:
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)

@@ -23,6 +23,7 @@ PIXART_DEFAULTS: dict[str, Any] = {
     "interpolation_scale": None,
     "use_additional_conditions": None,
     "kv_compressed_blocks": [],  # ours; diffusers' PixArt has none
+    "guidance_condition": False,  # as well
 }
 DIT_DEFAULTS: dict[str, Any] = {
     "num_layers": 28,
@@ -40,7 +41,15 @@ DIT_DEFAULTS: dict[str, Any] = {
 }
 # of a PixArt with blocks that compress keys and values: diffusers, which would pass over them, refuses what it says
 COMPRESSED_NORM_TYPE = "ada_norm_single_kv_compression"
-SINGLE_NORM_TYPES = ("ada_norm_single", COMPRESSED_NORM_TYPE)
+# of one that is told its guidance, with which diffusers would draw as if it were told none, and of one that does both
+GUIDED_NORM_TYPE, GUIDED_COMPRESSED_NORM_TYPE = "ada_norm_single_guidance", f"{COMPRESSED_NORM_TYPE}_guidance"
+# by whether keys and values are compressed, and whether it is told its guidance
+SINGLE_NORM_TYPES = {
+    (False, False): "ada_norm_single",
+    (True, False): COMPRESSED_NORM_TYPE,
+    (False, True): GUIDED_NORM_TYPE,
+    (True, True): GUIDED_COMPRESSED_NORM_TYPE,
+}
 # by class, where a config leaves out its norm_type
 NORM_TYPES = {"PixArtTransformer2DModel": "ada_norm_single", "DiTTransformer2DModel": "ada_norm_zero"}
 # latent side whose multiples scale the positions of a config without `interpolation_scale`: diffusers'
@@ -71,7 +80,7 @@ def kind_of(stored: Mapping[str, Any], path: Path) -> str:
     # not `_class_name` alone: folders from before diffusers 0.28 call both models Transformer2DModel
     norm_type = stored.get("norm_type", NORM_TYPES.get(str(stored.get("_class_name"))))
     reads_captions = stored.get("caption_channels") is not None
-    if norm_type in SINGLE_NORM_TYPES or (norm_type == "ada_norm_zero" and reads_captions):
+    if norm_type in SINGLE_NORM_TYPES.values() or (norm_type == "ada_norm_zero" and reads_captions):
         return "pixart"
     if norm_type == "ada_norm_zero":
         return "dit"
@@ -101,4 +110,4 @@ def stored_shape(folder: Path) -> dict[str, Any]:
 
 def adaln_of(stored: Mapping[str, Any]) -> Literal["single", "per-block"]:
     """Return the adaLN of a PixArt, by what its config says, defaults included."""
-    return "single" if stored["norm_type"] in SINGLE_NORM_TYPES else "per-block"
+    return "single" if stored["norm_type"] in SINGLE_NORM_TYPES.values() else "per-block"

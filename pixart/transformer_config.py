@@ -13,11 +13,11 @@ from errors import MissingFileError, UserError
 from pixart.dit import DiTConfig
 from pixart.model import PixArtConfig
 from pixart.stored_shapes import (
-    COMPRESSED_NORM_TYPE,
     CONDITIONED_SIDE,
     CONFIG_NAME,
     DIT_DEFAULTS,
     PIXART_DEFAULTS,
+    SINGLE_NORM_TYPES,
     adaln_of,
     default_interpolation_scale,
     kind_of,
@@ -68,16 +68,17 @@ def to_json(config: PixArtConfig | DiTConfig) -> dict[str, Any]:
             "num_embeds_ada_norm": config.num_classes,
             "timestep_shift": config.timestep_shift,
         }
-    compressed = {"norm_type": COMPRESSED_NORM_TYPE, "kv_compressed_blocks": list(config.kv_compressed_blocks)}
+    single = SINGLE_NORM_TYPES[bool(config.kv_compressed_blocks), config.has_guidance_condition]
     return {
         **shared,
         "_class_name": "PixArtTransformer2DModel",
-        "norm_type": "ada_norm_single" if config.adaln == "single" else "ada_norm_zero",
+        "norm_type": single if config.adaln == "single" else "ada_norm_zero",
         "cross_attention_dim": config.width,
         "caption_channels": config.caption_channels,
         "interpolation_scale": config.interpolation_scale,
         "use_additional_conditions": config.has_size_condition,
-        **(compressed if config.kv_compressed_blocks else {}),
+        **({"kv_compressed_blocks": list(config.kv_compressed_blocks)} if config.kv_compressed_blocks else {}),
+        **({"guidance_condition": True} if config.has_guidance_condition else {}),
     }
 
 
@@ -120,17 +121,25 @@ def _pixart_config(stored: Mapping[str, Any]) -> PixArtConfig:
         interpolation_scale=default_interpolation_scale(sample_size) if scale is None else scale,
         has_size_condition=sample_size == CONDITIONED_SIDE if has_size_condition is None else bool(has_size_condition),
         adaln=adaln_of(stored),
-        kv_compressed_blocks=_block_numbers(stored),
+        **_extensions(stored),
     )
 
 
-def _block_numbers(stored: Mapping[str, Any]) -> tuple[int, ...]:
-    blocks, is_said = stored["kv_compressed_blocks"], stored["norm_type"] == COMPRESSED_NORM_TYPE
+def _extensions(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' PixArt has not, and is told by a `norm_type` that it refuses."""
+    blocks, is_guided, norm_type = stored["kv_compressed_blocks"], stored["guidance_condition"], stored["norm_type"]
     if not isinstance(blocks, list) or any(type(block) is not int for block in blocks):
         raise UserError(f"kv_compressed_blocks is {blocks!r}, not a list of numbers of blocks")
-    if is_said != bool(blocks):
-        raise UserError(f"norm_type is {stored['norm_type']!r}, which kv_compressed_blocks {blocks!r} contradicts")
-    return tuple(blocks)
+    if not isinstance(is_guided, bool):
+        raise UserError(f"guidance_condition is {is_guided!r}, not true or false")
+    said = next((key for key, norm in SINGLE_NORM_TYPES.items() if norm == norm_type), (bool(blocks), is_guided))
+    for name, value, is_there, is_said in (
+        ("kv_compressed_blocks", blocks, bool(blocks), said[0]),
+        ("guidance_condition", is_guided, is_guided, said[1]),
+    ):
+        if is_there != is_said:
+            raise UserError(f"norm_type is {norm_type!r}, which {name} {value!r} contradicts")
+    return {"kv_compressed_blocks": tuple(blocks), "has_guidance_condition": is_guided}
 
 
 def _dit_config(stored: Mapping[str, Any], timestep_shift: int | None) -> DiTConfig:
