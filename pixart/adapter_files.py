@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import MissingFileError, UserError
 from pixart.adapter_layers import AdapterShape, layer_names, scale_of
 from pixart.adapters import DOWN, MAGNITUDE, UP, Adapter, LowRank, lora_config, trained_names, trained_parts
+from pixart.belonging import METADATA, belonging_of, parse_note, read_header
 from pixart.layouts import require_finite
 from pixart.model import PixArtConfig
 from pixart.tensor_files import read_weight_file
@@ -31,8 +31,6 @@ FILE_NAMES = (ADAPTER_NAME, "adapter_model.bin", "pytorch_lora_weights.safetenso
 PREFIX = "base_model.model."
 # In front of layers' names in files of peft, diffusers and PixArt's own script, ComfyUI, OneTrainer and kohya.
 PREFIXES = (PREFIX, "transformer.", "unet.", "diffusion_model.", "lora_transformer_", "lora_unet_")
-# In the header of our files: what the adapter belongs to.
-METADATA = "pixart_atelier"
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 # The words for the parts of a change, behind the layer's name; peft and diffusers may leave an adapter's own name in.
 PARTS = {
@@ -143,34 +141,15 @@ def find_adapter_file(path: Path) -> Path:
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Return the tensors of a file, peft's settings of it, and what it says that it belongs to."""
     tensors = read_weight_file(file).tensors
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-    except SafetensorError:
-        metadata = {}
+    header = read_header(file)
     beside = file.parent / CONFIG_NAME
     if file.name in FILE_NAMES[:2] and beside.is_file():
         settings = read_json(beside)
     else:
         # diffusers writes them into the header, behind the name of the model that each is of
-        noted = _json(metadata.get(DIFFUSERS_METADATA), file)
+        noted = parse_note(header.get(DIFFUSERS_METADATA), file)
         settings = {key.rpartition("transformer.")[2]: value for key, value in noted.items()}
-    belongs_to = _json(metadata.get(METADATA), file)
-    base, process = belongs_to.get("base"), belongs_to.get("process")
-    is_whole = isinstance(base, dict) and {"identity", "location", "adapters"} <= base.keys()
-    if belongs_to and not (is_whole and isinstance(process, dict) and "name" in process):
-        raise UserError(f"{file}: what its header says of the weights that it belongs to is not whole: make it again")
-    return tensors, settings, belongs_to
-
-
-def _json(text: str | None, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text or "{}")
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: what its header says of the adapter is no JSON: fetch or make it again")
-    return content
+    return tensors, settings, belonging_of(header, file)
 
 
 def _require_plain(settings: Mapping[str, Any], name: str) -> None:

@@ -193,33 +193,3 @@ def require_fit(adapter: Adapter, network: PixArt) -> None:
                 f"{adapter.path} is an adapter of another model: its change of {layer} is of {inputs} to {outputs} "
                 f"channels, but the model's layer is of {wanted[1]} to {wanted[0]}"
             )
-
-
-def compare_base(adapter: Adapter, *, title: str, location: str, identity: str, process: str) -> list[str]:
-    """Return what is odd about adding an adapter to weights, by what its file says of those it was trained on.
-
-    Args:
-        adapter: of which a file of others says nothing.
-        title: what people call the weights.
-        location: where they are.
-        identity: hash of them, without that of any adapters.
-        process: that they were trained with.
-
-    Raises:
-        UserError: the adapter was trained with another; names both.
-    """
-    known = adapter.belongs_to
-    if not known:
-        return []
-    if (trained := known["process"]["name"]) != process:
-        raise UserError(f"{adapter.path} was trained with process {trained}, but {title} with {process}")
-    base = known["base"]
-    if base["identity"] != identity:
-        return [
-            f"{adapter.path} was trained on the weights of {base['location']}, and is added to others, of "
-            f"{location}: what it has learnt may not show as there"
-        ]
-    if base["adapters"]:
-        others = ", ".join(item["location"] for item in base["adapters"])
-        return [f"{adapter.path} was trained on its base with {others}: add that, too, to draw as there"]
-    return []

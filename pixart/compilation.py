@@ -31,9 +31,11 @@ def require_compiler(*, key: str) -> None:
 
 
 def compile_blocks(network: "nn.Module") -> None:
-    """Compile the `blocks` of a network where they stand; their names and weights stay as they are."""
+    """Compile the blocks of a network where they stand; their names and weights stay as they are."""
+    from pixart.block import blocks_of  # with torch
+
     # Block by block: all have one code, which is compiled once for them all, again when lengths first differ.
-    for block in network.get_submodule("blocks").children():
+    for block in blocks_of(network):
         block.compile()
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from errors import UserError
 from pixart.attention import Packing, pack
+from pixart.block import PixArtBlock
+from pixart.control import Control, ControlBranch, ControlPass
 from pixart.layers import (
     MLP,
     AdaLNSingle,
@@ -20,7 +22,6 @@ from pixart.layers import (
     KeyValue,
     PatchEmbed,
     ScalarEmbedder,
-    SelfAttention,
     TokenCompression,
     modulate,
     unpatchify,
@@ -119,11 +120,15 @@ class PackedText(NamedTuple):
 
 
 class ReadText(NamedTuple):
-    """What the network takes of texts: keys and values of each block, and with per-block adaLN their feature [B, D]."""
+    """What the network takes of texts: keys and values of each block, and with per-block adaLN their feature [B, D].
+
+    `copies` are those of the copies in a control branch; none without one.
+    """
 
     key_values: list[KeyValue]
     packing: Packing
     feature: Tensor | None
+    copies: Sequence[KeyValue] = ()
 
 
 def pack_text(text: Tensor, text_mask: Tensor | None) -> PackedText:
@@ -135,38 +140,6 @@ def pack_text(text: Tensor, text_mask: Tensor | None) -> PackedText:
     is_real = text_mask.bool()
     offsets = F.pad(is_real.sum(1).cumsum(0), (1, 0)).int()
     return PackedText(text[is_real], offsets, max_length)
-
-
-class PixArtBlock(nn.Module):
-    """Self-attention, cross-attention over the text, MLP; modulated by adaLN-single or by an adaLN of its own."""
-
-    def __init__(self, width: int, num_heads: int, *, adaln: str, is_compressed: bool) -> None:
-        super().__init__()
-        self.attention = SelfAttention(width, num_heads, is_compressed=is_compressed)
-        self.cross_attention = CrossAttention(width, num_heads)
-        self.mlp = MLP(width, 4 * width, width)
-        self.modulation = AdaLNSingle(width, 6) if adaln == "single" else nn.Linear(width, 6 * width)
-
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        *,
-        text: Tensor | KeyValue,
-        packing: Packing,
-        grid: tuple[int, int],
-    ) -> Tensor:
-        """Give [B, N, D] from x [B, N, D], rows of `grid` (height, width) tokens one after the other.
-
-        The condition is S [B, 6, D] with adaLN-single, and SiLU(condition) [B, D] with the block's own adaLN. The
-        texts lie as `packing` says: [T, D], or what `cross_attention.read` gives of that.
-        """
-        key_value = self.cross_attention.read(text, packing) if isinstance(text, Tensor) else text
-        shifts_scales_gates = self.modulation(condition).view(len(x), 6, -1).chunk(6, dim=1)  # six [B, 1, D]
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = shifts_scales_gates
-        x = x + gate_attention * self.attention(modulate(x, shift_attention, scale_attention), grid)
-        x = x + self.cross_attention(x, key_value, packing)
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
 class PixArt(nn.Module):
@@ -205,6 +178,8 @@ class PixArt(nn.Module):
             self.text_feature = nn.Linear(config.caption_channels, width)
             self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, patch_size * patch_size * config.out_channels)
+        # beside the weights of this shape, where `pixart.branching.add_branch` puts one
+        self.control: ControlBranch | None = None
         self._initialize()
 
     @property
@@ -243,9 +218,15 @@ class PixArt(nn.Module):
         """
         packed = text if isinstance(text, PackedText) else pack_text(text, text_mask)
         projected, packing = self._project(packed)
-        blocks = cast("list[PixArtBlock]", list(self.blocks))
+        blocks = cast("list[PixArtBlock]", [*self.blocks, *self._copies])
         key_values = [block.cross_attention.read(projected, packing) for block in blocks]
-        return ReadText(key_values, packing, self._text_feature(packed))
+        own, copies = key_values[: len(self.blocks)], key_values[len(self.blocks) :]
+        return ReadText(own, packing, self._text_feature(packed), copies)
+
+    @property
+    def _copies(self) -> Sequence[nn.Module]:
+        """The copies of blocks in the control branch, of which there may be none."""
+        return () if self.control is None else list(self.control.copies)
 
     def _project(self, text: PackedText) -> tuple[Tensor, Packing]:
         """Give the texts as blocks read them, [T, D], and where they lie."""
@@ -279,6 +260,7 @@ class PixArt(nn.Module):
         size: Tensor | None = None,
         *,
         guidance: Tensor | None = None,
+        control: Control | None = None,
         reuse: BlockReuse | BlockRecord | None = None,
     ) -> Tensor:
         """Give noise and variance [B, 2C, h, w] for noisy latents [B, C, h, w].
@@ -287,8 +269,9 @@ class PixArt(nn.Module):
         [B, L] True at its real tokens (None: all are), of which each text needs one; or it is what `read_text` gives.
         `size` [B, 3], for models with `has_size_condition` and no other, holds height and width in pixels and the
         aspect ratio height / width. `guidance` [B], for models with `has_guidance_condition` and no other, is the scale
-        of the guidance that the output is to have by itself, 1 for none. `reuse` says which blocks are computed, and
-        stands for the others; or it records what is behind some.
+        of the guidance that the output is to have by itself, 1 for none. `control` is what a network with a control
+        branch is led by; without it the branch adds nothing. `reuse` says which blocks are computed, and stands for the
+        others; or it records what is behind some.
         """
         x = self.patch_embed(latents)  # [B, N, D]
         grid = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
@@ -303,22 +286,51 @@ class PixArt(nn.Module):
             sides = self.size_embed(size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)  # [B, 2D/3]
             condition = condition + torch.cat([sides, self.aspect_ratio_embed(size[:, 2])], dim=1)
         texts: Sequence[Tensor | KeyValue]
+        copied_texts: Sequence[Tensor | KeyValue]
         if isinstance(text, ReadText):
-            texts, packing, feature = text
+            texts, packing, feature, copied_texts = text
         else:
             # Each block reads the text itself: where blocks are recomputed, its keys and values need not be kept.
             packed = text if isinstance(text, PackedText) else pack_text(text, text_mask)
             projected, packing = self._project(packed)
-            texts, feature = [projected] * len(self.blocks), self._text_feature(packed)
+            texts, copied_texts = [projected] * len(self.blocks), [projected] * len(self._copies)
+            feature = self._text_feature(packed)
         if self.config.adaln == "single":
             block_condition = self.global_modulation(F.silu(condition)).unflatten(-1, (6, -1))  # [B, 6, D]
             final_condition = condition[:, None]
         else:
             block_condition = final_condition = F.silu(condition + feature)
+        led = self._led(control, block_condition, texts=copied_texts, packing=packing, grid=grid)
         for number, (block, block_text) in enumerate(zip(self.blocks, texts, strict=True)):
             if reuse is None or not reuse.skips(number):
+                x = x if led is None else led.before(number, x)
                 x = block(x, block_condition, text=block_text, packing=packing, grid=grid)
             x = x if reuse is None else reuse.after(number, x)
         shift, scale = self.final_modulation(final_condition).view(len(x), 2, -1).chunk(2, dim=1)  # two [B, 1, D]
         patches = self.final(modulate(x, shift, scale))  # [B, N, P*P*2C]
         return unpatchify(patches, grid, patch_size=self.config.patch_size)
+
+    def _led(
+        self,
+        control: Control | None,
+        condition: Tensor,
+        *,
+        texts: Sequence[Tensor | KeyValue],
+        packing: Packing,
+        grid: tuple[int, int],
+    ) -> ControlPass | None:
+        """Begin the control branch's part of a pass; None where nothing leads it."""
+        if control is None:
+            return None
+        if self.control is None:
+            raise ValueError("control is given to a network without a control branch")
+        tokens = self.patch_embed(control.latents)  # [B, N, D]
+        return ControlPass(
+            self.control,
+            tokens,
+            strength=control.strength,
+            condition=condition,
+            texts=texts,
+            packing=packing,
+            grid=grid,
+        )

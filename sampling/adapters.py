@@ -134,10 +134,11 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
 def _compare(adapter: Adapter, trained: TrainedModel) -> None:
     """Compare what an adapter says that it belongs to with what it is to be added to."""
     from encoders.likeness import is_same_codec, is_same_text_encoder
-    from pixart.adapters import compare_base
+    from pixart.belonging import compare_base
 
     said = compare_base(
-        adapter,
+        adapter.path,
+        adapter.belongs_to,
         title=trained.name,
         location=str(trained.model_path),
         identity=trained.identity.partition("+")[0],

@@ -26,7 +26,8 @@ from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
-from pixart.adapters import Adapter, compare_base, merge, require_fit
+from pixart.adapters import Adapter, merge, require_fit
+from pixart.belonging import compare_base
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
 from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
@@ -142,7 +143,14 @@ def _add_adapters(
         adapter = _open_adapter(path, network)
         for note in (
             *adapter.notes,
-            *compare_base(adapter, title=str(source), location=str(source), identity=identity, process=process),
+            *compare_base(
+                adapter.path,
+                adapter.belongs_to,
+                title=str(source),
+                location=str(source),
+                identity=identity,
+                process=process,
+            ),
         ):
             log.warning(note)
         _say(f"{adapter.path}: {len(adapter.layers)} layers are changed by {weight:g} times the adapter's change")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 import pixart.attention  # noqa: F401  (registers the operator)
+from pixart.block import blocks_of
 from training.config import KeepActivations
 
 _aten = torch.ops.aten
@@ -28,7 +29,7 @@ PRODUCTS = [
 
 
 def keep_activations(network: nn.Module, kept: KeepActivations) -> None:
-    """Let the `blocks` of a network keep only some activations; what is not kept, the backward pass computes again.
+    """Let the blocks of a network keep only some activations; what is not kept, the backward pass computes again.
 
     "all" keeps what autograd asks for. "products" keeps the results of matrix products and attention, by torch's
     selective checkpointing, eager and compiled. "inputs" keeps what goes into a block and recomputes all of it.
@@ -36,7 +37,7 @@ def keep_activations(network: nn.Module, kept: KeepActivations) -> None:
     if kept == "all":
         return
     context_fn = partial(create_selective_checkpoint_contexts, PRODUCTS) if kept == "products" else noop_context_fn
-    for block in network.get_submodule("blocks").children():
+    for block in blocks_of(network):
         # On the module itself and not in a wrapper around it, which would give its weights other names.
         block.forward = _recomputing(block.forward, context_fn)
 
