@@ -160,7 +160,7 @@ def test_a_base_that_is_gone_or_has_changed_is_said(runs: Runs, tmp_path: Path) 
     trainer["base"]["location"] = str(tmp_path / "gone")
     (case.step(4) / "trainer.json").write_text(json.dumps(trainer))
     with pytest.raises(
-        UserError, match=r"changes the weights of .*gone, which are not there any more: put them back, or"
+        UserError, match=r"belongs to the weights of .*gone, which are not there any more: put them back, or"
     ):
         open_run_model(case.run, "stage2")
     random_network(tmp_path / "gone", 9)

@@ -1,4 +1,4 @@
-"""The weights that adapters of a checkpoint belong to: where they were, and what tells them from others."""
+"""The weights that adapters or a control branch belong to: where they were, and what tells them from others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ RUN = "{run}"
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Weights that a checkpoint's adapters change.
+    """Weights that a checkpoint's adapters change, or that its control branch leads.
 
     Attributes:
         path: their diffusers folder, or an original file.
@@ -42,7 +42,7 @@ def describe_base(
 
 
 def base_of(checkpoint: Checkpoint, *, identify: Callable[[Path], str] | None) -> Base:
-    """Return the weights that a checkpoint's adapters belong to.
+    """Return the weights that a checkpoint's adapters or its control branch belong to.
 
     `identify` hashes weights, to compare them with what they were; None where another process has done so.
 
@@ -56,19 +56,24 @@ def base_of(checkpoint: Checkpoint, *, identify: Callable[[Path], str] | None) -
     for place in places:
         if not place.exists():
             raise MissingFileError(
-                f"{checkpoint.weights} changes the weights of {place}, which are not there any more: put them back, "
-                f"or name them where they are, with this adapter: sampling.checkpoint = '…' and "
-                f"sampling.lora = ['{checkpoint.weights}']"
+                f"{checkpoint.weights} belongs to the weights of {place}, which are not there any more: put them back, "
+                f"or name them where they are: {_ways_to_draw(checkpoint, '…')}"
             )
     checks = [identify, *[adapter_identity] * len(stored["adapters"])] if identify else []
     for item, place, check in zip((stored, *stored["adapters"]), places, checks, strict=False):
         if check(place) != item["identity"]:
             raise UserError(
                 f"{checkpoint.weights} was trained on {place}, whose weights are others now: put those back, or draw "
-                f"with these as they are: sampling.checkpoint = '{places[0]}' and "
-                f"sampling.lora = ['{checkpoint.weights}']"
+                f"with these as they are: {_ways_to_draw(checkpoint, str(places[0]))}"
             )
     return Base(path=places[0], identity=stored["identity"], shape=stored["shape"], adapters=tuple(places[1:]))
+
+
+def _ways_to_draw(checkpoint: Checkpoint, base: str) -> str:
+    """Return how to name a checkpoint's weights and those they belong to one by one."""
+    if checkpoint.has_control:
+        return f"sampling.checkpoint = '{base}', with the branch {checkpoint.weights}"
+    return f"sampling.checkpoint = '{base}' and sampling.lora = ['{checkpoint.weights}']"
 
 
 def adapter_identity(folder: Path) -> str:

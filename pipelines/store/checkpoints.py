@@ -1,7 +1,8 @@
 """Checkpoints of a training stage on disk: which folders are ours, which one is in force, and which are whole.
 
 `training/<stage>/step-<k>/` holds DeepSpeed's state, the EMA weights as a diffusers folder `model/` or, of a stage that
-trains adapters, those alone as peft's folder `adapter/`, and `trainer.json`. It is written under a temporary name,
+trains adapters or a control branch, those alone as peft's folder `adapter/` or diffusers' `control/`, and
+`trainer.json`. It is written under a temporary name,
 fsynced and renamed, and `latest` moves last: a process that is killed at any time leaves the former checkpoint in
 force. People keep copies beside them, so ours are folders of exactly that name; all else, such as `step-20-best`, a
 file or a link, is read if `latest` names it, and never removed.
@@ -12,6 +13,7 @@ import re
 import secrets
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -29,9 +31,20 @@ LATEST = "latest"
 TRAINER = "trainer.json"
 MODEL = "model"
 ADAPTER = "adapter"
-WEIGHTS = {MODEL: f"{MODEL}/diffusion_pytorch_model.safetensors", ADAPTER: f"{ADAPTER}/adapter_model.safetensors"}
-CONFIGS = (f"{MODEL}/config.json", f"{ADAPTER}/adapter_config.json", "scheduler/scheduler_config.json")
-# In `trainer.json` of adapters: the weights that they belong to.
+CONTROL = "control"
+WEIGHTS = {
+    MODEL: f"{MODEL}/diffusion_pytorch_model.safetensors",
+    ADAPTER: f"{ADAPTER}/adapter_model.safetensors",
+    CONTROL: f"{CONTROL}/diffusion_pytorch_model.safetensors",
+}
+CONFIGS = (
+    f"{MODEL}/config.json",
+    f"{ADAPTER}/adapter_config.json",
+    f"{CONTROL}/config.json",
+    "scheduler/scheduler_config.json",
+)
+# In `trainer.json` of adapters and control branches: the weights that they belong to. Of the latter `CONTROL` says what
+# leads them.
 BASE = "base"
 # What `trainer.json` has had from the first version on, and the types.
 TRAINER_KEYS = {
@@ -70,13 +83,18 @@ class Checkpoint:
 
     @property
     def weights(self) -> Path:
-        """Folder of the EMA weights: of the whole network, or of adapters."""
-        return self.path / (ADAPTER if self.has_adapters else MODEL)
+        """Folder of the EMA weights: of the whole network, of adapters, or of a control branch."""
+        return self.path / kind_of_weights(self.trainer)
 
     @property
     def has_adapters(self) -> bool:
         """Whether its weights are adapters, and nothing without the weights that `trainer.json` names."""
-        return BASE in self.trainer
+        return kind_of_weights(self.trainer) == ADAPTER
+
+    @property
+    def has_control(self) -> bool:
+        """Whether its weights are a control branch, and nothing without the weights that `trainer.json` names."""
+        return kind_of_weights(self.trainer) == CONTROL
 
     @property
     def is_finished(self) -> bool:
@@ -153,6 +171,13 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     return in_todays_words(read_state(folder / TRAINER, mend=mend, keys=TRAINER_KEYS))
 
 
+def kind_of_weights(trainer: Mapping[str, Any]) -> str:
+    """Return the folder of a checkpoint's weights, by its `trainer.json`: `MODEL`, `ADAPTER` or `CONTROL`."""
+    if BASE not in trainer:
+        return MODEL
+    return CONTROL if CONTROL in trainer else ADAPTER
+
+
 def checkpoint_folders(stage_directory: Path) -> list[Path]:
     """Return the folders of a stage that are ours, oldest first, whole or not."""
     return sorted(filter(_is_ours, _folders(stage_directory)), key=_step_of)
@@ -182,8 +207,7 @@ def weights_damage(folder: Path, *, is_thorough: bool = False) -> str | None:
     for name in CONFIGS:
         if (folder / name).parent.is_dir() and (damage := state_damage(folder / name)):
             return f"{name} {damage}"
-    kind = ADAPTER if BASE in read_trainer(folder) else MODEL
-    return _file_damage(folder, [WEIGHTS[kind]], is_thorough=is_thorough)
+    return _file_damage(folder, [WEIGHTS[kind_of_weights(read_trainer(folder))]], is_thorough=is_thorough)
 
 
 def _file_damage(folder: Path, names: list[str], *, is_thorough: bool) -> str | None:
