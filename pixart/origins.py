@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from errors import UserError
-from pixart.processes.specs import is_spec
+from pixart.processes.specs import is_spec, student_of
 
 # The record in an export of ours, beside the weights' folder or in it.
 ORIGINS_FILE = "origins.json"
@@ -126,7 +126,7 @@ class Origins:
         facts = [
             (self.positions, lambda at: f"positions of {at.sample_size} latents a side at scale {at.scale:g}"),
             (self.has_size_condition, lambda is_told: "told each image's size" if is_told else ""),
-            (self.process, lambda spec: f"process {spec['name']}"),
+            (self.process, lambda spec: f"process {spec['name']}{_distilled(spec)}"),
         ]
         return _listed(facts)
 
@@ -134,6 +134,11 @@ class Origins:
         """Return what `ORIGINS_FILE` holds: the values that are known and that the weights themselves do not say."""
         found = {name: fact.value for name, fact in self.facts().items() if fact is not None and name in _KINDS}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def _distilled(spec: Mapping[str, Any]) -> str:
+    student = student_of(spec)
+    return "" if student is None else f", distilled by {student['method']}"
 
 
 def origins_of_json(content: Mapping[str, Any], *, source: str) -> Origins:

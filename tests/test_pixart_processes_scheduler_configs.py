@@ -14,6 +14,9 @@ from pixart.processes.scheduler_configs import (
     DISTILLED,
     DPM_SOLVER,
     FLOW_CLASSES,
+    LCM_DEFAULTS,
+    LCM_OFF,
+    LCM_SCHEDULER,
     OTHER_SAMPLER_KEYS,
     PROCESS_DEFAULTS,
     READ_KEYS,
@@ -23,7 +26,7 @@ from pixart.processes.scheduler_configs import (
     spec_beside,
     spec_of_scheduler,
 )
-from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, describe_unused_settings, flow_spec
+from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, describe_unused_settings, flow_spec, lcm_student
 
 
 def defaults(class_name: str) -> dict[str, object]:
@@ -38,6 +41,9 @@ def test_the_table_has_every_key_and_default_of_diffusers() -> None:
     known = READ_KEYS | PROCESS_DEFAULTS.keys() | SAMPLER_DEFAULTS.keys() | OTHER_SAMPLER_KEYS
     for class_name in (*SCHEDULES, *FLOW_CLASSES):
         theirs = defaults(class_name)
+        if class_name == LCM_SCHEDULER:
+            assert {name: theirs.pop(name) for name in LCM_DEFAULTS} == LCM_DEFAULTS
+            assert not any(theirs[name] for name in LCM_OFF)
         assert theirs.keys() <= known, class_name
         assert {
             name: theirs[name] for name in PROCESS_DEFAULTS.keys() & theirs.keys()
@@ -49,12 +55,14 @@ def test_the_table_has_every_key_and_default_of_diffusers() -> None:
 @pytest.mark.parametrize("class_name", [*SCHEDULES, *FLOW_CLASSES])
 def test_what_a_scheduler_of_diffusers_saves_opens(tmp_path: Path, class_name: str) -> None:
     getattr(diffusers, class_name)().save_pretrained(tmp_path / "scheduler")
-    expected = flow_spec() if class_name in FLOW_CLASSES else ddpm_spec(SCHEDULES[class_name])
+    student = lcm_student(guidance=None) if class_name == LCM_SCHEDULER else None
+    expected = flow_spec() if class_name in FLOW_CLASSES else ddpm_spec(SCHEDULES[class_name], student=student)
     assert spec_beside(tmp_path / "transformer") == expected
     replaced = describe_replaced_sampler(tmp_path / "transformer")
-    assert (
-        replaced is None if class_name == DPM_SOLVER else f"scheduler_config.json is of {class_name}" in str(replaced)
-    )
+    if class_name in (DPM_SOLVER, LCM_SCHEDULER):
+        assert replaced is None
+    else:
+        assert f"scheduler_config.json is of {class_name}" in str(replaced)
     assert spec_beside(tmp_path / "somebody-elses") is None
 
 
@@ -124,7 +132,7 @@ def test_settings_of_dpm_solver_go_through_file_spec_and_scheduler() -> None:
             {"_class_name": "EDMEulerScheduler"},
             "_class_name EDMEulerScheduler is none of DPMSolverMultistepScheduler, ",
         ),
-        ({"_class_name": DISTILLED[0]}, "_class_name LCMScheduler: the network is distilled to few steps"),
+        ({"_class_name": DISTILLED[0]}, "_class_name TCDScheduler: the network is distilled to few steps"),
         ({"sigma_warp": 0.3}, "sigma_warp is 0.3, a setting that is not known here: without it images may be wrong"),
     ],
 )
@@ -152,3 +160,55 @@ def test_a_setting_that_diffusers_refuses_is_named() -> None:
     process = process_of(spec_of_scheduler({"solver_type": "newton"}))
     with pytest.raises(UserError, match=r"DPM-Solver\+\+ cannot be set to .*'solver_type': 'newton'.*not implemented"):
         process.scheduler("dpm-solver++", 4)
+
+
+# What stands beside PixArt-LCM-XL-2-1024-MS.
+PUBLISHED_LCM = {
+    "_class_name": "LCMScheduler",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "original_inference_steps": 50,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+def test_a_published_student_is_known_by_its_scheduler() -> None:
+    spec = spec_of_scheduler(PUBLISHED_LCM)
+    assert spec == ddpm_spec(student=lcm_student(guidance=None)), "which guidance is inside nobody says"
+    assert process_of(spec).scheduler_config().items() <= PUBLISHED_LCM.items()
+    other = spec_of_scheduler(PUBLISHED_LCM | {"original_inference_steps": 100, "timestep_scaling": 5.0})
+    assert other["student"] == lcm_student(guidance=None, num_teacher_steps=100, timestep_scaling=5.0)
+    scheduler = process_of(other).scheduler("lcm", 4)
+    assert scheduler.config.original_inference_steps == 100 and scheduler.config.timestep_scaling == 5.0
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"clip_sample": True}, "clip_sample is True, but LCM's estimates of the clean latents are kept whole"),
+        ({"thresholding": True}, "thresholding is True, but LCM's"),
+        ({"original_inference_steps": 1001}, "original_inference_steps is 1001, not a whole number from 1 to 1000"),
+        ({"original_inference_steps": 2.5}, r"original_inference_steps is 2\.5, not a whole number"),
+        ({"timestep_scaling": 0}, "timestep_scaling is 0, not a positive number"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True, but only False"),
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction, only epsilon"),
+        ({"_class_name": "DDIMScheduler"}, "original_inference_steps is 50, a setting that is not known here"),
+    ],
+)
+def test_a_student_of_another_kind_is_refused(changed: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spec_of_scheduler(PUBLISHED_LCM | changed)

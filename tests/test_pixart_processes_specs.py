@@ -12,12 +12,21 @@ from pixart.processes.specs import (
     SOLVERS,
     ddpm_spec,
     flow_spec,
+    is_spec,
+    lcm_student,
     num_passes,
     require_solver,
     spec_of_trainer,
 )
 
-SPECS = [ddpm_spec(), ddpm_spec({**ddpm_spec()["schedule"], "beta_end": 0.03}, min_snr_gamma=5.0), flow_spec(shift=3.0)]
+SPECS = [
+    ddpm_spec(),
+    ddpm_spec({**ddpm_spec()["schedule"], "beta_end": 0.03}, min_snr_gamma=5.0),
+    ddpm_spec(student=lcm_student(guidance=(4.0, 16.0), num_teacher_steps=25)),
+    ddpm_spec(student=lcm_student(guidance=5.5)),
+    ddpm_spec(student=lcm_student(guidance=None)),
+    flow_spec(shift=3.0),
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -32,6 +41,8 @@ def test_a_scheduler_config_makes_the_process_that_wrote_it(spec):
     found = spec_of_scheduler(process_of(spec).scheduler_config())
     assert (found["name"], found["prediction"]) == (spec["name"], spec["prediction"])
     assert found["schedule"] == spec["schedule"]
+    if "student" in spec:
+        assert found["student"] == spec["student"] | {"guidance": None}, "diffusers has no key for it"
 
 
 def test_a_trainer_of_an_earlier_version_is_of_ddpm():
@@ -49,6 +60,7 @@ def test_a_trainer_of_an_earlier_version_is_of_ddpm():
         ({**flow_spec(), "schedule": {**flow_spec()["schedule"], "bend": 1}}, "process flow with .*'bend': 1"),
         (ddpm_spec() | {"prediction": "v"}, "process ddpm with .*'prediction': 'v'.* is none that this version knows"),
         (ddpm_spec() | {"other": 1}, "process ddpm with .*'other': 1"),
+        (ddpm_spec() | {"student": {"method": "tcd"}}, "process ddpm with .*'tcd'.* is none that this version knows"),
     ],
 )
 def test_unknown_processes_are_refused(spec, message):
@@ -78,3 +90,31 @@ def test_a_solver_of_another_process_is_refused_naming_the_checkpoint():
     said = r"sampling\.solver = 'heun' does not go with x/model, which is of process ddpm: dpm-solver\+\+, iddpm"
     with pytest.raises(UserError, match=said):
         require_solver(ddpm_spec(), "heun", num_steps=20, checkpoint="x/model")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"guidance": [16.0, 4.0]},
+        {"guidance": [4.0]},
+        {"guidance": "4.5"},
+        {"num_teacher_steps": 0},
+        {"timestep_scaling": None},
+        {"method": "tcd"},
+        {"other": 1},
+    ],
+)
+def test_what_says_nothing_sound_of_a_student_is_no_spec(changed):
+    student = lcm_student(guidance=(4.0, 16.0))
+    assert is_spec(ddpm_spec(student=student))
+    assert not is_spec(ddpm_spec(student=student | changed))
+    assert not is_spec(flow_spec() | {"student": student})
+
+
+def test_steps_of_lcm_are_those_of_the_students_teacher():
+    require_solver(ddpm_spec(), "lcm", num_steps=50)
+    require_solver(ddpm_spec(student=lcm_student(guidance=None, num_teacher_steps=100)), "lcm", num_steps=51)
+    with pytest.raises(UserError, match=r"sampling\.num_steps 51: lcm draws in 1 to 50 steps"):
+        require_solver(ddpm_spec(), "lcm", num_steps=51)
+    with pytest.raises(UserError, match=r"sampling\.solver = 'lcm' does not go with .* process flow"):
+        require_solver(flow_spec(), "lcm", num_steps=4)

@@ -92,7 +92,7 @@ def test_both_sides_of_a_mixture_are_found(solver, num_steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver", "lcm"])
 def test_every_step_count_ends_finite_and_without_noise(solver, dtype):
     """Data that are one value, so that all noise left over would be seen; bfloat16 is that of the network's output."""
 
@@ -112,13 +112,31 @@ def test_every_step_count_ends_finite_and_without_noise(solver, dtype):
             assert (latents - MEAN).abs().max() < (1 if num_steps < 5 else 0.2)
 
 
-@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver"])
+@pytest.mark.parametrize("solver", ["dpm-solver++", "iddpm", "sa-solver", "lcm"])
 def test_an_image_does_not_depend_on_its_batch(solver):
     together = run(solver, 7, num_images=3)
     generators = make_generators([2])
     noise = draw_noise(generators, (4, 16, 16))
     alone, _ = denoise(exact_noise, noise, PROCESS.scheduler(solver, 7), generators=generators)
     torch.testing.assert_close(together[2:], alone)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 7])
+def test_lcm_draws_as_published(num_steps):
+    """Estimate what is clean by the boundary scalings, and add noise to the next of the student's times."""
+    (generator,), drawn = make_generators([5]), run("lcm", num_steps, num_images=6)[5]
+    x = torch.randn((4, 16, 16), generator=generator).double()
+    times = [999 - 20 * (50 * step // num_steps) for step in range(num_steps)]
+    for step, time in enumerate(times):
+        signal = ALPHAS_CUMPROD[time]
+        noise = exact_noise(x[None].float(), torch.tensor(time), 0)[0, : len(x)].double()
+        clean = (x - (1 - signal).sqrt() * noise) / signal.sqrt()
+        scaled = 10.0 * time
+        x = 0.25 / (scaled**2 + 0.25) * x + scaled / (scaled**2 + 0.25) ** 0.5 * clean
+        if step + 1 < num_steps:
+            following = ALPHAS_CUMPROD[times[step + 1]]
+            x = following.sqrt() * x + (1 - following).sqrt() * torch.randn((4, 16, 16), generator=generator)
+    torch.testing.assert_close(drawn.double(), x, rtol=0, atol=1e-4)
 
 
 def test_non_finite_latents_are_refused():

@@ -1,6 +1,6 @@
 """The process PixArt trains on: noise in discrete timesteps, noise prediction, learned variance, hybrid loss.
 
-DDPM is Ho et al. 2020, IDDPM is Nichol & Dhariwal 2021, min-SNR is Hang et al. 2023.
+DDPM is Ho et al. 2020, IDDPM is Nichol & Dhariwal 2021, min-SNR is Hang et al. 2023, LCM is Luo et al. 2023.
 """
 
 # B batch, C latent channels, h x w latent size, T number of timesteps
@@ -15,7 +15,7 @@ from torch import Tensor
 from errors import UserError
 from pixart.processes.dpm_solver import dpm_solver
 from pixart.processes.process import ProcessLoss
-from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, require_solver
+from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, lcm_student, require_solver
 
 NATS_PER_BIT = math.log(2.0)
 EIGHT_BIT_STEP = 2 / 255  # one of 256 levels when values span [-1, 1]
@@ -28,6 +28,7 @@ class DDPM:
 
     `schedule` is in the words of diffusers' schedulers. `min_snr_gamma` caps the squared error's weight at high
     signal-to-noise ratio (min-SNR, 5 is usual). `sampler` sets diffusers' DPM-Solver++ otherwise than it is by itself.
+    `student` says what a network that was distilled was made for, see `lcm_student`; it is drawn with LCM.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class DDPM:
         *,
         min_snr_gamma: float | None = None,
         sampler: Mapping[str, Any] | None = None,
+        student: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         betas = _betas(schedule)
@@ -51,6 +53,7 @@ class DDPM:
         self.schedule = dict(schedule)
         self.min_snr_gamma = min_snr_gamma
         self.sampler = dict(sampler or {})
+        self.student = None if student is None else dict(student)
         self.num_times = len(betas)
         self.alphas_cumprod = table(alphas_cumprod)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
@@ -63,7 +66,7 @@ class DDPM:
     @property
     def spec(self) -> dict[str, Any]:
         """All that makes this process again, as JSON."""
-        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma, sampler=self.sampler)
+        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma, sampler=self.sampler, student=self.student)
 
     def out_channels(self, channels: int) -> int:
         """Channels of the output: those of the noise, and as many of the variance."""
@@ -134,16 +137,18 @@ class DDPM:
         return torch.where(is_first, surprise, divergence).flatten(1).mean(1) / NATS_PER_BIT
 
     def scheduler(self, solver: str, num_steps: int) -> Any:
-        """Diffusers' scheduler of one of the paper's three sampling algorithms (A.5), its timesteps set.
+        """Diffusers' scheduler of one of the paper's three sampling algorithms (A.5) or of LCM, its timesteps set.
 
         "dpm-solver++" is second-order multistep DPM-Solver++ (Lu et al. 2022), "iddpm" the ancestral sampler with
         learned variance and respaced timesteps (Nichol & Dhariwal 2021), "sa-solver" stochastic Adams (Xue et al.
+        2023). "lcm" is for students: each step estimates the clean latents and adds the noise of the next (Luo et al.
         2023).
 
         Raises:
             UserError: the solver is of another process, or takes not so many steps.
         """
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        from diffusers.schedulers.scheduling_lcm import LCMScheduler
         from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
         require_solver(self.spec, solver, num_steps=num_steps)
@@ -154,6 +159,8 @@ class DDPM:
                 )
             case "sa-solver":
                 scheduler = SASolverScheduler(**self.schedule)
+            case "lcm":
+                scheduler = LCMScheduler(**self.schedule, **self._lcm_settings())
             case _:
                 return dpm_solver({**self.schedule, **self.sampler}, num_steps)
         scheduler.set_timesteps(num_steps)
@@ -162,12 +169,27 @@ class DDPM:
         return scheduler
 
     def scheduler_config(self) -> dict[str, Any]:
-        """What `scheduler/scheduler_config.json` must say for diffusers to draw with DPM-Solver++."""
+        """What `scheduler/scheduler_config.json` must say for diffusers to draw: by LCM or by DPM-Solver++."""
+        if self.student is not None:
+            return {
+                "_class_name": "LCMScheduler",
+                **self.schedule,
+                **self._lcm_settings(),
+                "prediction_type": "epsilon",
+            }
         return {
             "_class_name": "DPMSolverMultistepScheduler",
             **self.schedule,
             **self.sampler,
             "prediction_type": "epsilon",
+        }
+
+    def _lcm_settings(self) -> dict[str, Any]:
+        """Return the settings of diffusers' LCM; of a network that nobody says is a student those as published."""
+        student = self.student or lcm_student(guidance=None)
+        return {
+            "original_inference_steps": student["num_teacher_steps"],
+            "timestep_scaling": student["timestep_scaling"],
         }
 
 

@@ -9,11 +9,11 @@ from errors import UserError
 from pixart.processes.ddpm import DDPM
 from pixart.processes.flow import Flow
 from pixart.processes.process import Process
-from pixart.processes.specs import SOLVERS
+from pixart.processes.specs import SOLVERS, is_spec
 
 # What a spec may have beside its name, prediction and schedule.
 FLOW_SETTINGS = {"sampler"}
-DDPM_SETTINGS = {"sampler", "min_snr_gamma"}
+DDPM_SETTINGS = {"sampler", "min_snr_gamma", "student"}
 
 
 def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Process:
@@ -24,10 +24,9 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
     """
     match dict(spec):
         case {"name": "ddpm", "prediction": "noise", "schedule": schedule, **settings} if (
-            settings.keys() <= DDPM_SETTINGS
+            settings.keys() <= DDPM_SETTINGS and is_spec(spec)
         ):
-            gamma, sampler = settings.get("min_snr_gamma"), settings.get("sampler")
-            return DDPM(schedule, min_snr_gamma=gamma, sampler=sampler, device=device)
+            return DDPM(schedule, **settings, device=device)
         case {
             "name": "flow",
             "prediction": "velocity",

@@ -14,15 +14,20 @@ from errors import UserError
 from pixart.processes.specs import (
     DDPM_SCHEDULE,
     FLOW_NUM_TIMES,
+    LCM_TEACHER_STEPS,
+    LCM_TIMESTEP_SCALING,
     SCHEDULER_FILE,
     SCHEDULER_FOLDER,
     WEIGHT_FOLDERS,
     ddpm_spec,
     flow_spec,
+    lcm_student,
 )
 from pixart.weight_files import read_json
 
 DPM_SOLVER = "DPMSolverMultistepScheduler"
+# A network that this draws from has been distilled to few steps.
+LCM_SCHEDULER = "LCMScheduler"
 # Classes of diffusers by what they take for a schedule that a config leaves out.
 KARRAS_SCHEDULE = {**DDPM_SCHEDULE, "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -40,10 +45,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "HeunDiscreteScheduler": KARRAS_SCHEDULE,
     "KDPM2AncestralDiscreteScheduler": KARRAS_SCHEDULE,
     "KDPM2DiscreteScheduler": KARRAS_SCHEDULE,
+    LCM_SCHEDULER: {**KARRAS_SCHEDULE, "beta_schedule": "scaled_linear"},
 }
 FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-# A network that these draw from has been distilled, and no solver of ours draws what it was made for.
-DISTILLED = ("LCMScheduler", "TCDScheduler")
+# The same, but no solver of ours draws what it was made for.
+DISTILLED = ("TCDScheduler",)
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What would make it another process than ours, and the value at which it does not.
 PROCESS_DEFAULTS: dict[str, Any] = {
@@ -98,6 +104,12 @@ OTHER_SAMPLER_KEYS = {
     "timestep_type",
     "variance_type",
 }
+# Of LCM, with its defaults; what would change its estimates, which are not clipped here, is off.
+LCM_DEFAULTS: dict[str, Any] = {
+    "original_inference_steps": LCM_TEACHER_STEPS,
+    "timestep_scaling": LCM_TIMESTEP_SCALING,
+}
+LCM_OFF = ("clip_sample", "thresholding")
 SOLVER_ORDERS = (1, 2, 3)
 READ_KEYS = {*DDPM_SCHEDULE, "prediction_type", "use_flow_sigmas", "flow_shift", "shift"}
 
@@ -105,7 +117,8 @@ READ_KEYS = {*DDPM_SCHEDULE, "prediction_type", "use_flow_sigmas", "flow_shift",
 def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the process that a `scheduler_config.json` of diffusers draws with; what it leaves out is its class's.
 
-    Of flow it has the shift alone: nobody draws with the times that it was trained at.
+    Of flow it has the shift alone: nobody draws with the times that it was trained at. Of a student of LCM it does not
+    say which guidance is inside.
 
     Raises:
         UserError: it is of another process, class or network, or has a setting that is not known; names key and value.
@@ -128,7 +141,8 @@ def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
         return flow_spec(
             shift=_number(config, "shift" if class_name in FLOW_CLASSES else "flow_shift", 1.0), sampler=sampler
         )
-    return ddpm_spec(_schedule(config, SCHEDULES[class_name]), sampler=sampler)
+    student = _student(config) if class_name == LCM_SCHEDULER else None
+    return ddpm_spec(_schedule(config, SCHEDULES[class_name]), sampler=sampler, student=student)
 
 
 def spec_beside(weights: Path) -> dict[str, Any] | None:
@@ -152,7 +166,7 @@ def describe_replaced_sampler(weights: Path) -> str | None:
     """Return which sampler of the folder `sampling.solver` takes the place of; None if there is none, or the same."""
     path = _scheduler_file(weights)
     class_name = DPM_SOLVER if path is None else read_json(path).get("_class_name", DPM_SOLVER)
-    if class_name == DPM_SOLVER:
+    if class_name in (DPM_SOLVER, LCM_SCHEDULER):
         return None
     return f"{path} is of {class_name}: its noise schedule is kept, but sampling.solver says how images are drawn"
 
@@ -182,6 +196,7 @@ def _require_known(class_name: str, config: Mapping[str, Any]) -> None:
                 "another process than the network was trained with"
             )
         is_known = key in READ_KEYS | PROCESS_DEFAULTS.keys() | SAMPLER_DEFAULTS.keys() | OTHER_SAMPLER_KEYS
+        is_known |= class_name == LCM_SCHEDULER and key in LCM_DEFAULTS
         if not is_known and not key.startswith("_") and value not in (None, False):
             raise UserError(f"{key} is {value!r}, a setting that is not known here: without it images may be wrong")
 
@@ -195,6 +210,18 @@ def _sampler(config: Mapping[str, Any]) -> dict[str, Any]:
     if (order := config.get("solver_order", 2)) not in SOLVER_ORDERS:
         raise UserError(f"solver_order is {order!r}, not one of {', '.join(map(str, SOLVER_ORDERS))}")
     return {key: config[key] for key, value in SAMPLER_DEFAULTS.items() if config.get(key, value) != value}
+
+
+def _student(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config of LCM says of the network that it draws from."""
+    if is_on := [key for key in LCM_OFF if config.get(key)]:
+        raise UserError(f"{is_on[0]} is {config[is_on[0]]!r}, but LCM's estimates of the clean latents are kept whole")
+    num_steps = config.get("original_inference_steps", LCM_TEACHER_STEPS)
+    num_times = config.get("num_train_timesteps", DDPM_SCHEDULE["num_train_timesteps"])
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 0 < num_steps <= num_times:
+        raise UserError(f"original_inference_steps is {num_steps!r}, not a whole number from 1 to {num_times}")
+    scaling = _number(config, "timestep_scaling", LCM_TIMESTEP_SCALING)
+    return lcm_student(guidance=None, num_teacher_steps=num_steps, timestep_scaling=scaling)
 
 
 def _schedule(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

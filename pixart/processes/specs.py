@@ -23,7 +23,16 @@ WEIGHT_FOLDERS = ("transformer", "model")
 # What a network of flow is told at pure noise, as diffusers' schedulers have it.
 FLOW_NUM_TIMES = 1000
 # Solvers of each process; the first goes with all of them.
-SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver"), "flow": ("dpm-solver++", "euler", "heun")}
+SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver", "lcm"), "flow": ("dpm-solver++", "euler", "heun")}
+# Of LCM, as published: steps of the teacher that a student is trained at, and what multiplies a timestep in the
+# scalings by which a student's estimate at timestep 0 is what it sees (Luo et al. 2023).
+LCM = "lcm"
+LCM_TEACHER_STEPS = 50
+LCM_TIMESTEP_SCALING = 10.0
+# Of these scalings, too, and in diffusers' scheduler no setting.
+LCM_SIGMA_DATA = 0.5
+# Steps that a student is drawn with where nobody says it, and the most that it is made for.
+STUDENT_STEPS, MOST_STUDENT_STEPS = 4, 8
 
 
 def ddpm_spec(
@@ -31,13 +40,49 @@ def ddpm_spec(
     *,
     min_snr_gamma: float | None = None,
     sampler: Mapping[str, Any] | None = None,
+    student: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the spec of PixArt's own process: the network predicts the noise and, beside it, a variance.
 
-    `sampler` holds settings of diffusers' DPM-Solver++, where they are not its defaults.
+    `sampler` holds settings of diffusers' DPM-Solver++, where they are not its defaults; `student` says of a network
+    that was distilled what it was made for, as `lcm_student` gives it.
     """
     spec = {"name": "ddpm", "prediction": "noise", "schedule": dict(schedule)}
-    return _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler)
+    spec = _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler)
+    return spec if student is None else spec | {"student": dict(student)}
+
+
+def lcm_student(
+    *,
+    guidance: tuple[float, float] | float | None,
+    num_teacher_steps: int = LCM_TEACHER_STEPS,
+    timestep_scaling: float = LCM_TIMESTEP_SCALING,
+) -> dict[str, Any]:
+    """Return what a spec says of a network distilled to few steps: a latent consistency model (Luo et al. 2023).
+
+    Args:
+        guidance: that is inside the weights, as a scale (1 = none): a number; the ends of a range where the network is
+            told which; None where nobody says it.
+        num_teacher_steps: equal steps of the schedule that it was trained at.
+        timestep_scaling: see `LCM_TIMESTEP_SCALING`.
+    """
+    return {
+        "method": LCM,
+        "num_teacher_steps": num_teacher_steps,
+        "timestep_scaling": timestep_scaling,
+        "guidance": list(guidance) if isinstance(guidance, tuple) else guidance,
+    }
+
+
+def student_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a process says of a network that was distilled to few steps, None of any other."""
+    return spec.get("student")
+
+
+def guidance_range(student: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the guidance that a student is told one of; None where it is told none."""
+    guidance = student["guidance"]
+    return (guidance[0], guidance[1]) if isinstance(guidance, list | tuple) else None
 
 
 def flow_spec(
@@ -68,7 +113,18 @@ def is_spec(value: Any) -> bool:
         return False
     wanted, schedule = known[value["name"]], value.get("schedule")
     is_whole = isinstance(schedule, Mapping) and schedule.keys() >= wanted["schedule"].keys()
-    return is_whole and value.get("prediction") == wanted["prediction"]
+    has_student = value["name"] == "ddpm" and _is_student(value.get("student"))
+    return is_whole and value.get("prediction") == wanted["prediction"] and ("student" not in value or has_student)
+
+
+def _is_student(value: Any) -> bool:
+    if not isinstance(value, Mapping) or value.keys() != lcm_student(guidance=None).keys() or value["method"] != LCM:
+        return False
+    steps, guidance = value["num_teacher_steps"], value["guidance"]
+    scales = guidance if isinstance(guidance, list) and len(guidance) == 2 else [] if guidance is None else [guidance]
+    numbers = [value["timestep_scaling"], *scales]
+    are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    return isinstance(steps, int) and steps > 0 and are_numbers and min(numbers) > 0 and scales == sorted(scales)
 
 
 def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +151,8 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, chec
 
     Raises:
         UserError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
-            timestep 0; another one for all timesteps, of which diffusers would then take one twice and divide by
-            nothing.
+            timestep 0; lcm for more than its students are trained at; another one for all timesteps, of which diffusers
+            would then take one twice and divide by nothing.
     """
     solvers = SOLVERS[spec["name"]]
     if solver not in solvers:
@@ -108,6 +164,9 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, chec
         raise UserError("sampling.num_steps 1: iddpm needs at least 2 steps")
     if spec["name"] == "flow":
         return
+    most = (student_of(spec) or lcm_student(guidance=None))["num_teacher_steps"]
+    if solver == LCM and num_steps > most:
+        raise UserError(f"sampling.num_steps {num_steps}: lcm draws in 1 to {most} steps, those of a student's teacher")
     num_timesteps = spec["schedule"]["num_train_timesteps"]
     if solver != "iddpm" and num_steps >= num_timesteps:
         raise UserError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")
