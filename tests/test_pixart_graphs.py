@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from sampling_run import PIXART, randomised
 
+from pixart.branching import add_branch
+from pixart.control import Control
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
 from pixart.drawing.graphs import MAX_SHAPES, PassGraphs, _CapturedPasses
 from pixart.drawing.guidance import network_of_texts
@@ -15,11 +17,18 @@ from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
 
 MODEL = randomised(PixArt(replace(PIXART, num_layers=4)))
+LED = PixArt(replace(PIXART, num_layers=4))
+add_branch(LED, 2, key="k")
+randomised(LED)
 NULL_TEXT = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
 
 
-def draw(graphs: PassGraphs | None, seeds, *, refresh=1, interval=None, size=4) -> torch.Tensor:
+def draw(graphs: PassGraphs | None, seeds, *, refresh=1, interval=None, size=4, strength=None) -> torch.Tensor:
     assert isinstance(MODEL, PixArt)
+    model, control = MODEL, None
+    if strength is not None:
+        image = torch.randn(len(seeds), 4, size, 4, generator=torch.Generator().manual_seed(seeds[0] + 9))
+        model, control = LED, Control(image, strength)
     scheduler, generators = DDPM().scheduler("dpm-solver++", 6), make_generators(seeds)
     passes = plan_passes(
         [float(timestep) / 1000 for timestep in scheduler.timesteps],
@@ -30,7 +39,14 @@ def draw(graphs: PassGraphs | None, seeds, *, refresh=1, interval=None, size=4) 
     texts = [torch.randn(2 + seed % 5, 32, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     with torch.inference_mode():
         network = network_of_texts(
-            MODEL, texts, NULL_TEXT, passes=passes, guidance_scale=3.0, size_pixels=(32, 32), min_tokens=8
+            model,
+            texts,
+            NULL_TEXT,
+            passes=passes,
+            guidance_scale=3.0,
+            size_pixels=(32, 32),
+            min_tokens=8,
+            control=control,
         )
         noise = draw_noise(generators, (4, size, 4))
         predict = network if graphs is None else graphs.capture(network, noise)
@@ -45,6 +61,17 @@ def test_captured_passes_give_the_bits_of_the_network_batch_after_batch():
             for setting in settings:
                 assert torch.equal(draw(graphs, seeds, **setting), draw(None, seeds, **setting))
     assert graphs.failure is None
+
+
+def test_passes_are_led_by_the_image_and_strength_of_their_batch():
+    graphs = PassGraphs()
+    for _ in range(2):  # the second time in memory of other images and strengths
+        for seeds in ((0, 1), (7, 3)):
+            for strength in (1.0, 0.5, 0.0):
+                for refresh in (1, 2):
+                    expected = draw(None, seeds, strength=strength, refresh=refresh)
+                    assert torch.equal(draw(graphs, seeds, strength=strength, refresh=refresh), expected)
+    assert not torch.equal(draw(graphs, (0, 1), strength=1.0), draw(graphs, (0, 1), strength=0.5))
 
 
 def test_batches_of_one_shape_share_their_memory_and_few_shapes_keep_theirs():

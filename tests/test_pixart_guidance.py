@@ -6,6 +6,8 @@ import pytest
 import torch
 from sampling_run import DIT, PIXART, randomised
 
+from pixart.branching import add_branch
+from pixart.control import Control
 from pixart.dit import DiT
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
 from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
@@ -40,15 +42,36 @@ class Counting(torch.nn.Module):
         self.num_rows = 0
         self.read_text = model.read_text
 
-    def forward(self, latents, *arguments, reuse):
+    def forward(self, latents, times, *, text, reuse):
         self.num_rows += len(latents)
-        return self.model(latents, *arguments, reuse=reuse)
+        return self.model(latents, times, text=text, reuse=reuse)
 
 
 def of_texts(model, texts=TEXTS, *, scale=3.0, passes=(GUIDED,), min_tokens=0) -> GuidedNetwork:
     return network_of_texts(
         model, texts, NULL_TEXT, passes=passes, guidance_scale=scale, size_pixels=(32, 48), min_tokens=min_tokens
     )
+
+
+def test_control_leads_both_halves_of_guidance_and_images_are_led_by_their_own():
+    model = PixArt(DEEP)
+    add_branch(model, 2, key="k")
+    randomised(model)
+    latents = torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(5))
+    control = Control(latents, 0.7)
+    network = network_of_texts(
+        model, TEXTS, NULL_TEXT, passes=[GUIDED, UNGUIDED], guidance_scale=3.0, size_pixels=(32, 48), control=control
+    )
+    with torch.no_grad():
+        guided, unguided = network(LATENTS, TIMESTEP, 0), network(LATENTS, TIMESTEP, 1)
+        for i, text in enumerate(TEXTS):
+            own = Control(latents[i : i + 1], 0.7)
+            led = model(LATENTS[i : i + 1], TIMESTEP.expand(1), text[None], control=own)
+            null = model(LATENTS[i : i + 1], TIMESTEP.expand(1), NULL_TEXT[None], control=own)
+            expected = torch.cat([null[:, :4] + 3 * (led - null)[:, :4], led[:, 4:]], dim=1)[0]
+            torch.testing.assert_close(guided[i], expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(unguided[i], led[0], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(guided, of_texts(model)(LATENTS, TIMESTEP, 0), atol=0.01)
 
 
 def count_blocks(model) -> list[int]:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pixart.control import Control
 from pixart.dit import DiT
 from pixart.drawing.passes import Pass
 from pixart.model import PackedText, PixArt
 from pixart.reuse import BlockReuse
 
-# What a network takes behind latents and times: nested tuples and lists of tensors, their rows first.
-Conditions = tuple[Any, ...]
+# What a network takes beside latents and times, by its names for it: nested tuples and lists of tensors, their rows
+# first, and numbers.
+Conditions = dict[str, Any]
 
 
 class GuidedNetwork:
@@ -59,7 +61,7 @@ class GuidedNetwork:
         rows = torch.cat([latents, latents]) if item.is_guided else latents
         rows = rows.to(self.model.final.weight.dtype)
         conditions = self.conditions[item.is_guided]
-        output = self.model(rows, timestep.expand(len(rows)), *conditions, reuse=self.reuse).float()
+        output = self.model(rows, timestep.expand(len(rows)), **conditions, reuse=self.reuse).float()
         if not item.is_guided:
             return output
         null, conditional = output.chunk(2)
@@ -77,22 +79,27 @@ def network_of_texts(
     guidance_scale: float,
     size_pixels: tuple[int, int],
     min_tokens: int = 0,
+    control: Control | None = None,
 ) -> GuidedNetwork:
     """Condition on text embeddings [num_tokens, d_text], guided away from `null_text`.
 
     `size_pixels` (height, width) goes to models that are conditioned on it. With `min_tokens` all shapes are those of
-    texts that have as many, so that what is compiled or captured for some texts serves others.
+    texts that have as many, so that what is compiled or captured for some texts serves others. `control`, latents
+    [B, C, h, w] of an image for each text, leads both halves of guidance (as PixArt-delta's code does).
     """
     weight = model.final.weight
 
     def conditions(is_guided: bool) -> Conditions:
         rows = [null_text] * len(texts) + list(texts) if is_guided else list(texts)
         read = model.read_text(_packed([row.to(weight.dtype) for row in rows], min_tokens, device=weight.device))
-        if not model.config.has_size_condition:
-            return (read,)
-        height, width = size_pixels
-        size = torch.tensor([[height, width, height / width]], device=weight.device).repeat(len(rows), 1)
-        return read, None, size
+        told: Conditions = {"text": read}
+        if model.config.has_size_condition:
+            height, width = size_pixels
+            told["size"] = torch.tensor([[height, width, height / width]], device=weight.device).repeat(len(rows), 1)
+        if control is not None:
+            latents = control.latents.to(weight.device, weight.dtype)
+            told["control"] = control._replace(latents=torch.cat([latents, latents]) if is_guided else latents)
+        return told
 
     return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(texts))
 
@@ -114,6 +121,6 @@ def network_of_labels(
 
     def conditions(is_guided: bool) -> Conditions:
         rows = [model.null_label] * len(labels) + list(labels) if is_guided else list(labels)
-        return (torch.tensor(rows, device=model.final.weight.device),)  # [B or 2B]
+        return {"labels": torch.tensor(rows, device=model.final.weight.device)}  # [B or 2B]
 
     return GuidedNetwork(model, conditions, passes=passes, guidance_scale=guidance_scale, num_images=len(labels))
