@@ -10,15 +10,12 @@ import pydantic
 from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
 from pixart.processes.specs import ddpm_spec, flow_spec
+from training.consistency import ConsistencySettings, require_distillable
+from training.key_owners import keys_of_others, require_own_keys
 from training.lora import LoraSettings
 from training.mixture import DatasetConfig, require_roles
 
 SCRATCH = "scratch"
-# Keys of a stage that are of one process alone.
-PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
-# The same of one objective, and of one network.
-OBJECTIVE_KEYS = {"denoise": (), "prior_preservation": ("prior_weight",), "realign": ()}
-NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
 SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
 MAX_PREVIEWS = 64
 KeepActivations = Literal["all", "products", "inputs"]
@@ -40,11 +37,12 @@ class StageTraining(TableConfig):
         description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
         "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
     )
-    objective: Decides[Literal["denoise", "prior_preservation", "realign"]] = pydantic.Field(
+    objective: Decides[Literal["denoise", "prior_preservation", "realign", "consistency"]] = pydantic.Field(
         default="denoise",
         description="What is minimised: the process' loss (denoise); a subject's images and, with prior_weight, those "
         "that the model drew before, or networks.teacher's answer to them (prior_preservation); for another VAE also "
-        "how far tokens are from those of networks.teacher, which sees former_latents (realign)",
+        "how far tokens are from those of networks.teacher, which sees former_latents (realign); or that few steps "
+        "are enough: the answers to two neighbouring times on the way of networks.teacher are one (consistency, LCM)",
     )
     prior_weight: Decides[float] = pydantic.Field(
         default=1.0,
@@ -64,6 +62,9 @@ class StageTraining(TableConfig):
     )
     lora: Decides[LoraSettings] = pydantic.Field(
         default=LoraSettings(), description="The adapters that train where trains = 'lora'"
+    )
+    consistency: Decides[ConsistencySettings] = pydantic.Field(
+        default=ConsistencySettings(), description="What objective = 'consistency' distils a teacher to"
     )
     networks: dict[str, str] = pydantic.Field(
         default={},
@@ -300,8 +301,7 @@ class StageTraining(TableConfig):
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what `TableConfig` says, less keys that say nothing of this stage: all of a recipe may share them."""
-        others = {key for process in PROCESS_KEYS.keys() - {self.process} for key in PROCESS_KEYS[process]}
-        others |= {key for name in OBJECTIVE_KEYS.keys() - {self.objective} for key in OBJECTIVE_KEYS[name]}
+        others = keys_of_others("process", self.process) | keys_of_others("objective", self.objective)
         others |= set() if self.has_adapters else {"lora"}
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
@@ -341,7 +341,13 @@ class StageTraining(TableConfig):
         """The process as it stands in `trainer.json`."""
         if self.process == "flow":
             return flow_spec(shift=self.flow_shift, logit_mean=self.flow_logit_mean, logit_std=self.flow_logit_std)
-        return ddpm_spec(min_snr_gamma=self.min_snr_gamma)
+        student = self.consistency.student if self.objective == "consistency" else None
+        return ddpm_spec(min_snr_gamma=self.min_snr_gamma, student=student)
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the network that trains is told the guidance that its output is to have."""
+        return self.objective == "consistency" and self.consistency.has_range
 
 
 def stage_training(recipe: Recipe, stage: str) -> StageTraining:
@@ -354,19 +360,17 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     if stage in StageTraining.model_fields:
         raise UserError(f"{recipe.path}: no stage can be called {stage}, which is a key of [training]: rename it")
     settings = recipe.named("training", stage, model=StageTraining)
-    own = recipe.tables["training"][stage]
-    for kind, chosen, keys in (
-        ("process", settings.process, PROCESS_KEYS),
-        ("objective", settings.objective, OBJECTIVE_KEYS),
-        ("network", settings.network, NETWORK_KEYS),
-    ):
-        for other in keys.keys() - {chosen}:
-            for key in own.keys() & set(keys[other]):
-                raise UserError(
-                    f"{recipe.path}: training.{stage}.{key} = {own[key]!r} is for {kind} {other}, "
-                    f"but the stage's is {chosen!r}"
-                )
-    require_roles(settings.datasets, settings.objective, key=f"{recipe.path}: training.{stage}")
+    key = f"{recipe.path}: training.{stage}"
+    require_own_keys(
+        recipe.tables["training"][stage],
+        {"process": settings.process, "objective": settings.objective, "network": settings.network},
+        key=key,
+    )
+    if settings.objective == "consistency":
+        require_distillable(
+            settings.consistency, network=settings.network, process=settings.process, trains=settings.trains, key=key
+        )
+    require_roles(settings.datasets, settings.objective, key=key)
     if settings.network == "dit":  # what [training] says is for the stages that can do it
         settings = settings.model_copy(update={"kv_compressed_blocks": None})
     if settings.former_latents is not None and "vae" not in settings.departs_in:

@@ -33,6 +33,8 @@ LCM_TIMESTEP_SCALING = 10.0
 LCM_SIGMA_DATA = 0.5
 # Steps that a student is drawn with where nobody says it, and the most that it is made for.
 STUDENT_STEPS, MOST_STUDENT_STEPS = 4, 8
+# Guidance where nobody says it, the paper's.
+USUAL_GUIDANCE = 4.5
 
 
 def ddpm_spec(
@@ -96,6 +98,16 @@ def flow_spec(
     schedule = {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std}
     spec = {"name": "flow", "prediction": "velocity", "schedule": schedule}
     return _with_settings(spec, sampler=sampler)
+
+
+def clamped_guidance(student: Mapping[str, Any], wanted: float = USUAL_GUIDANCE) -> float | None:
+    """Return the guidance that a student is drawn with: of its range what is nearest to the one wanted, else its own.
+
+    None where nobody says what is inside.
+    """
+    if (ends := guidance_range(student)) is None:
+        return student["guidance"]
+    return min(max(wanted, ends[0]), ends[1])
 
 
 def _with_settings(

@@ -3,11 +3,16 @@
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from errors import UserError
+from pipelines.store.families import NULL_CAPTION_FILE
+from pixart.processes.ddpm import DDPM
 from pixart.processes.make import process_of
 from training.data.former import channels_of
+from training.data.reading import read_null
 from training.loop.zero import compute_dtype
+from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
@@ -40,6 +45,27 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
             )
         case "realign":
             return _realignment(job, Denoise(process=process, inputs=inputs), device=device)
+        case "consistency":
+            assert isinstance(process, DDPM), "the settings refuse others"
+            return Consistency(
+                process=process,
+                inputs=inputs,
+                null_text=_null_caption(job).to(device),
+                guidance_range=settings.consistency.guidance_range,
+                huber_c=settings.consistency.huber_c,
+            )
+
+
+def _null_caption(job: TrainingJob) -> Tensor:
+    """Return the null caption of the stage's texts [L, D], which is the same in all its datasets."""
+    directories = job.features.datasets[0].directories
+    text = next((one for one in directories if one.family.null_file == NULL_CAPTION_FILE), None)
+    if text is None:
+        raise UserError(
+            f"{job.command.recipe.path}: training.{job.command.stage_name}.objective = 'consistency' guides a teacher "
+            f"by captions, and features.{job.features.table_name} has none"
+        )
+    return read_null(text, NULL_CAPTION_FILE)
 
 
 def _realignment(job: TrainingJob, denoise: Denoise, *, device: torch.device) -> Realignment:

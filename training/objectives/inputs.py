@@ -36,17 +36,26 @@ class NetworkInputs:
         return (batch.draw_latents() - self.shift_factor) * self.scaling_factor
 
     def output(
-        self, network: nn.Module, noisy: Tensor, times: Tensor, *, batch: Batch, record: BlockRecord | None = None
+        self,
+        network: nn.Module,
+        noisy: Tensor,
+        times: Tensor,
+        *,
+        batch: Batch,
+        record: BlockRecord | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Return what a network says of noisy latents [B, C, h, w] at `times` [B], given the batch's condition.
 
-        `record` takes what is behind some of its blocks.
+        `record` takes what is behind some of its blocks. `guidance` [B] is for networks that are told it.
         """
         noisy, watch = noisy.to(self.dtype), {} if record is None else {"reuse": record}
+        told = {} if guidance is None else {"guidance": guidance}
         if self.null_label is None:
             assert batch.text is not None
             text = batch.text._replace(values=batch.text.values.to(self.dtype))
             # Whatever wraps a network says what the network says of itself.
-            return network(noisy, times, text, size=batch.size if network.has_size_condition else None, **watch)
+            size = batch.size if network.has_size_condition else None
+            return network(noisy, times, text, size=size, **told, **watch)
         assert batch.labels is not None
         return network(noisy, times, batch.labels.masked_fill(batch.is_dropped, self.null_label), **watch)

@@ -19,9 +19,10 @@ from pixart.dit import DiT
 from pixart.drawing.denoise import denoise, draw_noise, make_generators, require_finite
 from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
 from pixart.drawing.passes import plan_passes
+from pixart.guidance_condition import fold_guidance
 from pixart.model import PixArt
 from pixart.processes.make import process_of
-from training.previews.plan import PreviewPlan
+from training.previews.plan import PreviewPlan, preview_drawing
 from training.stages.stage import TrainingJob
 
 
@@ -51,6 +52,9 @@ class Painter:
     ) -> None:
         self._job, self._plan, self._texts, self._device = job, plan, texts, device
         network.load_state_dict(weights, assign=True)
+        self._drawing = preview_drawing(job.settings)
+        if self._drawing.told_guidance is not None and network.kind == "pixart":
+            network = fold_guidance(network, self._drawing.told_guidance)
         self._network: DiT | PixArt | None = network.to(device, dtype).eval().requires_grad_(False)
         self._latents: list[Tensor] = []
 
@@ -67,10 +71,10 @@ class Painter:
     @torch.inference_mode()
     def denoise(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the unscaled latents [1, C, h, w] of one image of the plan, and whether they are finite."""
-        network, settings, vae = self._network, self._job.settings, self._job.features.vae
+        network, settings, vae, drawing = self._network, self._job.settings, self._job.features.vae, self._drawing
         assert network is not None, "all are drawn before the first is decoded"
         process = process_of(settings.process_spec)
-        scheduler = process.scheduler("dpm-solver++", settings.preview_num_steps)
+        scheduler = process.scheduler(drawing.solver, drawing.num_steps)
         times = [float(time) / process.num_times for time in scheduler.timesteps]
         side = self._plan.downsample
         shape = (network.config.in_channels, self._plan.height // side, self._plan.width // side)
@@ -81,7 +85,7 @@ class Painter:
         return latents / vae["scaling_factor"] + vae.get("shift_factor", 0.0), is_finite
 
     def _conditioned(self, network: DiT | PixArt, number: int, times: Sequence[float]) -> GuidedNetwork:
-        scale = self._job.settings.preview_guidance_scale
+        scale = self._drawing.guidance_scale
         passes = plan_passes(times, guidance_scale=scale)
         if network.kind == "dit":
             return network_of_labels(network, [self._plan.labels[number]], passes=passes, guidance_scale=scale)

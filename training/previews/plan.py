@@ -9,6 +9,8 @@ from encoders.weights import require_model, resolve_model
 from errors import UserError
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
+from pixart.processes.specs import MOST_STUDENT_STEPS, STUDENT_STEPS, clamped_guidance, student_of
+from training.config import StageTraining
 from training.data.survey import Survey
 from training.loop.schedule import is_due
 from training.previews.texts import is_encoded
@@ -42,6 +44,33 @@ class PreviewPlan:
     def is_due(self, step: int) -> bool:
         """Whether there are to be previews after so many steps."""
         return is_due(step, every=self.every, last=self.num_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewDrawing:
+    """How previews are drawn: with guidance by passes, and of a student that is told its guidance the one it is told.
+
+    A student is drawn as one: in few steps, with the guidance that is inside.
+    """
+
+    solver: str
+    num_steps: int
+    guidance_scale: float
+    told_guidance: float | None = None
+
+
+def preview_drawing(settings: StageTraining) -> PreviewDrawing:
+    """Return how the previews of a stage are drawn."""
+    steps, scale = settings.preview_num_steps, settings.preview_guidance_scale
+    student = student_of(settings.process_spec)
+    if student is None:
+        return PreviewDrawing(solver="dpm-solver++", num_steps=steps, guidance_scale=scale)
+    return PreviewDrawing(
+        solver=student["method"],
+        num_steps=steps if steps <= MOST_STUDENT_STEPS else STUDENT_STEPS,
+        guidance_scale=1.0,
+        told_guidance=clamped_guidance(student, scale) if settings.is_told_guidance else None,
+    )
 
 
 def plan_previews(job: TrainingJob, survey: Survey) -> PreviewPlan | None:
@@ -120,7 +149,8 @@ def require_previews(job: TrainingJob, survey: Survey) -> PreviewPlan | None:
 def describe_previews(job: TrainingJob, plan: PreviewPlan) -> str:
     """Return what is drawn when, and what it takes beside training, which it waits for."""
     settings = job.settings
-    num_images, num_passes = len(plan.names), settings.preview_num_steps * (1 + (settings.preview_guidance_scale != 1))
+    drawing, num_images = preview_drawing(settings), len(plan.names)
+    num_passes = drawing.num_steps * (1 + (drawing.guidance_scale != 1))
     kind = "classes" if plan.labels else "prompts"
     # A sample of training is a pass forward and two back.
     samples = num_images * num_passes / 3

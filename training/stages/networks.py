@@ -43,6 +43,7 @@ def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig
                 adaln=job.model.adaln,
                 kv_compressed_blocks=tuple(job.settings.kv_compressed_blocks or ()),
                 has_size_condition=job.model.size_condition,
+                has_guidance_condition=job.settings.is_told_guidance,
             )
         except UserError as error:
             raise UserError(f"{job.command.recipe.path}: training.{job.command.stage_name}: {error}") from None

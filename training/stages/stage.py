@@ -27,7 +27,7 @@ from pipelines.store.manifest import Fingerprint
 from pixart.evidence import PIPELINE_FILE, origins_of_trainer
 from pixart.origins import ORIGINS_FILE, Origins
 from pixart.processes.scheduler_configs import spec_beside
-from pixart.processes.specs import ddpm_spec, spec_of_trainer
+from pixart.processes.specs import ddpm_spec, spec_of_trainer, student_of
 from pixart.weight_files import is_original_name
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
@@ -178,6 +178,7 @@ def _departures(
         said += require_agreement(command, settings, features, origins=origins, path=start.path, key=key)
         positions = describe_positions(settings, origins, features=features)
         said += [] if positions is None else [positions]
+        said += _describe_student(settings, start, key=key)
     for name, weights in networks.items():
         key = f"training.{command.stage_name}.networks.{name}"
         assert weights.path is not None, "only a stage starts from nothing"
@@ -293,7 +294,23 @@ def _networks(
         found = _named_weights(command, wanted, directory, key=f"{key}.{name}", checks_files=checks_files)
         _require_finished(command, wanted, found.checkpoint, key=f"{key}.{name}")
         networks[name] = found.with_process_of(found.origins)
+        if (student := student_of(networks[name].process)) is not None:
+            raise UserError(
+                f"{key}.{name} = {wanted!r} ({found.path}) is itself a student, distilled by {student['method']} to "
+                "few steps: name the weights that it was distilled from"
+            )
     return networks
+
+
+def _describe_student(settings: StageTraining, start: StartingPoint, *, key: str) -> list[str]:
+    """Return what to say of weights that were distilled to few steps, where the stage trains for many."""
+    student = student_of(start.process)
+    if student is None or student_of(settings.process_spec) is not None:
+        return []
+    return [
+        f"the weights of {key} ({start.path}) were distilled by {student['method']} to few steps, and objective "
+        f"{settings.objective!r} takes them on for many: few will not do any more"
+    ]
 
 
 def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, checks_files: bool) -> StartingPoint:

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from pipelines.as_typed import ANY, typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import at_positions, merge, require_fit
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
+from pixart.guidance_condition import fold_guidance, with_guidance_condition
 from pixart.layers import PatchEmbed, TokenCompression, xavier_
 from pixart.layouts import load_weights, original_layout
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.specs import USUAL_GUIDANCE, clamped_guidance, student_of
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import read_weight_file
 from training.loop.zero import compute_dtype
@@ -126,6 +129,7 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         raise UserError(f"{key} is a PixArt, but training.{job.command.stage_name}.network is 'dit'")
     if isinstance(former, PixArt):
         former = with_compression(former, job.settings.kv_compressed_blocks, key=key)
+        former = with_guidance(job, former, key=key)
     config = _inherit(config, former.config)
     # Only the positions change between resolutions, and they are computed.
     positions = {name: getattr(config, name) for name in config.position_fields}
@@ -167,6 +171,36 @@ def with_compression(network: PixArt, blocks: Sequence[int] | None, *, key: str)
     assert isinstance(compressed, PixArt)
     compressed.load_state_dict(weights, assign=True)
     return compressed
+
+
+def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
+    """Return the network with a guidance condition, where the stage's is told its guidance, or without one.
+
+    A new one begins at zero, and of one that goes the usual guidance stays inside.
+
+    Raises:
+        UserError: a new one would not train, or adapters would be put on weights that are told their guidance; names
+            `key`.
+    """
+    settings, stage = job.settings, f"training.{job.command.stage_name}"
+    has_it = network.config.has_guidance_condition
+    if has_it == settings.is_told_guidance:
+        return network
+    if not has_it:
+        told = with_guidance_condition(network)
+        for name, _ in told.guidance_embed.named_parameters(prefix="guidance_embed"):
+            if not _is_named(name, settings.trains):
+                raise UserError(f"{key}: {stage}.trains leaves out {name}, which begins at zero: add it")
+        return told
+    if settings.has_adapters:
+        raise UserError(
+            f"{key} is told its guidance, and {stage}.trains = 'lora' leaves weights as they are: fold one guidance "
+            f"into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'guidance': ANY})}` does"
+        )
+    student = student_of(job.start.process)
+    scale = USUAL_GUIDANCE if student is None else clamped_guidance(student) or USUAL_GUIDANCE
+    log_once(f"{key} is told its guidance, which this stage does not do: {scale:g} is folded into the weights")
+    return fold_guidance(network, scale)
 
 
 def _require_all_layers(

@@ -1,0 +1,76 @@
+"""`[training.<name>.consistency]`: what `objective = "consistency"` distils a teacher to (LCM, Luo et al. 2023)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pydantic
+
+from errors import UserError
+from pipelines.recipe import Decides, TableConfig
+from pixart.processes.specs import LCM_TEACHER_STEPS, LCM_TIMESTEP_SCALING, lcm_student
+
+
+class ConsistencySettings(TableConfig):
+    """Every setting of consistency distillation; the defaults are those published, with LCM's range of guidance."""
+
+    num_teacher_steps: Decides[int] = pydantic.Field(
+        default=LCM_TEACHER_STEPS,
+        ge=1,
+        le=1000,
+        description="Equal DDIM steps of the teacher; the student learns at their times and is drawn at some of them",
+    )
+    guidance_range: Decides[tuple[float, float]] = pydantic.Field(
+        default=(4.0, 16.0),
+        strict=False,
+        description="Guidance scales of the teacher's steps, each sample's between both ends: the student is told "
+        "it, and any can be chosen when drawing (LCM's w + 1: 4 to 16). Equal ends, as [5.5, 5.5], are one that is "
+        "inside, of which trains = 'lora' needs one (PixArt-LCM: 5.5)",
+    )
+    huber_c: Decides[float] = pydantic.Field(
+        default=0.001, gt=0, description="Differences well below it count as squares, those above it as they are"
+    )
+    timestep_scaling: Decides[float] = pydantic.Field(
+        default=LCM_TIMESTEP_SCALING,
+        gt=0,
+        description="Timesteps times this, beside 0.5, say how much of the student's estimate is what it sees",
+    )
+
+    @pydantic.field_validator("guidance_range")
+    @classmethod
+    def _check_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 1 <= value[0] <= value[1]:
+            raise ValueError("a range is [low, high] with 1 <= low <= high, such as [4.0, 16.0]")
+        return value
+
+    @property
+    def has_range(self) -> bool:
+        """Whether there is more than one guidance, which the student is told."""
+        return self.guidance_range[0] < self.guidance_range[1]
+
+    @property
+    def student(self) -> dict[str, Any]:
+        """What a process says of the student."""
+        return lcm_student(
+            guidance=self.guidance_range if self.has_range else self.guidance_range[0],
+            num_teacher_steps=self.num_teacher_steps,
+            timestep_scaling=self.timestep_scaling,
+        )
+
+
+def require_distillable(
+    settings: ConsistencySettings, *, network: str, process: str, trains: str | Sequence[str], key: str
+) -> None:
+    """Refuse stages that cannot be distilled; `key` is the stage's.
+
+    Raises:
+        UserError: the network reads no text, the process is another, or adapters would have to hold an embedding.
+    """
+    if network != "pixart":
+        raise UserError(f"{key}.objective = 'consistency' is for a PixArt, but {key}.network is {network!r}")
+    if process != "ddpm":
+        raise UserError(f"{key}.objective = 'consistency' distils process ddpm, but {key}.process is {process!r}")
+    if trains == "lora" and settings.has_range:
+        raise UserError(
+            f"{key}.trains = 'lora' has no place for an embedding of the guidance, and consistency.guidance_range is "
+            f"{list(settings.guidance_range)}: choose one guidance, as [5.5, 5.5], or train all weights"
+        )

@@ -1,0 +1,36 @@
+"""Keys of a stage that are of one process, objective or network alone: a stage of another may not have them."""
+
+from collections.abc import Mapping
+
+from errors import UserError
+
+PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
+OBJECTIVE_KEYS = {
+    "denoise": (),
+    "prior_preservation": ("prior_weight",),
+    "realign": (),
+    "consistency": ("consistency",),
+}
+NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
+OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "process": PROCESS_KEYS,
+    "objective": OBJECTIVE_KEYS,
+    "network": NETWORK_KEYS,
+}
+
+
+def keys_of_others(owner: str, chosen: str) -> set[str]:
+    """Return the keys that are of another process, objective or network than the `chosen` one."""
+    return {key for other, keys in OWNERS[owner].items() if other != chosen for key in keys}
+
+
+def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, key: str) -> None:
+    """Refuse keys of a stage's own `table` that are of another process, objective or network than its `chosen` ones.
+
+    Raises:
+        UserError: names the `key` of the stage with the one that is wrong, its value, and both owners.
+    """
+    for owner, choice in chosen.items():
+        for other, keys in OWNERS[owner].items():
+            for name in table.keys() & set(keys) if other != choice else ():
+                raise UserError(f"{key}.{name} = {table[name]!r} is for {owner} {other}, but the stage's is {choice!r}")

@@ -1,0 +1,124 @@
+"""Consistency distillation of a teacher to few steps (LCM, Luo et al. 2023; as PixArt-delta trains it).
+
+What the student estimates of the clean latents at one of the teacher's times is to be what its average estimates at the
+time before, where a guided DDIM step of the teacher leads. At timestep 0 an estimate is what is seen, by its scalings.
+The half of the output that is a variance is not trained: no step of a student draws from it.
+"""
+
+# B batch, C latent channels, h x w latent size, L rows of the null caption, D text width
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixart.model import PackedText
+from pixart.processes.ddpm import DDPM
+from pixart.processes.specs import LCM_SIGMA_DATA
+from training.data.batch import Batch
+from training.objectives.inputs import NetworkInputs
+from training.objectives.objective import Average, Frozen, Losses, Role, Trained
+from training.objectives.prior_preservation import TEACHER
+
+TARGET = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency:
+    """The distance of a student's estimate from that of its average, a step of the teacher nearer to the latents.
+
+    Attributes:
+        process: of the teacher, with what it says of the student.
+        inputs: what a network sees of a batch.
+        null_text: the null caption [L, D], from which the teacher's guidance leads away.
+        guidance_range: ends of the guidance scales; a sample's is drawn between them, and told where they differ.
+        huber_c: of the pseudo-Huber distance.
+    """
+
+    process: DDPM
+    inputs: NetworkInputs
+    null_text: Tensor
+    guidance_range: tuple[float, float]
+    huber_c: float
+
+    @property
+    def networks(self) -> Mapping[str, Role]:
+        """The student, its average, and the teacher."""
+        return {"network": Trained(), TARGET: Average(), TEACHER: Frozen()}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Latents and captions."""
+        return self.inputs.families
+
+    def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
+        """Return the pseudo-Huber distance of each sample's estimates [B]; its part `mse` is the squared one."""
+        process = self.process
+        times, earlier, guidance = self.draws(batch)
+        noisy = process.noisy(self.inputs.latents(batch), batch.noise, times)  # [B, C, h, w]
+        with torch.no_grad():
+            before = self._teacher_step(networks[TEACHER], noisy, times, earlier, guidance=guidance, batch=batch)
+            target = self._estimate(networks[TARGET], before, earlier, guidance=guidance, batch=batch)
+        estimate = self._estimate(networks["network"], noisy, times, guidance=guidance, batch=batch)
+        squared = (estimate - target).square()
+        distance = (squared + self.huber_c**2).sqrt() - self.huber_c
+        return Losses(
+            total=distance.flatten(1).mean(1),
+            parts={"mse": squared.flatten(1).mean(1)},
+            times=times.double() / process.num_times,
+        )
+
+    def draws(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the teacher's times int64 [B], those a step before them, and the guidance scales fp32 [B].
+
+        A sample's uniform number chooses one of N times by the whole part of N times it, and the guidance by the rest,
+        which is uniform again.
+        """
+        num_steps: int = self._student["num_teacher_steps"]
+        stride = self.process.num_times // num_steps
+        places = batch.timestep_draws * num_steps
+        numbers = places.long().clamp(max=num_steps - 1)
+        times = (numbers + 1) * stride - 1
+        low, high = self.guidance_range
+        guidance = low + (high - low) * (places - numbers)
+        return times, (times - stride).clamp(min=0), guidance.float()
+
+    @property
+    def _student(self) -> Mapping[str, Any]:
+        assert self.process.student is not None, "the stage's process says what it distils"
+        return self.process.student
+
+    def _teacher_step(
+        self, teacher: nn.Module, noisy: Tensor, times: Tensor, earlier: Tensor, *, guidance: Tensor, batch: Batch
+    ) -> Tensor:
+        """Return the latents [B, C, h, w] to which a guided DDIM step of the teacher leads at `earlier` times."""
+        process = self.process
+        led, null = (
+            process.noise(self.inputs.output(teacher, noisy, times, batch=each), noisy, times)
+            for each in (batch, self._without_text(batch))
+        )
+        noise = null + _per_sample(guidance) * (led - null)
+        return process.noisy(process.clean(noise, noisy, times), noise, earlier)
+
+    def _estimate(self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor, batch: Batch) -> Tensor:
+        """Return what a student estimates of the clean latents, fp32 [B, C, h, w] (LCM eq. 9 and appendix)."""
+        is_told = self.guidance_range[0] < self.guidance_range[1]
+        output = self.inputs.output(network, noisy, times, batch=batch, guidance=guidance if is_told else None)
+        scaled = times.float() * self._student["timestep_scaling"]
+        spread = scaled.square() + LCM_SIGMA_DATA**2
+        skip, out = LCM_SIGMA_DATA**2 / spread, scaled / spread.sqrt()
+        return _per_sample(skip) * noisy + _per_sample(out) * self.process.clean(output, noisy, times)
+
+    def _without_text(self, batch: Batch) -> Batch:
+        """Return the batch with the null caption for all samples."""
+        num_samples, (length, _) = len(batch.noise), self.null_text.shape
+        offsets = torch.arange(num_samples + 1, dtype=torch.int32, device=self.null_text.device) * length
+        text = PackedText(self.null_text.repeat(num_samples, 1), offsets, length, has_equal_lengths=True)
+        return dataclasses.replace(batch, text=text)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values[:, None, None, None]  # [B, 1, 1, 1]
