@@ -12,6 +12,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.bases import RUN
 from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
+from pixart.processes.specs import is_spec, student_of
 from sampling.trained_model import TrainedModel, WeightedAdapter
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_adapters(
         WeightedAdapter(path=file, location=location, weight=weight, identity=adapter_identity(file))
         for file, location, weight in zip(files, wanted, weights or [1.0] * len(files), strict=True)
     )
-    _require_fit(trained, files)
+    trained = _as_student(trained, _require_fit(trained, files), weights or [1.0] * len(files))
     contents = {sha256_file(file) for file in files}
     kept = tuple(path for path in trained.own_adapters if _content(path) not in contents)
     own = {_content(path) for path in trained.own_adapters}
@@ -110,8 +111,19 @@ def find_file(location: str, *, run: Path) -> Path:
         raise MissingFileError(f"{KEY}: {error}") from None
 
 
-def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
-    """Refuse adapters of another model or process, and say what is odd about the others."""
+def _as_student(trained: TrainedModel, adapters: Sequence[Adapter], weights: Sequence[float]) -> TrainedModel:
+    """Return the model as adapters make it: a student, where one of them was distilled to few steps (LCM-LoRA)."""
+    if student_of(trained.process) is not None:
+        return trained
+    for adapter, weight in zip(adapters, weights, strict=True):
+        process = adapter.belongs_to.get("process", {})
+        if weight and is_spec(process) and (student := student_of(process)) is not None:
+            return replace(trained, process={**trained.process, "student": student})
+    return trained
+
+
+def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> list[Adapter]:
+    """Open adapters; refuse those of another model or process, and say what is odd about the others."""
     from pixart.adapter_files import read_adapter
     from pixart.adapters import require_fit
     from pixart.model import PixArt
@@ -120,6 +132,7 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
         raise UserError(f"{KEY} is set, but {trained.name} is a class-conditional DiT: adapters are for a PixArt")
     network = trained.blank()
     assert isinstance(network, PixArt)
+    adapters = []
     for file in files:
         try:
             adapter = read_adapter(file, network.config)
@@ -129,6 +142,8 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> None:
         for note in adapter.notes:
             log.warning(note)
         _compare(adapter, trained)
+        adapters.append(adapter)
+    return adapters
 
 
 def _compare(adapter: Adapter, trained: TrainedModel) -> None:

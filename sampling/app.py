@@ -173,12 +173,12 @@ def build_page(studio: Studio) -> "gradio.Blocks":
             return (str(path), _describe(studio, wish, path), *values_of(wish, num_adapters=num_adapters))
 
         def change(folder: str) -> tuple[Any, ...]:
-            """Offer the sizes and solvers of another checkpoint; it is loaded when it draws."""
+            """Offer the sizes, solvers and steps of another checkpoint; it is loaded when it draws."""
             with _telling():
                 trained = studio.look_at(folder)
-            sizes, solvers = studio.sizes(trained), studio.solvers(trained)
-            solver = studio.config.solver if studio.config.solver in solvers else solvers[0]
-            return gr.Dropdown(sizes, value=sizes[0]), gr.Dropdown(solvers, value=solver)
+            sizes, solvers, config = studio.sizes(trained), studio.solvers(trained), studio.settings_of(trained)
+            solver = gr.Dropdown(solvers, value=config.solver if config.solver in solvers else solvers[0])
+            return gr.Dropdown(sizes, value=sizes[0]), solver, config.num_steps, config.guidance_scale
 
         results = [image, said, drawn, past]
         offer_what_is_there(page, studio, checkpoint, fields[ADAPTERS_FIELD], past)
@@ -188,7 +188,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         stop.click(studio.stop, queue=False)
         drawn.select(look_at, None, [image, said])
         past.select(bring_back, None, [image, said, *fields])
-        checkpoint.input(change, checkpoint, [fields[2], fields[3]])
+        checkpoint.input(change, checkpoint, fields[2:6])
     return page
 
 

@@ -25,6 +25,7 @@ from sampling.adapters import adapter_identity, add_adapters, find_file, name_ad
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
 from sampling.images import ADAPTERS, is_own, is_whole, is_written, write_image
+from sampling.students import follow_weights
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Studio:
     ) -> None:
         _require_text(trained)
         checkpoint = f"{trained.name} ({trained.model_path})"
-        require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
+        drawn, _ = follow_weights(config, trained)
+        require_solver(trained.process, drawn.solver, num_steps=drawn.num_steps, checkpoint=checkpoint)
         is_precomputed = config.text_encoder == "precomputed"
         self.trained = trained
         # By folder, as `choose` names them; one that is no checkpoint of training has its weights' folder or file.
@@ -97,7 +99,8 @@ class Studio:
         # Images are drawn here, on this machine's device, wherever workers would be.
         self.run, self._name, self._engine = run, name, engine.model_copy(update={"in_process": True})
         self._renderer: Renderer | None = None
-        self._loaded: tuple[str, str | None] | None = None  # which transformer the renderer has, in which weights
+        # Which transformer the renderer has, in which weights and with which guidance inside.
+        self._loaded: tuple[str, str | None, float | None] | None = None
         self._texts: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
@@ -137,9 +140,13 @@ class Studio:
         """Return the solvers of the process of a checkpoint, or of the chosen one."""
         return list(SOLVERS[(trained or self.trained).process["name"]])
 
+    def settings_of(self, trained: TrainedModel) -> SamplingConfig:
+        """Return the recipe's settings, as a checkpoint that was distilled to few steps is drawn with them."""
+        return follow_weights(self.config, trained)[0]
+
     def first_wish(self) -> Wish:
         """Return what the fields show at first: the recipe's settings."""
-        config = self.config
+        config = self.settings_of(self.trained)
         return Wish(
             prompt=config.prompt or "",
             negative_prompt=config.negative_prompt,
@@ -203,7 +210,7 @@ class Studio:
             require_packages(*config.packages)
             wanted = [config.negative_prompt, request.prompt, *prompts]
             texts = self._embeddings(config, wanted, check=lambda: check_inputs(job))
-            renderer = self._load(job.config, trained)
+            renderer = self._load(job.config, job.trained)
             (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_image(
@@ -249,13 +256,14 @@ class Studio:
     def _load(self, config: SamplingConfig, trained: TrainedModel) -> "Renderer":
         """Return the models of a drawing; adapters and weights of another dtype change the transformer alone."""
         # Until it is done there is none: what fails half way is read anew.
+        wanted = trained.identity, config.weight_dtype, trained.inner_guidance
         renderer, self._renderer = self._renderer, None
         if renderer is None:
             renderer = self._open(config, trained)
-        elif self._loaded != (trained.identity, config.weight_dtype):
+        elif self._loaded != wanted:
             renderer.change_transformer(config, trained)
-        renderer.config = config
-        self._renderer, self._loaded = renderer, (trained.identity, config.weight_dtype)
+        renderer.config, renderer.trained = config, trained
+        self._renderer, self._loaded = renderer, wanted
         return renderer
 
     def _open(self, config: SamplingConfig, trained: TrainedModel) -> "Renderer":

@@ -42,10 +42,11 @@ class SamplingConfig(TableConfig):
         default=None,
         description="Width x height in pixels, such as 1024x768; null = what the checkpoint was trained at",
     )
-    solver: Decides[Literal["dpm-solver++", "iddpm", "sa-solver", "euler", "heun"]] = pydantic.Field(
+    solver: Decides[Literal["dpm-solver++", "iddpm", "sa-solver", "lcm", "euler", "heun"]] = pydantic.Field(
         default="dpm-solver++",
         description="Sampling algorithm; the paper settles on DPM-Solver with 20 steps. iddpm and sa-solver are for "
-        "checkpoints of process ddpm, euler and heun for those of flow",
+        "checkpoints of process ddpm, euler and heun for those of flow; lcm is for weights distilled to few steps, "
+        "which are drawn with it in 4 steps where solver and steps are not typed",
     )
     num_steps: Decides[int] = pydantic.Field(
         default=20,
@@ -54,7 +55,10 @@ class SamplingConfig(TableConfig):
         description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each but the last",
     )
     guidance_scale: Decides[float] = pydantic.Field(
-        default=4.5, ge=1, description="Classifier-free guidance; 1 = off, which halves the work"
+        default=4.5,
+        ge=1,
+        description="Classifier-free guidance; 1 = off, which halves the work. Weights distilled to few steps have it "
+        "inside: one that is not theirs, where it is not typed, is not added",
     )
     guidance_interval: Decides[tuple[float, float] | None] = pydantic.Field(
         default=None,
@@ -203,11 +207,14 @@ class SamplingConfig(TableConfig):
             raise ValueError("an interval is [low, high] between 0 (no noise) and 1 (nothing else), such as [0.1, 0.8]")
         return float(numbers[0]), float(numbers[1])
 
-    def passes(self, timesteps: Iterable[float], num_times: int) -> list[Pass]:
-        """Return what each pass of the network computes, of a solver that asks it at these times of `num_times`."""
+    def passes(self, timesteps: Iterable[float], num_times: int, *, scale: float | None = None) -> list[Pass]:
+        """Return what each pass of the network computes, of a solver that asks it at these times of `num_times`.
+
+        `scale` is that of the guidance that passes are to add, where some is inside the weights.
+        """
         return plan_passes(
             [float(timestep) / num_times for timestep in timesteps],
-            guidance_scale=self.guidance_scale,
+            guidance_scale=self.guidance_scale if scale is None else scale,
             guidance_interval=self.guidance_interval,
             num_passes_per_refresh=self.cache or 1,
         )

@@ -11,14 +11,14 @@ from encoders.devices import require_device
 from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import require_model, resolve_model
-from errors import MissingFileError, UserError
-from pipelines.as_typed import ANY, typed_command, typed_flag, typed_path
+from errors import UserError
+from pipelines.as_typed import ANY, typed_flag, typed_path
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
-from pipelines.store.files import atomic_file, exclusive, remove_temporary_files, sha256_file, sha256_text
+from pipelines.store.files import atomic_file, exclusive, remove_temporary_files, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
 from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
@@ -26,14 +26,15 @@ from pixart.processes.specs import num_passes, require_solver
 from sampling.config import ON_A_CPU, SamplingConfig
 from sampling.grid import MAX_COLUMNS, Sample, make_grid
 from sampling.images import MEND, is_own, is_whole, is_written
+from sampling.inputs import image_inputs
 from sampling.precision import settle
 from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
+from sampling.students import describe_oddities, follow_weights
 from sampling.trained_model import TrainedModel, resolve_part
 
 log = get_logger("sampling")
 
-SAMPLING_VERSION = 2  # raise it when the same settings give other images
 REPORT_NAME = "samples"
 GRID_NAME = "grid.png"
 MAX_LOST_SHOWN = 3
@@ -101,13 +102,14 @@ def make_job(
         MissingFileError: the prompt file or an encoder's folder does not exist.
         UserError: prompts, classes, size or solver are not what the checkpoint can draw.
     """
+    config, trained = follow_weights(config, trained)
     checkpoint = f"{trained.name} ({trained.model_path})"
     require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     directory = ShardDirectory(run / "samples" / name)
     requests = make_requests(prompts, config, trained)
-    settled = settle(config, _inputs(config, trained), directory=directory, requests=requests, engine=engine)
+    settled = settle(config, image_inputs(config, trained), directory=directory, requests=requests, engine=engine)
     return SamplingJob(
         config=settled.config,
         trained=trained,
@@ -133,14 +135,14 @@ def describe_job(job: SamplingJob) -> list[str]:
 
 def _num_passes(job: SamplingJob) -> int:
     """Return how often an image goes through the transformer, both halves of guidance counted."""
-    config = job.config
-    if config.guidance_interval is None or config.guidance_scale == 1:
-        return num_passes(config.solver, config.num_steps) * (1 if config.guidance_scale == 1 else 2)
+    config, scale = job.config, job.trained.pass_guidance(job.config.guidance_scale)
+    if config.guidance_interval is None or scale == 1:
+        return num_passes(config.solver, config.num_steps) * (1 if scale == 1 else 2)
     from pixart.processes.make import process_of  # which imports torch
 
     process = process_of(job.trained.process)
     timesteps = process.scheduler(config.solver, config.num_steps).timesteps
-    return sum(2 if item.is_guided else 1 for item in config.passes(timesteps, process.num_times))
+    return sum(2 if item.is_guided else 1 for item in config.passes(timesteps, process.num_times, scale=scale))
 
 
 def check_job(job: SamplingJob) -> dict[str, str]:
@@ -226,6 +228,8 @@ def check_inputs(job: SamplingJob) -> dict[str, str]:
     trained = job.trained
     require_model(resolve_part(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
     warn_of_untrained_size(job.config, trained)
+    for oddity in describe_oddities(job.config, trained):
+        log.warning(oddity)
     if job.config.guidance_scale > HIGH_GUIDANCE:
         log.warning(f"sampling.guidance_scale {job.config.guidance_scale:g} burns colours out; papers take 1.5 to 8")
     if trained.text is None or job.config.text_encoder == "precomputed":
@@ -278,50 +282,6 @@ def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> l
         )
     path = typed_path(config.prompts.replace("{run}", str(run)))
     return read_prompts(path, seed=config.seed, column=config.prompt_column)
-
-
-def _inputs(config: SamplingConfig, trained: TrainedModel) -> dict[str, Any]:
-    """Return what decides images beside the settings."""
-    text = {} if trained.text is None else {"text": _text_identity(config, trained, trained.text)}
-    vae = resolve_part(trained, "VAE", trained.vae)
-    return {
-        "version": SAMPLING_VERSION,
-        "checkpoint": trained.identity,
-        **_process_identity(trained.process),
-        "vae": {**trained.vae, "model": vae.identity},
-        **text,
-    }
-
-
-def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of the process decides an image: not the loss, nor the times trained at."""
-    schedule = process["schedule"]
-    # Few processes bring settings of the sampler; images of the others were made before there were any.
-    sampler = {"sampler": process["sampler"]} if "sampler" in process else {}
-    if process["name"] == "ddpm":  # of which images made before there was another name the schedule alone
-        return {"schedule": schedule, **sampler}
-    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}, **sampler}
-
-
-def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides the embeddings: the encoder, or the file or manifest that holds them."""
-    if config.text_encoder != "precomputed":
-        model = resolve_part(trained, "text encoder", text).identity
-        found = {"model": model, "max_tokens": text["max_tokens"]}
-        if text.get("cleaning", DEFAULT_CLEANING) != DEFAULT_CLEANING:
-            found["cleaning"] = text["cleaning"]
-        if "tokenizer" in text:
-            found["tokenizer"] = resolve_model(text["tokenizer"]).identity
-        # Of earlier versions, which had other steps, "int8".
-        return found | ({"weights": "int8 by torchao"} if config.text_encoder == "8bit" else {})
-    path = typed_path(config.text_embeddings)
-    path = path / MANIFEST_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise MissingFileError(
-            f"sampling.text_embeddings {path} does not exist: sampling.write_embeddings writes a file, "
-            f"`{typed_command('features')}` the text features of a run"
-        )
-    return {"embeddings": sha256_file(path), "max_tokens": text["max_tokens"]}
 
 
 def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> None:

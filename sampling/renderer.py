@@ -225,7 +225,8 @@ class Renderer:
         scheduler = process.scheduler(self.config.solver, self.config.num_steps)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         is_compiled = (len(requests), height, width) in self.compiled_shapes
-        passes = self.config.passes(scheduler.timesteps, process.num_times)
+        scale = self.trained.pass_guidance(self.config.guidance_scale)
+        passes = self.config.passes(scheduler.timesteps, process.num_times, scale=scale)
         network = self._network(requests, texts, passes=passes, is_compiled=is_compiled)
         with self._compiling(is_compiled):
             predict: Predict = self._graphs.capture(network, noise) if is_compiled else network
@@ -279,7 +280,7 @@ class Renderer:
         passes: Sequence[Pass],
         is_compiled: bool,
     ) -> GuidedNetwork:
-        scale = self.config.guidance_scale
+        scale = self.trained.pass_guidance(self.config.guidance_scale)
         if self.model.kind == "dit":
             labels = [request.label for request in requests if request.label is not None]
             return network_of_labels(self.model, labels, passes=passes, guidance_scale=scale)

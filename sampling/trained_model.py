@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,8 @@ class TrainedModel:
         checkpoint: folder of the checkpoint of training that it is; None of weights from elsewhere.
         run: whose checkpoint it is, if it lies in a run.
         origins: what it was trained with, as far as that is known.
+        inner_guidance: scale of the guidance that is inside the weights as they are loaded, so that no pass adds any;
+            None of those that are guided by passes. See `students.py`.
     """
 
     name: str
@@ -104,6 +106,11 @@ class TrainedModel:
     checkpoint: Path | None = None
     run: Path | None = None
     origins: Origins = field(default_factory=Origins)
+    inner_guidance: float | None = None
+
+    def pass_guidance(self, scale: float) -> float:
+        """Return the guidance that passes are to add where images are to have guidance of this scale."""
+        return scale if self.inner_guidance is None else 1.0
 
     def load(self) -> PixArt | DiT:
         """Read the transformer, in evaluation mode, on the CPU."""
@@ -114,7 +121,7 @@ class TrainedModel:
             model = load_original(self.model_path, self.original_config)
         else:
             model = load_diffusers(self.model_path)
-        model = self._adapted(model)
+        model = self._guided(self._adapted(model))
         channels, expected = model.config.in_channels, process_of(self.process).out_channels(model.config.in_channels)
         if model.config.out_channels != expected:
             raise UserError(
@@ -131,8 +138,23 @@ class TrainedModel:
         from pixart.transformer_config import read_transformer_config
 
         config = self.original_config or read_transformer_config(self.model_path)
+        if config.kind == "pixart" and config.has_guidance_condition:
+            config = replace(config, has_guidance_condition=False)  # as it is loaded
         with torch.device("meta"):
             return config.network().eval().requires_grad_(False)
+
+    def _guided(self, model: PixArt | DiT) -> PixArt | DiT:
+        """Fold the guidance that images are to have into weights that are told theirs."""
+        if model.kind != "pixart" or not model.config.has_guidance_condition:
+            return model
+        from pixart.guidance_condition import fold_guidance
+
+        if self.inner_guidance is None:
+            raise UserError(
+                f"{self.model_path} is told the guidance of its images, and nothing says which it was trained with: "
+                f"the {TRAINER} or {SCHEDULER_FOLDER}/ beside it is gone"
+            )
+        return fold_guidance(model.float(), self.inner_guidance)
 
     def _adapted(self, model: PixArt | DiT) -> PixArt | DiT:
         """Merge adapters into the weights; in fp32, in which small changes are not lost."""

@@ -17,6 +17,7 @@ from sampling.evaluation.prompt_sets import write_prompt_set
 from sampling.foreign_weights import open_trained_model
 from sampling.generate import SamplingJob, check_job, make_job, run_job
 from sampling.opening import find_trained_model
+from sampling.students import require_choosable_guidance
 from sampling.trained_model import TrainedModel, open_run_model
 
 
@@ -90,6 +91,8 @@ def find_contestants(
     checkpoints += [_open_other(spec, command, departs_in=sampling.departs_in) for spec in config.compare]
     contestants = []
     for number, (name, trained) in enumerate(checkpoints):
+        if guidance_scale is not None:
+            require_choosable_guidance(trained, key="evaluation.guidance_scales")
         is_own_folder = number == 0 and is_plain
         job = make_job(
             sampling,
@@ -98,7 +101,7 @@ def find_contestants(
             name=name if is_own_folder else f"{name}{suffix or '-scored'}",
             engine=command.recipe.table("engine", EngineConfig),
         )
-        contestants.append(Contestant(title=trained.name, trained=trained, job=job))
+        contestants.append(Contestant(title=trained.name, trained=job.trained, job=job))
     return _distinct(contestants)
 
 
