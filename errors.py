@@ -30,7 +30,7 @@ DISTRIBUTION = "pixart-atelier"
 # The extra that brings a room's packages, where it is not called as the room is.
 EXTRA_OF_ROOM = {"dataset_stats": "stats"}
 # Modules that are not called as the package that brings them.
-PACKAGE_OF_MODULE = {"PIL": "pillow", "bs4": "beautifulsoup4"}
+PACKAGE_OF_MODULE = {"PIL": "pillow", "bs4": "beautifulsoup4", "cv2": "opencv-python-headless"}
 
 
 class UserError(Exception):

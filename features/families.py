@@ -2,13 +2,15 @@
 
 from errors import UserError
 from features.constant_text import CONSTANT_TEXT
+from features.control import DRAWN_MAPS
+from features.control_given import GIVEN_MAPS
 from features.imported_latents import IMPORTED_LATENTS
 from features.imported_text import IMPORTED_TEXT
 from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
 from features.text import TEXT
 
-FAMILIES = (TEXT, CONSTANT_TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS)
+FAMILIES = (TEXT, CONSTANT_TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS, *DRAWN_MAPS, GIVEN_MAPS)
 
 
 def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:

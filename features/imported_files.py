@@ -43,15 +43,26 @@ log = get_logger("features")
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePlaces:
-    """Folders and tars that hold files with one suffix; `run` is where headers of tars are remembered."""
+    """Folders and tars that hold files of samples; `run` is where headers of tars are remembered.
+
+    Attributes:
+        suffixes: that such a file may have, in the order in which they are looked for.
+        missing: the reason of a sample without a file.
+    """
 
     folders: tuple[str, ...]
     tars: tuple[str, ...]
-    suffix: str
+    suffixes: tuple[str, ...]
     run: Path
+    missing: str = MISSING
+
+    def __str__(self) -> str:
+        return f"file .{'/.'.join(self.suffixes)}"
 
 
-def find_places(address: str, *, suffix: str, run: Path, key: str) -> FeaturePlaces:
+def find_places(
+    address: str, *, suffixes: tuple[str, ...], run: Path, key: str, missing: str = MISSING
+) -> FeaturePlaces:
     """Return the folders and tars that a recipe's `key` means by a path, a pattern or a URL.
 
     Raises:
@@ -75,7 +86,13 @@ def find_places(address: str, *, suffix: str, run: Path, key: str) -> FeaturePla
         raise MissingFileError(f"{key} = {address!r}: there is no such folder or tar")
     if others := sorted(set(found) - set(tars) - {place for place in found if Path(place).is_dir()}):
         raise UserError(f"{key} = {address!r}: {others[0]} is neither a folder on a mounted disk nor a tar")
-    return FeaturePlaces(folders=tuple(sorted(folders)), tars=tuple(sorted(tars)), suffix=suffix, run=run.absolute())
+    return FeaturePlaces(
+        folders=tuple(sorted(folders)),
+        tars=tuple(sorted(tars)),
+        suffixes=suffixes,
+        run=run.absolute(),
+        missing=missing,
+    )
 
 
 class FeatureFiles:
@@ -88,9 +105,10 @@ class FeatureFiles:
         """Return which file is that of a sample, or None."""
         for name in feature_names(key):
             for folder in self._places.folders:
-                path = f"{folder}/{name}.{self._places.suffix}"
-                if Path(path).is_file():
-                    return path
+                for suffix in self._places.suffixes:
+                    path = f"{folder}/{name}.{suffix}"
+                    if Path(path).is_file():
+                        return path
             for tar in self._tars:
                 if name in tar.members:
                     return f"{tar.path}\0{name}"
@@ -100,10 +118,10 @@ class FeatureFiles:
         """Return the bytes of the file of a sample.
 
         Raises:
-            SampleReject: `missing_feature`.
+            SampleReject: there is none, with the reason of its places.
         """
         if (found := self.find(key)) is None:
-            raise SampleReject(MISSING)
+            raise SampleReject(self._places.missing)
         path, _, name = found.partition("\0")
         if not name:
             return Path(path).read_bytes()
@@ -145,8 +163,11 @@ def open_files(places: FeaturePlaces, shard: str) -> Iterator[FeatureFiles]:
             if headers is None:
                 headers = read_headers(path, file, AS_IT_COMES)
                 cache.remember(path, headers)
-            members = {sample.key: sample.members.get(places.suffix) for sample in headers.samples}
-            kept = {key: member for key, member in members.items() if member is not None}
+            kept: dict[str, Member] = {}
+            for sample in headers.samples:
+                members = (sample.members.get(suffix) for suffix in places.suffixes)
+                if (member := next(filter(None, members), None)) is not None:
+                    kept[sample.key] = member
             identity = headers.summary.identity
             tars.append(_Tar(path=path, identity=identity, members=kept, content=TarMembers(path, file)))
         yield FeatureFiles(places, tars)
@@ -211,8 +232,8 @@ def _say_missing(
     names = " or ".join(feature_names(missing[0].partition("/")[2]))
     some = f"such as {', '.join(missing)}; the first was looked for as {names}"
     if num_missing == num_samples:
-        raise UserError(f"{key}: none of the {num_samples:,} samples has a file .{places.suffix} there, {some}")
-    log.warning(f"{key}: {num_missing:,} of the {num_samples:,} samples have no file .{places.suffix} there, {some}")
+        raise UserError(f"{key}: none of the {num_samples:,} samples has a {places} there, {some}")
+    log.warning(f"{key}: {num_missing:,} of the {num_samples:,} samples have no {places} there, {some}")
 
 
 def _found(

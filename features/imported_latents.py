@@ -150,7 +150,7 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
     """Describe the import of the stage's latents."""
     features, key = inputs.features, f"features.{inputs.stage_name}.latents_from"
     assert features.latents_from is not None
-    places = find_places(features.latents_from, suffix="npy", run=inputs.run, key=key)
+    places = find_places(features.latents_from, suffixes=("npy",), run=inputs.run, key=key)
     model = resolve_model(features.vae_model, features.vae_revision)
     codec = codec_of(model, inputs)
     if not codec.has_std:

@@ -131,7 +131,7 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
     features, key = inputs.features, f"features.{inputs.stage_name}.text_from"
     assert features.text_from is not None
     (caption,) = features.captions
-    places = find_places(features.text_from, suffix="npz", run=inputs.run, key=key)
+    places = find_places(features.text_from, suffixes=("npz",), run=inputs.run, key=key)
     return describe_text_job(
         inputs,
         family=IMPORTED_TEXT,

@@ -5,6 +5,7 @@ While a GPU encodes a batch, the next one is decoded, and the latents of the one
 
 # B batch, C latent channels, H W pixels, h w latent height and width
 
+import contextlib
 import functools
 import itertools
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -22,12 +23,14 @@ from encoders.batches import Batches
 from encoders.devices import choose_device
 from encoders.opening import open_codec
 from encoders.transfers import one_behind
+from features.imported_files import FeatureFiles, FeaturePlaces, open_files
 from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.raw.images import (
     SOFT_SCALE,
+    Crop,
     SampleReject,
     decode_image,
     nearest_bucket,
@@ -42,6 +45,9 @@ from pipelines.recipe import TableConfig
 from pipelines.store.families import latent_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # In a report's `details`, where there are any: images that were scaled up so far that they are soft.
 NUM_SOFT = "num_soft"
@@ -59,6 +65,7 @@ class LatentWorkerConfig:
         batch_size: None is what `choose_batch_size` finds.
         decode_threads: None is as many as `choose_decode_threads` finds, with `num_workers_here` on the machine.
         run: where the headers of the raw shards are remembered.
+        beside: where each sample has a file beside its image, which `depict` is given; None where nothing is read.
     """
 
     family: str
@@ -83,6 +90,34 @@ class LatentWorkerConfig:
     preview_shard: str
     preview_path: Path
     num_preview_images: int
+    beside: FeaturePlaces | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutImage:
+    """An image cropped to its bucket.
+
+    Attributes:
+        pixels: uint8 [H, W, 3].
+        original: width and height before it was resized and cropped as `crop` says.
+        beside: content of the file that its sample has beside it, if such are read.
+    """
+
+    pixels: np.ndarray
+    original: tuple[int, int]
+    crop: Crop
+    beside: bytes
+
+
+class _SampleBytes(NamedTuple):
+    """What is read of a sample: its image, and the file beside that."""
+
+    image: bytes = b""
+    beside: bytes = b""
+
+
+# The index row of a sample, so far, and its bytes.
+_Read = tuple[dict[str, Any], _SampleBytes]
 
 
 @dataclass
@@ -154,26 +189,41 @@ class LatentWorker:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._wait_seconds = 0.0
 
-    def depict(self, image: np.ndarray) -> np.ndarray:
-        """Return the picture that is encoded of a cropped image, both uint8 [H, W, 3]: here the image itself."""
-        return image
+    def depict(self, image: CutImage) -> np.ndarray:
+        """Return the picture that is encoded of an image, uint8 [H, W, 3]: here the image itself. Called in threads.
+
+        Raises:
+            SampleReject: there is none.
+        """
+        return image.pixels
+
+    def depict_batch(self, pictures: "Tensor") -> "Tensor":
+        """Return what is encoded of what `depict` gave of several images, uint8 [B, 3, H, W] both, on any device.
+
+        This is for networks: one batch at a time, in the thread that encodes.
+        """
+        return pictures
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         self._wait_seconds, start_seconds = 0.0, time.perf_counter()
         rows: list[dict[str, Any]] = []
         details: dict[str, Any] = {}
-        source, run = piece.source, self.config.run
+        source, run, beside = piece.source, self.config.run, self.config.beside
+        # A source that is known by the files beside its images has another identity than its shard.
+        identity = source.identity if beside is None else None
         with (
-            open_shard(source.path, self.config.reading, run=run, identity=source.identity) as raw,
+            open_shard(source.path, self.config.reading, run=run, identity=identity) as raw,
+            contextlib.nullcontext() if beside is None else open_files(beside, source.name) as files,
             atomic_file(piece.output(".tar")) as tar_path,
             FeatureTarWriter(tar_path) as tar,
             SliceWriter() as writer,
         ):
-            for _, pictures in zip(piece.slices(), self._encode_slices(raw, piece), strict=True):
+            decoded = self._decode_ahead(self._read(raw, files, raw.samples[piece.start : piece.stop]))
+            for _, pictures in zip(piece.slices(), self._encode_slices(decoded, piece), strict=True):
                 writer.write(functools.partial(self._store_slice, pictures, tar, rows=rows))
             if piece.start == 0 and raw.name == self.config.preview_shard:
-                details |= self._preview(raw)
+                details |= self._preview(self._read(raw, files, raw.samples[: 2 * self.config.num_preview_images]))
         with atomic_file(piece.output(".parquet")) as index_path:
             write_index(index_path, rows, self._family.columns)
         if num_soft := sum(map(_is_soft, rows)):
@@ -188,9 +238,9 @@ class LatentWorker:
             busy_seconds=time.perf_counter() - start_seconds - self._wait_seconds,
         )
 
-    def _encode_slices(self, raw: RawShard, piece: Piece) -> Iterator[list[_Picture]]:
+    def _encode_slices(self, decoded: Iterator[_Picture], piece: Piece) -> Iterator[list[_Picture]]:
         """Yield one picture per sample of each slice, in order; the device has begun with the next slice by then."""
-        batches = one_behind(self._start_batches(raw, piece))
+        batches = one_behind(self._start_batches(decoded, piece))
         for _, of_slice in itertools.groupby(batches, key=lambda batch: batch.start):
             pictures: list[_Picture] = []
             for batch in of_slice:
@@ -199,12 +249,11 @@ class LatentWorker:
                     picture.latent, picture.pixels = latent, None
             yield pictures
 
-    def _start_batches(self, raw: RawShard, piece: Piece) -> Iterator[Callable[[], _Batch]]:
-        """Decode all samples, and start encoding whenever there are enough of one size and slice.
+    def _start_batches(self, decoded: Iterator[_Picture], piece: Piece) -> Iterator[Callable[[], _Batch]]:
+        """Start encoding whenever there are enough decoded samples of one size and slice.
 
         A batch holds images of one size, and never leaves its slice; each slice has one, be it empty.
         """
-        decoded = self._decode_ahead(raw, raw.samples[piece.start : piece.stop])
         for start, stop in replace(piece, on_slice=None).slices():  # a slice that has begun is not done
             pictures: list[_Picture] = []
             num_batches = 0
@@ -228,20 +277,25 @@ class LatentWorker:
         for batch in waiting.values():
             yield from self._batches.each(batch, self._start_batch)
 
-    def _decode_ahead(self, raw: RawShard, samples: Sequence[RawSample]) -> Iterator[_Picture]:
-        """Decode in threads, two batches ahead of the device; the tar itself is read by this thread alone."""
-        futures: deque[Future[_Picture]] = deque()
+    def _read(self, raw: RawShard, files: FeatureFiles | None, samples: Sequence[RawSample]) -> Iterator[_Read]:
+        """Yield the index row of each sample and its bytes, none of a reject; files are read by this thread alone."""
         for sample in samples:
             row = {"key": sample.key, "shard": raw.name, "label": None, "reject": sample.reject}
-            data = b""
+            data = _SampleBytes()
             if sample.reject is None:
                 try:
-                    data = raw.image_bytes(sample)
+                    data = _SampleBytes(raw.image_bytes(sample), b"" if files is None else files.read(sample.key))
                 except SampleReject as reject:
                     row["reject"] = reject.reason
                 row["label"] = raw.label(sample)
                 if row["label"] is None and raw.has_labels:
                     row["reject"] = "no_label"
+            yield row, data
+
+    def _decode_ahead(self, read: Iterable[_Read]) -> Iterator[_Picture]:
+        """Decode in threads, two batches ahead of the device."""
+        futures: deque[Future[_Picture]] = deque()
+        for row, data in read:
             futures.append(self._threads.submit(self._prepare, row, data))
             if len(futures) > 2 * self._batches.size:
                 yield self._wait(futures.popleft())
@@ -258,7 +312,7 @@ class LatentWorker:
         import torch
 
         images = np.stack([picture.pixels for picture in pictures if picture.pixels is not None])  # [B, H, W, 3]
-        finish = self._codec.start(torch.from_numpy(images).permute(0, 3, 1, 2))
+        finish = self._codec.start(self.depict_batch(torch.from_numpy(images).permute(0, 3, 1, 2)))
 
         def finish_batch() -> _Encoded:
             arrays = [moment.half().numpy() for moment in finish() if moment is not None]  # [B, C, h, w] each
@@ -266,21 +320,40 @@ class LatentWorker:
 
         return finish_batch
 
-    def _preview(self, raw: RawShard) -> dict[str, Any]:
-        """Write originals above their reconstructions; returns the mean PSNR, and nothing if no image is usable."""
-        originals: list[np.ndarray] = []
-        for picture in self._decode_ahead(raw, raw.samples[: 2 * self.config.num_preview_images]):
-            if picture.pixels is not None and len(originals) < self.config.num_preview_images:
-                originals.append(picture.pixels)
-        psnr_db = write_preview(self.config.preview_path, originals, self._codec)
+    def _preview(self, read: Iterable[_Read]) -> dict[str, Any]:
+        """Write originals, what is made of them and its reconstructions; returns the mean PSNR, nothing without any."""
+        columns: list[list[np.ndarray]] = []
+        for row, data in read:
+            if len(columns) < self.config.num_preview_images and (cut := self._cut(row, data)) is not None:
+                with contextlib.suppress(SampleReject):
+                    columns.append([cut.pixels, self._whole_depiction(cut)])
+        if self.config.leads:
+            columns = [column[1:] for column in columns]
+        psnr_db = write_preview(self.config.preview_path, columns, self._codec)
         return {} if psnr_db is None else {"preview_psnr_db": psnr_db}
 
-    def _prepare(self, row: dict[str, Any], data: bytes) -> _Picture:
-        if row["reject"] is not None:
+    def _whole_depiction(self, cut: CutImage) -> np.ndarray:
+        import torch
+
+        picture = torch.from_numpy(self.depict(cut)).permute(2, 0, 1)[None]  # [1, 3, H, W]
+        return self.depict_batch(picture)[0].permute(1, 2, 0).cpu().numpy()
+
+    def _prepare(self, row: dict[str, Any], data: _SampleBytes) -> _Picture:
+        cut = self._cut(row, data)
+        if cut is None:
             return _Picture(row)
+        try:
+            return _Picture(row, self.depict(cut))
+        except SampleReject as reject:
+            return _Picture(row | {"reject": reject.reason})
+
+    def _cut(self, row: dict[str, Any], data: _SampleBytes) -> CutImage | None:
+        """Decode, resize and crop an image and put its geometry into its row; None of a reject."""
+        if row["reject"] is not None:
+            return None
         resolution, max_pixels = self.config.resolution, self.config.max_pixels
         try:
-            image = decode_image(data, max_pixels=max_pixels)
+            image = decode_image(data.image, max_pixels=max_pixels)
             height, width = resolution, resolution
             if self.config.is_bucketed:
                 height, width = nearest_bucket(
@@ -290,8 +363,9 @@ class LatentWorker:
             require_large_enough(crop, self.config.max_upscale)
             cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
         except SampleReject as reject:
-            return _Picture(row | {"reject": reject.reason})
-        geometry = {
+            row["reject"] = reject.reason
+            return None
+        row |= {
             "bucket": f"{height}x{width}",
             "original_width": image.width,
             "original_height": image.height,
@@ -300,7 +374,7 @@ class LatentWorker:
             "crop_x": crop.x,
             "crop_y": crop.y,
         }
-        return _Picture(row | geometry, self.depict(np.array(cropped)))
+        return CutImage(pixels=np.array(cropped), original=image.size, crop=crop, beside=data.beside)
 
     def _store_slice(self, pictures: Sequence[_Picture], tar: FeatureTarWriter, *, rows: list[dict[str, Any]]) -> None:
         """Write the latents of a slice; adds their index rows to `rows`."""

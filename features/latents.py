@@ -1,11 +1,13 @@
 """The latent family: images of the raw tars to VAE latents in `features/latent-<resolution>/<shard>.tar`.
 
-Other families that are made of the images, such as an edge map for a control branch, go through the same codec with the
-same crops: a subclass of `LatentWorker` says what it makes of an image, and `image_job` describes its job.
+Other families that are made of the images, such as the edges that a control branch is shown (`features/control.py`), go
+through the same codec with the same crops: a subclass of `LatentWorker` says what it makes of an image, and `image_job`
+describes its job.
 """
 
 # B batch, C latent channels, H W pixels, h w latent height and width
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,10 +57,12 @@ def image_job(
     family: FeatureFamily,
     *,
     worker_class: type[LatentWorker] = LatentWorker,
+    also_decided_by: Mapping[str, Any] = {},
 ) -> FeatureJob:
     """Describe what a latent worker makes of the stage's images, in `features/<family>-<resolution>`.
 
-    Latents themselves lie in `features/latent-<resolution>`. A family's settings are part of its fingerprint.
+    Latents themselves lie in `features/latent-<resolution>`. A family's settings are part of its fingerprint, as is
+    what else decides it, such as the identity of a model of its own.
     """
     leads, settings = family is LATENTS, family.read_settings(inputs)
     features = inputs.features
@@ -74,6 +78,7 @@ def image_job(
         **features.fingerprint_fields(DECIDES_IMAGES),
         **inputs.data.fingerprint_fields(),
         **settings.fingerprint_fields(),
+        **also_decided_by,
     }
     defaults = {
         **features.fingerprint_defaults(DECIDES_IMAGES),

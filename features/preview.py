@@ -1,4 +1,4 @@
-"""A picture of what the VAE does to the images: originals above their reconstructions."""
+"""A picture of what the VAE does to the images: originals above their reconstructions, and maps between them."""
 
 # H W pixels, C latent channels, h w latent height and width
 
@@ -15,18 +15,20 @@ CELL_PIXELS = 192
 GAP_PIXELS = 4
 
 
-def write_preview(path: Path, originals: Sequence[np.ndarray], codec: LatentCodec) -> float | None:
-    """Write the grid of `originals` (uint8 [H, W, 3]) above what their latent means decode to.
+def write_preview(path: Path, columns: Sequence[Sequence[np.ndarray]], codec: LatentCodec) -> float | None:
+    """Write a grid: in each column its pictures (uint8 [H, W, 3]), and below what the last one's latent decodes to.
 
-    Those whose latents are not finite are rejected elsewhere, and left out here. Returns the mean PSNR of the
-    reconstructions in dB, about 30 and more for the right VAE, under 20 for a wrong one; None if there are none.
+    Columns whose latents are not finite are rejected elsewhere, and left out here. Returns the mean PSNR of the
+    reconstructions in dB, of images about 30 and more for the right VAE, under 20 for a wrong one; None if there are
+    none.
     """
-    pairs = [(original, image) for original in originals if (image := _reconstruct(original, codec)) is not None]
-    if not pairs:
+    drawn = [(column, image) for column in columns if (image := _reconstruct(column[-1], codec)) is not None]
+    if not drawn:
         return None
     with atomic_file(path) as temporary:
-        _draw_grid([(Image.fromarray(original), image) for original, image in pairs]).save(temporary, format="PNG")
-    return round(float(np.mean([_psnr_db(original, np.asarray(image)) for original, image in pairs])), 2)
+        grid = _draw_grid([[*map(Image.fromarray, column), image] for column, image in drawn])
+        grid.save(temporary, format="PNG")
+    return round(float(np.mean([_psnr_db(column[-1], np.asarray(image)) for column, image in drawn])), 2)
 
 
 def _reconstruct(original: np.ndarray, codec: LatentCodec) -> Image.Image | None:
@@ -41,11 +43,11 @@ def _psnr_db(original: np.ndarray, reconstruction: np.ndarray) -> float:
     return float(10.0 * np.log10(255.0**2 / max(error, 1e-3)))
 
 
-def _draw_grid(columns: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    cells = [tuple(_fit(image) for image in column) for column in columns]
+def _draw_grid(columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    cells = [[_fit(image) for image in column] for column in columns]
     cell_width = max(image.width for column in cells for image in column) + GAP_PIXELS
     cell_height = max(image.height for column in cells for image in column) + GAP_PIXELS
-    size = (len(cells) * cell_width + GAP_PIXELS, 2 * cell_height + GAP_PIXELS)
+    size = (len(cells) * cell_width + GAP_PIXELS, len(cells[0]) * cell_height + GAP_PIXELS)
     grid = Image.new("RGB", size, "white")
     for x, column in enumerate(cells):
         for y, image in enumerate(column):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import is_model_here
-from errors import UserError
+from errors import MissingFileError, UserError
 from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.pieces import Piece
 from pipelines.engine.progress import get_logger
@@ -49,7 +49,10 @@ def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
         return f"not measured: engine.gpus_per_worker = {inputs.engine.gpus_per_worker:g}, and there is no GPU here"
     if job.family.encodes and not is_model_here(job.model):
         return f"not measured: {job.model.location} is not here; `hf download {job.model.location}` fetches it"
-    return _measure(job, inputs, num_workers=num_workers)
+    try:
+        return _measure(job, inputs, num_workers=num_workers)
+    except MissingFileError as missing:  # a model of a family's own
+        return f"not measured: {missing}"
 
 
 def _recall_speed(job: FeatureJob, inputs: FeatureInputs) -> float | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from encoders.opening import open_codec
 from errors import UserError
 from features.jobs import FeatureInputs, FeatureJob, read_inputs
-from features.latent_worker import LatentWorker
+from features.latent_worker import CutImage, LatentWorker
 from features.latents import LATENTS, image_job, plan_images
 from features.plan import plan_families
 from features.text import TEXT
@@ -57,9 +57,9 @@ def edges_of(image: np.ndarray, strength: float) -> np.ndarray:
 class EdgeWorker(LatentWorker):
     """Encodes the edges of images instead of the images."""
 
-    def depict(self, image: np.ndarray) -> np.ndarray:
+    def depict(self, image: CutImage) -> np.ndarray:
         assert isinstance(self.config.settings, EdgeSettings)
-        return edges_of(image, self.config.settings.strength)
+        return edges_of(image.pixels, self.config.settings.strength)
 
 
 def edge_job(inputs: FeatureInputs) -> FeatureJob:

@@ -167,11 +167,15 @@ def resize_and_crop(
         SampleReject: `too_elongated`, see `plan_crop`.
     """
     crop = plan_crop(image.width, image.height, width_pixels, height_pixels, max_pixels=max_pixels)
-    if (crop.resized_width, crop.resized_height) != image.size:
-        size = (crop.resized_width, crop.resized_height)
+    return crop_as(image, crop, width_pixels, height_pixels), crop
+
+
+def crop_as(image: Image.Image, crop: Crop, width_pixels: int, height_pixels: int) -> Image.Image:
+    """Resize `image`, of whatever size, and cut it to the target as another one was."""
+    size = (crop.resized_width, crop.resized_height)
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    cropped = image.crop((crop.x, crop.y, crop.x + width_pixels, crop.y + height_pixels))
-    return cropped, crop
+    return image.crop((crop.x, crop.y, crop.x + width_pixels, crop.y + height_pixels))
 
 
 def plan_crop(from_width: int, from_height: int, width_pixels: int, height_pixels: int, *, max_pixels: int) -> Crop:
