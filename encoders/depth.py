@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What they give grows towards the eye, unless their config says that it is metric: then it is a distance.
 MODEL_TYPES = ("depth_anything", "dpt")
+# A smaller part of the depth than differs within an image of anything.
+FLAT = 1e-4
 
 
 class DepthSettings(TableConfig):
@@ -74,6 +76,7 @@ class DepthMaps(NetworkMaps):
 
     def grey(self, images: Tensor) -> Tensor:
         """Return nearness [B, H, W] of images [B, 3, H, W]."""
+        import torch
         from torch.nn import functional
 
         pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
@@ -82,8 +85,10 @@ class DepthMaps(NetworkMaps):
         depth = functional.interpolate(depth, size=images.shape[-2:], mode="bicubic", align_corners=False)[:, 0]
         nearness = -depth if self._is_distance else depth
         lowest, highest = nearness.amin(dim=(1, 2), keepdim=True), nearness.amax(dim=(1, 2), keepdim=True)
-        # All of one depth is neither near nor far.
-        return (nearness - lowest) / (highest - lowest).clamp(min=1e-6)
+        spread = highest - lowest
+        # All of one depth, but for rounding, is neither near nor far.
+        is_flat = spread <= FLAT * highest.abs().maximum(lowest.abs())
+        return torch.where(is_flat, 0.0, (nearness - lowest) / spread)
 
 
 def _source(settings: DepthSettings, *, key: str) -> ModelSource:

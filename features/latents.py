@@ -30,7 +30,7 @@ from features.speed import count_workers
 from pipelines.engine.cluster import is_cluster
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import SOFT_SCALE
-from pipelines.recipe import ModelConfig
+from pipelines.recipe import ModelConfig, TableConfig
 from pipelines.store.families import FamilySchema, image_directory, latent_schema
 from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory
 
@@ -71,24 +71,8 @@ def image_job(
         codec_of(model, inputs)
     name = "latent" if leads else family.name
     output = ShardDirectory(image_directory(inputs.run, name, features.resolution, variant=features.image_variant))
-    fields = {
-        "family": family.name,
-        "code_version": CODE_VERSION,
-        "vae_model": model.identity,
-        **features.fingerprint_fields(DECIDES_IMAGES),
-        **inputs.data.fingerprint_fields(),
-        **settings.fingerprint_fields(),
-        **also_decided_by,
-    }
-    defaults = {
-        **features.fingerprint_defaults(DECIDES_IMAGES),
-        **inputs.data.fingerprint_defaults(),
-        **settings.fingerprint_defaults(),
-    }
-    # A square crop is the same for patches of any size.
-    if features.buckets and inputs.patch_size != DEFAULT_PATCH_SIZE:
-        fields["model.patch_size"] = inputs.patch_size
-    defaults["model.patch_size"] = DEFAULT_PATCH_SIZE
+    fields, defaults = _decided(inputs, family, settings=settings)
+    fields |= {"vae_model": model.identity, **also_decided_by}
     job = FeatureJob(
         family=family,
         worker_class=worker_class,
@@ -134,6 +118,30 @@ def image_job(
         },
     )
     return _with_neighbours(job, inputs)
+
+
+def _decided(
+    inputs: FeatureInputs, family: FeatureFamily, *, settings: TableConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that decide a family's numbers, for its fingerprint, and what those left out are."""
+    features = inputs.features
+    fields = {
+        "family": family.name,
+        "code_version": CODE_VERSION,
+        **features.fingerprint_fields(DECIDES_IMAGES),
+        **inputs.data.fingerprint_fields(),
+        **settings.fingerprint_fields(),
+    }
+    defaults = {
+        **features.fingerprint_defaults(DECIDES_IMAGES),
+        **inputs.data.fingerprint_defaults(),
+        **settings.fingerprint_defaults(),
+    }
+    # A square crop is the same for patches of any size.
+    if features.buckets and inputs.patch_size != DEFAULT_PATCH_SIZE:
+        fields["model.patch_size"] = inputs.patch_size
+    defaults["model.patch_size"] = DEFAULT_PATCH_SIZE
+    return fields, defaults
 
 
 def _with_neighbours(job: FeatureJob, inputs: FeatureInputs) -> FeatureJob:

@@ -2,7 +2,6 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,34 +10,22 @@ import pydantic
 import pytest
 import safetensors.torch
 import torch
-from feature_run import encoded, extract, picture, write_captions, write_raw, write_recipe
-from PIL import Image
+from family_run import SHARDS, batches_of, features_of, inputs_of, pixels_of, write_family_run
+from feature_run import extract
 
 from encoders.opening import open_codec
 from errors import UserError
-from features.jobs import FeatureInputs, FeatureJob, read_inputs
+from features.jobs import FeatureInputs, FeatureJob
 from features.latent_worker import CutImage, LatentWorker
 from features.latents import LATENTS, image_job, plan_images
 from features.plan import plan_families
 from features.text import TEXT
-from pipelines.command import parse_command
 from pipelines.engine.pieces import cut_into_pieces, finish_shard
 from pipelines.raw.images import resize_and_crop
 from pipelines.recipe import Decides, TableConfig
 from pipelines.store.feature_store import load_index
 from pipelines.store.manifest import MANIFEST_NAME, ShardDirectory, read_manifest
 from pipelines.store.verify.run import verify_run
-from training.config import stage_training
-from training.data.assembly import BatchAssembler
-from training.data.batch import Batch
-from training.data.features import StageFeatures, open_features
-from training.data.index import FeatureIndex
-from training.data.plan import Plan
-from training.data.reader import BatchReader
-from training.data.survey import make_survey, survey_shards
-
-SHARDS = ("laion_00000", "laion_00001")
-BROKEN = "00100003"
 
 
 class EdgeSettings(TableConfig):
@@ -82,56 +69,14 @@ def known_families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("features.families.FAMILIES", (TEXT, LATENTS, EDGES))
 
 
-def pixels_of(key: str) -> Image.Image:
-    number = int(key)
-    return picture(number, width=40 + 16 * (number % 3), height=40)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards of 12 images in three aspect buckets, one of them broken, and features of all three families."""
-    folder = tmp_path_factory.mktemp("families")
-    run = folder / "run"
-    for shard, name in enumerate(SHARDS):
-        keys = [f"{shard:03d}{i:05d}" for i in range(12)]
-        images = {key: b"no image" if key == BROKEN else encoded(pixels_of(key)) for key in keys}
-        samples = [{"key": key, "png": image, "txt": "t", "json": "{}"} for key, image in images.items()]
-        write_raw(run / "raw" / f"{name}.tar", samples)
-    write_captions(run, sorted((run / "raw").glob("*.tar")), rejects={})
-    write_recipe(folder)
+    run = write_family_run(tmp_path_factory.mktemp("families"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("features.families.FAMILIES", (TEXT, LATENTS, EDGES))
         extract(run, WITH_EDGES, stage=3)
     return run
-
-
-def inputs_of(run: Path, *overrides: str) -> FeatureInputs:
-    return read_inputs(parse_command("features", "", argv=argv_of(run, *overrides), has_stages=True))
-
-
-def argv_of(run: Path, *overrides: str) -> list[str]:
-    flags = [part for override in overrides for part in ("--set", override)]
-    return ["--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", "3", *flags]
-
-
-def features_of(run: Path, *overrides: str) -> StageFeatures:
-    stage = ('training.stage3.network="pixart"', "training.global_batch_size=4", "training.num_steps=9")
-    command = parse_command("training", "", argv=argv_of(run, *stage, *overrides), has_stages=True)
-    return open_features(command, stage_training(command.recipe, command.stage_name))
-
-
-def batches_of(run: Path, *, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
-    """Batches of 4 samples; their tensors are valid until the next."""
-    datasets = features_of(run, WITH_EDGES).datasets
-    index = FeatureIndex(datasets)
-    survey = make_survey(index, survey_shards(index, range(len(index))))
-    plan = Plan(survey.counts, batch_size=4, seed=1, shards_per_block=2)
-    assembler = BatchAssembler(
-        datasets[0], buckets=survey.buckets, seed=1, stream=3, caption_dropout=0.1, checks_payloads=True
-    )
-    with BatchReader(plan, index, assembler, steps=range(9), rank=rank, num_ranks=num_ranks) as reader:
-        for packed in reader:
-            yield packed.to(torch.device("cpu"))
 
 
 def test_it_is_made_of_the_crops_that_the_latents_are_made_of_and_rejects_are_counted(run: Path) -> None:
@@ -168,7 +113,7 @@ def stored_edges(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_batches_hold_what_is_stored_for_any_number_of_ranks(run: Path) -> None:
     stored, seen = stored_edges(run), set()
     whole = []
-    for batch in batches_of(run):
+    for batch in batches_of(run, WITH_EDGES):
         assert batch.tensors.keys() == {"edges.mean", "edges.std"}
         assert batch.text is not None
         for name in ("mean", "std"):
@@ -178,7 +123,7 @@ def test_batches_hold_what_is_stored_for_any_number_of_ranks(run: Path) -> None:
         whole.append((batch.keys, batch.tensors["edges.mean"].clone(), batch.noise.clone()))
     assert len(seen) > 15
     for rank in range(2):
-        for (keys, mean, noise), batch in zip(whole, batches_of(run, rank=rank, num_ranks=2), strict=True):
+        for (keys, mean, noise), batch in zip(whole, batches_of(run, WITH_EDGES, rank=rank, num_ranks=2), strict=True):
             part = slice(2 * rank, 2 * rank + 2)
             assert batch.keys == keys[part]
             assert torch.equal(batch.tensors["edges.mean"], mean[part])
@@ -208,7 +153,7 @@ def test_a_family_of_no_resolution_is_read_from_a_folder_of_its_name(run: Path) 
     of_images.rename(plain)
     (plain / MANIFEST_NAME).write_text(json.dumps(manifest))
     try:
-        batch = next(batches_of(run))
+        batch = next(batches_of(run, WITH_EDGES))
         stored = load_index(plain, SHARDS)
         assert set(batch.keys) <= set(stored.column("key").to_pylist())
         assert batch.tensors["edges.mean"].shape == batch.mean.shape
