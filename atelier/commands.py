@@ -95,6 +95,7 @@ RECIPE_TO_WRITE = Flag(gives="option", value="FILE", meaning="what to write; RUN
 SAMPLES_PER_TAR = Flag(gives="option", value="N", meaning="samples of each tar")
 ADAPTERS_TO_MERGE = Flag(gives="option", value="FILES", meaning=FLAGS["lora"].meaning)
 WEIGHTS_TO_MERGE = Flag(gives="option", value="NUMBERS", meaning=FLAGS["weights"].meaning)
+GUIDANCE_TO_FOLD = Flag(gives="option", value="SCALE", meaning="guidance to fold into weights distilled to few steps")
 SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
 
 
@@ -194,9 +195,9 @@ SUBCOMMANDS = {
     "convert": Subcommand(
         module="training.convert",
         summary="Weights to diffusers (FROM=… TO=folder) or their own code (TO=x.pth); REPARAMETERIZE=1 makes a PixArt",
-        flags=("from", "to", "reparameterize", "pipeline", "lora", "weights"),
+        flags=("from", "to", "reparameterize", "pipeline", "lora", "weights", "cfg"),
         required=(("from", "facebook/DiT-XL-2-256"), ("to", "dit")),
-        changed=(("lora", ADAPTERS_TO_MERGE), ("weights", WEIGHTS_TO_MERGE)),
+        changed=(("lora", ADAPTERS_TO_MERGE), ("weights", WEIGHTS_TO_MERGE), ("cfg", GUIDANCE_TO_FOLD)),
         passes_on=True,
     ),
     "sample": Subcommand(

@@ -12,7 +12,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.bases import RUN
 from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
-from pixart.processes.specs import is_spec, student_of
+from pixart.processes.specs import with_student_of
 from sampling.trained_model import TrainedModel, WeightedAdapter
 
 if TYPE_CHECKING:
@@ -113,12 +113,9 @@ def find_file(location: str, *, run: Path) -> Path:
 
 def _as_student(trained: TrainedModel, adapters: Sequence[Adapter], weights: Sequence[float]) -> TrainedModel:
     """Return the model as adapters make it: a student, where one of them was distilled to few steps (LCM-LoRA)."""
-    if student_of(trained.process) is not None:
-        return trained
     for adapter, weight in zip(adapters, weights, strict=True):
-        process = adapter.belongs_to.get("process", {})
-        if weight and is_spec(process) and (student := student_of(process)) is not None:
-            return replace(trained, process={**trained.process, "student": student})
+        if weight:
+            trained = replace(trained, process=with_student_of(trained.process, adapter.belongs_to))
     return trained
 
 

@@ -34,7 +34,7 @@ from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE, Fact, Origins
 from pixart.processes.make import process_of
-from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, with_student_of
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.transformer_config import to_json
@@ -42,6 +42,7 @@ from pixart.weight_files import is_original_name
 from training.exports.card import CARD, Card
 from training.exports.null_caption import known_null_caption
 from training.exports.pipeline import find_parts, write_parts
+from training.exports.students import describe_one_guidance, with_one_guidance
 from training.stages.networks import count_parameters
 from training.stages.stage import StartingPoint, find_weights, from_checkpoint
 from training.stages.starts import load_network, with_adapters
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = start.process if origins.process is None else origins.process.value
     merged = {}
     if adapters:
-        merged = _add_adapters(network, start, adapters, process=process["name"])
+        merged, process = _add_adapters(network, start, adapters, process=process)
+    former = process
+    network, process = with_one_guidance(network, process, options.cfg, source=f"SOURCE {options.source}")
     origins = _kept(origins, process, source=source, is_reparameterised=options.reparameterize)
     if options.reparameterize:
         if network.kind != "dit":
@@ -97,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         card = Card(checkpoint=_checkpoint_of(start), title=options.target.name, origins=origins, merged=merged)
         _write(network, options.target, process, card=card, is_pipeline=options.pipeline)
     _say(f"{options.target}: {_describe(network)}")
+    for line in describe_one_guidance(former, process):
+        _say(f"{options.target}: {line}")
 
 
 def _kept(origins: Origins, process: Mapping[str, Any], *, source: Path, is_reparameterised: bool) -> Origins:
@@ -130,9 +135,12 @@ def _wanted_adapters(start: StartingPoint, options: argparse.Namespace) -> list[
 
 
 def _add_adapters(
-    network: DiT | PixArt, start: StartingPoint, wanted: Sequence[tuple[str, Path, float]], *, process: str
-) -> dict[str, float]:
-    """Add the changes of adapters, each times its weight, as drawing with them does; returns what the card says."""
+    network: DiT | PixArt, start: StartingPoint, wanted: Sequence[tuple[str, Path, float]], *, process: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Add the changes of adapters, each times its weight, as drawing with them does.
+
+    Returns what the card says, and the process, which adapters of few steps make a student's.
+    """
     if network.kind != "pixart":
         raise UserError(f"LORA is for a PixArt, but SOURCE ({start.path}) is a class-conditional DiT")
     source = start.path
@@ -149,16 +157,18 @@ def _add_adapters(
                 title=str(source),
                 location=str(source),
                 identity=identity,
-                process=process,
+                process=process["name"],
             ),
         ):
             log.warning(note)
         _say(f"{adapter.path}: {len(adapter.layers)} layers are changed by {weight:g} times the adapter's change")
         adapters.append((adapter, weight))
+        if weight:
+            process = with_student_of(process, adapter.belongs_to)
         said = f"`{location}` (sha256:{sha256_file(adapter.path)})"
         merged[said] = merged.get(said, 0.0) + weight
     merge(network.float(), adapters)
-    return merged
+    return merged, process
 
 
 def _typed_weights(typed: str, locations: Sequence[str]) -> list[float]:
@@ -222,6 +232,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reparameterize", action="store_true", help="turn a class-conditional DiT into a PixArt")
     parser.add_argument("--lora", default="", help="adapters to merge: files, folders or stages, commas between them")
     parser.add_argument("--weights", default="", help="how much of each, commas between them; 1 unless given")
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        help="guidance to fold into weights distilled to few steps that are told theirs; 4.5 or the nearest of theirs",
+    )
     parser.add_argument(
         "--pipeline",
         action="store_true",

@@ -81,6 +81,14 @@ def student_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     return spec.get("student")
 
 
+def with_student_of(process: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a process as an adapter makes it by what its file says of itself: a student's, where it was distilled."""
+    trained = belongs_to.get("process", {})
+    if student_of(process) is not None or not is_spec(trained) or (student := student_of(trained)) is None:
+        return dict(process)
+    return {**process, "student": student}
+
+
 def guidance_range(student: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the guidance that a student is told one of; None where it is told none."""
     guidance = student["guidance"]

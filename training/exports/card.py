@@ -11,8 +11,10 @@ from encoders.weights import hub_repository
 from pipelines.store.checkpoints import TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
+from pixart.processes.specs import STUDENT_STEPS, student_of
 from training.exports.pipeline import Parts
 from training.exports.scores import describe_scores
+from training.exports.students import describe_one_guidance
 
 CARD = "README.md"
 LICENCE = "FILL IN"
@@ -52,6 +54,7 @@ class Card:
             *self._adapters(),
             # with adapters merged into them they are others
             *describe_scores(None if self.merged else self.checkpoint, trainer.get("stage")),
+            *_few_steps(self.origins),
             *_use(class_name, self.origins, parts),
         ]
         (folder / CARD).write_text(_without_home("\n".join(lines)) + "\n", encoding="utf-8")
@@ -107,6 +110,13 @@ def _settings(trainer: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"| `{name}` | {value} |" for name, value in found.items())
 
 
+def _few_steps(origins: Origins) -> Iterator[str]:
+    """Yield how weights are drawn that were distilled to few steps, and which guidance is inside."""
+    process = {} if origins.process is None else origins.process.value
+    for line in describe_one_guidance(process, process):
+        yield from ("", "## Few steps", "", f"{line[0].upper()}{line[1:]}.")
+
+
 def _use(class_name: str, origins: Origins, parts: Parts | None) -> Iterator[str]:
     """Yield code that draws; what is not in the folder it opens by name."""
     yield from ("", "## Use", "", "```python", f"from diffusers import {class_name}")
@@ -125,6 +135,8 @@ def _use(class_name: str, origins: Origins, parts: Parts | None) -> Iterator[str
     called = ""
     if origins.max_tokens is not None:
         called += f", max_sequence_length={origins.max_tokens.value}"
+    if origins.process is not None and student_of(origins.process.value) is not None:
+        called += f", num_inference_steps={STUDENT_STEPS}, guidance_scale=1.0"
     if origins.cleaning is not None:
         called += f", clean_caption={origins.cleaning.value == 'diffusers'}"
     yield from (f'image = pipeline("a small cactus with a happy face"{called}).images[0]', "```")

@@ -195,7 +195,7 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
     if settings.has_adapters:
         raise UserError(
             f"{key} is told its guidance, and {stage}.trains = 'lora' leaves weights as they are: fold one guidance "
-            f"into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'guidance': ANY})}` does"
+            f"into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'cfg': ANY})}` does"
         )
     student = student_of(job.start.process)
     scale = USUAL_GUIDANCE if student is None else clamped_guidance(student) or USUAL_GUIDANCE
