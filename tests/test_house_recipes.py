@@ -15,6 +15,7 @@ from pipelines.command import full_stage_name
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.patterns import expand_braces, select_shards
 from pipelines.recipe import DataConfig, ModelConfig, load_recipe
+from pixart.adapter_layers import TARGET_WORDS
 from pixart.differences import Uses, differences
 from pixart.model import PixArtConfig
 from pixart.origins import Fact, Positions
@@ -51,6 +52,8 @@ FIRST_STAGES = {
     "lora": ["style"],
     "toyworld-finetune": ["finetune"],
     "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],
+    "pixart-lcm": ["lcm", "lcm-lora"],
+    "pixart-sigma-lcm": ["lcm"],
     "pixart-sigma": ["sigma-vae", "sigma-256", "sigma-512"],
 }
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
@@ -101,6 +104,28 @@ def test_the_papers_recipe_validates_on_a_hundredth(stage: str) -> None:
     assert len(held_out) == pytest.approx(len(names) / 100, rel=0.05)
     assert training.num_validation_samples >= training.global_batch_size
     assert training.num_steps >= 10 * training.validate_every
+
+
+@pytest.mark.parametrize(("name", "rate", "batch_size"), [("pixart-lcm", 2e-5, 16), ("pixart-sigma-lcm", 1e-5, 12)])
+def test_students_are_distilled_with_published_settings(name: str, rate: float, batch_size: int) -> None:
+    """PixArt-alpha's config of LCM and its script of LCM-LoRA, whose target is the student itself; Sigma's differs."""
+    recipe = load_recipe(REPOSITORY / f"recipes/{name}.toml")
+    for stage in stage_names(recipe):
+        settings = stage_training(recipe, stage)
+        assert (settings.objective, settings.learning_rate, settings.global_batch_size) == (
+            *("consistency", rate, batch_size),
+        )
+        assert (settings.weight_decay, settings.gradient_clip, settings.adam_epsilon) == (0.0, 0.01, 1e-10)
+        assert (settings.warmup_steps, settings.caption_dropout) == (100, 0.0)
+        assert settings.networks == {"teacher": settings.starts_from}
+        assert (settings.consistency.num_teacher_steps, settings.consistency.huber_c) == (50, 0.001)
+        is_lora = stage == "lcm-lora"
+        assert settings.ema_decay == (0.0 if is_lora else 0.95)
+        assert settings.consistency.guidance_range == ((5.5, 5.5) if is_lora else (4.0, 16.0))
+        if is_lora:
+            assert (settings.lora.rank, settings.lora.alpha, settings.lora.targets) == (32, 8, [*TARGET_WORDS])
+    typed = recipe.table("sampling", SamplingConfig).model_fields_set
+    assert not typed & {"solver", "num_steps", "guidance_scale"}, "they would be drawn with those"
 
 
 def test_the_papers_stages_start_from_each_other_and_read_labels_then_text() -> None:
