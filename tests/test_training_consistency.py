@@ -1,6 +1,8 @@
 """Consistency distillation: its loss by the published formulas, whom it trains, and what of a recipe is refused."""
 
+import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from test_training_networks import open_job, saved
 from test_training_objective import SCALE, SHIFT, make_batch
 from torch import Tensor, nn
-from training_run import D_TEXT, make_run, metrics, train
+from training_run import CHANNELS, D_TEXT, make_run, metrics, train
 
 from errors import UserError
 from pipelines.store.checkpoints import find_checkpoint
@@ -20,11 +22,13 @@ from pixart.model import PackedText, PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import ddpm_spec, lcm_student
 from training.consistency import ConsistencySettings
+from training.loop.flops import StepFlops
 from training.objectives.choice import choose_objective
 from training.objectives.consistency import Consistency
+from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Average, Frozen, Trained
-from training.stages.networks import network_config
+from training.stages.networks import blank_copy, count_parameters, count_weights, network_config
 from training.stages.starts import starting_network
 
 SHAPE = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=D_TEXT, sample_size=4)
@@ -150,6 +154,28 @@ def test_a_student_whose_answers_agree_with_the_teachers_has_no_loss() -> None:
     networks = {name: Knowing() for name in ROLES}
     losses = consistency(5.5, 5.5).loss(networks, batch)
     assert float(losses.total.max()) < 0.05, "but for the scalings, of which more is seen the earlier it is"
+
+
+def test_a_step_takes_twice_what_denoising_takes() -> None:
+    """A pass forward and two back of the student, one forward of its average and two of the teacher."""
+    inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=torch.float32)
+    process = DDPM(student=lcm_student(guidance=(4.0, 16.0)), device="meta")
+    null = torch.empty(5, D_TEXT, dtype=torch.bfloat16, device="meta")
+    distil = Consistency(process=process, inputs=inputs, null_text=null, guidance_range=(4.0, 16.0), huber_c=0.001)
+    plain, told = (PixArt(replace(SHAPE, has_guidance_condition=is_told)) for is_told in (False, True))
+    networks = {"network": told, "target": copy.deepcopy(told).requires_grad_(False)}
+    networks["teacher"] = copy.deepcopy(plain).requires_grad_(False)
+    pairs = ((Denoise(process=process, inputs=inputs), {"network": plain}), (distil, networks))
+    denoising, distilling = (
+        StepFlops(
+            objective, {name: blank_copy(each) for name, each in used.items()}, in_channels=CHANNELS, text_width=D_TEXT
+        ).of_samples(1, height=16, width=16, num_text_tokens=5)
+        for objective, used in pairs
+    )
+    assert distilling == pytest.approx(2 * denoising, rel=0.02)
+    counts = count_weights(distil.networks, networks)
+    assert counts.trained == count_parameters(told)
+    assert counts.beside == count_parameters(told) + count_parameters(plain)
 
 
 def settings_of(tmp_path: Path, **others: Any) -> dict[str, Any]:
