@@ -66,7 +66,7 @@ def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all' or 'lora' or a valid list"),
+        ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all', 'lora' or 'control' or a valid list"),
         ("trains=[1]", "trains.0 = 1: Input should be a valid string"),
         ("compile='yes'", "compile = 'yes': Input should be 'auto' or true or false"),
         ("validation_shards='a'", "validation_shards = 'a': Input should be a valid list"),

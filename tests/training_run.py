@@ -9,7 +9,14 @@ import torch
 from warm_python import WarmProcess
 
 from features.quantization import store_text
-from pipelines.store.families import NULL_CAPTION_FILE, latent_directory, latent_schema, text_directory, text_schema
+from pipelines.store.families import (
+    NULL_CAPTION_FILE,
+    image_directory,
+    latent_directory,
+    latent_schema,
+    text_directory,
+    text_schema,
+)
 from pipelines.store.feature_store import FeatureTarWriter, write_index, write_tensors
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
@@ -80,17 +87,21 @@ def write_latents(
     is_bucketed: bool,
     has_std: bool = True,
     has_sizes: bool = False,
+    control: str | None = None,
 ) -> None:
     """Write `shards` (name -> number of samples) of random latents; every seventh sample is a reject.
 
-    With `has_sizes` the index says how large image i was: 3 times its bucket and i pixels more.
+    With `has_sizes` the index says how large image i was: 3 times its bucket and i pixels more. With `control`, a kind,
+    they are a family of control images.
     """
-    directory = ShardDirectory(latent_directory(run, resolution))
+    name = "latents" if control is None else f"control-{control}"
+    folder = latent_directory(run, resolution) if control is None else image_directory(run, name, resolution)
+    directory = ShardDirectory(folder)
     directory.path.mkdir(parents=True, exist_ok=True)
-    family = latent_schema(has_std=has_std)
-    fingerprint = Fingerprint.of({"family": "latents", "resolution": resolution, "buckets": is_bucketed})
+    family = latent_schema(has_std=has_std, name=name, leads=control is None)
+    fingerprint = Fingerprint.of({"family": name, "resolution": resolution, "buckets": is_bucketed})
     for name, num_samples in shards.items():
-        random = np.random.default_rng(len(name) * 1000 + num_samples)
+        random = np.random.default_rng(len(name) * 1000 + num_samples + (0 if control is None else 7))
         rows = []
         with FeatureTarWriter(directory.file(name, ".tar")) as tar:
             for i in range(num_samples):
@@ -112,8 +123,10 @@ def write_latents(
         write_index(directory.file(name, ".parquet"), rows, family.columns)
         _finish(directory, name, rows, fingerprint)
     extra = {"vae": VAE, "resolution": resolution, "buckets": buckets}
-    if not has_std:  # else the manifest is one of before it named its family
+    if not has_std or control is not None:  # else the manifest is one of before it named its family
         extra["family"] = family.spec()
+    if control is not None:
+        extra["control"] = {"kind": control, "settings": {}}
     directory.write_manifest(fingerprint, list(shards), upstream={}, extra=extra)
 
 

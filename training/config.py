@@ -8,16 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pydantic
 
 from errors import UserError
-from pipelines.recipe import DECIDES, Decides, Recipe, TableConfig
+from pipelines.recipe import DECIDES, Decides, Recipe
 from pixart.processes.specs import ddpm_spec, flow_spec
 from training.consistency import ConsistencySettings, require_distillable
+from training.control_keys import ControlKeys
 from training.key_owners import keys_of_others, require_own_keys
 from training.lora import LoraSettings
 from training.mixture import DatasetConfig, require_roles
+from training.preview_keys import PreviewKeys
 
 SCRATCH = "scratch"
-SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}", re.ASCII)
-MAX_PREVIEWS = 64
 KeepActivations = Literal["all", "products", "inputs"]
 Value = TypeVar("Value")
 STEERS = "steers what comes"
@@ -25,7 +25,7 @@ STEERS = "steers what comes"
 Steers = Annotated[Value, STEERS]
 
 
-class StageTraining(TableConfig):
+class StageTraining(ControlKeys, PreviewKeys):
     """Every setting of one stage: `[training]` with `[training.<stage>]` laid over it."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
@@ -55,10 +55,12 @@ class StageTraining(TableConfig):
         description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
         "(rectified flow: velocity). Weights of another process begin their output layer anew",
     )
-    trains: Decides[Literal["all", "lora"] | Annotated[list[str], pydantic.Field(min_length=1)]] = pydantic.Field(
-        default="all",
-        description="Weights that train: 'all', 'lora' (adapters beside them, see lora), or shell patterns of their "
-        "names, as blocks.*.cross_attention.*",
+    trains: Decides[Literal["all", "lora", "control"] | Annotated[list[str], pydantic.Field(min_length=1)]] = (
+        pydantic.Field(
+            default="all",
+            description="Weights that train: 'all', 'lora' (adapters beside them, see lora), 'control' (a branch that "
+            "an image leads, see control_copies), or shell patterns of their names, as blocks.*.cross_attention.*",
+        )
     )
     lora: Decides[LoraSettings] = pydantic.Field(
         default=LoraSettings(), description="The adapters that train where trains = 'lora'"
@@ -229,31 +231,6 @@ class StageTraining(TableConfig):
     num_validation_samples: Steers[int] = pydantic.Field(
         default=2048, ge=1, description="Samples of a validation at most, rounded down to whole global batches"
     )
-    preview_prompts: list[Annotated[str, pydantic.Field(min_length=1)]] = pydantic.Field(
-        default=[],
-        max_length=MAX_PREVIEWS,
-        description="Prompts that a PixArt's average draws while it trains, always from the same noise; see previews/ "
-        "in the stage's folder",
-    )
-    preview_classes: list[Annotated[int, pydantic.Field(ge=0)]] = pydantic.Field(
-        default=[], max_length=MAX_PREVIEWS, description="Class labels that a DiT's average draws while it trains"
-    )
-    preview_every: int | None = pydantic.Field(
-        default=None,
-        ge=1,
-        description="Steps between previews, beside those before the first step and after the last; null = "
-        "checkpoint_every",
-    )
-    preview_size: str | None = pydantic.Field(
-        default=None, description="Width x height of previews in pixels; null = a square of the features' resolution"
-    )
-    preview_num_steps: int = pydantic.Field(default=20, ge=1, le=1000, description="Steps of DPM-Solver++ of a preview")
-    preview_guidance_scale: float = pydantic.Field(
-        default=4.5, ge=1, allow_inf_nan=False, description="Classifier-free guidance of previews; 1 = off"
-    )
-    preview_seed: int = pydantic.Field(
-        default=0, ge=0, lt=2**32, description="Seed of the noise that each preview starts from, as of sampling.seed"
-    )
     wandb_project: str | None = pydantic.Field(
         default=None,
         min_length=1,
@@ -292,17 +269,11 @@ class StageTraining(TableConfig):
         default=0.48, ge=0, description="Carbon intensity of the electricity; 0.48 = world average of 2023 (Ember)"
     )
 
-    @pydantic.field_validator("preview_size", mode="before")
-    @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        if value is not None and not (isinstance(value, str) and SIZE.fullmatch(value)):
-            raise ValueError("a size is width x height in pixels, such as 1024x768")
-        return value
-
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what `TableConfig` says, less keys that say nothing of this stage: all of a recipe may share them."""
         others = keys_of_others("process", self.process) | keys_of_others("objective", self.objective)
         others |= set() if self.has_adapters else {"lora"}
+        others |= set() if self.has_control else ControlKeys.model_fields.keys()
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
     @classmethod
@@ -318,8 +289,18 @@ class StageTraining(TableConfig):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether what trains are adapters beside the network's own weights, which a checkpoint then does not hold."""
+        """Whether what trains are adapters."""
         return self.trains == "lora"
+
+    @property
+    def has_control(self) -> bool:
+        """Whether what trains is a control branch."""
+        return self.trains == "control"
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether what trains stands beside the network's own weights, which a checkpoint then does not hold."""
+        return self.has_adapters or self.has_control
 
     @property
     def num_micro_batches(self) -> int:

@@ -1,13 +1,13 @@
 """Micro-batches that have shapes and no values: what operations and memory of a step are counted with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pixart.model import PackedText
 from training.data.batch import Batch
-from training.data.former import FORMER_LATENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class SampleShape:
         channels, height, width: of its latents.
         num_text_tokens: of its caption.
         text_width: of a token; None where there are class labels and no texts.
-        former_channels: of the latents of a former VAE beside them; None where there are none.
+        channels_beside: of latents beside them, by what batches call those.
     """
 
     channels: int
@@ -26,7 +26,7 @@ class SampleShape:
     width: int
     num_text_tokens: int
     text_width: int | None
-    former_channels: int | None = None
+    channels_beside: Mapping[str, int] = field(default_factory=dict)
 
 
 def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -> Batch:
@@ -36,10 +36,11 @@ def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -
         return torch.zeros(sides, dtype=dtype, device=device)
 
     latents = (num_samples, shape.channels, shape.height, shape.width)
-    former = {}
-    if shape.former_channels is not None:
-        sides = (num_samples, shape.former_channels, shape.height, shape.width)
-        former = {f"{FORMER_LATENTS}.{name}": blank(*sides, dtype=torch.float16) for name in ("mean", "std")}
+    beside = {
+        f"{family}.{name}": blank(num_samples, channels, shape.height, shape.width, dtype=torch.float16)
+        for family, channels in shape.channels_beside.items()
+        for name in ("mean", "std")
+    }
     text = None
     if shape.text_width is not None:
         values = blank(num_samples * shape.num_text_tokens, shape.text_width, dtype=torch.bfloat16)
@@ -60,5 +61,5 @@ def blank_batch(shape: SampleShape, num_samples: int, *, device: torch.device) -
         size=blank(num_samples, 3),
         text=text,
         labels=blank(num_samples, dtype=torch.int64) if shape.text_width is None else None,
-        tensors=former,
+        tensors=beside,
     )

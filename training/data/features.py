@@ -25,9 +25,10 @@ from pipelines.store.files import is_remote
 from pipelines.store.manifest import manifest_path, read_manifest, require_same
 from training.config import StageTraining
 from training.data.cache import ShardCache
+from training.data.control import control_family
 from training.data.datasets import Dataset, require_alike, require_apart
 from training.data.directories import FeatureDirectory, open_directory
-from training.data.former import channels_of, former_location, former_of, with_former_latents
+from training.data.former import channels_of, directory_called, former_location, former_of, with_former_latents
 from training.mixture import DatasetConfig
 
 GIGABYTE = 1e9
@@ -69,12 +70,14 @@ class FeatureTable(pydantic.BaseModel):
 class StageFeatures:
     """Datasets of a stage, checked against the recipe and each other.
 
-    `unused_shards` are those that the features table `table_name` names and no dataset reads.
+    `unused_shards` are those that the features table `table_name` names and no dataset reads. `control_family` leads
+    the stage's control branch, where it has one.
     """
 
     table_name: str
     datasets: list[Dataset]
     unused_shards: list[str]
+    control_family: str | None = None
 
     @property
     def held_out(self) -> list[Dataset]:
@@ -97,9 +100,15 @@ class StageFeatures:
         return former_of(self.datasets[0])
 
     @property
-    def former_channels(self) -> int | None:
-        """Channels of those."""
-        return None if self.former is None else channels_of(self.former)
+    def control(self) -> FeatureDirectory | None:
+        """Latents of control images beside them, of a stage that trains a control branch."""
+        return None if self.control_family is None else directory_called(self.datasets[0], self.control_family)
+
+    @property
+    def channels_beside(self) -> dict[str, int]:
+        """Channels of the latents beside those that are trained on, by what batches call them."""
+        beside = (each for each in (self.former, self.control) if each is not None)
+        return {directory.family.name: channels_of(directory) for directory in beside}
 
     @property
     def text_encoder(self) -> dict[str, Any] | None:
@@ -180,8 +189,12 @@ def open_features(command: Command, settings: StageTraining) -> StageFeatures:
     datasets = _hold_out(datasets, settings.validation_shards, key=f"training.{stage}.validation_shards")
     require_apart(datasets, key=f"training.{stage}.datasets")
     require_alike(datasets)
-    unused_shards = _unused_shards(command, datasets, table=tables[name])
-    return StageFeatures(table_name=name, datasets=datasets, unused_shards=unused_shards)
+    return StageFeatures(
+        table_name=name,
+        datasets=datasets,
+        unused_shards=_unused_shards(command, datasets, table=tables[name]),
+        control_family=control_family(command, settings, datasets[0]) if settings.has_control else None,
+    )
 
 
 def _read_table_of(command: Command, name: str, *, settings: StageTraining) -> FeatureTable:

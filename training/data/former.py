@@ -24,7 +24,12 @@ def former_location(command: Command, settings: StageTraining) -> str:
 
 def former_of(dataset: Dataset) -> FeatureDirectory | None:
     """Return where a dataset's latents of a former VAE are, if it has some."""
-    return next((each for each in dataset.directories if each.called == FORMER_LATENTS), None)
+    return directory_called(dataset, FORMER_LATENTS)
+
+
+def directory_called(dataset: Dataset, name: str) -> FeatureDirectory | None:
+    """Return the directory of a dataset that batches call so, if it has one."""
+    return next((each for each in dataset.directories if each.family.name == name), None)
 
 
 def channels_of(directory: FeatureDirectory) -> int:

@@ -223,11 +223,13 @@ def print_weights(
     """Print what the stage's weights need; the first of `parameter_counts` is the network, the others are compared."""
     settings = job.settings
     (kind, num_parameters), *others = parameter_counts.items()
-    is_part = weights.frozen and not settings.has_adapters
+    is_part = weights.frozen and not settings.keeps_base
     trained = f", of which {weights.trained / 1e6:,.2f}M train" if is_part else ""
     _print("model", f"{kind}, {num_parameters / 1e6:,.2f}M parameters{trained}, from {_origin(job)}")
     if settings.has_adapters:
         _print("adapters", _describe_adapters(settings, weights))
+    if settings.has_control:
+        _print("control", _describe_branch(job, weights))
     _print("process", _describe_process(job))
     if weights.beside:
         _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
@@ -253,6 +255,15 @@ def _describe_adapters(settings: StageTraining, weights: WeightCounts) -> str:
     return (
         f"{kind} of rank {shape.rank}, scale {shape.scale:.3g}, on {', '.join(shape.targets)}: "
         f"{weights.trained / 1e6:,.2f}M weights train, {weights.frozen / 1e6:,.2f}M stay as they are ({fraction:.2%}); "
+        f"a file of {describe_bytes(weights.trained * 4)}"
+    )
+
+
+def _describe_branch(job: TrainingJob, weights: WeightCounts) -> str:
+    origin = "which begin as they are there" if job.control is None else f"from {job.control}"
+    return (
+        f"copies of the first {job.settings.control_copies} blocks, {origin}, led by {job.features.control_family}: "
+        f"{weights.trained / 1e6:,.2f}M weights train, {weights.frozen / 1e6:,.2f}M stay as they are; "
         f"a file of {describe_bytes(weights.trained * 4)}"
     )
 
@@ -322,10 +333,10 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
 def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
     """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the average as fp32.
 
-    With the average is the rest of the network, but where adapters train.
+    With the average is the rest of the network, but where adapters or a branch train.
     """
     width = 2 if settings.dtype == "bf16" else 4
-    kept = weights.trained + (0 if settings.has_adapters else weights.frozen)
+    kept = weights.trained + (0 if settings.keeps_base else weights.frozen)
     return weights.trained * (width + 4 + 8) + kept * 4
 
 

@@ -22,7 +22,7 @@ from encoders.weights import identity_of
 from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory, users_message
 from pipelines.command import parse_command, run_command
 from pipelines.store.bases import describe_base
-from pipelines.store.checkpoints import BASE, Checkpoint
+from pipelines.store.checkpoints import BASE, CONTROL, Checkpoint
 from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
@@ -177,7 +177,7 @@ def _step_flops(
         blanks,
         in_channels=in_channels,
         text_width=None if text is None else text["d_text"],
-        former_channels=job.features.former_channels,
+        channels_beside=job.features.channels_beside,
     )
 
 
@@ -200,6 +200,7 @@ def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig)
     """
     return {
         **_base(job, config),
+        **_control(job),
         "stage": job.command.stage_name,
         "kind": job.settings.network,
         "objective": job.settings.objective,
@@ -225,13 +226,22 @@ def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig)
 
 
 def _base(job: TrainingJob, config: DiTConfig | PixArtConfig) -> dict[str, Any]:
-    """Return what adapters belong to, on the rank that writes it; nothing where whole networks are saved."""
-    if not job.settings.has_adapters or dist.get_rank() != 0:
+    """Return what adapters or a branch belong to, on the rank that writes it; nothing of whole networks."""
+    if not job.settings.keeps_base or dist.get_rank() != 0:
         return {}
     path = job.start.path
-    assert path is not None, "adapters have weights to start from"
+    assert path is not None, "what trains beside weights has such to start from"
     identity, shape = identity_of(path), dataclasses.asdict(config)
     return {BASE: describe_base(path, job.start.adapters, run=job.command.run, identity=identity, shape=shape)}
+
+
+def _control(job: TrainingJob) -> dict[str, Any]:
+    """Return what leads a control branch: how its images are made; nothing where there is none."""
+    directory = job.features.control
+    if directory is None:
+        return {}
+    made = directory.fact(CONTROL)
+    return {CONTROL: {"family": directory.family.name, **made, "num_copies": job.settings.control_copies}}
 
 
 def _leave_with_parent() -> None:

@@ -199,7 +199,7 @@ def _largest_sample(job: TrainingJob, survey: Survey) -> SampleShape:
         width=width // survey.downsample,
         num_text_tokens=0 if text is None else text["max_tokens"],
         text_width=None if text is None else text["d_text"],
-        former_channels=job.features.former_channels,
+        channels_beside=job.features.channels_beside,
     )
 
 

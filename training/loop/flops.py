@@ -63,14 +63,14 @@ class StepFlops:
         *,
         in_channels: int,
         text_width: int | None,
-        former_channels: int | None = None,
+        channels_beside: Mapping[str, int] | None = None,
     ) -> None:
         """Take an objective and its networks, all on the meta device; the others are those of `SampleShape`."""
         self._objective = objective
         self._networks = networks
         self._in_channels = in_channels
         self._text_width = text_width
-        self._former_channels = former_channels
+        self._channels_beside = dict(channels_beside or {})
         self._count = lru_cache(maxsize=256)(self._count_step)
 
     def of_samples(self, num_samples: int, *, height: int, width: int, num_text_tokens: int = 0) -> int:
@@ -98,7 +98,7 @@ class StepFlops:
             width=width,
             num_text_tokens=num_text_tokens,
             text_width=self._text_width,
-            former_channels=self._former_channels,
+            channels_beside=self._channels_beside,
         )
         # The CPU's fused attention is not among the operations that torch counts.
         mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}

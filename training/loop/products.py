@@ -27,10 +27,10 @@ def require_products(settings: StageTraining) -> None:
         raise UserError(
             f"training.products = 'fp8' needs training.dtype = 'bf16', and it is {settings.dtype!r}; change one of them"
         )
-    if settings.has_adapters:
+    if settings.keeps_base:
         raise UserError(
-            "training.products = 'fp8' does not go with trains = 'lora': its products would compute the gradients of "
-            "weights that stay, which takes longer than it saves; leave training.products out"
+            f"training.products = 'fp8' does not go with trains = {settings.trains!r}: its products would compute the "
+            "gradients of weights that stay, which takes longer than it saves; leave training.products out"
         )
     if settings.zero_stage == 3:
         raise UserError(

@@ -31,6 +31,7 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
         # A DiT's label after its classes.
         null_label=job.model.num_classes if job.features.text_encoder is None else None,
         dtype=compute_dtype(settings),
+        control=None if job.features.control is None else job.features.control.family.name,
     )
     process = process_of(settings.process_spec, device=device)
     match settings.objective:

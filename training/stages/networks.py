@@ -7,6 +7,7 @@ import torch
 
 from errors import UserError
 from pixart.adapters import add_adapters_of
+from pixart.branching import new_branch
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
@@ -83,9 +84,12 @@ def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
 
 
 def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
-    """Return a network of the same layers on the meta device, adapters too, of which the same weights train."""
+    """Return a network of the same layers on the meta device, with adapters and branch; the same weights train."""
     blank = blank_network(network.config)
     if network.kind == "pixart" and blank.kind == "pixart":
+        if network.control is not None:
+            with torch.device("meta"):
+                blank.control = new_branch(network.config, len(network.control.copies))
         add_adapters_of(network, blank)
     for name, weight in network.named_parameters():
         blank.get_parameter(name).requires_grad_(weight.requires_grad)

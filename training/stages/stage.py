@@ -38,6 +38,7 @@ from training.stages.agreement import (
     require_process,
     with_positions,
 )
+from training.stages.branches import branch_identity, find_branch, require_no_branch
 from training.stages.resume import require_same_job, weights_identity
 from training.stages.shape import stage_shape
 
@@ -79,7 +80,8 @@ class StartingPoint:
 class TrainingJob:
     """One `python -m training`: everything that is decided before the ranks start.
 
-    `networks` are the weights of networks beside the one that is trained. `resume` is the stage's own newest checkpoint
+    `networks` are the weights of networks beside the one that is trained, and `control` is the branch that a stage of
+    one goes on from. `resume` is the stage's own newest checkpoint
     when the job was opened: the one it continues from. `origins` is what the weights it starts from were trained with,
     and `departures` what is to be said of what it has otherwise; of a stage that has begun neither counts any more.
     """
@@ -90,6 +92,7 @@ class TrainingJob:
     features: StageFeatures
     start: StartingPoint
     networks: Mapping[str, StartingPoint]
+    control: Path | None
     directory: Path
     fingerprint: Fingerprint
     resume: Checkpoint | None
@@ -113,6 +116,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         UserError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
     """
     settings = stage_training(command.recipe, command.stage_name)
+    _require_pixart(command, settings)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     _require_own_folders(command, settings)
@@ -124,8 +128,8 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     # Of a stage that has begun none of it counts any more.
     origins = Origins() if resume is not None else start.origins
     start = start.with_process_of(origins)
-    if settings.has_adapters:
-        _require_adaptable(command, settings, start, is_begun=resume is not None)
+    if settings.keeps_base:
+        _require_base(command, settings, start, is_begun=resume is not None)
     model = stage_shape(
         command.recipe,
         command.stage_name,
@@ -135,12 +139,14 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         resume=resume,
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
+    control = find_branch(command, settings, directory)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
     if resume is None and checks_files:
         departures = _departures(command, settings, features, start=start, origins=origins, networks=networks)
     identities = {"training.starts_from": start.identity}
     identities |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
+    identities |= {} if control is None else {"training.control_starts_from": branch_identity(control)}
     fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, identities=identities)
     if resume is not None:
         require_same_job(fingerprint, resume, features=features)
@@ -153,6 +159,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         features=features,
         start=start,
         networks=networks,
+        control=control,
         directory=directory,
         fingerprint=fingerprint,
         resume=resume,
@@ -220,8 +227,8 @@ def _start_or_recorded(
     try:
         start = _starting_point(command, settings, directory, checks_files=checks_files)
     except (MissingFileError, DamagedCheckpointError):
-        # Checkpoints of before stages had names may not say where they started; adapters are nothing without it.
-        if resume is None or "starts_from" not in resume.trainer or settings.has_adapters:
+        # Checkpoints of before stages had names may not say where they started; what trains beside it needs it.
+        if resume is None or "starts_from" not in resume.trainer or settings.keeps_base:
             raise
         if not _is_same_start(resume.trainer["starts_from"], settings.starts_from):
             raise
@@ -231,19 +238,27 @@ def _start_or_recorded(
     return start
 
 
-def _require_adaptable(command: Command, settings: StageTraining, start: StartingPoint, *, is_begun: bool) -> None:
-    """Refuse adapters where there are no trained weights that they could be put beside, and stay beside."""
+def _require_pixart(command: Command, settings: StageTraining) -> None:
+    """Refuse what trains beside weights of another network than a PixArt."""
+    if settings.keeps_base and settings.network != "pixart":
+        key = f"training.{command.stage_name}"
+        raise UserError(
+            f"{key}.trains = {settings.trains!r} is for a PixArt, but {key}.network is {settings.network!r}"
+        )
+
+
+def _require_base(command: Command, settings: StageTraining, start: StartingPoint, *, is_begun: bool) -> None:
+    """Refuse what trains beside weights where there are none that it could be put beside, and stay beside."""
     key = f"training.{command.stage_name}"
-    if settings.network != "pixart":
-        raise UserError(f"{key}.trains = 'lora' is for a PixArt, but {key}.network is {settings.network!r}")
+    trains = f"{key}.trains = {settings.trains!r}"
     if start.path is None:
         raise UserError(
-            f"{key}.trains = 'lora' trains adapters beside weights, but {key}.starts_from names none "
+            f"{trains} trains beside weights, which stay as they are, but {key}.starts_from names none "
             f"({settings.starts_from!r}): name a stage, folder, file or hub id"
         )
     if not is_begun and start.process["name"] != settings.process:
         raise UserError(
-            f"{key}.trains = 'lora' keeps the weights' own output layer, but they ({start.path}) were trained with "
+            f"{trains} keeps the weights' own output layer, but they ({start.path}) were trained with "
             f"process {start.process['name']}, and {key}.process is {settings.process!r}"
         )
 
@@ -324,6 +339,8 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint = opens(path, checks_files=checks_files)
     if checkpoint is not None:
+        if checkpoint.has_control:
+            require_no_branch(checkpoint, named=named)
         return from_checkpoint(checkpoint, checks_files=checks_files)
     if path.name == ADAPTER and (path.parent / TRAINER).is_file():
         # As `model/` of a checkpoint it is taken as it is, however far its stage is.

@@ -15,6 +15,8 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.files import sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import at_positions, merge, require_fit
+from pixart.branching import add_branch
+from pixart.control_files import read_branch
 from pixart.convert import infer_config, load_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.guidance_condition import fold_guidance, with_guidance_condition
@@ -24,6 +26,8 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.specs import USUAL_GUIDANCE, clamped_guidance, student_of
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import read_weight_file
+from training.config import StageTraining
+from training.data.former import channels_of
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.networks import blank_network
@@ -87,8 +91,8 @@ def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT |
     if type(network) is not type(trained):
         raise UserError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
     found, wanted = dataclasses.asdict(network.config), dataclasses.asdict(trained.config)
-    if (channels := job.features.former_channels) is not None:
-        wanted["in_channels"] = channels
+    if job.features.former is not None:
+        wanted["in_channels"] = channels_of(job.features.former)
     for field in {"in_channels", "sample_size", "caption_channels", "num_classes"} & found.keys():
         if found[field] != (value := wanted[field]):
             raise UserError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
@@ -108,15 +112,15 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
         UserError: the weights are of another kind, shape or resolution; names the recipe key.
     """
     torch.manual_seed(job.settings.seed)
-    if job.resume is not None and not job.settings.has_adapters:
+    if job.resume is not None and not job.settings.keeps_base:
         return _saved_network(job.resume.weights, config)
     if job.start.path is None:
         return config.network()
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}.starts_from ({job.start.path})"
     former = load_network(job.start.path, job.settings.timestep_shift, sample_size=config.sample_size, key=key)
     former = with_adapters(former.float(), job.start, key=key)
-    if job.settings.has_adapters:
-        _require_all_layers(former, config, job.settings.kv_compressed_blocks, key=key)
+    if job.settings.keeps_base:
+        _require_all_layers(former, config, job.settings, key=key)
     if former.config.in_channels != config.in_channels or job.settings.former_latents is not None:
         former = _with_other_latents(job, former, config, key=key)
     elif job.begins_output_anew or former.config.out_channels != config.out_channels:
@@ -136,7 +140,30 @@ def starting_network(job: TrainingJob, config: DiTConfig | PixArtConfig) -> DiT 
     _require_same_config(config, dataclasses.replace(former.config, **positions), key=key)
     network = blank_network(config)
     network.load_state_dict(former.state_dict(), assign=True)
+    if job.settings.has_control:
+        assert isinstance(network, PixArt), "a branch of a DiT is refused where the stage is opened"
+        _add_branch(job, network)
     return network
+
+
+def _add_branch(job: TrainingJob, network: PixArt) -> None:
+    """Put the control branch beside a network: copies of its blocks, or the branch that the recipe goes on from."""
+    key = f"{job.command.recipe.path}: training.{job.command.stage_name}"
+    num_copies, path = job.settings.control_copies, job.control
+    if path is None:
+        add_branch(network, num_copies, key=f"{key}.control_copies")
+        return
+    try:
+        stored = read_branch(path, network.config)
+    except UserError as error:
+        raise UserError(f"{key}.control_starts_from: {error}") from None
+    if stored.num_copies != num_copies:
+        raise UserError(
+            f"{key}.control_copies = {num_copies}, but the branch of control_starts_from ({path}) has "
+            f"{stored.num_copies} copies"
+        )
+    stored.attach(network)
+    network.float()
 
 
 def with_compression(network: PixArt, blocks: Sequence[int] | None, *, key: str) -> PixArt:
@@ -204,21 +231,22 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
 
 
 def _require_all_layers(
-    former: DiT | PixArt, config: DiTConfig | PixArtConfig, compressed: Sequence[int] | None, *, key: str
+    former: DiT | PixArt, config: DiTConfig | PixArtConfig, settings: StageTraining, *, key: str
 ) -> None:
-    """Refuse weights that a stage of adapters could not leave as they are, as layers would begin anew."""
+    """Refuse weights that a stage could not leave as they are, though it trains beside them, as layers begin anew."""
+    trains = f"trains = {settings.trains!r}"
     if former.kind != config.kind or former.kind != "pixart":
-        raise UserError(f"{key} is a class-conditional DiT, and trains = 'lora' makes no PixArt of it: name a PixArt")
+        raise UserError(f"{key} is a class-conditional DiT, and {trains} makes no PixArt of it: name a PixArt")
     if former.config.out_channels != config.out_channels:
         raise UserError(
             f"{key} gives {former.config.out_channels} channels and the process needs {config.out_channels}: the "
-            "output layer would begin anew, which trains = 'lora' does not train"
+            f"output layer would begin anew, which {trains} does not train"
         )
-    has = former.config.kv_compressed_blocks
+    has, compressed = former.config.kv_compressed_blocks, settings.kv_compressed_blocks
     if compressed is not None and tuple(compressed) != has:
         raise UserError(
             f"{key} compresses keys and values in blocks {list(has)} and kv_compressed_blocks is {list(compressed)}: "
-            "trains = 'lora' leaves that as it is"
+            f"{trains} leaves that as it is"
         )
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from encoders.weights import hub_repository
 from errors import UserError
-from pipelines.store.checkpoints import ADAPTER, MODEL
+from pipelines.store.checkpoints import ADAPTER, CONTROL, MODEL
 from pipelines.store.files import atomic_write_json
 from pixart.adapter_files import read_trained, write_adapter
 from pixart.adapter_layers import AdapterShape
 from pixart.adapters import add_adapters
+from pixart.control_files import read_branch, write_branch
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.evidence import origins_of_trainer
@@ -113,9 +114,7 @@ class Adapters:
         assert isinstance(network, PixArt), "adapters of a DiT are refused where the stage is opened"
         torch.manual_seed(seed)
         add_adapters(network, self.shape, key=f"{key.rpartition('.')[0]}.lora.targets")
-        for weight in network.parameters():
-            if not weight.requires_grad:
-                weight.data = weight.data.to(dtype)
+        _round_frozen(network, dtype)
 
     def save(
         self,
@@ -127,10 +126,7 @@ class Adapters:
     ) -> None:
         """Write the adapters alone as `adapter/`, a folder that peft opens on diffusers' transformer."""
         assert isinstance(config, PixArtConfig)
-        belongs_to = {"base": trainer["base"], **{name: trainer[name] for name in ("text", "vae", "process")}}
-        # peft opens it by a name that holds elsewhere, too, where there is one
-        belongs_to["name"] = hub_repository(trainer["starts_from"] or "") or trainer["base"]["location"]
-        write_adapter(checkpoint / ADAPTER, weights, config, shape=self.shape, belongs_to=belongs_to)
+        write_adapter(checkpoint / ADAPTER, weights, config, shape=self.shape, belongs_to=_belonging(trainer))
 
     def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
         """Return the adapters' weights, by their names beside the layers."""
@@ -138,9 +134,60 @@ class Adapters:
         return read_trained(checkpoint / ADAPTER, config)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """The control branch that stands beside a network, whose own weights stay as they are."""
+
+    keeps_frozen: bool = False
+
+    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+        """Freeze all else, which is kept in the precision it is computed in alone."""
+        assert isinstance(network, PixArt) and network.control is not None, "a stage that trains one starts with one"
+        network.requires_grad_(False)
+        network.control.requires_grad_(True)
+        _round_frozen(network, dtype)
+
+    def save(
+        self,
+        config: DiTConfig | PixArtConfig,
+        weights: Mapping[str, Tensor],
+        checkpoint: Path,
+        *,
+        trainer: Mapping[str, Any],
+    ) -> None:
+        """Write the branch alone as `control/`, a folder of diffusers' research class."""
+        assert isinstance(config, PixArtConfig)
+        belongs_to = _belonging(trainer) | {CONTROL: trainer[CONTROL]}
+        write_branch(checkpoint / CONTROL, weights, config, belongs_to=belongs_to)
+
+    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+        """Return the branch's weights, by their names beside the network."""
+        assert isinstance(config, PixArtConfig)
+        return dict(read_branch(checkpoint / CONTROL, config).weights)
+
+
 def trainable_of(settings: StageTraining) -> Trainable:
     """Return what a stage trains of its network."""
-    return Adapters(settings.lora.shape) if settings.trains == "lora" else OwnWeights(settings.trains)
+    match settings.trains:
+        case "lora":
+            return Adapters(settings.lora.shape)
+        case "control":
+            return Branch()
+        case trains:
+            return OwnWeights(trains)
+
+
+def _belonging(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file that is nothing by itself says of the weights it belongs to."""
+    belongs_to = {"base": trainer["base"], **{name: trainer[name] for name in ("text", "vae", "process")}}
+    # peft opens adapters by a name that holds elsewhere, too, where there is one
+    return belongs_to | {"name": hub_repository(trainer["starts_from"] or "") or trainer["base"]["location"]}
+
+
+def _round_frozen(network: DiT | PixArt, dtype: torch.dtype) -> None:
+    for weight in network.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
 
 
 def freeze_others(network: DiT | PixArt, trains: Sequence[str], *, key: str) -> None:
