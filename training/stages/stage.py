@@ -38,6 +38,7 @@ from training.stages.agreement import (
     require_process,
     with_positions,
 )
+from training.stages.beside import require_base, require_pixart
 from training.stages.branches import branch_identity, find_branch, require_no_branch
 from training.stages.resume import require_same_job, weights_identity
 from training.stages.shape import stage_shape
@@ -116,7 +117,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         UserError: the recipe is wrong, or differs from what the features or the checkpoint to resume were made with.
     """
     settings = stage_training(command.recipe, command.stage_name)
-    _require_pixart(command, settings)
+    require_pixart(command, settings)
     features = open_features(command, settings)
     directory = command.run / "training" / command.stage_name
     _require_own_folders(command, settings)
@@ -129,7 +130,8 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     origins = Origins() if resume is not None else start.origins
     start = start.with_process_of(origins)
     if settings.keeps_base:
-        _require_base(command, settings, start, is_begun=resume is not None)
+        process = start.process["name"] if resume is None else None
+        require_base(command, settings, start.path, process=process)
     model = stage_shape(
         command.recipe,
         command.stage_name,
@@ -236,31 +238,6 @@ def _start_or_recorded(
     if resume is None and settings.starts_from is not None:
         _require_finished(command, settings.starts_from, start.checkpoint, key=_starts_from(command))
     return start
-
-
-def _require_pixart(command: Command, settings: StageTraining) -> None:
-    """Refuse what trains beside weights of another network than a PixArt."""
-    if settings.keeps_base and settings.network != "pixart":
-        key = f"training.{command.stage_name}"
-        raise UserError(
-            f"{key}.trains = {settings.trains!r} is for a PixArt, but {key}.network is {settings.network!r}"
-        )
-
-
-def _require_base(command: Command, settings: StageTraining, start: StartingPoint, *, is_begun: bool) -> None:
-    """Refuse what trains beside weights where there are none that it could be put beside, and stay beside."""
-    key = f"training.{command.stage_name}"
-    trains = f"{key}.trains = {settings.trains!r}"
-    if start.path is None:
-        raise UserError(
-            f"{trains} trains beside weights, which stay as they are, but {key}.starts_from names none "
-            f"({settings.starts_from!r}): name a stage, folder, file or hub id"
-        )
-    if not is_begun and start.process["name"] != settings.process:
-        raise UserError(
-            f"{trains} keeps the weights' own output layer, but they ({start.path}) were trained with "
-            f"process {start.process['name']}, and {key}.process is {settings.process!r}"
-        )
 
 
 def _starts_from(command: Command) -> str:

@@ -1,0 +1,38 @@
+"""What a stage needs that trains beside weights, which stay as they are: adapters and control branches."""
+
+from pathlib import Path
+
+from errors import UserError
+from pipelines.command import Command
+from training.config import StageTraining
+
+
+def require_pixart(command: Command, settings: StageTraining) -> None:
+    """Refuse what trains beside weights of another network than a PixArt."""
+    if settings.keeps_base and settings.network != "pixart":
+        key = f"training.{command.stage_name}"
+        raise UserError(
+            f"{key}.trains = {settings.trains!r} is for a PixArt, but {key}.network is {settings.network!r}"
+        )
+
+
+def require_base(command: Command, settings: StageTraining, start: Path | None, *, process: str | None) -> None:
+    """Refuse what trains beside weights where there are none that it could be put beside, and stay beside.
+
+    Args:
+        command, settings: of the stage.
+        start: the weights that it starts from.
+        process: that those were trained with; None of a stage that has begun, for which it does not count any more.
+    """
+    key = f"training.{command.stage_name}"
+    trains = f"{key}.trains = {settings.trains!r}"
+    if start is None:
+        raise UserError(
+            f"{trains} trains beside weights, which stay as they are, but {key}.starts_from names none "
+            f"({settings.starts_from!r}): name a stage, folder, file or hub id"
+        )
+    if process not in (None, settings.process):
+        raise UserError(
+            f"{trains} keeps the weights' own output layer, but they ({start}) were trained with process {process}, "
+            f"and {key}.process is {settings.process!r}"
+        )
