@@ -57,8 +57,8 @@ class SamplingConfig(TableConfig):
     guidance_scale: Decides[float] = pydantic.Field(
         default=4.5,
         ge=1,
-        description="Classifier-free guidance; 1 = off, which halves the work. Weights distilled to few steps have it "
-        "inside: one that is not theirs, where it is not typed, is not added",
+        description="Classifier-free guidance; 1 = off, which halves the work. Weights distilled to few steps have "
+        "theirs inside, and where none is typed no other is added",
     )
     guidance_interval: Decides[tuple[float, float] | None] = pydantic.Field(
         default=None,

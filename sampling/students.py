@@ -12,11 +12,11 @@ from errors import UserError
 from pixart.processes.specs import (
     LCM,
     MOST_STUDENT_STEPS,
-    STUDENT_STEPS,
     clamped_guidance,
     guidance_range,
     lcm_student,
     student_of,
+    usual_steps,
 )
 from sampling.config import SamplingConfig
 from sampling.trained_model import TrainedModel
@@ -37,7 +37,7 @@ def follow_weights(config: SamplingConfig, trained: TrainedModel) -> tuple[Sampl
     if "solver" not in typed:
         update["solver"] = student["method"]
     if "num_steps" not in typed and update.get("solver", config.solver) == student["method"]:
-        update["num_steps"] = STUDENT_STEPS
+        update["num_steps"] = usual_steps(student)
     own = clamped_guidance(student)
     scale = config.guidance_scale if "guidance_scale" in typed else own or 1.0
     is_told = guidance_range(student) is not None

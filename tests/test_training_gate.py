@@ -8,6 +8,7 @@ import pytest
 from tiny_checkpoint import write_checkpoint
 
 from pipelines.store.checkpoints import Checkpoint, open_checkpoint
+from pixart.processes.specs import ddpm_spec, lcm_student
 from training.previews.page import write_page
 from training.stages.gate import samples_of, stage_gate
 
@@ -69,6 +70,17 @@ def test_a_loss_that_rose_fails(checkpoint: Checkpoint) -> None:
     write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(20)], validation=[1.0, 0.7, 0.73])
     assert verdicts(checkpoint)["loss"] is False
     assert verdicts(checkpoint)["validation"] is False, "4% over its lowest: it overfits"
+
+
+def test_the_loss_of_a_student_tells_little(checkpoint: Checkpoint) -> None:
+    """It begins at nothing, as the teacher's, and rises while the target runs away from it."""
+    path = checkpoint.path / "trainer.json"
+    process = ddpm_spec(student=lcm_student(guidance=5.5))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"process": process}))
+    write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(20)], validation=[0.7, 1.0])
+    found = {check.name: check for check in stage_gate(open_checkpoint(checkpoint.path), samples=Path("none"))}
+    for name in ("loss", "validation"):
+        assert found[name].holds is None and "of a student it tells little" in found[name].finding
 
 
 def test_what_was_not_measured_is_not_passed(checkpoint: Checkpoint) -> None:

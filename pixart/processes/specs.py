@@ -108,6 +108,11 @@ def flow_spec(
     return _with_settings(spec, sampler=sampler)
 
 
+def usual_steps(student: Mapping[str, Any]) -> int:
+    """Return the steps that a student is drawn with where nobody says it."""
+    return min(STUDENT_STEPS, student["num_teacher_steps"])
+
+
 def clamped_guidance(student: Mapping[str, Any], wanted: float = USUAL_GUIDANCE) -> float | None:
     """Return the guidance that a student is drawn with: of its range what is nearest to the one wanted, else its own.
 

@@ -9,7 +9,7 @@ from encoders.weights import require_model, resolve_model
 from errors import UserError
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
-from pixart.processes.specs import MOST_STUDENT_STEPS, STUDENT_STEPS, clamped_guidance, student_of
+from pixart.processes.specs import MOST_STUDENT_STEPS, clamped_guidance, student_of, usual_steps
 from training.config import StageTraining
 from training.data.survey import Survey
 from training.loop.schedule import is_due
@@ -67,7 +67,7 @@ def preview_drawing(settings: StageTraining) -> PreviewDrawing:
         return PreviewDrawing(solver="dpm-solver++", num_steps=steps, guidance_scale=scale)
     return PreviewDrawing(
         solver=student["method"],
-        num_steps=steps if steps <= MOST_STUDENT_STEPS else STUDENT_STEPS,
+        num_steps=steps if steps <= min(MOST_STUDENT_STEPS, student["num_teacher_steps"]) else usual_steps(student),
         guidance_scale=1.0,
         told_guidance=clamped_guidance(student, scale) if settings.is_told_guidance else None,
     )

@@ -224,7 +224,7 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
             f"{key} is told its guidance, and {stage}.trains = 'lora' leaves weights as they are: fold one guidance "
             f"into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'cfg': ANY})}` does"
         )
-    student = student_of(job.start.process)
+    student = student_of(settings.process_spec) or student_of(job.start.process)
     scale = USUAL_GUIDANCE if student is None else clamped_guidance(student) or USUAL_GUIDANCE
     log_once(f"{key} is told its guidance, which this stage does not do: {scale:g} is folded into the weights")
     return fold_guidance(network, scale)
