@@ -129,6 +129,26 @@ def read_branch(path: Path, config: PixArtConfig) -> StoredBranch:
     )
 
 
+def infer_config(tensors: Mapping[str, Tensor], *, where: str) -> PixArtConfig:
+    """Return a shape of a base that the branch of a file fits beside, for its names alone: it tells no heads nor depth.
+
+    Raises:
+        UserError: it is no branch; names `where`.
+    """
+    after = next((value for name, value in tensors.items() if name.endswith(".0.after_proj.weight")), None)
+    if after is None:
+        raise UserError(f"{where} is no control branch: it has no weights such as {ORIGINAL_PREFIX}0.after_proj.weight")
+    matches = {name: match for name in tensors if (match := COPY_NUMBER.match(name))}
+    marks = (".attn.sr.weight", ".attn1.compression.convolution.weight")
+    return PixArtConfig(
+        num_layers=max(int(match[1]) for match in matches.values()) + 2,
+        num_heads=1,
+        head_dim=len(after),
+        adaln="single" if any(name.endswith("_block.scale_shift_table") for name in matches) else "per-block",
+        kv_compressed_blocks=tuple(sorted(int(match[1]) for name, match in matches.items() if name.endswith(marks))),
+    )
+
+
 def is_branch(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the weights of a file are a control branch's, with or without its base beside them."""
     return any(name.startswith((ORIGINAL_PREFIX, DIFFUSERS_PREFIX)) for name in tensors)

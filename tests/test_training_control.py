@@ -24,6 +24,7 @@ from pixart.control_files import read_branch, write_branch
 from pixart.convert import load_diffusers
 from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
+from training.convert import main as convert
 from training.data.survey import Survey
 from training.loop.products import require_products
 from training.objectives.choice import choose_objective
@@ -143,6 +144,33 @@ def test_a_stage_goes_on_from_a_branch_and_takes_none_for_whole_weights(runs: Ru
     more = job.settings.model_copy(update={"control_copies": 2})
     with pytest.raises(UserError, match=r"control_copies = 2, but the branch of control_starts_from .* has 1 copies"):
         starting_network(replace(job, settings=more), SHAPE)
+
+
+@pytest.mark.slow
+def test_a_branch_goes_to_pixart_delta_s_file_with_its_base_and_back(runs: Runs, tmp_path: Path) -> None:
+    case = runs.straight[(0, "fp32")]
+    expected = case.weights(4)
+    convert([str(case.run / "training" / "stage2"), str(tmp_path / "branch.pth")])
+    stored = torch.load(tmp_path / "branch.pth", weights_only=True)["state_dict"]
+    base = load_diffusers(runs.start)
+    assert torch.equal(stored["base_model.final_layer.linear.weight"], base.state_dict()["final.weight"])
+    assert all(name.startswith(("base_model.", "controlnet.")) for name in stored)
+    convert([str(tmp_path / "branch.pth"), str(tmp_path / "folder")])
+    found = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], w) for name, w in expected.items())
+    assert "FILL IN" in (tmp_path / "folder" / "README.md").read_text()
+    # from the checkpoint what it belongs to is known, and goes along
+    convert([str(case.step(4) / "control"), str(tmp_path / "named")])
+    belongs_to = json.loads(read_header(tmp_path / "named" / "diffusion_pytorch_model.safetensors")[METADATA])
+    assert (
+        belongs_to["control"]["kind"] == "canny" and "led by: canny" in (tmp_path / "named" / "README.md").read_text()
+    )
+    convert([str(tmp_path / "named"), str(tmp_path / "alone.safetensors")])
+    alone = load_file(tmp_path / "alone.safetensors")
+    assert alone.keys() == {name for name in stored if name.startswith("controlnet.")}
+    assert read_branch(tmp_path / "alone.safetensors", SHAPE).belongs_to == belongs_to
+    with pytest.raises(UserError, match="is a control branch, and LORA is for whole networks"):
+        convert([str(case.step(4)), str(tmp_path / "x"), "--lora", "some"])
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.transformer_config import to_json
 from pixart.weight_files import is_original_name
+from training.exports.branch import convert_branch, find_source
 from training.exports.card import CARD, Card
 from training.exports.null_caption import known_null_caption
 from training.exports.pipeline import find_parts, write_parts
@@ -64,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.target.exists():
         raise UserError(f"{options.target} exists already: name a new one, or remove it first")
+    branch = find_source(options.source)
+    if branch is not None:
+        _require_plain_branch(options)
+        convert_branch(branch, options.target, location=options.source, say=_say)
+        return
     start = _find_start(options.source)
     source = start.path
     assert source is not None, "only a stage starts from nothing"
@@ -102,6 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     _say(f"{options.target}: {_describe(network)}")
     for line in describe_one_guidance(former, process):
         _say(f"{options.target}: {line}")
+
+
+def _require_plain_branch(options: argparse.Namespace) -> None:
+    """Refuse what is asked of whole networks alone, where SOURCE is a control branch."""
+    asked = {"LORA": options.lora, "PIPELINE": options.pipeline, "REPARAMETERIZE": options.reparameterize}
+    for name, value in asked.items():
+        if value:
+            raise UserError(f"SOURCE ({options.source}) is a control branch, and {name} is for whole networks")
 
 
 def _kept(origins: Origins, process: Mapping[str, Any], *, source: Path, is_reparameterised: bool) -> Origins:
