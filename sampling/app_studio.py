@@ -20,7 +20,7 @@ from pipelines.store.files import own_files
 from pipelines.store.png_files import DAMAGE
 from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
-from pixart.processes.specs import SOLVERS, require_solver
+from pixart.processes.specs import LCM, SOLVERS, require_solver
 from sampling.adapters import adapter_identity, add_adapters, find_file, name_adapters
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
@@ -233,6 +233,9 @@ class Studio:
 
         adapters = {"lora": list(wish.lora), "lora_weights": list(wish.lora_weights)}
         fields = {**wish.__dict__, **adapters, "prompts": None, "images_per_prompt": 1}
+        # The recipe's times are those of as many steps of its solver.
+        if self.config.times is not None and (wish.solver, wish.num_steps) != (LCM, len(self.config.times)):
+            fields["times"] = None
         try:
             return SamplingConfig.model_validate(self.config.model_dump() | fields)
         except pydantic.ValidationError as error:

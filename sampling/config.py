@@ -1,5 +1,6 @@
 """`[sampling]`: which prompts become images, with which solver, guidance and size (paper A.5)."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -53,6 +54,12 @@ class SamplingConfig(TableConfig):
         ge=1,
         le=1000,
         description="Solver steps; iddpm wants 100 to 250, heun asks the model twice in each but the last",
+    )
+    times: Decides[list[Annotated[int, pydantic.Field(ge=0)]] | None] = pydantic.Field(
+        default=None,
+        min_length=1,
+        description="Of lcm: the time of each step, falling, as [599] or [899, 499]; null = those that num_steps gives "
+        "from the last of the schedule on. What is estimated from noise alone is surer at a time before that",
     )
     guidance_scale: Decides[float] = pydantic.Field(
         default=4.5,
@@ -196,6 +203,13 @@ class SamplingConfig(TableConfig):
             raise ValueError("a size is width x height in pixels, such as 1024x768")
         return value
 
+    @pydantic.field_validator("times")
+    @classmethod
+    def _check_times(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and any(late <= early for late, early in itertools.pairwise(value)):
+            raise ValueError("times fall from step to step, such as [899, 499]")
+        return value
+
     @pydantic.field_validator("guidance_interval", mode="before")
     @classmethod
     def _check_interval(cls, value: Any) -> Any:
@@ -225,7 +239,10 @@ class SamplingConfig(TableConfig):
         interval = "" if self.guidance_interval is None else " in [{:g}, {:g}]".format(*self.guidance_interval)
         cache = "" if self.cache is None else f" · all blocks in every {self.cache} passes"
         weights = "" if self.weight_dtype is None else f" · weights in {self.weight_dtype}"
-        return f"{self.solver}, {self.num_steps} steps · guidance {self.guidance_scale:g}{interval}{cache}{weights}"
+        times = "" if self.times is None else f" at {', '.join(map(str, self.times))}"
+        return (
+            f"{self.solver}, {self.num_steps} steps{times} · guidance {self.guidance_scale:g}{interval}{cache}{weights}"
+        )
 
     @property
     def packages(self) -> list[str]:

@@ -180,7 +180,7 @@ class _BlankRenderer(Renderer):
     def __init__(self, footprint: Footprint) -> None:
         self._footprint = footprint
         config = footprint.config
-        few = {"num_steps": min(config.num_steps, NUM_STEPS), "vae_tiles": False}
+        few = {"num_steps": min(config.num_steps, NUM_STEPS), "times": None, "vae_tiles": False}
         super().__init__(config.model_copy(update=few), footprint.trained)
 
     def _choose_device(self) -> torch.device:

@@ -104,7 +104,9 @@ def make_job(
     """
     config, trained = follow_weights(config, trained)
     checkpoint = f"{trained.name} ({trained.model_path})"
-    require_solver(trained.process, config.solver, num_steps=config.num_steps, checkpoint=checkpoint)
+    require_solver(
+        trained.process, config.solver, num_steps=config.num_steps, times=config.times, checkpoint=checkpoint
+    )
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
     prompts = _read_prompts(config, trained, run)[: config.max_prompts]
     directory = ShardDirectory(run / "samples" / name)
@@ -141,7 +143,7 @@ def _num_passes(job: SamplingJob) -> int:
     from pixart.processes.make import process_of  # which imports torch
 
     process = process_of(job.trained.process)
-    timesteps = process.scheduler(config.solver, config.num_steps).timesteps
+    timesteps = process.scheduler(config.solver, config.num_steps, times=config.times).timesteps
     return sum(2 if item.is_guided else 1 for item in config.passes(timesteps, process.num_times, scale=scale))
 
 

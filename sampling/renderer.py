@@ -222,7 +222,7 @@ class Renderer:
         shape = (spec.channels, height // spec.factor, width // spec.factor)
         generators = make_generators([request.seed for request in requests])
         process = process_of(self.trained.process)
-        scheduler = process.scheduler(self.config.solver, self.config.num_steps)
+        scheduler = process.scheduler(self.config.solver, self.config.num_steps, times=self.config.times)
         noise = draw_noise(generators, shape).to(self.device)  # [B, C, h, w]
         is_compiled = (len(requests), height, width) in self.compiled_shapes
         scale = self.trained.pass_guidance(self.config.guidance_scale)

@@ -36,7 +36,9 @@ def follow_weights(config: SamplingConfig, trained: TrainedModel) -> tuple[Sampl
     typed, update = config.model_fields_set, {}
     if "solver" not in typed:
         update["solver"] = student["method"]
-    if "num_steps" not in typed and update.get("solver", config.solver) == student["method"]:
+    if "num_steps" not in typed and config.times is not None:
+        update["num_steps"] = len(config.times)
+    elif "num_steps" not in typed and update.get("solver", config.solver) == student["method"]:
         update["num_steps"] = usual_steps(student)
     own = clamped_guidance(student)
     scale = config.guidance_scale if "guidance_scale" in typed else own or 1.0

@@ -160,6 +160,31 @@ def test_a_student_is_drawn_by_lcm_with_one_pass_a_step(run: Path, caplog: pytes
     assert "was trained for lcm with 1 to 8 steps and guidance inside, and is drawn with lcm" in caplog.text
 
 
+def test_times_of_steps_can_be_chosen(run: Path) -> None:
+    network = save_student(run, 5.5)
+    usual, _ = drawn(run, num_steps=1)
+    image, settings = drawn(run, times=[599])
+    assert settings["times"] == [599] and settings["num_steps"] == 1 and not np.array_equal(image, usual)
+    assert np.array_equal(drawn(run, times=[999])[0], usual), "the time that one step has"
+    two, _ = drawn(run, times=[999, 499])
+    assert np.array_equal(two, drawn(run, num_steps=2)[0])
+    config, trained, odd = followed(run, times=[899, 499])
+    assert (config.solver, config.num_steps, odd) == ("lcm", 2, [])
+    assert config.title == "lcm, 2 steps at 899, 499 · guidance 5.5"
+    assert isinstance(network, PixArt) and trained.inner_guidance == 5.5
+    for table, message in (
+        ({"times": [499, 899]}, r"times fall from step to step, such as \[899, 499\]"),
+        ({"times": [1000]}, r"sampling\.times \[1000\] are not all below the schedule's 1000"),
+        ({"times": [599], "num_steps": 4}, r"sampling\.times \[599\] are 1 steps, but sampling\.num_steps is 4"),
+        (
+            {"times": [599], "solver": "dpm-solver++"},
+            r"sampling\.times \[599\] are those of lcm's steps, but sampling\.so",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            drawn(run, **table)
+
+
 def test_images_of_another_guidance_are_drawn_anew(run: Path) -> None:
     save_student(run, RANGE)
     (usual, _), (high, settings) = drawn(run), drawn(run, guidance_scale=12.0)

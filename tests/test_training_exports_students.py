@@ -28,13 +28,14 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
 
 
-def by_pipeline(folder: Path, *, num_steps: int = 4) -> np.ndarray:
+def by_pipeline(folder: Path, *, num_steps: int = 4, times: list[int] | None = None) -> np.ndarray:
     pipeline = PixArtAlphaPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, LCMScheduler)
     image = pipeline(
         "a star",
         num_inference_steps=num_steps,
+        timesteps=times,
         guidance_scale=1.0,
         width=32,
         height=32,
@@ -58,6 +59,7 @@ def converted(run: Path, target: str, *flags: str) -> Path:
         (RANGE, ("--cfg", "9"), {"guidance_scale": 9.0, "num_steps": 2}, 2),
         (5.5, (), {"num_steps": 1}, 1),
         (None, (), {"num_steps": 4}, 4),
+        (5.5, (), {"times": [899, 499]}, 2),
     ],
 )
 def test_diffusers_draws_the_same_from_an_export(
@@ -66,7 +68,7 @@ def test_diffusers_draws_the_same_from_an_export(
     save_student(run, guidance)
     ours, _ = drawn(run, seed=5, **table)
     folder = converted(run, "export", "--pipeline", *flags)
-    theirs = by_pipeline(folder, num_steps=num_steps)
+    theirs = by_pipeline(folder, num_steps=num_steps, times=table.get("times"))
     assert ours.std() > 1
     assert np.abs(ours - theirs).max() <= 2
 

@@ -6,7 +6,7 @@ DDPM is Ho et al. 2020, IDDPM is Nichol & Dhariwal 2021, min-SNR is Hang et al. 
 # B batch, C latent channels, h x w latent size, T number of timesteps
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,13 +136,13 @@ class DDPM:
         is_first = (times == 0)[:, None, None, None]
         return torch.where(is_first, surprise, divergence).flatten(1).mean(1) / NATS_PER_BIT
 
-    def scheduler(self, solver: str, num_steps: int) -> Any:
+    def scheduler(self, solver: str, num_steps: int, *, times: Sequence[int] | None = None) -> Any:
         """Diffusers' scheduler of one of the paper's three sampling algorithms (A.5) or of LCM, its timesteps set.
 
         "dpm-solver++" is second-order multistep DPM-Solver++ (Lu et al. 2022), "iddpm" the ancestral sampler with
         learned variance and respaced timesteps (Nichol & Dhariwal 2021), "sa-solver" stochastic Adams (Xue et al.
         2023). "lcm" is for students: each step estimates the clean latents and adds the noise of the next (Luo et al.
-        2023).
+        2023), at `times` where they are given.
 
         Raises:
             UserError: the solver is of another process, or takes not so many steps.
@@ -151,7 +151,7 @@ class DDPM:
         from diffusers.schedulers.scheduling_lcm import LCMScheduler
         from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 
-        require_solver(self.spec, solver, num_steps=num_steps)
+        require_solver(self.spec, solver, num_steps=num_steps, times=times)
         match solver:
             case "iddpm":
                 scheduler = DDPMScheduler(
@@ -164,6 +164,9 @@ class DDPM:
             case _:
                 return dpm_solver({**self.schedule, **self.sampler}, num_steps)
         scheduler.set_timesteps(num_steps)
+        if times is not None:
+            # As diffusers sets them, which would say with every batch that they are not the usual ones.
+            scheduler.timesteps = torch.tensor(times)
         if solver == "sa-solver":
             scheduler.sigmas[-1] = LAST_SIGMA  # diffusers leaves in the noise of timestep 0
         return scheduler

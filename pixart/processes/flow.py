@@ -5,7 +5,7 @@ Rectified flow is Liu et al. 2022; logit-normal times and the shift are Esser et
 
 # B batch, C latent channels, h x w latent size
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ class Flow:
         """Estimate of the noise [B, C, h, w], fp32: on along the velocity to sigma 1."""
         return noisy.float() + (1 - self._sigmas(times)) * output.float()
 
-    def scheduler(self, solver: str, num_steps: int) -> Any:
+    def scheduler(self, solver: str, num_steps: int, *, times: Sequence[int] | None = None) -> Any:
         """Diffusers' scheduler of a solver of the velocity's equation, its timesteps set.
 
         "dpm-solver++" is second-order multistep DPM-Solver++ (Lu et al. 2022) on flow's sigmas; "euler" and "heun" go
@@ -95,7 +95,7 @@ class Flow:
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
         from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
-        require_solver(self.spec, solver, num_steps=num_steps)
+        require_solver(self.spec, solver, num_steps=num_steps, times=times)
         match solver:
             case "euler":
                 scheduler = FlowMatchEulerDiscreteScheduler(self.num_times, shift=self.shift)

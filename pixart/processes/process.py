@@ -2,7 +2,7 @@
 
 # B batch, C latent channels, h x w latent size
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +61,10 @@ class Process(Protocol):
         """Estimate of the noise [B, C, h, w], fp32."""
         ...
 
-    def scheduler(self, solver: str, num_steps: int) -> Any:
+    def scheduler(self, solver: str, num_steps: int, *, times: Sequence[int] | None = None) -> Any:
         """Diffusers' scheduler of a solver, its timesteps set; good for one batch, for it remembers earlier steps.
+
+        `times` are those of the steps, where the solver lets them be chosen: lcm alone.
 
         Raises:
             UserError: the solver is not one of this process, or takes not so many steps.

@@ -3,7 +3,7 @@
 Nothing here needs torch; `make.py` makes a process of its spec, `scheduler_configs.py` reads those of diffusers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from errors import UserError
@@ -171,13 +171,21 @@ def describe_unused_settings(spec: Mapping[str, Any], solver: str) -> str | None
     return f"its scheduler sets {SOLVERS[spec['name']][0]} to {said}: sampling.solver {solver} takes none of that"
 
 
-def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, checkpoint: str = "the network") -> None:
-    """Refuse a solver of another process than the checkpoint's, and a number of steps that it cannot take.
+def require_solver(
+    spec: Mapping[str, Any],
+    solver: str,
+    *,
+    num_steps: int,
+    times: Sequence[int] | None = None,
+    checkpoint: str = "the network",
+) -> None:
+    """Refuse a solver of another process than the checkpoint's, and steps or their times that it cannot take.
 
     Raises:
         UserError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
             timestep 0; lcm for more than its students are trained at; another one for all timesteps, of which diffusers
-            would then take one twice and divide by nothing.
+            would then take one twice and divide by nothing. Or times are given to another solver than lcm, or are not
+            falling ones of the schedule, as many as there are steps.
     """
     solvers = SOLVERS[spec["name"]]
     if solver not in solvers:
@@ -185,6 +193,8 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, chec
             f"sampling.solver = {solver!r} does not go with {checkpoint}, which is of process {spec['name']}: "
             f"{', '.join(solvers)} do"
         )
+    if times is not None and solver != LCM:
+        raise UserError(f"sampling.times {list(times)} are those of lcm's steps, but sampling.solver is {solver!r}")
     if solver == "iddpm" and num_steps == 1:
         raise UserError("sampling.num_steps 1: iddpm needs at least 2 steps")
     if spec["name"] == "flow":
@@ -193,5 +203,12 @@ def require_solver(spec: Mapping[str, Any], solver: str, *, num_steps: int, chec
     if solver == LCM and num_steps > most:
         raise UserError(f"sampling.num_steps {num_steps}: lcm draws in 1 to {most} steps, those of a student's teacher")
     num_timesteps = spec["schedule"]["num_train_timesteps"]
+    if times is not None:
+        if len(times) != num_steps:
+            raise UserError(
+                f"sampling.times {list(times)} are {len(times)} steps, but sampling.num_steps is {num_steps}"
+            )
+        if max(times) >= num_timesteps:
+            raise UserError(f"sampling.times {list(times)} are not all below the schedule's {num_timesteps}")
     if solver != "iddpm" and num_steps >= num_timesteps:
         raise UserError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")
