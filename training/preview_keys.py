@@ -20,6 +20,12 @@ class PreviewKeys(TableConfig):
         description="Prompts that a PixArt's average draws while it trains, always from the same noise; see previews/ "
         "in the stage's folder",
     )
+    preview_controls: list[Annotated[str, pydantic.Field(min_length=1)]] = pydantic.Field(
+        default=[],
+        max_length=MAX_PREVIEWS,
+        description="Of trains = 'control': control images (maps, as the branch is trained with) that lead "
+        "preview_prompts, one for each, cut to preview_size",
+    )
     preview_classes: list[Annotated[int, pydantic.Field(ge=0)]] = pydantic.Field(
         default=[], max_length=MAX_PREVIEWS, description="Class labels that a DiT's average draws while it trains"
     )

@@ -32,6 +32,7 @@ from training.loop.compilation import is_compiled, require_compilable
 from training.loop.host import require_offload
 from training.loop.optimizers.whole_matrices import require_whole_matrices
 from training.loop.products import require_products
+from training.previews.control import require_controls
 from training.previews.plan import PreviewPlan, describe_previews, require_previews
 from training.stages.resume import changes_since
 from training.stages.stage import TrainingJob
@@ -77,7 +78,9 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
     job.directory.mkdir(parents=True, exist_ok=True)
     survey = survey_stage(job)
     _require_cache(job, survey)
-    return Preflight(survey=survey, num_ranks=num_ranks, previews=require_previews(job, survey))
+    previews = require_previews(job, survey)
+    require_controls(job, previews)
+    return Preflight(survey=survey, num_ranks=num_ranks, previews=previews)
 
 
 def require_even_batches(settings: StageTraining, num_ranks: int) -> None:

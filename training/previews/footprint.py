@@ -56,7 +56,18 @@ def drawing_bytes(job: TrainingJob, plan: PreviewPlan, network: DiT | PixArt, *,
     # On the CPU, as embeddings are.
     texts = [] if text is None else [torch.zeros(text["max_tokens"], text["d_text"])] * (1 + len(plan.names))
     weights = {name: torch.empty_like(weight, dtype=dtype) for name, weight in network.named_parameters()}
-    painter = Painter(short, plan, texts, network=copy.deepcopy(network), weights=weights, device=META, dtype=dtype)
+    sides = (1, network.config.in_channels, plan.height // plan.downsample, plan.width // plan.downsample)
+    controls = [torch.zeros(sides)] * len(plan.names) if job.settings.preview_controls else []
+    painter = Painter(
+        short,
+        plan,
+        texts,
+        network=copy.deepcopy(network),
+        weights=weights,
+        device=META,
+        dtype=dtype,
+        controls=controls,
+    )
     meter = LivingBytes(device="meta")
     with fused_attention(), meter.watching(ignored=weights.values()):
         painter.denoise(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from encoders.latents import pixels_ahead
 from encoders.opening import open_codec
 from pipelines.store.manifest import require_same
+from pixart.control import Control
 from pixart.dit import DiT
 from pixart.drawing.denoise import denoise, draw_noise, make_generators, require_finite
 from pixart.drawing.guidance import GuidedNetwork, network_of_labels, network_of_texts
@@ -37,6 +38,7 @@ class Painter:
         weights: all of them by name, on whatever device and in whatever precision; they are not changed, and what is
             on `device` in `dtype` already is not copied.
         device, dtype: where and in what the network computes.
+        controls: latents [1, C, h, w] that lead each image; empty where nothing does.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Painter:
         weights: Mapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
+        controls: Sequence[Tensor] = (),
     ) -> None:
+        self._controls = controls
         self._job, self._plan, self._texts, self._device = job, plan, texts, device
         network.load_state_dict(weights, assign=True)
         self._drawing = preview_drawing(job.settings)
@@ -96,6 +100,7 @@ class Painter:
             passes=passes,
             guidance_scale=scale,
             size_pixels=(self._plan.height, self._plan.width),
+            control=Control(self._controls[number]) if self._controls else None,
         )
 
     def decode(self) -> list[Image.Image]:

@@ -15,6 +15,7 @@ from pixart.dit import DiT
 from pixart.model import PixArt
 from training.data.survey import Survey
 from training.loop.networks import Networks
+from training.previews.control import encode_controls
 from training.previews.page import write_page
 from training.previews.painter import Painter
 from training.previews.plan import PreviewPlan, plan_previews
@@ -44,6 +45,7 @@ class Previews:
         last_step: int | None,
     ) -> None:
         self._job, self._plan, self._texts, self._blank, self._last_step = job, plan, texts, blank, last_step
+        self._controls: Sequence[Tensor] | None = None  # encoded when they are first wanted
 
     def is_due(self, step: int) -> bool:
         """Whether previews of this step are wanted and not there."""
@@ -87,6 +89,8 @@ class Previews:
         return pictures
 
     def _painter(self, networks: Networks, weights: dict[str, Tensor]) -> Painter:
+        if self._controls is None:
+            self._controls = encode_controls(self._job, self._plan, device=networks.model.device)
         return Painter(
             self._job,
             self._plan,
@@ -95,6 +99,7 @@ class Previews:
             weights=weights,
             device=networks.model.device,
             dtype=networks.model.dtype,
+            controls=self._controls,
         )
 
 
