@@ -38,7 +38,12 @@ class PreviewKeys(TableConfig):
     preview_size: str | None = pydantic.Field(
         default=None, description="Width x height of previews in pixels; null = a square of the features' resolution"
     )
-    preview_num_steps: int = pydantic.Field(default=20, ge=1, le=1000, description="Steps of DPM-Solver++ of a preview")
+    preview_num_steps: int = pydantic.Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Steps of DPM-Solver++ of a preview; of a student steps of lcm, 4 where these are more than 8",
+    )
     preview_guidance_scale: float = pydantic.Field(
         default=4.5, ge=1, allow_inf_nan=False, description="Classifier-free guidance of previews; 1 = off"
     )

@@ -51,6 +51,7 @@ class Contestant:
             "seed": config.seed,
             "solver": config.solver,
             "num_steps": config.num_steps,
+            **({} if config.times is None else {"times": config.times}),
             "guidance_scale": config.guidance_scale,
             "negative_prompt": config.negative_prompt,
             "size": config.size or "as trained",
