@@ -77,6 +77,11 @@ FLAGS = {
     "size": _text("sampling.size", "WxH", "width x height in pixels"),
     "lora": _text("sampling.lora", "FILES", "adapters to add: files, folders or stages, with commas between them"),
     "weights": _text("sampling.lora_weights", "NUMBERS", "how much of each, with commas between them; 1 unless typed"),
+    "control": _text("sampling.control", "IMAGE", "an image that leads what is drawn, through a control branch"),
+    "photo": Flag(gives="on", key="sampling.control_is=photo", meaning="it is a photo, of which a map is drawn first"),
+    "strength": _toml("sampling.control_strength", "NUMBER", "how much it leads, 0 to 2; 1 unless typed"),
+    "branch": _text("sampling.control_branch", "BRANCH", "a control branch for weights without: file, folder or stage"),
+    "styles": _text("sampling.styles", "STYLES", "what {style} in the prompts stands for, with commas, or a .txt file"),
     "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, preference or winrates"),
     "reference": _text("evaluation.reference", "IMAGES", "images to compare with"),
     "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub"),
@@ -129,7 +134,8 @@ class Subcommand:
 
 _RUN = ("recipe", "run", "set", "plan")
 _STAGE = (*_RUN, "stage", "phase")
-_SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size", "lora", "weights")
+_LED = ("control", "photo", "strength", "branch")
+_SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size", "lora", "weights", "styles", *_LED)
 _DEFAULTS = (("run", "runs/default"),)
 
 SUBCOMMANDS = {

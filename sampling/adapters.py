@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
 from pipelines.store.bases import RUN
-from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import ADAPTER, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
 from pixart.processes.specs import with_student_of
 from sampling.trained_model import TrainedModel, WeightedAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pixart.adapters import Adapter
 
@@ -73,7 +73,9 @@ def name_adapters(
     trained: TrainedModel, wanted: Sequence[str], weights: Sequence[float] | None, *, run: Path
 ) -> Sequence[str]:
     """Return the adapters wanted; where there is a weight and none of them, the model's own, if it has one."""
-    if wanted or trained.checkpoint is None or not trained.own_adapters or weights is None or len(weights) != 1:
+    if wanted or trained.checkpoint is None or weights is None or len(weights) != 1:
+        return wanted
+    if not (trained.checkpoint / ADAPTER).is_dir():
         return wanted
     folder = trained.checkpoint
     is_here = trained.run is not None and trained.run.resolve() == run.resolve()
@@ -104,6 +106,8 @@ def find_file(location: str, *, run: Path) -> Path:
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
     if checkpoint is not None and not checkpoint.has_adapters:
+        if checkpoint.has_control:
+            raise UserError(f"{KEY} {path} is a control branch, and no adapter: name it as sampling.control_branch")
         raise UserError(f"{KEY} {path} is a checkpoint of a whole network, and no adapter: name it as the checkpoint")
     try:
         return find_adapter_file(path if checkpoint is None else checkpoint.weights)
@@ -138,19 +142,25 @@ def _require_fit(trained: TrainedModel, files: Sequence[Path]) -> list[Adapter]:
             raise UserError(f"{KEY}: {error}") from None
         for note in adapter.notes:
             log.warning(note)
-        _compare(adapter, trained)
+        compare_belonging(adapter.path, adapter.belongs_to, trained)
         adapters.append(adapter)
     return adapters
 
 
-def _compare(adapter: Adapter, trained: TrainedModel) -> None:
-    """Compare what an adapter says that it belongs to with what it is to be added to."""
+def compare_belonging(path: Path, belongs_to: Mapping[str, Any], trained: TrainedModel) -> None:
+    """Compare what the file of an adapter or a control branch says that it belongs to with what it is to be added to.
+
+    What is odd is said.
+
+    Raises:
+        UserError: it was trained with another process.
+    """
     from encoders.likeness import is_same_codec, is_same_text_encoder
     from pixart.belonging import compare_base
 
     said = compare_base(
-        adapter.path,
-        adapter.belongs_to,
+        path,
+        belongs_to,
         title=trained.name,
         location=str(trained.model_path),
         identity=trained.identity.partition("+")[0],
@@ -159,8 +169,6 @@ def _compare(adapter: Adapter, trained: TrainedModel) -> None:
     for line in said:
         log.warning(line)
     for part, is_same in (("text", is_same_text_encoder), ("vae", is_same_codec)):
-        here, there = getattr(trained, part), adapter.belongs_to.get(part)
+        here, there = getattr(trained, part), belongs_to.get(part)
         if here is not None and there is not None and not is_same([here["model"]], [there["model"]]):
-            log.warning(
-                f"{adapter.path} was trained with {part} {there['model']!r}, and is drawn with {here['model']!r}"
-            )
+            log.warning(f"{path} was trained with {part} {there['model']!r}, and is drawn with {here['model']!r}")

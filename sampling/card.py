@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.as_typed import typed_settings
 from sampling.config import ON_A_CPU, ON_A_GPU, SamplingConfig
-from sampling.footprint import DECODING, DENOISING, READING, TESTING, Footprint, Moment
+from sampling.footprint import DECODING, DENOISING, LEADING, READING, TESTING, Footprint, Moment
 from sampling.generate import SamplingJob
 
 GIGABYTE = 10**9
@@ -96,6 +96,7 @@ def _smaller(config: SamplingConfig, moment: Moment) -> list[dict[str, Any]]:
     candidates: dict[str, list[dict[str, Any]]] = {
         READING: [{"text_encoder": "8bit"}, {"text_encoder": "cpu"}],
         TESTING: [{"vae_dtype": "bfloat16"}, {"weight_dtype": "int8"}],
+        LEADING: [{"compile": False}, {"vae_dtype": "bfloat16"}, {"weight_dtype": "int8"}],
         DENOISING: [half, {"compile": False}, {"weight_dtype": "int8"}],
         DECODING: [
             {"vae_tiles": True},

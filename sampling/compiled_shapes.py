@@ -41,7 +41,7 @@ def batches(config: SamplingConfig, requests: Sequence[ImageRequest]) -> Iterato
     """Yield the batches of a job, whose requests are in the order of work."""
     for start in range(0, len(requests), config.batch_size):
         batch = requests[start : start + config.batch_size]
-        for _, group in groupby(batch, key=lambda item: (item.height, item.width)):
+        for _, group in groupby(batch, key=lambda item: item.shape):
             yield list(group)
 
 

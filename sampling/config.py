@@ -33,6 +33,12 @@ class SamplingConfig(TableConfig):
         default="prompt",
         description="Where .jsonl and .parquet have the prompt; caption for a captions/<shard>.parquet",
     )
+    styles: list[str] | None = pydantic.Field(
+        default=None,
+        min_length=1,
+        description="What stands for {style} in the prompts, each of which is drawn in every style from one seed; "
+        "typed, with commas between them, or a .txt file of one a line; `{run}` as above",
+    )
     max_prompts: int | None = pydantic.Field(default=None, ge=1, description="Only the first so many; null = all")
     classes: list[int] | None = pydantic.Field(
         default=None, min_length=1, description="Class labels for a DiT; null = every class once"
@@ -157,6 +163,24 @@ class SamplingConfig(TableConfig):
         description="How much of each adapter's change is added, from -10 to 10; null = 1 of each. One alone, where "
         "`lora` names none, is for the adapter that the checkpoint has trained",
     )
+    control: str | None = pydantic.Field(
+        default=None,
+        description="Image that leads what is drawn of all prompts, through the weights' control branch; `{run}` as "
+        "above. A column `control` of the prompt file has one for each",
+    )
+    control_is: Decides[Literal["map", "photo"]] = pydantic.Field(
+        default="map",
+        description="What control images are: maps such as the branch was trained with (white edges on black), or "
+        "photos, of which such maps are drawn",
+    )
+    control_strength: Decides[float] = pydantic.Field(
+        default=1.0, ge=0, le=2, description="How much of the branch's change is added; 0 = none, 1 = as trained"
+    )
+    control_branch: str | None = pydantic.Field(
+        default=None,
+        description="Control branch for weights that have none of their own: a stage or checkpoint that trained one, a "
+        "folder of diffusers' research class, PixArt-delta's .pth, or what the hub calls these; `{run}` as above",
+    )
     checkpoint_revision: str | None = pydantic.Field(default=None, description="Hub revision of `checkpoint`")
     departs_in: list[Literal["text_encoder", "max_tokens", "cleaning", "vae"]] = pydantic.Field(
         default=[],
@@ -183,6 +207,13 @@ class SamplingConfig(TableConfig):
         if not all(paths):
             raise ValueError("adapters are paths with a comma between them, such as a.safetensors,b.safetensors")
         return paths
+
+    @pydantic.field_validator("styles", mode="before")
+    @classmethod
+    def _split_styles(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return [value] if value.endswith(".txt") else [style.strip() for style in value.split(",")]
 
     @pydantic.field_validator("lora_weights", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from encoders.living_bytes import LivingBytes, fused_attention, storage_bytes
 from encoders.opening import blank_codec, blank_text_encoder
 from encoders.text import DEFAULT_BATCH_TOKENS, pack
 from encoders.vae_precision import PROBE_SIZE
+from pixart.control import Control
 from pixart.dit import DiT
 from pixart.drawing.graphs import MAX_SHAPES
 from pixart.model import PixArt
@@ -52,6 +53,7 @@ class Moment:
 
 
 READING, TESTING, DENOISING, DECODING = "reading prompts", "testing the VAE's dtype", "denoising", "decoding"
+LEADING = "encoding control images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class Footprint:
         batch = max(batches(config, self.requests), key=lambda item: len(item) * item[0].height * item[0].width)
         height, width = batch[0].height, batch[0].width
         transformer, denoising, left = self._denoising(batch)
-        loaded = {"transformer": transformer, "VAE": self._codec_bytes(config.vae_dtype)}
+        loaded = {self._transformer: transformer, "VAE": self._codec_bytes(config.vae_dtype)}
         # Graphs keep the memory of a pass, each shape its own.
         is_captured = self.room_bytes is not None and config.compile is not False
         num_captured = min(len(frequent_shapes(config, self.requests)), MAX_SHAPES) if is_captured else 0
@@ -89,9 +91,14 @@ class Footprint:
         return [
             *self._reading(loaded),
             *self._testing(loaded),
+            *self._leading(loaded | captured),
             Moment(name=DENOISING, parts=loaded | passing),
             Moment(name=DECODING, parts=loaded | captured | {"by tiles" if is_tiled else "whole": decoding}),
         ]
+
+    @property
+    def _transformer(self) -> str:
+        return "transformer" if self.trained.branch is None else "transformer and control branch"
 
     def codec(self, dtype: str) -> DiffusersCodec:
         """Return the VAE without values; of one that is to be tested the one that takes more."""
@@ -167,11 +174,30 @@ class Footprint:
             return []
         side = PROBE_SIZE * self.codec("float32").spec.factor
         parts = {
-            "transformer": loaded["transformer"],
+            self._transformer: loaded[self._transformer],
             "VAE twice": self._codec_bytes("float32") + self._codec_bytes("bfloat16"),
             "test picture": self._decoding("float32", (1, side, side), is_tiled=False),
         }
         return [Moment(name=TESTING, parts=parts)]
+
+    def _leading(self, loaded: Mapping[str, int]) -> list[Moment]:
+        """Return what is held while the largest control image is encoded, if any leads what is drawn."""
+        led = [item for item in self.requests if item.control is not None]
+        if not led:
+            return []
+        largest = max(led, key=lambda item: item.height * item.width)
+        height, width, dtype = largest.height, largest.width, self.config.vae_dtype
+        encoding = self._once(("encoding", dtype, height, width), lambda: self._encoding(dtype, height, width))
+        return [Moment(name=LEADING, parts=dict(loaded) | {f"one of {width}x{height}": encoding})]
+
+    def _encoding(self, dtype: str, height: int, width: int) -> int:
+        """Return what encoding an image of a height and width takes beside the weights."""
+        codec = self.codec(dtype)
+        image = torch.empty(1, 3, height, width, dtype=codec.model.dtype, device=META)
+        meter = LivingBytes(device="meta")
+        with torch.inference_mode(), fused_attention(), meter.watching(ignored=list(codec.model.parameters())):
+            codec.moments(image)
+        return meter.peak_bytes
 
 
 class _BlankRenderer(Renderer):
@@ -191,6 +217,11 @@ class _BlankRenderer(Renderer):
 
     def _open_codec(self) -> tuple[LatentCodec, str]:
         return self._footprint.codec(self.config.vae_dtype), self.config.vae_dtype
+
+    def _lead(self, requests: Sequence[ImageRequest]) -> Control:
+        spec = self.codec.spec
+        sides = (requests[0].height // spec.factor, requests[0].width // spec.factor)
+        return Control(torch.zeros(len(requests), spec.channels, *sides, device=META))
 
     def peaks(self, requests: Sequence[ImageRequest]) -> tuple[int, int, int]:
         """Return the bytes of the transformer, the most that denoising a batch takes beside it, and what is left."""

@@ -11,7 +11,7 @@ from encoders.weights import REPOSITORY, cached_hub_file, of_transformer, requir
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
-from pipelines.store.checkpoints import ADAPTER, TRAINER
+from pipelines.store.checkpoints import ADAPTER, CONTROL, TRAINER
 from pipelines.store.files import sha256_file
 from pixart.evidence import PIPELINE_FILE, origins_of_folder
 from pixart.origins import Origins
@@ -54,7 +54,7 @@ def open_trained_model(
         return _open_original(file, encoders, resolution=resolution, departs_in=departs_in)
     if folder := next((path for path in places if (path / TRAINER).is_file()), None):
         return open_checkpoint_model(folder)
-    if folder := next((path.parent for path in places if _is_adapter_of_training(path)), None):
+    if folder := next((path.parent for path in places if _is_part_of_training(path)), None):
         return open_checkpoint_model(folder)
     if is_original_name(location) and not any(path.is_dir() for path in places):
         file = cached_hub_file(location, revision, key="sampling.checkpoint")
@@ -71,8 +71,8 @@ def open_trained_model(
     return _open_transformer(folder, origins=origins, **parts)
 
 
-def _is_adapter_of_training(path: Path) -> bool:
-    return path.name == ADAPTER and (path.parent / TRAINER).is_file()
+def _is_part_of_training(path: Path) -> bool:
+    return path.name in (ADAPTER, CONTROL) and (path.parent / TRAINER).is_file()
 
 
 def _find_folder(location: str, revision: str | None) -> Path:

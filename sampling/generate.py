@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from encoders.text import DEFAULT_CLEANING
 from encoders.tokens import find_lost_words
 from encoders.weights import require_model, resolve_model
 from errors import UserError
-from pipelines.as_typed import ANY, typed_flag, typed_path
 from pipelines.engine.pieces import Source, forget_pieces
 from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
@@ -20,15 +19,17 @@ from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.recipe import DECIDES
 from pipelines.store.files import atomic_file, exclusive, remove_temporary_files, sha256_text
 from pipelines.store.manifest import MANIFEST_NAME, Fingerprint, ShardDirectory
-from pipelines.store.png_files import read_picture
 from pipelines.store.summary import update_summary
 from pixart.processes.specs import num_passes, require_solver
 from sampling.config import ON_A_CPU, SamplingConfig
-from sampling.grid import MAX_COLUMNS, Sample, make_grid
-from sampling.images import MEND, is_own, is_whole, is_written
+from sampling.control_images import ControlImage
+from sampling.control_plan import check_control, describe_control
+from sampling.grid import make_grid
+from sampling.grid_cells import lay_out
+from sampling.images import is_own, is_whole, is_written
 from sampling.inputs import image_inputs
 from sampling.precision import settle
-from sampling.prompts import Prompt, class_prompts, read_prompts, single_prompt
+from sampling.prompt_list import list_prompts
 from sampling.requests import ImageRequest, make_requests, warn_of_untrained_size
 from sampling.students import describe_oddities, follow_weights
 from sampling.trained_model import TrainedModel, resolve_part
@@ -40,6 +41,8 @@ GRID_NAME = "grid.png"
 MAX_LOST_SHOWN = 3
 HIGH_GUIDANCE = 20.0
 MAX_LOST_CHARACTERS = 200
+# What decides no image that nothing leads.
+WITHOUT_CONTROL = {"control_strength": 1.0, "control_is": "map"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,23 @@ class SamplingJob:
         First images of all prompts come first, so that a larger N leaves their batches as they are.
         """
         each = self.config.images_per_prompt
-        return sorted(self.requests, key=lambda item: (item.height, item.width, item.number % each, item.number))
+        return sorted(self.requests, key=lambda item: (*item.shape, item.number % each, item.number))
 
     @property
     def identity(self) -> str:
         """Hash of what is requested."""
-        return "sha256:" + sha256_text(json.dumps([asdict(request) for request in self.requests]))
+        return "sha256:" + sha256_text(json.dumps([request.outline() for request in self.requests]))
+
+    @property
+    def controls(self) -> list[ControlImage]:
+        """The images that lead what is drawn, each once."""
+        return list(dict.fromkeys(item.control for item in self.requests if item.control is not None))
+
+    @property
+    def title(self) -> str:
+        """What pictures of the images say of weights and settings."""
+        strength = f" · control at {self.config.control_strength:g}" if self.controls else ""
+        return f"{self.trained.name} · {self.config.title}{strength}"
 
     def is_done(self) -> bool:
         """Whether this very job has been finished and all its files are still there, images to their end."""
@@ -77,7 +91,7 @@ class SamplingJob:
         return (
             self.directory.is_done(REPORT_NAME, self.identity, self.fingerprint)
             and (folder / MANIFEST_NAME).is_file()
-            and all(is_whole(folder / file) for file in (GRID_NAME, *(request.file for request in self.requests)))
+            and all(map(is_whole, (folder / GRID_NAME, *_files(folder, self.requests))))
         )
 
     def changed_settings(self) -> list[str]:
@@ -99,8 +113,8 @@ def make_job(
     """Read the prompts and settle size, seed and file of each image of `RUN/samples/<name>`.
 
     Raises:
-        MissingFileError: the prompt file or an encoder's folder does not exist.
-        UserError: prompts, classes, size or solver are not what the checkpoint can draw.
+        MissingFileError: the prompt file, a control image or an encoder's folder does not exist.
+        UserError: prompts, classes, control images, size or solver are not what the checkpoint can draw.
     """
     config, trained = follow_weights(config, trained)
     checkpoint = f"{trained.name} ({trained.model_path})"
@@ -108,9 +122,11 @@ def make_job(
         trained.process, config.solver, num_steps=config.num_steps, times=config.times, checkpoint=checkpoint
     )
     config = config.model_copy(update={"text_embeddings": config.text_embeddings.replace("{run}", str(run))})
-    prompts = _read_prompts(config, trained, run)[: config.max_prompts]
+    prompts = list_prompts(config, trained, run=run)
     directory = ShardDirectory(run / "samples" / name)
     requests = make_requests(prompts, config, trained)
+    if all(request.control is None for request in requests):
+        config = config.model_copy(update=WITHOUT_CONTROL)
     settled = settle(config, image_inputs(config, trained), directory=directory, requests=requests, engine=engine)
     return SamplingJob(
         config=settled.config,
@@ -132,6 +148,7 @@ def describe_job(job: SamplingJob) -> list[str]:
         f"checkpoint: {job.trained.name} ({job.trained.model_path})",
         f"would draw {len(pending):,} of {len(requests):,} images ({shown} pixels) into {job.directory.path}",
         f"{config.title}: {len(pending) * _num_passes(job):,} passes of one image through the transformer",
+        *describe_control(config, job.trained, requests),
     ]
 
 
@@ -208,9 +225,14 @@ def run_job(job: SamplingJob, *, run: Path, lost: Mapping[str, str]) -> None:
 
 def _require_own(folder: Path, pending: Sequence[ImageRequest]) -> None:
     """Refuse to draw over a picture that somebody else has put here, or has saved anew with changes of his own."""
-    for path in (folder / request.file for request in pending):
+    for path in _files(folder, pending):
         if path.is_file() and not is_own(path):
             raise UserError(f"{path} is in the way: it is no image that this command has drawn; move it away")
+
+
+def _files(folder: Path, requests: Sequence[ImageRequest]) -> list[Path]:
+    names = (name for request in requests for name in (request.file, request.control_map) if name is not None)
+    return [folder / name for name in dict.fromkeys(names)]
 
 
 def _describe_cut(job: SamplingJob, lost: Mapping[str, str]) -> str:
@@ -229,6 +251,7 @@ def check_inputs(job: SamplingJob) -> dict[str, str]:
     """
     trained = job.trained
     require_model(resolve_part(trained, "VAE", trained.vae), key=f"VAE of {trained.name}")
+    check_control(job.config, trained, job.requests)
     warn_of_untrained_size(job.config, trained)
     for oddity in describe_oddities(job.config, trained):
         log.warning(oddity)
@@ -264,26 +287,6 @@ def _lost_words(job: SamplingJob) -> dict[str, str]:
 
 def _cut(text: str, num_characters: int) -> str:
     return text if len(text) <= num_characters else f"{text[:num_characters]} …"
-
-
-def _read_prompts(config: SamplingConfig, trained: TrainedModel, run: Path) -> list[Prompt]:
-    if trained.num_classes is not None:
-        if config.prompt is not None:
-            raise UserError(f"sampling.prompt is set, but {trained.name} knows classes, not text")
-        classes = config.classes or range(trained.num_classes)
-        for label in classes:
-            if not 0 <= label < trained.num_classes:
-                raise UserError(f"sampling.classes {label}: {trained.name} has {trained.num_classes} classes")
-        return class_prompts(list(classes), seed=config.seed)
-    if config.prompt is not None:
-        return [single_prompt(config.prompt, seed=config.seed)]
-    if config.prompts is None:
-        raise UserError(
-            f"neither sampling.prompts nor sampling.prompt is set: type {typed_flag('prompts', ANY)} or "
-            f"{typed_flag('prompt', ANY)}"
-        )
-    path = typed_path(config.prompts.replace("{run}", str(run)))
-    return read_prompts(path, seed=config.seed, column=config.prompt_column)
 
 
 def _draw(job: SamplingJob, *, num_pending: int, lost: Mapping[str, str]) -> None:
@@ -340,16 +343,9 @@ def memory_settings(job: SamplingJob) -> dict[str, Any]:
 
 
 def _write_grid(job: SamplingJob, *, lost: Mapping[str, str]) -> None:
-    config, folder = job.config, job.directory.path
-    samples = []
-    for number, request in enumerate(job.requests[: config.num_grid_images]):
-        is_first = number % config.images_per_prompt == 0
-        image = read_picture(folder / request.file, mend=MEND)
-        prompt = f"[cut] {request.prompt}" if request.prompt in lost else request.prompt
-        samples.append(Sample(image, prompt if is_first else f"seed {request.seed}"))
-    title = f"{job.trained.name} · {config.title}"
+    folder, title = job.directory.path, job.title
     if lost:
         title += f" · {_describe_cut(job, lost)}"
-    num_columns = config.images_per_prompt if 1 < config.images_per_prompt <= MAX_COLUMNS else None
+    cells, num_columns = lay_out(job.requests, job.config, folder=folder, lost=lost)
     with atomic_file(folder / GRID_NAME) as temporary:
-        make_grid(samples, title=title, num_columns=num_columns).save(temporary, format="PNG")
+        make_grid(cells, title=title, num_columns=num_columns).save(temporary, format="PNG")

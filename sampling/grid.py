@@ -29,17 +29,17 @@ class Sample:
     caption: str
 
 
-def make_grid(samples: Sequence[Sample], *, title: str, num_columns: int | None = None) -> Image.Image:
+def make_grid(samples: Sequence[Sample | None], *, title: str, num_columns: int | None = None) -> Image.Image:
     """Lay out samples row by row, images scaled to a cell's width or height, captions wrapped to the cell's width.
 
-    Without `num_columns` the grid is somewhat wider than high.
+    In the place of a None nothing stands. Without `num_columns` the grid is somewhat wider than high.
     """
     num_columns = num_columns or min(MAX_COLUMNS, math.ceil(math.sqrt(1.6 * len(samples))))
     font = ImageFont.load_default(CAPTION_SIZE)
     rows = [samples[start : start + num_columns] for start in range(0, len(samples), num_columns)]
-    tiles = [[(fit(sample.image), wrap(sample.caption, font)) for sample in row] for row in rows]
-    image_heights = [max(image.height for image, _ in row) for row in tiles]
-    text_heights = [max(len(lines) for _, lines in row) * LINE_PIXELS for row in tiles]
+    tiles = [[sample and (fit(sample.image), wrap(sample.caption, font)) for sample in row] for row in rows]
+    image_heights = [max((tile[0].height for tile in row if tile), default=0) for row in tiles]
+    text_heights = [max((len(tile[1]) for tile in row if tile), default=0) * LINE_PIXELS for row in tiles]
     top = MARGIN_PIXELS + TITLE_SIZE + GAP_PIXELS
     row_heights = [
         image + GAP_PIXELS // 2 + text + GAP_PIXELS for image, text in zip(image_heights, text_heights, strict=True)
@@ -49,7 +49,10 @@ def make_grid(samples: Sequence[Sample], *, title: str, num_columns: int | None 
     draw = ImageDraw.Draw(grid)
     draw.text((MARGIN_PIXELS, MARGIN_PIXELS - 6), title, fill=INK, font=ImageFont.load_default(TITLE_SIZE))
     for row, image_height, row_height in zip(tiles, image_heights, row_heights, strict=True):
-        for column, (image, lines) in enumerate(row):
+        for column, tile in enumerate(row):
+            if tile is None:
+                continue
+            image, lines = tile
             left = MARGIN_PIXELS + column * (CELL_PIXELS + GAP_PIXELS)
             x, y = left + (CELL_PIXELS - image.width) // 2, top + image_height - image.height
             draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=EDGE)

@@ -19,6 +19,9 @@ MEND = "delete it, and the command that drew it draws it anew"
 
 # The text chunk with the adapters, in images that were drawn with any.
 ADAPTERS = "adapters"
+# That with the hash of the image that has led an image, and that of maps with what has drawn them of photos; this is
+# the name of those settings among what decides images, too.
+CONTROL, CONTROL_MAPS = "control", "control_maps"
 
 
 def write_image(
@@ -37,7 +40,8 @@ def write_image(
     """
     chunks = PngImagePlugin.PngInfo()
     for name, value in _identity(request, fingerprint).items():
-        chunks.add_itxt(name, value)
+        if value is not None:
+            chunks.add_itxt(name, value)
     chunks.add_itxt("fingerprint", fingerprint.digest)
     chunks.add_itxt("settings", json.dumps(_in_full(fingerprint.fields), sort_keys=True, ensure_ascii=False))
     chunks.add_itxt("computed_in", json.dumps(computed_in, sort_keys=True))
@@ -47,13 +51,41 @@ def write_image(
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
-def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint) -> bool:
-    """Whether the request's file is this very image, to its end: same prompt, seed, size, model and settings.
+def write_map(folder: Path, image: Image.Image, request: ImageRequest, *, fingerprint: Fingerprint) -> None:
+    """Write the map that leads a request's image atomically, unless it is there."""
+    assert request.control_map is not None
+    if _is_map_written(folder, request, fingerprint=fingerprint):
+        return
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in _map_identity(request, fingerprint).items():
+        chunks.add_itxt(name, value)
+    with atomic_file(folder / request.control_map) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
 
-    A setting that the file does not know was at its default.
+
+def _is_map_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint) -> bool:
+    """Whether the map of an image that is led by one is there, to its end, and of that image and kind."""
+    if request.control_map is None:
+        return True
+    path = folder / request.control_map
+    if not is_whole(path):
+        return False
+    try:
+        with Image.open(path) as image:
+            expected = _map_identity(request, fingerprint)
+            found = {name: image.info.get(name) for name in expected}
+            return found == expected and image.size == (request.width, request.height)
+    except DAMAGE:
+        return False
+
+
+def is_written(folder: Path, request: ImageRequest, *, fingerprint: Fingerprint) -> bool:
+    """Whether the request's file is this very image, to its end: same prompt, seed, size, model, control and settings.
+
+    A setting that the file does not know was at its default. The map of one that is led is there, too.
     """
     path = folder / request.file
-    if not is_whole(path):
+    if not is_whole(path) or not _is_map_written(folder, request, fingerprint=fingerprint):
         return False
     try:
         with Image.open(path) as image:
@@ -71,7 +103,7 @@ def is_own(path: Path) -> bool:
     """Whether a file may be drawn over: an image of the house, whatever of, or too little of one to be anybody's."""
     try:
         with Image.open(path) as image:
-            return {"prompt", "checkpoint"} <= image.info.keys()
+            return {"prompt", "checkpoint"} <= image.info.keys() or {CONTROL, CONTROL_MAPS} <= image.info.keys()
     except DAMAGE:
         with path.open("rb") as file:
             return SIGNATURE.startswith(file.read(4))  # also where what follows is not a PNG's
@@ -95,9 +127,17 @@ def _in_full(fields: Mapping[str, Any]) -> dict[str, Any]:
     return without_auto({**SamplingConfig.fingerprint_defaults(), **fields})
 
 
-def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, Any]:
+def _identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, str | None]:
     return {
         "prompt": request.prompt,
         "seed": str(request.seed),
         "checkpoint": str(fingerprint.fields["checkpoint"]),
+        CONTROL: None if request.control is None else request.control.identity,
     }
+
+
+def _map_identity(request: ImageRequest, fingerprint: Fingerprint) -> Mapping[str, str]:
+    """Return what tells a map from others: the image, and what has drawn it of a photo."""
+    assert request.control is not None
+    drawn = json.dumps(fingerprint.fields.get(CONTROL_MAPS), sort_keys=True)
+    return {CONTROL: request.control.identity, CONTROL_MAPS: drawn}

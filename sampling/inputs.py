@@ -10,6 +10,7 @@ from pipelines.as_typed import typed_command, typed_path
 from pipelines.store.files import sha256_file
 from pipelines.store.manifest import MANIFEST_NAME
 from sampling.config import SamplingConfig
+from sampling.control_kind import identify_maps
 from sampling.students import student_identity
 from sampling.trained_model import TrainedModel, resolve_part
 
@@ -27,6 +28,7 @@ def image_inputs(config: SamplingConfig, trained: TrainedModel) -> dict[str, Any
         "vae": {**trained.vae, "model": vae.identity},
         **text,
         **student_identity(trained),
+        **({"control_maps": identify_maps(trained)} if config.control_is == "photo" else {}),
     }
 
 

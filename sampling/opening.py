@@ -5,6 +5,7 @@ from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pixart.processes.specs import describe_unused_settings
 from sampling.adapters import add_adapters
+from sampling.branches import add_branch
 from sampling.config import SamplingConfig, encoder_config
 from sampling.foreign_weights import open_trained_model
 from sampling.trained_model import TrainedModel, open_run_model
@@ -13,7 +14,8 @@ log = get_logger("sampling")
 
 
 def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel:
-    """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage, and the adapters to add to it.
+    """Open `sampling.checkpoint`, or the checkpoint of the command's run and stage, and what to add to it: a control
+    branch, and adapters.
 
     Raises as these do.
     """
@@ -30,6 +32,7 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
             departs_in=config.departs_in,
         )
         log.info(f"{trained.name}: {trained.origins.describe(reads_text=trained.kind == 'pixart')}")
+    trained = add_branch(trained, config.control_branch, run=command.run)
     trained = add_adapters(trained, config.lora, config.lora_weights, run=command.run)
     if (unused := describe_unused_settings(trained.process, config.solver)) is not None:
         log.info(f"{trained.name}: {unused}")

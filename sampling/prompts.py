@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import MissingFileError, UserError
-from pipelines.as_typed import typed_flag
+from pipelines.as_typed import typed_flag, typed_path
 from pipelines.engine.progress import get_logger
 from pipelines.raw.texts import decode_text
 
@@ -23,27 +23,39 @@ NUM_SEEDS = 2**32
 MAX_KEY_LENGTH = 60
 MAX_KEY_BYTES = 200  # a file's name has 255 at most
 RESERVED_KEYS = ("grid",)  # grid.png is the picture of all
+# Of .jsonl and .parquet files, beside the prompt.
+COLUMNS = ("key", "aspect_ratio", "control")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One line of a prompt file; `aspect_ratio` is width / height; `label` is set for class-conditional models."""
+    """One line of a prompt file.
+
+    Attributes:
+        aspect_ratio: width / height; None where the line does not say it.
+        label: set for class-conditional models.
+        control: image that leads what is drawn.
+        style: that it is in, if it is drawn in several.
+    """
 
     key: str
     text: str
     seed: int
-    aspect_ratio: float = 1.0
+    aspect_ratio: float | None = None
     label: int | None = None
+    control: Path | None = None
+    style: str | None = None
 
 
 def read_prompts(path: Path, *, seed: int, column: str = "prompt") -> list[Prompt]:
-    """Read a .txt file (one prompt per line), or a .jsonl or .parquet file (`column`, if wanted `key`, `aspect_ratio`).
+    """Read a .txt file (one prompt per line), or a .jsonl or .parquet file (`column`, if wanted those of `COLUMNS`).
 
-    Without a key, a prompt's first words become its key. Its seed comes from key and `seed`, so that prompts do not
-    share noise and the order of lines does not matter. Blank lines are left out, with a warning unless they are last.
+    An image that `control` names lies beside the file, unless it is an absolute path. Without a key, a prompt's first
+    words become its key. Its seed comes from key and `seed`, so that prompts do not share noise and the order of lines
+    does not matter. Blank lines are left out, with a warning unless they are last.
 
     Raises:
-        MissingFileError: there is no such file.
+        MissingFileError: there is no such file, or no image that a line names.
         UserError: names the file or the line that cannot be used, or both lines that share a key.
     """
     if not path.is_file():
@@ -54,7 +66,7 @@ def read_prompts(path: Path, *, seed: int, column: str = "prompt") -> list[Promp
     lines: dict[str, str] = {}
     prompts = []
     for place, row in rows:
-        prompt = _make_prompt(row, f"{path}:{place}", seed=seed)
+        prompt = _make_prompt(row, f"{path}:{place}", seed=seed, folder=path.parent)
         if (first := lines.setdefault(prompt.key, place)) != place:
             raise UserError(
                 f"sampling.prompts {path}:{place} repeats key {prompt.key!r} of line {first}: each key names one file "
@@ -102,14 +114,14 @@ def _parse_json(line: str, column: str, where: str) -> dict[str, Any]:
         raise UserError(f"sampling.prompts {where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"sampling.prompts {where} has no text under `{column}`: it is no JSON object")
-    return {"prompt": row.get(column)} | {name: row[name] for name in ("key", "aspect_ratio") if name in row}
+    return {"prompt": row.get(column)} | {name: row[name] for name in COLUMNS if row.get(name) is not None}
 
 
 def _read_parquet(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
     """Return number, counted from 1, and row of each row of a Parquet file."""
     try:
         names = pq.read_schema(path).names
-        wanted = [name for name in dict.fromkeys((column, "key", "aspect_ratio")) if name in names]
+        wanted = [name for name in dict.fromkeys((column, *COLUMNS)) if name in names]
         table = pq.read_table(path, columns=wanted)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"sampling.prompts {path} cannot be read as Parquet: {error}") from None
@@ -122,11 +134,11 @@ def _read_parquet(path: Path, column: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
-    text, ratio = row["prompt"], row.get("aspect_ratio", 1.0)
+def _make_prompt(row: dict[str, Any], where: str, *, seed: int, folder: Path) -> Prompt:
+    text, ratio = row["prompt"], row.get("aspect_ratio")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"sampling.prompts {where} has no text: the prompt is {text!r}")
-    if not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+    if ratio is not None and (not isinstance(ratio, int | float) or not 0 < ratio < math.inf):
         raise UserError(f"sampling.prompts {where}: aspect_ratio {ratio!r} is not a positive number (width / height)")
     key = row.get("key")
     if key is not None and not isinstance(key, str):
@@ -142,7 +154,24 @@ def _make_prompt(row: dict[str, Any], where: str, *, seed: int) -> Prompt:
             f"sampling.prompts {where}: key {key!r} cannot name a file: no slash, no dot in front, "
             f"at most {MAX_KEY_BYTES} bytes, not {RESERVED_KEYS[0]}"
         )
-    return Prompt(key=key, text=text, seed=_seed_of(key, seed), aspect_ratio=float(ratio))
+    return Prompt(
+        key=key,
+        text=text,
+        seed=_seed_of(key, seed),
+        aspect_ratio=None if ratio is None else float(ratio),
+        control=_find_control(row.get("control"), where, folder=folder),
+    )
+
+
+def _find_control(name: object, where: str, *, folder: Path) -> Path | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"sampling.prompts {where}: control {name!r} is no path of an image")
+    path = folder / typed_path(name)
+    if not path.exists():
+        raise MissingFileError(f"sampling.prompts {where}: control {path} does not exist")
+    return path
 
 
 def _key_of(text: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders.compilation import can_compile
 from encoders.devices import choose_device, choose_dtype
@@ -19,7 +19,9 @@ from errors import UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import require_same
+from pixart.block import blocks_of
 from pixart.compilation import compile_blocks
+from pixart.control import Control
 from pixart.dit import DiT
 from pixart.drawing.denoise import (
     NonFiniteLatentsError,
@@ -35,6 +37,7 @@ from pixart.drawing.passes import Pass
 from pixart.model import PixArt
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
+from sampling.control_latents import ControlLatents
 from sampling.requests import ImageRequest
 from sampling.text_encoding import text_id
 from sampling.trained_model import TrainedModel
@@ -72,9 +75,9 @@ def round_blocks(
 ) -> PixArt | DiT:
     """Move a transformer to a device in `dtype`, with the weights of its blocks in 8 bits if the recipe says so."""
     if config.weight_dtype == "int8":
-        # Of its blocks alone: what is beside them is a thirtieth of the weights, and turns times into shifts and scales
-        # that all tokens share.
-        round_weights(model.to(dtype).blocks, device=device)
+        # Of its blocks alone, and their copies in a control branch: what is beside them is a thirtieth of the weights,
+        # and turns times into shifts and scales that all tokens share.
+        round_weights(nn.ModuleList(blocks_of(model.to(dtype))), device=device)
     return model.to(device, dtype)
 
 
@@ -153,6 +156,7 @@ class Renderer:
         if self.compiled_shapes and compiles_decoder and can_compile(self.device):
             self.codec.compile_decoder()
         self._graphs, self._has_warned = PassGraphs(), False
+        self._control = ControlLatents(trained, self.codec, device=self.device)
         self._decoding_bytes: dict[tuple[int, ...], int] = {}  # by the shape of latents
 
     def change_transformer(self, config: SamplingConfig, trained: TrainedModel) -> None:
@@ -164,6 +168,7 @@ class Renderer:
         del self.model
         self._graphs = PassGraphs()
         self.config, self.trained = config, trained
+        self._control = ControlLatents(trained, self.codec, device=self.device)
         self.model = self._load_model(dtype)
         if self.compiled_shapes:
             compile_blocks(self.model)
@@ -212,7 +217,7 @@ class Renderer:
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> Drawing:
-        """Draw one image per request; all are of one size, and none depends on the others.
+        """Draw one image per request; all are of one size, led by an image or not, and none depends on the others.
 
         A GPU is given all its work and not waited for, but by `on_step`, which is told how many solver steps are done.
         `texts` are the embeddings [L, D] of their prompts and of the negative prompt (none for a DiT).
@@ -299,7 +304,17 @@ class Renderer:
             guidance_scale=scale,
             size_pixels=(requests[0].height, requests[0].width),
             min_tokens=self._most_tokens() if is_compiled else 0,
+            control=None if requests[0].control is None else self._lead(requests),
         )
+
+    def _lead(self, requests: Sequence[ImageRequest]) -> Control:
+        """Return the control images of a batch as the network sees them."""
+        latents = self._control.latents(requests, are_photos=self.config.control_is == "photo")
+        return Control(latents, self.config.control_strength)
+
+    def control_picture(self, request: ImageRequest) -> Image.Image:
+        """Return the map that leads a request's image."""
+        return self._control.picture(request, is_photo=self.config.control_is == "photo")
 
     def _most_tokens(self) -> int:
         assert self.trained.text is not None

@@ -13,8 +13,8 @@ from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.bases import adapter_identity, base_of
-from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
-from pipelines.store.files import sha256_text
+from pipelines.store.checkpoints import ADAPTER, CONTROL, TRAINER, WEIGHTS, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.files import sha256_file, sha256_text
 from pipelines.store.state_files import read_state
 from pixart.evidence import origins_of_trainer
 from pixart.origins import Origins
@@ -52,13 +52,38 @@ class WeightedAdapter:
         return f"{adapter_name(self.path)} {self.weight:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeadingBranch:
+    """A control branch's file beside the weights that it leads.
+
+    Attributes:
+        path: of the file.
+        location: what was typed of it.
+        identity: hash of the file.
+        num_copies: copies of the network's first blocks.
+        maps: `kind` and `settings` of the control maps that it was trained with; None where the file does not say.
+    """
+
+    path: Path
+    location: str
+    identity: str
+    num_copies: int
+    maps: Mapping[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return adapter_name(self.path)
+
+
 def adapter_name(path: Path) -> str:
-    """Return what people call an adapter: the name of its file, or of the folder that says what it is of."""
-    plain = {"adapter_model", "pytorch_lora_weights"}
+    """Return what people call an adapter or a branch: the name of its file, or of the folder that says what it is."""
+    plain = {"adapter_model", "pytorch_lora_weights", "diffusion_pytorch_model"}
     if path.stem not in plain:
         return path.stem
     folder = path.parent
-    return f"{folder.parents[1].name}, {folder.parent.name}" if folder.name == "adapter" else folder.name
+    is_of_training = folder.name == ADAPTER or (folder.name == CONTROL and (folder.parent / TRAINER).is_file())
+    return f"{folder.parents[1].name}, {folder.parent.name}" if is_of_training else folder.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +104,10 @@ class TrainedModel:
         process: spec of the process it was trained with.
         original_config: shape of an original file, which does not hold it.
         own_adapters: folders of adapters that the weights were trained as, merged into those of `model_path` in turn.
-        shape: of a network that adapters were trained on, the fields of its config; its positions are drawn with.
+        shape: of a network that adapters or a branch were trained on, the fields of its config; its positions are drawn
+            with.
         adapters: those that are added to that, each with its weight.
+        branch: control branch beside the weights, through which an image leads what is drawn.
         checkpoint: folder of the checkpoint of training that it is; None of weights from elsewhere.
         run: whose checkpoint it is, if it lies in a run.
         origins: what it was trained with, as far as that is known.
@@ -103,6 +130,7 @@ class TrainedModel:
     own_adapters: tuple[Path, ...] = ()
     shape: Mapping[str, Any] | None = None
     adapters: tuple[WeightedAdapter, ...] = ()
+    branch: LeadingBranch | None = None
     checkpoint: Path | None = None
     run: Path | None = None
     origins: Origins = field(default_factory=Origins)
@@ -121,7 +149,7 @@ class TrainedModel:
             model = load_original(self.model_path, self.original_config)
         else:
             model = load_diffusers(self.model_path)
-        model = self._guided(self._adapted(model))
+        model = self._led(self._guided(self._adapted(model)))
         channels, expected = model.config.in_channels, process_of(self.process).out_channels(model.config.in_channels)
         if model.config.out_channels != expected:
             raise UserError(
@@ -135,13 +163,17 @@ class TrainedModel:
         """Return the transformer on the meta device: it has shapes and no values."""
         import torch
 
+        from pixart.branching import new_branch
         from pixart.transformer_config import read_transformer_config
 
         config = self.original_config or read_transformer_config(self.model_path)
         if config.kind == "pixart" and config.has_guidance_condition:
             config = replace(config, has_guidance_condition=False)  # as it is loaded
         with torch.device("meta"):
-            return config.network().eval().requires_grad_(False)
+            network = config.network()
+            if self.branch is not None and network.kind == "pixart":
+                network.control = new_branch(network.config, self.branch.num_copies)
+            return network.eval().requires_grad_(False)
 
     def _guided(self, model: PixArt | DiT) -> PixArt | DiT:
         """Fold the guidance that images are to have into weights that are told theirs."""
@@ -157,8 +189,8 @@ class TrainedModel:
         return fold_guidance(model.float(), self.inner_guidance)
 
     def _adapted(self, model: PixArt | DiT) -> PixArt | DiT:
-        """Merge adapters into the weights; in fp32, in which small changes are not lost."""
-        if model.kind != "pixart" or not (self.own_adapters or self.adapters):
+        """Merge adapters into the weights; in fp32, in which small changes are not lost. Take the trained positions."""
+        if model.kind != "pixart" or not (self.own_adapters or self.adapters or self.shape):
             return model
         from pixart.adapter_files import read_adapter
         from pixart.adapters import at_positions, merge, require_fit
@@ -173,6 +205,14 @@ class TrainedModel:
             merge(model, [(adapter, 1.0)])
         merge(model, [(adapter, item.weight) for adapter, item in zip(added, self.adapters, strict=True)])
         return model if self.shape is None else at_positions(model, self.shape)
+
+    def _led(self, model: PixArt | DiT) -> PixArt | DiT:
+        """Put the control branch beside the weights."""
+        if self.branch is not None and model.kind == "pixart":
+            from pixart.control_files import read_branch
+
+            read_branch(self.branch.path, model.config).attach(model)
+        return model
 
 
 def resolve_part(trained: TrainedModel, part: str, model: Mapping[str, Any]) -> ModelSource:
@@ -216,12 +256,18 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
     folder, trainer = checkpoint.path, checkpoint.trainer
     if trainer["weights"] != "ema":
         raise UserError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
-    shape, own_adapters, original_config = None, (), None
+    shape, own_adapters, original_config, branch = None, (), None, None
     path, identity = checkpoint.weights, ""
-    if checkpoint.has_adapters:
+    if checkpoint.has_adapters or checkpoint.has_control:
         base = base_of(checkpoint, identify=identity_of)
-        path, shape, own_adapters = base.path, base.shape, (*base.adapters, checkpoint.weights)
-        identity = f"{base.identity}+sha256:{sha256_text(' '.join(map(adapter_identity, own_adapters)))}"
+        path, shape, own_adapters, identity = base.path, base.shape, base.adapters, base.identity
+        if checkpoint.has_adapters:
+            own_adapters = (*own_adapters, checkpoint.weights)
+        if own_adapters:
+            identity += f"+sha256:{sha256_text(' '.join(map(adapter_identity, own_adapters)))}"
+        if checkpoint.has_control:
+            branch = _own_branch(checkpoint)
+            identity += f"+{branch.identity}"
         if path.is_file():
             from pixart.model import PixArtConfig
 
@@ -243,9 +289,23 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
         original_config=original_config,
         own_adapters=own_adapters,
         shape=shape,
+        branch=branch,
         checkpoint=folder,
         run=run,
         origins=origins_of_trainer(trainer, source=str(folder / TRAINER)),
+    )
+
+
+def _own_branch(checkpoint: Checkpoint) -> LeadingBranch:
+    """Return the control branch of a checkpoint that has trained one."""
+    control = checkpoint.trainer[CONTROL]
+    file = checkpoint.path / WEIGHTS[CONTROL]
+    return LeadingBranch(
+        path=file,
+        location=str(checkpoint.path),
+        identity=f"sha256:{sha256_file(file)}",
+        num_copies=control["num_copies"],
+        maps=control,
     )
 
 

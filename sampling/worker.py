@@ -18,7 +18,7 @@ from pipelines.store.manifest import Fingerprint
 from pipelines.store.tables import MEND_PART, read_table
 from sampling.compiled_shapes import compiled_shapes, compiles_decoder
 from sampling.config import SamplingConfig
-from sampling.images import is_written, write_image
+from sampling.images import is_written, write_image, write_map
 from sampling.renderer import Drawing, Renderer
 from sampling.requests import ImageRequest
 from sampling.text_encoding import load_texts, text_id
@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("lost_words", pa.string()),
+        ("control_map", pa.string()),
     ]
 )
 # The prompts of so many images are encoded at once; T5-XXL gives 1 MB for 120 tokens.
@@ -112,7 +113,7 @@ class SampleWorker:
 
         They are drawn whole, so that an image's bytes do not tell whether an earlier run was killed in its batch.
         """
-        for _, group in groupby(self._config.requests[start:stop], key=lambda item: (item.height, item.width)):
+        for _, group in groupby(self._config.requests[start:stop], key=lambda item: item.shape):
             batch = list(group)
             if not all(map(self._has, batch)):
                 yield batch
@@ -134,7 +135,12 @@ class SampleWorker:
             compiled_shapes=compiled_shapes(sampling, self._config.requests),
             compiles_decoder=compiles_decoder(sampling, self._config.requests),
         )
-        return self._renderer.draw(batch, self._texts)
+        drawing = self._renderer.draw(batch, self._texts)
+        for request in batch:
+            if request.control is not None:  # before its image, which is not there without
+                picture = self._renderer.control_picture(request)
+                write_map(self._config.folder, picture, request, fingerprint=self._config.fingerprint)
+        return drawing
 
     def _upcoming(self, piece: Piece, start: int) -> list[ImageRequest]:
         """Return the images to encode prompts for: all of a small job, as other pieces will follow, else the next."""

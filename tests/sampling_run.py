@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tiny_checkpoint import TRAINER
 from tiny_encoders import save_codec, save_text_encoder
 
@@ -13,6 +15,8 @@ from pipelines.store.bases import describe_base
 from pixart.adapter_files import write_adapter
 from pixart.adapter_layers import AdapterShape
 from pixart.adapters import add_adapters
+from pixart.branching import add_branch
+from pixart.control_files import write_branch
 from pixart.convert import save_diffusers
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
@@ -115,3 +119,43 @@ def save_adapter_checkpoint(run: Path, name: str, *, seed: int = 3) -> Path:
     (folder / "trainer.json").write_text(json.dumps(trainer | {"stage": name, "base": belongs}))
     (folder.parent / "latest").write_text(folder.name)
     return folder
+
+
+def save_branch(folder: Path, *, seed: int = 5, config: PixArtConfig = PIXART, **belongs_to: object) -> Path:
+    """Write a control branch of random numbers for a network of this shape as training does; returns its folder."""
+    network = PixArt(config)
+    add_branch(network, 1, key="training.x.control.num_copies")
+    weights = {name: value for name, value in randomised(network, seed).state_dict().items() if "control." in name}
+    write_branch(folder, weights, config, belongs_to=belongs_to)
+    return folder
+
+
+def save_control_checkpoint(
+    run: Path, name: str, *, seed: int = 5, kind: str = "canny", adapter: Path | None = None
+) -> Path:
+    """Write what training leaves of a stage of a control branch on stage 3's weights, which an adapter may change.
+
+    Returns the step's folder.
+    """
+    base = run / "training" / "stage3" / "step-7"
+    trainer, weights = json.loads((base / "trainer.json").read_text()), base / "model"
+    added = () if adapter is None else (adapter,)
+    belongs = describe_base(weights, added, run=run, identity=identity_of(weights), shape=dataclasses.asdict(PIXART))
+    control = {"family": f"control-{kind}", "kind": kind, "settings": {}, "num_copies": 1}
+    folder = run / "training" / name / "step-7"
+    parts = {"process": trainer["process"], "text": trainer["text"], "vae": trainer["vae"]}
+    save_branch(folder / "control", seed=seed, base=belongs, control=control, name=name, **parts)
+    (folder / "trainer.json").write_text(json.dumps(trainer | {"stage": name, "base": belongs, "control": control}))
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+def save_edges(path: Path, *, size: tuple[int, int] = (60, 40), seed: int = 0) -> Path:
+    """Write an image of white lines on black, width x height pixels; returns its path."""
+    generator = np.random.default_rng(seed)
+    lines = np.zeros((size[1], size[0], 3), np.uint8)
+    lines[generator.integers(size[1], size=3)] = 255
+    lines[:, generator.integers(size[0], size=3)] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(lines).save(path)
+    return path

@@ -16,7 +16,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.recipe import DataConfig, ModelConfig, TableConfig, load_recipe
 from sampling.config import AppConfig, SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
-from sampling.generate import _read_prompts
+from sampling.prompt_list import list_prompts
 from sampling.prompts import read_prompts
 from toyworld.config import ToyworldConfig
 from training.config import StageTraining
@@ -120,6 +120,6 @@ def test_a_tilde_in_front_of_a_path_is_the_users_folder_in_every_room(tmp_path, 
     assert find_weights("~/w.pth", key="starts_from").path == tmp_path / "w.pth"
     texts = CaptionSet(files="~/t", layout="text")
     assert _find_files("dataset_stats.sets.x", texts) == [("text", str(tmp_path / "t"))]
-    trained: Any = SimpleNamespace(num_classes=None)
-    prompts = _read_prompts(SamplingConfig(prompts="~/p.txt"), trained, tmp_path)
+    trained: Any = SimpleNamespace(num_classes=None, branch=None)
+    prompts = list_prompts(SamplingConfig(prompts="~/p.txt"), trained, run=tmp_path)
     assert [prompt.text for prompt in prompts] == ["a dog"]

@@ -44,14 +44,14 @@ class ResearchBlock(nn.Module):
 class Research(nn.Module):
     """diffusers' transformer, before whose blocks stand what copies add to the tokens."""
 
-    def __init__(self, folder: Path, width: int) -> None:
+    def __init__(self, folder: Path, width: int, *, num_copies: int = NUM_COPIES) -> None:
         super().__init__()
         self.transformer = PixArtTransformer2DModel.from_pretrained(folder)
         blocks = self.transformer.transformer_blocks
         self.controlnet_blocks = nn.ModuleList(
-            ResearchBlock(blocks[number], width, is_first=number == 0) for number in range(NUM_COPIES)
+            ResearchBlock(blocks[number], width, is_first=number == 0) for number in range(num_copies)
         )
-        for number in range(1, NUM_COPIES + 1):
+        for number in range(1, num_copies + 1):
             blocks[number].register_forward_pre_hook(self._adding(number - 1), with_kwargs=True)
         self._state: Tensor | None = None
 

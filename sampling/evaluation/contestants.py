@@ -56,6 +56,7 @@ class Contestant:
             "negative_prompt": config.negative_prompt,
             "size": config.size or "as trained",
             **({"adapters": [item.title for item in self.trained.adapters]} if self.trained.adapters else {}),
+            **({"control_strength": config.control_strength} if self.job.controls else {}),
             **({} if config.weight_dtype is None else {"weight_dtype": config.weight_dtype}),
         }
 
@@ -139,9 +140,11 @@ def _sampling_config(command: Command, *, guidance_scale: float | None) -> Sampl
     sampling = command.recipe.table("sampling", SamplingConfig)
     update: dict[str, Any] = {"prompt": None}
     # Below RUN/evaluation `{run}` stands for RUN all the same.
-    for name in ("prompts", "text_embeddings"):
+    for name in ("prompts", "text_embeddings", "control"):
         value = getattr(sampling, name)
         update[name] = value and value.replace("{run}", str(command.run))
+    if sampling.styles is not None:
+        update["styles"] = [style.replace("{run}", str(command.run)) for style in sampling.styles]
     if guidance_scale is not None:
         update["guidance_scale"] = guidance_scale
     return sampling.model_copy(update=update)

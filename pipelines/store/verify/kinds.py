@@ -218,13 +218,17 @@ TRAINING = FolderKind(
 APP = FolderKind(
     place=r"samples/(?P<stage>.+)-app",
     door=Door("app", OF_STAGE),
-    files=(FileKind(pattern="*.png", check=picture_damage, mend="`rm {path}`"),),
+    files=(
+        FileKind(pattern="control/given/*", check=None),
+        FileKind(pattern="*.png", check=picture_damage, mend="`rm {path}`"),
+    ),
     signs=("*.png",),
     has_shards=False,
     has_manifest=False,
 )
 SAMPLE_FILES = (
     FileKind(pattern="grid.png", check=picture_damage, is_required=True),
+    FileKind(pattern="control/*.png", check=picture_damage),
     FileKind(pattern="*.png", check=picture_damage),
 )
 SAMPLES = FolderKind(

@@ -1,0 +1,56 @@
+"""What is said of control images before anything is drawn, and what is wrong with them."""
+
+from collections.abc import Sequence
+
+from pipelines.engine.progress import get_logger
+from sampling.config import SamplingConfig
+from sampling.control_images import ControlImage
+from sampling.control_kind import maps_of, require_maps
+from sampling.requests import ImageRequest
+from sampling.trained_model import TrainedModel
+
+MAX_SHOWN = 3
+
+log = get_logger("sampling")
+
+
+def describe_control(config: SamplingConfig, trained: TrainedModel, requests: Sequence[ImageRequest]) -> list[str]:
+    """Return what leads the images, through what, and what is done to it, line by line; nothing where nothing does."""
+    led = _led(requests)
+    if not led or trained.branch is None:
+        return []
+    of = "" if config.control_is == "map" else f", a photo of which a map is drawn ({maps_of(trained)[0]})"
+    lines = [
+        f"led by {control.path}{of}: {control.describe_crop(width, height)}"
+        for control, width, height in led[:MAX_SHOWN]
+    ]
+    if len(led) > MAX_SHOWN:
+        lines.append(f"and by {len(led) - MAX_SHOWN:,} more")
+    copies = f"{trained.branch.num_copies} copies"
+    return [*lines, f"through {trained.branch.path} ({copies}) at strength {config.control_strength:g}"]
+
+
+def check_control(config: SamplingConfig, trained: TrainedModel, requests: Sequence[ImageRequest]) -> None:
+    """Decode every control image, look for what draws maps of photos, and say once what is cut.
+
+    Raises:
+        UserError: an image cannot be decoded, or a model is not here.
+    """
+    led = _led(requests)
+    if not led:
+        return
+    if config.control_is == "photo":
+        require_maps(trained)
+    for control in dict.fromkeys(control for control, _, _ in led):
+        control.decode()
+    others = [item for item in led if (item[0].width, item[0].height) != item[1:]]
+    if others:
+        control, width, height = others[0]
+        of_all = "" if len(led) == 1 else f"{len(others):,} of {len(led):,} control images have another size, such as "
+        log.info(f"{of_all}{control.path}: {control.describe_crop(width, height)}")
+
+
+def _led(requests: Sequence[ImageRequest]) -> list[tuple[ControlImage, int, int]]:
+    """Return each control image with the width and height that it is drawn at."""
+    found = ((item.control, item.width, item.height) for item in requests if item.control is not None)
+    return list(dict.fromkeys(found))
