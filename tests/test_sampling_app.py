@@ -179,7 +179,7 @@ def test_the_studio_draws_what_make_sample_draws(run, solver):
 
 def test_a_checkpoint_of_flow_offers_its_own_solvers_and_counts_passes(tmp_path):
     run = make_run(tmp_path)
-    assert make_studio(run).solvers() == ["dpm-solver++", "iddpm", "sa-solver"]
+    assert make_studio(run).solvers() == ["dpm-solver++", "iddpm", "sa-solver", "lcm"]
     save_checkpoint(run, 3, randomised(PixArt(replace(PIXART, out_channels=4))))
     studio = make_studio(run)
     assert studio.solvers() == ["dpm-solver++", "euler", "heun"]
