@@ -5,10 +5,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge subject detect report nltk-data
+DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge subject detect edges follow report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth demo-vae $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -96,6 +96,14 @@ demo-vae: $(READY)  ## Another VAE on the toy world: what the judge says while t
 	@set -e; for step in 50 100 150 200 250 300 350 400; do $(MAKE) $(OTHER_VAE) sample STAGE=vae-$$step \
 		SET='sampling.checkpoint=runs/demo-vae/training/vae/step-'$$step$(if $(call given,SET),' '"$$SET"); done
 	@$(MAKE) $(OTHER_VAE) judge report
+
+CONTROL_RUN := --no-print-directory RECIPE=recipes/toyworld-control.toml RUN=runs/demo-control
+
+demo-control: $(READY)  ## A control branch on the toy world: shapes and places by edges, colours by prompts
+	@$(MAKE) $(CONTROL_RUN) edges caption
+	@$(MAKE) $(CONTROL_RUN) features train sample STAGE=control
+	@$(MAKE) $(CONTROL_RUN) sample STAGE=alone PROMPTS=runs/demo-control/raw/prompts-alone.jsonl $(FROM_BEFORE)
+	@$(MAKE) $(CONTROL_RUN) follow
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -252,6 +252,20 @@ SUBCOMMANDS = {
         flags=_RUN,
         defaults=_DEFAULTS,
     ),
+    "edges": Subcommand(
+        module="toyworld",
+        words=("edges",),
+        summary="Write images of the toy world, and edges of others with prompts of colours, for a control branch",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "follow": Subcommand(
+        module="toyworld",
+        words=("follow",),
+        summary="Score how those edges are followed, and the prompts",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
     "report": Subcommand(
         module="toyworld",
         words=("report",),

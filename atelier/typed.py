@@ -31,6 +31,7 @@ STEPS_OF = {
     "demo": STEPS_OF_DEMO,
     "demo-raw": STEPS_OF_DEMO,
     "demo-dreambooth": ("subject", "caption", "features", "train", "detect"),
+    "demo-control": ("edges", "caption", "features", "train", "sample", "follow"),
     "demo-vae": ("world", "caption", "features", "train", "sample", "judge"),
 }
 

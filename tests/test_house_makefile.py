@@ -43,6 +43,7 @@ TARGETS = [
     "demo-raw",
     "demo-dreambooth",
     "demo-vae",
+    "demo-control",
     "test",
     "zoo",
     "bench-gpu",
@@ -169,6 +170,15 @@ def test_the_demo_of_another_vae_draws_before_it_and_with_each_checkpoint(house)
     places = [f"runs/demo-vae/training/vae/step-{step}" for step in range(50, 401, 50)]
     checkpoints = ["toyworld/released/pixart sampling.size=64x64", *places]
     assert drawn == [f"sampling.checkpoint={checkpoint} training.seed=1" for checkpoint in checkpoints]
+
+
+def test_the_demo_of_control_draws_with_edges_and_without(house) -> None:
+    steps = [step.split("|") for step in steps_of(house, "demo-control", "SET=training.seed=1")]
+    assert {run for _, run, _ in steps} == {"runs/demo-control"}
+    doors = ["edges", "caption", "features", "train", "sample", "sample", "follow"]
+    assert [words.split()[2] for words, _, _ in steps] == doors
+    drawn = [settings for words, _, settings in steps if words.split()[2] == "sample"]
+    assert drawn == ["training.seed=1", "sampling.checkpoint=toyworld/released/pixart training.seed=1"]
 
 
 def wrong(*typed: str) -> str:

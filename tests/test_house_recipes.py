@@ -48,6 +48,9 @@ FIRST_STAGES = {
     "dreambooth": ["dreambooth"],
     "toyworld-dreambooth": ["dreambooth"],
     "toyworld-vae": ["vae"],
+    "toyworld-control": ["control"],
+    "pixart-control": ["control"],
+    "pixart-sigma-control": ["control"],
     "finetune": ["finetune"],
     "lora": ["style"],
     "toyworld-finetune": ["finetune"],
@@ -126,6 +129,18 @@ def test_students_are_distilled_with_published_settings(name: str, rate: float, 
             assert (settings.lora.rank, settings.lora.alpha, settings.lora.targets) == (32, 8, [*TARGET_WORDS])
     typed = recipe.table("sampling", SamplingConfig).model_fields_set
     assert not typed & {"solver", "num_steps", "guidance_scale"}, "they would be drawn with those"
+
+
+@pytest.mark.parametrize("name", ["pixart-control", "pixart-sigma-control"])
+def test_control_branches_train_with_published_settings(name: str) -> None:
+    """PixArt-alpha's config of 1024 pixels, led by HED; its base has another VAE and fewer tokens than Sigma."""
+    recipe = load_recipe(REPOSITORY / f"recipes/{name}.toml")
+    settings, table = stage_training(recipe, "control"), feature_table(recipe, "control")
+    assert (settings.trains, settings.control_copies, settings.num_steps) == ("control", 13, 20_000)
+    assert (settings.learning_rate, settings.weight_decay, settings.gradient_clip) == (2e-5, 0.03, 0.01)
+    assert (settings.adam_epsilon, settings.global_batch_size, settings.ema_decay) == (1e-10, 16, 0.0)
+    assert (settings.warmup_steps, settings.caption_dropout) == (0, 0.5)
+    assert (table.resolution, table.buckets, list(table.families)) == (1024, True, ["control-hed"])
 
 
 def test_the_papers_stages_start_from_each_other_and_read_labels_then_text() -> None:

@@ -1,4 +1,4 @@
-"""`python -m toyworld world|judge|subject|detect|report --recipe R --run RUN [--set key=value] [--plan]`."""
+"""`python -m toyworld TASK --recipe R --run RUN [--set key=value] [--plan]`; TASK is one of `TASKS`."""
 
 import argparse
 import sys
@@ -76,6 +76,29 @@ def _detect(command: Command) -> None:
     score_subject(folders, command.run)
 
 
+def _edges(command: Command) -> None:
+    from toyworld.edges import write_edges
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    if command.is_plan:
+        log.info(
+            f"would write {config.num_edges_images:,} images, and edges of {config.num_edges_prompts} other scenes, to "
+            f"{command.run / 'raw'}"
+        )
+        return
+    write_edges(command.run, seed=config.seed, num_images=config.num_edges_images, num_prompts=config.num_edges_prompts)
+
+
+def _follow(command: Command) -> None:
+    from toyworld.edges_scoring import edges_folders, score_edges
+
+    folders = edges_folders(command.run)
+    if command.is_plan:
+        log.info(f"would score how edges are followed in: {', '.join(map(str, folders.values()))}")
+        return
+    score_edges(folders, command.run)
+
+
 def _report(command: Command) -> None:
     from toyworld.report import write_report
 
@@ -90,6 +113,8 @@ TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
     "judge": ("Score captions and samples against the scenes they belong to", _judge),
     "subject": ("Write images of a subject that the world does not have, and prompts, for DreamBooth", _subject),
     "detect": ("Score how well the subject was learnt, and what was lost by it", _detect),
+    "edges": ("Write images, and edges of other scenes with prompts of colours, for a control branch", _edges),
+    "follow": ("Score how the edges are followed, and the prompts", _follow),
     "report": ("Write the run's page, index.html, from whatever stages have finished", _report),
 }
 

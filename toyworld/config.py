@@ -51,6 +51,12 @@ class ToyworldConfig(TableConfig):
     num_prior_prompts: int = pydantic.Field(
         default=600, ge=1, description="Prompts for images that the model draws before it learns the subject"
     )
+    num_edges_images: int = pydantic.Field(
+        default=2500, ge=1, description="Images that a control branch learns from, see toyworld.edges"
+    )
+    num_edges_prompts: int = pydantic.Field(
+        default=300, ge=1, description="Edges of unseen scenes, each with a prompt of colours, to draw and score"
+    )
     judge: str = pydantic.Field(
         default="toyworld/weights/judge", description="Folder of the judge's weights, see toyworld.judge"
     )

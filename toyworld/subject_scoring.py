@@ -46,7 +46,7 @@ def score_subject(folders: Mapping[str, Path], run: Path) -> dict[str, float]:
         MissingFileError: there are no prompts, or samples before or after.
     """
     prompts = read_records(run / "raw" / "prompts.jsonl", mend=mend_world(), keys=("key", "prompt"))
-    pictures = {name: _pictures(folder, prompts) for name, folder in folders.items()}
+    pictures = {name: read_pictures(folder, prompts) for name, folder in folders.items()}
     subjects = {name: _subject_share(prompts, found) for name, found in pictures.items()}
     others = {name: _others_share(prompts, found) for name, found in pictures.items()}
     figures = {
@@ -92,7 +92,7 @@ def _num_weights(stage_directory: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _pictures(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
+def read_pictures(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
     """Return the pictures of a folder of samples by key; of prompts that are as they were."""
     if not (folder / SAMPLES_TABLE).is_file():
         raise MissingFileError(
@@ -101,7 +101,7 @@ def _pictures(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> dict[str, I
     asked = {row["key"]: row["prompt"] for row in prompts}
     rows = [row for row in read_samples(folder) if asked.get(row["key"]) == row["prompt"]]
     if len(rows) < len(asked):
-        raise MissingFileError(f"{folder} has {len(rows)} of {len(asked)} pictures of the prompts of the subject's run")
+        raise MissingFileError(f"{folder} has {len(rows)} of {len(asked)} pictures of the prompts of this run")
     return {row["key"]: read_picture(folder / row["file"], mend=mend_sample()) for row in rows}
 
 
