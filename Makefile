@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 DOORS := init recipe caption stats features buckets pack verify train convert sample eval app world judge subject detect edges follow report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -104,6 +104,27 @@ demo-control: $(READY)  ## A control branch on the toy world: shapes and places 
 	@$(MAKE) $(CONTROL_RUN) features train sample STAGE=control
 	@$(MAKE) $(CONTROL_RUN) sample STAGE=alone PROMPTS=runs/demo-control/raw/prompts-alone.jsonl $(FROM_BEFORE)
 	@$(MAKE) $(CONTROL_RUN) follow
+
+LCM := --no-print-directory RECIPE=recipes/toyworld-lcm.toml RUN=runs/demo-lcm
+# The weights that it begins from; of other weights than a student's, nobody's recipe says how they are drawn.
+UNTRAINED := sampling.checkpoint=toyworld/released/pixart sampling.size=64x64
+STUDENT := sampling.checkpoint=runs/demo-lcm/training/lcm
+BY_LCM := sampling.solver=lcm sampling.guidance_scale=1
+TYPED_SET = $(if $(call given,SET),' '"$$SET")
+
+demo-lcm: $(READY)  ## Few steps on the toy world: a student of 1 to 8, beside its teacher of 20
+	@$(MAKE) $(LCM) world caption
+	@$(MAKE) $(LCM) features train STAGE=lcm
+	@$(MAKE) $(LCM) sample STAGE=teacher SET='$(UNTRAINED)'$(TYPED_SET)
+	@set -e; for steps in 1 2 4 8; do \
+		$(MAKE) $(LCM) sample STAGE=student-$$steps STEPS=$$steps SET='$(STUDENT)'$(TYPED_SET); \
+		$(MAKE) $(LCM) sample STAGE=untrained-$$steps STEPS=$$steps SET='$(UNTRAINED) $(BY_LCM)'$(TYPED_SET); done
+	@$(MAKE) $(LCM) sample STAGE=student-from-599 SET='$(STUDENT) sampling.times=[599]'$(TYPED_SET)
+	@$(MAKE) $(LCM) sample STAGE=untrained-from-599 SET='$(UNTRAINED) $(BY_LCM) sampling.times=[599]'$(TYPED_SET)
+	@set -e; for end in least=1 most=5; do for drawn in 'teacher $(UNTRAINED)' 'student $(STUDENT)'; do \
+		$(MAKE) $(LCM) sample STAGE=$${drawn%% *}-$${end%=*} CFG=$${end#*=} \
+			SET="$${drawn#* } sampling.max_prompts=100"$(TYPED_SET); done; done
+	@$(MAKE) $(LCM) judge report
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ STEPS_OF = {
     "demo-dreambooth": ("subject", "caption", "features", "train", "detect"),
     "demo-control": ("edges", "caption", "features", "train", "sample", "follow"),
     "demo-vae": ("world", "caption", "features", "train", "sample", "judge"),
+    "demo-lcm": ("world", "caption", "features", "train", "sample", "judge"),
 }
 
 

@@ -44,6 +44,7 @@ TARGETS = [
     "demo-dreambooth",
     "demo-vae",
     "demo-control",
+    "demo-lcm",
     "test",
     "zoo",
     "bench-gpu",
@@ -179,6 +180,19 @@ def test_the_demo_of_control_draws_with_edges_and_without(house) -> None:
     assert [words.split()[2] for words, _, _ in steps] == doors
     drawn = [settings for words, _, settings in steps if words.split()[2] == "sample"]
     assert drawn == ["training.seed=1", "sampling.checkpoint=toyworld/released/pixart training.seed=1"]
+
+
+def test_the_demo_of_few_steps_draws_the_student_and_the_weights_it_began_from_alike(house) -> None:
+    steps = [step.split("|") for step in steps_of(house, "demo-lcm", "SET=training.seed=1")]
+    assert {run for _, run, _ in steps} == {"runs/demo-lcm"}
+    doors = ["world", "caption", "features", "train", *["sample"] * 15, "judge", "report"]
+    assert [words.split()[2] for words, _, _ in steps] == doors
+    drawn = [settings for words, _, settings in steps if words.split()[2] == "sample"]
+    assert all(settings.endswith(" training.seed=1") for settings in drawn)
+    student, began = "sampling.checkpoint=runs/demo-lcm/training/lcm", "sampling.checkpoint=toyworld/released/pixart"
+    assert [settings.split()[0] for settings in drawn] == [began, *[student, began] * 5, *[began, student] * 2]
+    alike = [settings for settings in drawn[1:11] if settings.startswith(began)]
+    assert all("sampling.solver=lcm sampling.guidance_scale=1" in settings for settings in alike)
 
 
 def wrong(*typed: str) -> str:

@@ -49,6 +49,7 @@ FIRST_STAGES = {
     "toyworld-dreambooth": ["dreambooth"],
     "toyworld-vae": ["vae"],
     "toyworld-control": ["control"],
+    "toyworld-lcm": ["lcm"],
     "pixart-control": ["control"],
     "pixart-sigma-control": ["control"],
     "finetune": ["finetune"],

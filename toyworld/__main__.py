@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pipelines.command import Command, parse_command, run_command
 from pipelines.engine.progress import get_logger
+from pipelines.store.summary import read_summary
 from toyworld.config import ToyworldConfig
 
 log = get_logger("toyworld")
@@ -37,6 +38,7 @@ def _world(command: Command) -> None:
 
 
 def _judge(command: Command) -> None:
+    from toyworld.few_steps import score_few_steps
     from toyworld.scoring import sample_folders, score_run
 
     config = command.recipe.table("toyworld", ToyworldConfig)
@@ -45,6 +47,7 @@ def _judge(command: Command) -> None:
         log.info(f"would score the captions of {command.run}, and the samples of: {names}")
         return
     score_run(config, command.run)
+    score_few_steps(command.run, read_summary(command.run).get("judge", {}))
 
 
 def _subject(command: Command) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 30
+KEY_LEFT = 190  # of the list of lines, below curves that rise
 MAX_POINTS = 360
 SMOOTHING_PARTS = 40  # the smoothed line averages over about a fortieth of the run
 MIN_RATIO = 1.2  # of highest to lowest loss on the axis: noise does not look like a trend
@@ -80,6 +81,32 @@ def score_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
     return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>')
 
 
+def few_steps_chart(
+    lines: Mapping[str, Sequence[tuple[int, float]]], *, level: float, level_name: str, label: str
+) -> Markup:
+    """Return an SVG of lines of (number of steps, share from 0 to 1), by what they are called, in percent.
+
+    The first line is the one that it is about. Steps stand on a logarithmic axis; `level` is a share for all of them.
+    """
+    numbers = sorted({steps for points in lines.values() for steps, _ in points})
+    y = Scale(0.0, 100.0, HEIGHT - BOTTOM, TOP)
+    x = Scale(numbers[0], max(numbers[-1], numbers[0] + 1), LEFT, WIDTH - RIGHT, is_log=True)
+    parts = _grid(x, y, ticks=numbers)
+    names = ["smooth", *["other"] * (len(lines) - 1)]
+    for (_, points), name in zip(lines.items(), names, strict=True):
+        percents = [(steps, 100 * share) for steps, share in points]
+        parts.append(_line(percents, x, y, name=name))
+        parts += [
+            f'<circle class="{name}" cx="{x.place(at):.1f}" cy="{y.place(value):.1f}" r="3"/>' for at, value in percents
+        ]
+    parts.append(_line([(numbers[0], 100 * level), (numbers[-1], 100 * level)], x, y, name="level"))
+    for row, (name, text) in enumerate(zip([*names, "level"], [*lines, level_name], strict=True)):
+        at = y.place(6.0 + 10.0 * (len(lines) - row))
+        parts.append(f'<polyline class="{name}" points="{KEY_LEFT},{at:.1f} {KEY_LEFT + 24},{at:.1f}"/>')
+        parts.append(f'<text x="{KEY_LEFT + 32}" y="{at + 3.5:.1f}">{escape(text)}</text>')
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>')
+
+
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Means over windows centred on each point, which do not lag behind a falling loss; narrower at the ends."""
     sums = [0.0, *itertools.accumulate(loss for _, loss in points)]
@@ -103,13 +130,13 @@ def _line(points: Sequence[tuple[int, float]], x: Scale, y: Scale, *, name: str)
     return f'<polyline class="{name}" points="{path}"/>'
 
 
-def _grid(x: Scale, y: Scale) -> list[str]:
+def _grid(x: Scale, y: Scale, ticks: Sequence[float] | None = None) -> list[str]:
     parts = []
     for value in y.ticks():
         at = y.place(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{at + 3.5:.1f}" text-anchor="end">{value:g}</text>')
-    for value in x.ticks():
+    for value in x.ticks() if ticks is None else ticks:
         at = x.place(value)
         anchor = "end" if at > WIDTH - RIGHT - 12 else "middle"
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">{value:,g}</text>')

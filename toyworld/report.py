@@ -21,6 +21,7 @@ from pipelines.store.summary import read_summary
 from pipelines.store.tables import MEND_SHARD, count_table_rows
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
+from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
 from toyworld.previews import PreviewRow, preview_rows
 from toyworld.score_curves import in_order_of_steps, score_curves
@@ -153,6 +154,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         grids=_grids(config, run, stages=stages),
         scores=_score_rows(run, summary),
         score_curves=score_curves(summary.get("judge", {}), stages=recipe.names("training")),
+        few_steps=few_steps(summary.get("judge", {})),
+        lcm=summary.get("lcm", {}),
         evaluation=_evaluation(run, summary),
         judged=summary.get("judge", {}),
         targets=TARGETS,

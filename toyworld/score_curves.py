@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from toyworld.charts import score_chart
+from toyworld.few_steps import STEPS_NAMED
 
 # What samples of a checkpoint are called: a stage, and the step.
 NAMED = re.compile(r"(.+)-([0-9]+)")
@@ -31,11 +32,12 @@ class ScoreCurve:
 def score_curves(judged: Mapping[str, Mapping[str, Any]], *, stages: Collection[str]) -> list[ScoreCurve]:
     """Return a curve of each stage that at least three steps of were judged, of `stage-step`: figures with `all`.
 
-    Names that are stages of their own, as those of resolutions, are no steps of one.
+    Names that are stages of their own, as those of resolutions, are no steps of one, and steps of drawing none of
+    training.
     """
     found: dict[str, list[tuple[int, float]]] = {}
     for name, figures in judged.items():
-        if name not in stages and (match := NAMED.fullmatch(name)):
+        if name not in stages and not STEPS_NAMED.fullmatch(name) and (match := NAMED.fullmatch(name)):
             found.setdefault(match[1], []).append((int(match[2]), figures["all"]))
     return [ScoreCurve(name, sorted(points)) for name, points in sorted(found.items()) if len(points) >= MIN_POINTS]
 
