@@ -93,6 +93,7 @@ PARTS: tuple[Part, ...] = (
         )
         for name in ("sample_1024", "sample_1024_4")
     ),
+    Part(name="lcm_1024", module="benchmarks.gpu.sampling", bars=(Bar(key="lcm_1024_ratio", at_least=4.0),)),
     Part(
         name="caption_7b",
         module="benchmarks.gpu.captioning",

@@ -1,5 +1,7 @@
 """Parts `sample_1024` and `sample_1024_4`: XL/2 at 1024 pixels, one image and four, against diffusers' pipeline.
 
+Part `lcm_1024`: these weights drawn as a student, in 4 steps and in one, a pass each, against our own 20 with guidance.
+
 Both sides have the same random weights, embeddings of texts, first noise, solver, steps and guidance, and a VAE of
 Stable Diffusion's shape. Ours is what a job of eight images or more gets; theirs is `PixArtAlphaPipeline` as it is, and
 with its blocks compiled. Distances are of images of few steps, from those of theirs in float32.
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from encoders.kl import PUBLISHED_VAE
 from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import export_weights, pixart_diffusers_layout
 from pixart.model import PixArt, PixArtConfig
-from pixart.processes.specs import ddpm_spec
+from pixart.processes.specs import LCM, ddpm_spec, lcm_student
 from pixart.transformer_config import to_json
 from sampling.config import SamplingConfig
 from sampling.renderer import Renderer
@@ -39,8 +41,10 @@ from sampling.requests import ImageRequest
 from sampling.trained_model import TrainedModel
 
 GUIDANCE, NUM_STEPS, NUM_REFERENCE_STEPS, NUM_REPEATS = 4.5, 20, 4, 2
+NUM_STUDENT_STEPS = 4
 MAX_TOKENS = 120
 TEXT_LENGTHS = (80, 40, 120, 80)
+Images = list[Image.Image]
 XL_1024 = PixArtConfig(sample_size=128, interpolation_scale=2.0)
 TINY = PixArtConfig(num_layers=2, num_heads=2, head_dim=16, caption_channels=32, sample_size=4)
 
@@ -77,6 +81,18 @@ def sample_1024(size: Size) -> Figures:
 def sample_1024_4(size: Size) -> Figures:
     """Four images at a time."""
     return _against_pipeline("sample_1024_4", size, batch_size=4)
+
+
+def lcm_1024(size: Size) -> Figures:
+    """One image at a time, as a student of the same shape and as what it was distilled from."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _bench(size, Path(folder), batch_size=1)
+        base = _measure("lcm_1024_base", size, our_side(bench), 1)
+        student = our_side(bench, solver=LCM)
+        four = _measure("lcm_1024_student", size, student, 1, num_steps=NUM_STUDENT_STEPS)
+        size.keep({"lcm_1024_ratio": round(base / four, 3)})
+        one = _measure("lcm_1024_one_step", size, student, 1, num_steps=1)
+    return {"lcm_1024_ratio": round(base / four, 3), "lcm_1024_ratio_one_step": round(base / one, 3)}
 
 
 def _against_pipeline(name: str, size: Size, *, batch_size: int) -> Figures:
@@ -125,9 +141,11 @@ def _bench(size: Size, folder: Path, *, batch_size: int) -> Bench:
     )
 
 
-def our_side(bench: Bench) -> Callable[[int], list[Image.Image]]:
-    """Return what draws so many steps with our sampler."""
-    config = SamplingConfig(guidance_scale=GUIDANCE, device="cuda" if bench.device == "cuda" else "cpu")
+def our_side(bench: Bench, *, solver: Literal["dpm-solver++", "lcm"] = "dpm-solver++") -> Callable[[int], Images]:
+    """Return what draws so many steps with our sampler; by lcm as a student, whose guidance is inside its weights."""
+    is_student = solver == LCM
+    device = "cuda" if bench.device == "cuda" else "cpu"
+    config = SamplingConfig(guidance_scale=GUIDANCE, solver=solver, device=device)
     trained = GivenModel(
         network=copy.deepcopy(bench.network),
         name="random weights",
@@ -140,7 +158,8 @@ def our_side(bench: Bench) -> Callable[[int], list[Image.Image]]:
         buckets=((bench.pixels, bench.pixels),),
         text={"max_tokens": MAX_TOKENS},
         vae={"model": str(bench.vae_folder), "revision": None},
-        process=ddpm_spec(),
+        process=ddpm_spec(student=lcm_student(guidance=GUIDANCE) if is_student else None),
+        inner_guidance=GUIDANCE if is_student else None,
     )
     shape = len(bench.texts), bench.pixels, bench.pixels
     renderer = Renderer(config, trained, compiled_shapes=[shape])
@@ -149,14 +168,14 @@ def our_side(bench: Bench) -> Callable[[int], list[Image.Image]]:
     sides: dict[str, Any] = {"width": bench.pixels, "height": bench.pixels, "label": None, "file": "", "key": ""}
     requests = [ImageRequest(number=i, prompt=str(i), seed=i, **sides) for i in range(len(bench.texts))]
 
-    def draw(num_steps: int) -> list[Image.Image]:
+    def draw(num_steps: int) -> Images:
         renderer.config = config.model_copy(update={"num_steps": num_steps})
         return renderer.draw(requests, texts).images()
 
     return draw
 
 
-def their_side(bench: Bench, dtype: torch.dtype, *, is_compiled: bool = False) -> Callable[[int], list[Image.Image]]:
+def their_side(bench: Bench, dtype: torch.dtype, *, is_compiled: bool = False) -> Callable[[int], Images]:
     """Return what draws so many steps with diffusers' pipeline."""
     with torch.device(bench.device):
         transformer: Any = PixArtTransformer2DModel.from_config(to_json(bench.network.config))
@@ -178,7 +197,7 @@ def their_side(bench: Bench, dtype: torch.dtype, *, is_compiled: bool = False) -
     side = bench.pixels // PUBLISHED_VAE.factor
     noise = draw_noise(make_generators(range(len(bench.texts))), (PUBLISHED_VAE.channels, side, side))
 
-    def draw(num_steps: int) -> list[Image.Image]:
+    def draw(num_steps: int) -> Images:
         return pipeline(
             prompt_embeds=embeddings,
             prompt_attention_mask=mask,
@@ -206,7 +225,9 @@ def _padded(texts: Sequence[Tensor], *, dtype: torch.dtype, device: str) -> tupl
     return embeddings.to(device, dtype), mask.to(device)
 
 
-def _measure(name: str, size: Size, draw: Callable[[int], list[Image.Image]], batch_size: int) -> float:
+def _measure(
+    name: str, size: Size, draw: Callable[[int], Images], batch_size: int, *, num_steps: int = NUM_STEPS
+) -> float:
     """Return seconds of an image, a first batch not counted; keeps them, and the memory that drawing takes."""
     draw(NUM_REFERENCE_STEPS)
     weights_bytes = torch.cuda.memory_allocated() if size.device == "cuda" else 0
@@ -215,7 +236,7 @@ def _measure(name: str, size: Size, draw: Callable[[int], list[Image.Image]], ba
     found = []
     for _ in range(NUM_REPEATS):
         start_seconds = time.perf_counter()
-        draw(NUM_STEPS)  # which waits for its images
+        draw(num_steps)  # which waits for its images
         found.append((time.perf_counter() - start_seconds) / batch_size)
     seconds = median(found)
     figures: Figures = {f"{name}_seconds": round(seconds, 4)}
