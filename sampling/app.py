@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pixart.processes.specs import num_passes
+from sampling.app_control import ControlFields, MapPreviews, add_control
 from sampling.app_fields import (
     ADAPTERS_FIELD,
     add_checkpoint,
@@ -50,6 +52,7 @@ footer { display: none !important; }
 #another { align-self: end; }
 #image { height: min(600px, 92vw) !important; }
 #image img { width: 100%; height: 100%; object-fit: contain; }
+#control-map img { width: 100%; height: 100%; object-fit: contain; }
 #where code { overflow-wrap: anywhere; }
 #studio input[role="combobox"] { text-overflow: ellipsis; margin-right: 26px; }
 #examples button { text-align: left; }
@@ -131,6 +134,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         with gr.Row(elem_id="studio"):
             with gr.Column(elem_id="ask"):
                 prompt = add_prompt(studio)
+                control = add_control(studio)
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
@@ -138,7 +142,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 image, said, drawn = add_result()
             with gr.Column(elem_id="settings"):
                 checkpoint = add_checkpoint(studio)
-                fields = [prompt, *add_fields(studio)]
+                fields = [prompt, *add_fields(studio, control.fields)]
                 count = gr.Slider(
                     1, 16, 1, step=1, label="Images of each prompt", info="Seeds in a row", elem_id="count"
                 )
@@ -148,7 +152,9 @@ def build_page(studio: Studio) -> "gradio.Blocks":
 
         # Gradio finds the progress bar by this default.
         def draw(folder: str, num_images: float, *values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008
-            wishes = wishes_of(values, int(num_images))
+            with _telling():
+                is_led = studio.look_at(folder).branch is not None
+            wishes = wishes_of(values, int(num_images), is_led=is_led)
 
             def show(number: int, num_done: int) -> None:
                 total = num_passes(wishes[number].solver, wishes[number].num_steps)
@@ -178,7 +184,8 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 trained = studio.look_at(folder)
             sizes, solvers, config = studio.sizes(trained), studio.solvers(trained), studio.settings_of(trained)
             solver = gr.Dropdown(solvers, value=config.solver if config.solver in solvers else solvers[0])
-            return gr.Dropdown(sizes, value=sizes[0]), solver, config.num_steps, config.guidance_scale
+            size = gr.Dropdown(sizes, value=sizes[0])
+            return size, solver, config.num_steps, config.guidance_scale, *control.shown_for(trained)
 
         results = [image, said, drawn, past]
         offer_what_is_there(page, studio, checkpoint, fields[ADAPTERS_FIELD], past)
@@ -188,8 +195,33 @@ def build_page(studio: Studio) -> "gradio.Blocks":
         stop.click(studio.stop, queue=False)
         drawn.select(look_at, None, [image, said])
         past.select(bring_back, None, [image, said, *fields])
-        checkpoint.input(change, checkpoint, fields[2:6])
+        checkpoint.input(change, checkpoint, [*fields[2:6], *control.shown])
+        _show_maps(page, studio, checkpoint, control, fields[2])
     return page
+
+
+def _show_maps(page: Any, studio: Studio, checkpoint: Any, control: ControlFields, size: Any) -> None:
+    """Show the map that an image gives at the size that is set, which follows a new image."""
+    import gradio as gr
+
+    maps = MapPreviews(studio)
+
+    def preview(folder: str, file: str | None, kind: str, size: str) -> Any:
+        if not file or studio.look_at(folder).branch is None:
+            return gr.Image(None, visible=False)
+        with _telling():
+            wish = replace(studio.first_wish(), control=file, control_is=kind, size=size)
+            picture, shown = maps.of(folder, wish)
+        return gr.Image(picture, visible=True, label=f"Leads what is drawn, {shown}")
+
+    def follow(folder: str, file: str, kind: str) -> str:
+        with _telling():
+            return maps.of(folder, replace(studio.first_wish(), control=file, control_is=kind, size=""))[1]
+
+    what_leads = [checkpoint, control.file, control.kind, size]
+    control.file.upload(follow, what_leads[:3], size, show_progress="hidden")
+    for event in (control.file.change, control.kind.change, size.change, checkpoint.change, page.load):
+        event(preview, what_leads, control.preview, show_progress="hidden")
 
 
 def serve(page: "gradio.Blocks", *, port: int, folder: Path) -> None:
@@ -265,7 +297,8 @@ def _progress(wishes: Sequence[Wish], number: int, num_done: int) -> str:
 
 
 def _describe(studio: Studio, wish: Wish, path: Path) -> str:
-    said = [f"seed {wish.seed}", studio.config_of(wish).title, *adapter_titles(path), f"`{path.name}`"]
+    led = [] if wish.control is None else [f"control at {wish.control_strength:g}"]
+    said = [f"seed {wish.seed}", studio.config_of(wish).title, *led, *adapter_titles(path), f"`{path.name}`"]
     if not studio.is_of_chosen(path):
         said.append("drawn from another checkpoint than the one chosen")
     said += [f"adapter {name} is gone or another now" for name in studio.changed_adapters(path)]

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from errors import UserError
 from pipelines.store.bases import RUN
-from pipelines.store.checkpoints import BASE, LATEST, checkpoint_folders, read_trainer
+from pipelines.store.checkpoints import ADAPTER, LATEST, checkpoint_folders, kind_of_weights, read_trainer
 from pixart.processes.specs import spec_of_trainer
 from sampling.config import SamplingConfig
 from sampling.prompts import read_prompts
@@ -48,7 +48,7 @@ def adapter_choices(run: Path, named: Sequence[str]) -> list[tuple[str, str]]:
                 trainer = read_trainer(folder)
             except UserError:
                 continue
-            if BASE in trainer:
+            if kind_of_weights(trainer) == ADAPTER:
                 found[f"{RUN}/training/{stage.name}/{folder.name}"] = _label(stage, folder, trainer)
     return [(label, location) for location, label in found.items()]
 

@@ -18,7 +18,7 @@ MOST_STEPS, MOST_GUIDANCE = 250, 15
 # Sliders for the weights of adapters, and how far they go; a recipe may have more of both.
 MOST_ADAPTERS, MOST_WEIGHT = 4, 2.0
 # Where the choice of adapters stands among the fields.
-ADAPTERS_FIELD = 8
+ADAPTERS_FIELD = 11
 
 
 def add_prompt(studio: Studio) -> Any:
@@ -81,8 +81,11 @@ def add_examples(studio: Studio, prompt: Any) -> None:
         gr.Examples([[text] for text in prompts], [prompt], label="Examples", elem_id="examples", cache_examples=False)
 
 
-def add_fields(studio: Studio) -> list[Any]:
-    """Lay out the settings; returns their components in the order of `values_of`, less the prompt."""
+def add_fields(studio: Studio, control: Sequence[Any]) -> list[Any]:
+    """Lay out the settings; returns their components in the order of `values_of`, less the prompt.
+
+    `control` are those of what leads images, which stand elsewhere.
+    """
     import gradio as gr
 
     first = studio.first_wish()
@@ -117,7 +120,7 @@ def add_fields(studio: Studio) -> list[Any]:
         info="Half of the transformer's memory, and all but the same image",
         elem_id="eight-bits",
     )
-    return [negative, size, solver, steps, guidance, seed, eight_bits, *_add_adapters(studio)]
+    return [negative, size, solver, steps, guidance, seed, eight_bits, *control, *_add_adapters(studio)]
 
 
 def most_adapters(studio: Studio) -> int:
@@ -211,9 +214,13 @@ def offer_what_is_there(page: Any, studio: Studio, checkpoint: Any, adapters: An
     page.load(look, None, [checkpoint, adapters, past], queue=False, show_progress="hidden")
 
 
-def wishes_of(values: Sequence[Any], num_images: int) -> list[Wish]:
-    """A wish for each image: every line that is not blank is a prompt, and its images take seeds in a row."""
-    prompt, negative, size, solver, steps, guidance, seed, has_eight_bits, locations, *weights, _ = values
+def wishes_of(values: Sequence[Any], num_images: int, *, is_led: bool = False) -> list[Wish]:
+    """A wish for each image: every line that is not blank is a prompt, and its images take seeds in a row.
+
+    What leads images counts where the checkpoint has a branch for it (`is_led`).
+    """
+    prompt, negative, size, solver, steps, guidance, seed, has_eight_bits, control, kind, strength, *others = values
+    locations, *weights, _ = others
     locations = [location.strip() for location in locations or []]
     first = Wish(
         prompt="",
@@ -224,6 +231,7 @@ def wishes_of(values: Sequence[Any], num_images: int) -> list[Wish]:
         guidance_scale=float(guidance),
         seed=int(seed or 0),
         weight_dtype="int8" if has_eight_bits else None,
+        **({"control": control, "control_is": kind, "control_strength": float(strength)} if is_led and control else {}),
         lora=tuple(locations),
         lora_weights=tuple(float(weight) for weight in weights[: len(locations)]),
     )
@@ -251,6 +259,9 @@ def values_of(wish: Wish, *, num_adapters: int) -> tuple[Any, ...]:
         wish.guidance_scale,
         wish.seed,
         wish.weight_dtype == "int8",
+        wish.control,
+        wish.control_is,
+        wish.control_strength,
         list(wish.lora),
         *(gr.Slider(**item) for item in _slider_settings(wish.lora, wish.lora_weights, num_adapters=num_adapters)),
         list(wish.lora),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from errors import UserError
+from pipelines.as_typed import typed_path
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -22,9 +23,12 @@ from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
 from pixart.processes.specs import LCM, SOLVERS, require_solver
 from sampling.adapters import adapter_identity, add_adapters, find_file, name_adapters
+from sampling.branches import add_branch
 from sampling.config import SamplingConfig
 from sampling.generate import check_inputs, make_job
-from sampling.images import ADAPTERS, is_own, is_whole, is_written, write_image
+from sampling.images import ADAPTERS, CONTROL, is_own, is_whole, is_written, write_image, write_map
+from sampling.kept_controls import find_control, keep_control
+from sampling.requests import MAP_FOLDER, ImageRequest
 from sampling.students import follow_weights
 from sampling.trained_model import TrainedModel, open_checkpoint_model
 
@@ -44,7 +48,8 @@ log = get_logger("sampling")
 class Wish:
     """What the page's fields say; `size` is width x height in pixels, such as 1024x768.
 
-    `lora` are adapters as the recipe's key has them, and `lora_weights` how much of each is added.
+    `lora` are adapters as the recipe's key has them, and `lora_weights` how much of each is added. `control` is the
+    file of an image that leads what is drawn.
     """
 
     prompt: str
@@ -55,6 +60,9 @@ class Wish:
     guidance_scale: float
     seed: int
     weight_dtype: Literal["int8"] | None = None
+    control: str | None = None
+    control_is: Literal["map", "photo"] = "map"
+    control_strength: float = 1.0
     lora: tuple[str, ...] = ()
     lora_weights: tuple[float, ...] = ()
 
@@ -110,11 +118,13 @@ class Studio:
         """Open a checkpoint's folder, without its weights and without choosing it.
 
         Raises:
-            UserError: it is damaged, or knows classes, not text.
+            UserError: it is damaged, or knows classes, not text, or the recipe's control branch is not for it.
         """
         if checkpoint not in self._opened:
             trained = open_checkpoint_model(Path(checkpoint))
             _require_text(trained)
+            if trained.branch is None:
+                trained = add_branch(trained, self.config.control_branch, run=self.run)
             self._opened[checkpoint] = trained, f"{Path(checkpoint).parent.name}-app"
         return self._opened[checkpoint][0]
 
@@ -156,9 +166,19 @@ class Studio:
             guidance_scale=config.guidance_scale,
             seed=config.seed,
             weight_dtype=config.weight_dtype,
+            **self._first_control(),
             lora=tuple(config.lora),
             lora_weights=tuple(config.lora_weights or [1.0] * len(config.lora)),
         )
+
+    def _first_control(self) -> dict[str, Any]:
+        """Return what the recipe says of what leads images, if anything does."""
+        config = self.config
+        if config.control is None or self.trained.branch is None:
+            return {}
+        path = typed_path(config.control.replace("{run}", str(self.run)))
+        told = {"control_is": config.control_is, "control_strength": config.control_strength}
+        return {"control": str(path.absolute()), **told}
 
     def draw(self, wish: Wish, *, on_step: Callable[[int], None]) -> Path:
         """Draw one image; as `draw_all` else."""
@@ -196,11 +216,13 @@ class Studio:
                 raise DrawingStopped
             on_step(num_done)
 
+        if wish.control is not None:
+            wish = replace(wish, control=str(keep_control(Path(wish.control), self.folder)))
         config = self.config_of(wish)
         job = make_job(config, trained, run=self.run, name=self._name, engine=self._engine)
         (request,) = job.requests
         # One prompt has many images here, and each is kept.
-        request = replace(request, file=f"{request.key}-{request.seed}-{job.fingerprint.digest[:8]}.png")
+        request = _kept_apart(request, job.fingerprint.digest[:8])
         path = self.folder / request.file
         with self._lock:
             if is_written(self.folder, request, fingerprint=job.fingerprint):
@@ -213,6 +235,8 @@ class Studio:
             renderer = self._load(job.config, job.trained)
             (image,) = renderer.draw([request], texts, on_step=step).images()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if request.control is not None:
+            write_map(self.folder, renderer.control_picture(request), request, fingerprint=job.fingerprint)
         write_image(
             self.folder,
             image,
@@ -302,6 +326,13 @@ class Studio:
         return list(itertools.islice((path for path in found if is_whole(path) and is_own(path)), MAX_HISTORY))
 
 
+def _kept_apart(request: ImageRequest, digest: str) -> ImageRequest:
+    """Return a request whose file and map no image has that is drawn otherwise."""
+    led = "" if request.control is None else f"-{request.control.identity.removeprefix('sha256:')[:8]}"
+    file = f"{request.key}-{request.seed}-{digest}{led}.png"
+    return replace(request, file=file, control_map=request.control_map and f"{MAP_FOLDER}/{file}")
+
+
 def _require_text(trained: TrainedModel) -> None:
     if trained.text is None:
         raise UserError(f"{trained.name} knows classes, not text: the app draws what a PixArt reads")
@@ -336,6 +367,9 @@ def wish_of(path: Path) -> Wish:
                 guidance_scale=settings["guidance_scale"],
                 seed=int(info["seed"]),
                 weight_dtype=settings.get("weight_dtype"),
+                control=find_control(path.parent, info.get(CONTROL)),
+                control_is=settings.get("control_is", "map"),
+                control_strength=settings.get("control_strength", 1.0),
                 lora=tuple(item["location"] for item in adapters),
                 lora_weights=tuple(item["weight"] for item in adapters),
             )

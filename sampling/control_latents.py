@@ -25,49 +25,27 @@ MAX_LATENTS, MAX_PICTURES = 256, 16
 Key = tuple[str, int, int, bool]  # an image's bytes, the height and width that are drawn, and whether it is a photo
 
 
-class ControlLatents:
-    """The control images of a checkpoint's requests, maps or photos."""
+class ControlPictures:
+    """The maps that lead images, drawn by a checkpoint's branch's kind where photos are given; the latest are kept."""
 
-    def __init__(self, trained: TrainedModel, codec: LatentCodec, *, device: torch.device) -> None:
-        self._trained, self._codec, self._device = trained, codec, device
-        self._num_pictures = MAX_PICTURES
+    def __init__(self, trained: TrainedModel, *, device: torch.device) -> None:
+        self._trained, self._device = trained, device
         self._maps: ControlMaps | None = None
-        self._latents: OrderedDict[Key, Tensor] = OrderedDict()
-        self._pictures: OrderedDict[Key, Image.Image] = OrderedDict()
+        self._kept: OrderedDict[Key, Image.Image] = OrderedDict()
+        self.num_kept = MAX_PICTURES
 
-    def latents(self, requests: Sequence[ImageRequest], *, are_photos: bool) -> Tensor:
-        """Return the latents [B, C, h, w] of the images that lead requests, fp32 on the device.
-
-        They are the mean of what the VAE says, scaled and shifted as the network knows latents.
+    def of(self, request: ImageRequest, *, is_photo: bool) -> Image.Image:
+        """Return the map that leads a request, as large as what is drawn.
 
         Raises:
-            UserError: an image cannot be decoded, or what draws maps of photos is not here.
+            UserError: the image cannot be decoded, or what draws maps of photos is not here.
         """
-        self._num_pictures = max(MAX_PICTURES, len(requests))  # they are asked for when the batch is drawn
-        return torch.stack([self._of(request, is_photo=are_photos) for request in requests]).to(self._device)
-
-    def picture(self, request: ImageRequest, *, is_photo: bool) -> Image.Image:
-        """Return the map that leads a request, as large as what is drawn; raises as `latents` does."""
         key = _key(request, is_photo=is_photo)
-        if key not in self._pictures:
-            self._pictures[key] = self._draw(request, is_photo=is_photo)
-            if len(self._pictures) > self._num_pictures:
-                self._pictures.popitem(last=False)
-        return self._pictures[key]
-
-    def _of(self, request: ImageRequest, *, is_photo: bool) -> Tensor:
-        """Return the latents [C, h, w] of one image, alone in its batch: they do not depend on others."""
-        key = _key(request, is_photo=is_photo)
-        if key not in self._latents:
-            pixels = torch.from_numpy(
-                np.array(self.picture(request, is_photo=is_photo)).transpose(2, 0, 1).copy()
-            )  # [3, H, W]
-            mean, _ = self._codec.encode(pixels[None])
-            spec = self._codec.spec
-            self._latents[key] = (mean[0] - spec.shift) * spec.scale
-            if len(self._latents) > MAX_LATENTS:
-                self._latents.popitem(last=False)
-        return self._latents[key]
+        if key not in self._kept:
+            self._kept[key] = self._draw(request, is_photo=is_photo)
+            if len(self._kept) > self.num_kept:
+                self._kept.popitem(last=False)
+        return self._kept[key]
 
     def _draw(self, request: ImageRequest, *, is_photo: bool) -> Image.Image:
         assert request.control is not None
@@ -80,6 +58,35 @@ class ControlLatents:
             kind, settings = maps_of(self._trained)
             self._maps = open_control_maps(kind, settings, device=self._device, key=KEY)
         return Image.fromarray(self._maps.draw(np.asarray(picture)))
+
+
+class ControlLatents:
+    """The maps that lead images as the network knows latents, each encoded once."""
+
+    def __init__(self, pictures: ControlPictures, codec: LatentCodec, *, device: torch.device) -> None:
+        self._pictures, self._codec, self._device = pictures, codec, device
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
+
+    def of(self, requests: Sequence[ImageRequest], *, are_photos: bool) -> Tensor:
+        """Return the latents [B, C, h, w] of the images that lead requests, fp32 on the device.
+
+        They are the mean of what the VAE says, scaled and shifted. Raises as `ControlPictures.of` does.
+        """
+        self._pictures.num_kept = max(MAX_PICTURES, len(requests))  # they are asked for when the batch is drawn
+        return torch.stack([self._encode(request, is_photo=are_photos) for request in requests]).to(self._device)
+
+    def _encode(self, request: ImageRequest, *, is_photo: bool) -> Tensor:
+        """Return the latents [C, h, w] of one image, alone in its batch: they do not depend on others."""
+        key = _key(request, is_photo=is_photo)
+        if key not in self._kept:
+            picture = self._pictures.of(request, is_photo=is_photo)
+            pixels = torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy())  # [3, H, W]
+            mean, _ = self._codec.encode(pixels[None])
+            spec = self._codec.spec
+            self._kept[key] = (mean[0] - spec.shift) * spec.scale
+            if len(self._kept) > MAX_LATENTS:
+                self._kept.popitem(last=False)
+        return self._kept[key]
 
 
 def _key(request: ImageRequest, *, is_photo: bool) -> Key:

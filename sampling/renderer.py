@@ -37,7 +37,7 @@ from pixart.drawing.passes import Pass
 from pixart.model import PixArt
 from pixart.processes.make import process_of
 from sampling.config import SamplingConfig
-from sampling.control_latents import ControlLatents
+from sampling.control_latents import ControlLatents, ControlPictures
 from sampling.requests import ImageRequest
 from sampling.text_encoding import text_id
 from sampling.trained_model import TrainedModel
@@ -156,7 +156,7 @@ class Renderer:
         if self.compiled_shapes and compiles_decoder and can_compile(self.device):
             self.codec.compile_decoder()
         self._graphs, self._has_warned = PassGraphs(), False
-        self._control = ControlLatents(trained, self.codec, device=self.device)
+        self._take_controls()
         self._decoding_bytes: dict[tuple[int, ...], int] = {}  # by the shape of latents
 
     def change_transformer(self, config: SamplingConfig, trained: TrainedModel) -> None:
@@ -168,10 +168,15 @@ class Renderer:
         del self.model
         self._graphs = PassGraphs()
         self.config, self.trained = config, trained
-        self._control = ControlLatents(trained, self.codec, device=self.device)
+        self._take_controls()
         self.model = self._load_model(dtype)
         if self.compiled_shapes:
             compile_blocks(self.model)
+
+    def _take_controls(self) -> None:
+        """Begin to keep what leads images through the branch of the weights."""
+        self._pictures = ControlPictures(self.trained, device=self.device)
+        self._control = ControlLatents(self._pictures, self.codec, device=self.device)
 
     def _choose_device(self) -> torch.device:
         return choose_device(self.config.device, key="sampling.device")
@@ -309,12 +314,12 @@ class Renderer:
 
     def _lead(self, requests: Sequence[ImageRequest]) -> Control:
         """Return the control images of a batch as the network sees them."""
-        latents = self._control.latents(requests, are_photos=self.config.control_is == "photo")
+        latents = self._control.of(requests, are_photos=self.config.control_is == "photo")
         return Control(latents, self.config.control_strength)
 
     def control_picture(self, request: ImageRequest) -> Image.Image:
         """Return the map that leads a request's image."""
-        return self._control.picture(request, is_photo=self.config.control_is == "photo")
+        return self._pictures.of(request, is_photo=self.config.control_is == "photo")
 
     def _most_tokens(self) -> int:
         assert self.trained.text is not None

@@ -32,7 +32,7 @@ def test_a_batch_loads_the_text_encoder_once_and_says_what_a_stop_left(run, monk
     encode = text_encoding.encode_prompts
     monkeypatch.setattr(text_encoding, "encode_prompts", lambda p, c, t: loads.append(list(p)) or encode(p, c, t))
     studio = make_studio(run)
-    wishes = wishes_of(["one\ntwo", "", "32x32", "dpm-solver++", 3, 4.5, 51, False, [], []], 2)
+    wishes = wishes_of(["one\ntwo", "", "32x32", "dpm-solver++", 3, 4.5, 51, False, None, "map", 1.0, [], []], 2)
     said: list[str] = []
 
     def show(number: int, num_done: int) -> None:
