@@ -98,11 +98,13 @@ demo-vae: $(READY)  ## Another VAE on the toy world: what the judge says while t
 	@$(MAKE) $(OTHER_VAE) judge report
 
 CONTROL_RUN := --no-print-directory RECIPE=recipes/toyworld-control.toml RUN=runs/demo-control
+# What the weights draw without the branch lies in a run of its own, as that of before DreamBooth does.
+ALONE := --no-print-directory RECIPE=recipes/toyworld-control.toml RUN=runs/demo-control/alone
 
 demo-control: $(READY)  ## A control branch on the toy world: shapes and places by edges, colours by prompts
 	@$(MAKE) $(CONTROL_RUN) edges caption
 	@$(MAKE) $(CONTROL_RUN) features train sample STAGE=control
-	@$(MAKE) $(CONTROL_RUN) sample STAGE=alone PROMPTS=runs/demo-control/raw/prompts-alone.jsonl $(FROM_BEFORE)
+	@$(MAKE) $(ALONE) sample STAGE=alone PROMPTS=runs/demo-control/raw/prompts-alone.jsonl $(FROM_BEFORE)
 	@$(MAKE) $(CONTROL_RUN) follow
 
 LCM := --no-print-directory RECIPE=recipes/toyworld-lcm.toml RUN=runs/demo-lcm

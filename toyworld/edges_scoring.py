@@ -25,8 +25,8 @@ CELL_PIXELS, GAP_PIXELS, FONT_PIXELS = 112, 6, 11
 
 
 def edges_folders(run: Path) -> dict[str, Path]:
-    """Return where a run's samples lie: led by the edges, and of the same prompts and noise alone."""
-    return {"led": run / "samples" / "control", "alone": run / "samples" / "alone"}
+    """Return where a run's samples lie: led by the edges, and of the same prompts and noise in its run `alone`."""
+    return {"led": run / "samples" / "control", "alone": run / "alone" / "samples" / "alone"}
 
 
 def score_edges(folders: Mapping[str, Path], run: Path) -> dict[str, float]:
