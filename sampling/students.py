@@ -14,8 +14,8 @@ from pixart.processes.specs import (
     MOST_STUDENT_STEPS,
     clamped_guidance,
     guidance_range,
-    lcm_student,
     student_of,
+    student_of_process,
     usual_steps,
 )
 from sampling.config import SamplingConfig
@@ -30,7 +30,7 @@ def follow_weights(config: SamplingConfig, trained: TrainedModel) -> tuple[Sampl
     """
     student = student_of(trained.process)
     if student is None and config.solver == LCM:
-        student = lcm_student(guidance=None)
+        student = student_of_process(trained.process["name"])
     if student is None or trained.inner_guidance is not None:
         return config, trained
     typed, update = config.model_fields_set, {}
@@ -55,7 +55,7 @@ def student_identity(trained: TrainedModel) -> dict[str, Any]:
     student = student_of(trained.process)
     if student is None:
         return {}
-    numbers = {name: student[name] for name in ("num_teacher_steps", "timestep_scaling")}
+    numbers = {name: student[name] for name in ("num_teacher_steps", "timestep_scaling") if name in student}
     return {"student": {**numbers, "guidance": trained.inner_guidance}}
 
 

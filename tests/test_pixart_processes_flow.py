@@ -5,11 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from torch.distributions import Normal
 
 from errors import UserError
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
 from pixart.processes.flow import Flow
+from pixart.processes.specs import flow_student
 
 SOLVERS = ["dpm-solver++", "euler", "heun"]
 TIMES = torch.tensor([1000.0, 737.5, 1.0, 0.0])
@@ -143,6 +145,61 @@ def test_the_exported_config_is_that_of_the_default_solver():
     assert torch.equal(ours.timesteps, theirs.timesteps)
     even = 0.999 * torch.linspace(1, 0.05, 20)
     torch.testing.assert_close(theirs.sigmas[:-1], 2.5 * even / (1 + 1.5 * even))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("times", [None, [800, 350, 1]])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_lcm_adds_noise_to_what_it_estimates(shift, num_steps, times):
+    """What is noisy at sigma s, given x_0, is what a step from t > s gives: one Gaussian, whose noise is partly new."""
+    times = None if times is None else times[:num_steps]
+    process = Flow(shift=shift)
+    (generator,), (other,) = make_generators([5]), make_generators([5])
+    x, noise = (draw_noise([each], (4, 8, 8)).double() for each in (generator, other))
+    even = 0.999 * torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+    sigmas = shift * even / (1 + (shift - 1) * even) if times is None else torch.tensor(times) / 1000
+    told = []
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, _: int) -> torch.Tensor:
+        told.append(int(timestep))
+        return 0.3 * latents + 0.1
+
+    scheduler = process.scheduler("lcm", num_steps, times=times)
+    drawn, _ = denoise(predict, noise.float(), scheduler, generators=[other])
+    for sigma, following in pairwise([*sigmas.tolist(), 0.0]):
+        clean = x - sigma * (0.3 * x + 0.1)
+        new = torch.randn((4, 8, 8), generator=generator).double()
+        kept = following**2 * (1 - sigma) / (sigma**2 * (1 - following))  # of what is noisy now
+        spread = following**2 - (kept * sigma) ** 2
+        x = kept * x + (1 - following - kept * (1 - sigma)) * clean + spread**0.5 * new
+    torch.testing.assert_close(drawn.double(), x, rtol=0, atol=1e-4)
+    assert told == pytest.approx((1000 * sigmas).tolist(), abs=1.01)
+
+
+def test_lcm_begins_as_diffusers_scheduler_of_flow_that_adds_new_noise_alone():
+    ours, theirs = Flow().scheduler("lcm", 2), FlowMatchLCMScheduler()
+    theirs.set_timesteps(sigmas=ours.sigmas[:-1].tolist())
+    x, velocity = draw(), draw(1)
+    (one,), (other,) = (make_generators([3]) for _ in range(2))
+    first = ours.step(velocity, ours.timesteps[0], x, generator=one, return_dict=False)[0]
+    expected = theirs.step(velocity, theirs.timesteps[0], x, generator=other, return_dict=False)[0]
+    torch.testing.assert_close(first, expected, rtol=0, atol=2e-3)  # ours keeps a thousandth of what it begins with
+    assert not hasattr(theirs, "init_noise_sigma"), "which pipelines of PixArt ask for: they cannot drive it"
+
+
+def test_times_of_lcm_have_noise():
+    with pytest.raises(UserError, match=r"sampling\.times \[500, 0\] end at 0, where images of process flow have no"):
+        Flow().scheduler("lcm", 2, times=[500, 0])
+    with pytest.raises(UserError, match=r"sampling\.times \[1000\] are not all below the schedule's 1000"):
+        Flow().scheduler("lcm", 1, times=[1000])
+
+
+def test_the_exported_config_of_a_student_is_that_of_lcm():
+    process = Flow(shift=2.5, student=flow_student(guidance=4.5))
+    ours, theirs = process.scheduler("lcm", 4), DPMSolverMultistepScheduler.from_config(process.scheduler_config())
+    theirs.set_timesteps(4)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas)
+    assert (theirs.config.algorithm_type, theirs.config.solver_order) == ("sde-dpmsolver++", 1)
 
 
 @pytest.mark.parametrize("values", [{"shift": 0.0}, {"logit_std": 0.0}])

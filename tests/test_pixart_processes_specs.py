@@ -12,6 +12,7 @@ from pixart.processes.specs import (
     SOLVERS,
     ddpm_spec,
     flow_spec,
+    flow_student,
     is_spec,
     lcm_student,
     num_passes,
@@ -26,6 +27,8 @@ SPECS = [
     ddpm_spec(student=lcm_student(guidance=5.5)),
     ddpm_spec(student=lcm_student(guidance=None)),
     flow_spec(shift=3.0),
+    flow_spec(shift=3.0, student=flow_student(guidance=(4.0, 16.0))),
+    flow_spec(student=flow_student(guidance=None)),
 ]
 
 
@@ -108,7 +111,9 @@ def test_what_says_nothing_sound_of_a_student_is_no_spec(changed):
     student = lcm_student(guidance=(4.0, 16.0))
     assert is_spec(ddpm_spec(student=student))
     assert not is_spec(ddpm_spec(student=student | changed))
-    assert not is_spec(flow_spec() | {"student": student})
+    assert not is_spec(flow_spec() | {"student": student}), "its estimates have no scalings"
+    assert is_spec(flow_spec(student=flow_student(guidance=(4.0, 16.0))))
+    assert not is_spec(ddpm_spec(student=flow_student(guidance=(4.0, 16.0))))
 
 
 def test_steps_of_lcm_are_those_of_the_students_teacher():
@@ -116,5 +121,4 @@ def test_steps_of_lcm_are_those_of_the_students_teacher():
     require_solver(ddpm_spec(student=lcm_student(guidance=None, num_teacher_steps=100)), "lcm", num_steps=51)
     with pytest.raises(UserError, match=r"sampling\.num_steps 51: lcm draws in 1 to 50 steps"):
         require_solver(ddpm_spec(), "lcm", num_steps=51)
-    with pytest.raises(UserError, match=r"sampling\.solver = 'lcm' does not go with .* process flow"):
-        require_solver(flow_spec(), "lcm", num_steps=4)
+    require_solver(flow_spec(), "lcm", num_steps=51)

@@ -20,7 +20,7 @@ from pixart.convert import load_diffusers
 from pixart.guidance_condition import with_guidance_condition
 from pixart.model import PackedText, PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
-from pixart.processes.specs import ddpm_spec, lcm_student
+from pixart.processes.specs import ddpm_spec, flow_student, lcm_student
 from training.consistency import ConsistencySettings
 from training.loop.flops import StepFlops
 from training.objectives.choice import choose_objective
@@ -253,7 +253,8 @@ def test_lora_has_one_guidance(run: Path, tmp_path: Path) -> None:
 
 def test_settings_are_those_published() -> None:
     settings = ConsistencySettings()
-    assert settings.student == lcm_student(guidance=(4.0, 16.0))
+    assert settings.student("ddpm") == lcm_student(guidance=(4.0, 16.0))
+    assert settings.student("flow") == flow_student(guidance=(4.0, 16.0))
     assert settings.has_range and settings.huber_c == 0.001
 
 

@@ -320,9 +320,14 @@ class StageTraining(ControlKeys, PreviewKeys):
     @property
     def process_spec(self) -> dict[str, Any]:
         """The process as it stands in `trainer.json`."""
+        student = self.consistency.student(self.process) if self.objective == "consistency" else None
         if self.process == "flow":
-            return flow_spec(shift=self.flow_shift, logit_mean=self.flow_logit_mean, logit_std=self.flow_logit_std)
-        student = self.consistency.student if self.objective == "consistency" else None
+            return flow_spec(
+                shift=self.flow_shift,
+                logit_mean=self.flow_logit_mean,
+                logit_std=self.flow_logit_std,
+                student=student,
+            )
         return ddpm_spec(min_snr_gamma=self.min_snr_gamma, student=student)
 
     @property

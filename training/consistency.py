@@ -47,13 +47,12 @@ class ConsistencySettings(TableConfig):
         """Whether there is more than one guidance, which the student is told."""
         return self.guidance_range[0] < self.guidance_range[1]
 
-    @property
-    def student(self) -> dict[str, Any]:
-        """What a process says of the student."""
+    def student(self, process: str) -> dict[str, Any]:
+        """Return what the process, `ddpm` or `flow`, says of the student."""
         return lcm_student(
             guidance=self.guidance_range if self.has_range else self.guidance_range[0],
             num_teacher_steps=self.num_teacher_steps,
-            timestep_scaling=self.timestep_scaling,
+            timestep_scaling=None if process == "flow" else self.timestep_scaling,
         )
 
 

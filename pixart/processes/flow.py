@@ -1,6 +1,7 @@
 """Rectified flow: straight lines from latents to noise, of which the network predicts the velocity.
 
-Rectified flow is Liu et al. 2022; logit-normal times and the shift are Esser et al. 2024 (Stable Diffusion 3).
+Rectified flow is Liu et al. 2022; logit-normal times and the shift are Esser et al. 2024 (Stable Diffusion 3); LCM is
+Luo et al. 2023.
 """
 
 # B batch, C latent channels, h x w latent size
@@ -15,7 +16,7 @@ from torch import Tensor
 from errors import UserError
 from pixart.processes.dpm_solver import dpm_solver
 from pixart.processes.process import ProcessLoss
-from pixart.processes.specs import FLOW_NUM_TIMES, flow_spec, require_solver
+from pixart.processes.specs import FLOW_LCM_SAMPLER, FLOW_NUM_TIMES, flow_spec, require_solver
 
 # Keeps the normal quantile of a uniform draw finite; 53 bits of it are random.
 SMALLEST_DRAW = 2.0**-53
@@ -27,6 +28,7 @@ class Flow:
     Sigmas to train at are logit-normal, sigmoid(`logit_mean` + `logit_std` * normal), and then shifted, as are those
     that are drawn at: shift * sigma / (1 + (shift - 1) * sigma) (SD3 eq. 23). A larger `shift` trains and draws more
     among the noisy ones, as larger images want. `sampler` sets diffusers' DPM-Solver++ otherwise than it is by itself.
+    `student` says what a network that was distilled was made for, see `flow_student`; it is drawn with "lcm".
     """
 
     num_times = FLOW_NUM_TIMES
@@ -38,6 +40,7 @@ class Flow:
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         sampler: Mapping[str, Any] | None = None,
+        student: Mapping[str, Any] | None = None,
     ) -> None:
         if not (shift > 0 and logit_std > 0):
             raise UserError(f"process flow: shift {shift} and logit_std {logit_std} must be positive")
@@ -45,11 +48,18 @@ class Flow:
         self.logit_mean = logit_mean
         self.logit_std = logit_std
         self.sampler = dict(sampler or {})
+        self.student = None if student is None else dict(student)
 
     @property
     def spec(self) -> dict[str, Any]:
         """All that makes this process again, as JSON."""
-        return flow_spec(shift=self.shift, logit_mean=self.logit_mean, logit_std=self.logit_std, sampler=self.sampler)
+        return flow_spec(
+            shift=self.shift,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            sampler=self.sampler,
+            student=self.student,
+        )
 
     def out_channels(self, channels: int) -> int:
         """Channels of the output: as many as the latents have."""
@@ -87,7 +97,11 @@ class Flow:
         """Diffusers' scheduler of a solver of the velocity's equation, its timesteps set.
 
         "dpm-solver++" is second-order multistep DPM-Solver++ (Lu et al. 2022) on flow's sigmas; "euler" and "heun" go
-        down equal steps of sigma before the shift. Heun asks the network twice a step, but once for the last.
+        down equal steps of sigma before the shift. Heun asks the network twice a step, but once for the last. "lcm" is
+        for students: each step estimates the clean latents and adds noise to the next sigma (Luo et al. 2023), all of
+        it new in the first and in later ones but a part: the first order of DPM-Solver++'s stochastic equation. Its
+        every step keeps what is noisy in distribution, as adding new noise alone does, for which diffusers has
+        FlowMatchLCMScheduler; but no pipeline of PixArt can drive that, and its last step is taken at sigma 0.001.
 
         Raises:
             UserError: the solver is of another process, or takes not so many steps.
@@ -105,23 +119,29 @@ class Flow:
                 # diffusers would shift the smallest sigma twice, and take a step of its own from it
                 scheduler.sigma_min, scheduler.sigma_max = 1 / num_steps, 1.0
                 scheduler.set_timesteps(num_steps)
+            case "lcm":
+                scheduler = dpm_solver(self._dpm_solver_settings(FLOW_LCM_SAMPLER), num_steps)
+                if times is not None:
+                    scheduler.timesteps = torch.tensor(times)
+                    scheduler.sigmas = torch.tensor([*times, 0]) / self.num_times
             case _:
-                scheduler = dpm_solver(self._dpm_solver_settings(), num_steps)
+                scheduler = dpm_solver(self._dpm_solver_settings(self.sampler), num_steps)
         # its whole timesteps may repeat, and diffusers would look up where it is
         scheduler.set_begin_index(0)
         return scheduler
 
     def scheduler_config(self) -> dict[str, Any]:
-        """What `scheduler/scheduler_config.json` must say for diffusers to draw with DPM-Solver++."""
-        return {"_class_name": "DPMSolverMultistepScheduler", **self._dpm_solver_settings()}
+        """What `scheduler/scheduler_config.json` must say for diffusers to draw: with DPM-Solver++, as students are."""
+        sampler = self.sampler if self.student is None else FLOW_LCM_SAMPLER
+        return {"_class_name": "DPMSolverMultistepScheduler", **self._dpm_solver_settings(sampler)}
 
-    def _dpm_solver_settings(self) -> dict[str, Any]:
+    def _dpm_solver_settings(self, sampler: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "num_train_timesteps": self.num_times,
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
             "flow_shift": self.shift,
-            **self.sampler,
+            **sampler,
         }
 
     def _sigmas(self, times: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pixart.processes.process import Process
 from pixart.processes.specs import SOLVERS, is_spec
 
 # What a spec may have beside its name, prediction and schedule.
-FLOW_SETTINGS = {"sampler"}
+FLOW_SETTINGS = {"sampler", "student"}
 DDPM_SETTINGS = {"sampler", "min_snr_gamma", "student"}
 
 
@@ -32,8 +32,8 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
             "prediction": "velocity",
             "schedule": {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std, **unknown},
             **settings,
-        } if not unknown and settings.keys() <= FLOW_SETTINGS:
-            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, sampler=settings.get("sampler"))
+        } if not unknown and settings.keys() <= FLOW_SETTINGS and is_spec(spec):
+            return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, **settings)
         case {"name": name, **others} if name in SOLVERS:
             raise UserError(f"process {name} with {others} is none that this version knows")
         case _:

@@ -13,6 +13,7 @@ from typing import Any
 from errors import UserError
 from pixart.processes.specs import (
     DDPM_SCHEDULE,
+    FLOW_LCM_SAMPLER,
     FLOW_NUM_TIMES,
     LCM_TEACHER_STEPS,
     LCM_TIMESTEP_SCALING,
@@ -21,6 +22,7 @@ from pixart.processes.specs import (
     WEIGHT_FOLDERS,
     ddpm_spec,
     flow_spec,
+    flow_student,
     lcm_student,
 )
 from pixart.weight_files import read_json
@@ -118,7 +120,7 @@ def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the process that a `scheduler_config.json` of diffusers draws with; what it leaves out is its class's.
 
     Of flow it has the shift alone: nobody draws with the times that it was trained at. Of a student of LCM it does not
-    say which guidance is inside.
+    say which guidance is inside; one of flow is known by a sampler that adds as much noise as LCM does.
 
     Raises:
         UserError: it is of another process, class or network, or has a setting that is not known; names key and value.
@@ -138,9 +140,10 @@ def spec_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     sampler = _sampler(config) if class_name == DPM_SOLVER else {}
     if uses_flow_sigmas:
         _require_flow_times(config)
-        return flow_spec(
-            shift=_number(config, "shift" if class_name in FLOW_CLASSES else "flow_shift", 1.0), sampler=sampler
-        )
+        shift = _number(config, "shift" if class_name in FLOW_CLASSES else "flow_shift", 1.0)
+        if sampler == FLOW_LCM_SAMPLER:
+            return flow_spec(shift=shift, student=flow_student(guidance=None))
+        return flow_spec(shift=shift, sampler=sampler)
     student = _student(config) if class_name == LCM_SCHEDULER else None
     return ddpm_spec(_schedule(config, SCHEDULES[class_name]), sampler=sampler, student=student)
 

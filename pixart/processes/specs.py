@@ -23,7 +23,7 @@ WEIGHT_FOLDERS = ("transformer", "model")
 # What a network of flow is told at pure noise, as diffusers' schedulers have it.
 FLOW_NUM_TIMES = 1000
 # Solvers of each process; the first goes with all of them.
-SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver", "lcm"), "flow": ("dpm-solver++", "euler", "heun")}
+SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver", "lcm"), "flow": ("dpm-solver++", "euler", "heun", "lcm")}
 # Of LCM, as published: steps of the teacher that a student is trained at, and what multiplies a timestep in the
 # scalings by which a student's estimate at timestep 0 is what it sees (Luo et al. 2023).
 LCM = "lcm"
@@ -31,6 +31,8 @@ LCM_TEACHER_STEPS = 50
 LCM_TIMESTEP_SCALING = 10.0
 # Of these scalings, too, and in diffusers' scheduler no setting.
 LCM_SIGMA_DATA = 0.5
+# Of flow, as settings of diffusers' DPM-Solver++: a step estimates the clean latents and adds noise to the next sigma.
+FLOW_LCM_SAMPLER: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}
 # Steps that a student is drawn with where nobody says it, and the most that it is made for.
 STUDENT_STEPS, MOST_STUDENT_STEPS = 4, 8
 # Guidance where nobody says it, the paper's.
@@ -50,15 +52,14 @@ def ddpm_spec(
     that was distilled what it was made for, as `lcm_student` gives it.
     """
     spec = {"name": "ddpm", "prediction": "noise", "schedule": dict(schedule)}
-    spec = _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler)
-    return spec if student is None else spec | {"student": dict(student)}
+    return _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler, student=student)
 
 
 def lcm_student(
     *,
     guidance: tuple[float, float] | float | None,
     num_teacher_steps: int = LCM_TEACHER_STEPS,
-    timestep_scaling: float = LCM_TIMESTEP_SCALING,
+    timestep_scaling: float | None = LCM_TIMESTEP_SCALING,
 ) -> dict[str, Any]:
     """Return what a spec says of a network distilled to few steps: a latent consistency model (Luo et al. 2023).
 
@@ -66,14 +67,19 @@ def lcm_student(
         guidance: that is inside the weights, as a scale (1 = none): a number; the ends of a range where the network is
             told which; None where nobody says it.
         num_teacher_steps: equal steps of the schedule that it was trained at.
-        timestep_scaling: see `LCM_TIMESTEP_SCALING`.
+        timestep_scaling: see `LCM_TIMESTEP_SCALING`; None of process flow, whose estimates at sigma 0 are what is seen
+            without any scalings.
     """
-    return {
-        "method": LCM,
-        "num_teacher_steps": num_teacher_steps,
-        "timestep_scaling": timestep_scaling,
-        "guidance": list(guidance) if isinstance(guidance, tuple) else guidance,
-    }
+    scaling = {} if timestep_scaling is None else {"timestep_scaling": timestep_scaling}
+    inside = list(guidance) if isinstance(guidance, tuple) else guidance
+    return {"method": LCM, "num_teacher_steps": num_teacher_steps, **scaling, "guidance": inside}
+
+
+def flow_student(
+    *, guidance: tuple[float, float] | float | None, num_teacher_steps: int = LCM_TEACHER_STEPS
+) -> dict[str, Any]:
+    """Return what a spec of flow says of a network distilled to few steps, as `lcm_student`."""
+    return lcm_student(guidance=guidance, num_teacher_steps=num_teacher_steps, timestep_scaling=None)
 
 
 def student_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -101,11 +107,15 @@ def flow_spec(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     sampler: Mapping[str, Any] | None = None,
+    student: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the spec of rectified flow, of which the network predicts the velocity; `sampler` as in `ddpm_spec`."""
+    """Return the spec of rectified flow, of which the network predicts the velocity.
+
+    `sampler` is as in `ddpm_spec`, and so is `student`, as `flow_student` gives it.
+    """
     schedule = {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std}
     spec = {"name": "flow", "prediction": "velocity", "schedule": schedule}
-    return _with_settings(spec, sampler=sampler)
+    return _with_settings(spec, sampler=sampler, student=student)
 
 
 def usual_steps(student: Mapping[str, Any]) -> int:
@@ -124,11 +134,16 @@ def clamped_guidance(student: Mapping[str, Any], wanted: float = USUAL_GUIDANCE)
 
 
 def _with_settings(
-    spec: dict[str, Any], *, min_snr_gamma: float | None = None, sampler: Mapping[str, Any] | None
+    spec: dict[str, Any],
+    *,
+    min_snr_gamma: float | None = None,
+    sampler: Mapping[str, Any] | None,
+    student: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Add what most processes do without; their specs stay those of before these settings came."""
     spec = spec if min_snr_gamma is None else spec | {"min_snr_gamma": min_snr_gamma}
-    return spec | {"sampler": dict(sampler)} if sampler else spec
+    spec = spec | {"sampler": dict(sampler)} if sampler else spec
+    return spec if student is None else spec | {"student": dict(student)}
 
 
 def is_spec(value: Any) -> bool:
@@ -138,16 +153,22 @@ def is_spec(value: Any) -> bool:
         return False
     wanted, schedule = known[value["name"]], value.get("schedule")
     is_whole = isinstance(schedule, Mapping) and schedule.keys() >= wanted["schedule"].keys()
-    has_student = value["name"] == "ddpm" and _is_student(value.get("student"))
-    return is_whole and value.get("prediction") == wanted["prediction"] and ("student" not in value or has_student)
+    has_student = "student" not in value or _is_student(value["student"], process=value["name"])
+    return is_whole and value.get("prediction") == wanted["prediction"] and has_student
 
 
-def _is_student(value: Any) -> bool:
-    if not isinstance(value, Mapping) or value.keys() != lcm_student(guidance=None).keys() or value["method"] != LCM:
+def student_of_process(name: str, *, guidance: tuple[float, float] | float | None = None) -> dict[str, Any]:
+    """Return what a spec of the process says of a student with the usual settings."""
+    return flow_student(guidance=guidance) if name == "flow" else lcm_student(guidance=guidance)
+
+
+def _is_student(value: Any, *, process: str) -> bool:
+    known = student_of_process(process)
+    if not isinstance(value, Mapping) or value.keys() != known.keys() or value["method"] != LCM:
         return False
     steps, guidance = value["num_teacher_steps"], value["guidance"]
     scales = guidance if isinstance(guidance, list) and len(guidance) == 2 else [] if guidance is None else [guidance]
-    numbers = [value["timestep_scaling"], *scales]
+    numbers = [value.get("timestep_scaling", LCM_TIMESTEP_SCALING), *scales]
     are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
     return isinstance(steps, int) and steps > 0 and are_numbers and min(numbers) > 0 and scales == sorted(scales)
 
@@ -185,7 +206,7 @@ def require_solver(
         UserError: the process has other solvers; iddpm is asked for a single step, which would begin and end at
             timestep 0; lcm for more than its students are trained at; another one for all timesteps, of which diffusers
             would then take one twice and divide by nothing. Or times are given to another solver than lcm, or are not
-            falling ones of the schedule, as many as there are steps.
+            those of the schedule with noise, as many as there are steps.
     """
     solvers = SOLVERS[spec["name"]]
     if solver not in solvers:
@@ -197,18 +218,24 @@ def require_solver(
         raise UserError(f"sampling.times {list(times)} are those of lcm's steps, but sampling.solver is {solver!r}")
     if solver == "iddpm" and num_steps == 1:
         raise UserError("sampling.num_steps 1: iddpm needs at least 2 steps")
+    if times is not None:
+        _require_times(times, spec, num_steps=num_steps)
     if spec["name"] == "flow":
         return
     most = (student_of(spec) or lcm_student(guidance=None))["num_teacher_steps"]
     if solver == LCM and num_steps > most:
         raise UserError(f"sampling.num_steps {num_steps}: lcm draws in 1 to {most} steps, those of a student's teacher")
     num_timesteps = spec["schedule"]["num_train_timesteps"]
-    if times is not None:
-        if len(times) != num_steps:
-            raise UserError(
-                f"sampling.times {list(times)} are {len(times)} steps, but sampling.num_steps is {num_steps}"
-            )
-        if max(times) >= num_timesteps:
-            raise UserError(f"sampling.times {list(times)} are not all below the schedule's {num_timesteps}")
     if solver != "iddpm" and num_steps >= num_timesteps:
         raise UserError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")
+
+
+def _require_times(times: Sequence[int], spec: Mapping[str, Any], *, num_steps: int) -> None:
+    is_flow = spec["name"] == "flow"
+    num_timesteps = FLOW_NUM_TIMES if is_flow else spec["schedule"]["num_train_timesteps"]
+    if len(times) != num_steps:
+        raise UserError(f"sampling.times {list(times)} are {len(times)} steps, but sampling.num_steps is {num_steps}")
+    if max(times) >= num_timesteps:
+        raise UserError(f"sampling.times {list(times)} are not all below the schedule's {num_timesteps}")
+    if is_flow and min(times) == 0:
+        raise UserError(f"sampling.times {list(times)} end at 0, where images of process flow have no noise")
