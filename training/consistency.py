@@ -17,7 +17,8 @@ class ConsistencySettings(TableConfig):
         default=LCM_TEACHER_STEPS,
         ge=1,
         le=1000,
-        description="Equal DDIM steps of the teacher; the student learns at their times and is drawn at some of them",
+        description="Equal DDIM steps of the teacher; the student learns at their times and is drawn at some of them. "
+        "Of process flow Euler's, before the shift; the student learns and is drawn at any times",
     )
     guidance_range: Decides[tuple[float, float]] = pydantic.Field(
         default=(4.0, 16.0),
@@ -32,7 +33,8 @@ class ConsistencySettings(TableConfig):
     timestep_scaling: Decides[float] = pydantic.Field(
         default=LCM_TIMESTEP_SCALING,
         gt=0,
-        description="Timesteps times this, beside 0.5, say how much of the student's estimate is what it sees",
+        description="Of process ddpm: timesteps times this, beside 0.5, say how much of the student's estimate is what "
+        "it sees",
     )
 
     @pydantic.field_validator("guidance_range")
@@ -62,12 +64,16 @@ def require_distillable(
     """Refuse stages that cannot be distilled; `key` is the stage's.
 
     Raises:
-        UserError: the network reads no text, the process is another, or adapters would have to hold an embedding.
+        UserError: the network reads no text, a setting is of another process, or adapters would have to hold an
+            embedding.
     """
     if network != "pixart":
         raise UserError(f"{key}.objective = 'consistency' is for a PixArt, but {key}.network is {network!r}")
-    if process != "ddpm":
-        raise UserError(f"{key}.objective = 'consistency' distils process ddpm, but {key}.process is {process!r}")
+    if process == "flow" and "timestep_scaling" in settings.model_fields_set:
+        raise UserError(
+            f"{key}.consistency.timestep_scaling = {settings.timestep_scaling:g} is for process ddpm, but "
+            f"{key}.process is 'flow', whose estimates need no scalings: leave it out"
+        )
     if trains == "lora" and settings.has_range:
         raise UserError(
             f"{key}.trains = 'lora' has no place for an embedding of the guidance, and consistency.guidance_range is "

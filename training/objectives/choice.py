@@ -8,12 +8,15 @@ from torch import Tensor
 from errors import UserError
 from pipelines.store.families import NULL_CAPTION_FILE
 from pixart.processes.ddpm import DDPM
+from pixart.processes.flow import Flow
 from pixart.processes.make import process_of
+from pixart.processes.process import Process
 from training.data.former import channels_of
 from training.data.reading import read_null
 from training.loop.zero import compute_dtype
 from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
+from training.objectives.flow_consistency import FlowConsistency
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Objective
 from training.objectives.prior_preservation import TEACHER, PriorPreservation, prior_share
@@ -47,14 +50,16 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
         case "realign":
             return _realignment(job, Denoise(process=process, inputs=inputs), device=device)
         case "consistency":
-            assert isinstance(process, DDPM), "the settings refuse others"
-            return Consistency(
-                process=process,
-                inputs=inputs,
-                null_text=_null_caption(job).to(device),
-                guidance_range=settings.consistency.guidance_range,
-                huber_c=settings.consistency.huber_c,
-            )
+            return _consistency(job, process, inputs, device=device)
+
+
+def _consistency(job: TrainingJob, process: Process, inputs: NetworkInputs, *, device: torch.device) -> Consistency:
+    settings, null_text = job.settings.consistency, _null_caption(job).to(device)
+    said = {"guidance_range": settings.guidance_range, "huber_c": settings.huber_c}
+    if isinstance(process, Flow):
+        return FlowConsistency(process=process, inputs=inputs, null_text=null_text, **said)
+    assert isinstance(process, DDPM), "there are two processes"
+    return Consistency(process=process, inputs=inputs, null_text=null_text, **said)
 
 
 def _null_caption(job: TrainingJob) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pixart.model import PackedText
 from pixart.processes.ddpm import DDPM
+from pixart.processes.flow import Flow
 from pixart.processes.specs import LCM_SIGMA_DATA
 from training.data.batch import Batch
 from training.objectives.inputs import NetworkInputs
@@ -30,6 +31,8 @@ TARGET = "target"
 class Consistency:
     """The distance of a student's estimate from that of its average, a step of the teacher nearer to the latents.
 
+    That of process ddpm; `FlowConsistency` says what is otherwise of flow.
+
     Attributes:
         process: of the teacher, with what it says of the student.
         inputs: what a network sees of a batch.
@@ -38,7 +41,7 @@ class Consistency:
         huber_c: of the pseudo-Huber distance.
     """
 
-    process: DDPM
+    process: DDPM | Flow
     inputs: NetworkInputs
     null_text: Tensor
     guidance_range: tuple[float, float]
@@ -77,42 +80,56 @@ class Consistency:
         A sample's uniform number chooses one of N times by the whole part of N times it, and the guidance by the rest,
         which is uniform again.
         """
-        num_steps: int = self._student["num_teacher_steps"]
+        num_steps: int = self.student["num_teacher_steps"]
         stride = self.process.num_times // num_steps
         places = batch.timestep_draws * num_steps
         numbers = places.long().clamp(max=num_steps - 1)
         times = (numbers + 1) * stride - 1
+        return times, (times - stride).clamp(min=0), self.guidance_at(places - numbers)
+
+    def guidance_at(self, draws: Tensor) -> Tensor:
+        """Return guidance scales fp32 [B], between the ends of their range as `draws` [B] are between 0 and 1."""
         low, high = self.guidance_range
-        guidance = low + (high - low) * (places - numbers)
-        return times, (times - stride).clamp(min=0), guidance.float()
+        return (low + (high - low) * draws).float()
+
+    def scalings(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much of an estimate is what is seen, and how much is what the network says, [B] each (LCM eq. 9).
+
+        At timestep 0 it is what is seen.
+        """
+        scaled = times.float() * self.student["timestep_scaling"]
+        spread = scaled.square() + LCM_SIGMA_DATA**2
+        return LCM_SIGMA_DATA**2 / spread, scaled / spread.sqrt()
 
     @property
-    def _student(self) -> Mapping[str, Any]:
+    def student(self) -> Mapping[str, Any]:
+        """What the process says of the student."""
         assert self.process.student is not None, "the stage's process says what it distils"
         return self.process.student
 
     def _teacher_step(
         self, teacher: nn.Module, noisy: Tensor, times: Tensor, earlier: Tensor, *, guidance: Tensor, batch: Batch
     ) -> Tensor:
-        """Return the latents [B, C, h, w] to which a guided DDIM step of the teacher leads at `earlier` times."""
-        process = self.process
+        """Return the latents [B, C, h, w] to which a guided step of the teacher leads at `earlier` times.
+
+        That is a step of DDIM, of flow one of Euler: along what is said of the latents and of the noise.
+        """
+        process, num_channels = self.process, noisy.shape[1]
         led, null = (
-            process.noise(self.inputs.output(teacher, noisy, times, batch=each), noisy, times)
-            for each in (batch, self._without_text(batch))
+            self.inputs.output(teacher, noisy, times, batch=each)[:, :num_channels].float()
+            for each in (batch, self.without_text(batch))
         )
-        noise = null + _per_sample(guidance) * (led - null)
-        return process.noisy(process.clean(noise, noisy, times), noise, earlier)
+        said = null + _per_sample(guidance) * (led - null)
+        return process.noisy(process.clean(said, noisy, times), process.noise(said, noisy, times), earlier)
 
     def _estimate(self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor, batch: Batch) -> Tensor:
-        """Return what a student estimates of the clean latents, fp32 [B, C, h, w] (LCM eq. 9 and appendix)."""
+        """Return what a student estimates of the clean latents, fp32 [B, C, h, w]."""
         is_told = self.guidance_range[0] < self.guidance_range[1]
         output = self.inputs.output(network, noisy, times, batch=batch, guidance=guidance if is_told else None)
-        scaled = times.float() * self._student["timestep_scaling"]
-        spread = scaled.square() + LCM_SIGMA_DATA**2
-        skip, out = LCM_SIGMA_DATA**2 / spread, scaled / spread.sqrt()
+        skip, out = self.scalings(times)
         return _per_sample(skip) * noisy + _per_sample(out) * self.process.clean(output, noisy, times)
 
-    def _without_text(self, batch: Batch) -> Batch:
+    def without_text(self, batch: Batch) -> Batch:
         """Return the batch with the null caption for all samples."""
         num_samples, (length, _) = len(batch.noise), self.null_text.shape
         offsets = torch.arange(num_samples + 1, dtype=torch.int32, device=self.null_text.device) * length
