@@ -1,5 +1,7 @@
 """A stage of few steps from its features to pictures: previews, `make sample` and diffusers draw one student alike."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import nn
 from training_run import D_TEXT, MAX_TOKENS, train
 
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.make import process_of
+from pixart.processes.specs import ddpm_spec, flow_spec
 from sampling.adapters import add_adapters
 from sampling.config import EncoderConfig, SamplingConfig
 from sampling.foreign_weights import open_trained_model
@@ -28,16 +32,20 @@ SHAPE = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=D_T
 SEED = 7
 
 
-def settings(folder: Path, **others: Any) -> dict[str, Any]:
+def settings(folder: Path, *, process: str = "ddpm", **others: Any) -> dict[str, Any]:
     torch.manual_seed(3)
-    network = PixArt(SHAPE)
+    network = PixArt(replace(SHAPE, out_channels=4) if process == "flow" else SHAPE)
     for weight in network.parameters():
         nn.init.normal_(weight, std=0.15)
-    teacher = saved(network, folder)
+    teacher = saved(network, folder / "model")
+    (folder / "scheduler").mkdir()
+    scheduler = process_of(flow_spec() if process == "flow" else ddpm_spec()).scheduler_config()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     return {
         "starts_from": teacher,
         "networks.teacher": teacher,
         "objective": "consistency",
+        "process": process,
         "num_processes": 1,
         "num_steps": 3,
         "checkpoint_every": 3,
@@ -94,6 +102,16 @@ def test_a_student_that_is_told_its_guidance(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_student_of_flow(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    train(run, 2, **settings(tmp_path / "teacher", process="flow", flow_shift=2.0))
+    trained = open_run_model(run, "stage2")
+    images = drawn(trained, guidance_scale=6.0)
+    assert [image.tobytes() for image in images] == list(shown(run, 3).values()), "previews draw a student as one"
+    other = drawn(trained, guidance_scale=15.0)
+    assert other[0].tobytes() != images[0].tobytes(), "it has learnt what it is told"
+
+
+@pytest.mark.slow
 def test_adapters_of_few_steps(run: Path, tmp_path: Path) -> None:  # noqa: F811
     lora = {"trains": "lora", "lora.rank": 4, "consistency.guidance_range": [5.5, 5.5], "ema_decay": 0.0}
     train(run, 2, **settings(tmp_path / "teacher", **lora))
@@ -104,6 +122,6 @@ def test_adapters_of_few_steps(run: Path, tmp_path: Path) -> None:  # noqa: F811
     require_alike(images, by_pipeline(tmp_path / "export"))
     assert trained.text is not None
     encoders = EncoderConfig(text_model=trained.text["model"], vae_model=trained.vae["model"], max_tokens=MAX_TOKENS)
-    base = open_trained_model(str(tmp_path / "teacher"), encoders)
+    base = open_trained_model(str(tmp_path / "teacher" / "model"), encoders)
     both = add_adapters(base, ["{run}/training/stage2"], None, run=run)
     require_alike(drawn(both), [np.asarray(image).astype(int) for image in images])
