@@ -182,7 +182,7 @@ def test_a_checkpoint_of_flow_offers_its_own_solvers_and_counts_passes(tmp_path)
     assert make_studio(run).solvers() == ["dpm-solver++", "iddpm", "sa-solver", "lcm"]
     save_checkpoint(run, 3, randomised(PixArt(replace(PIXART, out_channels=4))))
     studio = make_studio(run)
-    assert studio.solvers() == ["dpm-solver++", "euler", "heun"]
+    assert studio.solvers() == ["dpm-solver++", "euler", "heun", "lcm"]
     asked = wish(solver="heun", size="32x32")
     said: list[str] = []
     studio.draw(asked, on_step=lambda num_done: said.append(app._progress([asked], 0, num_done)))
