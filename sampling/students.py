@@ -14,6 +14,7 @@ from pixart.processes.specs import (
     MOST_STUDENT_STEPS,
     clamped_guidance,
     guidance_range,
+    own_times,
     student_of,
     student_of_process,
     usual_steps,
@@ -40,6 +41,9 @@ def follow_weights(config: SamplingConfig, trained: TrainedModel) -> tuple[Sampl
         update["num_steps"] = len(config.times)
     elif "num_steps" not in typed and update.get("solver", config.solver) == student["method"]:
         update["num_steps"] = usual_steps(student)
+    steps = update.get("num_steps", config.num_steps)
+    if config.times is None and update.get("solver", config.solver) == student["method"]:
+        update["times"] = own_times(student, steps)
     own = clamped_guidance(student)
     scale = config.guidance_scale if "guidance_scale" in typed else own or 1.0
     is_told = guidance_range(student) is not None

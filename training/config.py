@@ -14,10 +14,12 @@ from training.consistency import ConsistencySettings, require_distillable
 from training.control_keys import ControlKeys
 from training.key_owners import keys_of_others, require_own_keys
 from training.lora import LoraSettings
+from training.matching import MatchingSettings, require_matchable
 from training.mixture import DatasetConfig, require_roles
 from training.preview_keys import PreviewKeys
 
 SCRATCH = "scratch"
+ObjectiveName = Literal["denoise", "prior_preservation", "realign", "consistency", "distribution_matching"]
 KeepActivations = Literal["all", "products", "inputs"]
 Value = TypeVar("Value")
 STEERS = "steers what comes"
@@ -37,12 +39,13 @@ class StageTraining(ControlKeys, PreviewKeys):
         description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
         "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
     )
-    objective: Decides[Literal["denoise", "prior_preservation", "realign", "consistency"]] = pydantic.Field(
+    objective: Decides[ObjectiveName] = pydantic.Field(
         default="denoise",
         description="What is minimised: the process' loss (denoise); a subject's images and, with prior_weight, those "
         "that the model drew before, or networks.teacher's answer to them (prior_preservation); for another VAE also "
-        "how far tokens are from those of networks.teacher, which sees former_latents (realign); or that few steps "
-        "are enough: the answers to two neighbouring times on the way of networks.teacher are one (consistency, LCM)",
+        "how far tokens are from those of networks.teacher, which sees former_latents (realign); that few steps "
+        "are enough: the answers to two neighbouring times on the way of networks.teacher are one (consistency, LCM); "
+        "or that images of one or two steps are as likely as networks.teacher's (distribution_matching, DMD)",
     )
     prior_weight: Decides[float] = pydantic.Field(
         default=1.0,
@@ -67,6 +70,9 @@ class StageTraining(ControlKeys, PreviewKeys):
     )
     consistency: Decides[ConsistencySettings] = pydantic.Field(
         default=ConsistencySettings(), description="What objective = 'consistency' distils a teacher to"
+    )
+    matching: Decides[MatchingSettings] = pydantic.Field(
+        default=MatchingSettings(), description="What objective = 'distribution_matching' brings a student to"
     )
     networks: dict[str, str] = pydantic.Field(
         default={},
@@ -320,7 +326,11 @@ class StageTraining(ControlKeys, PreviewKeys):
     @property
     def process_spec(self) -> dict[str, Any]:
         """The process as it stands in `trainer.json`."""
-        student = self.consistency.student(self.process) if self.objective == "consistency" else None
+        student = None
+        if self.objective == "consistency":
+            student = self.consistency.student(self.process)
+        elif self.objective == "distribution_matching":
+            student = self.matching.student
         if self.process == "flow":
             return flow_spec(
                 shift=self.flow_shift,
@@ -355,6 +365,15 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     if settings.objective == "consistency":
         require_distillable(
             settings.consistency, network=settings.network, process=settings.process, trains=settings.trains, key=key
+        )
+    if settings.objective == "distribution_matching":
+        require_matchable(
+            settings.matching,
+            network=settings.network,
+            process=settings.process,
+            trains=settings.trains,
+            optimizer=settings.optimizer,
+            key=key,
         )
     require_roles(settings.datasets, settings.objective, key=key)
     if settings.network == "dit":  # what [training] says is for the stages that can do it

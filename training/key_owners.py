@@ -10,6 +10,7 @@ OBJECTIVE_KEYS = {
     "prior_preservation": ("prior_weight",),
     "realign": (),
     "consistency": ("consistency",),
+    "distribution_matching": ("matching",),
 }
 NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
 OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {

@@ -60,6 +60,7 @@ def lcm_student(
     guidance: tuple[float, float] | float | None,
     num_teacher_steps: int = LCM_TEACHER_STEPS,
     timestep_scaling: float | None = LCM_TIMESTEP_SCALING,
+    times: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Return what a spec says of a network distilled to few steps: a latent consistency model (Luo et al. 2023).
 
@@ -69,10 +70,13 @@ def lcm_student(
         num_teacher_steps: equal steps of the schedule that it was trained at.
         timestep_scaling: see `LCM_TIMESTEP_SCALING`; None of process flow, whose estimates at sigma 0 are what is seen
             without any scalings.
+        times: timesteps that it was trained to be drawn at, a falling list for each number of steps; None where they
+            are those of the schedule.
     """
     scaling = {} if timestep_scaling is None else {"timestep_scaling": timestep_scaling}
     inside = list(guidance) if isinstance(guidance, tuple) else guidance
-    return {"method": LCM, "num_teacher_steps": num_teacher_steps, **scaling, "guidance": inside}
+    student = {"method": LCM, "num_teacher_steps": num_teacher_steps, **scaling, "guidance": inside}
+    return student if times is None else student | {"times": [list(steps) for steps in times]}
 
 
 def flow_student(
@@ -80,6 +84,11 @@ def flow_student(
 ) -> dict[str, Any]:
     """Return what a spec of flow says of a network distilled to few steps, as `lcm_student`."""
     return lcm_student(guidance=guidance, num_teacher_steps=num_teacher_steps, timestep_scaling=None)
+
+
+def own_times(student: Mapping[str, Any], num_steps: int) -> list[int] | None:
+    """Return the timesteps that a student was trained to be drawn at in so many steps; None where it has none."""
+    return next((times for times in student.get("times", []) if len(times) == num_steps), None)
 
 
 def student_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -120,6 +129,8 @@ def flow_spec(
 
 def usual_steps(student: Mapping[str, Any]) -> int:
     """Return the steps that a student is drawn with where nobody says it."""
+    if "times" in student:
+        return max(map(len, student["times"]))
     return min(STUDENT_STEPS, student["num_teacher_steps"])
 
 
@@ -164,13 +175,22 @@ def student_of_process(name: str, *, guidance: tuple[float, float] | float | Non
 
 def _is_student(value: Any, *, process: str) -> bool:
     known = student_of_process(process)
-    if not isinstance(value, Mapping) or value.keys() != known.keys() or value["method"] != LCM:
+    if not isinstance(value, Mapping) or value.get("method") != LCM:
+        return False
+    if value.keys() - {"times"} != known.keys() or not _are_times(value.get("times", [])):
         return False
     steps, guidance = value["num_teacher_steps"], value["guidance"]
     scales = guidance if isinstance(guidance, list) and len(guidance) == 2 else [] if guidance is None else [guidance]
     numbers = [value.get("timestep_scaling", LCM_TIMESTEP_SCALING), *scales]
     are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
     return isinstance(steps, int) and steps > 0 and are_numbers and min(numbers) > 0 and scales == sorted(scales)
+
+
+def _are_times(value: Any) -> bool:
+    """Whether something that was read is lists of whole numbers, none of them empty."""
+    if not isinstance(value, list) or not all(isinstance(steps, list) and steps for steps in value):
+        return False
+    return all(isinstance(time, int) and not isinstance(time, bool) for steps in value for time in steps)
 
 
 def spec_of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,9 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     flops = _step_flops(job, choose(job, META), start.networks, in_channels=survey.channels)
     # Before DeepSpeed and what is kept for the backward pass change it.
     (blank,) = (
-        blank_copy(network) for name, network in start.networks.items() if start.objective.networks[name] == Trained()
+        blank_copy(network)
+        for name, network in start.networks.items()
+        if isinstance(start.objective.networks[name], Trained)
     )
     networks = open_networks(job, start.objective.networks, start.networks)
     with ExitStack() as stack:

@@ -74,7 +74,7 @@ def open_start(job: TrainingJob, survey: Survey, *, choose: ObjectiveChoice, dev
     objective = choose(job, device)
     _require_families(job, objective)
     networks = objective_networks(job, objective.networks, starting_network(job, config))
-    (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
+    (trained,) = (network for name, network in networks.items() if isinstance(objective.networks[name], Trained))
     choose_products(blank_copy(trained), job.settings, device=device)
     return Start(
         config=trained.config,
@@ -164,7 +164,7 @@ def settle(
     plan = plan_previews(job, survey)
     if plan is None:
         return shares
-    (network,) = (step.networks[name] for name, role in start.objective.networks.items() if role == Trained())
+    (network,) = (step.networks[name] for name, role in start.objective.networks.items() if isinstance(role, Trained))
     previews = preview_parts(job, plan, network, dtype=step.dtype, is_host=is_host)
     return dataclasses.replace(shares, previews=demand.between_steps() | previews)
 

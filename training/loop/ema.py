@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from training.loop.host import in_host_memory
 from training.loop.sizes import TAKEN_AT_ONCE
 from training.loop.zero import ZeroModel
+from training.stages.critics import PREFIX as CRITICS
 
 
 class EMA:
@@ -61,13 +62,22 @@ class EMA:
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Set the average from whole weights by name, as `gather` gave them, at any world size."""
+        """Set the average from whole weights by name, as `gather` gave them, at any world size.
+
+        That of a critic, which is not among them and which nobody asks for, stays as it is.
+        """
         with self._model.masters_as(self.shards):
-            self._model.scatter_masters(weights)
+            critics = {
+                name: weight.detach().to("cpu", copy=True)
+                for name, weight in self._model.whole_masters()
+                if name.startswith(CRITICS)
+            }
+            self._model.scatter_masters(weights | critics)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         """Set the trained weights of a network of the same shape to the average; all ranks must call it."""
         with self._model.masters_as(self.shards):
             for name, weight in self._model.whole_masters():
-                network.get_parameter(name).copy_(weight)
+                if not name.startswith(CRITICS):
+                    network.get_parameter(name).copy_(weight)

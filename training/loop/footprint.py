@@ -137,7 +137,7 @@ class Step:
     ) -> int:
         objective = self.objective(device)
         networks = {name: self._blank(network, device) for name, network in self.networks.items()}
-        (trained,) = (network for name, network in networks.items() if objective.networks[name] == Trained())
+        (trained,) = (network for name, network in networks.items() if isinstance(objective.networks[name], Trained))
         prepare(trained)
         keep_activations(trained, kept)
         if gradients == "there":
@@ -167,4 +167,4 @@ class Step:
 
 
 def _step(objective: Objective, networks: Mapping[str, nn.Module], batch: Batch) -> None:
-    objective.loss(networks, batch).total.mean().backward()
+    objective.loss(networks, batch).minimised.mean().backward()

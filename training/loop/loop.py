@@ -91,7 +91,7 @@ def _forward_backward(session: Session) -> StepLosses:
         batch = session.transfers.bring(packed)
         clock.count_flops(session.flops.of_batch(packed))
         losses = session.objective.loss(session.networks, batch)
-        model.backward(losses.total.mean(), is_last=i + 1 == num_micro_batches)
+        model.backward(losses.minimised.mean(), is_last=i + 1 == num_micro_batches)
         step_losses.add(batch, losses)
     return step_losses
 

@@ -35,7 +35,7 @@ class Networks(Mapping[str, nn.Module]):
         if name in self._stale:
             self.ema.copy_to(self._others[name])
             self._stale.remove(name)
-        return self.model.engine if self._roles[name] == Trained() else self._others[name]
+        return self.model.engine if isinstance(self._roles[name], Trained) else self._others[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._roles)
@@ -54,7 +54,7 @@ class Networks(Mapping[str, nn.Module]):
 def open_networks(job: TrainingJob, roles: Mapping[str, Role], started: Mapping[str, DiT | PixArt]) -> Networks:
     """Return the networks of an objective on the device, as they `started` or as the checkpoint to resume has them."""
     resume = job.resume
-    (trained,) = (network for name, network in started.items() if roles[name] == Trained())
+    (trained,) = (network for name, network in started.items() if isinstance(roles[name], Trained))
     is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
     model = ZeroModel(trained, job.settings, loads_universal=is_elastic)
     ema = EMA(model, job.settings.ema_decay)

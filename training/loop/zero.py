@@ -20,6 +20,7 @@ from training.launch.placement import is_slurm_task
 from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.optimizers.choice import choose_rule
+from training.loop.optimizers.rule import RATE_FACTOR
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products
 from training.loop.sizes import MAX_EXCHANGED, TAKEN_AT_ONCE
@@ -162,7 +163,7 @@ class ZeroModel:
         the same on all ranks, says so: neither masters and moments nor the weights the network computes with.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         gradients = self._partitions.gradients()
         norm = self._norm(gradients).to(self.device)
         is_skipped = norm.isfinite().logical_not() | is_ruined

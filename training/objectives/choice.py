@@ -18,6 +18,7 @@ from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.flow_consistency import FlowConsistency
 from training.objectives.inputs import NetworkInputs
+from training.objectives.matching import DistributionMatching
 from training.objectives.objective import Objective
 from training.objectives.prior_preservation import TEACHER, PriorPreservation, prior_share
 from training.objectives.realignment import Realignment
@@ -51,6 +52,8 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
             return _realignment(job, Denoise(process=process, inputs=inputs), device=device)
         case "consistency":
             return _consistency(job, process, inputs, device=device)
+        case "distribution_matching":
+            return _matching(job, process, inputs, device=device)
 
 
 def _consistency(job: TrainingJob, process: Process, inputs: NetworkInputs, *, device: torch.device) -> Consistency:
@@ -62,14 +65,31 @@ def _consistency(job: TrainingJob, process: Process, inputs: NetworkInputs, *, d
     return Consistency(process=process, inputs=inputs, null_text=null_text, **said)
 
 
+def _matching(
+    job: TrainingJob, process: Process, inputs: NetworkInputs, *, device: torch.device
+) -> DistributionMatching:
+    assert isinstance(process, DDPM), "the settings refuse others"
+    settings = job.settings.matching
+    student = Consistency(
+        process=process,
+        inputs=inputs,
+        null_text=_null_caption(job).to(device),
+        guidance_range=(settings.guidance_scale, settings.guidance_scale),
+        huber_c=job.settings.consistency.huber_c,
+    )
+    return DistributionMatching(
+        student=student, schedules=settings.times, compared=(settings.compared_from, settings.compared_to)
+    )
+
+
 def _null_caption(job: TrainingJob) -> Tensor:
     """Return the null caption of the stage's texts [L, D], which is the same in all its datasets."""
     directories = job.features.datasets[0].directories
     text = next((one for one in directories if one.family.null_file == NULL_CAPTION_FILE), None)
     if text is None:
         raise UserError(
-            f"{job.command.recipe.path}: training.{job.command.stage_name}.objective = 'consistency' guides a teacher "
-            f"by captions, and features.{job.features.table_name} has none"
+            f"{job.command.recipe.path}: training.{job.command.stage_name}.objective = {job.settings.objective!r} "
+            f"guides a teacher by captions, and features.{job.features.table_name} has none"
         )
     return read_null(text, NULL_CAPTION_FILE)
 

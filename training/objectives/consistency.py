@@ -64,8 +64,8 @@ class Consistency:
         noisy = process.noisy(self.inputs.latents(batch), batch.noise, times)  # [B, C, h, w]
         with torch.no_grad():
             before = self._teacher_step(networks[TEACHER], noisy, times, earlier, guidance=guidance, batch=batch)
-            target = self._estimate(networks[TARGET], before, earlier, guidance=guidance, batch=batch)
-        estimate = self._estimate(networks["network"], noisy, times, guidance=guidance, batch=batch)
+            target = self.estimate(networks[TARGET], before, earlier, guidance=guidance, batch=batch)
+        estimate = self.estimate(networks["network"], noisy, times, guidance=guidance, batch=batch)
         squared = (estimate - target).square()
         distance = (squared + self.huber_c**2).sqrt() - self.huber_c
         return Losses(
@@ -114,15 +114,21 @@ class Consistency:
 
         That is a step of DDIM, of flow one of Euler: along what is said of the latents and of the noise.
         """
-        process, num_channels = self.process, noisy.shape[1]
-        led, null = (
-            self.inputs.output(teacher, noisy, times, batch=each)[:, :num_channels].float()
-            for each in (batch, self.without_text(batch))
-        )
-        said = null + _per_sample(guidance) * (led - null)
+        process = self.process
+        said = self.guided(teacher, noisy, times, guidance=guidance, batch=batch)
         return process.noisy(process.clean(said, noisy, times), process.noise(said, noisy, times), earlier)
 
-    def _estimate(self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor, batch: Batch) -> Tensor:
+    def guided(self, teacher: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor, batch: Batch) -> Tensor:
+        """Return what a teacher says [B, C, h, w], led away from the null caption by `guidance` [B]; fp32."""
+        led, null = (
+            self.inputs.output(teacher, noisy, times, batch=each)[:, : noisy.shape[1]].float()
+            for each in (batch, self.without_text(batch))
+        )
+        return null + _per_sample(guidance) * (led - null)
+
+    def estimate(
+        self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor | None, batch: Batch
+    ) -> Tensor:
         """Return what a student estimates of the clean latents, fp32 [B, C, h, w]."""
         is_told = self.guidance_range[0] < self.guidance_range[1]
         output = self.inputs.output(network, noisy, times, batch=batch, guidance=guidance if is_told else None)

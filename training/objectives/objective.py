@@ -13,7 +13,13 @@ from training.data.batch import Batch
 
 @dataclass(frozen=True)
 class Trained:
-    """The network that the stage trains and whose average it exports; an objective has exactly one."""
+    """The network that the stage trains and whose average it exports; an objective has exactly one.
+
+    With `critic`, the name of a frozen network, a copy of that trains beside it by a loss of its own
+    (`Losses.critic`): it is the network's module `critic`, and nothing exports it.
+    """
+
+    critic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,19 @@ class Losses:
         total: what is minimised, fp32 [B].
         parts: what it is made of, by the names that metrics give them, fp32 [B] each.
         times: how far each sample is on its way from latents (0) to noise (1), float64 [B]; metrics sort by it.
+        critic: what the critic minimises, fp32 [B], where there is one; no weight but its own has a part in it, and it
+            has none in the total.
     """
 
     total: Tensor
     parts: Mapping[str, Tensor]
     times: Tensor
+    critic: Tensor | None = None
+
+    @property
+    def minimised(self) -> Tensor:
+        """What is run backward, fp32 [B]: the losses of all that trains, as their gradients do not meet."""
+        return self.total if self.critic is None else self.total + self.critic
 
 
 class Objective(Protocol):

@@ -78,7 +78,7 @@ class Painter:
         network, settings, vae, drawing = self._network, self._job.settings, self._job.features.vae, self._drawing
         assert network is not None, "all are drawn before the first is decoded"
         process = process_of(settings.process_spec)
-        scheduler = process.scheduler(drawing.solver, drawing.num_steps)
+        scheduler = process.scheduler(drawing.solver, drawing.num_steps, times=drawing.times)
         times = [float(time) / process.num_times for time in scheduler.timesteps]
         side = self._plan.downsample
         shape = (network.config.in_channels, self._plan.height // side, self._plan.width // side)

@@ -9,7 +9,7 @@ from encoders.weights import require_model, resolve_model
 from errors import UserError
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
-from pixart.processes.specs import MOST_STUDENT_STEPS, clamped_guidance, student_of, usual_steps
+from pixart.processes.specs import MOST_STUDENT_STEPS, clamped_guidance, own_times, student_of, usual_steps
 from training.config import StageTraining
 from training.data.survey import Survey
 from training.loop.schedule import is_due
@@ -57,6 +57,7 @@ class PreviewDrawing:
     num_steps: int
     guidance_scale: float
     told_guidance: float | None = None
+    times: Sequence[int] | None = None
 
 
 def preview_drawing(settings: StageTraining) -> PreviewDrawing:
@@ -65,9 +66,11 @@ def preview_drawing(settings: StageTraining) -> PreviewDrawing:
     student = student_of(settings.process_spec)
     if student is None:
         return PreviewDrawing(solver="dpm-solver++", num_steps=steps, guidance_scale=scale)
+    steps = steps if steps <= min(MOST_STUDENT_STEPS, student["num_teacher_steps"]) else usual_steps(student)
     return PreviewDrawing(
         solver=student["method"],
-        num_steps=steps if steps <= min(MOST_STUDENT_STEPS, student["num_teacher_steps"]) else usual_steps(student),
+        num_steps=steps,
+        times=own_times(student, steps),
         guidance_scale=1.0,
         told_guidance=clamped_guidance(student, scale) if settings.is_told_guidance else None,
     )

@@ -8,7 +8,6 @@ from pipelines.as_typed import typed_path
 from pipelines.command import Command
 from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
 from pipelines.store.files import sha256_file
-from pixart.control_files import find_branch_file
 from pixart.weight_files import is_original_name
 from training.config import StageTraining, stage_names
 
@@ -36,6 +35,8 @@ def find_branch(command: Command, settings: StageTraining, directory: Path) -> P
         raise UserError(f"{key} = {wanted!r} is this stage's own folder; resuming is automatic and needs no key")
     if is_original_name(wanted) and not path.exists():
         return cached_hub_file(wanted, key=key)
+    from pixart.control_files import find_branch_file  # with torch, of which what is done needs none
+
     opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
     checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
     if checkpoint is not None and not checkpoint.has_control:

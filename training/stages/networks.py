@@ -13,6 +13,7 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from training.data.survey import Survey
 from training.objectives.objective import Role, Trained
+from training.stages.critics import CRITIC, critic_of
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
 
@@ -84,13 +85,15 @@ def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
 
 
 def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
-    """Return a network of the same layers on the meta device, with adapters and branch; the same weights train."""
+    """Return a network of the same layers on the meta device, with all that is beside it; the same weights train."""
     blank = blank_network(network.config)
     if network.kind == "pixart" and blank.kind == "pixart":
         if network.control is not None:
             with torch.device("meta"):
                 blank.control = new_branch(network.config, len(network.control.copies))
         add_adapters_of(network, blank)
+    if (critic := critic_of(network)) is not None:
+        blank.add_module(CRITIC, blank_copy(critic))
     for name, weight in network.named_parameters():
         blank.get_parameter(name).requires_grad_(weight.requires_grad)
     return blank
@@ -101,7 +104,7 @@ def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt
     counts = {"trained": 0, "frozen": 0, "beside": 0}
     for name, network in networks.items():
         for weight in network.parameters():
-            kind = "beside" if roles[name] != Trained() else "trained" if weight.requires_grad else "frozen"
+            kind = "beside" if not isinstance(roles[name], Trained) else "trained" if weight.requires_grad else "frozen"
             counts[kind] += weight.numel()
     return WeightCounts(**counts)
 

@@ -30,6 +30,7 @@ from training.config import StageTraining
 from training.data.former import channels_of
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
+from training.stages.critics import add_critic
 from training.stages.networks import blank_network
 from training.stages.other_vae import bridged, stage_bridge
 from training.stages.stage import StartingPoint, TrainingJob
@@ -76,6 +77,9 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
                 networks[name] = _frozen_network(job, name, trained)
             case Average():
                 networks[name] = copy.deepcopy(trained).requires_grad_(False)
+    for role in roles.values():
+        if isinstance(role, Trained) and role.critic is not None:
+            add_critic(trained, networks[role.critic])
     return networks
 
 

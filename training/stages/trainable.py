@@ -26,6 +26,7 @@ from pixart.evidence import origins_of_trainer
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE
 from training.config import StageTraining
+from training.stages.critics import PREFIX as CRITICS
 from training.stages.networks import blank_network
 
 
@@ -92,7 +93,8 @@ class OwnWeights:
     ) -> None:
         """Write the whole network as `model/`, which diffusers opens; a copy of it says what it was trained with."""
         network = blank_network(config)
-        network.load_state_dict(weights, assign=True)
+        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
+        network.load_state_dict(own, assign=True)
         save_diffusers(network, checkpoint / MODEL)
         record = origins_of_trainer(trainer, source=str(checkpoint)).to_json()
         atomic_write_json(checkpoint / MODEL / ORIGINS_FILE, record)

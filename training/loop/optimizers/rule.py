@@ -8,6 +8,9 @@ from torch.optim import Optimizer
 
 from training.config import StageTraining
 
+# Of a group of weights: what the stage's learning rate is multiplied by for them.
+RATE_FACTOR = "rate_factor"
+
 
 class Rule(Protocol):
     """How an optimizer is made and measured.

@@ -1,0 +1,29 @@
+"""The critic that trains beside a network, by a loss of its own, and is no part of what a stage exports."""
+
+import copy
+from collections.abc import Iterable
+
+from torch import nn
+
+from pixart.dit import DiT
+from pixart.model import PixArt
+
+CRITIC = "critic"
+PREFIX = f"{CRITIC}."
+
+
+def add_critic(network: DiT | PixArt, begins_as: DiT | PixArt) -> None:
+    """Put a critic beside a network, in place: a copy of another, all of whose weights train."""
+    network.add_module(CRITIC, copy.deepcopy(begins_as).requires_grad_(True))
+
+
+def critic_of(network: nn.Module) -> DiT | PixArt | None:
+    """Return the critic beside a network, None where there is none."""
+    critic = getattr(network, CRITIC, None)
+    assert critic is None or isinstance(critic, DiT | PixArt)
+    return critic
+
+
+def are_any_critics(names: Iterable[str]) -> bool:
+    """Whether there are weights of a critic among those of these names."""
+    return any(name.startswith(PREFIX) for name in names)
