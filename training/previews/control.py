@@ -2,14 +2,14 @@
 
 # C latent channels, h x w latent size
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from encoders.opening import open_codec
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
@@ -17,6 +17,10 @@ from pipelines.raw.images import SampleReject, decode_image, plan_crop, resize_a
 from pipelines.recipe import DataConfig
 from training.previews.plan import PreviewPlan
 from training.stages.stage import TrainingJob
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 log = get_logger("training")
 
@@ -63,6 +67,10 @@ def encode_controls(job: TrainingJob, plan: PreviewPlan, *, device: torch.device
     paths = control_paths(job) if job.settings.has_control else []
     if not paths:
         return []
+    import torch
+
+    from encoders.opening import open_codec
+
     vae = job.features.vae
     codec = open_codec(vae["model"], vae["revision"], device=device, key="VAE of the features")
     latents = []
