@@ -3,12 +3,12 @@
 What the literature has for flow, and why this was chosen:
 
 - Continuous-time consistency (sCM, Lu & Song 2024; SANA-Sprint and rCM, 2025) asks for the derivative of the student's
-  answer along the teacher's way. Forward derivatives do not go through fused attention. PixArt is told 1000 sigma, and
-  of a toy teacher most of the derivative is ripples of the timestep's embedding, which finite differences of no size
-  see alike in bf16 (docs/LOG.md). SANA-Sprint first teaches its teacher to be told sigma, and is not reproduced (Sana,
-  issues 300 and 318). sCM collapsed on another text-to-image transformer until times were made discrete (rcm, issue
-  10), and finite differences did worse than plain steps of consistency (rcm, issue 30). rCM's authors have added such
-  steps, and call them the more stable at times (rcm, issue 24: `cm_type=dcm`). In the toy world both learnt alike.
+  answer along the teacher's way. Forward derivatives do not go through fused attention, and of a toy teacher finite
+  differences of no size give them in bf16 (docs/LOG.md). SANA-Sprint first teaches its teacher to be told sigma, and is
+  not reproduced (Sana, issues 300 and 318). sCM collapsed on another text-to-image transformer until times were made
+  discrete (rcm, issue 10), and finite differences did worse than plain steps of consistency (rcm, issue 30). rCM's
+  authors have added such steps, and call them the more stable at times (rcm, issue 24: `cm_type=dcm`). In the toy world
+  both learnt.
 - MeanFlow (2025), Align Your Flow (2025) and transition models (TiM, 2025) need that derivative and, as shortcut models
   do (Frans et al. 2024), a second time, for which no exported layout has an embedding.
 
