@@ -21,6 +21,7 @@ from training.loop.losses import LossWindow
 from training.loop.metrics import MetricsLog, costs
 from training.loop.optimizers import adamw
 from training.loop.schedule import learning_rate_at
+from training.objectives import objective
 from training.stages.weights import WeightCounts
 
 CPU = torch.device("cpu")
@@ -149,7 +150,7 @@ def test_waiting_for_data_is_not_waiting_for_its_copy(
         now_seconds += seconds
         return result
 
-    losses = SimpleNamespace(total=torch.ones(1), times=torch.zeros(1), parts={})
+    losses = objective.Losses(total=torch.ones(1), times=torch.zeros(1), parts={})
     batch = SimpleNamespace(keys=["a"], shards=["laion_0"], bucket="32x32")
     transfers = SimpleNamespace(
         bring=lambda packed: take(copy_seconds / 2, batch), finish=lambda: take(copy_seconds / 2, None)

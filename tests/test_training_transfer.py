@@ -14,6 +14,7 @@ from training.data.batch import Batch, PackedBatch
 from training.data.transfer import Transfers
 from training.loop import loop
 from training.loop.clock import Clock
+from training.objectives.objective import Losses
 
 NUM_STEPS, NUM_MICRO_BATCHES = 3, 2
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_buffers_are_read_before_they_are_filled_again() -> None:
 
     def loss(networks: Any, batch: Batch) -> Any:
         seen.append(batch)
-        return SimpleNamespace(total=torch.ones(2), times=torch.zeros(2), parts={})
+        return Losses(total=torch.ones(2), times=torch.zeros(2), parts={})
 
     transfers = Transfers(CPU, lane=LateCopies())
     session: Any = SimpleNamespace(

@@ -7,6 +7,7 @@ from training.loop.host import in_host_memory
 from training.loop.sizes import TAKEN_AT_ONCE
 from training.loop.zero import ZeroModel
 from training.stages.critics import PREFIX as CRITICS
+from training.stages.critics import critic_of
 
 
 class EMA:
@@ -67,10 +68,11 @@ class EMA:
         That of a critic, which is not among them and which nobody asks for, stays as it is.
         """
         with self._model.masters_as(self.shards):
+            # Gathering them asks all ranks, of which one may have found its file damaged.
+            has_critic = critic_of(self._model.engine.module) is not None
+            masters = self._model.whole_masters() if has_critic else []
             critics = {
-                name: weight.detach().to("cpu", copy=True)
-                for name, weight in self._model.whole_masters()
-                if name.startswith(CRITICS)
+                name: weight.detach().to("cpu", copy=True) for name, weight in masters if name.startswith(CRITICS)
             }
             self._model.scatter_masters(weights | critics)
 

@@ -1,7 +1,6 @@
 """The critic that trains beside a network, by a loss of its own, and is no part of what a stage exports."""
 
 import copy
-from collections.abc import Iterable
 
 from torch import nn
 
@@ -22,8 +21,3 @@ def critic_of(network: nn.Module) -> DiT | PixArt | None:
     critic = getattr(network, CRITIC, None)
     assert critic is None or isinstance(critic, DiT | PixArt)
     return critic
-
-
-def are_any_critics(names: Iterable[str]) -> bool:
-    """Whether there are weights of a critic among those of these names."""
-    return any(name.startswith(PREFIX) for name in names)
