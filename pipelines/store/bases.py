@@ -70,10 +70,10 @@ def base_of(checkpoint: Checkpoint, *, identify: Callable[[Path], str] | None) -
 
 
 def _ways_to_draw(checkpoint: Checkpoint, base: str) -> str:
-    """Return how to name a checkpoint's weights and those they belong to one by one."""
-    if checkpoint.has_control:
-        return f"sampling.checkpoint = '{base}', with the branch {checkpoint.weights}"
-    return f"sampling.checkpoint = '{base}' and sampling.lora = ['{checkpoint.weights}']"
+    """Return the keys that name a checkpoint's weights and those they belong to one by one."""
+    weights = checkpoint.weights
+    own = f"sampling.control_branch = '{weights}'" if checkpoint.has_control else f"sampling.lora = ['{weights}']"
+    return f"sampling.checkpoint = '{base}' and {own}"
 
 
 def adapter_identity(folder: Path) -> str:
