@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_training_lora import Case, open_job
 from test_training_objective import SCALE, SHIFT, make_batch
-from test_training_parts import SHAPE, losses, random_network, train_ranks
+from test_training_parts import SHAPE, losses, random_network, train_three
 from torch import Tensor
 from training_run import RECIPE, make_run, write_latents
 
@@ -75,16 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         (run / "features").symlink_to(features)
         return ControlCase(run, "denoise", shared | {"zero_stage": kind[0], "dtype": kind[1]})
 
-    straight, resumed, moved = ({kind: case(name, kind) for kind in KINDS} for name in ("straight", "resumed", "moved"))
-    two = [straight[kind].of(4) for kind in KINDS]
-    for kind in KINDS:
-        two += [resumed[kind].of(2), resumed[kind].of(4)]
-    train_ranks(2, two, folder)
-    for kind in KINDS:
-        shutil.copytree(resumed[kind].run / "training", moved[kind].run / "training")
-        (moved[kind].run / "training" / "stage2" / "latest").write_text("step-2\n")
-    train_ranks(1, [moved[kind].of(4) for kind in KINDS], folder)
-    return Runs(start, straight, resumed, moved)
+    return Runs(start, *train_three(case, KINDS, folder))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Stages that train adapters: on two ranks under each ZeRO stage, resumed, on one rank, and what is on disk."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_training_parts import SHAPE, losses, random_network, train_ranks
+from test_training_parts import SHAPE, losses, random_network, train_three
 from torch import Tensor
 from training_run import arguments, make_run
 
@@ -75,16 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         (run / "features").symlink_to(features)
         return Case(run, "denoise", shared | {"zero_stage": kind[0], "dtype": kind[1]})
 
-    straight, resumed, moved = ({kind: case(name, kind) for kind in KINDS} for name in ("straight", "resumed", "moved"))
-    two = [straight[kind].of(4) for kind in KINDS]
-    for kind in KINDS:
-        two += [resumed[kind].of(2), resumed[kind].of(4)]
-    train_ranks(2, two, folder)
-    for kind in KINDS:
-        shutil.copytree(resumed[kind].run / "training", moved[kind].run / "training")
-        (moved[kind].run / "training" / "stage2" / "latest").write_text("step-2\n")
-    train_ranks(1, [moved[kind].of(4) for kind in KINDS], folder)
-    return Runs(start, straight, resumed, moved)
+    return Runs(start, *train_three(case, KINDS, folder))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Distribution matching: its loss by the published formulas, its critic, resume and ranks, and what is refused."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from test_training_consistency import SHAPE, Linear, consistency
 from test_training_lora import open_job
 from test_training_objective import make_batch
-from test_training_parts import Case, losses, random_network, train_ranks
+from test_training_parts import Case, losses, random_network, train_three
 from torch import Tensor
 from training_run import make_run, metrics
 
@@ -131,16 +130,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Matchi
         (run / "features").symlink_to(features)
         return MatchingCase(run, "matching", shared | {"zero_stage": kind[0], "dtype": kind[1]})
 
-    found = {name: {kind: case(name, kind) for kind in KINDS} for name in ("straight", "resumed", "moved")}
-    two = [found["straight"][kind].of(4) for kind in KINDS]
-    for kind in KINDS:
-        two += [found["resumed"][kind].of(2), found["resumed"][kind].of(4)]
-    train_ranks(2, two, folder)
-    for kind in KINDS:
-        shutil.copytree(found["resumed"][kind].run / "training", found["moved"][kind].run / "training")
-        (found["moved"][kind].run / "training" / "stage2" / "latest").write_text("step-2\n")
-    train_ranks(1, [found["moved"][kind].of(4) for kind in KINDS], folder)
-    return found
+    names = ("straight", "resumed", "moved")
+    return dict(zip(names, train_three(case, KINDS, folder), strict=True))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,23 @@ def train_ranks(num_ranks: int, cases: Sequence[str], folder: Path) -> None:
     ]
     said = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
+
+
+def train_three(case: Callable[[str, Any], Any], kinds: Sequence[Any], folder: Path) -> tuple[dict, dict, dict]:
+    """Train a case of each kind for four steps: straight, resumed after two, and resumed on one rank in place of two.
+
+    `case` makes one of a name, of which its run's folder is called, and a kind.
+    """
+    straight, resumed, moved = ({kind: case(name, kind) for kind in kinds} for name in ("straight", "resumed", "moved"))
+    two = [straight[kind].of(4) for kind in kinds]
+    for kind in kinds:
+        two += [resumed[kind].of(2), resumed[kind].of(4)]
+    train_ranks(2, two, folder)
+    for kind in kinds:
+        shutil.copytree(resumed[kind].run / "training", moved[kind].run / "training")
+        (moved[kind].run / "training" / "stage2" / "latest").write_text("step-2\n")
+    train_ranks(1, [moved[kind].of(4) for kind in kinds], folder)
+    return straight, resumed, moved
 
 
 def random_network(folder: Path, seed: int) -> Path:
