@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import MissingFileError, UserError
+from errors import UserError
 from pixart.belonging import METADATA, belonging_of, read_header
 from pixart.branching import add_branch, new_branch
 from pixart.layouts import Layout, control_diffusers_layout, control_original_layout, fitted, renamed
@@ -90,14 +90,12 @@ def count_copies(weights: Mapping[str, Tensor]) -> int:
     return len({name for name in weights if re.fullmatch(r"control\.after\.\d+\.weight", name)})
 
 
-def read_branch(path: Path, config: PixArtConfig) -> StoredBranch:
-    """Open a control branch for a network of this shape: a folder of diffusers' research class, or a file.
+def read_branch(file: Path, config: PixArtConfig) -> StoredBranch:
+    """Open the file of a control branch for a network of this shape: of diffusers' research class, or PixArt-delta's.
 
     Raises:
-        MissingFileError: there is no such file, or the folder has none.
         UserError: it is no control branch, damaged, or of another base; names it.
     """
-    file = find_branch_file(path)
     tensors = read_weight_file(file).tensors
     if not is_branch(tensors):
         raise UserError(f"{file} is no control branch: it has no weights such as {ORIGINAL_PREFIX}0.after_proj.weight")
@@ -152,18 +150,6 @@ def infer_config(tensors: Mapping[str, Tensor], *, where: str) -> PixArtConfig:
 def is_branch(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the weights of a file are a control branch's, with or without its base beside them."""
     return any(name.startswith((ORIGINAL_PREFIX, DIFFUSERS_PREFIX)) for name in tensors)
-
-
-def find_branch_file(path: Path) -> Path:
-    """Return the file of a branch that is named by itself or its folder; MissingFileError where there is none."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise MissingFileError(f"control branch {path} does not exist")
-    for folder in (path, path / "controlnet"):
-        if (found := next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)) is not None:
-            return found
-    raise MissingFileError(f"{path} is no control branch: the folder holds none of {', '.join(FILE_NAMES)}")
 
 
 def _said_copies(file: Path) -> int | None:

@@ -10,7 +10,7 @@ from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
 from pipelines.store.bases import RUN
-from pipelines.store.checkpoints import ADAPTER, TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import ADAPTER, named_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
 from pixart.processes.specs import with_student_of
 from sampling.trained_model import TrainedModel, WeightedAdapter
@@ -103,8 +103,7 @@ def find_file(location: str, *, run: Path) -> Path:
     from pixart.adapter_files import find_adapter_file
 
     path = typed_path(location.replace("{run}", str(run)))
-    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-    checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
+    checkpoint = named_checkpoint(path)
     if checkpoint is not None and not checkpoint.has_adapters:
         if checkpoint.has_control:
             raise UserError(f"{KEY} {path} is a control branch, and no adapter: name it as sampling.control_branch")

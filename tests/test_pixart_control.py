@@ -12,11 +12,11 @@ from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from errors import MissingFileError, UserError
+from errors import UserError
 from pixart.belonging import METADATA, read_header
 from pixart.branching import add_branch
 from pixart.control import Control
-from pixart.control_files import original_branch, read_branch, write_branch
+from pixart.control_files import FILE_NAMES, original_branch, read_branch, write_branch
 from pixart.convert import load_diffusers, original_weights, save_diffusers
 from pixart.model import PixArt, PixArtConfig
 from pixart.reuse import BlockReuse
@@ -181,7 +181,7 @@ def test_copies_of_blocks_that_compress_compress(tmp_path: Path) -> None:
     write_branch(tmp_path / "control", branch_of(network), config, belongs_to=BELONGS_TO)
     bare = PixArt(config)
     bare.load_state_dict({name: w for name, w in network.state_dict().items() if not name.startswith("control.")})
-    read_branch(tmp_path / "control", config).attach(bare)
+    read_branch(tmp_path / "control" / FILE_NAMES[0], config).attach(bare)
     assert bare.get_parameter("control.copies.2.attention.compression.norm.weight").any()
     assert torch.equal(run(bare.eval(), given), run(network, given))
 
@@ -232,7 +232,7 @@ def test_copies_feed_the_blocks_behind_the_first(number: int) -> None:
 def test_a_folder_gives_back_what_was_written(network: PixArt, tmp_path: Path) -> None:
     weights = branch_of(network)
     write_branch(tmp_path / "control", weights, CONFIG, belongs_to=BELONGS_TO)
-    found = read_branch(tmp_path / "control", CONFIG)
+    found = read_branch(tmp_path / "control" / FILE_NAMES[0], CONFIG)
     assert found.num_copies == NUM_COPIES and found.belongs_to == BELONGS_TO
     assert found.weights.keys() == weights.keys()
     assert all(torch.equal(found.weights[name], weights[name]) for name in weights)
@@ -264,17 +264,15 @@ def test_what_is_no_branch_of_this_base_is_refused(network: PixArt, tmp_path: Pa
     write_branch(folder, branch_of(network), CONFIG, belongs_to=BELONGS_TO)
     wider = replace(CONFIG, num_heads=6)
     with pytest.raises(UserError, match=r"controlnet_blocks.0.before_proj.weight is \(32, 32\), .* needs \(48, 48\)"):
-        read_branch(folder, wider)
+        read_branch(folder / FILE_NAMES[0], wider)
     with pytest.raises(UserError, match=r"of 3 copies, of another base: .* has 3 blocks"):
-        read_branch(folder, replace(CONFIG, num_layers=3))
+        read_branch(folder / FILE_NAMES[0], replace(CONFIG, num_layers=3))
     save_diffusers(network, tmp_path / "transformer")
     with pytest.raises(UserError, match="no control branch"):
-        read_branch(tmp_path / "transformer", CONFIG)
-    with pytest.raises(MissingFileError, match="holds none of"):
-        read_branch(tmp_path, CONFIG)
+        read_branch(tmp_path / "transformer" / FILE_NAMES[0], CONFIG)
     (folder / "config.json").write_text(json.dumps({"_class_name": "PixArtControlNetAdapterModel", "num_layers": 4}))
     with pytest.raises(UserError, match=r"says num_layers 4, but .* has 3 copies"):
-        read_branch(folder, CONFIG)
+        read_branch(folder / FILE_NAMES[0], CONFIG)
 
 
 def test_the_base_is_saved_without_the_branch(network: PixArt, tmp_path: Path) -> None:

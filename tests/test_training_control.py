@@ -20,7 +20,7 @@ from errors import MissingFileError, UserError
 from pixart.belonging import METADATA, read_header
 from pixart.branching import add_branch
 from pixart.control import Control
-from pixart.control_files import read_branch, write_branch
+from pixart.control_files import FILE_NAMES, read_branch, write_branch
 from pixart.convert import load_diffusers
 from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
@@ -128,7 +128,7 @@ def test_a_stage_goes_on_from_a_branch_and_takes_none_for_whole_weights(runs: Ru
     assert job.fingerprint.fields["training.control_starts_from"].startswith("sha256:")
     network = starting_network(job, SHAPE)
     assert isinstance(network, PixArt)
-    expected = read_branch(case.step(4) / "control", SHAPE).weights
+    expected = read_branch(case.step(4) / "control" / FILE_NAMES[0], SHAPE).weights
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in expected.items())
     with pytest.raises(UserError, match=r"starts_from = .* is a checkpoint of a control branch .*say trains = 'cont"):
         open_job(tmp_path / "run", **case.settings | {"starts_from": str(case.step(4))})
@@ -261,7 +261,7 @@ def test_a_branch_without_weights_to_stay_beside_is_refused(run: Path, tmp_path:
 
 def test_what_a_branch_starts_from_is_one(run: Path, tmp_path: Path) -> None:
     start = str(random_network(tmp_path / "start", 1))
-    with pytest.raises(MissingFileError, match=r"training.stage2.control_starts_from: control branch .*gone does not"):
+    with pytest.raises(MissingFileError, match=r"training.stage2.control_starts_from: model folder .*gone does not"):
         open_job(run, **CONTROL, starts_from=start, control_starts_from=str(tmp_path / "gone"))
     job = open_job(run, **CONTROL, starts_from=start, control_starts_from=start)
     with pytest.raises(

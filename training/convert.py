@@ -23,7 +23,7 @@ from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.checkpoints import MODEL, TRAINER, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import MODEL, TRAINER, named_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import Adapter, merge, require_fit
@@ -128,9 +128,7 @@ def _kept(origins: Origins, process: Mapping[str, Any], *, source: Path, is_repa
 
 def _find_start(source: str) -> StartingPoint:
     """Return the weights that a stage's folder or one of its checkpoints means: the average; else what is named."""
-    path = typed_path(source)
-    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-    checkpoint = opens(path) if path.is_dir() else None
+    checkpoint = named_checkpoint(typed_path(source))
     return find_weights(source, key="SOURCE") if checkpoint is None else from_checkpoint(checkpoint)
 
 
@@ -206,8 +204,7 @@ def _typed_weights(typed: str, locations: Sequence[str]) -> list[float]:
 def _find_adapter(location: str) -> Path:
     """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage of training."""
     path = typed_path(location)
-    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-    checkpoint = opens(path) if path.is_dir() else None
+    checkpoint = named_checkpoint(path)
     if checkpoint is not None and not checkpoint.has_adapters:
         raise UserError(f"LORA {path} is a checkpoint of a whole network, and no adapter: name it as FROM")
     try:

@@ -156,6 +156,15 @@ def open_checkpoint(folder: Path, *, checks_files: bool = True) -> Checkpoint:
     return _opened(folder, checks_files=checks_files)
 
 
+def named_checkpoint(path: Path, *, checks_files: bool = True) -> Checkpoint | None:
+    """Return the checkpoint that a path is, or that is in force in the stage's folder that it is; None of all else.
+
+    Raises as `open_checkpoint` and `find_checkpoint` do.
+    """
+    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
+    return opens(path, checks_files=checks_files)
+
+
 def _opened(folder: Path, *, note: str | None = None, checks_files: bool = True) -> Checkpoint:
     """Return a checkpoint of whole weights; its note says, too, what is damaged of the state that training needs."""
     # A person who has removed all of the state knows what the rest is good for.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encoders.branches import find_branch
 from encoders.weights import cached_hub_file
 from errors import UserError
 from pipelines.as_typed import typed_path
@@ -17,8 +18,8 @@ from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, op
 from pipelines.store.files import atomic_file, atomic_folder
 from pixart.belonging import METADATA
 from pixart.control_files import (
+    CONFIG_NAME,
     StoredBranch,
-    find_branch_file,
     infer_config,
     is_branch,
     original_branch,
@@ -28,11 +29,13 @@ from pixart.control_files import (
 from pixart.convert import original_weights
 from pixart.model import PixArt, PixArtConfig
 from pixart.tensor_files import read_weight_file
-from pixart.weight_files import is_original_name
+from pixart.weight_files import is_original_name, read_json
 from training.stages.stage import StartingPoint
 from training.stages.starts import load_network, with_adapters
 
 CARD = "README.md"
+# To begin messages with.
+KEY = "SOURCE"
 
 
 def find_source(location: str) -> Path | None:
@@ -42,16 +45,10 @@ def find_source(location: str) -> Path | None:
     """
     path = typed_path(location)
     if is_original_name(location) and not path.exists():
-        path = cached_hub_file(location, key="SOURCE")
+        path = cached_hub_file(location, key=KEY)
     checkpoint = _checkpoint(path)
-    if checkpoint is not None:
-        return find_branch_file(checkpoint.weights) if checkpoint.has_control else None
-    if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
-        return None
-    if path.is_dir():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return find_branch_file(path) if "ControlNet" in str(config.get("_class_name")) else None
-    return path if is_original_name(path.name) and is_branch(read_weight_file(path).tensors) else None
+    is_ours = _is_branch(path) if checkpoint is None else checkpoint.has_control
+    return find_branch(location, key=KEY) if is_ours else None
 
 
 def convert_branch(source: Path, target: Path, *, location: str, say: Callable[[str], None]) -> None:
@@ -85,7 +82,14 @@ def _checkpoint(path: Path) -> Checkpoint | None:
     for folder in (path, path.parent):  # or it is named by its own folder in a checkpoint
         if (folder / TRAINER).is_file():
             return open_checkpoint(folder)
-    return find_checkpoint(path) if path.is_dir() else None
+    return find_checkpoint(path)
+
+
+def _is_branch(path: Path) -> bool:
+    """Whether what is no checkpoint of ours is a control branch: a folder by its config, a file by its weights."""
+    if (path / CONFIG_NAME).is_file():
+        return "ControlNet" in str(read_json(path / CONFIG_NAME).get("_class_name"))
+    return path.is_file() and is_original_name(path.name) and is_branch(read_weight_file(path).tensors)
 
 
 def _base(checkpoint: Checkpoint) -> PixArt:

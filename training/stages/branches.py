@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from encoders.weights import cached_hub_file
-from errors import MissingFileError, UserError
+from encoders.branches import find_branch
+from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import Command
-from pipelines.store.checkpoints import TRAINER, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import Checkpoint
 from pipelines.store.files import sha256_file
-from pixart.weight_files import is_original_name
 from training.config import StageTraining, stage_names
 
 
-def find_branch(command: Command, settings: StageTraining, directory: Path) -> Path | None:
+def starting_branch(command: Command, settings: StageTraining, directory: Path) -> Path | None:
     """Return the file of the branch that `control_starts_from` names; None of a stage that begins one, or has none.
 
     Args:
@@ -33,18 +32,7 @@ def find_branch(command: Command, settings: StageTraining, directory: Path) -> P
         path = command.run / "training" / wanted
     if directory in (path, *path.parents):
         raise UserError(f"{key} = {wanted!r} is this stage's own folder; resuming is automatic and needs no key")
-    if is_original_name(wanted) and not path.exists():
-        return cached_hub_file(wanted, key=key)
-    from pixart.control_files import find_branch_file  # with torch, of which what is done needs none
-
-    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-    checkpoint: Checkpoint | None = opens(path) if path.is_dir() else None
-    if checkpoint is not None and not checkpoint.has_control:
-        raise UserError(f"{key} = {wanted!r} is a checkpoint of no control branch: name one that trains = 'control'")
-    try:
-        return find_branch_file(path if checkpoint is None else checkpoint.weights)
-    except MissingFileError as error:
-        raise MissingFileError(f"{key}: {error}") from None
+    return find_branch(str(path), key=key)
 
 
 def branch_identity(file: Path) -> str:

@@ -17,6 +17,7 @@ from pipelines.store.checkpoints import (
     Checkpoint,
     DamagedCheckpointError,
     find_checkpoint,
+    named_checkpoint,
     open_checkpoint,
     read_trainer,
     require_whole,
@@ -39,7 +40,7 @@ from training.stages.agreement import (
     with_positions,
 )
 from training.stages.beside import require_base, require_pixart
-from training.stages.branches import branch_identity, find_branch, require_no_branch
+from training.stages.branches import branch_identity, require_no_branch, starting_branch
 from training.stages.resume import require_same_job, weights_identity
 from training.stages.shape import stage_shape
 
@@ -141,7 +142,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         resume=resume,
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
-    control = find_branch(command, settings, directory)
+    control = starting_branch(command, settings, directory)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
     if resume is None and checks_files:
@@ -313,8 +314,7 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     path = typed_path(location) if former is None else command.run / "training" / former
     if directory in (path, *path.parents):
         raise UserError(f"{named} is this stage's own folder; resuming is automatic and needs no key")
-    opens = open_checkpoint if (path / TRAINER).is_file() else find_checkpoint
-    checkpoint = opens(path, checks_files=checks_files)
+    checkpoint = named_checkpoint(path, checks_files=checks_files)
     if checkpoint is not None:
         if checkpoint.has_control:
             require_no_branch(checkpoint, named=named)

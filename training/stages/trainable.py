@@ -14,7 +14,7 @@ from torch import Tensor
 
 from encoders.weights import hub_repository
 from errors import UserError
-from pipelines.store.checkpoints import ADAPTER, CONTROL, MODEL
+from pipelines.store.checkpoints import ADAPTER, CONTROL, MODEL, WEIGHTS
 from pipelines.store.files import atomic_write_json
 from pixart.adapter_files import read_trained, write_adapter
 from pixart.adapter_layers import AdapterShape
@@ -165,7 +165,7 @@ class Branch:
     def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
         """Return the branch's weights, by their names beside the network."""
         assert isinstance(config, PixArtConfig)
-        return dict(read_branch(checkpoint / CONTROL, config).weights)
+        return dict(read_branch(checkpoint / WEIGHTS[CONTROL], config).weights)
 
 
 def trainable_of(settings: StageTraining) -> Trainable:
