@@ -1,7 +1,7 @@
 """What files of weights that are nothing by themselves, adapters and control branches, say of what they belong to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,14 @@ def parse_note(text: str | None, file: Path) -> dict[str, Any]:
 
 
 def compare_base(
-    path: Path, known: Mapping[str, Any], *, title: str, location: str, identity: str, process: str
+    path: Path,
+    known: Mapping[str, Any],
+    *,
+    title: str,
+    location: str,
+    identity: str,
+    adapters: Collection[str],
+    process: str,
 ) -> list[str]:
     """Return what is odd about adding a file to weights, by what it says of those it was trained on.
 
@@ -62,6 +69,7 @@ def compare_base(
         title: what people call the weights.
         location: where they are.
         identity: hash of them, without that of any adapters.
+        adapters: hashes of those that they have.
         process: that they were trained with.
 
     Raises:
@@ -77,7 +85,7 @@ def compare_base(
             f"{path} was trained on the weights of {base['location']}, and is added to others, of "
             f"{location}: what it has learnt may not show as there"
         ]
-    if base["adapters"]:
-        others = ", ".join(item["location"] for item in base["adapters"])
+    if lacking := [item["location"] for item in base["adapters"] if item.get("identity") not in adapters]:
+        others = ", ".join(lacking)
         return [f"{path} was trained on its base with {others}: add that, too, to draw as there"]
     return []

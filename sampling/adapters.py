@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_path
 from pipelines.engine.progress import get_logger
-from pipelines.store.bases import RUN
+from pipelines.store import bases
 from pipelines.store.checkpoints import ADAPTER, named_checkpoint
 from pipelines.store.files import sha256_file, sha256_text
 from pixart.processes.specs import with_student_of
@@ -79,7 +79,7 @@ def name_adapters(
         return wanted
     folder = trained.checkpoint
     is_here = trained.run is not None and trained.run.resolve() == run.resolve()
-    return [f"{RUN}/training/{folder.parent.name}/{folder.name}" if is_here else str(folder)]
+    return [f"{bases.RUN}/training/{folder.parent.name}/{folder.name}" if is_here else str(folder)]
 
 
 def _content(folder: Path) -> str:
@@ -163,6 +163,7 @@ def compare_belonging(path: Path, belongs_to: Mapping[str, Any], trained: Traine
         title=trained.name,
         location=str(trained.model_path),
         identity=trained.identity.partition("+")[0],
+        adapters=set(map(bases.adapter_identity, trained.own_adapters)),
         process=trained.process["name"],
     )
     for line in said:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from errors import UserError
-from pipelines.as_typed import typed_path
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
@@ -25,9 +24,12 @@ from pixart.processes.specs import LCM, SOLVERS, require_solver
 from sampling.adapters import adapter_identity, add_adapters, find_file, name_adapters
 from sampling.branches import add_branch
 from sampling.config import SamplingConfig
+from sampling.control_images import open_control_image
+from sampling.control_kind import maps_of
 from sampling.generate import check_inputs, make_job
 from sampling.images import ADAPTERS, CONTROL, is_own, is_whole, is_written, write_image, write_map
 from sampling.kept_controls import find_control, keep_control
+from sampling.prompt_list import control_path
 from sampling.requests import MAP_FOLDER, ImageRequest
 from sampling.students import follow_weights
 from sampling.trained_model import TrainedModel, open_checkpoint_model
@@ -84,7 +86,9 @@ class Studio:
         engine: the recipe's.
 
     Raises:
-        UserError: the checkpoint knows classes, not text, or the recipe's solver or adapters are not for it.
+        MissingFileError: the recipe's control image is not there.
+        UserError: the checkpoint knows classes, not text, or the recipe's solver, adapters or control image are not for
+            it.
     """
 
     def __init__(
@@ -113,6 +117,10 @@ class Studio:
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         add_adapters(trained, named, config.lora_weights, run=run)
+        if config.control is not None:
+            open_control_image(control_path(config.control, trained, run=run))
+            if config.control_is == "photo":
+                maps_of(trained)
 
     def look_at(self, checkpoint: str) -> TrainedModel:
         """Open a checkpoint's folder, without its weights and without choosing it.
@@ -174,9 +182,9 @@ class Studio:
     def _first_control(self) -> dict[str, Any]:
         """Return what the recipe says of what leads images, if anything does."""
         config = self.config
-        if config.control is None or self.trained.branch is None:
+        if config.control is None or self.trained.branch is None:  # of a checkpoint that was chosen since
             return {}
-        path = typed_path(config.control.replace("{run}", str(self.run)))
+        path = control_path(config.control, self.trained, run=self.run)
         told = {"control_is": config.control_is, "control_strength": config.control_strength}
         return {"control": str(path.absolute()), **told}
 

@@ -39,6 +39,20 @@ def list_prompts(config: SamplingConfig, trained: TrainedModel, *, run: Path) ->
     return _with_control(prompts, config, trained, run=run)
 
 
+def control_path(control: str, trained: TrainedModel, *, run: Path) -> Path:
+    """Return the path of `sampling.control`, which leads all prompts; `{run}` is the run's folder.
+
+    Raises:
+        UserError: the weights have no branch that it could lead.
+    """
+    if trained.branch is None:
+        raise UserError(
+            f"{KEY} is set, but {trained.name} has no control branch: name one as sampling.control_branch "
+            f"({typed_flag('branch', ANY)}), or draw from a checkpoint that trained one"
+        )
+    return typed_path(control.replace("{run}", str(run)))
+
+
 def _class_prompts(config: SamplingConfig, trained: TrainedModel, *, num_classes: int) -> list[Prompt]:
     for key in ("prompt", "control", "styles"):
         if getattr(config, key) is not None:
@@ -60,12 +74,7 @@ def _with_control(
             raise UserError(
                 f"{KEY} is set, and {num_led:,} of the prompts have a control image of their own: leave one out"
             )
-        if trained.branch is None:
-            raise UserError(
-                f"{KEY} is set, but {trained.name} has no control branch: name one as sampling.control_branch "
-                f"({typed_flag('branch', ANY)}), or draw from a checkpoint that trained one"
-            )
-        path = typed_path(config.control.replace("{run}", str(run)))
+        path = control_path(config.control, trained, run=run)
         return [replace(prompt, control=path) for prompt in prompts]
     if not num_led:
         for key in ("control_strength", "control_is"):

@@ -174,6 +174,16 @@ def _find_control(name: object, where: str, *, folder: Path) -> Path | None:
     return path
 
 
+def longer_key(key: str, suffix: str) -> str:
+    """Return a key with a suffix, cut so that it still names a file; digits keep apart those that are cut alike."""
+    whole = f"{key}-{suffix}"
+    encoded = whole.encode(errors="surrogateescape")
+    if len(encoded) <= MAX_KEY_BYTES:
+        return whole
+    digits = f"-{zlib.crc32(encoded):08x}"
+    return encoded[: MAX_KEY_BYTES - len(digits)].decode(errors="ignore") + digits
+
+
 def _key_of(text: str) -> str:
     slug = re.sub(r"\W+", "-", text.lower()).strip("-")[:MAX_KEY_LENGTH].strip("-")
     # the digits keep apart prompts that differ only behind the slug's end

@@ -8,7 +8,7 @@ from pathlib import Path
 from errors import MissingFileError, UserError
 from pipelines.as_typed import ANY, typed_flag, typed_path
 from pipelines.raw.texts import decode_text
-from sampling.prompts import Prompt
+from sampling.prompts import Prompt, longer_key
 
 KEY, PLACE = "sampling.styles", "{style}"
 MAX_SLUG_LENGTH = 40
@@ -58,7 +58,7 @@ def in_styles(prompts: Sequence[Prompt], styles: Sequence[str]) -> list[Prompt]:
     if not styles:
         return list(prompts)
     return [
-        replace(prompt, key=f"{prompt.key}-{_slug(style)}", text=prompt.text.replace(PLACE, style), style=style)
+        replace(prompt, key=longer_key(prompt.key, _slug(style)), text=prompt.text.replace(PLACE, style), style=style)
         for prompt in prompts
         for style in styles
     ]

@@ -9,7 +9,7 @@ from app_run import PROMPT, SCREENSHOT, fill, opened_page, pixels, served_app, s
 from playwright.sync_api import expect
 from sampling_run import make_run, save_control_checkpoint, save_edges, write_recipe
 
-from errors import UserError
+from errors import MissingFileError, UserError
 from pipelines.engine.run import EngineConfig
 from sampling.__main__ import main as sample_main
 from sampling.app_choices import adapter_choices, checkpoint_choices
@@ -88,6 +88,19 @@ def test_branches_are_among_the_checkpoints_and_a_named_one_leads_all_others(run
     trained = studio.look_at(str(run / "training" / "stage2" / "step-7"))
     assert trained.branch is not None and trained.name.endswith("+ edges, step-7")
     assert studio.look_at(str(run / "training" / "edges" / "step-7")).name == "edges, step 7"
+
+
+def test_what_leads_the_first_wish_is_looked_at_before_the_page(run: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"sampling\.control .*gone\.png does not exist"):
+        studio_of(run, control="{run}/gone.png")
+    with pytest.raises(UserError, match=r"sampling\.control is set, but stage 3, step 7 has no control branch: name"):
+        studio_of(run, "stage3", control="{run}/edges.png")
+    save_control_checkpoint(run, "elsewhere", kind="given")
+    with pytest.raises(UserError, match=r"control_is = 'photo', but .* was trained with maps that were made elsewhere"):
+        studio_of(run, "elsewhere", control="{run}/edges.png", control_is="photo")
+    first = studio_of(run, control="{run}/edges.png", control_strength=0.5).first_wish()
+    assert (first.control, first.control_strength) == (str(run / "edges.png"), 0.5)
+    shutil.rmtree(run / "training" / "elsewhere")
 
 
 @pytest.mark.parametrize("kind", ["wide", "phone"])

@@ -19,6 +19,7 @@ from sampling_run import (
     PIXART,
     make_run,
     save_adapter,
+    save_adapter_checkpoint,
     save_branch,
     save_control_checkpoint,
     save_edges,
@@ -29,7 +30,9 @@ from test_pixart_control import Research
 from transformers import AutoTokenizer, T5EncoderModel
 
 from encoders.control_kinds import open_control_maps
+from encoders.weights import identity_of
 from errors import MissingFileError, UserError
+from pipelines.store.bases import describe_base
 from pixart.drawing.denoise import draw_noise, make_generators
 from sampling.__main__ import main
 from sampling.branches import add_branch
@@ -232,6 +235,19 @@ def test_what_is_odd_about_a_branch_is_said(run: Path, tmp_path: Path, said: pyt
         parts["process"] = {"name": "flow"}
         flow = save_branch(tmp_path / "flow", base=other, **parts)
         add_branch(stage3, str(flow), run=run)
+
+
+def test_a_branch_that_has_learnt_on_adapters_misses_those_alone_that_are_not_there(
+    run: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    adapter = save_adapter_checkpoint(run, "styled") / "adapter"
+    base = run / "training" / "stage2" / "step-7" / "model"
+    known = describe_base(base, (adapter,), run=run, identity=identity_of(base), shape=dataclasses.asdict(PIXART))
+    branch = str(save_branch(tmp_path / "branch", base=known, process={"name": "ddpm"}))
+    add_branch(open_run_model(run, "styled"), branch, run=run)
+    assert "add that, too" not in words(said)
+    add_branch(open_run_model(run, "stage2"), branch, run=run)
+    assert "was trained on its base with {run}/training/styled/step-7/adapter: add that, too" in words(said)
 
 
 def test_a_branch_of_another_shape_or_of_nothing_is_refused(run: Path, tmp_path: Path) -> None:

@@ -96,3 +96,11 @@ def test_neither_of_template_and_styles_goes_without_the_other(run: Path) -> Non
         read_styles(["gone.txt"], run=run)
     with pytest.raises(UserError, match=r"sampling\.styles is set, but stage 1, step 7 knows classes"):
         sample(run, "1", styles=["red"])
+
+
+def test_long_prompts_in_long_styles_still_name_files() -> None:
+    styles = ["水" * 40, "水" * 39 + "油", "red"]
+    prompts = in_styles([single_prompt("{style}的" + "画" * 80, seed=0)], styles)
+    sizes = [len(prompt.key.encode()) for prompt in prompts]
+    assert len({prompt.key for prompt in prompts}) == 3 and max(sizes) <= 200
+    assert prompts[2].key.endswith("-red"), "no more is cut than must be"

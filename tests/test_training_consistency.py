@@ -223,6 +223,7 @@ def test_a_stage_says_what_its_student_is_made_for(run: Path, tmp_path: Path) ->
             r"consistency\.timestep_scaling = 10 is for process ddpm, but .*process is 'flow', whose .*: leave it out",
         ),
         ({"trains": "lora"}, r"trains = 'lora' has no place for an embedding of the guidance, .* \[4\.0, 16\.0\]"),
+        ({"trains": "control"}, r"'consistency' follows a teacher, which no image leads, .*sampling\.control_branch"),
         ({"consistency.guidance_range": [16.0, 4.0]}, r"a range is \[low, high\] with 1 <= low <= high"),
         ({"consistency.guidance_range": [0.5, 4.0]}, r"a range is \[low, high\] with 1 <= low <= high"),
         ({"consistency.num_teacher_steps": 0}, r"consistency\.num_teacher_steps"),

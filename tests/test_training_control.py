@@ -1,6 +1,7 @@
 """Stages that train a control branch: on two ranks under each ZeRO stage, resumed, on one rank, and what is on disk."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from pixart.belonging import METADATA, read_header
 from pixart.branching import add_branch
 from pixart.control import Control
 from pixart.control_files import FILE_NAMES, read_branch, write_branch
-from pixart.convert import load_diffusers
+from pixart.convert import load_diffusers, save_diffusers
 from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
+from pixart.processes.specs import lcm_student
 from training.convert import main as convert
 from training.data.survey import Survey
 from training.loop.products import require_products
@@ -273,3 +275,46 @@ def test_what_a_branch_starts_from_is_one(run: Path, tmp_path: Path) -> None:
     weights = {name: weight for name, weight in network.state_dict().items() if name.startswith("control.")}
     write_branch(tmp_path / "branch", weights, SHAPE, belongs_to={})
     open_job(run, **CONTROL, starts_from=start, control_starts_from=str(tmp_path / "branch"))
+
+
+def test_a_branch_that_has_learnt_beside_others_or_by_other_maps_is_said(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("training"), "propagate", True)
+    start = random_network(tmp_path / "start", 1)
+    own = {"identity": identity_of(start), "location": "/own", "adapters": []}
+    maps = {"kind": "canny", "settings": {}}
+
+    def said(**changed: Any) -> str:
+        network = PixArt(SHAPE)
+        add_branch(network, 1, key="k")
+        weights = {name: weight for name, weight in network.state_dict().items() if name.startswith("control.")}
+        known = {"base": own, "process": {"name": "ddpm"}, "control": maps} | changed
+        write_branch(tmp_path / "branch", weights, SHAPE, belongs_to=known)
+        caplog.clear()
+        job = open_job(run, **CONTROL, starts_from=str(start), control_starts_from=str(tmp_path / "branch"))
+        starting_network(job, SHAPE)
+        return " ".join(caplog.text.split())
+
+    assert said() == ""
+    assert "was trained on the weights of /first, and is added to others" in said(
+        base=own | {"identity": "sha256:1", "location": "/first"}
+    )
+    depth = {"kind": "depth", "settings": {"model": "here"}, "identity": "sha256:2"}
+    assert "with maps of depth (sha256:2), and is led by canny from here on" in said(control=depth)
+    assert "with maps of canny (widen_pixels 1), and is led by canny from" in said(
+        control=maps | {"settings": {"widen_pixels": 1}}
+    )
+    with pytest.raises(UserError, match=r"was trained with process flow, but .*start with ddpm"):
+        said(process={"name": "flow"})
+
+
+def test_a_branch_is_not_trained_beside_weights_of_few_steps(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student" / "transformer"
+    save_diffusers(PixArt(SHAPE), folder)
+    scheduler = folder.parent / "scheduler"
+    scheduler.mkdir()
+    config = DDPM(student=lcm_student(guidance=(4.0, 16.0))).scheduler_config()
+    (scheduler / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"starts_from = .*student' was distilled by lcm to few: train it beside"):
+        open_job(run, **CONTROL, starts_from=str(folder.parent))

@@ -64,11 +64,17 @@ def require_distillable(
     """Refuse stages that cannot be distilled; `key` is the stage's.
 
     Raises:
-        UserError: the network reads no text, a setting is of another process, or adapters would have to hold an
-            embedding.
+        UserError: the network reads no text, a setting is of another process, a control branch trains, or adapters
+            would have to hold an embedding.
     """
     if network != "pixart":
         raise UserError(f"{key}.objective = 'consistency' is for a PixArt, but {key}.network is {network!r}")
+    if trains == "control":
+        raise UserError(
+            f"{key}.objective = 'consistency' follows a teacher, which no image leads, and {key}.trains = 'control': "
+            "train the branch beside the teacher (objective 'denoise'), and put it beside the student to draw "
+            "(sampling.control_branch)"
+        )
     if process == "flow" and "timestep_scaling" in settings.model_fields_set:
         raise UserError(
             f"{key}.consistency.timestep_scaling = {settings.timestep_scaling:g} is for process ddpm, but "

@@ -23,6 +23,7 @@ from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import run_command
 from pipelines.engine.progress import console, get_logger
+from pipelines.store.bases import adapter_identity
 from pipelines.store.checkpoints import MODEL, TRAINER, named_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
@@ -169,6 +170,7 @@ def _add_adapters(
                 title=str(source),
                 location=str(source),
                 identity=identity,
+                adapters=set(map(adapter_identity, start.adapters)),
                 process=process["name"],
             ),
         ):

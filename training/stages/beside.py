@@ -1,6 +1,8 @@
 """What a stage needs that trains beside weights, which stay as they are: adapters and control branches."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from pipelines.command import Command
@@ -35,4 +37,18 @@ def require_base(command: Command, settings: StageTraining, start: Path | None, 
         raise UserError(
             f"{trains} keeps the weights' own output layer, but they ({start}) were trained with process {process}, "
             f"and {key}.process is {settings.process!r}"
+        )
+
+
+def require_many_steps(command: Command, settings: StageTraining, student: Mapping[str, Any] | None) -> None:
+    """Refuse a control branch beside weights that were distilled to few steps: it is trained to be drawn in many.
+
+    `student` is what their process says of that, None of others.
+    """
+    if settings.has_control and student is not None:
+        key = f"training.{command.stage_name}"
+        raise UserError(
+            f"{key}.trains = 'control' trains a branch for many steps beside weights that stay as they are, but "
+            f"{key}.starts_from = {settings.starts_from!r} was distilled by {student['method']} to few: train it "
+            "beside the weights that it was distilled from, and name it as sampling.control_branch to draw with these"
         )

@@ -1,14 +1,23 @@
 """The control branch that a stage goes on from, named as weights are."""
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from encoders.branches import find_branch
+from encoders.weights import identity_of
 from errors import UserError
 from pipelines.as_typed import typed_path
 from pipelines.command import Command
-from pipelines.store.checkpoints import Checkpoint
+from pipelines.engine.progress import get_logger
+from pipelines.store.bases import adapter_identity
+from pipelines.store.checkpoints import CONTROL, Checkpoint
 from pipelines.store.files import sha256_file
+from pixart.belonging import compare_base
 from training.config import StageTraining, stage_names
+
+log = get_logger("training")
 
 
 def starting_branch(command: Command, settings: StageTraining, directory: Path) -> Path | None:
@@ -47,3 +56,51 @@ def require_no_branch(checkpoint: Checkpoint, *, named: str) -> None:
         f"weights that it was trained on, and to go on training it, say trains = 'control' and "
         f"control_starts_from = '{checkpoint.weights}'"
     )
+
+
+def warn_of_others(
+    file: Path,
+    known: Mapping[str, Any],
+    *,
+    base: Path,
+    adapters: Sequence[Path],
+    process: str,
+    maps: Mapping[str, Any],
+) -> None:
+    """Say on the first rank where a branch has learnt beside other weights, or by other maps, than a stage has.
+
+    Args:
+        file: of the branch.
+        known: what it says that it belongs to, nothing of files of others.
+        base, adapters: the weights that the stage starts from, and what is merged into them.
+        process: of the stage.
+        maps: how the manifest says that the stage's control images were drawn.
+
+    Raises:
+        UserError: it was trained with another process, on every rank; names both.
+    """
+    said = compare_base(
+        file,
+        known,
+        title=str(base),
+        location=str(base),
+        identity=identity_of(base),
+        adapters=set(map(adapter_identity, adapters)),
+        process=process,
+    )
+    learnt = known.get(CONTROL)
+    if learnt is not None and _drawn_by(learnt) != _drawn_by(maps):
+        said.append(
+            f"{file} was trained with maps of {_drawn_by(learnt)}, and is led by {_drawn_by(maps)} from here on"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        for line in said:
+            log.warning(line)
+
+
+def _drawn_by(maps: Mapping[str, Any]) -> str:
+    """Return kind and model of maps in words, or their settings where no model draws them."""
+    model = maps.get("identity")
+    settings = [f"{name} {value}" for name, value in sorted(maps.get("settings", {}).items())]
+    said = ", ".join(settings) if model is None else str(model)
+    return f"{maps.get('kind')} ({said})" if said else str(maps.get("kind"))

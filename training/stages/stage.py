@@ -39,7 +39,7 @@ from training.stages.agreement import (
     require_process,
     with_positions,
 )
-from training.stages.beside import require_base, require_pixart
+from training.stages.beside import require_base, require_many_steps, require_pixart
 from training.stages.branches import branch_identity, require_no_branch, starting_branch
 from training.stages.resume import require_same_job, weights_identity
 from training.stages.shape import stage_shape
@@ -133,6 +133,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     if settings.keeps_base:
         process = start.process["name"] if resume is None else None
         require_base(command, settings, start.path, process=process)
+        require_many_steps(command, settings, student_of(start.process) if resume is None else None)
     model = stage_shape(
         command.recipe,
         command.stage_name,

@@ -12,6 +12,7 @@ import torch
 from errors import UserError
 from pipelines.as_typed import ANY, typed_command
 from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import CONTROL
 from pipelines.store.files import sha256_file
 from pixart.adapter_files import find_adapter_file, read_adapter
 from pixart.adapters import at_positions, merge, require_fit
@@ -30,6 +31,7 @@ from training.config import StageTraining
 from training.data.former import channels_of
 from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
+from training.stages.branches import warn_of_others
 from training.stages.critics import add_critic
 from training.stages.networks import blank_network
 from training.stages.other_vae import bridged, stage_bridge
@@ -166,6 +168,11 @@ def _add_branch(job: TrainingJob, network: PixArt) -> None:
             f"{key}.control_copies = {num_copies}, but the branch of control_starts_from ({path}) has "
             f"{stored.num_copies} copies"
         )
+    if job.resume is None:
+        assert job.start.path is not None and job.features.control is not None, "a stage of a branch has both"
+        start, process, maps = job.start, job.settings.process, job.features.control.fact(CONTROL)
+        known, base = stored.belongs_to, job.start.path
+        warn_of_others(path, known, base=base, adapters=start.adapters, process=process, maps=maps)
     stored.attach(network)
     network.float()
 
