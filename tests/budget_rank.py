@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from encoders.living_bytes import LivingBytes
+from pixart.dit import DiT
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.ddpm import DDPM
 from pixart.processes.make import process_of
-from pixart.processes.specs import ddpm_spec
 from training.config import StageTraining
 from training.data.blank import SampleShape, blank_batch
 from training.launch import reckoning
@@ -28,10 +29,12 @@ from training.loop.measure import UpdateMeter
 from training.loop.networks import Networks
 from training.loop.optimizers import adamw, adamw8bit
 from training.loop.zero import ZeroModel, compute_dtype, initialize_ranks
+from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
-from training.objectives.objective import Trained
-from training.stages.networks import blank_copy, count_weights
+from training.objectives.objective import Objective
+from training.stages.networks import blank_copies, count_weights
+from training.stages.shared_weights import SharedWeights
 from training.stages.trainable import trainable_of
 
 PIECE_SIZE = 4096
@@ -79,28 +82,40 @@ class HostBytes(LivingBytes):
             super()._count_storage(storage, is_ignored=is_ignored)
 
 
-def objective_of(settings: StageTraining, device: torch.device) -> Denoise:
+def objective_of(case: Case, settings: StageTraining, device: torch.device) -> Objective:
     inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=compute_dtype(settings))
-    return Denoise(process=process_of(ddpm_spec(), device=device), inputs=inputs)
+    process = process_of(settings.process_spec, device=device)
+    if settings.objective == "denoise":
+        return Denoise(process=process, inputs=inputs)
+    assert isinstance(process, DDPM)
+    null = torch.zeros(case.num_text_tokens, case.text_width, dtype=torch.bfloat16, device=device)
+    return Consistency(process=process, inputs=inputs, null_text=null, guidance_range=(5.5, 5.5), huber_c=0.001)
 
 
-def open_network(case: Case, settings: StageTraining) -> PixArt:
+def open_networks(case: Case, settings: StageTraining) -> dict[str, DiT | PixArt]:
+    """As a stage opens them that starts from its teacher."""
     torch.manual_seed(0)
-    network = case.config.network()
-    assert isinstance(network, PixArt)
+    network, teacher = case.config.network(), case.config.network().requires_grad_(False)
+    teacher.load_state_dict(network.state_dict())
     trainable_of(settings).prepare(network, seed=0, dtype=compute_dtype(settings), key="training.trains")
-    return network
+    if settings.objective == "denoise":
+        return {"network": network}
+    shared = SharedWeights(network, is_partitioned=settings.zero_stage == 3)
+    return {"network": network, "target": shared.average_of(network), "teacher": shared.within(teacher)}
 
 
 def count(case: Case, settings: StageTraining) -> dict[str, int]:
     """Return the most bytes that live at a time from before the networks are there: at the start, and in steps."""
     size = settings.global_batch_size // dist.get_world_size() // settings.num_micro_batches
-    objective, meter = objective_of(settings, CPU), HostBytes()
+    objective, meter = objective_of(case, settings, CPU), HostBytes()
     counted = {}
     with meter.watching(ignored=[]):
-        model = ZeroModel(open_network(case, settings), settings)
+        others = open_networks(case, settings)
+        model = ZeroModel(others.pop("network"), settings)
         counted["start"] = meter.peak_bytes
-        networks = Networks({"network": Trained()}, model=model, ema=EMA(model, settings.ema_decay), others={})
+        for network in others.values():
+            network.to(dtype=model.dtype)
+        networks = Networks(objective.networks, model=model, ema=EMA(model, settings.ema_decay), others=others)
         for _ in range(3):
             update_meter = UpdateMeter(model)
             for i in range(settings.num_micro_batches):
@@ -117,17 +132,17 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
 
 def reckon(case: Case, settings: StageTraining) -> dict[str, Any]:
     """Return what a start would say of the same."""
-    network = blank_copy(open_network(case, settings))
+    roles, networks = objective_of(case, settings, CPU).networks, blank_copies(open_networks(case, settings))
     step = Step(
         settings=settings,
-        objective=lambda device: objective_of(settings, device),
-        networks={"network": network},
+        objective=lambda device: objective_of(case, settings, device),
+        networks=networks,
         sample=case.sample,
         dtype=compute_dtype(settings),
     )
     demand = Demand(
         settings=settings,
-        weights=count_weights({"network": Trained()}, {"network": network}),
+        weights=count_weights(roles, networks),
         num_ranks=dist.get_world_size(),
         sample_tokens=(case.side // 2) ** 2,
         step_bytes=lambda size, kept, gradients: step.reckon(size, kept, gradients=gradients),

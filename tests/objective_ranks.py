@@ -3,12 +3,14 @@
 Usage: python objective_ranks.py CASE..., each the JSON of {"run": folder, "objective": name, "settings": {...}}.
 """
 
+import copy
 import json
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from training.loop.zero import initialize_ranks
 from training.objectives.choice import choose_objective
 from training.objectives.denoise import Denoise
 from training.objectives.objective import Average, Frozen, Losses, Objective, Role, Trained
+from training.stages import starts
+from training.stages.shared_weights import SharedWeights
 from training.stages.stage import TrainingJob, open_stage
 
 
@@ -60,12 +64,23 @@ def choose(job: TrainingJob, device: torch.device) -> Objective:
     return Distil(denoise)
 
 
+class Apart(SharedWeights):
+    """Nothing is held once for several networks."""
+
+    def within(self, network: Any) -> Any:
+        return network
+
+    def average_of(self, trained: Any) -> Any:
+        return copy.deepcopy(trained).requires_grad_(False)
+
+
 def main() -> None:
     """Train the stages of the command line."""
     initialize_ranks()
     for case in map(json.loads, sys.argv[1:]):
         argv = arguments(Path(case["run"]), 2, **case["settings"])
         job = open_stage(parse_command("training", "", argv=argv, has_stages=True))
+        starts.SharedWeights = Apart if case["objective"] == "apart" else SharedWeights
         run_rank(job, threading.Event(), choose=choose if case["objective"] == "distil" else choose_objective)
         dist.barrier()
     dist.destroy_process_group()

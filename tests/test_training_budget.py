@@ -89,3 +89,25 @@ def test_ranks_that_share_are_reckoned_too(tmp_path: Path) -> None:
         for others in ({}, {"gradient_accumulation_steps": 2})
     ]
     require_close(cases, count(tmp_path, cases, num_ranks=2))
+
+
+@pytest.mark.slow
+def test_what_a_student_shares_with_its_average_and_teacher_is_held_once(tmp_path: Path) -> None:
+    """Of adapters and of a part of the weights, and of a student of all, where there is nothing to share."""
+    distil = {"objective": "consistency", "consistency": {"guidance_range": [5.5, 5.5]}, "keep_activations": "all"}
+    cases = [
+        case_of("middle", dtype=dtype, zero_stage=zero_stage, **distil, **others)
+        for dtype, zero_stage, others in (
+            ("bf16", 0, {"trains": "lora"}),
+            ("bf16", 2, {"trains": "lora"}),
+            ("fp32", 0, {"trains": "lora"}),
+            ("bf16", 0, {"trains": PART}),
+            ("bf16", 0, {}),
+        )
+    ]
+    found = count(tmp_path, cases)
+    require_close(cases, found)
+    adapters, _, _, _, whole = (counted["parts"] for counted in found)
+    assert adapters["activations"] and adapters["weights"] < whole["weights"] / 2
+    sharded = [case_of("middle", dtype="bf16", zero_stage=3, trains="lora", **distil)]
+    require_close(sharded, count(tmp_path, sharded, num_ranks=2))

@@ -1,6 +1,7 @@
-"""docs/GPU.md, "One small card": what the released models take of cards of each size is what the code reckons today."""
+"""What the released models take of cards of each size, as the docs have it, is what the code reckons today."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,27 @@ from test_sampling_footprint import published, requests_of
 from errors import UserError
 from pipelines.raw.images import aspect_buckets
 from pipelines.recipe import load_recipe
+from pixart.branching import new_branch
+from pixart.dit import DiT
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
+from pixart.processes.ddpm import DDPM
 from pixart.processes.make import process_of
-from pixart.processes.specs import ddpm_spec
 from sampling.card import find_switches, fits, usable_bytes
 from sampling.config import ON_A_GPU, SamplingConfig
 from sampling.footprint import Footprint
-from training.config import stage_training
+from training.config import StageTraining, stage_training
 from training.data.blank import SampleShape
 from training.launch.memory import choose_shares, find_saving
 from training.launch.reckoning import Demand
 from training.launch.start import StepBytes, card_bytes
 from training.loop.footprint import Step
 from training.loop.zero import compute_dtype
+from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
-from training.objectives.objective import Trained
+from training.objectives.objective import Objective
 from training.stages.networks import blank_network, count_weights
+from training.stages.shared_weights import SharedWeights
 from training.stages.trainable import trainable_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,6 +47,17 @@ TRAINED = {
     "all, 1024px": ("pixart-alpha-released", "alpha-1024", 1024, 120, True),
     "all, Sigma 1024px": ("pixart-sigma", "sigma-1024", 1024, 300, False),
     "all, Sigma 2K": ("pixart-sigma", "sigma-2k", 2048, 300, False),
+}
+# The same of docs/FAST.md.
+DISTILLED = {
+    "α, all weights": ("pixart-lcm", "lcm", 1024, 120, True),
+    "α, LoRA": ("pixart-lcm", "lcm-lora", 1024, 120, True),
+    "Σ, all weights": ("pixart-sigma-lcm", "lcm", 1024, 300, False),
+}
+# And of docs/CONTROL.md.
+LED = {
+    "α": ("pixart-control", "control", 1024, 120, True),
+    "Σ": ("pixart-sigma-control", "control", 1024, 300, False),
 }
 DRAWN = {
     "drawing, 1024px": (PIXART_XL_2_1024, 120),
@@ -65,40 +81,87 @@ def shorten(switches: dict[str, Any]) -> list[str]:
 
 
 @cache
-def page() -> dict[str, list[str]]:
-    section = (REPOSITORY / "docs" / "GPU.md").read_text().split("### One small card")[1].split("\n## ")[0]
+def page(file: str, title: str) -> dict[str, list[str]]:
+    """Return the table under a title, by the names of its rows."""
+    section = (REPOSITORY / "docs" / file).read_text().split(f"# {title}\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     return {name: cells for name, *cells in rows}
 
 
-def test_the_page_has_these_cards_and_rows() -> None:
-    assert page()["GB"] == [f"{card}" for card in CARDS]
-    assert page().keys() >= {*TRAINED, *DRAWN}
+SMALL_CARD, STUDENT, BRANCH = ("GPU.md", "One small card"), ("FAST.md", "What training costs"), ("CONTROL.md", "Cards")
 
 
-def demand_of(name: str, folder: Path) -> tuple[Demand, str]:
+def test_the_pages_have_these_cards_and_rows() -> None:
+    table = page(*SMALL_CARD)
+    assert table["GB"] == [f"{card}" for card in CARDS]
+    assert table.keys() >= {*TRAINED, *DRAWN}
+    assert page(*STUDENT).keys() >= DISTILLED.keys() and page(*BRANCH).keys() >= LED.keys()
+
+
+def objective_of(settings: StageTraining, device: torch.device, *, null_tokens: int) -> Objective:
+    process, dtype = process_of(settings.process_spec, device=device), compute_dtype(settings)
+    inputs = NetworkInputs(
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        null_label=None,
+        dtype=dtype,
+        control="control-hed" if settings.has_control else None,
+    )
+    if settings.objective == "denoise":
+        return Denoise(process=process, inputs=inputs)
+    assert isinstance(process, DDPM)
+    null = torch.empty(null_tokens, 4096, dtype=torch.bfloat16, device=device)
+    guidance = settings.consistency.guidance_range
+    return Consistency(process=process, inputs=inputs, null_text=null, guidance_range=guidance, huber_c=0.001)
+
+
+def networks_of(settings: StageTraining, config: PixArtConfig) -> dict[str, DiT | PixArt]:
+    """Return the networks of a stage, whose teacher is what it starts from, without values."""
+    network = blank_network(replace(config, has_guidance_condition=settings.is_told_guidance))
+    assert isinstance(network, PixArt)
+    own = dict(network.named_parameters())
+    if settings.has_control:
+        with torch.device("meta"):
+            network.control = new_branch(config, settings.control_copies)
+    trainable_of(settings).prepare(network, seed=0, dtype=compute_dtype(settings), key="training.trains")
+    if settings.objective == "denoise":
+        return {"network": network}
+    target = SharedWeights(network, is_partitioned=False).average_of(network)
+    teacher = blank_network(config).requires_grad_(False)
+    # That equal ones are shared is told by values, see test_training_shared_weights.py.
+    held = {name: weight for name, weight in own.items() if not weight.requires_grad}
+    teacher.load_state_dict(held, strict=False, assign=True)
+    return {"network": network, "target": target, "teacher": teacher}
+
+
+def demand_of(row: tuple[str, str, int, int, bool], folder: Path) -> tuple[Demand, str]:
     """What a stage of a recipe asks of one card, as `make train` opens it but for weights: those have no values."""
-    recipe, stage, resolution, num_tokens, is_told_size = TRAINED[name]
+    recipe, stage, resolution, num_tokens, is_told_size = row
     settings = stage_training(load_recipe(REPOSITORY / "recipes" / f"{recipe}.toml"), stage)
-    dtype, side = compute_dtype(settings), resolution // 8
-    network = blank_network(PixArtConfig(sample_size=side, has_size_condition=is_told_size))
-    trainable_of(settings).prepare(network, seed=0, dtype=dtype, key="training.trains")
+    networks = networks_of(settings, PixArtConfig(sample_size=resolution // 8, has_size_condition=is_told_size))
 
-    def objective(device: torch.device) -> Denoise:
-        inputs = NetworkInputs(scaling_factor=1.0, shift_factor=0.0, null_label=None, dtype=dtype)
-        return Denoise(process=process_of(ddpm_spec(), device=device), inputs=inputs)
+    def objective(device: torch.device) -> Objective:
+        return objective_of(settings, device, null_tokens=num_tokens)
 
     height, width = max(aspect_buckets(resolution, multiple=16), key=lambda size: size[0] * size[1])
-    sample = SampleShape(channels=4, height=height // 8, width=width // 8, num_text_tokens=num_tokens, text_width=4096)
-    step = Step(settings=settings, objective=objective, networks={"network": network}, sample=sample, dtype=dtype)
+    sample = SampleShape(
+        channels=4,
+        height=height // 8,
+        width=width // 8,
+        num_text_tokens=num_tokens,
+        text_width=4096,
+        channels_beside={"control-hed": 4} if settings.has_control else {},
+    )
+    dtype = compute_dtype(settings)
+    step = Step(settings=settings, objective=objective, networks=networks, sample=sample, dtype=dtype)
     tokens, share = height * width // 256, settings.global_batch_size
     size_bytes = StepBytes(
         step, path=folder / "memory.json", device=torch.device("cpu"), share=share, sample_tokens=tokens
     )
-    assert isinstance(network, PixArt)
+    roles = objective(torch.device("meta")).networks
     return Demand(
         settings=settings,
-        weights=count_weights({"network": Trained()}, {"network": network}),
+        weights=count_weights(roles, networks),
         num_ranks=1,
         sample_tokens=tokens,
         step_bytes=size_bytes,
@@ -120,10 +183,18 @@ def trained_cell(demand: Demand, card: int, basis: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINED)
-def test_training_takes_what_the_page_says(name: str, tmp_path: Path) -> None:
-    demand, basis = demand_of(name, tmp_path)
-    assert page()[name] == [trained_cell(demand, card, basis) for card in CARDS]
+@pytest.mark.parametrize(
+    ("where", "name", "row"),
+    [
+        (where, name, row)
+        for where, rows in ((SMALL_CARD, TRAINED), (STUDENT, DISTILLED), (BRANCH, LED))
+        for name, row in rows.items()
+    ],
+)
+def test_training_takes_what_the_page_says(where: Any, name: str, row: Any, tmp_path: Path) -> None:
+    demand, basis = demand_of(row, tmp_path)
+    table = page(*where)
+    assert table[name] == [trained_cell(demand, int(card), basis) for card in table["GB"]]
 
 
 def drawn_cells(folder: Path, name: str, cards: Sequence[int]) -> list[str]:
@@ -148,4 +219,4 @@ def drawn_cells(folder: Path, name: str, cards: Sequence[int]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_drawing_takes_what_the_page_says(name: str, tmp_path: Path) -> None:
-    assert page()[name] == drawn_cells(tmp_path, name, CARDS)
+    assert page(*SMALL_CARD)[name] == drawn_cells(tmp_path, name, CARDS)

@@ -180,6 +180,7 @@ def test_the_critic_begins_as_the_teacher_and_counts_as_what_trains(tmp_path: Pa
     ("settings", "said"),
     [
         ({"trains": "lora"}, r"needs trains = 'all', but .*trains is 'lora'"),
+        ({"trains": "control"}, r"needs trains = 'all', but .*trains is 'control'"),
         ({"process": "flow"}, r"needs process = 'ddpm', but .*process is 'flow'"),
         ({"optimizer": "muon"}, r"needs optimizer = 'adamw', but .*optimizer is 'muon'"),
         ({"matching.times": [[499, 899]]}, r"times fall from step to step"),

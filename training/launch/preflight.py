@@ -234,8 +234,9 @@ def print_weights(
     if settings.has_control:
         _print("control", _describe_branch(job, weights))
     _print("process", _describe_process(job))
-    if weights.beside:
-        _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone")
+    if weights.beside or weights.shared:
+        held = f"; {weights.shared / 1e6:,.2f}M more are held already" if weights.shared else ""
+        _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone{held}")
     _print("split", _describe_split(job.settings, shares, num_ranks=num_ranks))
     _print("memory", describe_parts(shares))
     if shares.previews:

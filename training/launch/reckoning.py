@@ -131,7 +131,7 @@ class Demand:
             made += _width(settings) * weights.trained
         if not self.is_host:
             return {"weights": computed, "made at the start": made}
-        whole = {"loaded": (weights.trained + weights.frozen + weights.beside) * FP32}
+        whole = {"loaded": (weights.trained + weights.frozen + weights.beside + weights.shared) * FP32}
         # What adapters are beside was loaded in fp32, and is itself what the network computes with now.
         others = weights.beside + (0 if settings.trains == "lora" else weights.frozen)
         loaded = (weights.trained + others) * FP32 * (made > 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from encoders.living_bytes import storage_bytes
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, remove_temporary_files
@@ -36,7 +37,7 @@ from training.loop.zero import compute_dtype
 from training.objectives.objective import Objective, Trained
 from training.previews.footprint import preview_parts
 from training.previews.plan import plan_previews
-from training.stages.networks import blank_copy, count_weights, network_config
+from training.stages.networks import blank_copies, blank_copy, count_weights, network_config
 from training.stages.stage import TrainingJob
 from training.stages.starts import objective_networks, starting_network
 from training.stages.weights import WeightCounts
@@ -108,9 +109,7 @@ def available_bytes(
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(min(most, free * (1 - GPU_RESERVE)))
-    own = sum(
-        weight.numel() * weight.element_size() for network in start.networks.values() for weight in network.parameters()
-    )
+    own = storage_bytes(weight for network in start.networks.values() for weight in network.parameters())
     return int(min(most, (machine_bytes() + num_loaded * own) / num_sharing * (1 - MACHINE_RESERVE)))
 
 
@@ -141,7 +140,7 @@ def settle(
     step = Step(
         settings=job.settings,
         objective=lambda device: choose(job, device),
-        networks={name: blank_copy(network) for name, network in start.networks.items()},
+        networks=blank_copies(start.networks),
         sample=sample,
         dtype=compute_dtype(job.settings),
     )

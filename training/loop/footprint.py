@@ -24,7 +24,7 @@ from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.products import choose_products
 from training.objectives.objective import Objective, Trained
-from training.stages.networks import blank_copy
+from training.stages.networks import blank_copies
 
 META = torch.device("meta")
 
@@ -136,7 +136,7 @@ class Step:
         prepare: Callable[[nn.Module], None] = lambda network: None,
     ) -> int:
         objective = self.objective(device)
-        networks = {name: self._blank(network, device) for name, network in self.networks.items()}
+        networks = self._blanks(device)
         (trained,) = (network for name, network in networks.items() if isinstance(objective.networks[name], Trained))
         prepare(trained)
         keep_activations(trained, kept)
@@ -156,14 +156,15 @@ class Step:
             _step(objective, networks, batch)
         return meter.peak_bytes
 
-    def _blank(self, network: DiT | PixArt, device: torch.device) -> DiT | PixArt:
-        blank = blank_copy(network)
-        values = {
-            name: torch.zeros(weight.shape, dtype=self.dtype, device=device)
-            for name, weight in blank.named_parameters()
-        }
-        blank.load_state_dict(values, assign=True)
-        return blank
+    def _blanks(self, device: torch.device) -> dict[str, DiT | PixArt]:
+        """Return the networks with zeros for weights; what is held once for several is so here."""
+        blanks = blank_copies(self.networks)
+        weights = {id(weight): weight for blank in blanks.values() for weight in blank.parameters()}
+        zeros = {key: torch.zeros(weight.shape, dtype=self.dtype, device=device) for key, weight in weights.items()}
+        for blank in blanks.values():
+            own = {name: zeros[id(weight)] for name, weight in blank.named_parameters()}
+            blank.load_state_dict(own, assign=True)
+        return blanks
 
 
 def _step(objective: Objective, networks: Mapping[str, nn.Module], batch: Batch) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from errors import UserError
 from pixart.adapters import add_adapters_of
@@ -12,7 +13,7 @@ from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from training.data.survey import Survey
-from training.objectives.objective import Role, Trained
+from training.objectives.objective import Frozen, Role, Trained
 from training.stages.critics import CRITIC, critic_of
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
@@ -99,13 +100,31 @@ def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
     return blank
 
 
-def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt]) -> WeightCounts:
-    """Return how many weights the networks of an objective have."""
-    counts = {"trained": 0, "frozen": 0, "beside": 0}
+def blank_copies(networks: Mapping[str, DiT | PixArt]) -> dict[str, DiT | PixArt]:
+    """Return such copies of several networks, by name; weights that are one in several are one in theirs, too."""
+    copies = {name: blank_copy(network) for name, network in networks.items()}
+    held: dict[int, nn.Parameter] = {}
     for name, network in networks.items():
-        for weight in network.parameters():
-            kind = "beside" if not isinstance(roles[name], Trained) else "trained" if weight.requires_grad else "frozen"
-            counts[kind] += weight.numel()
+        blank = copies[name]
+        own = {place: held.setdefault(id(w), blank.get_parameter(place)) for place, w in network.named_parameters()}
+        blank.load_state_dict(own, strict=False, assign=True)
+    return copies
+
+
+def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt]) -> WeightCounts:
+    """Return how many weights the networks of an objective have, those that are one in several counted once."""
+    counts = {"trained": 0, "frozen": 0, "beside": 0, "shared": 0}
+    held: set[int] = set()
+    for name in sorted(networks, key=lambda name: not isinstance(roles[name], Trained)):
+        for weight in networks[name].parameters():
+            kind = "beside"
+            if isinstance(roles[name], Trained):
+                kind = "trained" if weight.requires_grad else "frozen"
+            elif id(weight) in held:
+                kind = "shared"
+            if kind != "shared" or isinstance(roles[name], Frozen):
+                counts[kind] += weight.numel()
+            held.add(id(weight))
     return WeightCounts(**counts)
 
 

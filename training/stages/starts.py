@@ -1,6 +1,5 @@
 """The weights a stage starts from (paper section 2.2 and 2.3), or goes on with."""
 
-import copy
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +34,7 @@ from training.stages.branches import warn_of_others
 from training.stages.critics import add_critic
 from training.stages.networks import blank_network
 from training.stages.other_vae import bridged, stage_bridge
+from training.stages.shared_weights import SharedWeights
 from training.stages.stage import StartingPoint, TrainingJob
 from training.stages.trainable import trainable_of
 
@@ -70,15 +70,16 @@ def objective_networks(job: TrainingJob, roles: Mapping[str, Role], trained: DiT
     trainable.prepare(trained, seed=settings.seed, dtype=compute_dtype(settings), key=f"{key}.trains")
     if job.begins_output_anew and not trained.final.weight.requires_grad:
         raise UserError(f"{key}.trains leaves out final.*, the output layer, which begins anew at zero: add it")
+    shared = SharedWeights(trained, is_partitioned=settings.zero_stage == 3)
     networks = {}
     for name, role in roles.items():
         match role:
             case Trained():
                 networks[name] = trained
             case Frozen():
-                networks[name] = _frozen_network(job, name, trained)
+                networks[name] = shared.within(_frozen_network(job, name, trained))
             case Average():
-                networks[name] = copy.deepcopy(trained).requires_grad_(False)
+                networks[name] = shared.average_of(trained)
     for role in roles.values():
         if isinstance(role, Trained) and role.critic is not None:
             add_critic(trained, networks[role.critic])
