@@ -33,7 +33,7 @@ from sampling.app_fields import (
     values_of,
     wishes_of,
 )
-from sampling.app_studio import DrawingStopped, Studio, Wish, adapter_titles, wish_of
+from sampling.app_studio import DrawingStopped, Studio, Wish, adapter_titles, has_lost_control, wish_of
 from sampling.config import AppConfig, sampling_config, without_adapters
 from sampling.opening import find_trained_model
 
@@ -302,6 +302,7 @@ def _describe(studio: Studio, wish: Wish, path: Path) -> str:
     if not studio.is_of_chosen(path):
         said.append("drawn from another checkpoint than the one chosen")
     said += [f"adapter {name} is gone or another now" for name in studio.changed_adapters(path)]
+    said += ["the image that led it is gone"] if has_lost_control(path) else []
     return " · ".join(said)
 
 

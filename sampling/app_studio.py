@@ -351,6 +351,13 @@ def adapter_titles(path: Path) -> list[str]:
     return [f"{item['name']} {item['weight']:g}" for item in _adapters(path)]
 
 
+def has_lost_control(path: Path) -> bool:
+    """Whether the copy of the image that led an image is gone, so that it cannot be drawn again."""
+    with Image.open(path) as image:
+        identity = image.info.get(CONTROL)
+    return identity is not None and find_control(path.parent, identity) is None
+
+
 def _adapters(path: Path) -> list[dict[str, Any]]:
     with Image.open(path) as image:
         return json.loads(str(image.info.get(ADAPTERS, "[]")))

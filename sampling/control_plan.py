@@ -31,7 +31,7 @@ def describe_control(config: SamplingConfig, trained: TrainedModel, requests: Se
 
 
 def check_control(config: SamplingConfig, trained: TrainedModel, requests: Sequence[ImageRequest]) -> None:
-    """Decode every control image, look for what draws maps of photos, and say once what is cut.
+    """Decode every control image, look for what draws maps of photos, and say what is blank and once what is cut.
 
     Raises:
         UserError: an image cannot be decoded, or a model is not here.
@@ -42,7 +42,8 @@ def check_control(config: SamplingConfig, trained: TrainedModel, requests: Seque
     if config.control_is == "photo":
         require_maps(trained)
     for control in dict.fromkeys(control for control, _, _ in led):
-        control.decode()
+        if all(low == high for low, high in control.decode().getextrema()):
+            log.warning(f"{control.path} is of one colour all over, and leads nothing; what is transparent is white")
     others = [item for item in led if (item[0].width, item[0].height) != item[1:]]
     if others:
         control, width, height = others[0]

@@ -75,7 +75,7 @@ class Footprint:
     def moments(self) -> list[Moment]:
         """Return what is held at each of the things that are done one after another."""
         config = self.config
-        batch = max(batches(config, self.requests), key=lambda item: len(item) * item[0].height * item[0].width)
+        batch = max(batches(config, self.requests), key=_size_of)
         height, width = batch[0].height, batch[0].width
         transformer, denoising, left = self._denoising(batch)
         loaded = {self._transformer: transformer, "VAE": self._codec_bytes(config.vae_dtype)}
@@ -198,6 +198,11 @@ class Footprint:
         with torch.inference_mode(), fused_attention(), meter.watching(ignored=list(codec.model.parameters())):
             codec.moments(image)
         return meter.peak_bytes
+
+
+def _size_of(batch: Sequence[ImageRequest]) -> tuple[int, bool]:
+    """Return what tells the largest of batches: pixels, and of as many whether a branch is computed, too."""
+    return len(batch) * batch[0].height * batch[0].width, batch[0].control is not None
 
 
 class _BlankRenderer(Renderer):

@@ -12,6 +12,7 @@ from sampling_run import make_run, save_control_checkpoint, save_edges, write_re
 from errors import MissingFileError, UserError
 from pipelines.engine.run import EngineConfig
 from sampling.__main__ import main as sample_main
+from sampling.app import _describe
 from sampling.app_choices import adapter_choices, checkpoint_choices
 from sampling.app_control import MapPreviews
 from sampling.app_studio import Studio, wish_of
@@ -63,9 +64,13 @@ def test_an_image_leads_as_it_does_for_make_sample_and_is_brought_back(run: Path
     assert again.control is not None and again.control_strength == 0.8 and wish_of(plain).control is None
     assert Path(again.control).read_bytes() == (run / "edges.png").read_bytes()
     assert studio.draw(again, on_step=ignore) == led
+    assert "the image that led it" not in _describe(studio, again, led)
     photo = studio.draw(wish(control=str(run / "edges.png"), control_is="photo"), on_step=ignore)
     assert wish_of(photo).control_is == "photo"
     assert np.array_equal(pixels(photo), sampled(run, control=str(run / "edges.png"), control_is="photo"))
+    Path(again.control).unlink()
+    assert wish_of(led).control is None
+    assert _describe(studio, wish_of(led), led).endswith("the image that led it is gone")
     with pytest.raises(UserError, match="cannot lead what is drawn: not_an_image"):
         studio.draw(wish(control=str(run / "recipe.toml")), on_step=ignore)
 

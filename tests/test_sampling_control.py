@@ -331,6 +331,18 @@ def test_turned_and_transparent_images_lead_as_they_are_shown(run: Path, tmp_pat
         assert np.array_equal(drawn(run, control=str(tmp_path / f"{name}.png")), expected), name
 
 
+def test_an_image_of_one_colour_is_said_to_lead_nothing(
+    run: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    drawn(run, control=str(tmp_path / "edges.png"))
+    assert "leads nothing" not in words(said)
+    lines = np.zeros((40, 60, 4), np.uint8)
+    lines[20] = 255
+    Image.fromarray(lines).save(tmp_path / "transparent.png")
+    drawn(run, control=str(tmp_path / "transparent.png"))
+    assert "transparent.png is of one colour all over, and leads nothing; what is transparent is white" in words(said)
+
+
 def test_nothing_that_leads_is_said_once(run: Path, said: pytest.LogCaptureFixture) -> None:
     sample(run, "edges")
     assert words(said).count("nothing leads what is drawn, so its control branch adds nothing") == 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from sampling_run import DIT, randomised, save_checkpoint, write_recipe
+from sampling_run import DIT, randomised, save_branch, save_checkpoint, save_edges, write_recipe
 from tiny_encoders import save_text_encoder
 
 from encoders import vae_tiles
@@ -20,8 +20,10 @@ from pixart.dit import DiT
 from pixart.model import PIXART_XL_2_1024, PixArt, PixArtConfig
 from pixart.processes.specs import ddpm_spec
 from sampling.__main__ import main
+from sampling.branches import add_branch
 from sampling.card import find_switches, usable_bytes
 from sampling.config import SamplingConfig
+from sampling.control_images import open_control_image
 from sampling.footprint import DECODING, DENOISING, READING, Footprint, Moment
 from sampling.renderer import Renderer
 from sampling.requests import ImageRequest
@@ -130,6 +132,19 @@ def test_what_is_reckoned_is_what_a_cpu_takes(run, stage, size, monkeypatch):
     assert reckoned.keys() == measured.keys()
     for name, moment in reckoned.items():
         assert moment.total_bytes == pytest.approx(measured[name], rel=0.1), name
+
+
+def test_of_batches_as_large_it_is_one_that_an_image_leads(run: Path, tmp_path: Path) -> None:
+    branch = save_branch(tmp_path / "branch", config=SMALL)
+    trained = add_branch(open_run_model(run, "stage2"), str(branch), run=run)
+    control = open_control_image(save_edges(tmp_path / "edges.png"))
+    plain = requests_of(2, 64)
+    led = [replace(item, control=control) for item in plain]
+    config = CONFIG.model_copy(update={"batch_size": 2})
+    alone, of_led, of_both = (
+        moments_of(config, trained, requests)[DENOISING].total_bytes for requests in (plain, led, [*plain, *led])
+    )
+    assert alone < of_led == of_both
 
 
 T5_XXL = {

@@ -134,6 +134,14 @@ def test_a_stage_goes_on_from_a_branch_and_takes_none_for_whole_weights(runs: Ru
     assert all(torch.equal(network.state_dict()[name], weight) for name, weight in expected.items())
     with pytest.raises(UserError, match=r"starts_from = .* is a checkpoint of a control branch .*say trains = 'cont"):
         open_job(tmp_path / "run", **case.settings | {"starts_from": str(case.step(4))})
+    half = tmp_path / "half"
+    shutil.copytree(case.step(4), half / "step-4")
+    (half / "latest").write_text("step-4")
+    trainer = json.loads((half / "step-4" / "trainer.json").read_text())
+    (half / "step-4" / "trainer.json").write_text(json.dumps(trainer | {"num_steps": 9}))
+    with pytest.raises(UserError, match=r"half has done 4 of 9 steps; .*control_starts_from = '.*step-4/control' to"):
+        open_job(tmp_path / "run", **settings | {"control_starts_from": str(half)})
+    open_job(tmp_path / "run", **settings | {"control_starts_from": str(half / "step-4" / "control")})
     more = job.settings.model_copy(update={"control_copies": 2})
     with pytest.raises(UserError, match=r"control_copies = 2, but the branch of control_starts_from .* has 1 copies"):
         starting_network(replace(job, settings=more), SHAPE)

@@ -12,7 +12,7 @@ from pipelines.as_typed import typed_path
 from pipelines.command import Command
 from pipelines.engine.progress import get_logger
 from pipelines.store.bases import adapter_identity
-from pipelines.store.checkpoints import CONTROL, Checkpoint
+from pipelines.store.checkpoints import CONTROL, Checkpoint, named_checkpoint
 from pipelines.store.files import sha256_file
 from pixart.belonging import compare_base
 from training.config import StageTraining, stage_names
@@ -20,8 +20,12 @@ from training.config import StageTraining, stage_names
 log = get_logger("training")
 
 
-def starting_branch(command: Command, settings: StageTraining, directory: Path) -> Path | None:
-    """Return the file of the branch that `control_starts_from` names; None of a stage that begins one, or has none.
+def starting_branch(
+    command: Command, settings: StageTraining, directory: Path
+) -> tuple[Path | None, Checkpoint | None]:
+    """Return the file of the branch that `control_starts_from` names, and the checkpoint if it names one.
+
+    There is no file of a stage that begins a branch, or has none.
 
     Args:
         command: has the recipe and the run.
@@ -34,14 +38,14 @@ def starting_branch(command: Command, settings: StageTraining, directory: Path) 
     """
     wanted = settings.control_starts_from
     if wanted is None or not settings.has_control:
-        return None
+        return None, None
     key = f"training.{command.stage_name}.control_starts_from"
     path = typed_path(wanted.replace("{run}", str(command.run)))
     if wanted in stage_names(command.recipe):
         path = command.run / "training" / wanted
     if directory in (path, *path.parents):
         raise UserError(f"{key} = {wanted!r} is this stage's own folder; resuming is automatic and needs no key")
-    return find_branch(str(path), key=key)
+    return find_branch(str(path), key=key), named_checkpoint(path)
 
 
 def branch_identity(file: Path) -> str:

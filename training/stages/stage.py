@@ -143,7 +143,10 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         resume=resume,
     )
     networks = _networks(command, settings, directory, checks_files=checks_files)
-    control = starting_branch(command, settings, directory)
+    control, of_control = starting_branch(command, settings, directory)
+    if resume is None and settings.control_starts_from is not None:
+        key = f"training.{command.stage_name}.control_starts_from"
+        _require_finished(command, settings.control_starts_from, of_control, key=key)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
     if resume is None and checks_files:
