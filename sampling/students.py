@@ -11,9 +11,10 @@ from typing import Any
 from errors import UserError
 from pixart.processes.specs import (
     LCM,
-    MOST_STUDENT_STEPS,
     clamped_guidance,
+    described_steps,
     guidance_range,
+    has_trained_steps,
     own_times,
     student_of,
     student_of_process,
@@ -73,11 +74,12 @@ def describe_oddities(config: SamplingConfig, trained: TrainedModel) -> Iterator
                 "alone: of others images are blurred"
             )
         return
-    has_few = config.num_steps <= MOST_STUDENT_STEPS and config.solver == student["method"]
+    has_few = config.solver == student["method"] and has_trained_steps(student, config.num_steps, config.times)
     if not (has_few and _is_inside(config.guidance_scale, student)):
+        at = "" if config.times is None else f" at {', '.join(map(str, config.times))}"
         yield (
-            f"{trained.name} was trained for {student['method']} with 1 to {MOST_STUDENT_STEPS} steps and "
-            f"{_describe_guidance(student)}, and is drawn with {config.solver}, {config.num_steps} steps, guidance "
+            f"{trained.name} was trained for {student['method']} with {described_steps(student)} and "
+            f"{_describe_guidance(student)}, and is drawn with {config.solver}, {config.num_steps} steps{at}, guidance "
             f"{config.guidance_scale:g}"
         )
     if trained.inner_guidance is not None or config.guidance_scale == 1:

@@ -41,15 +41,15 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-def save_student(run: Path, guidance: Any, *, network: PixArt | None = None) -> PixArt:
-    """Make stage 2's checkpoint one of a student; returns its network."""
+def save_student(run: Path, guidance: Any, *, network: PixArt | None = None, times: Any = None) -> PixArt:
+    """Make stage 2's checkpoint one of a student, with `times` of its own; returns its network."""
     if network is None:
         network = PixArt(PIXART) if not isinstance(guidance, tuple) else with_guidance_condition(PixArt(PIXART))
         network = randomised(network)
     assert isinstance(network, PixArt)
     folder = save_checkpoint(run, 2, network)
     trainer = json.loads((folder / "trainer.json").read_text())
-    trainer["process"]["student"] = lcm_student(guidance=guidance)
+    trainer["process"]["student"] = lcm_student(guidance=guidance, times=times)
     (folder / "trainer.json").write_text(json.dumps(trainer))
     return network
 
@@ -123,6 +123,28 @@ def test_what_is_typed_otherwise_is_honoured_and_said(
     assert {name: getattr(config, name) for name in typed} == typed
     assert odd == [f"stage 2, step 7 was trained for lcm with 1 to 8 steps and {said}"]
     assert trained.pass_guidance(config.guidance_scale) == passes
+
+
+@pytest.mark.parametrize(
+    ("typed", "drawn_with"),
+    [
+        ({"num_steps": 1}, None),
+        ({"num_steps": 2}, None),
+        ({"times": [899, 499]}, None),
+        ({"num_steps": 4}, "lcm, 4 steps, guidance 1.5"),
+        ({"times": [399]}, "lcm, 1 steps at 399, guidance 1.5"),
+        ({"solver": "dpm-solver++"}, "dpm-solver++, 20 steps, guidance 1.5"),
+        ({"num_steps": 1, "guidance_scale": 7.0}, "lcm, 1 steps at 599, guidance 7"),
+    ],
+)
+def test_a_student_with_times_of_its_own_was_trained_for_those_alone(
+    run: Path, typed: dict[str, Any], drawn_with: str | None
+) -> None:
+    save_student(run, 1.5, times=[[899, 499], [599]])
+    _, _, odd = followed(run, **typed)
+    made_for = "lcm with 1 step at 599 or 2 steps at 899, 499 and guidance 1.5 inside"
+    said = f"stage 2, step 7 was trained for {made_for}, and is drawn with {drawn_with}"
+    assert odd == ([] if drawn_with is None else [said])
 
 
 def test_settings_that_do_nothing_or_harm_are_said(run: Path) -> None:

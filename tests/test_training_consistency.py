@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from test_training_networks import open_job, saved
 from test_training_objective import SCALE, SHIFT, make_batch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
 from training.objectives.objective import Average, Frozen, Trained
 from training.stages.networks import blank_copy, count_parameters, count_weights, network_config
-from training.stages.starts import starting_network
+from training.stages.starts import objective_networks, starting_network
 
 SHAPE = PixArtConfig(num_layers=2, num_heads=2, head_dim=8, caption_channels=D_TEXT, sample_size=4)
 ROLES = {"network": Trained(), "target": Average(), "teacher": Frozen()}
@@ -245,6 +246,29 @@ def test_a_new_condition_must_train(run: Path, tmp_path: Path) -> None:
         starting_network(job, network_config(job, survey))
     job, survey = open_job(run, 2, **settings_of(tmp_path, trains=["blocks.*", "guidance_embed.*"]))
     starting_network(job, network_config(job, survey))
+
+
+def test_a_teacher_that_is_told_its_guidance_is_a_student_whatever_is_said_of_it(run: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    teacher = load_diffusers(Path(settings["networks.teacher"]))
+    assert isinstance(teacher, PixArt)
+    told = saved(with_guidance_condition(teacher), tmp_path / "told")
+    job, survey = open_job(run, 2, **settings | {"networks.teacher": told})
+    with pytest.raises(
+        UserError, match=r"networks\.teacher \(.*\) is told its guidance, as students alone are: name the"
+    ):
+        objective_networks(job, ROLES, starting_network(job, network_config(job, survey)))
+
+
+def test_a_teacher_of_another_noise_schedule_is_refused(run: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "plain")
+    scaled = tmp_path / "scaled" / "transformer"
+    shutil.copytree(settings["networks.teacher"], scaled)
+    DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "scaled" / "scheduler")
+    job, survey = open_job(run, 2, **settings | {"networks.teacher": str(scaled)})
+    said = r"networks\.teacher \(.*\) was trained with beta_schedule scaled_linear of its noise schedule, .* is linear"
+    with pytest.raises(UserError, match=said):
+        objective_networks(job, ROLES, starting_network(job, network_config(job, survey)))
 
 
 def test_lora_has_one_guidance(run: Path, tmp_path: Path) -> None:

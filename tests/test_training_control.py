@@ -23,6 +23,7 @@ from pixart.branching import add_branch
 from pixart.control import Control
 from pixart.control_files import FILE_NAMES, read_branch, write_branch
 from pixart.convert import load_diffusers, save_diffusers
+from pixart.guidance_condition import with_guidance_condition
 from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import lcm_student
@@ -266,6 +267,18 @@ def test_a_branch_without_weights_to_stay_beside_is_refused(run: Path, tmp_path:
         require_products(open_job(run, **CONTROL, starts_from=start, dtype="bf16", products="fp8").settings)
     job = open_job(run, **CONTROL | {"control_copies": 2}, starts_from=start)
     with pytest.raises(UserError, match=r"stage2\.control_copies = 2: copies feed .* network of 2 blocks has 1"):
+        starting_network(job, SHAPE)
+
+
+def test_a_branch_is_not_put_beside_weights_that_are_told_their_guidance(run: Path, tmp_path: Path) -> None:
+    """Folding one into them would change what has to stay as it is, and drawing could not find it again."""
+    network = load_diffusers(random_network(tmp_path / "start", 1))
+    assert isinstance(network, PixArt)
+    save_diffusers(with_guidance_condition(network), tmp_path / "told")
+    job = open_job(run, **CONTROL, starts_from=str(tmp_path / "told"))
+    with pytest.raises(
+        UserError, match=r"told\) is told its guidance, and .*trains = 'control' leaves weights as they are"
+    ):
         starting_network(job, SHAPE)
 
 

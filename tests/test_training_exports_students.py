@@ -113,3 +113,24 @@ def test_a_guidance_that_cannot_be_chosen_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match=r"CFG is 7, but .* not told its guidance: what is inside is there to stay"):
         converted(run, "export", "--cfg", "7")
     converted(run, "export", "--cfg", "5.5")
+
+
+@pytest.mark.parametrize(("typed", "said"), [("0.5", "0.5"), ("-3", "-3"), ("nan", "nan"), ("inf", "inf")])
+def test_a_guidance_that_is_none_is_refused(run: Path, typed: str, said: str) -> None:
+    save_student(run, RANGE)
+    with pytest.raises(UserError, match=rf"CFG is {said}, not a guidance of 1, for none, or more"):
+        converted(run, "export", f"--cfg={typed}")
+
+
+def test_an_export_of_a_student_with_times_of_its_own_says_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its scheduler cannot: in steps from 999 on pipelines would draw at times that it was not trained at."""
+    save_student(run, 1.5, times=[[599], [899, 499]])
+    ours, settings = drawn(run, seed=5)
+    assert settings["times"] == [899, 499]
+    folder = converted(run, "export", "--pipeline")
+    said = "1 step at 599 or 2 steps at 899, 499 draw it, as timesteps=[899, 499], without guidance"
+    assert said in " ".join(capsys.readouterr().err.split())
+    card = (folder / "README.md").read_text()
+    assert said in card and "max_sequence_length=40, timesteps=[899, 499], guidance_scale=1.0" in card
+    assert "num_inference_steps" not in card
+    assert np.abs(ours - by_pipeline(folder, num_steps=2, times=[899, 499])).max() <= 2

@@ -91,6 +91,23 @@ def own_times(student: Mapping[str, Any], num_steps: int) -> list[int] | None:
     return next((times for times in student.get("times", []) if len(times) == num_steps), None)
 
 
+def described_steps(student: Mapping[str, Any]) -> str:
+    """Return the steps that a student was trained to be drawn in, in words."""
+    if "times" not in student:
+        return f"1 to {min(MOST_STUDENT_STEPS, student['num_teacher_steps'])} steps"
+    schedules = sorted(student["times"], key=len)
+    return " or ".join(
+        f"{len(times)} step{'s' * (len(times) > 1)} at {', '.join(map(str, times))}" for times in schedules
+    )
+
+
+def has_trained_steps(student: Mapping[str, Any], num_steps: int, times: Sequence[int] | None) -> bool:
+    """Whether a student was trained to be drawn in so many steps, at `times` where it has its own."""
+    if "times" in student:
+        return times is not None and list(times) in student["times"]
+    return num_steps <= min(MOST_STUDENT_STEPS, student["num_teacher_steps"])
+
+
 def student_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what a process says of a network that was distilled to few steps, None of any other."""
     return spec.get("student")

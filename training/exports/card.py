@@ -11,10 +11,10 @@ from encoders.weights import hub_repository
 from pipelines.store.checkpoints import TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
-from pixart.processes.specs import STUDENT_STEPS, student_of
+from pixart.processes.specs import student_of
 from training.exports.pipeline import Parts
 from training.exports.scores import describe_scores
-from training.exports.students import describe_one_guidance
+from training.exports.students import describe_one_guidance, typed_steps
 
 CARD = "README.md"
 LICENCE = "FILL IN"
@@ -135,8 +135,8 @@ def _use(class_name: str, origins: Origins, parts: Parts | None) -> Iterator[str
     called = ""
     if origins.max_tokens is not None:
         called += f", max_sequence_length={origins.max_tokens.value}"
-    if origins.process is not None and student_of(origins.process.value) is not None:
-        called += f", num_inference_steps={STUDENT_STEPS}, guidance_scale=1.0"
+    if origins.process is not None and (student := student_of(origins.process.value)) is not None:
+        called += f", {typed_steps(student)}, guidance_scale=1.0"
     if origins.cleaning is not None:
         called += f", clean_caption={origins.cleaning.value == 'diffusers'}"
     yield from (f'image = pipeline("a small cactus with a happy face"{called}).images[0]', "```")

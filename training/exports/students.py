@@ -1,5 +1,6 @@
 """Weights distilled to few steps on their way out: the one guidance that diffusers and original code draw them with."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,11 +9,12 @@ from pixart.dit import DiT
 from pixart.guidance_condition import fold_guidance
 from pixart.model import PixArt
 from pixart.processes.specs import (
-    MOST_STUDENT_STEPS,
-    STUDENT_STEPS,
     clamped_guidance,
+    described_steps,
     guidance_range,
+    own_times,
     student_of,
+    usual_steps,
 )
 
 
@@ -28,8 +30,10 @@ def with_one_guidance(
         source: what people call the weights.
 
     Raises:
-        UserError: a guidance is wanted of weights that are told none, or nothing says which they are told.
+        UserError: a guidance is wanted of weights that are told none, or is none; or nothing says which they are told.
     """
+    if wanted is not None and not 1 <= wanted < math.inf:
+        raise UserError(f"CFG is {wanted:g}, not a guidance of 1, for none, or more")
     student = student_of(process)
     ends = None if student is None else guidance_range(student)
     if student is None or ends is None:
@@ -55,12 +59,14 @@ def describe_one_guidance(former: Mapping[str, Any], process: Mapping[str, Any])
     inside = "guidance is inside" if scale is None else f"guidance {scale:g} is inside"
     if ends is not None and scale is not None and not ends[0] <= scale <= ends[1]:
         inside += f", which is outside of the {ends[0]:g} to {ends[1]:g} that it was trained with"
-    yield f"distilled by {student['method']}: {inside}; {how_to_draw()}"
-
-
-def how_to_draw() -> str:
-    """Return how diffusers draws students, in words."""
-    return (
-        f"1 to {MOST_STUDENT_STEPS} steps draw it, as num_inference_steps={STUDENT_STEPS}, without guidance of the "
-        "pipeline's own, guidance_scale=1.0"
+    yield (
+        f"distilled by {student['method']}: {inside}; {described_steps(student)} draw it, as {typed_steps(student)}, "
+        "without guidance of the pipeline's own, guidance_scale=1.0"
     )
+
+
+def typed_steps(student: Mapping[str, Any]) -> str:
+    """Return what a pipeline of diffusers is called with for the steps that a student is drawn in."""
+    steps = usual_steps(student)
+    times = own_times(student, steps)
+    return f"num_inference_steps={steps}" if times is None else f"timesteps={times}"

@@ -32,6 +32,7 @@ from training.loop.zero import compute_dtype
 from training.objectives.objective import Average, Frozen, Role, Trained
 from training.stages.branches import warn_of_others
 from training.stages.critics import add_critic
+from training.stages.frozen import require_alike, require_own_process
 from training.stages.networks import blank_network
 from training.stages.other_vae import bridged, stage_bridge
 from training.stages.shared_weights import SharedWeights
@@ -90,19 +91,14 @@ def _frozen_network(job: TrainingJob, name: str, trained: DiT | PixArt) -> DiT |
     start = job.networks[name]
     assert start.path is not None, "only a stage starts from nothing"
     key = f"{job.command.recipe.path}: training.{job.command.stage_name}.networks.{name} ({start.path})"
-    if start.process["name"] != job.settings.process:
-        raise UserError(f"{key} was trained with process {start.process['name']}, not {job.settings.process}")
+    require_own_process(start.process, job.settings, key=key)
     network = with_adapters(
         load_network(start.path, None, sample_size=trained.config.sample_size, key=key), start, key=key
     )
-    if type(network) is not type(trained):
-        raise UserError(f"{key} is a {type(network).__name__}, but the stage trains a {type(trained).__name__}")
-    found, wanted = dataclasses.asdict(network.config), dataclasses.asdict(trained.config)
-    if job.features.former is not None:
-        wanted["in_channels"] = channels_of(job.features.former)
-    for field in {"in_channels", "sample_size", "caption_channels", "num_classes"} & found.keys():
-        if found[field] != (value := wanted[field]):
-            raise UserError(f"{key} has {field} {found[field]}, but the network that is trained has {value}")
+    former = job.features.former
+    require_alike(
+        network, trained, in_channels=trained.config.in_channels if former is None else channels_of(former), key=key
+    )
     return network.float().requires_grad_(False)
 
 
@@ -218,8 +214,8 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
     A new one begins at zero, and of one that goes the usual guidance stays inside.
 
     Raises:
-        UserError: a new one would not train, or adapters would be put on weights that are told their guidance; names
-            `key`.
+        UserError: a new one would not train, or what trains beside weights would be put on such as are told their
+            guidance; names `key`.
     """
     settings, stage = job.settings, f"training.{job.command.stage_name}"
     has_it = network.config.has_guidance_condition
@@ -231,10 +227,10 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
             if not _is_named(name, settings.trains):
                 raise UserError(f"{key}: {stage}.trains leaves out {name}, which begins at zero: add it")
         return told
-    if settings.has_adapters:
+    if settings.keeps_base:
         raise UserError(
-            f"{key} is told its guidance, and {stage}.trains = 'lora' leaves weights as they are: fold one guidance "
-            f"into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'cfg': ANY})}` does"
+            f"{key} is told its guidance, and {stage}.trains = {settings.trains!r} leaves weights as they are: fold "
+            f"one guidance into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'cfg': ANY})}` does"
         )
     student = student_of(settings.process_spec) or student_of(job.start.process)
     scale = USUAL_GUIDANCE if student is None else clamped_guidance(student) or USUAL_GUIDANCE
