@@ -34,9 +34,22 @@ KINDS = ((0, "fp32"), (1, "bf16"), (2, "fp32"))
 
 
 class WithCritic(Linear):
+    """Keeps what it has seen, and at which times."""
+
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.critic = Linear(seed + 10)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, noisy: Tensor, times: Tensor, *told: Any, **others: Any) -> Tensor:
+        self.seen.append((noisy.detach(), times))
+        return super().forward(noisy, times, *told, **others)
+
+
+def scalings(time: int) -> tuple[float, float]:
+    """How much of an estimate is what is seen, and what the network says (LCM eq. 9)."""
+    scaled = time / 0.1
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
 
 
 def matching(*schedules: list[int]) -> DistributionMatching:
@@ -59,10 +72,7 @@ def test_the_move_and_the_critics_loss_are_the_published_ones() -> None:
 
     null = objective.student.without_text(batch).text
     with torch.no_grad():
-        scaled = 599 / 0.1
-        image = 0.25 / (scaled**2 + 0.25) * batch.noise + scaled / (scaled**2 + 0.25) ** 0.5 * clean(
-            student, batch.noise, at, batch.text
-        )
+        image = scalings(599)[0] * batch.noise + scalings(599)[1] * clean(student, batch.noise, at, batch.text)
         times = (20 + batch.timestep_draws * 960).long()
         noisy = process.noisy(image, more_noise(batch, "compared"), times)
         led, alone = (clean(teacher, noisy, times, text) for text in (batch.text, null))
@@ -74,6 +84,10 @@ def test_the_move_and_the_critics_loss_are_the_published_ones() -> None:
         later = ((batch.timestep_draws * 960 % 1) * 1000).long()
         found = student.critic(process.noisy(image, noise, later), later, batch.text, size=None)[:, :4]
     torch.testing.assert_close(losses.total, 0.5 * gradient.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+    (moved,) = torch.autograd.grad(losses.total.sum(), [student.weight], retain_graph=True)
+    again = scalings(599)[0] * batch.noise + scalings(599)[1] * clean(student, batch.noise, at, batch.text)
+    (expected,) = torch.autograd.grad((gradient * again).mean((1, 2, 3)).sum(), [student.weight])
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6, msg="from what the critic sees to the teacher's")
     assert losses.critic is not None
     torch.testing.assert_close(losses.critic, (found - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
     assert objective.networks == {"network": Trained(critic="teacher"), "teacher": Frozen()}
@@ -95,13 +109,23 @@ def test_each_of_both_has_a_gradient_of_its_own_loss_alone() -> None:
 
 
 def test_later_steps_begin_with_the_students_own_image_and_new_noise() -> None:
-    batch = replace(make_batch(has_text=True), step=0)
-    seen = set()
+    batch, process = replace(make_batch(has_text=True), step=0), DDPM()
+    drawn = set()
     for step in range(12):
-        student = WithCritic(1)
-        matching([599], [899, 499]).loss({"network": student, "teacher": Linear(3)}, replace(batch, step=step))
-        seen.add(tuple(call["has_gradient"] for call in student.calls))
-    assert seen == {(True,), (False, True)}, "only the last step has a gradient"
+        student, drawing = WithCritic(1), replace(batch, step=step)
+        matching([599], [899, 499]).loss({"network": student, "teacher": Linear(3)}, drawing)
+        at = tuple(int(times[0]) for _, times in student.seen)
+        drawn.add((at, tuple(call["has_gradient"] for call in student.calls)))
+        assert torch.equal(student.seen[0][0], batch.noise)
+        if at == (899, 499):
+            with torch.no_grad():
+                said = Linear.forward(student, batch.noise, torch.full((4,), 899), batch.text, size=None)
+            clean = process.clean(said, batch.noise, torch.full((4,), 899))
+            image = scalings(899)[0] * batch.noise + scalings(899)[1] * clean
+            later = process.noisy(image, more_noise(drawing, "step 0"), torch.full((4,), 499))
+            torch.testing.assert_close(student.seen[1][0], later, rtol=1e-4, atol=1e-5)
+    expected = {((599,), (True,)), ((899,), (True,)), ((899, 499), (False, True))}
+    assert drawn == expected, "only the last step has a gradient"
     one, other = more_noise(batch, "step 0"), more_noise(batch, "critic")
     assert not torch.equal(one, other) and not torch.equal(one, batch.noise)
     assert torch.equal(one, more_noise(batch, "step 0"))
