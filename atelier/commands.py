@@ -79,6 +79,9 @@ FLAGS = {
     "weights": _text("sampling.lora_weights", "NUMBERS", "how much of each, with commas between them; 1 unless typed"),
     "control": _text("sampling.control", "IMAGE", "an image that leads what is drawn, through a control branch"),
     "photo": Flag(gives="on", key="sampling.control_is=photo", meaning="it is a photo, of which a map is drawn first"),
+    "control-kind": _text(
+        "sampling.control_kind", "KIND", "map of a photo: canny, hed or depth, where the branch says none"
+    ),
     "strength": _toml("sampling.control_strength", "NUMBER", "how much it leads, 0 to 2; 1 unless typed"),
     "branch": _text("sampling.control_branch", "BRANCH", "a control branch for weights without: file, folder or stage"),
     "styles": _text("sampling.styles", "STYLES", "what {style} in the prompts stands for, with commas, or a .txt file"),
@@ -134,7 +137,7 @@ class Subcommand:
 
 _RUN = ("recipe", "run", "set", "plan")
 _STAGE = (*_RUN, "stage", "phase")
-_LED = ("control", "photo", "strength", "branch")
+_LED = ("control", "photo", "control-kind", "strength", "branch")
 _SAMPLE = ("prompt", "prompts", "n", "steps", "cfg", "seed", "size", "lora", "weights", "styles", *_LED)
 _DEFAULTS = (("run", "runs/default"),)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sampling.app_studio import Studio, Wish
+from sampling.control_kind import photo_kind
 from sampling.prompts import Prompt
 from sampling.requests import ImageRequest, make_requests
 from sampling.trained_model import TrainedModel
@@ -113,6 +114,5 @@ def add_control(studio: Studio) -> ControlFields:
 
 def _kinds(trained: TrainedModel) -> list[tuple[str, str]]:
     """Return what an image may be said to be: a photo where a map of it can be drawn."""
-    kind = None if trained.branch is None or trained.branch.maps is None else trained.branch.maps.get("kind")
-    is_drawn = kind is not None and kind != "given"
-    return [("a map" if kind is None else f"a map ({kind})", "map"), *([("a photo", "photo")] if is_drawn else [])]
+    kind = photo_kind(trained)
+    return [("a map", "map")] if kind is None else [(f"a map ({kind})", "map"), ("a photo", "photo")]

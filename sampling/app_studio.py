@@ -25,7 +25,7 @@ from sampling.adapters import adapter_identity, add_adapters, find_file, name_ad
 from sampling.branches import add_branch
 from sampling.config import SamplingConfig
 from sampling.control_images import open_control_image
-from sampling.control_kind import maps_of
+from sampling.control_kind import maps_of, with_maps
 from sampling.generate import check_inputs, make_job
 from sampling.images import ADAPTERS, CONTROL, is_own, is_whole, is_written, write_image, write_map
 from sampling.kept_controls import find_control, keep_control
@@ -133,6 +133,7 @@ class Studio:
             _require_text(trained)
             if trained.branch is None:
                 trained = add_branch(trained, self.config.control_branch, run=self.run)
+            trained = with_maps(trained, self.config)
             self._opened[checkpoint] = trained, f"{Path(checkpoint).parent.name}-app"
         return self._opened[checkpoint][0]
 

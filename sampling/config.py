@@ -173,6 +173,16 @@ class SamplingConfig(TableConfig):
         description="What control images are: maps such as the branch was trained with (white edges on black), or "
         "photos, of which such maps are drawn",
     )
+    control_kind: str | None = pydantic.Field(
+        default=None,
+        description="Of photos: the maps that are drawn of them, canny, hed or depth; null = those that the branch's "
+        "file says it was trained with, which files of others do not",
+    )
+    control_settings: dict[str, Any] = pydantic.Field(
+        default={},
+        description="Of photos: keys of `[features.<table>.families.control-<kind>]`, such as `model`, laid over those "
+        "that the branch's file says",
+    )
     control_strength: Decides[float] = pydantic.Field(
         default=1.0, ge=0, le=2, description="How much of the branch's change is added; 0 = none, 1 = as trained"
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoders.latents import LatentCodec
-from sampling.control_kind import KEY, maps_of
+from sampling.control_kind import SETTINGS_KEY, maps_of
 from sampling.requests import ImageRequest
 from sampling.trained_model import TrainedModel
 
@@ -56,7 +56,7 @@ class ControlPictures:
 
         if self._maps is None:
             kind, settings = maps_of(self._trained)
-            self._maps = open_control_maps(kind, settings, device=self._device, key=KEY)
+            self._maps = open_control_maps(kind, settings, device=self._device, key=SETTINGS_KEY)
         return Image.fromarray(self._maps.draw(np.asarray(picture)))
 
 

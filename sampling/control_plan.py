@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pipelines.engine.progress import get_logger
 from sampling.config import SamplingConfig
 from sampling.control_images import ControlImage
-from sampling.control_kind import maps_of, require_maps
+from sampling.control_kind import KIND_KEY, describe_other_photo_maps, maps_of, require_maps
 from sampling.requests import ImageRequest
 from sampling.trained_model import TrainedModel
 
@@ -41,6 +41,10 @@ def check_control(config: SamplingConfig, trained: TrainedModel, requests: Seque
         return
     if config.control_is == "photo":
         require_maps(trained)
+        if (said := describe_other_photo_maps(trained)) is not None:
+            log.warning(said)
+    elif config.control_kind is not None:
+        log.info(f"{KIND_KEY} = {config.control_kind!r} is of photos, and control images are taken as maps here")
     for control in dict.fromkeys(control for control, _, _ in led):
         if all(low == high for low, high in control.decode().getextrema()):
             log.warning(f"{control.path} is of one colour all over, and leads nothing; what is transparent is white")

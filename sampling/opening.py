@@ -7,6 +7,7 @@ from pixart.processes.specs import describe_unused_settings
 from sampling.adapters import add_adapters
 from sampling.branches import add_branch
 from sampling.config import SamplingConfig, encoder_config
+from sampling.control_kind import with_maps
 from sampling.foreign_weights import open_trained_model
 from sampling.trained_model import TrainedModel, open_run_model
 
@@ -32,7 +33,7 @@ def find_trained_model(config: SamplingConfig, command: Command) -> TrainedModel
             departs_in=config.departs_in,
         )
         log.info(f"{trained.name}: {trained.origins.describe(reads_text=trained.kind == 'pixart')}")
-    trained = add_branch(trained, config.control_branch, run=command.run)
+    trained = with_maps(add_branch(trained, config.control_branch, run=command.run), config)
     trained = add_adapters(trained, config.lora, config.lora_weights, run=command.run)
     if (unused := describe_unused_settings(trained.process, config.solver)) is not None:
         log.info(f"{trained.name}: {unused}")

@@ -62,6 +62,7 @@ class LeadingBranch:
         identity: hash of the file.
         num_copies: copies of the network's first blocks.
         maps: `kind` and `settings` of the control maps that it was trained with; None where the file does not say.
+        photo_maps: those of the maps that are drawn of photos; None where they are the same.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class LeadingBranch:
     identity: str
     num_copies: int
     maps: Mapping[str, Any] | None
+    photo_maps: Mapping[str, Any] | None = None
 
     @property
     def title(self) -> str:

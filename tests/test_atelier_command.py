@@ -45,6 +45,7 @@ GIVEN = {
     "styles": ("sample", ["--text", f"STYLES:sampling.styles={VALUE}"]),
     "control": ("sample", ["--text", f"CONTROL:sampling.control={VALUE}"]),
     "photo": ("sample", ["--once", "PHOTO:sampling.control_is=photo"]),
+    "control-kind": ("sample", ["--text", f"CONTROL_KIND:sampling.control_kind={VALUE}"]),
     "strength": ("sample", ["--once", f"STRENGTH:sampling.control_strength={VALUE}"]),
     "branch": ("sample", ["--text", f"BRANCH:sampling.control_branch={VALUE}"]),
     "task": ("eval", [VALUE]),

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tiny_depth import save_depth_model
 from torch.nn import functional
 
 from encoders.canny import CannyMaps, CannySettings
-from encoders.control_kinds import MAP_CLASSES, open_control_maps
+from encoders.control_kinds import MAP_CLASSES, describe_other_maps, open_control_maps
 from encoders.depth import DepthMaps, DepthSettings
 from encoders.hed import HedMaps, HedSettings
 from encoders.hed_network import hed_of
@@ -242,3 +243,23 @@ def test_kinds_and_settings_are_those_that_there_are() -> None:
         open_control_maps("canny", {"low_threshold": 300}, device=CPU)
     with pytest.raises(UserError, match=r"control\.width = 3: Extra inputs"):
         open_control_maps("canny", {"width": 3}, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("trained", "used", "said"),
+    [
+        ({"identity": "sha256:1"}, {"identity": "sha256:1", "settings": {"model": "elsewhere.pth"}}, None),
+        ({"identity": None}, {"identity": "sha256:1"}, None),
+        (
+            {"identity": f"sha256:{'1' * 64}", "settings": {"model": "a.pth"}},
+            {"identity": "org/name/b.pth@main"},
+            f"was trained with hed maps drawn by a.pth (sha256:{'1' * 12}), and these are drawn by org/name/b.pth@main",
+        ),
+        ({"kind": "given"}, {"kind": "given", "settings": {"images": "maps"}}, None),
+        ({"kind": "given"}, {}, "was trained with given maps, and these are hed maps"),
+    ],
+)
+def test_maps_are_the_same_by_kind_settings_and_weights(
+    trained: dict[str, Any], used: dict[str, Any], said: str | None
+) -> None:
+    assert describe_other_maps({"kind": "hed"} | trained, {"kind": "hed"} | used) == said

@@ -101,7 +101,7 @@ def test_what_leads_the_first_wish_is_looked_at_before_the_page(run: Path) -> No
     with pytest.raises(UserError, match=r"sampling\.control is set, but stage 3, step 7 has no control branch: name"):
         studio_of(run, "stage3", control="{run}/edges.png")
     save_control_checkpoint(run, "elsewhere", kind="given")
-    with pytest.raises(UserError, match=r"control_is = 'photo', but .* was trained with maps that were made elsewhere"):
+    with pytest.raises(UserError, match=r"control_is = 'photo', but .* says that its maps were made elsewhere"):
         studio_of(run, "elsewhere", control="{run}/edges.png", control_is="photo")
     first = studio_of(run, control="{run}/edges.png", control_strength=0.5).first_wish()
     assert (first.control, first.control_strength) == (str(run / "edges.png"), 0.5)

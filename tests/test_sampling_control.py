@@ -29,7 +29,6 @@ from sound_run import require_sound
 from test_pixart_control import Research
 from transformers import AutoTokenizer, T5EncoderModel
 
-from encoders.control_kinds import open_control_maps
 from encoders.weights import identity_of
 from errors import MissingFileError, UserError
 from pipelines.store.bases import describe_base
@@ -355,36 +354,3 @@ def test_nothing_that_leads_is_said_once(run: Path, said: pytest.LogCaptureFixtu
 def test_a_checkpoints_name_needs_no_run(run: Path) -> None:
     step = run / "training" / "edges" / "step-7"
     assert open_checkpoint_model(step).identity == open_run_model(run, "edges").identity
-
-
-def test_of_a_photo_the_map_of_the_branchs_kind_is_drawn(
-    run: Path, tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
-    photo = save_noise(tmp_path / "photo.png")
-    led = drawn(run, control=str(photo), control_is="photo", size="48x32")
-    (map_file,) = (run / "samples" / "edges-prompt" / "control").glob("*.png")
-    with Image.open(photo) as image:
-        cut = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC, reducing_gap=3.0))
-    edges = open_control_maps("canny", {}, device=torch.device("cpu")).draw(cut)
-    assert np.array_equal(pixels(map_file), edges) and set(np.unique(edges)) <= {0, 255}
-    Image.fromarray(edges).save(tmp_path / "map.png")
-    assert np.array_equal(drawn(run, control=str(tmp_path / "map.png"), size="48x32"), led)
-    assert not np.array_equal(drawn(run, control=str(photo), size="48x32"), led), "the photo itself is another map"
-    assert not np.array_equal(pixels(map_file), edges)
-    said.clear()
-    sample(run, "edges", "--plan", prompt="a star", control=str(photo), control_is="photo")
-    assert "photo.png, a photo of which a map is drawn (canny): 60x40, resized to 48x32" in words(said)
-
-
-def test_of_a_photo_no_map_is_drawn_where_nothing_says_its_kind(run: Path, tmp_path: Path) -> None:
-    photo = {"control": str(save_noise(tmp_path / "photo.png")), "control_is": "photo"}
-    foreign = str(save_branch(tmp_path / "foreign"))
-    with pytest.raises(UserError, match=r"sampling\.control_is = 'photo', but .*foreign.* does not say which maps"):
-        drawn(run, "3", control_branch=foreign, **photo)
-    save_control_checkpoint(run, "given", kind="given")
-    with pytest.raises(UserError, match=r"sampling\.control_is = 'photo', but .*given.* maps that were made elsewhere"):
-        drawn(run, "given", **photo)
-    save_control_checkpoint(run, "sketch", kind="sketch")
-    with pytest.raises(UserError, match=r"control maps of kind 'sketch' are not drawn here; there are canny"):
-        drawn(run, "sketch", **photo)
-    assert drawn(run, "3", control_branch=foreign, control=photo["control"]).shape == (32, 48, 3)

@@ -255,6 +255,27 @@ def test_features_without_control_images_are_refused(tmp_path: Path) -> None:
     assert open_job(run, **CONTROL, starts_from=start, control_family="control-depth").features.control is not None
 
 
+def say_of_maps(run: Path, **control: Any) -> None:
+    """Change what the manifest of the control images says of how they were drawn."""
+    path = run / "features" / "control-canny-32" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["extra"]["control"] |= control
+    path.write_text(json.dumps(manifest))
+
+
+def test_maps_of_another_model_than_the_recipe_s_are_refused(tmp_path: Path) -> None:
+    run = make_control_run(tmp_path)
+    start = str(random_network(tmp_path / "start", 1))
+    say_of_maps(run, settings={"model": "a/hed.pth", "revision": None})
+    open_job(run, **CONTROL, starts_from=start)
+    (tmp_path / "recipe.toml").write_text(RECIPE + FAMILY + 'model = "b/hed.pth"\n')
+    with pytest.raises(
+        UserError,
+        match=r"families\.control-canny\.model is 'a/hed\.pth', but 'b/hed\.pth' is needed; .*set features\.stage2",
+    ):
+        open_job(run, **CONTROL, starts_from=start)
+
+
 def test_a_branch_without_weights_to_stay_beside_is_refused(run: Path, tmp_path: Path) -> None:
     start = str(random_network(tmp_path / "start", 1))
     with pytest.raises(UserError, match=r"trains beside weights, .*starts_from names none \('scratch'\): name a stage"):
@@ -322,8 +343,8 @@ def test_a_branch_that_has_learnt_beside_others_or_by_other_maps_is_said(
         base=own | {"identity": "sha256:1", "location": "/first"}
     )
     depth = {"kind": "depth", "settings": {"model": "here"}, "identity": "sha256:2"}
-    assert "with maps of depth (sha256:2), and is led by canny from here on" in said(control=depth)
-    assert "with maps of canny (widen_pixels 1), and is led by canny from" in said(
+    assert "was trained with depth maps, and these are canny maps" in said(control=depth)
+    assert "was trained with canny maps of widen_pixels 1, and these have 0" in said(
         control=maps | {"settings": {"widen_pixels": 1}}
     )
     with pytest.raises(UserError, match=r"was trained with process flow, but .*start with ddpm"):

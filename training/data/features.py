@@ -358,6 +358,11 @@ def _check_family(
         wanted = settings.get(name, defaults.get(name))
         mend = _ways_on(f"features.{table_name}.families.{family}.{name}", found[name], command)
         require_same(f"families.{family}.{name}", wanted, found[name], where=where, mend=mend)
+    # A model decides by its weights, and is named as those of text and latents are.
+    drew = extra.get("control", {}).get("settings", {})
+    for name in {"model", "revision"} & drew.keys() & settings.keys():
+        mend = _ways_on(f"features.{table_name}.families.{family}.{name}", drew[name], command)
+        require_same(f"families.{family}.{name}", settings[name], drew[name], where=where, mend=mend)
 
 
 def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, table_name: str, command: str) -> None:

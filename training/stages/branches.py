@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.branches import find_branch
+from encoders.control_kinds import describe_other_maps
 from encoders.weights import identity_of
 from errors import UserError
 from pipelines.as_typed import typed_path
@@ -92,19 +93,8 @@ def warn_of_others(
         adapters=set(map(adapter_identity, adapters)),
         process=process,
     )
-    learnt = known.get(CONTROL)
-    if learnt is not None and _drawn_by(learnt) != _drawn_by(maps):
-        said.append(
-            f"{file} was trained with maps of {_drawn_by(learnt)}, and is led by {_drawn_by(maps)} from here on"
-        )
+    if CONTROL in known and (other := describe_other_maps(known[CONTROL], maps)) is not None:
+        said.append(f"{file} {other}")
     if os.environ.get("RANK", "0") == "0":
         for line in said:
             log.warning(line)
-
-
-def _drawn_by(maps: Mapping[str, Any]) -> str:
-    """Return kind and model of maps in words, or their settings where no model draws them."""
-    model = maps.get("identity")
-    settings = [f"{name} {value}" for name, value in sorted(maps.get("settings", {}).items())]
-    said = ", ".join(settings) if model is None else str(model)
-    return f"{maps.get('kind')} ({said})" if said else str(maps.get("kind"))
