@@ -55,6 +55,24 @@ def test_a_key_of_the_other_process_is_refused_in_a_stages_own_table(run, proces
         job_with(run, f"training.process={process}", f"training.stage2.{override}")
 
 
+@pytest.mark.parametrize(
+    ("process", "objective", "override"),
+    [
+        ("ddpm", "consistency", "min_snr_gamma=5.0"),
+        ("flow", "consistency", "flow_logit_mean=1.0"),
+        ("ddpm", "distribution_matching", "min_snr_gamma=5.0"),
+    ],
+)
+def test_a_key_of_a_process_own_loss_is_refused_where_another_is_minimised(run, process, objective, override) -> None:
+    name, value = override.split("=")
+    said = (
+        rf"recipe\.toml: training\.stage2\.{name} = {value} is for the loss of process {process}, but .*'{objective}'"
+    )
+    settings = (f"training.stage2.process={process}", f"training.stage2.objective={objective}")
+    with pytest.raises(UserError, match=said):
+        job_with(run, *settings, f"training.stage2.{override}")
+
+
 def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
     recipe = run.parent / "recipe.toml"
     table = '\n[training.straight]\nextends = "stage2"\nfeatures = "stage2"\nprocess = "flow"\n'

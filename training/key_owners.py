@@ -13,6 +13,9 @@ OBJECTIVE_KEYS = {
     "distribution_matching": ("matching",),
 }
 NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
+# Of the loss that a process has of its own, and of the times that it is taken at.
+LOSS_KEYS = ("min_snr_gamma", "flow_logit_mean", "flow_logit_std")
+OTHER_LOSSES = ("consistency", "distribution_matching")
 OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "process": PROCESS_KEYS,
     "objective": OBJECTIVE_KEYS,
@@ -28,6 +31,8 @@ def keys_of_others(owner: str, chosen: str) -> set[str]:
 def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, key: str) -> None:
     """Refuse keys of a stage's own `table` that are of another process, objective or network than its `chosen` ones.
 
+    Nor may it have keys of a process' own loss where its objective minimises another.
+
     Raises:
         UserError: names the `key` of the stage with the one that is wrong, its value, and both owners.
     """
@@ -35,3 +40,9 @@ def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, 
         for other, keys in OWNERS[owner].items():
             for name in table.keys() & set(keys) if other != choice else ():
                 raise UserError(f"{key}.{name} = {table[name]!r} is for {owner} {other}, but the stage's is {choice!r}")
+    objective = chosen["objective"]
+    for name in sorted(table.keys() & set(LOSS_KEYS)) if objective in OTHER_LOSSES else ():
+        raise UserError(
+            f"{key}.{name} = {table[name]!r} is for the loss of process {chosen['process']}, but objective "
+            f"{objective!r} has one of its own: leave it out"
+        )
