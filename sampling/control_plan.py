@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from pipelines.engine.progress import get_logger
 from sampling.config import SamplingConfig
 from sampling.control_images import ControlImage
@@ -46,7 +48,8 @@ def check_control(config: SamplingConfig, trained: TrainedModel, requests: Seque
     elif config.control_kind is not None:
         log.info(f"{KIND_KEY} = {config.control_kind!r} is of photos, and control images are taken as maps here")
     for control in dict.fromkeys(control for control, _, _ in led):
-        if all(low == high for low, high in control.decode().getextrema()):
+        pixels = np.asarray(control.decode())
+        if (pixels == pixels[0, 0]).all():
             log.warning(f"{control.path} is of one colour all over, and leads nothing; what is transparent is white")
     others = [item for item in led if (item[0].width, item[0].height) != item[1:]]
     if others:

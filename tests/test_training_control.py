@@ -18,6 +18,7 @@ from training_run import RECIPE, make_run, write_latents
 
 from encoders.weights import identity_of
 from errors import MissingFileError, UserError
+from pipelines.store.manifest import manifest_path
 from pixart.belonging import METADATA, read_header
 from pixart.branching import add_branch
 from pixart.control import Control
@@ -276,6 +277,30 @@ def test_maps_of_another_model_than_the_recipe_s_are_refused(tmp_path: Path) -> 
         open_job(run, **CONTROL, starts_from=start)
 
 
+def test_datasets_that_are_mixed_have_the_same_control_images(tmp_path: Path) -> None:
+    start, run = str(random_network(tmp_path / "start", 1)), make_control_run(tmp_path)
+    other = tmp_path / "other" / "run"
+    shutil.copytree(run, other)
+    recipe = tmp_path / "recipe.toml"
+    table = recipe.read_text()
+    mixed = f"\n[[training.stage2.datasets]]\n[[training.stage2.datasets]]\nrun = '{other}'\nshards = ['laion_1']\n"
+    apart = mixed.replace("datasets]]\n[[", "datasets]]\nshards = ['laion_0']\n[[")
+    recipe.write_text(table + apart)
+    assert len(open_job(run, **CONTROL, starts_from=start).features.datasets) == 2
+    alone = "\n[features.alone]\nresolution = 32\nshards = ['laion_*']\n"
+    recipe.write_text(table + alone + apart + "features = 'alone'\n")
+    with pytest.raises(UserError, match=r"families is \['latents', 'text'\], but .*'control-canny'\] is needed"):
+        open_job(run, **CONTROL, starts_from=start)
+    path = manifest_path(other / "features" / "control-canny-32")
+    manifest = json.loads(path.read_text())
+    manifest["extra"] |= {"settings": {"low_threshold": 50}}
+    path.write_text(json.dumps(manifest))
+    edges = "[features.alone.families.control-canny]\nlow_threshold = 50\n"
+    recipe.write_text(table + alone + edges + apart + "features = 'alone'\n")
+    with pytest.raises(UserError, match=r"control-canny\.settings is \{'low_threshold': 50\}, but None is needed"):
+        open_job(run, **CONTROL, starts_from=start)
+
+
 def test_a_branch_without_weights_to_stay_beside_is_refused(run: Path, tmp_path: Path) -> None:
     start = str(random_network(tmp_path / "start", 1))
     with pytest.raises(UserError, match=r"trains beside weights, .*starts_from names none \('scratch'\): name a stage"):
@@ -308,9 +333,7 @@ def test_what_a_branch_starts_from_is_one(run: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"training.stage2.control_starts_from: model folder .*gone does not"):
         open_job(run, **CONTROL, starts_from=start, control_starts_from=str(tmp_path / "gone"))
     job = open_job(run, **CONTROL, starts_from=start, control_starts_from=start)
-    with pytest.raises(
-        UserError, match=r"control_starts_from: .* is of 'PixArtTransformer2DModel', and no control|no c"
-    ):
+    with pytest.raises(UserError, match=r"control_starts_from: .*\.safetensors is no control branch: it has no"):
         starting_network(job, SHAPE)
     network = PixArt(SHAPE)
     add_branch(network, 1, key="k")

@@ -98,7 +98,11 @@ def require_alike(datasets: Sequence[Dataset]) -> None:
         for name in ("model", "revision", "cleaning"):
             encoders = [_text_encoder(dataset).get(name) for dataset in (first, other)]
             require_same(f"text.{name}", *encoders, where=str(other.leading), mend=mend)
+        families = [[directory.family.name for directory in dataset.directories] for dataset in (first, other)]
+        require_same("families", *families, where=other.run, mend=mend)
         for one, another in zip(first.directories, other.directories, strict=True):
+            made = [directory.manifest.extra.get("settings") for directory in (one, another)]
+            require_same(f"{one.family.name}.settings", *made, where=str(another), mend=mend)
             tensors = [list(map(str, directory.family.tensors)) for directory in (one, another)]
             require_same(f"{one.family.name}.tensors", *tensors, where=str(another), mend=mend)
 
