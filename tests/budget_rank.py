@@ -6,6 +6,7 @@ Usage: python budget_rank.py FILE case..., where a case is a JSON object of `Cas
 import gc
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from training.loop.zero import ZeroModel, compute_dtype, initialize_ranks
 from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
-from training.objectives.objective import Objective
+from training.objectives.matching import DistributionMatching
+from training.objectives.objective import Objective, Role
+from training.stages.critics import add_critic
 from training.stages.networks import blank_copies, count_weights
 from training.stages.shared_weights import SharedWeights
 from training.stages.trainable import trainable_of
@@ -89,10 +92,19 @@ def objective_of(case: Case, settings: StageTraining, device: torch.device) -> O
         return Denoise(process=process, inputs=inputs)
     assert isinstance(process, DDPM)
     null = torch.zeros(case.num_text_tokens, case.text_width, dtype=torch.bfloat16, device=device)
-    return Consistency(process=process, inputs=inputs, null_text=null, guidance_range=(5.5, 5.5), huber_c=0.001)
+    student = Consistency(process=process, inputs=inputs, null_text=null, guidance_range=(5.5, 5.5), huber_c=0.001)
+    if settings.objective == "consistency":
+        return student
+    matching = settings.matching
+    return DistributionMatching(
+        student=student,
+        schedules=matching.times,
+        compared=(matching.compared_from, matching.compared_to),
+        consistency_weight=matching.consistency_weight,
+    )
 
 
-def open_networks(case: Case, settings: StageTraining) -> dict[str, DiT | PixArt]:
+def open_networks(case: Case, settings: StageTraining, roles: Mapping[str, Role]) -> dict[str, DiT | PixArt]:
     """As a stage opens them that starts from its teacher."""
     torch.manual_seed(0)
     network, teacher = case.config.network(), case.config.network().requires_grad_(False)
@@ -101,7 +113,12 @@ def open_networks(case: Case, settings: StageTraining) -> dict[str, DiT | PixArt
     if settings.objective == "denoise":
         return {"network": network}
     shared = SharedWeights(network, is_partitioned=settings.zero_stage == 3)
-    return {"network": network, "target": shared.average_of(network), "teacher": shared.within(teacher)}
+    networks = {"network": network, "teacher": shared.within(teacher)}
+    if "target" in roles:
+        networks["target"] = shared.average_of(network)
+    if settings.objective == "distribution_matching":
+        add_critic(network, teacher)
+    return networks
 
 
 def count(case: Case, settings: StageTraining) -> dict[str, int]:
@@ -110,7 +127,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
     objective, meter = objective_of(case, settings, CPU), HostBytes()
     counted = {}
     with meter.watching(ignored=[]):
-        others = open_networks(case, settings)
+        others = open_networks(case, settings, objective.networks)
         model = ZeroModel(others.pop("network"), settings)
         counted["start"] = meter.peak_bytes
         for network in others.values():
@@ -122,7 +139,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
                 # As the reader gives them: what was read ahead lies ready.
                 batch = blank_batch(case.sample, size, device=CPU)
                 losses = objective.loss(networks, batch)
-                model.backward(losses.total.mean(), is_last=i + 1 == settings.num_micro_batches)
+                model.backward(losses.minimised.mean(), is_last=i + 1 == settings.num_micro_batches)
                 del losses, batch
             networks.update(1e-4, is_ruined=torch.tensor(False))
             update_meter.norms()
@@ -132,7 +149,8 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
 
 def reckon(case: Case, settings: StageTraining) -> dict[str, Any]:
     """Return what a start would say of the same."""
-    roles, networks = objective_of(case, settings, CPU).networks, blank_copies(open_networks(case, settings))
+    roles = objective_of(case, settings, CPU).networks
+    networks = blank_copies(open_networks(case, settings, roles))
     step = Step(
         settings=settings,
         objective=lambda device: objective_of(case, settings, device),

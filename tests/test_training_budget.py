@@ -21,6 +21,7 @@ SIZES = {
     "wide": {"num_layers": 2, "num_heads": 4, "head_dim": 72, "side": 8, "num_text_tokens": 30, "text_width": 96},
 }
 BATCHES = {"long": 8, "middle": 16, "wide": 4}
+MATCHING = {"objective": "distribution_matching"}
 PART = ["blocks.*.attention.*"]
 
 
@@ -72,6 +73,9 @@ def test_what_is_reckoned_is_the_peak_of_the_whole_loop(tmp_path: Path, size: st
             ("bf16", "inputs", 0, {"optimizer": "adamw8bit", "offload": "average"}),
             ("bf16", "inputs", 2, {"optimizer": "adamw8bit"}),
             ("bf16", "inputs", 0, {"offload": "optimizer", "gradient_accumulation_steps": 2}),
+            ("bf16", "inputs", 2, MATCHING),
+            ("fp32", "all", 0, MATCHING | {"trains": "lora"}),
+            ("fp32", "all", 0, MATCHING | {"matching": {"consistency_weight": 1.0}}),
         )
     ]
     found = count(tmp_path, cases)

@@ -332,6 +332,16 @@ def test_a_stage_distils_and_resumes_exactly(tmp_path: Path) -> None:
     latents, text, times = torch.randn(2, 4, 4, 4), torch.randn(2, 3, D_TEXT), torch.tensor([19, 999])
     expected = former(latents, times, text, guidance=torch.tensor([4.5, 4.5]))
     torch.testing.assert_close(folded(latents, times, text), expected, rtol=1e-4, atol=1e-5)
+    few = {
+        "starts_from": str(checkpoint.path),
+        "objective": "distribution_matching",
+        "networks.teacher": settings["networks.teacher"],
+    }
+    job, survey = open_job(tmp_path / "again" / "run", 2, **few)
+    nearest = former(latents, times, text, guidance=torch.tensor([4.0, 4.0]))
+    folded = starting_network(job, network_config(job, survey))
+    assert isinstance(folded, PixArt), "of 4 to 16 what is nearest to the stage's own 1.5"
+    torch.testing.assert_close(folded(latents, times, text), nearest, rtol=1e-4, atol=1e-5)
     on = {"starts_from": str(checkpoint.path), "trains": "lora"}
     job, survey = open_job(tmp_path / "again" / "run", 2, **on)
     with pytest.raises(UserError, match=r"is told its guidance, and .*trains = 'lora' leaves weights as they are"):

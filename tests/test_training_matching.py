@@ -13,7 +13,8 @@ from test_training_lora import open_job
 from test_training_objective import make_batch
 from test_training_parts import Case, losses, random_network, train_three
 from torch import Tensor
-from training_run import make_run, metrics
+from training_run import arguments, finish, make_run, metrics
+from warm_python import WarmProcess
 
 from errors import UserError
 from pixart.convert import load_diffusers
@@ -21,16 +22,32 @@ from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import own_times, usual_steps
 from sampling.trained_model import open_run_model
+from training.launch.preflight import checkpoint_bytes
+from training.loop.optimizers.choice import choose_rule
+from training.loop.optimizers.rule import RATE_FACTOR
 from training.objectives.matching import DistributionMatching
 from training.objectives.noises import more_noise
-from training.objectives.objective import Frozen, Trained
+from training.objectives.objective import Average, Frozen, Losses, Trained
 from training.stages.critics import critic_of
 from training.stages.networks import blank_copy, count_parameters, count_weights
 from training.stages.starts import objective_networks
+from training.stages.weights import WeightCounts
 
 MATCHING = {"objective": "distribution_matching", "adam_betas": [0.0, 0.99], "learning_rate": 1e-3}
-# ZeRO stage, precision.
-KINDS = ((0, "fp32"), (1, "bf16"), (2, "fp32"))
+# ZeRO stage, precision, and what is otherwise.
+KINDS = (
+    (0, "fp32", "plain"),
+    (1, "bf16", "plain"),
+    (2, "fp32", "consistency"),
+    (0, "fp32", "8bit"),
+    (2, "bf16", "lora"),
+)
+OTHERS = {
+    "plain": {},
+    "consistency": {"matching.consistency_weight": 1.0},
+    "lora": {"trains": "lora", "lora.rank": 2},
+    "8bit": {"trains": "lora", "lora.rank": 2, "optimizer": "adamw8bit"},
+}
 
 
 class WithCritic(Linear):
@@ -52,8 +69,13 @@ def scalings(time: int) -> tuple[float, float]:
     return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
 
 
-def matching(*schedules: list[int]) -> DistributionMatching:
-    return DistributionMatching(student=consistency(3.0, 3.0), schedules=schedules, compared=(20, 980))
+def matching(*schedules: list[int], consistency_weight: float = 0.0) -> DistributionMatching:
+    return DistributionMatching(
+        student=consistency(3.0, 3.0),
+        schedules=schedules,
+        compared=(20, 980),
+        consistency_weight=consistency_weight,
+    )
 
 
 def test_the_move_and_the_critics_loss_are_the_published_ones() -> None:
@@ -108,6 +130,49 @@ def test_each_of_both_has_a_gradient_of_its_own_loss_alone() -> None:
     assert own is None and critic is not None and critic.any() and teacher is None
 
 
+def test_consistency_is_added_by_its_weight_and_its_target_is_the_average() -> None:
+    batch = make_batch(has_text=True)
+
+    def losses_of(weight: float) -> tuple[Losses, dict[str, Linear]]:
+        networks = {"network": WithCritic(1), "target": Linear(2), "teacher": Linear(3)}
+        return matching([599], consistency_weight=weight).loss(networks, batch), networks
+
+    alone, _ = losses_of(0.0)
+    beside, networks = losses_of(0.7)
+    distilled = {"network": WithCritic(1), "target": Linear(2), "teacher": Linear(3)}
+    distance = consistency(3.0, 3.0).loss(distilled, batch).total
+    torch.testing.assert_close(beside.total, alone.total + 0.7 * distance)
+    assert torch.equal(beside.parts["consistency"], distance) and alone.parts.keys() == {"matching", "mse"}
+    assert torch.equal(beside.parts["matching"], alone.total)
+    assert beside.critic is not None and alone.critic is not None and torch.equal(beside.critic, alone.critic)
+    assert matching([599], consistency_weight=0.7).networks == {
+        "network": Trained(critic="teacher"),
+        "teacher": Frozen(),
+        "target": Average(),
+    }
+    gradients = []
+    for total, student in ((beside.total, networks["network"]), (0.7 * distance, distilled["network"])):
+        total.sum().backward()
+        assert student.weight.grad is not None
+        gradients.append(student.weight.grad)
+    student = WithCritic(1)
+    matching([599]).loss({"network": student, "teacher": Linear(3)}, batch).total.sum().backward()
+    assert student.weight.grad is not None
+    torch.testing.assert_close(gradients[0], gradients[1] + student.weight.grad)
+    assert networks["target"].weight.grad is None and networks["network"].critic.weight.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_critic_has_a_rate_of_its_own(tmp_path: Path, optimizer: str) -> None:
+    run, start = make_run(tmp_path), str(random_network(tmp_path / "start", 1))
+    rates = {"learning_rate": 2e-3, "matching.critic_learning_rate": 1e-2, "networks.teacher": start}
+    job = open_job(run, starts_from=start, optimizer=optimizer, **MATCHING | rates)
+    weights = dict(WithCritic(1).named_parameters())
+    own, critic = choose_rule(job.settings).make(weights, job.settings).param_groups
+    assert own["params"] == [weights["weight"]] and RATE_FACTOR not in own
+    assert critic["params"] == [weights["critic.weight"]] and critic[RATE_FACTOR] == pytest.approx(5.0)
+
+
 def test_later_steps_begin_with_the_students_own_image_and_new_noise() -> None:
     batch, process = replace(make_batch(has_text=True), step=0), DDPM()
     drawn = set()
@@ -137,7 +202,8 @@ def test_later_steps_begin_with_the_students_own_image_and_new_noise() -> None:
 class MatchingCase(Case):
     def weights(self, step: int) -> dict[str, Tensor]:
         folder = self.run / "training" / "stage2" / f"step-{step}"
-        return load_file(folder / "model" / "diffusion_pytorch_model.safetensors")
+        adapter = folder / "adapter" / "adapter_model.safetensors"
+        return load_file(adapter if adapter.exists() else folder / "model" / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +214,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Matchi
     shared = MATCHING | {"starts_from": str(start), "log_every": 1, "checkpoint_every": 100, "keep_checkpoints": 3}
     shared |= {"networks.teacher": str(start)}
 
-    def case(name: str, kind: tuple[int, str]) -> MatchingCase:
-        run = folder / f"{name}-{kind[0]}-{kind[1]}"
+    def case(name: str, kind: tuple[int, str, str]) -> MatchingCase:
+        run = folder / "-".join(map(str, (name, *kind)))
         run.mkdir()
         (run / "features").symlink_to(features)
-        return MatchingCase(run, "matching", shared | {"zero_stage": kind[0], "dtype": kind[1]})
+        return MatchingCase(run, "matching", shared | {"zero_stage": kind[0], "dtype": kind[1]} | OTHERS[kind[2]])
 
     names = ("straight", "resumed", "moved")
     return dict(zip(names, train_three(case, KINDS, folder), strict=True))
@@ -160,7 +226,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Matchi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_student_and_critic_resume_exactly_and_on_another_number_of_ranks(runs: Any, kind: tuple[int, str]) -> None:
+def test_student_and_critic_resume_exactly_and_on_another_number_of_ranks(
+    runs: Any, kind: tuple[int, str, str]
+) -> None:
     straight, resumed, moved = (runs[name][kind] for name in ("straight", "resumed", "moved"))
     assert losses(resumed) == losses(straight) and len(set(losses(straight))) == 4
     ours, theirs = resumed.weights(4), straight.weights(4)
@@ -173,7 +241,7 @@ def test_student_and_critic_resume_exactly_and_on_another_number_of_ranks(runs: 
 
 @pytest.mark.slow
 def test_a_checkpoint_exports_the_student_alone_and_says_how_it_is_drawn(runs: Any) -> None:
-    case = runs["straight"][(0, "fp32")]
+    case = runs["straight"][KINDS[0]]
     assert load_diffusers(case.run / "training" / "stage2" / "step-4" / "model").state_dict().keys() == (
         PixArt(SHAPE).state_dict().keys()
     )
@@ -183,6 +251,29 @@ def test_a_checkpoint_exports_the_student_alone_and_says_how_it_is_drawn(runs: A
     assert usual_steps(process["student"]) == 2
     trainer = json.loads((case.run / "training" / "stage2" / "step-4" / "trainer.json").read_text())
     assert trainer["objective"] == "distribution_matching"
+
+
+@pytest.mark.slow
+def test_adapters_become_a_student_of_their_base_and_their_file_holds_no_critic(runs: Any) -> None:
+    case = runs["straight"][KINDS[3]]
+    folder = case.run / "training" / "stage2" / "step-4"
+    assert not (folder / "model").exists() and not any("critic" in name for name in case.weights(4))
+    drawn = open_run_model(case.run, "stage2")
+    assert drawn.process["student"]["times"] == [[599], [899, 499]]
+    base = load_diffusers(Path(case.settings["starts_from"])).state_dict()
+    weights = drawn.load().state_dict()
+    assert weights.keys() == base.keys() and any(not torch.equal(weights[name], base[name]) for name in base)
+
+
+def test_a_plan_says_what_of_adapters_is_the_critics(tmp_path: Path) -> None:
+    run, start = make_run(tmp_path), str(random_network(tmp_path / "start", 1))
+    settings = {**MATCHING, **OTHERS["lora"], "networks.teacher": start, "starts_from": start, "num_processes": 1}
+    process = WarmProcess("training", [*arguments(run, 2, **settings), "--plan"])
+    said = finish(process)
+    number = count_parameters(PixArt(SHAPE)) / 1e6
+    assert f"critic {number:,.2f}M parameters that train beside it, from the teacher's" in said
+    assert f"beside {number:,.2f}M parameters of networks that run forward alone" in said
+    assert f"{number:,.2f}M stay as they are" in said and "0.00M weights train" in said
 
 
 def test_the_critic_begins_as_the_teacher_and_counts_as_what_trains(tmp_path: Path) -> None:
@@ -196,17 +287,20 @@ def test_the_critic_begins_as_the_teacher_and_counts_as_what_trains(tmp_path: Pa
     assert all(torch.equal(weight, teacher[name]) for name, weight in critic.state_dict().items())
     number = count_parameters(PixArt(SHAPE))
     counts = count_weights(roles, networks)
-    assert (counts.trained, counts.frozen, counts.beside) == (2 * number, 0, number)
+    assert counts == WeightCounts(trained=2 * number, beside=number, critic=number)
+    assert checkpoint_bytes(job.settings, counts) == 2 * number * (4 + 4 + 8) + number * 4, (
+        "and not the critic's average"
+    )
     assert len(list(blank_copy(networks["network"]).parameters())) == 2 * len(teacher)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"trains": "lora"}, r"needs trains = 'all', but .*trains is 'lora'"),
-        ({"trains": "control"}, r"needs trains = 'all', but .*trains is 'control'"),
+        ({"trains": ["blocks.*"]}, r"needs trains = 'all' or 'lora', but .*trains is \['blocks\.\*'\]"),
+        ({"trains": "control"}, r"needs trains = 'all' or 'lora', but .*trains is 'control'"),
         ({"process": "flow"}, r"needs process = 'ddpm', but .*process is 'flow'"),
-        ({"optimizer": "muon"}, r"needs optimizer = 'adamw', but .*optimizer is 'muon'"),
+        ({"optimizer": "muon"}, r"needs optimizer = 'adamw' or 'adamw8bit', but .*optimizer is 'muon'"),
         ({"matching.times": [[499, 899]]}, r"times fall from step to step"),
         ({"matching.times": [[499], [599]]}, r"one list for each number of steps"),
         ({"matching.compared_from": 980}, r"compared_from 980 is not below compared_to 980"),

@@ -31,6 +31,13 @@ class MatchingSettings(TableConfig):
     critic_learning_rate: Decides[float] = pydantic.Field(
         default=1e-3, gt=0, description="Learning rate of the critic, which must follow the student: well above its own"
     )
+    consistency_weight: Decides[float] = pydantic.Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of consistency's loss beside it, at the same guidance: images stay nearer to real ones; "
+        "its target is the student's average, one more network in memory. 0 = none",
+    )
     compared_from: Decides[int] = pydantic.Field(
         default=20, ge=0, le=998, description="Lowest timestep at which the student's images are compared"
     )
@@ -58,18 +65,19 @@ def require_matchable(
     """Refuse stages that no distribution can be matched in; `key` is the stage's.
 
     Raises:
-        UserError: the network reads no text, the process is another, not all weights train, or the optimizer has no
-            rate for a critic.
+        UserError: the network reads no text, the process is another, what trains is neither all weights nor adapters,
+            or the optimizer has no rate for a critic.
     """
     named = f"{key}.objective = 'distribution_matching'"
-    for name, value, wanted in (
+    for name, value, *wanted in (
         ("network", network, "pixart"),
         ("process", process, "ddpm"),
-        ("trains", trains, "all"),
-        ("optimizer", optimizer, "adamw"),
+        ("trains", trains, "all", "lora"),
+        ("optimizer", optimizer, "adamw", "adamw8bit"),
     ):
-        if value != wanted:
-            raise UserError(f"{named} needs {name} = {wanted!r}, but {key}.{name} is {value!r}")
+        if value not in wanted:
+            which = " or ".join(map(repr, wanted))
+            raise UserError(f"{named} needs {name} = {which}, but {key}.{name} is {value!r}")
     if settings.compared_from >= settings.compared_to:
         raise UserError(
             f"{key}.matching.compared_from {settings.compared_from} is not below compared_to {settings.compared_to}"

@@ -233,6 +233,8 @@ def print_weights(
         _print("adapters", _describe_adapters(settings, weights))
     if settings.has_control:
         _print("control", _describe_branch(job, weights))
+    if weights.critic:
+        _print("critic", f"{weights.critic / 1e6:,.2f}M parameters that train beside it, from the teacher's")
     _print("process", _describe_process(job))
     if weights.beside or weights.shared:
         held = f"; {weights.shared / 1e6:,.2f}M more are held already" if weights.shared else ""
@@ -255,11 +257,12 @@ def _describe_adapters(settings: StageTraining, weights: WeightCounts) -> str:
     shape = settings.lora.shape
     kinds = [name for name, is_on in (("DoRA", shape.dora), ("rsLoRA", shape.rslora)) if is_on]
     kind = " and ".join(kinds) or "LoRA"
-    fraction = weights.trained / weights.frozen
+    adapters = weights.trained - weights.critic
+    fraction = adapters / weights.frozen
     return (
         f"{kind} of rank {shape.rank}, scale {shape.scale:.3g}, on {', '.join(shape.targets)}: "
-        f"{weights.trained / 1e6:,.2f}M weights train, {weights.frozen / 1e6:,.2f}M stay as they are ({fraction:.2%}); "
-        f"a file of {describe_bytes(weights.trained * 4)}"
+        f"{adapters / 1e6:,.2f}M weights train, {weights.frozen / 1e6:,.2f}M stay as they are ({fraction:.2%}); "
+        f"a file of {describe_bytes(adapters * 4)}"
     )
 
 
@@ -337,10 +340,10 @@ def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
 def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
     """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the average as fp32.
 
-    With the average is the rest of the network, but where adapters or a branch train.
+    With the average is the rest of the network, but where adapters or a branch train, and no critic.
     """
     width = 2 if settings.dtype == "bf16" else 4
-    kept = weights.trained + (0 if settings.keeps_base else weights.frozen)
+    kept = weights.trained - weights.critic + (0 if settings.keeps_base else weights.frozen)
     return weights.trained * (width + 4 + 8) + kept * 4
 
 

@@ -78,7 +78,10 @@ def _matching(
         huber_c=job.settings.consistency.huber_c,
     )
     return DistributionMatching(
-        student=student, schedules=settings.times, compared=(settings.compared_from, settings.compared_to)
+        student=student,
+        schedules=settings.times,
+        compared=(settings.compared_from, settings.compared_to),
+        consistency_weight=settings.consistency_weight,
     )
 
 

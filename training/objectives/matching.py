@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from training.data.batch import Batch
-from training.objectives.consistency import Consistency
+from training.objectives.consistency import TARGET, Consistency
 from training.objectives.noises import more_noise
-from training.objectives.objective import Frozen, Losses, Role, Trained
+from training.objectives.objective import Average, Frozen, Losses, Role, Trained
 from training.objectives.prior_preservation import TEACHER
 
 
@@ -31,24 +31,27 @@ class DistributionMatching:
         student: what the student and its guided teacher say of noisy latents.
         schedules: times of the student's steps, for each number of steps.
         compared: first timestep at which images are compared, and the one behind the last.
+        consistency_weight: of the student's loss as one of consistency, which is added; 0 for none.
     """
 
     student: Consistency
     schedules: Sequence[Sequence[int]]
     compared: tuple[int, int]
+    consistency_weight: float = 0.0
 
     @property
     def networks(self) -> Mapping[str, Role]:
-        """The student with its critic, and the teacher, as which the critic begins."""
-        return {"network": Trained(critic=TEACHER), TEACHER: Frozen()}
+        """The student with its critic, the teacher, as which the critic begins, and the average that is a target."""
+        target = {TARGET: Average()} if self.consistency_weight else {}
+        return {"network": Trained(critic=TEACHER), TEACHER: Frozen(), **target}
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Latents, of which only the shape counts, and captions."""
+        """Latents, of which without consistency only the shape counts, and captions."""
         return self.student.families
 
     def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
-        """Return half the squared length of the student's move [B], and the critic's loss.
+        """Return half the squared length of the student's move [B] with its loss of consistency, and the critic's loss.
 
         The part `mse` is the squared error of the noise that the critic finds.
         """
@@ -66,10 +69,14 @@ class DistributionMatching:
             move = difference / (image - real).abs().mean((1, 2, 3), keepdim=True)
             aim = image - move.nan_to_num()
         error = self._critic_error(critic, image.detach(), batch, draws - draws.floor())
-        distance = 0.5 * (image - aim).square().flatten(1).mean(1)
+        total = distance = 0.5 * (image - aim).square().flatten(1).mean(1)
+        parts = {"matching": distance, "mse": error}
+        if self.consistency_weight:
+            parts["consistency"] = self.student.loss(networks, batch).total
+            total = distance + self.consistency_weight * parts["consistency"]
         return Losses(
-            total=distance,
-            parts={"matching": distance, "mse": error},
+            total=total,
+            parts=parts,
             times=times.double() / process.num_times,
             critic=error,
         )

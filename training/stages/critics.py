@@ -12,8 +12,8 @@ PREFIX = f"{CRITIC}."
 
 
 def add_critic(network: DiT | PixArt, begins_as: DiT | PixArt) -> None:
-    """Put a critic beside a network, in place: a copy of another, all of whose weights train."""
-    network.add_module(CRITIC, copy.deepcopy(begins_as).requires_grad_(True))
+    """Put a critic beside a network, in place: a copy of another, fp32, all of whose weights train."""
+    network.add_module(CRITIC, copy.deepcopy(begins_as).float().requires_grad_(True))
 
 
 def critic_of(network: nn.Module) -> DiT | PixArt | None:

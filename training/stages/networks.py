@@ -125,7 +125,8 @@ def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt
             if kind != "shared" or isinstance(roles[name], Frozen):
                 counts[kind] += weight.numel()
             held.add(id(weight))
-    return WeightCounts(**counts)
+    critics = (critic_of(network) for network in networks.values())
+    return WeightCounts(**counts, critic=sum(count_parameters(critic) for critic in critics if critic is not None))
 
 
 def count_parameters(network: DiT | PixArt) -> int:

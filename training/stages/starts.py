@@ -232,8 +232,9 @@ def with_guidance(job: TrainingJob, network: PixArt, *, key: str) -> PixArt:
             f"{key} is told its guidance, and {stage}.trains = {settings.trains!r} leaves weights as they are: fold "
             f"one guidance into them first, as `{typed_command('convert', {'from': ANY, 'to': ANY, 'cfg': ANY})}` does"
         )
-    student = student_of(settings.process_spec) or student_of(job.start.process)
-    scale = USUAL_GUIDANCE if student is None else clamped_guidance(student) or USUAL_GUIDANCE
+    former, own = student_of(job.start.process), student_of(settings.process_spec)
+    wanted = (None if own is None else clamped_guidance(own)) or USUAL_GUIDANCE
+    scale = wanted if former is None else clamped_guidance(former, wanted) or wanted
     log_once(f"{key} is told its guidance, which this stage does not do: {scale:g} is folded into the weights")
     return fold_guidance(network, scale)
 

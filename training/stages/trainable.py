@@ -128,7 +128,8 @@ class Adapters:
     ) -> None:
         """Write the adapters alone as `adapter/`, a folder that peft opens on diffusers' transformer."""
         assert isinstance(config, PixArtConfig)
-        write_adapter(checkpoint / ADAPTER, weights, config, shape=self.shape, belongs_to=_belonging(trainer))
+        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
+        write_adapter(checkpoint / ADAPTER, own, config, shape=self.shape, belongs_to=_belonging(trainer))
 
     def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
         """Return the adapters' weights, by their names beside the layers."""

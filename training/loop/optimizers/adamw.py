@@ -9,25 +9,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.config import StageTraining
-from training.loop.optimizers.rule import RATE_FACTOR
+from training.loop.optimizers.rule import weight_groups
 from training.loop.sizes import PIECE_SIZE
-from training.stages.critics import PREFIX as CRITICS
 
 
 class TorchAdamW:
     """Measured without a copy of anything: what weights were is worked out from what a step left, piece by piece."""
 
     def make(self, weights: Mapping[str, nn.Parameter], settings: StageTraining) -> Optimizer:
-        """Return torch's fused AdamW; a critic is a group of its own, at a rate of its own."""
-        critics = [weight for name, weight in weights.items() if name.startswith(CRITICS)]
-        groups: list[dict[str, Any]] = [
-            {"params": [weight for name, weight in weights.items() if not name.startswith(CRITICS)]}
-        ]
-        if critics:
-            factor = settings.matching.critic_learning_rate / settings.learning_rate
-            groups.append({"params": critics, RATE_FACTOR: factor})
+        """Return torch's fused AdamW."""
         return torch.optim.AdamW(
-            groups,
+            weight_groups(weights, settings),
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             eps=settings.adam_epsilon,

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from training.config import StageTraining
 from training.loop.compilation import is_step_compiled
+from training.loop.optimizers.rule import weight_groups
 from training.loop.sizes import PIECE_SIZE
 
 BLOCK_SIZE = 256
@@ -36,7 +37,7 @@ class AdamW8bit(Optimizer):
     grad_scale: Tensor
     found_inf: Tensor
 
-    def __init__(self, weights: Iterable[nn.Parameter], settings: StageTraining) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter] | Iterable[dict[str, Any]], settings: StageTraining) -> None:
         super().__init__(
             weights,
             {
@@ -182,7 +183,7 @@ class BlockAdamW:
 
         if AdamW8bit not in ZERO_SUPPORTED_OPTIMIZERS:
             ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
-        return AdamW8bit(weights.values(), settings)
+        return AdamW8bit(weight_groups(weights, settings), settings)
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Make all state, so that what DeepSpeed loads finds its precision."""

@@ -1,15 +1,28 @@
 """What the loop asks of an optimizer beyond what torch's are."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.config import StageTraining
+from training.stages.critics import PREFIX as CRITICS
 
 # Of a group of weights: what the stage's learning rate is multiplied by for them.
 RATE_FACTOR = "rate_factor"
+
+
+def weight_groups(weights: Mapping[str, nn.Parameter], settings: StageTraining) -> list[dict[str, Any]]:
+    """Return weights as torch's optimizers take them: those of a critic are a group at a rate of its own."""
+    critics = [weight for name, weight in weights.items() if name.startswith(CRITICS)]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for name, weight in weights.items() if not name.startswith(CRITICS)]}
+    ]
+    if critics:
+        factor = settings.matching.critic_learning_rate / settings.learning_rate
+        groups.append({"params": critics, RATE_FACTOR: factor})
+    return groups
 
 
 class Rule(Protocol):
