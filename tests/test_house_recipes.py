@@ -49,15 +49,15 @@ FIRST_STAGES = {
     "toyworld-dreambooth": ["dreambooth"],
     "toyworld-vae": ["vae"],
     "toyworld-control": ["control"],
-    "toyworld-lcm": ["lcm"],
+    "toyworld-lcm": ["lcm", "dmd"],
     "pixart-control": ["control"],
     "pixart-sigma-control": ["control"],
     "finetune": ["finetune"],
     "lora": ["style"],
     "toyworld-finetune": ["finetune"],
     "pixart-alpha-released": ["alpha-256", "alpha-512", "alpha-1024"],
-    "pixart-lcm": ["lcm", "lcm-lora"],
-    "pixart-sigma-lcm": ["lcm"],
+    "pixart-lcm": ["lcm", "lcm-lora", "dmd"],
+    "pixart-sigma-lcm": ["lcm", "dmd"],
     "pixart-sigma": ["sigma-vae", "sigma-256", "sigma-512"],
 }
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
@@ -114,7 +114,7 @@ def test_the_papers_recipe_validates_on_a_hundredth(stage: str) -> None:
 def test_students_are_distilled_with_published_settings(name: str, rate: float, batch_size: int) -> None:
     """PixArt-alpha's config of LCM and its script of LCM-LoRA, whose target is the student itself; Sigma's differs."""
     recipe = load_recipe(REPOSITORY / f"recipes/{name}.toml")
-    for stage in stage_names(recipe):
+    for stage in set(stage_names(recipe)) - {"dmd"}:
         settings = stage_training(recipe, stage)
         assert (settings.objective, settings.learning_rate, settings.global_batch_size) == (
             *("consistency", rate, batch_size),
@@ -130,6 +130,23 @@ def test_students_are_distilled_with_published_settings(name: str, rate: float, 
             assert (settings.lora.rank, settings.lora.alpha, settings.lora.targets) == (32, 8, [*TARGET_WORDS])
     typed = recipe.table("sampling", SamplingConfig).model_fields_set
     assert not typed & {"solver", "num_steps", "guidance_scale"}, "they would be drawn with those"
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "batch_size", "guidance", "time"),
+    [("pixart-lcm", 1e-6, 16, 3.0, 400), ("pixart-sigma-lcm", 5e-7, 128, 8.0, 399)],
+)
+def test_students_of_one_step_have_the_settings_published(
+    name: str, rate: float, batch_size: int, guidance: float, time: int
+) -> None:
+    """PixArt-DMD's script of 512 pixels for alpha, DMD2's of SDXL for Sigma; critics five times as fast."""
+    settings = stage_training(load_recipe(REPOSITORY / f"recipes/{name}.toml"), "dmd")
+    matching = settings.matching
+    assert (settings.objective, settings.features, settings.starts_from) == ("distribution_matching", "lcm", "lcm")
+    assert (settings.learning_rate, settings.global_batch_size, settings.weight_decay) == (rate, batch_size, 0.01)
+    assert (settings.adam_betas, settings.gradient_clip, settings.caption_dropout) == ((0.9, 0.999), 10.0, 0.0)
+    assert (matching.guidance_scale, matching.times) == (guidance, [[time]])
+    assert matching.critic_learning_rate == pytest.approx(5 * rate) and matching.consistency_weight == 0
 
 
 @pytest.mark.parametrize("name", ["pixart-control", "pixart-sigma-control"])

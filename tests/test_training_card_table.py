@@ -31,7 +31,9 @@ from training.loop.zero import compute_dtype
 from training.objectives.consistency import Consistency
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
+from training.objectives.matching import DistributionMatching
 from training.objectives.objective import Objective
+from training.stages.critics import add_critic
 from training.stages.networks import blank_network, count_weights
 from training.stages.shared_weights import SharedWeights
 from training.stages.trainable import trainable_of
@@ -54,6 +56,7 @@ DISTILLED = {
     "α, LoRA": ("pixart-lcm", "lcm-lora", 1024, 120, True),
     "Σ, all weights": ("pixart-sigma-lcm", "lcm", 1024, 300, False),
 }
+FINISHED = {"α": ("pixart-lcm", "dmd", 1024, 120, True)}
 # And of docs/CONTROL.md.
 LED = {
     "α": ("pixart-control", "control", 1024, 120, True),
@@ -89,6 +92,7 @@ def page(file: str, title: str) -> dict[str, list[str]]:
 
 
 SMALL_CARD, STUDENT, BRANCH = ("GPU.md", "One small card"), ("FAST.md", "What training costs"), ("CONTROL.md", "Cards")
+FINISH = ("FAST.md", "A finish for one or two steps")
 
 
 def test_the_pages_have_these_cards_and_rows() -> None:
@@ -111,8 +115,18 @@ def objective_of(settings: StageTraining, device: torch.device, *, null_tokens: 
         return Denoise(process=process, inputs=inputs)
     assert isinstance(process, DDPM)
     null = torch.empty(null_tokens, 4096, dtype=torch.bfloat16, device=device)
-    guidance = settings.consistency.guidance_range
-    return Consistency(process=process, inputs=inputs, null_text=null, guidance_range=guidance, huber_c=0.001)
+    matching, guidance = settings.matching, settings.consistency.guidance_range
+    if settings.objective == "distribution_matching":
+        guidance = (matching.guidance_scale, matching.guidance_scale)
+    student = Consistency(process=process, inputs=inputs, null_text=null, guidance_range=guidance, huber_c=0.001)
+    if settings.objective == "consistency":
+        return student
+    return DistributionMatching(
+        student=student,
+        schedules=matching.times,
+        compared=(matching.compared_from, matching.compared_to),
+        consistency_weight=matching.consistency_weight,
+    )
 
 
 def networks_of(settings: StageTraining, config: PixArtConfig) -> dict[str, DiT | PixArt]:
@@ -126,12 +140,16 @@ def networks_of(settings: StageTraining, config: PixArtConfig) -> dict[str, DiT 
     trainable_of(settings).prepare(network, seed=0, dtype=compute_dtype(settings), key="training.trains")
     if settings.objective == "denoise":
         return {"network": network}
-    target = SharedWeights(network, is_partitioned=False).average_of(network)
+    networks: dict[str, DiT | PixArt] = {"network": network}
+    if settings.objective == "consistency" or settings.matching.consistency_weight:
+        networks["target"] = SharedWeights(network, is_partitioned=False).average_of(network)
     teacher = blank_network(config).requires_grad_(False)
     # That equal ones are shared is told by values, see test_training_shared_weights.py.
     held = {name: weight for name, weight in own.items() if not weight.requires_grad}
     teacher.load_state_dict(held, strict=False, assign=True)
-    return {"network": network, "target": target, "teacher": teacher}
+    if settings.objective == "distribution_matching":
+        add_critic(network, teacher)
+    return networks | {"teacher": teacher}
 
 
 def demand_of(row: tuple[str, str, int, int, bool], folder: Path) -> tuple[Demand, str]:
@@ -187,7 +205,7 @@ def trained_cell(demand: Demand, card: int, basis: str) -> str:
     ("where", "name", "row"),
     [
         (where, name, row)
-        for where, rows in ((SMALL_CARD, TRAINED), (STUDENT, DISTILLED), (BRANCH, LED))
+        for where, rows in ((SMALL_CARD, TRAINED), (STUDENT, DISTILLED), (FINISH, FINISHED), (BRANCH, LED))
         for name, row in rows.items()
     ],
 )
