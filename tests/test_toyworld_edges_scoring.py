@@ -10,9 +10,13 @@ import pytest
 from PIL import Image
 
 from errors import MissingFileError
+from pipelines.recipe import load_recipe
+from pipelines.store.summary import update_summary
+from tests.conftest import REPOSITORY
 from toyworld.edges import LED, write_edges
 from toyworld.edges_scoring import CELL_PIXELS, GRID_COLUMNS, GRID_NAME, edges_folders, score_edges
 from toyworld.render import render
+from toyworld.report import write_report
 from toyworld.scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
 
 NUM_PROMPTS = 12
@@ -71,6 +75,16 @@ def test_shapes_and_places_count_by_the_edges_and_colours_by_the_prompts(run: Pa
     }
     with Image.open(run / GRID_NAME) as grid:
         assert grid.width > GRID_COLUMNS * CELL_PIXELS and grid.height > 3 * CELL_PIXELS
+
+
+def test_the_page_has_what_was_followed(run: Path) -> None:
+    for name, value in {"position": 1.0, "colour": 0.986, "shape": 0.99, "extra": 0.25}.items():
+        update_summary(run, f"control.{name}", value)
+    update_summary(run, "control.shape_without_control", 0.045)
+    page = write_report(load_recipe(REPOSITORY / "recipes" / "toyworld-control.toml"), run).read_text()
+    scores = page[page.index('id="scores"') :]
+    assert [scores.count(text) for text in (">100.0%", ">98.6%", ">99.0%", ">0.25<", ">4.5%")] == [1] * 5
+    assert "make judge" not in scores and "left: 95.0%" in scores
 
 
 def test_samples_without_control_are_asked_for(run: Path) -> None:

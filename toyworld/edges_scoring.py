@@ -21,6 +21,8 @@ from toyworld.subject_scoring import read_pictures
 log = get_logger("toyworld")
 
 GRID_COLUMNS, GRID_NAME = 10, "control.png"
+# What the demo aims at, of the objects of all scenes whose edges lead.
+LED_TARGETS = {"position": 0.97, "colour": 0.95, "shape": 0.97}
 CELL_PIXELS, GAP_PIXELS, FONT_PIXELS = 112, 6, 11
 
 

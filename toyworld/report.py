@@ -21,6 +21,7 @@ from pipelines.store.summary import read_summary
 from pipelines.store.tables import MEND_SHARD, count_table_rows
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
+from toyworld.edges_scoring import GRID_NAME, LED_TARGETS
 from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
 from toyworld.previews import PreviewRow, preview_rows
@@ -41,6 +42,7 @@ COMPANION_SUFFIX = "-raw"  # `make demo-raw`: the same run on alt texts
 LINKS = (
     ("stats/report.html", "noun statistics: every number with its definition, the noun table, examples"),
     ("stats/table1.md", "Table 1 of the paper for this run, as Markdown"),
+    (GRID_NAME, "edges, what they led, and the same prompts and noise without them"),
     ("summary.json", "all figures of the run, for machines"),
     ("raw/manifest.json", "raw shards with their hashes"),
     ("captions/.manifest.json", "captions: settings, counts, rejects"),
@@ -156,6 +158,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         score_curves=score_curves(summary.get("judge", {}), stages=recipe.names("training")),
         few_steps=few_steps(summary.get("judge", {})),
         lcm=summary.get("lcm", {}),
+        control=summary.get("control", {}),
+        control_targets=LED_TARGETS,
         evaluation=_evaluation(run, summary),
         judged=summary.get("judge", {}),
         targets=TARGETS,
