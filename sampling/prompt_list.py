@@ -77,7 +77,7 @@ def _with_control(
         path = control_path(config.control, trained, run=run)
         return [replace(prompt, control=path) for prompt in prompts]
     if not num_led:
-        for key in ("control_strength", "control_is"):
+        for key in ("control_strength", "control_is", "control_kind"):
             if getattr(config, key) != SamplingConfig.model_fields[key].default:
                 raise UserError(
                     f"sampling.{key} is {getattr(config, key)!r}, but nothing leads what is drawn: type "

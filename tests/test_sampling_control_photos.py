@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_run import make_run, save_branch, save_control_checkpoint
+from sampling_run import make_run, save_branch, save_control_checkpoint, write_recipe
 from test_encoders_control_maps import hed_weights
 from test_sampling_control import drawn, pixels, sample, save_noise, words
 
 from encoders.control_kinds import open_control_maps
 from errors import MissingFileError, UserError
+from pipelines.command import parse_command
 from pipelines.store.files import sha256_file
+from sampling.control_kind import maps_of
+from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.contestants import find_contestants
 
 
 @pytest.fixture
@@ -101,6 +105,8 @@ def test_of_a_photo_no_map_is_drawn_where_nothing_says_its_kind(run: Path, tmp_p
     }.items():
         with pytest.raises(UserError, match=match):
             drawn(run, "edges", control_kind=wrong, **photo)
+    with pytest.raises(UserError, match=r"sampling\.control_kind is 'canny', but nothing leads what is drawn"):
+        drawn(run, "edges", control_kind="canny")
     with pytest.raises(UserError, match=r"sampling\.control_settings\.widen = 1: .* of kind canny"):
         drawn(run, "edges", **{"control_settings.widen": 1}, **photo)
     with pytest.raises(MissingFileError, match=r"sampling\.control_settings\.model: gone\.pth does not exist"):
@@ -109,3 +115,14 @@ def test_of_a_photo_no_map_is_drawn_where_nothing_says_its_kind(run: Path, tmp_p
     with pytest.raises(UserError, match=r"control maps of kind 'sketch' are not drawn here; there are canny"):
         drawn(run, "sketch", **photo)
     assert drawn(run, "3", control_branch=foreign, control=photo["control"]).shape == (32, 48, 3)
+
+
+def test_the_kind_is_that_of_branches_that_are_compared_too(run: Path, tmp_path: Path) -> None:
+    save_control_checkpoint(run, "given", kind="given")
+    row = {"key": "0", "prompt": "a star", "control": str(save_noise(tmp_path / "photo.png"))}
+    (run / "led.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = write_recipe(run, prompts="{run}/led.jsonl", control_is="photo", control_kind="canny")
+    argv = ["--recipe", str(recipe), "--run", str(run), "--stage", "edges"]
+    command = parse_command("sampling.evaluation", "", argv=argv, has_stages=True)
+    found = find_contestants(command, EvaluationConfig(compare=[f"{run}:given"]))
+    assert [maps_of(each.trained)[0] for each in found] == ["canny", "canny"]

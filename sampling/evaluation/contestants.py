@@ -12,6 +12,7 @@ from pipelines.engine.run import EngineConfig
 from pipelines.store.checkpoints import read_trainer
 from pipelines.store.files import sha256_text
 from sampling.config import SamplingConfig, encoder_config
+from sampling.control_kind import with_maps
 from sampling.evaluation.config import EvaluationConfig
 from sampling.evaluation.prompt_sets import write_prompt_set
 from sampling.foreign_weights import open_trained_model
@@ -90,7 +91,8 @@ def find_contestants(
         # `sampling.prompt` is one image's for `make sample`, and no set to measure.
         raise UserError(f"sampling.prompts is not set: type {typed_flag('prompts', ANY)}, or set evaluation.prompt_set")
     checkpoints = [(command.stage_name, own)]
-    checkpoints += [_open_other(spec, command, departs_in=sampling.departs_in) for spec in config.compare]
+    others = [_open_other(spec, command, departs_in=sampling.departs_in) for spec in config.compare]
+    checkpoints += [(name, with_maps(trained, sampling)) for name, trained in others]
     contestants = []
     for number, (name, trained) in enumerate(checkpoints):
         if guidance_scale is not None:
