@@ -62,7 +62,9 @@ class Linear(nn.Module):
         return torch.cat([noise, torch.full_like(noise, 1e6)], dim=1)
 
 
-def consistency(low: float, high: float, *, num_teacher_steps: int = 50, huber_c: float = 0.001) -> Consistency:
+def consistency(
+    low: float, high: float, *, num_teacher_steps: int = 50, huber_c: float = 0.001, guided_weight: float = 0.0
+) -> Consistency:
     student = lcm_student(guidance=(low, high), num_teacher_steps=num_teacher_steps)
     return Consistency(
         process=DDPM(student=student),
@@ -70,6 +72,8 @@ def consistency(low: float, high: float, *, num_teacher_steps: int = 50, huber_c
         null_text=torch.full((2, 8), 0.5, dtype=torch.bfloat16),
         guidance_range=(low, high),
         huber_c=huber_c,
+        guided_weight=guided_weight,
+        num_steps=8,
     )
 
 
@@ -120,6 +124,36 @@ def test_the_loss_is_the_published_one(low: float, high: float) -> None:
     torch.testing.assert_close(losses.parts["mse"].double(), torch.tensor(squares), rtol=1e-4, atol=1e-6)
     assert losses.times.tolist() == [0.019, 0.039, 0.519, 0.999]
     assert objective.networks == ROLES and objective.families == ("latents", "text")
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 10.0), (6, 2.5), (8, 0.0), (9, 0.0)])
+def test_guidance_is_learnt_from_the_teacher_itself_the_less_the_later(step: int, weight: float) -> None:
+    batch = replace(make_batch(has_text=True), step=step)
+    student, target, teacher = (Linear(seed) for seed in (1, 2, 3))
+    networks: dict[str, nn.Module] = {"network": student, "target": target, "teacher": teacher}
+    plain = consistency(4.0, 16.0).loss(networks, batch)
+    objective = consistency(4.0, 16.0, guided_weight=10.0)
+    student.calls.clear(), target.calls.clear(), teacher.calls.clear()
+    losses = objective.loss(networks, batch)
+    calls = [len(each.calls) for each in (student, target, teacher)]
+    assert calls == [1, 1, 2], "the teacher's step has computed it: no pass is more"
+    times, _, guidance = objective.draws(batch)
+    noisy = objective.process.noisy(objective.inputs.latents(batch), batch.noise, times).double().numpy()
+    assert batch.text is not None
+    text, expected = batch.text.values.double().numpy(), list[float]()
+    for i, (x, time, scale) in enumerate(zip(noisy, times.tolist(), guidance.tolist(), strict=True)):
+        mean = text[batch.text.offsets[i] : batch.text.offsets[i + 1]].mean()
+        led, null = said(teacher, x, time, mean, None), said(teacher, x, time, 0.5, None)
+        difference = said(student, x, time, mean, scale) - (null + scale * (led - null))
+        expected.append(np.mean(difference**2))
+    torch.testing.assert_close(losses.parts["guided"].double(), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert torch.equal(losses.parts["mse"], plain.parts["mse"]) and "guided" not in plain.parts
+    torch.testing.assert_close(losses.total, plain.total + weight * losses.parts["guided"])
+    (gradient,) = torch.autograd.grad(losses.total.sum(), student.weight, retain_graph=True)
+    (less,) = torch.autograd.grad(plain.total.sum(), student.weight)
+    assert torch.allclose(gradient, less) == (weight == 0)
+    losses.total.sum().backward()
+    assert target.weight.grad is None and teacher.weight.grad is None
 
 
 def test_only_the_student_has_a_gradient_and_is_told_the_guidance() -> None:
@@ -207,11 +241,14 @@ def test_a_stage_says_what_its_student_is_made_for(run: Path, tmp_path: Path) ->
     objective = choose_objective(job, torch.device("cpu"))
     assert isinstance(objective, Consistency) and objective.null_text.shape == (2, D_TEXT)
     assert objective.null_text.dtype == torch.bfloat16 and (objective.null_text == 1).all()
+    assert (objective.guided_weight, objective.num_steps) == (1.0, job.settings.num_steps)
     fixed, survey = open_job(run, 2, **settings_of(tmp_path), **{"consistency.guidance_range": [5.5, 5.5]})
     assert fixed.settings.process_spec == ddpm_spec(student=lcm_student(guidance=5.5))
     assert fixed.fingerprint.fields["training.consistency"] == {"guidance_range": [5.5, 5.5]}
     config = network_config(fixed, survey)
     assert isinstance(config, PixArtConfig) and not config.has_guidance_condition
+    alone = choose_objective(fixed, torch.device("cpu"))
+    assert isinstance(alone, Consistency) and alone.guided_weight == 0, "a guidance that is not told is learnt as LCM's"
     plain, _ = open_job(run, 2, starts_from="scratch", **{"consistency.huber_c": 0.01})
     assert "training.consistency" not in plain.fingerprint.fields
 
@@ -228,6 +265,10 @@ def test_a_stage_says_what_its_student_is_made_for(run: Path, tmp_path: Path) ->
         ({"consistency.guidance_range": [16.0, 4.0]}, r"a range is \[low, high\] with 1 <= low <= high"),
         ({"consistency.guidance_range": [0.5, 4.0]}, r"a range is \[low, high\] with 1 <= low <= high"),
         ({"consistency.num_teacher_steps": 0}, r"consistency\.num_teacher_steps"),
+        (
+            {"consistency.guided_weight": 3.0, "consistency.guidance_range": [5.5, 5.5]},
+            r"consistency\.guided_weight = 3 is for a range of guidance, .*range is \[5\.5, 5\.5\]: leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(run: Path, tmp_path: Path, settings: Any, message: str) -> None:

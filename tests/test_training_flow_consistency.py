@@ -78,6 +78,20 @@ def test_the_loss_is_that_of_steps_of_euler(low: float, high: float, shift: floa
     assert objective.networks == ROLES and objective.families == ("latents", "text")
 
 
+def test_guidance_is_learnt_from_the_teachers_velocity() -> None:
+    batch = make_batch(has_text=True)
+    networks: dict[str, nn.Module] = {name: Velocity(seed) for seed, name in enumerate(ROLES)}
+    objective = replace(consistency(4.0, 16.0), guided_weight=10.0, num_steps=8)
+    losses, plain = objective.loss(networks, batch), consistency(4.0, 16.0).loss(networks, batch)
+    times, _, guidance = objective.draws(batch)
+    noisy = objective.process.noisy(objective.inputs.latents(batch), batch.noise, times)
+    wanted = objective.guided(networks["teacher"], noisy, times, guidance=guidance, batch=batch)
+    velocity = objective.inputs.output(networks["network"], noisy, times, batch=batch, guidance=guidance)
+    error = (velocity - wanted).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses.parts["guided"], error)
+    torch.testing.assert_close(losses.total, plain.total + 10 * error)
+
+
 def test_short_steps_ask_for_the_derivative_of_continuous_time() -> None:
     """N times the difference of N steps tends to the derivative of the estimate along the way of the teacher (sCM)."""
     torch.manual_seed(1)

@@ -89,12 +89,19 @@ def require_alike(images: list[Image.Image], others: list[np.ndarray]) -> None:
         assert np.abs(np.asarray(image).astype(int) - other).max() <= 2
 
 
+def require_shown(images: list[Image.Image], run: Path) -> None:  # noqa: F811
+    """Previews draw a student as one; a guidance that is folded is added in another order than one that is told."""
+    for image, other in zip(images, shown(run, 3).values(), strict=True):
+        difference = np.asarray(image).astype(int).ravel() - np.frombuffer(other, dtype=np.uint8)
+        assert np.abs(difference).max() <= 1
+
+
 @pytest.mark.slow
 def test_a_student_that_is_told_its_guidance(run: Path, tmp_path: Path) -> None:  # noqa: F811
     train(run, 2, **settings(tmp_path / "teacher"))
     trained = open_run_model(run, "stage2")
     images = drawn(trained, guidance_scale=6.0)
-    assert [image.tobytes() for image in images] == list(shown(run, 3).values()), "previews draw a student as one"
+    require_shown(images, run)
     other = drawn(trained, guidance_scale=15.0)
     assert other[0].tobytes() != images[0].tobytes(), "it has learnt what it is told"
     main([str(run / "training/stage2"), str(tmp_path / "export"), "--pipeline", "--cfg", "6"])
@@ -106,7 +113,7 @@ def test_a_student_of_flow(run: Path, tmp_path: Path) -> None:  # noqa: F811
     train(run, 2, **settings(tmp_path / "teacher", process="flow", flow_shift=2.0))
     trained = open_run_model(run, "stage2")
     images = drawn(trained, guidance_scale=6.0)
-    assert [image.tobytes() for image in images] == list(shown(run, 3).values()), "previews draw a student as one"
+    require_shown(images, run)
     other = drawn(trained, guidance_scale=15.0)
     assert other[0].tobytes() != images[0].tobytes(), "it has learnt what it is told"
 

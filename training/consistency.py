@@ -30,6 +30,14 @@ class ConsistencySettings(TableConfig):
     huber_c: Decides[float] = pydantic.Field(
         default=0.001, gt=0, description="Differences well below it count as squares, those above it as they are"
     )
+    guided_weight: Decides[float] = pydantic.Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Of a range of guidance: weight of the squared error of what the student says beside what the "
+        "guided teacher says at the same time, falling to 0 over the stage. The error grows with the square of the "
+        "guidance. With 0, as LCM was published, a student follows its guidance very late",
+    )
     timestep_scaling: Decides[float] = pydantic.Field(
         default=LCM_TIMESTEP_SCALING,
         gt=0,
@@ -64,8 +72,8 @@ def require_distillable(
     """Refuse stages that cannot be distilled; `key` is the stage's.
 
     Raises:
-        UserError: the network reads no text, a setting is of another process, a control branch trains, or adapters
-            would have to hold an embedding.
+        UserError: the network reads no text, a setting is of another process or of a range of guidance, a control
+            branch trains, or adapters would have to hold an embedding.
     """
     if network != "pixart":
         raise UserError(f"{key}.objective = 'consistency' is for a PixArt, but {key}.network is {network!r}")
@@ -79,6 +87,11 @@ def require_distillable(
         raise UserError(
             f"{key}.consistency.timestep_scaling = {settings.timestep_scaling:g} is for process ddpm, but "
             f"{key}.process is 'flow', whose estimates need no scalings: leave it out"
+        )
+    if "guided_weight" in settings.model_fields_set and settings.guided_weight and not settings.has_range:
+        raise UserError(
+            f"{key}.consistency.guided_weight = {settings.guided_weight:g} is for a range of guidance, which a "
+            f"student is told, and guidance_range is {list(settings.guidance_range)}: leave it out"
         )
     if trains == "lora" and settings.has_range:
         raise UserError(

@@ -58,7 +58,12 @@ def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
 
 def _consistency(job: TrainingJob, process: Process, inputs: NetworkInputs, *, device: torch.device) -> Consistency:
     settings, null_text = job.settings.consistency, _null_caption(job).to(device)
-    said = {"guidance_range": settings.guidance_range, "huber_c": settings.huber_c}
+    said = {
+        "guidance_range": settings.guidance_range,
+        "huber_c": settings.huber_c,
+        "guided_weight": settings.guided_weight if settings.has_range else 0.0,
+        "num_steps": job.settings.num_steps,
+    }
     if isinstance(process, Flow):
         return FlowConsistency(process=process, inputs=inputs, null_text=null_text, **said)
     assert isinstance(process, DDPM), "there are two processes"

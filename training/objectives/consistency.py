@@ -3,6 +3,10 @@
 What the student estimates of the clean latents at one of the teacher's times is to be what its average estimates at the
 time before, where a guided DDIM step of the teacher leads. At timestep 0 an estimate is what is seen, by its scalings.
 The half of the output that is a variance is not trained: no step of a student draws from it.
+
+What guidance does reaches a time only through all times before it, one at an update or less, as the average is slow. So
+a student that is told a guidance learns what the teacher says with it directly, too, at first above all (the first of
+the two stages of Meng et al. 2023): the teacher's step has computed that anyway.
 """
 
 # B batch, C latent channels, h x w latent size, L rows of the null caption, D text width
@@ -39,6 +43,8 @@ class Consistency:
         null_text: the null caption [L, D], from which the teacher's guidance leads away.
         guidance_range: ends of the guidance scales; a sample's is drawn between them, and told where they differ.
         huber_c: of the pseudo-Huber distance.
+        guided_weight: of the squared error of what the student says beside what the guided teacher says of the same
+            latents; it falls to 0 over `num_steps`, those of the stage.
     """
 
     process: DDPM | Flow
@@ -46,6 +52,8 @@ class Consistency:
     null_text: Tensor
     guidance_range: tuple[float, float]
     huber_c: float
+    guided_weight: float = 0.0
+    num_steps: int = 1
 
     @property
     def networks(self) -> Mapping[str, Role]:
@@ -58,21 +66,26 @@ class Consistency:
         return self.inputs.families
 
     def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
-        """Return the pseudo-Huber distance of each sample's estimates [B]; its part `mse` is the squared one."""
+        """Return the pseudo-Huber distance of each sample's estimates [B], and the weighted error of guidance.
+
+        The part `mse` is the squared distance of estimates, `guided` the error before `guided_weight`.
+        """
         process = self.process
         times, earlier, guidance = self.draws(batch)
         noisy = process.noisy(self.inputs.latents(batch), batch.noise, times)  # [B, C, h, w]
         with torch.no_grad():
-            before = self._teacher_step(networks[TEACHER], noisy, times, earlier, guidance=guidance, batch=batch)
+            guided = self.guided(networks[TEACHER], noisy, times, guidance=guidance, batch=batch)
+            # A step of DDIM, of flow one of Euler: along what is said of the latents and of the noise.
+            before = process.noisy(process.clean(guided, noisy, times), process.noise(guided, noisy, times), earlier)
             target = self.estimate(networks[TARGET], before, earlier, guidance=guidance, batch=batch)
-        estimate = self.estimate(networks["network"], noisy, times, guidance=guidance, batch=batch)
-        squared = (estimate - target).square()
+        output = self._output(networks["network"], noisy, times, guidance=guidance, batch=batch)
+        squared = (self._estimate(output, noisy, times) - target).square()
         distance = (squared + self.huber_c**2).sqrt() - self.huber_c
-        return Losses(
-            total=distance.flatten(1).mean(1),
-            parts={"mse": squared.flatten(1).mean(1)},
-            times=times.double() / process.num_times,
-        )
+        total, parts = distance.flatten(1).mean(1), {"mse": squared.flatten(1).mean(1)}
+        if self.guided_weight:
+            parts["guided"] = (output[:, : noisy.shape[1]].float() - guided).square().flatten(1).mean(1)
+            total = total + self.guided_weight * max(0.0, 1 - batch.step / self.num_steps) * parts["guided"]
+        return Losses(total=total, parts=parts, times=times.double() / process.num_times)
 
     def draws(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the teacher's times int64 [B], those a step before them, and the guidance scales fp32 [B].
@@ -107,17 +120,6 @@ class Consistency:
         assert self.process.student is not None, "the stage's process says what it distils"
         return self.process.student
 
-    def _teacher_step(
-        self, teacher: nn.Module, noisy: Tensor, times: Tensor, earlier: Tensor, *, guidance: Tensor, batch: Batch
-    ) -> Tensor:
-        """Return the latents [B, C, h, w] to which a guided step of the teacher leads at `earlier` times.
-
-        That is a step of DDIM, of flow one of Euler: along what is said of the latents and of the noise.
-        """
-        process = self.process
-        said = self.guided(teacher, noisy, times, guidance=guidance, batch=batch)
-        return process.noisy(process.clean(said, noisy, times), process.noise(said, noisy, times), earlier)
-
     def guided(self, teacher: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor, batch: Batch) -> Tensor:
         """Return what a teacher says [B, C, h, w], led away from the null caption by `guidance` [B]; fp32."""
         led, null = (
@@ -130,8 +132,15 @@ class Consistency:
         self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor | None, batch: Batch
     ) -> Tensor:
         """Return what a student estimates of the clean latents, fp32 [B, C, h, w]."""
+        return self._estimate(self._output(network, noisy, times, guidance=guidance, batch=batch), noisy, times)
+
+    def _output(
+        self, network: nn.Module, noisy: Tensor, times: Tensor, *, guidance: Tensor | None, batch: Batch
+    ) -> Tensor:
         is_told = self.guidance_range[0] < self.guidance_range[1]
-        output = self.inputs.output(network, noisy, times, batch=batch, guidance=guidance if is_told else None)
+        return self.inputs.output(network, noisy, times, batch=batch, guidance=guidance if is_told else None)
+
+    def _estimate(self, output: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
         skip, out = self.scalings(times)
         return _per_sample(skip) * noisy + _per_sample(out) * self.process.clean(output, noisy, times)
 
