@@ -3,6 +3,7 @@
 Usage: python budget_rank.py FILE case..., where a case is a JSON object of `Case`.
 """
 
+import copy
 import gc
 import json
 import sys
@@ -107,11 +108,13 @@ def objective_of(case: Case, settings: StageTraining, device: torch.device) -> O
 def open_networks(case: Case, settings: StageTraining, roles: Mapping[str, Role]) -> dict[str, DiT | PixArt]:
     """As a stage opens them that starts from its teacher."""
     torch.manual_seed(0)
-    network, teacher = case.config.network(), case.config.network().requires_grad_(False)
-    teacher.load_state_dict(network.state_dict())
+    network, own = case.config.network(), None
+    if settings.objective != "denoise":
+        own = copy.deepcopy(network)
     trainable_of(settings).prepare(network, seed=0, dtype=compute_dtype(settings), key="training.trains")
-    if settings.objective == "denoise":
+    if own is None:
         return {"network": network}
+    teacher = own.requires_grad_(False)
     shared = SharedWeights(network, is_partitioned=settings.zero_stage == 3)
     networks = {"network": network, "teacher": shared.within(teacher)}
     if "target" in roles:
