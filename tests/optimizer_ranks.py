@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny_checkpoint import TRAINER
-from zero_ranks import GLOBAL_BATCH, everything, is_same, new_model, train_step
+from zero_ranks import GLOBAL_BATCH, batch_of, everything, is_same, mean_loss, new_model, new_network, train_step
 
 from errors import UserError
 from pipelines.store.checkpoints import open_checkpoint
@@ -22,7 +22,8 @@ from training.loop.conversions import needs_universal
 from training.loop.measure import UpdateMeter
 from training.loop.optimizers.adamw8bit import MOMENTS
 from training.loop.state import load_checkpoint, save_checkpoint
-from training.loop.zero import initialize_ranks
+from training.loop.zero import ZeroModel, initialize_ranks
+from training.stages.critics import CRITIC, PREFIX, add_critic
 
 
 def try_stage(folder: Path, dtype: str, zero_stage: int, *, optimizer: Any = "adamw8bit") -> dict[str, Any]:
@@ -73,6 +74,35 @@ def try_stage(folder: Path, dtype: str, zero_stage: int, *, optimizer: Any = "ad
     }
 
 
+def try_critic(dtype: str, zero_stage: int, optimizer: str) -> float:
+    """Train a network and its critic, of which the network's loss is far larger in one of two runs, then far smaller.
+
+    Return the largest difference that it makes to a weight of the critic, in sizes of what all steps changed.
+    """
+    values: dict[str, Any] = {"dtype": dtype, "zero_stage": zero_stage, "optimizer": optimizer, "gradient_clip": 1e-4}
+    settings = StageTraining(network="pixart", global_batch_size=GLOBAL_BATCH, learning_rate=1e-3, **values)
+    found = [critic_after(settings, scales) for scales in ([1.0] * 4, [1.0, 4096.0, 1.0, 64.0])]
+    if dist.get_rank():
+        return 0.0
+    start = {name: weight.detach() for name, weight in new_network().named_parameters()}
+    change = max(float((found[0][name] - start[name]).abs().max()) for name in start)
+    return max(float((found[0][name] - found[1][name]).abs().max()) for name in start) / change
+
+
+def critic_after(settings: StageTraining, scales: list[float]) -> dict[str, torch.Tensor]:
+    """Return the critic's weights after a step for each number that the network's loss is multiplied by."""
+    network = new_network()
+    add_critic(network, network)
+    model = ZeroModel(network, settings)
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    for step, scale in enumerate(scales):
+        own, critic = (mean_loss(model, batch_of(step), part, network=each) for each in ("", CRITIC))
+        model.backward(own * scale + critic, is_last=True)
+        model.update(settings.learning_rate, is_ruined=torch.tensor(False))
+    masters = model.gather_masters()
+    return {name.removeprefix(PREFIX): weight for name, weight in masters.items() if name.startswith(PREFIX)}
+
+
 def try_offload(folder: Path, optimizer: Any) -> dict[str, Any]:
     """Train with everything on the device and with each thing left on the host: masters, averages, and a resume."""
     settings = StageTraining(network="pixart", global_batch_size=GLOBAL_BATCH, optimizer=optimizer, dtype="bf16")
@@ -106,6 +136,9 @@ if __name__ == "__main__":
     initialize_ranks()
     folder, dtype, *stages = sys.argv[1:]
     results = {stage: try_stage(Path(folder) / f"{dtype}-{stage}", dtype, int(stage)) for stage in stages}
+    for stage in stages:
+        found = {name: try_critic(dtype, int(stage), name) for name in ("adamw", "adamw8bit")}
+        results[stage]["difference_of_critics"] = found
     results["muon"] = try_stage(Path(folder) / f"{dtype}-muon", dtype, 0, optimizer="muon")
     if dist.get_world_size() == 1:
         results["offload"] = {name: try_offload(Path(folder) / name, name) for name in ("adamw", "adamw8bit")}

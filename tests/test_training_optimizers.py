@@ -112,6 +112,13 @@ def test_under_every_zero_moments_are_codes_and_losses_those_of_adamw(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_critic_is_clipped_by_its_own_gradient_alone(results: dict[str, dict[str, Any]], stage: str) -> None:
+    for optimizer, difference in results[stage]["difference_of_critics"].items():
+        assert difference < 0.02, f"of {optimizer}: whatever the network beside it learns"
+
+
+@pytest.mark.slow
 def test_what_is_left_on_the_host_changes_no_bit(results: dict[str, dict[str, Any]]) -> None:
     for same in results.get("offload", {}).values():
         assert same == dict.fromkeys(("average", "optimizer", "resumed", "summed in fp32"), True)

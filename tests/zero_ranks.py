@@ -55,11 +55,13 @@ def batch_of(step: int) -> list[Tensor]:
     return [latents, noise, text, torch.randint(0, 1000, (GLOBAL_BATCH,), generator=generator)]
 
 
-def mean_loss(model: ZeroModel, batch: list[Tensor], mine: slice) -> Tensor:
+def mean_loss(model: ZeroModel, batch: list[Tensor], mine: slice, *, network: str = "") -> Tensor:
+    """Return the loss of the network, or of one inside it by its name."""
     latents, noise, text, timesteps = (values[mine] for values in batch)
     process = DDPM()
     noisy = process.noisy(latents, noise, timesteps).to(model.dtype)
-    output = model.engine(noisy, timesteps, text.to(model.dtype))
+    asked = getattr(model.engine, network) if network else model.engine
+    output = asked(noisy, timesteps, text.to(model.dtype))
     return process.loss(output, latents, noise, timesteps).total.mean()
 
 

@@ -7,6 +7,7 @@ host is asked for nothing, and a step is: norms, one copy to fp32, AdamW (which 
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -29,11 +30,11 @@ class Partitions(Protocol):
         """Take note that a backward pass of the step has ended."""
         ...
 
-    def gradients(self) -> list[Tensor]:
-        """Return the step's mean gradient of what this rank updates, shared by the ranks."""
+    def gradients(self) -> list[list[Tensor]]:
+        """Return the step's mean gradient of what this rank updates, shared by the ranks, by the optimizer's groups."""
         ...
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step AdamW, set the weights that the network computes with to the masters, and forget the gradient."""
         ...
 
@@ -43,23 +44,25 @@ class PlainWeights:
 
     def __init__(self, adamw: Optimizer) -> None:
         self._adamw = adamw
-        self._weights: list[nn.Parameter] = [weight for group in adamw.param_groups for weight in group["params"]]
+        self._groups: list[list[nn.Parameter]] = [group["params"] for group in adamw.param_groups]
 
     @property
     def masters(self) -> list[Tensor]:
         """The weights themselves."""
-        return [weight.data for weight in self._weights]
+        return [weight.data for group in self._groups for weight in group]
 
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[list[Tensor]]:
         """Return the gradient of each weight, zero where there is none."""
-        for weight in self._weights:
-            weight.grad = _gradient(weight)
-        return [weight.grad for weight in self._weights if weight.grad is not None]
+        gradients = [[_gradient(weight) for weight in group] for group in self._groups]
+        for group, pieces in zip(self._groups, gradients, strict=True):
+            for weight, piece in zip(group, pieces, strict=True):
+                weight.grad = piece
+        return gradients
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step AdamW."""
         self._adamw.step()
         self._adamw.zero_grad()
@@ -70,8 +73,9 @@ class WholeMasters:
 
     def __init__(self, engine: Any, adamw: Optimizer) -> None:
         self._adamw = adamw
-        self._weights: list[nn.Parameter] = [weight for group in engine.optimizer.fp16_groups for weight in group]
-        self._masters: list[Tensor] = [master for group in engine.optimizer.fp32_groups for master in group]
+        self._groups: list[list[nn.Parameter]] = engine.optimizer.fp16_groups
+        self._weights = list(chain.from_iterable(self._groups))
+        self._masters: list[Tensor] = list(chain.from_iterable(engine.optimizer.fp32_groups))
 
     @property
     def masters(self) -> list[Tensor]:
@@ -81,13 +85,13 @@ class WholeMasters:
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[list[Tensor]]:
         """Return the gradient of each weight, zero where there is none."""
-        return [_gradient(weight) for weight in self._weights]
+        return [[_gradient(weight) for weight in group] for group in self._groups]
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step AdamW."""
-        for master, gradient in zip(self._masters, gradients, strict=True):
+        for master, gradient in zip(self._masters, chain.from_iterable(gradients), strict=True):
             master.grad = gradient.to(master.dtype)
         for weight in self._weights:
             weight.grad = None
@@ -106,8 +110,9 @@ class HostMasters:
     def __init__(self, engine: Any, optimizer: Optimizer) -> None:
         engine.enable_backward_allreduce = False
         self._optimizer = optimizer
-        self._weights: list[nn.Parameter] = [weight for group in engine.optimizer.fp16_groups for weight in group]
-        self._masters: list[Tensor] = [master for group in engine.optimizer.fp32_groups for master in group]
+        self._weights: list[nn.Parameter] = list(chain.from_iterable(engine.optimizer.fp16_groups))
+        self._masters: list[Tensor] = list(chain.from_iterable(engine.optimizer.fp32_groups))
+        self._sizes = [len(group) for group in engine.optimizer.fp16_groups]
         for master in self._masters:
             master.data = in_host_memory(master.data)
         self._sums: dict[int, Tensor] = {}
@@ -128,14 +133,15 @@ class HostMasters:
     def add_micro_batch(self) -> None:
         """Do nothing: gradients have been taken."""
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[list[Tensor]]:
         """Return the gradient of each weight, zero where there is none."""
         masters = enumerate(self._masters)
-        return [self._sums[i] if i in self._sums else torch.zeros_like(master) for i, master in masters]
+        gradients = (self._sums[i] if i in self._sums else torch.zeros_like(master) for i, master in masters)
+        return [list(islice(gradients, size)) for size in self._sizes]
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step the optimizer on the CPU."""
-        for master, gradient in zip(self._masters, gradients, strict=True):
+        for master, gradient in zip(self._masters, chain.from_iterable(gradients), strict=True):
             master.grad = gradient.to(master.dtype)
         self._sums.clear()
         gradients.clear()
@@ -160,9 +166,9 @@ class FlatPartitions:
     def add_micro_batch(self) -> None:
         """Do nothing: DeepSpeed adds."""
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[list[Tensor]]:
         """Return the pieces of the gradient of this rank's stretches, in order."""
-        return [piece for i in range(len(self.masters)) for piece in self._optimizer.averaged_gradients[i]]
+        return [list(self._optimizer.averaged_gradients[i]) for i in range(len(self.masters))]
 
     def _flat_gradient(self, group: int) -> Tensor:
         """Give this rank's gradient of a group in fp32, and keep it nowhere else."""
@@ -171,7 +177,7 @@ class FlatPartitions:
         flat = getattr(pieces, "flat_partition", None)  # where DeepSpeed has summed micro-batches in fp32
         return _flatten(pieces, self.masters[group]) if flat is None else flat
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step AdamW."""
         gradients.clear()
         for i, master in enumerate(self.masters):
@@ -209,9 +215,9 @@ class LonePartitions(FlatPartitions):
             self._sums = [_flatten(self._pieces(i), master) for i, master in enumerate(self.masters)]
         self._optimizer.zero_grad(set_to_none=True)
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[list[Tensor]]:
         """Return the gradients of all weights, in order, or of whole groups."""
-        return list(self._sums) or [piece for i in range(len(self.masters)) for piece in self._pieces(i)]
+        return [[flat] for flat in self._sums] or [self._pieces(i) for i in range(len(self.masters))]
 
     def _flat_gradient(self, group: int) -> Tensor:
         return self._sums.pop(0) if self._sums else _flatten(self._pieces(group), self.masters[group])
@@ -231,11 +237,14 @@ class ScatteredShares:
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""
 
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients of this rank's shares."""
-        return [piece for i in range(len(self.masters)) for piece in self._optimizer.averaged_gradients[i]]
+    def gradients(self) -> list[list[Tensor]]:
+        """Return the gradients of this rank's shares, which DeepSpeed divides below the optimizer's groups."""
+        gradients: list[list[Tensor]] = [[] for _ in self._optimizer.optimizer.param_groups]
+        for i in range(len(self.masters)):
+            gradients[self._optimizer.sub_group_to_group_id[i]].extend(self._optimizer.averaged_gradients[i])
+        return gradients
 
-    def step(self, gradients: list[Tensor]) -> None:
+    def step(self, gradients: list[list[Tensor]]) -> None:
         """Step AdamW, group by group, as DeepSpeed does once it has found a gradient sound."""
         optimizer = self._optimizer
         gradients.clear()

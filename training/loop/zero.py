@@ -159,15 +159,20 @@ class ZeroModel:
     def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
         """Clip the gradient, step the optimizer, forget the gradient; all without asking the host.
 
+        Each of the optimizer's groups is clipped by its own norm, as the networks that they are of know nothing of
+        each other.
         A gradient that is not finite changes nothing, nor does any where `is_ruined`, a scalar on the device that is
         the same on all ranks, says so: neither masters and moments nor the weights the network computes with.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         gradients = self._partitions.gradients()
-        norm = self._norm(gradients).to(self.device)
+        norms = self._norms(gradients).to(self.device)
+        norm = norms.square().sum().sqrt()
         is_skipped = norm.isfinite().logical_not() | is_ruined
-        clip = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1.0)
+        clip, *others = ((norms + 1e-6) / self.settings.gradient_clip).clamp(min=1.0)
+        for group, other in zip(gradients[1:], others, strict=True):
+            torch.ops.aten._foreach_mul_.Tensor(group, (clip / other).to(group[0]))
         # What torch's GradScaler gives a fused optimizer: it divides by the one and does nothing where the other is 1.
         place = self.masters[0].device
         vars(self.optimizer).update(grad_scale=clip.float().to(place), found_inf=is_skipped.float().to(place))
@@ -175,13 +180,12 @@ class ZeroModel:
         self.engine.global_steps += 1
         return Update(norm, is_skipped)
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the norm over all ranks, float64 on the device."""
-        norms = torch.ops.aten._foreach_norm.Scalar(gradients, 2, torch.float32)
-        square = torch.stack(norms).double().square().sum()
+    def _norms(self, gradients: list[list[Tensor]]) -> Tensor:
+        """Return the norm of each group over all ranks, float64 on the device."""
+        squares = torch.stack([_square(group) for group in gradients])
         if self.is_sharded:
-            dist.all_reduce(square)
-        return square.sqrt()
+            dist.all_reduce(squares)
+        return squares.sqrt()
 
     def gather_masters(self) -> dict[str, Tensor]:
         """Return the whole fp32 weights that train, on the CPU; all ranks must call it, and only rank 0 gets them."""
@@ -278,6 +282,11 @@ class ZeroModel:
                 kept = master.clone()
                 master.copy_(value)
                 value.copy_(kept)
+
+
+def _square(gradients: list[Tensor]) -> Tensor:
+    norms = torch.ops.aten._foreach_norm.Scalar(gradients, 2, torch.float32)
+    return torch.stack(norms).double().square().sum()
 
 
 @contextlib.contextmanager
