@@ -96,13 +96,13 @@ def test_the_move_and_the_critics_loss_are_the_published_ones() -> None:
     with torch.no_grad():
         image = scalings(599)[0] * batch.noise + scalings(599)[1] * clean(student, batch.noise, at, batch.text)
         times = (20 + batch.timestep_draws * 960).long()
-        noisy = process.noisy(image, more_noise(batch, "compared"), times)
+        noisy = process.noisy(image, more_noise(batch, "compared", seed=0), times)
         led, alone = (clean(teacher, noisy, times, text) for text in (batch.text, null))
         real = alone + 3.0 * (led - alone)
         gradient = (clean(student.critic, noisy, times, batch.text) - real) / (image - real).abs().mean(
             (1, 2, 3), keepdim=True
         )
-        noise = more_noise(batch, "critic")
+        noise = more_noise(batch, "critic", seed=0)
         later = ((batch.timestep_draws * 960 % 1) * 1000).long()
         found = student.critic(process.noisy(image, noise, later), later, batch.text, size=None)[:, :4]
     torch.testing.assert_close(losses.total, 0.5 * gradient.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
@@ -176,7 +176,7 @@ def test_a_critic_has_a_rate_of_its_own(tmp_path: Path, optimizer: str) -> None:
 def test_later_steps_begin_with_the_students_own_image_and_new_noise() -> None:
     batch, process = replace(make_batch(has_text=True), step=0), DDPM()
     drawn = set()
-    for step in range(12):
+    for step in range(24):
         student, drawing = WithCritic(1), replace(batch, step=step)
         matching([599], [899, 499]).loss({"network": student, "teacher": Linear(3)}, drawing)
         at = tuple(int(times[0]) for _, times in student.seen)
@@ -187,16 +187,32 @@ def test_later_steps_begin_with_the_students_own_image_and_new_noise() -> None:
                 said = Linear.forward(student, batch.noise, torch.full((4,), 899), batch.text, size=None)
             clean = process.clean(said, batch.noise, torch.full((4,), 899))
             image = scalings(899)[0] * batch.noise + scalings(899)[1] * clean
-            later = process.noisy(image, more_noise(drawing, "step 0"), torch.full((4,), 499))
+            later = process.noisy(image, more_noise(drawing, "step 0", seed=0), torch.full((4,), 499))
             torch.testing.assert_close(student.seen[1][0], later, rtol=1e-4, atol=1e-5)
     expected = {((599,), (True,)), ((899,), (True,)), ((899, 499), (False, True))}
     assert drawn == expected, "only the last step has a gradient"
-    one, other = more_noise(batch, "step 0"), more_noise(batch, "critic")
+    one, other = more_noise(batch, "step 0", seed=0), more_noise(batch, "critic", seed=0)
     assert not torch.equal(one, other) and not torch.equal(one, batch.noise)
-    assert torch.equal(one, more_noise(batch, "step 0"))
+    assert torch.equal(one, more_noise(batch, "step 0", seed=0))
     alone = replace(batch, keys=batch.keys[1:2], shards=batch.shards[1:2], noise=batch.noise[1:2])
-    assert torch.equal(more_noise(alone, "critic")[0], other[1]), "whatever batch a sample is in"
-    assert not torch.equal(more_noise(replace(batch, step=1), "critic"), other)
+    assert torch.equal(more_noise(alone, "critic", seed=0)[0], other[1]), "whatever batch a sample is in"
+    assert not torch.equal(more_noise(replace(batch, step=1), "critic", seed=0), other)
+    assert not torch.equal(more_noise(batch, "critic", seed=1), other)
+
+
+def test_another_seed_draws_others_of_the_students_steps() -> None:
+    batch = make_batch(has_text=True)
+
+    def drawn(seed: int) -> list[int]:
+        numbers = []
+        for step in range(12):
+            student = WithCritic(1)
+            objective = replace(matching([599], [899, 499]), seed=seed)
+            objective.loss({"network": student, "teacher": Linear(3)}, replace(batch, step=step))
+            numbers.append(int(student.seen[0][1][0]))
+        return numbers
+
+    assert drawn(0) == drawn(0) != drawn(1)
 
 
 class MatchingCase(Case):

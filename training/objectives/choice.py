@@ -87,6 +87,7 @@ def _matching(
         schedules=settings.times,
         compared=(settings.compared_from, settings.compared_to),
         consistency_weight=settings.consistency_weight,
+        seed=job.settings.seed,
     )
 
 

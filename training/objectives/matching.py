@@ -32,12 +32,14 @@ class DistributionMatching:
         schedules: times of the student's steps, for each number of steps.
         compared: first timestep at which images are compared, and the one behind the last.
         consistency_weight: of the student's loss as one of consistency, which is added; 0 for none.
+        seed: decides the noise that batches do not bring, and what is drawn in which step.
     """
 
     student: Consistency
     schedules: Sequence[Sequence[int]]
     compared: tuple[int, int]
     consistency_weight: float = 0.0
+    seed: int = 0
 
     @property
     def networks(self) -> Mapping[str, Role]:
@@ -62,7 +64,7 @@ class DistributionMatching:
         times = (first + draws.long()).clamp(max=last - 1)
         image = self._drawn(network, batch)  # [B, C, h, w]
         with torch.no_grad():
-            noisy = process.noisy(image, more_noise(batch, "compared"), times)
+            noisy = process.noisy(image, more_noise(batch, "compared", seed=self.seed), times)
             real = process.clean(self._guided(networks[TEACHER], noisy, times, batch=batch), noisy, times)
             said = self.student.inputs.output(critic, noisy, times, batch=batch)
             difference = process.clean(said, noisy, times) - real
@@ -86,14 +88,14 @@ class DistributionMatching:
 
         Which schedule and which step is drawn for all samples of a training step.
         """
-        chosen = random.Random(batch.step)
+        chosen = random.Random(f"{self.seed} {batch.step}")
         times = chosen.choice(self.schedules)
         number = chosen.randrange(len(times))
         noisy = batch.noise
         for place in range(number):
             with torch.no_grad():
                 image = self._image(network, noisy, times[place], batch=batch)
-                noise = more_noise(batch, f"step {place}")
+                noise = more_noise(batch, f"step {place}", seed=self.seed)
                 noisy = self.student.process.noisy(image, noise, self._at(times[place + 1], batch))
         return self._image(network, noisy, times[number], batch=batch)
 
@@ -109,7 +111,7 @@ class DistributionMatching:
 
     def _critic_error(self, critic: nn.Module, image: Tensor, batch: Batch, draws: Tensor) -> Tensor:
         """Return the squared error [B] of the noise that the critic finds in images, at times of uniform `draws`."""
-        process, noise = self.student.process, more_noise(batch, "critic")
+        process, noise = self.student.process, more_noise(batch, "critic", seed=self.seed)
         times = process.times(draws)
         noisy = process.noisy(image, noise, times)
         output = self.student.inputs.output(critic, noisy, times, batch=batch)

@@ -1,4 +1,4 @@
-"""Noise beyond what a batch brings: of each sample by its key and the step, in whatever micro-batch it is."""
+"""Noise beyond what a batch brings: of each sample by seed, step and key, in whatever micro-batch it is."""
 
 # B batch, C latent channels, h x w latent size
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from training.data.batch import Batch
 
 
-def more_noise(batch: Batch, name: str) -> Tensor:
+def more_noise(batch: Batch, name: str, *, seed: int) -> Tensor:
     """Return normal numbers like the batch's own noise, fp32 [B, C, h, w] on its device, others for each `name`."""
     like = batch.noise
     if like.is_meta:
         return torch.empty_like(like)
     drawn = torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
     for place, (shard, key) in enumerate(zip(batch.shards, batch.keys, strict=True)):
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{batch.step} {shard} {key} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {batch.step} {shard} {key} {name}".encode()))
         torch.randn(like.shape[1:], generator=generator, out=drawn[place])
     return drawn.to(like.device, non_blocking=True)
