@@ -110,7 +110,7 @@ demo-control: $(READY)  ## A control branch on the toy world: shapes and places 
 LCM := --no-print-directory RECIPE=recipes/toyworld-lcm.toml RUN=runs/demo-lcm
 # The weights that it begins from; of other weights than a student's, nobody's recipe says how they are drawn.
 UNTRAINED := sampling.checkpoint=toyworld/released/pixart sampling.size=64x64
-STUDENT := sampling.checkpoint=runs/demo-lcm/training/lcm/step-300
+STUDENT := sampling.checkpoint=runs/demo-lcm/training/lcm
 BY_LCM := sampling.solver=lcm sampling.guidance_scale=1
 TYPED_SET = $(if $(call given,SET),' '"$$SET")
 

@@ -150,8 +150,9 @@ class SamplingConfig(TableConfig):
     num_grid_images: int = pydantic.Field(default=32, ge=1, description="Images at most in grid.png")
     checkpoint: str | None = pydantic.Field(
         default=None,
-        description="Instead of the run's checkpoint: a step-<k> folder of training, a diffusers PixArt or DiT folder "
-        "(of a pipeline or of a transformer), a hub id, or an original .pth; what it lacks is taken from [features]",
+        description="Instead of the run's checkpoint: a stage's folder of training or a step-<k> of it, a diffusers "
+        "PixArt or DiT folder (of a pipeline or of a transformer), a hub id, or an original .pth; what it lacks is "
+        "taken from [features]",
     )
     lora: list[str] = pydantic.Field(
         default=[],

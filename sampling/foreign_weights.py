@@ -11,7 +11,7 @@ from encoders.weights import REPOSITORY, cached_hub_file, of_transformer, requir
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.images import aspect_buckets
-from pipelines.store.checkpoints import ADAPTER, CONTROL, TRAINER
+from pipelines.store.checkpoints import ADAPTER, CONTROL, TRAINER, checkpoint_folders
 from pipelines.store.files import sha256_file
 from pixart.evidence import PIPELINE_FILE, origins_of_folder
 from pixart.origins import Origins
@@ -38,7 +38,7 @@ def open_trained_model(
     departs_in: Collection[str] = (),
 ) -> TrainedModel:
     """Open what `sampling.checkpoint` names: a folder or hub id of diffusers, an original file (.pth, .safetensors), or
-    a checkpoint of training.
+    a checkpoint of training, or a stage's folder for that in force.
 
     A pipeline's folder brings its text encoder, tokenizer, VAE and process; what is missing is `encoders`, which must
     be what the weights were trained with, as far as that is known and `departs_in` does not say otherwise; without
@@ -52,7 +52,7 @@ def open_trained_model(
     places = [root / location for root in (Path(), REPOSITORY)]
     if file := next((path for path in places if path.is_file()), None):
         return _open_original(file, encoders, resolution=resolution, departs_in=departs_in)
-    if folder := next((path for path in places if (path / TRAINER).is_file()), None):
+    if folder := next((path for path in places if (path / TRAINER).is_file() or checkpoint_folders(path)), None):
         return open_checkpoint_model(folder)
     if folder := next((path.parent for path in places if _is_part_of_training(path)), None):
         return open_checkpoint_model(folder)

@@ -13,7 +13,15 @@ from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
 from pipelines.engine.progress import get_logger
 from pipelines.store.bases import adapter_identity, base_of
-from pipelines.store.checkpoints import ADAPTER, CONTROL, TRAINER, WEIGHTS, Checkpoint, find_checkpoint, open_checkpoint
+from pipelines.store.checkpoints import (
+    ADAPTER,
+    CONTROL,
+    TRAINER,
+    WEIGHTS,
+    Checkpoint,
+    find_checkpoint,
+    named_checkpoint,
+)
 from pipelines.store.files import sha256_file, sha256_text
 from pipelines.store.state_files import read_state
 from pixart.evidence import origins_of_trainer
@@ -244,12 +252,16 @@ def open_run_model(run: Path, stage_name: str) -> TrainedModel:
 def open_checkpoint_model(folder: Path) -> TrainedModel:
     """Open a checkpoint of training by its folder, `RUN/training/<stage>/step-<k>`; the weights are read later.
 
+    A stage's folder is that in force in it.
+
     Raises:
         UserError: the checkpoint is damaged, or has no EMA weights.
     """
-    stage = folder.absolute().parent
+    checkpoint = named_checkpoint(folder)
+    assert checkpoint is not None, f"{folder} is neither a checkpoint nor a stage's folder"
+    stage = checkpoint.path.absolute().parent
     run = stage.parent.parent if stage.parent.name == "training" else None
-    return _of_checkpoint(open_checkpoint(folder), stage.name, run=run)
+    return _of_checkpoint(checkpoint, stage.name, run=run)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None) -> TrainedModel:

@@ -142,12 +142,14 @@ def test_a_bare_transformer_needs_encoders(run, encoders):
         open_trained_model(str(folder), encoders)
 
 
-def test_a_checkpoints_folder_opens_as_the_runs_own(run):
-    own = open_run_model(run, "stage3")
-    assert open_trained_model(str(run / "training" / "stage3" / "step-7"), None) == own
+def test_the_folder_of_a_checkpoint_or_of_its_stage_opens_as_the_runs_own(run):
+    own, stage = open_run_model(run, "stage3"), run / "training" / "stage3"
+    assert open_trained_model(str(stage / "step-7"), None) == open_trained_model(str(stage), None) == own
     (own.model_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"step-7 is damaged: model/diffusion_pytorch_model\.safetensors is empty"):
-        open_trained_model(str(run / "training" / "stage3" / "step-7"), None)
+        open_trained_model(str(stage / "step-7"), None)
+    with pytest.raises(UserError, match=r"step-7 is damaged: model/diffusion_pytorch_model\.safetensors is empty"):
+        open_trained_model(str(stage), None)
 
 
 def test_a_checkpoints_model_folder_is_of_the_process_beside_it(run, encoders):
