@@ -279,3 +279,16 @@ def test_logarithmic_ticks_are_round_and_inside(low, high):
     ticks = Scale(low, high, 0, 100, is_log=True).ticks()
     assert 2 <= len(ticks) <= 8 and all(low <= value <= high for value in ticks)
     assert all(float(f"{value:.2g}") == value for value in ticks)
+
+
+def test_a_recipe_that_shows_one_thing_has_that_and_nothing_that_it_never_runs(tmp_path):
+    run = tmp_path / "few"
+    run.mkdir()
+    recipe = tmp_path / "few.toml"
+    recipe.write_text("[toyworld]\n[training]\nlcm = {}\ndmd = {}\n")
+    figures = {"teacher": 0.92, "2": 0.864, "4": 0.901}
+    (run / "summary.json").write_text(json.dumps({"lcm": figures}))
+    text = " ".join(Page(write_report(load_recipe(recipe), run).read_text()).text.split())
+    assert "In 2 steps 86.4%" in text and "In 4 steps 90.1%" in text and "in 20 of the teacher 92.0%" in text
+    for said in ("make stats", "make train STAGE=dmd", "make sample STAGE=lcm", "make judge", "Stage 2"):
+        assert said not in text, said

@@ -38,6 +38,7 @@ PAPER_STAGES = {  # section 2.2
     "stage2": ("Stage 2", "text-image alignment", "texts come in through cross-attention to T5"),
     "stage3": ("Stage 3", "high resolution and aesthetics", "larger images of many aspect ratios"),
 }
+MAIN_STAGE = "stage2"  # a recipe that has it is one of the whole pipeline
 COMPANION_SUFFIX = "-raw"  # `make demo-raw`: the same run on alt texts
 LINKS = (
     ("stats/report.html", "noun statistics: every number with its definition, the noun table, examples"),
@@ -135,6 +136,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     stages = [_stage_title(name) for name in recipe.names("training")]
     # Nobody has drawn the images of other runs, so that there is no truth to compare captions and samples with.
     has_world = "toyworld" in recipe.tables or (run / "raw" / "truth.parquet").is_file()
+    # Other recipes have what they show beside some of its parts alone.
+    is_whole = has_world and MAIN_STAGE in recipe.names("training")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -148,7 +151,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         recipe=recipe.path.name,
         total_seconds=sum(seconds.values()),
         has_world=has_world,
-        steps=_flow(run, stages, seconds=seconds, has_world=has_world),
+        is_whole=is_whole,
+        steps=_flow(run, stages, seconds=seconds, has_world=has_world, is_whole=is_whole),
         captioning=summary.get("captioning", {}),
         captions=caption_examples(run, data, count=config.num_report_examples),
         nouns=_noun_rows(recipe, summary),
@@ -207,7 +211,9 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 # The flow
 
 
-def _flow(run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, float], has_world: bool) -> list[Step]:
+def _flow(
+    run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, float], has_world: bool, is_whole: bool
+) -> list[Step]:
     steps = {  # by the prefix in the summary's seconds
         "world": _manifest_step(
             run / "raw", title="Raw shards", what="img2dataset, SA-1B and ImageNet-style tars", unit="images"
@@ -235,7 +241,7 @@ def _flow(run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, floa
     longest = max((step.seconds or 0.0 for step in steps.values()), default=0.0)
     for step in steps.values():
         step.share_percent = round(100 * (step.seconds or 0.0) / longest, 1) if longest else 0.0
-    return [step for step in steps.values() if has_world or step.is_done]
+    return [step for step in steps.values() if is_whole or step.is_done]
 
 
 def _manifest_step(folder: Path, *, title: str, what: str, unit: str, anchor: str = "") -> Step:
@@ -275,7 +281,7 @@ def _training_step(run: Path, stage: StageTitle) -> Step:
 
 def _sampling_step(run: Path) -> Step:
     counts = [count_table_rows(folder / SAMPLES_TABLE, mend=MEND_SHARD) for folder in sample_folders(run)]
-    amounts = [" + ".join(f"{count:,}" for count in counts) + " images"] if counts else []
+    amounts = [f"{sum(counts):,} images" + (f" in {len(counts)} sets" if len(counts) > 1 else "")] if counts else []
     what = "DPM-Solver++ draws unseen scenes"
     return Step(title="Samples", what=what, anchor="samples", amounts=amounts, is_done=bool(counts))
 
