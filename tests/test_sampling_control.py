@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from led_drawing import drawn, listening, pixels, sample, save_noise, words
 from PIL import Image
 from safetensors.torch import load_file
 from sampling_run import (
@@ -23,7 +23,6 @@ from sampling_run import (
     save_branch,
     save_control_checkpoint,
     save_edges,
-    write_recipe,
 )
 from sound_run import require_sound
 from test_pixart_control import Research
@@ -33,7 +32,6 @@ from encoders.weights import identity_of
 from errors import MissingFileError, UserError
 from pipelines.store.bases import describe_base
 from pixart.drawing.denoise import draw_noise, make_generators
-from sampling.__main__ import main
 from sampling.branches import add_branch
 from sampling.trained_model import open_checkpoint_model, open_run_model
 
@@ -48,32 +46,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("sampling"), "propagate", True)
-    caplog.set_level("INFO")
-    return caplog
-
-
-def sample(run: Path, stage: str, *flags: str, **table: object) -> Path:
-    """Draw; returns the folder of the samples."""
-    main(["--recipe", str(write_recipe(run, **table)), "--run", str(run), "--stage", stage, *flags])
-    name = f"stage{stage}" if stage.isdigit() else stage
-    return run / "samples" / (f"{name}-prompt" if "prompt" in table else name)
-
-
-def drawn(run: Path, stage: str = "edges", **table: object) -> np.ndarray:
-    """The picture of one prompt."""
-    folder = sample(run, stage, **({"prompt": "a star"} | table))
-    (path,) = (path for path in folder.glob("*.png") if path.name != "grid.png")
-    return pixels(path)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def words(said: pytest.LogCaptureFixture) -> str:
-    return " ".join(said.text.split())
+    return listening(caplog, monkeypatch)
 
 
 def test_an_image_is_that_of_diffusers_parts_in_a_plain_loop(run: Path, tmp_path: Path) -> None:
@@ -302,11 +275,6 @@ def test_images_that_cannot_lead_are_refused_before_anything_is_drawn(run: Path,
     (run / "p.jsonl").write_text(json.dumps({"prompt": "b", "control": str(image)}))
     with pytest.raises(UserError, match=r"sampling\.control is set, and 1 of the prompts have a control image"):
         sample(run, "edges", prompts="{run}/p.jsonl", control=str(image))
-
-
-def save_noise(path: Path) -> Path:
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(path)
-    return path
 
 
 def test_a_plan_says_image_crop_branch_and_strength(run: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:

@@ -1,16 +1,15 @@
 """`sampling.control_is = "photo"`: which map is drawn of a photo, and what says so."""
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from led_drawing import drawn, listening, pixels, sample, save_noise, words
 from PIL import Image
 from sampling_run import make_run, save_branch, save_control_checkpoint, write_recipe
 from test_encoders_control_maps import hed_weights
-from test_sampling_control import drawn, pixels, sample, save_noise, words
 
 from encoders.control_kinds import open_control_maps
 from errors import MissingFileError, UserError
@@ -30,9 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("sampling"), "propagate", True)
-    caplog.set_level("INFO")
-    return caplog
+    return listening(caplog, monkeypatch)
 
 
 def test_of_a_photo_the_map_of_the_branchs_kind_is_drawn(

@@ -11,7 +11,10 @@ from training.data.batch import Batch
 
 
 def more_noise(batch: Batch, name: str, *, seed: int) -> Tensor:
-    """Return normal numbers like the batch's own noise, fp32 [B, C, h, w] on its device, others for each `name`."""
+    """Return normal numbers like the batch's own noise, fp32 [B, C, h, w] on its device.
+
+    They are others for each `name` and `seed`.
+    """
     like = batch.noise
     if like.is_meta:
         return torch.empty_like(like)
