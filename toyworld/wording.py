@@ -13,14 +13,14 @@ import numpy as np
 
 from toyworld.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, SceneObject
 
-_PLACES = {
+PLACES = {
     "top": ("at the top", "near the top edge", "in the upper part"),
     "left": ("on the left", "on the left side", "near the left edge"),
     "center": ("in the center", "in the middle", "at the center of the picture"),
     "right": ("on the right", "on the right side", "near the right edge"),
     "bottom": ("at the bottom", "near the bottom edge", "in the lower part"),
 }
-_SHAPE_NOUNS = {
+SHAPE_NOUNS = {
     "circle": ("circle", "disc"),
     "square": ("square", "box"),
     "triangle": ("triangle",),
@@ -69,7 +69,7 @@ _FAVOURITE_PROBABILITY = 0.85
 
 def describe(scene: Scene) -> str:
     """The exact, canonical description: every object with all attributes, then the background."""
-    objects = _join([f"a {o.size} {o.colour} {o.shape} {_PLACES[o.position][0]}" for o in scene.objects])
+    objects = _join([f"a {o.size} {o.colour} {o.shape} {PLACES[o.position][0]}" for o in scene.objects])
     return f"{objects[0].upper()}{objects[1:]}, on a {scene.pattern} {scene.background} background."
 
 
@@ -105,12 +105,12 @@ def _several_sentences(scene: Scene, opening: str, rng: np.random.Generator) -> 
 
 
 def _object_phrase(item: SceneObject, rng: np.random.Generator) -> str:
-    noun = _favour(_SHAPE_NOUNS[item.shape], 0, rng)
+    noun = _favour(SHAPE_NOUNS[item.shape], 0, rng)
     return f"a {_favour(_SIZE_ADJECTIVES[item.size], 0, rng)} {item.colour} {noun}"
 
 
 def _place(item: SceneObject, rng: np.random.Generator) -> str:
-    return _favour(_PLACES[item.position], 0 if item.size == "small" else 1, rng)
+    return _favour(PLACES[item.position], 0 if item.size == "small" else 1, rng)
 
 
 def _favour(options: Sequence[str], favourite: int, rng: np.random.Generator) -> str:
@@ -198,7 +198,7 @@ class ObjectMention:
     position: str | None
 
 
-_WORD_SHAPES = {noun: shape for shape, nouns in _SHAPE_NOUNS.items() for noun in nouns} | {
+_WORD_SHAPES = {noun: shape for shape, nouns in SHAPE_NOUNS.items() for noun in nouns} | {
     "disk": "circle",
 }  # fmt: skip
 _WORD_SIZES = {
