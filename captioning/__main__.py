@@ -6,21 +6,19 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from captioning.architectures import read_architecture, require_fit
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.given.coverage import check_coverage
 from captioning.given.index import forget_indexes
 from captioning.given.own_names import check_own_names, require_own_texts
 from captioning.job import CaptioningJob, read_job
 from captioning.plan import OPEN_BATCH, print_plan
+from captioning.preflight import require_models
 from captioning.table import judge_directory_again
 from captioning.worker import CaptionWorker
 from encoders.devices import require_device
 from encoders.tokens import TextCut
-from encoders.weights import require_model, resolve_model
-from errors import UserError
 from pipelines.command import parse_command, run_command
-from pipelines.engine.preflight import require_packages, require_workers
+from pipelines.engine.preflight import require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
 from pipelines.run_memory import remember_found
@@ -32,7 +30,6 @@ log = get_logger("captioning")
 
 # The toy LLaVA captions so many in about eight seconds, in which Ray's workers would hardly have started. A server
 # answers many at once, and more to more workers.
-CLIP_TYPE = "clip"  # of a config.json of transformers
 FEW_SAMPLES = 500
 FEW_SAMPLES_OF_SERVER = 100
 FEW_GIVEN_SAMPLES = 20_000
@@ -138,37 +135,11 @@ def _set_aside(job: CaptioningJob) -> None:
 
 def _require_means(job: CaptioningJob, *, is_plan: bool) -> None:
     """Find out before any work starts, and for a plan, that a model, a server, a device or workers are missing."""
-    _require_models(job, patience_seconds=0.0 if is_plan else job.config.server.patience_seconds)
+    require_models(job.config, job.model, api_key=job.worker_config.api_key, is_plan=is_plan)
     if job.config.engine not in ("openai", "given") or job.config.clip_model is not None:
         require_device(job.config.device, key="captioning.device")
     num_pending = sum(source.num_samples for source in job.pending())
     require_workers(job.workers, num_pending=num_pending, few_samples=_few_samples(job))
-
-
-def _require_models(job: CaptioningJob, *, patience_seconds: float) -> None:
-    if job.config.is_given:
-        pass
-    elif job.config.engine == "openai":
-        # The client is of no use to the other engines.
-        from captioning.engines.openai_engine import chat_server
-        from encoders.chat_server import require_server
-
-        server = job.config.server.model_copy(update={"patience_seconds": patience_seconds})
-        config = job.config.model_copy(update={"server": server})
-        require_server(chat_server(config, job.worker_config.api_key))
-    else:
-        require_packages("torch", "transformers", "jinja2")
-        require_model(job.model, key="captioning.model")
-        architecture = read_architecture(job.model)
-        if job.config.engine == "transformers" and architecture is not None:
-            require_fit(architecture, job.config.model)
-    if job.config.clip_model is not None:
-        require_packages("torch", "transformers")
-        clip = resolve_model(job.config.clip_model)
-        require_model(clip, key="captioning.clip_model")
-        found = read_architecture(clip)
-        if found is not None and found.model_type != CLIP_TYPE:
-            raise UserError(f"captioning.clip_model = {job.config.clip_model!r} is a {found.name}, not a CLIP")
 
 
 def _counts(job: CaptioningJob, manifest: Manifest) -> dict[str, Any]:
