@@ -148,6 +148,12 @@ SUBCOMMANDS = {
         flags=(*_RUN, "shards", "retry"),
         defaults=_DEFAULTS,
     ),
+    "columns": Subcommand(
+        module="curation",
+        summary="Raw shards and captions -> columns about each sample, to choose by: sizes, scores, duplicates",
+        flags=(*_RUN, "shards"),
+        defaults=_DEFAULTS,
+    ),
     "stats": Subcommand(
         module="dataset_stats",
         summary="Captions -> noun statistics and report.html (SETS='name=files#column,…' SAMPLE=10000 SEED=0)",

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from captioning.config import CaptioningConfig
+from curation.config import ColumnsConfig
 from dataset_stats.config import DatasetStatsConfig
 from errors import UserError
 from features.config import FeaturesConfig
@@ -59,10 +60,13 @@ class RecipeTable:
 
 
 TABLES = (
-    RecipeTable(name="data", model=DataConfig, readers=("caption", "stats", "features", "buckets")),
+    RecipeTable(name="data", model=DataConfig, readers=("caption", "columns", "stats", "features", "buckets")),
     RecipeTable(name="toyworld", model=ToyworldConfig, readers=("world", "judge", "report")),
-    RecipeTable(name="engine", model=EngineConfig, readers=("caption", "stats", "features", "sample", "eval")),
+    RecipeTable(
+        name="engine", model=EngineConfig, readers=("caption", "columns", "stats", "features", "sample", "eval")
+    ),
     RecipeTable(name="captioning", model=CaptioningConfig, readers=("caption",)),
+    RecipeTable(name="columns", model=ColumnsConfig, readers=("columns",)),
     RecipeTable(name="dataset_stats", model=DatasetStatsConfig, readers=("stats",)),
     RecipeTable(name="features", model=FeaturesConfig, readers=("features", "buckets", "train"), is_named=True),
     RecipeTable(name="model", model=ModelConfig, readers=("train", "features", "buckets")),

@@ -25,6 +25,7 @@ TABLES = (
     "toyworld",
     "engine",
     "captioning",
+    "columns",
     "dataset_stats",
     "features",
     "model",

@@ -12,13 +12,14 @@ ALLOWED = {
     "pixart": set(),
     "encoders": {"pipelines"},
     "captioning": {"pipelines", "encoders"},
+    "curation": {"pipelines", "encoders"},
     "dataset_stats": {"pipelines", "encoders"},
     "features": {"pipelines", "encoders"},
     "training": {"pipelines", "encoders", "pixart"},
     "sampling": {"pipelines", "encoders", "pixart"},
     "toyworld": {"pipelines", "encoders", "pixart"},
     # The doors: they open every room by name, and list the keys of all.
-    "atelier": {"pipelines", "captioning", "dataset_stats", "features", "training", "sampling", "toyworld"},
+    "atelier": {"pipelines", "captioning", "curation", "dataset_stats", "features", "training", "sampling", "toyworld"},
 }
 FORBIDDEN_FILE_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
 MAX_FILE_LINES = 400

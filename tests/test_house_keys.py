@@ -12,6 +12,7 @@ ROOMS = (
     "encoders",
     "pixart",
     "captioning",
+    "curation",
     "dataset_stats",
     "features",
     "training",

@@ -21,7 +21,7 @@ from tests.test_house_floors import imported_modules
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-ROOMS = ("captioning", "dataset_stats", "features", "training", "sampling", "toyworld")
+ROOMS = ("captioning", "curation", "dataset_stats", "features", "training", "sampling", "toyworld")
 
 
 def test_every_make_target_is_in_help() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from captioning.config import CaptioningConfig
+from curation.config import ColumnsConfig
 from dataset_stats.config import DatasetStatsConfig
 from encoders.likeness import is_same_codec, is_same_text_encoder
 from errors import UserError
@@ -38,6 +39,7 @@ TABLES = {
     "data": DataConfig,
     "engine": EngineConfig,
     "captioning": CaptioningConfig,
+    "columns": ColumnsConfig,
     "dataset_stats": DatasetStatsConfig,
     "model": ModelConfig,
     "sampling": SamplingConfig,

@@ -7,6 +7,7 @@ import pydantic
 import pytest
 
 from captioning.config import CaptioningConfig
+from curation.config import ColumnsConfig
 from dataset_stats.config import CaptionSet, DatasetStatsConfig
 from dataset_stats.sources import _find_files
 from encoders.weights import resolve_model
@@ -26,6 +27,7 @@ TABLES: dict[str, type[TableConfig]] = {
     "data": DataConfig,
     "engine": EngineConfig,
     "captioning": CaptioningConfig,
+    "columns": ColumnsConfig,
     "dataset_stats": DatasetStatsConfig,
     "features": FeaturesConfig,
     "model": ModelConfig,

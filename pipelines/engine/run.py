@@ -117,7 +117,7 @@ def run_over_shards(
             get_logger(room).info(f"nothing to do: all {len(sources)} shards of {output.path} are done")
             return manifest
         with exclusive(output.path):
-            _say_done_anew(output, sources, fingerprint, changes=changes, room=room)
+            say_done_anew(output, sources, fingerprint, changes=changes, room=room)
             _run_pending(
                 worker_class,
                 config,
@@ -149,7 +149,7 @@ def _finished_manifest(sources: Sequence[Source], output: ShardDirectory, finger
     return manifest if is_finished else None
 
 
-def _say_done_anew(
+def say_done_anew(
     output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint, *, changes: Sequence[str], room: str
 ) -> None:
     """Say how many finished shards will be replaced, and why: it may be the work of hours."""

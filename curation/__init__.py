@@ -1,0 +1,1 @@
+"""Columns about samples, and the choice of those that are trained on."""

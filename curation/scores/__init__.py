@@ -1,0 +1,1 @@
+"""What is measured of samples: one score a file."""

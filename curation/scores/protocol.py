@@ -1,0 +1,153 @@
+"""What a score is: columns of numbers about each sample, with what they are made from and what decides them.
+
+A score is small and picklable: what is heavy, such as a model, it loads in the worker with its first batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from PIL import Image
+
+# Why a sample has no columns; null where it has.
+REJECT = "reject"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a score: its type, its unit (`pixels`, `bits`, empty for a plain number), and a line of meaning."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """Columns of another folder of the run, such as `columns/clip` or `captions`, that a score is made from."""
+
+    folder: str
+    columns: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class LoadedImage:
+    """The image of one sample: `data` as they are stored, `image` in RGB as it is shown (see `decode_image`)."""
+
+    key: str
+    data: bytes
+    image: Image.Image
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def luminance(self) -> Image.Image:
+        """Its luminance (ITU-R 601), 8 bits, as large as `image`."""
+        return self.image.convert("L")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` gives, made once for all scores of the pass that ask for `name`."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+
+class Score:
+    """What all scores have; subclass one of the three below.
+
+    Attributes:
+        name: of its folder, `columns/<name>`: small letters, digits and `_`; behind `@` the caption column it is about.
+        version: raised when a change of code changes numbers; the score is then made anew, alone.
+        needs: what it is made from.
+        columns: what it gives, in order.
+        reads: the folders of the run that it is made from, beside images.
+    """
+
+    name: str
+    version: ClassVar[int]
+    needs: ClassVar[Literal["image", "text", "table"]]
+    columns: tuple[Column, ...]
+    reads: tuple[Reads, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return, as JSON values, what decides its numbers, beside its version and its inputs."""
+        return {}
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of its files."""
+        return pa.schema(
+            [("key", pa.string()), *((each.name, each.type) for each in self.columns), (REJECT, pa.string())]
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
+        columns = {
+            each.name: {"type": str(each.type), "unit": each.unit, "meaning": each.meaning} for each in self.columns
+        }
+        return {"name": self.name, "version": self.version, "needs": self.needs, "columns": columns}
+
+
+class ImageScore(Score):
+    """Measures images; all that are pending share one pass, in which each image is decoded once.
+
+    Attributes:
+        few_samples: up to so many take less time than Ray's workers take to start.
+    """
+
+    needs: ClassVar[Literal["image", "text", "table"]] = "image"
+    few_samples: ClassVar[int] = 2_000
+
+    def look(self, loaded: LoadedImage) -> Any:
+        """Return the small part that is kept of an image; called in a thread that decodes, many at a time.
+
+        Raises:
+            SampleReject: this score has nothing to say of the image.
+        """
+        raise NotImplementedError
+
+    def measure(self, looks: Sequence[Any]) -> Mapping[str, Any]:
+        """Return each column (what `pa.array` takes, or an array) of some images, in order; at most a slice of them.
+
+        It may give `reject`, too: a reason for each image, or None.
+        """
+        raise NotImplementedError
+
+
+class TableScore(Score):
+    """Made from columns that are there, shard by shard."""
+
+    few_samples: ClassVar[int] = 200_000
+
+    def measure(self, table: pa.Table) -> Mapping[str, Any]:
+        """Return each column for the rows of a part of a shard, which has `key` and `<folder>.<column>` of its `reads`.
+
+        Only rows that none of the folders rejects. It may give `reject`, too, as `ImageScore.measure` may.
+        """
+        raise NotImplementedError
+
+    def source(self, shard: str) -> str:
+        """Return what changes when an input beside `reads` does, such as the hash of a user's table."""
+        del shard
+        return ""
+
+
+class RunScore(Score):
+    """Made from columns of all shards together: a change of one shard makes it anew in all."""
+
+    needs: ClassVar[Literal["image", "text", "table"]] = "table"
+
+    def measure_run(
+        self, shards: Sequence[str], read: Callable[[str], pa.Table], scratch: Path
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yield the columns of each shard, in the order of `shards`, for the rows of `read(shard)`.
+
+        Args:
+            shards: names, sorted.
+            read: gives a shard's rows that none of `reads` rejects: `key` and `<folder>.<column>`.
+            scratch: a folder for files of its own, which is removed after it.
+        """
+        raise NotImplementedError
