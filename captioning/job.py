@@ -10,7 +10,7 @@ from typing import Any
 from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, UPDATABLE, found_settings, to_set_aside, updatable
 from captioning.given.coverage import GivenSource, open_sources
-from captioning.quality import JUDGE_VERSION
+from captioning.quality import FLAGS, JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
 from errors import UserError
@@ -88,6 +88,8 @@ class CaptioningJob:
             **(self._table if self.config.is_given else self._asked),
             "quality": self.config.quality.model_dump(mode="json"),
             "judge_version": JUDGE_VERSION,
+            # What an expression may ask for as `flags.<flag>`, though no caption has it.
+            "flags": list(FLAGS),
             "engine": self.config.engine,
             "clip_model": self.config.clip_model,
             # A score changes no text and rejects nobody: text features have no use for it.

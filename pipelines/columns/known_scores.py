@@ -1,0 +1,34 @@
+"""Which scores there are, by the columns they give: so that a name which is only not made yet is answered by a command.
+
+Scores themselves live a floor above, in curation/ and captioning/; a test holds each against what is said here.
+"""
+
+from collections.abc import Mapping
+
+from pipelines.as_typed import ANY, typed_command, typed_settings
+
+KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
+    "pixels": ("width", "height", "min_side", "max_side", "aspect", "megapixels", "file_bytes"),
+    "clip": ("clip_embedding",),
+    "clip_score": ("clip_score",),
+    "duplicates": ("duplicate", "duplicate_of", "duplicate_kind", "duplicate_group"),
+    "claims": ("num_claims", "unsupported_share", "unsupported_sentences", "min_support"),
+}
+# Of scores that `make columns` does not make.
+OWN_COMMANDS: Mapping[str, str] = {"claims": "claims"}
+
+
+def score_command(score: str, run: object) -> str:
+    """Return the command that makes a score, as it is typed, and what its recipe needs."""
+    if score in OWN_COMMANDS:
+        return f"`{typed_command(OWN_COMMANDS[score], {'run': run})}`"
+    named = typed_settings({"columns.scores": f'["{ANY}","{score}"]'})
+    return f"`{typed_command('columns', {'run': run})}`, with {score} in columns.scores ({named})"
+
+
+def score_of_column(name: str) -> str | None:
+    """Return the score that gives a column, written bare, as `<score>.<column>` or `<caption column>.<column>`."""
+    *parents, column = name.split(".")
+    if parents and column in KNOWN_SCORES.get(parents[-1], ()):
+        return parents[-1]
+    return next((score for score, columns in KNOWN_SCORES.items() if column in columns), None)
