@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from curation.config import ColumnsConfig
+from curation.scores.hashes import Hashes
 from curation.scores.pixels import Pixels
 from curation.scores.protocol import Score
 from errors import UserError
@@ -12,7 +13,7 @@ from pipelines.as_typed import did_you_mean
 def known_scores(config: ColumnsConfig) -> list[Score]:
     """Return every score that the recipe's settings allow, in an order in which each can be made."""
     del config
-    return [Pixels()]
+    return [Pixels(), Hashes()]
 
 
 def chosen_scores(config: ColumnsConfig) -> list[Score]:

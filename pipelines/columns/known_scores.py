@@ -9,6 +9,7 @@ from pipelines.as_typed import ANY, typed_command, typed_settings
 
 KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
     "pixels": ("width", "height", "min_side", "max_side", "aspect", "megapixels", "file_bytes"),
+    "hashes": ("exact_hash", "perceptual_hash", "thumbnail"),
     "clip": ("clip_embedding",),
     "clip_score": ("clip_score",),
     "duplicates": ("duplicate", "duplicate_of", "duplicate_kind", "duplicate_group"),
