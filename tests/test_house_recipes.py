@@ -25,7 +25,7 @@ from sampling.config import SamplingConfig
 from sampling.evaluation.config import EvaluationConfig
 from toyworld.config import ToyworldConfig
 from training.config import stage_names, stage_training
-from training.data.features import read_feature_table
+from training.data.feature_tables import read_feature_table
 from training.launch.memory import GPU_RESERVE, choose_shares
 from training.launch.reckoning import Demand
 from training.stages.networks import blank_network

@@ -33,7 +33,7 @@ def locate_samples(
     cuts = np.flatnonzero(np.diff(numbers[order])) + 1
     for mine in np.split(order, cuts):
         table = shards[int(numbers[mine[0]])].table
-        samples = table.first_rows[bucket] + ordinals[mine]
+        samples = table.find(bucket, ordinals[mine])
         keys[mine], labels[mine] = table.keys[samples], table.labels[samples]
         original_sizes[mine] = table.original_sizes[samples]
         for name, rows in table.families.items():
@@ -154,10 +154,10 @@ class BatchAssembler:
         bucket: str,
     ) -> dict[str, Tensor]:
         """Return memory for the noises of a batch [B, C, h, w]; that of the posterior only where there is one."""
-        table = shards[int(planned.shards[positions.start])].table
-        row = table.families[self._leading.name].numbers[
-            table.first_rows[bucket] + int(planned.ordinals[positions.start])
-        ]
+        first = positions.start
+        table = shards[int(planned.shards[first])].table
+        sample = table.find(bucket, planned.ordinals[first : first + 1])[0]
+        row = table.families[self._leading.name].numbers[sample]
         shape = (len(positions), *self._stacked[self._leading.name].shape(row))
         has_std = any(tensor.name == "std" for tensor in self._leading.tensors)
         names = ("posterior_noise", "noise") if has_std else ("noise",)

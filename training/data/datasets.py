@@ -8,6 +8,7 @@ from typing import Any
 from errors import UserError
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, require_same
+from training.data.choices import Choice
 from training.data.directories import FeatureDirectory
 from training.mixture import DatasetRole
 
@@ -18,6 +19,7 @@ class Dataset:
 
     The first directory leads: it says which samples there are and in which buckets; the others are joined to it by
     key. `validation_shards` are read for the validation loss alone. `role` is what its samples are to the objective.
+    Of a dataset with a `choice` the samples are those that it chose.
     """
 
     run: str
@@ -26,6 +28,7 @@ class Dataset:
     validation_shards: list[str] = field(default_factory=list)
     weight: float = 1.0
     role: DatasetRole = "instance"
+    choice: Choice | None = None
 
     @property
     def leading(self) -> FeatureDirectory:
@@ -38,16 +41,18 @@ class Dataset:
         return not any(directory.family.is_ragged for directory in self.directories)
 
     def held_out(self) -> "Dataset":
-        """Return the part that is kept for validation."""
-        return replace(self, shards=self.validation_shards, validation_shards=[])
+        """Return the part that is kept for validation: chosen as the rest is, but each sample counts alike."""
+        choice = None if self.choice is None else replace(self.choice, has_weights=False)
+        return replace(self, shards=self.validation_shards, validation_shards=[], choice=choice)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what identifies the data: the settings they were made with, and a hash over every tar and index."""
-        fields: dict[str, Any] = {}
+        shards = [*self.shards, *self.validation_shards]
+        fields = {} if self.choice is None else self.choice.fingerprint_fields(shards)
         for directory in self.directories:
             family, manifest = directory.family.name, directory.manifest
             fields |= {f"{family}.{name}": value for name, value in manifest.fingerprint.fields.items()}
-            files = {name: manifest.shards[name].files for name in [*self.shards, *self.validation_shards]}
+            files = {name: manifest.shards[name].files for name in shards}
             fields[f"{family}.files"] = Fingerprint.of(files).digest
         return fields
 

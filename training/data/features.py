@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
 from pipelines.raw.patterns import select_names
-from pipelines.recipe import Recipe
 from pipelines.store.families import (
     family_directory,
     image_directory,
@@ -25,45 +22,15 @@ from pipelines.store.files import is_remote
 from pipelines.store.manifest import manifest_path, read_manifest, require_same
 from training.config import StageTraining
 from training.data.cache import ShardCache
+from training.data.choices import open_choice
 from training.data.control import control_family
 from training.data.datasets import Dataset, require_alike, require_apart
 from training.data.directories import FeatureDirectory, open_directory
+from training.data.feature_tables import FeatureTable, read_feature_table
 from training.data.former import channels_of, directory_called, former_location, former_of, with_former_latents
 from training.mixture import DatasetConfig
 
 GIGABYTE = 1e9
-
-
-class CaptionTable(pydantic.BaseModel):
-    """An entry of `captions`: a column of the captions, and how often training draws it."""
-
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-    column: str
-    text: str | None = None
-    weight: float = 1.0
-
-
-class FeatureTable(pydantic.BaseModel):
-    """What training reads of a named table of `[features]`; the features room owns and validates the tables."""
-
-    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-    shards: list[str] = ["*"]
-    resolution: int
-    buckets: bool = False
-    text: bool = True
-    captions: list[CaptionTable] = [CaptionTable(column="caption")]
-    text_storage: str = "bfloat16"
-    text_variant: str | None = None
-    image_variant: str | None = None
-    vae_model: str
-    vae_revision: str | None = None
-    text_model: str
-    text_revision: str | None = None
-    text_cleaning: str = DEFAULT_CLEANING
-    max_tokens: int | None = None
-    families: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,20 +103,6 @@ class StageFeatures:
             for number, dataset in enumerate(self.datasets)
             for name, value in dataset.fingerprint_defaults().items()
         }
-
-
-def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:
-    """Return what the recipe says about the features `name`.
-
-    Raises:
-        UserError: the table or a key is missing or wrong; names it.
-    """
-    try:
-        return FeatureTable.model_validate(recipe.laid_over("features", name, keys=FeatureTable.model_fields))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{recipe.path}: features.{name}.{key}: {first['msg']}") from None
 
 
 def open_features(command: Command, settings: StageTraining) -> StageFeatures:
@@ -257,11 +210,14 @@ def _open_dataset(
         other = _open_family(run, family, table, command=command, cache=cache)
         _check_family(other, family, settings, latents=latents, table_name=table_name, command=command)
         directories.append(other)
-    for directory in directories:
+    choice = open_choice(run, table, table_name=table_name, reads_text=reads_text, cache=cache)
+    for directory in directories if choice is None else [*directories, choice.directory]:
         for name in shards:
             if name not in directory.manifest.shards:
                 raise UserError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
-    return Dataset(run=run, directories=directories, shards=shards, weight=config.weight, role=config.role)
+    return Dataset(
+        run=run, directories=directories, shards=shards, weight=config.weight, role=config.role, choice=choice
+    )
 
 
 def _hold_out(datasets: Sequence[Dataset], patterns: Sequence[str], *, key: str) -> list[Dataset]:
@@ -375,10 +331,13 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, t
         "text_cleaning": (table.text_cleaning, encoder.get("cleaning", DEFAULT_CLEANING)),
     }
     if "captions" in manifest.extra:
-        wanted["captions"] = (
-            [caption.model_dump(exclude_none=True) for caption in table.captions],
-            directory.fact("captions"),
-        )
+        # A weight that is an expression is of the choice.
+        captions = [caption.model_dump(exclude_none=True) for caption in table.captions]
+        number_of = {each["column"]: each["weight"] for each in directory.fact("captions")}
+        for caption in captions:
+            if isinstance(caption["weight"], str):
+                caption["weight"] = number_of.get(caption["column"])
+        wanted["captions"] = (captions, directory.fact("captions"))
     if table.max_tokens is not None:
         wanted["max_tokens"] = (table.max_tokens, encoder["max_tokens"])
     for name, (expected, found) in wanted.items():

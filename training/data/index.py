@@ -6,9 +6,10 @@ shards around its position, not of the whole data set.
 
 # n samples of a shard, m rows of one of its families
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,13 +21,15 @@ from errors import MissingFileError, UserError
 from pipelines.store.families import FamilySchema
 from pipelines.store.feature_store import load_index
 from training.data.cache import ShardFile
+from training.data.choices import NOT_THERE, ChosenSamples, Selection
 from training.data.datasets import Dataset
 from training.data.directories import FeatureDirectory
+from training.data.epochs import PLACES
 from training.mixture import DatasetRole
 
 NUM_CACHED_TABLES = 64
-NOT_THERE = -1
 SIZE_COLUMNS = ("original_height", "original_width")
+CAPTION_COLUMNS = ("caption_index", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class ShardTable:
         original_sizes: height and width of each image in pixels, as it was before it was cut, [n, 2]; -1 where the
             index does not say it.
         families: rows of each family, by its name.
+        weights: how often samples are drawn, relative to each other, [n]; None where all are drawn alike.
+        selection: where the dataset chooses its samples, what it chose of this shard.
     """
 
     name: str
@@ -84,16 +89,42 @@ class ShardTable:
     labels: np.ndarray
     original_sizes: np.ndarray
     families: dict[str, FamilyRows]
+    weights: np.ndarray | None = None
+    selection: Selection | None = None
 
     @cached_property
     def first_rows(self) -> dict[str, int]:
         """The first sample of each bucket."""
         return dict(zip(self.bucket_names, self.bucket_starts.tolist(), strict=False))
 
+    @cached_property
+    def stretch_ends(self) -> list[np.ndarray]:
+        """Of each bucket, where its samples' stretches end on the line of the cell, whose length is 1."""
+        assert self.weights is not None
+        ends = []
+        for weights in np.split(self.weights, self.bucket_starts[1:-1]):
+            cumulative = np.cumsum(weights / weights.max())
+            ends.append(cumulative / cumulative[-1])
+        return ends
+
+    def find(self, bucket: str, ordinals: np.ndarray) -> np.ndarray:
+        """Return the samples that the ordinals of a planned batch mean, [B]."""
+        if self.weights is None:
+            return self.first_rows[bucket] + ordinals
+        ends = self.stretch_ends[self.bucket_names.index(bucket)]
+        found = np.searchsorted(ends, ordinals / PLACES, side="right")
+        return self.first_rows[bucket] + np.minimum(found, len(ends) - 1)
+
     def bucket_counts(self) -> dict[str, int]:
         """Return the number of samples of each bucket of this shard."""
         counts = np.diff(self.bucket_starts).tolist()
         return dict(zip(self.bucket_names, counts, strict=True))
+
+    def bucket_weights(self) -> dict[str, float]:
+        """Return the sum of the weights of each bucket of this shard."""
+        assert self.weights is not None
+        parts = np.split(self.weights, self.bucket_starts[1:-1])
+        return {name: math.fsum(part.tolist()) for name, part in zip(self.bucket_names, parts, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -181,24 +212,52 @@ class FeatureIndex:
         """
         dataset, name = self._shards[shard]
         leading, *others = dataset.directories
-        samples = self._load(leading, name)
-        joined = [(directory.family, self._load(directory, name)) for directory in others]
-        for _, rows in joined:
+        chosen = None if dataset.choice is None else dataset.choice.read(name, is_stopping=self._is_stopping)
+        indices = [self._load(directory, name) for directory in dataset.directories]
+        pairs = zip(dataset.directories, indices, strict=True)
+        samples, *joined = [_kept(index, directory, name, chosen=chosen) for directory, index in pairs]
+        for rows in joined:
             samples = samples.filter(_call("is_in", samples["key"], value_set=rows["key"].combine_chunks()))
         labels = _labels(samples, name) if dataset.has_labels else np.full(len(samples), NOT_THERE)
-        return _sort_by_bucket(name, samples, labels, leading=leading.family, joined=joined)
+        selection = None
+        if chosen is not None:
+            joined, num_without = _weigh_captions(chosen, samples, joined)
+            own = [pair for pair in zip(dataset.directories, indices, strict=True) if pair[0].called is None]
+            missing = {str(directory): chosen.without_features(index) for directory, index in own}
+            selection = chosen.selection(missing, num_without_caption_weight=num_without)
+        families = [(directory.family, rows) for directory, rows in zip(others, joined, strict=True)]
+        table = _sort_by_bucket(name, samples, labels, leading=leading.family, joined=families)
+        return table if chosen is None else replace(table, weights=chosen.weights_of(table.keys), selection=selection)
 
     def _load(self, directory: FeatureDirectory, name: str) -> pa.Table:
-        """Read an index, without its rejects."""
+        """Read an index, its rejects too."""
         family = directory.family
-        wanted = {"key", *number_columns(family), "weight", "bucket", "label", "reject"}
+        wanted = {"key", *number_columns(family), *CAPTION_COLUMNS, "bucket", "label", "reject"}
         wanted |= set(SIZE_COLUMNS) if family.leads else set()
         columns = [column for column in family.columns.names if column in wanted]
         with directory.open(name, ".parquet", is_stopping=self._is_stopping) as file:
-            table = load_index(file.path.parent, [name], columns=columns).filter(pc.field("reject").is_null())
-        if not family.is_ragged:
-            _require_unique(table["key"], name, directory)
-        return table
+            return load_index(file.path.parent, [name], columns=columns)
+
+
+def _kept(index: pa.Table, directory: FeatureDirectory, shard: str, *, chosen: ChosenSamples | None) -> pa.Table:
+    """Return the rows of an index that have features, of the samples that are chosen."""
+    table = index.filter(pc.field("reject").is_null())
+    if chosen is not None:
+        table = table.filter(_call("is_in", table["key"], value_set=chosen.keys))
+    if not directory.family.is_ragged:
+        _require_unique(table["key"], shard, directory)
+    return table
+
+
+def _weigh_captions(chosen: ChosenSamples, samples: pa.Table, joined: Sequence[pa.Table]) -> tuple[list[pa.Table], int]:
+    """Put a choice's weights of captions into their index; returns of how many samples no caption has one, too."""
+    weighed, num_without = [], 0
+    for rows in joined:
+        if chosen.caption_weights and set(CAPTION_COLUMNS).issubset(rows.column_names):
+            rows = rows.filter(_call("is_in", rows["key"], value_set=samples["key"].combine_chunks()))
+            rows, num_without = chosen.weigh_captions(rows)
+        weighed.append(rows)
+    return weighed, num_without
 
 
 def _map(file: ShardFile, shard: str) -> np.ndarray:

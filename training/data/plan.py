@@ -7,6 +7,10 @@ endless stream, and its batch k is samples [k*B, (k+1)*B) of it. A batch takes i
 sample lies; within a round the buckets' batches are shuffled. What does not fill a batch is therefore carried over to
 the next round, block and epoch: no sample is lost or drawn twice in an epoch of its dataset. All of this follows from
 the number of samples per shard and bucket, so any step is found without walking to it.
+
+Where samples have weights, an epoch of their dataset draws each as often as its share of it says, rounded up or down,
+and over epochs as often as that share (`training.data.epochs`). Then all follows from the sums of weights per shard and
+bucket, and which sample a draw hits from the weights in its shard.
 """
 
 # S shards, K buckets, M datasets, B samples in a global batch
@@ -21,14 +25,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from errors import UserError
-from training.data.stream import BATCH_ORDER, SampleStream, shuffled
+from training.data.epochs import Epochs, EqualEpochs, WeightedEpochs, epoch_length
+from training.data.stream import BATCH_ORDER, SampleStream, first_offset, shuffled
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
     """One global batch: sample i is the `ordinals[i]`-th sample of `bucket` in shard `shards[i]`, in index order.
 
-    Shards are numbered through all datasets: those of the first, then those of the second, and so on.
+    Of a dataset whose samples have weights it is the one on whose stretch of the shard's line in that bucket place
+    `ordinals[i]` of `PLACES` lies; `ShardTable.find` looks it up. Shards are numbered through all datasets: those of
+    the first, then those of the second, and so on.
     """
 
     step: int
@@ -44,6 +51,8 @@ class Plan:
         counts: of each dataset, the number of samples by shard and bucket, [S, K]; K is the same for all.
         weights: share of each dataset in the samples drawn, relative to the others'; the decimal that is written is
             what counts, so 0.3 is 3/10.
+        sample_weights: of each dataset whose samples have weights, their sums by shard and bucket, [S, K]; None of the
+            others.
         batch_size: samples in a global batch, over all ranks and gradient accumulation.
         seed: decides the order.
         shards_per_block: shards of a dataset among whose samples are shuffled; more mix better and keep more tars open.
@@ -57,6 +66,7 @@ class Plan:
         counts: Sequence[ArrayLike],
         *,
         weights: Sequence[float] = (1.0,),
+        sample_weights: Sequence[ArrayLike | None] | None = None,
         batch_size: int,
         seed: int,
         shards_per_block: int,
@@ -64,14 +74,17 @@ class Plan:
         assert len(counts) == len(weights)
         self.batch_size = batch_size
         self._seed = seed
-        self._streams = [
-            SampleStream(table, number=number, seed=seed, shards_per_block=shards_per_block)
-            for number, table in enumerate(counts)
-        ]
-        for number, stream in enumerate(self._streams):
-            if stream.num_samples == 0:
+        for number, table in enumerate(counts):
+            if not np.any(table):
                 raise UserError(f"there are no samples to train on in dataset {number + 1} of {len(counts)}")
-        sizes = [len(stream.counts) for stream in self._streams]
+        pairs = zip(counts, sample_weights or [None] * len(counts), strict=True)
+        self._streams = [
+            SampleStream(
+                _epochs(*pair, seed=seed, number=number), number=number, seed=seed, shards_per_block=shards_per_block
+            )
+            for number, pair in enumerate(pairs)
+        ]
+        sizes = [stream.epochs.num_shards for stream in self._streams]
         self._first_shards = np.cumsum([0, *sizes[:-1]])
         exact = [Fraction(str(weight)) for weight in weights]
         self._pacer = exact.index(max(exact))
@@ -106,7 +119,7 @@ class Plan:
         """Return the round that completes the batch of `step`."""
         pacer = self._streams[self._pacer]
         share = 1 / sum(self._paces)
-        num_buckets = len(pacer.bucket_sizes)
+        num_buckets = pacer.epochs.num_buckets
         # At least this many samples are drawn by then, and at most so many more wait for their batch to fill.
         fewest = step * self.batch_size
         most = (step + 1 + num_buckets) * self.batch_size + len(self._streams) * (num_buckets + 1)
@@ -167,3 +180,10 @@ class Plan:
         sizes = (self._ends(number + 1) - self._ends(number))[:, bucket]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist() if size])
         return np.repeat(np.arange(len(sizes)), sizes)[np.argsort(places, kind="stable")]
+
+
+def _epochs(counts: ArrayLike, weights: ArrayLike | None, *, seed: int, number: int) -> Epochs:
+    """Return how often epochs of dataset `number` draw its samples."""
+    if weights is None:
+        return EqualEpochs(counts)
+    return WeightedEpochs(weights, length=epoch_length(counts, weights), start=first_offset(seed, number))

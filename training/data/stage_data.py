@@ -23,6 +23,7 @@ def stage_plan(job: TrainingJob, survey: Survey) -> Plan:
     return Plan(
         survey.counts,
         weights=[dataset.weight for dataset in job.features.datasets],
+        sample_weights=survey.sample_weights,
         batch_size=settings.global_batch_size,
         seed=settings.seed,
         shards_per_block=settings.shards_per_block,

@@ -1,7 +1,7 @@
 """One dataset's samples, epoch after epoch: an endless stream for each bucket, found anywhere without walking to it.
 
-In every epoch the shards are shuffled and cut into blocks; inside a block the samples of each bucket are shuffled. So
-each epoch of a bucket's stream draws each of its samples exactly once.
+In every epoch the shards are shuffled and cut into blocks; inside a block the draws of each bucket are shuffled. How
+often an epoch draws each sample, `training.data.epochs` says: once, or by its weight.
 """
 
 # S shards, K buckets
@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+from training.data.epochs import Epochs
 
 SHARD_ORDER, BATCH_ORDER, SAMPLE_ORDER = range(3)
 NUM_ORDERS = 3
@@ -23,9 +24,20 @@ def shuffled(seed: int, purpose: int, *, epoch: int, block: int, bucket: int, si
     return np.argsort(words, kind="stable")
 
 
-class _Epoch(NamedTuple):
-    """Layout of an epoch: shard order [S], and after each block the samples so far by bucket [blocks, K] and in all."""
+def first_offset(seed: int, number: int) -> int:
+    """Return where the draws of the first epoch of dataset `number` of a mixture lie, of one with weights."""
+    # The order of shards has a bucket of 0, and no other.
+    return int(np.random.Philox(key=[seed, SHARD_ORDER + NUM_ORDERS * number], counter=[0, 1, 0, 0]).random_raw())
 
+
+class _Epoch(NamedTuple):
+    """Layout of an epoch.
+
+    Draws by shard and bucket [S, K], shard order [S], and after each block the draws so far by bucket [blocks, K] and
+    in all.
+    """
+
+    counts: np.ndarray
     shard_order: np.ndarray
     bucket_ends: np.ndarray
     ends: np.ndarray
@@ -35,17 +47,16 @@ class SampleStream:
     """Gives any stretch of a dataset's bucket streams.
 
     Args:
-        counts: number of samples by shard and bucket, [S, K]; at least one sample.
+        epochs: how often each epoch draws which samples; at least one.
         number: of the dataset in its mixture; datasets of one seed are shuffled differently.
         seed: decides the order.
         shards_per_block: shards among whose samples are shuffled.
     """
 
-    def __init__(self, counts: ArrayLike, *, number: int, seed: int, shards_per_block: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
-        self.bucket_sizes = self.counts.sum(axis=0)
-        self.num_samples = int(self.bucket_sizes.sum())
-        self.num_blocks = -(-len(self.counts) // shards_per_block)
+    def __init__(self, epochs: Epochs, *, number: int, seed: int, shards_per_block: int) -> None:
+        self.epochs = epochs
+        self.num_samples = epochs.length
+        self.num_blocks = -(-epochs.num_shards // shards_per_block)
         self._seed = seed
         self._purpose_offset = NUM_ORDERS * number
         self._shards_per_block = shards_per_block
@@ -65,22 +76,23 @@ class SampleStream:
         """
         epoch, rest = divmod(num_samples, self.num_samples)
         if rest == 0:
-            return epoch * self.bucket_sizes
+            return self.epochs.before(epoch)
         layout = self._epoch(epoch)
         block = int(np.searchsorted(layout.ends, rest, side="right"))
-        before = layout.bucket_ends[block - 1] if block else np.zeros_like(self.bucket_sizes)
+        before = layout.bucket_ends[block - 1] if block else np.zeros_like(layout.bucket_ends[0])
         start = int(layout.ends[block - 1]) if block else 0
         size = int(layout.ends[block]) - start
-        return epoch * self.bucket_sizes + before + (layout.bucket_ends[block] - before) * (rest - start) // size
+        return self.epochs.before(epoch) + before + (layout.bucket_ends[block] - before) * (rest - start) // size
 
     def take(self, bucket: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return samples [start, stop) of a bucket's stream: their shards, and their ordinals within shard and bucket.
+        """Return samples [start, stop) of a bucket's stream: their shards, and their ordinals as in a planned batch.
 
         The stretch may cross blocks and epochs.
         """
         shards, ordinals = [], []
         while start < stop:
-            epoch_index, rest = divmod(start, int(self.bucket_sizes[bucket]))
+            epoch_index = self.epochs.epoch_at(bucket, start)
+            rest = start - int(self.epochs.before(epoch_index)[bucket])
             epoch = self._epoch(epoch_index)
             block = int(np.searchsorted(epoch.bucket_ends[:, bucket], rest, side="right"))
             end = int(epoch.bucket_ends[block, bucket])
@@ -89,11 +101,12 @@ class SampleStream:
             permutation = self._permutation(SAMPLE_ORDER, epoch_index, block, bucket, end - first)
             chosen = permutation[rest - first : rest - first + num_taken]
             block_shards = self._block_shards(epoch, block)
-            sizes = self.counts[block_shards, bucket]
+            sizes = epoch.counts[block_shards, bucket]
             shard_ends = np.cumsum(sizes)
             position = np.searchsorted(shard_ends, chosen, side="right")
             shards.append(block_shards[position])
-            ordinals.append(chosen - (shard_ends - sizes)[position])
+            draws = chosen - (shard_ends - sizes)[position]
+            ordinals.append(self.epochs.ordinals(epoch_index, bucket, shards[-1], draws))
             start += num_taken
         return np.concatenate(shards), np.concatenate(ordinals)
 
@@ -112,10 +125,11 @@ class SampleStream:
         return epoch.shard_order[block * self._shards_per_block : (block + 1) * self._shards_per_block]
 
     def _lay_out_epoch(self, epoch: int) -> _Epoch:
-        order = self._shuffle(SHARD_ORDER, epoch, 0, 0, len(self.counts))
+        counts = self.epochs.counts(epoch)
+        order = self._shuffle(SHARD_ORDER, epoch, 0, 0, len(counts))
         starts = np.arange(0, len(order), self._shards_per_block)
-        bucket_ends = np.cumsum(np.add.reduceat(self.counts[order], starts, axis=0), axis=0)
-        return _Epoch(order, bucket_ends, bucket_ends.sum(axis=1))
+        bucket_ends = np.cumsum(np.add.reduceat(counts[order], starts, axis=0), axis=0)
+        return _Epoch(counts, order, bucket_ends, bucket_ends.sum(axis=1))
 
     def _shuffle(self, purpose: int, epoch: int, block: int, bucket: int, size: int) -> np.ndarray:
         number = purpose + self._purpose_offset

@@ -15,9 +15,10 @@ from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import checkpoint_folders
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
+from training.data.choices import Choice
 from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
-from training.data.survey import Survey
+from training.data.survey import ChoiceSurvey, Survey
 from training.launch.memory import (
     MAX_SUMMED_IN_BF16,
     Shares,
@@ -202,13 +203,19 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
     """Print a line for each dataset: its share of the samples drawn, and how often each of its samples is drawn."""
     settings, features = job.settings, job.features
     total_weight = sum(dataset.weight for dataset in features.datasets)
-    for dataset, num_samples in zip(features.datasets, survey.num_samples, strict=True):
+    choices = survey.choices or [None] * len(features.datasets)
+    figures = zip(features.datasets, survey.num_samples, survey.epoch_lengths, choices, strict=True)
+    for dataset, num_samples, epoch_length, choice in figures:
         share = dataset.weight / total_weight
-        num_epochs = settings.num_steps * settings.global_batch_size * share / num_samples
+        num_epochs = settings.num_steps * settings.global_batch_size * share / epoch_length
         mixed = "" if len(features.datasets) == 1 else f"{share:.2%} of every batch, "
         where = " and ".join(map(str, dataset.directories))
         shards = f"{num_samples:,} samples in {len(dataset.shards):,} shards"
         _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
+        if dataset.choice is not None and choice is not None:
+            _print("choice", describe_choice(dataset.choice, choice))
+            if choice.weights is not None:
+                _print("weights", describe_weights(choice, num_samples=num_samples, epoch_length=epoch_length))
     if features.unused_shards:
         first = ", ".join(features.unused_shards[:3])
         _print("not read", f"{len(features.unused_shards):,} shards of features.{features.table_name}: {first} …")
@@ -218,6 +225,27 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
     caches = [dataset.leading.cache for dataset in features.datasets if dataset.leading.cache is not None]
     if caches:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
+
+
+def describe_choice(choice: Choice, survey: ChoiceSurvey) -> str:
+    """Say what a dataset's choice makes of its samples."""
+    share = survey.num_chosen / survey.num_samples
+    said = f"{survey.num_chosen:,} of {survey.num_samples:,} samples ({share:.1%}), by {choice.directory}"
+    said += "" if choice.where is None else f": {choice.where}"
+    if survey.num_without_caption_weight:
+        said += f"; of {survey.num_without_caption_weight:,} no caption has a weight above 0: theirs are drawn alike"
+    return said
+
+
+def describe_weights(survey: ChoiceSurvey, *, num_samples: int, epoch_length: int) -> str:
+    """Say how unevenly the samples of a dataset are drawn, and how many draws an epoch has."""
+    effective = survey.effective_number
+    said = f"as uneven as {effective:,.0f} samples drawn alike ({effective / num_samples:.1%}); "
+    said += f"{epoch_length:,} draws an epoch"
+    said += "" if epoch_length == num_samples else ", fewer than samples, as some shards have most of the weight"
+    if survey.num_never_drawn:
+        said += f"; {survey.num_never_drawn:,} chosen samples have weight 0 and are never drawn"
+    return said
 
 
 def print_weights(

@@ -25,7 +25,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_file, remove_temporary_files, sha256_text
 from pipelines.store.previews import FOLDER
 from pipelines.store.weight_files import weight_file_damage
-from training.data.features import FeatureTable
+from training.data.feature_tables import FeatureTable
 from training.stages.stage import TrainingJob
 
 if TYPE_CHECKING:
