@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from curation.config import ColumnsConfig
-from curation.scores.hashes import Hashes
 from curation.scores.pixels import Pixels
 from curation.scores.protocol import Score
 from errors import UserError
@@ -12,6 +11,9 @@ from pipelines.as_typed import did_you_mean
 
 def known_scores(config: ColumnsConfig) -> list[Score]:
     """Return every score that the recipe's settings allow, in an order in which each can be made."""
+    # Compiled kernels, which help and a recipe's keys have no use for.
+    from curation.scores.hashes import Hashes
+
     del config
     return [Pixels(), Hashes()]
 

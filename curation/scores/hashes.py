@@ -40,7 +40,7 @@ class Hashes(ImageScore):
 
     def look(self, loaded: LoadedImage) -> Any:
         """Return the exact hash of an image and its thumbnail."""
-        return exact_hash(loaded.data), thumbnail(np.asarray(loaded.image))
+        return exact_hash(loaded.data), thumbnail(loaded.pixels)
 
     def measure(self, looks: Sequence[Any]) -> Mapping[str, Any]:
         """Return the rows' columns."""

@@ -4,16 +4,19 @@ A score is small and picklable: what is heavy, such as a model, it loads in the 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 # Why a sample has no columns; null where it has.
 REJECT = "reject"
+# The longer side of what most scores look at.
+SMALL_SIDE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +44,19 @@ class LoadedImage:
     key: str
     data: bytes
     image: Image.Image
-    shared: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def luminance(self) -> Image.Image:
-        """Its luminance (ITU-R 601), 8 bits, as large as `image`."""
-        return self.image.convert("L")
+    def pixels(self) -> np.ndarray:
+        """Its pixels, uint8 [height, width, 3]."""
+        return np.asarray(self.image)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what `make` gives, made once for all scores of the pass that ask for `name`."""
-        if name not in self.shared:
-            self.shared[name] = make()
-        return self.shared[name]
+    @cached_property
+    def small(self) -> np.ndarray:
+        """Its pixels with a longer side of `SMALL_SIDE` at most, uint8 [height, width, 3]."""
+        # Of no use to a plan or to help, and it takes its time to load.
+        from curation.scores.scaling import fit
+
+        return fit(self.pixels, SMALL_SIDE)
 
 
 class Score:

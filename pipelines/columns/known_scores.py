@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pipelines.as_typed import ANY, typed_command, typed_settings
 
 KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
-    "pixels": ("width", "height", "min_side", "max_side", "aspect", "megapixels", "file_bytes"),
+    "pixels": (
+        *("width", "height", "min_side", "max_side", "aspect", "megapixels", "file_bytes", "format"),
+        *("sharpness", "entropy", "brightness", "contrast", "colourfulness", "border_fraction", "letterbox"),
+    ),
     "hashes": ("exact_hash", "perceptual_hash", "thumbnail"),
     "clip": ("clip_embedding",),
     "clip_score": ("clip_score",),

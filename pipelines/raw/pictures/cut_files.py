@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from pipelines.raw.pictures.png_chunks import SIGNATURE as PNG_SIGNATURE
 from pipelines.raw.pictures.png_chunks import complete_png
@@ -77,25 +78,31 @@ def _jpeg_noise(data: bytes) -> bytes:
     return _filled(b"".join(parts), len(data))
 
 
-def with_noise_at_end(data: bytes, pixels: np.ndarray, *, is_progressive: bool) -> bytes | None:
+def with_noise_at_end(data: bytes, image: Image.Image, *, is_progressive: bool) -> bytes | None:
     """Return a JPEG with noise in front of its end mark, which shows where pixels are missing; None: none seem to be.
 
     What libjpeg makes up for missing data is of one colour down to the last corner; of a progressive one scans are
     missing, unless it is the last one that is cut.
 
     Args:
-        pixels: decoded, [H, W] or [H, W, C].
+        image: what it decodes to.
     """
     body = data.rstrip(b"\0")
     if not data.startswith(JPEG) or not body.endswith(JPEG_END):
         return None
-    corner = pixels[-CORNER_PIXELS:, -CORNER_PIXELS:]
     if is_progressive:
         if _are_all_scans_there(data):
             return None
-    elif (corner != corner[:1, :1]).any():
+    elif not _has_plain_corner(image):
         return None
     return body.removesuffix(JPEG_END) + _jpeg_noise(data) + JPEG_END
+
+
+def _has_plain_corner(image: Image.Image) -> bool:
+    # Cut out first: all pixels as an array cost a tenth of decoding them.
+    box = (max(0, image.width - CORNER_PIXELS), max(0, image.height - CORNER_PIXELS), image.width, image.height)
+    corner = np.asarray(image.crop(box))
+    return not (corner != corner[:1, :1]).any()
 
 
 def _are_all_scans_there(data: bytes) -> bool:

@@ -121,7 +121,7 @@ def decode_cut(data: bytes) -> tuple[Image.Image, float] | None:
 
 def share_never_there(data: bytes, image: Image.Image) -> float:
     """Return which share of the pixels of a file that has been decoded it never had, though it has its end."""
-    other = with_noise_at_end(data, np.asarray(image), is_progressive="progressive" in image.info)
+    other = with_noise_at_end(data, image, is_progressive="progressive" in image.info)
     if other is None:
         return 0.0
     with contextlib.suppress(ValueError, OSError):
