@@ -17,10 +17,11 @@ from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import AS_IT_COMES, Reading
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.shards import open_shard
+from pipelines.raw.shards import RawShard, open_shard
 from pipelines.raw.tables.arrow_tables import ParquetTable
 from pipelines.raw.tables.open_table import TableFormat, open_table
 from pipelines.raw.tables.rows import Rows, column_and_place, key_of_cell, pick
+from pipelines.raw.tasks import map_ahead
 from pipelines.raw.texts import text_members, text_of_value
 from pipelines.store.files import is_remote
 from pipelines.store.tables import MEND_SHARD
@@ -237,12 +238,15 @@ def _is_counted(sample: RawSample) -> bool:
 
 def _read_raw(address: Address, rows: Rows, *, opening: RawOpening) -> Iterator[CaptionRow]:
     with open_shard(address.path, opening.reading, run=opening.run) as shard:
-        for _, sample in pick(shard.samples, rows):
-            if sample.reject:
-                yield _rejected(sample.key, sample.reject)
-                continue
-            try:
-                text = shard.named_text(sample, address.column) if address.column else shard.text(sample)
-                yield _row(sample.key, text)
-            except SampleReject as reject:
-                yield _rejected(sample.key, reject.reason)
+        samples = (sample for _, sample in pick(shard.samples, rows))
+        read = functools.partial(_raw_row, shard, column=address.column)
+        yield from map_ahead(read, samples) if is_remote(address.path) else map(read, samples)
+
+
+def _raw_row(shard: RawShard, sample: RawSample, *, column: str) -> CaptionRow:
+    if sample.reject:
+        return _rejected(sample.key, sample.reject)
+    try:
+        return _row(sample.key, shard.named_text(sample, column) if column else shard.text(sample))
+    except SampleReject as reject:
+        return _rejected(sample.key, reject.reason)

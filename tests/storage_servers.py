@@ -19,6 +19,7 @@ class WebServer:
     has_ranges: bool
     num_drops: int = 0  # so many answers are cut in the middle
     num_busy: int = 0  # so many requests are told to come back later
+    is_closed: bool = False  # every request is refused
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
     bytes_sent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         state, name = self.state, self.path.partition("?")[0].lstrip("/")
         path = state.folder / name
+        if state.is_closed:
+            return self._send(403, b"", with_body=with_body)
         if path.is_dir():
             links = "".join(f'<a href="{child.name}">{child.name}</a>' for child in sorted(path.iterdir()))
             return self._send(200, links.encode(), with_body=with_body, headers={"Content-Type": "text/html"})

@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,27 @@ def test_threads_share_an_open_file(tmp_path) -> None:
 
         with ThreadPoolExecutor(6) as pool:
             assert all(pool.map(read_at_random, range(6)))
+
+
+def test_short_reads_far_from_each_other_are_under_way_together(tmp_path, monkeypatch) -> None:
+    """Each waits for the other to have begun; neighbours share one request."""
+    data = os.urandom(3_000_000)
+    (tmp_path / "data.bin").write_bytes(data)
+    with serve_folder(tmp_path) as server, open_ranges(f"{server.url}/data.bin") as file:
+        assert isinstance(file, RemoteFile)
+        assert file.read(0, 1) == data[:1]  # the server has been asked for ranges
+        server.ranges.clear()
+        together, true_fetch = threading.Barrier(2, timeout=10), file._fetch
+
+        def fetch(offset: int, size: int) -> bytes:
+            together.wait()
+            return true_fetch(offset, size)
+
+        monkeypatch.setattr(file, "_fetch", fetch)
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda place: file.read(place, 10), (1_000_000, 2_000_000, 1_000_010, 2_000_010))
+            assert list(found) == [data[place : place + 10] for place in (1_000_000, 2_000_000, 1_000_010, 2_000_010)]
+        assert len(server.ranges) == 2
 
 
 def test_a_tar_of_small_members_takes_few_requests(tmp_path) -> None:

@@ -18,13 +18,15 @@ from pipelines.raw.samples import IMAGE_EXTENSIONS
 from pipelines.raw.shard_headers import FOLDER, HeaderCache, RecentHeaders, ShardHeaders, ShardSummary
 from pipelines.raw.tables.arrow_tables import ARROW_FILE
 from pipelines.raw.tables.open_table import ARROW_STREAM, PARQUET, table_format
-from pipelines.raw.tasks import NUM_THREADS, cut_into_tasks, map_tasks
+from pipelines.raw.tasks import NUM_REMOTE_THREADS, NUM_THREADS, cut_into_tasks, map_tasks
 from pipelines.store.files import RangeFile, is_remote, open_ranges
 
 # Headers of remote shards are waited for, those of local ones computed: threads for the one, processes for the other.
 SHARDS_PER_TASK = 16
 TASKS_PER_THREAD = 4
 MIN_SHARDS_PER_PROCESS = 64
+# Their threads have as many requests under way as a prefix of S3 answers in a tenth of a second.
+MAX_REMOTE_PROCESSES = 4
 MIN_BYTES_PER_PROCESS = 1 << 30
 SHARDS_WEIGHED = 64
 # Headers of so few samples are read as fast as what a file remembers of them: it is kept in memory alone.
@@ -112,24 +114,37 @@ def read_summaries(
     found: dict[str, ShardSummary | None] = dict.fromkeys(paths)
     if run is not None and (run / FOLDER).is_dir():
         recall = functools.partial(_recall_summary, reading=reading, run=run)
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(_num_threads(paths)) as pool:
             found = dict(zip(paths, pool.map(recall, paths), strict=True))
     unread = [path for path, summary in found.items() if summary is None]
-    num_in_task = max(1, min(SHARDS_PER_TASK, len(unread) // (TASKS_PER_THREAD * NUM_THREADS)))
-    tasks = cut_into_tasks(unread, num_in_task)
+    num_processes = _num_processes(unread)
+    tasks = cut_into_tasks(unread, _num_in_task(unread, num_processes))
     read: dict[str, ShardSummary | UnreadableShardError] = {}
     with progress_bar("shards", len(unread), unit="shards") as progress:
-        for task, summaries in zip(tasks, _run_tasks(tasks, reading, run), strict=True):
+        for task, summaries in zip(tasks, _run_tasks(tasks, reading, run, num_processes), strict=True):
             read.update(zip(task, summaries, strict=True))
             progress.advance(len(task), note="reading headers")
     return [summary or read[path] for path, summary in found.items()]
 
 
+def _num_threads(paths: Sequence[str]) -> int:
+    return NUM_REMOTE_THREADS if any(map(is_remote, paths)) else NUM_THREADS
+
+
+def _num_in_task(paths: Sequence[str], num_processes: int) -> int:
+    if any(map(is_remote, paths)):  # the threads of a process share a task
+        return 1 if num_processes < 2 else min(2 * NUM_REMOTE_THREADS, -(-len(paths) // num_processes))
+    return max(1, min(SHARDS_PER_TASK, len(paths) // (TASKS_PER_THREAD * NUM_THREADS)))
+
+
 def _run_tasks(
-    tasks: Sequence[Sequence[str]], reading: Reading, run: Path | None
+    tasks: Sequence[Sequence[str]], reading: Reading, run: Path | None, num_processes: int
 ) -> Iterator[list[ShardSummary | UnreadableShardError]]:
     read = functools.partial(_read_some, reading=reading, run=run)
-    num_processes = _num_processes([path for task in tasks for path in task])
+    if num_processes < 2 and any(is_remote(path) for task in tasks for path in task):
+        with ThreadPoolExecutor(NUM_REMOTE_THREADS) as pool:
+            yield from pool.map(read, tasks)
+        return
     if num_processes < 2:
         yield from map_tasks(read, tasks)
         return
@@ -141,7 +156,9 @@ def _run_tasks(
 def _num_processes(paths: Sequence[str]) -> int:
     """Return how many processes look at shards: one starts in the time in which a gigabyte of tars is looked at."""
     num_processes = min(os.cpu_count() or 1, len(paths) // MIN_SHARDS_PER_PROCESS)
-    if num_processes < 2 or any(map(is_remote, paths)):
+    if any(map(is_remote, paths)):
+        return min(num_processes, MAX_REMOTE_PROCESSES)
+    if num_processes < 2:
         return num_processes
     some = paths[:: -(-len(paths) // SHARDS_WEIGHED)]
     num_bytes = sum(Path(path.removeprefix("file://")).stat().st_size for path in some) * len(paths) // len(some)
@@ -151,7 +168,7 @@ def _num_processes(paths: Sequence[str]) -> int:
 def _read_in_threads(
     paths: Sequence[str], *, reading: Reading, run: Path | None
 ) -> list[ShardSummary | UnreadableShardError]:
-    with ThreadPoolExecutor(min(NUM_THREADS, len(paths))) as pool:
+    with ThreadPoolExecutor(min(_num_threads(paths), len(paths))) as pool:
         return list(pool.map(functools.partial(_read_summary, reading=reading, run=run), paths))
 
 

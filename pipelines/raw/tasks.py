@@ -3,12 +3,16 @@
 import contextlib
 import gc
 import resource
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 # Of file systems across a network, and of cold disks, calls wait.
 NUM_THREADS = 16
+# A server across a network answers so many requests in the time that one takes; memory bounds how many are under way.
+NUM_REMOTE_THREADS = 128
+NUM_AHEAD = 32
 # Threads that have nothing to wait for take turns, and that costs as much again as what they do.
 WAITS_PER_ITEM = 0.25
 
@@ -47,6 +51,21 @@ def map_tasks(function: Callable[[Sequence[Item]], Result], tasks: Sequence[Sequ
     if num_done < len(tasks):
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             yield from pool.map(function, tasks[num_done:])
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield what `function` makes of each item, in order; the next `NUM_AHEAD` are waited for in threads meanwhile."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(NUM_AHEAD) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > NUM_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _num_waits() -> int | None:
