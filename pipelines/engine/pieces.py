@@ -51,7 +51,8 @@ class Piece:
     """The samples [start, stop) of a source, and the folder its part files go to.
 
     `attempt` is part of the files' names: a worker that outlives its killed driver never writes into the files of the
-    worker that does the piece again. `on_slice` is told how many samples of the piece are done.
+    worker that does the piece again. `on_slice` is told how many samples of the piece are done. `wanted` says of each
+    sample of the piece whether it is looked at: others are rejects, `not_chosen`.
     """
 
     source: Source
@@ -61,6 +62,7 @@ class Piece:
     samples_per_slice: int
     attempt: str = ""
     on_slice: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    wanted: Sequence[bool] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_whole(self) -> bool:

@@ -1,11 +1,19 @@
-"""When a command has rejected too many samples."""
+"""Which samples a command is asked for, and when it has rejected too many of them."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 from errors import TooManyRejectsError
-from pipelines.engine.pieces import Source
+from pipelines.engine.pieces import Piece, Source
 from pipelines.store.manifest import Fingerprint, ShardDirectory
+
+# Why a sample has no features that a choice leaves out: it was not looked at, and is no fault.
+NOT_CHOSEN = "not_chosen"
+
+
+def is_wanted(piece: Piece, index: int) -> bool:
+    """Whether a sample of a piece's source, by its number there, is to be looked at."""
+    return piece.wanted is None or bool(piece.wanted[index - piece.start])
 
 
 def require_few_rejects(
@@ -14,16 +22,19 @@ def require_few_rejects(
     """Refuse an output of which `room` itself has rejected more than `limit`, a fraction of 0 to 1.
 
     A reason with another room's name before it, as `caption:loop`, is a reject of that room, which has held it against
-    a limit of its own: who has raised that one is not stopped by this one for the same samples.
+    a limit of its own: who has raised that one is not stopped by this one for the same samples. Nor does it count what
+    a choice has left out: it is none of the samples that were asked for.
 
     Raises:
         TooManyRejectsError: it has; names the three largest reasons.
     """
     reports = [report for source in sources if (report := output.report(source.name, fingerprint))]
-    num_read = sum(report.num_read for report in reports)
+    num_read = sum(report.num_read - report.rejected.get(NOT_CHOSEN, 0) for report in reports)
     reasons: Counter[str] = Counter()
     for report in reports:
-        reasons.update({name: count for name, count in report.rejected.items() if ":" not in name})
+        reasons.update(
+            {name: count for name, count in report.rejected.items() if ":" not in name and name != NOT_CHOSEN}
+        )
     num_rejected = reasons.total()
     if num_rejected <= limit * num_read:
         return

@@ -157,9 +157,15 @@ FEATURES = FolderKind(
     files=(
         FileKind(pattern="null.safetensors", check=weights_damage),
         FileKind(pattern=".captions.json", check=json_damage, mend=COPY),
+        FileKind(pattern=".earlier/*", check=None),
         FileKind(pattern="preview-*.png", check=picture_damage, mend="`rm {path}`: it is only for people to look at"),
     ),
     stranger="*.tar",
+)
+CHOICES = FolderKind(
+    place=r"choices/(?P<stage>[^/]+)",
+    door=Door("features", OF_STAGE),
+    stranger="*.parquet",
 )
 CACHE = FolderKind(
     place=r"training/cache",
@@ -308,7 +314,7 @@ WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 
 # The first whose place a folder's path is, and of which it has a sign.
 KINDS = (
-    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CACHE, CHECKPOINT, TRAINING, APP),
+    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CHOICES, CACHE, CHECKPOINT, TRAINING, APP),
     *(PROMPT_SAMPLES, SAMPLES, SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
 )
 
