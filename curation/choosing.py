@@ -1,31 +1,36 @@
 """Which scores a recipe asks for, each after those that it is made from."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from curation.config import ColumnsConfig
+from curation.scores.joined import JoinedTable
 from curation.scores.pixels import Pixels
 from curation.scores.protocol import Score
 from errors import UserError
 from pipelines.as_typed import did_you_mean
 
 
-def known_scores(config: ColumnsConfig) -> list[Score]:
+def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
     """Return every score that the recipe's settings allow, in an order in which each can be made."""
     # Compiled kernels, which help and a recipe's keys have no use for.
     from curation.scores.hashes import Hashes
 
-    del config
-    return [Pixels(), Hashes()]
+    tables = [JoinedTable(name, table.files, run) for name, table in config.tables.items()]
+    return [Pixels(), Hashes(), *tables]
 
 
-def chosen_scores(config: ColumnsConfig) -> list[Score]:
+def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:
     """Return the scores that the recipe asks for, and those that they are made from, in an order to make them in.
 
     Raises:
         UserError: there is no such score; names the key.
     """
-    known = known_scores(config)
+    known = known_scores(config, run)
     by_name = {score.name: score for score in known}
+    for name in config.tables:
+        if [score.name for score in known].count(name) > 1:
+            raise UserError(f"columns.tables.{name}: a score is called {name} already; give the table another name")
     for name in config.scores:
         if not _named(name, known):
             names = list(dict.fromkeys(each.partition("@")[0] for each in by_name))
@@ -33,7 +38,7 @@ def chosen_scores(config: ColumnsConfig) -> list[Score]:
                 f"columns.scores: there is no score {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}"
             )
     chosen: dict[str, Score] = {}
-    for name in config.scores:
+    for name in (*config.scores, *config.tables):
         for score in _named(name, known):
             _add(score, by_name, chosen)
     return [score for score in known if score.name in chosen]

@@ -89,7 +89,7 @@ def read_job(command: Command) -> ColumnsJob:
     config = command.recipe.table("columns", ColumnsConfig)
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
-    scores = chosen_scores(config)
+    scores = chosen_scores(config, command.run)
     shards = describe_shards(command.raw_shards, data.reading, run=command.run)
     return ColumnsJob(
         config=config,

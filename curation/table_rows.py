@@ -9,6 +9,9 @@ import pyarrow as pa
 from curation.scores.protocol import REJECT, Reads
 from errors import UserError
 from pipelines.as_typed import typed_command
+from pipelines.engine.pieces import Source
+from pipelines.raw.reading import Reading
+from pipelines.raw.shards import open_shard
 from pipelines.store.manifest import ShardDirectory
 from pipelines.store.tables import MEND_SHARD, read_table
 
@@ -44,6 +47,12 @@ def _describe_missing(run: Path, read: Reads, missing: Sequence[str], *, num_sha
 def source_identity(source: str, *parts: str) -> str:
     """Return the identity of a shard as an input, together with the hashes of other inputs."""
     return hashlib.sha256("\0".join((source, *parts)).encode()).hexdigest()
+
+
+def sample_keys(raw: Source, reading: Reading, *, run: Path) -> list[str]:
+    """Return the keys of a raw shard, in order; raises as `open_shard`."""
+    with open_shard(raw.path, reading, run=run, identity=raw.identity) as shard:
+        return [sample.key for sample in shard.samples]
 
 
 def read_inputs(

@@ -11,9 +11,9 @@ import pytest
 from captioning.config import TAKEN_COLUMNS, CaptioningConfig
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.index import TextIndex
-from captioning.given.places import place_of, sample_places
 from captioning.table import SCHEMA
 from errors import UserError
+from pipelines.raw.tables.places import place_of, sample_places
 from pipelines.store.families import texts_digest
 from pipelines.store.manifest import manifest_path, read_manifest
 from pipelines.store.verify.file_checks import database_damage

@@ -9,13 +9,13 @@ import numpy as np
 from captioning.given.addresses import TextAddress, read_addresses
 from captioning.given.index import AMBIGUOUS, IndexFacts, TextIndex, open_index
 from captioning.given.loader import GivenColumn
-from captioning.given.places import sample_places
 from captioning.given.rivals import RivalKeys
 from errors import UserError
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger, progress_bar
 from pipelines.raw.reading import Reading
 from pipelines.raw.shards import open_shard
+from pipelines.raw.tables.places import sample_places
 
 NAMED = 3
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from captioning.given.addresses import TextAddress, find_files
-from captioning.given.places import Row, beginnings, choose_rows
 from captioning.given.sources import NO_TEXT, read_rows, stamp_of
 from errors import UserError
 from pipelines.engine.progress import get_logger, progress_bar
+from pipelines.raw.tables.places import beginnings, choose_rows
 from pipelines.store.files import atomic_file, discard, is_remote, remove_temporary_files, sha256_text
 
 FOLDER = ".texts"
@@ -31,6 +31,16 @@ NO_CAPTION, AMBIGUOUS = "no_caption", "ambiguous_caption"
 MAX_NAMED = 3
 
 log = get_logger("captioning")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a source of texts: its number, the place it names, and its text or what is wrong with it."""
+
+    number: int
+    place: str
+    text: str | None
+    fault: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from captioning.config import CaptioningConfig
 from captioning.engines.protocol import Caption
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.index import NO_CAPTION, Found, TextIndex
-from captioning.given.places import sample_places
 from captioning.loading import LoadedSample, SampleLoader
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard
 from pipelines.raw.sizes import measure_image
+from pipelines.raw.tables.places import sample_places
 
 # In a row, but no column: what is wrong with the text that came with the image.
 ALT_TEXT_FAULT = "alt_text_fault"

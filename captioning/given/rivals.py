@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from captioning.given.addresses import TextAddress, choose_columns
-from captioning.given.places import beginnings, place_of
 from errors import UserError
 from pipelines.raw.tables.column_names import SAMPLE_NAMES, known_columns
 from pipelines.raw.tables.open_table import open_table, table_format
+from pipelines.raw.tables.places import beginnings, place_of
 from pipelines.raw.tables.rows import key_of_cell
 
 ROWS_LOOKED_AT = 1000

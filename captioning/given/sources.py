@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from captioning.given.addresses import ChosenColumns, TextAddress, choose_columns
-from captioning.given.places import place_of
 from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.raw.caption_files import TARS, kind_of_file, say_strays, stray_files, text_files
@@ -19,6 +18,7 @@ from pipelines.raw.reading import UnreadableShardError
 from pipelines.raw.samples import split_at_extension
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.open_table import open_table, require_sound
+from pipelines.raw.tables.places import place_of
 from pipelines.raw.tables.rows import key_of_cell
 from pipelines.raw.texts import decode_caption
 from pipelines.store.files import is_remote, open_ranges

@@ -144,6 +144,10 @@ class RunScore(Score):
 
     needs: ClassVar[Literal["image", "text", "table"]] = "table"
 
+    def source(self) -> str:
+        """Return what changes when an input beside `reads` does, such as the hash of a user's table."""
+        return ""
+
     def measure_run(
         self, shards: Sequence[str], read: Callable[[str], pa.Table], scratch: Path
     ) -> Iterator[Mapping[str, Any]]:
@@ -151,7 +155,8 @@ class RunScore(Score):
 
         Args:
             shards: names, sorted.
-            read: gives a shard's rows that none of `reads` rejects: `key` and `<folder>.<column>`.
+            read: gives a shard's rows that none of `reads` rejects: `key` and `<folder>.<column>`; without `reads`
+                those of all samples.
             scratch: a folder for files of its own, which is removed after it.
         """
         raise NotImplementedError

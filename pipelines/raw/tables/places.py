@@ -5,20 +5,22 @@ begins with the other, whole parts compared.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from pipelines.raw.caption_files import key_of_path
 from pipelines.raw.tables.rows import local_name
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a source of texts: its number, the place it names, and its text or what is wrong with it."""
+class Placed(Protocol):
+    """A row of a table, with the place that it names."""
 
-    number: int
-    place: str
-    text: str | None
-    fault: str | None
+    @property
+    def place(self) -> str:
+        """Of `place_of`."""
+        ...
+
+
+Row = TypeVar("Row", bound=Placed)
 
 
 def place_of(name: str) -> str:
