@@ -179,11 +179,21 @@ def measure_survey(run: Path, *, num_shards: int) -> float:
     return seconds / NUM_SURVEYED
 
 
-def measure_plan(run: Path) -> float:
-    """Return the seconds it takes one rank to plan an epoch, from a stretch of consecutive steps."""
+def measure_plan(run: Path, *, has_weights: bool) -> float:
+    """Return the seconds it takes one rank to plan an epoch, from a stretch of consecutive steps.
+
+    Weights are a different one in each cell, so that no cell has as many draws as samples.
+    """
     survey = load_survey(run / "survey.json", identity="bench")
     assert survey is not None
-    plan = Plan(survey.counts, batch_size=BATCH_SIZE, seed=0, shards_per_block=SHARDS_PER_BLOCK)
+    weights = np.random.default_rng(0).exponential(size=np.shape(survey.counts[0])) if has_weights else None
+    plan = Plan(
+        survey.counts,
+        sample_weights=[None if weights is None else weights * survey.counts[0]],
+        batch_size=BATCH_SIZE,
+        seed=0,
+        shards_per_block=SHARDS_PER_BLOCK,
+    )
     start_seconds = time.perf_counter()
     for step in range(NUM_PLANNED):
         plan.batch(step)
@@ -199,7 +209,8 @@ def compare(run: Path, *, num_shards: int, samples_per_shard: int, num_ranks: in
     return {
         "seconds_first_batch": slowest["seconds_first_batch"],
         "gigabytes_per_rank": max(figures["gigabytes"] for figures in ranks.values()),
-        "seconds_plan_per_epoch": round(measure_plan(run), 1),
+        "seconds_plan_per_epoch": round(measure_plan(run, has_weights=False), 1),
+        "seconds_plan_per_epoch_of_weights": round(measure_plan(run, has_weights=True), 1),
         "seconds_survey_one_process": round(survey_seconds * num_shards, 1),
         "seconds_survey_all_ranks": round(survey_seconds * -(-num_shards // num_ranks), 2),
         "ranks": ranks,
@@ -234,6 +245,7 @@ def main() -> None:
     table.add_row("slowest rank's first batch, imports and all", f"{result['seconds_first_batch']} s", "10 s")
     table.add_row("most memory of a rank", f"{result['gigabytes_per_rank']} GB", "2 GB")
     table.add_row("planning an epoch, each rank, while it trains", f"{result['seconds_plan_per_epoch']} s", "")
+    table.add_row("the same with weights", f"{result['seconds_plan_per_epoch_of_weights']} s", "")
     table.add_row("survey, once a job, made by the launcher alone", f"{result['seconds_survey_one_process']} s", "")
     table.add_row("survey, once a job, shared by all ranks", f"{result['seconds_survey_all_ranks']} s", "")
     Console().print(table)

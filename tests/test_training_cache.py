@@ -20,6 +20,7 @@ import fsspec
 import pytest
 import torch
 from cache_process import open_once
+from choice_run import write_choice
 from moto.server import ThreadedMotoServer
 from training_run import arguments, make_run, metrics, validations, write_latents, write_text
 from warm_python import run_module
@@ -320,6 +321,22 @@ def test_a_remote_run_gives_the_batches_of_a_local_one(
     said = " ".join(capsys.readouterr().err.split())
     assert "s3://features/run/features/latent-32 and s3://features/run/features/text" in said
     assert "cache 100 GB in" in said
+
+
+def test_a_remote_choice_gives_the_batches_of_a_local_one(source: Path, tmp_path: Path) -> None:
+    expressions = {"where": "min_side > 3", "weight": "sharpness"}
+    write_choice(source, SHARDS, chooses=lambda i: i % 2 == 0, weigh=lambda i: i + 1.0, **expressions)
+    client = boto3.client("s3")
+    for path in (source / "choices").rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), BUCKET, f"run/{path.relative_to(source)}")
+    settings = [f"features.stage2.{key}='{text}'" for key, text in expressions.items()]
+    local, remote = job_of(source, *settings), remote_job(empty_run(tmp_path, source), *settings)
+    (source / "training" / "stage2").mkdir(parents=True, exist_ok=True)
+    assert remote.fingerprint == local.fingerprint
+    found = read_keys_and_sums(remote)
+    assert found == read_keys_and_sums(local)
+    assert all(int(key.rpartition("_")[2]) % 2 == 0 for key, _ in found)
 
 
 def test_ranks_share_a_small_cache(source: Path, tmp_path: Path) -> None:
