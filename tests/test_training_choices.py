@@ -17,13 +17,16 @@ from training_run import make_run, metrics, train, write_text
 
 from errors import MissingFileError, UserError
 from pipelines.store.families import latent_directory, text_directory
+from pipelines.store.feature_store import serialize_member
+from pipelines.store.files import sha256_file
 from training.data.assembly import BatchAssembler
 from training.data.index import FeatureIndex
 from training.data.reader import BatchReader
 from training.data.stage_data import stage_plan, survey_stage
-from training.data.survey import make_survey, survey_shards
+from training.data.survey import chosen_digests, make_survey, survey_shards
 from training.launch.preflight import inspect_stage, print_plan
 from training.loop.validation import open_validation
+from training.stages.resume import CHOSEN_SAMPLES
 from training.stages.stage import SURVEY, TrainingJob
 
 SHARDS = {"laion_0": 40, "laion_1": 23}
@@ -135,6 +138,22 @@ def test_a_chosen_sample_that_was_not_encoded_is_an_error_and_one_that_was_rejec
     assert len(drawn(open_job(run, EVEN), num_steps=40)) > 10
 
 
+def test_features_of_a_choice_are_refused_for_a_table_that_chooses_nothing(run: Path) -> None:
+    path = text_directory(run) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    # As the features of another table with a where have it, which share the folder.
+    manifest["shards"]["laion_1"]["rejected"] |= {"not_chosen": 4}
+    manifest["shards"]["laion_1"]["num_read"] += 4
+    path.write_text(json.dumps(manifest))
+    message = (
+        r"features/text has no features of 4 of 67 samples, .* and features\.stage2 has none: `make features STAGE"
+    )
+    with pytest.raises(UserError, match=message):
+        open_job(run)
+    write_choice(run, SHARDS, chooses=is_even, where=WHERE)
+    open_job(run, EVEN)
+
+
 def test_samples_are_drawn_by_weight_and_those_of_weight_zero_never(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +208,42 @@ def test_a_checkpoint_is_bound_to_its_choice(run: Path) -> None:
         open_job(run, 'features.stage2.where="number > 3"')
     with pytest.raises(UserError, match=r"trained with choice\.\w+ .*, but it is None now"):
         open_job(run)
+
+
+def add_sample(directory: Path) -> None:
+    """Put a member before those of laion_0, as a wider choice of another table may."""
+    files = {suffix: directory / f"laion_0{suffix}" for suffix in (".tar", ".parquet")}
+    member, _ = serialize_member("laion_0_000b", {"mean": np.zeros(4, np.float16)})
+    files[".tar"].write_bytes(member + files[".tar"].read_bytes())
+    table = pq.read_table(files[".parquet"])
+    for place, field in enumerate(table.schema):
+        if field.name.endswith("offset"):
+            shifted = pa.array([each and each + len(member) for each in table[field.name].to_pylist()], field.type)
+            table = table.set_column(place, field, shifted)
+    pq.write_table(table, files[".parquet"])
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["shards"]["laion_0"]["files"] = {suffix: sha256_file(path) for suffix, path in files.items()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_features_that_another_choice_has_added_to_end_no_training(run: Path) -> None:
+    write_choice(run, SHARDS, chooses=is_even, where=WHERE)
+    job = open_job(run, EVEN)
+    folder = write_checkpoint(job, step=6)
+    trainer = json.loads((folder / "trainer.json").read_text())
+    keys = read_keys(job, range(12), num_ranks=1)
+    digests = chosen_digests(survey_stage(job))
+    add_sample(latent_directory(run, 32))
+    with pytest.raises(UserError, match=r"trained with latents\.files '\w+', but it is '\w+' now"):
+        open_job(run, EVEN)
+    (folder / "trainer.json").write_text(json.dumps(trainer | {CHOSEN_SAMPLES: digests}))
+    again = open_job(run, EVEN)
+    assert again.resume is not None and again.fingerprint.digest == job.fingerprint.digest
+    assert read_keys(again, range(12), num_ranks=1) == keys
+    # A chosen sample that is another one now.
+    set_rejects(latent_directory(run, 32), lambda i, reject: "overflow" if i == 2 else reject)
+    with pytest.raises(UserError, match=r"trained with latents\.files '\w+', but it is '\w+' now"):
+        open_job(run, EVEN)
 
 
 def test_validation_follows_the_choice_and_not_the_weights(run: Path) -> None:
@@ -283,6 +338,8 @@ def test_a_stage_trains_by_weight_and_says_so(run: Path) -> None:
     said = train(run, 2, starts_from="scratch", num_processes=1, num_steps=2)
     assert "32 of 63 samples (50.8%)" in said and "draws an epoch" in said
     assert len(metrics(run, 2)) == 1
+    trainer = json.loads((run / "training" / "stage2" / "step-2" / "trainer.json").read_text())
+    assert [len(digest) for digest in trainer[CHOSEN_SAMPLES]] == [64]
 
 
 def test_a_survey_knows_its_choice(run: Path) -> None:

@@ -218,6 +218,22 @@ def open_choice(
     )
 
 
+def require_all_encoded(directory: FeatureDirectory, shards: list[str], *, table_name: str, command: str) -> None:
+    """Refuse features of which another table's choice left samples out, for a table that chooses none.
+
+    Raises:
+        UserError: names the directory, how many samples there are, and what to do about it.
+    """
+    reports = [directory.manifest.shards[name] for name in shards]
+    num_left_out = sum(report.rejected.get(NOT_CHOSEN, 0) for report in reports)
+    if num_left_out:
+        num_samples = sum(report.num_read for report in reports)
+        raise UserError(
+            f"{directory} has no features of {num_left_out:,} of {num_samples:,} samples, which the `where` of another "
+            f"table left out, and features.{table_name} has none: `{command}` encodes them; or have the same `where`"
+        )
+
+
 def _described(table: FeatureTable) -> str:
     values = {"where": table.where, "weight": table.weight} | {
         f"the weight of {caption.column}": caption.weight

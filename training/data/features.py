@@ -22,7 +22,7 @@ from pipelines.store.files import is_remote
 from pipelines.store.manifest import manifest_path, read_manifest, require_same
 from training.config import StageTraining
 from training.data.cache import ShardCache
-from training.data.choices import open_choice
+from training.data.choices import open_choice, require_all_encoded
 from training.data.control import control_family
 from training.data.datasets import Dataset, require_alike, require_apart
 from training.data.directories import FeatureDirectory, open_directory
@@ -82,6 +82,20 @@ class StageFeatures:
         """Model, revision, max_tokens and d_text of the text encoder."""
         extras = (directory.manifest.extra for directory in self.datasets[0].directories)
         return next((extra["text"] for extra in extras if "text" in extra), None)
+
+    @property
+    def shared_files(self) -> set[str]:
+        """Fields of the fingerprint that are hashes of features of which a choice takes a part.
+
+        Other choices of the same run add to these files.
+        """
+        is_one = len(self.datasets) == 1
+        return {
+            f"{'' if is_one else f'datasets.{number}.'}{directory.family.name}.files"
+            for number, dataset in enumerate(self.datasets)
+            if dataset.choice is not None
+            for directory in dataset.directories
+        }
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what identifies the data of all datasets, and how they are mixed; not where they lie."""
@@ -215,6 +229,9 @@ def _open_dataset(
         for name in shards:
             if name not in directory.manifest.shards:
                 raise UserError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
+    if choice is None:
+        for directory in directories:
+            require_all_encoded(directory, shards, table_name=table_name, command=command)
     return Dataset(
         run=run, directories=directories, shards=shards, weight=config.weight, role=config.role, choice=choice
     )

@@ -2,6 +2,7 @@
 
 # S shards, K buckets
 
+import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 from errors import MissingFileError, UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, remove_temporary_files
+from pipelines.store.manifest import Fingerprint
 from pipelines.store.state_files import read_state, state_of
 from training.data.choices import Choice, Selection
 from training.data.datasets import Dataset
@@ -36,6 +38,7 @@ class ChoiceSurvey:
         num_without_caption_weight: samples to train on, no caption of which has a weight above zero.
         weights: sum of the samples' weights by shard and bucket, [S, K]; None where all are drawn alike.
         square_sum: of the squares of all weights.
+        digest: tells all that training reads of the chosen samples from anything else, wherever in the tars it lies.
     """
 
     num_samples: int
@@ -44,6 +47,7 @@ class ChoiceSurvey:
     num_without_caption_weight: int
     weights: list[list[float]] | None
     square_sum: float
+    digest: str
 
     @property
     def effective_number(self) -> float:
@@ -103,6 +107,7 @@ class ShardSurvey(NamedTuple):
     selection: Selection | None = None
     weights: dict[str, float] | None = None
     square_sum: float = 0.0
+    digest: str | None = None
 
 
 def survey_shards(index: FeatureIndex, shards: Sequence[int]) -> list[ShardSurvey]:
@@ -154,6 +159,11 @@ def make_survey(index: FeatureIndex, shards: Sequence[ShardSurvey]) -> Survey:
     )
 
 
+def chosen_digests(survey: Survey) -> list[str | None]:
+    """Return what tells the chosen samples of each dataset from any others; None of a dataset that takes all."""
+    return [None if choice is None else choice.digest for choice in survey.choices]
+
+
 def _sum_up(choice: Choice, shards: Sequence[ShardSurvey], *, buckets: Sequence[str]) -> ChoiceSurvey:
     """Return what a choice makes of the shards of its dataset; refuses one whose samples were not all encoded."""
     selections = [shard.selection for shard in shards if shard.selection is not None]
@@ -168,6 +178,7 @@ def _sum_up(choice: Choice, shards: Sequence[ShardSurvey], *, buckets: Sequence[
         num_without_caption_weight=sum(each.num_without_caption_weight for each in selections),
         weights=weights if choice.has_weights else None,
         square_sum=math.fsum(shard.square_sum for shard in shards),
+        digest=Fingerprint.of({"shards": [shard.digest for shard in shards]}).digest,
     )
 
 
@@ -231,7 +242,22 @@ def _describe(table: ShardTable, *, leading: str) -> ShardSurvey:
         selection=table.selection,
         weights=None if table.weights is None else table.bucket_weights(),
         square_sum=0.0 if table.weights is None else math.fsum((table.weights**2).tolist()),
+        digest=None if table.selection is None else _digest(table),
     )
+
+
+def _digest(table: ShardTable) -> str:
+    """Return a hash over all that training reads of a shard's samples, but for where in the tars it lies."""
+    digest = hashlib.sha256("\n".join([*table.bucket_names, *table.keys.tolist()]).encode())
+    weights = np.zeros(0) if table.weights is None else table.weights
+    arrays = [table.bucket_starts, table.labels, table.original_sizes, weights]
+    for _, rows in sorted(table.families.items()):
+        # Sizes, and checksums of the payloads.
+        arrays += [rows.column(name) for name in rows.columns if not name.endswith("offset")]
+        arrays += [rows.starts, rows.shares]
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _require_whole_tars(index: FeatureIndex, shard: int, table: ShardTable) -> None:

@@ -27,7 +27,7 @@ from pipelines.store.files import atomic_write_bytes
 from pixart.dit import DiT, DiTConfig
 from pixart.model import PixArt, PixArtConfig
 from training.data.batches import shared_survey, training_reader
-from training.data.survey import Survey
+from training.data.survey import Survey, chosen_digests
 from training.data.transfer import Transfers
 from training.launch.memory import memory_advice
 from training.launch.preflight import print_weights, require_disk, require_even_batches, say_changes
@@ -48,6 +48,7 @@ from training.objectives.choice import choose_objective
 from training.objectives.objective import Objective, Trained
 from training.previews.previews import open_previews
 from training.stages.networks import blank_copy, parameter_counts
+from training.stages.resume import CHOSEN_SAMPLES
 from training.stages.stage import TrainingJob, open_stage
 
 META = torch.device("meta")
@@ -218,6 +219,7 @@ def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig)
         "plan_fingerprint": job.fingerprint.digest,
         "fingerprint": job.fingerprint.fields,
         "feature_defaults": job.features.fingerprint_defaults(),
+        **({CHOSEN_SAMPLES: chosen_digests(survey)} if survey.choices else {}),
         "resolution": job.features.resolution,
         "buckets": survey.buckets,
         "vae": job.features.vae,

@@ -1,24 +1,37 @@
 """Going on from a checkpoint: what must be as it was and what to do if not, and what of the rest a resume says."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 from pipelines.as_typed import typed_command, typed_flag
+from pipelines.engine.progress import get_logger
 from pipelines.recipe import ModelConfig
 from pipelines.store.checkpoints import TRAINER, Checkpoint, open_checkpoint
 from pipelines.store.manifest import Fingerprint
 from training.config import StageTraining
 from training.data.features import StageFeatures
+from training.data.index import FeatureIndex
+from training.data.survey import chosen_digests, make_survey, survey_shards
 from training.loop.schedule import learning_rate_at
 
+# In trainer.json: of each dataset, what tells its chosen samples from any others.
+CHOSEN_SAMPLES = "chosen_samples"
 START, NETWORK = "training.starts_from", "training.network"
 MAX_CHANGES_SHOWN = 4
 
+log = get_logger("training")
 
-def require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, features: StageFeatures) -> None:
+
+def require_same_job(
+    fingerprint: Fingerprint, checkpoint: Checkpoint, *, features: StageFeatures, checks_files: bool = True
+) -> None:
     """Refuse to go on with other settings, features or starting weights than a checkpoint was trained with.
+
+    Files of features to which another choice has added samples are the same to a choice whose own samples are; that
+    is found out with `checks_files` alone, which one of many ranks does.
 
     Raises:
         UserError: names what differs with both values, how to go on from the weights, and how to go on as it was.
@@ -35,7 +48,7 @@ def require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featur
         return name not in (NETWORK, "training.process"), name.endswith(".files"), name
 
     names = [name for name in made_with.keys() | wanted.keys() if made_with.get(name) != wanted.get(name)]
-    if not names:
+    if not names or _are_same_samples(names, checkpoint, features, checks_files=checks_files):
         return
     first, *others = sorted(names, key=place)
     also = [f"{_key(name, checkpoint)} {made_with.get(name)!r} -> {wanted.get(name)!r}" for name in others]
@@ -47,6 +60,22 @@ def require_same_job(fingerprint: Fingerprint, checkpoint: Checkpoint, *, featur
         f"{_ways_on(first, checkpoint, former=made_with.get(first), table_name=features.table_name)}. "
         f"Only to train anew, remove {checkpoint.path.parent} or choose another run"
     )
+
+
+def _are_same_samples(
+    names: Sequence[str], checkpoint: Checkpoint, features: StageFeatures, *, checks_files: bool
+) -> bool:
+    """Whether all that differs are files that choices share, and all that training reads of them is what it was."""
+    kept = checkpoint.trainer.get(CHOSEN_SAMPLES)
+    if kept is None or not features.shared_files.issuperset(names):
+        return False
+    if not checks_files:
+        return True
+    index = FeatureIndex(features.datasets)
+    found = chosen_digests(make_survey(index, survey_shards(index, range(len(index)))))
+    if found == kept:
+        log.info(f"{', '.join(sorted(names))} are others since, and the samples chosen of them are what they were")
+    return found == kept
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:

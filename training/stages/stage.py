@@ -156,7 +156,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     identities |= {} if control is None else {"training.control_starts_from": branch_identity(control)}
     fingerprint = _fingerprint(command.stage_name, settings, model=model, features=features, identities=identities)
     if resume is not None:
-        require_same_job(fingerprint, resume, features=features)
+        require_same_job(fingerprint, resume, features=features, checks_files=checks_files)
         # Later stages know its weights by this digest, which may be that of a former version.
         fingerprint = Fingerprint(fingerprint.fields, resume.trainer["plan_fingerprint"])
     return TrainingJob(
