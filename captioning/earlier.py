@@ -1,14 +1,10 @@
 """Captions that are there already and only need completing: rejects tried again, other limits, a CLIP score.
 
-A finished shard that needs it is set aside in `captions/.earlier/`: file first, then a note of what it was made from,
-and only then is its marker removed. The worker takes from it every row that stands and makes the others. Killed at any
-moment, the next run goes on from there; the bytes are those of a run that never knew anything else.
+A finished shard that needs it is set aside in `captions/.earlier/`, see `pipelines.engine.set_aside`. The worker takes
+from it every row that stands and makes the others.
 """
 
 import contextlib
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +13,8 @@ from typing import Any
 from captioning.table import read_settings
 from errors import UserError
 from pipelines.as_typed import typed_flag
-from pipelines.engine.pieces import Source, all_piece_reports, forget_pieces, read_piece_note
-from pipelines.engine.progress import get_logger
-from pipelines.store.files import (
-    atomic_file,
-    atomic_write_json,
-    discard,
-    discard_folder,
-    is_file_itself,
-    own_files,
-    remove_temporary_files,
-)
+from pipelines.engine.pieces import Source, all_piece_reports, read_piece_note
+from pipelines.engine.set_aside import EARLIER_FOLDER, clear_set_aside, earlier_files, set_shard_aside
 from pipelines.store.manifest import (
     MARKER_FOLDER,
     Fingerprint,
@@ -36,16 +23,11 @@ from pipelines.store.manifest import (
     read_manifest,
     require_same_fingerprint,
 )
-from pipelines.store.state_files import read_state
 from pipelines.store.tables import read_table
 
-EARLIER_FOLDER = ".earlier"
-NOTE_NAME = re.compile(r"[^.].*\.json", re.DOTALL)
-MEND = "its shard is captioned anew"
+SUFFIXES = (".parquet",)
 # Fields of the fingerprint that decide which samples have a caption, and what is measured of it, but not its words.
 UPDATABLE = ("max_pixels", "max_aspect_ratio", "clip_model")
-
-log = get_logger("captioning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +46,7 @@ def updatable(fingerprint: Fingerprint) -> dict[str, Any]:
 def found_settings(output: ShardDirectory) -> Iterator[dict[str, Any]]:
     """Yield the settings that the files of a folder of captions were made under, parts and those set aside too."""
     found = [output.file(name, ".parquet") for name in output.marked()]
-    found += [path.with_suffix(".parquet") for path in own_files(output.path / EARLIER_FOLDER, NOTE_NAME)]
+    found += earlier_files(output, ".parquet")
     found += [path.with_suffix(".parquet") for path in all_piece_reports(output)]
     for path in filter(Path.is_file, found):
         yield read_settings(path)
@@ -110,20 +92,10 @@ def set_aside(
     output: ShardDirectory, names: Sequence[str], sources: Sequence[Source], fingerprint: Fingerprint
 ) -> None:
     """Set finished shards aside, to be completed by the run that follows."""
-    folder = output.path / EARLIER_FOLDER
-    identities = {source.name: source.identity for source in sources}
-    for name in names:
-        folder.mkdir(exist_ok=True)
-        output.clear_manifest()
-        path = output.file(name, ".parquet")
-        with atomic_file(folder / f"{name}.parquet") as temporary:
-            temporary.unlink(missing_ok=True)
-            _link(path, temporary)
-        digest = _with(fingerprint, read_settings(path)).digest
-        atomic_write_json(folder / f"{name}.json", {"source": identities[name], "fingerprint": digest})
-        # A killed run has left parts behind its marker, perhaps: without it they would be joined again as they are.
-        forget_pieces(name, output)
-        output.clear_marker(name)
+    for source in sources:
+        if source.name in names:
+            settings = read_settings(output.file(source.name, ".parquet"))
+            set_shard_aside(output, source, _with(fingerprint, settings), suffixes=SUFFIXES)
 
 
 def forget_parts_with_rejects(output: ShardDirectory) -> None:
@@ -137,27 +109,11 @@ def forget_parts_with_rejects(output: ShardDirectory) -> None:
 
 def clear_earlier(output: ShardDirectory, sources: Sequence[Source], fingerprint: Fingerprint) -> None:
     """Forget what was set aside of shards that are done, and what the recipe or the tars have left behind."""
-    folder = output.path / EARLIER_FOLDER
-    remove_temporary_files(folder, is_held=True)
-    for source in sources:
-        note, file = folder / f"{source.name}.json", folder / f"{source.name}.parquet"
-        if note.is_file():
-            is_done = output.is_done(source.name, source.identity, fingerprint)
-            if is_done or not _is_usable(note, file, source, fingerprint):
-                discard(note)
-        # Without its note, a file is what a killed run has left.
-        if not note.is_file() and is_file_itself(file):
-            discard(file)
-    discard_folder(folder)
 
+    def made_under(name: str) -> Fingerprint:
+        return _with(fingerprint, read_settings(output.path / EARLIER_FOLDER / f"{name}.parquet"))
 
-def _is_usable(note: Path, file: Path, source: Source, fingerprint: Fingerprint) -> bool:
-    try:
-        found, settings = read_state(note, mend=MEND), read_settings(file)
-    except UserError as error:
-        log.warning(str(error))
-        return False
-    return found == {"source": source.identity, "fingerprint": _with(fingerprint, settings).digest}
+    clear_set_aside(output, sources, fingerprint, suffixes=SUFFIXES, made_under=made_under)
 
 
 def _with(fingerprint: Fingerprint, settings: Mapping[str, Any]) -> Fingerprint:
@@ -177,11 +133,3 @@ def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None
         f"captioning.retry_rejects ({retry}): the captions of {name} were made under other settings than these; "
         f"only {', '.join(UPDATABLE)} may differ. Without {retry} they are all made anew"
     )
-
-
-def _link(path: Path, target: Path) -> None:
-    try:
-        os.link(path, target)
-    except OSError:
-        # Some shared storage has no hard links.
-        shutil.copyfile(path, target)

@@ -10,17 +10,20 @@ from typing import Any
 from encoders.devices import require_device
 from encoders.weights import require_model
 from errors import UserError
+from features.completing import CompletingConfig, CompletingWorker
 from features.families import wanted_families
-from features.jobs import FamilyPlan, FeatureInputs, FeatureJob, count_samples, read_inputs
+from features.jobs import FamilyPlan, FeatureInputs, FeatureJob, read_inputs
 from features.overflow import warn_of_overflow
 from features.plan import plan_families, print_plan, require_space
 from features.speed import remember_speed
 from features.unreadable import warn_of_unreadable
+from pipelines.columns.written_choices import write_choice
 from pipelines.command import parse_command, run_command
 from pipelines.engine.pieces import PARTS_FOLDER
 from pipelines.engine.preflight import require_packages, require_workers
 from pipelines.engine.progress import get_logger
 from pipelines.engine.run import run_over_shards
+from pipelines.engine.set_aside import EARLIER_FOLDER
 from pipelines.store.manifest import Manifest
 from pipelines.store.summary import update_summary
 
@@ -48,6 +51,8 @@ def main() -> None:
         _require_models(jobs, inputs)
         _require_room(jobs, plan_families(inputs), inputs)
     command.remember()
+    if inputs.choice is not None:
+        write_choice(inputs.choice, [source.name for source in inputs.raw])
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
     if not all(is_done):
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)
@@ -72,7 +77,7 @@ def _require_room(jobs: Sequence[FeatureJob], plans: Sequence[FamilyPlan], input
         if job.is_done():
             continue
         job.family.check(job, inputs)
-        num_pending = count_samples(job.pending())
+        num_pending = job.wanted.count_left()
         if num_pending and job.family.encodes:
             require_device(inputs.features.device, key="features.device")
         inputs_of_job = _without_gpus(job, inputs)
@@ -93,25 +98,11 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
     changes = job.changed_settings()
     job.family.prepare(job, inputs)
     is_done = job.is_done()
-    num_pending = sum(source.num_samples for source in job.pending())
+    num_pending = job.wanted.count_left()
     is_resumed = (job.output.path / PARTS_FOLDER).is_dir()
     start_seconds = time.monotonic()
     try:
-        manifest = run_over_shards(
-            job.worker_class,
-            job.worker_config,
-            sources=job.sources,
-            output=job.output,
-            fingerprint=job.fingerprint,
-            engine=inputs.engine,
-            max_reject_fraction=inputs.features.max_reject_fraction,
-            room=f"features {job.family.name}",
-            few_samples=inputs.few_samples,
-            memory_settings=job.memory_settings,
-            upstream=job.upstream,
-            extra={} if is_done else job.family.manifest_extra(job, inputs),
-            changes=changes,
-        )
+        manifest = _complete(job, inputs, is_done=is_done, changes=changes)
     except UserError:
         # Too many rejects, perhaps, and these are why.
         warn_of_overflow(job)
@@ -125,6 +116,46 @@ def run_job(job: FeatureJob, inputs: FeatureInputs) -> Manifest:
         warn_of_unreadable(job, inputs)
         job.family.report(job, manifest, inputs)
     return manifest
+
+
+def _complete(job: FeatureJob, inputs: FeatureInputs, *, is_done: bool, changes: Sequence[str]) -> Manifest:
+    """Compute what is not there, and of finished shards what they lack of the samples that are wanted."""
+    wanted = job.wanted
+    wanted.clear()
+    if num_aside := wanted.set_aside():
+        log.info(f"{job.output.path}: {num_aside:,} shards are completed; what they have is kept as it is")
+    worker_class, worker_config = job.worker_class, job.worker_config
+    if not is_done and (inputs.choice is not None or (job.output.path / EARLIER_FOLDER).is_dir()):
+        worker_class, worker_config = CompletingWorker, _completing_config(job, inputs)
+    manifest = run_over_shards(
+        worker_class,
+        worker_config,
+        sources=job.sources,
+        output=job.output,
+        fingerprint=job.fingerprint,
+        engine=inputs.engine,
+        max_reject_fraction=inputs.features.max_reject_fraction,
+        room=f"features {job.family.name}",
+        few_samples=inputs.few_samples,
+        memory_settings=job.memory_settings,
+        upstream=job.upstream,
+        extra={} if is_done else job.family.manifest_extra(job, inputs),
+        changes=changes,
+    )
+    wanted.clear()
+    # An interrupted run has left parts of a shard that were made for a narrower choice.
+    return _complete(job, inputs, is_done=False, changes=()) if wanted.find_incomplete() else manifest
+
+
+def _completing_config(job: FeatureJob, inputs: FeatureInputs) -> CompletingConfig:
+    choice = inputs.choice
+    return CompletingConfig(
+        worker_class=job.worker_class,
+        worker=job.worker_config,
+        family=job.family.schema(job, inputs),
+        choice=None if choice is None else choice.settings.directory(choice.run).absolute(),
+        earlier=(job.output.path / EARLIER_FOLDER).absolute(),
+    )
 
 
 def _summarize(

@@ -39,12 +39,16 @@ class CaptionConfig(TableConfig):
         pattern=r"\S",
         description="Caption of every image, such as 'a photo of sks cat': no captions are read, and it stands alone",
     )
-    weight: float = pydantic.Field(
+    weight: Annotated[float, pydantic.Field(gt=0.0, allow_inf_nan=False)] | str = pydantic.Field(
         default=1.0,
-        gt=0.0,
-        allow_inf_nan=False,
-        description="Share of the samples' draws, relative to the other captions a sample has",
+        description="Share of the samples' draws, relative to the other captions a sample has; or an expression over "
+        "columns, such as 'exp(clip_score / 0.1)', in which bare names are this caption's own",
     )
+
+    @property
+    def index_weight(self) -> float:
+        """The weight that text features are written with; one by an expression is in the table's choice instead."""
+        return 1.0 if isinstance(self.weight, str) else self.weight
 
 
 class FeaturesConfig(TableConfig):
@@ -52,6 +56,22 @@ class FeaturesConfig(TableConfig):
 
     shards: list[str] = pydantic.Field(
         default=["*"], min_length=1, description="Shell patterns of shard names that are read"
+    )
+    where: str | None = pydantic.Field(
+        default=None,
+        description="Expression over columns of which samples are chosen, such as 'min_side >= 512 and not flags.loop' "
+        "(docs/CURATION.md); others are not encoded, and changing it encodes what is missing alone; null = all",
+    )
+    weight: str | None = pydantic.Field(
+        default=None,
+        description="Expression of how often a sample is drawn, such as 'aesthetic': in proportion to it, 0 or more; "
+        "null = all alike",
+    )
+    weight_temperature: float | None = pydantic.Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="With it samples are drawn in proportion to exp(weight / weight_temperature)",
     )
     resolution: OfImages[int] = pydantic.Field(
         ge=1,
@@ -200,6 +220,12 @@ class FeaturesConfig(TableConfig):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _check_temperature(self) -> Self:
+        if self.weight_temperature is not None and self.weight is None:
+            raise ValueError(f"weight_temperature = {self.weight_temperature} is of weight, which is not there")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_upscale(self) -> Self:
         if self.latents_from is not None and self.max_upscale is not None:
             raise ValueError(f"max_upscale is of images that are encoded, and latents_from = {self.latents_from!r}")
@@ -279,7 +305,10 @@ def _check_shared_directories(recipe: Recipe, tables: Mapping[str, FeaturesConfi
 
 
 def _values(table: FeaturesConfig, *notes: str) -> dict[str, Any]:
-    return {field: getattr(table, field) for note in notes for field in table.noted_fields(note)}
+    values = {field: getattr(table, field) for note in notes for field in table.noted_fields(note)}
+    if "captions" in values:
+        values["captions"] = [each.model_copy(update={"weight": each.index_weight}) for each in values["captions"]]
+    return values
 
 
 def _shown(value: Any) -> str:

@@ -13,6 +13,7 @@ from features.rare_token import require_token
 from features.text_settings import (
     TextSettings,
     describe_text_job,
+    index_weights,
     plan_text_job,
     text_facts,
     text_output,
@@ -98,7 +99,7 @@ def constant_text_job(inputs: FeatureInputs) -> FeatureJob:
         worker_class=ConstantTextWorker,
         worker_config=ConstantTextConfig(
             caption=caption.text,
-            weight=caption.weight,
+            weight=index_weights(inputs)[0],
             text=TextSettings.of(inputs),
             reading=inputs.data.reading,
             run=inputs.run,

@@ -191,6 +191,7 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
         model=model,
         model_key="features.vae_model",
         dtype=IMPORTED_DTYPE,
+        choice=inputs.choice,
         dtype_key="features.vae_dtype",
         memory_settings={"engine.samples_per_slice": inputs.engine.samples_per_slice},
     )

@@ -30,6 +30,7 @@ from features.quantization import store_text
 from features.text_settings import (
     TextSettings,
     describe_text_job,
+    index_weights,
     plan_text_job,
     text_facts,
     text_record,
@@ -130,7 +131,6 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
     """Describe the import of the stage's text features."""
     features, key = inputs.features, f"features.{inputs.stage_name}.text_from"
     assert features.text_from is not None
-    (caption,) = features.captions
     places = find_places(features.text_from, suffixes=("npz",), run=inputs.run, key=key)
     return describe_text_job(
         inputs,
@@ -139,7 +139,7 @@ def imported_text_job(inputs: FeatureInputs) -> FeatureJob:
         worker_config=TextImportConfig(
             places=places,
             text=TextSettings.of(inputs),
-            weight=caption.weight,
+            weight=index_weights(inputs)[0],
             reading=inputs.data.reading,
         ),
         sources=imported_sources(places, inputs, key=key),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from encoders.latents import LatentSpec, require_whole_patches
 from encoders.opening import latent_spec
 from encoders.weights import ModelSource
 from errors import UserError
+from features.choosing import WantedSamples
 from features.config import FeaturesConfig, feature_table, table_of_stage
 from features.patches import patch_size
+from pipelines.columns.choice_settings import ChoiceSettings
+from pipelines.columns.choices import Choice
 from pipelines.command import Command
 from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.engine.progress import get_logger
@@ -38,7 +42,7 @@ log = get_logger("features")
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureInputs:
-    """A command's settings, and the raw shards that its features table names."""
+    """A command's settings, the raw shards that its features table names, and its choice of their samples, if any."""
 
     run: Path
     stage_name: str
@@ -47,6 +51,7 @@ class FeatureInputs:
     data: DataConfig
     patch_size: int
     raw: list[Source]
+    choice: Choice | None = None
 
     @property
     def num_threads(self) -> int:
@@ -64,7 +69,8 @@ class FeatureJob:
     """One family of features to compute; `model_key` and `dtype_key` are the recipe keys of its encoder.
 
     `dtype` is what its values are computed in; `defaults` are what the settings are that `fingerprint` leaves out, by
-    name; `memory_settings` what to lower where the memory is too small, as keys of the recipe with their values.
+    name; `memory_settings` what to lower where the memory is too small, as keys of the recipe with their values;
+    `choice` says which samples are wanted, None all.
     """
 
     family: FeatureFamily
@@ -80,11 +86,20 @@ class FeatureJob:
     dtype: str
     dtype_key: str
     memory_settings: Mapping[str, Any]
+    choice: Choice | None = None
+
+    @cached_property
+    def wanted(self) -> WantedSamples:
+        """The samples that are wanted of the sources."""
+        return WantedSamples(output=self.output, sources=self.sources, fingerprint=self.fingerprint, choice=self.choice)
 
     def pending(self) -> list[Source]:
-        """Return the sources that are not done yet."""
+        """Return the sources that are not done yet, or lack samples that are wanted."""
         return [
-            source for source in self.sources if not self.output.is_done(source.name, source.identity, self.fingerprint)
+            source
+            for source in self.sources
+            if source.name in self.wanted.incomplete
+            or not self.output.is_done(source.name, source.identity, self.fingerprint)
         ]
 
     def changed_settings(self) -> list[str]:
@@ -195,7 +210,8 @@ def read_inputs(command: Command) -> FeatureInputs:
     """Validate the recipe's tables and describe the raw shards of the stage.
 
     Raises:
-        UserError, MissingFileError: a key is wrong or a shard pattern matches nothing; names it.
+        UserError, MissingFileError: a key is wrong, a shard pattern matches nothing, or a column of the choice is not
+            there for some shard; names it.
     """
     name = table_of_stage(command.recipe, command.stage_name)
     features = feature_table(command.recipe, name)
@@ -205,6 +221,11 @@ def read_inputs(command: Command) -> FeatureInputs:
     key = f"features.{name}.shards"
     origin = command.recipe.blame(f"features.{name}", "shards")
     paths = select_shards(command.raw_shards, features.shards, key=f"{origin}: {key}")
+    settings = ChoiceSettings.of(name, features.model_dump())
+    raw = [shard.source for shard in describe_shards(paths, data.reading, run=command.run)]
+    choice = None if settings is None else Choice(command.run, settings)
+    if choice is not None:
+        choice.check([source.name for source in raw])
     return FeatureInputs(
         run=command.run,
         stage_name=name,
@@ -212,7 +233,8 @@ def read_inputs(command: Command) -> FeatureInputs:
         engine=command.recipe.table("engine", EngineConfig),
         data=data,
         patch_size=patch_size(command, name),
-        raw=[shard.source for shard in describe_shards(paths, data.reading, run=command.run)],
+        raw=raw,
+        choice=choice,
     )
 
 

@@ -28,6 +28,7 @@ from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.engine.rejects import NOT_CHOSEN, is_wanted
 from pipelines.raw.images import (
     SOFT_SCALE,
     Crop,
@@ -39,7 +40,6 @@ from pipelines.raw.images import (
     resize_and_crop,
 )
 from pipelines.raw.reading import Reading
-from pipelines.raw.samples import RawSample
 from pipelines.raw.shards import RawShard, open_shard
 from pipelines.recipe import TableConfig
 from pipelines.store.families import latent_schema
@@ -219,11 +219,11 @@ class LatentWorker:
             FeatureTarWriter(tar_path) as tar,
             SliceWriter() as writer,
         ):
-            decoded = self._decode_ahead(self._read(raw, files, raw.samples[piece.start : piece.stop]))
+            decoded = self._decode_ahead(self._read(raw, files, piece))
             for _, pictures in zip(piece.slices(), self._encode_slices(decoded, piece), strict=True):
                 writer.write(functools.partial(self._store_slice, pictures, tar, rows=rows))
             if piece.start == 0 and raw.name == self.config.preview_shard:
-                details |= self._preview(self._read(raw, files, raw.samples[: 2 * self.config.num_preview_images]))
+                details |= self._preview(self._read(raw, files, self._previewed(piece)))
         with atomic_file(piece.output(".parquet")) as index_path:
             write_index(index_path, rows, self._family.columns)
         if num_soft := sum(map(_is_soft, rows)):
@@ -277,12 +277,13 @@ class LatentWorker:
         for batch in waiting.values():
             yield from self._batches.each(batch, self._start_batch)
 
-    def _read(self, raw: RawShard, files: FeatureFiles | None, samples: Sequence[RawSample]) -> Iterator[_Read]:
+    def _read(self, raw: RawShard, files: FeatureFiles | None, piece: Piece) -> Iterator[_Read]:
         """Yield the index row of each sample and its bytes, none of a reject; files are read by this thread alone."""
-        for sample in samples:
-            row = {"key": sample.key, "shard": raw.name, "label": None, "reject": sample.reject}
+        for index, sample in enumerate(raw.samples[piece.start : piece.stop], piece.start):
+            reject = sample.reject if is_wanted(piece, index) else NOT_CHOSEN
+            row = {"key": sample.key, "shard": raw.name, "label": None, "reject": reject}
             data = _SampleBytes()
-            if sample.reject is None:
+            if reject is None:
                 try:
                     data = _SampleBytes(raw.image_bytes(sample), b"" if files is None else files.read(sample.key))
                 except SampleReject as reject:
@@ -320,13 +321,18 @@ class LatentWorker:
 
         return finish_batch
 
+    def _previewed(self, piece: Piece) -> Piece:  # the same samples however a shard is cut
+        stop = 2 * self.config.num_preview_images if piece.wanted is None else piece.samples_per_slice
+        return replace(piece, stop=min(stop, piece.source.num_samples))
+
     def _preview(self, read: Iterable[_Read]) -> dict[str, Any]:
         """Write originals, what is made of them and its reconstructions; returns the mean PSNR, nothing without any."""
         columns: list[list[np.ndarray]] = []
-        for row, data in read:
-            if len(columns) < self.config.num_preview_images and (cut := self._cut(row, data)) is not None:
-                with contextlib.suppress(SampleReject):
-                    columns.append([cut.pixels, self._whole_depiction(cut)])
+        for cut in (cut for row, data in read if (cut := self._cut(row, data)) is not None):
+            with contextlib.suppress(SampleReject):
+                columns.append([cut.pixels, self._whole_depiction(cut)])
+            if len(columns) == self.config.num_preview_images:
+                break
         if self.config.leads:
             columns = [column[1:] for column in columns]
         psnr_db = write_preview(self.config.preview_path, columns, self._codec)

@@ -109,6 +109,7 @@ def image_job(
         model=model,
         model_key="features.vae_model",
         dtype=features.vae_dtype,
+        choice=inputs.choice,
         dtype_key="features.vae_dtype",
         memory_settings={
             "features.vae_batch_size": features.vae_batch_size or "null (32 on a CPU, by pixels on a GPU)",

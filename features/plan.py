@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -11,12 +12,24 @@ from features.families import wanted_families
 from features.jobs import FamilyPlan, FeatureInputs
 from features.speed import find_speed
 from pipelines.as_typed import typed_command
+from pipelines.columns.choice_counts import describe_counts
+from pipelines.columns.choices import require_some
 from pipelines.engine.progress import console
 
 
 def plan_families(inputs: FeatureInputs) -> list[FamilyPlan]:
     """Return the plan of each family, also of one whose inputs, such as captions, are not there yet."""
-    return [family.plan(inputs) for family in wanted_families(inputs)]
+    return [_with_wanted(family.plan(inputs), inputs) for family in wanted_families(inputs)]
+
+
+def _with_wanted(plan: FamilyPlan, inputs: FeatureInputs) -> FamilyPlan:
+    """Return a plan of the samples that are wanted alone."""
+    if plan.job is not None:
+        return replace(plan, num_samples=plan.job.wanted.count(), pending_samples=plan.job.wanted.count_left())
+    if inputs.choice is None:
+        return plan
+    num_chosen = sum(int(inputs.choice.chosen(source.name).sum()) for source in inputs.raw)
+    return replace(plan, num_samples=num_chosen, pending_samples=num_chosen)
 
 
 def print_plan(inputs: FeatureInputs) -> list[FamilyPlan]:
@@ -36,6 +49,9 @@ def print_plan(inputs: FeatureInputs) -> list[FamilyPlan]:
         for change in family.job.changed_settings() if family.job else []:
             notes.append(f"{family.directory} was made with other settings and would be computed anew: {change}")
     console.print(table)
+    if inputs.choice is not None:
+        counts = inputs.choice.count([source.name for source in inputs.raw])
+        notes += describe_counts(require_some(counts.values(), inputs.choice.settings))
     for note in notes:
         console.print(note, soft_wrap=True)
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")

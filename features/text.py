@@ -18,6 +18,7 @@ from features.rare_token import require_token
 from features.text_settings import (
     TextSettings,
     describe_text_job,
+    index_weights,
     plan_text_job,
     text_facts,
     text_output,
@@ -67,7 +68,7 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
             text=TextSettings.of(inputs),
             # Of all samples, done or not: a resumed run rounds as the first one did.
             is_long_run=count_samples(inputs.raw) * len(columns) >= LONG_RUN_CAPTIONS,
-            caption_weights={caption.column: caption.weight for caption in features.captions},
+            caption_weights=dict(zip(columns, index_weights(inputs), strict=True)),
             directory=output.path,
         ),
         sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),

@@ -20,7 +20,7 @@ from features.quantization import store_text
 from pipelines.engine.pieces import ShardWorker, Source
 from pipelines.store.families import NULL_CAPTION_FILE, FamilySchema, text_directory, text_schema
 from pipelines.store.feature_store import write_tensors
-from pipelines.store.manifest import Fingerprint, ShardDirectory
+from pipelines.store.manifest import Fingerprint, ShardDirectory, manifest_path, read_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +118,22 @@ def text_output(inputs: FeatureInputs) -> ShardDirectory:
     return ShardDirectory(text_directory(inputs.run, features.caption_columns, variant=features.text_variant))
 
 
+def index_weights(inputs: FeatureInputs) -> list[float]:
+    """Return the weights of a table's captions as text features are written with them.
+
+    One by an expression is in the choice: then what is written stays as it is, so that nothing is encoded for it.
+    """
+    captions, path = inputs.features.captions, text_output(inputs).path
+    fields = read_manifest(path).fingerprint.fields if manifest_path(path).is_file() else {}
+    found = fields.get("caption_weights", [])
+    if len(found) != len(captions) or fields.get("caption_columns") != inputs.features.caption_columns:
+        return [caption.index_weight for caption in captions]
+    return [
+        former if isinstance(caption.weight, str) else caption.weight
+        for caption, former in zip(captions, found, strict=True)
+    ]
+
+
 def describe_text_job(
     inputs: FeatureInputs,
     *,
@@ -140,7 +156,7 @@ def describe_text_job(
         "family": "text",
         "text_model": model.identity,
         "caption_columns": features.caption_columns,
-        "caption_weights": [caption.weight for caption in features.captions],
+        "caption_weights": index_weights(inputs),
         **features.fingerprint_fields(DECIDES_TEXT),
         **made_of,
     }
@@ -158,6 +174,7 @@ def describe_text_job(
         model_key="features.text_model",
         dtype=dtype,
         dtype_key="features.text_dtype",
+        choice=inputs.choice,
         memory_settings=memory_settings,
     )
 
@@ -211,7 +228,8 @@ def text_record(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
 
 def text_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
     """Return what later stages need to know of text features: what encoded them, and of which captions they are."""
-    captions = [caption.model_dump(exclude_none=True) for caption in inputs.features.captions]
+    weights = zip(inputs.features.captions, index_weights(inputs), strict=True)
+    captions = [caption.model_dump(exclude_none=True) | {"weight": weight} for caption, weight in weights]
     return {"text": TextSettings.of(inputs).facts(_loaded_spec(job, inputs)), "captions": captions}
 
 

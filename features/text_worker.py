@@ -20,6 +20,7 @@ from features.text_settings import TextSettings, write_null_caption
 from features.unreadable import NUM_UNREAD_CAPTIONS, NUM_UNREAD_TOKENS, NUM_UNREADABLE, UNREADABLE
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.engine.rejects import NOT_CHOSEN, is_wanted
 from pipelines.store.families import text_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
@@ -69,6 +70,7 @@ class TextWorker:
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
         samples = _read_captions(piece, self._config.caption_weights)
+        _leave_out(samples, piece)
         counts = TextCounts(self._config.text.max_tokens)
         rows: list[dict[str, Any]] = []
         ahead = replace(piece, on_slice=None)  # a slice that has begun is not done
@@ -175,6 +177,14 @@ def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Cap
         [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
         for row in table.to_pylist()
     ]
+
+
+def _leave_out(samples: Sequence[Sequence[_Caption]], piece: Piece) -> None:
+    """Reject the captions of samples that are not wanted."""
+    for index, captions in enumerate(samples, piece.start):
+        if not is_wanted(piece, index):
+            for caption in captions:
+                caption.row["reject"] = NOT_CHOSEN
 
 
 def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapping[str, float]) -> _Caption:

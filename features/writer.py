@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipelines.engine.pieces import Piece, PieceReport
+from pipelines.engine.rejects import NOT_CHOSEN, is_wanted
 from pipelines.raw.images import SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.samples import RawSample
@@ -54,10 +55,11 @@ def write_samples(
         FeatureTarWriter(tar_path) as tar,
     ):
         for start, stop in piece.slices():
-            for sample in raw.samples[start:stop]:
-                rows.append({"key": sample.key, "shard": raw.name, **row, "reject": sample.reject})
+            for index, sample in enumerate(raw.samples[start:stop], start):
+                reject = sample.reject if is_wanted(piece, index) else NOT_CHOSEN
+                rows.append({"key": sample.key, "shard": raw.name, **row, "reject": reject})
                 try:
-                    if sample.reject is None:
+                    if reject is None:
                         store(SampleToWrite(raw=raw, sample=sample, tar=tar, row=rows[-1]))
                 except SampleReject as reject:
                     rows[-1]["reject"] = reject.reason

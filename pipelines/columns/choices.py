@@ -57,6 +57,8 @@ class Choice:
         self.run = run
         self.settings = settings
         self.columns = SampleColumns(run)
+        # Of shards that were looked at, eight samples a byte.
+        self._chosen: dict[str, tuple[np.ndarray, int]] = {}
 
     def check(self, shards: Iterable[str]) -> None:
         """Find out, before anything runs, what is wrong with the expressions, or missing for some of the shards.
@@ -118,6 +120,7 @@ class Choice:
         captions = {
             column: self._caption_weight(column, shard, table["key"], chosen) for column in settings.caption_weights
         }
+        self._chosen[shard] = np.packbits(chosen), num_samples
         return ShardChoice(
             shard=shard,
             keys=table["key"],
@@ -136,6 +139,18 @@ class Choice:
                 },
             ),
         )
+
+    def chosen(self, shard: str) -> np.ndarray:
+        """Return which samples of a shard are chosen, bool [n]; raises as `evaluate`."""
+        if shard not in self._chosen:
+            self.evaluate(shard)
+        bits, num_samples = self._chosen[shard]
+        return np.unpackbits(bits, count=num_samples).astype(bool)
+
+    def command_of(self, shard: str) -> str:
+        """Return the commands that make the columns of a shard's choice."""
+        folders = self.hashes(shard)
+        return " and ".join(dict.fromkeys(each.command for each in self.columns.folders if each.name in folders))
 
     def _caption_weight(self, column: str, shard: str, keys: pa.ChunkedArray, chosen: np.ndarray) -> np.ndarray:
         expression = self.settings.caption_expressions[column]

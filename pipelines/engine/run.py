@@ -24,7 +24,7 @@ from pipelines.engine.pieces import (
     finished_pieces,
 )
 from pipelines.engine.progress import ProgressBar, clock, describe_rejects, get_logger, progress_bar
-from pipelines.engine.rejects import require_few_rejects
+from pipelines.engine.rejects import NOT_CHOSEN, require_few_rejects
 from pipelines.engine.runner import PieceOutcome, PieceRunner, claimed, drop_claims
 from pipelines.recipe import TableConfig
 from pipelines.store.files import discard_folder, exclusive
@@ -367,13 +367,16 @@ class _ProgressCounts:
     def note(self) -> str:
         """Return what the progress view says beside the rate; rejects have a line of their own."""
         seconds = self._wait_seconds + self._busy_seconds
+        asked = {reason: count for reason, count in self._rejected.items() if reason != NOT_CHOSEN}
+        num_left_out = self._rejected[NOT_CHOSEN]
         memory_bytes, name = self._peak
         parts = (
             f"{self._num_done:,}/{self._num_shards:,} shards",
             f"device waits {self._wait_seconds / seconds:.0%}" if seconds else "",
+            f"{num_left_out:,} not chosen" if num_left_out else "",
             f"peak memory {memory_bytes / GIGABYTE:.1f} GB ({name})" if memory_bytes else "",
         )
-        rejects = describe_rejects(self._rejected, num_read=self._num_read)
+        rejects = describe_rejects(asked, num_read=self._num_read - num_left_out)
         return "\n".join(line for line in (" · ".join(part for part in parts if part), rejects) if line)
 
     def summary(self, progress: ProgressBar) -> str:
