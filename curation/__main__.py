@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from curation.columns import ROOM, make_columns
 from curation.job import read_job
 from curation.plan import print_plan
+from curation.scores.protocol import TableScore
 from pipelines.command import parse_command, run_command
 from pipelines.engine.progress import describe_rejects, get_logger
 from pipelines.run_memory import remember_found
@@ -35,10 +36,23 @@ def main() -> None:
         update_summary(command.run, "counts.columns", counts)
     for name, manifest in made.manifests.items():
         log.info(f"{name}: {_describe(manifest)}")
+    for score in job.scores:
+        said = score.say(_details(made.manifests[score.name])) if isinstance(score, TableScore) else None
+        if said is not None:
+            log.info(f"{score.name}: {said}")
 
 
 def _counts(manifest: Manifest) -> Mapping[str, object]:
     return {"read": manifest.num_read, "kept": manifest.num_kept, "rejected": manifest.rejected}
+
+
+def _details(manifest: Manifest) -> dict[str, int]:
+    """Return the counts of all shards: sums, and the largest of those that are limits."""
+    found: dict[str, int] = {}
+    for report in manifest.shards.values():
+        for name, count in report.details.items():
+            found[name] = max(found.get(name, 0), count) if name.startswith("max_") else found.get(name, 0) + count
+    return found
 
 
 def _describe(manifest: Manifest) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from curation.config import ColumnsConfig
+from curation.scores.clip import Clip, ClipChoice, ClipScore
+from curation.scores.heads import Head
 from curation.scores.joined import JoinedTable
 from curation.scores.pixels import Pixels
 from curation.scores.protocol import Score
@@ -17,7 +19,17 @@ def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
     from curation.scores.hashes import Hashes
 
     tables = [JoinedTable(name, table.files, run) for name, table in config.tables.items()]
-    return [Pixels(), Hashes(), *tables]
+    clip = ClipChoice(
+        model=config.clip_model, revision=config.clip_revision, device=config.device, batch_size=config.clip_batch_size
+    )
+    return [
+        Pixels(),
+        Hashes(),
+        Clip(clip),
+        *(ClipScore(clip, caption_column=name) for name in config.caption_columns),
+        *(Head(name, file=head.file, clip=clip) for name, head in config.heads.items()),
+        *tables,
+    ]
 
 
 def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:
@@ -28,9 +40,12 @@ def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:
     """
     known = known_scores(config, run)
     by_name = {score.name: score for score in known}
-    for name in config.tables:
-        if [score.name for score in known].count(name) > 1:
-            raise UserError(f"columns.tables.{name}: a score is called {name} already; give the table another name")
+    for table, noun in (("tables", "table"), ("heads", "head")):
+        for name in getattr(config, table):
+            if [score.name for score in known].count(name) > 1:
+                raise UserError(
+                    f"columns.{table}.{name}: a score is called {name} already; give the {noun} another name"
+                )
     for name in config.scores:
         if not _named(name, known):
             names = list(dict.fromkeys(each.partition("@")[0] for each in by_name))

@@ -10,6 +10,7 @@ from curation.image_pass import ImagePassConfig, ImagePassWorker
 from curation.job import ColumnsJob
 from curation.run_scores import make_run_score, run_sources
 from curation.scores.protocol import ImageScore, RunScore, Score, TableScore
+from curation.table_rows import input_hashes
 from curation.table_worker import TableWorker, TableWorkerConfig
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -41,6 +42,8 @@ def make_columns(job: ColumnsJob) -> MadeColumns:
     """
     manifests: dict[str, Manifest] = {}
     with exclusive(job.folder):
+        for score in _to_make(job):
+            score.require()
         num_new = sum(len(job.pending(score, job.sources)) for score in job.image_scores)
         _make_image_scores(job)
         for score in job.scores:
@@ -52,6 +55,25 @@ def make_columns(job: ColumnsJob) -> MadeColumns:
                 make_run_score(job, score, sources)
             manifests[score.name] = _finish(job, score, sources)
     return MadeColumns(manifests=manifests, num_new=num_new)
+
+
+def _to_make(job: ColumnsJob) -> list[Score]:
+    """Return the scores that are pending for some shard, and those that are made from them.
+
+    Raises:
+        UserError: a score lacks what it is made from, and no other score gives.
+    """
+    found: list[Score] = []
+    for score in job.scores:
+        made_anew = {f"{job.folder.name}/{each.name}" for each in found}
+        there = [reads for reads in score.reads if reads.folder not in made_anew]
+        if len(there) < len(score.reads):
+            # What no score of this command makes must be there before hours are spent on what it makes.
+            input_hashes(job.run, there, [each.name for each in job.sources], score=score.name)
+            found.append(score)
+        elif job.pending(score, sources_of(job, score)):
+            found.append(score)
+    return found
 
 
 def sources_of(job: ColumnsJob, score: Score) -> list[Source]:

@@ -7,7 +7,7 @@ from pydantic import Field, StringConstraints
 
 from pipelines.recipe import TableConfig
 
-TableName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+ColumnName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class JoinedTableConfig(TableConfig):
@@ -19,12 +19,36 @@ class JoinedTableConfig(TableConfig):
     )
 
 
+class HeadConfig(TableConfig):
+    """A head over CLIP's embeddings."""
+
+    file: str = Field(
+        pattern=r"\S",
+        description="Its weights, .pth or .safetensors: a file, or org/name/file of the hub, in its cache",
+    )
+
+
 class ColumnsConfig(TableConfig):
     """`[columns]`: what is measured of each sample. Nothing is deleted by it: a column is there to be chosen by."""
 
     scores: Sequence[str] = Field(default=("pixels",), description="Scores to make, see docs/CURATION.md")
-    tables: Mapping[TableName, JoinedTableConfig] = Field(
+    tables: Mapping[ColumnName, JoinedTableConfig] = Field(
         default_factory=dict, description="Tables that are joined by key: each gives the score of its name"
+    )
+    caption_columns: Sequence[ColumnName] = Field(
+        default=("caption", "alt_text"),
+        description="Texts that scores of captions are made of: caption, alt_text, or the name of a captioning pass",
+    )
+    device: str = Field(default="auto", description="Where networks run: auto, cpu, cuda or cuda:N")
+    clip_model: str = Field(
+        default="openai/clip-vit-large-patch14",
+        description="Hub id or local folder of the CLIP that clip, clip_score and the heads are made with",
+    )
+    clip_revision: str | None = Field(default=None, description="Commit of the hub repository; null = main")
+    clip_batch_size: int = Field(default=32, gt=0, description="Images or texts that CLIP takes at once")
+    heads: Mapping[ColumnName, HeadConfig] = Field(
+        default_factory=dict,
+        description="Small networks over CLIP's embeddings: each gives the score and the column of its name",
     )
     max_reject_fraction: float = Field(
         default=0.05,

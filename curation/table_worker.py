@@ -63,7 +63,7 @@ class TableWorker:
             num_read=made.num_rows,
             num_kept=made.num_rows - sum(rejected.values()),
             rejected=rejected,
-            details=count_unknown(made),
+            details=count_unknown(made) | config.score.details(made),
             busy_seconds=time.monotonic() - start_seconds,
         )
 

@@ -4,17 +4,15 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import pydantic
 
 from encoders.control_maps import NetworkMaps
+from encoders.state_dicts import read_tensors
 from encoders.weights import HUB_FOLDER, REPOSITORY, cached_hub_file
-from errors import MissingFileError, UserError, describe_unfetched, is_out_of_memory
+from errors import MissingFileError
 from pipelines.as_typed import typed_path
 from pipelines.recipe import TableConfig
 from pipelines.store.files import sha256_file
@@ -52,35 +50,6 @@ def find_hed(settings: HedSettings, *, key: str) -> Path:
 def _local_file(settings: HedSettings) -> Path | None:
     places = (root / typed_path(settings.model) for root in (Path(), REPOSITORY))
     return next((path for path in places if path.is_file()), None)
-
-
-def read_tensors(path: Path, *, origin: str) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, or of a plain state dict that `torch.save` wrote; runs no code of it.
-
-    Raises:
-        UserError: it is neither, or is damaged; begins with `origin`.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    with path.open("rb") as file:
-        head = file.read(1024)
-    if (fault := describe_unfetched(head)) is not None:
-        raise UserError(f"{origin} {fault}")
-    try:
-        if head[8:9] == b"{":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{origin} is no file of weights alone, or has been cut short ({type(error).__name__}): fetch it again"
-        ) from None
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{origin} is no file of weights by name: it should be {PUBLISHED}")
-    return dict(content)
 
 
 class HedMaps(NetworkMaps):
@@ -123,4 +92,4 @@ def _read(settings: HedSettings, *, key: str) -> HedNetwork:
     from encoders.hed_network import hed_of
 
     origin = f"{key}.model {settings.model}"
-    return hed_of(read_tensors(find_hed(settings, key=key), origin=origin), origin=origin)
+    return hed_of(read_tensors(find_hed(settings, key=key), origin=origin, wanted=PUBLISHED), origin=origin)

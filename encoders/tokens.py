@@ -132,13 +132,19 @@ class TextCut:
         )
 
 
-def count_cut(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> TextCut:
-    """Count what a model that reads `max_tokens` does not see of `texts`; `tokenizer` is transformers'."""
+def count_tokens(texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return how long each text is, with the tokens that begin and end it; `tokenizer` is transformers'."""
     lengths: list[int] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         # What is too long is no surprise here, the tokenizer need not warn of it.
         ids = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), verbose=False).input_ids
         lengths += [len(tokens) for tokens in ids]
+    return lengths
+
+
+def count_cut(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> TextCut:
+    """Count what a model that reads `max_tokens` does not see of `texts`; `tokenizer` is transformers'."""
+    lengths = count_tokens(texts, tokenizer)
     beyond = [length - max_tokens for length in lengths if length > max_tokens]
     return TextCut(
         max_tokens=max_tokens,

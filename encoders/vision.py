@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from encoders.tokens import TextCut, count_cut, pretrained_tokenizer
+from encoders.tokens import TextCut, count_cut, count_tokens, pretrained_tokenizer
 from encoders.weights import ModelSource, load_pretrained, loadable
 from errors import UserError
 
@@ -149,6 +149,10 @@ class ClipTowers:
     def count_cut(self, texts: Sequence[str]) -> TextCut:
         """Count what `text_features` does not see of texts."""
         return count_cut(texts, self._tokenizer, max_tokens=self.max_tokens)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how long each text is to CLIP, begin and end included."""
+        return count_tokens(texts, self._tokenizer)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into embeddings [B, D]; of what is longer than CLIP's 77 tokens the start is read."""

@@ -80,6 +80,13 @@ class Score:
         """Return, as JSON values, what decides its numbers, beside its version and its inputs."""
         return {}
 
+    def require(self) -> None:
+        """Find out what is missing or does not fit before any work starts; may load what is small.
+
+        Raises:
+            UserError: a model, a file or a device.
+        """
+
     @property
     def schema(self) -> pa.Schema:
         """The columns of its files."""
@@ -132,6 +139,16 @@ class TableScore(Score):
         Only rows that none of the folders rejects. It may give `reject`, too, as `ImageScore.measure` may.
         """
         raise NotImplementedError
+
+    def details(self, made: pa.Table) -> dict[str, int]:
+        """Return counts about rows that it has made, to be summed over a shard; of `max_<...>` the largest is kept."""
+        del made
+        return {}
+
+    def say(self, details: Mapping[str, int]) -> str | None:
+        """Return what its counts over all shards have to say to the user, as a sentence; None where that is nothing."""
+        del details
+        return None
 
     def source(self, shard: str) -> str:
         """Return what changes when an input beside `reads` does, such as the hash of a user's table."""

@@ -14,7 +14,7 @@ KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
     ),
     "hashes": ("exact_hash", "perceptual_hash", "thumbnail"),
     "clip": ("clip_embedding",),
-    "clip_score": ("clip_score",),
+    "clip_score": ("clip_score", "clip_tokens", "clip_tokens_cut"),
     "duplicates": ("duplicate", "duplicate_of", "duplicate_kind", "duplicate_group"),
     "claims": ("num_claims", "unsupported_share", "unsupported_sentences", "min_support"),
 }
