@@ -1,6 +1,8 @@
 """What a choice makes of training: which samples, how often, with which captions, and what is refused."""
 
 import json
+import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from choice_run import write_choice
+from columns_run import write_columns
 from test_training_features import FIRST, mixed, open_job
 from test_training_stage import write_checkpoint
 from training_run import make_run, metrics, train, write_text
 
 from errors import MissingFileError, UserError
+from pipelines.columns import written_choices
+from pipelines.columns.choice_settings import ChoiceSettings
+from pipelines.columns.choices import Choice
 from pipelines.store.families import latent_directory, text_directory
 from pipelines.store.feature_store import serialize_member
 from pipelines.store.files import sha256_file
@@ -86,12 +92,12 @@ def test_a_table_that_chooses_nothing_reads_no_choice(run: Path) -> None:
     [
         (
             {"where": "number > 3"},
-            r"was made with where 'number > 3', but features\.stage2\.where is 'number % 2 == 0'",
+            r"was made with where 'number > 3', but it is 'number % 2 == 0' in features\.stage2",
         ),
-        ({"where": WHERE, "weight": "number"}, r"with weight 'number', but features\.stage2\.weight is None"),
+        ({"where": WHERE, "weight": "number"}, r"with weight 'number', but it is None in features\.stage2"),
         (
-            {"where": WHERE, "caption_weights": {"caption": "1"}},
-            r"with caption_weights \{'caption': '1'\}, but features\.stage2\.captions is \{\} now",
+            {"where": WHERE, "captions": [{"column": "caption", "weight": "num_tokens"}]},
+            r"with caption_weights \{'caption': 'num_tokens'\}, but it is \{\} in features\.stage2",
         ),
     ],
 )
@@ -283,8 +289,8 @@ def test_captions_are_drawn_by_the_weights_of_the_choice(run: Path, capsys: pyte
     write_choice(
         run,
         SHARDS,
-        captions={"caption": lambda i: None if i == 5 else 0.0 if i in (2, 3) else 9.0},
-        caption_weights={"caption": "exp(clip_score / 0.1)"},
+        weigh_captions={"caption": lambda i: None if i == 5 else 0.0 if i in (2, 3) else 9.0},
+        captions=[{"column": "caption", "weight": "exp(clip_score / 0.1)"}],
     )
     job = open_job(run, CAPTIONS)
     table = FeatureIndex(job.features.datasets).table(0)
@@ -352,3 +358,34 @@ def test_a_survey_knows_its_choice(run: Path) -> None:
     (choice,) = content["choices"]
     assert choice["num_samples"] == 63 and choice["num_chosen"] == 32
     assert np.sum(choice["weights"]) == sum(1.0 + i for _, i in COMPLETE if is_even(i))
+
+
+def test_a_choice_by_columns_that_have_changed_since_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The choice is one that is written by columns, as `make features` does."""
+
+    def write_sides(limit: int) -> None:
+        tables = {
+            name: {"key": [f"{name}_{i:03d}" for i in range(size)], "min_side": [i % limit for i in range(size)]}
+            for name, size in SHARDS.items()
+        }
+        write_columns(run / "columns" / "pixels", tables)
+
+    write_sides(8)
+    settings = ChoiceSettings.of("stage2", {"where": "min_side >= 4", "weight": "min_side", "weight_temperature": 2.0})
+    assert settings is not None
+    written_choices.write_choice(Choice(run, settings), list(SHARDS))
+    where, weight = 'features.stage2.where="min_side >= 4"', 'features.stage2.weight="min_side"'
+    job = open_job(run, where, weight, "features.stage2.weight_temperature=2.0")
+    found = drawn(job, num_steps=200)
+    assert found.keys() == {sample for sample in COMPLETE if sample[1] % 8 >= 4}
+    assert found["laion_0", 7] / found["laion_0", 5] == pytest.approx(math.e, rel=0.1)
+    print_plan(job, inspect_stage(job, 1))
+    assert "other columns" not in capsys.readouterr().err
+    write_sides(9)
+    print_plan(job, inspect_stage(job, 1))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{run}/choices/stage2 was chosen by other columns than {run} has now; it is trained on as it is" in said
+    # A run that was copied without its columns.
+    shutil.rmtree(run / "columns")
+    print_plan(job, inspect_stage(job, 1))
+    assert "other columns" not in capsys.readouterr().err

@@ -5,6 +5,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ import pyarrow.compute as pc
 
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command
+from pipelines.columns.choice_settings import CHOICES, ChoiceSettings
+from pipelines.columns.choices import Choice
+from pipelines.columns.sample_columns import SampleColumns
+from pipelines.columns.written_choices import finished_choice
+from pipelines.engine.rejects import NOT_CHOSEN
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.tables import MEND_SHARD, read_table
@@ -20,7 +26,6 @@ from training.data.cache import ShardCache
 from training.data.directories import FeatureDirectory, open_directory
 from training.data.feature_tables import FeatureTable
 
-NOT_CHOSEN = "not_chosen"
 NOT_THERE = -1
 
 
@@ -107,21 +112,23 @@ class ChosenSamples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A folder of choices: one row per sample of each raw shard.
+class DatasetChoice:
+    """A dataset's folder of choices: one row per sample of each raw shard.
 
     Attributes:
+        run: a folder or URL.
+        settings: the expressions that it was made by.
         directory: where it lies.
         has_weights: whether samples are drawn by weight.
         captions: columns of captions whose weight is an expression, by their `caption_index`.
-        where: the expression that chooses; None where all samples are chosen.
         command: what makes choice and features anew.
     """
 
+    run: str
+    settings: ChoiceSettings
     directory: FeatureDirectory
     has_weights: bool
     captions: Mapping[int, str]
-    where: str | None
     command: str
 
     def read(self, shard: str, *, is_stopping: threading.Event | None = None) -> ChosenSamples:
@@ -166,6 +173,20 @@ class Choice:
             )
         return weights
 
+    def is_outdated(self, shards: list[str]) -> bool:
+        """Whether the run's columns are others than those that shards were chosen by; of columns elsewhere it is not
+        known.
+        """
+        if is_remote(self.run):
+            return False
+        run = Path(self.run)
+        try:
+            here = {folder.name for folder in SampleColumns(run).folders}
+            is_here = bool(self.directory.manifest.upstream) and here.issuperset(self.directory.manifest.upstream)
+            return is_here and finished_choice(Choice(run, self.settings), shards) is None
+        except (KeyError, UserError):  # a column or one of its shards is gone, or damaged
+            return True
+
     def fingerprint_fields(self, shards: list[str]) -> dict[str, Any]:
         """Return what identifies the choice: its expressions, and a hash over the files of `shards`."""
         manifest = self.directory.manifest
@@ -176,44 +197,41 @@ class Choice:
 
 def open_choice(
     run: str, table: FeatureTable, *, table_name: str, reads_text: bool, cache: ShardCache
-) -> Choice | None:
+) -> DatasetChoice | None:
     """Open the choice that a table of features makes in a run, a folder or URL; None of a table that makes none.
 
     Raises:
         MissingFileError: there is no choice yet.
-        UserError: it was made by other expressions than the recipe's; names both, and the command that makes it anew.
+        UserError: an expression is none, or the choice was made by others than the recipe's; names both, and the
+            command that makes it anew.
     """
-    expressions = {number: caption for number, caption in enumerate(table.captions) if isinstance(caption.weight, str)}
-    if table.where is None and table.weight is None and not expressions:
+    settings = ChoiceSettings.of(table_name, table.model_dump())
+    if settings is None:
         return None
-    location = f"{run}/choices/{table_name}"
+    location = f"{run}/{CHOICES}/{table_name}"
     command = typed_command("features", {"stage": table_name, "run": run})
+    wanted = settings.fingerprint.fields
     try:
         directory = open_directory(location, cache if is_remote(location) else None)
     except MissingFileError:
+        by = ", ".join(f"{name} = {value!r}" for name, value in wanted.items() if value and name != "version")
         raise MissingFileError(
-            f"{location} has no finished choice, and features.{table_name} chooses samples by "
-            f"{_described(table)}; run `{command}` first"
+            f"{location} has no finished choice, and features.{table_name} chooses by {by}; run `{command}` first"
         ) from None
-    wanted = {
-        "where": table.where,
-        "weight": table.weight,
-        "weight_temperature": table.weight_temperature,
-        "caption_weights": {caption.column: caption.weight for caption in expressions.values()},
-    }
     found = directory.manifest.fingerprint.fields
-    for name, value in wanted.items():
-        if value != found.get(name, {} if name == "caption_weights" else None):
-            key = "captions" if name == "caption_weights" else name
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
             raise UserError(
-                f"{location} was made with {name} {found.get(name)!r}, but features.{table_name}.{key} is {value!r} "
-                f"now: `{command}` chooses anew, and encodes only what it lacks"
+                f"{location} was made with {name} {found.get(name)!r}, but it is {wanted.get(name)!r} in "
+                f"features.{table_name} now: `{command}` chooses anew, and encodes only what it lacks"
             )
-    return Choice(
+    numbers = {caption.column: number for number, caption in enumerate(table.captions)}
+    return DatasetChoice(
+        run=run,
+        settings=settings,
         directory=directory,
-        has_weights=table.weight is not None,
-        captions={number: caption.column for number, caption in expressions.items()} if reads_text else {},
-        where=table.where,
+        has_weights=settings.weight is not None,
+        captions={numbers[column]: column for column in settings.caption_weights} if reads_text else {},
         command=command,
     )
 
@@ -232,12 +250,3 @@ def require_all_encoded(directory: FeatureDirectory, shards: list[str], *, table
             f"{directory} has no features of {num_left_out:,} of {num_samples:,} samples, which the `where` of another "
             f"table left out, and features.{table_name} has none: `{command}` encodes them; or have the same `where`"
         )
-
-
-def _described(table: FeatureTable) -> str:
-    values = {"where": table.where, "weight": table.weight} | {
-        f"the weight of {caption.column}": caption.weight
-        for caption in table.captions
-        if isinstance(caption.weight, str)
-    }
-    return ", ".join(f"{name} = {value!r}" for name, value in values.items() if value is not None)

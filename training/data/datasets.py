@@ -8,7 +8,7 @@ from typing import Any
 from errors import UserError
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, require_same
-from training.data.choices import Choice
+from training.data.choices import DatasetChoice
 from training.data.directories import FeatureDirectory
 from training.mixture import DatasetRole
 
@@ -28,7 +28,7 @@ class Dataset:
     validation_shards: list[str] = field(default_factory=list)
     weight: float = 1.0
     role: DatasetRole = "instance"
-    choice: Choice | None = None
+    choice: DatasetChoice | None = None
 
     @property
     def leading(self) -> FeatureDirectory:

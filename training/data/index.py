@@ -213,7 +213,7 @@ class FeatureIndex:
         dataset, name = self._shards[shard]
         leading, *others = dataset.directories
         chosen = None if dataset.choice is None else dataset.choice.read(name, is_stopping=self._is_stopping)
-        indices = [self._load(directory, name) for directory in dataset.directories]
+        indices = [self._load(each, name, which_caption=chosen is not None) for each in dataset.directories]
         pairs = zip(dataset.directories, indices, strict=True)
         samples, *joined = [_kept(index, directory, name, chosen=chosen) for directory, index in pairs]
         for rows in joined:
@@ -229,11 +229,12 @@ class FeatureIndex:
         table = _sort_by_bucket(name, samples, labels, leading=leading.family, joined=families)
         return table if chosen is None else replace(table, weights=chosen.weights_of(table.keys), selection=selection)
 
-    def _load(self, directory: FeatureDirectory, name: str) -> pa.Table:
-        """Read an index, its rejects too."""
+    def _load(self, directory: FeatureDirectory, name: str, *, which_caption: bool) -> pa.Table:
+        """Read an index, its rejects too, and `which_caption` a row is of."""
         family = directory.family
-        wanted = {"key", *number_columns(family), *CAPTION_COLUMNS, "bucket", "label", "reject"}
+        wanted = {"key", *number_columns(family), "weight", "bucket", "label", "reject"}
         wanted |= set(SIZE_COLUMNS) if family.leads else set()
+        wanted |= set(CAPTION_COLUMNS) if which_caption else set()
         columns = [column for column in family.columns.names if column in wanted]
         with directory.open(name, ".parquet", is_stopping=self._is_stopping) as file:
             return load_index(file.path.parent, [name], columns=columns)

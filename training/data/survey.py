@@ -17,7 +17,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, remove_temporary_files
 from pipelines.store.manifest import Fingerprint
 from pipelines.store.state_files import read_state, state_of
-from training.data.choices import Choice, Selection
+from training.data.choices import DatasetChoice, Selection
 from training.data.datasets import Dataset
 from training.data.epochs import epoch_length
 from training.data.index import FeatureIndex, ShardTable, bucket_size
@@ -164,7 +164,7 @@ def chosen_digests(survey: Survey) -> list[str | None]:
     return [None if choice is None else choice.digest for choice in survey.choices]
 
 
-def _sum_up(choice: Choice, shards: Sequence[ShardSurvey], *, buckets: Sequence[str]) -> ChoiceSurvey:
+def _sum_up(choice: DatasetChoice, shards: Sequence[ShardSurvey], *, buckets: Sequence[str]) -> ChoiceSurvey:
     """Return what a choice makes of the shards of its dataset; refuses one whose samples were not all encoded."""
     selections = [shard.selection for shard in shards if shard.selection is not None]
     _require_features(choice, selections)
@@ -182,7 +182,7 @@ def _sum_up(choice: Choice, shards: Sequence[ShardSurvey], *, buckets: Sequence[
     )
 
 
-def _require_features(choice: Choice, selections: Sequence[Selection]) -> None:
+def _require_features(choice: DatasetChoice, selections: Sequence[Selection]) -> None:
     """Refuse chosen samples that were not chosen when their features were made."""
     for directory in dict.fromkeys(name for each in selections for name in each.without_features):
         found = [each.without_features[directory] for each in selections if directory in each.without_features]

@@ -15,7 +15,7 @@ from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import checkpoint_folders
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
-from training.data.choices import Choice
+from training.data.choices import DatasetChoice
 from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import ChoiceSurvey, Survey
@@ -214,6 +214,11 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
         _print("data", f"{mixed}{shards}, {num_epochs:,.2f} epochs; {where}")
         if dataset.choice is not None and choice is not None:
             _print("choice", describe_choice(dataset.choice, choice))
+            if dataset.choice.is_outdated([*dataset.shards, *dataset.validation_shards]):
+                log.warning(
+                    f"{dataset.choice.directory} was chosen by other columns than {dataset.run} has now; it is trained "
+                    f"on as it is, and `{dataset.choice.command}` chooses anew"
+                )
             if choice.weights is not None:
                 _print("weights", describe_weights(choice, num_samples=num_samples, epoch_length=epoch_length))
     if features.unused_shards:
@@ -227,11 +232,11 @@ def _print_datasets(job: TrainingJob, survey: Survey) -> None:
         _print("cache", f"{settings.cache_gigabytes:g} GB in {caches[0].directory} for remote shards")
 
 
-def describe_choice(choice: Choice, survey: ChoiceSurvey) -> str:
+def describe_choice(choice: DatasetChoice, survey: ChoiceSurvey) -> str:
     """Say what a dataset's choice makes of its samples."""
     share = survey.num_chosen / survey.num_samples
     said = f"{survey.num_chosen:,} of {survey.num_samples:,} samples ({share:.1%}), by {choice.directory}"
-    said += "" if choice.where is None else f": {choice.where}"
+    said += "" if choice.settings.where is None else f": {choice.settings.where}"
     if survey.num_without_caption_weight:
         said += f"; of {survey.num_without_caption_weight:,} no caption has a weight above 0: theirs are drawn alike"
     return said
