@@ -148,6 +148,12 @@ SUBCOMMANDS = {
         flags=(*_RUN, "shards", "retry"),
         defaults=_DEFAULTS,
     ),
+    "claims": Subcommand(
+        module="captioning.claims",
+        summary="Captions -> what they claim, asked back of the model: unsupported sentences are marked",
+        flags=(*_RUN, "shards"),
+        defaults=_DEFAULTS,
+    ),
     "columns": Subcommand(
         module="curation",
         summary="Raw shards and captions -> columns about each sample, to choose by: sizes, scores, duplicates",

@@ -60,12 +60,16 @@ class RecipeTable:
 
 
 TABLES = (
-    RecipeTable(name="data", model=DataConfig, readers=("caption", "columns", "stats", "features", "buckets")),
+    RecipeTable(
+        name="data", model=DataConfig, readers=("caption", "claims", "columns", "stats", "features", "buckets")
+    ),
     RecipeTable(name="toyworld", model=ToyworldConfig, readers=("world", "judge", "report")),
     RecipeTable(
-        name="engine", model=EngineConfig, readers=("caption", "columns", "stats", "features", "sample", "eval")
+        name="engine",
+        model=EngineConfig,
+        readers=("caption", "claims", "columns", "stats", "features", "sample", "eval"),
     ),
-    RecipeTable(name="captioning", model=CaptioningConfig, readers=("caption",)),
+    RecipeTable(name="captioning", model=CaptioningConfig, readers=("caption", "claims")),
     RecipeTable(name="columns", model=ColumnsConfig, readers=("columns",)),
     RecipeTable(name="dataset_stats", model=DatasetStatsConfig, readers=("stats",)),
     RecipeTable(name="features", model=FeaturesConfig, readers=("features", "buckets", "train"), is_named=True),

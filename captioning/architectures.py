@@ -50,8 +50,8 @@ def read_architecture(source: ModelSource) -> Architecture | None:
     )
 
 
-def require_fit(architecture: Architecture, model: str) -> None:
-    """Refuse a model that `captioning.engine = "transformers"` does not caption with.
+def require_fit(architecture: Architecture, model: str, *, table: str = "captioning") -> None:
+    """Refuse a model that the engine `transformers` does not caption with; `table` of the recipe names both.
 
     Raises:
         UserError: names the model, what it is, and the engine that takes it.
@@ -62,9 +62,9 @@ def require_fit(architecture: Architecture, model: str) -> None:
         f" with {architecture.text_type} and {architecture.vision_type}" if architecture.model_type in LLAVAS else ""
     )
     raise UserError(
-        f'captioning.model {model!r} is a {architecture.name}{parts}, but captioning.engine = "transformers" is for '
+        f'{table}.model {model!r} is a {architecture.name}{parts}, but {table}.engine = "transformers" is for '
         f"LLaVA-1.5 and LLaVA-NeXT whose text model is {', '.join(TEXT_MODELS[:-1])} or {TEXT_MODELS[-1]}: set "
-        'captioning.engine = "generate", which is slower and takes any vision-language model of transformers'
+        f'{table}.engine = "generate", which is slower and takes any vision-language model of transformers'
     )
 
 

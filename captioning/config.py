@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from captioning.claims.config import ClaimsConfig
 from encoders.chat_config import ChatServerConfig
 from pipelines.recipe import Decides, TableConfig
 
@@ -140,6 +141,7 @@ class CaptioningConfig(TableConfig):
     )
     server: ChatServerConfig = Field(default=ChatServerConfig(), description="The chat server of `engine = openai`")
     quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
+    claims: ClaimsConfig = Field(default=ClaimsConfig(), description="What `make claims` asks about captions")
 
     @field_validator("prompts")
     @classmethod

@@ -166,9 +166,8 @@ def read_job(command: Command) -> CaptioningJob:
     config = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
-    key = f"{command.recipe.blame('captioning', 'shards')}: captioning.shards"
-    paths = _select(command.raw_shards, config.shards, key=key)
-    model = _find_model(config, workers)
+    paths = select_raw(command, config)
+    model = find_model(config, workers)
     given = open_sources(config.table, command.run) if config.is_given else []
     if config.is_given and config.clip_model is None:
         # Nobody's work is on a GPU.
@@ -226,7 +225,12 @@ def gpu_share(workers: EngineConfig) -> float:
     return min(1.0, workers.gpus_per_worker)
 
 
-def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
+def find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
+    """Return where the model of `config` is: none of given captions, and of a server its name there.
+
+    Raises:
+        UserError: workers that ask a server are to have GPUs.
+    """
     if config.is_given:
         return ModelSource(location="", revision=None, identity="none")
     if config.engine != "openai":
@@ -241,8 +245,16 @@ def _find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     return ModelSource(location=config.model, revision=config.revision, identity=identity)
 
 
-def _select(paths: list[str], patterns: Sequence[str], *, key: str) -> list[str]:
-    """Return the shards that fit some pattern; warns of other patterns, as a recipe may be for more datasets."""
+def select_raw(command: Command, config: CaptioningConfig) -> list[str]:
+    """Return the raw shards that fit some pattern of `captioning.shards`.
+
+    Warns of other patterns, as a recipe may be for more datasets.
+
+    Raises:
+        UserError: none fits.
+    """
+    key, paths = f"{command.recipe.blame('captioning', 'shards')}: captioning.shards", command.raw_shards
+    patterns = config.shards
     fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
         log.warning(f"{key}: {pattern!r} fits none of the {len(paths)} shards")

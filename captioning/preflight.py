@@ -9,8 +9,12 @@ from pipelines.engine.preflight import require_packages
 CLIP_TYPE = "clip"  # of a config.json of transformers
 
 
-def require_models(config: CaptioningConfig, model: ModelSource, *, api_key: str, is_plan: bool) -> None:
-    """Look for the models, or the server, of `config`; `model` is where that of its engine is.
+def require_models(
+    config: CaptioningConfig, model: ModelSource, *, api_key: str, is_plan: bool, table: str = "captioning"
+) -> None:
+    """Look for the models, or the server, of `config`.
+
+    `model` is where that of its engine is, and `table` of the recipe names both.
 
     For a plan a server that is away is not waited for.
 
@@ -30,10 +34,10 @@ def require_models(config: CaptioningConfig, model: ModelSource, *, api_key: str
         require_server(chat_server(config.model_copy(update={"server": server}), api_key))
     else:
         require_packages("torch", "transformers", "jinja2")
-        require_model(model, key="captioning.model")
+        require_model(model, key=f"{table}.model")
         architecture = read_architecture(model)
         if config.engine == "transformers" and architecture is not None:
-            require_fit(architecture, config.model)
+            require_fit(architecture, config.model, table=table)
     if config.clip_model is not None:
         require_packages("torch", "transformers")
         clip = resolve_model(config.clip_model)

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import openai
@@ -46,23 +46,29 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How the server decodes: tokens at most, temperature (0 is greedy), repetition penalty as transformers has it."""
+    """How the server decodes: tokens at most, temperature (0 is greedy), repetition penalty as transformers has it.
+
+    With `num_alternatives` it is asked what else the first token could have been: so many of the likeliest ones.
+    """
 
     max_tokens: int
     temperature: float
     repetition_penalty: float = 1.0
+    num_alternatives: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What the model said; `num_tokens` as the server counts them, None of one that does not report it.
 
-    `finish_reason` is `length` when it was cut at `max_tokens`.
+    `finish_reason` is `length` when it was cut at `max_tokens`. `alternatives` are the likeliest first tokens with
+    their log-probabilities, None where the server does not tell any.
     """
 
     text: str
     num_tokens: int | None
     finish_reason: Literal["stop", "length"]
+    alternatives: tuple[tuple[str, float], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +107,10 @@ class ChatClient:
             text=SPECIAL_TOKENS.sub(" ", text),
             seed=seed & SEED_MASK,
         )
+
+    def another(self, question: Question, text: str) -> Question:
+        """Return a question with another text about the image of `question`, which is not encoded again."""
+        return replace(question, text=SPECIAL_TOKENS.sub(" ", text))
 
     def ask_all(self, questions: Iterable[Question], decoding: Decoding) -> list[Answer | NoAnswer]:
         """Return one answer per question, in order; takes the next question when one of those in flight is answered.
@@ -194,6 +204,8 @@ class ChatClient:
             seed=question.seed,
             # Servers may read another default from the model's generation_config.json.
             top_p=1.0 if decoding.temperature > 0 else openai.omit,
+            logprobs=True if decoding.num_alternatives else openai.omit,
+            top_logprobs=decoding.num_alternatives or openai.omit,
             **self._penalty(decoding.repetition_penalty),
         )
         require_json(self._server, raw.text)
@@ -209,6 +221,7 @@ class ChatClient:
             text=text.strip(),
             num_tokens=answer.usage.completion_tokens if answer.usage is not None else None,
             finish_reason="length" if choice.finish_reason == "length" else "stop",
+            alternatives=_alternatives(choice.logprobs),
         )
 
     def _penalty(self, repetition_penalty: float) -> dict[str, Any]:
@@ -235,6 +248,13 @@ class ChatClient:
         except openai.OpenAIError:
             return False
         return True
+
+
+def _alternatives(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
+    if logprobs is None or logprobs.content is None:
+        return None
+    first = next(iter(logprobs.content), None)
+    return tuple((found.token, found.logprob) for found in first.top_logprobs) if first is not None else ()
 
 
 def _retry_after_seconds(error: openai.APIStatusError) -> float | None:

@@ -16,7 +16,7 @@ from toyworld.judge import Judge
 from toyworld.scenes import POSITIONS, Scene, class_name, random_scene
 from toyworld.wording import alt_text, caption_hits, dense_caption, describe, parse_caption
 from toyworld.zoo import captioner as captioner_training
-from toyworld.zoo import class_conditional, judge_training, text_encoder, vision_tower
+from toyworld.zoo import class_conditional, judge_training, questions, text_encoder, vision_tower
 from toyworld.zoo import vae as zoo_vae
 from toyworld.zoo.__main__ import NAMES, RELEASED_FOLDER, train
 from toyworld.zoo.captioner import greedy_captions
@@ -204,7 +204,15 @@ def test_class_samples_show_their_class():
 
 def test_every_model_can_be_trained_anew(tmp_path, monkeypatch):
     """One step each: what `make zoo` writes has the files, shapes and dtypes that are shipped."""
-    for module in (zoo_vae, text_encoder, vision_tower, captioner_training, judge_training, class_conditional):
+    for module in (
+        zoo_vae,
+        text_encoder,
+        vision_tower,
+        captioner_training,
+        questions,
+        judge_training,
+        class_conditional,
+    ):
         monkeypatch.setattr(module, "NUM_STEPS", 1)
     monkeypatch.setattr(zoo_vae, "NUM_STEPS_OF_SECOND", 1)
     monkeypatch.setattr(class_conditional, "NUM_SCENES", 100)

@@ -26,14 +26,14 @@ SHAPE_NOUNS = {
     "triangle": ("triangle",),
     "star": ("star",),
 }
-_SIZE_ADJECTIVES = {"small": ("small", "little"), "large": ("large", "big")}
-_PATTERN_PHRASES = {
+SIZE_ADJECTIVES = {"small": ("small", "little"), "large": ("large", "big")}
+PATTERN_PHRASES = {
     "plain": ("plain {}", "solid {}"),
     "striped": ("striped {}", "{} with thin horizontal stripes"),
     "checkered": ("checkered {}", "{} with a checkered pattern"),
     "dotted": ("dotted {}", "{} with small dots"),
 }
-_OPENINGS = (  # one for each background, which favours it
+OPENINGS = (  # one for each background, which favours it
     "The image features {}",
     "The image shows {}",
     "This picture contains {}",
@@ -75,8 +75,8 @@ def describe(scene: Scene) -> str:
 
 def dense_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that names every object, its place and the background, in varying words and length."""
-    opening = _favour(_OPENINGS, BACKGROUNDS.index(scene.background), rng)
-    ground = _favour(_PATTERN_PHRASES[scene.pattern], len(scene.objects) % 2, rng).format(scene.background)
+    opening = _favour(OPENINGS, BACKGROUNDS.index(scene.background), rng)
+    ground = _favour(PATTERN_PHRASES[scene.pattern], len(scene.objects) % 2, rng).format(scene.background)
     if scene.pattern == "plain" or len(scene.objects) == 1:
         sentences = [_one_sentence(scene, opening, rng)]
     else:
@@ -106,7 +106,7 @@ def _several_sentences(scene: Scene, opening: str, rng: np.random.Generator) -> 
 
 def _object_phrase(item: SceneObject, rng: np.random.Generator) -> str:
     noun = _favour(SHAPE_NOUNS[item.shape], 0, rng)
-    return f"a {_favour(_SIZE_ADJECTIVES[item.size], 0, rng)} {item.colour} {noun}"
+    return f"a {_favour(SIZE_ADJECTIVES[item.size], 0, rng)} {item.colour} {noun}"
 
 
 def _place(item: SceneObject, rng: np.random.Generator) -> str:

@@ -7,7 +7,7 @@ one. A batch lasts until its longest caption ends, so LLaVA is faster in `transf
 
 # L prompt tokens with those of the image
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -136,6 +136,39 @@ class GenerateEngine:
             batch, waiting = waiting[: self._batches.size], waiting[self._batches.size :]
             captions |= zip((index for index, _ in batch), self._batches.run(batch, generate), strict=True)
 
+    def prepare_questions(self, image: Image.Image, questions: Sequence[str]) -> list[PreparedImage | None]:
+        """Return questions about an image as the model's inputs; None is too long. Called from several threads."""
+        prepared = self.prepare([Request(image=image, prompt=question, seed=0) for question in questions])
+        first = next((question.inputs for question in prepared if question is not None), {})
+        for question in prepared:
+            if question is not None:
+                # The image's own inputs are alike for all of them, and held once.
+                question.inputs.update(
+                    {name: first[name] for name, value in question.inputs.items() if _equal(value, first[name])}
+                )
+        return prepared
+
+    def first_logits(self, prepared: Iterable[Sequence[PreparedImage | None]]) -> Iterator[Tensor]:
+        """Yield, for each image, the logits [questions, V] of the answers' first tokens; NaN of those too long."""
+        images = iter(prepared)
+        while window := _take_questions(images, num=self.batch_rows):
+            asked = [question for questions in window for question in questions if question is not None]
+            rows = iter(list(self._batches.run(asked, self._first_logits)))
+            for questions in window:
+                yield torch.stack([self._unknown if question is None else next(rows) for question in questions])
+
+    @property
+    def _unknown(self) -> Tensor:
+        return torch.full((self.model.get_output_embeddings().weight.shape[0],), torch.nan)
+
+    @torch.inference_mode()
+    def _first_logits(self, batch: Sequence[PreparedImage]) -> list[Tensor]:
+        inputs = put_together([question.inputs for question in batch], pad_token_id=self.tokenizer.pad_token_id)
+        inputs = {name: self._to_device(value) for name, value in inputs.items()}
+        settings = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        # `generate` knows the positions of padded prompts, whatever the model.
+        return list(self.model.generate(**inputs, **settings).logits[0].float().cpu())
+
     def probe(self, prepared: Iterable[PreparedImage]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, in batches like those of `caption`."""
 
@@ -226,6 +259,16 @@ class GenerateEngine:
             "captioning.batch_size is 1 for it"
         )
         return False
+
+
+def _take_questions(
+    images: Iterator[Sequence[PreparedImage | None]], *, num: int
+) -> list[Sequence[PreparedImage | None]]:
+    """Return the questions about the next images, of as many images as have `num` of them."""
+    taken: list[Sequence[PreparedImage | None]] = []
+    while sum(map(len, taken)) < num and (questions := next(images, None)) is not None:
+        taken.append(questions)
+    return taken
 
 
 def _equal(ours: Any, expected: Any) -> bool:

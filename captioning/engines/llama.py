@@ -124,6 +124,31 @@ class LlamaForward:
         hidden = self._embed_images(torch.cat(list(prompts)), image_inputs)
         return self._run(hidden, attend, asking=ends)
 
+    def ask(self, shared: Tensor, questions: Sequence[Tensor], image_inputs: dict[str, Tensor]) -> Tensor:
+        """Read the ids [L] of `questions`, each behind the same `shared` ones and blind to the others.
+
+        What they share, an image as a rule, is read once. Returns logits [R, V] of what follows each question; no cache
+        is kept.
+        """
+        lengths = torch.tensor([len(question) for question in questions])
+        own = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        positions = torch.cat([torch.arange(len(shared)), len(shared) + own])  # [N]
+        segments = torch.cat([torch.zeros(len(shared)), torch.arange(1, len(lengths) + 1).repeat_interleave(lengths)])
+        is_before = torch.ones(len(segments), len(segments), dtype=torch.bool).tril()
+        is_seen = send(((segments[:, None] == segments) | (segments == 0)) & is_before, self.device)  # [N, N]
+        ends = send(len(shared) + lengths.cumsum(0) - 1, self.device)
+        cos, sin = self._rotary(send(positions, self.device))
+        last = len(self._layers) - 1
+
+        def attend(number: int, mixed: Tensor) -> Tensor:
+            queries, keys, values = self._turn(mixed, cos, sin)
+            asking = slice(None) if number < last else ends
+            heads = [part.transpose(0, 1)[None] for part in (queries[asking], keys, values)]  # [1, H, N, D]
+            return self._attend(*heads, mask=is_seen[asking])[0].transpose(0, 1).flatten(1)
+
+        hidden = self._embed_images(torch.cat([shared, *questions]), image_inputs)
+        return self._run(hidden, attend, asking=ends)
+
     def step(self, token_ids: Tensor, lengths: Tensor, cache: SlotCache, *, longest: int) -> Tensor:
         """Feed `token_ids` [B] at positions `lengths` [B], of which `longest` is the largest; returns logits [B, V].
 

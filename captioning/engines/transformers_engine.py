@@ -3,12 +3,14 @@
 # N image tokens, L prompt tokens
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from captioning.config import CaptioningConfig
@@ -31,6 +33,15 @@ IMAGE_INPUTS = ("pixel_values", "image_sizes")
 LARGE_IMAGE = (1344, 1344)
 # LLaVA-1.5's own, for processors that come without a chat template.
 PLAIN_TEMPLATE = "USER: {image_token}\n{prompt} ASSISTANT:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedQuestions:
+    """Questions about one image: ids [L] of all that they share, and of what each goes on with; None is too long."""
+
+    shared: Tensor
+    own: list[Tensor | None]
+    image_inputs: dict[str, Tensor]
 
 
 class TransformersEngine:
@@ -101,11 +112,7 @@ class TransformersEngine:
 
     def _make_prompt(self, inputs: Any, row: int, *, seed: int) -> TokenizedPrompt | None:
         input_ids = torch.tensor(inputs["input_ids"][row])  # [L]
-        image_inputs = {
-            name: torch.as_tensor(np.asarray(inputs[name][row]))[None] for name in IMAGE_INPUTS if name in inputs
-        }
-        pixels = image_inputs["pixel_values"]
-        assert pixels.numel() > 0 and bool(torch.isfinite(pixels).all()), "an image has finite pixels"
+        image_inputs = _image_inputs(inputs, row)
         if len(input_ids) + self._max_new_tokens > self._context:
             return None
         return TokenizedPrompt(input_ids=input_ids, image_inputs=image_inputs, seed=seed)
@@ -113,6 +120,38 @@ class TransformersEngine:
     def caption(self, prepared: Iterable[TokenizedPrompt], *, repetition_penalty: float = 1.0) -> list[Caption]:
         """Return one caption per prompt, in order."""
         return self._continue(self._decoder, prepared, repetition_penalty=repetition_penalty)
+
+    def prepare_questions(self, image: Image.Image, questions: Sequence[str]) -> TokenizedQuestions:
+        """Return questions about an image on the CPU; called from several threads."""
+        texts = [self._wrap(question) for question in questions]
+        adds_begin = not has_begin_token(self.tokenizer, texts[0])
+        with self._processors.take() as processor:
+            inputs = processor(images=[image], text=texts[:1], add_special_tokens=adds_begin)
+            num_tokens = inputs["input_ids"][0].count(self.model.config.image_token_id)
+            token = processor.image_token
+            # The image is processed once: its tokens stand in all of them.
+            expanded = [text.replace(token, token * num_tokens) for text in texts]
+            ids = processor.tokenizer(expanded, add_special_tokens=adds_begin)["input_ids"]
+        assert ids[0] == inputs["input_ids"][0], "the tokens that the processor makes"
+        end = len(ids[0]) - ids[0][::-1].index(self.model.config.image_token_id)
+        assert all(row[:end] == ids[0][:end] for row in ids), "questions begin with the image"
+        return TokenizedQuestions(
+            shared=torch.tensor(ids[0][:end]),
+            own=[torch.tensor(row[end:]) if len(row) < self._context else None for row in ids],
+            image_inputs=_image_inputs(inputs, 0),
+        )
+
+    @torch.inference_mode()
+    def first_logits(self, prepared: Iterable[TokenizedQuestions]) -> Iterator[Tensor]:
+        """Yield, for each image, the logits [questions, V] of the answers' first tokens; NaN of those too long."""
+        for asked in prepared:
+            fitting = [row for row, own in enumerate(asked.own) if own is not None]
+            logits = torch.full((len(asked.own), self._forward.vocabulary), torch.nan)
+            if fitting:
+                questions = [own for own in asked.own if own is not None]
+                found = self._forward.ask(asked.shared, questions, asked.image_inputs)
+                logits[fitting] = found.float().cpu()
+            yield logits
 
     def probe(self, prepared: Iterable[TokenizedPrompt]) -> list[Caption]:
         """Return greedy captions of at most `PROBE_TOKENS` tokens, decoded as one batch."""
@@ -138,6 +177,14 @@ class TransformersEngine:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         assert text.count(image_token) == 1, f"one image per prompt, not {text.count(image_token)}: {text!r}"
         return text
+
+
+def _image_inputs(inputs: Any, row: int) -> dict[str, Tensor]:
+    """Return what a processor has made of one of its images."""
+    found = {name: torch.as_tensor(np.asarray(inputs[name][row]))[None] for name in IMAGE_INPUTS if name in inputs}
+    pixels = found["pixel_values"]
+    assert pixels.numel() > 0 and bool(torch.isfinite(pixels).all()), "an image has finite pixels"
+    return found
 
 
 def _load_model(config: CaptioningConfig, dtype: torch.dtype) -> Any:

@@ -16,7 +16,10 @@ KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
     "clip": ("clip_embedding",),
     "clip_score": ("clip_score", "clip_tokens", "clip_tokens_cut"),
     "duplicates": ("duplicate", "duplicate_of", "duplicate_kind", "duplicate_group"),
-    "claims": ("num_claims", "unsupported_share", "unsupported_sentences", "min_support"),
+    "claims": (
+        *("num_claims", "num_unknown", "unsupported_share", "min_support"),
+        *("unsupported_sentences", "claim_sentences", "claim_supports"),
+    ),
 }
 # Of scores that `make columns` does not make.
 OWN_COMMANDS: Mapping[str, str] = {"claims": "claims"}

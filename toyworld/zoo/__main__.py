@@ -36,9 +36,10 @@ def train(name: str, weights: Path) -> None:
 
         text_encoder.train(folder)
     elif name == "llava":
-        from toyworld.zoo import captioner
+        from toyworld.zoo import captioner, questions
 
         captioner.train(folder)
+        questions.teach(folder)
     elif name == "judge":
         from toyworld.zoo import judge_training
 
