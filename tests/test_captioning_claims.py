@@ -347,7 +347,7 @@ def test_a_plan_says_how_many_claims_there_are_and_who_is_asked(
 # Whether it finds what is false
 
 
-@pytest.mark.parametrize(("kind", "bar"), [("false_object", 0.95), ("wrong_colour", 0.95), ("other_phrases", 0.95)])
+@pytest.mark.parametrize(("kind", "bar"), [("false_object", 0.95), ("wrong_shape", 0.95), ("other_phrases", 0.95)])
 def test_asking_back_tells_false_sentences_from_true_ones(kind: str, bar: float) -> None:
     planted = plant(60, kind, seed=31)
     assert auroc(planted, ask_back(CaptioningConfig(model=TOY), planted)) >= bar

@@ -26,7 +26,7 @@ ItemT = TypeVar("ItemT")
 _PLACE_FIRST = ("there is", "we find")
 # What a false object is: one of the scene with another shape, colour, place or size, or one that is not there at all.
 _CHANGES = ("shape", "colour", "position", "size", "none")
-_CHANGE_PROBABILITIES = (0.35, 0.2, 0.15, 0.1, 0.2)
+_CHANGE_PROBABILITIES = (0.5, 0.2, 0.1, 0.1, 0.1)  # shapes are learnt last
 _WORDS = {"shape": SHAPES, "colour": COLOURS, "position": POSITIONS, "size": SIZES}
 _KINDS = ("object", "two objects", "background", "remark")
 _KIND_PROBABILITIES = (0.65, 0.15, 0.12, 0.08)
