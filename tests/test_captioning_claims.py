@@ -1,5 +1,6 @@
 """`make claims`: what captions claim, asked back of the model or server, as columns that resume and are marked anew."""
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -310,6 +311,18 @@ def test_other_columns_of_captions_have_folders_of_their_own(run: Path, monkeypa
     assert read_manifest(run / "columns" / "claims@alt_text").extra["of"] == "alt_text"
     first, second = (rows_of(run, "laion_00001", score) for score in ("claims", "claims@alt_text"))
     assert first == second  # captions were given, as these texts
+
+
+def test_captions_that_were_cut_of_others_are_asked_about(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(run / "captions", run / "captions@short"))
+    manifest = json.loads((folder / ".manifest.json").read_text())
+    manifest["extra"]["of"] = "caption"
+    for report in manifest["shards"].values():
+        report["source"] = report["files"][".parquet"]
+    for name in (".manifest.json", "manifest.json"):
+        (folder / name).write_text(json.dumps(manifest))
+    command(run, 'captioning.claims.of=["short"]', monkeypatch=monkeypatch)
+    assert rows_of(run, "laion_00001", "claims@short") == rows_of(run, "laion_00001")
 
 
 @pytest.mark.parametrize(

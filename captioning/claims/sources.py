@@ -86,7 +86,8 @@ def claim_sources(run: Path, raw: Sequence[Source], column: CaptionColumn) -> li
             f"{column.folder}: {len(missing):,} of {len(raw):,} shards have no captions ({some}); type `{command}` "
             f"with {typed_flag('shards')} of all first, or name fewer in captioning.shards"
         )
-    for source in raw:
+    # What was cut of other captions is known by those; whose samples they are, each worker sees by their keys.
+    for source in raw if "of" not in column.manifest.extra else ():
         require_same(
             "source",
             source.identity,
