@@ -141,7 +141,9 @@ class CaptioningConfig(TableConfig):
     )
     server: ChatServerConfig = Field(default=ChatServerConfig(), description="The chat server of `engine = openai`")
     quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
-    claims: ClaimsConfig = Field(default=ClaimsConfig(), description="What `make claims` asks about captions")
+    claims: ClaimsConfig = Field(
+        default=ClaimsConfig(), description="What is asked back about captions, see docs/CURATION.md"
+    )
 
     @field_validator("prompts")
     @classmethod

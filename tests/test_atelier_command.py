@@ -164,7 +164,8 @@ def test_what_is_not_known_or_missing_is_said(typed, message) -> None:
         (
             "engine.max_reject_fraction=0.3",
             "engine.max_reject_fraction is not a known key (did you mean captioning.max_reject_fraction, "
-            "dataset_stats.max_reject_fraction, features.max_reject_fraction or evaluation.max_reject_fraction?)",
+            "columns.max_reject_fraction, dataset_stats.max_reject_fraction, "
+            "features.max_reject_fraction or evaluation.max_reject_fraction?)",
         ),
         ("training.stage2.num_heads=3", "num_heads is not a known key (did you mean model.num_heads?)"),
     ],
