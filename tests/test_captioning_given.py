@@ -250,7 +250,7 @@ def test_a_damaged_index_is_built_again(run, monkeypatch, caplog) -> None:
     index.write_bytes(index.read_bytes()[:5000])
     assert "damaged" in (database_damage(index) or "")
     command(run, "{run}/c.parquet", monkeypatch=monkeypatch, is_plan=True)
-    assert "its texts are read again" in " ".join(caplog.text.split())
+    assert "its table is read again" in " ".join(caplog.text.split())
     assert TextIndex(index).find(sample_places("sa_000000", "sa_1")).text == "text"
 
 

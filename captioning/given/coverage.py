@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from captioning.given.addresses import TextAddress, read_addresses
-from captioning.given.index import AMBIGUOUS, IndexFacts, TextIndex, open_index
+from captioning.given.index import AMBIGUOUS, TextIndex, open_index
 from captioning.given.loader import GivenColumn
 from captioning.given.rivals import RivalKeys
 from errors import UserError
@@ -16,6 +16,7 @@ from pipelines.engine.progress import get_logger, progress_bar
 from pipelines.raw.reading import Reading
 from pipelines.raw.shards import open_shard
 from pipelines.raw.tables.places import sample_places
+from pipelines.raw.tables.row_index import IndexFacts
 
 NAMED = 3
 
@@ -94,7 +95,7 @@ def _check_index(
     owners = np.zeros(facts.num_rows, dtype=np.int32)
     num_samples = num_missing = num_ambiguous = 0
     missing: list[str] = []
-    rivals = RivalKeys(given.address, facts.files[0][0])
+    rivals = RivalKeys(given.address, facts.files[0].path)
     with progress_bar("captioning keys", sum(source.num_samples for source in sources)) as progress:
         for shard_number, source in enumerate(sources, start=1):
             with open_shard(source.path, reading, run=run, identity=source.identity) as raw:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.joined_cells import ARROW_TYPES
-from curation.joined_index import TableIndex, open_index, parse_address
+from curation.joined_index import JoinedRows, columns_of, open_index, parse_address
 from curation.scores.protocol import Column, RunScore
 from errors import UserError
 from pipelines.engine.progress import get_logger
@@ -33,7 +33,7 @@ class JoinedTable(RunScore):
         self._path, self._facts = open_index(self._address, run)
         self.columns = tuple(
             Column(name=each.name, type=ARROW_TYPES[each.kind], unit="", meaning=f"Column {each.source} of {files}")
-            for each in self._facts.columns
+            for each in columns_of(self._facts)
         )
 
     def source(self) -> str:
@@ -51,7 +51,7 @@ class JoinedTable(RunScore):
         del scratch
         # Which sample each row was given to, as its number over all shards.
         takers = np.full(self._facts.num_rows, -1, dtype=np.int64)
-        num_samples, index = 0, TableIndex(self._path)
+        num_samples, index = 0, JoinedRows(self._path)
         try:
             for shard in shards:
                 keys = read(shard)["key"].to_pylist()
@@ -60,7 +60,7 @@ class JoinedTable(RunScore):
                 num_samples += len(keys)
                 if shard == shards[-1]:  # before it is written, and with it all
                     self._say_matches(int((takers >= 0).sum()), num_samples, example=keys[0] if keys else "")
-                values = [None if row is None else index.values(row, self._facts.columns) for row in rows]
+                values = [None if row is None else index.values(row) for row in rows]
                 yield {
                     column.name: [None if row is None else row[place] for row in values]
                     for place, column in enumerate(self.columns)
@@ -76,16 +76,16 @@ class JoinedTable(RunScore):
                 f"{self._key}: none of its {facts.num_rows:,} rows names one of the {num_samples:,} samples, whose "
                 f"keys are like {example!r}"
             )
-        num_others = facts.num_rows - num_taken - facts.num_without_key
+        num_others = facts.num_rows - num_taken - facts.own["num_without_key"]
         log.info(
             f"{self.name}: {num_taken:,} of {num_samples:,} samples have a row, the others have nulls; "
             f"{num_others:,} rows of the table name no sample"
         )
 
-    def _row(self, index: TableIndex, shard: str, key: str) -> int | None:
+    def _row(self, index: JoinedRows, shard: str, key: str) -> int | None:
         found = index.find(sample_places(shard, key))
         if len(found) > 1:
-            first, second = (index.where(number, self._facts.files) for number in found[:2])
+            first, second = (self._facts.where(number) for number in found[:2])
             raise UserError(
                 f"{self._key}: {shard}/{key} may be {first} or {second}; write its shard in front of the key"
             )
@@ -93,7 +93,7 @@ class JoinedTable(RunScore):
 
     def _take(
         self,
-        index: TableIndex,
+        index: JoinedRows,
         takers: np.ndarray,
         rows: Sequence[int | None],
         *,
@@ -105,7 +105,7 @@ class JoinedTable(RunScore):
         for place, row in enumerate(rows):
             if row is not None and takers[row] >= 0:
                 raise UserError(
-                    f"{self._key}: {index.where(row, self._facts.files)} is of several samples, such as "
+                    f"{self._key}: {self._facts.where(row)} is of several samples, such as "
                     f"{shard}/{keys[place]} and the one {first + place - int(takers[row]):,} before it; write the "
                     "shard in front of the key, as shard/key"
                 )
