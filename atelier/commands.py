@@ -58,6 +58,7 @@ FLAGS = {
     "plan": Flag(gives="switch", meaning="print what would be done, with sizes, and stop"),
     "shards": _text("data.shards", "PATHS", "raw shards: a path, a glob, a {range} or a URL; a run remembers them"),
     "retry": Flag(gives="on", key="captioning.retry_rejects=true", meaning="caption again what was rejected"),
+    "passes": _text("captioning.only", "NAMES", "make these alone, with commas: caption, or passes of captions"),
     "sets": _text("dataset_stats.sets", "SETS", "sets of captions to compare: name=files#column,…"),
     "sample": _toml("dataset_stats.sample", "N", "estimate from so many captions of each set"),
     "gpus": _toml("training.num_processes", "N", "processes of this machine, one a GPU"),
@@ -145,7 +146,7 @@ SUBCOMMANDS = {
     "caption": Subcommand(
         module="captioning",
         summary="Raw shards -> captions (SHARDS='/data/sa_{000000..000999}.tar')",
-        flags=(*_RUN, "shards", "retry"),
+        flags=(*_RUN, "shards", "retry", "passes"),
         defaults=_DEFAULTS,
     ),
     "claims": Subcommand(

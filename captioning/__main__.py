@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
+from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.coverage import check_coverage
 from captioning.given.index import forget_indexes
 from captioning.given.own_names import check_own_names, require_own_texts
-from captioning.job import CaptioningJob, read_job
+from captioning.job import CaptioningJob, read_jobs
 from captioning.plan import OPEN_BATCH, print_plan
 from captioning.preflight import require_models
 from captioning.table import judge_directory_again
@@ -36,31 +37,41 @@ FEW_GIVEN_SAMPLES = 20_000
 
 
 def main() -> None:
-    """Caption the recipe's shards, or print what that would take."""
+    """Caption the recipe's shards, in each of its passes, or print what that would take."""
     start_seconds = time.monotonic()
     command = parse_command("captioning", "Raw shards to dense captions.")
-    job = read_job(command)
-    if command.is_plan:
-        print_plan(job)
-    is_done = job.is_done()
-    if not is_done:
-        _require_means(job, is_plan=command.is_plan)
-        num_texts = sum(job.num_texts.values())
-        require_own_texts(job.given, job.sources, num_texts=num_texts, reading=job.data.reading, run=command.run)
-        check_coverage(job.given, job.sources, reading=job.data.reading, run=command.run)
-        check_own_names(job.given, job.sources, reading=job.data.reading, run=command.run)
+    jobs = read_jobs(command)
+    for job in jobs:
+        if command.is_plan:
+            print_plan(job)
+        if not job.is_done():
+            _require_means(job, is_plan=command.is_plan)
+            _require_texts(job)
     if command.is_plan:
         return
     command.remember()
-    remember_found(command.run, [source.path for source in job.sources])
-    forget_indexes(command.run, [source.index for source in job.given if source.index is not None])
+    remember_found(command.run, sorted({source.path for job in jobs for source in job.sources}))
+    indexes = [source.index for job in jobs for source in job.given if source.index is not None]
+    if not jobs[0].config.only:
+        forget_indexes(command.run, indexes)
+    for job in jobs:
+        _make(job, start_seconds=start_seconds)
+        start_seconds = time.monotonic()
+
+
+def _make(job: CaptioningJob, *, start_seconds: float) -> None:
+    """Make the captions of a job, and say and note what they are."""
+    is_done = job.is_done()
     manifest = caption_shards(job)
     if not is_done:
         seconds = time.monotonic() - start_seconds
         counts = _counts(job, manifest)
-        update_summary(command.run, "seconds.captioning", round(seconds, 1))
-        update_summary(command.run, "counts.captioning", counts)
-        log.info(f"{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}")
+        update_summary(job.run, f"seconds.{job.figures}", round(seconds, 1))
+        update_summary(job.run, f"counts.{job.figures}", counts)
+        name = "" if job.column == MAIN_COLUMN else f"{job.column}: "
+        log.info(
+            f"{name}{counts['kept']:,} captions of {counts['read']:,} samples in {seconds:.0f} s{_describe(counts)}"
+        )
         _say_cut(job, manifest)
         _say_missing(job, manifest)
 
@@ -82,12 +93,12 @@ def caption_shards(job: CaptioningJob) -> Manifest:
         fingerprint=job.fingerprint,
         engine=job.workers,
         max_reject_fraction=job.config.max_reject_fraction,
-        room="captioning",
+        room=job.room,
         few_samples=_few_samples(job),
         memory_settings={
-            "captioning.batch_size": _batch_size(job),
-            "captioning.max_new_tokens": job.config.max_new_tokens,
-            "captioning.num_decode_threads": job.config.num_decode_threads,
+            f"{job.table_of('batch_size')}.batch_size": _batch_size(job),
+            f"{job.table_of('max_new_tokens')}.max_new_tokens": job.config.max_new_tokens,
+            f"{job.table_of('num_decode_threads')}.num_decode_threads": job.config.num_decode_threads,
             "data.max_pixels": job.data.max_pixels,
         },
         extra=job.extra,
@@ -135,11 +146,20 @@ def _set_aside(job: CaptioningJob) -> None:
 
 def _require_means(job: CaptioningJob, *, is_plan: bool) -> None:
     """Find out before any work starts, and for a plan, that a model, a server, a device or workers are missing."""
-    require_models(job.config, job.model, api_key=job.worker_config.api_key, is_plan=is_plan)
+    table = job.table_of("model")
+    require_models(job.config, job.model, api_key=job.worker_config.api_key, is_plan=is_plan, table=table)
     if job.config.engine not in ("openai", "given") or job.config.clip_model is not None:
-        require_device(job.config.device, key="captioning.device")
+        require_device(job.config.device, key=f"{job.table_of('device')}.device")
     num_pending = sum(source.num_samples for source in job.pending())
     require_workers(job.workers, num_pending=num_pending, few_samples=_few_samples(job))
+
+
+def _require_texts(job: CaptioningJob) -> None:
+    """Find out whether texts that are there and the samples fit each other."""
+    num_texts = sum(job.num_texts.values())
+    require_own_texts(job.given, job.sources, num_texts=num_texts, reading=job.data.reading, run=job.run)
+    check_coverage(job.given, job.sources, reading=job.data.reading, run=job.run)
+    check_own_names(job.given, job.sources, reading=job.data.reading, run=job.run)
 
 
 def _counts(job: CaptioningJob, manifest: Manifest) -> dict[str, Any]:
@@ -166,7 +186,7 @@ def _say_cut(job: CaptioningJob, manifest: Manifest) -> None:
         num_tokens_cut=sum(found["clip_tokens_cut"] for found in details),
     )
     log.info(f"CLIP scores: {cut.describe(noun='captions', model='this CLIP')}")
-    update_summary(job.run, "captioning.clip_score_captions", asdict(cut))
+    update_summary(job.run, f"{job.figures}.clip_score_captions", asdict(cut))
 
 
 def _say_missing(job: CaptioningJob, manifest: Manifest) -> None:
@@ -174,7 +194,8 @@ def _say_missing(job: CaptioningJob, manifest: Manifest) -> None:
     details = [manifest.shards[source.name].details for source in job.sources]
     for source in job.given:
         if count := sum(found.get(f"num_without_{source.name}", 0) for found in details):
-            log.info(f"column {source.name}: {count:,} of the samples with a caption have no text here")
+            name = job.column if source.name == MAIN_COLUMN else source.name
+            log.info(f"column {name}: {count:,} of the samples with a caption have no text here")
     if count := sum(found.get("num_unreadable_alt_texts", 0) for found in details):
         log.warning(f"{count:,} texts beside images are no UTF-8 or no JSON: `alt_text` is null there")
 

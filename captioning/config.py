@@ -4,12 +4,13 @@ import hashlib
 import re
 import string
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from captioning.claims.config import ClaimsConfig
 from encoders.chat_config import ChatServerConfig
+from pipelines.columns.known_scores import KNOWN_SCORES
 from pipelines.recipe import Decides, TableConfig
 
 DESCRIBE = "Describe this image and its style in a very detailed manner"
@@ -34,6 +35,9 @@ TAKEN_COLUMNS = (
     *("key", "shard", "alt_text", "caption_raw", "first_caption", "prompt", "num_tokens", "finish_reason", "flags"),
     *("repeated_ngram_ratio", "alt_text_overlap", "clip_score", "width", "height", "reject"),
 )
+# Names that mean something else than a caption wherever captions are named, and keys that all passes share.
+NAMES_TAKEN_OF_PASSES = ("caption", *KNOWN_SCORES)
+NOT_OF_PASSES = frozenset(("passes", "claims", "only"))
 
 
 class QualityConfig(TableConfig):
@@ -144,6 +148,14 @@ class CaptioningConfig(TableConfig):
     claims: ClaimsConfig = Field(
         default=ClaimsConfig(), description="What is asked back about captions, see docs/CURATION.md"
     )
+    passes: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="More captions of each image: by the name of the column the keys of [captioning] that it changes",
+    )
+    only: str = Field(
+        default="",
+        description="Names of the columns to make now, with commas between them: caption, or passes; empty makes all",
+    )
 
     @field_validator("prompts")
     @classmethod
@@ -172,8 +184,22 @@ class CaptioningConfig(TableConfig):
                     raise ValueError(f'column {name!r}: write files#key,text, or "#" for the text beside the image')
         return table
 
+    @field_validator("passes")
+    @classmethod
+    def _check_passes(cls, passes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, keys in passes.items():
+            if not COLUMN_NAME.fullmatch(name):
+                raise ValueError(f"pass {name!r}: use small letters, digits and _: it names a column and a folder")
+            if name in (*NAMES_TAKEN_OF_PASSES, *TAKEN_COLUMNS) or any(name in own for own in KNOWN_SCORES.values()):
+                raise ValueError(f"pass {name!r}: other columns of the samples are called so; take another name")
+            if wrong := sorted(keys.keys() & NOT_OF_PASSES):
+                raise ValueError(f"pass {name!r}: {wrong[0]!r} is one for all passes: it stands in [captioning] alone")
+        return passes
+
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
+        if isinstance(self.table, dict) and (both := self.table.keys() & self.passes.keys()):
+            raise ValueError(f"{min(both)!r} is a column of `table` and a pass: call one of them otherwise")
         if self.table and not self.is_given:
             raise ValueError(f'table = {self.table!r} is for engine = "given", and engine is {self.engine!r}')
         return self

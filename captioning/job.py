@@ -1,19 +1,23 @@
-"""What one `make caption` has to do: sources, fingerprint and the folder they go to."""
+"""What one `make caption` has to do for each column: sources, fingerprint and the folder they go to."""
 
 import fnmatch
 import os
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, UPDATABLE, found_settings, to_set_aside, updatable
+from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.coverage import GivenSource, open_sources
+from captioning.passes import chosen_columns, pass_config
 from captioning.quality import FLAGS, JUDGE_VERSION
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
 from errors import UserError
+from pipelines.columns.caption_columns import captions_folder
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -49,11 +53,14 @@ WRITTEN_OUT_OF_SERVERS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningJob:
-    """A command's settings and the raw shards it covers; `num_texts` of each, by name, have a text of their own.
+    """The settings of one column and the raw shards it covers; `num_texts` of each, by name, have a text of their own.
 
-    `given` says where the texts are that no model makes.
+    `column` is `caption`, or the name of the pass, and `own_keys` what that changes; `given` says where the texts are
+    that no model makes.
     """
 
+    column: str
+    own_keys: AbstractSet[str]
     config: CaptioningConfig
     data: DataConfig
     workers: EngineConfig
@@ -64,6 +71,20 @@ class CaptioningJob:
     fingerprint: Fingerprint
     run: Path
     given: list[GivenSource]
+
+    @property
+    def room(self) -> str:
+        """What its progress and its log lines are called."""
+        return "captioning" if self.column == MAIN_COLUMN else f"captioning {self.column}"
+
+    @property
+    def figures(self) -> str:
+        """What its figures are called in the summary."""
+        return "captioning" if self.column == MAIN_COLUMN else f"captioning@{self.column}"
+
+    def table_of(self, key: str) -> str:
+        """Return the table of the recipe that a key of this column is in."""
+        return f"captioning.passes.{self.column}" if key in self.own_keys else "captioning"
 
     @property
     def worker_config(self) -> CaptionWorkerConfig:
@@ -157,16 +178,30 @@ class CaptioningJob:
         return manifest if manifest.fingerprint.digest == self.fingerprint.digest else None
 
 
-def read_job(command: Command) -> CaptioningJob:
-    """Validate the recipe's tables and read the headers of the raw shards.
+def read_jobs(command: Command) -> list[CaptioningJob]:
+    """Validate the recipe's tables and read the headers of the raw shards; the captions come first, then each pass.
 
     Raises:
-        UserError, MissingFileError: a key is wrong, or a shard or the model is not there; names it.
+        UserError, MissingFileError: a key is wrong, or a shard or a model is not there; names it.
     """
     config = command.recipe.table("captioning", CaptioningConfig)
+    columns = chosen_columns(config)
+    jobs = [_read_job(command, config, column=MAIN_COLUMN)] if MAIN_COLUMN in columns else []
+    for name, own in config.passes.items():
+        # All of them are checked, also those that are not to be made now.
+        of_pass = pass_config(command.recipe, name)
+        if name in columns:
+            jobs.append(_read_job(command, of_pass, column=name, own_keys=own.keys()))
+    return jobs
+
+
+def _read_job(
+    command: Command, config: CaptioningConfig, *, column: str, own_keys: AbstractSet[str] = frozenset()
+) -> CaptioningJob:
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
-    paths = select_raw(command, config)
+    table = f"captioning.passes.{column}" if "shards" in own_keys else "captioning"
+    paths = select_raw(command, config, table=table)
     model = find_model(config, workers)
     given = open_sources(config.table, command.run) if config.is_given else []
     if config.is_given and config.clip_model is None:
@@ -175,9 +210,11 @@ def read_job(command: Command) -> CaptioningJob:
     shards = describe_shards(paths, data.reading, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     fingerprint = _fingerprint(config, data, model=model, clip=clip, given=given)
-    output = ShardDirectory(Path(command.run) / "captions")
+    output = ShardDirectory(captions_folder(command.run, column))
     written_out = {} if config.is_given else WRITTEN_OUT | (WRITTEN_OUT_OF_SERVERS if config.engine == "openai" else {})
     return CaptioningJob(
+        column=column,
+        own_keys=own_keys,
         config=config,
         data=data,
         workers=workers,
@@ -245,15 +282,15 @@ def find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     return ModelSource(location=config.model, revision=config.revision, identity=identity)
 
 
-def select_raw(command: Command, config: CaptioningConfig) -> list[str]:
-    """Return the raw shards that fit some pattern of `captioning.shards`.
+def select_raw(command: Command, config: CaptioningConfig, *, table: str = "captioning") -> list[str]:
+    """Return the raw shards that fit some pattern of `captioning.shards`, or that of a pass, whose `table` it is.
 
     Warns of other patterns, as a recipe may be for more datasets.
 
     Raises:
         UserError: none fits.
     """
-    key, paths = f"{command.recipe.blame('captioning', 'shards')}: captioning.shards", command.raw_shards
+    key, paths = f"{command.recipe.blame(table, 'shards')}: {table}.shards", command.raw_shards
     patterns = config.shards
     fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:

@@ -198,7 +198,10 @@ class Recipe:
         Raises:
             UserError: one line per wrong key, each naming `table.key`, what is wrong and the value found.
         """
-        content = self.tables.get(name, {})
+        return self.laid(name, self.tables.get(name, {}), model)
+
+    def laid(self, name: str, content: Mapping[str, Any], model: type[Config]) -> Config:
+        """Return `content`, keys of table `name` with those that they are laid over, as `model`; raises as `table`."""
         self._raise(self._wrong_keys(name, content, model))
         return model.model_validate(content)
 

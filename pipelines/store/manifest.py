@@ -295,7 +295,7 @@ class ShardDirectory:
 
 
 def _manifest_name(directory: Path) -> str:
-    return TABLES_MANIFEST_NAME if directory.name == FOLDER_OF_TABLES else MANIFEST_NAME
+    return TABLES_MANIFEST_NAME if directory.name.partition("@")[0] == FOLDER_OF_TABLES else MANIFEST_NAME
 
 
 def manifest_path(directory: Path) -> Path:

@@ -136,7 +136,7 @@ RAW = FolderKind(
     ),
 )
 CAPTIONS = FolderKind(
-    place=r"captions",
+    place=r"captions(@[a-z][a-z0-9_]*)?",
     door=Door("caption"),
     files=(FileKind(pattern=".earlier/*", check=None),),
     stranger="*.parquet",
