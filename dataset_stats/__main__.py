@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from dataset_stats.config import few_captions, fields_of_today
 from dataset_stats.job import StatsJob, read_job
 from dataset_stats.tagging.taggers import TaggerSource, how_to_install
+from pipelines.columns.choice_counts import describe_counts
+from pipelines.columns.choices import require_some
 from pipelines.command import parse_command, run_command
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
+from pipelines.engine.rejects import NOT_CHOSEN
 from pipelines.engine.run import EngineConfig, run_over_shards
 from pipelines.store.files import atomic_write_bytes, exclusive, fsync_directory, sha256_file
 from pipelines.store.manifest import (
@@ -26,9 +29,13 @@ from pipelines.store.manifest import (
 from pipelines.store.summary import update_summary
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dataset_stats.choosing import ChosenRows
     from dataset_stats.measures import SetMeasures
     from dataset_stats.noun_table import NounTable
     from dataset_stats.report.definitions import Definition
+    from dataset_stats.set_rows import SetRows
 
 OUTPUTS = ("report.html", "table1.md", "nouns.parquet", "nouns.csv")
 log = get_logger("dataset_stats")
@@ -47,12 +54,14 @@ def main() -> None:
     if _is_done(job):
         log.info(f"nothing to do: {job.folder} is up to date ({job.tagger.title})")
         return
+    # Before anything is counted: a choice may keep nothing.
+    chosen = {name: found.evaluate(job.sources[name]) for name, found in job.choices.items()}
     _say_tagger(job.tagger)
     # Held while counting too: another run with another tagger would replace the counts of which this one reports.
     with exclusive(job.folder):
         counts = _count(job)
         _clear(job.folder)
-        _report(job, counts)
+        _report(job, counts, chosen)
     update_summary(command.run, f"seconds.{job.summary_key}", round(time.monotonic() - start_seconds, 1))
 
 
@@ -61,6 +70,11 @@ def _show_plan(job: StatsJob) -> None:
         num_captions = sum(source.num_samples for source in sources)
         drawn = f" drawn of {job.set_sizes[name]:,}" if job.is_sample else ""
         log.info(f"{name}: {len(sources):,} shards, {num_captions:,} samples{drawn}")
+        if name in job.choices:
+            found = job.choices[name]
+            counts = require_some(found.choice.count(found.shards).values(), found.choice.settings)
+            for line in [f"where: {found.choice.settings.where}", *describe_counts(counts)]:
+                log.info(f"  {line}")
     log.info(f"tagger: {job.tagger.title}")
 
 
@@ -113,23 +127,32 @@ def _clear(folder: Path) -> None:
     fsync_directory(folder)
 
 
-def _report(job: StatsJob, counts: Manifest) -> None:
+def _rows_of_sets(job: StatsJob, chosen: Mapping[str, ChosenRows]) -> dict[str, SetRows]:
+    """The rows of each set among those that were counted."""
+    from dataset_stats.set_rows import SetRows
+    from dataset_stats.worker import CAPTIONS
+
+    directory = ShardDirectory(job.folder / "counts")
+    rows = {}
+    for name, sources in job.sources.items():
+        files = [directory.file(source.name, CAPTIONS) for source in sources]
+        if name in chosen:
+            chosen[name].require_same_samples(files)
+        rows[name] = SetRows(files=files, chosen=chosen.get(name))
+    return rows
+
+
+def _report(job: StatsJob, counts: Manifest, chosen: Mapping[str, ChosenRows]) -> None:
     from dataset_stats.measures import as_json, measure_set, require_captions
     from dataset_stats.report.definitions import definitions
     from dataset_stats.report.table1 import table1
-    from dataset_stats.worker import CAPTIONS
 
-    config, directory = job.config, ShardDirectory(job.folder / "counts")
-    measures = {
-        name: measure_set(
-            [counts.shards[source.name] for source in sources],
-            [directory.file(source.name, CAPTIONS) for source in sources],
-            limits=config.text_limits,
-        )
-        for name, sources in job.sources.items()
-    }
+    config, rows = job.config, _rows_of_sets(job, chosen)
+    measures = {name: measure_set(own, limits=config.text_limits) for name, own in rows.items()}
+    for name, found in chosen.items():
+        measures[name].before, measures[name].choice = found.set_choice.before, found.counts
     require_captions(measures)
-    noun_table = _merge(job, measures, directory)
+    noun_table = _merge(job, measures, rows)
     meanings = definitions(
         measures,
         valid_threshold=config.valid_threshold,
@@ -138,31 +161,28 @@ def _report(job: StatsJob, counts: Manifest) -> None:
     )
     text = table1(measures, tagger=job.tagger.title, definition_list=meanings)
     atomic_write_bytes(job.folder / "table1.md", text.encode())
-    _write_report(job, measures, noun_table, meanings)
+    _write_report(job, measures, rows=rows, noun_table=noun_table, meanings=meanings)
     summary = {name: measure.summary() for name, measure in measures.items()}
     _finish(job, summary, extra=as_json(measures), counts=counts)
     for name, m in measures.items():
-        drawn = f" (a sample of {job.set_sizes[name]:,})" if job.is_sample else ""
+        drawn = f" (a sample of {_set_size(job, m, name):,})" if job.is_sample else ""
         log.info(f"{name}: {m.headline()}{drawn}{m.left_out()}")
     log.info(f"report: {job.folder / OUTPUTS[0]}")
 
 
-def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDirectory) -> NounTable:
+def _merge(job: StatsJob, measures: dict[str, SetMeasures], rows: Mapping[str, SetRows]) -> NounTable:
     """Add up the shards' nouns; fills in what `measures` still lack: DN and VN, and the errors of a sample."""
     from dataset_stats.estimate import estimate_set
     from dataset_stats.merge import clear_scratch, merge_counts
     from dataset_stats.noun_table import write_noun_table
     from dataset_stats.tagging.plurals import PluralFolder
-    from dataset_stats.worker import CAPTIONS, NOUNS
 
     config = job.config
     singular = PluralFolder() if config.fold_plurals else None
-    names = {name: [source.name for source in sources] for name, sources in job.sources.items()}
     scratch = job.folder / ".merge"
     merged = scratch / "nouns.parquet"
     clear_scratch(scratch)
-    noun_files = {name: [directory.file(shard, NOUNS) for shard in shards] for name, shards in names.items()}
-    merge_counts(noun_files, merged, scratch=scratch)
+    merge_counts(_noun_files(job, rows, scratch), merged, scratch=scratch)
     noun_table = write_noun_table(
         merged,
         job.folder,
@@ -175,8 +195,8 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDire
     if job.is_sample:
         for name, measure in measures.items():
             measure.estimate = estimate_set(
-                [directory.file(shard, CAPTIONS) for shard in names[name]],
-                num_samples=job.set_sizes[name],
+                rows[name],
+                num_samples=_set_size(job, measure, name),
                 seed=config.seed,
                 valid_threshold=config.valid_threshold,
                 singular=singular,
@@ -184,15 +204,43 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], directory: ShardDire
     return noun_table
 
 
+def _noun_files(job: StatsJob, rows: Mapping[str, SetRows], scratch: Path) -> dict[str, list[Path]]:
+    """The counts of nouns of each set's shards; of rows that are chosen they are counted here."""
+    from dataset_stats.merge import chosen_file
+    from dataset_stats.worker import NOUNS
+
+    directory, found = ShardDirectory(job.folder / "counts"), {}
+    for position, (name, sources) in enumerate(job.sources.items()):
+        if rows[name].chosen is None:
+            found[name] = [directory.file(source.name, NOUNS) for source in sources]
+            continue
+        found[name] = [chosen_file(scratch, position, shard) for shard in range(len(sources))]
+        for shard, path in enumerate(found[name]):
+            rows[name].write_nouns(shard, path)
+    return found
+
+
+def _set_size(job: StatsJob, measure: SetMeasures, name: str) -> int:
+    """The samples of a whole set: of one with a `where`, those that it keeps."""
+    return job.set_sizes[name] if measure.choice is None else measure.choice.num_chosen
+
+
 def _write_report(
-    job: StatsJob, measures: dict[str, SetMeasures], noun_table: NounTable, meanings: list[Definition]
+    job: StatsJob,
+    measures: dict[str, SetMeasures],
+    *,
+    rows: Mapping[str, SetRows],
+    noun_table: NounTable,
+    meanings: list[Definition],
 ) -> None:
     from dataset_stats.report.examples import quote_captions
     from dataset_stats.report.gallery import sample_gallery
     from dataset_stats.report.page import ReportData, write_report
 
+    # What a choice keeps has the texts that it had before.
+    shown = {name: sources for name, sources in job.sources.items() if name not in job.choices}
     gallery = sample_gallery(
-        job.sources,
+        shown,
         job.raw_shards,
         opening=job.opening,
         num_images=job.config.num_gallery_images,
@@ -208,7 +256,7 @@ def _write_report(
             measures=measures,
             definitions=meanings,
             noun_table=noun_table,
-            quotes=quote_captions(noun_table.top, measures, sources=job.sources, opening=job.opening),
+            quotes=quote_captions(noun_table.top, measures, sources=job.sources, rows=rows, opening=job.opening),
             gallery=gallery,
             valid_threshold=job.config.valid_threshold,
             limits=job.config.text_limits,
@@ -219,13 +267,15 @@ def _write_report(
 def _finish(job: StatsJob, summary: dict[str, Any], *, extra: dict[str, Any], counts: Manifest) -> None:
     directory, fingerprint = ShardDirectory(job.folder), job.report_fingerprint
     for name, sources in job.sources.items():
-        reports = [counts.shards[source.name] for source in sources]
+        rejected, num_kept = summary[name]["rejected"], summary[name]["num_captions"]
+        num_read = sum(counts.shards[source.name].num_read for source in sources)
+        num_left_out = num_read - num_kept - sum(rejected.values()) if name in job.choices else 0
         set_report = ShardReport(
             name=name,
             source=Fingerprint.of({"sources": [source.identity for source in sources]}).digest,
-            num_read=sum(report.num_read for report in reports),
-            num_kept=sum(report.num_kept for report in reports),
-            rejected=summary[name]["rejected"],
+            num_read=num_read,
+            num_kept=num_kept,
+            rejected=rejected | ({NOT_CHOSEN: num_left_out} if num_left_out else {}),
         )
         directory.write_marker(set_report, fingerprint)
     update_summary(job.command.run, job.summary_key, summary)

@@ -28,6 +28,7 @@ from pipelines.store.tables import MEND_SHARD
 
 ROWS_PER_BLOCK = 16_384
 ADDRESS_SEPARATOR = "#"
+WITH_NOUNS = "+nouns"
 TEXT_FILES_ALONE = Reading(dialect="generic")  # of a tar, not its JSON
 PIPELINE_COLUMN = "caption"  # what captioning wrote
 # Columns of the tables that img2dataset writes beside its tars, which list failed downloads too.
@@ -83,17 +84,20 @@ class Address:
     Attributes:
         layout: as in `CaptionSet`, but never "auto".
         column: of texts in files of their own, and of a raw shard's main text, nothing.
+        keeps_nouns: whether the counts list the nouns of each caption, so that those of some of them can be told.
     """
 
     layout: str
     column: str
     path: str
     sample: RowSample | None = None
+    keeps_nouns: bool = False
 
     def __str__(self) -> str:
         sample = self.sample
         drawn = f"{sample.num_chosen}/{sample.num_rows}/{sample.seeds[0]}/{sample.seeds[1]}" if sample else ""
-        return ADDRESS_SEPARATOR.join([self.layout, drawn, self.column, self.path])
+        layout = f"{self.layout}{WITH_NOUNS}" if self.keeps_nouns else self.layout
+        return ADDRESS_SEPARATOR.join([layout, drawn, self.column, self.path])
 
     @property
     def shard(self) -> str:
@@ -108,7 +112,9 @@ class Address:
         if drawn:
             num_chosen, num_rows, *seeds = (int(part) for part in drawn.split("/"))
             sample = RowSample(num_rows=num_rows, num_chosen=num_chosen, seeds=(seeds[0], seeds[1]))
-        return cls(layout=layout, column=column, path=path, sample=sample)
+        keeps_nouns = layout.endswith(WITH_NOUNS)
+        layout = layout.removesuffix(WITH_NOUNS)
+        return cls(layout=layout, column=column, path=path, sample=sample, keeps_nouns=keeps_nouns)
 
 
 def read_rows(address: Address, start: int, stop: int, *, opening: RawOpening) -> Iterator[list[CaptionRow]]:

@@ -51,11 +51,21 @@ class CaptionSet(TableConfig):
         description="Column that holds the text; empty: the first there is of caption, text, prompt and their like; "
         "of raw shards: the text that comes with the image",
     )
+    where: str | None = Field(
+        default=None,
+        description="Samples that are counted, by an expression over their columns as in [features.<table>]; left out: "
+        "all. For shards of RUN/captions and raw shards of the run",
+    )
 
     @property
     def reads_captions(self) -> bool:
         """Whether the set is of RUN/captions."""
         return self.layout == "captions" or (self.layout == "auto" and not self.files)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether the set is of samples of the run, of which there may be columns."""
+        return self.reads_captions or self.layout == "raw"
 
 
 class DatasetStatsConfig(TableConfig):
@@ -122,8 +132,11 @@ class DatasetStatsConfig(TableConfig):
     def _check_names(cls, sets: dict[str, CaptionSet]) -> dict[str, CaptionSet]:
         # Names become column names of nouns.parquet and keys of summary.json.
         for name in sets:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name in ("noun", "singular"):
-                raise ValueError(f"{name!r} cannot name a caption set: use letters, digits and . _ + -")
+            is_taken = name in ("noun", "singular") or name.endswith(" example")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*( [A-Za-z0-9._+-]+)*", name) or is_taken:
+                raise ValueError(
+                    f"{name!r} cannot name a caption set: use letters, digits, . _ + - and single spaces between them"
+                )
         return sets
 
     @field_validator("sample")

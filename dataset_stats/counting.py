@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,8 @@ NOUN_SCHEMA = pa.schema(
         pa.field("example", pa.int64(), nullable=False),  # a row, renumbered as `example_places` does
     ]
 )
+# As Parquet gives it back: the parts of a shard are read, and joined to the bytes of a shard that was never cut.
+TEXT_LISTS = pa.list_(pa.field("element", pa.string()))
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class CaptionLengths:
 
     Attributes:
         language_scores: int32 [num_captions, num_languages], all zero where the counter was given no languages.
+        nouns: the nouns of each caption, lists of texts; None where they were not asked for.
     """
 
     num_tokens: np.ndarray
     num_nouns: np.ndarray
     language_scores: np.ndarray
+    nouns: pa.ChunkedArray | None = None
 
 
 class NounCounter:
@@ -62,9 +66,14 @@ class NounCounter:
         rows = np.arange(first_row, first_row + len(captions), dtype=np.int64)
         return self.count_rows(captions, rows)
 
-    def count_rows(self, captions: Sequence[str], rows: np.ndarray) -> CaptionLengths:
-        """Add the captions' nouns to the counts; `rows` int64 [num_captions] says which rows they are."""
-        return self._each_batch(captions, rows, is_counted=True)
+    def count_rows(self, captions: Sequence[str], rows: np.ndarray, *, keeps_nouns: bool = False) -> CaptionLengths:
+        """Add the captions' nouns to the counts; `rows` int64 [num_captions] says which rows they are.
+
+        With `keeps_nouns` those of each caption are returned, too.
+        """
+        nouns: list[pa.Array] | None = [] if keeps_nouns else None
+        lengths = self._each_batch(captions, rows, is_counted=True, nouns=nouns)
+        return lengths if nouns is None else replace(lengths, nouns=pa.chunked_array(nouns, type=TEXT_LISTS))
 
     def measure(self, captions: Sequence[str]) -> CaptionLengths:
         """Tokens and nouns of captions without counting them."""
@@ -73,13 +82,6 @@ class NounCounter:
     def tags(self, caption: str) -> list[list[tuple[str, str]]]:
         """Tokens and tags of a caption, sentence by sentence."""
         return [pairs for _, pairs in self._tagged_sentences([caption])]
-
-    def nouns(self, captions: Sequence[str]) -> list[list[str]]:
-        """Nouns of each caption, without counting them; at Python's speed, for samples."""
-        nouns: list[list[str]] = [[] for _ in captions]
-        for caption, pairs in self._tagged_sentences(captions):
-            nouns[caption] += [word for word, label in pairs if label.startswith(NOUN_PREFIX)]
-        return nouns
 
     def _tagged_sentences(self, captions: Sequence[str]) -> Iterator[tuple[int, list[tuple[str, str]]]]:
         tokens = self._tokenize([caption.casefold() for caption in captions])
@@ -115,7 +117,9 @@ class NounCounter:
         self._nouns = pa.concat_tables([self._nouns, table])
         self._counts[:] = 0
 
-    def _each_batch(self, captions: Sequence[str], rows: np.ndarray, *, is_counted: bool) -> CaptionLengths:
+    def _each_batch(
+        self, captions: Sequence[str], rows: np.ndarray, *, is_counted: bool, nouns: list[pa.Array] | None = None
+    ) -> CaptionLengths:
         num_tokens = np.zeros(len(captions), dtype=np.int32)
         num_nouns = np.zeros(len(captions), dtype=np.int32)
         scores = np.zeros((len(captions), len(LANGUAGES)), dtype=np.int32)
@@ -126,10 +130,11 @@ class NounCounter:
                 self._start_tables()
             tokens = self._tokenize([caption.casefold() for caption in captions[batch]])
             tags = self._tagger.tag(tokens.words, tokens.sentence_ends)
-            is_noun = np.array([label.startswith(NOUN_PREFIX) for label in self._tagger.labels], dtype=np.bool_)
+            is_noun_label = np.array([label.startswith(NOUN_PREFIX) for label in self._tagger.labels], dtype=np.bool_)
+            is_noun = is_noun_label[tags] if len(tags) else np.zeros(0, dtype=np.bool_)
             _count_nouns(
                 tokens,
-                is_noun[tags] if len(tags) else np.zeros(0, dtype=np.bool_),
+                is_noun,
                 rows[batch],
                 (self._counts, self._examples, self._masks),
                 (num_tokens[batch], num_nouns[batch]),
@@ -137,7 +142,21 @@ class NounCounter:
             )
             if is_counted and self._languages is not None:
                 score_languages(tokens, self._language_rows, self._languages.weights, scores[batch])
+            if nouns is not None:
+                nouns.append(self._noun_lists(tokens, is_noun, num_captions=len(num_nouns[batch])))
         return CaptionLengths(num_tokens, num_nouns, scores)
+
+    def _noun_lists(self, tokens: Tokens, is_noun: np.ndarray, *, num_captions: int) -> pa.Array:
+        """The nouns of each caption of a batch."""
+        lengths = np.diff(tokens.sentence_ends, prepend=0)
+        owners = np.repeat(tokens.sentence_captions, lengths)[is_noun]
+        # Captions that NLTK itself has cut come last.
+        order = np.argsort(owners, kind="stable")
+        words, codes = np.unique(tokens.words[is_noun][order], return_inverse=True)
+        texts = [self._vocabulary.words[word - len(CONTEXT_MARKERS)] for word in words.tolist()]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=num_captions))])
+        values = pa.array(texts, pa.string()).take(pa.array(codes))
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, type=TEXT_LISTS)
 
     def _tokenize(self, captions: list[str]) -> Tokens:
         column = pa.array(captions, type=pa.large_string())

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from dataset_stats.example_places import ROW_BITS
 from dataset_stats.hashes import hash_strings
-from pipelines.store.tables import MEND_SHARD, read_table
+from dataset_stats.set_rows import SetRows
 
 EXACT, FOLDED = "text_hash", "folded_hash"  # columns of the caption files; null of rejects
 MAX_HASHES = 1 << 24  # in memory at once, 128 MB; more are counted in several passes, each a part of all hashes
@@ -49,45 +48,45 @@ def hash_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return hash_strings(texts).view(np.int64), hash_strings(folded).view(np.int64)
 
 
-def count_duplicates(caption_files: Sequence[Path], *, num_captions: int) -> Duplicates:
+def count_duplicates(rows: SetRows, *, num_captions: int) -> Duplicates:
     """Count the duplicates of a set of `num_captions` captions over all of its shards."""
     num_parts = -(-num_captions // MAX_HASHES)
     duplicates = Duplicates()
-    duplicates.num_exact = sum(int((counts - 1).sum()) for _, counts in _repeated(caption_files, EXACT, num_parts))
+    duplicates.num_exact = sum(int((counts - 1).sum()) for _, counts in _repeated(rows, EXACT, num_parts))
     most: list[tuple[int, int]] = []  # (-count, hash)
-    for hashes, counts in _repeated(caption_files, FOLDED, num_parts):
+    for hashes, counts in _repeated(rows, FOLDED, num_parts):
         duplicates.num_folded += int((counts - 1).sum())
         order = np.lexsort((hashes, -counts))[:NUM_MOST_FREQUENT]
         most += zip((-counts[order]).tolist(), hashes[order].tolist(), strict=True)
     most = sorted(most)[:NUM_MOST_FREQUENT]
-    places = _first_places(caption_files, [number for _, number in most])
+    places = _first_places(rows, [number for _, number in most])
     duplicates.most_frequent = [Repeated(-count, places[number]) for count, number in most]
     # The order of two texts that are as frequent is that of the captions, not that of their hashes.
     duplicates.most_frequent.sort(key=lambda repeated: (-repeated.count, repeated.place))
     return duplicates
 
 
-def _repeated(files: Sequence[Path], column: str, num_parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _repeated(rows: SetRows, column: str, num_parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Hashes that occur more than once and how often, part by part of all hashes."""
     for part in range(num_parts):
         found = []
-        for path in files:
-            hashes = read_table(path, [column], mend=MEND_SHARD)[column].drop_null().to_numpy()
+        for shard in range(len(rows.files)):
+            hashes = rows.read(shard, [column])[column].drop_null().to_numpy()
             found.append(hashes[hashes.view(np.uint64) % np.uint64(num_parts) == part] if num_parts > 1 else hashes)
         hashes, counts = np.unique(np.concatenate(found), return_counts=True)
         yield hashes[counts > 1], counts[counts > 1]
 
 
-def _first_places(files: Sequence[Path], wanted: Sequence[int]) -> dict[int, int]:
+def _first_places(rows: SetRows, wanted: Sequence[int]) -> dict[int, int]:
     places: dict[int, int] = {}
-    for shard, path in enumerate(files):
+    for shard in range(len(rows.files)):
         if len(places) == len(wanted):
             break
-        column = read_table(path, [FOLDED], mend=MEND_SHARD)[FOLDED]
-        kept = np.flatnonzero(column.is_valid().to_numpy())
+        column = rows.read(shard, [FOLDED])[FOLDED]
+        kept = rows.numbers(shard, np.flatnonzero(column.is_valid().to_numpy()))
         hashes = column.drop_null().to_numpy()
         for number in set(wanted) - places.keys():
-            rows = kept[hashes == number]
-            if len(rows):
-                places[number] = shard << ROW_BITS | int(rows[0])
+            found = kept[hashes == number]
+            if len(found):
+                places[number] = shard << ROW_BITS | int(found[0])
     return places

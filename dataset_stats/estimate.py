@@ -18,15 +18,14 @@ varies with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.store.tables import MEND_SHARD, read_table
+from dataset_stats.set_rows import SetRows
 
 NUM_SUBSAMPLES = 200
 
@@ -53,7 +52,7 @@ class Estimate:
 
 
 def estimate_set(
-    caption_files: Sequence[Path],
+    of_set: SetRows,
     *,
     num_samples: int,
     seed: int,
@@ -63,10 +62,10 @@ def estimate_set(
     """Standard errors of a sampled set's numbers.
 
     Args:
-        caption_files: the caption files of the set's shards, with a column `nouns`.
+        of_set: its rows, with a column `nouns`.
         num_samples: samples in the whole set.
     """
-    rows = pa.concat_tables([read_table(path, mend=MEND_SHARD) for path in caption_files])
+    rows = pa.concat_tables([of_set.read(shard) for shard in range(len(of_set.files))])
     captions = rows.filter(pc.field("reject").is_null())
     unread = max(1 - len(rows) / num_samples, 0.0)
     errors = {name: error * unread**0.5 for name, error in _mean_errors(rows, captions).items()}

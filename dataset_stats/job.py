@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_stats.captions import PIPELINE_COLUMN, Address, RawOpening
+from dataset_stats.choosing import SetChoice, SetChoices
 from dataset_stats.config import DECIDES_REPORT, CaptionSet, DatasetStatsConfig
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import TaggerSource, find_tagger
@@ -41,6 +42,7 @@ class StatsJob:
         set_sizes: samples in each whole set.
         raw_shards: for the gallery's images; empty where there are none.
         opening: of those, and of sets of raw shards.
+        choices: of sets with a `where`, by name.
         count_fingerprint: what decides the counts of a shard; adding sets or shards leaves it as it is.
     """
 
@@ -50,6 +52,7 @@ class StatsJob:
     text_tokenizer: str
     sources: dict[str, list[Source]]
     set_sizes: dict[str, int]
+    choices: dict[str, SetChoice]
     raw_shards: list[str]
     opening: RawOpening
     max_pixels: int
@@ -75,6 +78,10 @@ class StatsJob:
     @property
     def report_fingerprint(self) -> Fingerprint:
         """What decides the numbers and the report."""
+        choices = {
+            name: {"where": found.choice.settings.where, "columns": found.hashes()}
+            for name, found in self.choices.items()
+        }
         return Fingerprint.of(
             {
                 "stage": "dataset_stats",
@@ -87,6 +94,7 @@ class StatsJob:
                     for name, sources in self.sources.items()
                 },
                 "gallery": self._gallery_inputs,
+                **({"choices": choices} if choices else {}),
             }
         )
 
@@ -108,6 +116,7 @@ def read_job(command: Command) -> StatsJob:
         UserError: the recipe is wrong, or what it names is not there; names it.
     """
     config = command.recipe.table("dataset_stats", DatasetStatsConfig)
+    set_choices = SetChoices(command.run, config.sets)
     captions_folder = command.run / "captions"
     needs_captions = any(caption_set.reads_captions for caption_set in config.sets.values())
     captions = read_manifest(captions_folder) if needs_captions else None
@@ -119,7 +128,9 @@ def read_job(command: Command) -> StatsJob:
     inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards, opening=opening)
     sets = _sets_to_count(config, captions)
     whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in sets.items()}
-    sources = whole
+    whole = set_choices.with_befores(whole)
+    choices = set_choices.of_sources(whole)
+    sources = whole if config.sample else set_choices.keeping_nouns(whole)
     if config.sample:
         sources = {name: sample_sources(found, config.sample, seed=config.seed) for name, found in whole.items()}
     # An estimate keeps to a folder and a key of its own, so that it never passes for a full count.
@@ -132,6 +143,7 @@ def read_job(command: Command) -> StatsJob:
         text_tokenizer=text_tokenizer,
         sources=sources,
         set_sizes={name: sum(source.num_samples for source in found) for name, found in whole.items()},
+        choices=choices,
         raw_shards=raw_shards,
         opening=opening,
         max_pixels=data.max_pixels,

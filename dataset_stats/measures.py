@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from dataset_stats.duplicates import Duplicates, count_duplicates
 from dataset_stats.estimate import Estimate
 from dataset_stats.example_places import ROW_BITS
 from dataset_stats.languages import ENGLISH, NO_LETTERS, UNDECIDED
+from dataset_stats.set_rows import SetRows
 from errors import UserError
-from pipelines.store.manifest import ShardReport
-from pipelines.store.tables import MEND_SHARD, read_table, read_table_schema
+from pipelines.columns.choice_counts import ChoiceCounts
 
 UNUSED_COLUMNS = ("key", "nouns", "text_hash", "folded_hash")  # the largest
 # What is measured of every caption, by the column of the caption files that has it; T5 tokens not in every run.
@@ -37,7 +37,12 @@ MEASURED_FLAGS = ("boilerplate",)
 
 @dataclass(kw_only=True)
 class SetMeasures:
-    """Everything measured on one caption set; `report.table1.definitions` says what each number means."""
+    """Everything measured on one caption set; `report.table1.definitions` says what each number means.
+
+    Attributes:
+        before: of a set with `where`, the set that it chooses from.
+        choice: what the clauses of `where` remove, of whole shards.
+    """
 
     num_captions: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
@@ -59,6 +64,8 @@ class SetMeasures:
     languages: dict[str, int] = field(default_factory=dict)
     duplicates: Duplicates = field(default_factory=Duplicates)
     estimate: Estimate | None = None
+    before: str | None = None
+    choice: ChoiceCounts | None = None
 
     @property
     def valid_fraction(self) -> float:
@@ -160,6 +167,8 @@ class SetMeasures:
                 "valid_distinct_nouns": self.folded_valid_distinct_nouns,
                 "valid_fraction": self.folded_valid_fraction,
             }
+        if self.choice is not None:
+            figures |= {"before": self.before, "choice": self.choice.to_json()}
         if self.estimate is not None:
             figures["estimate"] = {
                 "num_samples": self.estimate.num_samples,
@@ -171,16 +180,16 @@ class SetMeasures:
         return figures
 
 
-def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *, limits: Sequence[int]) -> SetMeasures:
+def measure_set(rows: SetRows, *, limits: Sequence[int]) -> SetMeasures:
     """Add up the figures of a set's shards; DN and VN are added by `write_noun_table`."""
     measures = SetMeasures(lengths={name: Distribution() for name in LENGTH_COLUMNS})
     rejected: Counter[str] = Counter()
     flags: Counter[str] = Counter()
     languages: Counter[str] = Counter()
-    for shard, (report, path) in enumerate(zip(reports, caption_files, strict=True)):
-        rejected.update(report.rejected)
-        columns = [name for name in read_table_schema(path, mend=MEND_SHARD).names if name not in UNUSED_COLUMNS]
-        table = read_table(path, columns, mend=MEND_SHARD)
+    for shard in range(len(rows.files)):
+        columns = [name for name in rows.column_names(shard) if name not in UNUSED_COLUMNS]
+        table = rows.read(shard, columns)
+        rejected.update(_counted(table["reject"].drop_null()))
         kept = table.filter(pc.field("reject").is_null())
         measures.num_captions += len(kept)
         for name, column in LENGTH_COLUMNS.items():
@@ -188,10 +197,10 @@ def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *
                 measures.lengths[name].add(kept[column].to_numpy())
         measures.num_boilerplate += int(kept["is_boilerplate"].to_numpy().sum())
         flags.update(kept["flags"].combine_chunks().flatten().to_pylist())
-        languages.update({row["values"]: row["counts"] for row in kept["language"].value_counts().to_pylist()})
+        languages.update(_counted(kept["language"]))
         if "num_text_tokens" in columns:
             _add_limits(measures, kept, limits)
-            _add_unread(measures, table, shard)
+            _add_unread(measures, table, functools.partial(rows.numbers, shard), shard)
         else:
             measures.lengths.pop("text_tokens", None)
     measures.total_nouns = measures.lengths["nouns"].total
@@ -201,8 +210,12 @@ def measure_set(reports: Sequence[ShardReport], caption_files: Sequence[Path], *
     measures.rejected = dict(sorted(rejected.items()))
     measures.flags = {flag: count for flag, count in sorted(flags.items()) if flag not in MEASURED_FLAGS}
     measures.languages = dict(sorted(languages.items(), key=lambda item: (-item[1], item[0])))
-    measures.duplicates = count_duplicates(caption_files, num_captions=measures.num_captions)
+    measures.duplicates = count_duplicates(rows, num_captions=measures.num_captions)
     return measures
+
+
+def _counted(values: pa.ChunkedArray) -> dict[str, int]:
+    return {row["values"]: row["counts"] for row in values.value_counts().to_pylist()}
 
 
 def _add_limits(measures: SetMeasures, kept: pa.Table, limits: Sequence[int]) -> None:
@@ -215,7 +228,9 @@ def _add_limits(measures: SetMeasures, kept: pa.Table, limits: Sequence[int]) ->
         measures.nouns_lost[str(limit)] = measures.nouns_lost.get(str(limit), 0) + lost
 
 
-def _add_unread(measures: SetMeasures, table: pa.Table, shard: int) -> None:
+def _add_unread(
+    measures: SetMeasures, table: pa.Table, numbers: Callable[[np.ndarray], np.ndarray], shard: int
+) -> None:
     """Count the captions with words that the text encoder cannot read; the places of the first ones are kept."""
     # Counts made before there were these columns say nothing of it.
     if "num_unread_tokens" not in table.column_names:
@@ -225,7 +240,7 @@ def _add_unread(measures: SetMeasures, table: pa.Table, shard: int) -> None:
     measures.num_not_read_whole += len(rows)
     measures.num_unreadable += int(unreadable.sum())
     missing = NUM_UNREAD_EXAMPLES - len(measures.unread_places)
-    measures.unread_places += [(shard << ROW_BITS) | int(row) for row in rows[:missing]]
+    measures.unread_places += [(shard << ROW_BITS) | int(row) for row in numbers(rows[:missing])]
 
 
 def require_captions(measures: Mapping[str, SetMeasures]) -> None:

@@ -16,7 +16,7 @@ from pipelines.store.tables import MEND_SHARD, sound_table
 
 ROWS_PER_BATCH = 65_536
 MAX_OPEN_FILES = 32
-SCRATCH_NAME = re.compile(r"(nouns|set-\d+-\d+-\d+)\.parquet")
+SCRATCH_NAME = re.compile(r"(nouns|set-\d+-\d+-\d+|chosen-\d+-\d+)\.parquet")
 
 
 def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: Path) -> None:
@@ -34,6 +34,11 @@ def merge_counts(sets: Mapping[str, Sequence[Path]], output: Path, *, scratch: P
         sources = [_Run(path, shard=shard, columns=(name,)) for shard, path in enumerate(paths)]
         runs.append(_merge_levels(sources, (name,), scratch / f"set-{position}"))
     _write_run(runs, tuple(sets), output)
+
+
+def chosen_file(scratch: Path, position: int, shard: int) -> Path:
+    """Where the nouns are kept, in between, that some rows of a shard have, for the set at a position."""
+    return scratch / f"chosen-{position}-{shard}.parquet"
 
 
 def clear_scratch(scratch: Path) -> None:

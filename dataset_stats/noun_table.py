@@ -19,7 +19,7 @@ from pipelines.store.files import atomic_file
 ROWS_PER_BATCH = 65_536
 NUM_CHANGES = 15  # nouns shown as gained and as lost
 NUM_ZIPF_POINTS = 200
-TOTAL = " total"  # column of all sets together; no set can be called so, since names have no spaces
+TOTAL = " total"  # column of all sets together; no set can be called so, since no name begins with a space
 PER_CAPTIONS = 1000
 # A spreadsheet takes a cell that starts with one of these for a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

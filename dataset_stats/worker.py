@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataset_stats.captions import Address, CaptionRow, RawOpening, read_rows
-from dataset_stats.counting import NounCounter, sum_nouns
+from dataset_stats.counting import TEXT_LISTS, NounCounter, sum_nouns
 from dataset_stats.duplicates import EXACT, FOLDED, hash_texts
 from dataset_stats.languages import LanguageTable
 from dataset_stats.tagging.taggers import TaggerSource, load_tagger
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 NOUNS, CAPTIONS = ".nouns.parquet", ".captions.parquet"
 ROW_GROUP_SIZE = 65_536
-# As Parquet gives it back: the parts of a shard are read, and joined to the bytes of a shard that was never cut.
-TEXTS = pa.list_(pa.field("element", pa.string()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,8 @@ class CountConfig:
     Attributes:
         text_tokenizer: path of a tokenizer.json, or empty to measure no T5 lengths.
         opening: of raw shards.
-        keeps_nouns: whether each caption's row lists its nouns, from which a sample's standard errors are taken.
+        keeps_nouns: whether each caption's row lists its nouns, from which a sample's standard errors are taken; the
+            address of a source may ask for them, too.
     """
 
     tagger: TaggerSource
@@ -73,13 +72,16 @@ class NounCountWorker:
         rejected: Counter[str] = Counter()
         tables, row_number = [], piece.start
         address = Address.parse(piece.source.path)
+        keeps_nouns = self._config.keeps_nouns or address.keeps_nouns
         for rows in read_rows(address, piece.start, piece.stop, opening=self._config.opening):
             rejects = [self._reject(row) for row in rows]
             rejected.update(reject for reject in rejects if reject)
-            tables.append(self._measure(rows, rejects, first_row=row_number))
+            tables.append(self._measure(rows, rejects, first_row=row_number, keeps_nouns=keeps_nouns))
             row_number += len(rows)
         num_read, num_rejected = row_number - piece.start, rejected.total()
-        _write(pa.concat_tables(tables) if tables else self._measure([], [], first_row=0), piece.output(CAPTIONS))
+        if not tables:
+            tables = [self._measure([], [], first_row=0, keeps_nouns=keeps_nouns)]
+        _write(pa.concat_tables(tables), piece.output(CAPTIONS))
         _write(self._counter.take(), piece.output(NOUNS))
         return PieceReport(num_read=num_read, num_kept=num_read - num_rejected, rejected=dict(rejected))
 
@@ -98,10 +100,13 @@ class NounCountWorker:
             return "blank_text"
         return "too_long" if len(row.text) > self._config.max_characters else None
 
-    def _measure(self, rows: Sequence[CaptionRow], rejects: Sequence[str | None], *, first_row: int) -> pa.Table:
+    def _measure(
+        self, rows: Sequence[CaptionRow], rejects: Sequence[str | None], *, first_row: int, keeps_nouns: bool
+    ) -> pa.Table:
         kept = [index for index, reject in enumerate(rejects) if reject is None]
         texts = [rows[index].text or "" for index in kept]
-        lengths = self._counter.count_rows(texts, first_row + np.array(kept, dtype=np.int64))
+        numbers = first_row + np.array(kept, dtype=np.int64)
+        lengths = self._counter.count_rows(texts, numbers, keeps_nouns=keeps_nouns)
         exact_hashes, folded_hashes = hash_texts(texts)
         columns: dict[str, tuple[Any, pa.DataType]] = {
             "num_tokens": (lengths.num_tokens, pa.int32()),
@@ -112,8 +117,8 @@ class NounCountWorker:
             "language": (self._languages.languages(texts, lengths.language_scores), pa.string()),
             "is_boilerplate": ([self._is_boilerplate(text) for text in texts], pa.bool_()),
         }
-        if self._config.keeps_nouns:
-            columns["nouns"] = (self._counter.nouns(texts), TEXTS)
+        if lengths.nouns is not None:
+            columns["nouns"] = (lengths.nouns, TEXT_LISTS)
         if self._text_tokenizer is not None:
             columns |= self._measure_truncation(self._text_tokenizer, texts, lengths.num_nouns)
         positions = np.full(len(rows), -1, dtype=np.int64)
@@ -122,8 +127,8 @@ class NounCountWorker:
         return pa.table(
             {
                 "key": pa.array([row.key for row in rows], pa.string()),
-                **{name: pa.array(values, kind).take(take) for name, (values, kind) in columns.items()},
-                "flags": pa.array([row.flags for row in rows], TEXTS),
+                **{name: _column(values, kind).take(take) for name, (values, kind) in columns.items()},
+                "flags": pa.array([row.flags for row in rows], TEXT_LISTS),
                 "reject": pa.array(rejects, pa.string()),
             }
         )
@@ -156,6 +161,10 @@ class NounCountWorker:
             lost[longer] = np.maximum(num_nouns[longer] - self._counter.measure(kept_texts).num_nouns, 0)
             columns[f"nouns_lost_{limit}"] = (lost, pa.int32())
         return columns
+
+
+def _column(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return values if isinstance(values, pa.ChunkedArray) else pa.array(values, kind)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -14,6 +14,7 @@ from stats_run import caption_rows, run_stage, write_caption_shards
 
 from dataset_stats.captions import Address, RawOpening, RowSample, read_rows
 from dataset_stats.estimate import estimate_set
+from dataset_stats.set_rows import SetRows
 from dataset_stats.sources import sample_sources
 from errors import UserError
 from pipelines.engine.pieces import Source
@@ -213,7 +214,11 @@ def test_errors_are_the_spread_over_samples(tmp_path, reject_fraction):
         texts = [None if is_reject[row] else [f"w{word}" for word in words[row]] for row in rows]
         write_sample(tmp_path / "a.parquet", texts)
         estimate = estimate_set(
-            [tmp_path / "a.parquet"], num_samples=population, seed=seed, valid_threshold=threshold, singular=None
+            SetRows(files=[tmp_path / "a.parquet"]),
+            num_samples=population,
+            seed=seed,
+            valid_threshold=threshold,
+            singular=None,
         )
         errors.append([estimate.errors[name] for name in names])
         total = lengths[~is_reject].sum()

@@ -21,6 +21,7 @@ from dataset_stats.distribution import QUANTILES, Distribution, bar_width
 from dataset_stats.duplicates import EXACT, FOLDED, count_duplicates, hash_texts
 from dataset_stats.example_places import ROW_BITS
 from dataset_stats.languages import NO_LETTERS, UNDECIDED, LanguageTable
+from dataset_stats.set_rows import SetRows
 from dataset_stats.tagging.taggers import LexiconTagger
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
@@ -81,7 +82,7 @@ def test_duplicates_are_counted_over_shards_in_parts_of_any_size(tmp_path, monke
     shards = [["a dog", None, "A  Dog", "cat"], ["lamp", "a dog", None, "cat\n"], ["cat", "a dog", "one", "é", "É"]]
     files = [write_hashes(tmp_path / f"{number}.parquet", texts) for number, texts in enumerate(shards)]
     texts = [text for shard in shards for text in shard if text is not None]
-    found = count_duplicates(files, num_captions=len(texts))
+    found = count_duplicates(SetRows(files=files), num_captions=len(texts))
     folded = pd.Series([" ".join(text.casefold().split()) for text in texts])
     assert found.num_exact == len(texts) - len(set(texts)) == 3
     assert found.num_folded == int(folded.duplicated().sum()) == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pandas as pd
 from dataset_stats.captions import Address, RawOpening, read_rows, read_rows_at
 from dataset_stats.example_places import ROW_BITS, noun_masks, places
 from dataset_stats.measures import SetMeasures
+from dataset_stats.set_rows import SetRows
 from pipelines.engine.pieces import Source
 
 EXAMPLE_CHARACTERS = 240
@@ -36,9 +38,10 @@ class Quotes:
 
 @dataclass(frozen=True)
 class _SetTexts:
-    """The texts of all sets: the sources of each by its name, and how raw shards are opened."""
+    """The texts of all sets: sources and rows of each by its name, and how raw shards are opened."""
 
     sources: Mapping[str, Sequence[Source]]
+    rows: Mapping[str, SetRows]
     opening: RawOpening
 
     def at(self, wanted: Sequence[tuple[str, int]]) -> list[str]:
@@ -60,13 +63,15 @@ class _SetTexts:
         """Captions of a set with these nouns whose words are not yet `used`, which grows, by index of the noun."""
         found: dict[int, str] = {}
         pending, left = dict(nouns), MAX_SCANNED_ROWS
-        for source in self.sources[name]:
+        for shard, source in enumerate(self.sources[name]):
             if not pending or not left:
                 break
+            chosen = self.rows[name].chosen
+            is_own = iter(np.ones(source.num_samples, bool) if chosen is None else chosen(shard))
             num_rows = min(source.num_samples, left)
             for block in read_rows(Address.parse(source.path), 0, num_rows, opening=self.opening):
                 left -= len(block)
-                for row in block:
+                for row in itertools.compress(block, is_own):
                     words = _words(row.text or "") if row.reject is None else frozenset()
                     present = pending.keys() & words
                     if present and words not in used:
@@ -81,10 +86,11 @@ def quote_captions(
     measures: Mapping[str, SetMeasures],
     *,
     sources: Mapping[str, Sequence[Source]],
+    rows: Mapping[str, SetRows],
     opening: RawOpening,
 ) -> Quotes:
-    """Find what the report quotes; `top` is that of the noun table, `sources` by set."""
-    texts = _SetTexts(sources, opening)
+    """Find what the report quotes; `top` is that of the noun table, `sources` and `rows` by set."""
+    texts = _SetTexts(sources, rows, opening)
     return Quotes(_example_captions(top, texts), _repeated_texts(measures, texts), _unread_texts(measures, texts))
 
 

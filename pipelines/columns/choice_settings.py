@@ -19,6 +19,8 @@ class ChoiceSettings:
     """The keys of `[features.<table>]` that choose, as they are written.
 
     Attributes:
+        table: its name.
+        section: of the recipe, in which the table is.
         where: samples of which this is true are chosen; None chooses all.
         weight: how often a sample is drawn, in proportion; None draws all alike.
         weight_temperature: with it a sample's weight is exp(weight / temperature).
@@ -30,6 +32,7 @@ class ChoiceSettings:
     weight: str | None = None
     weight_temperature: float | None = None
     caption_weights: Mapping[str, str] = field(default_factory=dict)
+    section: str = "features"
 
     @classmethod
     def of(cls, table: str, keys: Mapping[str, Any]) -> Self | None:
@@ -39,7 +42,7 @@ class ChoiceSettings:
             UserError: an expression is none; names its key.
         """
         captions = keys.get("captions") or ()
-        own = {name: keys.get(name) for name in ("where", "weight", "weight_temperature")}
+        own: dict[str, Any] = {name: keys.get(name) for name in ("where", "weight", "weight_temperature")}
         weights = {each["column"]: each["weight"] for each in captions if isinstance(each.get("weight"), str)}
         settings = cls(table=table, caption_weights=weights, **own)
         if own["where"] is None and own["weight"] is None and not weights:
@@ -85,4 +88,4 @@ class ChoiceSettings:
 
     def key(self, name: str) -> str:
         """Return what errors call one of the keys."""
-        return f"features.{self.table}.{name}"
+        return f"{self.section}.{self.table}.{name}"

@@ -51,12 +51,12 @@ class ShardChoice:
 
 
 class Choice:
-    """The choice of one table of features in a run."""
+    """The choice of one table of the recipe in a run; `columns` are the run's, where they have been looked for."""
 
-    def __init__(self, run: Path, settings: ChoiceSettings) -> None:
+    def __init__(self, run: Path, settings: ChoiceSettings, *, columns: SampleColumns | None = None) -> None:
         self.run = run
         self.settings = settings
-        self.columns = SampleColumns(run)
+        self.columns = SampleColumns(run) if columns is None else columns
         # Of shards that were looked at, eight samples a byte.
         self._chosen: dict[str, tuple[np.ndarray, int]] = {}
 
