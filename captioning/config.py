@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from captioning.claims.config import ClaimsConfig
+from captioning.quality_config import QualityConfig
 from encoders.chat_config import ChatServerConfig
 from pipelines.columns.known_scores import KNOWN_SCORES
 from pipelines.recipe import Decides, TableConfig
@@ -18,17 +19,6 @@ DEFAULT_PROMPTS = {
     "default": DESCRIBE,
     "img2dataset": DESCRIBE + '. The image is known to have the following alt text: "{alt_text}"',
 }
-OFF_FRAME_PHRASES = (
-    "out of frame",
-    "outside the frame",
-    "outside of the frame",
-    "beyond the frame",
-    "off-camera",
-    "off camera",
-    "not visible in the image",
-    "not shown in the image",
-    "cannot be seen in the image",
-)
 # Names of columns of given captions; those of captions/<shard>.parquet that mean something else are taken.
 COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 TAKEN_COLUMNS = (
@@ -38,25 +28,6 @@ TAKEN_COLUMNS = (
 # Names that mean something else than a caption wherever captions are named, and keys that all passes share.
 NAMES_TAKEN_OF_PASSES = ("caption", *KNOWN_SCORES)
 NOT_OF_PASSES = frozenset(("passes", "claims", "only"))
-
-
-class QualityConfig(TableConfig):
-    """`[captioning.quality]`: what is flagged. Changing it rewrites flags and never captions an image again."""
-
-    ngram_words: int = Field(default=4, ge=1, le=20, description="Length of the word n-grams counted for loops")
-    max_repeated_ngram_ratio: float = Field(
-        default=0.3, ge=0, le=1, description="Captions with a larger share of repeated n-grams get the flag `loop`"
-    )
-    min_alt_text_overlap: float = Field(
-        default=0.0, ge=0, le=1, description="Captions with a smaller share of the alt text's words get `off_alt_text`"
-    )
-    off_frame_phrases: Sequence[str] = Field(
-        default=OFF_FRAME_PHRASES, description="Phrases about what is not in the picture, case-folded: `off_frame`"
-    )
-    strip_boilerplate: bool = Field(
-        default=False,
-        description="Whether `caption` loses a prefix like 'The image features', which `caption_raw` keeps",
-    )
 
 
 class LoopRetryConfig(TableConfig):
@@ -73,6 +44,10 @@ class LoopRetryConfig(TableConfig):
     )
     max_repeated_ngram_ratio: Decides[float] = Field(
         default=0.3, ge=0, le=1, description="Captions with a larger share of repeated n-grams are asked for again"
+    )
+    by_script: Decides[bool] = Field(
+        default=False,
+        description="Whether n-grams are of letters in scripts without spaces, as for the flag `loop`",
     )
 
 

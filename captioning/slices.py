@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from captioning.config import CaptioningConfig
 from captioning.engines.protocol import Caption, Captioner, Refusal
 from captioning.loading import LoadedSample, SampleLoader
-from captioning.quality import judge, repeated_ngram_ratio
+from captioning.loops import repeated_ngram_ratio
+from captioning.quality import judge
 from captioning.table import judge_row_again
 from pipelines.raw.samples import RawSample
 
@@ -73,7 +74,8 @@ class SliceCaptioner:
             index
             for index, caption in said.items()
             if isinstance(caption, Caption)
-            and repeated_ngram_ratio(caption.text, settings.ngram_words) > settings.max_repeated_ngram_ratio
+            and repeated_ngram_ratio(caption.text, settings.ngram_words, by_script=settings.by_script)
+            > settings.max_repeated_ngram_ratio
         ]
         if settings.repetition_penalty == 1.0 or not looping:
             return {}

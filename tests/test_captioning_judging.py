@@ -100,7 +100,7 @@ def test_a_newer_judge_writes_flags_anew_and_captions_nothing(tmp_path, server, 
     command(run, monkeypatch=monkeypatch)
     num_requests = len(server.requests)
     for module in (table, job):
-        monkeypatch.setattr(module, "JUDGE_VERSION", 2)
+        monkeypatch.setattr(module, "JUDGE_VERSION", quality.JUDGE_VERSION + 1)
     newer = quality.judge
 
     def judge(row: Any, thresholds: Any) -> Any:
@@ -113,7 +113,7 @@ def test_a_newer_judge_writes_flags_anew_and_captions_nothing(tmp_path, server, 
     rows = pq.read_table(run / "captions" / "laion_00000.parquet").to_pylist()
     assert all(row["flags"] == ["loop"] for row in rows if row["reject"] is None)
     manifest = read_manifest(run / "captions")
-    assert manifest.extra["judge_version"] == 2 and manifest.extra["texts"] == texts
+    assert manifest.extra["judge_version"] == quality.JUDGE_VERSION + 1 and manifest.extra["texts"] == texts
     assert sum(shard.details.get("flag_loop", 0) for shard in manifest.shards.values()) == len(rows)
     assert len(server.requests) == num_requests
     written = contents(run)

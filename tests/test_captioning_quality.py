@@ -1,10 +1,13 @@
 """Flags from the text alone, and prompts from the recipe."""
 
+import re
+
 import pytest
 
 from captioning.config import DESCRIBE, CaptioningConfig, QualityConfig
+from captioning.loops import repeated_ngram_ratio
 from captioning.prompts import fill_prompt, template_for
-from captioning.quality import alt_text_overlap, judge, repeated_ngram_ratio, strip_boilerplate
+from captioning.quality import alt_text_overlap, judge, strip_boilerplate
 from errors import UserError
 from pipelines.recipe import Recipe
 
@@ -22,6 +25,7 @@ def as_row(caption_raw: str, finish_reason: str, alt_text: str | None, first_cap
         "finish_reason": finish_reason,
         "alt_text": alt_text,
         "first_caption": first_caption,
+        "prompt": None,
     }
 
 
@@ -45,10 +49,64 @@ def test_each_flag_has_its_text() -> None:
 def test_thresholds_decide() -> None:
     ratio = repeated_ngram_ratio(LOOP, 4)
     assert 0.7 < ratio < 0.9
-    assert "loop" not in flags(LOOP, max_repeated_ngram_ratio=0.95)
+    assert "loop" not in flags(LOOP, max_repeated_ngram_ratio=0.95, max_same_sentence=12)
     assert repeated_ngram_ratio(PROSE, 4) < 0.1
     assert repeated_ngram_ratio("too short", 4) == 0.0
     assert repeated_ngram_ratio("la " * 50, 1) == pytest.approx(0.98)
+
+
+LOOPS = {
+    "Chinese": ("一个男人站在左边。旁边有一把椅子" + "和一把椅子" * 15, 0.7),
+    "Japanese": ("部屋には椅子があります" + "椅子と机と" * 12, 0.7),
+    "Thai": ("มีเก้าอี้ในห้อง" + "และเก้าอี้อีกตัว" * 10, 0.7),
+    "a letter": ("一只猫" + "喵" * 40, 0.7),
+    "an emoji": ("A cat " + "😀" * 16, 0.0),
+    "a syllable": ("A clown laughs: ha" + "ha" * 20, 0.0),
+    "a rule": ("A cat" + "-" * 30, 0.0),
+    "list items": ("The room contains:\n1. A chair\n2. A chair\n3. A chair\n4. A table", 0.0),
+    "lines": ("A red chair\nA lamp\nA red chair\nA table\nA red chair", 0.0),
+    "a sentence": ("There is a cat. A red lamp is on. There is a cat. A man reads. There is a cat.", 0.0),
+    "a Chinese sentence": ("一张桌子。有一把椅子。一个人在看书。有一把椅子。窗外有树。有一把椅子。", 0.1),
+}
+PROSE_OF_OTHERS = {
+    "Chinese": "一位穿着红色连衣裙的年轻女子背对镜头站在沙滩上，海风吹起她的长发。远处的天空被夕阳染成橙红色，"
+    "云层呈现出柔和的渐变色彩。海面上有几艘小渔船，船身在逆光中形成深色的剪影。前景是湿润的沙地，倒映着天空的颜色，右侧散落着几块黑色的礁石。",
+    "Japanese": "夕暮れの海辺に、赤いワンピースを着た若い女性が立っています。長い髪が風になびいています。"
+    "空は夕日でオレンジ色に染まっていて、雲が柔らかな色を見せています。海の上には小さな漁船が浮かんでいて、逆光でシルエットになっています。",
+    "Thai": "หญิงสาวสวมชุดเดรสสีแดงยืนหันหลังให้กล้องอยู่บนชายหาด ลมทะเลพัดผมยาวของเธอปลิวไสว ท้องฟ้าถูกย้อมเป็นสีส้มแดงจากแสงอาทิตย์ "
+    "เมฆมีสีไล่ระดับอย่างนุ่มนวล บนผิวน้ำมีเรือประมงขนาดเล็กหลายลำ",
+    "Hindi": "समुद्र तट पर लाल पोशाक पहने एक युवा महिला खड़ी है। हवा में उसके लंबे बाल उड़ रहे हैं। समुद्र पर कुछ छोटी नावें हैं। सामने रेत है।",
+    "Korean": "바닷가에 빨간 원피스를 입은 젊은 여성이 서 있습니다. "
+    "긴 머리카락이 바람에 흩날리고 있습니다. 하늘은 주황색으로 물들어 있습니다.",
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_loops_of_any_script_and_of_what_no_word_is(kind: str) -> None:
+    text, least_ratio = LOOPS[kind]
+    assert repeated_ngram_ratio(text, 4, by_script=True) >= least_ratio
+    assert "loop" in flags(text)
+
+
+@pytest.mark.parametrize("language", PROSE_OF_OTHERS)
+def test_prose_of_other_scripts_is_far_from_a_loop(language: str) -> None:
+    text = PROSE_OF_OTHERS[language]
+    assert repeated_ngram_ratio(text, 4, by_script=True) < 0.1 and flags(text) == []
+
+
+@pytest.mark.parametrize("text", [PROSE, LOOP, "Un café à l’ombre, où l’on boit un café à l’ombre.", "Кот и кот и кот"])
+def test_scripts_with_spaces_have_the_ratio_they_always_had(text: str) -> None:
+    words = re.findall(r"\w+", text.casefold())
+    ngrams = list(zip(*(words[start:] for start in range(4)), strict=False))
+    former = 1.0 - len(set(ngrams)) / len(ngrams)
+    assert repeated_ngram_ratio(text, 4, by_script=True) == repeated_ngram_ratio(text, 4) == former
+
+
+def test_what_is_said_twice_is_no_loop_yet() -> None:
+    twice = "There is a cat. A red lamp is on. There is a cat."
+    assert flags(twice) == [] and flags(twice, max_same_sentence=1) == ["loop"]
+    assert flags("Ha" * 12 + "!") == [] and flags("Ha" * 12 + "!", max_characters_on_end=11) == ["loop"]
+    assert flags("A shelf with the numbers 1,000,000,000 and 10000000 on it.") == []
 
 
 def test_alt_text_overlap_counts_distinct_words() -> None:
@@ -59,9 +117,9 @@ def test_alt_text_overlap_counts_distinct_words() -> None:
 
 
 def test_boilerplate_is_stripped_beside_the_raw_caption() -> None:
-    assert strip_boilerplate("This photo shows ") == "This photo shows "
-    assert strip_boilerplate("The image captures élan.") == "Élan."
-    assert strip_boilerplate("The imagery features birds.") == "The imagery features birds."
+    assert strip_boilerplate("This photo shows ", QUALITY) == "This photo shows "
+    assert strip_boilerplate("The image captures élan.", QUALITY) == "Élan."
+    assert strip_boilerplate("The imagery features birds.", QUALITY) == "The imagery features birds."
     for strip in (False, True):
         judged = judge(as_row(PROSE, "stop", None), QualityConfig(strip_boilerplate=strip))
         assert judged["flags"] == ["boilerplate"]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioning.config import CaptioningConfig
-from captioning.quality import repeated_ngram_ratio
+from captioning.loops import repeated_ngram_ratio
 from captioning.worker import CaptionWorker, CaptionWorkerConfig
 from pipelines.engine.pieces import Piece
 from pipelines.raw.reading import AS_IT_COMES

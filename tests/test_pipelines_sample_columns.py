@@ -71,6 +71,7 @@ def test_in_a_captions_weight_bare_names_are_its_own_first(run: Path) -> None:
         ("min_side > 1", "min_side is a column of 2 scores: write pixels.min_side or sizes.min_side"),
         ("widht > 1", r"no column 'widht' \(did you mean width\?\)"),
         ("flags.lop", r"no column 'flags.lop' \(did you mean flags.loop\?\)"),
+        ("not flags.refusal", "'flags.refusal'.*; captions of an older version get today's flags by `.* caption .*`"),
         ("not duplicate", "no column 'duplicate' yet: `.* columns .*`, with duplicates in columns.scores"),
         ("claims.unsupported_share < 1", "'claims.unsupported_share' yet: `.* claims .*` makes it"),
         ("unsupported_shar < 1", r"\(did you mean unsupported_share\?\)"),

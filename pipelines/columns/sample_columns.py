@@ -151,6 +151,9 @@ class SampleColumns:
                 f"{score_command('pixels', self._run)} makes some"
             )
         near = did_you_mean(name, places)
+        if f"{FLAGS}." in name and (captions := [folder for folder in self.folders if folder.score is None]):
+            again = f"captions of an older version get today's flags by {captions[0].command}, which asks no model"
+            raise UserError(f"{missing}{near}; {again}")
         known = {column: score for score, columns in KNOWN_SCORES.items() for column in columns}
         if not near and (other := did_you_mean(name, known)):
             raise UserError(f"{missing}{other}")
