@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-DOORS := init recipe caption claims columns stats features buckets pack verify train convert sample eval app world judge subject detect edges follow report nltk-data
+DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
 TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu

@@ -161,6 +161,12 @@ SUBCOMMANDS = {
         flags=(*_RUN, "shards"),
         defaults=_DEFAULTS,
     ),
+    "choose": Subcommand(
+        module="curation.choose",
+        summary="Columns -> which samples are trained on; PLAN=1 shows the cuts on a page instead (STAGE=2, else all)",
+        flags=(*_STAGE, "shards"),
+        defaults=_DEFAULTS,
+    ),
     "stats": Subcommand(
         module="dataset_stats",
         summary="Captions -> noun statistics and report.html (SETS='name=files#column,…' SAMPLE=10000 SEED=0)",

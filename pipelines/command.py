@@ -112,6 +112,7 @@ def parse_command(
     argv: Sequence[str] | None = None,
     has_stages: bool = False,
     stage_table: str = "training",
+    is_stage_optional: bool = False,
     is_silent: bool = False,
 ) -> Command:
     """Parse a room's command line, and say in one line what is taken from the run's memory.
@@ -122,6 +123,7 @@ def parse_command(
         argv: words typed; None = the process's own.
         has_stages: whether it is about a stage: `--stage`, or the only one there is.
         stage_table: the table whose named tables its stages are.
+        is_stage_optional: whether none that is named means no one of them, but all.
         is_silent: whether nothing is said, as another process does.
 
     Raises:
@@ -133,7 +135,7 @@ def parse_command(
     if chosen.note is not None and not is_silent:
         log.info(chosen.note)
     stage = None
-    if has_stages:
+    if has_stages and (options.stage or options.phase or not is_stage_optional):
         name = options.stage or only_name(chosen.recipe, stage_table, chosen.settings)
         stage = full_stage_name(name, options.phase)
     if not options.is_exact:

@@ -221,7 +221,7 @@ def wrong(*typed: str) -> str:
         ("caption captioning.batch_size=3", "is a key of the recipe: type SET='captioning.batch_size=…'"),
         ("train STAGE 2", "STAGE is a variable: type STAGE=value"),
         ("capton", "there is no target capton (did you mean caption?)"),
-        ("stats STAGE=2", "stats would ignore STAGE: it belongs to features, buckets, train, sample, eval, app"),
+        ("stats STAGE=2", "stats would ignore STAGE: it belongs to choose, features, buckets, train, sample, eval"),
         ("convert FROM=a TO=b PLAN=1", "convert would ignore PLAN"),
         ("SHARDS=x", "help would ignore SHARDS"),
         ("pack RECIPE=r.toml", "pack would ignore RECIPE"),

@@ -86,11 +86,16 @@ def sum_counts(counts: Iterable[ChoiceCounts]) -> ChoiceCounts:
     )
 
 
+def source_of(shard: str) -> str:
+    """Return where a shard comes from, as far as its name tells: `laion_#` of `laion_00012`."""
+    return DIGITS.sub("#", shard)
+
+
 def by_source(counts: Mapping[str, ChoiceCounts]) -> dict[str, ChoiceCounts]:
     """Return counts of shards by where they come from: those whose names differ in numbers alone are of one source."""
     groups: dict[str, list[ChoiceCounts]] = {}
     for shard, found in sorted(counts.items()):
-        groups.setdefault(DIGITS.sub("#", shard), []).append(found)
+        groups.setdefault(source_of(shard), []).append(found)
     return {source: sum_counts(found) for source, found in groups.items()}
 
 

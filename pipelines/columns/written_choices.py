@@ -86,6 +86,21 @@ def read_chosen(directory: Path, shard: str) -> tuple[list[str], np.ndarray]:
     return table["key"].to_pylist(), np.asarray(table["chosen"])
 
 
+def relative_weights(weight: np.ndarray | None, scale: float | None, *, temperature: float | None) -> np.ndarray | None:
+    """Return the weights that samples are drawn by: with a temperature exp(weight / temperature), in parts of the
+    largest, and never less than float32 can say; else as they are.
+
+    Args:
+        weight: NaN where it is unknown, [n].
+        scale: the largest of all that are chosen.
+    """
+    if weight is None or scale is None or temperature is None:
+        return weight
+    exponents = (weight - scale) / temperature
+    # What is not chosen may be larger.
+    return np.maximum(np.exp(np.minimum(exponents, 0.0)), LEAST_FLOAT32)
+
+
 def _scale(total: ChoiceCounts, choice: Choice) -> float | None:
     """Return the largest weight, which those with a temperature are relative to: exp of it may be no number."""
     has_temperature = choice.settings.weight_temperature is not None
@@ -103,7 +118,7 @@ def _is_done(choice: Choice, output: ShardDirectory, shard: str, scale: float | 
 def _write_shard(choice: Choice, output: ShardDirectory, found: ShardChoice, scale: float | None) -> None:
     path = output.file(found.shard, ".parquet")
     columns = {"key": found.keys, "chosen": pa.array(found.chosen)}
-    weights = {"weight": _relative(found.weight, scale, choice)}
+    weights = {"weight": relative_weights(found.weight, scale, temperature=choice.settings.weight_temperature)}
     weights |= {f"weight.{column}": values for column, values in found.caption_weights.items()}
     for name, values in weights.items():
         of_all = np.full(len(found.chosen), np.nan) if values is None else values
@@ -123,15 +138,6 @@ def _write_shard(choice: Choice, output: ShardDirectory, found: ShardChoice, sca
         details={COUNTS: found.counts.to_json()},
     )
     output.write_marker(report, choice.settings.fingerprint)
-
-
-def _relative(weight: np.ndarray | None, scale: float | None, choice: Choice) -> np.ndarray | None:
-    """Return exp(weight / temperature), as parts of the largest; a sample is never drawn less than float32 can say."""
-    if weight is None or scale is None or choice.settings.weight_temperature is None:
-        return weight
-    exponents = (weight - scale) / choice.settings.weight_temperature
-    # What is not chosen may be larger.
-    return np.maximum(np.exp(np.minimum(exponents, 0.0)), LEAST_FLOAT32)
 
 
 def _write_manifest(choice: Choice, output: ShardDirectory, names: Sequence[str], scale: float | None) -> Manifest:

@@ -164,8 +164,16 @@ FEATURES = FolderKind(
 )
 CHOICES = FolderKind(
     place=r"choices/(?P<stage>[^/]+)",
-    door=Door("features", OF_STAGE),
+    door=Door("choose", OF_STAGE),
     stranger="*.parquet",
+)
+CHOOSE = FolderKind(
+    place=r"choose",
+    door=Door("choose"),
+    files=(FileKind(pattern="*.html", check=page_damage, mend="`rm {path}`: it is only for people to look at"),),
+    signs=("*.html",),
+    has_shards=False,
+    has_manifest=False,
 )
 CACHE = FolderKind(
     place=r"training/cache",
@@ -314,7 +322,7 @@ WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 
 # The first whose place a folder's path is, and of which it has a sign.
 KINDS = (
-    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CHOICES, CACHE, CHECKPOINT, TRAINING, APP),
+    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CHOICES, CHOOSE, CACHE, CHECKPOINT, TRAINING, APP),
     *(PROMPT_SAMPLES, SAMPLES, SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
 )
 

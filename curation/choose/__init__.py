@@ -1,0 +1,1 @@
+"""`make choose`: which samples a table of features chooses, written down or shown on a page."""
