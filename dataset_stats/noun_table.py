@@ -31,7 +31,8 @@ class NounTable:
 
     Attributes:
         top: the most frequent nouns over all sets: noun, one count column per set, `<set> example`.
-        gained: by set, the nouns whose rate rose most against the first set: noun, before, after (per 1000 captions).
+        gained: by set, the nouns whose rate rose most against the first set, or of a set with `where`, against the one
+            that it chooses from: noun, before, after (per 1000 captions), kept (the share of the occurrences before).
         lost: by set, the nouns whose rate fell most.
         zipf: by set, (rank, occurrences) at about evenly spaced logarithms of the rank.
     """
@@ -122,6 +123,7 @@ class _Collector:
         self._names = list(names)
         self._measures = measures
         self._num_top = num_top
+        self._baselines = {name: m.before or names[0] for name, m in measures.items() if m.before or name != names[0]}
         self._tops = pd.DataFrame(columns=["noun", *names, *(f"{name} example" for name in names), TOTAL])
         self.plurals: dict[str, str] = {}
         self._changes: dict[str, pd.DataFrame] = {}
@@ -136,10 +138,11 @@ class _Collector:
         both = [self._tops, totalled] if len(self._tops) else [totalled]
         # Ties go to the noun that comes first, so that the same counts give the same report.
         self._tops = pd.concat(both).sort_values([TOTAL, "noun"], ascending=[False, True]).head(self._num_top)
-        baseline = self._names[0]
-        for name in self._names[1:]:
+        for name, baseline in self._baselines.items():
             before, after = self._rate(frame, baseline), self._rate(frame, name)
-            new = pd.DataFrame({"noun": frame["noun"], "before": before, "after": after, "change": after - before})
+            kept = frame[name].to_numpy() / np.maximum(frame[baseline].to_numpy(), 1)
+            columns = {"noun": frame["noun"], "before": before, "after": after, "kept": kept}
+            new = pd.DataFrame({**columns, "change": after - before})
             both = [self._changes.get(name, pd.DataFrame()), new]
             change = pd.concat(both).sort_values(["change", "noun"])
             keep = min(NUM_CHANGES, len(change) // 2 + 1)

@@ -146,6 +146,39 @@ def test_a_set_with_where_counts_what_counting_its_samples_alone_gives(run):
     assert report.rejected == {"not_chosen": len(every) - len(chosen)}
 
 
+def test_the_report_says_what_the_choice_changed(run):
+    run_stage(run)
+    every = [row for shard in SHARDS for row in rows_of(shard)]
+    pairs = [pair for shard in SHARDS for pair in zip(rows_of(shard), sides_of(shard), strict=True)]
+    chosen = [row for row, side in pairs if is_chosen(row, side)]
+    before, after = by_hand(every), by_hand(chosen)
+    is_small = [side is None or side < 512 for _, side in pairs]
+    is_known = [row["clip_score"] is not None and row["clip_score"] == row["clip_score"] for row, _ in pairs]
+    is_scored = [known and row["clip_score"] > 0.2 for (row, _), known in zip(pairs, is_known, strict=True)]
+    after_it = sum(not small and not scored for small, scored in zip(is_small, is_scored, strict=True))
+    text = (run / "stats" / "table1.md").read_text()
+    assert f"| Nouns | {before.total():,} | {after.total():,} | {after.total() / before.total():.1%} kept |" in text
+    assert f"| DN | {len(before)} | {len(after)} |" in text
+    clause = next(line for line in text.splitlines() if line.startswith("| `clip_score > 0.2` |"))
+    counts = [int(cell.split(" ")[1]) for cell in clause.split("|")[2:5]]
+    # Of the rejects among them clip_score is unknown, too: CAPTION_TYPES have it beside the caption.
+    assert counts == [is_scored.count(False), is_known.count(False), after_it]
+    page = (run / "stats" / "report.html").read_text()
+    section = page[page.index('<section id="choices">') : page.index('<section id="lengths">')]
+    assert f"{len(chosen)} of 97 samples are kept" in section and 'data-file="more-often-SAM chosen"' in section
+    assert '<section id="changes">' not in page, "a choice is compared with its own set alone"
+    gained = section[section.index('data-file="less-often-SAM chosen"') :]
+    lost = max(before, key=lambda noun: before[noun] / (len(every) - 9) - after[noun] / len(chosen))
+    assert f'data-text="{lost}"' in gained
+    assert f"{after[lost] / before[lost]:.0%}" in gained
+
+
+def test_a_run_without_choices_has_no_part_about_them(run):
+    run_stage(run, "dataset_stats.sets={'SAM' = {}}")
+    assert "What the choice changed" not in (run / "stats" / "report.html").read_text()
+    assert "Clause" not in (run / "stats" / "table1.md").read_text()
+
+
 def test_examples_and_quotes_of_a_choice_are_captions_that_it_keeps(run, monkeypatch):
     monkeypatch.setattr(set_rows, "ROWS_PER_BATCH", 7)  # several batches a shard
     seen = {}

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from dataset_stats.measures import SetMeasures
 from dataset_stats.noun_table import PER_CAPTIONS, NounTable
+from dataset_stats.report.choices import CLAUSE_COLUMNS, choices
 from dataset_stats.report.definitions import Definition
 from dataset_stats.report.examples import Quotes
 from dataset_stats.report.gallery import GalleryItem
@@ -79,6 +80,9 @@ def write_report(path: Path, data: ReportData) -> None:
         is_sample=any(measure.estimate for measure in data.measures.values()),
         pm=plus_minus,
         per_captions=PER_CAPTIONS,
+        choices=choices(data.measures),
+        clause_columns=CLAUSE_COLUMNS,
+        changes=[name for name in data.noun_table.gained if data.measures[name].choice is None],
         notices=notices(data.measures),
         lengths=length_rows(data.measures),
         length_columns=length_columns(),

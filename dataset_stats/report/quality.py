@@ -96,10 +96,10 @@ def quality_tables(measures: Mapping[str, SetMeasures]) -> list[QualityTable]:
 
 def _share(count: int, whole: int, m: SetMeasures, error: str = "") -> str:
     pm = plus_minus(m, error, "{:.2%}") if error else ""
-    return f"{count:,} ({_percent(count, whole)}{pm})"
+    return f"{count:,} ({percent(count, whole)}{pm})"
 
 
-def _percent(count: int, whole: int) -> str:
+def percent(count: int, whole: int) -> str:
     """A share that is 0.0% or 100.0% only where it is none or all."""
     text = f"{count / max(whole, 1):.1%}"
     if count and text == "0.0%":

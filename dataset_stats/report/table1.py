@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dataset_stats.measures import SetMeasures
+from dataset_stats.report.choices import CLAUSE_COLUMNS, choices
 from dataset_stats.report.definitions import Definition
 from dataset_stats.report.quality import length_columns, length_rows, plus_minus, quality_tables
 
 # A set with hardly a noun below the threshold has a closed vocabulary, unless it has hardly any nouns at all.
 CLOSED_FRACTION = 0.9
+BAR = "\\|"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def findings(measures: Mapping[str, SetMeasures], *, valid_threshold: int) -> li
     sentences = []
     for name in others:
         m = measures[name]
+        if m.choice is not None:
+            continue  # what it changed has a table of its own
         if not (baseline.nouns_per_image and m.distinct_nouns):
             continue
         sentences.append(
@@ -94,7 +98,15 @@ def table1(measures: Mapping[str, SetMeasures], *, tagger: str, definition_list:
         f"| {row.nouns_per_image} | | |"
         for row in PAPER_ROWS
     ]
-    lines += ["", f"Tagger: {tagger}.", "", *_quality(measures), "| Number | Meaning | Formula |", "|---|---|---|"]
+    lines += [
+        "",
+        f"Tagger: {tagger}.",
+        "",
+        *_choices(measures),
+        *_quality(measures),
+        "| Number | Meaning | Formula |",
+        "|---|---|---|",
+    ]
     lines += [f"| {item.name} | {item.meaning} | {item.formula} |" for item in definition_list]
     return "\n".join(lines) + "\n"
 
@@ -118,6 +130,19 @@ def _rows(name: str, m: SetMeasures) -> list[str]:
             f"| {name}, plurals folded | {counts('folded_', valid, distinct, m.folded_valid_fraction)} | | | | |"
         )
     return rows
+
+
+def _choices(measures: Mapping[str, SetMeasures]) -> list[str]:
+    lines = []
+    for choice in choices(measures):
+        lines += [f"**{choice.name}**: {choice.kept}", ""]
+        lines += [f"| Of the captions | {choice.before} | {choice.name} | change |", "|---|---|---|---|"]
+        lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in choice.rows.items()]
+        lines += ["", f"| Clause | {' | '.join(CLAUSE_COLUMNS)} |", "|---|---|---|---|"]
+        # A bar in a clause would end its cell.
+        lines += [f"| `{text.replace('|', BAR)}` | {' | '.join(cells)} |" for text, cells in choice.clauses]
+        lines.append("")
+    return lines
 
 
 def _quality(measures: Mapping[str, SetMeasures]) -> list[str]:
