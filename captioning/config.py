@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from captioning.claims.config import ClaimsConfig
 from captioning.quality_config import QualityConfig
+from captioning.vllm_config import VllmConfig
 from encoders.chat_config import ChatServerConfig
 from pipelines.columns.known_scores import KNOWN_SCORES
 from pipelines.recipe import Decides, TableConfig
@@ -56,8 +57,9 @@ class CaptioningConfig(TableConfig):
 
     engine: Decides[str] = Field(
         default="transformers",
-        pattern="^(transformers|generate|openai|given)$",
+        pattern="^(transformers|generate|vllm|openai|given)$",
         description="transformers: a LLaVA in the worker; generate: any other model of images and text there, slower; "
+        "vllm: vLLM in the worker, see [captioning.vllm]; "
         "openai: a chat server, see [captioning.server]; given: no model, see `table`",
     )
     table: str | dict[str, str] = Field(
@@ -119,6 +121,7 @@ class CaptioningConfig(TableConfig):
         default=LoopRetryConfig(), description="The second try of captions that loop"
     )
     server: ChatServerConfig = Field(default=ChatServerConfig(), description="The chat server of `engine = openai`")
+    vllm: VllmConfig = Field(default=VllmConfig(), description="The model of `engine = vllm`")
     quality: QualityConfig = Field(default=QualityConfig(), description="What is flagged")
     claims: ClaimsConfig = Field(
         default=ClaimsConfig(), description="What is asked back about captions, see docs/CURATION.md"

@@ -252,6 +252,8 @@ def _fingerprint(
     # Of a server, what changes what it is asked.
     if config.engine == "openai" and (server := config.server.fingerprint_fields()):
         fields["server"] = server
+    if config.engine == "vllm" and (vllm := config.vllm.fingerprint_fields()):
+        fields["vllm"] = vllm
     return Fingerprint.of(fields)
 
 
@@ -270,6 +272,8 @@ def find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     """
     if config.is_given:
         return ModelSource(location="", revision=None, identity="none")
+    if config.engine == "vllm":
+        _require_gpus_of_vllm(config, workers)
     if config.engine != "openai":
         return resolve_model(config.model, config.revision)
     if workers.gpus_per_worker:
@@ -280,6 +284,24 @@ def find_model(config: CaptioningConfig, workers: EngineConfig) -> ModelSource:
     # What the server loads under this name is not known here; `revision` is the user's word for it.
     identity = f"{config.model}@{config.revision or 'main'} of a server"
     return ModelSource(location=config.model, revision=config.revision, identity=identity)
+
+
+def vllm_gpus(config: CaptioningConfig) -> int:
+    """Return how many GPUs a worker of `engine = "vllm"` needs: those its model is spread over, none on a CPU."""
+    return 0 if config.device == "cpu" else config.vllm.tensor_parallel_size
+
+
+def _require_gpus_of_vllm(config: CaptioningConfig, workers: EngineConfig) -> None:
+    if config.device.startswith("cuda:"):
+        raise UserError(
+            f"captioning.device = {config.device!r}, but vLLM takes the GPUs that the worker has: set it to auto"
+        )
+    if workers.gpus_per_worker != vllm_gpus(config):
+        raise UserError(
+            f"engine.gpus_per_worker is {workers.gpus_per_worker:g}, but with captioning.engine = 'vllm' a worker has "
+            f"whole GPUs, as many as captioning.vllm.tensor_parallel_size ({config.vllm.tensor_parallel_size}) says, "
+            f"and none with captioning.device = 'cpu': set it to {vllm_gpus(config)}"
+        )
 
 
 def select_raw(command: Command, config: CaptioningConfig, *, table: str = "captioning") -> list[str]:

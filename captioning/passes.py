@@ -12,7 +12,7 @@ from pipelines.recipe import Recipe
 
 TABLE = "captioning"
 # Tables whose keys are laid over one by one.
-TABLES_WITHIN = ("loop_retry", "server", "quality")
+TABLES_WITHIN = ("loop_retry", "server", "vllm", "quality")
 # Of no use to a pass: `only` is, to tell whether all are made.
 OF_OTHERS = ("passes", "claims")
 OF_OWN_TEXTS = "img2dataset"

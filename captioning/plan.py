@@ -4,12 +4,16 @@ from rich.table import Table
 from rich.text import Text
 
 from captioning.architectures import read_architecture, require_fit
-from captioning.job import CaptioningJob
+from captioning.job import CaptioningJob, vllm_gpus
 from captioning.prompts import DEFAULT, template_for
 from pipelines.engine.progress import console
 
 # Captions at a time where `captioning.batch_size` is 0, by engine.
-OPEN_BATCH = {"transformers": "32 on a CPU, as many as fit a GPU", "generate": "32 or as many as fit"}
+OPEN_BATCH = {
+    "transformers": "32 on a CPU, as many as fit a GPU",
+    "generate": "32 or as many as fit",
+    "vllm": "as many as vLLM holds",
+}
 # A row with a caption of about 100 words, compressed.
 BYTES_PER_ROW = 450
 
@@ -65,6 +69,10 @@ def _describe_engine(job: CaptioningJob) -> str:
     if job.config.engine == "openai":
         return "a chat server"
     architecture = read_architecture(job.model)
+    if job.config.engine == "vllm":
+        name = "a model whose files are not here yet" if architecture is None else f"a {architecture.name}"
+        num_gpus = vllm_gpus(job.config)
+        return f"{name}, by vLLM in each worker, {num_gpus or 'no'} {'GPU' if num_gpus == 1 else 'GPUs'} a worker"
     name = "whose files are not here yet" if architecture is None else f"a {architecture.name}"
     if job.config.engine == "generate":
         return f"{name}, on batches of prompts of about one length"

@@ -181,6 +181,10 @@ def _load_engine(config: CaptionWorkerConfig) -> CaptionEngine:
         from captioning.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config.captioning, api_key=config.api_key)
+    if config.captioning.engine == "vllm":
+        from captioning.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config.captioning)
     if config.captioning.engine == "generate":
         from captioning.engines.generate_engine import GenerateEngine
 

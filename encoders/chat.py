@@ -26,6 +26,7 @@ from encoders.chat_server import (
     require_json,
     wrong_key,
 )
+from pipelines.raw.images import shrink
 
 # Servers fill an image in where their template says so; a text must not say so too.
 SPECIAL_TOKENS = re.compile(r"<image>|</?s>|<unk>|<pad>|<\|[^<>|]{1,40}\|>")
@@ -81,11 +82,7 @@ class NoAnswer:
 
 def image_data_url(image: Image.Image, *, short_side_pixels: int = 0) -> str:
     """Return an image as lossless data URL; a larger one with this short side, 0 leaves it as it is."""
-    wanted, short = short_side_pixels, min(image.size)
-    if 0 < wanted < short:
-        # As the processor of LLaVA-1.5 would do it at the other end: the long side is rounded down.
-        size = (wanted * image.width // short, wanted * image.height // short)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    image = shrink(image, short_side_pixels=short_side_pixels)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -114,6 +114,7 @@ def test_a_newer_judge_writes_flags_anew_and_captions_nothing(tmp_path, server, 
     assert all(row["flags"] == ["loop"] for row in rows if row["reject"] is None)
     manifest = read_manifest(run / "captions")
     assert manifest.extra["judge_version"] == quality.JUDGE_VERSION + 1 and manifest.extra["texts"] == texts
+    assert manifest.extra["flags"] == list(quality.FLAGS)
     assert sum(shard.details.get("flag_loop", 0) for shard in manifest.shards.values()) == len(rows)
     assert len(server.requests) == num_requests
     written = contents(run)

@@ -12,14 +12,14 @@ QUESTION = 'Is the following true of the image? "{claim}" Answer yes or no.'
 
 
 class ClaimsConfig(TableConfig):
-    """`[captioning.claims]`; device, dtype, image limits and the server are those of `[captioning]`."""
+    """`[captioning.claims]`; device, dtype, image limits, server and vLLM are those of `[captioning]`."""
 
     of: Sequence[str] = Field(
         default=("caption",), min_length=1, description="Columns of captions whose claims are asked back"
     )
     engine: str | None = Field(
         default=None,
-        pattern="^(transformers|generate|openai)$",
+        pattern="^(transformers|generate|vllm|openai)$",
         description="What asks, as captioning.engine; null = that engine",
     )
     model: str | None = Field(

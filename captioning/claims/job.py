@@ -174,4 +174,6 @@ def _fingerprint(config: CaptioningConfig, data: DataConfig, model: ModelSource)
     }
     if config.engine == "openai" and (server := config.server.fingerprint_fields()):
         fields["server"] = server
+    if config.engine == "vllm" and (vllm := config.vllm.fingerprint_fields()):
+        fields["vllm"] = vllm
     return Fingerprint.of(fields)

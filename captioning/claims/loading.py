@@ -15,6 +15,10 @@ def load_asker(config: CaptioningConfig, *, api_key: str, num_threads: int) -> C
         from captioning.claims.server import ServerAsker
 
         return ServerAsker(config, api_key=api_key)
+    if config.engine == "vllm":
+        from captioning.claims.in_vllm import VllmAsker
+
+        return VllmAsker(config)
     from captioning.claims.in_process import InProcessAsker
 
     return InProcessAsker(config, num_threads=num_threads)

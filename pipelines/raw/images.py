@@ -69,6 +69,16 @@ class Crop:
     scale: float
 
 
+def shrink(image: Image.Image, *, short_side_pixels: int) -> Image.Image:
+    """Return a larger image with this short side, and others as they are; 0 shrinks none."""
+    wanted, short = short_side_pixels, min(image.size)
+    if not 0 < wanted < short:
+        return image
+    # As the processor of LLaVA-1.5 would do it at the other end: the long side is rounded down.
+    size = (wanted * image.width // short, wanted * image.height // short)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode `data` to an 8-bit RGB image as a browser shows it on a white page; animations give their first frame.
 
