@@ -292,7 +292,7 @@ def test_an_interrupted_training_says_how_far_it_is_and_how_to_go_on(run, capsys
 
 
 def test_raw_shards_of_the_users_own_are_only_noted(run, tmp_path):
-    shards = [tmp_path / f"laion_{number}.tar" for number in (0, 1)]
+    shards = [tmp_path / f"photos_{number}.tar" for number in (0, 1)]
     for path in shards:
         path.write_bytes(bytes(10240))
         with open_ranges(str(path)) as file:
@@ -307,7 +307,7 @@ def test_raw_shards_of_the_users_own_are_only_noted(run, tmp_path):
 
 
 def test_damaged_lists_of_raw_shards_and_their_headers_are_named(run, tmp_path):
-    shard = tmp_path / "laion_0.tar"
+    shard = tmp_path / "photos_0.tar"
     shard.write_bytes(bytes(10240))
     with open_ranges(str(shard)) as file:
         HeaderCache(run).remember(str(shard), read_tar_headers(str(shard), file))

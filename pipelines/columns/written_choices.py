@@ -86,6 +86,16 @@ def read_chosen(directory: Path, shard: str) -> tuple[list[str], np.ndarray]:
     return table["key"].to_pylist(), np.asarray(table["chosen"])
 
 
+def choice_identity(hashes: Mapping[str, str], scale: float | None) -> str:
+    """Return what a shard's choice is made of, as its report has it under `source`.
+
+    Args:
+        hashes: by the name of its folder, the SHA-256 of each file of columns that is read.
+        scale: what weights are relative to, `extra[SCALE]` of the manifest.
+    """
+    return sha256_text(json.dumps([dict(sorted(hashes.items())), scale], sort_keys=True))
+
+
 def relative_weights(weight: np.ndarray | None, scale: float | None, *, temperature: float | None) -> np.ndarray | None:
     """Return the weights that samples are drawn by: with a temperature exp(weight / temperature), in parts of the
     largest, and never less than float32 can say; else as they are.
@@ -107,12 +117,8 @@ def _scale(total: ChoiceCounts, choice: Choice) -> float | None:
     return total.weight.most if has_temperature and total.weight is not None else None
 
 
-def _identity(choice: Choice, shard: str, scale: float | None) -> str:
-    return sha256_text(json.dumps([choice.hashes(shard), scale], sort_keys=True))
-
-
 def _is_done(choice: Choice, output: ShardDirectory, shard: str, scale: float | None) -> bool:
-    return output.is_done(shard, _identity(choice, shard, scale), choice.settings.fingerprint)
+    return output.is_done(shard, choice_identity(choice.hashes(shard), scale), choice.settings.fingerprint)
 
 
 def _write_shard(choice: Choice, output: ShardDirectory, found: ShardChoice, scale: float | None) -> None:
@@ -130,7 +136,7 @@ def _write_shard(choice: Choice, output: ShardDirectory, found: ShardChoice, sca
     num_left_out = found.counts.num_samples - found.counts.num_chosen
     report = ShardReport(
         name=found.shard,
-        source=_identity(choice, found.shard, scale),
+        source=choice_identity(choice.hashes(found.shard), scale),
         num_read=found.counts.num_samples,
         num_kept=found.counts.num_chosen,
         rejected={NOT_CHOSEN: num_left_out} if num_left_out else {},

@@ -120,6 +120,7 @@ RUN = FolderKind(
         FileKind(pattern="buckets-*-rejects.csv", check=text_damage, made_by=Door("buckets", ANY_STAGE)),
         FileKind(pattern=".headers/*.headers", check=headers_damage, mend=COPY),
         FileKind(pattern=".texts/*.sqlite", check=database_damage, mend=COPY),
+        FileKind(pattern=".tables/*.sqlite", check=database_damage, mend=COPY),
         FileKind(pattern=".summary.lock", check=None),
         FileKind(pattern=".run.lock", check=None),
     ),
@@ -161,6 +162,21 @@ FEATURES = FolderKind(
         FileKind(pattern="preview-*.png", check=picture_damage, mend="`rm {path}`: it is only for people to look at"),
     ),
     stranger="*.tar",
+)
+COLUMNS = FolderKind(  # passes over images that were killed, and are dealt out by the next command
+    place=r"columns",
+    door=Door("columns"),
+    files=(FileKind(pattern=".passes/*", check=None),),
+    signs=(".passes/*", ".lock"),
+    has_shards=False,
+    has_manifest=False,
+)
+CLAIMS = FolderKind(place=r"columns/claims(@[a-z][a-z0-9_]*)?", door=Door("claims"), stranger="*.parquet")
+SCORE = FolderKind(
+    place=r"columns/[a-z][a-z0-9_]*(@[a-z][a-z0-9_]*)?",
+    door=Door("columns"),
+    files=(FileKind(pattern=".scratch/*", check=None),),  # of a score of the whole run that was killed
+    stranger="*.parquet",
 )
 CHOICES = FolderKind(
     place=r"choices/(?P<stage>[^/]+)",
@@ -322,7 +338,24 @@ WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 
 # The first whose place a folder's path is, and of which it has a sign.
 KINDS = (
-    *(RUN, RAW, CAPTIONS, STATS, STATS_SAMPLE, COUNTS, FEATURES, CHOICES, CHOOSE, CACHE, CHECKPOINT, TRAINING, APP),
+    *(
+        RUN,
+        RAW,
+        CAPTIONS,
+        STATS,
+        STATS_SAMPLE,
+        COUNTS,
+        FEATURES,
+        COLUMNS,
+        CLAIMS,
+        SCORE,
+        CHOICES,
+        CHOOSE,
+        CACHE,
+        CHECKPOINT,
+        TRAINING,
+        APP,
+    ),
     *(PROMPT_SAMPLES, SAMPLES, SCORED_SAMPLES, LISTS, SEEN, PROMPTS, CURVE, PREFERENCE, SCORES, JUDGE),
 )
 

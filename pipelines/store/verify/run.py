@@ -9,6 +9,7 @@ from errors import MissingFileError, UserError
 from pipelines.engine.progress import progress_bar
 from pipelines.run_memory import recall_shards
 from pipelines.store.files import sha256_file
+from pipelines.store.verify.columns import check_columns
 from pipelines.store.verify.coverage import check_coverage, check_families
 from pipelines.store.verify.findings import SEE_TO_IT, Check, Findings, Problem, Row, Unfinished, unreadable
 from pipelines.store.verify.folders import Folder, find_folders
@@ -34,6 +35,7 @@ def verify_run(run: Path) -> Findings:
     findings = check_folders(folders)
     raw_shards = _recall(run)
     check_coverage(run, findings, raw_shards)
+    check_columns(run, findings, raw_shards)
     are_all_finished = all(folder.manifest is not None for folder in folders if folder.kind is FEATURES)
     check_families(run, findings, are_all_finished=are_all_finished)
     drawn = next((folder.path for folder in folders if folder.kind is RAW), None)
