@@ -16,13 +16,14 @@ from pipelines.as_typed import did_you_mean
 def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
     """Return every score that the recipe's settings allow, in an order in which each can be made."""
     # Compiled kernels, which help and a recipe's keys have no use for.
+    from curation.scores.duplicates import Duplicates
     from curation.scores.hashes import Hashes
 
     tables = [JoinedTable(name, table.files, run) for name, table in config.tables.items()]
     clip = ClipChoice(
         model=config.clip_model, revision=config.clip_revision, device=config.device, batch_size=config.clip_batch_size
     )
-    return [
+    others = [
         Pixels(),
         Hashes(),
         Clip(clip),
@@ -30,6 +31,7 @@ def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
         *(Head(name, file=head.file, clip=clip) for name, head in config.heads.items()),
         *tables,
     ]
+    return [*others, Duplicates(config.duplicates, run, others)]
 
 
 def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:

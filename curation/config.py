@@ -28,6 +28,24 @@ class HeadConfig(TableConfig):
     )
 
 
+class DuplicatesConfig(TableConfig):
+    """`[columns.duplicates]`: which images are near duplicates of others."""
+
+    radius: int = Field(
+        default=4, ge=0, le=10, description="Bits of 64 that perceptual hashes of one picture differ in"
+    )
+    crops: bool = Field(default=True, description="Find what is cropped by up to 5% a side, too")
+    mirror: bool = Field(default=False, description="Find what a mirror shows, too")
+    representative: str = Field(
+        default="megapixels + 1e-15 * file_bytes",
+        pattern=r"\S",
+        description="Expression over columns; of each group the sample with the largest value is no duplicate",
+    )
+    runs: Sequence[str] = Field(
+        default=(), description="Folders of other runs: what they have, too, is a duplicate here"
+    )
+
+
 class ColumnsConfig(TableConfig):
     """`[columns]`: what is measured of each sample. Nothing is deleted by it: a column is there to be chosen by."""
 
@@ -49,6 +67,9 @@ class ColumnsConfig(TableConfig):
     heads: Mapping[ColumnName, HeadConfig] = Field(
         default_factory=dict,
         description="Small networks over CLIP's embeddings: each gives the score and the column of its name",
+    )
+    duplicates: DuplicatesConfig = Field(
+        default_factory=DuplicatesConfig, description="How near duplicates are found, for the score duplicates"
     )
     max_reject_fraction: float = Field(
         default=0.05,

@@ -1,12 +1,12 @@
 """What one `make columns` has to do: raw shards, scores, their fingerprints and what is pending."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from curation.choosing import chosen_scores
 from curation.config import ColumnsConfig
+from curation.cores import num_cores
 from curation.scores.protocol import ImageScore, Score, TableScore
 from curation.table_rows import input_hashes, source_identity
 from pipelines.command import Command
@@ -76,7 +76,7 @@ class ColumnsJob:
     def num_threads(self, num_samples: int, *, few_samples: int) -> int:
         """Return how many threads of a worker decode: one for each core that it has."""
         if self.workers.is_in_process(num_samples, few_samples):
-            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            return num_cores()
         return max(1, round(self.workers.cpus_per_worker))
 
 

@@ -75,7 +75,8 @@ def read_inputs(
             raise UserError(f"{path} has other samples than the raw shard, or in another order; {MEND_SHARD}")
         keys = found
         name = read.folder.removeprefix("columns/")
-        here = [None if reason is None else f"{name}:{reason}" for reason in table[REJECT].to_pylist()]
+        found_reasons = [None] * len(found) if read.keeps_rejected else table[REJECT].to_pylist()
+        here = [None if reason is None else f"{name}:{reason}" for reason in found_reasons]
         reasons = here if reasons is None else [first or other for first, other in zip(reasons, here, strict=True)]
         columns |= {f"{name}.{column}": table[column] for column in read.columns}
     keys = list(keys or ())

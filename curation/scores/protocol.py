@@ -31,10 +31,15 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """Columns of another folder of the run, such as `columns/clip` or `captions`, that a score is made from."""
+    """Columns of another folder of the run, such as `columns/clip` or `captions`, that a score is made from.
+
+    Attributes:
+        keeps_rejected: a sample that the folder rejects has columns of the score all the same.
+    """
 
     folder: str
     columns: tuple[str, ...]
+    keeps_rejected: bool = False
 
 
 @dataclass(kw_only=True)
