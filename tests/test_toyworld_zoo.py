@@ -8,15 +8,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, T5EncoderModel
 
+from encoders.clip_heads import load_head
+from encoders.vision import ClipTowers
+from encoders.weights import resolve_model
 from errors import MissingFileError
 from pixart.convert import load_diffusers
 from pixart.dit import DiT
 from toyworld.judge import WEIGHTS as JUDGE_WEIGHTS
 from toyworld.judge import Judge
 from toyworld.scenes import POSITIONS, Scene, class_name, random_scene
+from toyworld.spoiling import CAPTION_KINDS, PICTURE_KINDS, spoil_caption
 from toyworld.wording import alt_text, caption_hits, dense_caption, describe, parse_caption
 from toyworld.zoo import captioner as captioner_training
-from toyworld.zoo import class_conditional, judge_training, questions, text_encoder, vision_tower
+from toyworld.zoo import class_conditional, heads, judge_training, questions, text_encoder, vision_tower
+from toyworld.zoo import clip as clip_training
 from toyworld.zoo import vae as zoo_vae
 from toyworld.zoo.__main__ import NAMES, RELEASED_FOLDER, train
 from toyworld.zoo.captioner import greedy_captions
@@ -28,10 +33,10 @@ SAM_PROMPT = "Describe this image and its style in a very detailed manner"
 LAION_PROMPT = SAM_PROMPT + '. The image is known to have the following alt text: "{}"'
 
 
-def test_all_weights_together_are_at_most_15_megabytes():
+def test_all_weights_together_are_at_most_17_megabytes():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
-    assert sum(path.stat().st_size for path in files) <= 15_000_000
+    assert sum(path.stat().st_size for path in files) <= 17_000_000
 
 
 # VAE
@@ -170,6 +175,54 @@ def test_a_black_picture_gets_another_caption(captioner):
     assert seen != unseen
 
 
+# CLIP and the head over it
+
+
+@pytest.fixture(scope="module")
+def towers() -> ClipTowers:
+    source = resolve_model(str(WEIGHTS / "clip"))
+    return ClipTowers(source, device=torch.device("cpu"), dtype=torch.float32, key="columns.clip_model")
+
+
+def auroc(better: np.ndarray, worse: np.ndarray) -> float:
+    """How often one of `better` is higher than one of `worse`, ties as half."""
+    return float(((better[:, None] > worse).mean() + (better[:, None] >= worse).mean()) / 2)
+
+
+@torch.inference_mode()
+def test_clip_tells_captions_that_are_true_from_those_that_are_nearly_true(towers):
+    rng = np.random.default_rng(28)
+    scenes = [random_scene(rng) for _ in range(300)]
+    seen = heads.embeddings(towers, [picture_of(scene, rng).convert("RGB") for scene in scenes])
+    captions = [dense_caption(scene, rng) for scene in scenes]
+
+    def scores(texts: list[str]) -> np.ndarray:
+        return (seen * towers.text_features(texts)).sum(dim=1).numpy()
+
+    found = {
+        kind: auroc(
+            scores(captions),
+            scores([spoil_caption(text, kind, scene=s, rng=rng) for text, s in zip(captions, scenes, strict=True)]),
+        )
+        for kind in CAPTION_KINDS
+        if kind != "loop"  # what it says is true
+    }
+    assert min(found[kind] for kind in ("swapped", "refusal", "boilerplate", "false_object", "wrong_place")) > 0.98
+    assert found["wrong_colour"] > 0.95 and found["wrong_shape"] > 0.95, found
+
+
+def test_the_head_tells_sound_pictures_from_broken_ones(towers):
+    rng = np.random.default_rng(29)
+    pictures, kinds = heads.random_pictures(600, rng)
+    head = load_head(WEIGHTS / "heads" / "sound.safetensors", key="columns.heads.sound.file")
+    assert head.layout == "NSFW head" and head.is_probability
+    scores = head.scores(heads.embeddings(towers, pictures).numpy())
+    is_sound = np.array([kind is None for kind in kinds])
+    assert (scores[is_sound] > 0.5).mean() > 0.97
+    for kind in PICTURE_KINDS:
+        assert auroc(scores[is_sound], scores[np.array(kinds) == kind]) > 0.98, kind
+
+
 # Class-conditional DiT
 
 
@@ -212,10 +265,13 @@ def test_every_model_can_be_trained_anew(tmp_path, monkeypatch):
         questions,
         judge_training,
         class_conditional,
+        clip_training,
+        heads,
     ):
         monkeypatch.setattr(module, "NUM_STEPS", 1)
     monkeypatch.setattr(zoo_vae, "NUM_STEPS_OF_SECOND", 1)
     monkeypatch.setattr(class_conditional, "NUM_SCENES", 100)
+    monkeypatch.setattr(heads, "NUM_PICTURES", 100)
     for name in NAMES:
         train(name, tmp_path)
         written = {path.name: path for path in (tmp_path / name).iterdir()}

@@ -1,4 +1,4 @@
-"""`python -m toyworld.zoo [vae] [vae-8] [t5] [llava] [judge] [dit] [pixart]`: make models anew, over their weights."""
+"""`python -m toyworld.zoo [vae] [t5] [llava] [clip] …`: make models anew, over their weights; all if none is named."""
 
 import argparse
 import sys
@@ -11,7 +11,8 @@ from pipelines.engine.progress import get_logger
 
 log = get_logger("toyworld.zoo")
 
-NAMES = ("vae", "vae-8", "t5", "llava", "judge", "dit")  # in the order of training: judge and dit need the VAE
+# In the order of training: judge and dit need the VAE, clip begins with llava's vision tower, heads need the CLIP.
+NAMES = ("vae", "vae-8", "t5", "llava", "judge", "dit", "clip", "heads")
 RELEASED = "pixart"  # trained by a demo, which needs all of these
 RELEASED_FOLDER = Path(__file__).parent.parent / "released" / RELEASED
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -44,6 +45,14 @@ def train(name: str, weights: Path) -> None:
         from toyworld.zoo import judge_training
 
         judge_training.train(folder, vae_folder=vae_folder)
+    elif name == "clip":
+        from toyworld.zoo import clip
+
+        clip.train(folder, captioner_folder=weights / "llava")
+    elif name == "heads":
+        from toyworld.zoo import heads
+
+        heads.train(folder, clip_folder=weights / "clip")
     else:
         from toyworld.zoo import class_conditional
 

@@ -54,10 +54,10 @@ def slot_targets(
     return SlotTargets(rows, torch.tensor(ground))
 
 
-def scene_targets(scenes: Sequence[Scene]) -> SlotTargets:
-    """Targets of pictures: everything is known, five slots."""
+def scene_targets(scenes: Sequence[Scene], *, num_slots: int = len(POSITIONS)) -> SlotTargets:
+    """Targets of pictures: everything is known, nothing is somewhere."""
     grounds = [(scene.background, scene.pattern) for scene in scenes]
-    return slot_targets([scene.objects for scene in scenes], grounds, num_slots=len(POSITIONS))
+    return slot_targets([scene.objects for scene in scenes], grounds, num_slots=num_slots)
 
 
 def _index(word: str | None, words: Sequence[str]) -> int:
@@ -85,6 +85,23 @@ class SlotReadout(nn.Module):
         object_logits = self.object_head(found[:, :-1]).split(_OBJECT_SIZES, dim=-1)
         ground_logits = self.ground_head(found[:, -1]).split(_GROUND_SIZES, dim=-1)
         return list(object_logits), list(ground_logits)
+
+
+class PooledReadout(nn.Module):
+    """One linear layer over one embedding of unit length, which has to hold what is in every slot."""
+
+    def __init__(self, width: int, *, num_slots: int) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.heads = nn.Linear(width, num_slots * sum(_OBJECT_SIZES) + sum(_GROUND_SIZES))
+
+    def forward(self, embeddings: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """From embeddings [B, D]: three object logits [B, S, .] and two ground logits [B, .]."""
+        # Parts of a unit vector are small.
+        logits = self.heads(embeddings * embeddings.shape[-1] ** 0.5)
+        objects, ground = logits.split([self.num_slots * sum(_OBJECT_SIZES), sum(_GROUND_SIZES)], dim=-1)
+        by_slot = objects.unflatten(-1, (self.num_slots, sum(_OBJECT_SIZES)))
+        return list(by_slot.split(_OBJECT_SIZES, dim=-1)), list(ground.split(_GROUND_SIZES, dim=-1))
 
 
 class Probed(nn.Module, Generic[EncoderT]):
