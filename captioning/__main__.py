@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from captioning.cuts.making import make_cut, print_cut
 from captioning.earlier import EARLIER_FOLDER, clear_earlier, forget_parts_with_rejects, set_aside
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.coverage import check_coverage
 from captioning.given.index import forget_indexes
 from captioning.given.own_names import check_own_names, require_own_texts
-from captioning.job import CaptioningJob, read_jobs
+from captioning.job import CaptioningJob
+from captioning.pass_jobs import read_pass_jobs
 from captioning.plan import OPEN_BATCH, print_plan
 from captioning.preflight import require_models
 from captioning.table import judge_directory_again
@@ -40,23 +42,36 @@ def main() -> None:
     """Caption the recipe's shards, in each of its passes, or print what that would take."""
     start_seconds = time.monotonic()
     command = parse_command("captioning", "Raw shards to dense captions.")
-    jobs = read_jobs(command)
-    for job in jobs:
+    jobs = read_pass_jobs(command)
+    for job in jobs.captions:
         if command.is_plan:
             print_plan(job)
         if not job.is_done():
             _require_means(job, is_plan=command.is_plan)
             _require_texts(job)
+    for cut in jobs.cuts:
+        if command.is_plan:
+            print_cut(cut)
+        else:
+            cut.require()
     if command.is_plan:
         return
     command.remember()
-    remember_found(command.run, sorted({source.path for job in jobs for source in job.sources}))
-    indexes = [source.index for job in jobs for source in job.given if source.index is not None]
-    if not jobs[0].config.only:
-        forget_indexes(command.run, indexes)
-    for job in jobs:
+    raw = [*(source for job in jobs.captions for source in job.sources), *(raw for cut in jobs.cuts for raw in cut.raw)]
+    remember_found(command.run, sorted({source.path for source in raw}))
+    if not jobs.named:
+        given = [source for job in jobs.captions for source in job.given]
+        forget_indexes(command.run, [source.index for source in given if source.index is not None])
+    for job in jobs.captions:
         _make(job, start_seconds=start_seconds)
         start_seconds = time.monotonic()
+    waiting: set[str] = set()
+    for cut in jobs.cuts:
+        if cut.config.of in waiting:
+            log.warning(f"{cut.column} is not made yet: it is cut of {cut.config.of}, which waits")
+            waiting.add(cut.column)
+        elif not make_cut(cut, is_asked_for=cut.column in jobs.named):
+            waiting.add(cut.column)
 
 
 def _make(job: CaptioningJob, *, start_seconds: float) -> None:

@@ -12,8 +12,8 @@ from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
 from captioning.earlier import EARLIER_FOLDER, UPDATABLE, found_settings, to_set_aside, updatable
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.given.coverage import GivenSource, open_sources
-from captioning.passes import chosen_columns, pass_config
 from captioning.quality import FLAGS, JUDGE_VERSION
+from captioning.table import is_judged
 from captioning.worker import CaptionWorkerConfig
 from encoders.weights import ModelSource, resolve_model
 from errors import UserError
@@ -165,11 +165,7 @@ class CaptioningJob:
     def is_judged(self) -> bool:
         """Whether the captions that are there have been judged under the recipe's thresholds by today's judge."""
         manifest = self._manifest()
-        if manifest is None:
-            return False
-        # The first judge had no version.
-        version = manifest.extra.get("judge_version", 1)
-        return (manifest.extra["quality"], version) == (self.extra["quality"], JUDGE_VERSION)
+        return manifest is not None and is_judged(manifest, self.config.quality)
 
     def _manifest(self) -> Manifest | None:
         if not manifest_path(self.output.path).is_file():
@@ -178,30 +174,16 @@ class CaptioningJob:
         return manifest if manifest.fingerprint.digest == self.fingerprint.digest else None
 
 
-def read_jobs(command: Command) -> list[CaptioningJob]:
-    """Validate the recipe's tables and read the headers of the raw shards; the captions come first, then each pass.
+def read_job(command: Command, config: CaptioningConfig, *, column: str, own_keys: AbstractSet[str]) -> CaptioningJob:
+    """Validate the recipe's other tables and read the headers of the raw shards, for one column of captions.
 
     Raises:
-        UserError, MissingFileError: a key is wrong, or a shard or a model is not there; names it.
+        UserError, MissingFileError: a key is wrong, or a shard or the model is not there; names it.
     """
-    config = command.recipe.table("captioning", CaptioningConfig)
-    columns = chosen_columns(config)
-    jobs = [_read_job(command, config, column=MAIN_COLUMN)] if MAIN_COLUMN in columns else []
-    for name, own in config.passes.items():
-        # All of them are checked, also those that are not to be made now.
-        of_pass = pass_config(command.recipe, name)
-        if name in columns:
-            jobs.append(_read_job(command, of_pass, column=name, own_keys=own.keys()))
-    return jobs
-
-
-def _read_job(
-    command: Command, config: CaptioningConfig, *, column: str, own_keys: AbstractSet[str] = frozenset()
-) -> CaptioningJob:
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
     table = f"captioning.passes.{column}" if "shards" in own_keys else "captioning"
-    paths = select_raw(command, config, table=table)
+    paths = select_raw(command, config.shards, table=table)
     model = find_model(config, workers)
     given = open_sources(config.table, command.run) if config.is_given else []
     if config.is_given and config.clip_model is None:
@@ -304,8 +286,8 @@ def _require_gpus_of_vllm(config: CaptioningConfig, workers: EngineConfig) -> No
         )
 
 
-def select_raw(command: Command, config: CaptioningConfig, *, table: str = "captioning") -> list[str]:
-    """Return the raw shards that fit some pattern of `captioning.shards`, or that of a pass, whose `table` it is.
+def select_raw(command: Command, patterns: Sequence[str], *, table: str = "captioning") -> list[str]:
+    """Return the raw shards that fit some of the patterns that `table` has as its `shards`.
 
     Warns of other patterns, as a recipe may be for more datasets.
 
@@ -313,7 +295,6 @@ def select_raw(command: Command, config: CaptioningConfig, *, table: str = "capt
         UserError: none fits.
     """
     key, paths = f"{command.recipe.blame(table, 'shards')}: {table}.shards", command.raw_shards
-    patterns = config.shards
     fitting = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(shard_name(path), pattern) for path in paths)]
     for pattern in sorted(set(patterns) - set(fitting)) if fitting else []:
         log.warning(f"{key}: {pattern!r} fits none of the {len(paths)} shards")

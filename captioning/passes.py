@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from captioning.config import CaptioningConfig
+from captioning.cuts.config import CutConfig
 from captioning.given.addresses import MAIN_COLUMN
 from captioning.prompts import DEFAULT
 from errors import UserError
@@ -15,6 +16,7 @@ TABLE = "captioning"
 TABLES_WITHIN = ("loop_retry", "server", "vllm", "quality")
 # Of no use to a pass: `only` is, to tell whether all are made.
 OF_OTHERS = ("passes", "claims")
+CUT_ENGINE = "cut"
 OF_OWN_TEXTS = "img2dataset"
 
 
@@ -32,6 +34,23 @@ def pass_config(recipe: Recipe, name: str) -> CaptioningConfig:
             'table to one address, "files#key,text"'
         )
     return config
+
+
+def is_cut(own: Mapping[str, Any]) -> bool:
+    """Whether a pass is cut of other captions."""
+    return own.get("engine") == CUT_ENGINE
+
+
+def cut_config(recipe: Recipe, name: str) -> CutConfig:
+    """Return the keys of a pass that is cut, with the flags' thresholds of `[captioning]` below its own.
+
+    Raises:
+        UserError: a key is wrong; names it.
+    """
+    whole = recipe.tables[TABLE]
+    own = whole["passes"][name]
+    quality = whole.get("quality", {}) | own.get("quality", {})
+    return recipe.laid(f"{TABLE}.passes.{name}", dict(own) | {"quality": quality}, CutConfig)
 
 
 def lay_over(whole: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from captioning.quality import FLAGS, JUDGE_VERSION, judge
 from errors import UserError
 from pipelines.engine.pieces import all_piece_reports, read_piece_note
 from pipelines.store.files import atomic_file, atomic_write_json, sha256_file
-from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport, manifest_path, read_manifest
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, ShardReport, manifest_path, read_manifest
 from pipelines.store.state_files import parse_state
 from pipelines.store.tables import MEND_PART, MEND_SHARD, read_table, read_table_schema
 
@@ -96,6 +96,13 @@ def count_flags(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Return how many rows have each flag, as `flag_<name>`; flags that never occur are left out."""
     counts = {f"flag_{flag}": sum(flag in row["flags"] for row in rows) for flag in FLAGS}
     return {name: count for name, count in counts.items() if count}
+
+
+def is_judged(manifest: Manifest, quality: QualityConfig) -> bool:
+    """Whether captions have been judged under these thresholds by today's judge, by what their manifest says."""
+    # The first judge had no version.
+    found = (manifest.extra["quality"], manifest.extra.get("judge_version", 1))
+    return found == (quality.model_dump(mode="json"), JUDGE_VERSION)
 
 
 def judge_directory_again(directory: ShardDirectory, *, fingerprint: Fingerprint, quality: QualityConfig) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from atelier import init, keys
 from captioning.config import CaptioningConfig
-from captioning.job import read_jobs
+from captioning.pass_jobs import read_pass_jobs
 from errors import UserError
 from features.jobs import read_inputs
 from pipelines.command import parse_command
@@ -57,7 +57,7 @@ def test_the_recipe_fits_the_data_and_every_room_takes_it(tmp_path: Path, monkey
     assert memory.recipe == str(run / "recipe.toml") and list(memory.shards) == ["a"]
     command = parse_command("features", "", argv=["--run", str(run)], has_stages=True, stage_table="features")
     assert command.stage == "finetune" and read_inputs(command).raw[0].num_samples == 40
-    assert read_jobs(command)[0].sources[0].num_samples == 40
+    assert read_pass_jobs(command).captions[0].sources[0].num_samples == 40
     assert stage_training(command.recipe, "finetune").network == "pixart"
 
 

@@ -1,6 +1,5 @@
 """`make claims`: what captions claim, asked back of the model or server, as columns that resume and are marked anew."""
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -314,15 +313,23 @@ def test_other_columns_of_captions_have_folders_of_their_own(run: Path, monkeypa
 
 
 def test_captions_that_were_cut_of_others_are_asked_about(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(shutil.copytree(run / "captions", run / "captions@short"))
-    manifest = json.loads((folder / ".manifest.json").read_text())
-    manifest["extra"]["of"] = "caption"
-    for report in manifest["shards"].values():
-        report["source"] = report["files"][".parquet"]
-    for name in (".manifest.json", "manifest.json"):
-        (folder / name).write_text(json.dumps(manifest))
-    command(run, 'captioning.claims.of=["short"]', monkeypatch=monkeypatch)
-    assert rows_of(run, "laion_00001", "claims@short") == rows_of(run, "laion_00001")
+    of = ("captioning.passes.short={engine='cut',max_sentences=1}", 'captioning.claims.of=["short"]')
+    command(run, *of, monkeypatch=monkeypatch, do=caption)
+    command(run, *of, monkeypatch=monkeypatch)
+    for row, whole in zip(rows_of(run, "laion_00001", "claims@short"), rows_of(run, "laion_00001"), strict=True):
+        first = [number for number in whole["claim_sentences"] if number == 0]
+        assert row["claim_sentences"] == first and row["claim_supports"] == whole["claim_supports"][: len(first)]
+    # Nobody is asked about cuts of captions that have changed since.
+    command(
+        run,
+        *of,
+        'captioning.quality.off_frame_phrases=["circle"]',
+        "captioning.only=caption",
+        monkeypatch=monkeypatch,
+        do=caption,
+    )
+    with pytest.raises(UserError, match=r"captions@short/laion_00000.parquet was cut of other captions than are in"):
+        command(run, *of, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import Field
 
-from captioning import job
+from captioning import pass_jobs
 from captioning.__main__ import main
 from captioning.config import CaptioningConfig, LoopRetryConfig
 from captioning.worker import CaptionWorker
@@ -190,7 +190,7 @@ def test_keys_that_come_later_break_no_resume(tmp_path, server, monkeypatch, tab
     if is_former:
         as_formerly(run)
     before, manifest = texts(run), (run / "captions" / ".manifest.json").read_bytes()
-    monkeypatch.setattr(job, "CaptioningConfig", NewConfig)
+    monkeypatch.setattr(pass_jobs, "CaptioningConfig", NewConfig)
     server.requests.clear()
     command(run, monkeypatch=monkeypatch)
     assert num_captions(server) == 0 and (run / "captions" / ".manifest.json").read_bytes() == manifest
@@ -203,7 +203,7 @@ def test_keys_that_come_later_break_no_resume(tmp_path, server, monkeypatch, tab
 def test_a_key_that_came_later_decides_once_it_is_set(tmp_path, server, monkeypatch, table) -> None:
     run = make_run(tmp_path, server)
     as_formerly(run)
-    monkeypatch.setattr(job, "CaptioningConfig", NewConfig)
+    monkeypatch.setattr(pass_jobs, "CaptioningConfig", NewConfig)
     server.requests.clear()
     command(run, "--set", f"{table}.added=8", monkeypatch=monkeypatch)
     assert num_captions(server) == 2 * NUM_SAMPLES

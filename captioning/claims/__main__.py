@@ -7,6 +7,7 @@ from typing import Any
 
 from captioning.claims.job import ClaimsJob, read_jobs
 from captioning.claims.plan import print_plan
+from captioning.claims.sources import score_of
 from captioning.claims.worker import ClaimWorker
 from captioning.preflight import require_models
 from encoders.devices import require_device
@@ -101,7 +102,7 @@ def _say(job: ClaimsJob, manifest: Manifest, *, seconds: float) -> None:
         "unsupported_share": round(details["num_unsupported_claims"] / num_known, 4) if num_known else None,
     }
     update_summary(job.run, f"claims.{job.column.name}", found)
-    update_summary(job.run, f"seconds.{job.column.score}", round(seconds, 1))
+    update_summary(job.run, f"seconds.{score_of(job.column)}", round(seconds, 1))
     share = f"{found['unsupported']:,} unsupported ({found['unsupported_share']:.1%})" if num_known else "none answered"
     log.info(
         f"{job.column.name}: {num_claims:,} claims of {found['captions']:,} captions in {seconds:.0f} s, {share}"

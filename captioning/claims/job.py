@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioning.claims.sources import CaptionColumn, claim_sources, find_column
+from captioning.claims.sources import claim_sources, score_of
 from captioning.claims.splitting import CLAIMS_VERSION
 from captioning.claims.table import VERSION, score_spec
 from captioning.claims.worker import ClaimWorkerConfig
@@ -14,6 +14,7 @@ from captioning.config import CaptioningConfig
 from captioning.job import find_model, select_raw
 from encoders.weights import ModelSource
 from errors import UserError
+from pipelines.columns.caption_columns import CaptionColumn, RunCaptions
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.run import EngineConfig
@@ -104,7 +105,7 @@ def read_jobs(command: Command) -> list[ClaimsJob]:
     workers = command.recipe.table("engine", EngineConfig)
     config = _asking(table)
     model = find_model(config, workers)
-    raw = [shard.source for shard in describe_shards(select_raw(command, config), data.reading, run=command.run)]
+    raw = [shard.source for shard in describe_shards(select_raw(command, config.shards), data.reading, run=command.run)]
     return list(_jobs(command.run, config, data, workers=workers, model=model, raw=raw))
 
 
@@ -117,16 +118,17 @@ def _jobs(
     model: ModelSource,
     raw: Sequence[Source],
 ) -> Iterator[ClaimsJob]:
+    captions = RunCaptions(run)
     for name in config.claims.of:
-        column = find_column(run, name)
+        column = captions.find(name, key="captioning.claims.of")
         yield ClaimsJob(
             config=config,
             data=data,
             workers=workers,
             model=model,
             column=column,
-            sources=claim_sources(run, raw, column),
-            output=ShardDirectory(run / COLUMNS_FOLDER / column.score),
+            sources=claim_sources(captions, raw, column),
+            output=ShardDirectory(run / COLUMNS_FOLDER / score_of(column)),
             fingerprint=_fingerprint(config, data, model),
             run=run,
         )

@@ -1,10 +1,163 @@
-"""Where the captions of a run lie: `captions/`, and of each pass `captions@<name>/`."""
+"""The captions of a run by the name of their column: in `captions/`, or of a pass in `captions@<name>/`.
 
+What is there is what a recipe may name: the captions themselves (`caption`), other texts beside them, passes.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+
+from errors import MissingFileError, UserError
+from pipelines.as_typed import did_you_mean, typed_command, typed_flag
 from pipelines.columns.columns_folders import CAPTIONS, MAIN_CAPTION
+from pipelines.engine.pieces import Source
+from pipelines.store.families import texts_digest
+from pipelines.store.manifest import Fingerprint, Manifest, manifest_path, read_manifest, require_same
+from pipelines.store.tables import MEND_SHARD, read_table_schema
+
+# Columns of captions that say what a row is of, and what became of it.
+NO_TEXTS = ("key", "shard", "prompt", "finish_reason", "reject")
+MAX_NAMED = 3
+# Between the identity of a raw shard and the hashes of what a cut of captions was made of; no identity holds one.
+CAPTIONS_SEAM, CLAIMS_SEAM = "+captions:", "+claims:"
+SEAM = re.compile(rf"{re.escape(CLAIMS_SEAM)}|{re.escape(CAPTIONS_SEAM)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionColumn:
+    """A column of captions: what it is called in recipes, the folder it lies in, its manifest, and its name there."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    column: str
+
+    def file(self, shard: str) -> Path:
+        """Return where a shard's captions are."""
+        return self.folder / f"{shard}.parquet"
+
+    def sha256(self, shard: str) -> str:
+        """Return the hash that the manifest has of that file."""
+        return self.manifest.shards[shard].files[".parquet"]
+
+    @property
+    def cut_of(self) -> str | None:
+        """The column of captions that it was cut of."""
+        return self.manifest.extra.get("of")
 
 
 def captions_folder(run: Path, column: str = MAIN_CAPTION) -> Path:
     """Return the folder of the captions themselves, or of those of a pass."""
     return run / (CAPTIONS if column == MAIN_CAPTION else f"{CAPTIONS}@{column}")
+
+
+def raw_identity(source: str) -> str:
+    """Return the identity of the raw shard, of the `source` of a shard of captions."""
+    return SEAM.split(source)[0]
+
+
+class RunCaptions:
+    """The captions of a run; manifests are read once."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._manifests: dict[Path, Manifest] = {}
+
+    @cached_property
+    def caption_command(self) -> str:
+        """What makes captions, as it is typed."""
+        return f"`{typed_command('caption', {'run': self.run})}`"
+
+    def find(self, name: str, *, key: str) -> CaptionColumn:
+        """Return where a column of captions lies.
+
+        Args:
+            name: `caption`, another column of texts of `captions/`, or a pass.
+            key: of the recipe, which names it.
+
+        Raises:
+            UserError: there is no such column; names those there are.
+            MissingFileError: its captions are not made yet, or not to their end; names the command.
+        """
+        found = self._found(name)
+        if found is None:
+            raise MissingFileError(
+                f"{key}: {self._place(name)[0]} has no manifest: its captions are not there yet, or not all; type "
+                f"{self.caption_command} first"
+            )
+        if found.manifest.shards:
+            self._require_texts(found, key=key)
+        return found
+
+    def texts_digest(self, columns: Sequence[str]) -> str | None:
+        """Return what text features of some columns know their captions by; None where some are not there."""
+        found = [self._found(name) for name in columns]
+        there = [column for column in found if column is not None]
+        if len(there) < len(found):
+            return None
+        main = captions_folder(self.run)
+        if all(column.folder == main for column in there):
+            return texts_digest(there[0].manifest, columns)
+        return Fingerprint.of({each.name: texts_digest(each.manifest, [each.column]) for each in there}).digest
+
+    def _found(self, name: str) -> CaptionColumn | None:
+        folder, column = self._place(name)
+        if folder not in self._manifests:
+            if not manifest_path(folder).is_file():
+                return None
+            self._manifests[folder] = read_manifest(folder)
+        return CaptionColumn(name=name, folder=folder, manifest=self._manifests[folder], column=column)
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        own = captions_folder(self.run, name)
+        return (own, MAIN_CAPTION) if own.is_dir() else (captions_folder(self.run), name)
+
+    def require_shards(self, column: CaptionColumn, raw: Sequence[Source]) -> None:
+        """Check that a column has the captions of raw shards as they are, and of what it was cut of as that is.
+
+        Raises:
+            UserError: some shard has no captions, they were made from another file, or cut of others than there are;
+                names it and the command.
+        """
+        shards = column.manifest.shards
+        if missing := [source.name for source in raw if source.name not in shards]:
+            some = ", ".join(missing[:MAX_NAMED]) + (" …" if len(missing) > MAX_NAMED else "")
+            raise UserError(
+                f"{column.folder}: {len(missing):,} of {len(raw):,} shards have no captions ({some}); type "
+                f"{self.caption_command} with {typed_flag('shards')} of all first"
+            )
+        for source in raw:
+            require_same(
+                "source",
+                source.identity,
+                raw_identity(shards[source.name].source),
+                where=str(column.file(source.name)),
+                mend=f"{source.path} has changed since: put back the one that was captioned, or type "
+                f"{self.caption_command} again: this shard alone is captioned anew",
+            )
+        if column.cut_of is None:
+            return
+        parent = self.find(column.cut_of, key=f"{column.folder}, which was cut of {column.cut_of!r}")
+        self.require_shards(parent, raw)
+        for source in raw:
+            if not shards[source.name].source.endswith(f"{CAPTIONS_SEAM}{parent.sha256(source.name)}"):
+                raise UserError(
+                    f"{column.file(source.name)} was cut of other captions than are in {parent.folder} now: type "
+                    f"{self.caption_command} again, which cuts them anew"
+                )
+
+    def _require_texts(self, found: CaptionColumn, *, key: str) -> None:
+        first = found.file(min(found.manifest.shards))
+        schema = read_table_schema(first, mend=MEND_SHARD)
+        texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name not in NO_TEXTS]
+        if found.column not in texts:
+            passes = [folder.name.partition("@")[2] for folder in sorted(self.run.glob(f"{CAPTIONS}@*"))]
+            known = [*texts, *passes]
+            raise UserError(
+                f"{key} names {found.name!r}, but {self.run} has no such captions{did_you_mean(found.name, known)}; "
+                f"those there are: {', '.join(known)}. {self.caption_command} makes a pass of [captioning.passes]"
+            )

@@ -7,7 +7,7 @@ lines and the lines of a list. Every character that is no white space is in exac
 
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,7 +90,11 @@ def keep_sentences(text: str, numbers: Collection[int]) -> str:
     Raises:
         IndexError: the text has no sentence of some number.
     """
-    spans = sentence_spans(text)
+    return keep_spans(text, sentence_spans(text), numbers)
+
+
+def keep_spans(text: str, spans: Sequence[tuple[int, int]], numbers: Collection[int]) -> str:
+    """Return what `keep_sentences` does, of a text whose `sentence_spans` are known."""
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(spans):
         raise IndexError(f"sentences {sorted(numbers)} of a text that has {len(spans)}")
     kept = ""
