@@ -57,6 +57,8 @@ UNKNOWN = None
         ("True", [True] * 4),
         # Several lines and comments, as a recipe's text may have them.
         ("min_side >= 512  # large\n and not duplicate", [False, False, UNKNOWN, UNKNOWN]),
+        ("min_side >= 512  # it's as large as is 'good') && <> \n and not duplicate", [False, False, UNKNOWN, UNKNOWN]),
+        ("caption == '# 1' or min_side >= 512", [False, True, True, UNKNOWN]),
     ],
 )
 def test_what_is_true_of_rows(text: str, expected: list[bool | None]) -> None:

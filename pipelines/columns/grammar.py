@@ -39,6 +39,7 @@ WORD = re.compile(
     r"""|(?P<sign><>|&&|\|\||[<>=!]=|[=!&|~^;‘’“”])""",
     re.DOTALL,
 )
+TEXT_OR_COMMENT = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|#[^\n]*""", re.DOTALL)
 SIGNS = {
     "=": "write == where two values are to be equal",
     "<>": "write != where two values are to differ",
@@ -110,13 +111,18 @@ def dotted_name(node: ast.AST) -> str | None:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
+def _without_comments(text: str) -> str:
+    """Return a text with blanks in the place of its comments."""
+    return TEXT_OR_COMMENT.sub(lambda found: " " * len(found[0]) if found[0][0] == "#" else found[0], text)
+
+
 def _refuse_habits(text: str, *, key: str) -> None:
     depth = 0
-    for character in re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "", text):
+    for character in TEXT_OR_COMMENT.sub("", text):
         depth += (character == "(") - (character == ")")
         if depth < 0:
             raise UserError(f"{key}: {_cut(text)!r} has a closing bracket without an opening one")
-    for match in WORD.finditer(text):
+    for match in WORD.finditer(_without_comments(text)):
         if advice := _advice(match):
             shown = match["text"] or match["word"] or match["sign"]
             raise UserError(f"{key}: {_excerpt(text, match.start())}: {shown}: {advice}")
