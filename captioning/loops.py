@@ -15,7 +15,7 @@ MARKS = (
 WORD = re.compile(rf"{UNSPACED.pattern}[{MARKS}]*|(?:[^\W{UNSPACED.pattern[1:-1]}]|[{MARKS}])+")
 # A sentence ends at a full stop, or with its line; a list's number or bullet is none of its words.
 SENTENCE_END = re.compile(rf"[.!?]+(?=\s|$)|[{FULL_STOPS}]+|\n+")
-ITEM_MARK = re.compile(r"^\s*(?:[-*•·–#]+|\(?\d{1,3}[.)]|\d{1,3}:)\s*")
+ITEM_MARK = re.compile(r"^\s*(?:[-*•·–#]+|\(?\d{1,3}[.)]|\d{1,3}:)\s*", re.MULTILINE)
 MIN_WORDS_OF_SENTENCE = 2
 # Longest unit of a loop of characters.
 MAX_UNIT = 8
@@ -34,17 +34,23 @@ def repeated_ngram_ratio(text: str, ngram_words: int, *, by_script: bool = False
 
 def count_same_sentence(text: str) -> int:
     """Return how often the sentence, line or list item is said that is said most, of those of two words and more."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    for sentence in SENTENCE_END.split(text):
-        words = tuple(_words(ITEM_MARK.sub("", sentence)))
-        if len(words) >= MIN_WORDS_OF_SENTENCE:
-            counts[words] += 1
-    return max(counts.values(), default=0)
+    sentences = SENTENCE_END.split(ITEM_MARK.sub("", text) if "\n" in text else text)
+    for sentence, count in Counter(part.strip().casefold() for part in sentences).most_common():
+        if count == 1 or len(_words(sentence)) >= MIN_WORDS_OF_SENTENCE:
+            return count
+    return 0
 
 
 def has_characters_on_end(text: str, most: int) -> bool:
-    """Whether up to `MAX_UNIT` characters, not all white space, are said on end more than `most` times."""
-    return re.search(rf"(?=\S)(.{{1,{MAX_UNIT}}}?)\1{{{most},}}", text, re.DOTALL) is not None
+    """Whether up to `MAX_UNIT` characters are said on end more than `most` times; any white space is one space."""
+    data = " ".join(text.split()).encode("utf-32-le", errors="surrogatepass")
+    number = int.from_bytes(data, "little")
+    for unit in range(1, MAX_UNIT + 1):
+        # Where a text and the text a unit further on are alike, there are zeros.
+        alike = (number ^ (number >> 32 * unit)).to_bytes(len(data), "little")
+        if alike.find(bytes(4 * unit * most), 0, len(data) - 4 * unit) >= 0:
+            return True
+    return False
 
 
 def _words(text: str) -> list[str]:

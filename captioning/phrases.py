@@ -20,6 +20,7 @@ REFUSAL = {
         r"as an ai(?:,| (?:language|assistant|model|visual))",
         r"as a (?:large )?language model",
         r"(?:unable|not possible) to (?:process|view|load|open|access) (?:the|this|your) (?:image|picture|photo)",
+        r"image (?:itself )?is not visible to me\b",
         r"no image (?:was|has been|is) (?:provided|uploaded|attached)",
         r"please (?:provide|upload|share|attach) (?:the|an?|your|another) (?:image|picture|photo)",
     ),
@@ -95,7 +96,7 @@ SPEAKS_OF_USER = {
     "en": (
         r"(?:the|this) user(?:'s (?:request|question|prompt|query|image|photo|picture|message)"
         r"| (?:has (?:not )?(?:uploaded|provided|shared|sent|asked|given|requested)|uploaded|provided|shared|sent|"
-        r"asked|asks|wants|requested|is asking|is looking for|did not|didn't))",
+        r"asked|asks|wants|gave|says|requested|is asking|is looking for|did not|didn't))",
         r"your (?:image|photo|picture|photograph|request|question|query|prompt|message|upload)\b(?! here)",
         r"you(?:'ve| have)? (?:uploaded|provided|shared|sent|attached|submitted|requested)\b",
         r"let me know (?:if|what|how|whether|in)\b",
@@ -105,8 +106,13 @@ SPEAKS_OF_USER = {
         r"if you (?:have|need|want|'d like|would like) (?:any|more|further|me|additional|help)\b",
         r"please (?:let me|specify|clarify)\b",
         r"how (?:can|may) i (?:help|assist)\b",
-        r"(?:happy|glad) to help\b",
+        r"i(?:'m|'d| am| would)(?: be)? (?:happy|glad) to\b",
+        r"based on (?:your|the provided)\b",
         r"^(?:sure|certainly|of course|absolutely|okay|ok)(?: thing)?[,!.:]",
+        # Models that think aloud.
+        r"^(?:got it|hmm)[,.]",
+        r"let's (?:break (?:this|it) down|tackle|structure|verify|analy[sz]e)\b",
+        r"^here are my reasoning steps\b",
         r"^here(?:'s| is) (?:an?|the|my|your) (?:[\w-]+ ){0,4}(?:description|caption|summary|breakdown|analysis)\b",
         r"(?:provided|uploaded|attached) (?:image|photo|picture)\b",
     ),
@@ -261,12 +267,13 @@ BOILERPLATE = {
     "hi": (r"(?:इस|यह) (?:छवि|तस्वीर|चित्र) (?:में|दिखाती है|दर्शाती है)\s+",),
 }
 
-# Sentences that say again what was said, or what one is to feel: InternVL and Qwen end with them.
+# Sentences that say again what was said, or what one is to feel: InternVL and Qwen end with them. Each begins one.
 SUMMARY = {
     "en": (
         r"(?:overall|in summary|in conclusion|to summarize|in essence|all in all),",
         r"the (?:overall )?(?:image|scene|composition|photograph|setting) (?:conveys|evokes|exudes|creates) (?:an?|the)"
         r"(?: \w+)? (?:sense|feeling|mood|atmosphere|impression)\b",
+        r"the overall (?:atmosphere|mood|ambian?ce|feel|impression|effect)\b",
     ),
     "zh": (
         r"(?:总的来说|总体而言|总体来说|整体而言|整体来看|综上所述|總的來說|總體而言|整體而言|总之)[,，]",
@@ -289,11 +296,13 @@ MARKUP = {
     "any": (
         r"\*\*[^*\n]+\*\*",
         r"^[ \t]*#{1,6}[ \t]+\S",
-        r"^[ \t]*[-*•][ \t]+\S",
+        r"^[ \t]*[-*•+][ \t]+\S",
+        r"^[ \t]*(?:key ?words|tags)[ \t]*:",
         r"^[ \t]*\d{1,2}[.)][ \t]+\S.*\n(?:.*\n){0,3}?[ \t]*\d{1,2}[.)][ \t]+\S",
         r"```",
-        r"</?(?:think|thinking|answer|box|ref|quad|image|img|p|br|b|i|div|span|s|ul|li|h[1-6])\b[^<>\n]*>",
-        r"<\|[^|\n]{1,40}\|>",
+        r"</?(?:think|thinking|answer|box|ref|quad|image|img|p|br|b|i|div|span|s|ul|li|h[1-6]|eos|bos|pad|unk|"
+        r"(?:start|end)_of_\w+)\b[^<>\n]*>",
+        r"<\|[^|\n]{1,40}\|",
         r"\[/?inst\]",
         r"^(?:assistant|user|human|system)[ \t]*:",
         r"\\n",

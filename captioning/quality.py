@@ -15,6 +15,7 @@ WORD = re.compile(r"\w+")
 MIN_ALT_WORD_LETTERS = 3
 # No word goes on here: scripts without spaces, and Korean's particles, follow on anything.
 WORD_START = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])"
+SENTENCE_START = r"(?:^|(?<=[.!?:।] )|(?<=[。！？]))"
 NO_LETTER = rf"[^\W{UNSPACED.pattern[1:-1]}\uac00-\ud7a3]"
 # What a caption quotes is what somebody has read in the picture. Between single marks are apostrophes, too.
 QUOTED = re.compile(
@@ -22,12 +23,12 @@ QUOTED = re.compile(
     r"""|„[^“”]{1,300}[“”]|«[^»]{1,300}»|‹[^›]{1,300}›|「[^」]{1,300}」|『[^』]{1,300}』|《[^》]{1,300}》"""
 )
 APOSTROPHES = str.maketrans("’‘ʼ`´", "'''''")
-WHITE_SPACE = re.compile(r"\s+")
+QUOTES = frozenset("'\"“„«‹「『《")
 # Chinese and Japanese are written in each other's.
 SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "FULLWIDTH": "LATIN"}
 MIN_OTHER_LETTERS = 4
 # Raised when the flags mean something else, or are others: captions that are there are judged again, not made again.
-JUDGE_VERSION = 2
+JUDGE_VERSION = 3
 FLAGS = (
     *("empty", "truncated", "loop", "boilerplate", "summary", "markup", "refusal", "speaks_of_user", "file_name"),
     *("other_script", "off_frame", "off_alt_text", "retried"),
@@ -66,7 +67,7 @@ def judge(row: Mapping[str, Any], quality: QualityConfig) -> Mapping[str, Any]:
         or count_same_sentence(caption_raw) > quality.max_same_sentence
         or has_characters_on_end(caption_raw, quality.max_characters_on_end),
         "boilerplate": _opening(caption_raw, quality) is not None,
-        "summary": _has(own_words, "summary", quality),
+        "summary": _sentences(quality.phrases_of("summary")).search(own_words) is not None,
         "markup": _lines(quality.phrases_of("markup")).search(caption_raw.lower()) is not None,
         "refusal": _has(own_words, "refusal", quality),
         "speaks_of_user": _has(own_words, "speaks_of_user", quality),
@@ -89,7 +90,9 @@ def without_quotes(text: str) -> str:
 
     A text that is quoted as a whole stays.
     """
-    straight = WHITE_SPACE.sub(" ", text.translate(APOSTROPHES)).strip()
+    straight = " ".join(text.translate(APOSTROPHES).split())
+    if QUOTES.isdisjoint(straight):
+        return straight
     found = QUOTED.sub('""', straight)
     return found if WORD.search(found) else straight
 
@@ -128,6 +131,11 @@ def _opening(text: str, quality: QualityConfig) -> re.Match[str] | None:
 @functools.lru_cache
 def _phrases(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"{WORD_START}(?:{'|'.join(patterns)})" if patterns else "(?!)")
+
+
+@functools.lru_cache
+def _sentences(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"{SENTENCE_START}(?:{'|'.join(patterns)})" if patterns else "(?!)")
 
 
 @functools.lru_cache

@@ -1,9 +1,9 @@
 """The in-process engine for clusters with vLLM: each worker of the job holds a model, and there is no server to keep.
 
 It is vLLM's own offline class `LLM` behind the protocol of all engines, in the workers that caption with any of them.
-Ray's `ray.data.llm` runs the same vLLM as stages of a dataset, which yields rows in the order in which they end, asks
-for a second time only as another pass over the data, and writes no shard of its own: one would have to put rows back
-into shards, and a killed job would begin anew. Here a slice is asked as a whole, so that shards, parts, second tries,
+Ray's `ray.data.llm` runs the same vLLM as stages of a dataset. That yields rows in the order in which they end, writes
+blocks of rows and no shards, asks a second time only in another pass over all, and resumes by the ids of rows that were
+written, which every reader holds in memory. Here a slice is asked as a whole, so that shards, parts, second tries,
 rejects and resume are those of the other engines. Written after vLLM 0.29.
 """
 
