@@ -72,7 +72,7 @@ def _show_plan(job: StatsJob) -> None:
         log.info(f"{name}: {len(sources):,} shards, {num_captions:,} samples{drawn}")
         if name in job.choices:
             found = job.choices[name]
-            counts = require_some(found.choice.count(found.shards).values(), found.choice.settings)
+            counts = require_some(found.choice.count(found.shards).values(), found.choice)
             for line in [f"where: {found.choice.settings.where}", *describe_counts(counts)]:
                 log.info(f"  {line}")
     log.info(f"tagger: {job.tagger.title}")

@@ -56,7 +56,7 @@ class SetChoice:
             counts.append(found.counts)
             if found.shard in addresses:
                 rows[found.shard] = _Rows.of(found.keys, found.chosen, addresses[found.shard].sample)
-        total = require_some(counts, self.choice.settings)
+        total = require_some(counts, self.choice)
         return ChosenRows(set_choice=self, counts=total, by_shard=[rows[shard] for shard in addresses])
 
 

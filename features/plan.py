@@ -51,7 +51,7 @@ def print_plan(inputs: FeatureInputs) -> list[FamilyPlan]:
     console.print(table)
     if inputs.choice is not None:
         counts = inputs.choice.count([source.name for source in inputs.raw])
-        notes += describe_counts(require_some(counts.values(), inputs.choice.settings))
+        notes += describe_counts(require_some(counts.values(), inputs.choice))
     for note in notes:
         console.print(note, soft_wrap=True)
     console.print(f"free on this disk: {format_bytes(_free_bytes(inputs.run))}")

@@ -154,7 +154,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(run: Path, monkey
             "keeps nothing: 0 of 12 .*removes 12 alone, of which 3",
         ),
         ({"weight": "0 * min_side"}, r"weight = .* is 0 for every sample"),
-        ({"weight": "min_side - 300"}, "weight: min_side - 300 is -200 for 'a' of sam_0, and for 0 more"),
+        ({"weight": "min_side - 300"}, "weight: min_side - 300 is -200 for 'a' of sam_0; a weight is 0 or more"),
         ({"weight": "1 / (min_side - 600)", "where": "min_side >= 600"}, "is inf for 'b'"),
         (
             {"weight": "log(-min_side)"},
@@ -176,3 +176,15 @@ def test_what_cannot_be_trained_on_is_refused(run: Path, keys: dict[str, object]
 def test_a_choice_that_keeps_everything_is_said_to(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_choice(choice(run, where="is_null(min_side) or min_side > 0"), SHARDS)
     assert "keeps everything: 12 of 12 samples are chosen" in caplog.text
+
+
+def test_a_choice_of_nothing_names_what_makes_a_column_that_captions_have_no_values_of(tmp_path: Path) -> None:
+    rows = [{"key": key, "caption": "A dog", "num_tokens": 3} for key in KEYS]
+    write_captions(tmp_path / "captions", dict.fromkeys(SHARDS, rows), flags=[])
+    message = (
+        r"keeps nothing: .*unknown; .* before it; clip_score is known of no sample: .make columns .* clip_score in"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        write_choice(choice(tmp_path, where="clip_score > 0.2 and num_tokens > 1", weight="num_tokens"), SHARDS)
+    # Nothing is left whose weight could be told of.
+    assert "weight" not in str(error.value)

@@ -46,7 +46,7 @@ def _show(table: ChoosingTable, command: Command) -> None:
         log.info(f"{name}: {line}")
     log.info(f"{name}: look at it in {path}; the same command without {typed_flag('plan', True)} writes the choice")
     # Of a choice that nothing can be trained by the page tells why.
-    require_some([survey.total], table.settings)
+    require_some([survey.total], table.choice)
 
 
 def _shards(table: ChoosingTable) -> list[str]:

@@ -109,11 +109,17 @@ def describe_counts(counts: ChoiceCounts) -> list[str]:
             f"{clause.text}: removes {clause.removes_alone:,} alone{unknown}; "
             f"{clause.removes_after:,} after those before it"
         )
-    if counts.weight is not None:
+    if counts.weight is not None and not _says_nothing(counts.weight):
         lines.append(f"weight {_described(counts.weight, unknown='are not chosen')}")
     for column, weight in counts.caption_weights.items():
-        lines.append(f"weight of {column} {_described(weight, unknown='never draw this caption')}")
+        if not _says_nothing(weight):
+            lines.append(f"weight of {column} {_described(weight, unknown='never draw this caption')}")
     return lines
+
+
+def _says_nothing(weight: WeightCounts) -> bool:
+    """Whether the clauses have kept nothing that could have a weight."""
+    return weight.least is None and not weight.unknown
 
 
 def _described(weight: WeightCounts, *, unknown: str) -> str:

@@ -177,22 +177,34 @@ class Choice:
         return {found.shard: found.counts for found in self.evaluate_each(shards)}
 
 
-def require_some(counts: Iterable[ChoiceCounts], settings: ChoiceSettings) -> ChoiceCounts:
+def require_some(counts: Iterable[ChoiceCounts], choice: Choice) -> ChoiceCounts:
     """Return the sum of counts that can be trained on; a choice that chooses all is said to be one, in a warning.
 
     Raises:
-        UserError: it chooses nothing, or all of its weights are zero; with the counts of each clause.
+        UserError: it chooses nothing, or all of its weights are zero; with the counts of each clause, and what makes a
+            column that is known of no sample.
     """
-    total = sum_counts(counts)
+    total, settings = sum_counts(counts), choice.settings
     told = "; ".join(describe_counts(total))
     if not total.num_chosen:
         key = settings.key("weight" if settings.where is None else "where")
-        raise UserError(f"{key} = {settings.where or settings.weight!r} keeps nothing: {told}")
+        raise UserError(
+            f"{key} = {settings.where or settings.weight!r} keeps nothing: {told}{_what_to_make(total, choice)}"
+        )
     if total.weight is not None and total.weight.zero == total.num_chosen:
         raise UserError(f"{settings.key('weight')} = {settings.weight!r} is 0 for every sample that is chosen: {told}")
     if settings.where is not None and total.num_chosen == total.num_samples:
         log.warning(f"{settings.key('where')} = {settings.where!r} keeps everything: {told}")
     return total
+
+
+def _what_to_make(total: ChoiceCounts, choice: Choice) -> str:
+    """Return the commands that make columns of scores which captions have the names of, and no values."""
+    where = choice.settings.where_expression
+    clauses = zip(where.clauses if where is not None else (), total.clauses, strict=True)
+    names = [name for clause, found in clauses if found.unknown == total.num_samples for name in clause.names]
+    made = {name: choice.columns.what_would_make(name) for name in dict.fromkeys(names)}
+    return "".join(f"; {name} is known of no sample: {command} makes it" for name, command in made.items() if command)
 
 
 def _truth(clause: Expression, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -223,10 +235,10 @@ def _require_weights(
     if len(wrong):
         first = int(wrong[0])
         needed = "a finite number" if is_any_sign else f"0 or more, and at most {MAX_FLOAT32:.0e}"
+        more = f", and for {len(wrong) - 1:,} more of its samples" if len(wrong) > 1 else ""
         raise UserError(
-            f"{expression.key}: {expression.text} is {values[first]:g} for {keys[first].as_py()!r} of {shard}, and for "
-            f"{len(wrong) - 1:,} more of its samples; a weight is {needed}: write max(…, 0), coalesce, or leave such "
-            "samples out by where"
+            f"{expression.key}: {expression.text} is {values[first]:g} for {keys[first].as_py()!r} of {shard}{more}; "
+            f"a weight is {needed}: write max(…, 0), coalesce, or leave such samples out by where"
         )
 
 

@@ -132,6 +132,13 @@ class SampleColumns:
         folders = [folder for folder, _ in self._by_folder(names, self._places(caption))]
         return {folder.name: folder.manifest.shards[shard].files[".parquet"] for folder in folders}
 
+    def what_would_make(self, name: str) -> str | None:
+        """Return the command of the score that has a column of this name, where captions alone have one yet."""
+        found = self._places(MAIN_CAPTION).get(name, ())
+        score = score_of_column(name)
+        is_of_captions = bool(found) and all(place.folder.score is None for place in found)
+        return score_command(score, self._run) if is_of_captions and score else None
+
     def _require_known(self, name: str, places: Mapping[str, Sequence[_Place]], *, key: str) -> None:
         found = places.get(name, ())
         if len(found) > 1:

@@ -39,12 +39,12 @@ def write_choice(choice: Choice, shards: Sequence[str]) -> Manifest:
     choice.check(names)
     output = ShardDirectory(choice.settings.directory(choice.run))
     if (manifest := finished_choice(choice, names)) is not None:
-        require_some(_counts(manifest, names).values(), choice.settings)
+        require_some(_counts(manifest, names).values(), choice)
         log.info(f"nothing to choose anew: {output.path} is of these expressions and columns")
         return manifest
     # The first look, which weights are relative to, and which may find that nothing is chosen.
     counts = {found.shard: found.counts for found in choice.evaluate_each(names)}
-    total = require_some(counts.values(), choice.settings)
+    total = require_some(counts.values(), choice)
     scale = _scale(total, choice)
     with exclusive(output.path):
         output.clear_leftovers(is_held=True)
