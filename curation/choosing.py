@@ -31,7 +31,7 @@ def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
         *(Head(name, file=head.file, clip=clip) for name, head in config.heads.items()),
         *tables,
     ]
-    return [*others, Duplicates(config.duplicates, run, others)]
+    return [*others, Duplicates(config.duplicates, run, others=others, clip=clip)]
 
 
 def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:

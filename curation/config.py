@@ -36,6 +36,12 @@ class DuplicatesConfig(TableConfig):
     )
     crops: bool = Field(default=True, description="Find what is cropped by up to 5% a side, too")
     mirror: bool = Field(default=False, description="Find what a mirror shows, too")
+    embedding: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Cosine of CLIP's embeddings from which on two images are one, too; null = they are not compared",
+    )
     representative: str = Field(
         default="megapixels + 1e-15 * file_bytes",
         pattern=r"\S",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation.duplicates.banding import NearHashes, pack, unpack
+from curation.duplicates.embedding import join_by_embedding
 from curation.duplicates.gathering import Samples
 from curation.duplicates.grouping import Groups, Proposals, exact_copies, group, with_copies
 from curation.duplicates.kernels import NONE
@@ -14,11 +15,19 @@ from curation.duplicates.kernels import NONE
 
 @dataclass(frozen=True, kw_only=True)
 class Looking:
-    """What counts as a duplicate: bits that hashes may differ in, and whether crops and mirrored images do."""
+    """What counts as a duplicate.
+
+    Attributes:
+        radius: bits that two hashes may differ in.
+        crops: whether a small crop does.
+        mirror: whether what a mirror shows does.
+        embedding: least cosine of two embeddings; None: they are not looked at.
+    """
 
     radius: int
     crops: bool
     mirror: bool
+    embedding: float | None = None
 
 
 def find_duplicates(samples: Samples, looking: Looking, *, num_threads: int) -> Groups:
@@ -31,6 +40,8 @@ def find_duplicates(samples: Samples, looking: Looking, *, num_threads: int) -> 
     rows[involved] = np.arange(involved.sum(), dtype=np.uint32)
     thumbnails = samples.thumbnails(involved)
     groups = group(ranked, proposals, thumbnails=thumbnails, rows=rows, crops=looking.crops)
+    if looking.embedding is not None:
+        groups = join_by_embedding(samples, groups, ranked=ranked, threshold=looking.embedding)
     return with_copies(groups, originals)
 
 

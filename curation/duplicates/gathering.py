@@ -15,6 +15,7 @@ from curation.hashing import EXACT_BYTES, THUMBNAIL_BYTES, mirrored, view_hashes
 from errors import UserError
 
 EXACT, PERCEPTUAL, THUMBNAIL = "hashes.exact_hash", "hashes.perceptual_hash", "hashes.thumbnail"
+EMBEDDING = "clip.clip_embedding"
 MAX_SAMPLES = (1 << 32) - 1
 _ROWS_AT_ONCE = 1024
 
@@ -26,7 +27,7 @@ class Part:
     Attributes:
         name: what its samples are called by, before their keys: `00012/`, of another run `runs/other:00012/`.
         run: number of the run in order of precedence.
-        read: gives its rows that have hashes: `key` and `hashes.<column>`.
+        read: gives its rows that have hashes: `key`, `hashes.<column>`, and perhaps `clip.clip_embedding`.
         preferences: gives for the keys of those rows how much each is preferred, NaN where that is not known.
     """
 
@@ -76,6 +77,20 @@ class Samples:
             if not file.tell():
                 file.write(bytes(THUMBNAIL_BYTES))
         return _mapped(path, np.uint8).reshape(-1, THUMBNAIL_BYTES)
+
+    def embeddings(self, wanted: np.ndarray, name: str) -> np.ndarray:
+        """Write those of some samples, sorted, as a file of a name, and return them, float16 [W, D]."""
+        path = self.scratch / name
+        width = 1
+        with path.open("wb") as file:
+            ends = np.searchsorted(wanted, self.starts)
+            for part, start, low, high in zip(self.parts, self.starts[:-1], ends[:-1], ends[1:], strict=True):
+                if low < high:
+                    column = part.read()[EMBEDDING].combine_chunks()
+                    width = column.type.list_size
+                    rows = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+                    file.write(rows[wanted[low:high] - start].astype(np.float16).tobytes())
+        return _mapped(path, np.float16).reshape(-1, width)
 
 
 def gather(parts: Sequence[Part], scratch: Path, *, crops: bool, mirror: bool, num_threads: int) -> Samples:

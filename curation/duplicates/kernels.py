@@ -29,7 +29,7 @@ MAX_CROP_STEPS = 10
 FIRST_STRIDE = 4
 NUM_TAPS = 4
 
-KEPT, EXACT, PERCEPTUAL, MIRRORED = range(4)  # how a sample is like the one that stands for it
+KEPT, EXACT, PERCEPTUAL, MIRRORED, EMBEDDING = range(5)  # how a sample is like the one that stands for it
 NONE = np.uint32(0xFFFFFFFF)
 LOWER = np.uint64(0xFFFFFFFF)
 

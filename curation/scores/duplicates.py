@@ -18,8 +18,9 @@ from curation.duplicates.gathering import Part, Samples, gather
 from curation.duplicates.grouping import KINDS, Groups
 from curation.duplicates.kernels import GROUPING_VERSION
 from curation.hashing import HASHING_VERSION
+from curation.scores.clip import CLIP_KEY, EMBEDDING, EMBEDDINGS_FOLDER, ClipChoice
 from curation.scores.protocol import Column, Reads, RunScore, Score
-from curation.table_rows import read_inputs
+from curation.table_rows import input_hashes, read_inputs
 from errors import UserError
 from pipelines.columns.columns_folders import MAIN_CAPTION
 from pipelines.columns.expressions import Expression, parse_expression
@@ -29,6 +30,7 @@ from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import Manifest, manifest_path, read_manifest
 
 HASHES = Reads(folder="columns/hashes", columns=("exact_hash", "perceptual_hash", "thumbnail"))
+EMBEDDINGS = Reads(folder=EMBEDDINGS_FOLDER, columns=(EMBEDDING,))
 REPRESENTATIVE_KEY = "columns.duplicates.representative"
 RUNS_KEY = "columns.duplicates.runs"
 
@@ -44,17 +46,21 @@ class Duplicates(RunScore):
         Column(name="duplicate", type=pa.bool_(), unit="", meaning="Whether another sample stands for it"),
         Column(name="duplicate_of", type=pa.string(), unit="", meaning="That sample, as shard/key or run:shard/key"),
         Column(
-            name="duplicate_kind", type=pa.string(), unit="", meaning="exact, perceptual, mirrored: how it is like it"
+            name="duplicate_kind",
+            type=pa.string(),
+            unit="",
+            meaning="exact, perceptual, mirrored, embedding: how it is like it",
         ),
         Column(
             name="duplicate_group", type=pa.string(), unit="", meaning="Name of the sample that stands for its group"
         ),
     )
 
-    def __init__(self, config: DuplicatesConfig, run: Path, others: Sequence[Score]) -> None:
+    def __init__(self, config: DuplicatesConfig, run: Path, *, others: Sequence[Score], clip: ClipChoice) -> None:
         self._config = config
         self._run = run
         self._others = others
+        self._clip = clip
 
     @cached_property
     def _representative(self) -> Expression:
@@ -64,7 +70,11 @@ class Duplicates(RunScore):
     def reads(self) -> tuple[Reads, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The hashes, and what the representative is chosen by."""
         folders = dict.fromkeys(filter(None, map(self._folder_of, self._representative.names)))
-        return (HASHES, *(Reads(folder=folder, columns=(), keeps_rejected=True) for folder in folders))
+        return (*self._inputs, *(Reads(folder=folder, columns=(), keeps_rejected=True) for folder in folders))
+
+    @property
+    def _inputs(self) -> tuple[Reads, ...]:
+        return (HASHES,) if self._config.embedding is None else (HASHES, EMBEDDINGS)
 
     def settings(self) -> dict[str, Any]:
         """Return what counts as a duplicate, and which stands for its group."""
@@ -73,6 +83,7 @@ class Duplicates(RunScore):
             "crops": self._config.crops,
             "mirror": self._config.mirror,
             "representative": self._representative.text,
+            "embedding": self._config.embedding,
             "runs": list(self._config.runs),
             "grouping_version": GROUPING_VERSION,
         }
@@ -91,7 +102,7 @@ class Duplicates(RunScore):
         for run, manifest in self._other_runs().items():
             columns = SampleColumns(Path(run))
             columns.check(self._representative, "number", shards=manifest.shards)
-            files = {shard: report.files for shard, report in manifest.shards.items()}
+            files = input_hashes(Path(run), self._inputs, list(manifest.shards), score=self.name)
             found.append((run, files, {shard: columns.hashes(shard, names) for shard in files} if names else {}))
         return json.dumps(found, sort_keys=True) if found else ""
 
@@ -99,7 +110,12 @@ class Duplicates(RunScore):
         self, shards: Sequence[str], read: Callable[[str], pa.Table], scratch: Path
     ) -> Iterator[Mapping[str, Any]]:
         """Yield the columns of each shard; see `RunScore.measure_run`."""
-        looking = Looking(radius=self._config.radius, crops=self._config.crops, mirror=self._config.mirror)
+        looking = Looking(
+            radius=self._config.radius,
+            crops=self._config.crops,
+            mirror=self._config.mirror,
+            embedding=self._config.embedding,
+        )
         parts = [part for number, run in enumerate(self._other_runs()) for part in self._parts_of_other(run, number)]
         num_others = len(parts)
         parts += self._parts(SampleColumns(self._run), shards, read, prefix="", number=len(self._config.runs))
@@ -157,13 +173,24 @@ class Duplicates(RunScore):
                     f"{RUNS_KEY}: {folder} is of version {version} of the hashes, and these are of version "
                     f"{HASHING_VERSION}: {score_command('hashes', run)} makes it anew"
                 )
+            if EMBEDDINGS in self._inputs:
+                self._require_same_clip(run)
         return found
+
+    def _require_same_clip(self, run: str) -> None:
+        folder = Path(run) / EMBEDDINGS.folder
+        command = score_command("clip", run)
+        if not manifest_path(folder).is_file():
+            raise UserError(f"{RUNS_KEY}: there is no finished {folder}: {command} makes it")
+        theirs, ours = read_manifest(folder).fingerprint.fields["clip_model"], self._clip.source.identity
+        if theirs != ours:
+            raise UserError(f"{RUNS_KEY}: {folder} is of {theirs}, and {CLIP_KEY} is {ours}: {command} makes it anew")
 
     def _parts_of_other(self, run: str, number: int) -> list[Part]:
         shards = sorted(read_manifest(Path(run) / HASHES.folder).shards)
 
         def read(shard: str) -> pa.Table:
-            table, reasons = read_inputs(Path(run), [HASHES], shard)
+            table, reasons = read_inputs(Path(run), self._inputs, shard)
             return table.filter(pa.array([reason is None for reason in reasons], pa.bool_()))
 
         return self._parts(SampleColumns(Path(run)), shards, read, prefix=f"{run}:", number=number)
