@@ -152,7 +152,11 @@ def _report(job: StatsJob, counts: Manifest, chosen: Mapping[str, ChosenRows]) -
     for name, found in chosen.items():
         measures[name].before, measures[name].choice = found.set_choice.before, found.counts
     require_captions(measures)
+    for name, measure in measures.items():
+        measure.image_duplicates = job.scores.image_duplicates(name, rows[name])
+        measure.claims = job.scores.claims(name, rows[name])
     noun_table = _merge(job, measures, rows)
+    _name_marked_nouns(job, measures, rows)
     meanings = definitions(
         measures,
         valid_threshold=config.valid_threshold,
@@ -202,6 +206,24 @@ def _merge(job: StatsJob, measures: dict[str, SetMeasures], rows: Mapping[str, S
                 singular=singular,
             )
     return noun_table
+
+
+def _name_marked_nouns(job: StatsJob, measures: dict[str, SetMeasures], rows: Mapping[str, SetRows]) -> None:
+    """Fill in which nouns unsupported sentences have more often than others, once all nouns are added up."""
+    if not any(measure.claims and measure.claims.num_marked for measure in measures.values()):
+        return
+    from dataset_stats.counting import NounCounter
+    from dataset_stats.marked_nouns import count_marked, more_often
+    from dataset_stats.tagging.taggers import load_tagger
+
+    counter = NounCounter(load_tagger(job.tagger))
+    for name, measure in measures.items():
+        if measure.claims and measure.claims.num_marked:
+            marked = job.scores.marked_sentences(name, rows[name])
+            nouns = count_marked(marked, counter, num_shards=len(job.sources[name]), opening=job.opening)
+            measure.claims.marked_nouns = more_often(
+                nouns, job.folder / "nouns.parquet", name, total_nouns=measure.total_nouns
+            )
 
 
 def _noun_files(job: StatsJob, rows: Mapping[str, SetRows], scratch: Path) -> dict[str, list[Path]]:
@@ -260,6 +282,7 @@ def _write_report(
             gallery=gallery,
             valid_threshold=job.config.valid_threshold,
             limits=job.config.text_limits,
+            missing=job.scores.missing(),
         ),
     )
 

@@ -49,7 +49,7 @@ class CaptionSet(TableConfig):
     column: str = Field(
         default="",
         description="Column that holds the text; empty: the first there is of caption, text, prompt and their like; "
-        "of raw shards: the text that comes with the image",
+        "of raw shards: the text that comes with the image; of RUN/captions also a pass of [captioning.passes]",
     )
     where: str | None = Field(
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from dataset_stats.captions import PIPELINE_COLUMN, Address, RawOpening
 from dataset_stats.choosing import SetChoice, SetChoices
 from dataset_stats.config import DECIDES_REPORT, CaptionSet, DatasetStatsConfig
+from dataset_stats.scores import Scores
 from dataset_stats.sources import RunFiles, caption_sources, sample_sources
 from dataset_stats.tagging.taggers import TaggerSource, find_tagger
 from encoders.token_kinds import spells_bytes
 from encoders.tokens import fetch_tokenizer
 from encoders.weights import resolve_model
 from errors import MissingFileError, UserError
+from pipelines.columns.caption_columns import captions_folder
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
 from pipelines.engine.progress import get_logger
@@ -75,6 +78,11 @@ class StatsJob:
         by_name = {source.name: source for sources in self.sources.values() for source in sources}
         return [by_name[name] for name in sorted(by_name)]
 
+    @cached_property
+    def scores(self) -> Scores:
+        """What columns say of the sets' samples."""
+        return Scores(self.command.run, self.sources)
+
     @property
     def report_fingerprint(self) -> Fingerprint:
         """What decides the numbers and the report."""
@@ -95,6 +103,7 @@ class StatsJob:
                 },
                 "gallery": self._gallery_inputs,
                 **({"choices": choices} if choices else {}),
+                **({"scores": scores} if (scores := self.scores.hashes()) else {}),
             }
         )
 
@@ -117,15 +126,14 @@ def read_job(command: Command) -> StatsJob:
     """
     config = command.recipe.table("dataset_stats", DatasetStatsConfig)
     set_choices = SetChoices(command.run, config.sets)
-    captions_folder = command.run / "captions"
     needs_captions = any(caption_set.reads_captions for caption_set in config.sets.values())
-    captions = read_manifest(captions_folder) if needs_captions else None
+    captions = read_manifest(captions_folder(command.run)) if needs_captions else None
     data = command.recipe.table("data", DataConfig)
     raw_shards = _raw_shards(
         command, is_needed=any(caption_set.layout == "raw" for caption_set in config.sets.values())
     )
     opening = RawOpening(reading=data.reading, run=command.run)
-    inputs = RunFiles(captions=captions, captions_folder=captions_folder, raw_shards=raw_shards, opening=opening)
+    inputs = RunFiles(run=command.run, captions=captions, raw_shards=raw_shards, opening=opening)
     sets = _sets_to_count(config, captions)
     whole = {name: caption_sources(name, caption_set, inputs=inputs) for name, caption_set in sets.items()}
     whole = set_choices.with_befores(whole)

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dataset_stats import scores
 from dataset_stats.distribution import Distribution
 from dataset_stats.duplicates import Duplicates, count_duplicates
 from dataset_stats.estimate import Estimate
 from dataset_stats.example_places import ROW_BITS
 from dataset_stats.languages import ENGLISH, NO_LETTERS, UNDECIDED
+from dataset_stats.scores import Claims, ImageDuplicates
 from dataset_stats.set_rows import SetRows
 from errors import UserError
 from pipelines.columns.choice_counts import ChoiceCounts
@@ -42,6 +44,7 @@ class SetMeasures:
     Attributes:
         before: of a set with `where`, the set that it chooses from.
         choice: what the clauses of `where` remove, of whole shards.
+        image_duplicates, claims: what columns say of the samples; None where there are none.
     """
 
     num_captions: int = 0
@@ -66,6 +69,8 @@ class SetMeasures:
     estimate: Estimate | None = None
     before: str | None = None
     choice: ChoiceCounts | None = None
+    image_duplicates: ImageDuplicates | None = None
+    claims: Claims | None = None
 
     @property
     def valid_fraction(self) -> float:
@@ -169,6 +174,7 @@ class SetMeasures:
             }
         if self.choice is not None:
             figures |= {"before": self.before, "choice": self.choice.to_json()}
+        figures |= self.of_scores()
         if self.estimate is not None:
             figures["estimate"] = {
                 "num_samples": self.estimate.num_samples,
@@ -178,6 +184,11 @@ class SetMeasures:
                 "whole_total_nouns": self.estimate.whole_total_nouns,
             }
         return figures
+
+    def of_scores(self) -> dict[str, Any]:
+        """The figures that columns give, where there are some."""
+        found = {"image_duplicates": self.image_duplicates, "claims": self.claims}
+        return {name: scores.as_json(figures) for name, figures in found.items() if figures is not None}
 
 
 def measure_set(rows: SetRows, *, limits: Sequence[int]) -> SetMeasures:
@@ -257,7 +268,7 @@ def as_json(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:
     """All measures, for the manifest."""
     figures = {}
     for name, measure in measures.items():
-        figure = asdict(replace(measure, lengths={}))
+        figure = asdict(replace(measure, lengths={}, image_duplicates=None, claims=None)) | measure.of_scores()
         figure["lengths"] = {kind: spread.as_json(HISTOGRAM_BARS) for kind, spread in measure.lengths.items()}
         if figure["estimate"]:
             del figure["estimate"]["rate_errors"]  # one for each noun

@@ -25,6 +25,7 @@ from dataset_stats.captions import (
 )
 from dataset_stats.config import CaptionSet
 from errors import UserError
+from pipelines.columns.caption_columns import captions_folder
 from pipelines.engine.pieces import Source
 from pipelines.raw.caption_files import (
     TARS,
@@ -41,7 +42,7 @@ from pipelines.raw.shards import describe_shards
 from pipelines.raw.tables.open_table import TableFormat, open_table, require_sound, table_format
 from pipelines.raw.tables.rows import key_of_cell
 from pipelines.store.files import is_remote, open_ranges, sha256_text
-from pipelines.store.manifest import Manifest
+from pipelines.store.manifest import Manifest, read_manifest
 
 # A set of more files of texts than this is one of a file a caption, as people name with `*.txt`.
 MAX_LINE_FILES = 100
@@ -53,14 +54,14 @@ class RunFiles:
     """What a run offers to its caption sets.
 
     Attributes:
+        run: its folder.
         captions: manifest of RUN/captions, where a set of that layout needs it.
-        captions_folder: RUN/captions.
         raw_shards: paths of data.shards.
         opening: of those.
     """
 
+    run: Path
     captions: Manifest | None
-    captions_folder: Path
     raw_shards: Sequence[str]
     opening: RawOpening
 
@@ -123,13 +124,16 @@ def sample_sources(sources: Sequence[Source], num_rows: int, *, seed: int) -> li
 
 
 def _pipeline_sources(key: str, caption_set: CaptionSet, inputs: RunFiles) -> list[Source]:
-    captions, column = inputs.captions, caption_set.column or PIPELINE_COLUMN
+    name = caption_set.column or PIPELINE_COLUMN
+    folder, column, captions = captions_folder(inputs.run), name, inputs.captions
+    if (of_pass := captions_folder(inputs.run, name)).is_dir():
+        folder, column, captions = of_pass, PIPELINE_COLUMN, read_manifest(of_pass)
     assert captions is not None, "the captions layout needs the captions manifest"
     shards = select_names(sorted(captions.shards), caption_set.shards, key=f"{key}.shards")
     return [
         Source(
-            name=f"{shard}.{column}",
-            path=str(Address(layout="captions", column=column, path=str(inputs.captions_folder / f"{shard}.parquet"))),
+            name=f"{shard}.{name}",
+            path=str(Address(layout="captions", column=column, path=str(folder / f"{shard}.parquet"))),
             identity=captions.shards[shard].files[".parquet"],
             num_samples=captions.shards[shard].num_read,
         )

@@ -325,3 +325,18 @@ def test_files_have_no_columns_to_choose_by(run):
 def test_addresses_with_nouns_are_read_back():
     address = Address(layout="captions", column="caption", path="/a#b.parquet", keeps_nouns=True)
     assert Address.parse(str(address)) == address
+
+
+def test_a_pass_of_captions_is_a_column_and_may_be_chosen_from(run):
+    shorts = {
+        shard: [{**row, "caption": row["caption"] and row["caption"].partition(" and ")[0]} for row in rows_of(shard)]
+        for shard in SHARDS
+    }
+    write_captions(run / "captions@short", shorts, flags=["loop"])
+    sets = '{"short" = { column = "short" }, "brief" = { column = "short", where = "min_side >= 512" }}'
+    run_stage(run, f"dataset_stats.sets={sets}")
+    sides = [side for shard in SHARDS for side in sides_of(shard)]
+    rows = [row for shard in SHARDS for row in shorts[shard]]
+    kept = [row for row, side in zip(rows, sides, strict=True) if side is not None and side >= 512]
+    assert nouns_of(run) == {"short": by_hand(rows), "brief": by_hand(kept)}
+    assert read_summary(run)["dataset_stats"]["short"]["flags"]["loop"] > 0

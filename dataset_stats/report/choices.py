@@ -78,11 +78,24 @@ def _rows(before: SetMeasures, after: SetMeasures) -> dict[str, tuple[str, str, 
         "Not English": _points(before, after, lambda m: m.fraction(m.num_other_languages)),
         "Boilerplate": _points(before, after, lambda m: m.fraction(m.num_boilerplate), "boilerplate_fraction"),
     }
+    if before.image_duplicates and after.image_duplicates:
+        rows["Duplicate images"] = _points(before, after, _share_of_images)
+    if before.claims and after.claims:
+        rows["Unsupported claims"] = _points(before, after, _share_of_claims)
     for flag in sorted(before.flags.keys() | after.flags.keys()):
         rows[f"Flag: {flag}"] = _points(
             before, after, lambda m, flag=flag: m.fraction(m.flags.get(flag, 0)), f"flag_fraction.{flag}"
         )
     return rows
+
+
+def _share_of_images(m: SetMeasures) -> float:
+    found = m.image_duplicates
+    return found.num_duplicates / max(found.num_samples, 1) if found else 0.0
+
+
+def _share_of_claims(m: SetMeasures) -> float:
+    return m.claims.unsupported_fraction if m.claims else 0.0
 
 
 def _count(count: int, whole: int) -> str:

@@ -27,8 +27,8 @@ from dataset_stats.report.quality import (
     length_rows,
     notices,
     plus_minus,
-    quality_tables,
 )
+from dataset_stats.report.score_tables import all_tables, claims_chart
 from dataset_stats.report.table1 import PAPER_ROWS, findings, sample_note
 from pipelines.store.files import atomic_write_bytes
 
@@ -59,6 +59,7 @@ class ReportData:
     gallery: Sequence[GalleryItem]
     valid_threshold: int
     limits: Sequence[int]
+    missing: Sequence[str]
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -86,7 +87,7 @@ def write_report(path: Path, data: ReportData) -> None:
         notices=notices(data.measures),
         lengths=length_rows(data.measures),
         length_columns=length_columns(),
-        quality=quality_tables(data.measures),
+        quality=all_tables(data.measures),
         has_text_tokens=any(measure.num_text_tokens is not None for measure in data.measures.values()),
         charts=charts,
         nouns=_noun_rows(data.noun_table.top, list(data.measures), data.quotes.by_noun),
@@ -140,7 +141,8 @@ def _charts(data: ReportData) -> list[dict[str, Any]]:
     lengths = [
         _length_chart(kind, data) for kind in LENGTH_NAMES if any(kind in m.lengths for m in data.measures.values())
     ]
-    return [_ratio_chart(data.measures), lengths[0], zipf, *lengths[1:]]
+    claims = claims_chart(data.measures)
+    return [_ratio_chart(data.measures), lengths[0], zipf, *lengths[1:], *([claims] if claims else [])]
 
 
 def _ratio_chart(measures: Mapping[str, SetMeasures]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from dataset_stats.measures import SetMeasures
 from dataset_stats.report.choices import CLAUSE_COLUMNS, choices
 from dataset_stats.report.definitions import Definition
-from dataset_stats.report.quality import length_columns, length_rows, plus_minus, quality_tables
+from dataset_stats.report.quality import length_columns, length_rows, plus_minus
+from dataset_stats.report.score_tables import all_tables
 
 # A set with hardly a noun below the threshold has a closed vocabulary, unless it has hardly any nouns at all.
 CLOSED_FRACTION = 0.9
@@ -149,7 +150,7 @@ def _quality(measures: Mapping[str, SetMeasures]) -> list[str]:
     columns = length_columns()
     lines = [f"| Per caption | Caption set | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     lines += [f"| {title} | {name} | {' | '.join(cells)} |" for title, name, cells in length_rows(measures)]
-    for table in quality_tables(measures):
+    for table in all_tables(measures):
         lines += ["", f"| {table.title} | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in table.rows.items()]
     return [*lines, ""]
