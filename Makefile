@@ -5,10 +5,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow report nltk-data
+DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow spoil report nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm demo-curation $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -45,7 +45,7 @@ $(READY): requirements.lock
 $(DOORS): $(READY)
 	@$(PY) -m atelier $@ --from-make "$(GIVEN)"
 
-zoo: $(READY)  ## Train the embedded toy models anew (about an hour on two cores)
+zoo: $(READY)  ## Train the embedded toy models anew (an hour and a half on two cores)
 	@$(PY) -m toyworld.zoo
 
 # -- the demo ---------------------------------------------------------------------------------------------------------
@@ -127,6 +127,13 @@ demo-lcm: $(READY)  ## Few steps on the toy world: a student of 1 to 8, beside i
 		$(MAKE) $(LCM) sample STAGE=$${drawn%% *}-$${end%=*} CFG=$${end#*=} \
 			SET="$${drawn#* } sampling.max_prompts=100"$(TYPED_SET); done; done
 	@$(MAKE) $(LCM) judge report
+
+CURATION := --no-print-directory RECIPE=recipes/toyworld-curation.toml RUN=runs/demo-curation
+
+demo-curation: $(READY)  ## A choice on the toy world: trained on spoilt samples, on what is chosen of them, on the sound ones
+	@$(MAKE) $(CURATION) spoil caption columns
+	@set -e; for stage in all chosen sound; do $(MAKE) $(CURATION) features train sample STAGE=$$stage; done
+	@$(MAKE) $(CURATION) judge report
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

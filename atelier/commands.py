@@ -288,6 +288,13 @@ SUBCOMMANDS = {
         flags=_RUN,
         defaults=_DEFAULTS,
     ),
+    "spoil": Subcommand(
+        module="toyworld",
+        words=("spoil",),
+        summary="Write images of the toy world with captions, some of them spoilt in known ways, to try a choice on",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
     "report": Subcommand(
         module="toyworld",
         words=("report",),

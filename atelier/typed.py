@@ -34,6 +34,7 @@ STEPS_OF = {
     "demo-control": ("edges", "caption", "features", "train", "sample", "follow"),
     "demo-vae": ("world", "caption", "features", "train", "sample", "judge"),
     "demo-lcm": ("world", "caption", "features", "train", "sample", "judge"),
+    "demo-curation": ("spoil", "caption", "columns", "features", "train", "sample", "judge"),
 }
 
 

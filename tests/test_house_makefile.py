@@ -45,6 +45,7 @@ TARGETS = [
     "demo-vae",
     "demo-control",
     "demo-lcm",
+    "demo-curation",
     "test",
     "zoo",
     "bench-gpu",
@@ -194,6 +195,13 @@ def test_the_demo_of_few_steps_draws_the_student_and_the_weights_it_began_from_a
     assert [settings.split()[0] for settings in drawn] == [began, *[student, began] * 5, *[began, student] * 2]
     alike = [settings for settings in drawn[1:11] if settings.startswith(began)]
     assert all("sampling.solver=lcm sampling.guidance_scale=1" in settings for settings in alike)
+
+
+def test_the_demo_of_curation_trains_and_draws_alike_on_all_on_the_chosen_and_on_the_sound(house) -> None:
+    steps = [step.split("|") for step in steps_of(house, "demo-curation", "SET=training.seed=1")]
+    assert {(run, settings) for _, run, settings in steps} == {("runs/demo-curation", "training.seed=1")}
+    doors = [words.split()[2] for words, _, _ in steps]
+    assert doors == ["spoil", "caption", "columns", *["features", "train", "sample"] * 3, "judge", "report"]
 
 
 def wrong(*typed: str) -> str:

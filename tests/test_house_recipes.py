@@ -52,6 +52,7 @@ FIRST_STAGES = {
     "toyworld-vae": ["vae"],
     "toyworld-control": ["control"],
     "toyworld-lcm": ["lcm", "dmd"],
+    "toyworld-curation": ["all", "chosen", "sound"],
     "pixart-control": ["control"],
     "pixart-sigma-control": ["control"],
     "finetune": ["finetune"],

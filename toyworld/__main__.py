@@ -38,6 +38,7 @@ def _world(command: Command) -> None:
 
 
 def _judge(command: Command) -> None:
+    from toyworld.curation import score_curation
     from toyworld.few_steps import score_few_steps
     from toyworld.scoring import sample_folders, score_run
 
@@ -47,7 +48,9 @@ def _judge(command: Command) -> None:
         log.info(f"would score the captions of {command.run}, and the samples of: {names}")
         return
     score_run(config, command.run)
-    score_few_steps(command.run, read_summary(command.run).get("judge", {}))
+    judged = read_summary(command.run).get("judge", {})
+    score_few_steps(command.run, judged)
+    score_curation(command.run, judged)
 
 
 def _subject(command: Command) -> None:
@@ -102,6 +105,19 @@ def _follow(command: Command) -> None:
     score_edges(folders, command.run)
 
 
+def _spoil(command: Command) -> None:
+    from toyworld.spoilt import write_spoilt
+
+    config = command.recipe.table("toyworld", ToyworldConfig)
+    if command.is_plan:
+        log.info(
+            f"would write {config.num_spoilt_images:,} images with captions, some of them spoilt, and "
+            f"{config.num_prompts} prompts, to {command.run / 'raw'}"
+        )
+        return
+    write_spoilt(config, command.run)
+
+
 def _report(command: Command) -> None:
     from toyworld.report import write_report
 
@@ -118,6 +134,7 @@ TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
     "detect": ("Score how well the subject was learnt, and what was lost by it", _detect),
     "edges": ("Write images, and edges of other scenes with prompts of colours, for a control branch", _edges),
     "follow": ("Score how the edges are followed, and the prompts", _follow),
+    "spoil": ("Write images with captions, some of them spoilt in known ways, to try a choice on", _spoil),
     "report": ("Write the run's page, index.html, from whatever stages have finished", _report),
 }
 

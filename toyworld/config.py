@@ -57,6 +57,15 @@ class ToyworldConfig(TableConfig):
     num_edges_prompts: int = pydantic.Field(
         default=300, ge=1, description="Edges of unseen scenes, each with a prompt of colours, to draw and score"
     )
+    num_spoilt_images: int = pydantic.Field(
+        default=4500, ge=3, description="Images that a choice is tried on, some of them spoilt, see toyworld.spoilt"
+    )
+    spoilt_picture_fraction: float = pydantic.Field(
+        default=0.1, ge=0.0, le=0.6, description="Part of these whose picture is spoilt; of one source 1.5 times that"
+    )
+    spoilt_caption_fraction: float = pydantic.Field(
+        default=0.3, ge=0.0, le=0.6, description="Part of these whose caption is spoilt; of one source 1.5 times that"
+    )
     judge: str = pydantic.Field(
         default="toyworld/weights/judge", description="Folder of the judge's weights, see toyworld.judge"
     )

@@ -21,6 +21,7 @@ from pipelines.store.summary import read_summary
 from pipelines.store.tables import MEND_SHARD, count_table_rows
 from toyworld.charts import loss_chart
 from toyworld.config import ToyworldConfig
+from toyworld.curation import TARGET, curation
 from toyworld.edges_scoring import GRID_NAME, LED_TARGETS
 from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
@@ -162,6 +163,8 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         score_curves=score_curves(summary.get("judge", {}), stages=recipe.names("training")),
         few_steps=few_steps(summary.get("judge", {})),
         lcm=summary.get("lcm", {}),
+        curation=curation(run, summary.get("judge", {})),
+        curation_target=TARGET,
         control=summary.get("control", {}),
         control_targets=LED_TARGETS,
         evaluation=_evaluation(run, summary),

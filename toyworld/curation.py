@@ -1,0 +1,110 @@
+"""What a choice was worth where it is known what was spoilt: how much of what spoilt samples cost it gains back.
+
+Samples are known by their names, as `make demo-curation` gives them: `all`, `chosen` and `sound`, of weights trained on
+all samples, on those that the choice has kept, and on the sound ones alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.columns.written_choices import read_chosen
+from pipelines.engine.progress import get_logger
+from pipelines.store.manifest import ShardDirectory, manifest_path, read_manifest
+from pipelines.store.summary import update_summary
+from pipelines.store.tables import read_table
+from toyworld.mending import mend_world
+from toyworld.spoilt import IS_SOUND, SPOILT_CAPTION, SPOILT_PICTURE
+
+log = get_logger("toyworld")
+
+ALL, CHOSEN, SOUND = "all", "chosen", "sound"
+TARGET = 0.9  # of the difference, what the demo promises
+SOUND_KIND = "sound"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindRow:
+    """How many samples were spoilt in a way, or not at all, and how many of them the choice has left out."""
+
+    noun: str
+    kind: str
+    num_samples: int
+    num_left_out: int
+
+    @property
+    def share(self) -> float:
+        """Part of them that was left out."""
+        return self.num_left_out / self.num_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """What the page shows: the scores, the difference that was regained, and what was left out by kind and source."""
+
+    scores: Mapping[str, float]
+    regained: float | None
+    kinds: Sequence[KindRow]
+    sources: Sequence[KindRow]
+    where: str
+
+
+def score_curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Write the table `curation` of the summary of a run that was spoilt, and return it.
+
+    `all`, `chosen` and `sound` are shares of objects that are all right; `regained` is the part of the difference of
+    the last and the first that the choice gains; `precision` is the part of what it left out that was spoilt, `recall`
+    the part of what was spoilt that it left out.
+    """
+    found = curation(run, judged)
+    if found is None or found.regained is None:
+        return {}
+    figures = {**found.scores, "regained": found.regained}
+    num_spoilt = sum(row.num_samples for row in found.sources) - found.kinds[0].num_samples
+    num_left_out = sum(row.num_left_out for row in found.sources)
+    spoilt_left_out = num_left_out - found.kinds[0].num_left_out
+    if num_left_out and num_spoilt:
+        figures |= {"precision": spoilt_left_out / num_left_out, "recall": spoilt_left_out / num_spoilt}
+    for name, value in figures.items():
+        update_summary(run, f"curation.{name}", round(value, 4))
+    log.info("curation: " + ", ".join(f"{name} {value:.1%}" for name, value in figures.items()))
+    return figures
+
+
+def curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> Curation | None:
+    """Return what is known of the choice of a run that was spoilt; None of any other, and before it has chosen."""
+    choices, truth = run / "choices" / CHOSEN, run / "raw" / "truth.parquet"
+    if not manifest_path(choices).is_file() or not truth.is_file():
+        return None
+    rows = read_table(truth, mend=mend_world()).to_pylist()
+    if not rows or IS_SOUND not in rows[0]:
+        return None
+    left_out = _left_out(choices)
+    scores = {name: judged[name]["all"] for name in (ALL, CHOSEN, SOUND) if name in judged}
+    regained = None
+    if len(scores) == 3 and scores[SOUND] != scores[ALL]:
+        regained = (scores[CHOSEN] - scores[ALL]) / (scores[SOUND] - scores[ALL])
+    sound = [row for row in rows if row[IS_SOUND]]
+    kinds = [_row("", SOUND_KIND, sound, left_out)] if sound else []
+    for noun, column in (("picture", SPOILT_PICTURE), ("caption", SPOILT_CAPTION)):
+        for kind in dict.fromkeys(sorted(row[column] for row in rows if row[column] is not None)):
+            kinds.append(_row(noun, kind, [row for row in rows if row[column] == kind], left_out))
+    names = sorted({row["dataset"] for row in rows})
+    sources = [_row("source", name, [row for row in rows if row["dataset"] == name], left_out) for name in names]
+    where = read_manifest(choices).extra.get("where") or ""
+    return Curation(scores=scores, regained=regained, kinds=kinds, sources=sources, where=where)
+
+
+def _left_out(choices: Path) -> set[tuple[str, str]]:
+    """Shard and key of each sample that the choice has left out."""
+    found = set()
+    for shard in ShardDirectory(choices).finished():
+        keys, is_chosen = read_chosen(choices, shard)
+        found |= {(shard, key) for key, kept in zip(keys, is_chosen, strict=True) if not kept}
+    return found
+
+
+def _row(noun: str, kind: str, rows: Sequence[Mapping[str, Any]], left_out: set[tuple[str, str]]) -> KindRow:
+    num_left_out = sum((row["shard"], row["key"]) in left_out for row in rows)
+    return KindRow(noun=noun, kind=kind.replace("_", " "), num_samples=len(rows), num_left_out=num_left_out)
