@@ -3,15 +3,11 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-
-import pyarrow.compute as pc
 
 from encoders.text import clean_text
 from encoders.token_kinds import TokenKinds, token_kinds
 from encoders.tokens import find_tokenizer, load_tokenizer
-from encoders.weights import ModelSource
-from features.captions import caption_sources, mend_captions, remember_identities, require_unchanged
+from features.captions import CaptionPlaces, caption_sources, remember_identities, require_unchanged
 from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob, count_samples
 from features.quantization import summarize_storage
 from features.rare_token import require_token
@@ -25,14 +21,14 @@ from features.text_settings import (
     text_record,
 )
 from features.text_worker import TextWorker, TextWorkerConfig
-from features.unreadable import quote_some
-from pipelines.engine.pieces import Source, forget_pieces
+from features.unreadable import kept_texts, quote_some
+from pipelines.columns.caption_columns import RunCaptions
+from pipelines.engine.pieces import forget_pieces
 from pipelines.engine.progress import get_logger
-from pipelines.store.families import NULL_CAPTION_FILE, texts_digest
+from pipelines.store.families import NULL_CAPTION_FILE
 from pipelines.store.files import take_away
-from pipelines.store.manifest import Manifest, manifest_path, read_manifest
+from pipelines.store.manifest import Manifest
 from pipelines.store.summary import update_summary
-from pipelines.store.tables import read_table
 from pipelines.store.weight_files import weight_file_damage
 
 # What the fingerprint had before defaults were left out of it. Keys that came later have no place here.
@@ -58,20 +54,23 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
             column.
     """
     features, columns = inputs.features, inputs.features.caption_columns
-    captions = read_manifest(inputs.run / "captions")
-    output, of_captions = text_output(inputs), texts_digest(captions, columns)
+    captions = RunCaptions(inputs.run)
+    places = CaptionPlaces.find(captions, columns, key=f"features.{inputs.stage_name}.captions")
+    output, of_captions = text_output(inputs), captions.texts_digest(columns)
+    assert of_captions is not None, "all columns have been found"
     job = describe_text_job(
         inputs,
         family=TEXT,
         worker_class=TextWorker,
         worker_config=TextWorkerConfig(
             text=TextSettings.of(inputs),
+            places=places,
             # Of all samples, done or not: a resumed run rounds as the first one did.
             is_long_run=count_samples(inputs.raw) * len(columns) >= LONG_RUN_CAPTIONS,
             caption_weights=dict(zip(columns, index_weights(inputs), strict=True)),
             directory=output.path,
         ),
-        sources=caption_sources(inputs.run, inputs.raw, columns, captions=captions, directory=output.path),
+        sources=caption_sources(captions, inputs.raw, places, directory=output.path),
         made_of={"code_version": CODE_VERSION, "captions": of_captions},
         memory_settings={
             "features.text_batch_tokens": features.text_batch_tokens or "null (8192 on a GPU, 1024 on a CPU)",
@@ -87,21 +86,21 @@ def text_job(inputs: FeatureInputs) -> FeatureJob:
 
 def _plan_text(inputs: FeatureInputs) -> FamilyPlan:
     num_tokens, basis = float(inputs.features.max_tokens * len(inputs.features.caption_columns)), "at most"
-    if not manifest_path(inputs.run / "captions").is_file():
+    if RunCaptions(inputs.run).texts_digest(inputs.features.caption_columns) is None:
         return plan_text_job(inputs, None, num_tokens=num_tokens, basis=f"no captions yet: {basis}")
     job = text_job(inputs)
-    num_tokens, basis = _mean_tokens(job.sources, job.model, inputs)
+    num_tokens, basis = _mean_tokens(job, inputs)
     return plan_text_job(inputs, job, num_tokens=num_tokens, basis=basis)
 
 
-def _mean_tokens(sources: Sequence[Source], model: ModelSource, inputs: FeatureInputs) -> tuple[float, str]:
+def _mean_tokens(job: FeatureJob, inputs: FeatureInputs) -> tuple[float, str]:
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
-    columns, limit = inputs.features.caption_columns, inputs.features.max_tokens
-    probed = sources[:: max(1, len(sources) // NUM_PROBED_SHARDS)]
-    tables = [read_table(Path(source.path), [*columns, "reject"], mend=mend_captions()) for source in probed]
-    kept = [table.filter(pc.field("reject").is_null()) for table in tables]
-    rows = [row for table in kept for row in table.slice(0, NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS).to_pylist()]
-    samples = [[clean_text(row[column] or "", inputs.features.text_cleaning) for column in columns] for row in rows]
+    columns, limit, model = inputs.features.caption_columns, inputs.features.max_tokens, job.model
+    probed = job.sources[:: max(1, len(job.sources) // NUM_PROBED_SHARDS)]
+    samples: list[list[str]] = []
+    for source in probed:
+        texts = list(kept_texts(job, source.name))[: NUM_PROBED_CAPTIONS // NUM_PROBED_SHARDS]
+        samples += [[clean_text(text, inputs.features.text_cleaning) for text in sample] for sample in texts]
     samples = [texts for sample in samples if (texts := [text for text in sample if text])]
     if not samples:
         return float(limit * len(columns)), "no text to measure: at most"
@@ -128,19 +127,18 @@ def _say_unread(texts: Sequence[str], tokens: Sequence[Sequence[int]], kinds: To
 
 def _check(job: FeatureJob, inputs: FeatureInputs) -> None:
     """Refuse captions that are not those of their manifest."""
-    captions, columns = read_manifest(inputs.run / "captions"), inputs.features.caption_columns
+    columns = RunCaptions(inputs.run).folders(inputs.features.caption_columns)
     for source in job.pending():
-        require_unchanged(source, captions)
+        require_unchanged(source.name, columns)
     if inputs.features.token is not None:
-        tables = [read_table(Path(source.path), columns, mend=mend_captions()) for source in job.sources]
-        texts = [text for table in tables for row in table.to_pylist() for text in row.values() if text]
+        texts = [text for source in job.sources for sample in kept_texts(job, source.name) for text in sample]
         require_token(inputs, texts, what=f"the {len(texts):,} captions of {inputs.run / 'captions'}")
 
 
 def _prepare(job: FeatureJob, inputs: FeatureInputs) -> None:
     """Remember whose the captions are, and have a lost null caption written again."""
-    captions = read_manifest(inputs.run / "captions")
-    remember_identities(job.sources, captions=captions, directory=job.output.path)
+    columns = RunCaptions(inputs.run).folders(inputs.features.caption_columns)
+    remember_identities(job.sources, columns, directory=job.output.path)
     null = job.output.path / NULL_CAPTION_FILE
     if null.is_file() and (damage := weight_file_damage(null)):
         log.warning(f"{null} {damage}: it is written anew, with the texts of one shard")

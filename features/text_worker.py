@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from features.captions import mend_captions
+from features.captions import CaptionPlaces
 from features.overflow import NON_FINITE_TEXT, NUM_NON_FINITE_CAPTIONS
 from features.quantization import StoredText, measure_error, restore_text, store_text
 from features.text_settings import TextSettings, write_null_caption
@@ -24,7 +24,6 @@ from pipelines.engine.rejects import NOT_CHOSEN, is_wanted
 from pipelines.store.families import text_schema
 from pipelines.store.feature_store import FeatureTarWriter, join_shards, write_index
 from pipelines.store.files import atomic_file
-from pipelines.store.tables import read_table
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,7 @@ class TextWorkerConfig:
     """What a `TextWorker` needs; `directory` is where the null caption's record goes."""
 
     text: TextSettings
+    places: CaptionPlaces
     is_long_run: bool
     caption_weights: dict[str, float]
     directory: Path
@@ -69,7 +69,7 @@ class TextWorker:
 
     def __call__(self, piece: Piece) -> PieceReport:
         """Write the tar and index of samples [piece.start, piece.stop)."""
-        samples = _read_captions(piece, self._config.caption_weights)
+        samples = _read_captions(piece, self._config)
         _leave_out(samples, piece)
         counts = TextCounts(self._config.text.max_tokens)
         rows: list[dict[str, Any]] = []
@@ -167,15 +167,15 @@ class TextCounts:
             self.details[name] = max(before, value) if name.startswith("max_") else before + value
 
 
-def _read_captions(piece: Piece, weights: Mapping[str, float]) -> list[list[_Caption]]:
-    """Return the captions of each sample, one per column of `weights`, those it lacks too."""
-    columns = ["key", *weights, "reject"]
-    table = read_table(Path(piece.source.path), columns, mend=mend_captions()).slice(
-        piece.start, piece.stop - piece.start
-    )
+def _read_captions(piece: Piece, config: TextWorkerConfig) -> list[list[_Caption]]:
+    """Return the captions of each sample, one per column, those it lacks too."""
+    rows = config.places.read(piece.source.name, piece.start, stop=piece.stop)
     return [
-        [_to_caption(row, index, shard=piece.source.name, weights=weights) for index in range(len(weights))]
-        for row in table.to_pylist()
+        [
+            _to_caption(row, index, shard=piece.source.name, weights=config.caption_weights)
+            for index in range(len(row) - 1)
+        ]
+        for row in rows
     ]
 
 
@@ -189,8 +189,10 @@ def _leave_out(samples: Sequence[Sequence[_Caption]], piece: Piece) -> None:
 
 def _to_caption(row: Mapping[str, Any], index: int, *, shard: str, weights: Mapping[str, float]) -> _Caption:
     column, weight = list(weights.items())[index]
-    text = row[column] or ""
-    reject = None if row["reject"] is None else f"caption:{row['reject']}"
+    text, reject = row[column]
+    text = text or ""
+    if reject is not None and ":" not in reject:  # a cut of captions has told whose reject it is
+        reject = f"caption:{reject}"
     if reject is None and not text.strip():
         reject = f"no_{column}"
     content = {"key": row["key"], "shard": shard, "caption_index": index, "weight": weight, "reject": reject}

@@ -1,15 +1,12 @@
 """Captions that a text encoder cannot read: how many there are, and some of them."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from encoders.text import clean_text
 from encoders.token_kinds import token_kinds
 from encoders.tokens import find_tokenizer, load_tokenizer
-from features.captions import mend_captions
 from features.jobs import FeatureInputs, FeatureJob
 from pipelines.engine.progress import get_logger
-from pipelines.store.tables import read_table
 
 UNREADABLE = "unreadable_text"
 # In a report's `details`, where there are any: captions that are not read whole, and tokens that stand for nothing.
@@ -54,7 +51,7 @@ def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
         return found
     tokenizer = load_tokenizer(path)
     kinds = token_kinds(tokenizer)
-    for texts in _texts(job, inputs):
+    for texts in _texts(job):
         cleaned = [clean_text(text, inputs.features.text_cleaning) for text in texts]
         codes = tokenizer.encode_batch(cleaned)
         found += [text for text, code in zip(texts, codes, strict=True) if kinds.is_unread(code.ids)]
@@ -63,14 +60,20 @@ def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
     return found
 
 
-def _texts(job: FeatureJob, inputs: FeatureInputs) -> Iterator[list[str]]:
+def kept_texts(job: FeatureJob, shard: str) -> Iterator[list[str]]:
+    """Yield the texts of each sample of a shard that has some, of a job that encodes captions."""
+    for row in job.worker_config.places.read(shard):
+        texts = [cell[0] for name, cell in row.items() if name != "key" and cell[0] and cell[1] is None]
+        if texts:
+            yield texts
+
+
+def _texts(job: FeatureJob) -> Iterator[list[str]]:
     """Yield the captions of the shards with such captions, some at a time."""
-    columns = inputs.features.caption_columns
     for source in job.sources:
         report = job.output.report(source.name, job.fingerprint)
         if report is None or not report.details.get(NUM_UNREAD_CAPTIONS):
             continue
-        table = read_table(Path(source.path), [*columns, "reject"], mend=mend_captions())
-        for start in range(0, len(table), TEXTS_AT_ONCE):
-            rows = table.slice(start, TEXTS_AT_ONCE).to_pylist()
-            yield [row[column] for row in rows if row["reject"] is None for column in columns if row[column]]
+        samples = list(kept_texts(job, source.name))
+        for start in range(0, len(samples), TEXTS_AT_ONCE):
+            yield [text for sample in samples[start : start + TEXTS_AT_ONCE] for text in sample]

@@ -39,8 +39,8 @@ def test_damaged_identities_and_null_caption_are_made_anew_to_the_same_bytes(tmp
 def test_a_column_that_is_not_there_is_said_with_those_that_are(tmp_path) -> None:
     run = write_run(tmp_path, num_shards=1, samples_per_shard=4)
     message = (
-        r"captions/laion_00000\.parquet: there is no column 'captoin' of texts, which features\.<name>\.captions names "
-        r"\(did you mean caption\?\); its columns of texts are alt_text, caption"
+        r"features\.stage2\.captions names 'captoin', but .* has no such captions \(did you mean caption\?\); those "
+        r"there are: alt_text, caption\. `make caption RUN=.*` makes a pass of \[captioning\.passes\]"
     )
     with pytest.raises(UserError, match=message):
         extract(run, "features.stage2.captions=[{column='captoin'}]")

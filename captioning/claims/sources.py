@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
-from pipelines.as_typed import typed_command
-from pipelines.columns.caption_columns import CAPTIONS_SEAM, CaptionColumn, RunCaptions
+from pipelines.columns.caption_columns import CAPTIONS_SEAM, CaptionColumn, RunCaptions, mend_captions
 from pipelines.columns.columns_folders import MAIN_CAPTION
 from pipelines.engine.pieces import Source
 from pipelines.raw.samples import RawSample
@@ -65,7 +64,7 @@ class CaptionTexts:
             UserError: the captions are of other samples.
         """
         if self.keys != [sample.key for sample in raw.samples]:
-            raise UserError(f"{self.path} has other samples than {raw.name}; {_mend()}")
+            raise UserError(f"{self.path} has other samples than {raw.name}; {mend_captions()}")
         rows = zip(raw.samples, self.texts, self.rejects, strict=True)
         return {sample.key: (text, reject) for sample, text, reject in rows if sample.reject is None}
 
@@ -76,9 +75,9 @@ def read_texts(path: Path, column: str, *, sha256: str) -> CaptionTexts:
     Raises:
         UserError: the file is not there or damaged, has changed, or lacks the column.
     """
-    table = read_table(path, ["key", column, "reject"], mend=_mend())
+    table = read_table(path, ["key", column, "reject"], mend=mend_captions())
     if (found := sha256_file(path)) != sha256:
-        raise UserError(f"{path} has SHA-256 {found}, but by its manifest {sha256}: it has changed; {_mend()}")
+        raise UserError(f"{path} has SHA-256 {found}, but by its manifest {sha256}: it has changed; {mend_captions()}")
     keys, texts, rejects = (table.column(name).to_pylist() for name in ("key", column, "reject"))
     return CaptionTexts(path=path, keys=keys, texts=texts, rejects=rejects)
 
@@ -86,7 +85,3 @@ def read_texts(path: Path, column: str, *, sha256: str) -> CaptionTexts:
 def text_of(sample: RawSample, texts: dict[str, tuple[str | None, str | None]]) -> tuple[str | None, str | None]:
     """Return text and reject of a sample."""
     return texts[sample.key] if sample.reject is None else (None, sample.reject)
-
-
-def _mend() -> str:
-    return f"remove it and type `{typed_command('caption')}` again: this shard alone is captioned anew"

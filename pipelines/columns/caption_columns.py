@@ -4,7 +4,7 @@ What is there is what a recipe may name: the captions themselves (`caption`), ot
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipelines.columns.columns_folders import CAPTIONS, MAIN_CAPTION
 from pipelines.engine.pieces import Source
 from pipelines.store.families import texts_digest
 from pipelines.store.manifest import Fingerprint, Manifest, manifest_path, read_manifest, require_same
-from pipelines.store.tables import MEND_SHARD, read_table_schema
+from pipelines.store.tables import read_table_schema
 
 # Columns of captions that say what a row is of, and what became of it.
 NO_TEXTS = ("key", "shard", "prompt", "finish_reason", "reject")
@@ -55,6 +55,11 @@ def captions_folder(run: Path, column: str = MAIN_CAPTION) -> Path:
     return run / (CAPTIONS if column == MAIN_CAPTION else f"{CAPTIONS}@{column}")
 
 
+def mend_captions() -> str:
+    """Return what to do about a shard's captions that cannot be used."""
+    return f"remove it and type `{typed_command('caption')}` again: this shard alone is captioned anew"
+
+
 def raw_identity(source: str) -> str:
     """Return the identity of the raw shard, of the `source` of a shard of captions."""
     return SEAM.split(source)[0]
@@ -63,9 +68,11 @@ def raw_identity(source: str) -> str:
 class RunCaptions:
     """The captions of a run; manifests are read once."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, manifests: Mapping[Path, Manifest] | None = None) -> None:
+        """With `manifests`, by their folders, no others are looked for."""
         self.run = run
-        self._manifests: dict[Path, Manifest] = {}
+        self._manifests: dict[Path, Manifest] = dict(manifests or {})
+        self._is_closed = manifests is not None
 
     @cached_property
     def caption_command(self) -> str:
@@ -93,6 +100,11 @@ class RunCaptions:
             self._require_texts(found, key=key)
         return found
 
+    def folders(self, columns: Sequence[str]) -> list[CaptionColumn]:
+        """Return one column of each folder that some columns lie in, of those that are there."""
+        found = [column for name in columns if (column := self._found(name)) is not None]
+        return list({column.folder: column for column in found}.values())
+
     def texts_digest(self, columns: Sequence[str]) -> str | None:
         """Return what text features of some columns know their captions by; None where some are not there."""
         found = [self._found(name) for name in columns]
@@ -107,7 +119,7 @@ class RunCaptions:
     def _found(self, name: str) -> CaptionColumn | None:
         folder, column = self._place(name)
         if folder not in self._manifests:
-            if not manifest_path(folder).is_file():
+            if self._is_closed or not manifest_path(folder).is_file():
                 return None
             self._manifests[folder] = read_manifest(folder)
         return CaptionColumn(name=name, folder=folder, manifest=self._manifests[folder], column=column)
@@ -152,7 +164,7 @@ class RunCaptions:
 
     def _require_texts(self, found: CaptionColumn, *, key: str) -> None:
         first = found.file(min(found.manifest.shards))
-        schema = read_table_schema(first, mend=MEND_SHARD)
+        schema = read_table_schema(first, mend=mend_captions())
         texts = [field.name for field in schema if pa.types.is_string(field.type) and field.name not in NO_TEXTS]
         if found.column not in texts:
             passes = [folder.name.partition("@")[2] for folder in sorted(self.run.glob(f"{CAPTIONS}@*"))]

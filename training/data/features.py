@@ -9,6 +9,7 @@ from typing import Any
 from encoders.text import DEFAULT_CLEANING
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
+from pipelines.columns.caption_columns import RunCaptions
 from pipelines.command import Command
 from pipelines.raw.patterns import select_names
 from pipelines.store.families import (
@@ -16,10 +17,9 @@ from pipelines.store.families import (
     image_directory,
     latent_directory,
     text_directory,
-    texts_digest,
 )
 from pipelines.store.files import is_remote
-from pipelines.store.manifest import manifest_path, read_manifest, require_same
+from pipelines.store.manifest import require_same
 from training.config import StageTraining
 from training.data.cache import ShardCache
 from training.data.choices import open_choice, require_all_encoded
@@ -362,8 +362,7 @@ def _check_text(directory: FeatureDirectory, *, table: FeatureTable, run: str, t
         require_same(name, expected, found, where=where, mend=mend)
     # Imported features were made of no captions of this run.
     is_made_here = "captions" in manifest.upstream and not is_remote(run)
-    if is_made_here and manifest_path(Path(run) / "captions").is_file():
-        columns = [caption.column for caption in table.captions]
-        captions = texts_digest(read_manifest(Path(run) / "captions"), columns)
+    columns = [caption.column for caption in table.captions]
+    if is_made_here and (captions := RunCaptions(Path(run)).texts_digest(columns)) is not None:
         mend = f"the captions of {run} have changed since: `{command}` encodes them; to keep both, name another run"
         require_same("captions", captions, manifest.upstream["captions"], where=where, mend=mend)

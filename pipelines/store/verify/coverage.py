@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from pandas.util import hash_array
 
 from pipelines.as_typed import ANY, typed_command, typed_flag
+from pipelines.columns.caption_columns import RunCaptions
 from pipelines.raw.shard_names import shard_name
-from pipelines.store.families import FamilySchema, caption_columns, schema_of, texts_digest
+from pipelines.store.families import FamilySchema, caption_columns, schema_of
 from pipelines.store.manifest import Manifest
 from pipelines.store.verify.findings import Findings, Problem
 
@@ -24,20 +25,23 @@ DIGITS = re.compile(r"\d+")
 def check_coverage(run: Path, findings: Findings, raw_shards: Sequence[str]) -> None:
     """Check that no shard of a directory's input, `raw_shards` or captions, is missing between those it has done."""
     captions = findings.manifests.get(run / "captions")
+    of_run = RunCaptions(run, findings.manifests)
     remembered = [shard_name(path) for path in raw_shards]
     for directory, manifest in findings.manifests.items():
         upstream = manifest.upstream.get("captions") if directory.parent == run / "features" else None
-        if upstream is not None and captions is not None:
-            digest = texts_digest(captions, caption_columns(manifest))
+        columns = caption_columns(manifest)
+        digest = None if upstream is None else of_run.texts_digest(columns)
+        if upstream is not None and digest is not None:
             if upstream != digest:
-                text = f"made from captions {upstream}, but {run / 'captions'} is {digest}"
+                folders = " and ".join(str(column.folder) for column in of_run.folders(columns))
+                text = f"made from captions {upstream}, but {folders} is {digest}"
                 mend = f"`{_features(run)}` encodes what has changed"
                 findings.problems.append(Problem(directory=directory, text=text, mend=mend))
-            text = f"{run / 'captions'} has no such shard"
             mend = f"`{typed_command('caption', {'run': run})}` with {typed_flag('shards')} of it, too"
             findings.problems += [
-                Problem(directory=directory, shard=name, text=text, mend=mend)
-                for name in sorted(manifest.shards.keys() - captions.shards.keys())
+                Problem(directory=directory, shard=name, text=f"{column.folder} has no such shard", mend=mend)
+                for column in of_run.folders(columns)
+                for name in sorted(manifest.shards.keys() - column.manifest.shards.keys())
             ]
         expected = list(captions.shards) if upstream is not None and captions else remembered
         if directory.parent == run / "features" or directory == run / "captions":
