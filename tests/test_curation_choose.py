@@ -1,12 +1,15 @@
 """`make choose`: what is chosen is written, not encoded; a plan counts, finds the nearest ones, writes no choice."""
 
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from choose_run import HOSTILE, SHARDS, all_rows, rows_of, type_choose, write_run
+from raw_shards import encode, photo, write_tar
+from storage_servers import serve_folder
 
 from curation.choose.histograms import empty_histogram
 from curation.choose.measures import Cut, measures_of
@@ -235,6 +238,27 @@ def test_a_plan_writes_a_page_and_no_choice_and_reads_the_images_it_shows_alone(
     assert f"{num_chosen} of 150 samples are chosen" in text
     type_choose(run, monkeypatch, f"features.stage2.where={WHERE}", plan=True)
     assert page.read_text() == text
+
+
+def test_of_remote_shards_whose_headers_are_known_the_images_that_are_shown_are_read(tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    for path in (run / "raw").iterdir():  # whole pictures, so that headers are little beside them
+        keys = [row["key"] for row in rows_of(path.stem)]
+        write_tar(path, [(f"{key}.jpg", encode(photo(n, 300, 200), quality=100)) for n, key in enumerate(keys)])
+    raw = (run / "raw").rename(tmp_path / "raw")
+    with serve_folder(raw) as server:
+        names = ",".join(f"{server.url}/{path.name}" for path in sorted(raw.iterdir()))
+        where = "features.stage2.where=min_side > 800"
+        type_choose(run, monkeypatch, where, plan=True, text=f"data.shards={names}")
+        before = server.bytes_sent
+        type_choose(run, monkeypatch, where, plan=True, text=f"data.shards={names}")
+        text = (run / "choose" / "stage2.html").read_text()
+        num_shown = len(set(re.findall(r'title="(\S+/\S+)"', text)))
+        assert text.count("<img") >= num_shown > 20
+        num_bytes = sum(path.stat().st_size for path in raw.iterdir())
+        # Ranges are a little longer than images.
+        assert 0 < server.bytes_sent - before < 0.6 * num_bytes
 
 
 def test_a_choice_is_written_and_nothing_encoded(tmp_path, monkeypatch, caplog) -> None:

@@ -90,8 +90,9 @@ class Sample:
 
     def offer(self, values: np.ndarray, lots: np.ndarray) -> None:
         """Look at some values, all of them finite."""
+        if len(self._lots) == self._num:  # most of many shards are beyond the largest lot that is kept
+            near = lots <= self._lots[-1]
+            lots, values = lots[near], values[near]
         lots, values = np.concatenate([self._lots, lots]), np.concatenate([self._values, values])
-        if len(lots) > self._num:
-            kept = np.lexsort((values, lots))[: self._num]
-            lots, values = lots[kept], values[kept]
-        self._lots, self._values = lots, values
+        kept = np.lexsort((values, lots))[: self._num]
+        self._lots, self._values = lots[kept], values[kept]

@@ -21,6 +21,7 @@ from curation.choose.tables import ChoosingTable
 from pipelines.columns.choice_counts import ChoiceCounts, sum_counts
 from pipelines.columns.choices import NUM_READERS, ShardChoice
 from pipelines.columns.expressions import Expression
+from pipelines.engine.progress import progress_bar
 
 # What becomes of a sample, as one clause sees it.
 CHOSEN, LOST, LOST_TO_OTHERS = range(3)
@@ -162,11 +163,14 @@ class Survey:
             )
             for clause in clauses
         ]
-        for look in self._looks(shards):
-            self._first(look)
-        self.draws.begin(self.total)
-        for look in self._looks(shards):
-            self._second(look)
+        with progress_bar("choose", 2 * len(shards), unit="shards") as progress:
+            for look in self._looks(shards):
+                self._first(look)
+                progress.advance(1, note=look.found.shard)
+            self.draws.begin(self.total)
+            for look in self._looks(shards):
+                self._second(look)
+                progress.advance(1, note=look.found.shard)
 
     @cached_property
     def total(self) -> ChoiceCounts:

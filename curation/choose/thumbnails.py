@@ -11,17 +11,15 @@ from pipelines.columns.choices import Choice
 from pipelines.columns.columns_folders import MAIN_CAPTION
 from pipelines.columns.evaluation import kind_of
 from pipelines.command import Command
-from pipelines.engine.progress import get_logger
+from pipelines.engine.pieces import Source
 from pipelines.raw.images import SampleReject, decode_image
 from pipelines.raw.shard_names import shard_name
-from pipelines.raw.shards import open_shard
+from pipelines.raw.shards import describe_shards, open_shard
 from pipelines.recipe import DataConfig
 
 THUMBNAIL_PIXELS, THUMBNAIL_QUALITY = 176, 72
 CAPTION_CHARACTERS = 400
 NUM_READERS = 8
-
-log = get_logger("choose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +37,14 @@ def show_examples(
     keys: dict[str, dict[str, None]] = {}
     for example in examples:
         keys.setdefault(example.shard, {})[example.key] = None
-    by_name = {shard_name(path): path for path in paths}
     data = command.recipe.table("data", DataConfig)
+    # Their headers are remembered, and of large shards read once for all pages and commands.
+    needed = [path for path in paths if shard_name(path) in keys]
+    sources = {each.source.name: each.source for each in describe_shards(needed, data.reading, run=command.run)}
 
     def show(shard: str) -> dict[tuple[str, str], Shown]:
         captions = _captions(choice, shard, keys[shard])
-        images = _thumbnails(by_name[shard], keys[shard], data=data, command=command)
+        images = _thumbnails(sources[shard], keys[shard], data=data, command=command)
         return {(shard, key): Shown(image=images.get(key, ""), caption=captions.get(key, "")) for key in keys[shard]}
 
     found: dict[tuple[str, str], Shown] = {}
@@ -71,9 +71,9 @@ def _cut(text: str) -> str:
     return text if len(text) <= CAPTION_CHARACTERS else f"{text[: CAPTION_CHARACTERS - 1]}…"
 
 
-def _thumbnails(path: str, keys: Mapping[str, None], *, data: DataConfig, command: Command) -> dict[str, str]:
+def _thumbnails(source: Source, keys: Mapping[str, None], *, data: DataConfig, command: Command) -> dict[str, str]:
     images = {}
-    with open_shard(path, data.reading, run=command.run) as raw:
+    with open_shard(source.path, data.reading, run=command.run, identity=source.identity) as raw:
         wanted = [sample for sample in raw.samples if sample.key in keys and sample.reject is None]
         for sample in wanted:
             try:
