@@ -14,6 +14,7 @@ from PIL import Image
 
 from captioning import __main__ as captioning
 from captioning.canary import check_engine
+from captioning.claims import __main__ as claims
 from captioning.claims.in_vllm import VllmAsker
 from captioning.config import CaptioningConfig
 from captioning.engines.protocol import Caption, Refusal, Request
@@ -76,11 +77,13 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def command(run: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, is_plan: bool = False) -> None:
+def command(
+    run: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, is_plan: bool = False, do: Any = captioning.main
+) -> None:
     typed = ["captioning", "--recipe", str(run / "recipe.toml"), "--run", str(run)]
     typed += [part for setting in settings for part in ("--set", setting)]
     monkeypatch.setattr("sys.argv", [*typed, *["--plan"] * is_plan])
-    captioning.main()
+    do()
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -268,3 +271,33 @@ def test_prepare_keeps_what_needs_no_change(vllm) -> None:
     request = Request(image=photo(0, 40, 40), prompt="Describe this.", seed=5)
     [question] = VllmEngine(config_of()).prepare([request])
     assert question.image is request.image and (question.prompt, question.seed) == ("Describe this.", 5)
+
+
+def test_the_claims_command_asks_vllm(tmp_path, vllm, monkeypatch) -> None:
+    run = make_run(tmp_path)
+    command(run, "captioning.max_reject_fraction=0.5", monkeypatch=monkeypatch)
+    vllm.calls.clear()
+    command(run, "captioning.max_reject_fraction=0.5", monkeypatch=monkeypatch, do=claims.main)
+    found = pq.read_table(run / "columns" / "claims" / "laion_00000.parquet").to_pylist()
+    asked = [row for row in found if row["reject"] is None]
+    assert len(asked) == 8 and all(row["unsupported_share"] == 0.0 for row in asked)
+    assert {given[0].logprobs for _, given in vllm.calls} == {20}
+    assert read_manifest(run / "columns" / "claims").fingerprint.fields["vllm"] == {"max_model_len": 4096}
+
+
+def test_loops_without_spaces_are_asked_again_where_the_recipe_says_so(tmp_path, vllm, monkeypatch) -> None:
+    """By default not: captions that are there were made without it."""
+    answer = vllm.answer
+
+    def looping(image: Image.Image, prompt: str, params: Any) -> Any:
+        found = answer(image, prompt, params)
+        if params.max_tokens == 64 and params.repetition_penalty == 1.0:
+            found.text = "桌子和椅子" * 20
+        return found
+
+    monkeypatch.setattr(vllm, "answer", looping)
+    run = make_run(tmp_path)
+    for by_script, flags in (("false", ["loop", "other_script"]), ("true", ["retried"])):
+        settings = ("captioning.max_reject_fraction=0.5", f"captioning.loop_retry.by_script={by_script}")
+        command(run, *settings, monkeypatch=monkeypatch)
+        assert all(row["flags"] == flags for row in rows(run) if row["reject"] is None)
