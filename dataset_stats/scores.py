@@ -129,7 +129,7 @@ class Scores:
             groups.append(known["duplicate_group"].drop_null().combine_chunks())
             shard = self._addresses[name][number].shard
             for row in own.slice(0, NUM_EXAMPLES - len(found.examples)).to_pylist():
-                sample = f"{shard} {row['key']}"
+                sample = f"{shard}/{row['key']}"
                 found.examples.append((sample, str(row["duplicate_of"]), str(row["duplicate_kind"])))
         sizes = np.asarray(pa.chunked_array(groups).value_counts().field("counts"))
         for label, (least, most) in GROUPS.items():

@@ -187,13 +187,14 @@ def test_few_of_many_marked_captions_are_read(run, monkeypatch):
 def test_without_columns_the_report_says_what_makes_them_and_is_made_anew_when_they_come(run):
     run_stage(run)
     page = page_of(run)
-    assert 'id="claims"' not in page and 'id="image-duplicates"' not in page
+    assert "of the claims" not in page and 'id="claims"' not in page and 'id="image-duplicates"' not in page
     assert f"Claims of SAM, kept: <code>make claims RUN={run}</code>" in page
     assert "Duplicate images of SAM, kept: <code>make columns" in page
     counts = {path: path.stat().st_mtime_ns for path in (run / "stats" / "counts").glob("*.parquet")}
     write_scores(run)
     run_stage(run)
     assert 'id="claims"' in page_of(run) and 'id="not-measured"' not in page_of(run)
+    assert "of the claims (" in page_of(run) and "are duplicates of another one" in page_of(run)
     assert {path: path.stat().st_mtime_ns for path in counts} == counts, "nothing is counted anew"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dataset_stats.distribution import Distribution
@@ -36,6 +36,7 @@ OTHER_REASON = "as captioning or img2dataset said"
 # From these shares of a set's captions on, a sentence says so.
 DUPLICATES, REJECTED, OTHER_LANGUAGES, OVER_LIMIT, UNREAD, FLAGGED = 0.01, 0.01, 0.05, 0.01, 0.01, 0.01
 BOILERPLATE, ONE_TEXT = 0.2, 0.01
+UNSUPPORTED, UNKNOWN_CLAIMS = 0.05, 0.2
 SHORT_WORDS = 3  # half of the captions have no more
 
 
@@ -204,9 +205,23 @@ def notices(measures: Mapping[str, SetMeasures]) -> list[Notice]:
     return [
         Notice(f"{name}: {text}", part)
         for name, m in measures.items()
-        for is_said, text, part in _sentences(m)
+        for is_said, text, part in (*_sentences(m), *_sentences_of_columns(m))
         if is_said
     ]
+
+
+def _sentences_of_columns(m: SetMeasures) -> Iterator[tuple[bool, str, str]]:
+    """As `_sentences`, of what columns say."""
+    if (images := m.image_duplicates) is not None:
+        count, whole = images.num_duplicates, images.num_samples
+        text = f"{percent(count, whole)} of the images ({count:,} of {whole:,}) are duplicates of another one"
+        yield count > 0 and count >= DUPLICATES * whole, text, "image-duplicates"
+    if (claims := m.claims) is not None:
+        count, whole = claims.num_unsupported, claims.num_claims - claims.num_unknown
+        text = f"{percent(count, whole)} of the claims ({count:,} of {whole:,}) are not supported by the image"
+        yield count > 0 and count >= UNSUPPORTED * whole, text, "claims"
+        text = f"nobody knows of {percent(claims.num_unknown, claims.num_claims)} of the claims"
+        yield claims.num_unknown > 0 and claims.num_unknown >= UNKNOWN_CLAIMS * claims.num_claims, text, "claims"
 
 
 def _sentences(m: SetMeasures) -> Sequence[tuple[bool, str, str]]:
