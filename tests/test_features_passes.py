@@ -10,10 +10,13 @@ import pytest
 from feature_run import encoded, extract, picture, write_raw, write_recipe
 
 from captioning.__main__ import main as caption_main
+from curation.__main__ import main as columns_main
 from errors import UserError
+from pipelines.columns.sample_columns import SampleColumns
 from pipelines.store.manifest import read_manifest
 from pipelines.store.verify.run import verify_run
 from tests.sound_run import require_sound
+from tests.tiny_models import save_clip
 
 SHARDS = ("laion_00000", "laion_00001")
 MIXED = 'features.stage2.captions=[{column="caption"},{column="short"},{column="words",weight=0.5}]'
@@ -145,6 +148,33 @@ def test_choices_and_weights_name_passes(run: Path) -> None:
         (False, 1),
         (True, 1),
     ]
+
+
+def test_clip_scores_of_passes_are_columns(run: Path, tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip")
+    settings = (
+        f"columns.clip_model={clip}",
+        'columns.scores=["clip","clip_score"]',
+        'columns.caption_columns=["caption","short"]',
+    )
+    words = ["columns", "--recipe", str(run.parent / "recipe.toml"), "--run", str(run)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*words, *(part for setting in settings for part in ("--set", setting))])
+        columns_main()
+    names = ["caption", "short", "clip_score", "short.clip_score", "clip_tokens", "short.clip_tokens"]
+    rows = SampleColumns(run).read(SHARDS[0], names).to_pylist()
+    assert all((row["clip_score"] is None) == (row["caption"] is None) for row in rows)
+    assert [row["short.clip_score"] is None for row in rows] == [row["short"] is None for row in rows]
+    same = [row["short.clip_tokens"] == row["clip_tokens"] for row in rows]
+    assert same == [row["short"] == row["caption"] for row in rows] and not all(same)
+    # Cut anew, the pass is scored anew, and the captions are not.
+    times = {path: path.stat().st_mtime_ns for path in run.glob("columns/*/*.parquet")}
+    caption(run, "captioning.passes.short.max_sentences=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*words, *(part for setting in settings for part in ("--set", setting))])
+        columns_main()
+    changed = {path.parent.name for path in times if path.stat().st_mtime_ns != times[path]}
+    assert changed == {"clip_score@short"}
 
 
 def test_the_plan_measures_passes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
