@@ -10,7 +10,6 @@ What a band needs at a time, a table of the hashes by its bits, is made for rang
 
 # U hashes, P pairs
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -160,22 +159,23 @@ def unpack(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def choose_bands(hashes: np.ndarray, radius: int, *, queries_per_hash: float = 1.0) -> Bands:
     """Return the bands by which near ones among hashes, dealt, are found with the least work."""
-    step = max(1, len(hashes) // NUM_PROBED)
-    probed, num = hashes[::step], len(hashes)
-    least, best = math.inf, Bands.of(radius, radius + 1)
-    for num_blocks in range(radius + 1, radius + 2 + MAX_EXTRA_BLOCKS if radius else 2):
-        bands = Bands.of(radius, num_blocks)
-        cost = 0.0
-        for band, chosen in enumerate(bands.chosen):
-            mask = np.bitwise_or.reduce(bands.block_masks()[list(chosen)])
-            _, counts = np.unique(probed & mask, return_counts=True)
-            share = float((counts * (counts - 1)).sum()) / max(1, len(probed) * (len(probed) - 1))
-            share = max(share, 2.0 ** -min(bands.num_key_bits(band), MAX_INDEX_BITS))
-            of_query = QUERY_COST + share * num * COMPARISON_COST
-            cost += num * (ROW_COST + queries_per_hash * of_query)
-        if cost < least:
-            least, best = cost, bands
-    return best
+    most = radius + 1 + MAX_EXTRA_BLOCKS if radius else 1
+    every = [Bands.of(radius, num_blocks) for num_blocks in range(radius + 1, most + 1)]
+    num = len(hashes)
+    return min(every, key=lambda bands: expected_work(bands, hashes, num, queries_per_hash=queries_per_hash))
+
+
+def expected_work(bands: Bands, hashes: np.ndarray, num: int, *, queries_per_hash: float = 1.0) -> float:
+    """Return about how many nanoseconds of one core it takes to look among `num` hashes such as these, dealt."""
+    probed = hashes[:: max(1, len(hashes) // NUM_PROBED)]
+    work = 0.0
+    for band, chosen in enumerate(bands.chosen):
+        mask = np.bitwise_or.reduce(bands.block_masks()[list(chosen)])
+        _, counts = np.unique(probed & mask, return_counts=True)
+        share = float((counts * (counts - 1)).sum()) / max(1, len(probed) * (len(probed) - 1))
+        share = max(share, 2.0 ** -min(bands.num_key_bits(band), MAX_INDEX_BITS))
+        work += num * (ROW_COST + queries_per_hash * (QUERY_COST + share * num * COMPARISON_COST))
+    return work
 
 
 def dealt(hashes: np.ndarray) -> np.ndarray:
