@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from dataset_stats.captions import Address, RowSample
 from dataset_stats.config import CaptionSet
+from dataset_stats.file_columns import FileColumns
 from errors import UserError
 from pipelines.as_typed import typed_command
 from pipelines.columns.choice_counts import ChoiceCounts
@@ -25,6 +26,7 @@ from pipelines.store.tables import MEND_SHARD, read_table
 SECTION = "dataset_stats.sets"
 ALL_OF = ".all"  # what ends the name of a set that is counted for comparison alone
 NAME_ENDING = ".nouns"
+OF_SAMPLES, OF_FILES = ("captions", "raw"), "parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +52,34 @@ class SetChoice:
         Raises:
             UserError: nothing is kept, with the counts of each clause; or columns are damaged or of other samples.
         """
-        addresses = {(address := Address.parse(source.path)).shard: address for source in sources}
+        addresses = {_shard_of(address := Address.parse(source.path)): address for source in sources}
         counts, rows = [], {}
         for found in self.choice.evaluate_each(self.shards):
             counts.append(found.counts)
             if found.shard in addresses:
-                rows[found.shard] = _Rows.of(found.keys, found.chosen, addresses[found.shard].sample)
+                keys = found.keys if addresses[found.shard].layout in OF_SAMPLES else None
+                rows[found.shard] = _Rows.of(keys, found.chosen, addresses[found.shard].sample)
         total = require_some(counts, self.choice)
         return ChosenRows(set_choice=self, counts=total, by_shard=[rows[shard] for shard in addresses])
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a source: eight to a byte whether they are kept, how many there are, and a hash of their keys."""
+    """Rows of a source: eight to a byte whether they are kept, how many there are, and a hash of their keys.
+
+    Rows that are chosen by columns of their own file have no hash.
+    """
 
     bits: np.ndarray
     num_rows: int
-    keys: str
+    keys: str | None
 
     @classmethod
-    def of(cls, keys: pa.ChunkedArray, chosen: np.ndarray, sample: RowSample | None) -> _Rows:
+    def of(cls, keys: pa.ChunkedArray | None, chosen: np.ndarray, sample: RowSample | None) -> _Rows:
         if sample is not None and sample.num_rows == len(chosen):
             drawn = sample.rows()
-            keys, chosen = keys.take(pa.array(drawn)), chosen[drawn]
-        return cls(np.packbits(chosen), len(chosen), _hash_of_keys(keys))
+            keys, chosen = None if keys is None else keys.take(pa.array(drawn)), chosen[drawn]
+        return cls(np.packbits(chosen), len(chosen), None if keys is None else _hash_of_keys(keys))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,7 @@ class ChosenRows:
     def require_same_samples(self, files: Sequence[Path]) -> None:
         """Raise a UserError where counted captions are not of the samples that the columns are of."""
         for path, rows in zip(files, self.by_shard, strict=True):
-            if _hash_of_keys(read_table(path, ["key"], mend=MEND_SHARD)["key"]) != rows.keys:
+            if rows.keys is not None and _hash_of_keys(read_table(path, ["key"], mend=MEND_SHARD)["key"]) != rows.keys:
                 choice = self.set_choice.choice
                 raise UserError(
                     f"{choice.settings.key('where')}: its columns are not of the same samples as the captions of "
@@ -106,12 +112,6 @@ class SetChoices:
     def __init__(self, run: Path, sets: Mapping[str, CaptionSet]) -> None:
         self._run = run
         self._sets = {name: found for name, found in sets.items() if found.where is not None}
-        for name, found in self._sets.items():
-            if not found.has_samples:
-                raise UserError(
-                    f"{SECTION}.{name}.where: columns are of samples of the run, and these captions are of files: "
-                    'a set with where is of shards of RUN/captions, or has layout = "raw"'
-                )
         self._settings = {
             name: ChoiceSettings(table=name, where=found.where, section=SECTION) for name, found in self._sets.items()
         }
@@ -130,8 +130,15 @@ class SetChoices:
         """
         found = {}
         for name, settings in self._settings.items():
-            choice = Choice(self._run, settings, columns=self._columns)
-            shards = [Address.parse(source.path).shard for source in sources[name]]
+            addresses = [Address.parse(source.path) for source in sources[name]]
+            columns = self._columns if self._sets[name].has_samples else FileColumns(self._run)
+            if other := next((each for each in addresses if each.layout not in (*OF_SAMPLES, OF_FILES)), None):
+                raise UserError(
+                    f"{settings.key('where')}: {other.path} has no columns with types: a set with where is of "
+                    'RUN/captions, of raw shards of the run (layout = "raw"), or of Parquet files, by their own columns'
+                )
+            choice = Choice(self._run, settings, columns=columns)
+            shards = [_shard_of(address) for address in addresses]
             choice.check(shards)
             before = next(other for other in sources if other not in self._sets and sources[other] == sources[name])
             found[name] = SetChoice(name=name, before=before, choice=choice, shards=shards)
@@ -157,6 +164,11 @@ class SetChoices:
             name: [_keeping_nouns(source) if source.name in of_choices else source for source in own]
             for name, own in sources.items()
         }
+
+
+def _shard_of(address: Address) -> str:
+    """What a choice calls a source: the run's shards by their names, other files by their paths."""
+    return address.shard if address.layout in OF_SAMPLES else address.path
 
 
 def _keeping_nouns(source: Source) -> Source:

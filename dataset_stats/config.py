@@ -54,7 +54,7 @@ class CaptionSet(TableConfig):
     where: str | None = Field(
         default=None,
         description="Samples that are counted, by an expression over their columns as in [features.<table>]; left out: "
-        "all. For shards of RUN/captions and raw shards of the run",
+        "all. Of RUN/captions and raw shards by the run's columns, of Parquet files by their own",
     )
 
     @property

@@ -316,10 +316,39 @@ def test_columns_of_other_samples_are_refused(run):
         run_stage(run, f"{CHOSEN}=min_side >= 512")
 
 
-def test_files_have_no_columns_to_choose_by(run):
-    pq.write_table(pa.table({"caption": ["A dog"]}), run.parent / "a.parquet")
-    with pytest.raises(UserError, match=r"dataset_stats\.sets\.a\.where: columns are of samples of the run"):
-        run_stage(run, f'dataset_stats.sets={{"a" = {{ files = "{run.parent}/a.parquet", where = "min_side > 1" }}}}')
+def write_file(path: Path, shard: str, **columns: pa.Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"TEXT": [row["caption"] for row in rows_of(shard)], **columns}), path)
+
+
+def test_parquet_files_are_chosen_from_by_their_own_columns(run):
+    scores = {shard: [row["clip_score"] for row in rows_of(shard)] for shard in SHARDS}
+    for shard, found in scores.items():  # files of one name in two folders
+        write_file(run.parent / shard / "part.parquet", shard, similarity=pa.array(found, pa.float64()))
+    choice = f'"b" = {{ files = "{run.parent}/sa_*/part.parquet", where = "similarity > 0.2" }}'
+    run_stage(run, f"dataset_stats.sets={{ {choice} }}")
+    rows = [row for shard in SHARDS for row in rows_of(shard)]
+    kept = [row for row in rows if row["clip_score"] is not None and row["clip_score"] > 0.2]
+    assert nouns_of(run) == {"b.all": by_hand(rows), "b": by_hand(kept)}
+    files = count_files(run)
+    run_stage(run, f"dataset_stats.sets={{ {choice.replace('0.2', '0.27')} }}")
+    assert count_files(run) == files
+    few = [row for row in kept if row["clip_score"] > 0.27]
+    assert nouns_of(run)["b"] == by_hand(few)
+    run_stage(run, f"dataset_stats.sets={{ {choice} }}", "dataset_stats.sample=100")
+    num_texts = sum(row["caption"] is not None for row in kept)
+    assert read_summary(run)["dataset_stats_sample"]["b"]["num_captions"] == num_texts
+
+
+def test_files_without_the_columns_are_named(run):
+    write_file(run.parent / "a.parquet", "sa_0", similarity=pa.array([0.3] * SHARDS["sa_0"]))
+    write_file(run.parent / "b.parquet", "sa_1", punsafe=pa.array([0.3] * SHARDS["sa_1"]))
+    sets = f'{{"a" = {{ files = ["{run.parent}/a.parquet", "{run.parent}/b.parquet"], where = "similarity > 0.2" }}}}'
+    with pytest.raises(UserError, match=r"dataset_stats\.sets\.a\.where: .*/b\.parquet has no column 'similarity'"):
+        run_stage(run, f"dataset_stats.sets={sets}")
+    (run.parent / "c.csv").write_text("caption,score\nA dog,1\n")
+    with pytest.raises(UserError, match=r"c\.csv has no columns with types: a set with where is of RUN/captions"):
+        run_stage(run, f'dataset_stats.sets={{"c" = {{ files = "{run.parent}/c.csv", where = "score > 0" }}}}')
 
 
 def test_addresses_with_nouns_are_read_back():
