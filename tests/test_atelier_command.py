@@ -23,6 +23,7 @@ VALUE = "it's \"5\" $5 $(HOME) # 'x'  [y], {0..1}"
 GIVEN = {
     "shards": ("caption", ["--text", f"SHARDS:data.shards={VALUE}"]),
     "retry": ("caption", ["--once", "RETRY:captioning.retry_rejects=true"]),
+    "passes": ("caption", ["--text", f"PASSES:captioning.only={VALUE}"]),
     "plan": ("caption", ["--plan"]),
     "run": ("verify", [f"--run={VALUE}"]),
     "sets": ("stats", ["--text", f"SETS:dataset_stats.sets={VALUE}"]),
