@@ -55,7 +55,7 @@ def chosen_scores(config: ColumnsConfig, run: Path) -> list[Score]:
                 f"columns.scores: there is no score {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}"
             )
     chosen: dict[str, Score] = {}
-    for name in (*config.scores, *config.tables):
+    for name in (*config.scores, *config.heads, *config.tables):
         for score in _named(name, known):
             _add(score, by_name, chosen)
     return [score for score in known if score.name in chosen]

@@ -1,7 +1,7 @@
 """Making columns: what passes over images have left, passes over what is pending, then scores from tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ def make_columns(job: ColumnsJob) -> MadeColumns:
     """
     manifests: dict[str, Manifest] = {}
     with exclusive(job.folder):
-        for score in _to_make(job):
-            score.require()
+        sources_to_do = to_do(job)
+        for score in job.scores:
+            if sources_to_do[score.name]:
+                score.require()
         num_new = sum(len(job.pending(score, job.sources)) for score in job.image_scores)
         _make_image_scores(job)
         for score in job.scores:
@@ -57,22 +59,25 @@ def make_columns(job: ColumnsJob) -> MadeColumns:
     return MadeColumns(manifests=manifests, num_new=num_new)
 
 
-def _to_make(job: ColumnsJob) -> list[Score]:
-    """Return the scores that are pending for some shard, and those that are made from them.
+def to_do(job: ColumnsJob) -> dict[str, list[Source]]:
+    """Return, by the name of each score, the shards it is pending for, and those that what it is made from is made for.
 
     Raises:
         UserError: a score lacks what it is made from, and no other score gives.
     """
-    found: list[Score] = []
+    found: dict[str, list[Source]] = {}
     for score in job.scores:
-        made_anew = {f"{job.folder.name}/{each.name}" for each in found}
-        there = [reads for reads in score.reads if reads.folder not in made_anew]
-        if len(there) < len(score.reads):
+        made = {reads.folder: found.get(reads.folder.removeprefix(f"{job.folder.name}/"), []) for reads in score.reads}
+        fed = {source.name for sources in made.values() for source in sources}
+        if fed:
             # What no score of this command makes must be there before hours are spent on what it makes.
-            input_hashes(job.run, there, [each.name for each in job.sources], score=score.name)
-            found.append(score)
-        elif job.pending(score, sources_of(job, score)):
-            found.append(score)
+            there = [reads for reads in score.reads if not made[reads.folder]]
+            input_hashes(job.run, there, [source.name for source in job.sources], score=score.name)
+        if fed and isinstance(score, RunScore):
+            fed = {source.name for source in job.sources}
+        others = replace(job, sources=[source for source in job.sources if source.name not in fed])
+        pending = {each.name for each in job.pending(score, sources_of(others, score))} if others.sources else set()
+        found[score.name] = [source for source in job.sources if source.name in fed | pending]
     return found
 
 

@@ -55,7 +55,9 @@ class DuplicatesConfig(TableConfig):
 class ColumnsConfig(TableConfig):
     """`[columns]`: what is measured of each sample. Nothing is deleted by it: a column is there to be chosen by."""
 
-    scores: Sequence[str] = Field(default=("pixels",), description="Scores to make, see docs/CURATION.md")
+    scores: Sequence[str] = Field(
+        default=("pixels",), description="Scores to make beside heads and tables, see docs/CURATION.md"
+    )
     tables: Mapping[ColumnName, JoinedTableConfig] = Field(
         default_factory=dict, description="Tables that are joined by key: each gives the score of its name"
     )

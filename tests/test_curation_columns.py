@@ -1,6 +1,7 @@
 """`make columns`: one row per sample in raw order, resumed, and each score made for its own sake alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.__main__ import main
+from pipelines.engine.progress import console
 from pipelines.store.manifest import read_manifest
 from tests.raw_shards import broken_images, encode, photo, write_laion, write_tar
 
@@ -45,6 +47,24 @@ def test_every_sample_has_a_row_in_raw_order_and_rejects_have_nulls(tmp_path, co
     assert (said["name"], said["needs"]) == ("pixels", "image")
     assert all(str(table.schema.field(name).type) == each["type"] for name, each in said["columns"].items())
     assert table.schema.field(table.num_columns - 1) == pa.field("reject", pa.string())
+
+
+def test_a_plan_counts_what_is_made_from_scores_that_are_to_be_made(tmp_path, columns) -> None:
+    write_laion(tmp_path / "raw/a.tar", 5)
+    scores = ("--set", 'columns.scores=["pixels", "duplicates"]')
+
+    def plan() -> dict[str, list[str]]:
+        with console.capture() as told:
+            columns(*scores, "--plan")
+        rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in told.get().splitlines() if "│" in line]
+        return {row[0]: row[-2:] for row in rows if len(row) > 2}
+
+    assert plan() == {"pixels": ["1", "5"], "hashes": ["1", "5"], "duplicates": ["1", "5"]}
+    assert not (tmp_path / "run/columns").exists()
+    columns(*scores)
+    assert plan() == {"pixels": ["0", "0"], "hashes": ["0", "0"], "duplicates": ["0", "0"]}
+    write_laion(tmp_path / "raw/b.tar", 3, first=100)
+    assert plan() == {"pixels": ["1", "3"], "hashes": ["1", "3"], "duplicates": ["2", "8"]}
 
 
 def test_a_second_run_makes_nothing_and_a_new_shard_alone_is_measured(tmp_path, columns) -> None:

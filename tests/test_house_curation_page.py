@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from captioning.config import CaptioningConfig
-from curation.choosing import known_scores
+from curation.choosing import chosen_scores
 from curation.config import ColumnsConfig
 from features.config import feature_table
 from pipelines.columns.choice_settings import ChoiceSettings
@@ -39,10 +39,10 @@ def columns_of(recipe: dict[str, Any], run: Path) -> pa.Schema:
     given = {name: pa.float64() for each in table.pop("tables", {}).values() for name in each["files"].split(",")[1:]}
     config = ColumnsConfig.model_validate(table)
     found = given | OF_CAPTIONS | {"flags.loop": pa.bool_(), "flags.truncated": pa.bool_(), "flags.refusal": pa.bool_()}
-    for score in known_scores(config, run):
-        base, _, caption = score.name.partition("@")
-        if base in config.scores or base in config.heads:
-            prefix = f"{caption}." if caption else ""
+    for score in chosen_scores(config, run):
+        _, _, caption = score.name.partition("@")
+        prefix = f"{caption}." if caption else ""
+        if score.name != "clip":  # the width of its embeddings is the model's, which is not here
             found |= {f"{prefix}{column.name}": column.type for column in score.columns}
     if "claims" in recipe["captioning"]:
         found |= {"unsupported_share": pa.float32(), "num_unknown": pa.int32()}
