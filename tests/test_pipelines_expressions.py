@@ -153,6 +153,7 @@ def test_names_and_clauses_are_in_written_order() -> None:
         ("min_side in (1, 'a')", "brings together a number and a text"),
         ("min_side in caption", "in brackets"),
         ("min_side in ()", "one or more"),
+        ("min_side in (-min_side, 1)", "written out"),
         ("min_side and duplicate", "'min_side': and is of what is true or false, and this is a number"),
         ("not min_side", "not is of what is true"),
         ("duplicate < flags.loop", "neither more nor less"),

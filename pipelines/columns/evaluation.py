@@ -187,7 +187,8 @@ def _is_in(left: ast.expr, right: ast.expr, table: pa.Table, *, whole: ast.expr)
                 "match_substring", _text(right, table, what="in"), options=pc.MatchSubstringOptions(left.value)
             )
         raise ExpressionFault(right, "write the values after in in brackets, such as ('a', 'b')")
-    if not right.elts or not all(isinstance(part, ast.Constant | ast.UnaryOp) for part in right.elts):
+    written = [part.operand if isinstance(part, ast.UnaryOp) else part for part in right.elts]
+    if not written or not all(isinstance(part, ast.Constant) for part in written):
         raise ExpressionFault(right, "after in stand values that are written out, one or more")
     value, *known = _alike([left, *right.elts], table, whole=whole)
     found = _arrow("is_in", value, options=pc.SetLookupOptions(pa.array([one.as_py() for one in known], value.type)))
