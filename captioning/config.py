@@ -128,7 +128,8 @@ class CaptioningConfig(TableConfig):
     )
     passes: dict[str, dict[str, Any]] = Field(
         default={},
-        description="More captions of each image: by the name of the column the keys of [captioning] that it changes",
+        description="More captions of each image, see docs/CAPTIONING.md: by the name of the column the keys of "
+        "[captioning] that it changes, or the rule by which it is cut of others",
     )
     only: str = Field(
         default="",

@@ -96,3 +96,35 @@ def test_claims_of_former_captions_do_not_count(run: Path, monkeypatch, caplog) 
         report.details["num_nothing_left"] for report in read_manifest(run / "captions@sound").shards.values()
     )
     assert sum(row["caption"] == "" for row in rows) >= 7, "of most captions nothing is that certain"
+
+
+def test_claims_of_a_pass_that_waits_for_claims_keep_nobody_waiting(tmp_path: Path, monkeypatch, caplog) -> None:
+    """Both columns are to be asked about, one of them the cut that needs claims of the other."""
+    run = tmp_path / "run"
+    write_run(run)
+    both = (*PASSES, 'captioning.claims.of=["caption","sound"]')
+    command(run, *both, monkeypatch=monkeypatch, do=caption)
+    command(run, *both, monkeypatch=monkeypatch, do=claims)
+    assert "claims of sound are left out for now" in caplog.text
+    command(run, *both, monkeypatch=monkeypatch, do=caption)
+    command(run, *both, monkeypatch=monkeypatch, do=claims)
+    found = [read_manifest(run / "columns" / name) for name in ("claims", "claims@sound")]
+    details = [[report.details["num_unsupported_claims"] for report in each.shards.values()] for each in found]
+    assert sum(details[0]) >= 8 and sum(details[1]) == 0, "what is left is supported"
+    # Captions that are written anew make both old, and the same commands make both again.
+    judged = (*both, 'captioning.quality.off_frame_phrases=["circle"]')
+    for do in (caption, claims, caption, claims):
+        command(run, *judged, monkeypatch=monkeypatch, do=do)
+    require_sound(run)
+
+
+def test_claims_of_a_pass_of_some_shards(run: Path, monkeypatch) -> None:
+    settings = (
+        *PASSES,
+        "captioning.passes.few={engine='cut',max_sentences=1,shards=['*0']}",
+        'captioning.claims.of=["few"]',
+    )
+    with monkeypatch.context() as patch:
+        command(run, *settings[:-1], "captioning.only=few", monkeypatch=patch, do=caption)
+        command(run, *settings, monkeypatch=patch, do=claims)
+    assert list(read_manifest(run / "columns" / "claims@few").shards) == [SHARDS[0]]

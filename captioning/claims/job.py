@@ -1,5 +1,6 @@
 """What one `make claims` has to do for one column of captions: sources, fingerprint, and the folder it writes."""
 
+import fnmatch
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from captioning.claims.table import VERSION, score_spec
 from captioning.claims.worker import ClaimWorkerConfig
 from captioning.config import CaptioningConfig
 from captioning.job import find_model, select_raw
+from captioning.passes import is_cut
 from encoders.weights import ModelSource
 from errors import UserError
 from pipelines.columns.caption_columns import CaptionColumn, RunCaptions
 from pipelines.command import Command
 from pipelines.engine.pieces import Source
+from pipelines.engine.progress import get_logger
 from pipelines.engine.run import EngineConfig
 from pipelines.raw.shards import describe_shards
 from pipelines.recipe import DataConfig
@@ -24,6 +27,8 @@ from pipelines.store.manifest import Fingerprint, ShardDirectory, manifest_path,
 from pipelines.text.sentences import SPLITTER_VERSION
 
 COLUMNS_FOLDER = "columns"
+
+log = get_logger("claims")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +125,25 @@ def _jobs(
 ) -> Iterator[ClaimsJob]:
     captions = RunCaptions(run)
     for name in config.claims.of:
-        column = captions.find(name, key="captioning.claims.of")
+        own = config.passes.get(name, {})
+        try:
+            column = captions.find(name, key="captioning.claims.of")
+            patterns = own.get("shards", ("*",))
+            of_column = [each for each in raw if any(fnmatch.fnmatchcase(each.name, pattern) for pattern in patterns)]
+            sources = claim_sources(captions, of_column, column)
+        except UserError as error:
+            # A cut of captions may wait for claims of these, which this command is to make.
+            if not is_cut(own) or all(is_cut(config.passes.get(other, {})) for other in config.claims.of):
+                raise
+            log.warning(f"claims of {name} are left out for now: {error}")
+            continue
         yield ClaimsJob(
             config=config,
             data=data,
             workers=workers,
             model=model,
             column=column,
-            sources=claim_sources(captions, raw, column),
+            sources=sources,
             output=ShardDirectory(run / COLUMNS_FOLDER / score_of(column)),
             fingerprint=_fingerprint(config, data, model),
             run=run,
