@@ -178,3 +178,12 @@ def test_a_group_is_around_its_representative_and_no_chain(tmp_path, duplicates)
     write_tar(tmp_path / "run.raw/a.tar", files)
     rows = duplicates("--set", "columns.duplicates.radius=10")
     assert [row["duplicate_of"] for row in rows.values()] == [None, "a/0", None]
+
+
+def test_blank_images_are_one_by_their_colour_alone(tmp_path, duplicates) -> None:
+    levels = {"0": (200, 200, 200), "1": (201, 200, 200), "2": (200, 200, 230), "3": (90, 90, 90)}
+    files = [(f"{key}.png", as_file(Image.new("RGB", (96, 96), colour), "PNG")) for key, colour in levels.items()]
+    files.append(("4.jpg", as_file(Image.new("RGB", (64, 96), levels["3"]), "JPEG", quality=50)))
+    write_tar(tmp_path / "run.raw/a.tar", files)
+    rows = duplicates("--set", "columns.duplicates.mirror=true", "--set", "columns.duplicates.representative=width")
+    assert [row["duplicate_of"] for row in rows.values()] == [None, "a/0", None, None, "a/3"]
