@@ -105,6 +105,14 @@ SAMPLES_PER_TAR = Flag(gives="option", value="N", meaning="samples of each tar")
 ADAPTERS_TO_MERGE = Flag(gives="option", value="FILES", meaning=FLAGS["lora"].meaning)
 WEIGHTS_TO_MERGE = Flag(gives="option", value="NUMBERS", meaning=FLAGS["weights"].meaning)
 GUIDANCE_TO_FOLD = Flag(gives="option", value="SCALE", meaning="guidance to fold into weights distilled to few steps")
+TABLE_TO_CHOOSE_FOR = Flag(
+    gives="option",
+    value="NAME",
+    meaning="a table of [features], or the stage that reads it; all that choose unless typed",
+)
+PLAN_OF_CHOICE = Flag(
+    gives="switch", meaning="write a page of what would be kept and lost, RUN/choose/NAME.html, and stop"
+)
 SEED_OF_SAMPLE = _toml("dataset_stats.seed", "N", "seed of the sample")
 
 
@@ -166,6 +174,7 @@ SUBCOMMANDS = {
         summary="Columns -> which samples are trained on; PLAN=1 shows the cuts on a page instead (STAGE=2, else all)",
         flags=(*_STAGE, "shards"),
         defaults=_DEFAULTS,
+        changed=(("stage", TABLE_TO_CHOOSE_FOR), ("plan", PLAN_OF_CHOICE)),
     ),
     "stats": Subcommand(
         module="dataset_stats",

@@ -50,9 +50,10 @@ def main() -> None:
         # Before the plan, which takes a codec that is not here for the paper's.
         _require_models(jobs, inputs)
         _require_room(jobs, plan_families(inputs), inputs)
-    command.remember()
     if inputs.choice is not None:
+        # Refused where it keeps nothing, and then not remembered.
         write_choice(inputs.choice, [source.name for source in inputs.raw])
+    command.remember()
     manifests = {job.family.name: run_job(job, inputs) for job in jobs}
     if not all(is_done):
         _summarize(inputs, jobs, manifests, seconds=time.monotonic() - start_seconds)

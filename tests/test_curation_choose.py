@@ -296,6 +296,10 @@ def test_a_choice_of_nothing_has_its_page_and_is_refused(run, monkeypatch) -> No
         (["features.stage2.where=sharpness > 3"], r"no column 'sharpness' yet: .*columns"),
         (["features.stage2.where=min_side > 3", "features.stage2.shards=['lion_*']"], "pattern 'lion_.' matches none"),
         (["features.stage2.weight=5"], "features.stage2.weight: "),
+        (
+            ["features.stage2.weight=min_side - 500"],
+            r"weight: min_side - 500 is -\d+ for 'laion_0-\d+' of laion_0, and for",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_as_for_features(run, monkeypatch, settings: list[str], message: str) -> None:
@@ -303,7 +307,7 @@ def test_what_is_wrong_is_said_as_for_features(run, monkeypatch, settings: list[
         type_choose(run, monkeypatch, *settings, plan=True)
     with pytest.raises(UserError, match=message):
         type_choose(run, monkeypatch, *settings)
-    assert not (run / "choices").exists()
+    assert not (run / "choices").exists() and not (run / "run.json").exists()
 
 
 def test_values_that_are_all_unknown_have_no_chart(tmp_path) -> None:

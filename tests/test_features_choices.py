@@ -210,6 +210,8 @@ def test_what_is_wrong_is_told_before_anything_is_encoded(run: Path, settings: l
     with pytest.raises(UserError, match=message):
         extract(run, *settings)
     assert not (run / "features").exists()
+    # What was refused is nothing that later commands take.
+    assert not (run / "run.json").exists()
 
 
 def test_columns_of_other_samples_are_refused(run: Path) -> None:

@@ -29,13 +29,14 @@ def main() -> None:
     for table in tables:
         # What is wrong with any of them is said before hours are spent on another.
         table.choice.check(_shards(table))
-    if not command.is_plan:
-        command.remember()
     for table in tables:
         if command.is_plan:
             _show(table, command)
         else:
             write_choice(table.choice, _shards(table))
+    if not command.is_plan:
+        # What keeps nothing was refused.
+        command.remember()
 
 
 def _show(table: ChoosingTable, command: Command) -> None:
