@@ -21,7 +21,7 @@ REFUSAL = {
         r"as a (?:large )?language model",
         r"(?:unable|not possible) to (?:process|view|load|open|access) (?:the|this|your) (?:image|picture|photo)",
         r"image (?:itself )?is not visible to me\b",
-        r"no image (?:was|has been|is) (?:provided|uploaded|attached)",
+        r"no image (?:(?:was|has been|is) )?(?:provided|uploaded|attached)",
         r"please (?:provide|upload|share|attach) (?:the|an?|your|another) (?:image|picture|photo)",
     ),
     "zh": (
@@ -34,11 +34,12 @@ REFUSAL = {
         r"申し訳(?:ありません|ございません|ない(?:です)?)が",
         r"(?:画像|写真|人物)[^。]{0,12}(?:識別|特定|認識|閲覧|表示)(?:する(?:こと)?(?:は|が))?でき(?:ません|ない)",
         r"お(?:手伝い|答え)(?:する(?:こと)?(?:は|が))?でき(?:ません|ない)",
+        r"(?:すみません|ごめんなさい)(?:が|、)[^。]{0,30}でき(?:ません|ない)",
         r"(?:ai|言語モデル|人工知能)(?:アシスタント)?(?:として|ですので|なので)",
     ),
     "ko": (
         r"죄송(?:합니다만|하지만|합니다[.,]? (?:저는|이 이미지|해당|하지만|그러나))",
-        r"저는 [^.]{0,40}(?:수 없습니다|수 없어요)",
+        r"(?:저는|죄송합니다[.,]?) [^.]{0,40}(?:수 없습니다|수 없어요)",
         r"(?:인공지능|ai|언어 모델)(?:으로서|로서|이기 때문에|이므로)",
     ),
     "es": (
@@ -47,7 +48,8 @@ REFUSAL = {
         r"como (?:un |una )?(?:modelo de lenguaje|asistente de ia|ia\b|inteligencia artificial)",
     ),
     "fr": (
-        r"(?:je suis )?d[ée]sol[ée]e?,? (?:mais|je)\b",
+        r"je suis d[ée]sol[ée]e?,? mais\b",
+        r"d[ée]sol[ée]e?,? (?:mais )?je\b",
         r"je ne (?:peux|puis) (?:malheureusement )?pas\b",
         r"je ne suis pas (?:en mesure|capable)",
         r"en tant qu(?:'ia\b|'intelligence artificielle|e modèle de langage|'assistant)",
@@ -78,7 +80,7 @@ REFUSAL = {
     ),
     "vi": (r"xin lỗi,? (?:nhưng )?(?:tôi|mình)\b", r"tôi không thể\b"),
     "id": (r"maaf,? (?:saya|tetapi|tapi)\b", r"saya tidak (?:dapat|bisa)\b"),
-    "th": (r"ขออภัย(?:ค่ะ|ครับ)?[ ,]*(?:แต่|ฉัน|ผม|ดิฉัน)", r"(?:ฉัน|ผม|ดิฉัน)ไม่สามารถ"),
+    "th": (r"ขออภัย(?:ค่ะ|ครับ)?[ ,]*(?:แต่|ฉัน|ผม|ดิฉัน|ไม่สามารถ)", r"(?:ฉัน|ผม|ดิฉัน)ไม่สามารถ"),
     "ar": (
         r"(?:آسف|عذرا|عذرًا|أعتذر)[،,]? (?:لكن|ولكن|لا|فأنا|ولا)",
         r"لا (?:أستطيع|يمكنني)",
@@ -99,6 +101,8 @@ SPEAKS_OF_USER = {
         r"asked|asks|wants|gave|says|requested|is asking|is looking for|did not|didn't))",
         r"your (?:image|photo|picture|photograph|request|question|query|prompt|message|upload)\b(?! here)",
         r"you(?:'ve| have)? (?:uploaded|provided|shared|sent|attached|submitted|requested)\b",
+        r"you (?:haven't|have not|didn't|did not) (?:uploaded?|provided?|shared?|sen[dt]|attach(?:ed)?)\b",
+        r"anything else (?:that )?you(?:'d| would| want| need)\b",
         r"let me know (?:if|what|how|whether|in)\b",
         r"would you like (?:me to|more (?:details|information)|help with|any)\b",
         r"feel free to (?:ask|share|let|provide|reach)\b",
@@ -165,7 +169,7 @@ SPEAKS_OF_USER = {
         r"deine?[mnrs]? (?:bild|foto|anfrage|frage)\b",
         r"(?:sie|du) (?:hochgeladen|bereitgestellt)\b",
         r"lass(?:en sie)? (?:es )?mich wissen\b",
-        r"wenn (?:sie|du) (?:weitere|mehr|noch|fragen)\b",
+        r"wenn (?:sie|du) (?:(?:noch|weitere|mehr) )?(?:fragen|details|einzelheiten|informationen|hilfe|wissen)\b",
         r"^(?:natürlich|gerne?|selbstverständlich)[,!.:]",
         r"^hier ist (?:eine|die) (?:[\w-]+ ){0,2}(?:beschreibung|bildbeschreibung|bildunterschrift|analyse)\b",
     ),
@@ -202,6 +206,12 @@ SPEAKS_OF_USER = {
         r"आप(?:की|के|ने) (?:छवि|तस्वीर|प्रश्न|अनुरोध|द्वारा)",
         r"(?:यदि|अगर) आप(?:को)? (?:और|कोई|किसी|चाहें)",
         r"^(?:ज़रूर|जरूर|बिल्कुल)[,!।]",
+    ),
+    "th": (
+        r"ผู้ใช้(?:อัปโหลด|อัพโหลด|ส่งมา|ต้องการ|ถาม)",
+        r"(?:ภาพ|รูป)(?:ถ่าย)?(?:ของคุณ|ที่คุณ(?:ให้|ส่ง|อัปโหลด|อัพโหลด))",
+        r"หากคุณ(?:ต้องการ|มีคำถาม)",
+        r"^(?:แน่นอน|ได้เลย)(?:ค่ะ|ครับ)?[,!]",
     ),
 }
 
@@ -240,15 +250,15 @@ BOILERPLATE = {
         r"(?:展示了|展示|显示了|显示|顯示了|描绘了|描繪了|呈现了|呈现|呈現了|展现了|展現了|捕捉了|拍摄了|是)[,，:：]?",
         r"(?:图片|图像|画面|图|照片|圖片|畫面|圖)[中里裡](?:有|是|展示了|显示了|可以看到|我们可以看到|,|，)",
     ),
-    "ja": (r"この(?:画像|写真)(?:には|では|は)、?",),
+    "ja": (r"この(?:画像|写真)(?:には|では|は)、?", r"(?:画像|写真)(?:には|では)、?"),
     "ko": (r"이 (?:이미지|사진)(?:에서는|에는|은|는)\s+",),
     "es": (
         r"(?:en )?(?:la|esta) (?:imagen|foto|fotografía|escena),? (?:muestra|presenta|captura|representa|contiene|"
         r"se (?:ve|muestra|observa|puede ver|aprecia)|hay|podemos ver)\s+",
     ),
     "fr": (
-        r"(?:dans )?(?:l['’]|cette |la )(?:image|photo|photographie|scène),? (?:montre|présente|représente|illustre|"
-        r"capture|dépeint|on (?:voit|peut voir)|il y a)\s+",
+        r"(?:dans |sur )?(?:l['’]|cette |la )(?:image|photo|photographie|scène),? (?:montre|présente|représente|"
+        r"illustre|capture|dépeint|on (?:voit|peut voir)|il y a)\s+",
     ),
     "de": (
         r"(?:auf )?(?:das|dieses|dem|diesem|die|diese|der|dieser) (?:bild|foto|fotografie|szene|aufnahme) "
@@ -261,10 +271,11 @@ BOILERPLATE = {
     "it": (r"(?:l['’]|quest['’]|la |questa )(?:immagine|foto|fotografia|scena) (?:mostra|presenta|raffigura|ritrae) ",),
     "ru": (
         r"на (?:этом |данном |этой |данной )?(?:изображении|фото|фотографии|картинке|снимке) (?:изображен[аоы]?|"
-        r"показан[аоы]?|мы видим|видно|можно увидеть|представлен[аоы]?)\s+",
+        r"показан[аоы]?|мы видим|видно|можно увидеть|представлен[аоы]?|[—–-])\s+",
     ),
     "ar": (r"(?:تظهر|تُظهر|تعرض|تصور) (?:هذه )?الصورة\s+", r"في (?:هذه )?الصورة[،,]? (?:يظهر|تظهر|نرى|يوجد)\s+"),
     "hi": (r"(?:इस|यह) (?:छवि|तस्वीर|चित्र) (?:में|दिखाती है|दर्शाती है)\s+",),
+    "th": (r"(?:ใน)?(?:รูป)?ภาพ(?:ถ่าย)?นี้(?:มี|แสดงให้เห็น(?:ถึง)?|แสดง|เป็น) ?",),
 }
 
 # Sentences that say again what was said, or what one is to feel: InternVL and Qwen end with them. Each begins one.
@@ -277,7 +288,8 @@ SUMMARY = {
     ),
     "zh": (
         r"(?:总的来说|总体而言|总体来说|整体而言|整体来看|综上所述|總的來說|總體而言|整體而言|总之)[,，]",
-        r"整[个個体幅](?:画面|场景|图像|图片|畫面|場景|氛围)(?:给人|給人|营造|傳達|传达|散发)",
+        r"整[个個体體幅](?:画面|场景|图像|图片|畫面|場景)(?:给人|給人|营造|傳達|传达|散发)",
+        r"整[个個体體](?:氛围|氛圍|气氛|氣氛)",
     ),
     "ja": (r"(?:全体的に|全体として|まとめると|総じて)、?",),
     "ko": (r"(?:전반적으로|전체적으로|요약하자면)[, ]",),
@@ -289,6 +301,7 @@ SUMMARY = {
     "ru": (r"(?:в целом|подводя итог|таким образом),",),
     "ar": (r"(?:بشكل عام|باختصار|في المجمل)[،,]",),
     "hi": (r"(?:कुल मिलाकर|संक्षेप में),?",),
+    "th": (r"โดยรวม(?:แล้ว)?",),
 }
 
 # Of Markdown, chat templates and reasoning: a caption is plain text. `^` is the start of a line.

@@ -15,7 +15,8 @@ WORD = re.compile(r"\w+")
 MIN_ALT_WORD_LETTERS = 3
 # No word goes on here: scripts without spaces, and Korean's particles, follow on anything.
 WORD_START = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])"
-SENTENCE_START = r"(?:^|(?<=[.!?:।] )|(?<=[。！？]))"
+# Thai has spaces between sentences and no full stops.
+SENTENCE_START = r"(?:^|(?<=[.!?:।] )|(?<=[。！？])|(?<=[\u0e00-\u0e7f] ))"
 NO_LETTER = rf"[^\W{UNSPACED.pattern[1:-1]}\uac00-\ud7a3]"
 # What a caption quotes is what somebody has read in the picture. Between single marks are apostrophes, too.
 QUOTED = re.compile(
@@ -28,7 +29,7 @@ QUOTES = frozenset("'\"“„«‹「『《")
 SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "FULLWIDTH": "LATIN"}
 MIN_OTHER_LETTERS = 4
 # Raised when the flags mean something else, or are others: captions that are there are judged again, not made again.
-JUDGE_VERSION = 3
+JUDGE_VERSION = 4
 FLAGS = (
     *("empty", "truncated", "loop", "boilerplate", "summary", "markup", "refusal", "speaks_of_user", "file_name"),
     *("other_script", "off_frame", "off_alt_text", "retried"),
@@ -100,12 +101,14 @@ def without_quotes(text: str) -> str:
 def other_script(text: str, prompt: str | None) -> float:
     """Return the share of letters that are of scripts which the prompt has none of; 0 where there was no prompt.
 
-    A few letters, as of a name, are none.
+    A few letters, as of a name, are none, and Latin ones only where most are: names and brands have them everywhere.
     """
     if not prompt or (text.isascii() and prompt.isascii()):
         return 0.0
     scripts, asked = Counter(map(_script, text)), set(map(_script, prompt))
     del scripts[""]
+    if 2 * scripts["LATIN"] <= scripts.total():
+        asked.add("LATIN")
     others = sum(count for script, count in scripts.items() if script not in asked)
     return others / scripts.total() if others >= MIN_OTHER_LETTERS else 0.0
 

@@ -29,12 +29,15 @@ def flags(text: str, quality: QualityConfig = QUALITY, *, prompt: str | None = P
         "A man stands on a stage. However, I can't identify the person in the picture.",
         "I have to say that the image itself is not visible to me.",
         "No image was provided. Please upload the image again.",
+        "It seems there is no image attached.",
         "很抱歉，我无法查看您上传的图片。",
         "抱歉，我不能识别图片中的人物。",
         "對不起，我無法識別圖片中的人。",
         "作为一个人工智能，我没有眼睛。",
         "申し訳ありませんが、この画像の人物を特定することはできません。",
+        "すみませんが、画像を見ることができません。",
         "죄송합니다. 저는 이미지 속 인물을 식별할 수 없습니다.",
+        "죄송합니다. 이 사람을 식별할 수 없습니다.",
         "Lo siento, pero no puedo ayudar con eso.",
         "Je suis désolé, mais je ne peux pas identifier cette personne.",
         "Es tut mir leid, aber ich kann die Person nicht identifizieren.",
@@ -47,6 +50,7 @@ def flags(text: str, quality: QualityConfig = QUALITY, *, prompt: str | None = P
         "Xin lỗi, tôi không thể nhận dạng người trong ảnh.",
         "Maaf, saya tidak dapat mengenali orang ini.",
         "ขออภัย ฉันไม่สามารถระบุตัวบุคคลได้",
+        "ขออภัยค่ะ ไม่สามารถช่วยได้",
         "آسف، لكن لا أستطيع التعرف على الشخص.",
         "क्षमा करें, मैं इस व्यक्ति की पहचान नहीं कर सकता।",
     ],
@@ -69,6 +73,8 @@ def test_refusals_of_many_languages(text: str) -> None:
         "The image you've provided shows a bus.",
         "Got it, let's break this down. First, the bus: it is red.",
         "Here are my reasoning steps:\nThe bus is red.",
+        "It looks like you haven't uploaded an image.",
+        "A red bus. Is there anything else you would like to know?",
         "I'd be happy to try and describe the bus.",
         "In the provided image, a red bus stands at a corner.",
         "用户上传的图片中有一辆红色公交车。",
@@ -84,11 +90,13 @@ def test_refusals_of_many_languages(text: str) -> None:
         "Un bus rouge. N'hésitez pas à demander plus de détails.",
         "Natürlich! Ein roter Bus steht an der Ecke.",
         "Ein roter Bus. Lass mich wissen, wenn du mehr brauchst.",
+        "Ein roter Bus. Wenn Sie weitere Fragen haben, stellen Sie sie.",
         "Claro! Um ônibus vermelho está na esquina.",
         "Конечно! Красный автобус стоит на углу.",
         "Красный автобус. Если у вас есть вопросы, спрашивайте.",
         "بالتأكيد! حافلة حمراء عند الزاوية.",
         "ज़रूर! एक लाल बस कोने पर खड़ी है।",
+        "แน่นอน! รถบัสสีแดงจอดอยู่ที่มุมถนน",
     ],
 )
 def test_answers_to_somebody(text: str) -> None:
@@ -122,7 +130,9 @@ def test_answers_to_somebody(text: str) -> None:
         ("A red bus. The overall atmosphere is calm and joyful.", "summary"),
         ("一辆红色公交车。整体而言，画面很安静。", "summary"),
         ("赤いバスが停まっています。全体的に、静かな雰囲気です。", "summary"),
+        ("一辆红色公交车。整體氛圍安静。", "summary"),
         ("Un bus rouge. Dans l’ensemble, la scène est calme.", "summary"),
+        ("รถบัสสีแดงจอดอยู่ที่มุมถนน โดยรวมแล้วภาพให้ความรู้สึกสงบ", "summary"),
         ("**Image description:** a red bus.", "boilerplate"),
     ],
 )
@@ -159,6 +169,8 @@ def test_file_names_markup_and_summaries(text: str, flag: str) -> None:
         "문에 '죄송합니다. 저는 지금 없습니다'라고 적힌 종이가 붙어 있고 그 옆에 자전거가 있습니다.",
         "Un hombre sostiene su foto de boda frente a la ventana, con gesto claro.",
         "Une femme désolée regarde la pluie ; une image est accrochée au mur.",
+        "Une rue désolée, mais éclairée par un réverbère, s'étend vers l'horizon.",
+        "Drei Kinder lachen, wenn sie noch auf dem Rasen sind; die Bälle sind bunt.",
         "Ein Mann im orangefarbenen Overall, der einen Schlauch hält. Er gießt insgesamt drei Beete.",
         "Ein Mann zeigt auf ihr Bild; natürlich fällt das Licht durch ein Fenster.",
         "Uma mulher mostra a imagem de um santo; claro, o céu ilumina a praça.",
@@ -181,12 +193,17 @@ def test_true_captions_have_no_flag(text: str) -> None:
         ("**Image description:** a red bus.", "A red bus."),
         ("这张图片展示了一辆红色公交车。", "一辆红色公交车。"),
         ("この画像には、赤いバスが写っています。", "赤いバスが写っています。"),
+        ("画像には、赤いバスが写っています。", "赤いバスが写っています。"),
+        ("写真は壁に飾られています。", None),
         ("이 사진은 빨간 버스입니다.", "빨간 버스입니다."),
+        ("ในภาพนี้มีรถบัสสีแดง", "รถบัสสีแดง"),
         ("La imagen muestra un autobús.", "Un autobús."),
         ("L’image montre un bus.", "Un bus."),
+        ("Sur cette image, on voit un bus.", "Un bus."),
         ("Das Bild zeigt einen Bus.", "Einen Bus."),
         ("A imagem mostra um ônibus.", "Um ônibus."),
         ("На изображении показан автобус.", "Автобус."),
+        ("На фото — автобус.", "Автобус."),
         ("تظهر الصورة حافلة.", "حافلة."),
         ("The image of a bus hangs on a wall.", None),
         ("A red bus, and the image shows it well.", None),
@@ -209,6 +226,23 @@ def test_scripts_that_nobody_asked_for() -> None:
     assert other_script("un café à l'ombre", english) == 0.0 and other_script("赤いバス", "描述图片") == 0.0
     assert flags("一辆红色公交车。", prompt=None) == set()
     assert "other_script" not in flags("一辆红色公交车。", QualityConfig(max_other_script=1.0), prompt=english)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("描述这张图片", "一名男子穿着印有ADIDAS标志的黑色T恤，站在一辆红色BMW轿车旁边。"),
+        ("この画像を説明してください", "男性がNIKEのロゴ入りのTシャツを着て、iPhoneを手に駅のホームに立っている。"),
+        ("이 이미지를 설명하세요", "검은색 SUV 한 대가 LG 로고가 있는 건물 앞에 주차되어 있다."),
+        ("Опиши изображение", "Женщина в футболке Nike стоит у машины BMW."),
+    ],
+)
+def test_names_and_brands_in_latin_letters_are_no_other_script(prompt: str, text: str) -> None:
+    assert flags(text, prompt=prompt) == set()
+    assert flags("A red bus stands at a corner.", prompt=prompt) == {"other_script"}
+    assert flags(
+        f"{text} A tall man stands beside a red car and a tree in the afternoon, and he smiles.", prompt=prompt
+    )
 
 
 def test_a_recipe_adds_phrases_and_replaces_lists(tmp_path) -> None:
