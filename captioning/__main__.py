@@ -58,7 +58,7 @@ def main() -> None:
         return
     command.remember()
     raw = [*(source for job in jobs.captions for source in job.sources), *(raw for cut in jobs.cuts for raw in cut.raw)]
-    remember_found(command.run, sorted({source.path for source in raw}))
+    remember_found(command.run, list(dict.fromkeys(source.path for source in raw)))
     if not jobs.named:
         given = [source for job in jobs.captions for source in job.given]
         forget_indexes(command.run, [source.index for source in given if source.index is not None])
