@@ -73,7 +73,7 @@ def _show_plan(job: StatsJob) -> None:
         if name in job.choices:
             found = job.choices[name]
             counts = require_some(found.choice.count(found.shards).values(), found.choice)
-            for line in [f"where: {found.choice.settings.where}", *describe_counts(counts)]:
+            for line in describe_counts(counts):
                 log.info(f"  {line}")
     log.info(f"tagger: {job.tagger.title}")
 

@@ -1,6 +1,7 @@
 """What columns say of a set's samples: duplicate images and claims, counted exactly, only where they are there."""
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -156,6 +157,16 @@ def test_claims_and_duplicate_images_are_those_of_the_set(run):
     text = (run / "stats" / "table1.md").read_text()
     assert "| Unsupported claims | " in text and "| Duplicates of another image | " in text
     assert "| Duplicate images | " in text, "what the choice changed has them, too"
+
+
+def test_contents_lead_to_every_part(run):
+    for write in (lambda run: None, write_scores):
+        write(run)
+        run_stage(run)
+        contents = re.search(r'<nav id="contents".*?</nav>', page_of(run), re.DOTALL)
+        assert contents is not None
+        parts = re.findall(r'<section id="([^"]+)"', page_of(run))
+        assert re.findall(r'href="#([^"]+)"', contents[0]) == parts and "choices" in parts
 
 
 def test_nouns_of_unsupported_sentences_are_told_with_their_rates(run):
