@@ -135,6 +135,7 @@ def test_the_examples_are_the_nearest_ones_whatever_the_order_of_shards(run) -> 
         ("(aesthetic if flags.loop else width) > 3", {"aesthetic if flags.loop else width": [(3, True)]}),
         ("True", {}),
         ("1 < 2", {}),
+        ("1 in (1, 2)", {}),
     ],
 )
 def test_what_a_clause_compares_is_found(run, clause: str, measures: dict) -> None:

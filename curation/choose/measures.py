@@ -108,13 +108,13 @@ def _walk(node: ast.expr, clause: Expression, empty: pa.Table) -> Iterator[Measu
 def _of_pair(
     comparison: ast.cmpop, left: ast.expr, right: ast.expr, clause: Expression, empty: pa.Table
 ) -> Iterator[Measure]:
+    if _is_constant(left) and _is_constant(right):
+        return
     if isinstance(comparison, ast.In | ast.NotIn):
         if isinstance(right, ast.Tuple | ast.List | ast.Set):
             yield _of_kind(left, clause, empty, named=right.elts)
         else:  # "part" in a text: what is in it is not told apart, the answer is
             yield _of_kind(ast.Compare(left=left, ops=[ast.In()], comparators=[right]), clause, empty)
-        return
-    if _is_constant(left) and _is_constant(right):
         return
     if _is_constant(left):
         left, right = right, left

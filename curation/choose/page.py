@@ -27,7 +27,8 @@ FATES = {
     LOST: ("lost", "lost to this clause"),
     LOST_TO_OTHERS: ("others", "lost to others"),
 }
-ROWS_SHOWN = 12
+# Of values that are told apart; rarer ones, as each caption is, are counted together.
+ROWS_SHOWN, LEAST_SHARE = 12, 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,6 @@ def write_page(survey: Survey, command: Command) -> Path:
         lost=cards.of(survey.lost.examples),
         plan_flag=typed_flag("plan", True),
         features_command=typed_command("features", {"stage": settings.table, "run": command.run}),
-        rows_shown=ROWS_SHOWN,
     )
     path = command.run / PAGES_FOLDER / f"{settings.table}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +200,10 @@ def _value_view(survey: ValueSurvey) -> MeasureView:
     known = {value: counts for value, counts in survey.counts.items() if value is not None}
     named = [*survey.measure.named]
     others = sorted(known.keys() - set(named), key=lambda value: (-known[value].total(), value))
-    values = [*named, *others][:ROWS_SHOWN]
+    least = LEAST_SHARE * (sum(counts.total() for counts in survey.counts.values()) + survey.others.total())
+    values = [*named, *(value for value in others if known[value].total() >= least)][:ROWS_SHOWN]
     rows = [(value, [known[value][fate] for fate in FATES]) for value in values]
-    rest = [known[value] for value in [*named, *others][ROWS_SHOWN:]] + [survey.others]
+    rest = [counts for value, counts in known.items() if value not in values] + [survey.others]
     if any(each.total() for each in rest):
         rows.append(("all others", [sum(each[fate] for each in rest) for fate in FATES]))
     if None in survey.counts:
