@@ -161,6 +161,10 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(run: Path, monkey
             "keeps nothing: .*is never known; 12 samples of which it",
         ),
         ({"captions": [{"column": "short", "weight": "-num_tokens"}]}, "weight of short: -num_tokens is -1 for 'a'"),
+        (
+            {"captions": [{"column": "shrt", "weight": "num_tokens"}]},
+            r"weight of shrt names 'shrt', .* \(did you mean short\?\)",
+        ),
         ({"captions": [{"column": "short", "weight": "short.flags.loop"}]}, "weight of short.* a number is needed"),
         ({"where": "min_side"}, "where: 'min_side' is a number, and what is true or false is needed"),
         ({"weight": "flags.loop"}, "weight: 'flags.loop' is a bool"),

@@ -65,6 +65,13 @@ def test_in_a_captions_weight_bare_names_are_its_own_first(run: Path) -> None:
     assert columns.read("s0", ["clip_score"])["clip_score"].to_pylist()[0] == pytest.approx(0.1)
 
 
+def test_in_a_captions_weight_what_scores_say_of_another_is_not_meant(run: Path) -> None:
+    message = "no column 'clip_score' yet: `.* columns .* with clip_score in .* and alt_text in columns.caption_columns"
+    with pytest.raises(UserError, match=message):
+        SampleColumns(run).check(parse_expression("clip_score", key="w"), "number", shards=["s0"], caption="alt_text")
+    SampleColumns(run).check(parse_expression("num_tokens", key="w"), "number", shards=["s0"], caption="alt_text")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -74,6 +81,9 @@ def test_in_a_captions_weight_bare_names_are_its_own_first(run: Path) -> None:
         ("not flags.refusal", "'flags.refusal'.*; captions of an older version get today's flags by `.* caption .*`"),
         ("not duplicate", "no column 'duplicate' yet: `.* columns .*`, with duplicates in columns.scores"),
         ("claims.unsupported_share < 1", "'claims.unsupported_share' yet: `.* claims .*` makes it"),
+        ("short.unsupported_share < 1", "`.* claims .*`, with short in captioning.claims.of, makes it"),
+        ("brief.clip_score < 1", "with clip_score in .* and brief in columns.caption_columns makes it"),
+        ("brief.width < 1", r"no column 'brief.width' \(did you mean .*; there are"),
         ("unsupported_shar < 1", r"\(did you mean unsupported_share\?\)"),
         (
             "width > 20 and pixels.width > 30",

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from errors import UserError
 from pipelines.as_typed import typed_command
+from pipelines.columns.caption_columns import RunCaptions
 from pipelines.columns.choice_counts import ChoiceCounts, ClauseCounts, WeightCounts, describe_counts, sum_counts
 from pipelines.columns.choice_settings import ChoiceSettings
 from pipelines.columns.expressions import Expression
@@ -64,14 +65,16 @@ class Choice:
         """Find out, before anything runs, what is wrong with the expressions, or missing for some of the shards.
 
         Raises:
-            UserError: as `SampleColumns.check`.
+            UserError, MissingFileError: as `SampleColumns.check`, and as `RunCaptions.find` for captions with weights.
         """
         names, settings = sorted(shards), self.settings
         if settings.where_expression is not None:
             self.columns.check(settings.where_expression, "bool", shards=names)
         if settings.weight_expression is not None:
             self.columns.check(settings.weight_expression, "number", shards=names)
+        captions = RunCaptions(self.run)
         for column, expression in settings.caption_expressions.items():
+            captions.find(column, key=expression.key)
             self.columns.check(expression, "number", shards=names, caption=column)
 
     def hashes(self, shard: str) -> dict[str, str]:

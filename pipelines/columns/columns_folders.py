@@ -79,7 +79,11 @@ def find_folders(run: Path) -> FoundFolders:
             continue
         score = match["name"] if is_score else None
         name = f"{COLUMNS}/{path.name}" if is_score else path.name
-        command = score_command(score, run) if score else f"`{typed_command('caption', {'run': run})}`"
+        command = (
+            score_command(score, run, caption=match["caption"])
+            if score
+            else f"`{typed_command('caption', {'run': run})}`"
+        )
         if not manifest_path(path).is_file():
             unfinished[name] = command
             continue

@@ -23,14 +23,26 @@ KNOWN_SCORES: Mapping[str, tuple[str, ...]] = {
 }
 # Of scores that `make columns` does not make.
 OWN_COMMANDS: Mapping[str, str] = {"claims": "claims"}
+# Of scores of captions: the key that names the columns of captions which they are about.
+CAPTION_KEYS: Mapping[str, str] = {"clip_score": "columns.caption_columns", "claims": "captioning.claims.of"}
 
 
-def score_command(score: str, run: object) -> str:
-    """Return the command that makes a score, as it is typed, and what its recipe needs."""
+def score_command(score: str, run: object, *, caption: str | None = None) -> str:
+    """Return the command that makes a score, as it is typed, and what its recipe needs.
+
+    Args:
+        score: its name.
+        run: folder.
+        caption: the column of captions that it is to be about, of a score of captions.
+    """
+    of_caption = f"{caption} in {CAPTION_KEYS[score]}" if caption and score in CAPTION_KEYS else ""
     if score in OWN_COMMANDS:
-        return f"`{typed_command(OWN_COMMANDS[score], {'run': run})}`"
+        return f"`{typed_command(OWN_COMMANDS[score], {'run': run})}`{of_caption and f', with {of_caption},'}"
     named = typed_settings({"columns.scores": f'["{ANY}","{score}"]'})
-    return f"`{typed_command('columns', {'run': run})}`, with {score} in columns.scores ({named})"
+    return (
+        f"`{typed_command('columns', {'run': run})}`, with {score} in columns.scores ({named})"
+        f"{of_caption and f' and {of_caption}'}"
+    )
 
 
 def score_of_column(name: str) -> str | None:
@@ -38,4 +50,6 @@ def score_of_column(name: str) -> str | None:
     *parents, column = name.split(".")
     if parents and column in KNOWN_SCORES.get(parents[-1], ()):
         return parents[-1]
-    return next((score for score, columns in KNOWN_SCORES.items() if column in columns), None)
+    # What is behind a caption column is of that caption.
+    scores = CAPTION_KEYS if parents else KNOWN_SCORES
+    return next((score for score in scores if column in KNOWN_SCORES[score]), None)

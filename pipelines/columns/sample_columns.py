@@ -18,7 +18,7 @@ from errors import UserError
 from pipelines.as_typed import did_you_mean
 from pipelines.columns.columns_folders import FLAGS, MAIN_CAPTION, ColumnsFolder, FoundFolders, find_folders
 from pipelines.columns.expressions import Expression, Kind
-from pipelines.columns.known_scores import KNOWN_SCORES, score_command, score_of_column
+from pipelines.columns.known_scores import CAPTION_KEYS, KNOWN_SCORES, score_command, score_of_column
 from pipelines.store.tables import MEND_SHARD, read_table
 
 # They are in every file, and so of no folder.
@@ -71,7 +71,8 @@ class SampleColumns:
         """Return every name that means one column, with its type; `key` and `shard` come first.
 
         Args:
-            caption: bare names mean this caption column's own columns first, as they do in its weight.
+            caption: bare names mean this caption column's own columns first, as they do in its weight, and never what
+                scores say of the main one.
         """
         places = self._places(caption)
         return pa.schema(OF_ALL | {name: found[0].type for name, found in places.items() if len(found) == 1})
@@ -92,7 +93,7 @@ class SampleColumns:
         places = self._places(caption)
         for name in expression.names:
             if name not in OF_ALL:
-                self._require_known(name, places, key=expression.key)
+                self._require_known(name, places, key=expression.key, caption=caption)
         expression.check(self.schema(caption=caption), wants)
         names = sorted(shards)
         for folder, needed in self._by_folder(expression.names, places):
@@ -139,7 +140,9 @@ class SampleColumns:
         is_of_captions = bool(found) and all(place.folder.score is None for place in found)
         return score_command(score, self._run) if is_of_captions and score else None
 
-    def _require_known(self, name: str, places: Mapping[str, Sequence[_Place]], *, key: str) -> None:
+    def _require_known(
+        self, name: str, places: Mapping[str, Sequence[_Place]], *, key: str, caption: str = MAIN_CAPTION
+    ) -> None:
         found = places.get(name, ())
         if len(found) > 1:
             both = " or ".join(place.qualified for place in found)
@@ -148,7 +151,10 @@ class SampleColumns:
             return
         missing = f"{key}: there is no column {name!r}"
         if score := score_of_column(name):
-            raise UserError(f"{missing} yet: {score_command(score, self._run)} makes it")
+            first = name.partition(".")[0]
+            about = caption if first in (name, score) else first
+            command = score_command(score, self._run, caption=None if about == MAIN_CAPTION else about)
+            raise UserError(f"{missing} yet: {command} makes it")
         if self._found.unfinished:
             folder, command = next(iter(self._found.unfinished.items()))
             raise UserError(f"{missing}; {self._run / folder} has not finished: {command} goes on with it")
@@ -183,6 +189,12 @@ class SampleColumns:
         places = of_captions | of_scores
         if caption != MAIN_CAPTION:
             start = f"{caption}."
+            # What scores say of one caption they do not say of another.
+            places = {
+                name: found
+                for name, found in places.items()
+                if score_of_column(name) not in CAPTION_KEYS or found[0].folder.caption != MAIN_CAPTION
+            }
             places |= {name.removeprefix(start): found for name, found in places.items() if name.startswith(start)}
         return places
 
