@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from errors import UserError
+from pipelines.columns.grammar import is_word
 from pipelines.engine.progress import get_logger
 from pipelines.raw.tables.open_table import Table
 from pipelines.raw.tables.tab_tables import TabTable
@@ -62,19 +63,25 @@ class KindsSeen:
 
 
 def row_columns(key: str, kinds: Mapping[str, KindsSeen], *, are_named: bool) -> list[JoinedColumn]:
-    """Return the columns to join; of those that nobody has named, what is no number, text or truth is left out.
+    """Return the columns to join; of those that nobody has named, what is no number, text or truth, or has a name that
+    no expression could write, is left out.
 
     Raises:
-        UserError: one that is named is of no such kind, two have one name, or there is none; names `key`.
+        UserError: one that is named is such a one, two have one name, or there is none; names `key`.
     """
     columns, left_out = [], []
     for source, seen in kinds.items():
         name = re.sub(r"[^a-z0-9]+", "_", source.lower()).strip("_")
-        if seen.kind != OTHER and re.fullmatch(r"[a-z][a-z0-9_]*", name) and name not in TAKEN:
+        can_be_named = re.fullmatch(r"[a-z][a-z0-9_]*", name) and name not in TAKEN and not is_word(name)
+        if seen.kind != OTHER and can_be_named:
             columns.append(JoinedColumn(source=source, name=name, kind=seen.kind))
         elif are_named:
-            what = "has lists or objects" if seen.kind == OTHER else f"cannot be called {name!r}"
-            raise UserError(f"{key}: the column {source!r} {what}, and a column holds numbers, texts or truths")
+            what = (
+                "has lists or objects, and a column holds numbers, texts or truths"
+                if seen.kind == OTHER
+                else f"cannot be called {name!r} in expressions: give it another name in the table"
+            )
+            raise UserError(f"{key}: the column {source!r} {what}")
         else:
             left_out.append(source)
     names = [column.name for column in columns]
@@ -84,7 +91,7 @@ def row_columns(key: str, kinds: Mapping[str, KindsSeen], *, are_named: bool) ->
     if not columns:
         raise UserError(f"{key}: it has no column of numbers, texts or truths beside its keys")
     if left_out:
-        log.info(f"{key}: left out are {', '.join(left_out)}, which hold no numbers, texts or truths")
+        log.info(f"{key}: left out are {', '.join(left_out)}: no numbers, texts or truths, or no names of columns")
     return columns
 
 

@@ -66,6 +66,17 @@ def test_texts_of_csv_become_what_all_of_a_column_look_like(tmp_path, join) -> N
     assert rows["4"]["score"] == 1.0
 
 
+def test_a_column_that_no_expression_could_name_is_left_out_and_refused_where_it_is_named(
+    tmp_path, join, caplog
+) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text("key,class,Like,n\n1,7,8,9\n")
+    assert list(join(str(path))[0]) == ["key", "n", "reject"]
+    assert "left out are class, Like: " in caplog.text
+    with pytest.raises(UserError, match="the column 'class' cannot be called 'class' in expressions: give it another"):
+        join(f"{path}#key,class")
+
+
 def test_a_changed_table_is_joined_anew_and_an_unchanged_one_is_not(tmp_path, join) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text('{"key": "1", "v": 1}\n')

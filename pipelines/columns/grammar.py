@@ -111,6 +111,11 @@ def dotted_name(node: ast.AST) -> str | None:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
+def is_word(name: str) -> bool:
+    """Whether a name is a word of the grammar, or of SQL's: no expression could have a column of that name."""
+    return keyword.iskeyword(name) or name.lower() in (*WORDS, "true", "false", "and", "or", "not", "in")
+
+
 def _without_comments(text: str) -> str:
     """Return a text with blanks in the place of its comments."""
     return TEXT_OR_COMMENT.sub(lambda found: " " * len(found[0]) if found[0][0] == "#" else found[0], text)
