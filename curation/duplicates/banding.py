@@ -10,7 +10,7 @@ What a band needs at a time, a table of the hashes by its bits, is made for rang
 
 # U hashes, P pairs
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -23,10 +23,13 @@ MAX_EXTRA_BLOCKS = 4
 MAX_INDEX_BITS = 24
 NUM_PROBED = 1 << 14
 MAX_ROWS = 1 << 25
-MIN_PAIRS = 1 << 16
+MIN_PAIRS, ROWS_PER_PAIR = 1 << 16, 16
 MAX_THREADS = 8
 # About nanoseconds, beside each other: a row put into a table, a query, a comparison.
 ROW_COST, QUERY_COST, COMPARISON_COST = 12.0, 40.0, 1.5
+
+# Of a band: how keys are cut, its blocks, the first key, where the rows of each key begin, rows, and their numbers.
+_Table = tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,17 @@ class NearHashes:
 
     def pairs(self) -> np.ndarray:
         """Return which two are near each other, the smaller number first: packed uint64 [P], sorted, see `pack`."""
-        return self._find(_Queries(hashes=self._hashes, each=1, skipped=np.empty(0, np.uint32), is_own=True))
+
+        def within(table: _Table) -> list[np.ndarray]:
+            masks, radius = self.bands.block_masks(), self.bands.radius
+            pairs = np.empty(max(MIN_PAIRS, len(table[-1]) // ROWS_PER_PAIR), np.uint64)
+            num = _compare_rows(table, masks, radius, pairs)
+            if num > len(pairs):
+                pairs = np.empty(num, np.uint64)
+                _compare_rows(table, masks, radius, pairs)
+            return [pairs[:num].copy()]
+
+        return self._find(within)
 
     def near(self, queries: np.ndarray, *, each: int = 1, skipped: np.ndarray | None = None) -> np.ndarray:
         """Return which queries are near which hashes, packed uint64 [P], sorted, each pair once.
@@ -106,45 +119,44 @@ class NearHashes:
             each: so many after one another have one number.
             skipped: for each of these numbers a hash that is not to be told, uint32 [Q / each].
         """
+        if not len(queries):
+            return np.empty(0, np.uint64)
         skipped = np.empty(0, np.uint32) if skipped is None else skipped
-        return self._find(_Queries(hashes=np.asarray(queries), each=each, skipped=skipped, is_own=False))
 
-    def _find(self, queries: "_Queries") -> np.ndarray:
+        def among(table: _Table) -> Iterator[np.ndarray]:
+            capacity = max(MIN_PAIRS, int(np.diff(table[3]).max()))
+            start = 0
+            while start < len(queries):
+                pairs = np.empty(capacity, np.uint64)
+                asked = (queries, start, each, skipped)
+                start, num = _compare(asked, table, self.bands.block_masks(), self.bands.radius, pairs)
+                yield np.unique(pairs[:num])
+
+        return self._find(among)
+
+    def _find(self, compare: Callable[[_Table], Iterable[np.ndarray]]) -> np.ndarray:
+        """Return the packed pairs that bands have, some of them at a time."""
+
         def find(band: int) -> np.ndarray:
-            return np.unique(np.concatenate([np.empty(0, np.uint64), *self._find_by(band, queries)]))
+            found = [pairs for table in self._tables(band) for pairs in compare(table)]
+            return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
 
         with ThreadPoolExecutor(self._num_threads) as pool:
             return np.unique(np.concatenate(list(pool.map(find, range(len(self.bands.chosen))))))
 
-    def _find_by(self, band: int, queries: "_Queries") -> Iterator[np.ndarray]:
+    def _tables(self, band: int) -> Iterator[_Table]:
+        """Yield the hashes by the bits of a band, ranges of keys that have at most `max_rows`."""
         bands = self.bands
-        chosen = np.array(bands.chosen[band], np.int64)
         num_bits = min(bands.num_key_bits(band), MAX_INDEX_BITS, max(1, len(self._hashes).bit_length()))
-        cuts = bands.cuts(band, num_bits)
+        cuts, chosen = bands.cuts(band, num_bits), np.array(bands.chosen[band], np.int64)
         counts = np.zeros(1 << num_bits, np.int64)
         _count(self._hashes, cuts, counts)
-        masks = bands.block_masks()
         for low, high in _ranges(counts, self._max_rows):
             starts = np.concatenate(([0], np.cumsum(counts[low:high])))
             rows = np.empty(starts[-1], np.uint64)
             numbers = np.empty(starts[-1], np.uint32)
             _fill(self._hashes, cuts, low, starts.copy(), rows, numbers)
-            capacity = max(MIN_PAIRS, int(counts[low:high].max()))
-            start = 0
-            while start < len(queries.hashes):
-                pairs = np.empty(capacity, np.uint64)
-                table = (cuts, chosen, low, starts, rows, numbers)
-                asked = (queries.hashes, start, queries.each, queries.skipped, queries.is_own)
-                start, num = _compare(asked, table, masks, bands.radius, pairs)
-                yield np.unique(pairs[:num])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Queries:
-    hashes: np.ndarray
-    each: int
-    skipped: np.ndarray
-    is_own: bool
+            yield cuts, chosen, low, starts, rows, numbers
 
 
 def pack(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -257,10 +269,40 @@ def _fill(
             rows[place], numbers[place] = hashes[n], n
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _is_first(differing: np.uint64, chosen: np.ndarray, masks: np.ndarray) -> bool:
+    """Return whether a band is the first whose blocks all agree: by it a pair is told, and by no other."""
+    place, block = 0, 0
+    while place < len(chosen):
+        if differing & masks[block] == 0:
+            if chosen[place] != block:
+                return False
+            place += 1
+        block += 1
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _compare_rows(table: tuple, masks: np.ndarray, radius: int, pairs: np.ndarray) -> int:
+    """Fill `pairs`, while it has room, with rows that are near each other; return how many pairs there are."""
+    _, chosen, _, starts, rows, numbers = table
+    num = 0
+    for key in range(len(starts) - 1):
+        for row in range(starts[key], starts[key + 1]):
+            for other in range(row + 1, starts[key + 1]):
+                differing = rows[row] ^ rows[other]
+                if _num_ones(differing) <= radius and _is_first(differing, chosen, masks):
+                    if num < len(pairs):
+                        # Rows of a key are in the order of their numbers.
+                        pairs[num] = np.uint64(numbers[row]) << np.uint64(32) | np.uint64(numbers[other])
+                    num += 1
+    return num
+
+
 @njit(nogil=True, cache=True)
 def _compare(asked: tuple, table: tuple, masks: np.ndarray, radius: int, pairs: np.ndarray) -> tuple[int, int]:
     """Fill `pairs` with what queries from `start` on are near; return the first that is left, and how many pairs."""
-    queries, start, each, skipped, is_own = asked
+    queries, start, each, skipped = asked
     cuts, chosen, low, starts, rows, numbers = table
     num = 0
     for n in range(start, len(queries)):
@@ -272,19 +314,11 @@ def _compare(asked: tuple, table: tuple, masks: np.ndarray, radius: int, pairs: 
         number = n // each
         for row in range(starts[key], starts[key + 1]):
             differing = queries[n] ^ rows[row]
-            if _num_ones(differing) > radius or (is_own and numbers[row] <= n):
+            if _num_ones(differing) > radius:
                 continue
             if len(skipped) > 0 and skipped[number] == numbers[row]:
                 continue
-            # Told by the first band whose blocks all agree, and by no other.
-            place, block = 0, 0
-            while place < len(chosen):
-                if differing & masks[block] == 0:
-                    if chosen[place] != block:
-                        break
-                    place += 1
-                block += 1
-            if place == len(chosen):
+            if _is_first(differing, chosen, masks):
                 pairs[num] = np.uint64(number) << np.uint64(32) | np.uint64(numbers[row])
                 num += 1
     return len(queries), num
