@@ -1,6 +1,7 @@
 """The recipe table `[captioning]`."""
 
 import hashlib
+import keyword
 import re
 import string
 from collections.abc import Sequence
@@ -171,6 +172,8 @@ class CaptioningConfig(TableConfig):
                 raise ValueError(f"pass {name!r}: use small letters, digits and _: it names a column and a folder")
             if name in (*NAMES_TAKEN_OF_PASSES, *TAKEN_COLUMNS) or any(name in own for own in KNOWN_SCORES.values()):
                 raise ValueError(f"pass {name!r}: other columns of the samples are called so; take another name")
+            if keyword.iskeyword(name):
+                raise ValueError(f"pass {name!r} is a word of expressions, where nobody could name it")
             if wrong := sorted(keys.keys() & NOT_OF_PASSES):
                 raise ValueError(f"pass {name!r}: {wrong[0]!r} is one for all passes: it stands in [captioning] alone")
         return passes

@@ -182,13 +182,11 @@ def read_job(command: Command, config: CaptioningConfig, *, column: str, own_key
     """
     data = command.recipe.table("data", DataConfig)
     workers = command.recipe.table("engine", EngineConfig)
+    workers = workers_of(config, workers, is_other=column != MAIN_COLUMN)
     table = f"captioning.passes.{column}" if "shards" in own_keys else "captioning"
     paths = select_raw(command, config.shards, table=table)
     model = find_model(config, workers)
     given = open_sources(config.table, command.run) if config.is_given else []
-    if config.is_given and config.clip_model is None:
-        # Nobody's work is on a GPU.
-        workers = workers.model_copy(update={"gpus_per_worker": 0.0})
     shards = describe_shards(paths, data.reading, run=command.run)
     clip = resolve_model(config.clip_model).identity if config.clip_model is not None else None
     fingerprint = _fingerprint(config, data, model=model, clip=clip, given=given)
@@ -237,6 +235,20 @@ def _fingerprint(
     if config.engine == "vllm" and (vllm := config.vllm.fingerprint_fields()):
         fields["vllm"] = vllm
     return Fingerprint.of(fields)
+
+
+def workers_of(config: CaptioningConfig, workers: EngineConfig, *, is_other: bool) -> EngineConfig:
+    """Return the workers of `config`.
+
+    The recipe's are for the captions themselves; of what is asked beside them, `is_other`, by a pass or about claims,
+    they have the GPUs that its own engine needs.
+    """
+    num_gpus = workers.gpus_per_worker
+    if is_other and config.engine == "vllm":
+        num_gpus = float(vllm_gpus(config))
+    elif (is_other and config.engine == "openai") or (config.is_given and config.clip_model is None):
+        num_gpus = 0.0
+    return workers.model_copy(update={"gpus_per_worker": num_gpus})
 
 
 def gpu_share(workers: EngineConfig) -> float:

@@ -20,6 +20,7 @@ PLAIN_WORDS = {
 }
 # A pattern that is a choice of words.
 CHOICE = re.compile(r"\^\(([\w.-]+(?:\|[\w.-]+)+)\)\$")
+MAX_SHOWN = 200
 
 
 def wrong_items(model: type[pydantic.BaseModel], content: Any) -> list[dict[str, Any]]:
@@ -98,7 +99,9 @@ def describe_item(
         return f"{key} is missing{f': {field.description}' if field is not None and len(location) == 1 else ''}"
     if not location:
         return f"{key}: {item['msg']}"
-    return f"{key} = {item['input']!r}: {item['msg']}"
+    value = repr(item["input"])
+    # A whole table would hide what is wrong with it.
+    return f"{key} = {value}: {item['msg']}" if len(value) <= MAX_SHOWN else f"{key}: {item['msg']}"
 
 
 def fields_at(model: type[pydantic.BaseModel], location: Sequence[str | int]) -> Collection[str]:

@@ -257,6 +257,7 @@ def ask_server(run: Path, answer: Any, *, monkeypatch: pytest.MonkeyPatch) -> li
             run,
             *(f"captioning.claims.{setting}" for setting in settings),
             f"captioning.server.base_url={server.base_url}",
+            "engine.gpus_per_worker=1.0",  # of the captioner: who asks a server has none
             monkeypatch=monkeypatch,
         )
         return server.requests

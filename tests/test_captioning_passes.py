@@ -10,10 +10,12 @@ import pytest
 
 import captioning.__main__ as captioning_main
 from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
+from captioning.job import workers_of
 from captioning.passes import lay_over
 from errors import UserError
 from pipelines.columns.sample_columns import SampleColumns
 from pipelines.engine.progress import console
+from pipelines.engine.run import EngineConfig
 from pipelines.recipe import Recipe
 from pipelines.store.manifest import read_manifest
 from pipelines.store.summary import read_summary
@@ -205,6 +207,7 @@ def test_what_belongs_to_a_changed_key_is_not_taken_over() -> None:
         ("captioning.passes.Short.seed=1", "pass 'Short': use small letters"),
         ("captioning.passes.caption.seed=1", "pass 'caption': other columns of the samples are called so"),
         ("captioning.passes.flags.seed=1", "pass 'flags': other columns"),
+        ("captioning.passes.not.seed=1", "pass 'not' is a word of expressions"),
         ("captioning.passes.pixels.seed=1", "pass 'pixels': other columns"),
         ("captioning.passes.duplicate_of.seed=1", "pass 'duplicate_of': other columns"),
         ("captioning.passes.short.only=1", "pass 'short': 'only' is one for all passes"),
@@ -223,6 +226,45 @@ def test_what_belongs_to_a_changed_key_is_not_taken_over() -> None:
 def test_what_is_wrong_with_a_pass_is_said_by_its_key(finished: Path, setting: str, message: str, monkeypatch) -> None:
     with pytest.raises((UserError, FileNotFoundError), match=message):
         command(finished, setting, is_plan=True, monkeypatch=monkeypatch)
+
+
+def test_a_pass_has_the_gpus_that_its_own_engine_needs(model: Path) -> None:
+    """A server may make one pass and a model on a GPU the others, in one command."""
+    of_recipe = EngineConfig(gpus_per_worker=1.0)
+    gpus = {
+        (engine, column): workers_of(
+            CaptioningConfig.model_validate({"engine": engine, "vllm": {"tensor_parallel_size": 4}}),
+            of_recipe,
+            is_other=column != "caption",
+        ).gpus_per_worker
+        for engine in ("transformers", "openai", "vllm", "given")
+        for column in ("caption", "short")
+    }
+    # Of the captions themselves it is what the recipe says, and what does not fit is refused.
+    assert gpus == {
+        ("transformers", "caption"): 1.0,
+        ("transformers", "short"): 1.0,
+        ("openai", "caption"): 1.0,
+        ("openai", "short"): 0.0,
+        ("vllm", "caption"): 1.0,
+        ("vllm", "short"): 4.0,
+        ("given", "caption"): 0.0,
+        ("given", "short"): 0.0,
+    }
+
+
+def test_a_pass_of_a_server_beside_captions_of_a_gpu(finished: Path, monkeypatch, capsys) -> None:
+    settings = ("engine.gpus_per_worker=1.0", 'captioning.passes.qwen.engine="openai"', "captioning.only=qwen")
+    address = "captioning.passes.qwen.server.base_url=http://127.0.0.1:9/v1"
+    with pytest.raises(UserError, match=re.escape("http://127.0.0.1:9/v1")):
+        command(finished, *settings, address, is_plan=True, monkeypatch=monkeypatch)
+
+
+def test_what_is_wrong_is_not_hidden_behind_all_passes(finished: Path, monkeypatch) -> None:
+    others = [f"captioning.passes.short{number}.max_new_tokens={number}" for number in range(1, 9)]
+    with pytest.raises(UserError) as wrong:
+        command(finished, *others, "captioning.passes.flags.seed=1", is_plan=True, monkeypatch=monkeypatch)
+    assert "captioning.passes: pass 'flags': other columns" in str(wrong.value) and "short8" not in str(wrong.value)
 
 
 def test_a_pass_and_a_column_of_given_captions_cannot_share_a_name(tmp_path: Path) -> None:

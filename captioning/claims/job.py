@@ -12,7 +12,7 @@ from captioning.claims.splitting import CLAIMS_VERSION
 from captioning.claims.table import VERSION, score_spec
 from captioning.claims.worker import ClaimWorkerConfig
 from captioning.config import CaptioningConfig
-from captioning.job import find_model, select_raw
+from captioning.job import find_model, select_raw, workers_of
 from captioning.passes import is_cut
 from encoders.weights import ModelSource
 from errors import UserError
@@ -107,8 +107,9 @@ def read_jobs(command: Command) -> list[ClaimsJob]:
     """
     table = command.recipe.table("captioning", CaptioningConfig)
     data = command.recipe.table("data", DataConfig)
-    workers = command.recipe.table("engine", EngineConfig)
     config = _asking(table)
+    workers = command.recipe.table("engine", EngineConfig)
+    workers = workers_of(config, workers, is_other=config.engine != table.engine)
     model = find_model(config, workers)
     raw = [shard.source for shard in describe_shards(select_raw(command, config.shards), data.reading, run=command.run)]
     return list(_jobs(command.run, config, data, workers=workers, model=model, raw=raw))
