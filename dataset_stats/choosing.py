@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,7 @@ class SetChoices:
         for name, own in sources.items():
             others = {**sources, **found}
             if name in self._sets and not any(own == others[other] for other in others if other not in self._sets):
-                found[f"{name}{ALL_OF}"] = own
+                found[_free_name(f"{name}{ALL_OF}", {*sources, *found})] = own
             found[name] = own
         return found
 
@@ -164,6 +164,11 @@ class SetChoices:
             name: [_keeping_nouns(source) if source.name in of_choices else source for source in own]
             for name, own in sources.items()
         }
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or, where the recipe has a set of that name, the first longer one that none has."""
+    return _free_name(f"{name}{ALL_OF}", taken) if name in taken else name
 
 
 def _shard_of(address: Address) -> str:

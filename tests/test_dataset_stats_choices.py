@@ -247,6 +247,15 @@ def test_a_choice_without_a_set_of_all_brings_its_own(run):
     assert read_summary(run)["dataset_stats"]["big"]["before"] == "big.all"
 
 
+def test_a_set_that_has_the_name_of_a_comparison_keeps_it(run):
+    chosen = '"big" = { shards = ["sa_1"], column = "caption", where = "min_side > 512" }'
+    run_stage(run, f'dataset_stats.sets={{{chosen}, "big.all" = {{ shards = ["sa_0"], column = "caption" }}}}')
+    nouns = nouns_of(run)
+    assert list(nouns) == ["big.all.all", "big", "big.all"]
+    assert nouns["big.all.all"] == by_hand(rows_of("sa_1")) and nouns["big.all"] == by_hand(rows_of("sa_0"))
+    assert read_summary(run)["dataset_stats"]["big"]["before"] == "big.all.all"
+
+
 def test_a_sample_of_a_choice_is_what_it_keeps_of_the_sample(run, caplog):
     run_stage(run, "dataset_stats.sample=100")
     found = read_summary(run)["dataset_stats_sample"]
