@@ -102,6 +102,6 @@ def test_the_commands_of_the_paper_run_in_their_order_on_sa_1b(tmp_path) -> None
         line = re.sub(r" CLIP=\S+", " SET=evaluation.vision=toyworld/weights/llava", line)
         run_line(line, settings="" if done else SMALL)
         done.append(target)
-    assert done == ["caption", "stats", "features", "buckets", "train", "sample", "eval", "verify"]
+    assert done == ["caption", "stats", "columns", "choose", "features", "buckets", "train", "sample", "eval", "verify"]
     assert (tmp_path / "sam" / "stats" / "report.html").stat().st_size > 10_000
     assert Path(tmp_path / "sam" / "evaluation").is_dir()
