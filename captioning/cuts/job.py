@@ -20,9 +20,9 @@ from pipelines.columns.caption_columns import (
     CaptionColumn,
     RunCaptions,
     captions_folder,
+    claims_folder,
     raw_identity,
 )
-from pipelines.columns.columns_folders import COLUMNS, MAIN_CAPTION
 from pipelines.engine.pieces import Source
 from pipelines.engine.run import EngineConfig
 from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, manifest_path, read_manifest
@@ -103,7 +103,7 @@ class CutJob:
             rule=rule,
             column=self._of().column,
             quality=config.quality,
-            claims=self._claims_folder if config.supported else None,
+            claims=claims_folder(self.run, self.config.of) if config.supported else None,
             tokenizer=file,
         )
 
@@ -135,11 +135,6 @@ class CutJob:
         manifest = self._manifest()
         return manifest is not None and is_judged(manifest, self.config.quality)
 
-    @property
-    def _claims_folder(self) -> Path:
-        of = self.config.of
-        return self.run / COLUMNS / ("claims" if of == MAIN_CAPTION else f"claims@{of}")
-
     def _manifest(self) -> Manifest | None:
         if not manifest_path(self.output.path).is_file():
             return None
@@ -166,7 +161,7 @@ class CutJob:
 
     def _claims(self, of: CaptionColumn) -> Mapping[str, str]:
         """Return, by shard, what the identity of its claims adds to that of its captions."""
-        folder = self._claims_folder
+        folder = claims_folder(self.run, self.config.of)
         manifest = read_manifest(folder) if manifest_path(folder).is_file() else None
         shards = {} if manifest is None else manifest.shards
         found = {

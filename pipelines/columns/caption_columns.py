@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from errors import MissingFileError, UserError
 from pipelines.as_typed import did_you_mean, typed_command, typed_flag
-from pipelines.columns.columns_folders import CAPTIONS, MAIN_CAPTION
+from pipelines.columns.columns_folders import CAPTIONS, COLUMNS, MAIN_CAPTION
 from pipelines.engine.pieces import Source
 from pipelines.store.families import texts_digest
 from pipelines.store.manifest import Fingerprint, Manifest, manifest_path, read_manifest, require_same
@@ -53,6 +53,11 @@ class CaptionColumn:
 def captions_folder(run: Path, column: str = MAIN_CAPTION) -> Path:
     """Return the folder of the captions themselves, or of those of a pass."""
     return run / (CAPTIONS if column == MAIN_CAPTION else f"{CAPTIONS}@{column}")
+
+
+def claims_folder(run: Path, column: str) -> Path:
+    """Return the folder of the claims of a column of captions."""
+    return run / COLUMNS / ("claims" if column == MAIN_CAPTION else f"claims@{column}")
 
 
 def mend_captions() -> str:
@@ -132,8 +137,8 @@ class RunCaptions:
         """Check that a column has the captions of raw shards as they are, and of what it was cut of as that is.
 
         Raises:
-            UserError: some shard has no captions, they were made from another file, or cut of others than there are;
-                names it and the command.
+            UserError: some shard has no captions, they were made from another file, or cut of others, or by other
+                claims, than there are; names it and the command.
         """
         shards = column.manifest.shards
         if missing := [source.name for source in raw if source.name not in shards]:
@@ -151,15 +156,28 @@ class RunCaptions:
                 mend=f"{source.path} has changed since: put back the one that was captioned, or type "
                 f"{self.caption_command} again: this shard alone is captioned anew",
             )
-        if column.cut_of is None:
-            return
-        parent = self.find(column.cut_of, key=f"{column.folder}, which was cut of {column.cut_of!r}")
+        if column.cut_of is not None:
+            self._require_cut(column, column.cut_of, raw)
+
+    def _require_cut(self, column: CaptionColumn, of: str, raw: Sequence[Source]) -> None:
+        """Check that a column was cut of the captions, and by the claims, that are there now."""
+        parent = self.find(of, key=f"{column.folder}, which was cut of {of!r}")
         self.require_shards(parent, raw)
+        claims = claims_folder(self.run, of)
+        is_there = not self._is_closed and manifest_path(claims).is_file()
+        marked = read_manifest(claims).shards if is_there else {}
         for source in raw:
-            if not shards[source.name].source.endswith(f"{CAPTIONS_SEAM}{parent.sha256(source.name)}"):
+            made_of = column.manifest.shards[source.name].source
+            others = None
+            if not made_of.endswith(f"{CAPTIONS_SEAM}{parent.sha256(source.name)}"):
+                others = f"of other captions than are in {parent.folder}"
+            elif CLAIMS_SEAM in made_of and source.name in marked:
+                seam = f"{CLAIMS_SEAM}{marked[source.name].files['.parquet']}{CAPTIONS_SEAM}"
+                others = None if seam in made_of else f"by other claims than are in {claims}"
+            if others is not None:
                 raise UserError(
-                    f"{column.file(source.name)} was cut of other captions than are in {parent.folder} now: type "
-                    f"{self.caption_command} again, which cuts them anew"
+                    f"{column.file(source.name)} was cut {others} now: type {self.caption_command} again, which cuts "
+                    "them anew"
                 )
 
     def _require_texts(self, found: CaptionColumn, *, key: str) -> None:
