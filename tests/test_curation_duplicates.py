@@ -137,13 +137,26 @@ def test_what_another_run_has_is_a_duplicate_here_whatever_is_preferred(tmp_path
     write_tar(tmp_path / "first.raw/b.tar", [("b.jpg", as_file(other, "JPEG"))])
     duplicates(run="first")
     assert duplicates(*setting)["a/b"]["duplicate_of"] == f"{first}:b/b"
+    with pytest.raises(UserError, match=rf"runs: {tmp_path}/run itself counts this run's .*, and only one of two may"):
+        duplicates("--set", f'columns.duplicates.runs=["{tmp_path}/run"]', run="first")
+
+
+def test_a_run_without_a_sound_image_has_no_duplicates(tmp_path, duplicates) -> None:
+    write_tar(tmp_path / "run.raw/a.tar", [("a.jpg", b"no image")])
+    rows = duplicates("--set", "columns.max_reject_fraction=1")
+    assert rows["a/a"]["duplicate"] is None and rows["a/a"]["reject"].startswith("hashes:")
 
 
 def test_a_representative_that_is_no_number_or_unknown_is_refused_or_last(tmp_path, duplicates, capsys) -> None:
     whole = next(photo_likes(1))
     files = [("a.jpg", as_file(whole, "JPEG")), ("b.jpg", as_file(whole.resize((128, 128)), "JPEG"))]
     write_tar(tmp_path / "run.raw/a.tar", files)
-    for text, said in (("megapixel", "no column 'megapixel'.*did you mean"), ("format", "is a text")):
+    for text, said in (
+        ("megapixel", "no column 'megapixel'.*did you mean"),
+        ("format", "is a text"),
+        ("1 if duplicate else 0", "duplicate is a column of duplicates itself"),
+        ("1 if duplicates.duplicate else 0", "duplicates.duplicate is a column of duplicates itself"),
+    ):
         with pytest.raises(UserError, match=rf"columns\.duplicates\.representative: .*{said}"):
             duplicates("--set", f"columns.duplicates.representative={text}")
     assert not (tmp_path / "run/columns/hashes").exists()

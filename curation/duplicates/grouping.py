@@ -62,10 +62,10 @@ def exact_copies(exact: np.ndarray, preferred: np.ndarray) -> np.ndarray:
     """
     order = preferred[np.lexsort((exact[preferred, 1], exact[preferred, 0]))]  # stable: the best stay first
     of_order = exact[order]
-    starts = np.concatenate(([True], (of_order[1:] != of_order[:-1]).any(axis=1)))
-    firsts = order[starts]
+    starts = np.ones(len(order), bool)
+    starts[1:] = (of_order[1:] != of_order[:-1]).any(axis=1)
     found = np.empty(len(exact), np.uint32)
-    found[order] = firsts[np.cumsum(starts) - 1] if len(order) else firsts
+    found[order] = order[starts][np.cumsum(starts) - 1]
     return found
 
 

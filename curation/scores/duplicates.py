@@ -22,7 +22,7 @@ from curation.scores.clip import CLIP_KEY, EMBEDDING, EMBEDDINGS_FOLDER, ClipCho
 from curation.scores.protocol import Column, Reads, RunScore, Score
 from curation.table_rows import input_hashes, read_inputs
 from errors import UserError
-from pipelines.columns.columns_folders import MAIN_CAPTION
+from pipelines.columns.columns_folders import COLUMNS, MAIN_CAPTION
 from pipelines.columns.expressions import Expression, parse_expression
 from pipelines.columns.known_scores import score_command
 from pipelines.columns.sample_columns import SampleColumns
@@ -64,7 +64,13 @@ class Duplicates(RunScore):
 
     @cached_property
     def _representative(self) -> Expression:
-        return parse_expression(self._config.representative, key=REPRESENTATIVE_KEY)
+        expression = parse_expression(self._config.representative, key=REPRESENTATIVE_KEY)
+        own = {f"{start}{column.name}" for start in ("", f"{self.name}.") for column in self.columns}
+        if name := next((name for name in expression.names if name in own), None):
+            raise UserError(
+                f"{REPRESENTATIVE_KEY}: {name} is a column of {self.name} itself, which is made by this: write others"
+            )
+        return expression
 
     @cached_property
     def reads(self) -> tuple[Reads, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -157,13 +163,14 @@ class Duplicates(RunScore):
         """Return the manifests of the hashes of other runs.
 
         Raises:
-            UserError: a run has none, or of another version, or it is this run; names it and the command.
+            UserError: a run has none, or of another version, or it is this run, or names it; says what to do.
         """
         found = {}
         for run in self._config.runs:
             folder = Path(run) / HASHES.folder
             if Path(run).resolve() == self._run.resolve():
                 raise UserError(f"{RUNS_KEY}: {run} is this run, whose samples count anyway; leave it out")
+            self._refuse_both_ways(run)
             if not manifest_path(folder).is_file():
                 raise UserError(f"{RUNS_KEY}: there is no finished {folder}: {score_command('hashes', run)} makes it")
             found[run] = read_manifest(folder)
@@ -176,6 +183,15 @@ class Duplicates(RunScore):
             if EMBEDDINGS in self._inputs:
                 self._require_same_clip(run)
         return found
+
+    def _refuse_both_ways(self, run: str) -> None:
+        theirs = Path(run) / COLUMNS / self.name
+        runs = read_manifest(theirs).fingerprint.fields["runs"] if manifest_path(theirs).is_file() else ()
+        if self._run.resolve() in {Path(each).resolve() for each in runs}:
+            raise UserError(
+                f"{RUNS_KEY}: {run} itself counts this run's samples as its duplicates, and only one of two may name "
+                "the other, else what both have is chosen of neither: leave it out here, or there"
+            )
 
     def _require_same_clip(self, run: str) -> None:
         folder = Path(run) / EMBEDDINGS.folder
