@@ -17,7 +17,7 @@ KEYS = ["a", "b", "c"]
 def run(tmp_path: Path) -> Path:
     rows = [
         {"key": "a", "caption": "A dog", "num_tokens": 3, "flags": ["loop", "empty"], "clip_score": 0.1, "width": 10},
-        {"key": "b", "reject": "undecodable", "flags": None},
+        {"key": "b", "reject": "undecodable", "num_tokens": 5, "flags": []},
         {"key": "c", "caption": "Cats", "num_tokens": 2, "flags": [], "clip_score": 0.2, "width": 30},
     ]
     write_captions(tmp_path / "captions", {"s0": rows, "s1": rows}, flags=["empty", "loop"])
@@ -39,6 +39,9 @@ def test_each_name_is_a_column_in_raw_order(run: Path) -> None:
     # A score's width is fresher than that of captions.
     assert table["width"].to_pylist() == [11, None, 31]
     assert table["flags.loop"].to_pylist() == [True, None, False]
+    # Of a rejected sample nobody knows anything, though its row has a list without flags.
+    unknown = columns.read("s0", ["flags", "num_tokens"]).to_pylist()[1]
+    assert unknown == {"key": "b", "flags": None, "num_tokens": None}
     assert table["short"].to_pylist() == ["short a", "short b", "short c"]
     assert table["short.flags.loop"].to_pylist() == [True] * 3
     assert table["short.clip_score"].to_pylist() == [0.5, 0.6, 0.7]

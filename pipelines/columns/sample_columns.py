@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from errors import UserError
 from pipelines.as_typed import did_you_mean
@@ -49,6 +50,9 @@ class _Place:
 
     def values(self, table: pa.Table) -> pa.ChunkedArray:
         column = table[self.stored]
+        if self.folder.score is None:
+            # Of a sample that is rejected captions have the alt text, too, and a list without flags.
+            column = pc.call_function("if_else", [table["reject"].is_null(), column, pa.scalar(None, column.type)])
         return column if self.column == self.stored else _has_flag(column, self.column.removeprefix(f"{FLAGS}."))
 
 
@@ -108,7 +112,7 @@ class SampleColumns:
     def read(self, shard: str, names: Sequence[str], *, caption: str = MAIN_CAPTION) -> pa.Table:
         """Return `key` and the columns of `names` of a shard, one row per sample of it, in raw order.
 
-        Of samples that a score has rejected its columns are null.
+        Of samples that a score or the captions have rejected their columns are null.
 
         Raises:
             UserError: a file is missing or damaged, or two files are not of the same samples; names them.
@@ -118,7 +122,9 @@ class SampleColumns:
         found: dict[str, pa.ChunkedArray] = {}
         for folder, needed in self._by_folder(names, self._places(caption)):
             path = folder.file(shard)
-            table = read_table(path, ["key", *{place.stored: None for place in needed.values()}], mend=MEND_SHARD)
+            reject = ["reject"] if folder.score is None else []
+            stored = {place.stored: None for place in needed.values()}
+            table = read_table(path, ["key", *reject, *stored], mend=MEND_SHARD)
             if keys is None or keys_of is None:
                 keys, keys_of = table["key"], path
             elif not keys.equals(table["key"]):
