@@ -43,6 +43,9 @@ def make_run_score(job: ColumnsJob, score: RunScore, sources: Sequence[Source]) 
             changes = output.changes(fingerprint, defaults={})
             say_done_anew(output, sources, fingerprint, changes=changes, room=ROOM)
             output.clear_leftovers(is_held=True)
+            # What other shards have was found among other samples, or in another table.
+            for name in set(output.marked()).difference(source.name for source in sources):
+                output.clear_marker(name)
             _measure(job, score, sources)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from curation.__main__ import main
 from curation.duplicates.banding import NearHashes, dealt, unpack
 from errors import UserError
+from pipelines.store.manifest import read_manifest
 from tests.raw_shards import write_tar
 from toyworld.copies import Planted, as_file, photo_likes, plant, toy_pictures
 
@@ -22,8 +23,8 @@ SHARD_SAMPLES = 40
 def duplicates(tmp_path, monkeypatch):
     """Types `make columns` for the score duplicates of the shards of a folder, and returns its rows by `shard/key`."""
 
-    def make(*words: str, run: str = "run") -> dict[str, dict]:
-        shards = f"data.shards={tmp_path}/{run}.raw/*.tar"
+    def make(*words: str, run: str = "run", named: str = "*") -> dict[str, dict]:
+        shards = f"data.shards={tmp_path}/{run}.raw/{named}.tar"
         scores = 'columns.scores=["duplicates"]'
         typed = ["--run", str(tmp_path / run), "--set", shards, "--set", "engine.in_process=true", "--set", scores]
         monkeypatch.setattr("sys.argv", ["curation", *typed, *words])
@@ -119,6 +120,17 @@ def test_only_what_has_changed_makes_them_anew_and_another_shard_makes_all(tmp_p
     write_tar(tmp_path / "run.raw/c.tar", [("c.jpg", as_file(whole, "PNG")), ("d.jpg", as_file(third, "PNG"))])
     rows = duplicates()
     assert rows["a/a"]["duplicate_of"] == "c/c" and [row["duplicate"] for row in rows.values()].count(True) == 1
+
+
+def test_what_was_found_among_other_shards_is_no_more_vouched_for(tmp_path, duplicates) -> None:
+    whole = next(photo_likes(1))
+    for shard, quality in (("a", 95), ("b", 60)):
+        write_tar(tmp_path / f"run.raw/{shard}.tar", [(f"{shard}.jpg", as_file(whole, "JPEG", quality=quality))])
+    assert duplicates()["b/b"]["duplicate_of"] == "a/a"
+    rows = duplicates(named="b")
+    assert not rows["b/b"]["duplicate"]
+    assert set(read_manifest(tmp_path / "run/columns/duplicates").shards) == {"b"}
+    assert duplicates()["b/b"]["duplicate_of"] == "a/a"
 
 
 def test_what_another_run_has_is_a_duplicate_here_whatever_is_preferred(tmp_path, duplicates) -> None:
