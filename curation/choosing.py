@@ -11,6 +11,7 @@ from curation.scores.pixels import Pixels
 from curation.scores.protocol import Score
 from errors import UserError
 from pipelines.as_typed import did_you_mean
+from pipelines.columns.caption_columns import is_beside_captions
 
 
 def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
@@ -27,7 +28,10 @@ def known_scores(config: ColumnsConfig, run: Path) -> list[Score]:
         Pixels(),
         Hashes(),
         Clip(clip),
-        *(ClipScore(clip, caption_column=name) for name in config.caption_columns),
+        *(
+            ClipScore(clip, caption_column=name, is_beside=is_beside_captions(run, name))
+            for name in config.caption_columns
+        ),
         *(Head(name, file=head.file, clip=clip) for name, head in config.heads.items()),
         *tables,
     ]

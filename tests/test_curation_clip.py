@@ -1,6 +1,7 @@
 """CLIP's columns: embeddings made once from images, and scores of texts and heads from them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def write_captions(folder: Path, keys: list[str]) -> None:
+def write_captions(folder: Path, keys: list[str], *, beside: str | None = None) -> None:
     rows = [
         {"key": key, "caption": f"photo number {key}", "alt_text": ALT_TEXTS[place % 3], "reject": None}
         for place, key in enumerate(keys)
     ]
+    rows = [row | ({beside: row["caption"]} if beside else {}) for row in rows]
     rows[5] |= {"caption": None, "alt_text": None, "reject": "empty_caption"}
-    schema = pa.schema([(name, pa.string()) for name in ("key", "caption", "alt_text", "reject")])
+    schema = pa.schema([(name, pa.string()) for name in rows[0]])
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "a.parquet")
     directory, fingerprint = ShardDirectory(folder), Fingerprint.of({})
@@ -133,6 +135,14 @@ def test_a_clip_score_is_that_of_captioning_and_needs_no_image_again(run, column
         "clip_tokens": cut.num_tokens,
         "clip_tokens_cut": cut.num_tokens_cut,
     }
+
+
+def test_texts_beside_the_captions_are_scored_as_the_captions_are(run, columns) -> None:
+    keys = pq.read_table(run / "captions/a.parquet")["key"].to_pylist()
+    shutil.rmtree(run / "captions")
+    write_captions(run / "captions", keys, beside="second")
+    folder = columns("clip_score", settings=('columns.caption_columns=["caption","second"]',))
+    assert rows(folder / "clip_score@second/a.parquet") == rows(folder / "clip_score/a.parquet")
 
 
 def decoded(data: bytes) -> Image.Image:

@@ -155,9 +155,10 @@ class ClipScore(TableScore):
         Column(name="clip_tokens_cut", type=pa.int32(), unit="tokens", meaning="At its end, which CLIP does not read"),
     )
 
-    def __init__(self, clip: ClipChoice, *, caption_column: str) -> None:
+    def __init__(self, clip: ClipChoice, *, caption_column: str, is_beside: bool = False) -> None:
+        """`is_beside`: the texts are a column of `captions/`, and no pass of their own."""
         self.name = "clip_score" if caption_column == MAIN_CAPTION else f"clip_score@{caption_column}"
-        is_of_captions = caption_column in (MAIN_CAPTION, ALT_TEXT)
+        is_of_captions = is_beside or caption_column in (MAIN_CAPTION, ALT_TEXT)
         folder = "captions" if is_of_captions else f"captions@{caption_column}"
         column = caption_column if is_of_captions else MAIN_CAPTION
         self.reads = (Reads(folder=EMBEDDINGS_FOLDER, columns=(EMBEDDING,)), Reads(folder=folder, columns=(column,)))

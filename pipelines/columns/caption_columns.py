@@ -16,7 +16,7 @@ from pipelines.as_typed import did_you_mean, typed_command, typed_flag
 from pipelines.columns.columns_folders import CAPTIONS, COLUMNS, MAIN_CAPTION
 from pipelines.engine.pieces import Source
 from pipelines.store.families import texts_digest
-from pipelines.store.manifest import Fingerprint, Manifest, manifest_path, read_manifest, require_same
+from pipelines.store.manifest import Fingerprint, Manifest, ShardDirectory, manifest_path, read_manifest, require_same
 from pipelines.store.tables import read_table_schema
 
 # Columns of captions that say what a row is of, and what became of it.
@@ -53,6 +53,14 @@ class CaptionColumn:
 def captions_folder(run: Path, column: str = MAIN_CAPTION) -> Path:
     """Return the folder of the captions themselves, or of those of a pass."""
     return run / (CAPTIONS if column == MAIN_CAPTION else f"{CAPTIONS}@{column}")
+
+
+def is_beside_captions(run: Path, name: str) -> bool:
+    """Return whether texts of a name are a column of `captions/` itself, by a shard that is done, and no pass."""
+    done = ShardDirectory(captions_folder(run)).marked()
+    if captions_folder(run, name).is_dir() or not done:
+        return False
+    return name in read_table_schema(captions_folder(run) / f"{done[0]}.parquet", mend=mend_captions()).names
 
 
 def claims_folder(run: Path, column: str) -> Path:
