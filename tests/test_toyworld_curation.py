@@ -6,6 +6,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -111,13 +113,51 @@ def test_what_a_choice_left_out_is_counted_by_kind_and_source(run: Path) -> None
 
 def test_what_the_choice_regains_is_in_the_summary(run: Path) -> None:
     figures = score_curation(run, SCORES)
-    assert figures == json.loads((run / "summary.json").read_text())["curation"] | {
+    assert json.loads((run / "summary.json").read_text())["curation"] == {
         name: pytest.approx(value, abs=1e-4) for name, value in figures.items()
     }
     assert {name: figures[name] for name in SCORES} == {"all": 0.7, "chosen": 0.88, "sound": 0.9}
     assert figures["regained"] == pytest.approx(0.9)
     assert figures["precision"] == 1, "what it left out was spoilt"
     assert 0.05 < figures["recall"] < 0.3
+
+
+def write_verdicts(run: Path, right: dict[str, list[int]]) -> dict[str, dict]:
+    """Verdicts of pictures with two objects each, of which some are all right; returns the shares."""
+    (run / "judge").mkdir(exist_ok=True)
+    for name, counts in right.items():
+        objects = [
+            [{"has_position": True, "has_colour": True, "has_shape": place < count} for place in range(2)]
+            for count in counts
+        ]
+        table = pa.table({"key": [f"{number:03d}" for number in range(len(counts))], "objects": objects})
+        pq.write_table(table, run / "judge" / f"{name}.parquet")
+    return {name: {"all": sum(counts) / (2 * len(counts))} for name, counts in right.items()}
+
+
+def test_the_error_of_what_is_regained_is_that_of_other_prompts_drawn(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    rng = np.random.default_rng(0)
+    chances = {"all": 0.75, "chosen": 0.93, "sound": 0.94}
+    right = {name: rng.binomial(2, chance, 500) for name, chance in chances.items()}
+    judged = write_verdicts(tmp_path / "run", {name: counts.tolist() for name, counts in right.items()})
+    figures = score_curation(tmp_path / "run", judged)
+    drawn = rng.integers(500, size=(2000, 500))
+    sums = {name: counts[drawn].sum(axis=1) for name, counts in right.items()}
+    regained = (sums["chosen"] - sums["all"]) / (sums["sound"] - sums["all"])
+    assert figures["regained_error"] == pytest.approx(regained.std(), rel=0.1)
+    recipe = load_recipe(run / "recipe.toml")
+    others = {"position": 1.0, "colour": 0.9, "shape": 0.9, "extra": 0.0, "num_objects": 9, "num_images": 5}
+    for name, found in judged.items():
+        update_summary(tmp_path / "run", f"judge.{name}", others | found)
+    page = write_report(recipe, tmp_path / "run").read_text()
+    assert f"± {figures['regained_error']:.1%}" in page and "the standard error over the prompts" in page
+
+
+def test_no_error_is_told_of_pictures_of_other_prompts(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    judged = write_verdicts(tmp_path / "run", {"all": [1, 0, 1], "chosen": [2, 2], "sound": [2, 2, 2]})
+    assert "regained_error" not in score_curation(tmp_path / "run", judged)
 
 
 def test_other_runs_have_no_such_table(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.columns.written_choices import read_chosen
 from pipelines.engine.progress import get_logger
 from pipelines.store.manifest import ShardDirectory, manifest_path, read_manifest
 from pipelines.store.summary import update_summary
-from pipelines.store.tables import read_table
+from pipelines.store.tables import MEND_SHARD, read_table
 from toyworld.mending import mend_world
 from toyworld.spoilt import IS_SOUND, SPOILT_CAPTION, SPOILT_PICTURE
 
@@ -41,10 +43,16 @@ class KindRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Curation:
-    """What the page shows: the scores, the difference that was regained, and what was left out by kind and source."""
+    """What the page shows: the scores, the difference that was regained, and what was left out by kind and source.
+
+    Attributes:
+        regained: part of the difference of the last score and the first that the choice gains.
+        error: standard error of that over the prompts; all three draw the same ones. None where pictures differ.
+    """
 
     scores: Mapping[str, float]
     regained: float | None
+    error: float | None
     kinds: Sequence[KindRow]
     sources: Sequence[KindRow]
     where: str
@@ -54,13 +62,15 @@ def score_curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> dict[s
     """Write the table `curation` of the summary of a run that was spoilt, and return it.
 
     `all`, `chosen` and `sound` are shares of objects that are all right; `regained` is the part of the difference of
-    the last and the first that the choice gains; `precision` is the part of what it left out that was spoilt, `recall`
-    the part of what was spoilt that it left out.
+    the last and the first that the choice gains, `regained_error` its standard error; `precision` is the part of what
+    it left out that was spoilt, `recall` the part of what was spoilt that it left out.
     """
     found = curation(run, judged)
     if found is None or found.regained is None:
         return {}
     figures = {**found.scores, "regained": found.regained}
+    if found.error is not None:
+        figures["regained_error"] = found.error
     num_spoilt = sum(row.num_samples for row in found.sources) - found.kinds[0].num_samples
     num_left_out = sum(row.num_left_out for row in found.sources)
     spoilt_left_out = num_left_out - found.kinds[0].num_left_out
@@ -82,9 +92,10 @@ def curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> Curation | N
         return None
     left_out = _left_out(choices)
     scores = {name: judged[name]["all"] for name in (ALL, CHOSEN, SOUND) if name in judged}
-    regained = None
+    regained = error = None
     if len(scores) == 3 and scores[SOUND] != scores[ALL]:
         regained = (scores[CHOSEN] - scores[ALL]) / (scores[SOUND] - scores[ALL])
+        error = _error(run, regained)
     sound = [row for row in rows if row[IS_SOUND]]
     kinds = [_row("", SOUND_KIND, sound, left_out)] if sound else []
     for noun, column in (("picture", SPOILT_PICTURE), ("caption", SPOILT_CAPTION)):
@@ -93,7 +104,29 @@ def curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> Curation | N
     names = sorted({row["dataset"] for row in rows})
     sources = [_row("source", name, [row for row in rows if row["dataset"] == name], left_out) for name in names]
     where = read_manifest(choices).extra.get("where") or ""
-    return Curation(scores=scores, regained=regained, kinds=kinds, sources=sources, where=where)
+    return Curation(scores=scores, regained=regained, error=error, kinds=kinds, sources=sources, where=where)
+
+
+def _error(run: Path, regained: float) -> float | None:
+    """The standard error of what is regained, a ratio of sums over the same prompts, linearised."""
+    judged = [_right_by_prompt(run, name) for name in (ALL, CHOSEN, SOUND)]
+    if not judged[0] or any(right.keys() != judged[0].keys() for right in judged):
+        return None
+    first, chosen, last = (np.array([right[key] for key in judged[0]], np.float64) for right in judged)
+    difference = abs((last - first).sum())
+    rest = chosen - first - regained * (last - first)
+    return float(np.sqrt((rest**2).sum()) / difference) if difference else None
+
+
+def _right_by_prompt(run: Path, name: str) -> dict[str, int]:
+    """How many objects are all right in each prompt's picture; nothing where the judge has seen no such samples."""
+    path = ShardDirectory(run / "judge").file(name, ".parquet")
+    if not path.is_file():
+        return {}
+    return {
+        row["key"]: sum(item["has_position"] and item["has_colour"] and item["has_shape"] for item in row["objects"])
+        for row in read_table(path, ["key", "objects"], mend=MEND_SHARD).to_pylist()
+    }
 
 
 def _left_out(choices: Path) -> set[tuple[str, str]]:
