@@ -151,7 +151,7 @@ def test_the_error_of_what_is_regained_is_that_of_other_prompts_drawn(run: Path,
     for name, found in judged.items():
         update_summary(tmp_path / "run", f"judge.{name}", others | found)
     page = write_report(recipe, tmp_path / "run").read_text()
-    assert f"± {figures['regained_error']:.1%}" in page and "the standard error over the prompts" in page
+    assert f"±&nbsp;{figures['regained_error']:.1%}" in page and "the standard error over the prompts" in page
 
 
 def test_no_error_is_told_of_pictures_of_other_prompts(run: Path, tmp_path: Path) -> None:
@@ -178,3 +178,5 @@ def test_the_page_shows_what_was_left_out_and_what_it_regains(run: Path, tmp_pat
     assert re.search(r"caption: refusal</th>\s*<td[^>]*>(\d+)</td><td[^>]*>\1</td>\s*<td[^>]*>100\.0%", page)
     assert re.search(r"<tr><th scope=\"row\">sound</th>\s*<td[^>]*>\d+</td><td[^>]*>0</td>", page)
     assert "length(caption) &gt; 60 and not flags.loop" in page
+    assert re.search(r"<dt>Regained by the choice</dt>\s*<dd>90\.0%</dd>", page)
+    assert "the texts that came with the images" in page and "LLaVA" not in page and "Named in alt text" not in page

@@ -18,8 +18,9 @@ from toyworld import judge as judge_module
 from toyworld.charts import Scale, loss_chart
 from toyworld.config import ToyworldConfig
 from toyworld.judge import ObjectHit, Verdict
+from toyworld.page_filters import reason
 from toyworld.render import render
-from toyworld.report import _reason, write_report
+from toyworld.report import write_report
 from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import read_prompt_scenes, score_run
 from toyworld.world import write_world
@@ -184,7 +185,7 @@ def test_each_cell_says_on_a_phone_which_column_it_is_of(page):
 
 
 def test_reasons_of_rejects_are_words():
-    assert _reason("corrupt_image") == "corrupt image" and _reason("caption:no_caption") == "no caption (not captioned)"
+    assert reason("corrupt_image") == "corrupt image" and reason("caption:no_caption") == "no caption (not captioned)"
 
 
 def test_page_shows_misses_among_the_captions(page):

@@ -25,6 +25,7 @@ from toyworld.curation import TARGET, curation
 from toyworld.edges_scoring import GRID_NAME, LED_TARGETS
 from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
+from toyworld.page_filters import FILTERS
 from toyworld.previews import PreviewRow, preview_rows
 from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
@@ -138,6 +139,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     # Nobody has drawn the images of other runs, so that there is no truth to compare captions and samples with.
     has_world = "toyworld" in recipe.tables or (run / "raw" / "truth.parquet").is_file()
     # Other recipes have what they show beside some of its parts alone.
+    is_given = recipe.tables.get("captioning", {}).get("engine") == "given"
     is_whole = has_world and MAIN_STAGE in recipe.names("training")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -146,14 +148,21 @@ def write_report(recipe: Recipe, run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "number": _number, "reason": _reason}
+    environment.filters |= FILTERS
     page = environment.get_template("index.html.jinja").render(
         name=run.resolve().name,
         recipe=recipe.path.name,
         total_seconds=sum(seconds.values()),
         has_world=has_world,
         is_whole=is_whole,
-        steps=_flow(run, stages, seconds=seconds, has_world=has_world, is_whole=is_whole),
+        is_given=is_given,
+        steps=_flow(
+            run,
+            stages,
+            seconds=seconds,
+            captions=_captions_are(has_world=has_world, is_given=is_given),
+            is_whole=is_whole,
+        ),
         captioning=summary.get("captioning", {}),
         captions=caption_examples(run, data, count=config.num_report_examples),
         nouns=_noun_rows(recipe, summary),
@@ -182,28 +191,6 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     return path
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
-
-
-def _reason(text: str) -> str:
-    """Return why samples were rejected, in words; `caption:loop` is a reject of captioning that features repeat."""
-    room, _, reason = text.rpartition(":")
-    words = reason.replace("_", " ")
-    return f"{words} (not captioned)" if room == "caption" else words
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in node.items():
@@ -215,7 +202,7 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _flow(
-    run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, float], has_world: bool, is_whole: bool
+    run: Path, stages: Sequence[StageTitle], *, seconds: Mapping[str, float], captions: str, is_whole: bool
 ) -> list[Step]:
     steps = {  # by the prefix in the summary's seconds
         "world": _manifest_step(
@@ -224,12 +211,18 @@ def _flow(
         "captioning": _manifest_step(
             run / "captions",
             title="Captions",
-            what="LLaVA describes every image in detail" if has_world else "what is to be seen in each image",
+            what=captions,
             unit="captions",
             anchor="captions",
         ),
         "dataset_stats": _manifest_step(
             run / "stats", title="Noun statistics", what="what the captions gained", unit="texts", anchor="nouns"
+        ),
+        "columns": _manifest_step(
+            min((path.parent for path in (run / "columns").glob(f"*/{MANIFEST_NAME}")), default=run / "columns"),
+            title="Columns",
+            what="what samples are chosen by",
+            unit="samples",
         ),
         "features": _features_step(run),
         **{f"training_{stage.name}": _training_step(run, stage) for stage in stages},
@@ -244,7 +237,13 @@ def _flow(
     longest = max((step.seconds or 0.0 for step in steps.values()), default=0.0)
     for step in steps.values():
         step.share_percent = round(100 * (step.seconds or 0.0) / longest, 1) if longest else 0.0
-    return [step for step in steps.values() if is_whole or step.is_done]
+    return [step for name, step in steps.items() if step.is_done or (is_whole and name != "columns")]
+
+
+def _captions_are(*, has_world: bool, is_given: bool) -> str:
+    if is_given:
+        return "the texts that came with the images"
+    return "LLaVA describes every image in detail" if has_world else "what is to be seen in each image"
 
 
 def _manifest_step(folder: Path, *, title: str, what: str, unit: str, anchor: str = "") -> Step:

@@ -1,0 +1,29 @@
+"""How the run's page writes figures: filters of its template."""
+
+
+def percent(fraction: float) -> str:
+    """Return a share in percent, with one decimal."""
+    return f"{100 * fraction:.1f}%"
+
+
+def number(value: float) -> str:
+    """Return a number with commas, and two decimals where it is no whole one."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def reason(text: str) -> str:
+    """Return why samples were rejected, in words; `caption:loop` is a reject of captioning that features repeat."""
+    room, _, reason = text.rpartition(":")
+    words = reason.replace("_", " ")
+    return f"{words} (not captioned)" if room == "caption" else words
+
+
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason}
