@@ -126,7 +126,7 @@ def _refuse(output: ShardDirectory, name: str, fingerprint: Fingerprint) -> None
         require_same_fingerprint(
             fingerprint,
             read_manifest(output.path).fingerprint,
-            where=f"captioning.retry_rejects ({retry})",
+            where=f"captioning.retry_rejects ({retry}), {output.path}",
             mend=f"set it back to keep these captions, or name another run; without {retry} they are all made anew",
         )
     raise UserError(

@@ -27,6 +27,10 @@ def pass_config(recipe: Recipe, name: str) -> CaptioningConfig:
         UserError: a key of the pass is wrong; names it.
     """
     whole = recipe.tables[TABLE]
+    engine = str(whole["passes"][name].get("engine", ""))
+    if meant := did_you_mean(engine, (CUT_ENGINE,)):
+        place = recipe.blame(TABLE, "passes", name, "engine")
+        raise UserError(f"{place}: captioning.passes.{name}.engine = {engine!r} is no engine{meant}")
     config = recipe.laid(f"{TABLE}.passes.{name}", lay_over(whole, whole["passes"][name]), CaptioningConfig)
     if isinstance(config.table, dict):
         raise UserError(

@@ -13,7 +13,9 @@ from captioning.config import DEFAULT_PROMPTS, CaptioningConfig
 from captioning.job import workers_of
 from captioning.passes import lay_over
 from errors import UserError
+from pipelines.columns.caption_columns import RunCaptions
 from pipelines.columns.sample_columns import SampleColumns
+from pipelines.engine.pieces import Source
 from pipelines.engine.progress import console
 from pipelines.engine.run import EngineConfig
 from pipelines.recipe import Recipe
@@ -75,6 +77,9 @@ def test_a_given_pass_has_the_texts_of_its_own_shards(finished: Path) -> None:
     texts = [row["caption"] for row in rows_of(finished, "given", "laion_00000")]
     assert texts == [UNICODE_ALT_TEXTS[number % 8].strip() for number in range(12)]
     assert list(read_manifest(finished / "captions@given").shards) == ["laion_00000"]
+    captions, raw = RunCaptions(finished), Source(name="sa_000000", path="", identity="", num_samples=10)
+    with pytest.raises(UserError, match=r"\(sa_000000\).*where captioning.passes.given.shards leaves them out"):
+        captions.require_shards(captions.find("given", key="features.stage2.captions"), [raw])
 
 
 def test_passes_are_counted_and_read_by_name(finished: Path) -> None:
@@ -123,6 +128,9 @@ def test_passes_are_judged_and_retried_as_captions_are(run: Path, monkeypatch) -
         column: ["off_alt_text" in row["flags"] for row in rows_of(run, column, "laion_00000")] for column in COLUMNS
     }
     assert any(flagged["short"]) and not any(flagged["caption"]) and not any(flagged["given"])
+    with pytest.raises(UserError, match=r"captioning.retry_rejects .*captions@short: max_new_tokens is 6, but 5"):
+        changed = ("captioning.retry_rejects=true", "captioning.passes.short.max_new_tokens=5")
+        command(run, *changed, monkeypatch=monkeypatch)
 
 
 def test_some_passes_alone(tmp_path: Path, model: Path, finished: Path, monkeypatch, capsys) -> None:
@@ -214,6 +222,10 @@ def test_what_belongs_to_a_changed_key_is_not_taken_over() -> None:
         (
             "captioning.passes.short.modle=x",
             r"captioning.passes.short.modle is not a known key .did you mean captioning.passes.short.model",
+        ),
+        (
+            "captioning.passes.short.engine=cuts",
+            r"captioning.passes.short.engine = 'cuts' is no engine .did you mean cut",
         ),
         ("captioning.passes.short.temperature=3", "captioning.passes.short.temperature"),
         ("captioning.passes.short.prompts={default='{alt_text}'}", "captioning.passes.short.prompts"),

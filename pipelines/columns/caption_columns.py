@@ -78,6 +78,14 @@ def raw_identity(source: str) -> str:
     return SEAM.split(source)[0]
 
 
+def _of_its_own(column: CaptionColumn) -> str:
+    """Return where a pass may have shards of its own, which no command goes beyond."""
+    table = f"captioning.passes.{column.name}"
+    return (
+        "" if column.folder.name == CAPTIONS else f"; where {table}.shards leaves them out, change it or leave them out"
+    )
+
+
 class RunCaptions:
     """The captions of a run; manifests are read once."""
 
@@ -153,7 +161,7 @@ class RunCaptions:
             some = ", ".join(missing[:MAX_NAMED]) + (" …" if len(missing) > MAX_NAMED else "")
             raise UserError(
                 f"{column.folder}: {len(missing):,} of {len(raw):,} shards have no captions ({some}); type "
-                f"{self.caption_command} with {typed_flag('shards')} of all first"
+                f"{self.caption_command} with {typed_flag('shards')} of all first{_of_its_own(column)}"
             )
         for source in raw:
             require_same(
