@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from errors import UserError
@@ -18,7 +19,17 @@ from pipelines.raw.tables.tab_tables import TabTable
 from pipelines.raw.tables.text_tables import CsvTable
 
 BOOL, INTEGER, FLOAT, STRING, OTHER = "bool", "integer", "float", "string", "other"
-ARROW_TYPES = {BOOL: pa.bool_(), INTEGER: pa.int64(), FLOAT: pa.float64(), STRING: pa.string()}
+# Of numbers that float32 holds as they are, as tables of scores do: 0.7 in a recipe is rounded as theirs was.
+SHORT_FLOAT = "float32"
+ARROW_TYPES = {
+    BOOL: pa.bool_(),
+    INTEGER: pa.int64(),
+    FLOAT: pa.float64(),
+    SHORT_FLOAT: pa.float32(),
+    STRING: pa.string(),
+}
+FLOATS = (FLOAT, SHORT_FLOAT)
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,18})")
 TRUTHS = {"true": True, "false": False}
 MISSING = ("", "null", "none", "na", "n/a")
@@ -42,24 +53,28 @@ class JoinedColumn:
 
 @dataclass
 class KindsSeen:
-    """Which kinds the cells of a column have."""
+    """Which kinds the cells of a column have, and whether float32 holds all of its numbers as they are."""
 
     kinds: set[str] = field(default_factory=set)
+    are_short: bool = True
 
     def add(self, cell: Any, table: Table) -> None:
         """Look at a cell."""
         value = _value(cell, table)
         if value is not None:
             self.kinds.add(_kind(value))
+            self.are_short = self.are_short and _is_short(value)
 
     @property
     def kind(self) -> str:
         """The one kind that holds all of them."""
-        if not self.kinds or self.kinds <= {FLOAT}:
+        if not self.kinds:
             return FLOAT
+        if FLOAT in self.kinds and self.kinds <= {INTEGER, FLOAT}:
+            return SHORT_FLOAT if self.are_short else FLOAT
         if len(self.kinds) == 1:
             return next(iter(self.kinds))
-        return FLOAT if self.kinds == {INTEGER, FLOAT} else OTHER if OTHER in self.kinds else STRING
+        return OTHER if OTHER in self.kinds else STRING
 
 
 def row_columns(key: str, kinds: Mapping[str, KindsSeen], *, are_named: bool) -> list[JoinedColumn]:
@@ -130,6 +145,12 @@ def _kind(value: Any) -> str:
             return OTHER
 
 
+def _is_short(value: Any) -> bool:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return True
+    return abs(value) <= MAX_FLOAT32 and float(np.float32(value)) == value
+
+
 def of_cell(cell: Any, column: JoinedColumn, table: Table) -> Any:
     """Return a cell as the database keeps it."""
     value = _value(cell, table)
@@ -138,7 +159,7 @@ def of_cell(cell: Any, column: JoinedColumn, table: Table) -> Any:
     if column.kind == STRING:
         text = cell if isinstance(cell, str) else value if isinstance(value, str) else str(value)
         return text.encode("utf-8", errors="backslashreplace").decode()
-    if column.kind == FLOAT:
+    if column.kind in FLOATS:
         return NAN if math.isnan(value) else float(value)
     return int(value)
 
@@ -147,4 +168,4 @@ def read_back(cell: Any, column: JoinedColumn) -> Any:
     """Return what `of_cell` was given."""
     if cell is None:
         return None
-    return bool(cell) if column.kind == BOOL else math.nan if column.kind == FLOAT and cell == NAN else cell
+    return bool(cell) if column.kind == BOOL else math.nan if column.kind in FLOATS and cell == NAN else cell

@@ -18,7 +18,7 @@ from pipelines.raw.tables.rows import key_of_cell, require_columns
 from pipelines.store.files import is_remote, open_ranges, sha256_text
 
 FOLDER = ".tables"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EVERY_ROW = range(2**62)
 
 log = get_logger("columns")

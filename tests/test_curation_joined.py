@@ -9,6 +9,7 @@ import pytest
 
 from curation.__main__ import main
 from errors import UserError
+from pipelines.columns.expressions import parse_expression
 from pipelines.columns.sample_columns import SampleColumns
 from pipelines.store.manifest import read_manifest
 from tests.raw_shards import encode, photo, write_tar
@@ -54,7 +55,7 @@ def test_rows_of_parquet_are_joined_with_their_types_and_nan_and_missing_rows_ar
     assert manifest.extra["score"]["columns"]["is_nsfw"]["type"] == "bool"
     # What expressions see is that.
     schema = SampleColumns(tmp_path / "run").schema()
-    assert (schema.field("laion.n").type, schema.field("punsafe").type) == (pa.int64(), pa.float64())
+    assert (schema.field("laion.n").type, schema.field("punsafe").type) == (pa.int64(), pa.float32())
 
 
 def test_texts_of_csv_become_what_all_of_a_column_look_like(tmp_path, join) -> None:
@@ -64,6 +65,17 @@ def test_texts_of_csv_become_what_all_of_a_column_look_like(tmp_path, join) -> N
     assert (rows["1"]["score"], rows["1"]["count"], rows["1"]["good"], rows["1"]["code"]) == (0.5, 3, True, "007")
     assert math.isnan(rows["2"]["score"]) and rows["2"]["count"] is None and rows["2"]["code"] == "8"
     assert rows["4"]["score"] == 1.0
+
+
+def test_numbers_of_float32_are_compared_as_float32_and_others_are_kept_whole(tmp_path, join) -> None:
+    table = {"key": ["1", "2"], "short": pa.array([0.7, math.inf], pa.float32()), "long": [0.7, 1e300], "n": [1, 2.5]}
+    pq.write_table(pa.table(table), tmp_path / "scores.parquet")
+    rows = join(f"{tmp_path}/scores.parquet")
+    assert [row["long"] for row in rows[:2]] == [0.7, 1e300] and [row["n"] for row in rows[:2]] == [1.0, 2.5]
+    columns = SampleColumns(tmp_path / "run").read("a", ["short", "long"])
+    for name in ("short", "long"):
+        at_least = parse_expression(f"{name} >= 0.7", key="where").evaluate(columns)
+        assert at_least.to_pylist() == [True, True, None]
 
 
 def test_a_column_that_no_expression_could_name_is_left_out_and_refused_where_it_is_named(

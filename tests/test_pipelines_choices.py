@@ -154,6 +154,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(run: Path, monkey
             "keeps nothing: 0 of 12 .*removes 12 alone, of which 3",
         ),
         ({"weight": "0 * min_side"}, r"weight = .* is 0 for every sample"),
+        ({"weight": "1e-60 * min_side"}, r"weight = .* is 0 for every sample"),
         ({"weight": "min_side - 300"}, "weight: min_side - 300 is -200 for 'a' of sam_0; a weight is 0 or more"),
         ({"weight": "1 / (min_side - 600)", "where": "min_side >= 600"}, "is inf for 'b'"),
         (

@@ -23,7 +23,7 @@ class JoinedTable(RunScore):
     A sample without a row has nulls. Texts of CSV and TSV are read as numbers or truths where all of a column are.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __init__(self, name: str, files: str, run: Path) -> None:
         """Read the table, unless it is known; raises as `open_index`."""

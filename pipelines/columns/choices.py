@@ -251,7 +251,8 @@ def _count_weight(expression: Expression, values: np.ndarray, chosen: np.ndarray
     return WeightCounts(
         text=expression.text,
         unknown=len(own) - len(known),
-        zero=0 if is_any_sign else int((known == 0).sum()),
+        # As it is written, which may be too small a number for float32.
+        zero=0 if is_any_sign else int((known.astype(np.float32) == 0).sum()),
         least=float(known.min()) if len(known) else None,
         most=float(known.max()) if len(known) else None,
     )
