@@ -17,6 +17,7 @@ REFUSAL = {
         r"assist|provide|see (?:the|this|any|an|your) (?:image|picture|photo)|view|describe|determine|fulfill|comply|"
         r"access|process|analy[sz]e|recogni[sz]e|have (?:the ability|access|enough))",
         r"i(?:'m| am) (?:unable|not able) to\b",
+        r"i won't be able to\b",
         r"as an ai(?:,| (?:language|assistant|model|visual))",
         r"as a (?:large )?language model",
         r"(?:unable|not possible) to (?:process|view|load|open|access) (?:the|this|your) (?:image|picture|photo)",
@@ -56,7 +57,7 @@ REFUSAL = {
     ),
     "de": (
         r"(?:es )?tut mir (?:sehr )?leid,? (?:aber|ich|dass)",
-        r"ich kann (?:[^.!?]{0,60} )?nicht\b",
+        r"ich kann (?:[^.!?]{0,60} )?(?:nicht|keine?[nr]?)\b",
         r"leider kann ich\b",
         r"als (?:ki\b|künstliche intelligenz|sprachmodell)",
     ),
@@ -251,7 +252,7 @@ BOILERPLATE = {
         r"(?:图片|图像|画面|图|照片|圖片|畫面|圖)[中里裡](?:有|是|展示了|显示了|可以看到|我们可以看到|,|，)",
     ),
     "ja": (r"この(?:画像|写真)(?:には|では|は)、?", r"(?:画像|写真)(?:には|では)、?"),
-    "ko": (r"이 (?:이미지|사진)(?:에서는|에는|은|는)\s+",),
+    "ko": (r"이 (?:이미지|사진)(?:에서는|에는|은|는)\s+", r"(?:이미지|사진)(?:에서는|에는)\s+"),
     "es": (
         r"(?:en )?(?:la|esta) (?:imagen|foto|fotografía|escena),? (?:muestra|presenta|captura|representa|contiene|"
         r"se (?:ve|muestra|observa|puede ver|aprecia)|hay|podemos ver)\s+",
@@ -270,11 +271,15 @@ BOILERPLATE = {
     ),
     "it": (r"(?:l['’]|quest['’]|la |questa )(?:immagine|foto|fotografia|scena) (?:mostra|presenta|raffigura|ritrae) ",),
     "ru": (
-        r"на (?:этом |данном |этой |данной )?(?:изображении|фото|фотографии|картинке|снимке) (?:изображен[аоы]?|"
+        r"на (?:этом |данном |этой |данной )?(?:изображении|фото|фотографии|картинке|снимке) (?:изображ[её]н[аоы]?|"
         r"показан[аоы]?|мы видим|видно|можно увидеть|представлен[аоы]?|[—–-])\s+",
     ),
-    "ar": (r"(?:تظهر|تُظهر|تعرض|تصور) (?:هذه )?الصورة\s+", r"في (?:هذه )?الصورة[،,]? (?:يظهر|تظهر|نرى|يوجد)\s+"),
-    "hi": (r"(?:इस|यह) (?:छवि|तस्वीर|चित्र) (?:में|दिखाती है|दर्शाती है)\s+",),
+    "ar": (
+        r"(?:تظهر|تُظهر|تعرض|تصور) (?:هذه )?الصورة\s+",
+        r"(?:هذه )?الصورة (?:تظهر|تُظهر|تعرض|تصور)\s+",
+        r"في (?:هذه )?الصورة[،,]? (?:يظهر|تظهر|نرى|يوجد)\s+",
+    ),
+    "hi": (r"(?:इस|यह) (?:छवि|तस्वीर|चित्र) (?:में|दिखाती है|दर्शाती है)\s+", r"(?:छवि|तस्वीर|चित्र) में\s+"),
     "th": (r"(?:ใน)?(?:รูป)?ภาพ(?:ถ่าย)?นี้(?:มี|แสดงให้เห็น(?:ถึง)?|แสดง|เป็น) ?",),
 }
 

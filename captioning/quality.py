@@ -29,7 +29,7 @@ QUOTES = frozenset("'\"“„«‹「『《")
 SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK", "FULLWIDTH": "LATIN"}
 MIN_OTHER_LETTERS = 4
 # Raised when the flags mean something else, or are others: captions that are there are judged again, not made again.
-JUDGE_VERSION = 4
+JUDGE_VERSION = 5
 FLAGS = (
     *("empty", "truncated", "loop", "boilerplate", "summary", "markup", "refusal", "speaks_of_user", "file_name"),
     *("other_script", "off_frame", "off_alt_text", "retried"),
