@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,12 +108,15 @@ class Scores:
 
     def missing(self) -> list[str]:
         """Return, for people, what is not known of some sets, and the command that finds it out."""
-        found = []
-        for score, title in TITLES.items():
-            names = [name for name, own in self._addresses.items() if self._is_missing(score, own)]
-            if names:
-                found.append(f"{title} of {', '.join(names)}: {score_command(score, self._run)}")
-        return found
+        names: dict[tuple[str, str], list[str]] = {}
+        for score, (name, own) in product(TITLES, self._addresses.items()):
+            if self._is_missing(score, own):
+                names.setdefault((score, _caption_of_score(score, own)), []).append(name)
+        return [
+            f"{TITLES[score]} of {', '.join(own)}: "
+            + score_command(score, self._run, caption=None if caption == MAIN_CAPTION else caption).rstrip(",")
+            for (score, caption), own in names.items()
+        ]
 
     def image_duplicates(self, name: str, rows: SetRows) -> ImageDuplicates | None:
         """Return what is known of a set's images; None where nothing is."""
@@ -171,7 +175,7 @@ class Scores:
     def _folder(self, score: str, addresses: Sequence[Address]) -> ColumnsFolder | None:
         if not _has_samples(score, addresses):
             return None
-        caption = MAIN_CAPTION if score == DUPLICATES else _caption_of(addresses[0])
+        caption = _caption_of_score(score, addresses)
         of_score = [each for each in self._columns.folders if each.score == score and each.caption == caption]
         return next((each for each in of_score if set(COLUMNS[score]) <= set(each.schema.names)), None)
 
@@ -198,6 +202,11 @@ def _has_samples(score: str, addresses: Sequence[Address]) -> bool:
     """Whether a score may be known of captions: those of the run, and images of raw shards, too."""
     layouts = {address.layout for address in addresses}
     return layouts == {CAPTIONS} or (score == DUPLICATES and layouts == {"raw"})
+
+
+def _caption_of_score(score: str, addresses: Sequence[Address]) -> str:
+    """The column of captions that a score of a set is about; of a score of images the main one."""
+    return MAIN_CAPTION if score == DUPLICATES else _caption_of(addresses[0])
 
 
 def _caption_of(address: Address) -> str:

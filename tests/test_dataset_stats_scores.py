@@ -216,7 +216,8 @@ def test_claims_of_a_pass_are_those_of_its_own_column(run):
     }
     write_captions(run / "captions@short", shorts, flags=[])
     run_stage(run, 'dataset_stats.sets={"short" = { column = "short" }}')
-    assert "Claims of short: <code>make claims" in page_of(run) and "image-duplicates" in page_of(run)
+    told = f"Claims of short: <code>make claims RUN={run}</code>, with short in captioning.claims.of</li>"
+    assert told in page_of(run) and "image-duplicates" in page_of(run)
     write_claims(run / "columns" / "claims@short", {shard: samples_of(shard) for shard in SHARDS})
     run_stage(run, 'dataset_stats.sets={"short" = { column = "short" }}')
     assert read_summary(run)["dataset_stats"]["short"]["claims"]["num_claims"] > 0
