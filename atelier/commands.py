@@ -171,7 +171,7 @@ SUBCOMMANDS = {
     ),
     "choose": Subcommand(
         module="curation.choose",
-        summary="Columns -> which samples are trained on; PLAN=1 shows the cuts on a page instead (STAGE=2, else all)",
+        summary="Columns -> which samples are trained on, or a page of what that would lose (PLAN=1 STAGE=2)",
         flags=(*_STAGE, "shards"),
         defaults=_DEFAULTS,
         changed=(("stage", TABLE_TO_CHOOSE_FOR), ("plan", PLAN_OF_CHOICE)),

@@ -160,7 +160,9 @@ def show_help(makefile: Path) -> None:
     others = dict(re.findall(r"^([a-z-]+):.*?## (.*)$", makefile.read_text(encoding="utf-8"), re.MULTILINE))
     doors = {name: of.summary for name, of in SUBCOMMANDS.items()}
     first = {name: others.pop(name) for name in ("help", *STEPS_OF)}
-    lines = "".join(f"  make {name:<11} {summary}\n" for name, summary in (first | doors | others).items())
+    listed = first | doors | others
+    width = max(map(len, listed))
+    lines = "".join(f"  make {name:<{width}} {summary}\n" for name, summary in listed.items())
     sys.stdout.write(f"{lines}\n{VARIABLES}")
 
 

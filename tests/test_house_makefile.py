@@ -1,6 +1,7 @@
 """What is typed behind a make target is what its command gets, whole or not at all; what the shell exports is not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from atelier.commands import FLAGS, SUBCOMMANDS
-from atelier.typed import VARIABLES, Word, find_wrong, read_words, variables_of
+from atelier.typed import VARIABLES, Word, find_wrong, read_words, show_help, variables_of
 from pipelines.as_typed import variable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -279,6 +280,18 @@ def test_a_value_that_make_would_cut_is_refused() -> None:
 def test_help_names_every_variable() -> None:
     names = {variable(flag) for target in SUBCOMMANDS for flag in SUBCOMMANDS[target].flags}
     assert {name for name in names if f"{name}=" not in VARIABLES} == set()
+
+
+def test_help_has_what_targets_do_in_one_column(capsys) -> None:
+    show_help(REPOSITORY / "Makefile")
+    lines = [line for line in capsys.readouterr().out.split("\n\n")[0].splitlines() if line]
+    starts = [match.end() for line in lines if (match := re.match(r"  make \S+ +", line))]
+    assert len(starts) == len(lines) > 30 and len(set(starts)) == 1
+
+
+def test_summaries_of_commands_have_no_words_of_make_outside_brackets() -> None:
+    told = {name: of.summary.partition(" (")[0] for name, of in SUBCOMMANDS.items()}
+    assert {name: summary for name, summary in told.items() if re.search(r"[A-Z]{2,}=", summary)} == {}
 
 
 def test_words_are_read_as_make_reads_them() -> None:
