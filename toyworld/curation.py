@@ -71,9 +71,10 @@ def score_curation(run: Path, judged: Mapping[str, Mapping[str, Any]]) -> dict[s
     figures = {**found.scores, "regained": found.regained}
     if found.error is not None:
         figures["regained_error"] = found.error
-    num_spoilt = sum(row.num_samples for row in found.sources) - found.kinds[0].num_samples
+    sound = [row for row in found.kinds if row.kind == SOUND_KIND]
+    num_spoilt = sum(row.num_samples for row in found.sources) - sum(row.num_samples for row in sound)
     num_left_out = sum(row.num_left_out for row in found.sources)
-    spoilt_left_out = num_left_out - found.kinds[0].num_left_out
+    spoilt_left_out = num_left_out - sum(row.num_left_out for row in sound)
     if num_left_out and num_spoilt:
         figures |= {"precision": spoilt_left_out / num_left_out, "recall": spoilt_left_out / num_spoilt}
     for name, value in figures.items():

@@ -45,9 +45,10 @@ def _show(table: ChoosingTable, command: Command) -> None:
     name = table.settings.table
     for line in describe_counts(survey.total):
         log.info(f"{name}: {line}")
-    log.info(f"{name}: look at it in {path}; the same command without {typed_flag('plan', True)} writes the choice")
+    log.info(f"{name}: look at it in {path}")
     # Of a choice that nothing can be trained by the page tells why.
     require_some([survey.total], table.choice)
+    log.info(f"{name}: the same command without {typed_flag('plan', True)} writes the choice")
 
 
 def _shards(table: ChoosingTable) -> list[str]:
