@@ -61,6 +61,7 @@ class SampleColumns:
 
     def __init__(self, run: Path) -> None:
         self._run = run
+        self._places_of: dict[str, dict[str, list[_Place]]] = {}
 
     @cached_property
     def _found(self) -> FoundFolders:
@@ -178,6 +179,11 @@ class SampleColumns:
             raise UserError(f"{missing}{other}")
 
     def _places(self, caption: str) -> dict[str, list[_Place]]:
+        if caption not in self._places_of:
+            self._places_of[caption] = self._find_places(caption)
+        return self._places_of[caption]
+
+    def _find_places(self, caption: str) -> dict[str, list[_Place]]:
         """Return what each name may mean: columns of scores, or where no score has it, of captions."""
         of_captions: dict[str, list[_Place]] = {}
         of_scores: dict[str, list[_Place]] = {}
