@@ -16,7 +16,9 @@ from training.key_owners import keys_of_others, require_own_keys
 from training.lora import LoraSettings
 from training.matching import MatchingSettings, require_matchable
 from training.mixture import DatasetConfig, require_roles
+from training.optimizer_keys import OptimizerKeys
 from training.preview_keys import PreviewKeys
+from training.process_keys import ProcessKeys
 
 SCRATCH = "scratch"
 ObjectiveName = Literal["denoise", "prior_preservation", "realign", "consistency", "distribution_matching"]
@@ -27,7 +29,7 @@ STEERS = "steers what comes"
 Steers = Annotated[Value, STEERS]
 
 
-class StageTraining(ControlKeys, PreviewKeys):
+class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
     """Every setting of one stage: `[training]` with `[training.<stage>]` laid over it."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
@@ -155,11 +157,6 @@ class StageTraining(ControlKeys, PreviewKeys):
         description="Compile each block with torch.compile: faster steps after a slow start; not ZeRO 3. "
         "'auto' = with CUDA and a C++ compiler",
     )
-    optimizer: Decides[Literal["adamw", "adamw8bit", "muon"]] = pydantic.Field(
-        default="adamw",
-        description="adamw; adamw8bit, whose moments take 2 bytes of a weight, not 8, sharded for as many ranks; or "
-        "muon for the matrices of blocks, with adamw at the same rate for the rest: fewer steps; under ZeRO 0 alone",
-    )
     offload: Steers[Literal["nothing", "average", "optimizer"]] = pydantic.Field(
         default="nothing",
         description="What a GPU leaves in the machine's memory: the average (EMA); or the optimizer with masters and "
@@ -170,48 +167,8 @@ class StageTraining(ControlKeys, PreviewKeys):
         gt=0,
         description="GB of a card: a rank takes no more, and a plan without a GPU is for it; null = what is free",
     )
-    learning_rate: Decides[float] = pydantic.Field(
-        default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
-    )
-    warmup_steps: Decides[int] = pydantic.Field(
-        default=0, ge=0, description="Steps of linear warm-up of the learning rate"
-    )
-    decay_fraction: Decides[float] = pydantic.Field(
-        default=0.0, ge=0, le=1, description="Last part of the stage, in which the rate falls linearly to 0"
-    )
-    adam_betas: Decides[tuple[float, float]] = pydantic.Field(
-        default=(0.9, 0.999), strict=False, description="Decay of AdamW's first and second moments"
-    )
-    adam_epsilon: Decides[float] = pydantic.Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: Decides[float] = pydantic.Field(
-        default=0.03, ge=0, description="AdamW's decoupled weight decay (paper: 0.03)"
-    )
-    gradient_clip: Decides[float] = pydantic.Field(
-        default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)"
-    )
-    ema_decay: Decides[float] = pydantic.Field(
-        default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average"
-    )
     caption_dropout: Decides[float] = pydantic.Field(
         default=0.1, ge=0, le=1, description="Part of the captions (of a DiT: labels) replaced by the null one"
-    )
-    flow_shift: Decides[float] = pydantic.Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Of flow, in training and drawing: sigma becomes s sigma / (1 + (s - 1) sigma); more than 1 means "
-        "noisier times, as large images want (SD3 at 1024 pixels: 3)",
-    )
-    flow_logit_mean: Decides[float] = pydantic.Field(
-        default=0.0, allow_inf_nan=False, description="Of flow: mean of the logit of sigma at the times trained at"
-    )
-    flow_logit_std: Decides[float] = pydantic.Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="Of flow: deviation of that logit"
-    )
-    min_snr_gamma: Decides[float | None] = pydantic.Field(
-        default=None,
-        gt=0,
-        description="Of ddpm: cap of the loss weight by signal-to-noise ratio (min-SNR); null = none",
     )
     interpolation_scale: Decides[float | None] = pydantic.Field(
         default=None,

@@ -1,0 +1,39 @@
+"""Keys of a stage that say how weights move: the optimizer, how its rate goes over the steps, and the average."""
+
+from typing import Literal
+
+import pydantic
+
+from pipelines.recipe import Decides, TableConfig
+
+
+class OptimizerKeys(TableConfig):
+    """Those of `[training.<stage>]` that are of the optimizer, its rate and the average; without them, the paper's."""
+
+    optimizer: Decides[Literal["adamw", "adamw8bit", "muon"]] = pydantic.Field(
+        default="adamw",
+        description="adamw; adamw8bit, whose moments take 2 bytes of a weight, not 8, sharded for as many ranks; or "
+        "muon for the matrices of blocks, with adamw at the same rate for the rest: fewer steps; under ZeRO 0 alone",
+    )
+    learning_rate: Decides[float] = pydantic.Field(
+        default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
+    )
+    warmup_steps: Decides[int] = pydantic.Field(
+        default=0, ge=0, description="Steps of linear warm-up of the learning rate"
+    )
+    decay_fraction: Decides[float] = pydantic.Field(
+        default=0.0, ge=0, le=1, description="Last part of the stage, in which the rate falls linearly to 0"
+    )
+    adam_betas: Decides[tuple[float, float]] = pydantic.Field(
+        default=(0.9, 0.999), strict=False, description="Decay of AdamW's first and second moments"
+    )
+    adam_epsilon: Decides[float] = pydantic.Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: Decides[float] = pydantic.Field(
+        default=0.03, ge=0, description="AdamW's decoupled weight decay (paper: 0.03)"
+    )
+    gradient_clip: Decides[float] = pydantic.Field(
+        default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)"
+    )
+    ema_decay: Decides[float] = pydantic.Field(
+        default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average"
+    )

@@ -1,0 +1,28 @@
+"""Keys of a stage that are of its process: the times that it trains at, and what their losses weigh."""
+
+import pydantic
+
+from pipelines.recipe import Decides, TableConfig
+
+
+class ProcessKeys(TableConfig):
+    """Those of `[training.<stage>]` that are of one process alone; see `training.key_owners` for which."""
+
+    flow_shift: Decides[float] = pydantic.Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of flow, in training and drawing: sigma becomes s sigma / (1 + (s - 1) sigma); more than 1 means "
+        "noisier times, as large images want (SD3 at 1024 pixels: 3)",
+    )
+    flow_logit_mean: Decides[float] = pydantic.Field(
+        default=0.0, allow_inf_nan=False, description="Of flow: mean of the logit of sigma at the times trained at"
+    )
+    flow_logit_std: Decides[float] = pydantic.Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Of flow: deviation of that logit"
+    )
+    min_snr_gamma: Decides[float | None] = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Of ddpm: cap of the loss weight by signal-to-noise ratio (min-SNR); null = none",
+    )
