@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,24 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[80:]))
     constant = StageTraining(network="pixart", learning_rate=2e-5, num_steps=100)
     assert {learning_rate_at(constant, step) for step in range(100)} == {2e-5}
+
+
+@pytest.mark.parametrize(
+    ("shape", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - 0.5**0.5)], ids=lambda value: str(value)
+)
+def test_the_rate_falls_as_its_shape_says_and_from_no_other_step(shape: Any, halfway: float) -> None:
+    decay = StageTraining(
+        network="dit", learning_rate=1.0, num_steps=1001, decay_fraction=999 / 1001, decay_shape=shape
+    )
+    rates = [learning_rate_at(decay, step) for step in range(1001)]
+    assert rates[:2] == [1.0, 1.0] and all(a > b > 0 for a, b in itertools.pairwise(rates[1:]))
+    assert rates[501] == pytest.approx(halfway), "after 500 of 1,000 parts"
+    steepest = max(range(1, 1000), key=lambda step: rates[step] - rates[step + 1])
+    assert shape == "linear" or steepest == pytest.approx({"cosine": 501, "sqrt": 1}[shape], abs=1)
+    whole = decay.model_copy(update={"decay_fraction": 1.0, "num_steps": 10**6})
+    assert learning_rate_at(whole, 250_000) == pytest.approx(
+        {"linear": 0.75, "cosine": (1 + math.cos(math.pi / 4)) / 2, "sqrt": 0.5}[shape], abs=1e-5
+    )
 
 
 class Losses:

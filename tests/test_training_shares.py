@@ -243,6 +243,8 @@ def test_numbers_that_hardly_anybody_means_are_said_before_they_cost_anything(tm
     assert "steps would be" not in said(global_batch_size=60_000), "one step is more than enough of them"
     assert "warmup_steps 150,000 of num_steps 150,000: the learning rate never reaches 0.001" in loud
     assert "checkpoint_every 200,000 of num_steps 150,000: the only checkpoint is the last" in loud
-    assert "learning_rate 0.5 is high for AdamW" in said(learning_rate=0.5)
+    rate = said(learning_rate=0.5, decay_shape="sqrt")
+    assert "learning_rate 0.5 is high for AdamW" in rate
+    assert "decay_shape 'sqrt' shapes no decay: training.stage2.decay_fraction is 0" in rate
     summed = said(dtype="bf16", gradient_accumulation_steps=16, global_batch_size=16)
     assert "16 micro-batches are summed in bf16 under training.zero_stage = 0" in summed

@@ -158,18 +158,19 @@ def test_a_resume_refused_for_its_shape_its_start_or_its_features_says_what_to_s
 
 
 @pytest.mark.parametrize(
-    ("step", "num_steps", "said"),
+    ("step", "num_steps", "shape", "said"),
     [
-        (20, 40, "rate was 0.000143 at step 20 and is 0.001 at step 21 now"),
-        (15, 40, "rate was 0.000714 at step 16 and is 0.001 at step 16 now"),
-        (15, 18, "rate was 0.000714 at step 16 and is 0.000469 at step 16 now"),
-        (5, 40, "rate is 0.001 at step 6 as before, but decay_fraction 0.3 has it fall from step 29 on, not from 15"),
+        (20, 40, "linear", "rate was 0.000143 at step 20 and is 0.001 at step 21 now"),
+        (15, 18, "linear", "rate was 0.000714 at step 16 and is 0.000469 at step 16 now"),
+        (15, 18, "cosine", "rate was 0.000812 at step 16 and is 0.000451 at step 16 now"),
+        (15, 18, "sqrt", "rate was 0.000465 at step 16 and is 0.000271 at step 16 now"),
+        (5, 40, "sqrt", "rate is 0.001 at step 6 as before, but decay_fraction 0.3 has it fall from step 29 on, not"),
     ],
 )
 def test_a_resume_says_what_other_steps_do_to_the_learning_rate(
-    run: Path, step: int, num_steps: int, said: str
+    run: Path, step: int, num_steps: int, shape: str, said: str
 ) -> None:
-    decay = {"starts_from": "scratch", "decay_fraction": 0.3}
+    decay = {"starts_from": "scratch", "decay_fraction": 0.3, "decay_shape": shape}
     write_checkpoint(job_of(run, 2, **decay, num_steps=20), step=step, num_steps=20)
     (change,) = changes_of(job_of(run, 2, **decay, num_steps=num_steps))
     assert change.startswith(f"training.stage2.num_steps: 20 -> {num_steps}; the learning {said}")

@@ -6,6 +6,8 @@ import pydantic
 
 from pipelines.recipe import Decides, TableConfig
 
+DecayShape = Literal["linear", "cosine", "sqrt"]
+
 
 class OptimizerKeys(TableConfig):
     """Those of `[training.<stage>]` that are of the optimizer, its rate and the average; without them, the paper's."""
@@ -22,7 +24,12 @@ class OptimizerKeys(TableConfig):
         default=0, ge=0, description="Steps of linear warm-up of the learning rate"
     )
     decay_fraction: Decides[float] = pydantic.Field(
-        default=0.0, ge=0, le=1, description="Last part of the stage, in which the rate falls linearly to 0"
+        default=0.0, ge=0, le=1, description="Last part of the stage, in which the rate falls to 0; 1 = from the start"
+    )
+    decay_shape: Decides[DecayShape] = pydantic.Field(
+        default="linear",
+        description="How it falls there, of r = the part that is over: linear (1 - r), cosine ((1 + cos pi r) / 2) or "
+        "sqrt (1 - sqrt r: fast at first)",
     )
     adam_betas: Decides[tuple[float, float]] = pydantic.Field(
         default=(0.9, 0.999), strict=False, description="Decay of AdamW's first and second moments"

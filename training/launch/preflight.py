@@ -173,6 +173,11 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
             f"training.{stage}.warmup_steps {settings.warmup_steps:,} of num_steps {settings.num_steps:,}: the "
             f"learning rate never reaches {settings.learning_rate:g}"
         )
+    if settings.decay_shape != "linear" and settings.decay_fraction == 0:
+        log.warning(
+            f"training.{stage}.decay_shape {settings.decay_shape!r} shapes no decay: training.{stage}.decay_fraction "
+            "is 0"
+        )
     if settings.learning_rate > HIGH_LEARNING_RATE:
         log.warning(
             f"training.{stage}.learning_rate {settings.learning_rate:g} is high for AdamW, whose steps are of that "
