@@ -65,7 +65,8 @@ def _require_models(jobs: Sequence[FeatureJob], inputs: FeatureInputs) -> None:
         if not job.is_done():
             rounding = ["torchao"] if inputs.features.text_weight_dtype == "int8" else []
             require_packages("torch", "transformers", "diffusers", *rounding)
-            require_model(job.model, key=job.model_key)
+            if job.model is not None:
+                require_model(job.model, key=job.model_key)
 
 
 def _require_room(jobs: Sequence[FeatureJob], plans: Sequence[FamilyPlan], inputs: FeatureInputs) -> None:

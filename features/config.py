@@ -10,6 +10,7 @@ from encoders.latents import require_vae_dtype
 from encoders.text import require_text_dtype
 from errors import UserError
 from pipelines.recipe import Recipe, TableConfig
+from pipelines.store.families import PIXELS
 
 # What a field decides: what is made of images, or of captions. Tables that share a folder must agree on it.
 DECIDES_IMAGES, DECIDES_TEXT = "decides what is made of images", "decides text features"
@@ -123,7 +124,8 @@ class FeaturesConfig(TableConfig):
         description="The same of what is made of images, as by another VAE (features/latent-<resolution>@<name>)",
     )
     text_model: TextInput[str] = pydantic.Field(
-        description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL)"
+        default="",
+        description="T5 or causal language model: hub id or local folder (paper: Flan-T5-XXL); needed where text is",
     )
     text_revision: TextInput[str | None] = pydantic.Field(
         default=None, description="Commit of the hub repository; null = main"
@@ -163,7 +165,8 @@ class FeaturesConfig(TableConfig):
         "vae_model has made of the images; null = images are encoded",
     )
     vae_model: ImageInput[str] = pydantic.Field(
-        description="AutoencoderKL or AutoencoderDC: hub id or local folder (paper: the LDM VAE)"
+        default="",
+        description="AutoencoderKL or AutoencoderDC: hub id or local folder (paper: the LDM VAE); needed but of pixels",
     )
     vae_revision: ImageInput[str | None] = pydantic.Field(
         default=None, description="Commit of the hub repository; null = main"
@@ -196,6 +199,23 @@ class FeaturesConfig(TableConfig):
     def caption_columns(self) -> list[str]:
         """Columns of `captions`, in order."""
         return [caption.column for caption in self.captions]
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether images are cropped alone, for a codec that is to be trained on them."""
+        return PIXELS in self.families
+
+    @pydantic.model_validator(mode="after")
+    def _check_models(self) -> Self:
+        if self.has_pixels:
+            for name, value in (("text", self.text), ("latents_from", self.latents_from)):
+                if value:
+                    raise ValueError(f"families.{PIXELS} are read alone, and {name} = {value!r}: leave one out")
+            return self
+        for name, is_needed in (("vae_model", True), ("text_model", self.text)):
+            if is_needed and not getattr(self, name):
+                raise ValueError(f"{name} is missing")
+        return self
 
     @pydantic.field_validator("captions")
     @classmethod

@@ -18,8 +18,9 @@ from encoders.control_kinds import MAP_CLASSES, open_control_maps
 from encoders.control_maps import ControlMaps, NetworkMaps
 from encoders.devices import choose_device
 from errors import UserError
+from features.cropping import CutImage
 from features.jobs import FamilyPlan, FeatureFamily, FeatureInputs, FeatureJob
-from features.latent_worker import CutImage, LatentWorker, LatentWorkerConfig
+from features.latent_worker import LatentWorker, LatentWorkerConfig
 from features.latents import LATENTS, image_facts, image_job, plan_images
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger

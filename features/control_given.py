@@ -19,9 +19,10 @@ from features.control import (
     require_own_crops,
     settings_key,
 )
+from features.cropping import CutImage
 from features.imported_files import FeaturePlaces, find_places, imported_sources
 from features.jobs import FamilyPlan, FeatureInputs, FeatureJob
-from features.latent_worker import CutImage, LatentWorker
+from features.latent_worker import LatentWorker
 from features.latents import LATENTS, image_job, plan_images
 from pipelines.raw.images import SampleReject, crop_as, decode_image
 from pipelines.raw.samples import READABLE_EXTENSIONS

@@ -8,9 +8,10 @@ from features.imported_latents import IMPORTED_LATENTS
 from features.imported_text import IMPORTED_TEXT
 from features.jobs import FeatureFamily, FeatureInputs
 from features.latents import LATENTS
+from features.pixels import CROPS
 from features.text import TEXT
 
-FAMILIES = (TEXT, CONSTANT_TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS, *DRAWN_MAPS, GIVEN_MAPS)
+FAMILIES = (TEXT, CONSTANT_TEXT, IMPORTED_TEXT, LATENTS, IMPORTED_LATENTS, CROPS, *DRAWN_MAPS, GIVEN_MAPS)
 
 
 def wanted_families(inputs: FeatureInputs) -> list[FeatureFamily]:

@@ -199,7 +199,7 @@ def imported_latent_job(inputs: FeatureInputs) -> FeatureJob:
 
 def _plan(inputs: FeatureInputs) -> FamilyPlan:
     job, features = imported_latent_job(inputs), inputs.features
-    codec = codec_of(job.model, inputs)
+    codec = codec_of(job.encoder, inputs)
     return FamilyPlan(
         family="latents",
         directory=job.output.path,

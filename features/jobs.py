@@ -68,9 +68,9 @@ class FeatureInputs:
 class FeatureJob:
     """One family of features to compute; `model_key` and `dtype_key` are the recipe keys of its encoder.
 
-    `dtype` is what its values are computed in; `defaults` are what the settings are that `fingerprint` leaves out, by
-    name; `memory_settings` what to lower where the memory is too small, as keys of the recipe with their values;
-    `choice` says which samples are wanted, None all.
+    `model` is None where none makes it; `dtype` is what its values are computed in; `defaults` are what the settings
+    are that `fingerprint` leaves out, by name; `memory_settings` what to lower where the memory is too small, as keys
+    of the recipe with their values; `choice` says which samples are wanted, None all.
     """
 
     family: FeatureFamily
@@ -81,12 +81,18 @@ class FeatureJob:
     fingerprint: Fingerprint
     defaults: Mapping[str, Any]
     upstream: dict[str, str]
-    model: ModelSource
+    model: ModelSource | None
     model_key: str
     dtype: str
     dtype_key: str
     memory_settings: Mapping[str, Any]
     choice: Choice | None = None
+
+    @property
+    def encoder(self) -> ModelSource:
+        """The model, of a family that one makes."""
+        assert self.model is not None, f"no model makes {self.family.name}"
+        return self.model
 
     @cached_property
     def wanted(self) -> WantedSamples:

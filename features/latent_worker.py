@@ -23,22 +23,14 @@ from encoders.batches import Batches
 from encoders.devices import choose_device
 from encoders.opening import open_codec
 from encoders.transfers import one_behind
+from features.cropping import Cropping, CutImage, geometry
 from features.imported_files import FeatureFiles, FeaturePlaces, open_files
 from features.overflow import NON_FINITE_LATENT
 from features.preview import write_preview
 from features.writer import SliceWriter
 from pipelines.engine.pieces import Piece, PieceReport
 from pipelines.engine.rejects import NOT_CHOSEN, is_wanted
-from pipelines.raw.images import (
-    SOFT_SCALE,
-    Crop,
-    SampleReject,
-    decode_image,
-    nearest_bucket,
-    plan_crop,
-    require_large_enough,
-    resize_and_crop,
-)
+from pipelines.raw.images import SOFT_SCALE, SampleReject
 from pipelines.raw.reading import Reading
 from pipelines.raw.shards import RawShard, open_shard
 from pipelines.recipe import TableConfig
@@ -91,22 +83,6 @@ class LatentWorkerConfig:
     preview_path: Path
     num_preview_images: int
     beside: FeaturePlaces | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutImage:
-    """An image cropped to its bucket.
-
-    Attributes:
-        pixels: uint8 [H, W, 3].
-        original: width and height before it was resized and cropped as `crop` says.
-        beside: content of the file that its sample has beside it, if such are read.
-    """
-
-    pixels: np.ndarray
-    original: tuple[int, int]
-    crop: Crop
-    beside: bytes
 
 
 class _SampleBytes(NamedTuple):
@@ -184,6 +160,12 @@ class LatentWorker:
             config.model, config.revision, device=device, dtype=config.dtype, is_long_run=config.is_long_run
         )
         self._family = latent_schema(has_std=self._codec.spec.has_std, name=config.family, leads=config.leads)
+        self._cropping = Cropping(
+            resolution=config.resolution,
+            multiple=self._codec.spec.factor * config.patch_size if config.is_bucketed else None,
+            max_upscale=config.max_upscale,
+            max_pixels=config.max_pixels,
+        )
         self._batches = Batches(config.batch_size or choose_batch_size(device.type, config.resolution))
         num_threads = config.decode_threads or choose_decode_threads(config.num_workers_here)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
@@ -357,30 +339,13 @@ class LatentWorker:
         """Decode, resize and crop an image and put its geometry into its row; None of a reject."""
         if row["reject"] is not None:
             return None
-        resolution, max_pixels = self.config.resolution, self.config.max_pixels
         try:
-            image = decode_image(data.image, max_pixels=max_pixels)
-            height, width = resolution, resolution
-            if self.config.is_bucketed:
-                height, width = nearest_bucket(
-                    image.width, image.height, resolution, multiple=self._codec.spec.factor * self.config.patch_size
-                )
-            crop = plan_crop(image.width, image.height, width, height, max_pixels=max_pixels)
-            require_large_enough(crop, self.config.max_upscale)
-            cropped, crop = resize_and_crop(image, width, height, max_pixels=max_pixels)
+            cut = self._cropping.cut(data.image, beside=data.beside)
         except SampleReject as reject:
             row["reject"] = reject.reason
             return None
-        row |= {
-            "bucket": f"{height}x{width}",
-            "original_width": image.width,
-            "original_height": image.height,
-            "resized_width": crop.resized_width,
-            "resized_height": crop.resized_height,
-            "crop_x": crop.x,
-            "crop_y": crop.y,
-        }
-        return CutImage(pixels=np.array(cropped), original=image.size, crop=crop, beside=data.beside)
+        row |= geometry(cut)
+        return cut
 
     def _store_slice(self, pictures: Sequence[_Picture], tar: FeatureTarWriter, *, rows: list[dict[str, Any]]) -> None:
         """Write the latents of a slice; adds their index rows to `rows`."""

@@ -156,7 +156,7 @@ def _with_neighbours(job: FeatureJob, inputs: FeatureInputs) -> FeatureJob:
 
 def plan_images(job: FeatureJob, inputs: FeatureInputs) -> FamilyPlan:
     """Return what a job of `image_job` will take."""
-    spec = codec_of(job.model, inputs)
+    spec = codec_of(job.encoder, inputs)
     resolution = inputs.features.resolution
     tensors = "mean and std" if spec.has_std else "mean"
     crop = "aspect buckets" if inputs.features.buckets else "centre crop"
@@ -186,8 +186,8 @@ def image_schema(job: FeatureJob, inputs: FeatureInputs) -> FamilySchema:
 
 
 def _spec(job: FeatureJob) -> LatentSpec:
-    spec = latent_spec(job.model)
-    assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
+    spec = latent_spec(job.encoder)
+    assert spec is not None, f"{job.encoder.location} has been loaded, but its config.json is not in the cache"
     return spec
 
 
@@ -229,7 +229,7 @@ def report_preview(job: FeatureJob, manifest: Manifest, inputs: FeatureInputs) -
 
 LATENTS = FeatureFamily(
     name="latents",
-    is_wanted=lambda features: features.latents_from is None,
+    is_wanted=lambda features: features.latents_from is None and not features.has_pixels,
     job=latent_job,
     plan=lambda inputs: plan_images(latent_job(inputs), inputs),
     schema=image_schema,

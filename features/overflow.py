@@ -42,6 +42,6 @@ def warn_of_overflow(job: FeatureJob) -> None:
 def _advice(job: FeatureJob) -> str:
     key, dtype = job.dtype_key, job.dtype
     if dtype == WIDEST_DTYPE:
-        weights = f"the weights of {job.model_key} {job.model.location}"
+        weights = f"the weights of {job.model_key} {job.encoder.location}"
         return f"{key} is {dtype!r} already: look at what these samples are, and at {weights}"
     return f"{key} = {WIDEST_DTYPE!r}, where it is {dtype!r} now, may hold them; it makes all of this folder anew"

@@ -47,8 +47,8 @@ def find_speed(job: FeatureJob, inputs: FeatureInputs) -> Speed | str:
         return Speed(samples_per_second=rate, num_workers=num_workers, basis="as in the last run")
     if job.family.encodes and inputs.engine.gpus_per_worker and not _count_gpus():
         return f"not measured: engine.gpus_per_worker = {inputs.engine.gpus_per_worker:g}, and there is no GPU here"
-    if job.family.encodes and not is_model_here(job.model):
-        return f"not measured: {job.model.location} is not here; `hf download {job.model.location}` fetches it"
+    if job.family.encodes and not is_model_here(job.encoder):
+        return f"not measured: {job.encoder.location} is not here; `hf download {job.encoder.location}` fetches it"
     try:
         return _measure(job, inputs, num_workers=num_workers)
     except MissingFileError as missing:  # a model of a family's own

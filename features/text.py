@@ -95,7 +95,7 @@ def _plan_text(inputs: FeatureInputs) -> FamilyPlan:
 
 def _mean_tokens(job: FeatureJob, inputs: FeatureInputs) -> tuple[float, str]:
     """Return the mean length of all captions of a sample, from some of every shard, in T5's tokens."""
-    columns, limit, model = inputs.features.caption_columns, inputs.features.max_tokens, job.model
+    columns, limit, model = inputs.features.caption_columns, inputs.features.max_tokens, job.encoder
     probed = job.sources[:: max(1, len(job.sources) // NUM_PROBED_SHARDS)]
     samples: list[list[str]] = []
     for source in probed:

@@ -192,7 +192,7 @@ def plan_text_job(
         model: what makes the features, in words; None is `features.text_model`.
     """
     settings, columns = TextSettings.of(inputs), inputs.features.caption_columns
-    width = settings.width(settings.source() if job is None else job.model)
+    width = settings.width(settings.source() if job is None else job.encoder)
     return FamilyPlan(
         family="text",
         directory=text_output(inputs).path,
@@ -234,6 +234,6 @@ def text_facts(job: FeatureJob, inputs: FeatureInputs) -> dict[str, Any]:
 
 
 def _loaded_spec(job: FeatureJob, inputs: FeatureInputs) -> TextSpec:
-    spec = TextSettings.of(inputs).spec(job.model)
-    assert spec is not None, f"{job.model.location} has been loaded, but its config.json is not in the cache"
+    spec = TextSettings.of(inputs).spec(job.encoder)
+    assert spec is not None, f"{job.encoder.location} has been loaded, but its config.json is not in the cache"
     return spec

@@ -34,7 +34,7 @@ def warn_of_unreadable(job: FeatureJob, inputs: FeatureInputs) -> None:
     share = num_unread / (num_stored + num_unreadable)
     log.warning(
         f"{job.output.path}: {num_unread:,} captions ({share:.1%}) have words that {job.model_key} "
-        f"{job.model.location} cannot read, such as {quote_some(_examples(job, inputs))}: {num_tokens:,} of their "
+        f"{job.encoder.location} cannot read, such as {quote_some(_examples(job, inputs))}: {num_tokens:,} of their "
         f"tokens stand for nothing, and of {num_unreadable:,} nothing else is left, which are left out ({UNREADABLE})"
     )
 
@@ -45,7 +45,7 @@ def quote_some(texts: Sequence[str]) -> str:
 
 
 def _examples(job: FeatureJob, inputs: FeatureInputs) -> list[str]:
-    path = find_tokenizer(job.model)
+    path = find_tokenizer(job.encoder)
     found: list[str] = []
     if path is None:
         return found

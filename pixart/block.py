@@ -2,7 +2,7 @@
 
 # B batch, N image tokens, T tokens of all texts, D width
 
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -42,8 +42,19 @@ class PixArtBlock(nn.Module):
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
 
+@runtime_checkable
+class ListsBlocks(Protocol):
+    """A network of another make than a transformer, which says itself what its blocks are."""
+
+    def list_blocks(self) -> list[nn.Module]:
+        """Return the blocks."""
+        ...
+
+
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network, and their copies in its control branch if it has one."""
+    """Return the blocks of a network, and their copies in its control branch if it has one; or those that it lists."""
+    if isinstance(network, ListsBlocks):
+        return network.list_blocks()
     blocks = list(network.get_submodule("blocks").children())
     branch = cast("nn.Module | None", getattr(network, "control", None))
     return blocks if branch is None else [*blocks, *branch.get_submodule("copies").children()]

@@ -49,15 +49,17 @@ def argv_of(run: Path, *overrides: str) -> list[str]:
     return ["--recipe", str(run.parent / "recipe.toml"), "--run", str(run), "--stage", "3", *flags]
 
 
-def features_of(run: Path, *overrides: str) -> StageFeatures:
-    stage = ('training.stage3.network="pixart"', "training.global_batch_size=4", "training.num_steps=9")
+def features_of(run: Path, *overrides: str, network: str = "pixart") -> StageFeatures:
+    stage = (f'training.stage3.network="{network}"', "training.global_batch_size=4", "training.num_steps=9")
     command = parse_command("training", "", argv=argv_of(run, *stage, *overrides), has_stages=True)
     return open_features(command, stage_training(command.recipe, command.stage_name))
 
 
-def batches_of(run: Path, *overrides: str, rank: int = 0, num_ranks: int = 1) -> Iterator[Batch]:
+def batches_of(
+    run: Path, *overrides: str, rank: int = 0, num_ranks: int = 1, network: str = "pixart"
+) -> Iterator[Batch]:
     """Batches of 4 samples; their tensors are valid until the next."""
-    datasets = features_of(run, *overrides).datasets
+    datasets = features_of(run, *overrides, network=network).datasets
     index = FeatureIndex(datasets)
     survey = make_survey(index, survey_shards(index, range(len(index))))
     plan = Plan(survey.counts, batch_size=4, seed=1, shards_per_block=2)

@@ -15,8 +15,9 @@ from feature_run import extract
 
 from encoders.opening import open_codec
 from errors import UserError
+from features.cropping import CutImage
 from features.jobs import FeatureInputs, FeatureJob
-from features.latent_worker import CutImage, LatentWorker
+from features.latent_worker import LatentWorker
 from features.latents import LATENTS, image_job, plan_images
 from features.plan import plan_families
 from features.text import TEXT

@@ -62,6 +62,7 @@ FIRST_STAGES = {
     "pixart-lcm": ["lcm", "lcm-lora", "dmd"],
     "pixart-sigma-lcm": ["lcm", "dmd"],
     "pixart-sigma": ["sigma-vae", "sigma-256", "sigma-512"],
+    "pixart-vae": ["vae", "vae-decoder"],
 }
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
 TABLE_4 = {

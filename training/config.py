@@ -10,6 +10,7 @@ import pydantic
 from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe
 from pixart.processes.specs import ddpm_spec, flow_spec
+from training.codec_keys import CODEC, CodecKeys, require_reconstruction
 from training.consistency import ConsistencySettings, require_distillable
 from training.control_keys import ControlKeys
 from training.key_owners import keys_of_others, require_own_keys
@@ -21,7 +22,9 @@ from training.preview_keys import PreviewKeys
 from training.process_keys import ProcessKeys
 
 SCRATCH = "scratch"
-ObjectiveName = Literal["denoise", "prior_preservation", "realign", "consistency", "distribution_matching"]
+ObjectiveName = Literal[
+    "denoise", "prior_preservation", "realign", "consistency", "distribution_matching", "reconstruct"
+]
 KeepActivations = Literal["all", "products", "inputs"]
 Value = TypeVar("Value")
 STEERS = "steers what comes"
@@ -29,7 +32,7 @@ STEERS = "steers what comes"
 Steers = Annotated[Value, STEERS]
 
 
-class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
+class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
     """Every setting of one stage: `[training]` with `[training.<stage>]` laid over it."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
@@ -37,9 +40,10 @@ class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
         "checkpoint_activations": "keep_activations (true: 'inputs', false: 'all')",
     }
 
-    network: Decides[Literal["dit", "pixart"]] = pydantic.Field(
-        description="What is trained: dit reads class labels, pixart reads text. In a recipe from before it had to be "
-        "said, a stage that named no start took the one before: starts_from = 'stage1' in stage 2"
+    network: Decides[Literal["dit", "pixart", "vae"]] = pydantic.Field(
+        description="What is trained: dit reads class labels, pixart reads text, vae (AutoencoderKL) crops of images. "
+        "In a recipe from before it had to be said, a stage that named no start took the one before: "
+        "starts_from = 'stage1' in stage 2"
     )
     objective: Decides[ObjectiveName] = pydantic.Field(
         default="denoise",
@@ -47,7 +51,8 @@ class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
         "that the model drew before, or networks.teacher's answer to them (prior_preservation); for another VAE also "
         "how far tokens are from those of networks.teacher, which sees former_latents (realign); that few steps "
         "are enough: the answers to two neighbouring times on the way of networks.teacher are one (consistency, LCM); "
-        "or that images of one or two steps are as likely as networks.teacher's (distribution_matching, DMD)",
+        "or that images of one or two steps are as likely as networks.teacher's (distribution_matching, DMD); of a vae "
+        "how far what it decodes is from the image (reconstruct)",
     )
     prior_weight: Decides[float] = pydantic.Field(
         default=1.0,
@@ -237,6 +242,7 @@ class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
         others = keys_of_others("process", self.process) | keys_of_others("objective", self.objective)
         others |= set() if self.has_adapters else {"lora"}
         others |= set() if self.has_control else ControlKeys.model_fields.keys()
+        others |= set() if self.network == CODEC else CodecKeys.model_fields.keys()
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
 
     @classmethod
@@ -298,6 +304,12 @@ class StageTraining(ControlKeys, PreviewKeys, ProcessKeys, OptimizerKeys):
         return ddpm_spec(min_snr_gamma=self.min_snr_gamma, student=student)
 
     @property
+    def critic_learning_rate(self) -> float:
+        """The peak rate of the critic that trains beside the network, where one does."""
+        own = self.reconstruction.discriminator_learning_rate or self.learning_rate
+        return own if self.network == CODEC else self.matching.critic_learning_rate
+
+    @property
     def is_told_guidance(self) -> bool:
         """Whether the network that trains is told the guidance that its output is to have."""
         return self.objective == "consistency" and self.consistency.has_range
@@ -332,6 +344,16 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
             optimizer=settings.optimizer,
             key=key,
         )
+    require_reconstruction(
+        settings.reconstruction,
+        network=settings.network,
+        objective=settings.objective,
+        trains=settings.trains,
+        optimizer=settings.optimizer,
+        products=settings.products,
+        networks=settings.networks,
+        key=key,
+    )
     require_roles(settings.datasets, settings.objective, key=key)
     if settings.network == "dit":  # what [training] says is for the stages that can do it
         settings = settings.model_copy(update={"kv_compressed_blocks": None})

@@ -11,8 +11,13 @@ OBJECTIVE_KEYS = {
     "realign": (),
     "consistency": ("consistency",),
     "distribution_matching": ("matching",),
+    "reconstruct": ("reconstruction",),
 }
-NETWORK_KEYS = {"dit": ("preview_classes",), "pixart": ("preview_prompts", "kv_compressed_blocks")}
+NETWORK_KEYS = {
+    "dit": ("preview_classes",),
+    "pixart": ("preview_prompts", "kv_compressed_blocks"),
+    "vae": ("codec",),
+}
 # Of the loss that a process has of its own, and of the times that it is taken at.
 LOSS_KEYS = ("min_snr_gamma", "flow_logit_mean", "flow_logit_std")
 OTHER_LOSSES = ("consistency", "distribution_matching")

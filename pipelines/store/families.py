@@ -4,7 +4,7 @@ A directory says in its manifest (`extra.family`) of which family it is, so that
 no family by name. Directories made before that are text or latents, which `schema_of` tells apart.
 """
 
-# D text width
+# D text width, H W pixels
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,6 +59,12 @@ LATENT_SCHEMA = pa.schema(
         ("reject", pa.string()),
     ]
 )
+# Crops have no class label: what is made of images alone has no condition.
+PIXEL_SCHEMA = pa.schema(
+    [field for field in LATENT_SCHEMA if field.name not in ("mean_offset", "std_offset", "label")]
+    + [pa.field("pixels_offset", pa.int64())]
+)
+PIXELS = "pixels"
 
 
 def mend_null_caption() -> str:
@@ -105,8 +111,8 @@ class FamilySchema:
         name: of the family, the same for every resolution and every choice of columns.
         tensors: of each row, in the order of their payloads.
         columns: of the index.
-        leads: whether it says which samples there are: its index has `bucket` and `label`, and batches are cut from
-            its buckets. Other families are joined to it by key.
+        leads: whether it says which samples there are: its index has `bucket` and, where there may be a condition,
+            `label`, and batches are cut from its buckets. Other families are joined to it by key.
         rows_per_sample: rows of each sample; of several, a batch draws one by `weight`.
         null_file: of a family whose rows differ in their first dimension, as captions do: the file beside the shards
             with the tensor of a dropped row. In a batch such rows lie end to end. Their first tensor is [n, D]; a
@@ -206,6 +212,12 @@ def latent_schema(*, has_std: bool = True, name: str = "latents", leads: bool = 
         columns=pa.schema([field for field in LATENT_SCHEMA if field.name not in absent]),
         leads=leads,
     )
+
+
+def pixel_schema() -> FamilySchema:
+    """Return the record of crops of images, uint8 [3, H, W]: what a codec is trained on."""
+    stored = StoredTensor(name="pixels", dtype="uint8", offset="pixels_offset", shape=("channels", "height", "width"))
+    return FamilySchema(name=PIXELS, tensors=(stored,), columns=PIXEL_SCHEMA, leads=True)
 
 
 def schema_of(manifest: Manifest) -> FamilySchema | None:

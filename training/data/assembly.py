@@ -96,6 +96,7 @@ class BatchAssembler:
         self._caption_dropout = caption_dropout
         self._random = SampleRandom(seed, stream)
         self._leading = dataset.leading.family
+        self._has_latents = self._leading.tensors[0].name == "mean"
         self._has_labels = dataset.has_labels
         self._stacked: dict[str, StackedReading] = {}
         self._ragged: dict[str, RaggedReading] = {}
@@ -116,7 +117,9 @@ class BatchAssembler:
                 shard and key.
         """
         bucket = self._buckets[planned.bucket]
-        noises = self._take_noises(buffers, planned, positions, shards, bucket=bucket)
+        noises = {}
+        if self._has_latents:
+            noises = self._take_noises(buffers, planned, positions, shards, bucket=bucket)
         draws = self._draw(planned.step, positions, list(noises.values()))  # [B, 3]
         is_dropped = draws[:, 0] < self._caption_dropout
         samples = locate_samples(planned, positions, shards, bucket=bucket, draws=draws[:, 1])
@@ -124,7 +127,11 @@ class BatchAssembler:
         size[:, :2] = torch.from_numpy(samples.original_sizes)
         size[:, 2] = bucket_ratio(bucket)
         stacked, ragged = self.read(buffers, samples, is_dropped=is_dropped)
-        leading, captions = stacked.pop(self._leading.name), list(ragged.values())
+        # Latents have fields of their own; of pixels they are empty.
+        leading = (
+            stacked.pop(self._leading.name) if self._has_latents else {"mean": torch.empty(len(positions), 0, 0, 0)}
+        )
+        captions = list(ragged.values())
         return PackedBatch(
             step=planned.step,
             bucket=bucket,
@@ -133,7 +140,7 @@ class BatchAssembler:
             mean=leading["mean"],
             std=leading.get("std"),
             posterior_noise=noises.get("posterior_noise"),
-            noise=noises["noise"],
+            noise=noises.get("noise", torch.empty(len(positions), 0, 0, 0)),
             timestep_draws=torch.from_numpy(draws[:, 2].copy()),
             is_dropped=torch.from_numpy(is_dropped),
             is_prior=torch.tensor([shard.role == "prior" for shard in samples.shards]),

@@ -1,6 +1,6 @@
 """A micro-batch: in host memory as its payloads lie in the tars, and on the device as the model wants it."""
 
-# B samples of a micro-batch, C latent channels, h x w latent size
+# B samples of a micro-batch, C latent channels, h x w latent size, H x W pixels
 # T tokens of all its captions, D text width
 
 import contextlib
@@ -18,6 +18,8 @@ from pixart.model import PackedText
 # Tokens that a batch of captions is filled up to a multiple of.
 TOKENS_MULTIPLE = 256
 LENGTH_MULTIPLE = 128
+# Of `tensors`, where pixels lead.
+PIXEL_TENSOR = "pixels.pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Batch:
         step: optimizer step it belongs to, counted from 0.
         bucket: `HxW` in pixels.
         keys, shards: of the samples, and the names of the shards they lie in.
-        mean, std: of the codec's posterior, unscaled, fp16 [B, C, h, w]; std is None where the codec has none.
+        mean, std: of the codec's posterior, unscaled, fp16 [B, C, h, w]; std is None where the codec has none. Where
+            pixels lead there are no latents, and mean and noise are [B, 0, 0, 0].
         posterior_noise, noise: standard normal, fp32 [B, C, h, w]; the first is None without std.
         timestep_draws: uniform in [0, 1), float64 [B].
         is_dropped: whether the condition is the null one, [B]; `text` already holds the null caption there.
@@ -37,7 +40,7 @@ class Batch:
             rounded to the two digits of PixArt's bucket tables, fp32 [B, 3]; -1 for a side that is not known.
         text: captions end to end, bf16 [T, D]; None in stage 1.
         labels: class labels, int64 [B]; None in stages 2 and 3.
-        tensors: of every other family: `<family>.<tensor>`.
+        tensors: of every family but latents: `<family>.<tensor>`, as `pixels.pixels`, uint8 [B, 3, H, W].
         texts: of every other family of rows of different lengths, as `text` is.
     """
 
@@ -132,6 +135,12 @@ class PackedBatch:
     labels: Tensor | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     texts: dict[str, PackedRows] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of what leads: of latents, or of pixels where there are none."""
+        leading = self.tensors[PIXEL_TENSOR] if self.mean.numel() == 0 else self.mean
+        return leading.shape[2], leading.shape[3]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the copies of pinned buffers are only queued, on the current stream."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from pipelines.store.families import PIXELS
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import Fingerprint, require_same
 from training.data.choices import DatasetChoice
@@ -37,8 +38,9 @@ class Dataset:
 
     @property
     def has_labels(self) -> bool:
-        """Whether the condition is a class label: where there are no captions."""
-        return not any(directory.family.is_ragged for directory in self.directories)
+        """Whether the condition is a class label: where there are no captions, and images that may have one."""
+        is_captioned = any(directory.family.is_ragged for directory in self.directories)
+        return not is_captioned and "label" in self.leading.family.columns.names
 
     def held_out(self) -> "Dataset":
         """Return the part that is kept for validation: chosen as the rest is, but each sample counts alike."""
@@ -96,10 +98,12 @@ def require_alike(datasets: Sequence[Dataset]) -> None:
             f"leave one of {first.run} and {other.run} out of `datasets`, or make the features of both with one encoder"
         )
         for name in ("channels", "scaling_factor", "shift_factor"):
-            values = [dataset.leading.fact("vae").get(name) for dataset in (first, other)]
+            values = [dataset.leading.manifest.extra.get("vae", {}).get(name) for dataset in (first, other)]
             require_same(f"vae.{name}", *values, where=str(other.leading), mend=mend)
-        resolutions = [dataset.leading.fact("resolution") for dataset in (first, other)]
-        require_same("resolution", *resolutions, where=str(other.leading), mend=mend)
+        # A codec is the same at any size; of latents positions are not.
+        if first.leading.family.name != PIXELS:
+            resolutions = [dataset.leading.fact("resolution") for dataset in (first, other)]
+            require_same("resolution", *resolutions, where=str(other.leading), mend=mend)
         for name in ("model", "revision", "cleaning"):
             encoders = [_text_encoder(dataset).get(name) for dataset in (first, other)]
             require_same(f"text.{name}", *encoders, where=str(other.leading), mend=mend)

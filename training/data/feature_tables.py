@@ -7,6 +7,7 @@ import pydantic
 from encoders.text import DEFAULT_CLEANING
 from errors import UserError
 from pipelines.recipe import Recipe
+from pipelines.store.families import PIXELS
 
 
 class CaptionTable(pydantic.BaseModel):
@@ -35,13 +36,18 @@ class FeatureTable(pydantic.BaseModel):
     text_storage: str = "bfloat16"
     text_variant: str | None = None
     image_variant: str | None = None
-    vae_model: str
+    vae_model: str = ""
     vae_revision: str | None = None
-    text_model: str
+    text_model: str = ""
     text_revision: str | None = None
     text_cleaning: str = DEFAULT_CLEANING
     max_tokens: int | None = None
     families: dict[str, dict[str, Any]] = {}
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether it is of crops of images alone, which a codec is trained on."""
+        return PIXELS in self.families
 
 
 def read_feature_table(recipe: Recipe, name: str) -> FeatureTable:

@@ -13,13 +13,14 @@ from pipelines.columns.caption_columns import RunCaptions
 from pipelines.command import Command
 from pipelines.raw.patterns import select_names
 from pipelines.store.families import (
+    PIXELS,
     family_directory,
     image_directory,
-    latent_directory,
     text_directory,
 )
 from pipelines.store.files import is_remote
 from pipelines.store.manifest import require_same
+from training.codec_keys import CODEC
 from training.config import StageTraining
 from training.data.cache import ShardCache
 from training.data.choices import open_choice, require_all_encoded
@@ -58,8 +59,9 @@ class StageFeatures:
 
     @property
     def vae(self) -> dict[str, Any]:
-        """Model, revision, scaling_factor and shift_factor of the VAE."""
-        return self.datasets[0].leading.fact("vae")
+        """Model, revision, scaling_factor and shift_factor of the VAE; nothing where pixels lead, which have none."""
+        leading = self.datasets[0].leading
+        return {} if leading.family.name == PIXELS else leading.fact("vae")
 
     @property
     def former(self) -> FeatureDirectory | None:
@@ -172,6 +174,13 @@ def _read_table_of(command: Command, name: str, *, settings: StageTraining) -> F
             f"training.{stage}.features to one of: {', '.join(names) or 'none'}"
         )
     table = read_feature_table(command.recipe, name)
+    if (settings.network == CODEC) != table.has_pixels:
+        reads = f"families.{PIXELS}" if settings.network == CODEC else "latents"
+        has = f"families.{PIXELS} alone" if table.has_pixels else "latents"
+        raise UserError(
+            f"{command.recipe.path}: training.{stage}.network = {settings.network!r} reads {reads}, but "
+            f"[features.{name}] has {has}"
+        )
     if settings.network == "pixart" and not table.text:
         raise UserError(
             f"{command.recipe.path}: training.{stage}.network = 'pixart' reads text, but features.{name}.text = false"
@@ -191,44 +200,37 @@ def _open_dataset(
     key: str,
 ) -> Dataset:
     command = typed_command("features", {"stage": table_name, "run": run})
+    name = PIXELS if table.has_pixels else "latent"
+    folder = image_directory(Path(), name, table.resolution, variant=table.image_variant)
     try:
-        latents = _open(
-            run, latent_directory(Path(), table.resolution, variant=table.image_variant), command=command, cache=cache
-        )
+        leading = _open(run, folder, command=command, cache=cache)
     except MissingFileError as missing:
         raise (
             missing
             if config.role == "instance"
             else _without_prior(str(missing), run, table_name, recipe=recipe, key=key)
         ) from None
-    vae = latents.fact("vae")
-    for field_name, expected, found in (
-        ("resolution", table.resolution, latents.fact("resolution")),
-        ("buckets", table.buckets, latents.manifest.fingerprint.fields.get("buckets", False)),
-        ("vae_model", table.vae_model, vae.get("model")),
-        ("vae_revision", table.vae_revision, vae.get("revision")),
-    ):
-        mend = _ways_on(f"features.{table_name}.{field_name}", found, command)
-        require_same(field_name, expected, found, where=str(latents), mend=mend)
+    _check_leading(leading, table=table, table_name=table_name, command=command)
     patterns, pattern_key = config.shards, f"{key}.shards"
     if patterns is None:
         patterns, pattern_key = table.shards, f"features.{table_name}.shards"
-    shards = select_names(sorted(latents.manifest.shards), patterns, key=pattern_key)
-    directories = [latents]
+    shards = select_names(sorted(leading.manifest.shards), patterns, key=pattern_key)
+    directories = [leading]
     if reads_text:
         columns = [caption.column for caption in table.captions]
         text = _open(run, text_directory(Path(), columns, variant=table.text_variant), command=command, cache=cache)
         _check_text(text, table=table, run=run, table_name=table_name, command=command)
         directories.append(text)
     for family, settings in table.families.items():
-        other = _open_family(run, family, table, command=command, cache=cache)
-        _check_family(other, family, settings, latents=latents, table_name=table_name, command=command)
-        directories.append(other)
+        is_leading = family == leading.family.name
+        other = leading if is_leading else _open_family(run, family, table, command=command, cache=cache)
+        _check_family(other, family, settings, leading=leading, table_name=table_name, command=command)
+        directories += [] if is_leading else [other]
     choice = open_choice(run, table, table_name=table_name, reads_text=reads_text, cache=cache)
     for directory in directories if choice is None else [*directories, choice.directory]:
         for name in shards:
             if name not in directory.manifest.shards:
-                raise UserError(f"{directory} lacks shard {name}, which {latents} has; run `{command}`")
+                raise UserError(f"{directory} lacks shard {name}, which {leading} has; run `{command}`")
     if choice is None:
         for directory in directories:
             require_all_encoded(directory, shards, table_name=table_name, command=command)
@@ -305,25 +307,42 @@ def _ways_on(key: str, found: Any, command: str) -> str:
     return f"to read what is there, {keep}; to make it anew, `{command}`, with another run to keep both"
 
 
+def _check_leading(leading: FeatureDirectory, *, table: FeatureTable, table_name: str, command: str) -> None:
+    """Refuse latents, or crops of images, that were made otherwise than the recipe says."""
+    wanted = {
+        "resolution": (table.resolution, leading.fact("resolution")),
+        "buckets": (table.buckets, leading.manifest.fingerprint.fields.get("buckets", False)),
+    }
+    if not table.has_pixels:
+        vae = leading.fact("vae")
+        wanted |= {
+            "vae_model": (table.vae_model, vae.get("model")),
+            "vae_revision": (table.vae_revision, vae.get("revision")),
+        }
+    for name, (expected, found) in wanted.items():
+        mend = _ways_on(f"features.{table_name}.{name}", found, command)
+        require_same(name, expected, found, where=str(leading), mend=mend)
+
+
 def _check_family(
     directory: FeatureDirectory,
     family: str,
     settings: Mapping[str, Any],
     *,
-    latents: FeatureDirectory,
+    leading: FeatureDirectory,
     table_name: str,
     command: str,
 ) -> None:
-    """Refuse a family that is not what the recipe asks for, or is made of images otherwise than the latents are."""
+    """Refuse a family that is not what the recipe asks for, or is made of images otherwise than the leading one is."""
     extra, where = directory.manifest.extra, str(directory)
     anew = f"`{command}` makes it anew"
     require_same("family", family, directory.family.name, where=where, mend=anew)
     for name in {"resolution", "buckets"} & extra.keys():
-        require_same(name, latents.manifest.extra.get(name), extra[name], where=where, mend=anew)
+        require_same(name, leading.manifest.extra.get(name), extra[name], where=where, mend=anew)
     if "vae" in extra:
         for name in ("model", "revision"):
             require_same(
-                f"vae_{name}", latents.fact("vae").get(name), directory.fact("vae").get(name), where=where, mend=anew
+                f"vae_{name}", leading.fact("vae").get(name), directory.fact("vae").get(name), where=where, mend=anew
             )
     # Of its settings, those that decide numbers.
     found, defaults = extra.get("settings", {}), extra.get("defaults", {})

@@ -26,6 +26,8 @@ TORCH_DTYPES = {
     "uint8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
+# No embedding is stacked: there bytes are levels of pixels.
+STACKED_DTYPES = TORCH_DTYPES | {"uint8": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class StackedReading:
             tensor.name: buffers.take(
                 f"{family.name}.{tensor.name}",
                 (len(rows), *tensor.shape_in(first)),
-                dtype=TORCH_DTYPES[tensor.dtype],
+                dtype=STACKED_DTYPES[tensor.dtype],
             )
             for tensor in family.tensors
         }

@@ -13,6 +13,7 @@ from rich.text import Text
 from errors import DISTRIBUTION, UserError
 from pipelines.engine.progress import console, get_logger
 from pipelines.store.checkpoints import checkpoint_folders
+from training.codec_keys import CODEC
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
 from training.data.choices import DatasetChoice
@@ -128,8 +129,8 @@ def print_plan(job: TrainingJob, preflight: Preflight) -> None:
     _print_datasets(job, survey)
     _print("steps", f"{settings.num_steps:,} of {settings.global_batch_size:,} = {split}; {buckets}")
     if job.resume is None and job.start.path is not None:
-        reads_text = settings.network == "pixart"
-        _print("start", f"from {job.start.path}: {job.origins.describe(reads_text=reads_text)}")
+        known = f": {job.origins.describe(reads_text=settings.network == 'pixart')}" * (settings.network != CODEC)
+        _print("start", f"from {job.start.path}{known}")
         for departure in job.departures:
             log.warning(departure)
     if preflight.previews is not None:
@@ -272,8 +273,10 @@ def print_weights(
     if settings.has_control:
         _print("control", _describe_branch(job, weights))
     if weights.critic:
-        _print("critic", f"{weights.critic / 1e6:,.2f}M parameters that train beside it, from the teacher's")
-    _print("process", _describe_process(job))
+        origin = "" if settings.network == CODEC else ", from the teacher's"
+        _print("critic", f"{weights.critic / 1e6:,.2f}M parameters that train beside it{origin}")
+    if settings.network != CODEC:
+        _print("process", _describe_process(job))
     if weights.beside or weights.shared:
         held = f"; {weights.shared / 1e6:,.2f}M more are held already" if weights.shared else ""
         _print("beside", f"{weights.beside / 1e6:,.2f}M parameters of networks that run forward alone{held}")

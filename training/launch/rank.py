@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from pipelines.command import parse_command, run_command
 from pipelines.store.bases import describe_base
 from pipelines.store.checkpoints import BASE, CONTROL, Checkpoint
 from pipelines.store.files import atomic_write_bytes
-from pixart.dit import DiT, DiTConfig
-from pixart.model import PixArt, PixArtConfig
+from training.codec.statistics import write_statistics
+from training.codec_keys import CODEC
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey, chosen_digests
 from training.data.transfer import Transfers
@@ -45,9 +46,10 @@ from training.loop.progress import open_progress
 from training.loop.validation import open_validation
 from training.loop.zero import compute_dtype, initialize_ranks, rank_device
 from training.objectives.choice import choose_objective
-from training.objectives.objective import Objective, Trained
+from training.objectives.objective import Objective
 from training.previews.previews import open_previews
-from training.stages.networks import blank_copy, parameter_counts
+from training.stages.kinds import Network, TraineeConfig
+from training.stages.networks import blank_copy, parameter_counts, trained_of
 from training.stages.resume import CHOSEN_SAMPLES
 from training.stages.stage import TrainingJob, open_stage
 
@@ -113,11 +115,8 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     require_disk(job, start.weights)
     flops = _step_flops(job, choose(job, META), start.networks, in_channels=survey.channels)
     # Before DeepSpeed and what is kept for the backward pass change it.
-    (blank,) = (
-        blank_copy(network)
-        for name, network in start.networks.items()
-        if isinstance(start.objective.networks[name], Trained)
-    )
+    blank = blank_copy(trained_of(start.networks, start.objective.networks))
+    is_codec = job.settings.network == CODEC
     networks = open_networks(job, start.objective.networks, start.networks)
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
@@ -136,6 +135,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             previews=open_previews(job, survey, blank=blank),
             description=description,
             stop=stop,
+            measure=partial(write_statistics, job, device=networks.model.device) if is_codec else None,
         )
         train(session)
 
@@ -170,7 +170,7 @@ def _settled(job: TrainingJob, start: Start, survey: Survey, *, choose: Objectiv
 
 
 def _step_flops(
-    job: TrainingJob, objective: Objective, networks: Mapping[str, DiT | PixArt], *, in_channels: int
+    job: TrainingJob, objective: Objective, networks: Mapping[str, Network], *, in_channels: int
 ) -> StepFlops:
     """Return the counter of an objective's operations; the objective is for the meta device."""
     dtype, text = compute_dtype(job.settings), job.features.text_encoder
@@ -181,6 +181,8 @@ def _step_flops(
         in_channels=in_channels,
         text_width=None if text is None else text["d_text"],
         channels_beside=job.features.channels_beside,
+        is_pixels=job.settings.network == CODEC,
+        last_step=job.settings.num_steps - 1,
     )
 
 
@@ -196,7 +198,7 @@ def _require_same_resume(resume: Checkpoint | None) -> None:
         )
 
 
-def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+def describe(job: TrainingJob, survey: Survey, config: TraineeConfig) -> dict[str, Any]:
     """Return what `trainer.json` says about the stage, all that sampling and a resume need to know.
 
     `config` is of the network that is trained.
@@ -229,7 +231,7 @@ def describe(job: TrainingJob, survey: Survey, config: DiTConfig | PixArtConfig)
     }
 
 
-def _base(job: TrainingJob, config: DiTConfig | PixArtConfig) -> dict[str, Any]:
+def _base(job: TrainingJob, config: TraineeConfig) -> dict[str, Any]:
     """Return what adapters or a branch belong to, on the rank that writes it; nothing of whole networks."""
     if not job.settings.keeps_base or dist.get_rank() != 0:
         return {}

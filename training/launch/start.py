@@ -16,8 +16,11 @@ from errors import UserError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_json, remove_temporary_files
 from pipelines.store.state_files import read_state
-from pixart.dit import DiT, DiTConfig
-from pixart.model import PixArt, PixArtConfig
+from pixart.dit import DiT
+from pixart.model import PixArt
+from training.codec.autoencoder import AutoencoderConfig
+from training.codec.networks import codec_config, codec_networks
+from training.codec_keys import CODEC
 from training.config import KeepActivations, StageTraining
 from training.data.blank import SampleShape
 from training.data.index import bucket_size
@@ -34,10 +37,11 @@ from training.loop.compilation import is_compiled
 from training.loop.footprint import CudaBytes, Step
 from training.loop.products import choose_products
 from training.loop.zero import compute_dtype
-from training.objectives.objective import Objective, Trained
+from training.objectives.objective import Objective
 from training.previews.footprint import preview_parts
 from training.previews.plan import plan_previews
-from training.stages.networks import blank_copies, blank_copy, count_weights, network_config
+from training.stages.kinds import Network, TraineeConfig
+from training.stages.networks import blank_copies, blank_copy, count_weights, network_config, trained_of
 from training.stages.stage import TrainingJob
 from training.stages.starts import objective_networks, starting_network
 from training.stages.weights import WeightCounts
@@ -58,9 +62,9 @@ ObjectiveChoice = Callable[[TrainingJob, torch.device], Objective]
 class Start:
     """The networks of an objective with the weights they start with, fp32 on the CPU."""
 
-    config: DiTConfig | PixArtConfig
+    config: TraineeConfig
     objective: Objective
-    networks: Mapping[str, DiT | PixArt]
+    networks: Mapping[str, Network]
     weights: WeightCounts
 
 
@@ -71,11 +75,15 @@ def open_start(job: TrainingJob, survey: Survey, *, choose: ObjectiveChoice, dev
         UserError: weights are not there or do not fit, features lack what the objective reads, or the device or the
             width of the network cannot do FP8.
     """
-    config = network_config(job, survey)
+    is_codec = job.settings.network == CODEC
+    config = codec_config(job, survey) if is_codec else network_config(job, survey)
     objective = choose(job, device)
     _require_families(job, objective)
-    networks = objective_networks(job, objective.networks, starting_network(job, config))
-    (trained,) = (network for name, network in networks.items() if isinstance(objective.networks[name], Trained))
+    if isinstance(config, AutoencoderConfig):
+        networks = codec_networks(job, objective.networks, config)
+    else:
+        networks = objective_networks(job, objective.networks, starting_network(job, config))
+    trained = trained_of(networks, objective.networks)
     choose_products(blank_copy(trained), job.settings, device=device)
     return Start(
         config=trained.config,
@@ -163,7 +171,8 @@ def settle(
     plan = plan_previews(job, survey)
     if plan is None:
         return shares
-    (network,) = (step.networks[name] for name, role in start.objective.networks.items() if isinstance(role, Trained))
+    network = trained_of(step.networks, start.objective.networks)
+    assert isinstance(network, DiT | PixArt), "a codec has no previews"
     previews = preview_parts(job, plan, network, dtype=step.dtype, is_host=is_host)
     return dataclasses.replace(shares, previews=demand.between_steps() | previews)
 
@@ -199,6 +208,7 @@ def _largest_sample(job: TrainingJob, survey: Survey) -> SampleShape:
         num_text_tokens=0 if text is None else text["max_tokens"],
         text_width=None if text is None else text["d_text"],
         channels_beside=job.features.channels_beside,
+        is_pixels=job.settings.network == CODEC,
     )
 
 
@@ -267,6 +277,7 @@ class StepBytes:
                 for name, network in self._step.networks.items()
             },
             "settings": [settings.objective, settings.process, settings.dtype, settings.products],
+            **({"reconstruction": settings.reconstruction.model_dump()} if settings.network == CODEC else {}),
             "is_compiled": is_compiled(settings),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
@@ -284,5 +295,5 @@ class StepBytes:
         return dict(known) if is_sound and content["identity"] == self._identity else {}
 
 
-def _trained_names(network: DiT | PixArt) -> list[str]:
+def _trained_names(network: Network) -> list[str]:
     return [name for name, weight in network.named_parameters() if weight.requires_grad]

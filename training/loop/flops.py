@@ -64,13 +64,19 @@ class StepFlops:
         in_channels: int,
         text_width: int | None,
         channels_beside: Mapping[str, int] | None = None,
+        is_pixels: bool = False,
+        last_step: int = 0,
     ) -> None:
-        """Take an objective and its networks, all on the meta device; the others are those of `SampleShape`."""
+        """Take an objective and its networks, all on the meta device; the others are those of `SampleShape`.
+
+        Counted is `last_step`, by which all parts of an objective have begun.
+        """
         self._objective = objective
         self._networks = networks
         self._in_channels = in_channels
         self._text_width = text_width
         self._channels_beside = dict(channels_beside or {})
+        self._is_pixels, self._last_step = is_pixels, last_step
         self._count = lru_cache(maxsize=256)(self._count_step)
 
     def of_samples(self, num_samples: int, *, height: int, width: int, num_text_tokens: int = 0) -> int:
@@ -87,7 +93,7 @@ class StepFlops:
 
     def of_batch(self, batch: PackedBatch) -> int:
         """Return the operations of a micro-batch."""
-        num_samples, _, height, width = batch.mean.shape
+        num_samples, (height, width) = len(batch.keys), batch.sides
         num_text_tokens = 0 if batch.text is None else int(batch.text.lengths.sum())
         return self.of_samples(num_samples, height=height, width=width, num_text_tokens=num_text_tokens)
 
@@ -99,10 +105,11 @@ class StepFlops:
             num_text_tokens=num_text_tokens,
             text_width=self._text_width,
             channels_beside=self._channels_beside,
+            is_pixels=self._is_pixels,
         )
         # The CPU's fused attention is not among the operations that torch counts.
         mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            losses = self._objective.loss(self._networks, blank_batch(sample, 1, device=META))
+            losses = self._objective.loss(self._networks, blank_batch(sample, 1, device=META, step=self._last_step))
             losses.minimised.sum().backward()
         return counter.get_total_flops()

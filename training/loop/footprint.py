@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from encoders.living_bytes import LivingBytes, fused_attention
 from pixart.compilation import compile_blocks
-from pixart.dit import DiT
-from pixart.model import PixArt
 from training.config import KeepActivations, StageTraining
 from training.data.batch import Batch
 from training.data.blank import SampleShape, blank_batch
@@ -24,6 +22,7 @@ from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.products import choose_products
 from training.objectives.objective import Objective, Trained
+from training.stages.kinds import Network
 from training.stages.networks import blank_copies
 
 META = torch.device("meta")
@@ -80,7 +79,7 @@ class Step:
 
     settings: StageTraining
     objective: Callable[[torch.device], Objective]
-    networks: Mapping[str, DiT | PixArt]
+    networks: Mapping[str, Network]
     sample: SampleShape
     dtype: torch.dtype
 
@@ -143,7 +142,8 @@ class Step:
         if gradients == "there":
             for weight in trained.parameters():
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-        batch = blank_batch(self.sample, num_samples, device=device)
+        # The last step: by then all parts of an objective have begun.
+        batch = blank_batch(self.sample, num_samples, device=device, step=self.settings.num_steps - 1)
         for _ in range(num_warm_ups):
             _step(objective, networks, batch)
         weights = [weight for network in networks.values() for weight in network.parameters()]
@@ -156,7 +156,7 @@ class Step:
             _step(objective, networks, batch)
         return meter.peak_bytes
 
-    def _blanks(self, device: torch.device) -> dict[str, DiT | PixArt]:
+    def _blanks(self, device: torch.device) -> dict[str, Network]:
         """Return the networks with zeros for weights; what is held once for several is so here."""
         blanks = blank_copies(self.networks)
         weights = {id(weight): weight for blank in blanks.values() for weight in blank.parameters()}
@@ -164,6 +164,9 @@ class Step:
         for blank in blanks.values():
             own = {name: zeros[id(weight)] for name, weight in blank.named_parameters()}
             blank.load_state_dict(own, assign=True)
+            for name, values in list(blank.named_buffers()):  # that no file holds, such as places
+                place, _, last = name.rpartition(".")
+                blank.get_submodule(place).register_buffer(last, torch.zeros_like(values, device=device), False)
         return blanks
 
 

@@ -1,8 +1,9 @@
 """The training loop: next batch, loss, backward, step, log, maybe save, maybe draw."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from training.data.batch import PackedBatch
@@ -22,7 +23,11 @@ from training.stages.stage import TrainingJob
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What the loop works with; `description` is what `trainer.json` says beside the progress."""
+    """What the loop works with.
+
+    `description` is what `trainer.json` says beside the progress, `measure` what completes weights, as
+    `save_checkpoint` has it.
+    """
 
     job: TrainingJob
     objective: Objective
@@ -36,6 +41,7 @@ class Session:
     previews: Previews | None
     description: dict[str, Any]
     stop: threading.Event
+    measure: Callable[[Path], Mapping[str, Any]] | None = None
 
 
 def train(session: Session) -> None:
@@ -125,4 +131,5 @@ def _save(session: Session) -> None:
         ema=session.networks.ema,
         trainer=session.description | progress.record() | {"num_samples_seen": num_samples_seen},
         num_kept=settings.keep_checkpoints,
+        measure=session.measure,
     )

@@ -13,12 +13,14 @@ from pixart.block import blocks_of
 from training.config import KeepActivations
 
 _aten = torch.ops.aten
-# Results that take long to compute: of matrix products and attention. Norms, modulation, GELU and sums do not.
+# Results that take long to compute: of matrix products, convolutions and attention. Norms, modulation, GELU and sums
+# do not.
 PRODUCTS = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.baddbmm.default,
+    _aten.convolution.default,
     _aten._scaled_mm.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pixart.dit import DiT
-from pixart.model import PixArt
 from training.loop.conversions import needs_universal
 from training.loop.ema import EMA
 from training.loop.state import load_checkpoint
 from training.loop.zero import Update, ZeroModel
 from training.objectives.objective import Average, Role, Trained
+from training.stages.kinds import Network
 from training.stages.stage import TrainingJob
 
 
@@ -51,7 +50,7 @@ class Networks(Mapping[str, nn.Module]):
         return update
 
 
-def open_networks(job: TrainingJob, roles: Mapping[str, Role], started: Mapping[str, DiT | PixArt]) -> Networks:
+def open_networks(job: TrainingJob, roles: Mapping[str, Role], started: Mapping[str, Network]) -> Networks:
     """Return the networks of an objective on the device, as they `started` or as the checkpoint to resume has them."""
     resume = job.resume
     (trained,) = (network for name, network in started.items() if isinstance(roles[name], Trained))

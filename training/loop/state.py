@@ -2,7 +2,7 @@
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from errors import UserError
 from pipelines.store.checkpoints import (
+    MODEL,
     TRAINER,
     Checkpoint,
     drop_old,
@@ -22,6 +23,7 @@ from pipelines.store.deepspeed_files import STATE, conversion_damage
 from pipelines.store.files import atomic_write_json
 from pixart.processes.make import process_of
 from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, spec_of_trainer
+from training.codec_keys import CODEC
 from training.loop.conversions import loadable_state
 from training.loop.disk import fsync_tree, saying_a_full_disk
 from training.loop.ema import EMA
@@ -31,9 +33,17 @@ from training.stages.trainable import trainable_of
 
 
 def save_checkpoint(
-    stage_directory: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any], num_kept: int
+    stage_directory: Path,
+    *,
+    model: ZeroModel,
+    ema: EMA,
+    trainer: dict[str, Any],
+    num_kept: int,
+    measure: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the checkpoint of `trainer["step"]` and drop all but the newest `num_kept`; all ranks must call it.
+
+    `measure` completes the folder of the weights on rank 0, and returns what `trainer.json` is to say of that.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
@@ -46,23 +56,32 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     with saying_a_full_disk(stage_directory, f"{final.name} was not saved and the checkpoint before it stays in force"):
-        _write(temporary, model=model, ema=ema, trainer=trainer)
+        _write(temporary, model=model, ema=ema, trainer=trainer, measure=measure)
         if is_writer:
             put_in_force(temporary, final)
     if is_writer:
         drop_old(final, num_kept)
 
 
-def _write(folder: Path, *, model: ZeroModel, ema: EMA, trainer: dict[str, Any]) -> None:
+def _write(
+    folder: Path,
+    *,
+    model: ZeroModel,
+    ema: EMA,
+    trainer: dict[str, Any],
+    measure: Callable[[Path], Mapping[str, Any]] | None,
+) -> None:
     """Write the files of a checkpoint and bring them to the disk."""
     model.save_state(folder, STATE)
     weights = ema.gather()
     if dist.get_rank() == 0:
         trainable, config = trainable_of(model.settings), model.engine.module.config
         trainable.save(config, model.frozen | weights, folder, trainer=trainer)
-        scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
-        atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
-        atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT})
+        if model.settings.network != CODEC:
+            scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
+            atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
+        measured = {} if measure is None else measure(folder / MODEL)
+        atomic_write_json(folder / TRAINER, trainer | {LAYOUT_KEY: LAYOUT, **measured})
         fsync_tree(folder)
 
 

@@ -11,6 +11,7 @@ from pixart.processes.ddpm import DDPM
 from pixart.processes.flow import Flow
 from pixart.processes.make import process_of
 from pixart.processes.process import Process
+from training.codec_keys import RECONSTRUCT
 from training.data.former import channels_of
 from training.data.reading import read_null
 from training.loop.zero import compute_dtype
@@ -22,6 +23,7 @@ from training.objectives.matching import DistributionMatching
 from training.objectives.objective import Objective
 from training.objectives.prior_preservation import TEACHER, PriorPreservation, prior_share
 from training.objectives.realignment import Realignment
+from training.objectives.reconstruction import Reconstruct
 from training.stages.other_vae import stage_bridge
 from training.stages.stage import TrainingJob
 
@@ -29,6 +31,8 @@ from training.stages.stage import TrainingJob
 def choose_objective(job: TrainingJob, device: torch.device) -> Objective:
     """Return the objective of a stage; `device` is where it gets its batches."""
     settings = job.settings
+    if settings.objective == RECONSTRUCT:
+        return Reconstruct(settings=settings.reconstruction, dtype=compute_dtype(settings), seed=settings.seed)
     inputs = NetworkInputs(
         scaling_factor=job.features.vae["scaling_factor"],
         shift_factor=job.features.vae["shift_factor"],

@@ -10,12 +10,12 @@ from torch import Tensor
 from training.data.batch import Batch
 
 
-def more_noise(batch: Batch, name: str, *, seed: int) -> Tensor:
-    """Return normal numbers like the batch's own noise, fp32 [B, C, h, w] on its device.
+def more_noise(batch: Batch, name: str, *, seed: int, like: Tensor | None = None) -> Tensor:
+    """Return normal numbers like the batch's own noise, or `like` another tensor, fp32 [B, C, h, w] on its device.
 
     They are others for each `name` and `seed`.
     """
-    like = batch.noise
+    like = batch.noise if like is None else like
     if like.is_meta:
         return torch.empty_like(like)
     drawn = torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)

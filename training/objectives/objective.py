@@ -16,7 +16,7 @@ class Trained:
     """The network that the stage trains and whose average it exports; an objective has exactly one.
 
     With `critic`, the name of a frozen network, a copy of that trains beside it by a loss of its own
-    (`Losses.critic`): it is the network's module `critic`, and nothing exports it.
+    (`Losses.critic`): it is the network's module `critic`, and nothing exports it. That of a codec is made with it.
     """
 
     critic: str | None = None
@@ -68,7 +68,7 @@ class Objective(Protocol):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families of features it reads of a batch: `latents`, and `labels` or `text`."""
+        """The families of features it reads of a batch: `latents`, and `labels` or `text`; or `pixels`."""
         ...
 
     def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:

@@ -10,6 +10,7 @@ from errors import UserError
 from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pixart.processes.specs import MOST_STUDENT_STEPS, clamped_guidance, own_times, student_of, usual_steps
+from training.codec_keys import CODEC
 from training.config import StageTraining
 from training.data.survey import Survey
 from training.loop.schedule import is_due
@@ -85,7 +86,7 @@ def plan_previews(job: TrainingJob, survey: Survey) -> PreviewPlan | None:
     settings, key = job.settings, f"training.{job.command.stage_name}"
     labels = settings.preview_classes if settings.network == "dit" else []
     names = [f"class {label}" for label in labels] if settings.network == "dit" else settings.preview_prompts
-    if not names:
+    if not names or settings.network == CODEC:
         return None
     for label in labels:
         if label >= job.model.num_classes:

@@ -20,6 +20,7 @@ from training.previews.page import write_page
 from training.previews.painter import Painter
 from training.previews.plan import PreviewPlan, plan_previews
 from training.previews.texts import read_embeddings
+from training.stages.kinds import Trainee
 from training.stages.stage import TrainingJob
 
 log = get_logger("training")
@@ -129,7 +130,7 @@ class _Failures:
         return True
 
 
-def open_previews(job: TrainingJob, survey: Survey, *, blank: DiT | PixArt) -> Previews | None:
+def open_previews(job: TrainingJob, survey: Survey, *, blank: Trainee) -> Previews | None:
     """Return what draws a stage's previews, None if it draws none; all ranks must call it.
 
     Previews of steps that are to be trained again are removed. `blank` is the network that trains, on the meta device.
@@ -140,6 +141,7 @@ def open_previews(job: TrainingJob, survey: Survey, *, blank: DiT | PixArt) -> P
     plan = plan_previews(job, survey)
     if plan is None:
         return None
+    assert isinstance(blank, DiT | PixArt), "a codec draws nothing"
     texts: list[Tensor] = []
     found: list[int | None] = [None]
     if dist.get_rank() == 0:

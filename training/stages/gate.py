@@ -15,6 +15,7 @@ from pipelines.store.files import own_files
 from pipelines.store.previews import FOLDER as PREVIEWS
 from pipelines.store.state_files import read_log
 from pixart.processes.specs import spec_of_trainer, student_of
+from training.codec_keys import CODEC
 from training.loop.metrics import METRICS
 from training.previews.page import PAGE
 
@@ -56,7 +57,7 @@ def stage_gate(checkpoint: Checkpoint, *, samples: Path) -> list[Check]:
         ),
         _health(checkpoint, [path.name for path in own_files(directory, DUMP_NAME)]),
         *previews,
-        _samples(checkpoint, samples),
+        *([] if checkpoint.trainer["kind"] == CODEC else [_samples(checkpoint, samples)]),
     ]
 
 

@@ -1,11 +1,13 @@
 """The network a stage trains, from its shape."""
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from encoders.perceptual import PerceptualModel
 from errors import UserError
 from pixart.adapters import add_adapters_of
 from pixart.branching import new_branch
@@ -15,11 +17,14 @@ from pixart.processes.make import process_of
 from training.data.survey import Survey
 from training.objectives.objective import Frozen, Role, Trained
 from training.stages.critics import CRITIC, critic_of
+from training.stages.kinds import Network, Trainee, TraineeConfig, Transformer, TransformerConfig
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
 
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
-def network_config(job: TrainingJob, survey: Survey) -> DiTConfig | PixArtConfig:
+
+def network_config(job: TrainingJob, survey: Survey) -> TransformerConfig:
     """Return the shape of the stage's network: the recipe's `[model]`, and what the features decide.
 
     Raises:
@@ -74,19 +79,22 @@ def require_sizes(job: TrainingJob, survey: Survey) -> None:
         )
 
 
-def blank_network(config: DiTConfig | PixArtConfig) -> DiT | PixArt:
+def blank_network(config: TransformerConfig) -> Transformer:
     """Return a network on the meta device, whose weights have neither memory nor values."""
     with torch.device("meta"):
         return config.network()
 
 
-def parameter_counts(config: DiTConfig | PixArtConfig) -> dict[str, int]:
+def parameter_counts(config: TraineeConfig) -> dict[str, int]:
     """Return the parameters of the network, by what it is called, and after it those of Figure 6's alternative."""
-    return {shape.title: count_parameters(blank_network(shape)) for shape in (config, *config.alternatives())}
+    with torch.device("meta"):
+        return {shape.title: count_parameters(shape.network()) for shape in (config, *config.alternatives())}
 
 
-def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
+def blank_copy(network: AnyNetwork) -> AnyNetwork:
     """Return a network of the same layers on the meta device, with all that is beside it; the same weights train."""
+    if not isinstance(network, DiT | PixArt):
+        return copy.deepcopy(network).to("meta")
     blank = blank_network(network.config)
     if network.kind == "pixart" and blank.kind == "pixart":
         if network.control is not None:
@@ -94,13 +102,14 @@ def blank_copy(network: DiT | PixArt) -> DiT | PixArt:
                 blank.control = new_branch(network.config, len(network.control.copies))
         add_adapters_of(network, blank)
     if (critic := critic_of(network)) is not None:
+        assert isinstance(critic, DiT | PixArt), "it began as another such network"
         blank.add_module(CRITIC, blank_copy(critic))
     for name, weight in network.named_parameters():
         blank.get_parameter(name).requires_grad_(weight.requires_grad)
-    return blank
+    return cast("AnyNetwork", blank)
 
 
-def blank_copies(networks: Mapping[str, DiT | PixArt]) -> dict[str, DiT | PixArt]:
+def blank_copies(networks: Mapping[str, AnyNetwork]) -> dict[str, AnyNetwork]:
     """Return such copies of several networks, by name; weights that are one in several are one in theirs, too."""
     copies = {name: blank_copy(network) for name, network in networks.items()}
     held: dict[int, nn.Parameter] = {}
@@ -111,7 +120,7 @@ def blank_copies(networks: Mapping[str, DiT | PixArt]) -> dict[str, DiT | PixArt
     return copies
 
 
-def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt]) -> WeightCounts:
+def count_weights(roles: Mapping[str, Role], networks: Mapping[str, Network]) -> WeightCounts:
     """Return how many weights the networks of an objective have, those that are one in several counted once."""
     counts = {"trained": 0, "frozen": 0, "beside": 0, "shared": 0}
     held: set[int] = set()
@@ -129,6 +138,13 @@ def count_weights(roles: Mapping[str, Role], networks: Mapping[str, DiT | PixArt
     return WeightCounts(**counts, critic=sum(count_parameters(critic) for critic in critics if critic is not None))
 
 
-def count_parameters(network: DiT | PixArt) -> int:
+def trained_of(networks: Mapping[str, Network], roles: Mapping[str, Role]) -> Trainee:
+    """Return the network that is trained, of those of an objective."""
+    (trained,) = (network for name, network in networks.items() if isinstance(roles[name], Trained))
+    assert not isinstance(trained, PerceptualModel), "it runs forward alone"
+    return trained
+
+
+def count_parameters(network: nn.Module) -> int:
     """Return the number of a network's parameters."""
     return sum(parameter.numel() for parameter in network.parameters())

@@ -7,6 +7,7 @@ from errors import UserError
 from pipelines.recipe import ModelConfig, Recipe
 from pipelines.store.checkpoints import Checkpoint
 from pixart.stored_shapes import stored_shape
+from training.codec_keys import CODEC
 
 # Of one kind of network alone: what another kind says of it contradicts nothing.
 OF_KIND = {"num_classes": "dit", "adaln": "pixart", "size_condition": "pixart"}
@@ -28,7 +29,7 @@ def stage_shape(
     Args:
         recipe: has `[model]`.
         stage: what is trained.
-        network: its kind, `dit` or `pixart`.
+        network: its kind, `dit`, `pixart` or `vae`.
         start: folder or file of the weights that it starts from, None for fresh ones.
         former: the checkpoint of ours that those are of, if they are of one.
         resume: its own checkpoint that it goes on from.
@@ -38,6 +39,8 @@ def stage_shape(
             starts from none, and the recipe has no `[model]`.
     """
     typed = recipe.table("model", ModelConfig)
+    if network == CODEC:  # whose shape is no transformer's
+        return typed
     where = f"training.{stage}.starts_from ({start})"
     is_typed = recipe.tables.get("model", {}).keys()
     if resume is not None:

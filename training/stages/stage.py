@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from encoders.weights import cached_hub_file, identity_of, of_transformer, require_model, resolve_model
+from encoders.weights import cached_hub_file, fetch_files, identity_of, of_transformer, require_model, resolve_model
 from errors import MissingFileError, UserError
 from pipelines.as_typed import typed_command, typed_path
 from pipelines.command import Command
@@ -30,6 +30,7 @@ from pixart.origins import ORIGINS_FILE, Origins
 from pixart.processes.scheduler_configs import spec_beside
 from pixart.processes.specs import ddpm_spec, spec_of_trainer, student_of
 from pixart.weight_files import is_original_name
+from training.codec_keys import CODEC
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
 from training.data.features import StageFeatures, open_features
 from training.stages.agreement import (
@@ -46,6 +47,7 @@ from training.stages.shape import stage_shape
 
 SURVEY = "survey.json"
 STAGE_FOLDER = "{run}/training/"
+MODEL_FILES = ("*.json", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         require_whole(resume.path)
     start = _start_or_recorded(command, settings, directory, resume=resume, checks_files=checks_files)
     # Of a stage that has begun none of it counts any more.
-    origins = Origins() if resume is not None else start.origins
+    is_codec = settings.network == CODEC
+    origins = Origins() if resume is not None or is_codec else start.origins
     start = start.with_process_of(origins)
     if settings.keeps_base:
         process = start.process["name"] if resume is None else None
@@ -149,7 +152,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
         _require_finished(command, settings.control_starts_from, of_control, key=key)
     settings = with_positions(settings, origins, features=features, resume=resume)
     departures = []
-    if resume is None and checks_files:
+    if resume is None and checks_files and not is_codec:
         departures = _departures(command, settings, features, start=start, origins=origins, networks=networks)
     identities = {"training.starts_from": start.identity}
     identities |= {f"training.networks.{name}": weights.identity for name, weights in networks.items()}
@@ -216,6 +219,8 @@ def _fingerprint(
 ) -> Fingerprint:
     fields = {"random_stream": random_stream(stage), **identities}
     shape = model.fingerprint_fields()
+    if settings.network == CODEC:
+        shape = {}
     if settings.network == "dit":
         # Its adaLN is its own, and it is told no size.
         shape = {key: value for key, value in shape.items() if key not in ("adaln", "size_condition")}
@@ -290,7 +295,7 @@ def _networks(
     for name, wanted in settings.networks.items():
         found = _named_weights(command, wanted, directory, key=f"{key}.{name}", checks_files=checks_files)
         _require_finished(command, wanted, found.checkpoint, key=f"{key}.{name}")
-        networks[name] = found.with_process_of(found.origins)
+        networks[name] = found if settings.network == CODEC else found.with_process_of(found.origins)
         if (student := student_of(networks[name].process)) is not None:
             raise UserError(
                 f"{key}.{name} = {wanted!r} ({found.path}) is itself a student, distilled by {student['method']} to "
@@ -337,7 +342,8 @@ def _named_weights(command: Command, wanted: str, directory: Path, *, key: str, 
     if "/" not in location and not path.exists():
         names = ", ".join(stage_names(command.recipe))
         raise MissingFileError(f"{named} is no stage of {command.recipe.path} ({names}), and no file or folder")
-    return find_weights(location, key=key)
+    reads_pixels = stage_training(command.recipe, command.stage_name).network == CODEC
+    return (find_model if reads_pixels else find_weights)(location, key=key)
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, checks_files: bool = True) -> StartingPoint:
@@ -353,6 +359,15 @@ def from_checkpoint(checkpoint: Checkpoint, *, checks_files: bool = True) -> Sta
     base = base_of(checkpoint, identify=identity_of if checks_files else None)
     adapters = (*base.adapters, checkpoint.weights)
     return StartingPoint(base.path, identity, checkpoint, process, adapters=adapters, shape=base.shape)
+
+
+def find_model(model_id: str, *, key: str) -> StartingPoint:
+    """Find the folder of a codec or a vision model, by path or as the hub calls it; raises as `require_model` does."""
+    source = resolve_model(model_id)
+    require_model(source, key=key)
+    folder = Path(source.location)
+    folder = folder if folder.is_dir() else fetch_files(source, MODEL_FILES, key=key)
+    return StartingPoint(folder, source.identity, location=model_id)
 
 
 def find_weights(model_id: str, *, key: str) -> StartingPoint:

@@ -21,12 +21,17 @@ from pixart.adapter_layers import AdapterShape
 from pixart.adapters import add_adapters
 from pixart.control_files import read_branch, write_branch
 from pixart.convert import load_diffusers, save_diffusers
-from pixart.dit import DiT, DiTConfig
+from pixart.dit import DiTConfig
 from pixart.evidence import origins_of_trainer
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE
+from training.codec.autoencoder import AutoencoderConfig
+from training.codec.files import load_weights as load_codec_weights
+from training.codec.files import save_codec
+from training.codec_keys import CODEC
 from training.config import StageTraining
 from training.stages.critics import PREFIX as CRITICS
+from training.stages.kinds import Trainee, TraineeConfig
 from training.stages.networks import blank_network
 
 
@@ -38,7 +43,7 @@ class Trainable(Protocol):
         """Whether a checkpoint holds the weights that do not train, too."""
         ...
 
-    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
         """Let the weights of this part train, in place, and no others, of networks fp32 on the CPU.
 
         Args:
@@ -54,7 +59,7 @@ class Trainable(Protocol):
 
     def save(
         self,
-        config: DiTConfig | PixArtConfig,
+        config: TraineeConfig,
         weights: Mapping[str, Tensor],
         checkpoint: Path,
         *,
@@ -66,7 +71,7 @@ class Trainable(Protocol):
         """
         ...
 
-    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+    def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
         """Return the weights that `save` wrote, by name."""
         ...
 
@@ -78,20 +83,21 @@ class OwnWeights:
     trains: Literal["all"] | Sequence[str]
     keeps_frozen: bool = True
 
-    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
         """Freeze the others."""
         if self.trains != "all":
             freeze_others(network, self.trains, key=key)
 
     def save(
         self,
-        config: DiTConfig | PixArtConfig,
+        config: TraineeConfig,
         weights: Mapping[str, Tensor],
         checkpoint: Path,
         *,
         trainer: Mapping[str, Any],
     ) -> None:
         """Write the whole network as `model/`, which diffusers opens; a copy of it says what it was trained with."""
+        assert isinstance(config, DiTConfig | PixArtConfig), "a codec's weights are CodecWeights"
         network = blank_network(config)
         own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
         network.load_state_dict(own, assign=True)
@@ -99,9 +105,39 @@ class OwnWeights:
         record = origins_of_trainer(trainer, source=str(checkpoint)).to_json()
         atomic_write_json(checkpoint / MODEL / ORIGINS_FILE, record)
 
-    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+    def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
         """Return the whole network's weights."""
         return load_diffusers(checkpoint / MODEL).state_dict()
+
+
+@dataclass(frozen=True)
+class CodecWeights:
+    """Weights of a codec: all, or those whose names fit shell patterns, as decoder.* where latents are to stay."""
+
+    trains: Literal["all"] | Sequence[str]
+    keeps_frozen: bool = True
+
+    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
+        """Freeze the others."""
+        if self.trains != "all":
+            freeze_others(network, self.trains, key=key)
+
+    def save(
+        self,
+        config: TraineeConfig,
+        weights: Mapping[str, Tensor],
+        checkpoint: Path,
+        *,
+        trainer: Mapping[str, Any],
+    ) -> None:
+        """Write the whole codec as `model/`, which diffusers and `features.vae_model` open."""
+        assert isinstance(config, AutoencoderConfig)
+        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
+        save_codec(config, own, checkpoint / MODEL)
+
+    def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
+        """Return the whole codec's weights."""
+        return load_codec_weights(checkpoint / MODEL)
 
 
 @dataclass(frozen=True)
@@ -111,7 +147,7 @@ class Adapters:
     shape: AdapterShape
     keeps_frozen: bool = False
 
-    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
         """Put adapters beside the layers; what stays is kept in the precision it is computed in alone."""
         assert isinstance(network, PixArt), "adapters of a DiT are refused where the stage is opened"
         torch.manual_seed(seed)
@@ -120,7 +156,7 @@ class Adapters:
 
     def save(
         self,
-        config: DiTConfig | PixArtConfig,
+        config: TraineeConfig,
         weights: Mapping[str, Tensor],
         checkpoint: Path,
         *,
@@ -131,7 +167,7 @@ class Adapters:
         own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
         write_adapter(checkpoint / ADAPTER, own, config, shape=self.shape, belongs_to=_belonging(trainer))
 
-    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+    def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
         """Return the adapters' weights, by their names beside the layers."""
         assert isinstance(config, PixArtConfig)
         return read_trained(checkpoint / ADAPTER, config)
@@ -143,7 +179,7 @@ class Branch:
 
     keeps_frozen: bool = False
 
-    def prepare(self, network: DiT | PixArt, *, seed: int, dtype: torch.dtype, key: str) -> None:
+    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
         """Freeze all else, which is kept in the precision it is computed in alone."""
         assert isinstance(network, PixArt) and network.control is not None, "a stage that trains one starts with one"
         network.requires_grad_(False)
@@ -152,7 +188,7 @@ class Branch:
 
     def save(
         self,
-        config: DiTConfig | PixArtConfig,
+        config: TraineeConfig,
         weights: Mapping[str, Tensor],
         checkpoint: Path,
         *,
@@ -163,7 +199,7 @@ class Branch:
         belongs_to = _belonging(trainer) | {CONTROL: trainer[CONTROL]}
         write_branch(checkpoint / CONTROL, weights, config, belongs_to=belongs_to)
 
-    def load(self, checkpoint: Path, config: DiTConfig | PixArtConfig) -> dict[str, Tensor]:
+    def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
         """Return the branch's weights, by their names beside the network."""
         assert isinstance(config, PixArtConfig)
         return dict(read_branch(checkpoint / WEIGHTS[CONTROL], config).weights)
@@ -171,6 +207,8 @@ class Branch:
 
 def trainable_of(settings: StageTraining) -> Trainable:
     """Return what a stage trains of its network."""
+    if settings.network == CODEC and settings.trains not in ("lora", "control"):
+        return CodecWeights(settings.trains)
     match settings.trains:
         case "lora":
             return Adapters(settings.lora.shape)
@@ -187,13 +225,13 @@ def _belonging(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return belongs_to | {"name": hub_repository(trainer["starts_from"] or "") or trainer["base"]["location"]}
 
 
-def _round_frozen(network: DiT | PixArt, dtype: torch.dtype) -> None:
+def _round_frozen(network: Trainee, dtype: torch.dtype) -> None:
     for weight in network.parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
 
 
-def freeze_others(network: DiT | PixArt, trains: Sequence[str], *, key: str) -> None:
+def freeze_others(network: Trainee, trains: Sequence[str], *, key: str) -> None:
     """Let only those weights train whose names fit one of the shell patterns `trains`.
 
     Raises:

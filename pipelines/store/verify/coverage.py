@@ -97,6 +97,8 @@ def check_families(run: Path, findings: Findings, *, are_all_finished: bool) -> 
             findings.notes.append(_joined(kept, directory, families, other=other, names=shards[other]))
         for name, keys in kept.items():
             has_condition = any(name in findings.manifests[path].shards for path in conditions)
+            # Crops of images, whose index has no labels, are for a codec, which has no condition.
+            has_condition |= "label" not in families[directory].columns.names
             if are_all_finished and not has_condition and len(keys) and not _has_labels(directory / f"{name}.parquet"):
                 text = f"it has {families[directory].name}, but neither text nor class labels: no stage can train on it"
                 mend = f"`{typed_command('caption', {'run': run})}` and `{_features(run)}`"

@@ -20,7 +20,7 @@ def weight_groups(weights: Mapping[str, nn.Parameter], settings: StageTraining) 
         {"params": [weight for name, weight in weights.items() if not name.startswith(CRITICS)]}
     ]
     if critics:
-        factor = settings.matching.critic_learning_rate / settings.learning_rate
+        factor = settings.critic_learning_rate / settings.learning_rate
         groups.append({"params": critics, RATE_FACTOR: factor})
     return groups
 
