@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from errors import UserError
+from pixart.processes.specs import predicts_alike, process_title
 
 # In the header of our files: what they belong to, as JSON.
 METADATA = "pixart_atelier"
@@ -59,7 +60,7 @@ def compare_base(
     location: str,
     identity: str,
     adapters: Collection[str],
-    process: str,
+    process: Mapping[str, Any],
 ) -> list[str]:
     """Return what is odd about adding a file to weights, by what it says of those it was trained on.
 
@@ -70,15 +71,17 @@ def compare_base(
         location: where they are.
         identity: hash of them, without that of any adapters.
         adapters: hashes of those that they have.
-        process: that they were trained with.
+        process: the spec of the one that they were trained with.
 
     Raises:
-        UserError: it was trained with another process; names both.
+        UserError: it was trained with a process that predicts something else; names both.
     """
     if not known:
         return []
-    if (trained := known["process"]["name"]) != process:
-        raise UserError(f"{path} was trained with process {trained}, but {title} with {process}")
+    if not predicts_alike(trained := known["process"], process):
+        raise UserError(
+            f"{path} was trained with process {process_title(trained)}, but {title} with {process_title(process)}"
+        )
     base = known["base"]
     if base["identity"] != identity:
         return [

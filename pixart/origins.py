@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from errors import UserError
-from pixart.processes.specs import is_spec, student_of
+from pixart.processes.specs import is_spec, process_title, student_of
 
 # The record in an export of ours, beside the weights' folder or in it.
 ORIGINS_FILE = "origins.json"
@@ -126,7 +126,7 @@ class Origins:
         facts = [
             (self.positions, lambda at: f"positions of {at.sample_size} latents a side at scale {at.scale:g}"),
             (self.has_size_condition, lambda is_told: "told each image's size" if is_told else ""),
-            (self.process, lambda spec: f"process {spec['name']}{_distilled(spec)}"),
+            (self.process, lambda spec: f"process {process_title(spec)}{_distilled(spec)}"),
         ]
         return _listed(facts)
 

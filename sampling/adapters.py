@@ -164,7 +164,7 @@ def compare_belonging(path: Path, belongs_to: Mapping[str, Any], trained: Traine
         location=str(trained.model_path),
         identity=trained.identity.partition("+")[0],
         adapters=set(map(bases.adapter_identity, trained.own_adapters)),
-        process=trained.process["name"],
+        process=trained.process,
     )
     for line in said:
         log.warning(line)

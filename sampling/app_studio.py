@@ -20,7 +20,7 @@ from pipelines.store.files import own_files
 from pipelines.store.png_files import DAMAGE
 from pipelines.wrong_keys import plain_message
 from pixart.compilation import require_compiler
-from pixart.processes.specs import LCM, SOLVERS, require_solver
+from pixart.processes.specs import LCM, require_solver, solvers_of
 from sampling.adapters import adapter_identity, add_adapters, find_file, name_adapters
 from sampling.branches import add_branch
 from sampling.config import SamplingConfig
@@ -157,7 +157,7 @@ class Studio:
 
     def solvers(self, trained: TrainedModel | None = None) -> list[str]:
         """Return the solvers of the process of a checkpoint, or of the chosen one."""
-        return list(SOLVERS[(trained or self.trained).process["name"]])
+        return list(solvers_of((trained or self.trained).process))
 
     def settings_of(self, trained: TrainedModel) -> SamplingConfig:
         """Return the recipe's settings, as a checkpoint that was distilled to few steps is drawn with them."""

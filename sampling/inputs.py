@@ -39,7 +39,8 @@ def _process_identity(process: Mapping[str, Any]) -> dict[str, Any]:
     sampler = {"sampler": process["sampler"]} if "sampler" in process else {}
     if process["name"] == "ddpm":  # of which images made before there was another name the schedule alone
         return {"schedule": schedule, **sampler}
-    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}, **sampler}
+    network = {"network_schedule": process["network_schedule"]} if "network_schedule" in process else {}
+    return {"process": process["name"], "schedule": {"shift": schedule["shift"]}, **network, **sampler}
 
 
 def _text_identity(config: SamplingConfig, trained: TrainedModel, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pixart.processes.specs import (
     flow_student,
     is_spec,
     lcm_student,
+    noise_flow_spec,
     num_passes,
     require_solver,
     spec_of_trainer,
@@ -30,13 +31,14 @@ SPECS = [
     flow_spec(shift=3.0, student=flow_student(guidance=(4.0, 16.0))),
     flow_spec(student=flow_student(guidance=None)),
 ]
+NOISE_FLOW = noise_flow_spec(shift=3.0, logit_mean=0.5, network_schedule={**ddpm_spec()["schedule"], "beta_end": 0.03})
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, NOISE_FLOW])
 def test_a_spec_makes_the_process_that_has_it(spec):
     process = process_of(json.loads(json.dumps(spec)))
     assert process.spec == spec
-    assert process.out_channels(16) == {"ddpm": 32, "flow": 16}[spec["name"]]
+    assert process.out_channels(16) == {"noise": 32, "velocity": 16}[spec["prediction"]]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -63,6 +65,8 @@ def test_a_trainer_of_an_earlier_version_is_of_ddpm():
         ({**flow_spec(), "schedule": {**flow_spec()["schedule"], "bend": 1}}, "process flow with .*'bend': 1"),
         (ddpm_spec() | {"prediction": "v"}, "process ddpm with .*'prediction': 'v'.* is none that this version knows"),
         (ddpm_spec() | {"other": 1}, "process ddpm with .*'other': 1"),
+        (flow_spec() | {"prediction": "noise"}, "process flow with .* is none that this version knows"),
+        (NOISE_FLOW | {"student": flow_student(guidance=None)}, "process flow with .* is none that this version"),
         (ddpm_spec() | {"student": {"method": "tcd"}}, "process ddpm with .*'tcd'.* is none that this version knows"),
     ],
 )
@@ -90,6 +94,11 @@ def test_a_solver_of_another_process_is_refused_naming_the_checkpoint():
     said = r"sampling\.solver = 'iddpm' does not go with x/model, which is of process flow: dpm-solver\+\+, eu"
     with pytest.raises(UserError, match=said):
         require_solver(flow_spec(), "iddpm", num_steps=20, checkpoint="x/model")
+    said = (
+        r"'heun' does not go with x/model, which is of process flow of networks that predict the noise: .*, euler, id"
+    )
+    with pytest.raises(UserError, match=said):
+        require_solver(NOISE_FLOW, "heun", num_steps=20, checkpoint="x/model")
     said = r"sampling\.solver = 'heun' does not go with x/model, which is of process ddpm: dpm-solver\+\+, iddpm"
     with pytest.raises(UserError, match=said):
         require_solver(ddpm_spec(), "heun", num_steps=20, checkpoint="x/model")

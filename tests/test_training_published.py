@@ -25,6 +25,7 @@ from pixart.convert import original_weights, save_diffusers
 from pixart.drawing.denoise import draw_noise, make_generators
 from pixart.layouts import NULL_CAPTION
 from pixart.model import PixArt, PixArtConfig
+from pixart.processes.noise_flow import NoiseFlow
 from sampling.__main__ import main as sample
 from training.convert import main as convert
 from training.stages.starts import load_network
@@ -200,11 +201,11 @@ def drawn(run: Path, checkpoint: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def drawn_by(pipeline: Any) -> np.ndarray:
+def drawn_by(pipeline: Any, *, times: list[int] | None = None) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     noise = draw_noise(make_generators([3]), (4, 8, 8))
     options = {"use_resolution_binning": False, "clean_caption": False, "width": 64, "height": 64, "latents": noise}
-    (image,) = pipeline("a red circle", num_inference_steps=4, **options).images
+    (image,) = pipeline("a red circle", num_inference_steps=4, timesteps=times, **options).images
     return np.asarray(image).astype(int)
 
 
@@ -245,6 +246,31 @@ def test_every_layout_is_trained_exported_and_drawn_as_diffusers_does(
     assert f"from diffusers import {layout.pipeline.__name__}" in card and "Stage `tune`, 5 steps, 20 samples" in card
     pipeline = layout.pipeline.from_pretrained(tmp_path / "exported")
     assert np.abs(drawn(run, saved.parent) - drawn_by(pipeline)).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["alpha-512", "sigma-256"])
+def test_released_weights_go_on_as_flow_in_files_that_diffusers_draws(
+    tmp_path: Path, encoders: Path, name: str
+) -> None:
+    layout = LAYOUTS[name]
+    network = tiny_network(layout)
+    run = make_run(tmp_path / "run", layout, encoders, write_pipeline(tmp_path / "start", layout, network, encoders))
+    with (tmp_path / "recipe.toml").open("a") as recipe:
+        recipe.write('process = "flow"\nflow_prediction = "noise"\nflow_shift = 3.0\n')
+    finish(WarmProcess("training", ["--recipe", str(tmp_path / "recipe.toml"), "--run", str(run), "--stage", "tune"]))
+    trained = load_network(run / "training/tune/step-5/model", None, sample_size=layout.side, key="x")
+    assert isinstance(trained, PixArt) and trained.config == layout.shape, "the variance has its channels, too"
+    change = (trained.final.weight - network.final.weight).abs()
+    assert 0 < change.max() < 0.01, "it goes on from what it was"
+
+    convert([str(run / "training" / "tune"), str(tmp_path / "exported"), "--pipeline"])
+    pipeline = layout.pipeline.from_pretrained(tmp_path / "exported")
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and not pipeline.scheduler.config.use_flow_sigmas
+    times = NoiseFlow(shift=3.0).scheduler("dpm-solver++", 4).timesteps.tolist()
+    by_diffusers = drawn_by(pipeline, times=times)
+    for checkpoint in (run / "training" / "tune", tmp_path / "exported"):
+        assert np.abs(drawn(run, checkpoint) - by_diffusers).max() <= 2
+    assert np.abs(by_diffusers - drawn_by(pipeline)).max() > 2, "its steps are flow's"
 
 
 def test_a_pipeline_without_its_encoders_is_opened_with_those_that_are_passed(tmp_path: Path, encoders: Path) -> None:

@@ -9,7 +9,7 @@ import pydantic
 
 from errors import UserError
 from pipelines.recipe import DECIDES, Decides, Recipe
-from pixart.processes.specs import ddpm_spec, flow_spec
+from pixart.processes.specs import ddpm_spec, flow_spec, noise_flow_spec
 from training.codec_keys import CODEC, CodecKeys, require_reconstruction
 from training.consistency import ConsistencySettings, require_distillable
 from training.control_keys import ControlKeys
@@ -63,7 +63,8 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
     process: Decides[Literal["ddpm", "flow"]] = pydantic.Field(
         default="ddpm",
         description="What noise does and the network predicts: ddpm (noise and learned variance, the paper's) or flow "
-        "(rectified flow: velocity). Weights of another process begin their output layer anew",
+        "(rectified flow: velocity, or see flow_prediction). Weights that predict something else begin their output "
+        "layer anew",
     )
     trains: Decides[Literal["all", "lora", "control"] | Annotated[list[str], pydantic.Field(min_length=1)]] = (
         pydantic.Field(
@@ -294,6 +295,10 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
             student = self.consistency.student(self.process)
         elif self.objective == "distribution_matching":
             student = self.matching.student
+        if self.process == "flow" and self.flow_prediction == "noise":
+            return noise_flow_spec(
+                shift=self.flow_shift, logit_mean=self.flow_logit_mean, logit_std=self.flow_logit_std
+            )
         if self.process == "flow":
             return flow_spec(
                 shift=self.flow_shift,
@@ -333,7 +338,11 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     )
     if settings.objective == "consistency":
         require_distillable(
-            settings.consistency, network=settings.network, process=settings.process, trains=settings.trains, key=key
+            settings.consistency,
+            network=settings.network,
+            process=settings.process_spec,
+            trains=settings.trains,
+            key=key,
         )
     if settings.objective == "distribution_matching":
         require_matchable(

@@ -1,6 +1,6 @@
 """`[training.<name>.consistency]`: what `objective = "consistency"` distils a teacher to (LCM, Luo et al. 2023)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -67,13 +67,19 @@ class ConsistencySettings(TableConfig):
 
 
 def require_distillable(
-    settings: ConsistencySettings, *, network: str, process: str, trains: str | Sequence[str], key: str
+    settings: ConsistencySettings,
+    *,
+    network: str,
+    process: Mapping[str, Any],
+    trains: str | Sequence[str],
+    key: str,
 ) -> None:
-    """Refuse stages that cannot be distilled; `key` is the stage's.
+    """Refuse stages that cannot be distilled; `process` is their spec, and `key` the stage's.
 
     Raises:
         UserError: the network reads no text, a setting is of another process or of a range of guidance, a control
-            branch trains, or adapters would have to hold an embedding.
+            branch trains, or adapters would have to hold an embedding. Or flow's network predicts the noise, whose
+            students are ddpm's.
     """
     if network != "pixart":
         raise UserError(f"{key}.objective = 'consistency' is for a PixArt, but {key}.network is {network!r}")
@@ -83,7 +89,12 @@ def require_distillable(
             "train the branch beside the teacher (objective 'denoise'), and put it beside the student to draw "
             "(sampling.control_branch)"
         )
-    if process == "flow" and "timestep_scaling" in settings.model_fields_set:
+    if process["name"] == "flow" and process["prediction"] == "noise":
+        raise UserError(
+            f"{key}.flow_prediction = 'noise' has no students: to networks that predict the noise those of ddpm are "
+            "open, whatever they were trained with: say process = 'ddpm'"
+        )
+    if process["name"] == "flow" and "timestep_scaling" in settings.model_fields_set:
         raise UserError(
             f"{key}.consistency.timestep_scaling = {settings.timestep_scaling:g} is for process ddpm, but "
             f"{key}.process is 'flow', whose estimates need no scalings: leave it out"

@@ -35,7 +35,7 @@ from pixart.layouts import DERIVED_KEYS, NULL_CAPTION, require_finite
 from pixart.model import PixArt, PixArtConfig
 from pixart.origins import ORIGINS_FILE, Fact, Origins
 from pixart.processes.make import process_of
-from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, with_student_of
+from pixart.processes.specs import SCHEDULER_FILE, SCHEDULER_FOLDER, network_schedule_of, with_student_of
 from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.transformer_config import to_json
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.pipeline:
             raise UserError(f"{options.target} is a file, and a pipeline is a folder: name one, or leave PIPELINE out")
         derived = {} if options.reparameterize else _derived(start, origins, network)
-        _write_original(network, options.target, derived, origins=origins, process=process["name"])
+        _write_original(network, options.target, derived, origins=origins, process=process)
     else:
         card = Card(checkpoint=_checkpoint_of(start), title=options.target.name, origins=origins, merged=merged)
         _write(network, options.target, process, card=card, is_pipeline=options.pipeline)
@@ -171,7 +171,7 @@ def _add_adapters(
                 location=str(source),
                 identity=identity,
                 adapters=set(map(adapter_identity, start.adapters)),
-                process=process["name"],
+                process=process,
             ),
         ):
             log.warning(note)
@@ -346,7 +346,7 @@ def _derived(start: StartingPoint, origins: Origins, network: DiT | PixArt) -> d
 
 
 def _write_original(
-    network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, origins: Origins, process: str
+    network: DiT | PixArt, path: Path, derived: Mapping[str, Tensor], *, origins: Origins, process: Mapping[str, Any]
 ) -> None:
     """Write all or nothing under the file's name; PixArt's own files have their weights under `state_dict`.
 
@@ -357,10 +357,10 @@ def _write_original(
         weights = {**original_weights(network), **derived}
     except UserError as error:
         raise UserError(f"{path} would be no original file: {error}; name a folder, which says such things") from None
-    if process != "ddpm":
+    if network_schedule_of(process) is None:
         log.warning(
-            f"{path} says to this project alone that the weights were trained with {process}: original code takes "
-            "ddpm's noise"
+            f"{path} says to this project alone that the weights were trained with {process['name']}: original code "
+            "takes ddpm's noise"
         )
     noted: dict[str, Any] = {} if network.config.width in PUBLISHED_HEADS else {NUM_HEADS: network.config.num_heads}
     if noted:

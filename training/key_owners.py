@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from errors import UserError
 
-PROCESS_KEYS = {"ddpm": ("min_snr_gamma",), "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std")}
+PROCESS_KEYS = {
+    "ddpm": ("min_snr_gamma",),
+    "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std", "flow_prediction"),
+}
 OBJECTIVE_KEYS = {
     "denoise": (),
     "prior_preservation": ("prior_weight",),

@@ -1,5 +1,7 @@
 """Keys of a stage that are of its process: the times that it trains at, and what their losses weigh."""
 
+from typing import Literal
+
 import pydantic
 
 from pipelines.recipe import Decides, TableConfig
@@ -20,6 +22,11 @@ class ProcessKeys(TableConfig):
     )
     flow_logit_std: Decides[float] = pydantic.Field(
         default=1.0, gt=0, allow_inf_nan=False, description="Of flow: deviation of that logit"
+    )
+    flow_prediction: Decides[Literal["velocity", "noise"]] = pydantic.Field(
+        default="velocity",
+        description="Of flow: what the network says: its velocity or, as weights of ddpm do, the noise, of which a "
+        "velocity is reckoned; with 'noise' these go on as flow from what they draw, and their files stay ddpm's",
     )
     min_snr_gamma: Decides[float | None] = pydantic.Field(
         default=None,

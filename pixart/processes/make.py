@@ -8,6 +8,7 @@ import torch
 from errors import UserError
 from pixart.processes.ddpm import DDPM
 from pixart.processes.flow import Flow
+from pixart.processes.noise_flow import NoiseFlow
 from pixart.processes.process import Process
 from pixart.processes.specs import SOLVERS, is_spec
 
@@ -34,6 +35,20 @@ def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -
             **settings,
         } if not unknown and settings.keys() <= FLOW_SETTINGS and is_spec(spec):
             return Flow(shift=shift, logit_mean=logit_mean, logit_std=logit_std, **settings)
+        case {
+            "name": "flow",
+            "prediction": "noise",
+            "schedule": {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std, **unknown},
+            "network_schedule": network_schedule,
+            **settings,
+        } if not unknown and not settings and is_spec(spec):
+            return NoiseFlow(
+                shift=shift,
+                logit_mean=logit_mean,
+                logit_std=logit_std,
+                network_schedule=network_schedule,
+                device=device,
+            )
         case {"name": name, **others} if name in SOLVERS:
             raise UserError(f"process {name} with {others} is none that this version knows")
         case _:

@@ -1,4 +1,7 @@
-"""What every process can do; `ddpm.py` and `flow.py` are those there are, `make.py` makes one of its spec."""
+"""What every process can do; `ddpm.py`, `flow.py` and `noise_flow.py` are those there are.
+
+`make.py` makes one of its spec.
+"""
 
 # B batch, C latent channels, h x w latent size
 

@@ -24,6 +24,8 @@ WEIGHT_FOLDERS = ("transformer", "model")
 FLOW_NUM_TIMES = 1000
 # Solvers of each process; the first goes with all of them.
 SOLVERS = {"ddpm": ("dpm-solver++", "iddpm", "sa-solver", "lcm"), "flow": ("dpm-solver++", "euler", "heun", "lcm")}
+# Of flow whose network predicts the noise: the first two take flow's steps, the others ddpm's.
+NOISE_FLOW_SOLVERS = ("dpm-solver++", "euler", "iddpm", "sa-solver")
 # Of LCM, as published: steps of the teacher that a student is trained at, and what multiplies a timestep in the
 # scalings by which a student's estimate at timestep 0 is what it sees (Luo et al. 2023).
 LCM = "lcm"
@@ -118,6 +120,8 @@ def with_student_of(process: Mapping[str, Any], belongs_to: Mapping[str, Any]) -
     trained = belongs_to.get("process", {})
     if student_of(process) is not None or not is_spec(trained) or (student := student_of(trained)) is None:
         return dict(process)
+    if "network_schedule" in process:  # a student of ddpm, which is drawn as one
+        return ddpm_spec(process["network_schedule"], student=student)
     return {**process, "student": student}
 
 
@@ -142,6 +146,44 @@ def flow_spec(
     schedule = {"shift": shift, "logit_mean": logit_mean, "logit_std": logit_std}
     spec = {"name": "flow", "prediction": "velocity", "schedule": schedule}
     return _with_settings(spec, sampler=sampler, student=student)
+
+
+def noise_flow_spec(
+    *,
+    shift: float = 1.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    network_schedule: Mapping[str, Any] = DDPM_SCHEDULE,
+) -> dict[str, Any]:
+    """Return the spec of rectified flow whose network predicts the noise, at the timesteps of a schedule of ddpm."""
+    spec = flow_spec(shift=shift, logit_mean=logit_mean, logit_std=logit_std)
+    return {**spec, "prediction": "noise", "network_schedule": dict(network_schedule)}
+
+
+def network_schedule_of(spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the noise schedule whose timesteps a network is told; None of one that predicts the velocity."""
+    return spec["schedule"] if spec["name"] == "ddpm" else spec.get("network_schedule")
+
+
+def predicts_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether networks of both processes say the same of what they see, so that either can go on as the other."""
+    return _prediction(one) == _prediction(other)
+
+
+def process_title(spec: Mapping[str, Any]) -> str:
+    """Return what people call a process: its name, and what its network predicts where that is not the usual."""
+    is_usual = spec["name"] == "ddpm" or _prediction(spec) == "velocity"
+    return spec["name"] if is_usual else f"{spec['name']} of networks that predict the noise"
+
+
+def _prediction(spec: Mapping[str, Any]) -> str:
+    """Return what the network predicts, also by a spec that has nothing but a name."""
+    return spec.get("prediction", "velocity" if spec["name"] == "flow" else "noise")
+
+
+def solvers_of(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the solvers that go with a process, the usual one first."""
+    return NOISE_FLOW_SOLVERS if "network_schedule" in spec else SOLVERS[spec["name"]]
 
 
 def usual_steps(student: Mapping[str, Any]) -> int:
@@ -176,13 +218,16 @@ def _with_settings(
 
 def is_spec(value: Any) -> bool:
     """Whether something that was read describes a process that is known here."""
-    known = {spec["name"]: spec for spec in (ddpm_spec(), flow_spec())}
-    if not isinstance(value, Mapping) or value.get("name") not in known:
+    known = {(spec["name"], spec["prediction"]): spec for spec in (ddpm_spec(), flow_spec(), noise_flow_spec())}
+    if not isinstance(value, Mapping) or (kind := (value.get("name"), value.get("prediction"))) not in known:
         return False
-    wanted, schedule = known[value["name"]], value.get("schedule")
-    is_whole = isinstance(schedule, Mapping) and schedule.keys() >= wanted["schedule"].keys()
+    wanted = known[kind]
+    schedules = {name: value.get(name) for name in ("schedule", "network_schedule") if name in wanted}
+    are_whole = all(
+        isinstance(schedule, Mapping) and schedule.keys() >= wanted[name].keys() for name, schedule in schedules.items()
+    )
     has_student = "student" not in value or _is_student(value["student"], process=value["name"])
-    return is_whole and value.get("prediction") == wanted["prediction"] and has_student
+    return are_whole and has_student
 
 
 def student_of_process(name: str, *, guidance: tuple[float, float] | float | None = None) -> dict[str, Any]:
@@ -223,10 +268,10 @@ def num_passes(solver: str, num_steps: int) -> int:
 def describe_unused_settings(spec: Mapping[str, Any], solver: str) -> str | None:
     """Return which settings of DPM-Solver++ a process brings that `solver` does not take, None if there are none."""
     settings = spec.get("sampler")
-    if not settings or solver == SOLVERS[spec["name"]][0]:
+    if not settings or solver == solvers_of(spec)[0]:
         return None
     said = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"its scheduler sets {SOLVERS[spec['name']][0]} to {said}: sampling.solver {solver} takes none of that"
+    return f"its scheduler sets {solvers_of(spec)[0]} to {said}: sampling.solver {solver} takes none of that"
 
 
 def require_solver(
@@ -245,10 +290,10 @@ def require_solver(
             would then take one twice and divide by nothing. Or times are given to another solver than lcm, or are not
             those of the schedule with noise, as many as there are steps.
     """
-    solvers = SOLVERS[spec["name"]]
+    solvers = solvers_of(spec)
     if solver not in solvers:
         raise UserError(
-            f"sampling.solver = {solver!r} does not go with {checkpoint}, which is of process {spec['name']}: "
+            f"sampling.solver = {solver!r} does not go with {checkpoint}, which is of process {process_title(spec)}: "
             f"{', '.join(solvers)} do"
         )
     if times is not None and solver != LCM:
@@ -257,12 +302,13 @@ def require_solver(
         raise UserError("sampling.num_steps 1: iddpm needs at least 2 steps")
     if times is not None:
         _require_times(times, spec, num_steps=num_steps)
-    if spec["name"] == "flow":
+    schedule = network_schedule_of(spec)
+    if schedule is None:
         return
     most = (student_of(spec) or lcm_student(guidance=None))["num_teacher_steps"]
     if solver == LCM and num_steps > most:
         raise UserError(f"sampling.num_steps {num_steps}: lcm draws in 1 to {most} steps, those of a student's teacher")
-    num_timesteps = spec["schedule"]["num_train_timesteps"]
+    num_timesteps = schedule["num_train_timesteps"]
     if solver != "iddpm" and num_steps >= num_timesteps:
         raise UserError(f"sampling.num_steps {num_steps}: {solver} takes fewer than the schedule's {num_timesteps}")
 

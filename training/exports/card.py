@@ -20,7 +20,16 @@ CARD = "README.md"
 LICENCE = "FILL IN"
 # Of a stage's settings, what people ask for first; the rest stands in trainer.json.
 SETTINGS = (
-    *("objective", "process", "trains", "num_steps", "global_batch_size", "learning_rate", "warmup_steps"),
+    *(
+        "objective",
+        "process",
+        "flow_prediction",
+        "trains",
+        "num_steps",
+        "global_batch_size",
+        "learning_rate",
+        "warmup_steps",
+    ),
     *("weight_decay", "gradient_clip", "ema_decay", "caption_dropout", "dtype", "seed"),
 )
 

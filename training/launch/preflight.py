@@ -350,9 +350,12 @@ def _describe_process(job: TrainingJob) -> str:
         what = "ddpm, noise and learned variance"
     else:
         times = f"logit-normal times ({settings.flow_logit_mean:g}, {settings.flow_logit_std:g})"
-        what = f"flow, velocity, {times}, shift {settings.flow_shift:g}"
+        said = "velocity" if settings.flow_prediction == "velocity" else "noise, of which the velocity is reckoned"
+        what = f"flow, {said}, {times}, shift {settings.flow_shift:g}"
     if job.begins_output_anew:
         what += f"; the output layer begins anew, for the weights it starts from are of {job.start.process['name']}"
+        if settings.process == "flow" and settings.flow_prediction == "velocity":
+            what += " (flow_prediction = 'noise' goes on with it)"
     return what
 
 

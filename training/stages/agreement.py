@@ -1,6 +1,6 @@
 """What the weights a stage starts from were trained with, compared with its features and its recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from pipelines.store.families import NULL_CAPTION_FILE
 from pixart.differences import Difference, Uses, differences
 from pixart.evidence import origins_of_folder
 from pixart.origins import Origins, Positions
+from pixart.processes.specs import network_schedule_of, predicts_alike, process_title
 from training.config import StageTraining
 from training.data.features import StageFeatures
 
@@ -94,19 +95,47 @@ def require_agreement(
     return said
 
 
-def require_process(command: Command, settings: StageTraining, trained: str, *, key: str) -> None:
-    """Refuse weights of another process than the default, where nobody has typed one: their last layer would be lost.
+def require_process(command: Command, settings: StageTraining, trained: Mapping[str, Any], *, key: str) -> None:
+    """Refuse weights of another process than the default, or that say something else, where nobody has typed that.
+
+    Their last layer would be lost, or they would go on otherwise than they were trained; `trained` is their spec.
 
     Raises:
-        UserError: names both processes and what to type.
+        UserError: names both processes and what to type; or the weights, which predict the noise and are to go on as
+            flow, are of another noise schedule than networks of flow that do.
     """
-    stage = command.stage_name
-    if trained != settings.process and "process" not in command.recipe.laid_over("training", stage):
-        raise UserError(
-            f"{command.recipe.path}: training.{stage}.process is {settings.process!r} where none is typed, but the "
-            f"weights of {key} were trained with {trained!r}: type training.{stage}.process = {trained!r} to go on "
-            f"with it, or {settings.process!r} to begin their output layer anew"
-        )
+    stage, own = command.stage_name, settings.process_spec
+    is_same = predicts_alike(trained, own)
+    if own["name"] == "flow" and is_same:
+        require_own_schedule(trained, own, key=key)
+    name = "process" if trained["name"] != own["name"] else "flow_prediction"
+    if name in command.recipe.laid_over("training", stage) or (trained["name"] == own["name"] and is_same):
+        return
+    wanted, value = {
+        "process": (trained["name"], own["name"]),
+        "flow_prediction": (trained["prediction"], own["prediction"]),
+    }[name]
+    also = " and flow_prediction = 'noise'" if name == "process" and "network_schedule" in trained else ""
+    raise UserError(
+        f"{command.recipe.path}: training.{stage}.{name} is {value!r} where none is typed, but the "
+        f"weights of {key} were trained with {process_title(trained)!r}: type training.{stage}.{name} = {wanted!r}"
+        f"{also} to go on with it, or {value!r} to {'train them so' if is_same else 'begin their output layer anew'}"
+    )
+
+
+def require_own_schedule(process: Mapping[str, Any], own: Mapping[str, Any], *, key: str) -> None:
+    """Refuse weights whose timesteps are of another noise schedule than a stage's `own` process tells its network.
+
+    Raises:
+        UserError: names their `key` and both values.
+    """
+    # Of flow it says where times are drawn, which changes nothing of what a network says at one of them.
+    wanted, found = network_schedule_of(own), network_schedule_of(process)
+    if wanted is None or found is None:
+        return
+    for name, value in wanted.items():
+        if (other := found[name]) != value:
+            raise UserError(f"{key} was trained with {name} {other} of its noise schedule, and the stage's is {value}")
 
 
 def describe_positions(settings: StageTraining, origins: Origins, *, features: StageFeatures) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from errors import UserError
 from pipelines.command import Command
+from pixart.processes.specs import predicts_alike, process_title
 from training.config import StageTraining
 
 
@@ -18,13 +19,16 @@ def require_pixart(command: Command, settings: StageTraining) -> None:
         )
 
 
-def require_base(command: Command, settings: StageTraining, start: Path | None, *, process: str | None) -> None:
+def require_base(
+    command: Command, settings: StageTraining, start: Path | None, *, process: Mapping[str, Any] | None
+) -> None:
     """Refuse what trains beside weights where there are none that it could be put beside, and stay beside.
 
     Args:
         command, settings: of the stage.
         start: the weights that it starts from.
-        process: that those were trained with; None of a stage that has begun, for which it does not count any more.
+        process: spec of the one that those were trained with; None of a stage that has begun, for which it does not
+            count any more.
     """
     key = f"training.{command.stage_name}"
     trains = f"{key}.trains = {settings.trains!r}"
@@ -33,10 +37,11 @@ def require_base(command: Command, settings: StageTraining, start: Path | None, 
             f"{trains} trains beside weights, which stay as they are, but {key}.starts_from names none "
             f"({settings.starts_from!r}): name a stage, folder, file or hub id"
         )
-    if process not in (None, settings.process):
+    if process is not None and not predicts_alike(process, own := settings.process_spec):
+        way = f": flow_prediction = {process['prediction']!r} goes on with them" if own["name"] == "flow" else ""
         raise UserError(
-            f"{trains} keeps the weights' own output layer, but they ({start}) were trained with process {process}, "
-            f"and {key}.process is {settings.process!r}"
+            f"{trains} keeps the weights' own output layer, but they ({start}) were trained with process "
+            f"{process_title(process)}, and {key}.process is {process_title(own)!r}{way}"
         )
 
 

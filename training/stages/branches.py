@@ -69,7 +69,7 @@ def warn_of_others(
     *,
     base: Path,
     adapters: Sequence[Path],
-    process: str,
+    process: Mapping[str, Any],
     maps: Mapping[str, Any],
 ) -> None:
     """Say on the first rank where a branch has learnt beside other weights, or by other maps, than a stage has.

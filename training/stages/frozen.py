@@ -7,22 +7,22 @@ from typing import Any
 from errors import UserError
 from pixart.dit import DiT
 from pixart.model import PixArt
+from pixart.processes.specs import predicts_alike, process_title
 from training.config import StageTraining
+from training.stages.agreement import require_own_schedule
 
 
 def require_own_process(process: Mapping[str, Any], settings: StageTraining, *, key: str) -> None:
-    """Refuse weights of another process than the stage's, or of another noise schedule; `process` is their spec.
+    """Refuse weights that say something else than the stage's network; `process` is their spec.
 
     Raises:
-        UserError: names their `key` and both.
+        UserError: they are of a process that predicts something else, or of another noise schedule; names their `key`
+            and both.
     """
-    if process["name"] != settings.process:
-        raise UserError(f"{key} was trained with process {process['name']}, not {settings.process}")
-    # Of flow it says where times are drawn, which changes nothing of what a network says at one of them.
-    schedule = settings.process_spec["schedule"] if settings.process == "ddpm" else {}
-    for name, value in schedule.items():
-        if (own := process["schedule"][name]) != value:
-            raise UserError(f"{key} was trained with {name} {own} of its noise schedule, and the stage's is {value}")
+    own = settings.process_spec
+    if not predicts_alike(process, own):
+        raise UserError(f"{key} was trained with process {process_title(process)}, not {process_title(own)}")
+    require_own_schedule(process, own, key=key)
 
 
 def require_alike(network: DiT | PixArt, trained: DiT | PixArt, *, in_channels: int, key: str) -> None:

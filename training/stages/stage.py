@@ -28,7 +28,7 @@ from pipelines.store.manifest import Fingerprint
 from pixart.evidence import PIPELINE_FILE, origins_of_trainer
 from pixart.origins import ORIGINS_FILE, Origins
 from pixart.processes.scheduler_configs import spec_beside
-from pixart.processes.specs import ddpm_spec, spec_of_trainer, student_of
+from pixart.processes.specs import ddpm_spec, predicts_alike, spec_of_trainer, student_of
 from pixart.weight_files import is_original_name
 from training.codec_keys import CODEC
 from training.config import SCRATCH, StageTraining, random_stream, stage_names, stage_training
@@ -107,7 +107,7 @@ class TrainingJob:
     def begins_output_anew(self) -> bool:
         """Whether the weights that the stage starts from were trained to predict something else."""
         has_weights = self.resume is None and self.start.path is not None
-        return has_weights and self.start.process["name"] != self.settings.process
+        return has_weights and not predicts_alike(self.start.process, self.settings.process_spec)
 
 
 def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
@@ -134,7 +134,7 @@ def open_stage(command: Command, *, checks_files: bool = True) -> TrainingJob:
     origins = Origins() if resume is not None or is_codec else start.origins
     start = start.with_process_of(origins)
     if settings.keeps_base:
-        process = start.process["name"] if resume is None else None
+        process = start.process if resume is None else None
         require_base(command, settings, start.path, process=process)
         require_many_steps(command, settings, student_of(start.process) if resume is None else None)
     model = stage_shape(
@@ -191,7 +191,7 @@ def _departures(
     said = []
     if start.path is not None:
         key = _starts_from(command)
-        require_process(command, settings, start.process["name"], key=f"{key} ({start.path})")
+        require_process(command, settings, start.process, key=f"{key} ({start.path})")
         said += require_agreement(command, settings, features, origins=origins, path=start.path, key=key)
         positions = describe_positions(settings, origins, features=features)
         said += [] if positions is None else [positions]

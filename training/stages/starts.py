@@ -167,7 +167,7 @@ def _add_branch(job: TrainingJob, network: PixArt) -> None:
         )
     if job.resume is None:
         assert job.start.path is not None and job.features.control is not None, "a stage of a branch has both"
-        start, process, maps = job.start, job.settings.process, job.features.control.fact(CONTROL)
+        start, process, maps = job.start, job.settings.process_spec, job.features.control.fact(CONTROL)
         known, base = stored.belongs_to, job.start.path
         warn_of_others(path, known, base=base, adapters=start.adapters, process=process, maps=maps)
     stored.attach(network)
