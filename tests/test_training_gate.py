@@ -104,3 +104,10 @@ def test_an_unfinished_stage_and_a_dump_fail(checkpoint: Checkpoint) -> None:
     assert found["steps"].holds is False
     assert found["health"].holds is False
     assert "non-finite-step-61.json" in found["health"].finding
+
+
+def test_of_a_codec_the_squared_error_counts_and_nothing_is_drawn(checkpoint: Checkpoint) -> None:
+    lines = [{"step": i, "loss": 0.5 + i / 9, "mse": 1 - i / 20, "validation_mse": 1 - i / 20} for i in range(20)]
+    (checkpoint.path.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checkpoint.trainer["kind"] = "vae"
+    assert verdicts(checkpoint) == {"steps": True, "loss": True, "validation": True, "health": True}

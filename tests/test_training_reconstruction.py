@@ -1,18 +1,23 @@
 """The objective of a codec: its gradient against plain autograd, each image by itself, and frozen features."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from tiny_encoders import save_deep_codec
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from encoders.opening import open_codec
 from encoders.perceptual import open_perceptual, perceptual_distance
 from encoders.weights import resolve_model
 from errors import UserError
 from toyworld.judge import WEIGHTS as JUDGE_WEIGHTS
 from training.codec.autoencoder import Autoencoder, config_of_shape
 from training.codec.discriminator import PatchDiscriminator
+from training.codec.files import load_codec, read_codec_config
 from training.codec_keys import CodecShape, ReconstructionSettings
 from training.data.batch import Batch
 from training.data.blank import SampleShape, blank_batch
@@ -159,3 +164,38 @@ def test_features_are_the_hidden_states_that_are_asked_for_of_unit_length() -> N
 def test_hidden_states_that_a_model_lacks_are_refused() -> None:
     with pytest.raises(UserError, match=r"networks\.perceptual .*clip has hidden states 0 to \d+, not all of \[99\]"):
         open_perceptual(resolve_model(str(WEIGHTS / "clip")), layers=[99], key="networks.perceptual")
+
+
+def test_a_codec_of_16_channels_as_sd3s_is_opened_and_trained_as_it_is(tmp_path: Path) -> None:
+    """f8c16 without the convolutions around its latents, with a shift: the layout of SD3's and FLUX's."""
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    model.save_pretrained(tmp_path)
+    codec, network = open_codec(str(tmp_path)), load_codec(resolve_model(str(tmp_path)), key="starts_from")
+    spec = codec.spec
+    assert (spec.channels, spec.factor, spec.scale, spec.shift, spec.has_std) == (16, 8, 1.5305, 0.0609, True)
+    images = torch.rand(1, 3, 32, 48) * 2 - 1
+    mean, std = codec.encode(images)
+    assert std is not None
+    noise = torch.randn(network.latent_shape(images.shape))
+    with torch.no_grad():
+        found = network(images, noise)
+    torch.testing.assert_close(found.mean, mean)
+    torch.testing.assert_close(found.images, codec.pixels(mean + std * noise).clone(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_deep_compression_autoencoder_is_read_and_not_trained(tmp_path: Path) -> None:
+    folder = save_deep_codec(tmp_path / "dc")
+    assert not open_codec(str(folder)).spec.has_std
+    with pytest.raises(UserError, match=r"starts_from .* is a AutoencoderDC: only an AutoencoderKL is trained here"):
+        read_codec_config(resolve_model(str(folder)), key="starts_from")

@@ -48,12 +48,14 @@ def stage_gate(checkpoint: Checkpoint, *, samples: Path) -> list[Check]:
     lines = list(read_log(path)) if path.is_file() else []
     page = directory / PREVIEWS / PAGE
     previews = [Check(name="previews", holds=None, finding=f"look at {page}")] if page.is_file() else []
+    # In the sum that a codec minimises is what a discriminator says, whose standards rise.
+    loss = "mse" if checkpoint.trainer["kind"] == CODEC else "loss"
     is_student = student_of(spec_of_trainer(checkpoint.trainer)) is not None
     return [
         _steps(checkpoint),
         *(
             _untold(check) if is_student else check
-            for check in (_loss(_numbers(lines, "loss")), _validation(_numbers(lines, "validation_loss")))
+            for check in (_loss(_numbers(lines, loss)), _validation(_numbers(lines, f"validation_{loss}")))
         ),
         _health(checkpoint, [path.name for path in own_files(directory, DUMP_NAME)]),
         *previews,
