@@ -5,10 +5,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
-DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow spoil report nltk-data
+DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow spoil vote report paper-page nltk-data
 # All but that of the cache, which reads a finished demo.
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm demo-curation $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm demo-curation paper $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -134,6 +134,85 @@ demo-curation: $(READY)  ## A choice on the toy world: trained on spoilt samples
 	@$(MAKE) $(CURATION) spoil caption columns
 	@set -e; for stage in all chosen sound; do $(MAKE) $(CURATION) features train sample STAGE=$$stage; done
 	@$(MAKE) $(CURATION) judge report
+
+# -- the paper --------------------------------------------------------------------------------------------------------
+
+# A part is a recipe and the doors that it goes through, here for seed $1 of the trainings. All seeds read one world.
+PARTS_OF_PAPER := start adaln captions tokens scales samplers guidance preference
+CHOSEN_PARTS := $(or $(call given,PART),$(PARTS_OF_PAPER))
+$(if $(filter-out $(PARTS_OF_PAPER),$(CHOSEN_PARTS)),$(error the paper has no part $(PART): its parts are $(PARTS_OF_PAPER)))
+SEEDS_OF_PAPER = $(wordlist 1,$(or $(call given,SEEDS),1),0 1 2 3 4 5 6 7 8 9)
+PAPER_WORLD := --no-print-directory RECIPE=recipes/paper/world.toml RUN=runs/paper/world
+of = $(MAKE) --no-print-directory RECIPE=recipes/paper/$1.toml RUN=runs/paper/seed-$2
+SEEDED = SET='training.seed=$1'$(TYPED_SET)
+STEP_OF = SET='sampling.checkpoint=runs/paper/seed-$1/training/$2/step-'$$step$(TYPED_SET)
+
+define paper-main
+@mkdir -p runs/paper/world/features runs/paper/seed-$1
+@set -e; for part in raw captions features; do ln -sfn ../world/$$part runs/paper/seed-$1/$$part; done
+@$(call of,world,$1) features train sample judge eval STAGE=main $(SEEDED)
+@$(call of,world,$1) sample STAGE=main-400 SET='sampling.checkpoint=runs/paper/seed-$1/training/main/step-400'$(TYPED_SET)
+endef
+
+define paper-start
+@$(call of,start,$1) features train STAGE=classes $(SEEDED)
+@set -e; for stage in from-classes scratch; do $(call of,start,$1) features train sample judge eval STAGE=$$stage $(SEEDED); done
+@set -e; for step in 500 900; do $(call of,start,$1) sample STAGE=from-classes-$$step $(call STEP_OF,$1,from-classes); done
+@set -e; for step in 400 800 1200 1400 1500; do $(call of,start,$1) sample STAGE=scratch-$$step $(call STEP_OF,$1,scratch); done
+endef
+
+define paper-adaln
+@$(call of,adaln,$1) features train sample judge eval STAGE=per-block $(SEEDED)
+endef
+
+define paper-captions
+@set -e; for stage in dense raw; do $(call of,captions,$1) features train sample judge eval STAGE=$$stage $(SEEDED); done
+endef
+
+define paper-tokens
+@set -e; for stage in tokens-43 tokens-16; do $(call of,tokens,$1) features train sample judge eval STAGE=$$stage $(SEEDED); done
+endef
+
+define paper-scales
+@set -e; for stage in multi-scale square; do \
+	$(call of,scales,$1) features train STAGE=$$stage $(SEEDED); \
+	for size in 80x80 96x64 64x96; do $(call of,scales,$1) sample STAGE=$$stage-$$size SIZE=$$size \
+		SET='sampling.checkpoint=runs/paper/seed-$1/training/'$$stage$(TYPED_SET); done; done
+endef
+
+define paper-samplers
+@set -e; for solver in iddpm dpm-solver++ sa-solver; do for steps in 5 10 20 50 100; do \
+	$(call of,drawing,$1) sample STAGE=$${solver%++}-in-$$steps STEPS=$$steps \
+	SET='sampling.checkpoint=runs/paper/seed-$1/training/main sampling.solver='$$solver$(TYPED_SET); done; done
+endef
+
+define paper-guidance
+@$(call of,drawing,$1) eval STAGE=main TASK=curve
+@$(call of,drawing,$1) judge
+@$(call of,drawing,$1) eval STAGE=main TASK=curve
+endef
+
+define paper-preference
+$(call paper-captions,$1)
+@$(call of,captions,$1) eval STAGE=dense TASK=preference SET='evaluation.compare=["runs/paper/seed-$1:raw"]'$(TYPED_SET)
+@$(call of,captions,$1) judge vote
+@$(call of,captions,$1) eval STAGE=dense TASK=winrates
+endef
+
+define paper-end
+@$(call of,world,$1) judge
+@$(MAKE) --no-print-directory RECIPE=recipes/paper/world.toml RUN=runs/paper paper-page
+
+endef
+paper-line = $(call paper-$1,$2)$(newline)
+define newline
+
+
+endef
+
+paper: $(READY)  ## The paper's claims in miniature and a page of them, an hour on two cores (PART=adaln for one part, SEEDS=3)
+	@$(MAKE) $(PAPER_WORLD) world caption stats judge
+	$(foreach seed,$(SEEDS_OF_PAPER),$(foreach part,main $(CHOSEN_PARTS) end,$(call paper-line,$(part),$(seed))))
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 

@@ -304,6 +304,20 @@ SUBCOMMANDS = {
         flags=_RUN,
         defaults=_DEFAULTS,
     ),
+    "vote": Subcommand(
+        module="toyworld",
+        words=("vote",),
+        summary="Fill the run's preference pages with the judge's votes",
+        flags=_RUN,
+        defaults=_DEFAULTS,
+    ),
+    "paper-page": Subcommand(
+        module="toyworld",
+        words=("paper-page",),
+        summary="Write the page of the paper's claims, from what `make paper` has finished of its parts",
+        flags=_RUN,
+        defaults=(("run", "runs/paper"),),
+    ),
     "report": Subcommand(
         module="toyworld",
         words=("report",),

@@ -21,11 +21,13 @@ WITH_VALUE = re.compile(
 )
 WITH_NUMBER = re.compile(r"-[^-CEfIoWjl]*[jl]|--(jobs|load-average|max-load)")
 NUMBER = re.compile(r"\d+(\.\d*)?")
+SEEDS = re.compile(r"[1-9]|10")
 MAY_BE_EMPTY = {"SET", *(variable(name) for name, flag in FLAGS.items() if flag.is_switch), "TINY"}
 OF_MAKE = {"PYTHON"}
 # What they do depends on no recipe: one that is typed for every step of a run is no mistake there.
 WITHOUT_RECIPE = ("verify", "convert")
 DEMO_HAS = ("RECIPE", "RUN", "STAGE", "PHASE")
+OF_PAPER = ("SEEDS", "PART")
 STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "judge", "eval", "report")
 STEPS_OF = {
     "demo": STEPS_OF_DEMO,
@@ -34,6 +36,7 @@ STEPS_OF = {
     "demo-control": ("edges", "caption", "features", "train", "sample", "follow"),
     "demo-vae": ("world", "caption", "features", "train", "sample", "judge"),
     "demo-lcm": ("world", "caption", "features", "train", "sample", "judge"),
+    "paper": STEPS_OF_DEMO,
     "demo-curation": ("spoil", "caption", "columns", "features", "train", "sample", "judge"),
 }
 
@@ -44,8 +47,8 @@ VARIABLES = """\
              WEIGHTS=0.8,0.5 STYLES=a,b CONTROL=image PHOTO=1 CONTROL_KIND=canny|hed|depth STRENGTH=… BRANCH=…
              GPUS=n HOSTFILE=file REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates
              REFERENCE='…' CLIP=… INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PIPELINE=1 PARTS=a,b TINY=1
-             PASSES=a,b
-  Each but PARTS and TINY is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
+             PASSES=a,b SEEDS=n PART=name
+  Each but PARTS, TINY, SEEDS and PART is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.
   The demos have a RECIPE, a RUN and stages of their own; the rest, SET too, counts in each of their steps.
@@ -66,7 +69,8 @@ def variables_of(target: str) -> set[str]:
     if target in SUBCOMMANDS:
         return {variable(flag) for flag in SUBCOMMANDS[target].flags}
     if target in STEPS_OF:
-        return set().union(*map(variables_of, STEPS_OF[target])).difference(DEMO_HAS)
+        of_steps = set().union(*map(variables_of, STEPS_OF[target])).difference(DEMO_HAS)
+        return of_steps | set(OF_PAPER) if target == "paper" else of_steps
     return {"bench-cache": {"RUN"}, "bench-gpu": {"PARTS", "TINY"}}.get(target, set())
 
 
@@ -132,12 +136,12 @@ def _wrong_variable(word: Word, goals: Sequence[str], *, is_second: bool) -> str
     if word.value != word.value.lstrip() and word.value.strip() and name != "SET":
         return f"{name} begins with a space, which make takes away: leave it out"
     if any(name in variables_of(goal) for goal in goals):
-        return None
+        return "SEEDS is a number from 1 to 10" if name == "SEEDS" and not SEEDS.fullmatch(word.value) else None
     if name in DEMO_HAS and set(goals) & STEPS_OF.keys():
         return f"the demo has a RECIPE, a RUN and stages of its own: leave {name}= out"
     if name == "RECIPE" and set(goals) & set(WITHOUT_RECIPE):
         return None
-    takers = [target for target in (*SUBCOMMANDS, "bench-cache", "bench-gpu") if name in variables_of(target)]
+    takers = [target for target in (*SUBCOMMANDS, "paper", "bench-cache", "bench-gpu") if name in variables_of(target)]
     return f"{' '.join(goals)} would ignore {name}: it belongs to {', '.join(takers)}; leave {name}= out"
 
 
@@ -152,7 +156,7 @@ def _unknown_variable(name: str, goals: Sequence[str]) -> str:
 
 
 def _known() -> list[str]:
-    return [*(variable(flag) for flag in FLAGS), "PARTS", "TINY"]
+    return [*(variable(flag) for flag in FLAGS), "PARTS", "TINY", *OF_PAPER]
 
 
 def show_help(makefile: Path) -> None:

@@ -47,6 +47,7 @@ TARGETS = [
     "demo-control",
     "demo-lcm",
     "demo-curation",
+    "paper",
     "test",
     "zoo",
     "bench-gpu",

@@ -90,7 +90,7 @@ def test_the_wheel_holds_every_module_the_toy_weights_and_the_recipes(wheel) -> 
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     rooms = (*ROOMS, "atelier", "pipelines", "encoders", "pixart")
     expected = {name for name in tracked() if name.split("/")[0] in rooms and "/" in name}
-    recipes = {f"atelier/shipped/{Path(name).name}" for name in tracked() if name.startswith("recipes/")}
+    recipes = {name.replace("recipes/", "atelier/shipped/", 1) for name in tracked() if name.startswith("recipes/")}
     assert names == expected | recipes | {"errors.py"}
 
 

@@ -118,6 +118,24 @@ def _spoil(command: Command) -> None:
     write_spoilt(config, command.run)
 
 
+def _vote(command: Command) -> None:
+    from toyworld.paper.votes import preference_folders, vote
+
+    if command.is_plan:
+        log.info(f"would vote on: {', '.join(map(str, preference_folders(command.run))) or 'no page yet'}")
+        return
+    vote(command.run)
+
+
+def _paper_page(command: Command) -> None:
+    from toyworld.paper.page import PAGE_NAME, write_page
+
+    if command.is_plan:
+        log.info(f"would write {command.run / PAGE_NAME}")
+        return
+    write_page(command.run)
+
+
 def _report(command: Command) -> None:
     from toyworld.report import write_report
 
@@ -135,6 +153,8 @@ TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
     "edges": ("Write images, and edges of other scenes with prompts of colours, for a control branch", _edges),
     "follow": ("Score how the edges are followed, and the prompts", _follow),
     "spoil": ("Write images with captions, some of them spoilt in known ways, to try a choice on", _spoil),
+    "vote": ("Fill the run's preference pages with the judge's votes", _vote),
+    "paper-page": ("Write the page of the paper's claims, from the runs of its parts", _paper_page),
     "report": ("Write the run's page, index.html, from whatever stages have finished", _report),
 }
 

@@ -66,7 +66,7 @@ def loss_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
     y = Scale(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
     x = Scale(drawn[0][0], max(drawn[-1][0], drawn[0][0] + 1), LEFT, WIDTH - RIGHT)
     smooth = _thin(_smoothed(drawn))
-    parts = [*_grid(x, y), _line(_thin(drawn), x, y, name="raw"), _line(smooth, x, y, name="smooth")]
+    parts = [*grid_lines(x, y), polyline(_thin(drawn), x, y, name="raw"), polyline(smooth, x, y, name="smooth")]
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     return Markup(svg)
 
@@ -77,7 +77,7 @@ def score_chart(points: Sequence[tuple[int, float]], *, label: str) -> Markup:
     x = Scale(0.0, max(step for step, _ in points), LEFT, WIDTH - RIGHT)
     percents = [(step, 100 * share) for step, share in points]
     dots = [f'<circle cx="{x.place(step):.1f}" cy="{y.place(value):.1f}" r="3"/>' for step, value in percents]
-    parts = [*_grid(x, y), _line(percents, x, y, name="smooth"), *dots]
+    parts = [*grid_lines(x, y), polyline(percents, x, y, name="smooth"), *dots]
     return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>')
 
 
@@ -91,15 +91,15 @@ def few_steps_chart(
     numbers = sorted({steps for points in lines.values() for steps, _ in points})
     y = Scale(0.0, 100.0, HEIGHT - BOTTOM, TOP)
     x = Scale(numbers[0], max(numbers[-1], numbers[0] + 1), LEFT, WIDTH - RIGHT, is_log=True)
-    parts = _grid(x, y, ticks=numbers)
+    parts = grid_lines(x, y, ticks=numbers)
     names = ["smooth", *["other"] * (len(lines) - 1)]
     for (_, points), name in zip(lines.items(), names, strict=True):
         percents = [(steps, 100 * share) for steps, share in points]
-        parts.append(_line(percents, x, y, name=name))
+        parts.append(polyline(percents, x, y, name=name))
         parts += [
             f'<circle class="{name}" cx="{x.place(at):.1f}" cy="{y.place(value):.1f}" r="3"/>' for at, value in percents
         ]
-    parts.append(_line([(numbers[0], 100 * level), (numbers[-1], 100 * level)], x, y, name="level"))
+    parts.append(polyline([(numbers[0], 100 * level), (numbers[-1], 100 * level)], x, y, name="level"))
     for row, (name, text) in enumerate(zip([*names, "level"], [*lines, level_name], strict=True)):
         at = y.place(6.0 + 10.0 * (len(lines) - row))
         parts.append(f'<polyline class="{name}" points="{KEY_LEFT},{at:.1f} {KEY_LEFT + 24},{at:.1f}"/>')
@@ -125,12 +125,14 @@ def _thin(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
     return [points[round(number * (len(points) - 1) / (MAX_POINTS - 1))] for number in range(MAX_POINTS)]
 
 
-def _line(points: Sequence[tuple[int, float]], x: Scale, y: Scale, *, name: str) -> str:
+def polyline(points: Sequence[tuple[float, float]], x: Scale, y: Scale, *, name: str) -> str:
+    """Return a line through points, of a class that the page styles."""
     path = " ".join(f"{x.place(step):.1f},{y.place(loss):.1f}" for step, loss in points)
     return f'<polyline class="{name}" points="{path}"/>'
 
 
-def _grid(x: Scale, y: Scale, ticks: Sequence[float] | None = None) -> list[str]:
+def grid_lines(x: Scale, y: Scale, ticks: Sequence[float] | None = None) -> list[str]:
+    """Return the lines and numbers of a chart's axes; `ticks` are values of x, round ones unless given."""
     parts = []
     for value in y.ticks():
         at = y.place(value)

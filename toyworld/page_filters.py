@@ -1,5 +1,9 @@
 """How the run's page writes figures: filters of its template."""
 
+import re
+
+from markupsafe import Markup, escape
+
 
 def percent(fraction: float) -> str:
     """Return a share in percent, with one decimal."""
@@ -26,4 +30,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason}
+def with_code(text: str) -> Markup:
+    """Return a text with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+
+
+FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason, "with_code": with_code}
