@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoders.living_bytes import LivingBytes
@@ -84,3 +85,43 @@ def test_the_meter_forgets_what_is_freed_and_what_was_there() -> None:
             after = before.view(10, 100) + 1
             del after
     assert meter.peak_bytes == 4000
+
+
+def operations(image: torch.Tensor, kernel: torch.Tensor) -> list[torch.Tensor]:
+    """Of a view, of types that follow from scalars, of several results of which one is none, and of other strides."""
+    turned = image.transpose(1, 3)
+    summed, gradient = image * 2, torch.ones_like(image)
+    parts = [turned.contiguous(), turned + 1, image.int() + 1, image.int() + 1.5, image.int() + True, image.add_(1)]
+    parts += [*torch.native_layer_norm(image, [8], None, None, 1e-6), F.conv2d(image, kernel, padding=1), summed[:, 1:]]
+    parts += torch.ops.aten.convolution_backward(
+        gradient, image, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+    )
+    return [part for part in parts if part is not None]
+
+
+def test_what_is_made_of_remembered_shapes_is_what_was_computed() -> None:
+    def given(device: str) -> list[torch.Tensor]:
+        image = torch.ones(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+        return operations(image, torch.ones(3, 3, 3, 3, device=device))
+
+    expected = given("meta")
+    for _ in range(3):
+        meter = LivingBytes()
+        with meter.watching(ignored=[]):
+            made = given("meta")
+            assert [(x.shape, x.stride(), x.dtype) for x in made] == [(x.shape, x.stride(), x.dtype) for x in expected]
+            storages = {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in made}
+            # Of all results but a view and what was changed in place, which lie in storages that are no result's.
+            assert len(storages) == len(made)
+            del made, storages
+    with LivingBytes().watching(ignored=[]):
+        assert all(torch.equal(a, b) for a, b in zip(given("cpu"), given("cpu"), strict=True))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_peak_is_the_same_of_shapes_that_are_known(kept: KeepActivations, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_of(PIXART)
+    with monkeypatch.context() as patch:
+        patch.setattr("encoders.living_bytes._makes_storages", lambda function: False)
+        computed = step.reckon(8, kept)
+    assert [step.reckon(8, kept), step.reckon(8, kept)] == [computed, computed]
