@@ -107,7 +107,11 @@ def test_parts_that_have_not_run_are_told_so_and_a_page_without_a_world_is_refus
     write_page(tmp_path)
     claims = claims_of(tmp_path)
     assert claims["nouns"]["holds"] is True and claims["multi_scale"]["holds"] is None
-    assert claims["multi_scale"]["why"] == "not run yet" and claims["samplers"]["figures"] == {}
+    assert (
+        claims["multi_scale"]["why"] == claims["tokens"]["why"] == "not run yet" and claims["samplers"]["figures"] == {}
+    )
+    page = (tmp_path / "index.html").read_text()
+    assert page.count(">not run yet</span>") == 2 * 10 and "10 have not run yet." in page
     with pytest.raises(MissingFileError, match="holds no world of the paper"):
         write_page(tmp_path / "nothing")
 

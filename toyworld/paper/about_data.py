@@ -9,7 +9,7 @@ from pipelines.store.tables import MEND_SHARD, read_table
 from toyworld.gallery import caption_examples
 from toyworld.paper.arms import Arm, found_in_arms
 from toyworld.paper.claims import Finding, Table, TextPair, Words
-from toyworld.paper.estimates import Verdict, all_of, difference_of, is_more
+from toyworld.paper.estimates import NOT_RUN, Verdict, all_of, difference_of, is_more
 from toyworld.paper.published import TABLE_1
 from toyworld.paper.readings import PaperRuns
 
@@ -23,7 +23,7 @@ def nouns(runs: PaperRuns, words: Words) -> Finding:
     figures = {name: found[name] for name in SETS if name in found}
     before, after = figures.get("LAION"), figures.get("LAION-LLaVA")
     if before is None or after is None:
-        verdict = Verdict(None, "not run yet")
+        verdict = Verdict(None, NOT_RUN)
     else:
         gains = [(name, before[name], after[name]) for name in ("valid_fraction", "nouns_per_image")]
         verdict = Verdict(
@@ -72,7 +72,7 @@ def captions(runs: PaperRuns, words: Words) -> Finding:
     """Figures 3 and 10: alt texts name few of the objects, captions nearly all."""
     figures = read_summary(runs.world).get("captioning", {}).get("by_dataset", {}).get("laion", {})
     if not figures:
-        verdict = Verdict(None, "not run yet")
+        verdict = Verdict(None, NOT_RUN)
     else:
         before, after = figures["named_in_alt_text"], figures["named_in_caption"]
         verdict = Verdict(

@@ -10,6 +10,7 @@ from typing import Any
 from toyworld.paper.arms import Arm, picture_rows
 from toyworld.paper.claims import Finding, Table, Words
 from toyworld.paper.estimates import (
+    NOT_RUN,
     TRAINING_ERROR,
     Estimate,
     Verdict,
@@ -56,7 +57,7 @@ def samplers(runs: PaperRuns, words: Words) -> Finding:
         if found
     }
     return Finding(
-        verdict=all_of(*verdicts) if verdicts else Verdict(None, "not run yet"),
+        verdict=all_of(*verdicts) if verdicts else Verdict(None, NOT_RUN),
         ours=Table(
             title="This world, objects all right",
             columns=("", *(f"{steps} steps" for steps in STEPS)),
@@ -85,7 +86,7 @@ def guidance(runs: PaperRuns, words: Words) -> Finding:
     scales = [row.scale for row in first]
     shares = {scale: share for scale in scales if (share := share_of(runs.hits(_at_scale(scale)))) is not None}
     guided = [scale for scale in shares if scale >= 1.5]
-    verdict = Verdict(None, "not run yet")
+    verdict = Verdict(None, NOT_RUN)
     if len(guided) > 1:
         best, worst = (choose(guided, key=lambda scale: shares[scale].value) for choose in (max, min))
         difference = difference_of(runs.hits(_at_scale(best)), runs.hits(_at_scale(worst)), is_one_training=True)
@@ -159,7 +160,7 @@ def compositionality(runs: PaperRuns, words: Words) -> Finding:
     verdicts = [is_more(gain, f"{axis.lower()}, dense over raw") for axis, gain in gains.items()]
     is_run = any(value is not None for found in scores.values() for value in found.values())
     return Finding(
-        verdict=all_of(*verdicts) if any(gains.values()) else Verdict(None, "not run yet"),
+        verdict=all_of(*verdicts) if any(gains.values()) else Verdict(None, NOT_RUN),
         theirs=Table(
             title="Table 3",
             columns=("", *TABLE_3_AXES),
@@ -216,7 +217,7 @@ def preference(runs: PaperRuns, words: Words) -> Finding:
     """Figure 5: pairs of pictures, seen blindly, with the judge in the place of people."""
     found = runs.by_seed(_read_rates)
     rates = {seed: rate for seed, rate in found.items() if rate["rate"] is not None}
-    verdict = Verdict(None, "not run yet")
+    verdict = Verdict(None, NOT_RUN)
     if rates:
         low, high = min(rate["low"] for rate in rates.values()), max(rate["high"] for rate in rates.values())
         mean = sum(rate["rate"] for rate in rates.values()) / len(rates)

@@ -16,6 +16,8 @@ TRAINING_ERROR = 0.02
 # Factor of a standard error that gives 95%: Student's t by degrees of freedom, the seeds less one.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 NORMAL = 1.96
+NOT_RUN = "not run yet"
+LABELS = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,11 @@ class Verdict:
 
     holds: bool | None
     why: str
+
+    @property
+    def label(self) -> str:
+        """It in two or three words: one of `LABELS`."""
+        return NOT_RUN if self.why == NOT_RUN else LABELS[self.holds]
 
 
 def share_of(hits: Mapping[int, Hits]) -> Estimate | None:
@@ -111,7 +118,7 @@ def _paired_error(gains: Sequence[float], num_objects: int) -> float:
 def is_more(difference: Estimate | None, what: str) -> Verdict:
     """Return whether a difference is above 0: it holds, or fails, where the whole interval is on that side."""
     if difference is None:
-        return Verdict(None, "not run yet")
+        return Verdict(None, NOT_RUN)
     said = f"{what}: {points(difference)}"
     if difference.low > 0:
         return Verdict(True, f"{said}, all of the interval above 0")
@@ -123,7 +130,7 @@ def is_more(difference: Estimate | None, what: str) -> Verdict:
 def is_alike(difference: Estimate | None, what: str, *, margin: float) -> Verdict:
     """Return whether a difference is at most `margin` either way, with the whole interval, or beyond it."""
     if difference is None:
-        return Verdict(None, "not run yet")
+        return Verdict(None, NOT_RUN)
     said = f"{what}: {points(difference)}"
     if -margin < difference.low and difference.high < margin:
         return Verdict(True, f"{said}, all of the interval within {100 * margin:g} points")
@@ -136,7 +143,7 @@ def all_of(*verdicts: Verdict) -> Verdict:
     """Return the verdict of a claim that has several sides: it fails with one, and holds with all."""
     values = [verdict.holds for verdict in verdicts]
     holds = False if False in values else None if None in values else True
-    return Verdict(holds, "; ".join(verdict.why for verdict in verdicts))
+    return Verdict(holds, "; ".join(dict.fromkeys(verdict.why for verdict in verdicts)))
 
 
 def points(difference: Estimate) -> str:

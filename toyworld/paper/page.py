@@ -1,5 +1,6 @@
 """The page of the paper's claims, `runs/paper/index.html`, and the same for machines, `summary.json`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from toyworld.paper.about_data import captions, dense_captions, nouns, tokens
 from toyworld.paper.about_drawing import compositionality, guidance, preference, samplers
 from toyworld.paper.about_training import adaln_quality, adaln_size, decomposition, multi_scale, reparameterization
 from toyworld.paper.claims import Finding, Words, read_words
-from toyworld.paper.estimates import Verdict
+from toyworld.paper.estimates import LABELS, NOT_RUN, Verdict
 from toyworld.paper.readings import WORLD_FOLDER, PaperRuns, find_runs
 
 log = get_logger("toyworld")
 
 PAGE_NAME, SUMMARY_NAME = "index.html", "summary.json"
 TEMPLATES = Path(__file__).parent.parent / "templates"
-VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 FINDINGS: dict[str, Callable[[PaperRuns, Words], Finding]] = {
     "nouns": nouns,
     "captions": captions,
@@ -56,7 +56,7 @@ def write_page(folder: Path) -> Path:
         )
     words = read_words()
     shown = {name: FINDINGS[name](runs, said) for name, said in words.items() if not said.why}
-    counts = {holds: sum(finding.verdict.holds is holds for finding in shown.values()) for holds in VERDICTS}
+    counts = Counter(finding.verdict.label for finding in shown.values())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -68,7 +68,8 @@ def write_page(folder: Path) -> Path:
     page = environment.get_template("paper.html.jinja").render(
         claims=[(words[name], finding) for name, finding in shown.items()],
         others=[said for said in words.values() if said.why],
-        verdicts=VERDICTS,
+        labels=LABELS,
+        not_run=NOT_RUN,
         counts=counts,
         seeds=list(runs.seeds),
         seconds=total_seconds(runs),
@@ -78,7 +79,7 @@ def write_page(folder: Path) -> Path:
         atomic_write_json(
             folder / SUMMARY_NAME, {"claims": summarize(words.values(), shown), "seeds": list(runs.seeds)}
         )
-    told = ", ".join(f"{counts[holds]} {said}" for holds, said in VERDICTS.items())
+    told = ", ".join(f"{count} {label}" for label, count in counts.items())
     log.info(f"wrote {folder / PAGE_NAME} ({len(page) / 1e6:.1f} MB): of {len(shown)} claims {told}")
     return folder / PAGE_NAME
 
