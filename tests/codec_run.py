@@ -34,6 +34,8 @@ gradient_clip = 1.0
 ema_decay = 0.8
 log_every = 1
 checkpoint_every = 4
+preview_crops = 3
+preview_every = 8
 keep_checkpoints = 9
 
 [training.vae]

@@ -6,15 +6,18 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from codec_run import BUCKETS, copy_of, lines, make_codec_run, weights
+from PIL import Image
 from training_run import arguments, finish, start, train
 
 from encoders.opening import open_codec
 from errors import UserError
 from pipelines.command import parse_command
 from pipelines.store.checkpoints import read_trainer
+from pipelines.store.previews import preview_steps, read_previews
 from pipelines.store.verify.run import verify_run
 from training.codec.autoencoder import Autoencoder
 from training.codec.files import load_codec
@@ -91,6 +94,20 @@ def test_what_it_writes_opens_as_a_codec_of_features_whose_latents_have_unit_dev
     assert (second.mean(dim=1) - means.square()).sqrt().tolist() == pytest.approx(told["channel_std"], rel=1e-4)
     assert (second.mean() - first.mean().square()).sqrt().item() * codec.spec.scale == pytest.approx(1.0, rel=1e-4)
     assert not verify_run(run).problems
+
+
+def test_previews_are_crops_beside_what_the_average_makes_of_them(run: Path) -> None:
+    assert preview_steps(run / "training" / "vae") == [0, 8]
+    codec = open_codec(str(run / "training" / "vae" / "step-8" / "model"))
+    job = open_stage(parse_command("training", "", argv=arguments(run, "vae"), has_stages=True))
+    crops = [crop for batch in stage_crops(job.features.datasets, 3) for crop in batch]
+    previews = read_previews(run / "training" / "vae", 8)
+    assert len(previews) == len(crops) == 3
+    for preview, crop in zip(previews, crops, strict=True):
+        original, decoded = np.split(np.asarray(Image.open(preview.path)), 2, axis=1)
+        assert (original == crop.permute(1, 2, 0).numpy()).all()
+        mean, _ = codec.encode(crop[None])
+        assert np.abs(decoded.astype(int) - np.asarray(codec.decode(mean)[0])).max() <= 1
 
 
 def test_another_stage_goes_on_from_its_weights_and_trains_the_decoder_alone(run: Path, tmp_path: Path) -> None:

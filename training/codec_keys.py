@@ -100,6 +100,13 @@ class CodecKeys(TableConfig):
     reconstruction: Decides[ReconstructionSettings] = pydantic.Field(
         default=ReconstructionSettings(), description="What objective = 'reconstruct' weighs"
     )
+    preview_crops: int = pydantic.Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Crops, the first that are held out or else trained on, beside which a vae's average draws what it "
+        "makes of them while it trains; see previews/ in the stage's folder",
+    )
 
 
 def require_reconstruction(

@@ -19,7 +19,7 @@ OBJECTIVE_KEYS = {
 NETWORK_KEYS = {
     "dit": ("preview_classes",),
     "pixart": ("preview_prompts", "kv_compressed_blocks"),
-    "vae": ("codec",),
+    "vae": ("codec", "preview_crops"),
 }
 # Of the loss that a process has of its own, and of the times that it is taken at.
 LOSS_KEYS = ("min_snr_gamma", "flow_logit_mean", "flow_logit_std")

@@ -25,6 +25,7 @@ from pipelines.command import parse_command, run_command
 from pipelines.store.bases import describe_base
 from pipelines.store.checkpoints import BASE, CONTROL, Checkpoint
 from pipelines.store.files import atomic_write_bytes
+from training.codec.previews import open_codec_previews
 from training.codec.statistics import write_statistics
 from training.codec_keys import CODEC
 from training.data.batches import shared_survey, training_reader
@@ -132,7 +133,7 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
             log=open_log(job, progress, stack, description=description),
             flops=flops,
             validation=open_validation(job),
-            previews=open_previews(job, survey, blank=blank),
+            previews=open_codec_previews(job, blank=blank) if is_codec else open_previews(job, survey, blank=blank),
             description=description,
             stop=stop,
             measure=partial(write_statistics, job, device=networks.model.device) if is_codec else None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.codec.previews import CodecPreviews
 from training.data.batch import PackedBatch
 from training.data.transfer import Transfers
 from training.loop.flops import StepFlops
@@ -38,7 +39,7 @@ class Session:
     log: StepLog
     flops: StepFlops
     validation: Validation | None
-    previews: Previews | None
+    previews: Previews | CodecPreviews | None
     description: dict[str, Any]
     stop: threading.Event
     measure: Callable[[Path], Mapping[str, Any]] | None = None

@@ -71,7 +71,7 @@ class Previews:
 
     def _draw(self, networks: Networks, frozen: dict[str, Tensor], *, step: int) -> Pictures:
         average = networks.ema.gather()
-        painter, pictures, failures = None, [], _Failures(self._job, step)
+        painter, pictures, failures = None, [], Failures(self._job, step)
         if dist.get_rank() == 0:
             with failures:
                 painter = self._painter(networks, frozen | average)
@@ -104,7 +104,7 @@ class Previews:
         )
 
 
-class _Failures:
+class Failures:
     """Inside, what a user can mend and memory that is short become a warning, and nothing more is drawn of the step."""
 
     def __init__(self, job: TrainingJob, step: int) -> None:
@@ -133,7 +133,7 @@ class _Failures:
 def open_previews(job: TrainingJob, survey: Survey, *, blank: Trainee) -> Previews | None:
     """Return what draws a stage's previews, None if it draws none; all ranks must call it.
 
-    Previews of steps that are to be trained again are removed. `blank` is the network that trains, on the meta device.
+    `blank` is the network that trains, on the meta device.
 
     Raises:
         UserError: as `plan_previews`, or the prompts have not been encoded.
@@ -142,10 +142,17 @@ def open_previews(job: TrainingJob, survey: Survey, *, blank: Trainee) -> Previe
     if plan is None:
         return None
     assert isinstance(blank, DiT | PixArt), "a codec draws nothing"
-    texts: list[Tensor] = []
+    texts = read_embeddings(job) if dist.get_rank() == 0 and not plan.labels else []
+    return Previews(job, plan, texts, blank=blank, last_step=last_previewed(job))
+
+
+def last_previewed(job: TrainingJob) -> int | None:
+    """Remove previews of steps that are to be trained again; returns the step whose previews are there, None if none.
+
+    All ranks must call it.
+    """
     found: list[int | None] = [None]
     if dist.get_rank() == 0:
-        texts = [] if plan.labels else read_embeddings(job)
         step = 0 if job.resume is None else job.resume.step
         steps = preview_steps(job.directory)
         for later in (other for other in steps if other > step):
@@ -153,4 +160,4 @@ def open_previews(job: TrainingJob, survey: Survey, *, blank: Trainee) -> Previe
         # A stage that begins anew draws anew what it begins with.
         found = [step if step in steps and job.resume is not None else None]
     dist.broadcast_object_list(found, src=0)
-    return Previews(job, plan, texts, blank=blank, last_step=found[0])
+    return found[0]
