@@ -95,6 +95,9 @@ FLAGS = {
     "from": Flag(gives="word", value="WEIGHTS", meaning="published weights: folder, file or id of the hub"),
     "to": Flag(gives="word", value="FOLDER", meaning="what to write"),
     "reparameterize": Flag(gives="switch", meaning="turn a class-conditional DiT into a PixArt"),
+    "ema": Flag(
+        gives="option", value="LENGTH", meaning="average of this relative length, of a stage with ema = 'power'"
+    ),
     "pipeline": Flag(gives="switch", meaning="write a whole pipeline of diffusers, text encoder and VAE included"),
 }
 # Of one sub-command alone, in the place of the flag of that name.
@@ -232,7 +235,7 @@ SUBCOMMANDS = {
     "convert": Subcommand(
         module="training.convert",
         summary="Weights to diffusers (FROM=… TO=folder) or their own code (TO=x.pth); REPARAMETERIZE=1 makes a PixArt",
-        flags=("from", "to", "reparameterize", "pipeline", "lora", "weights", "cfg"),
+        flags=("from", "to", "reparameterize", "pipeline", "lora", "weights", "cfg", "ema"),
         required=(("from", "facebook/DiT-XL-2-256"), ("to", "dit")),
         changed=(("lora", ADAPTERS_TO_MERGE), ("weights", WEIGHTS_TO_MERGE), ("cfg", GUIDANCE_TO_FOLD)),
         passes_on=True,

@@ -47,7 +47,7 @@ VARIABLES = """\
              WEIGHTS=0.8,0.5 STYLES=a,b CONTROL=image PHOTO=1 CONTROL_KIND=canny|hed|depth STRENGTH=… BRANCH=…
              GPUS=n HOSTFILE=file REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates
              REFERENCE='…' CLIP=… INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PIPELINE=1 PARTS=a,b TINY=1
-             PASSES=a,b SEEDS=n PART=name
+             PASSES=a,b EMA=0.1 SEEDS=n PART=name
   Each but PARTS, TINY, SEEDS and PART is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.
   They count when they are typed, behind the target, and reach the command as typed: with spaces, quotes, $ and #.
   SET holds any number of table.key=value: numbers, true, [lists] and "strings" as in the recipe, other text as it is.

@@ -25,7 +25,7 @@ from training.data.blank import SampleShape, blank_batch
 from training.launch import reckoning
 from training.launch.reckoning import Demand, rank_parts
 from training.loop import measure
-from training.loop.ema import EMA
+from training.loop.averages import Averages
 from training.loop.footprint import Step
 from training.loop.measure import UpdateMeter
 from training.loop.networks import Networks
@@ -135,7 +135,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
         counted["start"] = meter.peak_bytes
         for network in others.values():
             network.to(dtype=model.dtype)
-        networks = Networks(objective.networks, model=model, ema=EMA(model, settings.ema_decay), others=others)
+        networks = Networks(objective.networks, model=model, averages=Averages(model), others=others)
         for _ in range(3):
             update_meter = UpdateMeter(model)
             for i in range(settings.num_micro_batches):
@@ -144,7 +144,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
                 losses = objective.loss(networks, batch)
                 model.backward(losses.minimised.mean(), is_last=i + 1 == settings.num_micro_batches)
                 del losses, batch
-            networks.update(1e-4, is_ruined=torch.tensor(False))
+            networks.update(1e-4, step=0, is_ruined=torch.tensor(False))
             update_meter.norms()
         counted["whole"] = meter.peak_bytes
     return counted

@@ -58,6 +58,7 @@ GIVEN = {
     "from": ("convert", ["training.convert", VALUE]),
     "to": ("convert", ["b", VALUE]),
     "reparameterize": ("convert", ["--reparameterize"]),
+    "ema": ("convert", [f"--ema={VALUE}"]),
     "pipeline": ("convert", ["--pipeline"]),
 }
 NEEDED = {"from": "b", "to": "b"}

@@ -65,6 +65,13 @@ def test_the_average_is_that_of_the_masters_after_each_step(results: dict[str, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
+def test_power_averages_are_sums_over_all_steps(results: dict[str, dict[str, Any]], stage: str) -> None:
+    assert results[stage]["power_error"] < 1e-3 * results[stage]["power_lag"]
+    assert results[stage]["power_survives"] and results[stage]["power_kept"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_accumulated_gradients_are_those_of_the_whole_batch(results: dict[str, dict[str, Any]], stage: str) -> None:
     tolerance = 1e-5 if results["dtype"]["name"] == "fp32" else 5e-2
     whole = zip(results[stage]["losses"], results[stage]["norms"], strict=True)

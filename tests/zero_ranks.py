@@ -21,9 +21,12 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
 from training.config import KeepActivations, StageTraining
 from training.loop import measure
+from training.loop.averages import Averages
 from training.loop.ema import EMA
+from training.loop.kept_averages import make_average
 from training.loop.measure import UpdateMeter, total_norm
 from training.loop.optimizers import adamw
+from training.loop.power_average import exponent_of
 from training.loop.state import load_checkpoint, save_checkpoint
 from training.loop.zero import ZeroModel, initialize_ranks
 
@@ -213,6 +216,51 @@ def try_clipping(settings: StageTraining, first_norm: float) -> dict[str, float]
     }
 
 
+class OfStep:
+    """Power averages in the place of the one average of `train_step`."""
+
+    def __init__(self, averages: Averages, step: int) -> None:
+        self.averages, self.step = averages, step
+
+    def update(self, *, is_skipped: Tensor) -> None:
+        self.averages.update(self.step, is_skipped=is_skipped)
+
+
+def try_power_averages(folder: Path, settings: StageTraining) -> dict[str, Any]:
+    """Keep two power averages up; returns how far they are from sums over all masters, and whether disks keep them."""
+    model = ZeroModel(new_network(), settings)
+    averages = Averages(model)
+    passed: list[Weights] = []
+    for step in range(4):
+        # The last step is skipped, and counts: weights that stay are weights, too.
+        train_step(model, OfStep(averages, step), step, is_ruined=step == 3)  # pyright: ignore[reportArgumentType]
+        passed.append(model.gather_masters())
+    assert averages.second is not None
+    gathered = [averages.exported.gather(), averages.second.gather()]
+    expected = []
+    for length in settings.ema_lengths:
+        power = exponent_of(length) + 1
+        shares = [((step + 1) ** power - step**power) / 4**power for step in range(4)]
+        sums = {name: sum(share * each[name] for share, each in zip(shares, passed, strict=True)) for name in passed[0]}
+        expected.append(sums)
+    averages.keep(folder, 4)
+    trainer = TRAINER | {"step": 4, "num_steps": 9, "zero_stage": settings.zero_stage, "dtype": settings.dtype}
+    trainer["num_ranks"] = dist.get_world_size()
+    save_checkpoint(folder, model=model, ema=averages.exported, second=averages.second, trainer=trainer, num_kept=1)
+    dist.barrier()
+    resumed = ZeroModel(new_network(), settings)
+    again = Averages(resumed)
+    assert again.second is not None
+    load_checkpoint(open_checkpoint(folder / "step-4"), model=resumed, ema=again.exported, second=again.second)
+    kept = make_average(folder, length=settings.ema_lengths[1], last=4).weights
+    return {
+        "power_error": max(map(distance, gathered, expected)),
+        "power_lag": distance(gathered[0], gathered[1]),
+        "power_survives": all(map(is_same, gathered, [again.exported.gather(), again.second.gather()])),
+        "power_kept": all(torch.allclose(kept[name], gathered[1][name], rtol=1e-3, atol=1e-6) for name in gathered[1]),
+    }
+
+
 def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
     settings = StageTraining(
         network="pixart",
@@ -257,6 +305,7 @@ def try_stage(folder: Path, dtype: str, zero_stage: int) -> dict[str, Any]:
         **averaged,
         **try_clipping(settings, steps[0]["norm"]),
         **try_meter(settings),
+        **try_power_averages(folder / "power", settings.model_copy(update={"ema": "power"})),
         "losses": [step["loss"] for step in steps],
         "norms": [step["norm"] for step in steps],
         "norms_of_repeats": [norm_of_repeats(settings, num_repeats) for num_repeats in (1, 64)],

@@ -241,6 +241,7 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what `TableConfig` says, less keys that say nothing of this stage: all of a recipe may share them."""
         others = keys_of_others("process", self.process) | keys_of_others("objective", self.objective)
+        others |= keys_of_others("ema", self.ema)
         others |= set() if self.has_adapters else {"lora"}
         others |= set() if self.has_control else ControlKeys.model_fields.keys()
         others |= set() if self.network == CODEC else CodecKeys.model_fields.keys()
@@ -333,7 +334,12 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
     key = f"{recipe.path}: training.{stage}"
     require_own_keys(
         recipe.tables["training"][stage],
-        {"process": settings.process, "objective": settings.objective, "network": settings.network},
+        {
+            "process": settings.process,
+            "objective": settings.objective,
+            "network": settings.network,
+            "ema": settings.ema,
+        },
         key=key,
     )
     if settings.objective == "consistency":

@@ -7,7 +7,6 @@ With `--reparameterize` a class-conditional DiT becomes the PixArt that stage 2 
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +25,7 @@ from pipelines.engine.progress import console, get_logger
 from pipelines.store.bases import adapter_identity
 from pipelines.store.checkpoints import MODEL, TRAINER, named_checkpoint
 from pipelines.store.files import atomic_file, atomic_folder, atomic_write_json, sha256_file
-from pixart.adapter_files import find_adapter_file, read_adapter
-from pixart.adapters import Adapter, merge, require_fit
+from pixart.adapters import merge
 from pixart.belonging import compare_base
 from pixart.convert import PUBLISHED_HEADS, original_weights, save_diffusers
 from pixart.dit import DiT
@@ -40,11 +38,13 @@ from pixart.reparameterize import reparameterize
 from pixart.tensor_files import NUM_HEADS, ORIGINS, read_weight_file
 from pixart.transformer_config import to_json
 from pixart.weight_files import is_original_name
+from training.exports.average import put_average, require_length
 from training.exports.branch import convert_branch, find_source
 from training.exports.card import CARD, Card
 from training.exports.null_caption import known_null_caption
 from training.exports.pipeline import find_parts, write_parts
 from training.exports.students import describe_one_guidance, with_one_guidance
+from training.exports.typed_adapters import find_adapter, open_adapter, typed_weights
 from training.stages.networks import count_parameters
 from training.stages.stage import StartingPoint, find_weights, from_checkpoint
 from training.stages.starts import load_network, with_adapters
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     if options.target.exists():
         raise UserError(f"{options.target} exists already: name a new one, or remove it first")
+    length = require_length(options.ema)
     branch = find_source(options.source)
     if branch is not None:
         _require_plain_branch(options)
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = with_adapters(
         network, start, key=f"SOURCE {options.source}", leaves_out=[path for _, path, _ in adapters]
     )
+    if length is not None:
+        put_average(network, start, length, source=options.source, say=_say)
     origins = start.origins
     _say(f"{source}: {origins.describe(reads_text=network.kind == 'pixart')}")
     process = start.process if origins.process is None else origins.process.value
@@ -104,7 +107,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         derived = {} if options.reparameterize else _derived(start, origins, network)
         _write_original(network, options.target, derived, origins=origins, process=process)
     else:
-        card = Card(checkpoint=_checkpoint_of(start), title=options.target.name, origins=origins, merged=merged)
+        card = Card(
+            checkpoint=_checkpoint_of(start),
+            title=options.target.name,
+            origins=origins,
+            merged=merged,
+            average_length=length,
+        )
         _write(network, options.target, process, card=card, is_pipeline=options.pipeline)
     _say(f"{options.target}: {_describe(network)}")
     for line in describe_one_guidance(former, process):
@@ -113,7 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _require_plain_branch(options: argparse.Namespace) -> None:
     """Refuse what is asked of whole networks alone, where SOURCE is a control branch."""
-    asked = {"LORA": options.lora, "PIPELINE": options.pipeline, "REPARAMETERIZE": options.reparameterize}
+    asked = {
+        "LORA": options.lora,
+        "EMA": options.ema,
+        "PIPELINE": options.pipeline,
+        "REPARAMETERIZE": options.reparameterize,
+    }
     for name, value in asked.items():
         if value:
             raise UserError(f"SOURCE ({options.source}) is a control branch, and {name} is for whole networks")
@@ -143,8 +157,8 @@ def _wanted_adapters(start: StartingPoint, options: argparse.Namespace) -> list[
         locations = [str(start.adapters[-1])]
     if not locations and not options.weights:
         return []
-    weights = _typed_weights(options.weights, locations)
-    return [(location, _find_adapter(location), weight) for location, weight in zip(locations, weights, strict=True)]
+    weights = typed_weights(options.weights, locations)
+    return [(location, find_adapter(location), weight) for location, weight in zip(locations, weights, strict=True)]
 
 
 def _add_adapters(
@@ -161,7 +175,7 @@ def _add_adapters(
     identity = identity_of(source)
     adapters, merged = [], {}
     for location, path, weight in wanted:
-        adapter = _open_adapter(path, network)
+        adapter = open_adapter(path, network)
         for note in (
             *adapter.notes,
             *compare_base(
@@ -183,45 +197,6 @@ def _add_adapters(
         merged[said] = merged.get(said, 0.0) + weight
     merge(network.float(), adapters)
     return merged, process
-
-
-def _typed_weights(typed: str, locations: Sequence[str]) -> list[float]:
-    if not locations:
-        raise UserError(f"WEIGHTS is {typed!r}, but LORA names no adapters")
-    if not all(locations):
-        raise UserError(f"LORA is {','.join(locations)!r}: type paths with a comma between them, as a.safetensors,b")
-    if not typed:
-        return [1.0] * len(locations)
-    try:
-        weights = [float(weight) for weight in typed.split(",")]
-    except ValueError:
-        weights = [math.nan]
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"WEIGHTS is {typed!r}: type finite numbers with a comma between them, as 0.8,0.5")
-    if len(weights) != len(locations):
-        raise UserError(f"WEIGHTS has {len(weights)} numbers for {len(locations)} adapters of LORA: type as many")
-    return weights
-
-
-def _find_adapter(location: str) -> Path:
-    """Return the file of an adapter that is named by itself, its folder, a checkpoint or a stage of training."""
-    path = typed_path(location)
-    checkpoint = named_checkpoint(path)
-    if checkpoint is not None and not checkpoint.has_adapters:
-        raise UserError(f"LORA {path} is a checkpoint of a whole network, and no adapter: name it as FROM")
-    try:
-        return find_adapter_file(path if checkpoint is None else checkpoint.weights)
-    except UserError as error:
-        raise UserError(f"LORA: {error}") from None
-
-
-def _open_adapter(path: Path, network: PixArt) -> Adapter:
-    try:
-        adapter = read_adapter(path, network.config)
-        require_fit(adapter, network)
-    except UserError as error:
-        raise UserError(f"LORA: {error}") from None
-    return adapter
 
 
 def _say(line: str) -> None:
@@ -250,6 +225,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         help="guidance to fold into weights distilled to few steps that are told theirs; 4.5 or the nearest of theirs",
     )
+    parser.add_argument("--ema", default="", help="relative length of the average, of a stage with ema = 'power'")
     parser.add_argument(
         "--pipeline",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Keys of a stage that are of one process, objective or network alone: a stage of another may not have them."""
+"""Keys of a stage that are of one process, objective, network or average alone: one of another may not have them."""
 
 from collections.abc import Mapping
 
@@ -21,6 +21,7 @@ NETWORK_KEYS = {
     "pixart": ("preview_prompts", "kv_compressed_blocks"),
     "vae": ("codec", "preview_crops"),
 }
+EMA_KEYS = {"exponential": ("ema_decay",), "power": ("ema_lengths", "ema_snapshot_every")}
 # Of the loss that a process has of its own, and of the times that it is taken at.
 LOSS_KEYS = ("min_snr_gamma", "flow_logit_mean", "flow_logit_std")
 OTHER_LOSSES = ("consistency", "distribution_matching")
@@ -28,18 +29,19 @@ OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "process": PROCESS_KEYS,
     "objective": OBJECTIVE_KEYS,
     "network": NETWORK_KEYS,
+    "ema": EMA_KEYS,
 }
 
 
 def keys_of_others(owner: str, chosen: str) -> set[str]:
-    """Return the keys that are of another process, objective or network than the `chosen` one."""
+    """Return the keys that are of another process, objective, network or average than the `chosen` one."""
     return {key for other, keys in OWNERS[owner].items() if other != chosen for key in keys}
 
 
 def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, key: str) -> None:
-    """Refuse keys of a stage's own `table` that are of another process, objective or network than its `chosen` ones.
+    """Refuse keys of a stage's own `table` that are of another process, objective, network or average than its own.
 
-    Nor may it have keys of a process' own loss where its objective minimises another.
+    `chosen` has those. Nor may it have keys of a process' own loss where its objective minimises another.
 
     Raises:
         UserError: names the `key` of the stage with the one that is wrong, its value, and both owners.

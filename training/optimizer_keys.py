@@ -1,12 +1,15 @@
 """Keys of a stage that say how weights move: the optimizer, how its rate goes over the steps, and the average."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from pipelines.recipe import Decides, TableConfig
 
 DecayShape = Literal["linear", "cosine", "sqrt"]
+# Relative to the steps done; that of the mean of all of them is 0.289.
+SHORTEST_AVERAGE, LONGEST_AVERAGE = 0.02, 0.28
+Length = Annotated[float, pydantic.Field(ge=SHORTEST_AVERAGE, le=LONGEST_AVERAGE)]
 
 
 class OptimizerKeys(TableConfig):
@@ -41,6 +44,31 @@ class OptimizerKeys(TableConfig):
     gradient_clip: Decides[float] = pydantic.Field(
         default=0.01, gt=0, description="Largest norm of the gradient (paper: 0.01)"
     )
+    ema: Decides[Literal["exponential", "power"]] = pydantic.Field(
+        default="exponential",
+        description="The weights' average: exponential, of a decay per step; or power, of a length relative to the "
+        "steps done, of which two are kept, and any other is made after the fact (Karras et al. 2024)",
+    )
     ema_decay: Decides[float] = pydantic.Field(
         default=0.9999, ge=0, lt=1, description="Decay per step of the weights' average"
     )
+    ema_lengths: Decides[tuple[Length, Length]] = pydantic.Field(
+        default=(0.05, 0.1),
+        strict=False,
+        description="Of ema = 'power': relative lengths of both averages; the first is exported and drawn with",
+    )
+    ema_snapshot_every: int = pydantic.Field(
+        default=500, ge=1, description="Of ema = 'power': steps between averages that are kept, for other lengths"
+    )
+
+    @property
+    def num_averages(self) -> int:
+        """Averages of the weights that are kept up."""
+        return len(self.ema_lengths) if self.ema == "power" else 1
+
+    @pydantic.field_validator("ema_lengths")
+    @classmethod
+    def _check_lengths(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] == value[1]:
+            raise ValueError("two averages of one length are one: name two lengths")
+        return value

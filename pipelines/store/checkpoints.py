@@ -32,6 +32,8 @@ TRAINER = "trainer.json"
 MODEL = "model"
 ADAPTER = "adapter"
 CONTROL = "control"
+# Of stages that keep up two averages: the one that is not exported.
+SECOND_AVERAGE = "second_average.safetensors"
 WEIGHTS = {
     MODEL: f"{MODEL}/diffusion_pytorch_model.safetensors",
     ADAPTER: f"{ADAPTER}/adapter_model.safetensors",

@@ -18,6 +18,8 @@ from training.exports.students import describe_one_guidance, typed_steps
 
 CARD = "README.md"
 LICENCE = "FILL IN"
+AVERAGE_LENGTH = "average_length"
+OWN_SETTINGS = ("objective", "num_steps", "dtype", "seed", AVERAGE_LENGTH)  # of trainer.json itself
 # Of a stage's settings, what people ask for first; the rest stands in trainer.json.
 SETTINGS = (
     *(
@@ -30,7 +32,7 @@ SETTINGS = (
         "learning_rate",
         "warmup_steps",
     ),
-    *("weight_decay", "gradient_clip", "ema_decay", "caption_dropout", "dtype", "seed"),
+    *("weight_decay", "gradient_clip", "ema_decay", AVERAGE_LENGTH, "caption_dropout", "dtype", "seed"),
 )
 
 
@@ -43,16 +45,20 @@ class Card:
         title: of the card.
         origins: what they were trained with.
         merged: adapters that were merged into them since, in words, and how much of each.
+        average_length: of the power average that they are, where it is not the checkpoint's own.
     """
 
     checkpoint: Path | None
     title: str
     origins: Origins
     merged: Mapping[str, float] = field(default_factory=dict)
+    average_length: float | None = None
 
     def write(self, folder: Path, *, class_name: str, parts: Parts | None) -> None:
         """Write it beside the weights; `parts` are those of a pipeline, `class_name` is what opens it."""
         trainer = {} if self.checkpoint is None else read_state(self.checkpoint / TRAINER, mend="name other weights")
+        if self.average_length is not None:
+            trainer[AVERAGE_LENGTH] = self.average_length
         lines = [
             *_front(trainer, self.origins),
             f"# {self.title}",
@@ -111,7 +117,7 @@ def _data(trainer: Mapping[str, Any]) -> Iterator[str]:
 
 def _settings(trainer: Mapping[str, Any]) -> Iterator[str]:
     fields = trainer.get("fingerprint", {}) | {
-        f"training.{name}": trainer[name] for name in ("objective", "num_steps", "dtype", "seed") if name in trainer
+        f"training.{name}": trainer[name] for name in OWN_SETTINGS if name in trainer
     }
     found = {name: fields[f"training.{name}"] for name in SETTINGS if f"training.{name}" in fields}
     if found:

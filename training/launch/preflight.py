@@ -175,10 +175,8 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
             f"learning rate never reaches {settings.learning_rate:g}"
         )
     if settings.decay_shape != "linear" and settings.decay_fraction == 0:
-        log.warning(
-            f"training.{stage}.decay_shape {settings.decay_shape!r} shapes no decay: training.{stage}.decay_fraction "
-            "is 0"
-        )
+        no_decay = f"shapes no decay: training.{stage}.decay_fraction is 0"
+        log.warning(f"training.{stage}.decay_shape {settings.decay_shape!r} {no_decay}")
     if settings.learning_rate > HIGH_LEARNING_RATE:
         log.warning(
             f"training.{stage}.learning_rate {settings.learning_rate:g} is high for AdamW, whose steps are of that "
@@ -292,6 +290,10 @@ def print_weights(
     free_gigabytes = shutil.disk_usage(job.directory).free / GIGABYTE
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
+    if settings.ema == "power":
+        num_kept = -(-settings.num_steps // settings.ema_snapshot_every)
+        kept_gigabytes = 2 * settings.num_averages * weights.trained / GIGABYTE
+        _print("", f"{kept_gigabytes:,.2f} GB of averages {num_kept:,} times, {num_kept * kept_gigabytes:,.2f} GB")
 
 
 def _describe_adapters(settings: StageTraining, weights: WeightCounts) -> str:
@@ -388,7 +390,8 @@ def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
     """
     width = 2 if settings.dtype == "bf16" else 4
     kept = weights.trained - weights.critic + (0 if settings.keeps_base else weights.frozen)
-    return weights.trained * (width + 4 + 8) + kept * 4
+    second = (settings.num_averages - 1) * weights.trained * 4
+    return weights.trained * (width + 4 + 8) + kept * 4 + second
 
 
 def _print(name: str, line: str) -> None:

@@ -211,6 +211,7 @@ def describe(job: TrainingJob, survey: Survey, config: TraineeConfig) -> dict[st
         "kind": job.settings.network,
         "objective": job.settings.objective,
         "weights": "ema",
+        **({"average_length": job.settings.ema_lengths[0]} if job.settings.ema == "power" else {}),
         "starts_from": job.settings.starts_from,
         "num_steps": job.settings.num_steps,
         "steering": job.settings.steering,

@@ -41,7 +41,7 @@ def rank_parts(
         "weights": int(whole * computed + weights.beside * width),
         "gradients": 0 if leaves_optimizer else int(weights.trained * gradients),
         "optimizer": 0 if leaves_optimizer else int(weights.trained * state / shards),
-        "average": 0 if leaves_average else int(weights.trained * FP32 / shards),
+        "average": 0 if leaves_average else int(settings.num_averages * weights.trained * FP32 / shards),
     }
 
 

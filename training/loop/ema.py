@@ -11,11 +11,14 @@ from training.stages.critics import critic_of
 
 
 class EMA:
-    """Average of a model's masters; starts as a copy of them, and lies where `training.offload` says."""
+    """Average of a model's masters; starts as a copy of them, and lies where `training.offload` says.
+
+    `decay` is that of the updates to come.
+    """
 
     def __init__(self, model: ZeroModel, decay: float) -> None:
         self._model = model
-        self._decay = decay
+        self.decay = decay
         take = torch.clone if model.settings.offload == "nothing" else in_host_memory
         self.shards = [take(master.detach()) for master in model.masters]
 
@@ -46,7 +49,7 @@ class EMA:
             [],
             weight_decay=1.0,
             momentum=0.0,
-            lr=1 - self._decay,
+            lr=1 - self.decay,
             dampening=0.0,
             nesterov=False,
             maximize=True,

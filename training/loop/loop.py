@@ -60,6 +60,11 @@ def train(session: Session) -> None:
         if is_due(progress.step, every=settings.validate_every, last=settings.num_steps):
             _look(session, is_all=True)
             _validate(session)
+        if settings.ema == "power" and is_due(
+            progress.step, every=settings.ema_snapshot_every, last=settings.num_steps
+        ):
+            _look(session, is_all=True)
+            session.networks.averages.keep(session.job.directory, progress.step)
         is_save_due = is_due(progress.step, every=settings.checkpoint_every, last=settings.num_steps)
         if is_save_due or progress.health.is_stopping:
             _look(session, is_all=True)
@@ -74,7 +79,7 @@ def _step(session: Session) -> None:
     losses.share(is_stopping=session.stop.is_set())
     meter = session.log.meter(networks.model)
     learning_rate = learning_rate_at(session.job.settings, progress.step)
-    update = networks.update(learning_rate, is_ruined=progress.health.is_ruined(losses))
+    update = networks.update(learning_rate, step=progress.step, is_ruined=progress.health.is_ruined(losses))
     progress.count(losses, update)
     # A line of metrics waits for its step anyway; it is of sound ones.
     _look(session, is_all=meter is not None)
@@ -130,6 +135,7 @@ def _save(session: Session) -> None:
         session.job.directory,
         model=session.networks.model,
         ema=session.networks.ema,
+        second=session.networks.averages.second,
         trainer=session.description | progress.record() | {"num_samples_seen": num_samples_seen},
         num_kept=settings.keep_checkpoints,
         measure=session.measure,

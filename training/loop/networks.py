@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.loop.averages import Averages
 from training.loop.conversions import needs_universal
 from training.loop.ema import EMA
 from training.loop.state import load_checkpoint
@@ -21,11 +22,11 @@ class Networks(Mapping[str, nn.Module]):
     """
 
     def __init__(
-        self, roles: Mapping[str, Role], *, model: ZeroModel, ema: EMA, others: Mapping[str, nn.Module]
+        self, roles: Mapping[str, Role], *, model: ZeroModel, averages: Averages, others: Mapping[str, nn.Module]
     ) -> None:
-        """Take the trained network as `model` and `ema`, and `others` of `roles` by name, on the device."""
+        """Take the trained network as `model` and its `averages`, and `others` of `roles` by name, on the device."""
         self.model = model
-        self.ema = ema
+        self.averages = averages
         self._roles = roles
         self._others = others
         self._stale = {name for name, role in roles.items() if isinstance(role, Average)}
@@ -42,10 +43,18 @@ class Networks(Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self._roles)
 
-    def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
-        """Step the optimizer and move the average, unless the gradient is not finite or `is_ruined` on the device."""
+    @property
+    def ema(self) -> EMA:
+        """The average that is exported."""
+        return self.averages.exported
+
+    def update(self, learning_rate: float, *, step: int, is_ruined: Tensor) -> Update:
+        """Step the optimizer and move the average, unless the gradient is not finite or `is_ruined` on the device.
+
+        `step` is counted from 0.
+        """
         update = self.model.update(learning_rate, is_ruined=is_ruined)
-        self.ema.update(is_skipped=update.is_skipped)
+        self.averages.update(step, is_skipped=update.is_skipped)
         self._stale = {name for name, role in self._roles.items() if isinstance(role, Average)}
         return update
 
@@ -56,10 +65,10 @@ def open_networks(job: TrainingJob, roles: Mapping[str, Role], started: Mapping[
     (trained,) = (network for name, network in started.items() if isinstance(roles[name], Trained))
     is_elastic = resume is not None and needs_universal(resume, dist.get_world_size())
     model = ZeroModel(trained, job.settings, loads_universal=is_elastic)
-    ema = EMA(model, job.settings.ema_decay)
+    averages = Averages(model)
     others = {name: network for name, network in started.items() if network is not trained}
     for network in others.values():
         network.to(model.device, model.dtype).eval()
     if resume is not None:
-        load_checkpoint(resume, model=model, ema=ema)
-    return Networks(roles, model=model, ema=ema, others=others)
+        load_checkpoint(resume, model=model, ema=averages.exported, second=averages.second)
+    return Networks(roles, model=model, averages=averages, others=others)

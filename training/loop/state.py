@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from pipelines.store.checkpoints import (
     MODEL,
+    SECOND_AVERAGE,
     TRAINER,
     Checkpoint,
     drop_old,
@@ -39,11 +41,13 @@ def save_checkpoint(
     ema: EMA,
     trainer: dict[str, Any],
     num_kept: int,
+    second: EMA | None = None,
     measure: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the checkpoint of `trainer["step"]` and drop all but the newest `num_kept`; all ranks must call it.
 
-    `measure` completes the folder of the weights on rank 0, and returns what `trainer.json` is to say of that.
+    `ema` is the average that is exported, `second` another one. `measure` completes the folder of the weights on rank
+    0, and returns what `trainer.json` is to say of that.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the former checkpoint stays in force.
@@ -56,7 +60,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     dist.barrier()
     with saying_a_full_disk(stage_directory, f"{final.name} was not saved and the checkpoint before it stays in force"):
-        _write(temporary, model=model, ema=ema, trainer=trainer, measure=measure)
+        _write(temporary, model=model, ema=ema, second=second, trainer=trainer, measure=measure)
         if is_writer:
             put_in_force(temporary, final)
     if is_writer:
@@ -68,15 +72,19 @@ def _write(
     *,
     model: ZeroModel,
     ema: EMA,
+    second: EMA | None,
     trainer: dict[str, Any],
     measure: Callable[[Path], Mapping[str, Any]] | None,
 ) -> None:
     """Write the files of a checkpoint and bring them to the disk."""
     model.save_state(folder, STATE)
     weights = ema.gather()
+    others = {} if second is None else second.gather()
     if dist.get_rank() == 0:
         trainable, config = trainable_of(model.settings), model.engine.module.config
         trainable.save(config, model.frozen | weights, folder, trainer=trainer)
+        if others:
+            save_file(others, folder / SECOND_AVERAGE)
         if model.settings.network != CODEC:
             scheduler = process_of(spec_of_trainer(trainer)).scheduler_config()
             atomic_write_json(folder / SCHEDULER_FOLDER / SCHEDULER_FILE, scheduler)
@@ -85,8 +93,8 @@ def _write(
         fsync_tree(folder)
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> None:
-    """Put weights, optimizer and average back as they were; all ranks must call it.
+def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA, second: EMA | None = None) -> None:
+    """Put weights, optimizer and averages back as they were; all ranks must call it.
 
     Raises:
         UserError: there is no training state, or what cannot be loaded; names the file.
@@ -100,6 +108,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: ZeroModel, ema: EMA) -> No
     with _naming_damage(checkpoint, tag):
         model.load_state(checkpoint.path, tag)
         ema.load(trainable_of(model.settings).load(checkpoint.path, model.engine.module.config))
+        if second is not None:
+            second.load(load_file(checkpoint.path / SECOND_AVERAGE))
 
 
 @contextlib.contextmanager

@@ -239,6 +239,11 @@ TRAINING = FolderKind(
         FileKind(pattern="previews/index.html", check=page_damage, mend=COPY),
         FileKind(pattern="previews/prompts.safetensors", check=weights_damage, mend=COPY),
         FileKind(pattern="previews/.step-*.tmp/*", check=None),
+        FileKind(
+            pattern="averages/step-*.safetensors",
+            check=weights_damage,
+            mend="`rm {path}`: other averages are made of the rest",
+        ),
         FileKind(pattern=".step-*.tmp/*", check=None),
     ),
     signs=("latest", "step-*/*", "metrics.jsonl", "survey.json"),
