@@ -8,8 +8,13 @@ from pipelines.recipe import Decides, TableConfig
 
 
 class ProcessKeys(TableConfig):
-    """Those of `[training.<stage>]` that are of one process alone; see `training.key_owners` for which."""
+    """Those of `[training.<stage>]` that are of times and losses; see `training.key_owners` for whose they are."""
 
+    timestep_sampling: Decides[Literal["independent", "stratified"]] = pydantic.Field(
+        default="independent",
+        description="Draws for timesteps: independent for each sample; or stratified, spread evenly over each global "
+        "batch, with less noise in its mean loss (VDM, Kingma et al. 2021)",
+    )
     flow_shift: Decides[float] = pydantic.Field(
         default=1.0,
         gt=0,

@@ -76,6 +76,7 @@ class BatchAssembler:
         buckets: names by the plan's bucket numbers.
         seed, stream: of the random numbers.
         caption_dropout: probability that a sample's condition becomes the null one.
+        is_stratified: whether the draws for timesteps are spread evenly over each global batch.
         checks_payloads: whether the CRC-32 of what is read is compared with the index.
 
     Raises:
@@ -90,10 +91,12 @@ class BatchAssembler:
         seed: int,
         stream: int,
         caption_dropout: float,
+        is_stratified: bool = False,
         checks_payloads: bool = False,
     ) -> None:
         self._buckets = buckets
         self._caption_dropout = caption_dropout
+        self._is_stratified = is_stratified
         self._random = SampleRandom(seed, stream)
         self._leading = dataset.leading.family
         self._has_latents = self._leading.tensors[0].name == "mean"
@@ -141,7 +144,7 @@ class BatchAssembler:
             std=leading.get("std"),
             posterior_noise=noises.get("posterior_noise"),
             noise=noises.get("noise", torch.empty(len(positions), 0, 0, 0)),
-            timestep_draws=torch.from_numpy(draws[:, 2].copy()),
+            timestep_draws=torch.from_numpy(self._timestep_draws(planned, positions, draws[:, 2])),
             is_dropped=torch.from_numpy(is_dropped),
             is_prior=torch.tensor([shard.role == "prior" for shard in samples.shards]),
             size=size,
@@ -180,6 +183,20 @@ class BatchAssembler:
             for array in arrays:
                 generator.standard_normal(out=array[i], dtype=np.float32)
         return draws
+
+    def _timestep_draws(self, planned: PlannedBatch, positions: range, own: np.ndarray) -> np.ndarray:
+        """Return uniform numbers [B] for timesteps: the samples' own, or theirs of a grid over the global batch.
+
+        The grid is (i + u) / N for i = 0 ... N-1 in shuffled order and one u: each is uniform by itself, and N of them
+        cover the times evenly (the low-discrepancy sampler of VDM, Kingma et al. 2021, appendix I.1).
+        """
+        if not self._is_stratified:
+            return own.copy()
+        num_samples = len(planned.shards)
+        generator = self._random.at(planned.step, num_samples)  # where no sample of the batch has its numbers
+        offset, order = generator.random(), generator.permutation(num_samples)
+        grid = (order[positions.start : positions.stop] + offset) / num_samples
+        return np.minimum(grid, np.nextafter(1.0, 0.0))
 
     def read(
         self, buffers: Buffers, samples: LocatedSamples, *, is_dropped: np.ndarray

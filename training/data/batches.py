@@ -50,6 +50,7 @@ def training_reader(job: TrainingJob, survey: Survey) -> BatchReader:
         seed=settings.seed,
         stream=random_stream(job.command.stage_name),
         caption_dropout=settings.caption_dropout,
+        is_stratified=settings.timestep_sampling == "stratified",
     )
 
 
@@ -63,6 +64,7 @@ def open_reader(
     seed: int,
     stream: int,
     caption_dropout: float,
+    is_stratified: bool = False,
 ) -> BatchReader:
     """Return a reader of this rank's part of `steps`; (seed, stream) decide noise, timesteps and choice of captions."""
     settings = job.settings
@@ -72,6 +74,7 @@ def open_reader(
         seed=seed,
         stream=stream,
         caption_dropout=caption_dropout,
+        is_stratified=is_stratified,
         checks_payloads=settings.check_payloads,
     )
     return BatchReader(
