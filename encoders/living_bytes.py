@@ -13,6 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 
+class KnownShapes(TorchDispatchMode):
+    """Runs operations by `run_by_shapes`."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        return run_by_shapes(function, args, kwargs or {})
+
+
 class LivingBytes(TorchDispatchMode):
     """Counts the living among the storages that operations of torch make; blind to what kernels take inside.
 

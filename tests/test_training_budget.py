@@ -4,15 +4,11 @@ From before the networks are made to after three updates, under DeepSpeed, of ne
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from training.launch.placement import on_this_machine
-from training.launch.ranks import rank_environment
+from warm_python import run_ranks
 
 # Narrow and long, the middle, wide and short: of each other parts are the largest.
 SIZES = {
@@ -26,19 +22,9 @@ PART = ["blocks.*.attention.*"]
 
 
 def count(folder: Path, cases: list[dict[str, Any]], *, num_ranks: int = 1) -> list[dict[str, Any]]:
-    script, file = Path(__file__).with_name("budget_rank.py"), folder / "counted.json"
-    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(folder))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(file), *map(json.dumps, cases)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
+    file = folder / "counted.json"
+    arguments = [str(file), *map(json.dumps, cases)]
+    run_ranks("budget_rank", arguments, num_ranks=num_ranks, errors=folder, timeout_seconds=300)
     return json.loads(file.read_text())
 
 

@@ -1,20 +1,16 @@
 """Moments in 8 bits: what torchao's optimizer does, of all weights, under every ZeRO, skipped and resumed as others."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torchao.optim import AdamW8bit as TorchaoAdamW
+from warm_python import run_ranks
 
 from errors import UserError
 from training.config import StageTraining
-from training.launch.placement import on_this_machine
-from training.launch.ranks import rank_environment
 from training.launch.reckoning import MOMENT_BYTES
 from training.loop.host import require_offload
 from training.loop.optimizers import adamw8bit
@@ -83,18 +79,7 @@ def test_a_skipped_step_changes_nothing_and_is_not_counted() -> None:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     dtype, num_ranks = request.param
     folder = tmp_path_factory.mktemp(dtype)
-    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(folder))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("optimizer_ranks.py")), str(folder), dtype, *STAGES],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
+    run_ranks("optimizer_ranks", [str(folder), dtype, *STAGES], num_ranks=num_ranks, errors=folder)
     return json.loads((folder / "found.json").read_text())
 
 

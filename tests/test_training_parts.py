@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 from training_run import CHANNELS, D_TEXT, arguments, make_run, metrics
+from warm_python import run_ranks
 
 from errors import UserError
 from pipelines.command import parse_command
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.model import PixArt, PixArtConfig
 from pixart.processes.ddpm import DDPM
-from training.launch.placement import on_this_machine
-from training.launch.ranks import rank_environment
 from training.loop.flops import StepFlops
 from training.objectives.denoise import Denoise
 from training.objectives.inputs import NetworkInputs
@@ -70,21 +67,6 @@ class Runs:
     distilled_again: Case
 
 
-def train_ranks(num_ranks: int, cases: Sequence[str], folder: Path) -> None:
-    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(folder))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("objective_ranks.py")), *cases],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
-
-
 def train_three(case: Callable[[str, Any], Any], kinds: Sequence[Any], folder: Path) -> tuple[dict, dict, dict]:
     """Train a case of each kind for four steps: straight, resumed after two, and resumed on one rank in place of two.
 
@@ -94,11 +76,11 @@ def train_three(case: Callable[[str, Any], Any], kinds: Sequence[Any], folder: P
     two = [straight[kind].of(4) for kind in kinds]
     for kind in kinds:
         two += [resumed[kind].of(2), resumed[kind].of(4)]
-    train_ranks(2, two, folder)
+    run_ranks("objective_ranks", two, num_ranks=2, errors=folder)
     for kind in kinds:
         shutil.copytree(resumed[kind].run / "training", moved[kind].run / "training")
         (moved[kind].run / "training" / "stage2" / "latest").write_text("step-2\n")
-    train_ranks(1, [moved[kind].of(4) for kind in kinds], folder)
+    run_ranks("objective_ranks", [moved[kind].of(4) for kind in kinds], num_ranks=1, errors=folder)
     return straight, resumed, moved
 
 
@@ -129,10 +111,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     straight, resumed, moved = (case(name, "denoise", part) for name in ("straight", "resumed", "moved"))
     distilled, again = (case(name, "distil", distilled) for name in ("distilled", "distilled_again"))
     two = [straight.of(4), resumed.of(2), resumed.of(4), distilled.of(4), again.of(2), again.of(4)]
-    train_ranks(2, two, folder)
+    run_ranks("objective_ranks", two, num_ranks=2, errors=folder)
     shutil.copytree(resumed.run / "training", moved.run / "training")
     (moved.run / "training" / "stage2" / "latest").write_text("step-2\n")
-    train_ranks(1, [moved.of(4)], folder)
+    run_ranks("objective_ranks", [moved.of(4)], num_ranks=1, errors=folder)
     return Runs(start, teacher, straight, resumed, moved, distilled, again)
 
 

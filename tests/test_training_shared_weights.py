@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from test_training_lora import Case, open_job
-from test_training_parts import SHAPE, random_network, train_ranks
+from test_training_parts import SHAPE, random_network
 from torch import Tensor
 from training_run import make_run, metrics
+from warm_python import run_ranks
 
 from pixart.convert import load_diffusers, save_diffusers
 from pixart.dit import DiT
@@ -112,7 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Runs:
     straight, resumed, apart = ({kind: case(name, kind) for kind in KINDS} for name in ("straight", "resumed", "apart"))
     cases = [each.of(4) for runs in (straight, apart) for each in runs.values()]
     cases += [each.of(num_steps) for each in resumed.values() for num_steps in (2, 4)]
-    train_ranks(2, cases, folder)
+    run_ranks("objective_ranks", cases, num_ranks=2, errors=folder)
     return Runs(straight, resumed, apart)
 
 

@@ -2,16 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_python import run_ranks
 from zero_ranks import PIECE_SIZE
-
-from training.launch.placement import on_this_machine
-from training.launch.ranks import rank_environment
 
 STAGES = ("0", "1", "2", "3")
 
@@ -20,19 +15,7 @@ STAGES = ("0", "1", "2", "3")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     dtype, num_ranks = request.param
     folder = tmp_path_factory.mktemp(dtype)
-    script = Path(__file__).with_name("zero_ranks.py")
-    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(folder))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), dtype, *STAGES],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    said = [rank.communicate(timeout=200)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
+    run_ranks("zero_ranks", [str(folder), dtype, *STAGES], num_ranks=num_ranks, errors=folder)
     return {"dtype": {"name": dtype}} | {
         stage: json.loads((folder / f"{dtype}-{stage}.json").read_text()) for stage in STAGES
     }

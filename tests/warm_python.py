@@ -25,6 +25,10 @@ IMPORTED = (
     "torch",
     "torch._dynamo",
     "deepspeed",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "torch.utils.serialization",
+    "torch.utils.tensorboard",
     "training.launch.rank",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.processing_auto",
@@ -89,6 +93,22 @@ def run_module(module: str, arguments: Sequence[str], **changed: str) -> subproc
     output, errors = process.communicate(timeout=250)
     assert process.returncode is not None
     return subprocess.CompletedProcess([module, *arguments], process.returncode, output, errors)
+
+
+def run_ranks(
+    module: str, arguments: Sequence[str], *, num_ranks: int, errors: Path, timeout_seconds: float = 200
+) -> None:
+    """Run a module of the tests in ranks that find each other, to their end; `errors` is a folder for what they say."""
+    from training.launch.placement import on_this_machine
+    from training.launch.ranks import rank_environment
+
+    environment = rank_environment(on_this_machine(num_ranks), threads_per_rank=1, errors=str(errors))
+    ranks = [
+        WarmProcess(module, arguments, changed=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_ranks)
+    ]
+    said = [rank.communicate(timeout=timeout_seconds)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
 
 
 def _run_module(module: str, arguments: list[str], environment: dict[str, str], paths: list[str]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from encoders.living_bytes import KnownShapes
 from training.data.batch import PackedBatch
 from training.data.blank import SampleShape, blank_batch
 from training.objectives.objective import Objective
@@ -109,7 +110,8 @@ class StepFlops:
         )
         # The CPU's fused attention is not among the operations that torch counts.
         mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=mapping)
+        with sdpa_kernel(SDPBackend.MATH), KnownShapes(), counter:
             losses = self._objective.loss(self._networks, blank_batch(sample, 1, device=META, step=self._last_step))
             losses.minimised.sum().backward()
         return counter.get_total_flops()
