@@ -86,7 +86,7 @@ FLAGS = {
     "strength": _toml("sampling.control_strength", "NUMBER", "how much it leads, 0 to 2; 1 unless typed"),
     "branch": _text("sampling.control_branch", "BRANCH", "a control branch for weights without: file, folder or stage"),
     "styles": _text("sampling.styles", "STYLES", "what {style} in the prompts stands for, with commas, or a .txt file"),
-    "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, preference or winrates"),
+    "task": Flag(gives="word", value="TASK", meaning="score (unless typed), curve, questions, preference or winrates"),
     "reference": _text("evaluation.reference", "IMAGES", "images to compare with"),
     "clip": _text("evaluation.clip", "MODEL", "CLIP model, a folder or an id of the hub"),
     "inception": _text("evaluation.inception", "FILE", "weights of Inception"),
@@ -248,7 +248,7 @@ SUBCOMMANDS = {
     ),
     "eval": Subcommand(
         module="sampling.evaluation",
-        summary="Scores, each with its inputs (STAGE=2 TASK=score|curve|preference|winrates)",
+        summary="Scores, each with its inputs (STAGE=2 TASK=score|curve|questions|preference|winrates)",
         flags=("task", *_STAGE, *_SAMPLE[1:], "reference", "clip", "inception"),
         defaults=(("task", "score"), *_DEFAULTS),
     ),

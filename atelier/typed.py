@@ -45,7 +45,8 @@ VARIABLES = """\
   Variables: RUN=runs/name RECIPE=recipes/x.toml STAGE=2|3|<name> PHASE=512|1024 PLAN=1 SET='table.key=value …'
              SHARDS='…' SETS='…' SAMPLE=n PROMPT='…' PROMPTS=file N=… STEPS=… CFG=… SEED=… SIZE=WxH LORA=a,b
              WEIGHTS=0.8,0.5 STYLES=a,b CONTROL=image PHOTO=1 CONTROL_KIND=canny|hed|depth STRENGTH=… BRANCH=…
-             GPUS=n HOSTFILE=file REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1 TASK=score|curve|preference|winrates
+             GPUS=n HOSTFILE=file REMOTE_SHELL='ssh …' FROM_SCRATCH=1 RETRY=1
+             TASK=score|curve|questions|preference|winrates
              REFERENCE='…' CLIP=… INCEPTION=… PORT=n TABLE=… FROM=… TO=… REPARAMETERIZE=1 PIPELINE=1 PARTS=a,b TINY=1
              PASSES=a,b EMA=0.1 SEEDS=n PART=name
   Each but PARTS, TINY, SEEDS and PART is a flag of `atelier`: FROM_SCRATCH=1 is --from-scratch.

@@ -63,13 +63,14 @@ class Answer:
     """What the model said; `num_tokens` as the server counts them, None of one that does not report it.
 
     `finish_reason` is `length` when it was cut at `max_tokens`. `alternatives` are the likeliest first tokens with
-    their log-probabilities, None where the server does not tell any.
+    their log-probabilities, None where the server does not tell any. `model` is what the server calls itself.
     """
 
     text: str
     num_tokens: int | None
     finish_reason: Literal["stop", "length"]
     alternatives: tuple[tuple[str, float], ...] | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,7 @@ class ChatClient:
             num_tokens=answer.usage.completion_tokens if answer.usage is not None else None,
             finish_reason="length" if choice.finish_reason == "length" else "stop",
             alternatives=_alternatives(choice.logprobs),
+            model=answer.model or "",
         )
 
     def _penalty(self, repetition_penalty: float) -> dict[str, Any]:

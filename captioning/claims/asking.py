@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from captioning.claims.answers import Answers
 from captioning.claims.config import ClaimsConfig
+from encoders.answers import Answers
 
 Supports = list[float | None]
 

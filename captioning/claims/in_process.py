@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning.claims.answers import Answers
 from captioning.claims.asking import Supports, answers_of
 from captioning.config import CaptioningConfig
 from captioning.engines.choosing import require_finite
 from captioning.engines.generate_engine import GenerateEngine
 from captioning.engines.transformers_engine import TransformersEngine
+from encoders.answers import Answers
 from errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""`python -m sampling.evaluation score|curve|preference|winrates --recipe R --run RUN --stage S [--set key=value]`."""
+"""`python -m sampling.evaluation TASK --recipe R --run RUN --stage S [--set key=value]`; TASK is one of `TASKS`."""
 
 import argparse
 import sys
@@ -49,6 +49,16 @@ def _curve(command: Command) -> None:
     draw_curve(command)
 
 
+def _questions(command: Command) -> None:
+    from sampling.evaluation.questions.report import describe_questions, score_questions
+
+    if command.is_plan:
+        for line in describe_questions(command):
+            log.info(line)
+        return
+    score_questions(command)
+
+
 def _preference(command: Command) -> None:
     from sampling.evaluation.preference import describe_page, write_page
 
@@ -72,6 +82,7 @@ def _winrates(command: Command) -> None:
 TASKS: dict[str, tuple[str, Callable[[Command], None]]] = {
     "score": ("A table of checkpoints: distances, CLIP score, a judge's axes", _score),
     "curve": ("FID against CLIP score over guidance scales, as CSV and plot (Figure 20)", _curve),
+    "questions": ("GenEval, T2I-CompBench, DPG-Bench or own questions, asked of a chat server", _questions),
     "preference": ("A blind page to compare checkpoints side by side (Figure 5)", _preference),
     "winrates": ("Votes of that page to win rates with confidence intervals", _winrates),
 }

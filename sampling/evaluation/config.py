@@ -7,6 +7,7 @@ import pydantic
 
 from pipelines.as_typed import typed_path
 from pipelines.recipe import Decides, TableConfig
+from sampling.evaluation.questions.config import QuestionsConfig
 
 DECIDES_FEATURES = "decides what a network sees of an image"
 
@@ -16,8 +17,8 @@ class EvaluationConfig(TableConfig):
 
     reference: str | None = pydantic.Field(
         default=None,
-        description="Images to compare with: a folder, or raw shards as in data.shards; `{run}` stands for the run's "
-        "folder; null = no distances",
+        description="Images to compare with: a folder, or raw shards as in data.shards; or .npz statistics of "
+        "Inception; `{run}` stands for the run's folder; null = no distances",
     )
     inception: str | None = pydantic.Field(
         default=None, description="File pt_inception-2015-12-05-6726825d.pth, for FID; a path, never downloaded"
@@ -31,19 +32,23 @@ class EvaluationConfig(TableConfig):
         description="Folder or hub id of any transformers vision model (DINOv2, a LLaVA's tower), for FD-<its name>",
     )
     vision_revision: str | None = pydantic.Field(default=None, description="Hub revision of `vision`")
-    prompt_set: Literal["sampling", "t2i-compbench", "coco"] = pydantic.Field(
+    prompt_set: Literal["sampling", "t2i-compbench", "coco", "geneval", "geneval2", "dpg-bench"] = pydantic.Field(
         default="sampling",
         description="What the images show: the recipe's sampling.prompts, or a benchmark's files in `prompts`",
     )
     prompts: str | None = pydantic.Field(
         default=None,
-        description="T2I-CompBench: folder of <category>_val.txt; COCO: captions_val2014.json",
+        description="T2I-CompBench: folder of <category>_val.txt; COCO: captions_val2014.json; GenEval: "
+        "evaluation_metadata.jsonl; GenEval 2: geneval2_data.jsonl; DPG-Bench: dpg_bench.csv",
     )
     num_prompts: int | None = pydantic.Field(
         default=None,
         ge=1,
-        description="Prompts of a benchmark (T2I-CompBench: of each category); null = all, of COCO 30,000. For the "
-        "recipe's own prompts sampling.max_prompts decides",
+        description="Prompts of a benchmark (T2I-CompBench: of each category, GenEval: of each tag); null = all, of "
+        "COCO 30,000. For the recipe's own prompts sampling.max_prompts decides",
+    )
+    questions: QuestionsConfig = pydantic.Field(
+        default=QuestionsConfig(), description="Who is asked about the images, and how"
     )
     compare: list[str] = pydantic.Field(
         default_factory=list,

@@ -9,10 +9,12 @@ from errors import MissingFileError, UserError
 from pipelines.raw.texts import decode_text
 from pipelines.store.files import atomic_write_bytes, one_at_a_time, sha256_text
 from sampling.evaluation.config import EvaluationConfig
+from sampling.evaluation.questions.layouts import AskedPrompt, read_dpg, read_geneval, read_geneval2
 
 # Of T2I-CompBench (Huang et al. 2023), in the order of the paper's Table 3, then what T2I-CompBench++ added.
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
 COCO_PROMPTS = 30_000  # FID-30K
+KEY = "evaluation.prompts"
 
 
 def write_prompt_set(config: EvaluationConfig, *, run: Path) -> Path | None:
@@ -28,14 +30,30 @@ def write_prompt_set(config: EvaluationConfig, *, run: Path) -> Path | None:
     path = config.folder(config.prompts, run)
     if config.prompt_set == "t2i-compbench":
         rows = read_compbench(path, num_per_category=config.num_prompts)
-    else:
+    elif config.prompt_set == "coco":
         rows = read_coco(path, num_prompts=config.num_prompts or COCO_PROMPTS)
+    else:
+        rows = [{"key": item.key, "prompt": item.prompt} for item in read_asked(config, path)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     output = run / "evaluation" / "prompts" / f"{config.prompt_set}.jsonl"
     with one_at_a_time(output.parent):
         if not output.is_file() or output.read_bytes() != text.encode():
             atomic_write_bytes(output, text.encode())
     return output
+
+
+def read_asked(config: EvaluationConfig, path: Path) -> list[AskedPrompt]:
+    """Read the prompts of a benchmark whose file has their questions, too, or what they are made of.
+
+    Raises:
+        MissingFileError, UserError: there is no such file, or it is not in the published layout; names file and line.
+    """
+    if config.prompt_set == "geneval":
+        return read_geneval(path, key=KEY, num_per_tag=config.num_prompts)
+    if config.prompt_set == "geneval2":
+        return read_geneval2(path, key=KEY, num_prompts=config.num_prompts)
+    assert config.prompt_set == "dpg-bench"
+    return read_dpg(path, key=KEY, num_prompts=config.num_prompts)
 
 
 def read_compbench(folder: Path, *, num_per_category: int | None = None) -> list[dict[str, Any]]:

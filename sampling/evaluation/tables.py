@@ -11,15 +11,19 @@ ARROWS = {"lower": "↓", "higher": "↑"}
 def render_scores(rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> str:
     """Return the table of checkpoints, then reference, networks, samples and packages."""
     heads = {number["metric"]: ARROWS[number["better"]] for row in rows for number in row["numbers"]}
-    lines = ["# Scores", "", _line(["checkpoint", "images", *(f"{name} {arrow}" for name, arrow in heads.items())])]
-    lines.append(_line(["---", *("---:" for _ in range(len(heads) + 1))]))
+    lines = [
+        "# Scores",
+        "",
+        table_line(["checkpoint", "images", *(f"{name} {arrow}" for name, arrow in heads.items())]),
+    ]
+    lines.append(table_line(["---", *("---:" for _ in range(len(heads) + 1))]))
     for row in rows:
         values = {number["metric"]: number["value"] for number in row["numbers"]}
         cells = [_value(values[name]) if name in values else "–" for name in heads]
-        lines.append(_line([row["title"], f"{row['inputs']['num_images']:,}", *cells]))
+        lines.append(table_line([row["title"], f"{row['inputs']['num_images']:,}", *cells]))
     lines += ["", *_remarks(rows), "## What each number was taken of and with", ""]
-    lines.append(_line(["checkpoint", "number", "value", "images", "reference", "unusable", "network", "resizer"]))
-    lines.append(_line(["---", "---", "---:", "---:", "---:", "---", "---", "---"]))
+    lines.append(table_line(["checkpoint", "number", "value", "images", "reference", "unusable", "network", "resizer"]))
+    lines.append(table_line(["---", "---", "---:", "---:", "---:", "---", "---", "---"]))
     lines += [_number_line(row["title"], number) for row in rows for number in row["numbers"]]
     lines += ["", *_cuts(rows)]
     lines += ["", "## Samples", ""]
@@ -30,7 +34,8 @@ def render_scores(rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) 
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -42,7 +47,7 @@ def _number_line(title: str, number: Mapping[str, Any]) -> str:
     unusable = _unusable(number)
     fingerprint = number["network_fingerprint"].removeprefix("sha256:")[:12]
     reference = f"{number['num_reference']:,}" if number["num_reference"] else "–"
-    return _line(
+    return table_line(
         [
             title,
             number["metric"],
@@ -93,6 +98,8 @@ def _remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _reference(reference: Mapping[str, Any] | None) -> str:
     if reference is None:
         return "none"
+    if "statistics" in reference:
+        return f"statistics given in {reference['statistics']}, {reference['fingerprint']}"
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in reference["left_out"].items()) or "none"
     return (
         f"{reference['images']}, {reference['num_images']:,} images (files left out: {left_out}), "

@@ -1,13 +1,8 @@
-"""What a caption claims, and what an answer's first token says of it."""
-
-import math
+"""What a caption claims."""
 
 import pytest
 
-from captioning.claims.answers import Answers
 from captioning.claims.splitting import Claim, is_english, split_claims
-
-YES_NO = Answers(yes=("yes",), no=("no",), min_probability=0.05)
 
 
 def texts(caption: str, split: str = "clauses") -> list[list[str]]:
@@ -63,31 +58,3 @@ def test_sentences_may_be_whole_claims_and_keep_their_numbers() -> None:
     caption = "A dog and a cat sit there. ... The sun is out, and a bird sings."
     assert texts(caption, "sentences") == [["A dog and a cat sit there"], ["The sun is out, and a bird sings"]]
     assert split_claims(caption, split="clauses")[-1] == Claim(sentence=1, text="a bird sings")
-
-
-@pytest.mark.parametrize(
-    ("token", "wanted"),
-    [
-        *((token, True) for token in ("Yes", " yes", "YES", "▁Yes", "Ġyes", "Y", "yes\n")),
-        *((token, False) for token in ("No", " no", "NO", "▁no", "N")),
-        *((token, None) for token in ("", " ", "\n", "yesterday", "none", "Maybe", "<s>", "yo", "▁")),
-    ],
-)
-def test_all_spellings_of_yes_and_no_are_known_and_nothing_else(token: str, wanted: bool | None) -> None:
-    assert YES_NO.is_yes(token) is wanted
-
-
-def test_words_of_other_languages_are_a_setting() -> None:
-    german = Answers(yes=("ja",), no=("nein", "nicht"), min_probability=0.05)
-    assert [german.is_yes(token) for token in ("Ja", " nein", "NICHT", "Yes")] == [True, False, False, None]
-    chinese = Answers(yes=("是",), no=("否", "不是"), min_probability=0.05)
-    assert [chinese.is_yes(token) for token in ("是", "否", "不", "不是")] == [True, False, False, False]
-
-
-def test_support_sums_all_spellings_and_is_unknown_where_neither_is_said() -> None:
-    tokens = [("Yes", math.log(0.4)), (" yes", math.log(0.2)), ("No", math.log(0.2)), ("Maybe", math.log(0.2))]
-    assert YES_NO.support_of(tokens) == 0.75
-    assert YES_NO.support_of([("Yes", math.log(0.9))]) == 1.0
-    assert YES_NO.support_of([("I", math.log(0.97)), ("No", math.log(0.03))]) is None
-    assert YES_NO.support_of([]) is None
-    assert YES_NO.support(yes=math.nan, no=math.nan) is None
