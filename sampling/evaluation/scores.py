@@ -35,6 +35,13 @@ from sampling.evaluation.config import EvaluationConfig, written_out_defaults
 from sampling.evaluation.contestants import Contestant, check_samples, draw_samples, find_contestants
 from sampling.evaluation.distances import cmmd, frechet_distance
 from sampling.evaluation.features import FEATURES_VERSION, Features, compute_features
+from sampling.evaluation.given_statistics import (
+    REMARK,
+    GivenStatistics,
+    is_statistics,
+    read_statistics,
+    require_reference,
+)
 from sampling.evaluation.image_sets import ImageSet, open_reference, open_samples
 from sampling.evaluation.judgement import judgement_file, read_judgement
 from sampling.evaluation.networks import NetworkSource, count_cut_prompts, find_networks
@@ -96,15 +103,16 @@ class Meter:
         require_device(self._config.device, key="evaluation.device")
         self.networks = find_networks(self._config)
         self.reference: ImageSet | None = None
-        if self._config.reference is not None:
+        self.statistics: GivenStatistics | None = None
+        if self._config.reference is not None and is_statistics(self._config.reference):
+            self.statistics = read_statistics(self._config.reference, run=command.run)
+        elif self._config.reference is not None:
             with TemporaryDirectory() as scratch:
                 # The list of its images is kept for the workers; a plan writes nothing.
                 cache = Path(scratch) if command.is_plan else self._cache
                 self.reference = open_reference(self._config.reference, run=command.run, cache=cache)
-        for network in self.networks:
-            # CLIP alone has a number without a reference, its score.
-            if self.reference is None and network.key != "clip":
-                raise UserError(f"evaluation.{network.key} is set, but evaluation.reference is not: set both or none")
+        if self.reference is None:
+            require_reference([network.key for network in self.networks], self.statistics)
 
     def require_numbers(self, contestants: Sequence[Contestant]) -> None:
         """Refuse to draw or look at images of which there would be no number.
@@ -112,7 +120,8 @@ class Meter:
         Raises:
             UserError: there is no network that measures any of them, and no judge has seen them; says what to set.
         """
-        if self.networks and self.reference is not None:
+        has_statistics = self.statistics is not None and any(network.key == "inception" for network in self.networks)
+        if has_statistics or (self.networks and self.reference is not None):
             return
         # Without a reference there is CLIP alone, and its score is of prompts.
         if self.networks and any(item.trained.kind == "pixart" for item in contestants):
@@ -138,6 +147,8 @@ class Meter:
             samples = self._features(images, network)
             if self.reference is not None:
                 numbers += _distances(samples, self._features(self.reference, network))
+            elif self.statistics is not None and network.key == "inception":
+                numbers.append(_distance_to(samples, self.statistics))
             score = samples.clip_score() if network.key == "clip" else None
             if score is not None:
                 numbers.append(_clip_score(score, samples, title=contestant.title))
@@ -187,6 +198,8 @@ class Meter:
                 "fingerprint": self.reference.identity,
                 "num_images": self.reference.num_images,
             }
+        if self.statistics is not None:
+            reference = {"statistics": self.statistics.name, "fingerprint": self.statistics.identity}
         return {
             "reference": reference,
             # Source beside the rest, as in scores made before.
@@ -201,17 +214,24 @@ class Meter:
 
 def _distances(samples: Features, reference: Features) -> list[Number]:
     distance = frechet_distance(samples.gaussian(), reference.gaussian())
-    smallest = min(samples.num_images, reference.num_images)
-    few = (
-        f"{smallest:,} images are few: below {FEW_IMAGES:,} a Fréchet distance is mostly bias"
-        if smallest < FEW_IMAGES
-        else ""
-    )
+    few = _few(min(samples.num_images, reference.num_images))
     numbers = [_number(samples.network.distance, distance, samples, reference=reference, remark=few)]
     if samples.network.mmd is not None:
         discrepancy = cmmd(samples.embeddings(), reference.embeddings())
         numbers.insert(0, _number(samples.network.mmd, discrepancy, samples, reference=reference))
     return numbers
+
+
+def _distance_to(samples: Features, statistics: GivenStatistics) -> Number:
+    """Return the distance to given statistics, whose name says that they are given."""
+    distance = frechet_distance(samples.gaussian(), statistics.gaussian)
+    remark = "; ".join(filter(None, (_few(samples.num_images), REMARK)))
+    return _number(f"{samples.network.distance} to given statistics", distance, samples, remark=remark)
+
+
+def _few(num_images: int) -> str:
+    said = f"{num_images:,} images are few: below {FEW_IMAGES:,} a Fréchet distance is mostly bias"
+    return said if num_images < FEW_IMAGES else ""
 
 
 def _clip_score(score: float, samples: Features, *, title: str) -> Number:
@@ -315,7 +335,8 @@ def describe_score(command: Command) -> list[str]:
     contestants, meter = _open(command)
     check_samples(contestants)
     networks = ", ".join(network.source.location for network in meter.networks) or "none"
-    lines = [f"networks: {networks}; reference: {'none' if meter.reference is None else meter.reference.name}"]
+    reference = meter.reference or meter.statistics
+    lines = [f"networks: {networks}; reference: {'none' if reference is None else reference.name}"]
     for item in contestants:
         pending = len(item.job.pending())
         lines.append(f"{item.title}: would draw {pending:,} of {len(item.job.requests):,} images into {item.folder}")
