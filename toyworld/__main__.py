@@ -38,6 +38,7 @@ def _world(command: Command) -> None:
 
 
 def _judge(command: Command) -> None:
+    from toyworld.asked import score_agreement, write_questions
     from toyworld.curation import score_curation
     from toyworld.few_steps import score_few_steps
     from toyworld.scoring import sample_folders, score_run
@@ -48,6 +49,8 @@ def _judge(command: Command) -> None:
         log.info(f"would score the captions of {command.run}, and the samples of: {names}")
         return
     score_run(config, command.run)
+    write_questions(command.run)
+    score_agreement(config, command.run)
     judged = read_summary(command.run).get("judge", {})
     score_few_steps(command.run, judged)
     score_curation(command.run, judged)
