@@ -59,6 +59,7 @@ def test_what_is_reckoned_is_the_peak_of_the_whole_loop(tmp_path: Path, size: st
             ("bf16", "inputs", 0, {"optimizer": "adamw8bit", "offload": "average"}),
             ("bf16", "inputs", 2, {"optimizer": "adamw8bit"}),
             ("bf16", "inputs", 0, {"offload": "optimizer", "gradient_accumulation_steps": 2}),
+            ("bf16", "inputs", 0, {"optimizer": "muon"}),
             ("bf16", "inputs", 2, MATCHING),
             ("fp32", "all", 0, MATCHING | {"trains": "lora"}),
             ("fp32", "all", 0, MATCHING | {"matching": {"consistency_weight": 1.0}}),
@@ -78,6 +79,7 @@ def test_ranks_that_share_are_reckoned_too(tmp_path: Path) -> None:
         for zero_stage in (0, 1, 2, 3)
         for others in ({}, {"gradient_accumulation_steps": 2})
     ]
+    cases.append(case_of("middle", dtype="bf16", keep_activations="inputs", zero_stage=3, optimizer="muon"))
     require_close(cases, count(tmp_path, cases, num_ranks=2))
 
 

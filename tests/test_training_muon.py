@@ -1,8 +1,10 @@
 """Muon for the matrices of blocks: torch's own, beside torch's AdamW for the rest; skipped, refused and told apart.
 
-How it resumes on several ranks and in bf16 is in `test_training_optimizers.py`, whose ranks try it, too.
+How ranks share it, and how it resumes, is in `test_training_muon_ranks.py`.
 """
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 from test_training_other_vae import random_pixart
 from torch import nn
 
-from errors import UserError
 from training.config import StageTraining
-from training.loop.optimizers import muon
+from training.loop.layout import Placed, flat_layout, shared_layout
+from training.loop.optimizers import muon, turns
 from training.loop.optimizers.muon import Muon, MuonOfBlocks, is_matrix_of_block
-from training.loop.optimizers.whole_matrices import require_whole_matrices
+from training.loop.optimizers.newton_schulz import num_multiplications
+from training.loop.optimizers.turns import owners
 
 SETTINGS = StageTraining(network="pixart", optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
 
@@ -36,11 +39,12 @@ def step_as_rule_says(optimizer: Muon, *, grad_scale: float = 1.0, is_skipped: b
     optimizer.step()
 
 
-@pytest.mark.parametrize("taken_at_once", [1, 10_000])
+@pytest.mark.parametrize("taken_at_once", [1, 250, 10_000])
 def test_matrices_of_blocks_go_by_torchs_muon_and_the_rest_by_its_adamw(
     taken_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muon, "TAKEN_AT_ONCE", taken_at_once)
+    monkeypatch.setattr(turns, "TAKEN_AT_ONCE", taken_at_once)
     ours, theirs = weights_of(0), weights_of(0)
     optimizer = Muon(ours, SETTINGS)
     matrices = [weight for name, weight in theirs.items() if is_matrix_of_block(name, weight)]
@@ -97,10 +101,46 @@ def test_of_a_pixart_it_takes_the_linear_layers_of_blocks() -> None:
     assert taken == {f"blocks.{number}.{layer}.weight" for number in range(2) for layer in layers}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_shares_of_matrices_are_refused(zero_stage: int) -> None:
-    settings = StageTraining(network="pixart", optimizer="muon", zero_stage=zero_stage)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match=rf"optimizer = 'muon' wants whole matrices, and .*zero_stage = {zero_stage} "):
-        require_whole_matrices(settings)
-    require_whole_matrices(settings.model_copy(update={"optimizer": "adamw"}))
-    require_whole_matrices(settings.model_copy(update={"zero_stage": 0}))
+def test_a_state_from_when_a_matrix_had_its_average_alone_goes_on_as_it_was() -> None:
+    going_on, resumed = weights_of(0), weights_of(0)
+    optimizers = Muon(going_on, SETTINGS), Muon(resumed, SETTINGS)
+    give_gradients(going_on, 0)
+    step_as_rule_says(optimizers[0])
+    former = optimizers[0].state_dict()
+    for number, (name, weight) in enumerate(going_on.items()):
+        resumed[name].data.copy_(weight.data)
+        if is_matrix_of_block(name, weight):
+            former["state"][number] = {"exp_avg": former["state"][number]["exp_avg"].clone()}
+    optimizers[1].load_state_dict(copy.deepcopy(former))
+    for weights, optimizer in zip((going_on, resumed), optimizers, strict=True):
+        give_gradients(weights, 1)
+        step_as_rule_says(optimizer)
+    assert all(torch.equal(weight, resumed[name]) for name, weight in going_on.items())
+
+
+def placed(shapes: list[tuple[int, int]], *, num_ranks: int, is_flat: bool) -> list[Placed]:
+    weights, sizes = [nn.Parameter(torch.zeros(0)) for _ in shapes], [torch.Size(shape) for shape in shapes]
+    begins = [sum(size.numel() for size in sizes[:number]) for number in range(len(sizes))]
+    master = torch.zeros(-(-sum(size.numel() for size in sizes) // num_ranks))
+    if is_flat:
+        return flat_layout(weights, sizes, begins=begins, master=master, rank=0, num_ranks=num_ranks).weights
+    return shared_layout(weights, sizes, master=master, rank=0, num_ranks=num_ranks).weights
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 64])
+def test_ranks_have_all_of_each_matrix_once_and_about_as_much_to_do(num_ranks: int, is_flat: bool) -> None:
+    shapes = [(24, 24), (24, 24), (96, 24), (24, 96), (24, 25)] * 12
+    weights = placed(shapes, num_ranks=num_ranks, is_flat=is_flat)
+    for weight in weights:
+        stretches = [stretch for stretch in weight.stretches if stretch.length]
+        assert stretches[0].start == 0 and sum(stretch.length for stretch in stretches) == weight.shape.numel()
+        assert all(one.start + one.length == next.start for one, next in itertools.pairwise(stretches))
+    found = owners(weights, num_ranks=num_ranks)
+    work = [0] * num_ranks
+    for weight, owner in zip(weights, found, strict=True):
+        lengths = [stretch.length for stretch in weight.stretches]
+        assert lengths[owner] >= max(lengths) / 2, "and none travels that one rank has"
+        work[owner] += num_multiplications(weight.shape)
+    largest = num_multiplications(torch.Size((96, 24)))
+    assert max(work) <= sum(work) / num_ranks + 1.5 * largest

@@ -18,10 +18,16 @@ class OptimizerKeys(TableConfig):
     optimizer: Decides[Literal["adamw", "adamw8bit", "muon"]] = pydantic.Field(
         default="adamw",
         description="adamw; adamw8bit, whose moments take 2 bytes of a weight, not 8, sharded for as many ranks; or "
-        "muon for the matrices of blocks, with adamw at the same rate for the rest: fewer steps; under ZeRO 0 alone",
+        "muon for the matrices of blocks, with adamw for the rest: fewer steps, and of a matrix one moment, not two",
     )
     learning_rate: Decides[float] = pydantic.Field(
         default=2e-5, gt=0, description="Peak learning rate of AdamW (paper: 2e-5)"
+    )
+    muon_learning_rate: Decides[float | None] = pydantic.Field(
+        default=None,
+        gt=0,
+        description="Of optimizer = 'muon': peak learning rate of the matrices, which goes over the steps as "
+        "learning_rate does, that of all else; null = learning_rate",
     )
     warmup_steps: Decides[int] = pydantic.Field(
         default=0, ge=0, description="Steps of linear warm-up of the learning rate"

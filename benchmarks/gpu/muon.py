@@ -3,7 +3,7 @@
 Muon takes the matrices of blocks, AdamW the rest. Matrices of one shape are orthogonalised together, in one batched
 product after the other. Shared out over eight cards each would orthogonalise some of the matrices and pass them on;
 measured is what the card with the largest share computes, on this one card: what passing on costs is not in it.
-`training.optimizer = "muon"` steps by the same products, on one card or under ZeRO 0, and shares nothing out.
+`training.optimizer = "muon"` steps by the same products: all on each card under ZeRO 0, shared out under 1 to 3.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -39,7 +39,8 @@ from benchmarks.gpu.steps import fresh_memory, measure_step, our_step, random_ne
 from benchmarks.gpu.training import TINY, XL_256
 from benchmarks.train import LEARNING_RATE, WEIGHT_DECAY
 from pixart.model import PixArt
-from training.loop.optimizers.muon import MATCHED_ADAMW, MOMENTUM, NUM_ITERATIONS, orthogonalized
+from training.loop.optimizers.muon import MOMENTUM
+from training.loop.optimizers.newton_schulz import NUM_ITERATIONS, matching_scale, num_multiplications, orthogonalized
 
 NUM_CARDS = 8
 
@@ -61,15 +62,13 @@ class BatchedMuon:
             foreach_lerp_(moments, gradients, 1 - MOMENTUM)
             nesterov = foreach_lerp(gradients, moments, MOMENTUM)
             updates = orthogonalized(torch.stack(nesterov)).to(weights[0].dtype)  # [K, m, n]
-            scale = MATCHED_ADAMW * max(weights[0].shape) ** 0.5
             foreach_mul_(weights, 1 - LEARNING_RATE * WEIGHT_DECAY)
-            foreach_add_(weights, list(updates), alpha=-LEARNING_RATE * scale)
+            foreach_add_(weights, list(updates), alpha=-LEARNING_RATE * matching_scale(weights[0].shape))
 
 
 def cost(shape: torch.Size) -> int:
     """Return the multiplications of an orthogonalisation of an m x n matrix."""
-    short, long = sorted(shape)
-    return NUM_ITERATIONS * (2 * short * short * long + short**3)
+    return NUM_ITERATIONS * num_multiplications(shape)
 
 
 def largest_share(weights: Sequence[Tensor], *, num_cards: int) -> list[Tensor]:

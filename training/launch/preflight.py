@@ -32,7 +32,6 @@ from training.launch.reckoning import rank_bytes
 from training.loop.boards import has_wandb
 from training.loop.compilation import is_compiled, require_compilable
 from training.loop.host import require_offload
-from training.loop.optimizers.whole_matrices import require_whole_matrices
 from training.loop.products import require_products
 from training.previews.control import require_controls
 from training.previews.plan import PreviewPlan, describe_previews, require_previews
@@ -75,7 +74,6 @@ def inspect_stage(job: TrainingJob, num_ranks: int) -> Preflight:
     require_even_batches(settings, num_ranks)
     require_compilable(settings)
     require_products(settings)
-    require_whole_matrices(settings)
     require_offload(settings, num_ranks=num_ranks)
     job.directory.mkdir(parents=True, exist_ok=True)
     survey = survey_stage(job)

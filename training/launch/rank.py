@@ -41,7 +41,6 @@ from training.loop.host import require_offload
 from training.loop.log import open_log
 from training.loop.loop import Session, train
 from training.loop.networks import open_networks
-from training.loop.optimizers.whole_matrices import require_whole_matrices
 from training.loop.products import require_products
 from training.loop.progress import open_progress
 from training.loop.validation import open_validation
@@ -107,7 +106,6 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     require_even_batches(job.settings, dist.get_world_size())
     require_compilable(job.settings)
     require_products(job.settings)
-    require_whole_matrices(job.settings)
     require_offload(job.settings, num_ranks=dist.get_world_size())
     _require_same_resume(job.resume)
     survey = shared_survey(job)

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.config import KeepActivations, StageTraining
-from training.loop.sizes import MAX_EXCHANGED, MAX_GATHERED, PIECE_SIZE, STEPPED_BYTES, TAKEN_AT_ONCE
+from training.loop.sizes import (
+    MAX_EXCHANGED,
+    MAX_GATHERED,
+    ORTHOGONALIZED_BYTES,
+    PIECE_SIZE,
+    STEPPED_BYTES,
+    TAKEN_AT_ONCE,
+)
 from training.stages.weights import WeightCounts
 
 MAX_ZERO_STAGE = 3
@@ -179,8 +186,13 @@ class Demand:
         trained = self.weights.trained // shards
         if self.settings.offload == "optimizer" and not self.is_host:
             return 0
-        piece = TAKEN_AT_ONCE if self.settings.optimizer == "muon" else PIECE_SIZE
-        stepping = trained * FP32 * is_copied + min(trained, piece) * STEPPED_BYTES[self.settings.optimizer]
+        piece, width = min(trained, PIECE_SIZE), STEPPED_BYTES[self.settings.optimizer]
+        if self.settings.optimizer == "muon":
+            piece = min(trained, TAKEN_AT_ONCE)
+            if self.settings.zero_stage == 0:
+                # Nothing is longer than a weight, so that it is matrices of one shape, half of all, in bf16.
+                piece, width = min(trained // 2, TAKEN_AT_ONCE), ORTHOGONALIZED_BYTES
+        stepping = trained * FP32 * is_copied + piece * width
         if self.settings.offload == "average" and not self.is_host:
             return max(stepping, min(trained, TAKEN_AT_ONCE) * FP32)
         return stepping

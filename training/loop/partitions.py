@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.loop.host import in_host_memory
+from training.loop.layout import Layout, clear_gaps, flat_layout, shared_layout, whole_layout
 
 
 class Partitions(Protocol):
@@ -24,6 +25,10 @@ class Partitions(Protocol):
     @property
     def masters(self) -> list[Tensor]:
         """The fp32 weights that this rank updates."""
+        ...
+
+    def layouts(self) -> list[Layout]:
+        """Return where weights lie in the masters, as these are stepped together."""
         ...
 
     def add_micro_batch(self) -> None:
@@ -50,6 +55,11 @@ class PlainWeights:
     def masters(self) -> list[Tensor]:
         """The weights themselves."""
         return [weight.data for group in self._groups for weight in group]
+
+    def layouts(self) -> list[Layout]:
+        """Return that all is whole."""
+        weights = list(chain.from_iterable(self._groups))
+        return [whole_layout(weights, weights)]
 
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""
@@ -81,6 +91,10 @@ class WholeMasters:
     def masters(self) -> list[Tensor]:
         """One for each weight."""
         return self._masters
+
+    def layouts(self) -> list[Layout]:
+        """Return that all is whole."""
+        return [whole_layout(self._weights, self._masters)]
 
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""
@@ -124,6 +138,10 @@ class HostMasters:
         """One for each weight."""
         return self._masters
 
+    def layouts(self) -> list[Layout]:
+        """Return that all is whole."""
+        return [whole_layout(self._weights, self._masters)]
+
     def _take(self, position: int, weight: Tensor) -> None:
         assert weight.grad is not None
         gradient, former = weight.grad.to("cpu"), self._sums.get(position)
@@ -162,6 +180,21 @@ class FlatPartitions:
     def masters(self) -> list[Tensor]:
         """This rank's stretch of each group of weights."""
         return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def layouts(self) -> list[Layout]:
+        """Return that of each group."""
+        deepspeed = self._optimizer
+        return [
+            flat_layout(
+                deepspeed.round_robin_bit16_groups[i],
+                [meta.shape for meta in deepspeed.round_robin_bit16_meta[i]],
+                begins=deepspeed.round_robin_bit16_offsets[i],
+                master=master,
+                rank=dist.get_rank(),
+                num_ranks=dist.get_world_size(),
+            )
+            for i, master in enumerate(self.masters)
+        ]
 
     def add_micro_batch(self) -> None:
         """Do nothing: DeepSpeed adds."""
@@ -228,11 +261,26 @@ class ScatteredShares:
 
     def __init__(self, engine: Any) -> None:
         self._optimizer = engine.optimizer
+        for layout in self.layouts():
+            clear_gaps(layout)
 
     @property
     def masters(self) -> list[Tensor]:
         """This rank's shares, laid end to end by group."""
         return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def layouts(self) -> list[Layout]:
+        """Return that of each of DeepSpeed's groups."""
+        return [
+            shared_layout(
+                weights,
+                [weight.ds_shape for weight in weights],
+                master=master,
+                rank=dist.get_rank(),
+                num_ranks=dist.get_world_size(),
+            )
+            for weights, master in zip(self._optimizer.fp16_groups, self.masters, strict=True)
+        ]
 
     def add_micro_batch(self) -> None:
         """Do nothing: autograd and DeepSpeed add."""

@@ -20,7 +20,7 @@ from training.launch.placement import is_slurm_task
 from training.loop.compilation import is_compiled
 from training.loop.memory import keep_activations
 from training.loop.optimizers.choice import choose_rule
-from training.loop.optimizers.rule import RATE_FACTOR
+from training.loop.optimizers.rule import RATE_FACTOR, networks_of
 from training.loop.partitions import find_partitions
 from training.loop.products import choose_products
 from training.loop.sizes import MAX_EXCHANGED, TAKEN_AT_ONCE
@@ -118,6 +118,7 @@ class ZeroModel:
             is_on_host=settings.offload == "optimizer",
         )
         self.masters = self._partitions.masters
+        self.rule.place(self.optimizer, self._partitions.layouts(), device=self.device)
         if settings.dtype == "bf16":
             # DeepSpeed makes the masters of weights it has rounded.
             self.scatter_masters(starting_weights)
@@ -159,20 +160,21 @@ class ZeroModel:
     def update(self, learning_rate: float, *, is_ruined: Tensor) -> Update:
         """Clip the gradient, step the optimizer, forget the gradient; all without asking the host.
 
-        Each of the optimizer's groups is clipped by its own norm, as the networks that they are of know nothing of
-        each other.
+        A network and its critic are each clipped by the norm of their own gradient, as they know nothing of each other.
         A gradient that is not finite changes nothing, nor does any where `is_ruined`, a scalar on the device that is
         the same on all ranks, says so: neither masters and moments nor the weights the network computes with.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         gradients = self._partitions.gradients()
-        norms = self._norms(gradients).to(self.device)
+        networks = networks_of(self.optimizer.param_groups)
+        norms = self._norms(gradients, networks).to(self.device)
         norm = norms.square().sum().sqrt()
         is_skipped = norm.isfinite().logical_not() | is_ruined
         clip, *others = ((norms + 1e-6) / self.settings.gradient_clip).clamp(min=1.0)
-        for group, other in zip(gradients[1:], others, strict=True):
-            torch.ops.aten._foreach_mul_.Tensor(group, (clip / other).to(group[0]))
+        for group, network in zip(gradients, networks, strict=True):
+            if network:
+                torch.ops.aten._foreach_mul_.Tensor(group, (clip / others[network - 1]).to(group[0]))
         # What torch's GradScaler gives a fused optimizer: it divides by the one and does nothing where the other is 1.
         place = self.masters[0].device
         vars(self.optimizer).update(grad_scale=clip.float().to(place), found_inf=is_skipped.float().to(place))
@@ -180,9 +182,11 @@ class ZeroModel:
         self.engine.global_steps += 1
         return Update(norm, is_skipped)
 
-    def _norms(self, gradients: list[list[Tensor]]) -> Tensor:
-        """Return the norm of each group over all ranks, float64 on the device."""
-        squares = torch.stack([_square(group) for group in gradients])
+    def _norms(self, gradients: list[list[Tensor]], networks: list[int]) -> Tensor:
+        """Return the norm of each network over all ranks, float64 on the device, from groups of `networks`."""
+        pairs = list(zip(gradients, networks, strict=True))
+        pieces = [[each for group, of in pairs if of == network for each in group] for network in sorted(set(networks))]
+        squares = torch.stack([_square(each) for each in pieces])
         if self.is_sharded:
             dist.all_reduce(squares)
         return squares.sqrt()
@@ -261,6 +265,10 @@ class ZeroModel:
             os.environ[WEIGHTS_ONLY] = former or "0"
         if path is None:
             raise FileNotFoundError(f"{folder / tag} has no state that DeepSpeed finds")
+        for master, state in self.optimizer.state.items():
+            # Of other ranks, it has given all masters one and the same count of steps, and on the CPU.
+            state["step"] = state["step"].to(master.device, copy=True)
+        self.rule.prepare(self.optimizer)
 
     @contextlib.contextmanager
     def masters_as(self, values: list[Tensor]) -> Iterator[None]:

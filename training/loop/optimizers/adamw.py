@@ -1,6 +1,6 @@
 """AdamW as torch fuses it, with moments in fp32."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.config import StageTraining
+from training.loop.layout import Layout
 from training.loop.optimizers.rule import weight_groups
 from training.loop.sizes import PIECE_SIZE
 
@@ -26,6 +27,9 @@ class TorchAdamW:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+
+    def place(self, optimizer: Optimizer, layouts: Sequence[Layout], *, device: torch.device) -> None:
+        """Do nothing: it is element by element."""
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Do nothing: all state is in the precision of the masters."""

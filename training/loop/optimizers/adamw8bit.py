@@ -8,7 +8,7 @@ and it compiles at its first step on any device. Here a last block is filled up,
 # E elements of a weight, N blocks of them
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from training.config import StageTraining
 from training.loop.compilation import is_step_compiled
-from training.loop.optimizers.rule import weight_groups
+from training.loop.layout import Layout
+from training.loop.optimizers.rule import let_zero_shard, weight_groups
 from training.loop.sizes import PIECE_SIZE
 
 BLOCK_SIZE = 256
@@ -179,11 +180,11 @@ class BlockAdamW:
 
     def make(self, weights: Mapping[str, nn.Parameter], settings: StageTraining) -> Optimizer:
         """Return the optimizer, which DeepSpeed is told to shard like others: it is element by element."""
-        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-        if AdamW8bit not in ZERO_SUPPORTED_OPTIMIZERS:
-            ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
+        let_zero_shard(AdamW8bit)
         return AdamW8bit(weight_groups(weights, settings), settings)
+
+    def place(self, optimizer: Optimizer, layouts: Sequence[Layout], *, device: torch.device) -> None:
+        """Do nothing: it is element by element."""
 
     def prepare(self, optimizer: Optimizer) -> None:
         """Make all state, so that what DeepSpeed loads finds its precision."""
