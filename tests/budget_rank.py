@@ -41,7 +41,7 @@ from training.stages.networks import blank_copies, count_weights
 from training.stages.shared_weights import SharedWeights
 from training.stages.trainable import trainable_of
 
-PIECE_SIZE = 4096
+PIECE_SIZE = 16384
 CPU = torch.device("cpu")
 
 
@@ -136,7 +136,7 @@ def count(case: Case, settings: StageTraining) -> dict[str, int]:
         for network in others.values():
             network.to(dtype=model.dtype)
         networks = Networks(objective.networks, model=model, averages=Averages(model), others=others)
-        for _ in range(3):
+        for _ in range(2):  # the first makes the state of the optimizer, and the second takes all there is
             update_meter = UpdateMeter(model)
             for i in range(settings.num_micro_batches):
                 # As the reader gives them: what was read ahead lies ready.

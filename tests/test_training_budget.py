@@ -1,6 +1,6 @@
 """One model of memory: what it reckons is the peak of living storages that a dispatch mode counts in the real loop.
 
-From before the networks are made to after three updates, under DeepSpeed, of networks of three sizes.
+From before the networks are made to after two updates, under DeepSpeed, of networks of three sizes.
 """
 
 import json
