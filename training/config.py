@@ -307,7 +307,7 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
                 logit_std=self.flow_logit_std,
                 student=student,
             )
-        return ddpm_spec(min_snr_gamma=self.min_snr_gamma, student=student)
+        return ddpm_spec(min_snr_gamma=self.min_snr_gamma, times_density=self.ddpm_times_density, student=student)
 
     @property
     def critic_learning_rate(self) -> float:

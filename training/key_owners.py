@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from errors import UserError
 
+DDPM_TIMES = ("ddpm_logit_std", "ddpm_logit_mean", "ddpm_importance_weights")
 PROCESS_KEYS = {
-    "ddpm": ("min_snr_gamma",),
+    "ddpm": ("min_snr_gamma", *DDPM_TIMES),
     "flow": ("flow_shift", "flow_logit_mean", "flow_logit_std", "flow_prediction"),
 }
 OBJECTIVE_KEYS = {
@@ -23,7 +24,7 @@ NETWORK_KEYS = {
 }
 EMA_KEYS = {"exponential": ("ema_decay",), "power": ("ema_lengths", "ema_snapshot_every")}
 # Of the loss that a process has of its own, and of the times that it is taken at.
-LOSS_KEYS = ("min_snr_gamma", "flow_logit_mean", "flow_logit_std")
+LOSS_KEYS = ("min_snr_gamma", *DDPM_TIMES, "flow_logit_mean", "flow_logit_std")
 OTHER_LOSSES = ("consistency", "distribution_matching")
 OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "process": PROCESS_KEYS,

@@ -16,6 +16,7 @@ from errors import UserError
 from pixart.processes.dpm_solver import dpm_solver
 from pixart.processes.process import ProcessLoss
 from pixart.processes.specs import DDPM_SCHEDULE, ddpm_spec, lcm_student, require_solver
+from pixart.processes.timesteps import timestep_probabilities
 
 NATS_PER_BIT = math.log(2.0)
 EIGHT_BIT_STEP = 2 / 255  # one of 256 levels when values span [-1, 1]
@@ -28,6 +29,7 @@ class DDPM:
 
     `schedule` is in the words of diffusers' schedulers. `min_snr_gamma` caps the squared error's weight at high
     signal-to-noise ratio (min-SNR, 5 is usual). `sampler` sets diffusers' DPM-Solver++ otherwise than it is by itself.
+    `times_density` makes the timesteps trained at logit-normal, as `ddpm_spec` says; without it all are alike.
     `student` says what a network that was distilled was made for, see `lcm_student`; it is drawn with LCM.
     """
 
@@ -36,6 +38,7 @@ class DDPM:
         schedule: Mapping[str, Any] = DDPM_SCHEDULE,
         *,
         min_snr_gamma: float | None = None,
+        times_density: Mapping[str, Any] | None = None,
         sampler: Mapping[str, Any] | None = None,
         student: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
@@ -55,6 +58,12 @@ class DDPM:
         self.sampler = dict(sampler or {})
         self.student = None if student is None else dict(student)
         self.num_times = len(betas)
+        self.times_density = None if times_density is None else dict(times_density)
+        self._cumulative, self._importance = None, None
+        if times_density is not None:
+            probabilities = timestep_probabilities(self.num_times, **times_density)
+            self._cumulative = probabilities.cumsum(0).to(device)
+            self._importance = table(1 / (self.num_times * probabilities)) if times_density["is_weighted"] else None
         self.alphas_cumprod = table(alphas_cumprod)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
         self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
@@ -66,15 +75,24 @@ class DDPM:
     @property
     def spec(self) -> dict[str, Any]:
         """All that makes this process again, as JSON."""
-        return ddpm_spec(self.schedule, min_snr_gamma=self.min_snr_gamma, sampler=self.sampler, student=self.student)
+        return ddpm_spec(
+            self.schedule,
+            min_snr_gamma=self.min_snr_gamma,
+            times_density=self.times_density,
+            sampler=self.sampler,
+            student=self.student,
+        )
 
     def out_channels(self, channels: int) -> int:
         """Channels of the output: those of the noise, and as many of the variance."""
         return 2 * channels
 
     def times(self, draws: Tensor) -> Tensor:
-        """Timesteps int64 [B], each as likely as any other, from uniform `draws` [B]."""
-        return (draws * self.num_times).long()
+        """Timesteps int64 [B] from uniform `draws` [B]: each as likely as any other, or as `times_density` says."""
+        if self._cumulative is None:
+            return (draws * self.num_times).long()
+        times = torch.searchsorted(self._cumulative, draws.double(), right=True)
+        return times.clamp(max=self.num_times - 1)  # the sum of all probabilities is rounded
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Noisy latents at timesteps `times` [B], fp32 [B, C, h, w] (DDPM eq. 4)."""
@@ -107,6 +125,7 @@ class DDPM:
         Its parts are `mse` of the noise and `vlb`, the variational bound in bits per value. The noise learns from its
         squared error alone, the variance from the bound alone. The bound of one timestep is weighted T/1000: IDDPM's
         lambda = 0.001 times the T terms one of them stands for. `latents` do not matter once the noise is known.
+        Where `times_density` is weighted, a loss counts as much more as its timestep is less likely than on average.
         """
         noise_output, variance_output = output.float().chunk(2, dim=1)
         noise_error = noise_output - noise.float()
@@ -116,7 +135,10 @@ class DDPM:
         if self.min_snr_gamma is not None:
             snr = self.alphas_cumprod[times] / (1 - self.alphas_cumprod[times])
             weight = snr.clamp(max=self.min_snr_gamma) / snr
-        return ProcessLoss(weight * mse + self.num_times / 1000 * vlb, {"mse": mse, "vlb": vlb})
+        total = weight * mse + self.num_times / 1000 * vlb
+        if self._importance is not None:
+            total = self._importance[times] * total
+        return ProcessLoss(total, {"mse": mse, "vlb": vlb})
 
     def vlb_term(self, noise_error: Tensor, variance_output: Tensor, times: Tensor) -> Tensor:
         """Term of the variational bound at each sample's timestep, bits per value [B] (IDDPM eq. 4-6).

@@ -14,7 +14,7 @@ from pixart.processes.specs import SOLVERS, is_spec
 
 # What a spec may have beside its name, prediction and schedule.
 FLOW_SETTINGS = {"sampler", "student"}
-DDPM_SETTINGS = {"sampler", "min_snr_gamma", "student"}
+DDPM_SETTINGS = {"sampler", "min_snr_gamma", "times_density", "student"}
 
 
 def process_of(spec: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Process:

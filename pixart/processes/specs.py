@@ -45,15 +45,19 @@ def ddpm_spec(
     schedule: Mapping[str, Any] = DDPM_SCHEDULE,
     *,
     min_snr_gamma: float | None = None,
+    times_density: Mapping[str, Any] | None = None,
     sampler: Mapping[str, Any] | None = None,
     student: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the spec of PixArt's own process: the network predicts the noise and, beside it, a variance.
 
+    `times_density` holds `logit_mean` and `logit_std` of timesteps that are not all as likely in training, and
+    `is_weighted`, whether losses make up for that.
     `sampler` holds settings of diffusers' DPM-Solver++, where they are not its defaults; `student` says of a network
     that was distilled what it was made for, as `lcm_student` gives it.
     """
     spec = {"name": "ddpm", "prediction": "noise", "schedule": dict(schedule)}
+    spec = spec if times_density is None else spec | {"times_density": dict(times_density)}
     return _with_settings(spec, min_snr_gamma=min_snr_gamma, sampler=sampler, student=student)
 
 

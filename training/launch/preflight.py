@@ -348,6 +348,8 @@ def _describe_process(job: TrainingJob) -> str:
     settings = job.settings
     if settings.process == "ddpm":
         what = "ddpm, noise and learned variance"
+        if settings.ddpm_logit_std is not None:
+            what += f", logit-normal times ({settings.ddpm_logit_mean:g}, {settings.ddpm_logit_std:g})"
     else:
         times = f"logit-normal times ({settings.flow_logit_mean:g}, {settings.flow_logit_std:g})"
         said = "velocity" if settings.flow_prediction == "velocity" else "noise, of which the velocity is reckoned"
