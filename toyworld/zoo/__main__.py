@@ -24,14 +24,10 @@ def train(name: str, weights: Path) -> None:
 
     torch.set_num_threads(1)  # the networks are too small for more
     folder, vae_folder = weights / name, weights / "vae"
-    if name == "vae":
+    if name in ("vae", "vae-8"):
         from toyworld.zoo import vae
 
-        vae.train(folder, num_steps=vae.NUM_STEPS)
-    elif name == "vae-8":
-        from toyworld.zoo import vae
-
-        vae.train(folder, latent_channels=8, num_steps=vae.NUM_STEPS_OF_SECOND, seed=vae.SEED + 1)
+        vae.train(name, folder)
     elif name == "t5":
         from toyworld.zoo import text_encoder
 

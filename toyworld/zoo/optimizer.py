@@ -1,4 +1,4 @@
-"""What all five trainings share: Muon for matrices, AdamW for the rest, one learning-rate curve, averaged weights."""
+"""What this room's trainings share: Muon for matrices, AdamW for the rest, one curve of rates, averaged weights."""
 
 import math
 from collections.abc import Iterable

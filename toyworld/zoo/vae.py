@@ -2,10 +2,16 @@
 
 A second one, of 8 latent channels and from another seed, stands where weights move on to another VAE.
 
-Trained on rendered scenes alone (it never sees what a scene holds): reconstruction and a light KL term, mostly at 64
-pixels, every few steps at another size. 14 minutes on one core (34 dB).
+Trained by `python -m training` with recipes/toyworld-zoo-vae.toml, on rendered scenes alone (it never sees what a scene
+holds): reconstruction and a light KL term, mostly at 64 pixels.
 """
 
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +21,22 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from pipelines.engine.progress import get_logger
+from pipelines.store.checkpoints import find_checkpoint
+from pipelines.store.files import atomic_file
 from toyworld.render import render
 from toyworld.scenes import random_scene
-from toyworld.zoo.optimizer import Trainer
 
 # B batch, H height pixels, W width pixels
 
-log = get_logger("toyworld.zoo")
-
-SEED = 1
-NUM_STEPS = 3000
-NUM_STEPS_OF_SECOND = 1200
-BATCH_SIZE = 16
-_LEARNING_RATE = 2e-3
-_KL_WEIGHT = 2e-4
-_OTHER_SIZES = ((96, 64), (64, 96), (96, 96), (128, 128), (128, 64), (64, 128))
-_PIXELS_PER_BATCH = BATCH_SIZE * 64 * 64
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "toyworld-zoo-vae.toml"
+NUM_STEPS: int | None = None  # as the recipe says
+LARGE_SIZES = ((96, 96), (128, 64), (64, 128))
+# Name, pictures and their sizes in turn; one shard is held out.
+SHARDS = (
+    *((f"square_{number}", 1000, ((64, 64),)) for number in range(24)),
+    ("square_held", 64, ((64, 64),)),
+    *((f"large_{number}", 750, LARGE_SIZES) for number in range(4)),
+)
 
 
 def image_batch(rng: np.random.Generator, num_images: int, *, width: int, height: int) -> Tensor:
@@ -65,55 +70,36 @@ def mean_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return (-10 * error.log10()).mean().item()
 
 
-def build(*, latent_channels: int = 4) -> AutoencoderKL:
-    """The untrained network; two norm groups, because more of them wipe out absolute colour at this width."""
-    make: Any = AutoencoderKL
-    return make(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=2,
-        mid_block_add_attention=False,
-        sample_size=64,
-    )
+def train(name: str, folder: Path) -> None:
+    """Train the stage `name` of the recipe on pictures drawn for it, and save it in `folder`, fp16 on disk."""
+    with tempfile.TemporaryDirectory(prefix="toyworld-zoo-") as temporary:
+        run = Path(temporary) / "run"
+        _draw_pictures(run / "raw")
+        for table in ("square", "large"):
+            _run("features", run, table)
+        typed = [] if NUM_STEPS is None else ["--set", f"training.{name}.num_steps={NUM_STEPS}"]
+        _run("training", run, name, *typed)
+        checkpoint = find_checkpoint(run / "training" / name)
+        assert checkpoint is not None, "a stage that ends well leaves one"
+        vae: Any = load(checkpoint.weights)
+        vae.to(torch.float16).save_pretrained(folder)
 
 
-def train(folder: Path, *, latent_channels: int = 4, num_steps: int, seed: int = SEED) -> None:
-    """Train and save to `folder`, fp16 on disk, with the scaling factor that gives latents unit deviation."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    vae = build(latent_channels=latent_channels)
-    trainer = Trainer(vae, num_steps=num_steps, learning_rate=_LEARNING_RATE, average_decay=0.995)
-    for step in range(num_steps):
-        width, height = _size_of_step(step)
-        num_images = _PIXELS_PER_BATCH // (width * height)
-        images = image_batch(rng, num_images, width=width, height=height)
-        loss = _loss(vae, images)
-        trainer.step(loss)
-        if (step + 1) % 250 == 0 or step + 1 == num_steps:
-            held_out = image_batch(np.random.default_rng(0), 64, width=64, height=64)
-            log.info("vae step %d loss %.4f psnr %.2f dB", step + 1, loss.item(), mean_psnr(trainer.averaged, held_out))
-    averaged: Any = trainer.averaged
-    averaged.register_to_config(scaling_factor=_scaling_factor(averaged, rng))
-    averaged.to(torch.float16).save_pretrained(folder)
+def _draw_pictures(raw: Path) -> None:
+    """Write shards of scenes: square ones of 64 pixels, larger ones of other aspect ratios, and some held out."""
+    for name, num_pictures, sizes in SHARDS:
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        with atomic_file(raw / f"{name}.tar") as path, tarfile.open(path, "w") as tar:
+            for number in range(num_pictures):
+                width, height = sizes[number % len(sizes)]
+                data = io.BytesIO()
+                render(random_scene(rng), width, height, rng=rng).save(data, "PNG")
+                member = tarfile.TarInfo(f"{name}-{number:06d}.png")
+                member.size = data.tell()
+                data.seek(0)
+                tar.addfile(member, data)
 
 
-def _size_of_step(step: int) -> tuple[int, int]:
-    return _OTHER_SIZES[step // 4 % len(_OTHER_SIZES)] if step % 4 == 3 else (64, 64)
-
-
-def _loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        posterior = encode(vae, images)
-        decoded = decode(vae, posterior.sample())
-    error = decoded.float() - images
-    kl_per_latent = posterior.kl().float().mean() / posterior.mean[0].numel()
-    return 2 * error.square().mean() + 0.3 * error.abs().mean() + _KL_WEIGHT * kl_per_latent
-
-
-def _scaling_factor(vae: AutoencoderKL, rng: np.random.Generator) -> float:
-    with torch.no_grad():
-        latents = encode(vae, image_batch(rng, 512, width=64, height=64)).sample()
-    return round(1 / latents.std().item(), 4)
+def _run(room: str, run: Path, stage: str, *typed: str) -> None:
+    arguments = ["--recipe", str(RECIPE), "--run", str(run), "--stage", stage, *typed]
+    subprocess.run([sys.executable, "-m", room, *arguments], check=True)

@@ -6,6 +6,7 @@ gradients have in common count as much as others. Rates are AdamW's: an update i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,19 @@ MOMENTUM = 0.95  # as torch.optim.Muon's
 
 
 def is_matrix_of_block(name: str, weight: Tensor) -> bool:
-    """Whether Muon takes a weight: the matrix of a linear layer of a block, also of an adapter beside one."""
+    """Whether Muon takes a weight: the matrix of a linear layer of a block, also of an adapter beside one.
+
+    And of a codec each convolution, [m, k, height, width]: of all that one output reads, a row.
+    """
+    if name.startswith(("encoder.", "decoder.")):
+        return name.endswith(".weight") and weight.ndim >= 2
     return "blocks." in name and name.endswith(".weight") and weight.ndim == 2 and "modulation" not in name
+
+
+def _as_matrices(layout: Layout) -> Layout:
+    """Return a layout in which a convolution [m, k, height, width] is the matrix [m, k height width]."""
+    weights = [replace(each, shape=torch.Size((each.shape[0], each.shape[1:].numel()))) for each in layout.weights]
+    return replace(layout, weights=weights)
 
 
 class Muon(Optimizer):
@@ -63,7 +75,7 @@ class Muon(Optimizer):
     def place(self, layouts: Sequence[Layout], *, device: torch.device) -> None:
         """Take note where weights lie in masters, which are stepped layout by layout, and where products are fast."""
         self._device = device
-        self._layouts = [only_of(layout, self._matrices) for layout in layouts]
+        self._layouts = [_as_matrices(only_of(layout, self._matrices)) for layout in layouts]
         self._turns = [turns_of(layout) for layout in self._layouts]
         self._is_of_matrices = {id(master) for layout in self._layouts for master in layout.masters}
 
