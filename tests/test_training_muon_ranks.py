@@ -22,6 +22,8 @@ from training.launch.placement import on_this_machine
 from training.launch.ranks import rank_environment
 from training.loop.optimizers.muon import is_matrix_of_block
 
+# Ranks of all cases are in the first test's time.
+pytestmark = pytest.mark.timeout(900)
 STAGES = (0, 1, 2, 3)
 
 
@@ -35,20 +37,20 @@ def case_of(name: str, zero_stage: int, *, saves: bool = False, from_case: str |
 CASES: dict[int, list[Case]] = {
     2: [
         *(case_of(f"2-{stage}", stage, saves=True) for stage in STAGES),
-        *(case_of(f"2-{stage}-twice", stage, gradient_accumulation_steps=2) for stage in (1, 2, 3)),
+        *(case_of(f"2-{stage}-twice", stage, gradient_accumulation_steps=2) for stage in (2, 3)),
         *(case_of(f"2-{stage}-lora", stage, trains="lora") for stage in (1, 3)),
         *(case_of(f"2-{stage}-part", stage, trains=MATRICES) for stage in (2, 3)),
-        *(case_of(f"2-{stage}-bf16", stage, dtype="bf16") for stage in STAGES),
+        *(case_of(f"2-{stage}-bf16", stage, dtype="bf16") for stage in (0, 1, 3)),
         case_of("2-3-torch", 3),
     ],
     1: [
-        *(case_of(f"1-{stage}", stage) for stage in (0, 2, 3)),
+        *(case_of(f"1-{stage}", stage) for stage in (0, 2)),
         case_of("1-3-from-2", 3, from_case="2-3"),
         case_of("1-0-offload", 0, dtype="bf16", offload="optimizer"),
         case_of("1-0-bf16", 0, dtype="bf16"),
     ],
     3: [
-        *(case_of(f"3-{stage}", stage) for stage in (1, 2, 3)),
+        *(case_of(f"3-{stage}", stage) for stage in (2, 3)),
         case_of("3-1-from-2", 1, from_case="2-1"),
         case_of("3-1-torch", 1),
     ],
@@ -60,7 +62,7 @@ def run(folder: Path, cases: list[Case], *, num_ranks: int) -> None:
     arguments = [str(folder), *(json.dumps(asdict(case)) for case in cases)]
     numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     ranks = [WarmProcess("muon_ranks", arguments, changed=environment | each) for each in numbers]
-    said = [rank.communicate(timeout=250)[1] for rank in ranks]
+    said = [rank.communicate(timeout=400)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * num_ranks, said
 
 
@@ -153,7 +155,7 @@ def test_ranks_step_as_one_process_does(folder: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_in_bf16_ranks_step_as_one_does(folder: Path, stage: int) -> None:
     """Other sums of gradients, in bf16, take them no further apart than bf16 takes one rank from itself in fp32."""
     network = network_of(case_named("1-0-bf16").settings)
