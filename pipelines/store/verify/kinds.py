@@ -337,7 +337,12 @@ PREFERENCE = FolderKind(
 )
 SCORES = FolderKind(place=r"evaluation/(?P<stage>[^/]+)", door=Door("eval", OF_STAGE))
 # Its entries are made under different settings, captions under others than samples, so no manifest sums them up.
-JUDGE = FolderKind(place=r"judge", door=Door("judge"), has_manifest=False)
+JUDGE = FolderKind(
+    place=r"judge",
+    door=Door("judge"),
+    files=(FileKind(pattern="questions.jsonl", check=lines_damage),),
+    has_manifest=False,
+)
 
 WITH_IMAGES = (SAMPLES, PROMPT_SAMPLES, SCORED_SAMPLES)
 
