@@ -36,7 +36,7 @@ TABLES = (
 )
 EXTENDS = "extends"
 # Keys that are tables and no named ones, for rooms that do not own the table.
-KEYS_THAT_ARE_TABLES = ("networks", "lora", "consistency", "matching")
+KEYS_THAT_ARE_TABLES = ("networks", "lora", "consistency", "matching", "codec", "reconstruction")
 # A name is that of a folder, too.
 TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 

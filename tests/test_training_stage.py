@@ -294,7 +294,7 @@ def test_a_stage_of_any_name_reads_and_starts_from_what_its_table_says(run: Path
         (2, "extends=stage2", "training.stage2.extends = 'stage2' goes in a circle"),
         (2, "extends=stage9", "training.stage2.extends = 'stage9' names no table"),
         (2, "objective=guess", r"training\.stage2\.objective = 'guess': Input should be 'denoise'"),
-        (2, "network=unet", r"training\.stage2\.network = 'unet': Input should be 'dit' or 'pixart'"),
+        (2, "network=unet", r"training\.stage2\.network = 'unet': Input should be 'dit', 'pixart' or 'vae'"),
         (2, "init_from=scratch", r"training\.stage2\.init_from is called starts_from now"),
     ],
 )
