@@ -1,7 +1,9 @@
-"""How the run's page writes figures: filters of its template."""
+"""The pages' templates, and how they write figures: filters."""
 
 import re
+from pathlib import Path
 
+import jinja2
 from markupsafe import Markup, escape
 
 
@@ -36,3 +38,16 @@ def with_code(text: str) -> Markup:
 
 
 FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason, "with_code": with_code}
+
+
+def page_template(name: str) -> jinja2.Template:
+    """Return a template of `toyworld/templates` ; a name that it is not given is an error, and text no markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    return environment.get_template(name)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from errors import MissingFileError
@@ -25,7 +24,7 @@ from toyworld.curation import TARGET, curation
 from toyworld.edges_scoring import GRID_NAME, LED_TARGETS
 from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
-from toyworld.page_filters import FILTERS
+from toyworld.page_filters import page_template
 from toyworld.previews import PreviewRow, preview_rows
 from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
@@ -34,7 +33,6 @@ log = get_logger("toyworld")
 
 PAGE_NAME = "index.html"
 METRICS_NAME = "metrics.jsonl"
-TEMPLATES = Path(__file__).parent / "templates"
 PAPER_STAGES = {  # section 2.2
     "stage1": ("Stage 1", "pixel dependency", "a class-conditional DiT"),
     "stage2": ("Stage 2", "text-image alignment", "texts come in through cross-attention to T5"),
@@ -141,15 +139,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     # Other recipes have what they show beside some of its parts alone.
     is_given = recipe.tables.get("captioning", {}).get("engine") == "given"
     is_whole = has_world and MAIN_STAGE in recipe.names("training")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    page = environment.get_template("index.html.jinja").render(
+    page = page_template("index.html.jinja").render(
         name=run.resolve().name,
         recipe=recipe.path.name,
         total_seconds=sum(seconds.values()),

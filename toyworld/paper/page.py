@@ -5,13 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json, one_at_a_time
 from pipelines.store.summary import read_summary
-from toyworld.page_filters import FILTERS
+from toyworld.page_filters import page_template
 from toyworld.paper.about_cost import cost, cost_arithmetic
 from toyworld.paper.about_data import captions, dense_captions, nouns, tokens
 from toyworld.paper.about_drawing import compositionality, guidance, preference, samplers
@@ -23,7 +21,6 @@ from toyworld.paper.readings import WORLD_FOLDER, PaperRuns, find_runs
 log = get_logger("toyworld")
 
 PAGE_NAME, SUMMARY_NAME = "index.html", "summary.json"
-TEMPLATES = Path(__file__).parent.parent / "templates"
 FINDINGS: dict[str, Callable[[PaperRuns, Words], Finding]] = {
     "nouns": nouns,
     "captions": captions,
@@ -57,15 +54,7 @@ def write_page(folder: Path) -> Path:
     words = read_words()
     shown = {name: FINDINGS[name](runs, said) for name, said in words.items() if not said.why}
     counts = Counter(finding.verdict.label for finding in shown.values())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    page = environment.get_template("paper.html.jinja").render(
+    page = page_template("paper.html.jinja").render(
         claims=[(words[name], finding) for name, finding in shown.items()],
         others=[said for said in words.values() if said.why],
         labels=LABELS,

@@ -110,17 +110,8 @@ class OwnWeights:
         return load_diffusers(checkpoint / MODEL).state_dict()
 
 
-@dataclass(frozen=True)
-class CodecWeights:
+class CodecWeights(OwnWeights):
     """Weights of a codec: all, or those whose names fit shell patterns, as decoder.* where latents are to stay."""
-
-    trains: Literal["all"] | Sequence[str]
-    keeps_frozen: bool = True
-
-    def prepare(self, network: Trainee, *, seed: int, dtype: torch.dtype, key: str) -> None:
-        """Freeze the others."""
-        if self.trains != "all":
-            freeze_others(network, self.trains, key=key)
 
     def save(
         self,
