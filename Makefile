@@ -6,9 +6,9 @@ READY := $(VENV)/.ready
 PY := $(VENV)/bin/python
 
 DOORS := init recipe caption claims columns choose stats features buckets pack verify train convert sample eval app world judge subject detect edges follow spoil vote report paper-page nltk-data
-# All but that of the cache, which reads a finished demo.
-BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out benchmarks/__init__.py benchmarks/cache.py,$(wildcard benchmarks/*.py)))
-TARGETS := help demo demo-raw demo-dreambooth demo-vae demo-control demo-lcm demo-curation paper $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-gpu
+# All but that of the cache, which reads a finished demo, and that of quality, which trains for an hour.
+BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(filter-out $(addprefix benchmarks/,__init__.py cache.py quality.py),$(wildcard benchmarks/*.py)))
+TARGETS := help demo demo-paper demo-raw demo-dreambooth demo-vae demo-control demo-lcm demo-curation paper $(DOORS) zoo test test-faults check bench $(BENCHMARKS) bench-cache bench-quality bench-gpu
 .PHONY: $(TARGETS)
 .DEFAULT_GOAL := help
 # The targets of a line are steps, each of which reads what the ones before it have written.
@@ -51,13 +51,22 @@ zoo: $(READY)  ## Train the embedded toy models anew (an hour and a half on two 
 # -- the demo ---------------------------------------------------------------------------------------------------------
 
 DEMO := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo
+BY_PAPER := --no-print-directory RECIPE=recipes/toyworld-paper.toml RUN=runs/demo-paper
+
+# $1: the recipe and the run.
+define everything
+@$(MAKE) $1 world caption stats
+@set -e; for stage in 1 2 3; do $(MAKE) $1 features train sample STAGE=$$stage; done
+@$(MAKE) $1 judge
+@set -e; for stage in 2 3; do $(MAKE) $1 eval STAGE=$$stage; done
+@$(MAKE) $1 report
+endef
 
 demo: $(READY)  ## Everything on the toy world: captions, statistics, features, three stages, samples, one page
-	@$(MAKE) $(DEMO) world caption stats
-	@set -e; for stage in 1 2 3; do $(MAKE) $(DEMO) features train sample STAGE=$$stage; done
-	@$(MAKE) $(DEMO) judge
-	@set -e; for stage in 2 3; do $(MAKE) $(DEMO) eval STAGE=$$stage; done
-	@$(MAKE) $(DEMO) report
+	$(call everything,$(DEMO))
+
+demo-paper: $(READY)  ## The demo with the paper's own recipe of training
+	$(call everything,$(BY_PAPER))
 
 # SA-1B has no text of its own, so alt texts exist for the LAION-like half only. The demo's page then shows both runs.
 RAW := --no-print-directory RECIPE=recipes/toyworld.toml RUN=runs/demo-raw \
@@ -234,6 +243,9 @@ $(BENCHMARKS): bench-%: $(READY)
 
 bench-cache: $(READY)  ## Fewer block evaluations an image against points of the judge, of a finished demo (RUN=runs/demo)
 	@$(PY) -m benchmarks.cache $(if $(call given,RUN),--run "$$RUN")
+
+bench-quality: $(READY)  ## Steps and seconds until the judge is content: the paper's recipe against the demo's, an hour (SEEDS=3)
+	@$(PY) -m benchmarks.quality $(if $(call given,SEEDS),--seeds "$$SEEDS")
 
 bench-gpu: $(READY)  ## One CUDA device against what others do on it (PARTS=loop_256,caption_7b; TINY=1 on a CPU)
 	@$(PY) -m benchmarks.gpu $(if $(call given,PARTS),"$$PARTS") $(if $(filter-out 0,$(call given,TINY)),--tiny)

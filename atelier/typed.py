@@ -31,6 +31,7 @@ OF_PAPER = ("SEEDS", "PART")
 STEPS_OF_DEMO = ("world", "caption", "stats", "features", "train", "sample", "judge", "eval", "report")
 STEPS_OF = {
     "demo": STEPS_OF_DEMO,
+    "demo-paper": STEPS_OF_DEMO,
     "demo-raw": STEPS_OF_DEMO,
     "demo-dreambooth": ("subject", "caption", "features", "train", "detect"),
     "demo-control": ("edges", "caption", "features", "train", "sample", "follow"),
@@ -72,7 +73,7 @@ def variables_of(target: str) -> set[str]:
     if target in STEPS_OF:
         of_steps = set().union(*map(variables_of, STEPS_OF[target])).difference(DEMO_HAS)
         return of_steps | set(OF_PAPER) if target == "paper" else of_steps
-    return {"bench-cache": {"RUN"}, "bench-gpu": {"PARTS", "TINY"}}.get(target, set())
+    return {"bench-cache": {"RUN"}, "bench-gpu": {"PARTS", "TINY"}, "bench-quality": {"SEEDS"}}.get(target, set())
 
 
 def read_words(command: Sequence[str]) -> Iterator[Word]:
@@ -142,7 +143,11 @@ def _wrong_variable(word: Word, goals: Sequence[str], *, is_second: bool) -> str
         return f"the demo has a RECIPE, a RUN and stages of its own: leave {name}= out"
     if name == "RECIPE" and set(goals) & set(WITHOUT_RECIPE):
         return None
-    takers = [target for target in (*SUBCOMMANDS, "paper", "bench-cache", "bench-gpu") if name in variables_of(target)]
+    takers = [
+        target
+        for target in (*SUBCOMMANDS, "paper", "bench-cache", "bench-quality", "bench-gpu")
+        if name in variables_of(target)
+    ]
     return f"{' '.join(goals)} would ignore {name}: it belongs to {', '.join(takers)}; leave {name}= out"
 
 

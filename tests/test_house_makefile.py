@@ -41,6 +41,7 @@ TARGETS = [
     *SUBCOMMANDS,
     "help",
     "demo",
+    "demo-paper",
     "demo-raw",
     "demo-dreambooth",
     "demo-vae",
@@ -52,6 +53,7 @@ TARGETS = [
     "zoo",
     "bench-gpu",
     "bench-cache",
+    "bench-quality",
 ]
 
 
@@ -109,6 +111,8 @@ def test_benchmarks_get_theirs_as_they_were_typed(house) -> None:
     assert asked(house, "bench-gpu", "PARTS=a 'b' $5", "TINY=1")[0][1:] == ["benchmarks.gpu", "a 'b' $5", "--tiny"]
     assert asked(house, "bench-gpu", "TINY=0")[0][1:] == ["benchmarks.gpu"]
     assert asked(house, "bench-cache", "RUN=my run")[0][1:] == ["benchmarks.cache", "--run", "my run"]
+    assert asked(house, "bench-quality", "SEEDS=3")[0][1:] == ["benchmarks.quality", "--seeds", "3"]
+    assert asked(house, "bench-quality")[0][1:] == ["benchmarks.quality"]
 
 
 @pytest.mark.parametrize("target", ["caption", "train", "bench-gpu"])
@@ -144,6 +148,12 @@ def test_the_demo_takes_its_steps_one_by_one_whatever_jobs_are_typed(house) -> N
     ]
     assert steps_of(house, "-j4", "demo") == steps_of(house, "-s", "-j", "2", "demo") == steps
     assert all("N" in step.split("|")[0].split() for step in steps_of(house, "demo", "N=4"))
+
+
+def test_the_demo_by_the_paper_takes_the_same_steps(house) -> None:
+    by_paper = [step.split("|") for step in steps_of(house, "demo-paper", "N=4")]
+    assert [words for words, *_ in by_paper] == [step.split("|")[0] for step in steps_of(house, "demo", "N=4")]
+    assert {run for _, run, _ in by_paper} == {"runs/demo-paper"}
 
 
 def test_the_raw_half_of_the_demo_keeps_typed_settings_beside_its_own(house) -> None:

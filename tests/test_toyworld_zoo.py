@@ -304,7 +304,7 @@ def test_every_model_can_be_trained_anew(tmp_path, monkeypatch):
 
 
 def test_the_released_pixart_is_a_demos_stage_2(tmp_path) -> None:
-    with pytest.raises(MissingFileError, match=r"training/stage2 has no checkpoint yet: type `make demo` first"):
+    with pytest.raises(MissingFileError, match=r"training/stage2 has no checkpoint yet: type `make demo-paper` first"):
         release(tmp_path, tmp_path / "pixart")
     model = load_diffusers(RELEASED_FOLDER)
     assert model.kind == "pixart" and model.config.caption_channels == 96

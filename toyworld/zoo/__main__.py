@@ -13,7 +13,7 @@ log = get_logger("toyworld.zoo")
 
 # In the order of training: judge and dit need the VAE, clip begins with llava's vision tower, heads need the CLIP.
 NAMES = ("vae", "vae-8", "t5", "llava", "judge", "dit", "clip", "heads")
-RELEASED = "pixart"  # trained by a demo, which needs all of these
+RELEASED = "pixart"  # trained by `make demo-paper`, which needs all of these
 RELEASED_FOLDER = Path(__file__).parent.parent / "released" / RELEASED
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -62,7 +62,7 @@ def main() -> None:
         "names", nargs="*", metavar="name", help=f"any of {', '.join(NAMES)}; all when none is given; or {RELEASED}"
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder that holds one folder per model")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help=f"finished demo that gives {RELEASED}")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo-paper"), help=f"finished demo-paper that gives {RELEASED}")
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in (*NAMES, RELEASED):

@@ -1,4 +1,4 @@
-"""The embedded text-to-image PixArt, for fine-tuning: the EMA weights of a demo's stage 2, in half the bytes.
+"""The embedded text-to-image PixArt, for fine-tuning: the EMA weights of stage 2 of `make demo-paper`, in half the bytes.
 
 So it has seen the captions that the embedded LLaVA writes of 5,000 pictures, and no truth. It stands where people have
 a released checkpoint.
@@ -20,14 +20,14 @@ log = get_logger("toyworld.zoo")
 
 
 def release(run: Path, folder: Path) -> None:
-    """Write the demo's stage 2 to `folder` as fp16, in diffusers' layout, and what it was trained with.
+    """Write stage 2 of a run to `folder` as fp16, in diffusers' layout, and what it was trained with.
 
     Raises:
         MissingFileError: the run has no such stage yet.
     """
     checkpoint = find_checkpoint(run / "training" / STAGE)
     if checkpoint is None:
-        raise MissingFileError(f"{run}/training/{STAGE} has no checkpoint yet: type `make demo` first")
+        raise MissingFileError(f"{run}/training/{STAGE} has no checkpoint yet: type `make demo-paper` first")
     weights = checkpoint.path / MODEL
     save_diffusers(load_diffusers(weights).half(), folder)
     atomic_write_json(folder / ORIGINS_FILE, origins_of_folder(weights).to_json())
