@@ -14,6 +14,7 @@ from training_run import make_run, train
 
 from errors import UserError
 from pipelines.recipe import load_recipe
+from pipelines.store.checkpoints import DamagedCheckpointError, require_whole
 from pixart.convert import load_diffusers
 from training.config import StageTraining, stage_training
 from training.convert import main as convert
@@ -135,6 +136,9 @@ def test_a_stage_resumes_on_other_ranks_and_is_exported_at_any_length(tmp_path: 
     require_sound(straight, room="training")
     said = train(straight, 2, status=2, num_steps=9, starts_from="scratch")
     assert "trained with training.stage2.ema 'power', but it is 'exponential' now" in said
+    (ours / "step-9" / "second_average.safetensors").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"step-9 is damaged: second_average\.safetensors does not exist"):
+        require_whole(ours / "step-9")
     recipe = load_recipe(straight.parent / "recipe.toml", ["training.ema=power", "training.stage2.ema_decay=0.5"])
     with pytest.raises(UserError, match=r"ema_decay = 0\.5 is for ema exponential, but the stage's is 'power'"):
         stage_training(recipe, "stage2")

@@ -32,8 +32,9 @@ TRAINER = "trainer.json"
 MODEL = "model"
 ADAPTER = "adapter"
 CONTROL = "control"
-# Of stages that keep up two averages: the one that is not exported.
+# Of stages that keep up two averages: the one that is not exported, and in `trainer.json` the length of the other.
 SECOND_AVERAGE = "second_average.safetensors"
+AVERAGE_LENGTH = "average_length"
 WEIGHTS = {
     MODEL: f"{MODEL}/diffusion_pytorch_model.safetensors",
     ADAPTER: f"{ADAPTER}/adapter_model.safetensors",
@@ -208,7 +209,9 @@ def damage_of(folder: Path, *, is_thorough: bool = False) -> str | None:
         return damage
     if not (folder / STATE).is_dir():
         return f"{STATE}/ does not exist"
-    return _file_damage(folder, state_files(read_trainer(folder)), is_thorough=is_thorough)
+    trainer = read_trainer(folder)
+    second = [SECOND_AVERAGE] if AVERAGE_LENGTH in trainer else []
+    return _file_damage(folder, [*second, *state_files(trainer)], is_thorough=is_thorough)
 
 
 def weights_damage(folder: Path, *, is_thorough: bool = False) -> str | None:

@@ -62,7 +62,9 @@ def main() -> None:
         "names", nargs="*", metavar="name", help=f"any of {', '.join(NAMES)}; all when none is given; or {RELEASED}"
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder that holds one folder per model")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo-paper"), help=f"finished demo-paper that gives {RELEASED}")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo-paper"), help=f"finished demo-paper that gives {RELEASED}"
+    )
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in (*NAMES, RELEASED):

@@ -1,4 +1,4 @@
-"""The embedded text-to-image PixArt, for fine-tuning: the EMA weights of stage 2 of `make demo-paper`, in half the bytes.
+"""The embedded text-to-image PixArt, for fine-tuning: the EMA weights of `make demo-paper`, stage 2, in half the bytes.
 
 So it has seen the captions that the embedded LLaVA writes of 5,000 pictures, and no truth. It stands where people have
 a released checkpoint.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.weights import hub_repository
-from pipelines.store.checkpoints import TRAINER
+from pipelines.store.checkpoints import AVERAGE_LENGTH, TRAINER
 from pipelines.store.state_files import read_state
 from pixart.origins import Origins
 from pixart.processes.specs import student_of
@@ -18,7 +18,6 @@ from training.exports.students import describe_one_guidance, typed_steps
 
 CARD = "README.md"
 LICENCE = "FILL IN"
-AVERAGE_LENGTH = "average_length"
 OWN_SETTINGS = ("objective", "num_steps", "dtype", "seed", AVERAGE_LENGTH)  # of trainer.json itself
 # Of a stage's settings, what people ask for first; the rest stands in trainer.json.
 SETTINGS = (

@@ -23,7 +23,7 @@ from encoders.weights import identity_of
 from errors import MemoryShortageError, StorageError, UserError, describe_reason, is_out_of_memory, users_message
 from pipelines.command import parse_command, run_command
 from pipelines.store.bases import describe_base
-from pipelines.store.checkpoints import BASE, CONTROL, Checkpoint
+from pipelines.store.checkpoints import AVERAGE_LENGTH, BASE, CONTROL, Checkpoint
 from pipelines.store.files import atomic_write_bytes
 from training.codec.previews import open_codec_previews
 from training.codec.statistics import write_statistics
@@ -209,7 +209,7 @@ def describe(job: TrainingJob, survey: Survey, config: TraineeConfig) -> dict[st
         "kind": job.settings.network,
         "objective": job.settings.objective,
         "weights": "ema",
-        **({"average_length": job.settings.ema_lengths[0]} if job.settings.ema == "power" else {}),
+        **({AVERAGE_LENGTH: job.settings.ema_lengths[0]} if job.settings.ema == "power" else {}),
         "starts_from": job.settings.starts_from,
         "num_steps": job.settings.num_steps,
         "steering": job.settings.steering,
