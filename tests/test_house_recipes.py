@@ -64,6 +64,7 @@ FIRST_STAGES = {
     "pixart-sigma": ["sigma-vae", "sigma-256", "sigma-512"],
     "pixart-vae": ["vae", "vae-decoder"],
     "toyworld-zoo-vae": ["vae", "vae-8"],
+    "speedrun": ["speedrun-256", "speedrun-512"],
 }
 # Paper, Table 4: stage -> resolution, steps, batch size; the learning rate is 2e-5 throughout.
 TABLE_4 = {

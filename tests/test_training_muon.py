@@ -14,6 +14,7 @@ from torch import nn
 
 from training.config import StageTraining
 from training.loop.layout import Placed, flat_layout, shared_layout
+from training.loop.log import rate_of_matrices
 from training.loop.optimizers import muon, turns
 from training.loop.optimizers.muon import Muon, MuonOfBlocks, is_matrix_of_block
 from training.loop.optimizers.newton_schulz import num_multiplications
@@ -144,3 +145,16 @@ def test_ranks_have_all_of_each_matrix_once_and_about_as_much_to_do(num_ranks: i
         work[owner] += num_multiplications(weight.shape)
     largest = num_multiplications(torch.Size((96, 24)))
     assert max(work) <= sum(work) / num_ranks + 1.5 * largest
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ({"optimizer": "muon", "muon_learning_rate": 6e-3}, {"muon_learning_rate": 3e-3}),
+        ({"optimizer": "muon"}, {}),
+        ({"optimizer": "adamw"}, {}),
+    ],
+)
+def test_metrics_have_the_rate_of_matrices_where_it_is_another(typed: dict[str, Any], shown: dict[str, float]) -> None:
+    settings = StageTraining(network="pixart", learning_rate=2e-3, **typed)
+    assert rate_of_matrices(settings, 1e-3) == pytest.approx(shown)

@@ -77,6 +77,7 @@ class StepLog:
                 "update_norm": update_norm,
                 "skipped_steps": num_skipped,
                 "learning_rate": learning_rate,
+                **rate_of_matrices(settings, learning_rate),
                 **speed,
                 "peak_memory_gigabytes": _peak_memory_gigabytes(meter.device),
                 **costs(settings, device_seconds=progress.clock.device_seconds),
@@ -84,6 +85,13 @@ class StepLog:
         )
         if self._bar is not None:
             self._bar.note = f"loss {losses['loss']:.4f} · data wait {speed['data_wait_fraction']:.0%}"
+
+
+def rate_of_matrices(settings: StageTraining, learning_rate: float) -> dict[str, float]:
+    """Return Muon's rate where it is another one than AdamW's `learning_rate` of the same step."""
+    if settings.optimizer != "muon" or settings.muon_learning_rate is None:
+        return {}
+    return {"muon_learning_rate": learning_rate / settings.learning_rate * settings.muon_learning_rate}
 
 
 def open_log(job: TrainingJob, progress: Progress, stack: ExitStack, *, description: Mapping[str, Any]) -> StepLog:
