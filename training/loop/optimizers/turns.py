@@ -2,8 +2,8 @@
 
 A matrix is orthogonalised by one rank: of those that have as much of it as any, or nearly, the one with the least to
 do. Where ranks have one stretch of all weights each (ZeRO 1 and 2) few matrices travel, those that are cut; where each
-has a share of each weight (ZeRO 3) all do. They travel in bf16, which products are computed in anyway: nothing is
-rounded that would not be on one rank.
+has a share of each weight (ZeRO 3) all do. They travel in bf16, in which GPUs compute products anyway, and what stays
+is rounded alike: nothing is that would not be on one rank.
 
 Ranks take turns, so that memory is bounded: in one, each takes matrices of one shape, as many as are taken at once.
 """
