@@ -6,6 +6,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from pipelines.page_templates import page_template
+
 
 def percent(fraction: float) -> str:
     """Return a share in percent, with one decimal."""
@@ -40,14 +42,6 @@ def with_code(text: str) -> Markup:
 FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason, "with_code": with_code}
 
 
-def page_template(name: str) -> jinja2.Template:
-    """Return a template of `toyworld/templates` ; a name that it is not given is an error, and text no markup."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    return environment.get_template(name)
+def toy_template(name: str) -> jinja2.Template:
+    """Return a template of `toyworld/templates`, with these filters."""
+    return page_template(Path(__file__).parent / "templates" / name, FILTERS)

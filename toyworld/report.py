@@ -24,7 +24,7 @@ from toyworld.curation import TARGET, curation
 from toyworld.edges_scoring import GRID_NAME, LED_TARGETS
 from toyworld.few_steps import few_steps
 from toyworld.gallery import SampleExample, caption_examples, sample_examples
-from toyworld.page_filters import page_template
+from toyworld.page_filters import toy_template
 from toyworld.previews import PreviewRow, preview_rows
 from toyworld.score_curves import in_order_of_steps, score_curves
 from toyworld.scoring import CAPTIONS_NAME, SAMPLES_TABLE, TARGETS, sample_folders
@@ -139,7 +139,7 @@ def write_report(recipe: Recipe, run: Path) -> Path:
     # Other recipes have what they show beside some of its parts alone.
     is_given = recipe.tables.get("captioning", {}).get("engine") == "given"
     is_whole = has_world and MAIN_STAGE in recipe.names("training")
-    page = page_template("index.html.jinja").render(
+    page = toy_template("index.html.jinja").render(
         name=run.resolve().name,
         recipe=recipe.path.name,
         total_seconds=sum(seconds.values()),

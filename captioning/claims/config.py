@@ -6,12 +6,13 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.recipe import Decides, TableConfig
+from encoders.yes_no_keys import YesNoKeys
+from pipelines.recipe import Decides
 
 QUESTION = 'Is the following true of the image? "{claim}" Answer yes or no.'
 
 
-class ClaimsConfig(TableConfig):
+class ClaimsConfig(YesNoKeys):
     """`[captioning.claims]`; device, dtype, image limits, server and vLLM are those of `[captioning]`."""
 
     of: Sequence[str] = Field(
@@ -35,12 +36,6 @@ class ClaimsConfig(TableConfig):
         default="clauses",
         description="What a claim is: a clause or part of a list of an English sentence, or a whole sentence; of "
         "captions in other languages it is the sentence",
-    )
-    yes: Decides[Sequence[str]] = Field(
-        default=("yes",), min_length=1, description="Words that say a claim is true, in whatever case"
-    )
-    no: Decides[Sequence[str]] = Field(
-        default=("no",), min_length=1, description="Words that say it is not true, in whatever case"
     )
     min_answer_probability: Decides[float] = Field(
         default=0.05,
@@ -66,10 +61,6 @@ class ClaimsConfig(TableConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if both := {word.casefold() for word in self.yes} & {word.casefold() for word in self.no}:
-            raise ValueError(f"{sorted(both)[0]!r} is among the words of yes and of no")
-        if blank := [word for word in (*self.yes, *self.no) if not word.strip()]:
-            raise ValueError(f"{blank[0]!r} is no word of yes or no")
         if len(set(self.of)) < len(self.of):
             raise ValueError(f"of = {list(self.of)} names a column twice")
         if self.revision is not None and self.model is None:

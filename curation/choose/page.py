@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -17,10 +16,11 @@ from curation.choose.thumbnails import Shown, show_examples
 from pipelines.as_typed import typed_command, typed_flag
 from pipelines.columns.choice_counts import ChoiceCounts, ClauseCounts, by_source
 from pipelines.command import Command
+from pipelines.page_templates import page_template
 from pipelines.store.files import atomic_write_bytes
 
 PAGES_FOLDER = "choose"
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "choose.html.jinja"
 # Of what becomes of a sample: the class of its colour, and how it is called.
 FATES = {
     CHOSEN: ("kept", "chosen"),
@@ -95,15 +95,7 @@ def write_page(survey: Survey, command: Command) -> Path:
     settings = survey.table.settings
     shown = show_examples(survey.examples(), survey.table.choice, paths=survey.table.paths, command=command)
     cards = _Cards(survey, shown)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = shown_number
-    html = environment.get_template("choose.html.jinja").render(
+    html = page_template(TEMPLATE, {"number": shown_number}).render(
         run_name=command.run.absolute().name,
         settings=settings,
         total=survey.total,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
 
@@ -30,9 +29,10 @@ from dataset_stats.report.quality import (
 )
 from dataset_stats.report.score_tables import all_tables, claims_chart
 from dataset_stats.report.table1 import PAPER_ROWS, findings, sample_note
+from pipelines.page_templates import page_template
 from pipelines.store.files import atomic_write_bytes
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 NUM_BARS = 40
 # A histogram's axis has this quantile of the captions and a little more, but ends at twice the 95 % quantile, so that a
 # few endless captions do not press all others into one bar; those beyond the end share the last bar.
@@ -64,16 +64,8 @@ class ReportData:
 
 def write_report(path: Path, data: ReportData) -> None:
     """Render the report and write it atomically."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["json"] = _script_json
     charts = _charts(data)
-    html = environment.get_template("report.html.jinja").render(
+    html = page_template(TEMPLATE, {"json": _script_json}).render(
         data=data,
         paper_rows=PAPER_ROWS,
         findings=findings(data.measures, valid_threshold=data.valid_threshold),

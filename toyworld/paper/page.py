@@ -9,7 +9,7 @@ from errors import MissingFileError
 from pipelines.engine.progress import get_logger
 from pipelines.store.files import atomic_write_bytes, atomic_write_json, one_at_a_time
 from pipelines.store.summary import read_summary
-from toyworld.page_filters import page_template
+from toyworld.page_filters import toy_template
 from toyworld.paper.about_cost import cost, cost_arithmetic
 from toyworld.paper.about_data import captions, dense_captions, nouns, tokens
 from toyworld.paper.about_drawing import compositionality, guidance, preference, samplers
@@ -54,7 +54,7 @@ def write_page(folder: Path) -> Path:
     words = read_words()
     shown = {name: FINDINGS[name](runs, said) for name, said in words.items() if not said.why}
     counts = Counter(finding.verdict.label for finding in shown.values())
-    page = page_template("paper.html.jinja").render(
+    page = toy_template("paper.html.jinja").render(
         claims=[(words[name], finding) for name, finding in shown.items()],
         others=[said for said in words.values() if said.why],
         labels=LABELS,

@@ -1,18 +1,18 @@
 """`[evaluation.questions]`: who is asked about the images, and how."""
 
 import string
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from encoders.chat_config import ChatServerConfig
-from pipelines.recipe import Decides, TableConfig
+from encoders.yes_no_keys import YesNoKeys
+from pipelines.recipe import Decides
 
 DECIDES_MODE = "decides whether an answer is a likelihood or a word"
 
 
-class QuestionsConfig(TableConfig):
+class QuestionsConfig(YesNoKeys):
     """`[evaluation.questions]`, of `TASK=questions`; the benchmark is evaluation.prompt_set."""
 
     model: str | None = Field(default=None, description="Name of the vision-language model at the server")
@@ -30,8 +30,6 @@ class QuestionsConfig(TableConfig):
         description="soft: how likely the right answer is, of the server's likelihoods; hard: whether it is what is "
         "said; auto: soft where the server tells likelihoods",
     )
-    yes: Decides[Sequence[str]] = Field(default=("yes",), min_length=1, description="Words of yes, in whatever case")
-    no: Decides[Sequence[str]] = Field(default=("no",), min_length=1, description="Words of no, in whatever case")
     min_answer_probability: Decides[float] = Field(
         default=0.05,
         gt=0,
@@ -52,11 +50,3 @@ class QuestionsConfig(TableConfig):
         if fields != ["question"] or "<image>" in wording:
             raise ValueError("the wording holds {question} once, and no other placeholder nor <image>")
         return wording
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if both := {word.casefold() for word in self.yes} & {word.casefold() for word in self.no}:
-            raise ValueError(f"{sorted(both)[0]!r} is among the words of yes and of no")
-        if blank := [word for word in (*self.yes, *self.no) if not word.strip()]:
-            raise ValueError(f"{blank[0]!r} is no word of yes or no")
-        return self
