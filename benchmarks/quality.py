@@ -101,7 +101,7 @@ def door(name: str, recipe: str, run: Path, stage: str | None, settings: Sequenc
     """
     line = [sys.executable, "-m", "atelier", name, "--recipe", recipe, "--run", str(run)]
     line += ["--stage", stage] if stage else []
-    line += ["--set", " ".join(settings)] if settings else []
+    line += [word for setting in settings for word in ("--set", setting)]
     if subprocess.run(line, check=False).returncode:
         raise UserError(f"{' '.join(line)} has failed; the same benchmark goes on from there when it is mended")
 

@@ -33,6 +33,7 @@ from training.stages.weights import WeightCounts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAPER = REPOSITORY / "recipes/pixart-alpha.toml"
+RESULTS_PAGE = (REPOSITORY / "docs/RESULTS.md").read_text()
 TRAINING_PAGE = (REPOSITORY / "docs/TRAINING.md").read_text()
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))
 TABLES = {
@@ -153,6 +154,24 @@ def test_students_of_one_step_have_the_settings_published(
     assert (settings.adam_betas, settings.gradient_clip, settings.caption_dropout) == ((0.9, 0.999), 10.0, 0.0)
     assert (matching.guidance_scale, matching.times) == (guidance, [[time]])
     assert matching.critic_learning_rate == pytest.approx(5 * rate) and matching.consistency_weight == 0
+
+
+def test_the_first_model_costs_what_the_page_reckons() -> None:
+    """Rows of docs/RESULTS.md are samples over a rate, those of trainings the recipe's, and the sum is below 1,500."""
+    recipe = load_recipe(REPOSITORY / "recipes/speedrun.toml")
+    rows = re.findall(r"^\| ([a-z].*?) \| ([\d,]+) \| ([\d.]+) \| (\d+) \| ([\d,]+) \|$", RESULTS_PAGE, re.MULTILINE)
+    parts = {name: [float(cell.replace(",", "")) for cell in cells] for name, *cells in rows}
+    total_hours = total_dollars = 0.0
+    price = stage_training(recipe, "speedrun-256").dollars_per_device_hour
+    for samples, rate, hours, dollars in parts.values():
+        assert samples / rate / 3600 == pytest.approx(hours, abs=0.5)
+        assert samples / rate / 3600 * price == pytest.approx(dollars, abs=0.5)
+        total_hours, total_dollars = total_hours + samples / rate / 3600, total_dollars + samples / rate / 3600 * price
+    assert f"| all | | | {total_hours:.0f} | {total_dollars:,.0f} |" in RESULTS_PAGE and total_dollars < 1500
+    for pixels in (256, 512):
+        settings = stage_training(recipe, f"speedrun-{pixels}")
+        assert parts[f"training, {pixels} pixels"][0] == settings.num_steps * settings.global_batch_size
+        assert feature_table(recipe, f"speedrun-{pixels}").resolution == pixels
 
 
 @pytest.mark.parametrize("name", ["pixart-control", "pixart-sigma-control"])

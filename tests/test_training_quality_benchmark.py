@@ -79,7 +79,7 @@ def test_a_stage_goes_through_the_doors_beside_the_shared_world(tmp_path, monkey
     for _ in range(2):  # links of a first time are taken as they are
         stage = quality.train(CONTESTANTS["ours"], run, 2, 400)
     assert stage == Trained(num_steps=400, seconds=40.0, scores=dict.fromkeys(BARS, 0.9))
-    settings = ["--set", "training.stage2.num_steps=400 training.seed=2"]
+    settings = ["--set", "training.stage2.num_steps=400", "--set", "training.seed=2"]
     where = ["--recipe", "recipes/toyworld.toml", "--run", str(run)]
     assert lines[:3] == [
         ["train", *where, "--stage", "stage2", *settings],
