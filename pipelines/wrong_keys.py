@@ -58,7 +58,7 @@ def _place(location: Sequence[str | int], content: Any) -> tuple[tuple[str | int
         if isinstance(content, dict):
             content = content.get(part)
         elif isinstance(content, list) and isinstance(part, int):
-            content = content[part]
+            content = content[part] if part < len(content) else None  # of a list that is too short
         else:
             key = tuple(place) if key is None else key
             continue

@@ -116,6 +116,34 @@ def test_parts_that_have_not_run_are_told_so_and_a_page_without_a_world_is_refus
         write_page(tmp_path / "nothing")
 
 
+def test_a_part_that_was_cut_off_is_not_judged(tmp_path) -> None:
+    plant_world(tmp_path, nouns=NOUNS)
+    for name in ("dpm-solver-in-20", "iddpm-in-20", "main-cfg3", "main-cfg6"):
+        plant_samples(tmp_path / "seed-0", name, share=0.9)
+    curve = tmp_path / "seed-0" / "evaluation" / "main-curve"
+    curve.mkdir(parents=True)
+    points = [{"guidance_scale": scale, "numbers": []} for scale in (1.0, 3.0, 6.0)]
+    (curve / "curve.json").write_text(json.dumps({"checkpoints": points}))
+    write_page(tmp_path)
+    claims = claims_of(tmp_path)
+    assert [claims[name]["why"] for name in ("samplers", "guidance")] == ["not run yet"] * 2
+    assert claims["samplers"]["figures"].keys() == {"dpm-solver_20", "iddpm_20"}
+
+
+def test_training_from_nothing_that_ends_before_the_time_of_both_stages_tells_nothing_of_equal_time(tmp_path) -> None:
+    plant_world(tmp_path, nouns=NOUNS)
+    run = tmp_path / "seed-0"
+    for name in (name for name in SHARES if name.startswith(("from-classes", "scratch"))):
+        plant_samples(run, name, share=SHARES[name])
+    for stage, (num_steps, seconds) in STAGES.items():
+        seconds = 0.2 if stage == "from-classes" else seconds
+        plant_training(run, stage, num_steps=num_steps, seconds_per_step=seconds)
+    write_page(tmp_path)
+    decomposition = claims_of(tmp_path)["decomposition"]
+    assert decomposition["holds"] is None and "equal_time" not in decomposition["figures"]
+    assert "training from nothing ended after 192 s, before 290 s" in decomposition["why"]
+
+
 def test_three_seeds_are_all_told_and_their_spread_decides(tmp_path) -> None:
     write_page(plant(tmp_path, seeds=3))
     claims = claims_of(tmp_path)

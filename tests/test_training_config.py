@@ -7,10 +7,12 @@ from training_run import arguments, make_run
 
 from errors import UserError
 from pipelines.command import parse_command
-from pipelines.recipe import KEYS_THAT_ARE_TABLES
+from pipelines.recipe import KEYS_THAT_ARE_TABLES, load_recipe
 from pipelines.wrong_keys import table_of
-from training.config import StageTraining
+from training.config import StageTraining, stage_training
 from training.stages.stage import TrainingJob, open_stage
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,12 @@ def test_keys_of_the_other_process_do_not_count_where_all_stages_share_them(run:
     [
         ("flow", "min_snr_gamma=5.0", r"training\.stage2\.min_snr_gamma = 5\.0 is for process ddpm, but the .* 'flow'"),
         ("ddpm", "flow_shift=3.0", r"training\.stage2\.flow_shift = 3\.0 is for process flow, but the .* 'ddpm'"),
+        (
+            "ddpm",
+            "muon_learning_rate=0.1",
+            r"training\.stage2\.muon_learning_rate = 0\.1 is for optimizer muon, .*'adamw'",
+        ),
+        ("ddpm", "ddpm_logit_mean=2.0", r"training\.stage2\.ddpm_logit_mean = 2\.0 is for a stage with ddpm_logit_std"),
     ],
 )
 def test_a_key_of_the_other_process_is_refused_in_a_stages_own_table(run, process, override, message) -> None:
@@ -73,6 +81,17 @@ def test_a_key_of_a_process_own_loss_is_refused_where_another_is_minimised(run, 
         job_with(run, *settings, f"training.stage2.{override}")
 
 
+def test_keys_that_say_nothing_of_a_stage_decide_nothing_of_it(run: Path) -> None:
+    shared = ("training.muon_learning_rate=0.1", "training.ddpm_logit_mean=2.0")
+    assert job_with(run, *shared).fingerprint == job_with(run).fingerprint
+    assert "training.muon_learning_rate" in job_with(run, *shared, "training.optimizer=muon").fingerprint.fields
+    density = ("training.ddpm_logit_std=0.8", "training.min_snr_gamma=5.0")
+    plain, matched = (load_recipe(REPOSITORY / "recipes/pixart-lcm.toml", typed) for typed in ((), density))
+    assert stage_training(matched, "dmd").process_spec == stage_training(plain, "dmd").process_spec
+    ours, theirs = (stage_training(recipe, "dmd").fingerprint_fields() for recipe in (matched, plain))
+    assert ours == theirs
+
+
 def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
     recipe = run.parent / "recipe.toml"
     table = '\n[training.straight]\nextends = "stage2"\nfeatures = "stage2"\nprocess = "flow"\n'
@@ -85,6 +104,8 @@ def test_keys_of_the_other_process_may_be_inherited(run: Path) -> None:
     ("override", "message"),
     [
         ("trains='blocks.*'", "trains = 'blocks.*': Input should be 'all', 'lora' or 'control' or a valid list"),
+        ("ema_lengths=[0.1]", "ema_lengths.1 is missing"),
+        ("adam_betas=[0.9]", "adam_betas.1 is missing"),
         ("trains=[1]", "trains.0 = 1: Input should be a valid string"),
         ("compile='yes'", "compile = 'yes': Input should be 'auto' or true or false"),
         ("validation_shards='a'", "validation_shards = 'a': Input should be a valid list"),

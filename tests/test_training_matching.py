@@ -22,7 +22,7 @@ from pixart.model import PixArt
 from pixart.processes.ddpm import DDPM
 from pixart.processes.specs import own_times, usual_steps
 from sampling.trained_model import open_run_model
-from training.launch.preflight import checkpoint_bytes
+from training.launch.disk_needs import checkpoint_bytes
 from training.loop.optimizers.choice import choose_rule
 from training.loop.optimizers.rule import RATE_FACTOR
 from training.objectives.matching import DistributionMatching

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 
 from errors import UserError
 from training.config import StageTraining
-from training.launch.preflight import checkpoint_bytes, require_even_batches
+from training.launch.disk_needs import checkpoint_bytes
+from training.launch.preflight import require_even_batches
 from training.launch.reckoning import rank_bytes
 from training.loop import loop
 from training.loop.clock import Clock

@@ -21,8 +21,9 @@ from pixart.model import PixArt, PixArtConfig
 from pixart.processes.make import process_of
 from training.data.stage_data import survey_stage
 from training.data.survey import Survey
+from training.launch.disk_needs import require_disk
 from training.launch.memory import Shares
-from training.launch.preflight import print_weights, require_disk
+from training.launch.preflight import print_weights
 from training.loop.health import Health, UnhealthyTrainingError
 from training.loop.zero import Update, local_device
 from training.stages.networks import (
@@ -242,6 +243,12 @@ def test_a_full_disk_is_noticed_before_training(run: Path, monkeypatch: pytest.M
     require_disk(job, WeightCounts(trained=1_000_000_000))
     with pytest.raises(UserError, match=r"but 1 more checkpoints .* need 60\.00 GB"):
         require_disk(job, WeightCounts(trained=3_000_000_000))
+    # Averages that are kept for other lengths are never removed: 100 times two, of 2 bytes a weight.
+    settings = job.settings.model_copy(update={"ema": "power", "num_steps": 1000, "ema_snapshot_every": 10})
+    averaged = dataclasses.replace(job, settings=settings)
+    require_disk(averaged, WeightCounts(trained=100_000_000))
+    with pytest.raises(UserError, match=r"and averages 100 times \(training\.ema_snapshot_every = 10\) need 84\.80 GB"):
+        require_disk(averaged, WeightCounts(trained=200_000_000))
     for folder in job.directory.glob("step-*"):
         folder.rmdir()
 

@@ -11,6 +11,7 @@ from pipelines.engine.preflight import require_packages
 from pipelines.engine.progress import get_logger
 from pipelines.store.checkpoints import find_checkpoint, require_free_names
 from pipelines.store.summary import update_summary
+from training.launch.disk_needs import require_disk
 from training.launch.hosts import run_hosts
 from training.launch.meeting import NOTHING_TO_DO, START, FirstTask, ask_first_task
 from training.launch.memory import memory_advice
@@ -20,7 +21,6 @@ from training.launch.preflight import (
     inspect_stage,
     print_plan,
     print_weights,
-    require_disk,
     say_changes,
 )
 from training.launch.ranks import LostContactError, run_ranks

@@ -13,7 +13,7 @@ from pixart.processes.specs import ddpm_spec, flow_spec, noise_flow_spec
 from training.codec_keys import CODEC, CodecKeys, require_reconstruction
 from training.consistency import ConsistencySettings, require_distillable
 from training.control_keys import ControlKeys
-from training.key_owners import keys_of_others, require_own_keys
+from training.key_owners import DDPM_TIMES, OTHER_LOSSES, OWNERS, keys_of_others, require_density, require_own_keys
 from training.lora import LoraSettings
 from training.matching import MatchingSettings, require_matchable
 from training.mixture import DatasetConfig, require_roles
@@ -240,9 +240,8 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what `TableConfig` says, less keys that say nothing of this stage: all of a recipe may share them."""
-        others = keys_of_others("process", self.process) | keys_of_others("objective", self.objective)
-        others |= keys_of_others("ema", self.ema)
-        others |= set() if self.has_adapters else {"lora"}
+        others = keys_of_others(self.owners) | (set() if self.has_adapters else {"lora"})
+        others |= set() if self.ddpm_times_density else set(DDPM_TIMES)
         others |= set() if self.has_control else ControlKeys.model_fields.keys()
         others |= set() if self.network == CODEC else CodecKeys.model_fields.keys()
         return {name: value for name, value in super().fingerprint_fields().items() if name not in others}
@@ -251,6 +250,11 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
     def fingerprint_defaults(cls, decides: str = DECIDES) -> dict[str, Any]:
         """Return what `TableConfig` says; a scale of positions, which is settled before it counts, is 1 as it was."""
         return super().fingerprint_defaults(decides) | {"interpolation_scale": 1.0}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """What the stage has of each kind that owns keys."""
+        return {owner: getattr(self, owner) for owner in OWNERS}
 
     @property
     def position_scale(self) -> float:
@@ -307,7 +311,9 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
                 logit_std=self.flow_logit_std,
                 student=student,
             )
-        return ddpm_spec(min_snr_gamma=self.min_snr_gamma, times_density=self.ddpm_times_density, student=student)
+        if self.objective in OTHER_LOSSES:  # with times of their own
+            return ddpm_spec(student=student)
+        return ddpm_spec(min_snr_gamma=self.min_snr_gamma, times_density=self.ddpm_times_density)
 
     @property
     def critic_learning_rate(self) -> float:
@@ -332,16 +338,8 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
         raise UserError(f"{recipe.path}: no stage can be called {stage}, which is a key of [training]: rename it")
     settings = recipe.named("training", stage, model=StageTraining)
     key = f"{recipe.path}: training.{stage}"
-    require_own_keys(
-        recipe.tables["training"][stage],
-        {
-            "process": settings.process,
-            "objective": settings.objective,
-            "network": settings.network,
-            "ema": settings.ema,
-        },
-        key=key,
-    )
+    require_own_keys(recipe.tables["training"][stage], settings.owners, key=key)
+    require_density(recipe.tables["training"][stage], logit_std=settings.ddpm_logit_std, key=key)
     if settings.objective == "consistency":
         require_distillable(
             settings.consistency,

@@ -1,4 +1,4 @@
-"""Keys of a stage that are of one process, objective, network or average alone: one of another may not have them."""
+"""Keys of a stage that are of one process, objective, network, average or optimizer: others may not have them."""
 
 from collections.abc import Mapping
 
@@ -26,21 +26,30 @@ EMA_KEYS = {"exponential": ("ema_decay",), "power": ("ema_lengths", "ema_snapsho
 # Of the loss that a process has of its own, and of the times that it is taken at.
 LOSS_KEYS = ("min_snr_gamma", *DDPM_TIMES, "flow_logit_mean", "flow_logit_std")
 OTHER_LOSSES = ("consistency", "distribution_matching")
+OPTIMIZER_KEYS = {"adamw": (), "adamw8bit": (), "muon": ("muon_learning_rate",)}
 OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "process": PROCESS_KEYS,
     "objective": OBJECTIVE_KEYS,
     "network": NETWORK_KEYS,
     "ema": EMA_KEYS,
+    "optimizer": OPTIMIZER_KEYS,
 }
 
 
-def keys_of_others(owner: str, chosen: str) -> set[str]:
-    """Return the keys that are of another process, objective, network or average than the `chosen` one."""
-    return {key for other, keys in OWNERS[owner].items() if other != chosen for key in keys}
+def keys_of_others(chosen: Mapping[str, str]) -> set[str]:
+    """Return the keys that are of another process, objective, network, average or optimizer than the `chosen` ones."""
+    others = {
+        key
+        for owner, choice in chosen.items()
+        for other, keys in OWNERS[owner].items()
+        if other != choice
+        for key in keys
+    }
+    return others | set(LOSS_KEYS if chosen["objective"] in OTHER_LOSSES else ())
 
 
 def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, key: str) -> None:
-    """Refuse keys of a stage's own `table` that are of another process, objective, network or average than its own.
+    """Refuse keys of a stage's own `table` that are of another process, objective, network and so on than its own.
 
     `chosen` has those. Nor may it have keys of a process' own loss where its objective minimises another.
 
@@ -57,3 +66,14 @@ def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, 
             f"{key}.{name} = {table[name]!r} is for the loss of process {chosen['process']}, but objective "
             f"{objective!r} has one of its own: leave it out"
         )
+
+
+def require_density(table: Mapping[str, object], *, logit_std: float | None, key: str) -> None:
+    """Refuse what a stage's own `table` says of a density of timesteps that it has not.
+
+    Raises:
+        UserError: names the `key` of the stage with the one that is wrong.
+    """
+    for name in DDPM_TIMES:
+        if name in table and logit_std is None and table[name] is not None:
+            raise UserError(f"{key}.{name} = {table[name]!r} is for a stage with ddpm_logit_std, and this one has none")

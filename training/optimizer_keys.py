@@ -9,6 +9,7 @@ from pipelines.recipe import Decides, TableConfig
 DecayShape = Literal["linear", "cosine", "sqrt"]
 # Relative to the steps done; that of the mean of all of them is 0.289.
 SHORTEST_AVERAGE, LONGEST_AVERAGE = 0.02, 0.28
+LEAST_DIFFERENCE = 0.005
 Length = Annotated[float, pydantic.Field(ge=SHORTEST_AVERAGE, le=LONGEST_AVERAGE)]
 
 
@@ -75,6 +76,6 @@ class OptimizerKeys(TableConfig):
     @pydantic.field_validator("ema_lengths")
     @classmethod
     def _check_lengths(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] == value[1]:
-            raise ValueError("two averages of one length are one: name two lengths")
+        if abs(value[0] - value[1]) < LEAST_DIFFERENCE:
+            raise ValueError(f"two averages of nearly one length are one: name two, {LEAST_DIFFERENCE} apart or more")
         return value

@@ -13,7 +13,7 @@ class ProcessKeys(TableConfig):
     timestep_sampling: Decides[Literal["independent", "stratified"]] = pydantic.Field(
         default="independent",
         description="Draws for timesteps: independent for each sample; or stratified, spread evenly over each global "
-        "batch, with less noise in its mean loss (VDM, Kingma et al. 2021)",
+        "batch, with less noise in its mean loss",
     )
     flow_shift: Decides[float] = pydantic.Field(
         default=1.0,

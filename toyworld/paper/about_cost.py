@@ -40,7 +40,7 @@ def cost_arithmetic(runs: PaperRuns, words: Words) -> Finding:
     wrong = [name for name, printed, reckoned in checks[:-1] if abs(_number(printed) / _number(reckoned) - 1) > 0.02]
     hours = {"printed": DOLLARS / A100_DAYS / 24, "first version": FIRST_DOLLARS / FIRST_A100_DAYS / 24}
     told = ", ".join(f"${value:.2f} ({name})" for name, value in hours.items())
-    why = "all agree to 2%" if not wrong else f"these do not: {', '.join(wrong)}"
+    why = "all agree at their digits or to 2%" if not wrong else f"these do not: {', '.join(wrong)}"
     return Finding(
         verdict=Verdict(not wrong, why),
         measured=f"An A100 hour is then {told}.",

@@ -53,12 +53,19 @@ def decomposition(runs: PaperRuns, words: Words) -> Finding:
         runs,
         arms=(Arm("300 of classes, 1,300 of texts", "from-classes"), Arm("1,600 of texts", "scratch")),
         differences={"equal_steps": equal_steps, "equal_time": equal_time},
-        verdict=all_of(is_more(equal_steps, "at equal steps"), is_more(equal_time, "at equal time")),
+        verdict=all_of(is_more(equal_steps, "at equal steps"), _at_equal_time(equal_time, told, seconds)),
         measured=f"Training took: {times}{at}." if times else "",
         chart=_curves(runs),
         chart_title="Objects all right by seconds of training, classes included",
         further={f"seconds_{stage}": round(value, 1) for stage, value in told.items()},
     )
+
+
+def _at_equal_time(difference: Estimate | None, told: Mapping[str, float], seconds: float | None) -> Verdict:
+    """Whether the difference at equal time is above 0; training from nothing may have ended before."""
+    if difference is None and seconds and told.get("scratch", seconds) < seconds:
+        return Verdict(None, f"training from nothing ended after {told['scratch']:.0f} s, before {seconds:.0f} s")
+    return is_more(difference, "at equal time")
 
 
 def _at_equal_seconds(runs: PaperRuns) -> tuple[dict[int, Hits], float | None]:
@@ -72,9 +79,9 @@ def _at_equal_seconds(runs: PaperRuns) -> tuple[dict[int, Hits], float | None]:
         drawn = _drawn_by_seconds(runs, run, seed, SCRATCH, stage="scratch")
         before = [item for item in drawn if item[0] <= budget][-1:]
         after = [item for item in drawn if item[0] > budget][:1]
-        if before:
-            found[seed] = _between(before[0], after[0] if after else before[0], budget)
-            spent.append(budget)
+        spent.append(budget)
+        if before and (after or before[0][0] == budget):
+            found[seed] = _between(before[0], [*after, before[0]][0], budget)
     return found, sum(spent) / len(spent) if spent else None
 
 

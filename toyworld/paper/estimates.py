@@ -1,8 +1,9 @@
 """Differences of two arms with what they are uncertain by, and what can be said of them.
 
-Both arms draw the same prompts from the same noise, so a difference is one of pairs, and its standard error that of
-the mean over prompts. That says nothing of the training: another seed gives other weights. With two seeds or more the
-spread of the seeds' differences counts; of one alone `TRAINING_ERROR` is added for it.
+Both arms draw the same prompts from the same noise, so a difference is one of pairs, and its standard error that of a
+ratio over prompts, of objects gained by objects named; all seeds draw the same prompts, so that more of them make it no
+smaller than their mean has it. That says nothing of the training: another seed gives other weights. With two seeds or
+more the spread of the seeds' differences counts; of one alone `TRAINING_ERROR` is added for it.
 """
 
 import math
@@ -65,9 +66,10 @@ def share_of(hits: Mapping[int, Hits]) -> Estimate | None:
     """Return the share of objects that are all right, over the seeds there are; None of none."""
     if not hits:
         return None
-    errors = [_paired_error([right for right, _ in one.by_prompt.values()], one.num_objects) for one in hits.values()]
     return over_seeds(
-        {seed: one.share for seed, one in hits.items()}, errors=errors, training_error=TRAINING_ERROR / math.sqrt(2)
+        {seed: one.share for seed, one in hits.items()},
+        error=_error_over_prompts([one.by_prompt for one in hits.values()]),
+        training_error=TRAINING_ERROR / math.sqrt(2),
     )
 
 
@@ -81,38 +83,46 @@ def difference_of(
         second: by seed.
         is_one_training: whether both are drawn from the same weights, so that no training's luck is in the difference.
     """
-    values, errors = {}, []
+    gains = {}
     for seed in sorted(first.keys() & second.keys()):
         one, other = first[seed].by_prompt, second[seed].by_prompt
-        keys = sorted(one.keys() & other.keys())
-        num_objects = sum(one[key][1] for key in keys)
-        if not num_objects:
-            continue
-        gains = [one[key][0] - other[key][0] for key in keys]
-        values[seed] = sum(gains) / num_objects
-        errors.append(_paired_error(gains, num_objects))
-    if not values:
+        gained = {key: (one[key][0] - other[key][0], one[key][1]) for key in sorted(one.keys() & other.keys())}
+        if gained:
+            gains[seed] = Hits(by_prompt=gained)
+    if not gains:
         return None
-    return over_seeds(values, errors=errors, training_error=0.0 if is_one_training else TRAINING_ERROR)
+    return over_seeds(
+        {seed: gained.share for seed, gained in gains.items()},
+        error=_error_over_prompts([gained.by_prompt for gained in gains.values()]),
+        training_error=0.0 if is_one_training else TRAINING_ERROR,
+    )
 
 
-def over_seeds(values: Mapping[int, float], *, errors: Sequence[float], training_error: float) -> Estimate:
-    """Return the mean over seeds; of each seed's figure its standard error over pictures is known, too."""
+def over_seeds(values: Mapping[int, float], *, error: float, training_error: float) -> Estimate:
+    """Return the mean over seeds, of which the standard `error` over pictures is known, too."""
     count = len(values)
     mean = sum(values.values()) / count
-    of_pictures = math.sqrt(sum(error**2 for error in errors)) / count
-    if count == 1 or training_error == 0.0:
-        return Estimate(value=mean, half_width=NORMAL * math.hypot(of_pictures, training_error), by_seed=values)
+    if count == 1:
+        return Estimate(value=mean, half_width=NORMAL * math.hypot(error, training_error), by_seed=values)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values.values()) / (count - 1))
     of_seeds = STUDENT[min(count - 1, max(STUDENT))] * deviation / math.sqrt(count)
-    return Estimate(value=mean, half_width=max(of_seeds, NORMAL * of_pictures), by_seed=values)
+    return Estimate(value=mean, half_width=max(of_seeds, NORMAL * error), by_seed=values)
 
 
-def _paired_error(gains: Sequence[float], num_objects: int) -> float:
-    """Standard error of sum(gains) / num_objects over prompts."""
-    mean = sum(gains) / len(gains)
-    spread = sum((gain - mean) ** 2 for gain in gains) * len(gains) / max(len(gains) - 1, 1)
-    return math.sqrt(spread) / num_objects
+def _error_over_prompts(of_seeds: Sequence[Mapping[str, tuple[float, int]]]) -> float:
+    """Standard error over prompts of objects gained by objects named, both by prompt and seed (Cochran 1977, 6.4).
+
+    A prompt counts once, with the mean of its seeds.
+    """
+    prompts: dict[str, list[tuple[float, int]]] = {}
+    for by_prompt in of_seeds:
+        for key, pair in by_prompt.items():
+            prompts.setdefault(key, []).append(pair)
+    means = [tuple(sum(part) / len(pairs) for part in zip(*pairs, strict=True)) for pairs in prompts.values()]
+    num_named = sum(named for _, named in means)
+    ratio = sum(gained for gained, _ in means) / num_named
+    squares = sum((gained - ratio * named) ** 2 for gained, named in means)
+    return math.sqrt(squares * len(means) / max(len(means) - 1, 1)) / num_named
 
 
 def is_more(difference: Estimate | None, what: str) -> Verdict:

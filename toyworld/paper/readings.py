@@ -94,7 +94,10 @@ def read_hits(run: Path, name: str) -> Hits | None:
     if not path.is_file():
         return None
     rows = read_table(path, ["key", "objects"], mend=MEND_SHARD).to_pylist()
-    by_prompt = {row["key"]: (float(num_right(row["objects"])), len(row["objects"])) for row in rows}
+    by_prompt: dict[str, tuple[float, int]] = {}
+    for row in rows:  # a prompt may have several pictures
+        right, named = by_prompt.get(row["key"], (0.0, 0))
+        by_prompt[row["key"]] = (right + num_right(row["objects"]), named + len(row["objects"]))
     return Hits(by_prompt=by_prompt) if by_prompt else None
 
 

@@ -18,8 +18,7 @@ from training.loop.schedule import is_due
 from training.objectives.reconstruction import levels
 from training.previews.page import write_page
 from training.previews.previews import Failures, last_previewed
-from training.stages.critics import PREFIX as CRITICS
-from training.stages.critics import critic_of
+from training.stages.critics import critic_of, without_critic
 from training.stages.kinds import Trainee
 from training.stages.stage import TrainingJob
 
@@ -62,8 +61,7 @@ class CodecPreviews:
         network = copy.deepcopy(self._blank)
         if critic_of(network) is not None:
             del network.critic
-        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
-        network.load_state_dict(own, assign=True)
+        network.load_state_dict(without_critic(weights), assign=True)
         network.to(device, torch.float32).eval()
         pictures = []
         for number, crop in enumerate(self._crops):

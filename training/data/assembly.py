@@ -185,18 +185,18 @@ class BatchAssembler:
         return draws
 
     def _timestep_draws(self, planned: PlannedBatch, positions: range, own: np.ndarray) -> np.ndarray:
-        """Return uniform numbers [B] for timesteps: the samples' own, or theirs of a grid over the global batch.
+        """Return uniform numbers [B] for timesteps: the samples' own, or these within a stratum of the global batch.
 
-        The grid is (i + u) / N for i = 0 ... N-1 in shuffled order and one u: each is uniform by itself, and N of them
-        cover the times evenly (the low-discrepancy sampler of VDM, Kingma et al. 2021, appendix I.1).
+        They are (i + u_i) / N for i = 0 ... N-1 in shuffled order and the samples' own u_i: each is uniform by itself,
+        and N of them cover the times evenly. VDM's sampler (Kingma et al. 2021, appendix I.1) has one u for all; but
+        objectives take further numbers from the digits of a draw, which would then be one number, too.
         """
         if not self._is_stratified:
             return own.copy()
         num_samples = len(planned.shards)
         generator = self._random.at(planned.step, num_samples)  # where no sample of the batch has its numbers
-        offset, order = generator.random(), generator.permutation(num_samples)
-        grid = (order[positions.start : positions.stop] + offset) / num_samples
-        return np.minimum(grid, np.nextafter(1.0, 0.0))
+        strata = generator.permutation(num_samples)[positions.start : positions.stop]
+        return np.minimum((strata + own) / num_samples, np.nextafter(1.0, 0.0))
 
     def read(
         self, buffers: Buffers, samples: LocatedSamples, *, is_dropped: np.ndarray

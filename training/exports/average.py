@@ -10,7 +10,7 @@ from pixart.dit import DiT
 from pixart.model import PixArt
 from training.loop.kept_averages import make_average
 from training.optimizer_keys import LONGEST_AVERAGE, SHORTEST_AVERAGE
-from training.stages.critics import PREFIX as CRITICS
+from training.stages.critics import without_critic
 from training.stages.stage import StartingPoint
 
 FAR_OFF = 0.1
@@ -50,9 +50,8 @@ def put_average(
     if checkpoint.has_adapters:
         raise UserError(f"SOURCE ({source}) is a stage that trained adapters, and EMA is for weights of networks")
     made = make_average(checkpoint.path.parent, length=length, last=checkpoint.step)
-    for name, weight in made.weights.items():
-        if not name.startswith(CRITICS):
-            network.get_parameter(name).copy_(weight)
+    for name, weight in without_critic(made.weights).items():
+        network.get_parameter(name).copy_(weight)
     say(
         f"{source}: the average of length {length:g} after step {made.step:,}, of {made.num_kept} that were kept; its "
         f"weighing of the steps is {made.error:.2%} off"

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from errors import DISTRIBUTION, UserError
 from pipelines.engine.progress import console, get_logger
-from pipelines.store.checkpoints import checkpoint_folders
 from training.codec_keys import CODEC
 from training.config import SCRATCH, StageTraining
 from training.data.cache import remote_size
@@ -20,6 +19,8 @@ from training.data.choices import DatasetChoice
 from training.data.index import FeatureIndex
 from training.data.stage_data import stage_plan, survey_stage
 from training.data.survey import ChoiceSurvey, Survey
+from training.key_owners import keys_of_others
+from training.launch.disk_needs import averages_bytes, checkpoint_bytes, num_averages_kept
 from training.launch.memory import (
     MAX_SUMMED_IN_BF16,
     Shares,
@@ -175,11 +176,13 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
     if settings.decay_shape != "linear" and settings.decay_fraction == 0:
         no_decay = f"shapes no decay: training.{stage}.decay_fraction is 0"
         log.warning(f"training.{stage}.decay_shape {settings.decay_shape!r} {no_decay}")
-    if settings.learning_rate > HIGH_LEARNING_RATE:
-        log.warning(
-            f"training.{stage}.learning_rate {settings.learning_rate:g} is high for AdamW, whose steps are of that "
-            "size in every weight; the paper's is 2e-05"
-        )
+    rates = {"learning_rate": settings.learning_rate, "muon_learning_rate": settings.muon_learning_rate or 0.0}
+    for name, rate in rates.items():
+        if rate > HIGH_LEARNING_RATE and name not in keys_of_others(settings.owners):
+            log.warning(
+                f"training.{stage}.{name} {rate:g} is high for AdamW and Muon, whose steps are of that size in every "
+                "weight; the paper's is 2e-05"
+            )
     if settings.has_adapters and settings.learning_rate < LOW_LORA_RATE:
         log.warning(
             f"training.{stage}.learning_rate {settings.learning_rate:g} is typical of whole networks: adapters, which "
@@ -289,8 +292,8 @@ def print_weights(
     kept = f"{settings.keep_checkpoints} kept, {free_gigabytes:,.0f} GB free"
     _print("disk", f"{needed_gigabytes:,.2f} GB a checkpoint, {kept}")
     if settings.ema == "power":
-        num_kept = -(-settings.num_steps // settings.ema_snapshot_every)
-        kept_gigabytes = 2 * settings.num_averages * weights.trained / GIGABYTE
+        num_kept = num_averages_kept(settings)
+        kept_gigabytes = averages_bytes(settings, weights) / GIGABYTE
         _print("", f"{kept_gigabytes:,.2f} GB of averages {num_kept:,} times, {num_kept * kept_gigabytes:,.2f} GB")
 
 
@@ -363,35 +366,6 @@ def _describe_process(job: TrainingJob) -> str:
 
 def _origin(job: TrainingJob) -> str:
     return str(job.start.path or "scratch") if job.resume is None else str(job.resume.path)
-
-
-def require_disk(job: TrainingJob, weights: WeightCounts) -> None:
-    """Refuse to start where the checkpoints would not fit.
-
-    Raises:
-        UserError: says what is free and what is needed.
-    """
-    kept = job.settings.keep_checkpoints
-    num_checkpoints = max(1, kept + 1 - len(checkpoint_folders(job.directory)))
-    needed = checkpoint_bytes(job.settings, weights) * num_checkpoints
-    free = shutil.disk_usage(job.directory).free
-    if needed > free:
-        raise UserError(
-            f"{job.directory} has {free / GIGABYTE:.2f} GB free, but {num_checkpoints} more checkpoints "
-            f"(training.keep_checkpoints = {kept} and the one being written) need {needed / GIGABYTE:.2f} GB; "
-            "make room, lower training.keep_checkpoints, or put RUN on another disk"
-        )
-
-
-def checkpoint_bytes(settings: StageTraining, weights: WeightCounts) -> int:
-    """Return the bytes of a checkpoint: weights, masters and moments of what trains, and the average as fp32.
-
-    With the average is the rest of the network, but where adapters or a branch train, and no critic.
-    """
-    width = 2 if settings.dtype == "bf16" else 4
-    kept = weights.trained - weights.critic + (0 if settings.keeps_base else weights.frozen)
-    second = (settings.num_averages - 1) * weights.trained * 4
-    return weights.trained * (width + 4 + 8) + kept * 4 + second
 
 
 def _print(name: str, line: str) -> None:

@@ -31,13 +31,15 @@ from training.codec_keys import CODEC
 from training.data.batches import shared_survey, training_reader
 from training.data.survey import Survey, chosen_digests
 from training.data.transfer import Transfers
+from training.launch.disk_needs import require_disk
 from training.launch.memory import memory_advice
-from training.launch.preflight import print_weights, require_disk, require_even_batches, say_changes
+from training.launch.preflight import print_weights, require_even_batches, say_changes
 from training.launch.ranks import ERROR_FOLDER, LOST_CONTACT
 from training.launch.start import ObjectiveChoice, Start, available_bytes, open_start, settle, settled
 from training.loop.compilation import require_compilable
 from training.loop.flops import StepFlops
 from training.loop.host import require_offload
+from training.loop.kept_averages import drop_averages
 from training.loop.log import open_log
 from training.loop.loop import Session, train
 from training.loop.networks import open_networks
@@ -120,6 +122,8 @@ def run_rank(job: TrainingJob, stop: threading.Event, *, choose: ObjectiveChoice
     with ExitStack() as stack:
         reader = stack.enter_context(training_reader(job, survey))
         progress = open_progress(job)
+        if dist.get_rank() == 0:
+            drop_averages(job.directory, after_step=progress.step)
         description = describe(job, survey, blank.config)
         session = Session(
             job=job,

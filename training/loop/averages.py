@@ -11,6 +11,7 @@ from training.loop.ema import EMA
 from training.loop.kept_averages import path_of, write_averages
 from training.loop.power_average import decay_at
 from training.loop.zero import ZeroModel
+from training.stages.critics import without_critic
 
 
 class Averages:
@@ -55,7 +56,7 @@ class Averages:
         """
         weights = {}
         for average, length in zip(self._all, self._lengths, strict=True):
-            weights[length] = average.gather()
+            weights[length] = without_critic(average.gather())
         if dist.get_rank() == 0:
             path = path_of(stage_directory, step)
             with saying_a_full_disk(stage_directory, f"{path.name} of its averages was not kept"):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
-from pipelines.store.files import atomic_file
+from pipelines.store.files import atomic_file, remove_temporary_files
 from training.loop.power_average import combination
 
 FOLDER = "averages"
@@ -48,14 +48,24 @@ def write_averages(path: Path, weights: Mapping[float, Mapping[str, Tensor]]) ->
         save_file(tensors, temporary, metadata={LENGTHS: json.dumps(list(weights))})
 
 
+def drop_averages(stage_directory: Path, *, after_step: int) -> None:
+    """Remove averages of later steps, of a training that is not gone on with, and what killed writers have left."""
+    folder = stage_directory / FOLDER
+    if not folder.is_dir():
+        return
+    remove_temporary_files(folder, is_held=True)
+    for step in _steps(folder):
+        if step > after_step:
+            path_of(stage_directory, step).unlink()
+
+
 def make_average(stage_directory: Path, *, length: float, last: int) -> MadeAverage:
     """Return the average of a relative length after the last step, of those up to `last`, that averages are kept of.
 
     Raises:
         UserError: there are none, or a file cannot be read.
     """
-    found = [OURS.fullmatch(path.name) for path in (stage_directory / FOLDER).glob("*.safetensors")]
-    steps = sorted(step for match in found if match is not None and (step := int(match[1])) <= last)
+    steps = [step for step in _steps(stage_directory / FOLDER) if step <= last]
     if not steps:
         raise UserError(
             f"{stage_directory / FOLDER} has no averages of steps up to {last:,}: a stage keeps them that trains with "
@@ -73,6 +83,12 @@ def make_average(stage_directory: Path, *, length: float, last: int) -> MadeAver
             raise _unreadable(path, error_of_file) from error_of_file
     weights = {name: weight.float() for name, weight in sums.items()}
     return MadeAverage(weights=weights, step=steps[-1], num_kept=len(kept), error=error)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps that averages are kept of, rising."""
+    found = [OURS.fullmatch(path.name) for path in folder.glob("*.safetensors")]
+    return sorted(int(match[1]) for match in found if match is not None)
 
 
 def _add(sums: dict[str, Tensor], path: Path, factors: Mapping[float, float]) -> None:
@@ -99,4 +115,4 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _key(length: float, name: str) -> str:
-    return f"{length:g}/{name}"
+    return f"{length!r}/{name}"

@@ -14,6 +14,8 @@ import numpy as np
 
 # Singular values below this part of the largest are noise of rounding.
 SMALLEST_SINGULAR_VALUE = 1e-12
+# Of all steps up to that of an average, in one after all steps: where it is less, products leave the range of fp64.
+LEAST_WEIGHT = 1e-100
 
 
 def exponent_of(length: float) -> float:
@@ -40,8 +42,9 @@ def combination(kept: Sequence[tuple[int, float]], *, step: int, length: float) 
         the factors, fp64 [K], and how far the sum's weighing of the steps is from the one that is wanted, as a part of
         that one's norm.
     """
-    profiles = [*kept, (step, length)]
-    exponents = {each: exponent_of(each) for _, each in profiles}
+    exponents = {each: exponent_of(each) for each in (*(its for _, its in kept), length)}
+    usable = [number for number, (t, each) in enumerate(kept) if (t / step) ** (exponents[each] + 1) > LEAST_WEIGHT]
+    profiles = [*(kept[number] for number in usable), (step, length)]
     places = np.arange(step + 1) / step
     weights = {each: np.diff(places ** (g + 1)) for each, g in exponents.items()}  # [T], but for t
     sums = {
@@ -59,4 +62,6 @@ def combination(kept: Sequence[tuple[int, float]], *, step: int, length: float) 
     cosines = gram / np.outer(norms, norms)
     factors, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=SMALLEST_SINGULAR_VALUE)
     error = 1 - 2 * factors @ cosines[:-1, -1] + factors @ cosines[:-1, :-1] @ factors
-    return factors * norms[-1] / norms[:-1], float(np.sqrt(max(0.0, error)))
+    all_factors = np.zeros(len(kept))
+    all_factors[usable] = factors * norms[-1] / norms[:-1]
+    return all_factors, float(np.sqrt(max(0.0, error)))

@@ -31,6 +31,7 @@ from training.loop.disk import fsync_tree, saying_a_full_disk
 from training.loop.ema import EMA
 from training.loop.former_layout import LAYOUT, LAYOUT_KEY
 from training.loop.zero import ZeroModel
+from training.stages.critics import without_critic
 from training.stages.trainable import trainable_of
 
 
@@ -79,7 +80,7 @@ def _write(
     """Write the files of a checkpoint and bring them to the disk."""
     model.save_state(folder, STATE)
     weights = ema.gather()
-    others = {} if second is None else second.gather()
+    others = {} if second is None else without_critic(second.gather())
     if dist.get_rank() == 0:
         trainable, config = trainable_of(model.settings), model.engine.module.config
         trainable.save(config, model.frozen | weights, folder, trainer=trainer)

@@ -1,6 +1,8 @@
 """The critic that trains beside a network, by a loss of its own, and is no part of what a stage exports."""
 
 import copy
+from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import nn
 
@@ -9,6 +11,8 @@ from pixart.model import PixArt
 
 CRITIC = "critic"
 PREFIX = f"{CRITIC}."
+
+Value = TypeVar("Value")
 
 
 def add_critic(network: DiT | PixArt, begins_as: DiT | PixArt) -> None:
@@ -21,3 +25,8 @@ def critic_of(network: nn.Module) -> nn.Module | None:
     critic = getattr(network, CRITIC, None)
     assert critic is None or isinstance(critic, nn.Module)
     return critic
+
+
+def without_critic(weights: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what is said of weights by name, less those of a critic."""
+    return {name: value for name, value in weights.items() if not name.startswith(PREFIX)}

@@ -30,7 +30,7 @@ from training.codec.files import load_weights as load_codec_weights
 from training.codec.files import save_codec
 from training.codec_keys import CODEC
 from training.config import StageTraining
-from training.stages.critics import PREFIX as CRITICS
+from training.stages.critics import without_critic
 from training.stages.kinds import Trainee, TraineeConfig
 from training.stages.networks import blank_network
 
@@ -99,8 +99,7 @@ class OwnWeights:
         """Write the whole network as `model/`, which diffusers opens; a copy of it says what it was trained with."""
         assert isinstance(config, DiTConfig | PixArtConfig), "a codec's weights are CodecWeights"
         network = blank_network(config)
-        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
-        network.load_state_dict(own, assign=True)
+        network.load_state_dict(without_critic(weights), assign=True)
         save_diffusers(network, checkpoint / MODEL)
         record = origins_of_trainer(trainer, source=str(checkpoint)).to_json()
         atomic_write_json(checkpoint / MODEL / ORIGINS_FILE, record)
@@ -123,8 +122,7 @@ class CodecWeights(OwnWeights):
     ) -> None:
         """Write the whole codec as `model/`, which diffusers and `features.vae_model` open."""
         assert isinstance(config, AutoencoderConfig)
-        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
-        save_codec(config, own, checkpoint / MODEL)
+        save_codec(config, without_critic(weights), checkpoint / MODEL)
 
     def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
         """Return the whole codec's weights."""
@@ -155,7 +153,7 @@ class Adapters:
     ) -> None:
         """Write the adapters alone as `adapter/`, a folder that peft opens on diffusers' transformer."""
         assert isinstance(config, PixArtConfig)
-        own = {name: weight for name, weight in weights.items() if not name.startswith(CRITICS)}
+        own = without_critic(weights)
         write_adapter(checkpoint / ADAPTER, own, config, shape=self.shape, belongs_to=_belonging(trainer))
 
     def load(self, checkpoint: Path, config: TraineeConfig) -> dict[str, Tensor]:
