@@ -38,6 +38,7 @@ def test_statistics_are_read_as_pytorch_fid_and_adm_write_them(tmp_path):
         ({"mu": np.zeros(3)}, r"mu is \[3\] and sigma \[2048, 2048\], but those of Inception are \[2048\]"),
         ({"mu": np.full(INCEPTION_WIDTH, np.nan)}, "not finite"),
         ({"sigma": np.triu(np.ones(SHAPE))}, "not symmetric"),
+        ({"sigma": -np.eye(*SHAPE)}, "negative variance, -1"),
     ],
 )
 def test_what_is_no_statistics_of_inception_is_said(tmp_path, arrays, message):
@@ -49,6 +50,10 @@ def test_what_is_no_statistics_of_inception_is_said(tmp_path, arrays, message):
 def test_a_file_that_is_cut_or_gone_is_said(tmp_path):
     path = write(tmp_path / "given.npz")
     path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"is no readable \.npz file"):
+        read_statistics(str(path), run=tmp_path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))  # one array, whatever the name says
     with pytest.raises(UserError, match=r"is no readable \.npz file"):
         read_statistics(str(path), run=tmp_path)
     with pytest.raises(MissingFileError, match="does not exist"):

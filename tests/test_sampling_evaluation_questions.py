@@ -188,6 +188,21 @@ def test_questions_without_an_answer_are_counted_and_too_many_give_no_score(draw
     )
 
 
+def test_where_the_server_has_failed_the_same_command_asks_again(drawn: Path) -> None:
+    def stumble(body: dict[str, Any], number: int) -> Answer:
+        status, answer = soft(body, number)
+        return (status, answer | {"choices": []}) if "black" in prompt_of(body) else (status, answer)
+
+    named = "evaluation.questions.model=stumbling-vlm"
+    with pytest.raises(UserError, match=r"server_failed 2, such as .*asks again where the server has failed"):
+        again(drawn, named, answer=stumble)
+    row, num_asked = again(drawn, named, answer=soft)
+    assert num_asked == 20 + 1 and row["asked"]["unknown"] == {}, (
+        "all of the part, after a question that settles the mode"
+    )
+    assert again(drawn, named, answer=soft)[1] == 0
+
+
 def test_a_server_that_is_never_understood_is_left_after_the_first_images(drawn: Path) -> None:
     with pytest.raises(
         UserError, match=r"'silent-vlm' has given no answer to 20 questions: not_understood 20, such as"

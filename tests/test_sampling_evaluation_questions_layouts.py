@@ -106,6 +106,15 @@ def test_a_line_that_is_none_of_genevals_is_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message) as refused:
         read_geneval(path, key="evaluation.prompts")
     assert f"evaluation.prompts {path}, line 2" in str(refused.value)
+    path.write_text("\n\n" + path.read_text())  # empty lines are passed over and counted
+    with pytest.raises(UserError, match=r"line 4"):
+        read_geneval(path, key="evaluation.prompts")
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path):
+    path = tmp_path / "g.jsonl"
+    path.write_text(json.dumps(GENEVAL[0] | {"prompt": "a dog\u2028and\x85a cat"}, ensure_ascii=False), "utf-8")
+    assert read_geneval(path, key="k")[0].prompt == "a dog\u2028and\x85a cat"
 
 
 def test_geneval2_has_its_own_questions(tmp_path):
@@ -141,6 +150,7 @@ def test_dpg_bench_has_parents_and_categories(tmp_path):
         (",2,1,attribute", ",2,one,attribute", "line 3: proposition_id and dependency are whole numbers"),
         ("Is the dog red?", "", "proposition 2 has no question"),
         ("Snow.", "", "item b has no text"),
+        (",3,0,entity", ',3,0,"' + 200_000 * "x", r"line \d+ is no row of a CSV: field larger"),
     ):
         path.write_text(DPG.replace(old, new))
         with pytest.raises(UserError, match=message):
@@ -152,8 +162,13 @@ def test_dpg_bench_has_parents_and_categories(tmp_path):
     [
         (
             "color",
-            "a green bench and an orange bowl",
-            ["Is there a green bench in the image?", "Is there an orange bowl in the image?"],
+            "a green unicorn and an hourglass",
+            ["Is there a green unicorn in the image?", "Is there an hourglass in the image?"],
+        ),
+        (
+            "color",
+            "the orange bowl and a unicorn",
+            ["Is there an orange bowl in the image?", "Is there a unicorn in the image?"],
         ),
         (
             "texture",

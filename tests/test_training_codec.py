@@ -36,6 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def start_of(run: Path) -> Path:
+    return run / "training" / "vae" / "step-8" / "model"
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
 def told(run: Path) -> list[dict]:
     """The lines of metrics, less what clocks and memory say."""
     return [{key: value for key, value in line.items() if not key.endswith(TIMINGS)} for line in lines(run)]
@@ -115,10 +123,17 @@ def test_another_stage_goes_on_from_its_weights_and_trains_the_decoder_alone(run
     with (other.parent / "recipe.toml").open("a") as recipe:
         recipe.write('\n[training.next]\nextends = "vae"\nfeatures = "vae"\nstarts_from = "vae"\nnum_steps = 2\n')
         recipe.write('trains = ["decoder.*", "post_quant_conv.*"]\n')
+    config = start_of(other) / "config.json"
+    config.write_text(json.dumps(read(start_of(other)) | {"scaling_factor": 0.25, "shift_factor": None}))
     train(other, "next", num_processes=1)
     before, after = weights(run, 8), weights(other, 2, stage="next")
     same = {name: torch.equal(before[name], after[name]) for name in before}
     assert all(is_same != name.startswith(("decoder.", "post_quant_conv.")) for name, is_same in same.items())
+    # So latents are what they were, and so is what they are scaled by, though it is of other crops than are seen now.
+    scales = [read(folder)["scaling_factor"] for folder in (start_of(other), other / "training/next/step-2/model")]
+    assert scales == [0.25, 0.25]
+    trainer = json.loads((other / "training/next/step-2/trainer.json").read_text())
+    assert trainer["vae"]["scaling_factor"] == 0.25 and "shift_factor" not in trainer["vae"]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +145,12 @@ def test_another_stage_goes_on_from_its_weights_and_trains_the_decoder_alone(run
         ("training.vae.reconstruction.perceptual_weight=1.0", "name a vision model and give it a weight"),
         ("training.vae.networks={perceptual='toyworld/weights/clip'}", "name a vision model and give it a weight"),
         ("training.vae.starts_from='toyworld/weights/nothing'", "toyworld/weights/nothing"),
+        (
+            "training.vae.starts_from='toyworld/weights/vae'",
+            "codec is for a codec from scratch, but .*whose shape",
+        ),
+        ("training.vae.caption_dropout=0.2", r"caption_dropout = 0\.2 is for networks dit and pixart, but .* 'vae'"),
+        ("training.vae.reconstruction={kl_weight=1.0,l1_weight=0.0}", "nothing asks images to come back"),
     ],
 )
 def test_what_does_not_go_together_is_said(run: Path, changed: str, said: str) -> None:

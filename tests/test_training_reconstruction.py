@@ -131,7 +131,8 @@ def test_in_evaluation_latents_are_the_means_and_nothing_is_differentiated(netwo
     with torch.no_grad():
         first = objective().loss({"network": network}, batch_of(2, step=10))
         again = objective().loss({"network": network}, replace(batch_of(2, step=11), step=11))
-    assert torch.equal(first.parts["psnr"], again.parts["psnr"])
+    assert torch.equal(first.parts["psnr"], again.parts["psnr"]) and torch.equal(first.total, again.total)
+    assert first.parts.keys() == {"mse", "l1", "kl", "psnr"} and first.critic is None, "whatever its step"
     assert not first.total.requires_grad
 
 

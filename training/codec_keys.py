@@ -68,18 +68,17 @@ class ReconstructionSettings(TableConfig):
         default=64,
         ge=8,
         multiple_of=8,
-        description="Channels of its first layer; each of the next two has twice as many",
+        description="Channels of its first layer; each of the next three has twice as many",
     )
     is_balanced: Decides[bool] = pydantic.Field(
         default=True,
         description="Whether the discriminator's gradient at each image is scaled to the size of the other losses' "
         "(VQGAN's adaptive weight, at the image) before discriminator_weight counts",
     )
-    num_statistics_samples: int = pydantic.Field(
+    num_statistics_samples: Decides[int] = pydantic.Field(
         default=512, ge=2, description="Images of the stage of which a checkpoint measures scale and shift of latents"
     )
-
-    writes_shift: bool = pydantic.Field(
+    writes_shift: Decides[bool] = pydantic.Field(
         default=False,
         description="Whether latents are shifted to a mean of 0, too (shift_factor, as SD3's): PixArt's pipelines of "
         "diffusers know a scale alone",
@@ -139,6 +138,11 @@ def require_reconstruction(
     ):
         if is_wrong:
             raise UserError(f"{key}.{name} = {value!r} does not go with {key}.network = {CODEC!r}{_WITH.get(name, '')}")
+    compared = ("l1_weight", "mse_weight", "perceptual_weight")
+    if not any(getattr(reconstruction, name) for name in compared):
+        raise UserError(
+            f"{key}.reconstruction has {', '.join(compared)} = 0: nothing asks images to come back as they were"
+        )
     has_weight = reconstruction.perceptual_weight > 0
     if has_weight != (PERCEPTUAL in networks):
         named = f"networks.{PERCEPTUAL} = {networks.get(PERCEPTUAL)!r}"

@@ -25,6 +25,12 @@ NETWORK_KEYS = {
 EMA_KEYS = {"exponential": ("ema_decay",), "power": ("ema_lengths", "ema_snapshot_every")}
 # Of the loss that a process has of its own, and of the times that it is taken at.
 LOSS_KEYS = ("min_snr_gamma", *DDPM_TIMES, "flow_logit_mean", "flow_logit_std")
+# Of networks that see noise, a condition or both, as a codec does not.
+NOT_OF_CODECS = (
+    *("process", "timestep_sampling", "timestep_shift", "interpolation_scale", "caption_dropout"),
+    *(key for keys in PROCESS_KEYS.values() for key in keys),
+    *("departs_in", "former_latents", "lora", "preview_guidance_scale", "preview_num_steps"),
+)
 OTHER_LOSSES = ("consistency", "distribution_matching")
 OPTIMIZER_KEYS = {"adamw": (), "adamw8bit": (), "muon": ("muon_learning_rate",)}
 OWNERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -60,6 +66,13 @@ def require_own_keys(table: Mapping[str, object], chosen: Mapping[str, str], *, 
         for other, keys in OWNERS[owner].items():
             for name in table.keys() & set(keys) if other != choice else ():
                 raise UserError(f"{key}.{name} = {table[name]!r} is for {owner} {other}, but the stage's is {choice!r}")
+    for name in sorted(table.keys() & set(NOT_OF_CODECS)) if chosen["network"] == "vae" else ():
+        raise UserError(f"{key}.{name} = {table[name]!r} is for networks dit and pixart, but the stage's is 'vae'")
+    if chosen["network"] == "vae" and "codec" in table and table.get("starts_from", "scratch") != "scratch":
+        raise UserError(
+            f"{key}.codec is for a codec from scratch, but {key}.starts_from = {table['starts_from']!r}, whose shape "
+            "it has: leave one of them out"
+        )
     objective = chosen["objective"]
     for name in sorted(table.keys() & set(LOSS_KEYS)) if objective in OTHER_LOSSES else ():
         raise UserError(

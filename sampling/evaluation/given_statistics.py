@@ -1,6 +1,7 @@
 """Mean and covariance of a reference set from a file: the `.npz` of pytorch-fid, clean-fid and ADM."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,13 @@ def read_statistics(reference: str, *, run: Path) -> GivenStatistics:
     if not path.is_file():
         raise MissingFileError(f"evaluation.reference {path} does not exist")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
             missing = [key for key in KEYS if key not in arrays]
             if missing:
                 found = ", ".join(arrays.files) or "nothing"
                 raise UserError(f"evaluation.reference {path} has no array {missing[0]!r}, but {found}")
             mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in KEYS)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"evaluation.reference {path} is no readable {SUFFIX} file: {error}") from None
     width = INCEPTION_WIDTH
     if mean.shape != (width,) or covariance.shape != (width, width):
@@ -68,6 +69,8 @@ def read_statistics(reference: str, *, run: Path) -> GivenStatistics:
     scale = np.abs(covariance).max()
     if not np.isfinite(mean).all() or not np.abs(covariance - covariance.T).max() <= ASYMMETRY * scale:
         raise UserError(f"evaluation.reference {path}: mu or sigma is not finite, or sigma not symmetric")
+    if covariance.diagonal().min() < 0:
+        raise UserError(f"evaluation.reference {path}: sigma has a negative variance, {covariance.diagonal().min():g}")
     return GivenStatistics(
         name=str(path),
         identity="sha256:" + sha256_file(path),

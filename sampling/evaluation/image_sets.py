@@ -29,7 +29,6 @@ SAMPLES_SHARD = "samples"
 SAMPLES_NAME = f"{SAMPLES_SHARD}.parquet"
 # What sampling has always written of each sample.
 SAMPLES_COLUMNS = {"number", "key", "prompt", "seed", "file"}
-# A reference may be of another run, where nothing is to be removed on this one's word.
 # Why a file of a folder is no image of the set.
 NO_SAMPLE = "not one of its samples.parquet"
 NO_IMAGE = "no image by its name"
@@ -259,6 +258,7 @@ def _shard_image(shard: RawShard, sample: RawSample) -> SetImage:
 
 
 def _mend_reference() -> str:
+    # It may be of another run, where nothing is to be removed on this one's word.
     return (
         f"`{typed_command('verify')}` of the run that drew it says how to mend it, or name another evaluation.reference"
     )

@@ -29,7 +29,6 @@ from toyworld.scenes import random_scene
 # B batch, H height pixels, W width pixels
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "toyworld-zoo-vae.toml"
-NUM_STEPS: int | None = None  # as the recipe says
 LARGE_SIZES = ((96, 96), (128, 64), (64, 128))
 # Name, pictures and their sizes in turn; one shard is held out.
 SHARDS = (
@@ -77,8 +76,7 @@ def train(name: str, folder: Path) -> None:
         _draw_pictures(run / "raw")
         for table in ("square", "large"):
             _run("features", run, table)
-        typed = [] if NUM_STEPS is None else ["--set", f"training.{name}.num_steps={NUM_STEPS}"]
-        _run("training", run, name, *typed)
+        _run("training", run, name)
         checkpoint = find_checkpoint(run / "training" / name)
         assert checkpoint is not None, "a stage that ends well leaves one"
         vae: Any = load(checkpoint.weights)

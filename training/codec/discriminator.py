@@ -8,6 +8,7 @@ NUM_GROUPS = 8
 NUM_HALVINGS = 3
 KERNEL = 4
 INITIAL_DEVIATION = 0.02
+SMALLEST_SIDE = 24  # of what leaves it a patch
 
 
 class PatchDiscriminator(nn.Module):

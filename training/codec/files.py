@@ -1,20 +1,20 @@
 """A codec's folder: diffusers' `config.json` and weights, which `features.vae_model` opens."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from encoders.kl import KLCodec
+from encoders.kl import CONFIG_DEFAULTS, KLCodec
 from encoders.weights import ModelSource, load_pretrained, read_config
 from errors import UserError
 from pipelines.store.files import atomic_write_json
 from training.codec.autoencoder import Autoencoder, AutoencoderConfig
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# What a config says of latents, and not what its network is.
+OF_LATENTS = ("scaling_factor", "shift_factor")
 
 
 def read_codec_config(source: ModelSource, *, key: str) -> AutoencoderConfig:
@@ -29,6 +29,12 @@ def read_codec_config(source: ModelSource, *, key: str) -> AutoencoderConfig:
     if kind != KLCodec.class_name:
         raise UserError(f"{key} {source.location} is a {kind}: only an {KLCodec.class_name} is trained here")
     return AutoencoderConfig(config)
+
+
+def scaling_of(config: AutoencoderConfig) -> dict[str, float]:
+    """Return what latents are scaled and shifted by, diffusers' defaults included; no shift where there is none."""
+    stored = {name: CONFIG_DEFAULTS[name] for name in OF_LATENTS} | dict(config.diffusers)
+    return {name: float(stored[name]) for name in OF_LATENTS if stored[name] is not None}
 
 
 def load_codec(source: ModelSource, *, key: str) -> Autoencoder:
@@ -59,8 +65,3 @@ def save_codec(config: AutoencoderConfig, weights: Mapping[str, Tensor], folder:
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights that `save_codec` wrote, by name."""
     return load_file(folder / WEIGHTS)
-
-
-def saved_config(folder: Path) -> dict[str, Any]:
-    """Return the config that `save_codec` wrote."""
-    return json.loads((folder / CONFIG).read_text())

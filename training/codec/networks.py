@@ -1,6 +1,7 @@
 """The networks that a codec stage works with, as they begin."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -8,8 +9,8 @@ from encoders.perceptual import PerceptualModel, open_perceptual
 from encoders.weights import resolve_model
 from errors import UserError
 from training.codec.autoencoder import Autoencoder, AutoencoderConfig, config_of_shape
-from training.codec.discriminator import PatchDiscriminator
-from training.codec.files import load_codec, read_codec_config
+from training.codec.discriminator import SMALLEST_SIDE, PatchDiscriminator
+from training.codec.files import OF_LATENTS, load_codec, read_codec_config, scaling_of
 from training.codec_keys import PERCEPTUAL
 from training.data.index import bucket_size
 from training.data.survey import Survey
@@ -18,8 +19,8 @@ from training.stages.critics import CRITIC
 from training.stages.stage import TrainingJob
 from training.stages.trainable import trainable_of
 
-# What a checkpoint says of its latents, and not what its network is.
-OF_LATENTS = ("scaling_factor", "shift_factor")
+# Of weights that latents are made by.
+ENCODER = ("encoder.", "quant_conv.")
 
 
 def codec_config(job: TrainingJob, survey: Survey) -> AutoencoderConfig:
@@ -32,15 +33,31 @@ def codec_config(job: TrainingJob, survey: Survey) -> AutoencoderConfig:
     config = config_of_shape(job.settings.codec, sample_size=job.features.resolution)
     if path is not None:
         config = read_codec_config(resolve_model(str(path)), key=key)
-        # Measured anew of the weights that are saved.
-        config = AutoencoderConfig({name: value for name, value in config.diffusers.items() if name not in OF_LATENTS})
+        of_latents = scaling_of(config)
+        shape = {name: value for name, value in config.diffusers.items() if name not in OF_LATENTS}
+        # Measured anew of the weights that are saved, unless latents stay what they are.
+        config = AutoencoderConfig(shape if _changes_latents(job.settings.trains, config) else shape | of_latents)
     for bucket in survey.buckets:
         if any(side % config.factor for side in bucket_size(bucket)):
             raise UserError(
                 f"features.{job.features.table_name} has crops of {bucket} pixels, no multiples of the codec's factor "
                 f"{config.factor}: set families.pixels.multiple to one"
             )
+        if job.settings.reconstruction.has_discriminator and min(bucket_size(bucket)) < SMALLEST_SIDE:
+            raise UserError(
+                f"features.{job.features.table_name} has crops of {bucket} pixels, and a discriminator "
+                f"({_key(job, 'reconstruction.discriminator_weight')}) wants {SMALLEST_SIDE} a side or more"
+            )
     return config
+
+
+def _changes_latents(trains: str | Sequence[str], config: AutoencoderConfig) -> bool:
+    """Whether a weight trains that latents are made by."""
+    if isinstance(trains, str):
+        return True
+    with torch.device("meta"):
+        names = [name for name, _ in config.network().named_parameters() if name.startswith(ENCODER)]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in trains)
 
 
 def codec_networks(

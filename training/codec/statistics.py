@@ -15,7 +15,7 @@ from encoders.weights import resolve_model
 from pipelines.store.families import PIXELS
 from pipelines.store.files import atomic_write_json
 from training.codec.autoencoder import Autoencoder
-from training.codec.files import CONFIG, load_codec
+from training.codec.files import CONFIG, load_codec, scaling_of
 from training.data.datasets import Dataset
 from training.data.index import FeatureIndex
 from training.objectives.reconstruction import levels
@@ -100,15 +100,19 @@ def _stacked(tar: Any, columns: Sequence[str], numbers: Any) -> Iterator[Tensor]
 def write_statistics(job: TrainingJob, folder: Path, *, device: torch.device) -> dict[str, Any]:
     """Measure the codec in a folder, write what its latents are scaled by into its config, and all else beside it.
 
+    A config that says it already keeps that: its latents are those of the weights that the stage started from.
+
     Returns what `trainer.json` says of the codec, as manifests of features do.
     """
     settings = job.settings.reconstruction
     network = load_codec(resolve_model(str(folder)), key=str(folder)).to(device).eval()
     measured = measure_latents(network, stage_crops(job.features.datasets, settings.num_statistics_samples))
-    scaled = {"scaling_factor": round(1 / measured.std, 6)}
-    if settings.writes_shift:
-        scaled["shift_factor"] = round(measured.mean, 6)
-    atomic_write_json(folder / CONFIG, dict(network.config.diffusers) | scaled)
-    atomic_write_json(folder / STATISTICS, asdict(measured))
     config = network.config
+    if "scaling_factor" in config.diffusers:
+        scaled = scaling_of(config)
+    else:
+        scaled = {"scaling_factor": round(1 / measured.std, 6)}
+        scaled |= {"shift_factor": round(measured.mean, 6)} if settings.writes_shift else {}
+        atomic_write_json(folder / CONFIG, dict(config.diffusers) | scaled)
+    atomic_write_json(folder / STATISTICS, asdict(measured))
     return {"vae": {"channels": config.latent_channels, "factor": config.factor, "has_std": True, **scaled}}

@@ -183,6 +183,16 @@ def say_oddities(job: TrainingJob, preflight: Preflight) -> None:
                 f"training.{stage}.{name} {rate:g} is high for AdamW and Muon, whose steps are of that size in every "
                 "weight; the paper's is 2e-05"
             )
+    reconstruction = settings.reconstruction
+    if (
+        settings.network == CODEC
+        and settings.num_steps <= reconstruction.discriminator_from_step
+        and (reconstruction.has_discriminator)
+    ):
+        log.warning(
+            f"training.{stage}.reconstruction.discriminator_from_step {reconstruction.discriminator_from_step:,} of "
+            f"num_steps {settings.num_steps:,}: the discriminator never begins"
+        )
     if settings.has_adapters and settings.learning_rate < LOW_LORA_RATE:
         log.warning(
             f"training.{stage}.learning_rate {settings.learning_rate:g} is typical of whole networks: adapters, which "

@@ -51,7 +51,8 @@ class Reconstruct:
     def loss(self, networks: Mapping[str, nn.Module], batch: Batch) -> Losses:
         """Return the weighted sum [B], and the discriminator's loss once it has begun.
 
-        Where a network is in evaluation, latents are the means. The part `psnr` is in dB and minimised by nobody.
+        Where a network is in evaluation, latents are the means and no discriminator is asked. The part `psnr` is in dB
+        and minimised by nobody.
         """
         network, images = networks["network"], levels(batch.tensors[PIXEL_TENSOR])
         found = network(images.to(self.dtype), self._noise(network, batch, images))
@@ -63,7 +64,7 @@ class Reconstruct:
         parts = self._distances(networks, seen, images)
         said, critic = self._weighed(parts), None
         gradient = _gradient(said, leaf)
-        if self.settings.has_discriminator:
+        if self.settings.has_discriminator and network.training:
             judge = cast("nn.Module", network.critic)  # of whatever wraps it, too
             has_begun = batch.step >= self.settings.discriminator_from_step
             critic, parts["adversarial"] = self._judged(judge, seen, images, has_begun=has_begun)

@@ -29,6 +29,8 @@ ANSWERS_VERSION = 1  # raise it when the same answers of a server are read in an
 IMAGES_AT_ONCE = 32
 # So many questions without one answer are the server's fault, and no image's.
 MIN_QUESTIONS = 20
+# Of `Reply.reject`: no fault of question or image.
+SERVER_FAILED = "server_failed"
 
 log = get_logger("evaluation")
 
@@ -118,7 +120,11 @@ def keep_answers(
             for number, start in enumerate(range(0, len(images), IMAGES_AT_ONCE))
         }
         sources = {name: _identity(chunk) for name, chunk in chunks.items()}
-        pending = [name for name in chunks if not directory.is_done(name, sources[name], fingerprint)]
+        pending = [
+            name
+            for name in chunks
+            if not directory.is_done(name, sources[name], fingerprint) or _failed(directory.any_report(name))
+        ]
         done = [name for name in chunks if name not in pending]
         mode: Mode | None = directory.any_report(done[0]).details["answers"] if done else None
         if pending or mode is None:
@@ -135,6 +141,11 @@ def keep_answers(
     kept = KeptAnswers(rows=rows, mode=mode, models=sorted({row["model"] for row in rows if row["model"]}))
     _require_answers(kept, config)
     return kept
+
+
+def _failed(report: ShardReport) -> bool:
+    """Whether the server has failed at some of the questions: then it is asked again."""
+    return SERVER_FAILED in report.rejected
 
 
 def _identity(chunk: Sequence[AskedImage]) -> str:
@@ -209,6 +220,7 @@ def _require_answers(kept: KeptAnswers, config: QuestionsConfig) -> None:
         raise UserError(
             f"{num_unknown:,} of {len(kept.rows):,} questions have no answer, more than {TABLE}.max_unknown_fraction "
             f"{config.max_unknown_fraction:g}: {_describe(kept.rows)}"
+            + (". The same command asks again where the server has failed" if SERVER_FAILED in kept.unknown() else "")
         )
 
 

@@ -151,7 +151,7 @@ def read_dpg(path: Path, *, key: str, num_prompts: int | None = None) -> list[As
         raise UserError(f"{key} {path} has no column {missing[0]}: give DPG-Bench's dpg_bench.csv")
     items: dict[str, dict[int, Question]] = {}
     texts: dict[str, str] = {}
-    for row in rows:
+    for row in _rows(rows, where=f"{key} {path}"):
         where = f"{key} {path}, line {rows.line_num}"
         item = (row["item_id"] or "").strip()
         number, question = _proposition(row, where=where)
@@ -167,6 +167,13 @@ def read_dpg(path: Path, *, key: str, num_prompts: int | None = None) -> list[As
         for item, questions in items.items()
     ]
     return asked[:num_prompts]
+
+
+def _rows(rows: "csv.DictReader[str]", *, where: str) -> Iterator[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:  # such as a quote that never ends
+        raise UserError(f"{where}, line {rows.line_num} is no row of a CSV: {error}") from None
 
 
 def _proposition(row: Mapping[str, str | None], *, where: str) -> tuple[int, Question]:
@@ -208,10 +215,12 @@ def _first_of_groups(prompts: list[AskedPrompt], *, num: int | None) -> list[Ask
 
 def _lines(path: Path, form: type[Line], *, key: str, name: str) -> Iterator[tuple[int, Line]]:
     """Yield number and content of each line of JSON; empty ones are passed over."""
-    lines = [line for line in _read(path, key=key).splitlines() if line.strip()]
-    if not lines:
+    lines = _read(path, key=key).split("\n")  # and at no other end of a line: texts may hold those
+    if not any(map(str.strip, lines)):
         raise UserError(f"{key} {path} is empty: give {name}")
     for number, line in enumerate(lines):
+        if not line.strip():
+            continue
         try:
             yield number, form.model_validate_json(line)
         except pydantic.ValidationError as error:

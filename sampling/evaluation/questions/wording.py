@@ -70,8 +70,12 @@ def plural(noun: str) -> str:
 
 def is_there(phrase: str) -> Question:
     """Ask for a thing, with its article or, of several, without."""
-    thing = ARTICLE.sub("", phrase)
-    said = f"Is there {_article(thing)} {thing}" if ARTICLE.match(phrase) else f"Are there {thing}"
+    article = ARTICLE.match(phrase)
+    if article is None:
+        said = f"Are there {phrase}"
+    else:
+        thing = phrase[article.end() :]
+        said = f"Is there {_article(thing)} {thing}" if phrase.lower().startswith("the") else f"Is there {phrase}"
     return Question(text=f"{said} in the image?", answer="yes", group="object")
 
 
@@ -128,7 +132,7 @@ def geneval_questions(
 def _any_of(name: str) -> Question:
     if name in PLURAL_ONLY:
         return Question(text=f"Are there any {name} in the image?", answer="yes", group="object")
-    return is_there(f"a {name}")
+    return is_there(f"{_article(name)} {name}")
 
 
 def _number_or_more(name: str, count: int, *, answer: str) -> Question:
