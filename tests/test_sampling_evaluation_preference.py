@@ -55,6 +55,8 @@ def test_the_page_names_nobody_and_needs_no_network(study):
     # A code belongs to one picture of one pair, so none repeats.
     codes = [code for pair in json.loads(page_data(text))["pairs"] for code in pair["codes"]]
     assert len(codes) == len(set(codes)) == 2 * len(PROMPTS) and set(codes) == set(key["codes"])
+    assert key["files"].keys() == key["codes"].keys()
+    assert all((study.parents[1] / "samples" / "stage2" / name).is_file() for name in key["files"].values())
 
 
 def page_data(text: str) -> str:

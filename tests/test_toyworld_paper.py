@@ -202,14 +202,15 @@ def plant_study(run: Path, questions: list[str]) -> Path:
     plant_samples(run, "raw", share=0.0)
     study = run / "evaluation" / "dense-preference"
     study.mkdir(parents=True)
-    pairs = [{"prompt": f"prompt {n}", "codes": [f"a{n}", f"b{n}"]} for n in range(3)]
+    pairs = [{"prompt": "the same prompt", "codes": [f"a{n}", f"b{n}"]} for n in range(3)]
     key = {f"a{n}": "dense, step 8" if n else "raw, step 8" for n in range(3)}
     key |= {f"b{n}": "raw, step 8" if n else "dense, step 8" for n in range(3)}
     content = {"study": "s1", "questions": questions, "pairs": pairs, "images": {}}
     script = f'<script type="application/json" id="study">{json.dumps(content)}</script>'
     (study / "preference.html").write_text(f"<p>{script}</p>")
     checkpoints = {f"{name}, step 8": {"samples": f"anywhere/samples/{name}"} for name in ("dense", "raw")}
-    text = json.dumps({"study": "s1", "questions": questions, "codes": key, "checkpoints": checkpoints})
+    files = {f"{side}{n}": f"prompt_{n:04}.png" for side in "ab" for n in range(3)}
+    text = json.dumps({"study": "s1", "questions": questions, "codes": key, "checkpoints": checkpoints, "files": files})
     (study / "preference-key.json").write_text(text)
     return study
 

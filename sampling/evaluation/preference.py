@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def write_page(command: Command) -> Path:
         "questions": config.preference_questions,
         "checkpoints": {item.title: item.inputs() for item in contestants},
         "codes": key,
+        "files": {code: path.name for code, path in shown.items()},
     }
     with one_at_a_time(folder):
         atomic_write_json(folder / KEY_NAME, content)
@@ -166,13 +167,14 @@ def _embed(path: Path, longest_side_pixels: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyKey:
-    """What stands in `KEY_NAME`: which checkpoint a code of the page stands for, and what was asked."""
+    """What stands in `KEY_NAME`: which checkpoint, and file of it, a code of the page stands for; what was asked."""
 
     study: str
     seed: int
     questions: list[str]
     checkpoints: dict[str, dict[str, Any]]
     codes: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)  # none in those of before
 
 
 def read_key(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def vote(run: Path) -> list[Path]:
 
 
 def _vote_on(run: Path, folder: Path) -> Path:
-    key = read_state(folder / KEY_NAME, mend=f"`{typed_command('eval')}` writes it anew", keys=("codes", "checkpoints"))
+    key = read_state(
+        folder / KEY_NAME, mend=f"`{typed_command('eval')}` writes it anew", keys=("codes", "checkpoints", "files")
+    )
     study = _read_study(folder / PAGE_NAME)
     if study["questions"] != [QUESTION]:
         raise UserError(
@@ -59,7 +61,7 @@ def _vote_on(run: Path, folder: Path) -> Path:
     scores = {title: _scores(run, Path(drawn["samples"]).name) for title, drawn in key["checkpoints"].items()}
     rows = []
     for pair in study["pairs"]:
-        left, right = (scores[key["codes"][code]][pair["prompt"]] for code in pair["codes"])
+        left, right = (scores[key["codes"][code]][key["files"][code]] for code in pair["codes"])
         choice = "tie" if left == right else "left" if left > right else "right"
         rows.append((study["study"], RATER, QUESTION, *pair["codes"], choice))
     text = io.StringIO()
@@ -78,15 +80,9 @@ def _read_study(page: Path) -> dict[str, Any]:
 
 
 def _scores(run: Path, samples: str) -> dict[str, tuple[int, int]]:
-    """What a picture is preferred by, by its prompt: objects that are all right, and fewer that nobody asked for."""
+    """What a picture is preferred by, by its file: objects that are all right, and fewer that nobody asked for."""
     path = ShardDirectory(run / "judge").file(samples, ".parquet")
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist: `{typed_command('judge')}` scores the samples first")
-    scores: dict[str, tuple[int, int]] = {}
-    for row in read_table(path, ["prompt", "objects", "num_extra"], mend=MEND_SHARD).to_pylist():
-        if row["prompt"] in scores:
-            raise UserError(
-                f"{path} has two pictures of {row['prompt']!r}: the page does not tell which of them it shows"
-            )
-        scores[row["prompt"]] = (num_right(row["objects"]), -row["num_extra"])
-    return scores
+    rows = read_table(path, ["file", "objects", "num_extra"], mend=MEND_SHARD).to_pylist()
+    return {row["file"]: (num_right(row["objects"]), -row["num_extra"]) for row in rows}
