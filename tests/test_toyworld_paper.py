@@ -111,6 +111,7 @@ def test_parts_that_have_not_run_are_told_so_and_a_page_without_a_world_is_refus
         claims["multi_scale"]["why"] == claims["tokens"]["why"] == "not run yet" and claims["samplers"]["figures"] == {}
     )
     page = (tmp_path / "index.html").read_text()
+    assert "&lt;code" not in page and "<code>make stats</code>" in page
     assert page.count(">not run yet</span>") == 2 * 10 and "10 have not run yet." in page
     with pytest.raises(MissingFileError, match="holds no world of the paper"):
         write_page(tmp_path / "nothing")

@@ -36,7 +36,8 @@ def duration(seconds: float) -> str:
 
 def with_code(text: str) -> Markup:
     """Return a text with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+    # Of a plain string, as Markup would escape what is put into it.
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 FILTERS = {"percent": percent, "duration": duration, "number": number, "reason": reason, "with_code": with_code}

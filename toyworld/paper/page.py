@@ -68,8 +68,8 @@ def write_page(folder: Path) -> Path:
         atomic_write_json(
             folder / SUMMARY_NAME, {"claims": summarize(words.values(), shown), "seeds": list(runs.seeds)}
         )
-    told = ", ".join(f"{count} {label}" for label, count in counts.items())
-    log.info(f"wrote {folder / PAGE_NAME} ({len(page) / 1e6:.1f} MB): of {len(shown)} claims {told}")
+    told = ", ".join(f"{label}: {count}" for label, count in counts.items())
+    log.info(f"wrote {folder / PAGE_NAME} ({len(page) / 1e6:.1f} MB); of {len(shown)} claims {told}")
     return folder / PAGE_NAME
 
 
