@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytest
+from chromium import open_chromium, require_chromium
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from pipelines.engine.run import EngineConfig
 from sampling.app_studio import Studio, Wish
@@ -23,7 +22,6 @@ from sampling.config import SamplingConfig
 from sampling.trained_model import open_run_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CHROMIUM = "/usr/bin/chromium"
 SCREENSHOT = os.environ.get("ATELIER_SCREENSHOT")
 PROMPT = "a red circle, left"
 
@@ -59,8 +57,7 @@ def free_port() -> int:
 @contextmanager
 def served_app(run: Path, recipe: Path, *, stage: str = "3") -> Iterator[str]:
     """The app as a user starts it; ended by Ctrl-C. Its log is `run/app.log`."""
-    if not Path(CHROMIUM).is_file():
-        pytest.skip(f"{CHROMIUM} is not installed")
+    require_chromium()
     port = free_port()
     flags = ["--recipe", str(recipe), "--run", str(run), "--stage", stage, "--set", f"app.port={port}"]
     # A proxy that nobody answers at: whatever the app wanted from elsewhere would fail.
@@ -92,14 +89,12 @@ def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
 @contextmanager
 def opened_page(address: str) -> Iterator[Any]:
     """A tab of a browser, with a list of whom it tried to reach."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_chromium() as browser:
         tab: Any = browser.new_page(viewport={"width": 1240, "height": 980})
         tab.requested = []
         tab.on("request", lambda request: tab.requested.append(request.url))
         tab.goto(address)
         yield tab
-        browser.close()
 
 
 def fill(page: Any, **fields: object) -> None:

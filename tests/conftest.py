@@ -4,8 +4,10 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chromium import open_chromium
 
 from pipelines.as_typed import DOOR
 
@@ -25,6 +27,13 @@ def by_no_door() -> Iterator[None]:
     """A test that enters by a door of the house leaves it: messages of the others name commands as make has them."""
     yield
     os.environ.pop(DOOR, None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser for the tests of a module, or they are skipped."""
+    with open_chromium() as opened:
+        yield opened
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

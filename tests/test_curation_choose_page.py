@@ -1,16 +1,11 @@
 """The page of `make choose PLAN=1` in headless Chromium: opened from disk with the network off."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from choose_run import type_choose, write_run
+from chromium import require_chromium
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
-
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 WHERE = (
     "min_side >= 400 and (0.15 < clip_score <= 0.3 or aesthetic > 4) and not flags.loop and format in ('jpeg', 'png')"
     " and width > 2 * min_side and coalesce(aesthetic, 0) * 1000000 + min_side > 12 and 'circle' in lower(caption)"
@@ -19,8 +14,7 @@ WHERE = (
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    if not CHROMIUM.is_file():
-        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    require_chromium()
     run = tmp_path_factory.mktemp("choose") / "run"
     write_run(run)
     with pytest.MonkeyPatch.context() as patch:
@@ -28,15 +22,6 @@ def path(tmp_path_factory) -> Path:
         weights = ["features.stage2.weight=aesthetic", "features.stage2.weight_temperature=0.5", captions]
         type_choose(run, patch, f"features.stage2.where={WHERE}", *weights, plan=True)
     return run / "choose" / "stage2.html"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])

@@ -2,23 +2,15 @@
 
 import csv
 import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chromium import require_chromium
 from raw_shards import encode, photo, write_tar
 from stats_run import run_stage, write_caption_shards
 
 from pipelines.store.summary import read_summary
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
-
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-]  # fmt: skip
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 HOSTILE = (
     "The image features a dog. <script>window.hacked = 1; alert(1)</script><img src=x onerror='window.hacked = 2'>"
@@ -39,8 +31,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Captions that attack the page, and images for the gallery."""
-    if not CHROMIUM.is_file():
-        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    require_chromium()
     run = tmp_path_factory.mktemp("page") / "run"
     rows = [
         {
@@ -57,15 +48,6 @@ def run(tmp_path_factory) -> Path:
     run_stage(run)
     run_stage(run, "dataset_stats.sample=100")
     return run
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 class Visit:

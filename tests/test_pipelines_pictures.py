@@ -7,10 +7,10 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import open_chromium, require_chromium
 from PIL import Image
 
 from pipelines.raw.images import SampleReject, decode_image, image_size
@@ -30,7 +30,6 @@ from tests.picture_files import (
 )
 
 MAX_PIXELS = 1_000_000
-CHROMIUM = Path("/usr/bin/chromium")
 RED, GREEN, BLUE = (5, 5), (20, 5), (20, 16)
 LOSSLESS = {
     "PNG": {},
@@ -286,9 +285,7 @@ def test_the_start_of_a_file_tells_the_size_that_is_shown_or_none() -> None:
 
 @pytest.fixture(scope="module")
 def shown_by_chromium() -> Callable[[dict[str, bytes]], dict[str, np.ndarray]]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    require_chromium()
 
     def draw(files: dict[str, bytes]) -> dict[str, np.ndarray]:
         """Draw all on one page, 64 pixels apart, and cut out what is seen of each."""
@@ -298,16 +295,13 @@ def shown_by_chromium() -> Callable[[dict[str, bytes]], dict[str, np.ndarray]]:
             f"src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
             for index, (kind, data) in enumerate(zip(types, files.values(), strict=True))
         )
-        with sync_api.sync_playwright() as playwright:
-            arguments = ["--no-sandbox", "--force-color-profile=srgb"]
-            browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        with open_chromium(["--force-color-profile=srgb"]) as browser:
             page = browser.new_page(viewport={"width": 1024, "height": 64 * (1 + len(files) // 16)})
             page.set_content(f"<body style='margin:0;background:white'>{images}</body>")
             sizes = page.evaluate(
                 "Promise.all([...document.images].map(i => i.decode().then(() => [i.width, i.height], () => [0, 0])))"
             )
             screen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
-            browser.close()
         return {
             name: screen[index // 16 * 64 :, index % 16 * 64 :][:height, :width]
             for index, (name, (width, height)) in enumerate(zip(files, sizes, strict=True))

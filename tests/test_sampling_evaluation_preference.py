@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 from sampling_run import PIXART, PROMPTS, make_run, randomised, save_checkpoint
 from sound_run import require_sound
 
@@ -17,8 +16,6 @@ from sampling.evaluation.__main__ import main
 from sampling.evaluation.preference import make_pairs
 from sampling.evaluation.win_rates import read_votes, win_rates
 
-CHROMIUM = "/usr/bin/chromium"
-needs_chromium = pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason=f"{CHROMIUM} is not installed")
 NAMES = ["stage 2, step 7", "stage 2, step 9"]
 
 
@@ -81,46 +78,43 @@ def test_order_and_sides_are_shuffled_by_the_seed(tmp_path):
         make_pairs({"a": {("x", 0): ("one", tmp_path)}, "b": {("x", 0): ("two", tmp_path)}}, seed=0)
 
 
-@needs_chromium
-def test_keys_vote_and_the_csv_says_what_was_chosen(study):
+def test_keys_vote_and_the_csv_says_what_was_chosen(study, browser):
     always = NAMES[1]  # the rater prefers this checkpoint whenever it is on a side, and has no preference once
     key = json.loads((study / "preference-key.json").read_text())
     data = json.loads(page_data((study / "preference.html").read_text()))
     expected = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        requests: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto((study / "preference.html").as_uri())
-        page.fill("#rater", 'Ada, "L"')
-        page.keyboard.press("Enter")
-        steps = [(question, pair) for question in data["questions"] for pair in data["pairs"]]
-        for number, (question, pair) in enumerate(steps):
-            assert page.inner_text("#prompt") == pair["prompt"]
-            assert page.inner_text("#count") == f"{number + 1} of {len(steps)}"
-            assert page.get_attribute("#left-image", "src") == data["images"][pair["codes"][0]]
-            assert page.evaluate("document.getElementById('right-image').naturalWidth") == 32
-            assert not any(name in page.content() for name in NAMES)
-            choice = "left" if key["codes"][pair["codes"][0]] == always else "right"
-            if number == 1:  # a slip, taken back
-                page.keyboard.press("ArrowLeft" if choice == "right" else "ArrowRight")
-                page.keyboard.press("Backspace")
-            if number == 2:
-                choice = "tie"
-            if number == 4:  # the page is closed and opened again
-                page.reload()
-                page.fill("#rater", 'Ada, "L"')
-                page.keyboard.press("Enter")
-            page.keyboard.press({"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown"}[choice])
-            expected.append([data["study"], 'Ada, "L"', question, *pair["codes"], choice])
-        with page.expect_download() as download:
-            page.click("#download")
-        download.value.save_as(study / "ada.csv")
+    page = browser.new_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto((study / "preference.html").as_uri())
+    page.fill("#rater", 'Ada, "L"')
+    page.keyboard.press("Enter")
+    steps = [(question, pair) for question in data["questions"] for pair in data["pairs"]]
+    for number, (question, pair) in enumerate(steps):
+        assert page.inner_text("#prompt") == pair["prompt"]
+        assert page.inner_text("#count") == f"{number + 1} of {len(steps)}"
+        assert page.get_attribute("#left-image", "src") == data["images"][pair["codes"][0]]
+        assert page.evaluate("document.getElementById('right-image').naturalWidth") == 32
         assert not any(name in page.content() for name in NAMES)
-        browser.close()
+        choice = "left" if key["codes"][pair["codes"][0]] == always else "right"
+        if number == 1:  # a slip, taken back
+            page.keyboard.press("ArrowLeft" if choice == "right" else "ArrowRight")
+            page.keyboard.press("Backspace")
+        if number == 2:
+            choice = "tie"
+        if number == 4:  # the page is closed and opened again
+            page.reload()
+            page.fill("#rater", 'Ada, "L"')
+            page.keyboard.press("Enter")
+        page.keyboard.press({"left": "ArrowLeft", "right": "ArrowRight", "tie": "ArrowDown"}[choice])
+        expected.append([data["study"], 'Ada, "L"', question, *pair["codes"], choice])
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(study / "ada.csv")
+    assert not any(name in page.content() for name in NAMES)
+    page.close()
     assert not faults and all(url.startswith(("file:", "data:")) for url in requests)
     with (study / "ada.csv").open(newline="") as file:
         rows = list(csv.reader(file))

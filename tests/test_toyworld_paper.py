@@ -2,9 +2,7 @@
 
 import csv
 import json
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,8 @@ from toyworld.paper.plots import curves_chart
 from toyworld.paper.published import TABLE_1, TABLE_3, TABLE_4_V100_DAYS, V100_DAYS
 from toyworld.paper.votes import vote
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is missing")
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPOSITORY / "recipes/paper").glob("*.toml"))
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 NOUNS = {"LAION": (0.04, 2.5), "LAION-LLaVA": (1.0, 9.3), "SAM-LLaVA": (1.0, 9.2), "HQ-LLaVA": (1.0, 9.3)}
 # As the paper would have it, but for raw captions, which are as good as dense ones, and guidance, which matters much.
 SHARES = {
@@ -236,17 +230,6 @@ def test_the_judge_does_not_answer_what_it_cannot_see(tmp_path) -> None:
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    if not CHROMIUM.is_file():
-        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
