@@ -2,21 +2,18 @@
 
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from house_of_make import make_house
 
 from atelier.commands import FLAGS, SUBCOMMANDS
 from atelier.typed import VARIABLES, Word, find_wrong, read_words, show_help, variables_of
 from pipelines.as_typed import variable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Stands in for the interpreter of .venv, and writes down what it is asked to run; but what looks at words is let run.
-RECORDER = f"""#!/bin/sh
-case "$2" in atelier.typed) exec {sys.executable} "$@";; esac
+RECORD = """\
 mkdir busy || echo "two at once" >> all
 printf '%s\\0' "$@" > asked
 env -0 > environment
@@ -59,18 +56,8 @@ TARGETS = [
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """A folder with the Makefile, and in the place of the environment's interpreter one that records."""
-    folder = tmp_path_factory.mktemp("house")
-    for name in ("Makefile", "requirements.lock"):
-        shutil.copy(REPOSITORY / name, folder)
-    for name in ("atelier", "pipelines"):
-        (folder / name).symlink_to(REPOSITORY / name)
-    python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(RECORDER)
-    python.chmod(0o755)
-    (folder / ".venv" / ".ready").touch()
-    return folder
+    """A folder with the Makefile."""
+    return make_house(tmp_path_factory.mktemp("house"), RECORD)
 
 
 def run_make(house: Path, *typed: str, exported: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,11 @@
 """`make paper`: the steps of each part and seed, and that what the page looks for is what they draw."""
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from house_of_make import make_house
 from planted_paper import plant_world
 
 from pipelines.recipe import load_recipe
@@ -14,9 +13,7 @@ from toyworld.paper import readings
 from toyworld.paper.page import write_page
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Stands in for the interpreter of .venv, and writes down what it is asked to run; but what looks at words is let run.
-RECORDER = f"""#!/bin/sh
-case "$2" in atelier.typed) exec {sys.executable} "$@";; esac
+RECORD = """\
 echo "$3|$RECIPE|$RUN|$STAGE|$TASK|$SET" >> steps
 """
 PARTS = ("start", "adaln", "captions", "tokens", "scales", "samplers", "guidance", "preference")
@@ -24,17 +21,7 @@ PARTS = ("start", "adaln", "captions", "tokens", "scales", "samplers", "guidance
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("house")
-    for name in ("Makefile", "requirements.lock"):
-        shutil.copy(REPOSITORY / name, folder)
-    for name in ("atelier", "pipelines"):
-        (folder / name).symlink_to(REPOSITORY / name)
-    python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(RECORDER)
-    python.chmod(0o755)
-    (folder / ".venv" / ".ready").touch()
-    return folder
+    return make_house(tmp_path_factory.mktemp("house"), RECORD)
 
 
 def make(house: Path, *typed: str) -> subprocess.CompletedProcess[str]:
