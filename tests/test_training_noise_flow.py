@@ -86,12 +86,16 @@ def test_weights_that_were_continued_go_on_as_flow_or_as_ddpm_where_that_is_type
     assert open_job(run, start, process="flow", flow_prediction="velocity").begins_output_anew
 
 
-def test_weights_of_another_noise_schedule_are_refused(run: Path, tmp_path: Path) -> None:
+def test_weights_of_another_noise_schedule_are_refused_as_flow_and_said_as_ddpm(run: Path, tmp_path: Path) -> None:
     start = weights(tmp_path / "start", ddpm_spec({**ddpm_spec()["schedule"], "beta_end": 0.012}))
     with pytest.raises(
         UserError, match=r"start\) was trained with beta_end 0\.012 of its noise schedule, and .* 0\.02"
     ):
         open_job(run, start, **NOISE)
+    (said,) = [line for line in open_job(run, start).departures if "schedule" in line]
+    assert said.startswith("noise schedule: beta_end 0.012 -> 0.02; the weights were trained with the former")
+    plain = open_job(run, weights(tmp_path / "plain"))
+    assert not any("schedule" in line for line in plain.departures)
 
 
 def test_adapters_go_beside_weights_of_ddpm_and_back(run: Path, tmp_path: Path) -> None:

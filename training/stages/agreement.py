@@ -138,6 +138,18 @@ def require_own_schedule(process: Mapping[str, Any], own: Mapping[str, Any], *, 
             raise UserError(f"{key} was trained with {name} {other} of its noise schedule, and the stage's is {value}")
 
 
+def describe_schedule(settings: StageTraining, trained: Mapping[str, Any]) -> str | None:
+    """Return what to say of ddpm's weights of another noise schedule than the one they go on with, else None."""
+    if settings.process != "ddpm" or trained["name"] != "ddpm":
+        return None
+    own, former = settings.process_spec["schedule"], trained.get("schedule", {})
+    differing = [name for name, value in own.items() if former.get(name, value) != value]
+    if not differing:
+        return None
+    told = ", ".join(f"{name} {former[name]} -> {own[name]}" for name in differing)
+    return f"noise schedule: {told}; the weights were trained with the former and learn the latter"
+
+
 def describe_positions(settings: StageTraining, origins: Origins, *, features: StageFeatures) -> str | None:
     """Return what to say of positions that span something else than those of the weights, None where they do not."""
     if origins.positions is None or settings.network == "dit":

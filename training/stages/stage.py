@@ -35,6 +35,7 @@ from training.config import SCRATCH, StageTraining, random_stream, stage_names, 
 from training.data.features import StageFeatures, open_features
 from training.stages.agreement import (
     describe_positions,
+    describe_schedule,
     origins_of_weights,
     require_agreement,
     require_process,
@@ -193,8 +194,8 @@ def _departures(
         key = _starts_from(command)
         require_process(command, settings, start.process, key=f"{key} ({start.path})")
         said += require_agreement(command, settings, features, origins=origins, path=start.path, key=key)
-        positions = describe_positions(settings, origins, features=features)
-        said += [] if positions is None else [positions]
+        changes = describe_positions(settings, origins, features=features), describe_schedule(settings, start.process)
+        said += [change for change in changes if change is not None]
         said += _describe_student(settings, start, key=key)
     for name, weights in networks.items():
         key = f"training.{command.stage_name}.networks.{name}"
