@@ -250,6 +250,9 @@ class ZeroModel:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
+        if dist.get_rank() == 0:  # programs that DeepSpeed copies there, and nothing of a state
+            for path in folder.glob("zero_to_*.py"):
+                path.unlink()
 
     def load_state(self, folder: Path, tag: str) -> None:
         """Load what `save_state` wrote; a pickle of anything but tensors and DeepSpeed's records raises."""
