@@ -1,8 +1,9 @@
-"""Part `loop_256`: `python -m training` itself on synthetic features, against the bare step of the same network.
+"""Parts `loop_256` and `muon_loop_256`: `python -m training` itself on synthetic features, against the bare step.
 
 The loop is the command as users type it: its reader out of feature tars of full width, DeepSpeed's ZeRO 2, the average
 of the weights, the log. The bare step has the compiled network, fp32 master weights, a clipped gradient and AdamW, one
-batch of the same reader that lies ready, and nothing else.
+batch of the same reader that lies ready, and nothing else. The loop of flow and Muon, `recipes/speedrun.toml`'s, has no
+bare step: on one card nothing of Muon is shared out.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -71,33 +72,55 @@ caption_dropout = 0.0
 network = "pixart"
 starts_from = "scratch"
 """
+FLOW_MUON = """
+process = "flow"
+optimizer = "muon"
+muon_learning_rate = 3e-4
+"""
 
 
 def loop_256(size: Size) -> Figures:
     """256px, batch 176, or 132 where memory is short."""
-    case = TINY_LOOP if size.is_tiny else _fitting(XL_256)
+    case = _case(size)
     with tempfile.TemporaryDirectory(prefix="bench-loop-") as folder:
         dataset = _write_features(Path(folder) / "run", case)
-        lines = _run_loop(Path(folder), case, is_tiny=size.is_tiny)
-        _await_memory(size.device)
-        counted = lines[NUM_WARM_UP_LINES:]
-        loop_speed = statistics.median(line["images_per_second"] for line in counted)
-        figures: Figures = {
-            "loop_256_batch": case.batch_size,
-            "loop_256_images_per_second": round(loop_speed, 2),
-            "loop_256_mfu": counted[-1]["mfu"],
-            "loop_256_data_wait_fraction": round(max(line["data_wait_fraction"] for line in counted), 4),
-            "loop_256_peak_gigabytes": round(lines[-1]["peak_memory_gigabytes"], 1),
-        }
-        size.keep(figures)
+        loop = _loop_figures("loop_256", Path(folder), case, size=size)
+        size.keep(loop)
         bare = measure_step(
             lambda: _bare_step(case, _first_batch(dataset, case), device=size.device), device=size.device
         )
-    bare_speed = case.batch_size / bare.seconds
+    bare_speed, loop_speed = case.batch_size / bare.seconds, loop["loop_256_images_per_second"]
+    assert isinstance(loop_speed, float)
     return {
         "loop_256_bare_images_per_second": round(bare_speed, 2),
         "loop_256_bare_peak_gigabytes": round(bare.peak_gigabytes, 1),
         "loop_256_ratio": round(loop_speed / bare_speed, 4),
+    }
+
+
+def muon_loop_256(size: Size) -> Figures:
+    """The same of flow and Muon."""
+    case = _case(size)
+    with tempfile.TemporaryDirectory(prefix="bench-loop-") as folder:
+        _write_features(Path(folder) / "run", case)
+        return _loop_figures("muon_loop_256", Path(folder), case, size=size, settings=FLOW_MUON)
+
+
+def _case(size: Size) -> Case:
+    return TINY_LOOP if size.is_tiny else _fitting(XL_256)
+
+
+def _loop_figures(name: str, folder: Path, case: Case, *, size: Size, settings: str = "") -> Figures:
+    """Train on the features in `folder`; `settings` are lines added to the stage."""
+    lines = _run_loop(folder, case, is_tiny=size.is_tiny, settings=settings)
+    _await_memory(size.device)
+    counted = lines[NUM_WARM_UP_LINES:]
+    return {
+        f"{name}_batch": case.batch_size,
+        f"{name}_images_per_second": round(statistics.median(line["images_per_second"] for line in counted), 2),
+        f"{name}_mfu": counted[-1]["mfu"],
+        f"{name}_data_wait_fraction": round(max(line["data_wait_fraction"] for line in counted), 4),
+        f"{name}_peak_gigabytes": round(lines[-1]["peak_memory_gigabytes"], 1),
     }
 
 
@@ -124,7 +147,7 @@ def _write_features(run: Path, case: Case) -> Dataset:
     return dataset
 
 
-def _run_loop(folder: Path, case: Case, *, is_tiny: bool) -> list[dict]:
+def _run_loop(folder: Path, case: Case, *, is_tiny: bool, settings: str) -> list[dict]:
     """Train until enough lines of metrics are there, and end it; returns the lines.
 
     It is killed: a checkpoint of all that XL/2 has in fp32 would take longer than what is measured.
@@ -141,6 +164,7 @@ def _run_loop(folder: Path, case: Case, *, is_tiny: bool) -> list[dict]:
             batch_size=case.batch_size,
             log_every=TINY_LOG_EVERY if is_tiny else LOG_EVERY,
         )
+        + settings
     )
     command = [sys.executable, "-m", "training", "--recipe", str(recipe), "--run", str(folder / "run")]
     metrics = folder / "run" / "training" / "stage2" / "metrics.jsonl"

@@ -122,5 +122,7 @@ PARTS: tuple[Part, ...] = (
             Bar(key="muon_256_share_of_step_over_eight", at_most=0.03),
         ),
     ),
+    Part(name="muon_loop_256", module="benchmarks.gpu.loop", bars=()),
+    Part(name="train_512", module="benchmarks.gpu.training", bars=()),
     Part(name="heads64_256", module="benchmarks.gpu.training", bars=()),
 )
