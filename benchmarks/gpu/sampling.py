@@ -145,7 +145,9 @@ def our_side(bench: Bench, *, solver: Literal["dpm-solver++", "lcm"] = "dpm-solv
     """Return what draws so many steps with our sampler; by lcm as a student, whose guidance is inside its weights."""
     is_student = solver == LCM
     device = "cuda" if bench.device == "cuda" else "cpu"
-    config = SamplingConfig(guidance_scale=GUIDANCE, solver=solver, device=device)
+    # As theirs: by themselves random weights are decoded in float32, since a test picture of noise tells them apart.
+    vae_dtype = "bfloat16" if bench.dtype == torch.bfloat16 else "float32"
+    config = SamplingConfig(guidance_scale=GUIDANCE, solver=solver, device=device, vae_dtype=vae_dtype)
     trained = GivenModel(
         network=copy.deepcopy(bench.network),
         name="random weights",
