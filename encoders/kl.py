@@ -72,10 +72,9 @@ class KLCodec(DiffusersCodec):
         return kl_pixels(model.decoder, latents if model.post_quant_conv is None else model.post_quant_conv(latents))
 
     def adapt_to_gpu(self) -> None:
-        """Lay channels last, and compute the attention of wide heads in parts."""
+        """Compute the attention of wide heads in parts; channels come last in what is compiled, see `_compile_half`."""
         from encoders.vae_attention import widen_attention
 
-        super().adapt_to_gpu()
         widen_attention(self.model)
 
     def compile_blocks(self) -> None:
@@ -87,11 +86,15 @@ class KLCodec(DiffusersCodec):
         self._compile_half(self.model.decoder)
 
     def _compile_half(self, half: Any) -> None:
+        import torch
         from diffusers.models.resnet import ResnetBlock2D
 
         from encoders.vae_attention import WideAttention
 
         self.is_compiled = True
+        # Convolutions of a GPU want channels last, torch's own group norms want them first: uncompiled ones would copy
+        # what they read and what they give, a third of the time to decode an image (docs/BENCHMARKS.md).
+        half.to(memory_format=torch.channels_last)
         compile_modules([module for module in half.modules() if isinstance(module, ResnetBlock2D)])
         for module in half.modules():
             if isinstance(processor := getattr(module, "processor", None), WideAttention):

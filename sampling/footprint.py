@@ -19,7 +19,7 @@ from encoders.text import DEFAULT_BATCH_TOKENS, pack
 from encoders.vae_precision import PROBE_SIZE
 from pixart.control import Control
 from pixart.dit import DiT
-from pixart.drawing.graphs import MAX_SHAPES
+from pixart.drawing.graphs import MAX_SHAPES, pays_to_capture
 from pixart.model import PixArt
 from sampling.compiled_shapes import batches, frequent_shapes
 from sampling.config import SamplingConfig
@@ -79,15 +79,15 @@ class Footprint:
         height, width = batch[0].height, batch[0].width
         transformer, denoising, left = self._denoising(batch)
         loaded = {self._transformer: transformer, "VAE": self._codec_bytes(config.vae_dtype)}
+        shapes = self._captured_shapes()
         # Graphs keep the memory of a pass, each shape its own.
-        is_captured = self.room_bytes is not None and config.compile is not False
-        num_captured = min(len(frequent_shapes(config, self.requests)), MAX_SHAPES) if is_captured else 0
-        captured = {"captured passes": num_captured * denoising} if num_captured else {}
+        captured = {"captured passes": min(len(shapes), MAX_SHAPES) * denoising} if shapes else {}
         others = sum(loaded.values()) + sum(captured.values()) + left
         shape = (min(len(batch), max(1, MAX_DECODED_PIXELS // (height * width))), height, width)
         is_tiled = self._is_tiled(shape, free_bytes=(self.room_bytes or 0) - others)
         decoding = left + self._decoding(config.vae_dtype, shape, is_tiled=is_tiled)
-        passing = captured or {f"{len(batch)} of {width}x{height} at once": denoising}
+        is_captured = (len(batch), height, width) in shapes
+        passing = captured if is_captured else captured | {f"{len(batch)} of {width}x{height} at once": denoising}
         return [
             *self._reading(loaded),
             *self._testing(loaded),
@@ -95,6 +95,17 @@ class Footprint:
             Moment(name=DENOISING, parts=loaded | passing),
             Moment(name=DECODING, parts=loaded | captured | {"by tiles" if is_tiled else "whole": decoding}),
         ]
+
+    def _captured_shapes(self) -> set[tuple[int, int, int]]:
+        """Return (images, height, width) of the batches whose passes are captured in graphs."""
+        if self.room_bytes is None or self.config.compile is False:
+            return set()
+        factor = self.codec(self.config.vae_dtype).spec.factor
+        return {
+            (number, height, width)
+            for number, height, width in frequent_shapes(self.config, self.requests)
+            if pays_to_capture(number, height // factor, width // factor)
+        }
 
     @property
     def _transformer(self) -> str:

@@ -81,6 +81,18 @@ def test_a_codec_on_a_gpu_encodes_and_decodes_by_it_with_the_same_numbers():
     torch.testing.assert_close(codec.pixels(expected), plain.decode(expected).sample)
 
 
+def test_channels_come_last_in_the_half_that_is_compiled_alone():
+    codec = KLCodec(
+        LatentSpec(channels=4, factor=2, scale=1.0, shift=0.0, has_std=True, identity=""), make_vae(), "test"
+    )
+    codec.adapt_to_gpu()
+    halves = [codec.model.encoder, codec.model.decoder]
+    assert [half.conv_in.weight.is_contiguous() for half in halves] == [True, True]
+    codec.compile_decoder()
+    last = [half.conv_in.weight.is_contiguous(memory_format=torch.channels_last) for half in halves]
+    assert last == [False, True]
+
+
 def test_narrow_attention_is_left_to_kernels_that_are_made_for_it():
     assert widen_attention(open_codec("toyworld/weights/vae").model) == []
     narrow = Attention(WIDTH, heads=2, dim_head=WIDTH // 2, norm_num_groups=8, residual_connection=True)

@@ -10,7 +10,7 @@ from sampling_run import PIXART, randomised
 from pixart.branching import add_branch
 from pixart.control import Control
 from pixart.drawing.denoise import denoise, draw_noise, make_generators
-from pixart.drawing.graphs import MAX_SHAPES, PassGraphs, _CapturedPasses
+from pixart.drawing.graphs import MAX_SHAPES, PassGraphs, _CapturedPasses, pays_to_capture
 from pixart.drawing.guidance import network_of_texts
 from pixart.drawing.passes import plan_passes
 from pixart.model import PixArt
@@ -82,6 +82,19 @@ def test_batches_of_one_shape_share_their_memory_and_few_shapes_keep_theirs():
     for num_images in range(1, MAX_SHAPES + 3):
         draw(graphs, tuple(range(num_images)))
     assert len(graphs._captured) == MAX_SHAPES
+
+
+def test_a_long_pass_is_computed_as_it_is_and_keeps_no_memory(monkeypatch):
+    assert [pays_to_capture(2, 64, 64), pays_to_capture(3, 64, 64), pays_to_capture(1, 128, 128)] == [
+        True,
+        False,
+        False,
+    ]
+    monkeypatch.setattr("pixart.drawing.graphs.MAX_PLACES", 2 * 4 * 4)
+    graphs = PassGraphs()
+    for seeds, num_captured in (((0, 1, 2), 0), ((0, 1), 1)):
+        assert torch.equal(draw(graphs, seeds), draw(None, seeds))
+        assert len(graphs._captured) == num_captured
 
 
 def test_what_cannot_be_captured_is_computed():

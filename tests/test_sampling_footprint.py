@@ -205,6 +205,16 @@ def test_published_models_fit_the_cards_they_are_for(tmp_path, config, max_token
     assert max(moment.total_bytes for moment in moments.values()) <= room
 
 
+def test_short_passes_are_counted_as_captured_and_long_ones_as_they_are(tmp_path: Path) -> None:
+    trained = published(tmp_path, SMALL, max_tokens=120)
+    config = SamplingConfig(dtype="bfloat16", vae_dtype="float32", batch_size=2, compile=True)
+    long, short = requests_of(2, 1024), requests_of(2, 512)
+    parts = [moments_of(config, trained, requests, 10**12)[DENOISING].parts for requests in (short, long, short + long)]
+    names = [{name for name in found if name not in ("transformer", "VAE")} for found in parts]
+    at_once = "2 of 1024x1024 at once"
+    assert names == [{"captured passes"}, {at_once}, {"captured passes", at_once}]
+
+
 @pytest.mark.parametrize(("name", "side"), [("lora", 1024), ("dreambooth", 512)])
 def test_recipes_of_small_cards_draw_in_8_gigabytes(tmp_path: Path, name: str, side: int) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / f"{name}.toml"

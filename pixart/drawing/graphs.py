@@ -19,8 +19,16 @@ from pixart.drawing.passes import Pass
 
 # Batches of so many shapes keep their graphs; each holds the memory that a pass takes.
 MAX_SHAPES = 4
+# Places of latents (B * h * w) of the largest passes that are captured: two images of 512px. Launches of longer ones
+# are hidden behind kernels, and one of 1024px took 37 ms captured and 32 as it is (H200, docs/BENCHMARKS.md).
+MAX_PLACES = 2**13
 # Before the capture, for what is compiled, tuned or loaded when it is first asked for.
 NUM_WARM_UPS = 2
+
+
+def pays_to_capture(num_images: int, height: int, width: int) -> bool:
+    """Whether passes of so many latents [height, width] are short enough for their launches to count."""
+    return num_images * height * width <= MAX_PLACES
 
 
 class PassGraphs:
@@ -37,9 +45,10 @@ class PassGraphs:
     def capture(self, network: GuidedNetwork, noise: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
         """Return what gives the passes of `network` for latents like `noise` [B, C, h, w].
 
-        It is good until this is called again: batches of one shape share their memory.
+        It is good until this is called again: batches of one shape share their memory. Long passes are not captured.
         """
-        if self.failure is not None:
+        num_images, _, height, width = noise.shape
+        if self.failure is not None or not pays_to_capture(num_images, height, width):
             return network
         key = (noise.shape, noise.dtype, tuple(network.passes), network.scale, _shapes(network.conditions))
         if key in self._captured:
