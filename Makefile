@@ -219,7 +219,7 @@ define newline
 
 endef
 
-paper: $(READY)  ## The paper's claims in miniature and a page of them, an hour on two cores (PART=adaln for one part, SEEDS=3)
+paper: $(READY)  ## The paper's claims in miniature and a page of them, an hour and a half (PART=adaln for one part, SEEDS=3)
 	@$(MAKE) $(PAPER_WORLD) world caption stats judge
 	$(foreach seed,$(SEEDS_OF_PAPER),$(foreach part,main $(CHOSEN_PARTS) end,$(call paper-line,$(part),$(seed))))
 

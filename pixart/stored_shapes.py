@@ -84,7 +84,8 @@ def kind_of(stored: Mapping[str, Any], path: Path) -> str:
         return "pixart"
     if norm_type == "ada_norm_zero":
         return "dit"
-    raise UserError(f"{path} describes {stored.get('_class_name')} of norm_type {norm_type}, not a PixArt or DiT")
+    of_norm = "" if norm_type is None else f" of norm_type {norm_type}"
+    raise UserError(f"{path} describes {stored.get('_class_name')}{of_norm}, not a PixArt or DiT")
 
 
 def stored_shape(folder: Path) -> dict[str, Any]:

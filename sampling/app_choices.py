@@ -31,7 +31,7 @@ def checkpoint_choices(run: Path, named: tuple[str, str] | None = None) -> list[
             except UserError:
                 found.append((f"{_stage_title(stage.name)}, {folder.name} · damaged", str(folder)))
                 continue
-            if trainer["kind"] != "dit":
+            if trainer["kind"] == "pixart":
                 found.append((_label(stage, folder, trainer), str(folder)))
     return found if named is None or named[1] in [folder for _, folder in found] else [named, *found]
 

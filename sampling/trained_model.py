@@ -268,6 +268,11 @@ def _of_checkpoint(checkpoint: Checkpoint, stage_name: str, *, run: Path | None)
     if checkpoint.note is not None:
         log.warning(checkpoint.note)
     folder, trainer = checkpoint.path, checkpoint.trainer
+    if trainer["kind"] == "vae":
+        raise UserError(
+            f"{folder} is a codec, which draws nothing from texts or classes: name {checkpoint.weights} as "
+            "features.vae_model, and what is trained on its latents draws with it"
+        )
     if trainer["weights"] != "ema":
         raise UserError(f"{folder} holds {trainer['weights']} weights, samples are drawn from ema weights")
     shape, own_adapters, original_config, branch = None, (), None, None

@@ -110,7 +110,7 @@ def test_geneval_is_scored_softly_with_every_input_beside_the_score(drawn: Path)
     assert (asked["model"], asked["server_calls_it"]) == ("asked-vlm", ["vlm-of-the-server"])
     assert (asked["answers"], asked["images_per_prompt"], asked["num_questions"]) == ("soft", 2, 20)
     text = (folder / "questions.md").read_text()
-    for shown in ("asked-vlm", "vlm-of-the-server", asked["file_sha256"], "wording_version: 1", "| soft |", "seed: 0"):
+    for shown in ("asked-vlm", "vlm-of-the-server", asked["file_sha256"], "wording_version: 2", "| soft |", "seed: 0"):
         assert shown in text
     (answers,) = (drawn / "evaluation" / "answers").iterdir()
     rows = [row for path in sorted(answers.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -201,6 +201,21 @@ def test_where_the_server_has_failed_the_same_command_asks_again(drawn: Path) ->
         "all of the part, after a question that settles the mode"
     )
     assert again(drawn, named, answer=soft)[1] == 0
+    # So it does where few enough are missing for a table.
+    few = ("evaluation.questions.model=another-stumbling-vlm", "evaluation.questions.max_unknown_fraction=0.1")
+    assert again(drawn, *few, answer=stumble)[0]["asked"]["unknown"] == {"server_failed": 2}
+    row, num_asked = again(drawn, *few, answer=soft)
+    assert num_asked == 20 + 1 and row["asked"]["unknown"] == {}
+    assert again(drawn, *few, answer=soft)[1] == 0
+
+
+def test_a_failure_at_the_first_question_does_not_make_answers_hard(drawn: Path) -> None:
+    def late(body: dict[str, Any], number: int) -> Answer:
+        status, answer = soft(body, number)
+        return (status, answer | {"choices": []}) if "red?" in prompt_of(body) else (status, answer)
+
+    with pytest.raises(ServerError, match="has failed at a first question: an answer without choices"):
+        again(drawn, "evaluation.questions.model=late-vlm", answer=late)
 
 
 def test_a_server_that_is_never_understood_is_left_after_the_first_images(drawn: Path) -> None:

@@ -211,6 +211,7 @@ def test_dpg_bench_has_parents_and_categories(tmp_path, usual_csv_limit):
                 "How many fish are in the image? two",
             ],
         ),
+        ("color", "A red apple and the Dog", ["Is there a red apple in the image?", "Is there a Dog in the image?"]),
         ("numeracy", "four cats slept on the sofa", ['Does this image show "four cats slept on the sofa"?']),
         ("complex", "The red hat was on top.", ['Does this image show "The red hat was on top."?']),
     ],

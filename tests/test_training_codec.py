@@ -19,6 +19,9 @@ from pipelines.command import parse_command
 from pipelines.store.checkpoints import read_trainer
 from pipelines.store.previews import preview_steps, read_previews
 from pipelines.store.verify.run import verify_run
+from pixart.stored_shapes import kind_of
+from sampling.app_choices import checkpoint_choices
+from sampling.trained_model import open_checkpoint_model
 from training.codec.autoencoder import Autoencoder
 from training.codec.files import load_codec
 from training.codec.statistics import measure_latents, stage_crops
@@ -118,6 +121,24 @@ def test_previews_are_crops_beside_what_the_average_makes_of_them(run: Path) -> 
         assert np.abs(decoded.astype(int) - np.asarray(codec.decode(mean)[0])).max() <= 1
 
 
+def test_nothing_is_drawn_with_it_nor_offered_to_draw_with(run: Path) -> None:
+    with pytest.raises(UserError, match=r"step-8 is a codec, which draws nothing .*features\.vae_model"):
+        open_checkpoint_model(start_of(run).parent)
+    assert checkpoint_choices(run) == []
+    with pytest.raises(UserError, match=r"config\.json describes AutoencoderKL, not a PixArt or DiT"):
+        kind_of(read(start_of(run)), start_of(run) / "config.json")
+
+
+def test_averages_that_nothing_can_be_made_of_are_not_kept(run: Path, tmp_path: Path) -> None:
+    stage = copy_of(run, tmp_path / "power")
+    with (stage.parent / "recipe.toml").open("a") as recipe:
+        recipe.write('\n[training.power]\nextends = "vae"\nfeatures = "vae"\nnum_steps = 2\nema = "power"\n')
+        recipe.write("ema_snapshot_every = 1\n")
+    train(stage, "power", num_processes=1)
+    folder = stage / "training" / "power"
+    assert (folder / "step-2" / "second_average.safetensors").is_file() and not (folder / "averages").exists()
+
+
 def test_another_stage_goes_on_from_its_weights_and_trains_the_decoder_alone(run: Path, tmp_path: Path) -> None:
     other = copy_of(run, tmp_path / "next")
     with (other.parent / "recipe.toml").open("a") as recipe:
@@ -151,6 +172,8 @@ def test_another_stage_goes_on_from_its_weights_and_trains_the_decoder_alone(run
         ),
         ("training.vae.caption_dropout=0.2", r"caption_dropout = 0\.2 is for networks dit and pixart, but .* 'vae'"),
         ("training.vae.reconstruction={kl_weight=1.0,l1_weight=0.0}", "nothing asks images to come back"),
+        ("training.vae.reconstruction={discriminator_from_step=5}", "from_step = 5 needs a discriminator_weight"),
+        ("training.vae.reconstruction.perceptual_layers=[1]", r"layers = \[1\] needs a perceptual_weight"),
     ],
 )
 def test_what_does_not_go_together_is_said(run: Path, changed: str, said: str) -> None:

@@ -90,6 +90,15 @@ class ReconstructionSettings(TableConfig):
         return self.discriminator_weight > 0
 
 
+# Keys of `reconstruction` that say nothing where a weight is 0.
+PARTS_OF_RECONSTRUCTION = {
+    "discriminator_weight": (
+        *("discriminator_from_step", "discriminator_learning_rate", "discriminator_channels", "is_balanced"),
+    ),
+    "perceptual_weight": ("perceptual_layers",),
+}
+
+
 class CodecKeys(TableConfig):
     """Those of `[training.<stage>]` that are of codecs alone."""
 
@@ -117,9 +126,12 @@ def require_reconstruction(
     optimizer: str,
     products: str,
     networks: Mapping[str, str],
+    typed: Mapping[str, object],
     key: str,
 ) -> None:
     """Refuse what does not go with a codec, or with another network; `key` is the stage's.
+
+    `typed` is what the stage's own table `reconstruction` has.
 
     Raises:
         UserError: names both keys.
@@ -143,6 +155,9 @@ def require_reconstruction(
         raise UserError(
             f"{key}.reconstruction has {', '.join(compared)} = 0: nothing asks images to come back as they were"
         )
+    for weight, names in PARTS_OF_RECONSTRUCTION.items():
+        for name in typed.keys() & set(names) if getattr(reconstruction, weight) == 0 else ():
+            raise UserError(f"{key}.reconstruction.{name} = {typed[name]!r} needs a {weight}, and that is 0")
     has_weight = reconstruction.perceptual_weight > 0
     if has_weight != (PERCEPTUAL in networks):
         named = f"networks.{PERCEPTUAL} = {networks.get(PERCEPTUAL)!r}"

@@ -365,6 +365,7 @@ def stage_training(recipe: Recipe, stage: str) -> StageTraining:
         optimizer=settings.optimizer,
         products=settings.products,
         networks=settings.networks,
+        typed=recipe.tables["training"][stage].get("reconstruction", {}),
         key=key,
     )
     require_roles(settings.datasets, settings.objective, key=key)

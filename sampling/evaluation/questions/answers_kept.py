@@ -18,7 +18,7 @@ from pipelines.store.manifest import Fingerprint, ShardDirectory, ShardReport
 from pipelines.store.png_files import read_picture
 from pipelines.store.tables import MEND_SHARD, read_table
 from sampling.evaluation.image_sets import SAMPLES_NAME
-from sampling.evaluation.questions.asking import TABLE, Asker, Mode, Reply
+from sampling.evaluation.questions.asking import SERVER_FAILED, TABLE, Asker, Mode, Reply
 from sampling.evaluation.questions.benchmarks import Benchmark
 from sampling.evaluation.questions.config import QuestionsConfig
 from sampling.evaluation.questions.layouts import AskedPrompt
@@ -29,8 +29,6 @@ ANSWERS_VERSION = 1  # raise it when the same answers of a server are read in an
 IMAGES_AT_ONCE = 32
 # So many questions without one answer are the server's fault, and no image's.
 MIN_QUESTIONS = 20
-# Of `Reply.reject`: no fault of question or image.
-SERVER_FAILED = "server_failed"
 
 log = get_logger("evaluation")
 

@@ -10,6 +10,7 @@ from encoders import chat
 from encoders.answers import NUMBER_CHOICES, Answers, Choices
 from encoders.chat import ChatClient, Decoding, NoAnswer
 from encoders.chat_server import ChatServer, ServerError, require_server
+from pipelines.engine.progress import get_logger
 from sampling.evaluation.questions.config import QuestionsConfig
 from sampling.evaluation.questions.wording import Question
 
@@ -20,10 +21,13 @@ TABLE = "evaluation.questions"
 NUM_ALTERNATIVES = 20
 HARD_TOKENS = 16
 NOT_UNDERSTOOD = "not_understood"
+SERVER_FAILED = "server_failed"  # no fault of question or image
 CHECK_QUESTION = "Is this image red?"
 CHECK_PIXELS = 64
 # More digits of a likelihood depend on what it was computed beside.
 LIKELIHOOD_DIGITS = 4
+
+log = get_logger("evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class Asker:
         """Wait for the server, and return how its answers are taken; `known` is that of answers made before.
 
         Raises:
-            ServerError: it is not there, tells no likelihoods where they are wanted, or answers nothing at all.
+            ServerError: it is not there, fails, or tells no likelihoods where they are wanted.
         """
         require_server(self._server)
         wanted = known or self._config.answers
@@ -74,8 +78,11 @@ class Asker:
         (answer,) = self._client.ask_all([question], _decoding("soft"))
         if not isinstance(answer, NoAnswer) and answer.alternatives:
             return "soft"
+        if isinstance(answer, NoAnswer) and answer.reason == SERVER_FAILED:
+            raise ServerError(f"{self._server.address} has failed at a first question: {answer.detail}")
         reason = answer.detail if isinstance(answer, NoAnswer) else "it answers without them"
         if wanted == "auto":
+            log.info(f"{self._server.address} tells no likelihoods of first tokens ({reason}): answers are hard")
             return "hard"
         was = "the answers that are there have them" if known else f'{TABLE}.answers = "soft" wants them'
         raise ServerError(

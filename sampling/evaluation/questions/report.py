@@ -22,7 +22,7 @@ from sampling.evaluation.questions.answers_kept import (
     find_images,
     keep_answers,
 )
-from sampling.evaluation.questions.asking import TABLE
+from sampling.evaluation.questions.asking import SERVER_FAILED, TABLE
 from sampling.evaluation.questions.benchmarks import NAMES, Benchmark, open_benchmark
 from sampling.evaluation.questions.scoring import SCORING_VERSION, answered_images, score
 from sampling.evaluation.questions.wording import WORDING_VERSION
@@ -56,7 +56,8 @@ def score_questions(command: Command) -> None:
     directory = ShardDirectory(command.run / "evaluation" / f"{command.stage_name}-questions")
     fingerprint = _fingerprint(config, benchmark)
     identity = _identity(asked)
-    if directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file():
+    is_done = directory.is_done(REPORT_NAME, identity, fingerprint) and (directory.path / MANIFEST_NAME).is_file()
+    if is_done and not _has_failed(directory):
         log.info(f"nothing to do: {directory.file(REPORT_NAME, '.md')} is up to date")
     else:
         rows = [_row(item, benchmark, config, run=command.run) for item in asked]
@@ -108,6 +109,12 @@ def _asked(contestant: Contestant, benchmark: Benchmark) -> AskedContestant:
     if num_without:
         log.warning(f"{contestant.title}: {num_without:,} of its images have no questions in {benchmark.path}")
     return AskedContestant(contestant=contestant, images=images, num_without=num_without)
+
+
+def _has_failed(directory: ShardDirectory) -> bool:
+    """Whether the server has failed at questions of the report that is there, which are asked again."""
+    rows = json.loads(directory.file(REPORT_NAME, ".json").read_text(encoding="utf-8"))["checkpoints"]
+    return any(SERVER_FAILED in row["asked"]["unknown"] for row in rows)
 
 
 def _fingerprint(config: EvaluationConfig, benchmark: Benchmark) -> Fingerprint:
