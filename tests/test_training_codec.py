@@ -69,6 +69,10 @@ def test_a_killed_stage_goes_on_to_the_very_bytes_and_metrics_that_it_would_have
     assert told(other) == told(run)
 
 
+def test_a_line_has_no_losses_by_times_that_crops_have_not(run: Path) -> None:
+    assert {"loss", "mse", "kl", "psnr"} <= lines(run)[0].keys() and "loss_by_timestep" not in lines(run)[0]
+
+
 def test_the_discriminator_begins_when_it_is_told_and_changes_what_comes(run: Path) -> None:
     found = [line for line in lines(run) if "loss" in line]
     assert [line["discriminator"] == line["adversarial"] == 0 for line in found] == [True] * 3 + [False] * 5

@@ -98,7 +98,7 @@ def test_a_loss_window_goes_through_a_checkpoint() -> None:
     window.add(Losses())  # pyright: ignore[reportArgumentType]
     window = LossWindow(json.loads(json.dumps(window.state)), device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
-    losses, num_steps = window.flush()
+    losses, num_steps = window.flush(has_times=True)
     assert num_steps == 2
     assert losses["loss"] == pytest.approx(6 / 8)
     assert losses["mse"] == pytest.approx(4 / 8)
@@ -113,10 +113,10 @@ def test_a_loss_window_of_an_earlier_checkpoint_keeps_what_it_had() -> None:
     earlier = {name: value for name, value in window.state.items() if name != "parts"} | {"squared_error": 2.0}
     window = LossWindow(earlier, device=CPU)
     window.add(Losses())  # pyright: ignore[reportArgumentType]
-    losses, _ = window.flush()
+    losses, _ = window.flush(has_times=True)
     assert losses["mse"] == pytest.approx(4 / 8) and "vlb" not in losses
     window.add(Losses())  # pyright: ignore[reportArgumentType]
-    assert window.flush()[0]["vlb"] == pytest.approx(1 / 4)
+    assert window.flush(has_times=True)[0]["vlb"] == pytest.approx(1 / 4)
 
 
 def test_costs_and_memory_follow_their_formulas() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipelines.engine.progress import ProgressBar, progress_bar
 from pipelines.store.previews import Pictures
+from training.codec_keys import CODEC
 from training.config import StageTraining
 from training.loop.boards import open_boards
 from training.loop.flops import device_peak_teraflops
@@ -63,7 +64,7 @@ class StepLog:
         update_norm, clipped_norm = meter.norms()
         num_skipped, _ = progress.health.counts()
         max_norm = progress.window.state["max_gradient_norm"]
-        losses, num_steps = progress.window.flush()
+        losses, num_steps = progress.window.flush(has_times=settings.network != CODEC)
         peak_teraflops = settings.device_peak_teraflops or device_peak_teraflops(meter.device)
         speed = progress.clock.lap(num_steps * settings.global_batch_size, peak_teraflops=peak_teraflops)
         norm, is_skipped = float(update.gradient_norm), bool(update.is_skipped)

@@ -137,11 +137,12 @@ class LossWindow:
             finite = gradient_norm.where(gradient_norm.isfinite(), 0.0)
             self._max_norm = torch.maximum(self._max_norm, finite)
 
-    def flush(self) -> tuple[dict[str, Any], int]:
+    def flush(self, *, has_times: bool) -> tuple[dict[str, Any], int]:
         """Return mean losses and the number of steps they are of, and start anew.
 
         The losses are `loss` (what is minimised), its parts by name (`mse` of what is predicted; `vlb`, the bound, of
-        a ddpm), and `loss_by_timestep`, one value per tenth of the way to noise, null where none fell.
+        a ddpm), and of samples that have times `loss_by_timestep`, a value per tenth of the way to noise, null where
+        none fell.
         """
         state = self.state
         self._begin(BLANK)
@@ -150,6 +151,7 @@ class LossWindow:
         losses = {
             "loss": sum(state["sums"]) / num_samples,
             **{name: total / num_samples for name, total in state["parts"].items()},
-            "loss_by_timestep": [total / count if count else None for total, count in pairs],
         }
+        if has_times:
+            losses["loss_by_timestep"] = [total / count if count else None for total, count in pairs]
         return losses, state["num_steps"]

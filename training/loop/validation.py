@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from errors import UserError
+from training.codec_keys import CODEC
 from training.data.batches import open_reader
 from training.data.index import FeatureIndex
 from training.data.plan import Plan
@@ -63,7 +64,8 @@ class Validation:
             stop_on_non_finite(losses, model, self.job, step=step)
         window = LossWindow(device=model.device)
         window.add(losses)
-        means = {f"validation_{name}": value for name, value in window.flush()[0].items()}
+        found, _ = window.flush(has_times=self.job.settings.network != CODEC)
+        means = {f"validation_{name}": value for name, value in found.items()}
         return means | {"num_validation_samples": self.num_steps * self.job.settings.global_batch_size}
 
 
