@@ -273,6 +273,11 @@ class StageTraining(CodecKeys, ControlKeys, PreviewKeys, ProcessKeys, OptimizerK
         return self.trains == "control"
 
     @property
+    def keeps_averages(self) -> bool:
+        """Whether averages are kept on the way: of whole networks that draw, which alone are made into others."""
+        return self.ema == "power" and self.network != CODEC and not self.keeps_base
+
+    @property
     def keeps_base(self) -> bool:
         """Whether what trains stands beside the network's own weights, which a checkpoint then does not hold."""
         return self.has_adapters or self.has_control

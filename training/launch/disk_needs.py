@@ -5,7 +5,6 @@ import shutil
 from errors import UserError
 from pipelines.store.checkpoints import checkpoint_folders
 from training.config import StageTraining
-from training.loop.kept_averages import keeps_averages
 from training.stages.stage import TrainingJob
 from training.stages.weights import WeightCounts
 
@@ -57,7 +56,7 @@ def averages_bytes(settings: StageTraining, weights: WeightCounts) -> int:
 
 def num_averages_kept(settings: StageTraining, *, num_steps: int | None = None) -> int:
     """Return how many times averages are kept in the first `num_steps` of a stage, null = all of them."""
-    if not keeps_averages(settings):
+    if not settings.keeps_averages:
         return 0
     if num_steps is None:
         return -(-settings.num_steps // settings.ema_snapshot_every)

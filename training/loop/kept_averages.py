@@ -12,7 +12,6 @@ from torch import Tensor
 
 from errors import UserError
 from pipelines.store.files import atomic_file, remove_temporary_files
-from training.config import StageTraining
 from training.loop.power_average import combination
 
 FOLDER = "averages"
@@ -35,11 +34,6 @@ class MadeAverage:
     step: int
     num_kept: int
     error: float
-
-
-def keeps_averages(settings: StageTraining) -> bool:
-    """Whether a stage keeps averages on the way: of whole networks that draw, which alone are made into others."""
-    return settings.ema == "power" and settings.network in ("dit", "pixart") and not settings.keeps_base
 
 
 def path_of(stage_directory: Path, step: int) -> Path:

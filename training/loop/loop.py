@@ -10,7 +10,6 @@ from training.codec.previews import CodecPreviews
 from training.data.batch import PackedBatch
 from training.data.transfer import Transfers
 from training.loop.flops import StepFlops
-from training.loop.kept_averages import keeps_averages
 from training.loop.log import StepLog
 from training.loop.losses import StepLosses
 from training.loop.networks import Networks
@@ -62,7 +61,7 @@ def train(session: Session) -> None:
             _look(session, is_all=True)
             _validate(session)
         is_average_due = is_due(progress.step, every=settings.ema_snapshot_every, last=settings.num_steps)
-        if keeps_averages(settings) and is_average_due:
+        if settings.keeps_averages and is_average_due:
             _look(session, is_all=True)
             session.networks.averages.keep(session.job.directory, progress.step)
         is_save_due = is_due(progress.step, every=settings.checkpoint_every, last=settings.num_steps)
