@@ -25,6 +25,7 @@ from sampling.trained_model import open_checkpoint_model
 from training.codec.autoencoder import Autoencoder
 from training.codec.files import load_codec
 from training.codec.statistics import measure_latents, stage_crops
+from training.config import stage_training
 from training.stages.stage import open_stage
 
 pytestmark = pytest.mark.slow
@@ -184,6 +185,12 @@ def test_what_does_not_go_together_is_said(run: Path, changed: str, said: str) -
     argv = [*arguments(run, "vae"), "--set", changed]
     with pytest.raises(UserError, match=said):
         open_stage(parse_command("training", "", argv=argv, has_stages=True))
+
+
+def test_a_weight_of_zero_that_is_typed_switches_off_what_a_recipe_has(run: Path) -> None:
+    argv = [*arguments(run, "vae"), "--set", "training.vae.reconstruction.discriminator_weight=0"]
+    settings = stage_training(parse_command("training", "", argv=argv, has_stages=True).recipe, "vae")
+    assert not settings.reconstruction.has_discriminator and settings.reconstruction.discriminator_from_step == 3
 
 
 def test_crops_that_are_no_whole_number_of_latents_are_refused(tmp_path: Path) -> None:

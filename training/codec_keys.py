@@ -90,7 +90,7 @@ class ReconstructionSettings(TableConfig):
         return self.discriminator_weight > 0
 
 
-# Keys of `reconstruction` that say nothing where a weight is 0.
+# Keys of `reconstruction` that say nothing without a weight.
 PARTS_OF_RECONSTRUCTION = {
     "discriminator_weight": (
         *("discriminator_from_step", "discriminator_learning_rate", "discriminator_channels", "is_balanced"),
@@ -156,7 +156,9 @@ def require_reconstruction(
             f"{key}.reconstruction has {', '.join(compared)} = 0: nothing asks images to come back as they were"
         )
     for weight, names in PARTS_OF_RECONSTRUCTION.items():
-        for name in typed.keys() & set(names) if getattr(reconstruction, weight) == 0 else ():
+        # A weight that is typed as 0 switches off what a recipe has.
+        is_forgotten = getattr(reconstruction, weight) == 0 and weight not in typed
+        for name in typed.keys() & set(names) if is_forgotten else ():
             raise UserError(f"{key}.reconstruction.{name} = {typed[name]!r} needs a {weight}, and that is 0")
     has_weight = reconstruction.perceptual_weight > 0
     if has_weight != (PERCEPTUAL in networks):
