@@ -48,9 +48,9 @@ def write_checkpoint(job: TrainingJob, *, step: int, num_steps: int = 12) -> Pat
 
 
 def test_a_stage_overrides_the_shared_table() -> None:
-    recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml")
-    assert stage_training(recipe, "stage1").learning_rate == 5e-4
-    assert stage_training(recipe, "stage2").learning_rate == 2e-3
+    rates = ["training.learning_rate=3e-3", "training.stage1.learning_rate=1e-3"]
+    recipe = load_recipe(REPOSITORY / "recipes" / "toyworld.toml", rates)
+    assert [stage_training(recipe, stage).learning_rate for stage in ("stage1", "stage2")] == [1e-3, 3e-3]
     assert stage_training(recipe, "stage2").starts_from == "stage1"
 
 
