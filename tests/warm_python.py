@@ -27,6 +27,7 @@ IMPORTED = (
     "deepspeed",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.serialization",
     "torch.utils.tensorboard",
     "training.launch.rank",
@@ -35,7 +36,8 @@ IMPORTED = (
     "transformers.models.t5.modeling_t5",
     "transformers.models.llava.modeling_llava",
     "diffusers.models.autoencoders.autoencoder_kl",
-    "pixart.drawing.solvers",
+    "pixart.drawing.denoise",
+    "pixart.processes.dpm_solver",
 )
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(list(IMPORTED))
@@ -116,6 +118,9 @@ def _run_module(module: str, arguments: list[str], environment: dict[str, str], 
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
+    assert sys.modules.keys() >= set(IMPORTED), (
+        set(IMPORTED) - sys.modules.keys()
+    )  # the server passes over what is not there
     _become(arguments, environment)
     os.chdir(REPOSITORY)
     if module == "training":
