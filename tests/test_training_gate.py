@@ -72,6 +72,25 @@ def test_a_loss_that_rose_fails(checkpoint: Checkpoint) -> None:
     assert verdicts(checkpoint)["validation"] is False, "4% over its lowest: it overfits"
 
 
+@pytest.mark.parametrize(("trend", "holds"), [(-0.1, True), (-0.002, None), (0.002, None), (0.1, False)])
+def test_a_change_of_the_loss_counts_beyond_what_lines_scatter(
+    checkpoint: Checkpoint, trend: float, holds: bool | None
+) -> None:
+    """A stage that starts from trained weights falls by little, and its last line may well be over its first."""
+    losses = [5 + trend * i + (0.3 if i % 3 else -0.3) for i in range(20)]
+    write_metrics(checkpoint.path.parent, losses=losses, validation=[])
+    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "loss")
+    assert found.holds is holds
+    assert ("no more than lines scatter" in found.finding) is (holds is None)
+
+
+@pytest.mark.parametrize("num_lines", [0, 3])
+def test_few_lines_tell_nothing_of_the_loss(checkpoint: Checkpoint, num_lines: int) -> None:
+    write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(num_lines)], validation=[])
+    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "loss")
+    assert found.holds is None and "too few lines" in found.finding
+
+
 def test_the_loss_of_a_student_tells_little(checkpoint: Checkpoint) -> None:
     """It begins at nothing, as the teacher's, and rises while the target runs away from it."""
     path = checkpoint.path / "trainer.json"

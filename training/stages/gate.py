@@ -1,8 +1,11 @@
 """What must hold before the next stage is worth its cost: loss, health, and samples that somebody has looked at."""
 
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from training.previews.page import PAGE
 
 # Part of the logged lines at either end whose mean is compared: single lines are noisy.
 END_FRACTION = 0.1
+MIN_LINES = 4
+# Standard errors by which the means must differ to tell a fall or a rise.
+MARGIN = 2.0
 # A validation loss this far over its lowest is on its way up.
 TOLERATED_RISE = 1.02
 MAX_SKIPPED_FRACTION = 0.001
@@ -93,12 +99,22 @@ def _untold(check: Check) -> Check:
 
 
 def _loss(losses: Sequence[float]) -> Check:
-    num_lines = max(1, int(len(losses) * END_FRACTION))
-    if len(losses) <= num_lines:
+    if len(losses) < MIN_LINES:
         return Check(name="loss", holds=None, finding="too few lines of metrics to tell; lower training.log_every")
+    num_lines = max(1, int(len(losses) * END_FRACTION))
     first, last = (sum(part) / num_lines for part in (losses[:num_lines], losses[-num_lines:]))
-    part = f"means of the first and last {num_lines} of {len(losses)} lines"
-    return Check(name="loss", holds=last < first, finding=f"{first:.4f} -> {last:.4f} ({part})")
+    margin = MARGIN * _line_scatter(losses) * math.sqrt(2 / num_lines)
+    finding = f"{first:.4f} -> {last:.4f} (means of the first and last {num_lines} of {len(losses)} lines)"
+    if abs(last - first) <= margin:
+        untold = f"{finding}: no more than lines scatter ({margin:.4f}), as of weights that were trained before"
+        return Check(name="loss", holds=None, finding=untold)
+    return Check(name="loss", holds=last < first, finding=finding)
+
+
+def _line_scatter(losses: Sequence[float]) -> float:
+    """Return the standard deviation of a line, from what neighbours differ by: a trend adds next to nothing to that."""
+    changes = [after - before for before, after in pairwise(losses)]
+    return statistics.stdev(changes) / math.sqrt(2)
 
 
 def _validation(losses: Sequence[float]) -> Check:
