@@ -10,7 +10,7 @@ from tiny_checkpoint import write_checkpoint
 from pipelines.store.checkpoints import Checkpoint, open_checkpoint
 from pixart.processes.specs import ddpm_spec, lcm_student
 from training.previews.page import write_page
-from training.stages.gate import samples_of, stage_gate
+from training.stages.gate import Check, samples_of, stage_gate
 
 
 @pytest.fixture
@@ -30,6 +30,11 @@ def write_metrics(stage: Path, *, losses: list[float], validation: list[float]) 
 
 def verdicts(checkpoint: Checkpoint) -> dict[str, bool | None]:
     return {check.name: check.holds for check in stage_gate(checkpoint, samples=samples_of(checkpoint))}
+
+
+def loss_check(checkpoint: Checkpoint) -> Check:
+    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "loss")
+    return found
 
 
 def draw_samples(checkpoint: Checkpoint, *, seconds_later: float) -> None:
@@ -72,23 +77,30 @@ def test_a_loss_that_rose_fails(checkpoint: Checkpoint) -> None:
     assert verdicts(checkpoint)["validation"] is False, "4% over its lowest: it overfits"
 
 
-@pytest.mark.parametrize(("trend", "holds"), [(-0.1, True), (-0.002, None), (0.002, None), (0.1, False)])
+@pytest.mark.parametrize(("num_lines", "num_at_ends"), [(9, 1), (20, 2), (80, 8)])
+@pytest.mark.parametrize(("standard_errors", "holds"), [(-2.7, True), (-2.3, None), (2.3, None), (2.7, False)])
 def test_a_change_of_the_loss_counts_beyond_what_lines_scatter(
-    checkpoint: Checkpoint, trend: float, holds: bool | None
+    checkpoint: Checkpoint, num_lines: int, num_at_ends: int, standard_errors: float, holds: bool | None
 ) -> None:
     """A stage that starts from trained weights falls by little, and its last line may well be over its first."""
-    losses = [5 + trend * i + (0.3 if i % 3 else -0.3) for i in range(20)]
+    scatter = 2 / (0.6745 * 2**0.5)  # of a normal distribution whose neighbours differ by a median of 2
+    change = standard_errors * scatter * (2 / num_at_ends) ** 0.5
+    losses = [9 + (-1) ** i + change * (i > num_lines // 2) for i in range(num_lines)]
     write_metrics(checkpoint.path.parent, losses=losses, validation=[])
-    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "loss")
-    assert found.holds is holds
-    assert ("no more than lines scatter" in found.finding) is (holds is None)
+    assert loss_check(checkpoint).holds is holds
 
 
-@pytest.mark.parametrize("num_lines", [0, 3])
-def test_few_lines_tell_nothing_of_the_loss(checkpoint: Checkpoint, num_lines: int) -> None:
+def test_a_spike_hides_no_rise(checkpoint: Checkpoint) -> None:
+    losses = [0.1 + (i > 10) * 0.05 + (-1) ** i * 0.001 for i in range(20)]
+    write_metrics(checkpoint.path.parent, losses=[*losses[:5], 9.0, *losses[6:]], validation=[])
+    assert loss_check(checkpoint).holds is False
+
+
+@pytest.mark.parametrize(("num_lines", "holds"), [(0, None), (7, None), (8, False)])
+def test_few_lines_tell_nothing_of_the_loss(checkpoint: Checkpoint, num_lines: int, holds: bool | None) -> None:
     write_metrics(checkpoint.path.parent, losses=[0.5 + i / 40 for i in range(num_lines)], validation=[])
-    (found,) = (check for check in stage_gate(checkpoint, samples=Path("none")) if check.name == "loss")
-    assert found.holds is None and "too few lines" in found.finding
+    assert loss_check(checkpoint).holds is holds
+    assert ("too few lines" in loss_check(checkpoint).finding) is (holds is None)
 
 
 def test_the_loss_of_a_student_tells_little(checkpoint: Checkpoint) -> None:

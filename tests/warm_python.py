@@ -37,7 +37,7 @@ IMPORTED = (
     "transformers.models.llava.modeling_llava",
     "diffusers.models.autoencoders.autoencoder_kl",
     "pixart.drawing.denoise",
-    "pixart.processes.dpm_solver",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
 )
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(list(IMPORTED))
@@ -118,9 +118,8 @@ def _run_module(module: str, arguments: list[str], environment: dict[str, str], 
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
-    assert sys.modules.keys() >= set(IMPORTED), (
-        set(IMPORTED) - sys.modules.keys()
-    )  # the server passes over what is not there
+    # The server passes over a module that is not there.
+    assert sys.modules.keys() >= set(IMPORTED), set(IMPORTED) - sys.modules.keys()
     _become(arguments, environment)
     os.chdir(REPOSITORY)
     if module == "training":
