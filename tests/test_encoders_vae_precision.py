@@ -14,9 +14,8 @@ def choose(folder: str):
 
 
 def test_the_embedded_vae_holds_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(
-        vae_precision, "PROBE_SIZE", 32
-    )  # of 64, which takes minutes on a CPU without units for bfloat16
+    # The picture of 64 takes minutes on a CPU without units for bfloat16.
+    monkeypatch.setattr(vae_precision, "PROBE_SIZE", 32)
     codec, dtype = choose("toyworld/weights/vae")
     assert dtype == "bfloat16"
     assert codec.pixels(probe_latents(4)).dtype == torch.bfloat16

@@ -116,7 +116,8 @@ def _loss(losses: Sequence[float]) -> Check:
 def _line_scatter(losses: Sequence[float]) -> float:
     """Return the standard deviation of a line, of lines that are independent, as batches are.
 
-    It is that of a normal distribution whose neighbours differ by the median found: neither a trend nor a spike counts.
+    It is that of a normal distribution whose neighbours differ by the median found: a spike does not count, and a trend
+    only by what it is from line to line.
     """
     changes = [abs(after - before) for before, after in pairwise(losses)]
     return statistics.median(changes) / (NORMAL_MEDIAN * math.sqrt(2))
